@@ -1,0 +1,61 @@
+// What every kernel and every params struct shares: the glossary of shape letters and the
+// element types.
+//
+//   T    new tokens of a call, all sequences packed one after another
+//   S    sequences of a call
+//   E    model dimension (4096 in Mistral 7B)
+//   F    hidden dimension of the feed-forward block (14336)
+//   V    vocabulary
+//   Hq   query heads (32)         Hkv  key/value heads (8)
+//   G    query heads that share one key/value head, Hq / Hkv
+//   D    head dimension (128)
+//   W    sliding window: the keys that a query sees, itself included (4096)
+//   C    slots of one sequence's ring
+//   R    rows of the key or value pool of one layer: the sum over its rings of Hkv * C
+//
+// In params structs every pointer carries its shape in a comment; strides count elements and
+// are named after the axis they step over; the last axis always has stride 1.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define MISTRAL_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// always_inline, because these headers are compiled once per instruction set: an out-of-line
+// copy could be the AVX-512 one, and the linker would hand it to the scalar code as well.
+#define MISTRAL_HOST_DEVICE [[gnu::always_inline]] inline
+#endif
+
+namespace mistral {
+
+enum class DType { f32, bf16, f16 };
+
+// Storage of the 16-bit types; arithmetic is always done in fp32.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+MISTRAL_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MISTRAL_HOST_DEVICE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MISTRAL_HOST_DEVICE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Calls f with a value of the C++ type that stores `dtype`: with_dtype(d, [&](auto t) {
+// using T = decltype(t); ... }).
+template <class F>
+[[gnu::always_inline]] inline void with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
+
+// Head dimensions are multiples of 32 (a half, the unit of rotation, is then a whole number of
+// 16-lane vectors) up to this.
+constexpr int64_t kMaxHeadDim = 256;
+
+}  // namespace mistral

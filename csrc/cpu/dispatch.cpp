@@ -1,0 +1,96 @@
+// Chooses the instruction set once and forwards each op to its table.
+#include <stdexcept>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace mistral::cpu {
+
+namespace scalar {
+extern const Kernels kernels;
+}
+#ifdef MISTRAL_X86
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+bool processor_has(Isa isa) {
+#ifdef MISTRAL_X86
+  switch (isa) {
+    case Isa::scalar: return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::scalar;
+}
+
+const Kernels* table(Isa isa) {
+#ifdef MISTRAL_X86
+  if (isa == Isa::avx512) return &avx512::kernels;
+  if (isa == Isa::avx2) return &avx2::kernels;
+#endif
+  return &scalar::kernels;
+}
+
+struct Active {
+  Isa isa = supported_isas().back();
+  const Kernels* kernels = table(isa);
+};
+
+Active& active() {
+  static Active instance;
+  return instance;
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return "scalar";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> supported;
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+    if (processor_has(isa)) supported.push_back(isa);
+  }
+  return supported;
+}
+
+Isa active_isa() { return active().isa; }
+
+void select_isa(const std::string& wanted) {
+  std::string names;
+  for (Isa isa : supported_isas()) {
+    if (wanted == name(isa)) {
+      active() = Active{isa, table(isa)};
+      return;
+    }
+    names += names.empty() ? name(isa) : std::string(", ") + name(isa);
+  }
+  throw std::invalid_argument("instruction set is '" + wanted +
+                              "', expected one that this processor runs: " + names);
+}
+
+void attention(const AttentionParams& p, int threads) { active().kernels->attention(p, threads); }
+void rms_norm(const RmsNormParams& p, int threads) { active().kernels->rms_norm(p, threads); }
+void rope(const RopeParams& p, int threads) { active().kernels->rope(p, threads); }
+void swiglu(const SwigluParams& p, int threads) { active().kernels->swiglu(p, threads); }
+
+}  // namespace mistral::cpu

@@ -1,0 +1,22 @@
+// The instruction sets that the CPU kernels are compiled for, and the one in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace mistral::cpu {
+
+enum class Isa { scalar, avx2, avx512 };
+
+const char* name(Isa isa);
+
+// Those this binary holds and this processor runs, slowest first.
+std::vector<Isa> supported_isas();
+
+// The set in use: the fastest supported one until select_isa is called.
+Isa active_isa();
+
+// Throws std::invalid_argument for a name that is unknown or that this processor cannot run.
+void select_isa(const std::string& name);
+
+}  // namespace mistral::cpu

@@ -1,0 +1,8 @@
+#include "kernels.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {&attention, &rms_norm, &rope, &swiglu};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

@@ -1,0 +1,100 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace mistral::cpu {
+namespace {
+
+// Workers sleep between loops. A loop is published under `mutex` by bumping `loop`; a worker
+// joins it if it is wanted there, and the caller leaves when nobody is in it any more. The tasks
+// themselves are claimed with one atomic counter.
+class Pool {
+ public:
+  void run(int threads, int64_t tasks, void (*run)(const void*, int64_t), const void* context) {
+    std::unique_lock<std::mutex> caller(callers_, std::try_to_lock);
+    if (!caller.owns_lock() || threads <= 1 || tasks <= 1) {
+      for (int64_t task = 0; task < tasks; ++task) run(context, task);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const int helpers = static_cast<int>(tasks < threads ? tasks : threads) - 1;
+      while (static_cast<int>(workers_.size()) < helpers) {
+        workers_.emplace_back(&Pool::work, this, loop_);
+      }
+      run_ = run;
+      context_ = context;
+      tasks_ = tasks;
+      next_.store(0, std::memory_order_relaxed);
+      wanted_ = helpers;
+      ++loop_;
+    }
+    published_.notify_all();
+    claim();
+    std::unique_lock<std::mutex> lock(mutex_);
+    wanted_ = 0;  // a worker that wakes only now finds nothing to join
+    finished_.wait(lock, [this] { return inside_ == 0; });
+  }
+
+ private:
+  void claim() {
+    for (;;) {
+      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks_) return;
+      run_(context_, task);
+    }
+  }
+
+  void work(uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      published_.wait(lock, [&] { return loop_ != seen; });
+      seen = loop_;
+      if (wanted_ == 0) continue;
+      --wanted_;
+      ++inside_;
+      lock.unlock();
+      claim();
+      lock.lock();
+      if (--inside_ == 0) finished_.notify_one();
+    }
+  }
+
+  std::mutex callers_;  // held by the one caller whose loop the workers serve
+  std::mutex mutex_;    // guards all below but next_
+  std::condition_variable published_, finished_;
+  std::vector<std::thread> workers_;
+  uint64_t loop_ = 0;
+  int wanted_ = 0;  // workers that may still join the loop
+  int inside_ = 0;  // workers in it
+  void (*run_)(const void*, int64_t) = nullptr;
+  const void* context_ = nullptr;
+  int64_t tasks_ = 0;
+  std::atomic<int64_t> next_{0};
+};
+
+// Never destroyed: workers may still wait on it while the process exits. A forked child has none
+// of its parent's threads, so it starts with a new pool.
+Pool* pool = nullptr;
+
+void make_pool() { pool = new Pool; }
+
+}  // namespace
+
+void parallel_for(int threads, int64_t tasks, void (*run)(const void*, int64_t),
+                  const void* context) {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    make_pool();
+    pthread_atfork(nullptr, nullptr, make_pool);
+  });
+  pool->run(threads, tasks, run, context);
+}
+
+}  // namespace mistral::cpu

@@ -1,0 +1,22 @@
+// A loop over independent tasks, shared out among a pool of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace mistral::cpu {
+
+// Calls run(context, i) once for every i in [0, tasks), on up to `threads` threads of which the
+// caller is one, and returns when all are done. Tasks are handed out in order, one at a time, so
+// uneven ones balance; make each worth a few microseconds. A call while another thread's is
+// under way runs its tasks on its own thread.
+void parallel_for(int threads, int64_t tasks, void (*run)(const void* context, int64_t task),
+                  const void* context);
+
+template <class F>
+[[gnu::always_inline]] inline void parallel_for(int threads, int64_t tasks, const F& f) {
+  parallel_for(
+      threads, tasks,
+      [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
+}
+
+}  // namespace mistral::cpu

@@ -1,0 +1,302 @@
+// One vector of floats, as wide as the instruction set that this file is compiled for: 16 lanes
+// (AVX-512), 8 (AVX2) or 1 (everywhere). Kernels are written once against it; with one lane they
+// are their own plain scalar specification.
+//
+// 16-bit types are widened on load and rounded to nearest even on store.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "../common.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define MISTRAL_SIMD [[gnu::always_inline]] inline
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// Scalar conversions: the whole of the scalar set, and the last few elements of the others.
+
+MISTRAL_SIMD float to_float(float x) { return x; }
+
+MISTRAL_SIMD float to_float(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+MISTRAL_SIMD float to_float(f16 x) {
+  // Shift exponent and mantissa to their places in a float and rescale by 2^(127 - 15): exact,
+  // also for subnormals. Infinity and NaN keep the largest exponent.
+  const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  float scaled;
+  memcpy(&scaled, &magnitude, sizeof scaled);
+  scaled *= 0x1p112f;
+  uint32_t bits;
+  memcpy(&bits, &scaled, sizeof bits);
+  if ((x.bits & 0x7c00u) == 0x7c00u) bits = magnitude | 0x7f800000u;
+  bits |= sign;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+MISTRAL_SIMD void from_float(float x, float* out) { *out = x; }
+
+MISTRAL_SIMD void from_float(float x, bf16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest even
+  out->bits = static_cast<uint16_t>((nan ? bits | 0x400000u : rounded) >> 16);
+}
+
+MISTRAL_SIMD void from_float(float x, f16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to 65520 or more: infinity
+  } else if (magnitude < 0x38800000u) {
+    // Subnormal: adding 0.5 leaves the value, in units of 2^-24 and rounded to nearest even by
+    // the addition itself, in the low bits of the sum.
+    float value;
+    memcpy(&value, &magnitude, sizeof value);
+    value += 0.5f;
+    memcpy(&half, &value, sizeof half);
+    half -= 0x3f000000u;
+  } else {
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+    half = (rounded - (uint32_t{127 - 15} << 23)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+};
+
+MISTRAL_SIMD Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+
+MISTRAL_SIMD Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+MISTRAL_SIMD Vec load(const bf16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+MISTRAL_SIMD Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+MISTRAL_SIMD void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
+MISTRAL_SIMD void store(bf16* p, Vec x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i out = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+MISTRAL_SIMD void store(f16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+MISTRAL_SIMD Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// b where either is NaN, as the instruction has it
+MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// a * 2^n, n whole
+MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+MISTRAL_SIMD float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+MISTRAL_SIMD float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+// out[i] = sum of a[i], in fewer steps than four separate sums
+MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
+  __m128 quarter[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 half =
+        _mm256_add_ps(_mm512_castps512_ps256(a[i].v), _mm512_extractf32x8_ps(a[i].v, 1));
+    quarter[i] = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  }
+  _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(quarter[0], quarter[1]),
+                                 _mm_hadd_ps(quarter[2], quarter[3])));
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+};
+
+MISTRAL_SIMD Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+
+MISTRAL_SIMD Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+MISTRAL_SIMD Vec load(const bf16* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
+}
+MISTRAL_SIMD Vec load(const f16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+MISTRAL_SIMD void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
+MISTRAL_SIMD void store(bf16* p, Vec x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i out = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  const __m128i low = _mm256_castsi256_si128(out), high = _mm256_extracti128_si256(out, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, high));
+}
+MISTRAL_SIMD void store(f16* p, Vec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+MISTRAL_SIMD Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+MISTRAL_SIMD Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) {
+  // 2^n in two factors, so that the smallest results may be subnormal.
+  const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i second =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  return {_mm256_mul_ps(_mm256_mul_ps(a.v, _mm256_castsi256_ps(first)),
+                        _mm256_castsi256_ps(second))};
+}
+
+MISTRAL_SIMD float sum(Vec a) {
+  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 h = _mm_hadd_ps(q, q);
+  return _mm_cvtss_f32(_mm_hadd_ps(h, h));
+}
+MISTRAL_SIMD float largest(Vec a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
+  __m128 half[4];
+  for (int i = 0; i < 4; ++i) {
+    half[i] = _mm_add_ps(_mm256_castps256_ps128(a[i].v), _mm256_extractf128_ps(a[i].v, 1));
+  }
+  _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(half[0], half[1]), _mm_hadd_ps(half[2], half[3])));
+}
+
+#else
+
+struct Vec {
+  static constexpr int width = 1;
+  float v;
+};
+
+MISTRAL_SIMD Vec broadcast(float x) { return {x}; }
+
+template <class T>
+MISTRAL_SIMD Vec load(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+MISTRAL_SIMD void store(T* p, Vec x) {
+  from_float(x.v, p);
+}
+
+MISTRAL_SIMD Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+
+MISTRAL_SIMD float sum(Vec a) { return a.v; }
+MISTRAL_SIMD float largest(Vec a) { return a.v; }
+MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = a[i].v;
+}
+
+#endif
+
+#if defined(__AVX2__)
+
+// exp(x) to about 2 units in the last place. With x = n ln 2 + r, |r| <= ln 2 / 2:
+// exp(x) = 2^n exp(r), and exp(r) is its Taylor series. NaN stays NaN; exp(-inf) is 0.
+MISTRAL_SIMD Vec exp(Vec x) {
+  // Beyond these bounds the result is 0 or infinity anyhow, and n stays a small integer.
+  const Vec clamped = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));
+  const Vec n = round(clamped * broadcast(1.44269504f));
+  // ln 2 in two parts, the first short enough that n times it is exact
+  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clamped));
+  Vec series = broadcast(1.0f / 5040);
+  const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (int i = 0; i < 7; ++i) series = fma(series, r, broadcast(coefficients[i]));
+  return scale_by_power(series, n);
+}
+
+#else
+
+MISTRAL_SIMD Vec exp(Vec x) { return {expf(x.v)}; }
+
+#endif
+
+// The last n < width elements of a row; lanes past them are 0 and are not stored.
+template <class T>
+MISTRAL_SIMD Vec load_first(const T* p, int64_t n) {
+  T buffer[Vec::width] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T>
+MISTRAL_SIMD void store_first(T* p, Vec x, int64_t n) {
+  T buffer[Vec::width];
+  store(buffer, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// x rounded to T and back, as if it had gone through memory
+template <class T>
+MISTRAL_SIMD Vec round_to(Vec x) {
+  T buffer[Vec::width];
+  store(buffer, x);
+  return load(buffer);
+}
+template <>
+MISTRAL_SIMD Vec round_to<float>(Vec x) {
+  return x;
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

@@ -1,0 +1,41 @@
+// One task computes a block of one row.
+#include "../swiglu.h"
+
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+namespace {
+
+constexpr int64_t kElementsPerTask = 8192;
+
+MISTRAL_SIMD Vec swiglu(Vec gate, Vec up) {
+  return gate / (broadcast(1.0f) + exp(broadcast(0.0f) - gate)) * up;
+}
+
+}  // namespace
+
+void swiglu(const SwigluParams& p, int threads) {
+  const int64_t blocks = ceil_div(p.dim, kElementsPerTask);
+  with_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for(threads, p.tokens * blocks, [&](int64_t task) {
+      const int64_t token = task / blocks;
+      const T* gate = static_cast<const T*>(p.gate) + token * p.stride_gate_token;
+      const T* up = static_cast<const T*>(p.up) + token * p.stride_up_token;
+      T* out = static_cast<T*>(p.out) + token * p.stride_out_token;
+      int64_t i = task % blocks * kElementsPerTask;
+      const int64_t end = mistral::min(i + kElementsPerTask, p.dim);
+      for (; i + Vec::width <= end; i += Vec::width) {
+        store(out + i, swiglu(load(gate + i), load(up + i)));
+      }
+      if (i < end) {
+        const int64_t n = end - i;
+        store_first(out + i, swiglu(load_first(gate + i, n), load_first(up + i, n)), n);
+      }
+    });
+  });
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

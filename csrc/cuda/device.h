@@ -1,0 +1,25 @@
+// The CUDA devices of this machine, for `mistral-ext info`.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace mistral::cuda {
+
+struct Device {
+  std::string name;
+  int major, minor;  // compute capability
+  int multiprocessors;
+  size_t memory_bytes;
+};
+
+struct Devices {
+  std::vector<Device> list;
+  std::string problem;  // why there are none, in the runtime's words; empty if there are some
+};
+
+// Works on a machine without a driver: that is a problem to report, not an error.
+Devices devices();
+
+}  // namespace mistral::cuda

@@ -1,0 +1,100 @@
+// Ring arithmetic: the only place that knows where a token's key and value live.
+//
+// A sequence owns a ring of C slots in the layer's key pool and, at the same rows, in its value
+// pool, both [R, D]. The ring is head-major, [Hkv, C, D], so that the keys of one head are
+// contiguous, and starts at row `ring_row`:
+//
+//     row(head, position) = ring_row + head * C + position mod C
+//
+// A query at position p sees the positions (p - W, p]: itself and the W - 1 before it. A chunk's
+// queries therefore read at most W - 1 tokens of history, and a ring of C = W slots is enough:
+// the ring plus the chunk's own keys hold all that is seen. A sequence that never grows past C
+// tokens needs no more than C slots, whatever the window.
+//
+// What a chunk may overwrite, and when: token p takes the slot of token p - C. While the first
+// query of the chunk still sees p - C, p has to wait until attention is done. So a new token is
+//   - never stored, if a later token of its own chunk takes the same slot;
+//   - stored before attention (by rope), if no query of the chunk sees what it replaces; this
+//     is every decode step, and every chunk that does not wrap;
+//   - stored after attention (by attention itself), otherwise.
+// Each slot is written at most once per call, so the order within a call does not matter.
+#pragma once
+
+#include "common.h"
+
+namespace mistral {
+
+// One row of the sequence table, an int64 tensor [S, 5] in the memory of the device, so that a
+// captured CUDA graph serves every step.
+struct Sequence {
+  int64_t first_token;  // where its new tokens begin in the packed tensors [T, ...]
+  int64_t count;        // how many they are: 1 = decode, more = a prompt chunk, 0 = idle
+  int64_t position;     // absolute position of the first of them: the tokens seen before
+  int64_t ring_row;     // first row of its ring in the pools
+  int64_t capacity;     // C
+};
+constexpr int64_t kSequenceFields = 5;
+static_assert(sizeof(Sequence) == kSequenceFields * sizeof(int64_t), "read as rows of int64");
+
+// The sequence that owns a packed token: tokens are packed in the order of the table, so it is the
+// last one that begins at or before the token.
+MISTRAL_HOST_DEVICE int64_t find_sequence(const Sequence* sequences, int64_t num_sequences,
+                                          int64_t token) {
+  int64_t low = 0, high = num_sequences - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (sequences[middle].first_token <= token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// A window that no position reaches, for models without one.
+constexpr int64_t kNoWindow = int64_t{1} << 62;
+
+MISTRAL_HOST_DEVICE int64_t ring_slot(const Sequence& s, int64_t position) {
+  return position % s.capacity;
+}
+
+MISTRAL_HOST_DEVICE int64_t ring_row(const Sequence& s, int64_t head, int64_t position) {
+  return s.ring_row + head * s.capacity + ring_slot(s, position);
+}
+
+// The first position that a query at `position` sees.
+MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
+  return max(0, position - window + 1);
+}
+
+MISTRAL_HOST_DEVICE bool stored(const Sequence& s, int64_t position) {
+  return position >= s.position + s.count - s.capacity;
+}
+
+MISTRAL_HOST_DEVICE bool stored_before_attention(const Sequence& s, int64_t position,
+                                                 int64_t window) {
+  return stored(s, position) && position - s.capacity < window_begin(s.position, window);
+}
+
+MISTRAL_HOST_DEVICE bool stored_after_attention(const Sequence& s, int64_t position,
+                                                int64_t window) {
+  return stored(s, position) && !stored_before_attention(s, position, window);
+}
+
+// Consecutive positions in consecutive slots.
+struct Run {
+  int64_t slot;
+  int64_t position;
+  int64_t count;
+};
+
+// The positions [begin, end), at most C of them, lie in the ring as two runs: up to the last
+// slot (index 0) and from slot 0 on (index 1, often empty).
+MISTRAL_HOST_DEVICE Run ring_run(const Sequence& s, int64_t begin, int64_t end, int index) {
+  const int64_t slot = ring_slot(s, begin);
+  const int64_t count = min(end - begin, s.capacity - slot);
+  return index == 0 ? Run{slot, begin, count} : Run{0, begin + count, end - begin - count};
+}
+
+}  // namespace mistral

@@ -1,0 +1,40 @@
+// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) of q and k in place, and the
+// append of k and v to the rings.
+//
+// Head elements i and i + D/2 form a pair (the order of Hugging Face checkpoints), rotated by
+// the angle position * theta^(-2i/D). Angles are formed in double: position is unbounded, and
+// at position 10^6 a float angle is already off by 0.06.
+//
+// Appends the tokens that ring.h calls `stored_before_attention`; attention appends the rest.
+#pragma once
+
+#include "common.h"
+#include "ring.h"
+
+namespace mistral {
+
+struct RopeParams {
+  DType dtype;
+  void* q;                    // [T, Hq, D]
+  void* k;                    // [T, Hkv, D]
+  const void* v;              // [T, Hkv, D]
+  void* k_pool;               // [R, D]
+  void* v_pool;               // [R, D]
+  const Sequence* sequences;  // [S]
+  int64_t num_sequences;      // S
+  int64_t tokens;             // T
+  int64_t heads;              // Hq
+  int64_t kv_heads;           // Hkv
+  int64_t head_dim;           // D
+  int64_t stride_q_token, stride_q_head;
+  int64_t stride_k_token, stride_k_head;
+  int64_t stride_v_token, stride_v_head;
+  int64_t window;  // W or kNoWindow
+  double theta;
+};
+
+namespace cpu {
+void rope(const RopeParams& p, int threads);
+}
+
+}  // namespace mistral

@@ -1,0 +1,103 @@
+"""The Mistral transformer, top to bottom.
+
+Shape letters: T new tokens of all sequences of a call, packed; E model dimension; F hidden
+dimension; Hq query and Hkv key/value heads; D head dimension; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
+from mistral_ext.cache import RingCache
+from mistral_ext.config import MistralConfig
+
+
+@dataclass
+class Layer:
+    """Weights of one block, named as in Mistral's own checkpoints."""
+
+    attention_norm: Tensor  # [E]
+    wq: Tensor  # [Hq * D, E]
+    wk: Tensor  # [Hkv * D, E]
+    wv: Tensor  # [Hkv * D, E]
+    wo: Tensor  # [E, Hq * D]
+    ffn_norm: Tensor  # [E]
+    w1: Tensor  # [F, E], gate
+    w2: Tensor  # [E, F], down
+    w3: Tensor  # [F, E], up
+
+
+class Transformer:
+    """The model without tokenizer or sampling: token ids and a cache in, logits out.
+
+    Args:
+        config: its shape and constants.
+        weights: from `checkpoint.load_weights`, kept and not copied.
+    """
+
+    def __init__(self, config: MistralConfig, weights: dict[str, Tensor]):
+        self.config = config
+        self.embeddings = weights["tok_embeddings.weight"]  # [V, E]
+        self.norm = weights["norm.weight"]  # [E]
+        self.output = weights["output.weight"]  # [V, E]
+        self.layers = []
+        for i in range(config.n_layers):
+            attention, feed_forward = f"layers.{i}.attention.", f"layers.{i}.feed_forward."
+            self.layers.append(
+                Layer(
+                    attention_norm=weights[f"layers.{i}.attention_norm.weight"],
+                    **{w: weights[f"{attention}{w}.weight"] for w in ("wq", "wk", "wv", "wo")},
+                    ffn_norm=weights[f"layers.{i}.ffn_norm.weight"],
+                    **{w: weights[f"{feed_forward}{w}.weight"] for w in ("w1", "w2", "w3")},
+                )
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.device
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Tensor, sequences: Tensor, cache: RingCache, rows: Tensor | None = None
+    ) -> Tensor:
+        """Runs new tokens through all layers and appends them to the cache.
+
+        Args:
+            token_ids: [T] int64, the new tokens of all sequences.
+            sequences: the sequence table, from `cache.append`.
+            cache: the rings.
+            rows: [N] int64, which of the T tokens to compute logits for; None: all.
+
+        Returns:
+            [N, V] fp32 logits.
+        """
+        config = self.config
+        eps, theta, window = config.norm_eps, config.rope_theta, config.sliding_window
+
+        h = self.embeddings[token_ids]  # [T, E], the residual stream
+        x = ops.rms_norm(h, self.layers[0].attention_norm, eps)  # [T, E]
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, k_pool, v_pool, next_norm in zip(
+            self.layers, cache.k, cache.v, next_norms, strict=True
+        ):
+            q = ops.linear(x, layer.wq).unflatten(1, (-1, config.head_dim))  # [T, Hq, D]
+            k = ops.linear(x, layer.wk).unflatten(1, (-1, config.head_dim))  # [T, Hkv, D]
+            v = ops.linear(x, layer.wv).unflatten(1, (-1, config.head_dim))  # [T, Hkv, D]
+            ops.rope(q, k, v, k_pool, v_pool, sequences, theta, window)
+            x = ops.attention(q, k, v, k_pool, v_pool, sequences, window)  # [T, Hq, D]
+            x = ops.linear(x.flatten(1), layer.wo)  # [T, E]
+            x = ops.rms_norm(x, layer.ffn_norm, eps, residual=h)  # h += x, then [T, E]
+            x = ops.swiglu(ops.linear(x, layer.w1), ops.linear(x, layer.w3))  # [T, F]
+            x = ops.linear(x, layer.w2)  # [T, E]
+            x = ops.rms_norm(x, next_norm, eps, residual=h)  # h += x, then [T, E]
+        if rows is not None:
+            x = x[rows]  # [N, E]
+        return ops.linear(x, self.output).float()  # [N, V]

@@ -1,0 +1,58 @@
+// The compiled module `mistral_ext._C`.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../csrc/cpu/isa.h"
+#include "ops.h"
+#ifdef MISTRAL_CUDA
+#include "../csrc/cuda/device.h"
+#endif
+
+namespace py = pybind11;
+using namespace mistral;
+
+namespace {
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const cpu::Isa isa : cpu::supported_isas()) names.emplace_back(cpu::name(isa));
+  return names;
+}
+
+// None in a build without CUDA, else (devices, problem).
+py::object cuda_devices() {
+#ifdef MISTRAL_CUDA
+  const cuda::Devices found = cuda::devices();
+  py::list list;
+  for (const cuda::Device& device : found.list) {
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["capability"] = py::make_tuple(device.major, device.minor);
+    entry["multiprocessors"] = device.multiprocessors;
+    entry["memory_bytes"] = device.memory_bytes;
+    list.append(entry);
+  }
+  return py::make_tuple(list, found.problem);
+#else
+  return py::none();
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of mistral_ext; call them through mistral_ext.ops.";
+  m.def("supported_isas", &supported_isas);
+  m.def("active_isa", [] { return cpu::name(cpu::active_isa()); });
+  m.def("select_isa", &cpu::select_isa, py::arg("name"));
+  m.def("cuda_devices", &cuda_devices);
+#ifdef MISTRAL_CUDA
+  m.attr("cuda_architectures") = MISTRAL_CUDA;
+#else
+  m.attr("cuda_architectures") = py::none();
+#endif
+  python::bind_attention(m);
+  python::bind_rms_norm(m);
+  python::bind_rope(m);
+  python::bind_swiglu(m);
+}

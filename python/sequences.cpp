@@ -1,0 +1,92 @@
+#include "sequences.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace mistral::python {
+namespace {
+
+std::string at(int64_t index, const char* column, int64_t value) {
+  return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
+}
+
+// Every row must describe tokens and a ring that exist, and nothing may overlap: the kernels
+// trust the table.
+void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_heads,
+                 int64_t pool_rows, int64_t window) {
+  const auto* sequences = static_cast<const Sequence*>(table.data());
+  int64_t packed = 0;
+  std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) rows
+  for (int64_t i = 0; i < table.size(0); ++i) {
+    const Sequence& s = sequences[i];
+    if (s.first_token != packed) {
+      fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
+                   ": tokens are packed in the order of the table");
+    }
+    if (s.count < 0) fail(op, at(i, "count", s.count) + ", expected 0 or more");
+    packed += s.count;
+    if (s.position < 0) fail(op, at(i, "position", s.position) + ", expected 0 or more");
+    if (s.capacity < 1) fail(op, at(i, "capacity", s.capacity) + ", expected 1 or more");
+    if (s.capacity < window && s.capacity < s.position + s.count) {
+      fail(op, at(i, "capacity", s.capacity) + ", expected the window or " +
+                   std::to_string(s.position + s.count) + ", the sequence's length, or more");
+    }
+    const int64_t end = s.ring_row + kv_heads * s.capacity;
+    if (s.ring_row < 0 || end > pool_rows) {
+      fail(op, at(i, "ring_row", s.ring_row) + " and its ring ends at row " + std::to_string(end) +
+                   ", expected it to lie in the pool's " + std::to_string(pool_rows) + " rows");
+    }
+    rings.emplace_back(s.ring_row, end);
+  }
+  if (packed != tokens) {
+    fail(op, "sequences have " + std::to_string(packed) + " new tokens in all, but q has " +
+                 std::to_string(tokens));
+  }
+  std::sort(rings.begin(), rings.end());
+  for (size_t i = 1; i < rings.size(); ++i) {
+    if (rings[i].first < rings[i - 1].second) {
+      fail(op, "the ring at row " + std::to_string(rings[i].first) +
+                   " overlaps the ring at row " + std::to_string(rings[i - 1].first));
+    }
+  }
+}
+
+}  // namespace
+
+RaggedBatch::RaggedBatch(const char* op, py::handle q_, py::handle k_, py::handle v_,
+                         py::handle k_pool_, py::handle v_pool_, py::handle sequences_,
+                         std::optional<int64_t> window_)
+    : q(op, "q", q_),
+      k(op, "k", k_),
+      v(op, "v", v_),
+      k_pool(op, "k_pool", k_pool_),
+      v_pool(op, "v_pool", v_pool_),
+      table(op, "sequences", sequences_),
+      window(window_.value_or(kNoWindow)) {
+  if (window < 1) fail(op, "window is " + std::to_string(window) + ", expected 1 or more or None");
+  q.expect_shape({-1, -1, -1});
+  const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
+  if (dim % 32 != 0 || dim < 32 || dim > kMaxHeadDim) {
+    fail(op, "q has head dimension " + std::to_string(dim) + ", expected a multiple of 32 up to " +
+                 std::to_string(kMaxHeadDim));
+  }
+  k.expect_shape({tokens, -1, dim});
+  const int64_t kv_heads = k.size(1);
+  if (kv_heads == 0 || heads % kv_heads != 0) {
+    fail(op, "q has " + std::to_string(heads) + " heads, expected a multiple of the " +
+                 std::to_string(kv_heads) + " heads of k");
+  }
+  v.expect_shape({tokens, kv_heads, dim});
+  k_pool.expect_shape({-1, dim});
+  v_pool.expect_shape({k_pool.size(0), dim});
+  for (const Tensor* tensor : {&k, &v, &k_pool, &v_pool}) tensor->expect_dtype_of(q);
+  for (const Tensor* tensor : {&q, &k, &v}) tensor->expect_last_axis_contiguous();
+  k_pool.expect_contiguous();
+  v_pool.expect_contiguous();
+  table.expect_shape({-1, kSequenceFields});
+  table.expect_contiguous();
+  check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
+}
+
+}  // namespace mistral::python

@@ -1,0 +1,49 @@
+// The arguments that rope and attention share: packed q, k, v, the two pools, and the sequence
+// table, checked together.
+#pragma once
+
+#include <optional>
+
+#include "../csrc/ring.h"
+#include "tensor.h"
+
+namespace mistral::python {
+
+struct RaggedBatch {
+  RaggedBatch(const char* op, py::handle q, py::handle k, py::handle v, py::handle k_pool,
+              py::handle v_pool, py::handle sequences, std::optional<int64_t> window);
+
+  Tensor q;       // [T, Hq, D]
+  Tensor k;       // [T, Hkv, D]
+  Tensor v;       // [T, Hkv, D]
+  Tensor k_pool;  // [R, D]
+  Tensor v_pool;  // [R, D]
+  Table table;    // [S, 5]
+  int64_t window;
+
+  // Sets the fields that RopeParams and AttentionParams have in common.
+  template <class Params>
+  void fill(Params& p) const {
+    p.dtype = q.dtype();
+    p.q = q.data();
+    p.k = k.data();
+    p.v = v.data();
+    p.k_pool = k_pool.data();
+    p.v_pool = v_pool.data();
+    p.sequences = static_cast<const Sequence*>(table.data());
+    p.num_sequences = table.size(0);
+    p.tokens = q.size(0);
+    p.heads = q.size(1);
+    p.kv_heads = k.size(1);
+    p.head_dim = q.size(2);
+    p.stride_q_token = q.stride(0);
+    p.stride_q_head = q.stride(1);
+    p.stride_k_token = k.stride(0);
+    p.stride_k_head = k.stride(1);
+    p.stride_v_token = v.stride(0);
+    p.stride_v_head = v.stride(1);
+    p.window = window;
+  }
+};
+
+}  // namespace mistral::python

@@ -1,0 +1,126 @@
+#include "tensor.h"
+
+#include <pybind11/gil_safe_call_once.h>
+
+namespace mistral::python {
+namespace {
+
+struct Torch {
+  py::object tensor, float32, bfloat16, float16, int64;
+};
+
+// torch is loaded by whoever has a tensor to pass; its classes are looked up once.
+const Torch& torch() {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> storage;
+  return storage
+      .call_once_and_store_result([] {
+        const py::module_ module = py::module_::import("torch");
+        return Torch{module.attr("Tensor"), module.attr("float32"), module.attr("bfloat16"),
+                     module.attr("float16"), module.attr("int64")};
+      })
+      .get_stored();
+}
+
+std::string to_text(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text += (i ? ", " : "") + (sizes[i] < 0 ? "any" : std::to_string(sizes[i]));
+  }
+  return text + "]";
+}
+
+std::vector<int64_t> to_vector(const py::object& sizes) {
+  std::vector<int64_t> out;
+  out.reserve(4);
+  for (const py::handle size : sizes) out.push_back(size.cast<int64_t>());
+  return out;
+}
+
+const char* to_text(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return "torch.float32";
+    case DType::bf16: return "torch.bfloat16";
+    case DType::f16: return "torch.float16";
+  }
+  return "unknown";
+}
+
+}  // namespace
+
+void fail(const char* op, const std::string& problem) {
+  throw py::value_error(std::string(op) + ": " + problem);
+}
+
+Tensor::Tensor(const char* op, const char* name, py::handle object)
+    : Tensor(op, name, object, false) {}
+
+Tensor::Tensor(const char* op, const char* name, py::handle object, bool is_table)
+    : op_(op), name_(name) {
+  const std::string subject = std::string(op) + ": " + name;
+  if (!py::isinstance(object, torch().tensor)) {
+    throw py::type_error(subject + " is a " + std::string(py::str(py::type::of(object))) +
+                         ", expected a torch.Tensor");
+  }
+  const py::object device = object.attr("device");
+  if (device.attr("type").cast<std::string>() != "cpu") {
+    throw py::type_error(subject + " is on " + std::string(py::str(device)) +
+                         ", expected cpu like the other arguments");
+  }
+  const py::object dtype = object.attr("dtype");
+  if (is_table) {
+    if (!dtype.is(torch().int64)) {
+      throw py::type_error(subject + " has dtype " + std::string(py::str(dtype)) +
+                           ", expected torch.int64");
+    }
+  } else if (dtype.is(torch().float32)) {
+    dtype_ = DType::f32;
+  } else if (dtype.is(torch().bfloat16)) {
+    dtype_ = DType::bf16;
+  } else if (dtype.is(torch().float16)) {
+    dtype_ = DType::f16;
+  } else {
+    throw py::type_error(subject + " has dtype " + std::string(py::str(dtype)) +
+                         ", expected torch.float32, torch.bfloat16 or torch.float16");
+  }
+  data_ = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+  shape_ = to_vector(object.attr("shape"));
+  strides_ = to_vector(object.attr("stride")());
+}
+
+void Tensor::fail(const std::string& problem) const {
+  python::fail(op_, std::string(name_) + " " + problem);
+}
+
+void Tensor::expect_shape(std::initializer_list<int64_t> expected) const {
+  const std::vector<int64_t> wanted(expected);
+  bool equal = wanted.size() == shape_.size();
+  for (size_t i = 0; equal && i < wanted.size(); ++i) {
+    equal = wanted[i] < 0 || wanted[i] == shape_[i];
+  }
+  if (!equal) fail("has shape " + to_text(shape_) + ", expected " + to_text(wanted));
+}
+
+void Tensor::expect_dtype_of(const Tensor& other) const {
+  if (dtype_ != other.dtype_) {
+    throw py::type_error(std::string(op_) + ": " + name_ + " has dtype " + to_text(dtype_) +
+                         ", expected " + to_text(other.dtype_) + " like " + other.name_);
+  }
+}
+
+void Tensor::expect_last_axis_contiguous() const {
+  if (size(dims() - 1) > 1 && stride(dims() - 1) != 1) {
+    fail("has strides " + to_text(strides_) + ", expected the last to be 1");
+  }
+}
+
+void Tensor::expect_contiguous() const {
+  int64_t step = 1;
+  for (int64_t axis = dims() - 1; axis >= 0; --axis) {
+    if (size(axis) > 1 && stride(axis) != step) {
+      fail("has strides " + to_text(strides_) + ", expected it to be contiguous");
+    }
+    step *= size(axis);
+  }
+}
+
+}  // namespace mistral::python

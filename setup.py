@@ -1,0 +1,38 @@
+"""Builds mistral_ext._C with CMake; everything else is declared in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        # One tree per Python version, kept between builds: a rebuild compiles what changed.
+        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        tree.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [
+                "cmake",
+                "-GNinja",
+                f"-S{ROOT}",
+                f"-B{tree}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DMISTRAL_EXT_CUDA={os.environ.get('MISTRAL_EXT_CUDA', 'auto').lower()}",
+                *os.environ.get("CMAKE_ARGS", "").split(),
+            ],
+            check=True,
+        )
+        subprocess.run(["cmake", "--build", tree], check=True)
+        subprocess.run(["cmake", "--install", tree, "--prefix", target], check=True)
+
+
+setup(ext_modules=[Extension("mistral_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

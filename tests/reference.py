@@ -1,0 +1,83 @@
+"""Every op and the whole model in plain torch: the specification that the kernels are tested on.
+
+Written to be read, not to be fast. Each function computes in the dtype of its arguments: called
+with float32 or float64 it is the exact answer; called with bfloat16 or float16 it is what a plain
+torch program would get, the yardstick for a kernel's own rounding error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [T, E], weight: [E]. Normalises in fp32 or better, rounds, then multiplies."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """x: [T, H, D], positions: [T]. Pairs (i, i + D/2) turn by position * theta^(-2i/D)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = positions.double()[:, None, None] * frequencies  # [T, 1, D/2]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def visible(queries: int, keys: int, window: int | None) -> Tensor:
+    """[queries, keys] bool: the last `queries` of `keys` tokens see themselves and W - 1 before."""
+    p = torch.arange(keys - queries, keys)[:, None]
+    j = torch.arange(keys)[None]
+    return (j <= p) & (j > p - (window or keys))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None = None
+) -> Tensor:
+    """One sequence, no cache. q: [Tq, Hq, D], the last of it; k, v: [Tk, Hkv, D], all of it."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+    scores = scores.masked_fill(~visible(q.shape[0], k.shape[0], window), float("-inf"))
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return torch.einsum("hqk,khd->qhd", wide.softmax(-1).to(q.dtype), v)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * torch.sigmoid(gate) * up
+
+
+def model(weights: dict[str, Tensor], config, token_ids: Tensor) -> Tensor:
+    """Logits [T, V] of one sequence; `weights` as mistral_ext.checkpoint.load_weights gives them."""
+    positions = torch.arange(len(token_ids))
+    h = weights["tok_embeddings.weight"][token_ids]
+    for i in range(config.n_layers):
+        w = {name: weights[f"layers.{i}.{name}.weight"] for name in LAYER_WEIGHTS}
+        x = rms_norm(h, w["attention_norm"], config.norm_eps)
+        q = (x @ w["attention.wq"].T).unflatten(-1, (config.n_heads, config.head_dim))
+        k = (x @ w["attention.wk"].T).unflatten(-1, (config.n_kv_heads, config.head_dim))
+        v = (x @ w["attention.wv"].T).unflatten(-1, (config.n_kv_heads, config.head_dim))
+        q = rotate(q, positions, config.rope_theta)
+        k = rotate(k, positions, config.rope_theta)
+        x = attention(q, k, v, config.sliding_window).flatten(1)
+        h = h + x @ w["attention.wo"].T
+        x = rms_norm(h, w["ffn_norm"], config.norm_eps)
+        x = swiglu(x @ w["feed_forward.w1"].T, x @ w["feed_forward.w3"].T)
+        h = h + x @ w["feed_forward.w2"].T
+    return rms_norm(h, weights["norm.weight"], config.norm_eps) @ weights["output.weight"].T
+
+
+LAYER_WEIGHTS = (
+    "attention_norm",
+    "attention.wq",
+    "attention.wk",
+    "attention.wv",
+    "attention.wo",
+    "ffn_norm",
+    "feed_forward.w1",
+    "feed_forward.w2",
+    "feed_forward.w3",
+)
