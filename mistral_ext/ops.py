@@ -25,18 +25,10 @@ The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
-
-if os.environ.get("MISTRAL_EXT_ISA"):
-    try:
-        _C.select_isa(os.environ["MISTRAL_EXT_ISA"])
-    except ValueError as error:
-        raise ValueError(f"environment variable MISTRAL_EXT_ISA: {error}") from None
 
 
 def supported_isas() -> list[str]:
@@ -45,7 +37,10 @@ def supported_isas() -> list[str]:
 
 
 def active_isa() -> str:
-    """The one that they use: the fastest, or what `select_isa` or MISTRAL_EXT_ISA asked for."""
+    """The one that they use: what `select_isa` or MISTRAL_EXT_ISA asked for, else the fastest.
+
+    ValueError, as from every op, if the environment variable names one that this machine lacks.
+    """
     return _C.active_isa()
 
 
@@ -54,7 +49,9 @@ def select_isa(name: str) -> None:
     _C.select_isa(name)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor:
     """RMSNorm over the last axis, with an optional residual add before it.
 
     With a residual, `residual += x` in place (rounded to the dtype) and the sum is normalised;

@@ -51,7 +51,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def model(weights: dict[str, Tensor], config, token_ids: Tensor) -> Tensor:
-    """Logits [T, V] of one sequence; `weights` as mistral_ext.checkpoint.load_weights gives them."""
+    """Logits [T, V] of one sequence; `weights` as checkpoint.load_weights gives them."""
     positions = torch.arange(len(token_ids))
     h = weights["tok_embeddings.weight"][token_ids]
     for i in range(config.n_layers):

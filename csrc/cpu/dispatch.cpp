@@ -1,4 +1,5 @@
 // Chooses the instruction set once and forwards each op to its table.
+#include <cstdlib>
 #include <stdexcept>
 
 #include "isa.h"
@@ -44,13 +45,38 @@ const Kernels* table(Isa isa) {
   return &scalar::kernels;
 }
 
+Isa find_supported(const std::string& wanted) {
+  std::string names;
+  for (Isa isa : supported_isas()) {
+    if (wanted == name(isa)) return isa;
+    names += names.empty() ? name(isa) : std::string(", ") + name(isa);
+  }
+  throw std::invalid_argument("instruction set is '" + wanted +
+                              "', expected one that this processor runs: " + names);
+}
+
+Isa initial_isa() {
+  const char* wanted = std::getenv("MISTRAL_EXT_ISA");
+  if (!wanted || !*wanted) return supported_isas().back();
+  try {
+    return find_supported(wanted);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string("environment variable MISTRAL_EXT_ISA: ") +
+                                error.what());
+  }
+}
+
 struct Active {
-  Isa isa = supported_isas().back();
-  const Kernels* kernels = table(isa);
+  Isa isa;
+  const Kernels* kernels;
 };
 
+// Made at the first use, not when the module is loaded: an error then reaches the caller as one.
 Active& active() {
-  static Active instance;
+  static Active instance = [] {
+    const Isa isa = initial_isa();
+    return Active{isa, table(isa)};
+  }();
   return instance;
 }
 
@@ -76,16 +102,8 @@ std::vector<Isa> supported_isas() {
 Isa active_isa() { return active().isa; }
 
 void select_isa(const std::string& wanted) {
-  std::string names;
-  for (Isa isa : supported_isas()) {
-    if (wanted == name(isa)) {
-      active() = Active{isa, table(isa)};
-      return;
-    }
-    names += names.empty() ? name(isa) : std::string(", ") + name(isa);
-  }
-  throw std::invalid_argument("instruction set is '" + wanted +
-                              "', expected one that this processor runs: " + names);
+  const Isa isa = find_supported(wanted);
+  active() = Active{isa, table(isa)};
 }
 
 void attention(const AttentionParams& p, int threads) { active().kernels->attention(p, threads); }

@@ -13,7 +13,8 @@ const char* name(Isa isa);
 // Those this binary holds and this processor runs, slowest first.
 std::vector<Isa> supported_isas();
 
-// The set in use: the fastest supported one until select_isa is called.
+// The set in use: the one that the environment variable MISTRAL_EXT_ISA names, else the fastest
+// supported one. Throws std::invalid_argument, as every op does, if it names another.
 Isa active_isa();
 
 // Throws std::invalid_argument for a name that is unknown or that this processor cannot run.

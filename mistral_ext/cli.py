@@ -1,0 +1,310 @@
+"""The command line: `mistral-ext generate`, `mistral-ext chat`, `mistral-ext info`.
+
+Text goes to stdout, timings and errors to stderr. An error is one line and exit status 1 (2 for
+wrong usage, 130 for Ctrl-C); --traceback shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from mistral_ext import _C, __version__, ops
+from mistral_ext.generation import DEMO_MODEL, Mistral
+from mistral_ext.sampling import SamplingParams
+from mistral_ext.scheduler import Completion
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads is {args.threads}, expected 1 or more")
+            torch.set_num_threads(args.threads)
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, `head` say, has gone. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
+        if args.traceback:
+            raise
+        print(f"mistral-ext: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompt = _read_prompt(args)
+    options = _sampling_options(args)
+    SamplingParams.from_options(options)  # complain before the model is loaded
+    llm = _load(args)
+    if args.json or args.n > 1:
+        for completion in llm.generate(prompt, **options):
+            if args.json:
+                print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+            else:
+                print((prompt if args.echo else "") + completion.text)
+            _print_timing(completion)
+        return 0
+    stream = llm.stream(prompt, **options)
+    if args.echo:
+        print(prompt, end="")
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    _print_timing(stream.completion)
+    if args.logprobs is not None:
+        _print_logprobs(llm, stream.completion)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    options = _sampling_options(args)
+    SamplingParams.from_options(options)
+    chat = _load(args).start_chat(system=args.system, template=args.template)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  line editing and history for input()
+
+        print("Ctrl-C stops a reply, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            message = input("> " if interactive else "").strip()
+        except EOFError:
+            return 0
+        if not message:
+            continue
+        try:
+            for piece in chat.send(message, **options):
+                print(piece, end="", flush=True)
+            print()
+            _print_timing(chat.completion)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+
+
+def _info(args: argparse.Namespace) -> int:
+    lines = {
+        "mistral_ext": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": _processor_name(),
+        "instruction set": f"{ops.active_isa()} (of {', '.join(ops.supported_isas())})",
+        "threads": str(torch.get_num_threads()),
+        "demo model": str(DEMO_MODEL),
+    }
+    if _C.cuda_architectures is None:
+        lines["CUDA"] = "not in this build (no nvcc was found, or MISTRAL_EXT_CUDA=off)"
+    else:
+        lines["CUDA"] = f"built for {_C.cuda_architectures}; no kernels yet, models run on the CPU"
+        devices, problem = _C.cuda_devices()
+        lines["CUDA devices"] = "; ".join(map(_describe, devices)) or f"none ({problem})"
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _describe(device: dict) -> str:
+    major, minor = device["capability"]
+    return (
+        f"{device['name']} (sm_{major}{minor}, {device['multiprocessors']} multiprocessors, "
+        f"{device['memory_bytes'] / 2**30:.0f} GiB)"
+    )
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise ValueError("a prompt and --file were given, expected one of them")
+    if args.prompt not in (None, "-"):
+        return args.prompt
+    if args.file is None:
+        if args.prompt is None and sys.stdin.isatty():
+            raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
+        data, source = sys.stdin.buffer.read(), "stdin"
+    else:
+        data, source = Path(args.file).read_bytes(), args.file
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error}") from None
+
+
+def _load(args: argparse.Namespace) -> Mistral:
+    overrides = {}
+    if args.sliding_window is not None:
+        overrides["sliding_window"] = args.sliding_window or None
+    if args.rope_theta is not None:
+        overrides["rope_theta"] = args.rope_theta
+    if args.max_positions is not None:
+        overrides["max_positions"] = args.max_positions
+    return Mistral.from_pretrained(
+        args.model or DEMO_MODEL,
+        dtype=_DTYPES[args.dtype] if args.dtype else None,
+        prefill_chunk=args.prefill_chunk,
+        **overrides,
+    )
+
+
+def _sampling_options(args: argparse.Namespace) -> dict[str, object]:
+    options = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)
+    }
+    options["logit_bias"] = dict(args.logit_bias)
+    return options
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    return int(token_id), float(bias)
+
+
+def _print_timing(completion: Completion) -> None:
+    timing = completion.timing
+    line = (
+        f"[prompt {timing.prompt_tokens} tokens, {timing.prompt_rate:.1f} tokens/s; "
+        f"completion {len(completion.token_ids)} tokens"
+    )
+    if timing.decode_tokens:
+        line += f", {timing.decode_rate:.1f} tokens/s"
+    print(f"{line}; {completion.finish_reason}]", file=sys.stderr)
+
+
+def _print_logprobs(llm: Mistral, completion: Completion) -> None:
+    def show(token_id: int, logprob: float) -> str:
+        text = llm.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
+        return f"{text!r} {logprob:.3f}"
+
+    for token in completion.logprobs:
+        others = "  ".join(show(i, logprob) for i, logprob in token.top.items())
+        print(f"{show(token.token_id, token.logprob):24} {others}".rstrip(), file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mistral-ext", description="Run Mistral 7B models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--threads", type=int, metavar="N", help="threads to use")
+    common.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        parents=[common, _model_options(), _sampling_option_group()],
+        help="complete a prompt",
+        description="Complete a prompt; the completion streams to stdout.",
+    )
+    generate.add_argument("prompt", nargs="?", help="the prompt; '-' or none: read it from stdin")
+    generate.add_argument("--file", metavar="PATH", help="read the prompt from a file")
+    generate.add_argument("--echo", action="store_true", help="print the prompt, too")
+    generate.add_argument("--json", action="store_true", help="print a JSON object per completion")
+    generate.add_argument("--n", type=int, default=1, help="number of completions")
+    generate.set_defaults(run=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        parents=[common, _model_options(), _sampling_option_group()],
+        help="talk to an Instruct model",
+        description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
+    chat.set_defaults(run=_chat, n=1)
+
+    info = commands.add_parser(
+        "info", parents=[common], help="show the version, the instruction set and the devices"
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id; default: the demo")
+    group.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
+    group.add_argument(
+        "--sliding-window", type=int, metavar="W", help="override the config; 0: no window"
+    )
+    group.add_argument("--rope-theta", type=float, metavar="BASE", help="override the config")
+    group.add_argument("--max-positions", type=int, metavar="N", help="override the config")
+    group.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in one pass"
+    )
+    return parser
+
+
+def _sampling_option_group() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("sampling")
+    for name, kind, text in (
+        ("max_tokens", int, "tokens to generate at most"),
+        ("temperature", float, "0: always the most likely token"),
+        ("top_p", float, "keep the most likely tokens up to this probability"),
+        ("top_k", int, "keep this many of the most likely tokens; 0: all"),
+        ("min_p", float, "keep tokens this likely relative to the most likely"),
+        ("repetition_penalty", float, "divide logits of tokens seen before"),
+        ("presence_penalty", float, "subtract from logits of tokens generated before"),
+        ("frequency_penalty", float, "the same for each time they were generated"),
+        ("seed", int, "same seed, same text"),
+        ("logprobs", int, "show the log-probability of each token and of N others"),
+    ):
+        default = getattr(SamplingParams, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            metavar="N" if kind is int else "X",
+            help=text if default is None else f"{text} (default {default})",
+        )
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_token_bias,
+        default=[],
+        metavar="ID=X",
+        help="add X to the logit of token ID; may be repeated",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="do not end at the end of text")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""The hyperparameters of a Mistral model, read from either of its two file formats.
+
+Hugging Face folders describe a model in ``config.json``, Mistral's own in ``params.json``.
+Both become one :class:`MistralConfig`, with Mistral's names. A setting that would need
+arithmetic the model does not have (scaled RoPE, biases, experts) is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistral_ext.checkpoint import find_weights, read_json_object
+
+# Field -> key of config.json, and the value transformers' MistralConfig gives to a missing key.
+_HF_KEYS = {
+    "vocab_size": ("vocab_size", 32000),
+    "dim": ("hidden_size", 4096),
+    "n_layers": ("num_hidden_layers", 32),
+    "n_heads": ("num_attention_heads", 32),
+    "n_kv_heads": ("num_key_value_heads", 8),
+    "hidden_dim": ("intermediate_size", 14336),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "sliding_window": ("sliding_window", 4096),
+    "max_positions": ("max_position_embeddings", 131072),
+    "bos_id": ("bos_token_id", 1),
+    "eos_ids": ("eos_token_id", 2),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+}
+_HF_DEFAULT_ROPE_THETA = 1e4
+
+# Keys of params.json that have the field's own name and no default.
+_PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
+# params.json says nothing about these; the three 7B releases agree on them.
+_PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """Shapes and constants of one model.
+
+    Raises:
+        ValueError: naming the field (and its key in config.json), its value and what was expected.
+    """
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int  # query heads
+    n_kv_heads: int  # key/value heads; divides n_heads
+    head_dim: int  # even, for RoPE; n_heads * head_dim need not be dim
+    hidden_dim: int  # width of the feed-forward
+    norm_eps: float
+    rope_theta: float
+    sliding_window: int | None  # W: keys a query sees, itself included; None: all
+    max_positions: int  # positions the model was trained for; a limit only without a window
+    bos_id: int
+    eos_ids: tuple[int, ...]  # any of them ends a text
+    dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
+    tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eos_ids, (int, list)):  # both occur in files
+            ids = [self.eos_ids] if isinstance(self.eos_ids, int) else self.eos_ids
+            object.__setattr__(self, "eos_ids", tuple(ids))
+        for name in (
+            "vocab_size",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "hidden_dim",
+            "max_positions",
+        ):
+            self._check(name, _is_int(getattr(self, name), minimum=1), "a positive integer")
+        for name in ("norm_eps", "rope_theta"):
+            self._check(name, _is_positive_number(getattr(self, name)), "a positive number")
+        self._check(
+            "sliding_window",
+            self.sliding_window is None or _is_int(self.sliding_window, minimum=1),
+            "a positive integer, or null (None) for full attention",
+        )
+        self._check(
+            "n_kv_heads",
+            self.n_heads % self.n_kv_heads == 0,
+            f"a divisor of n_heads ({self.n_heads})",
+        )
+        self._check("head_dim", self.head_dim % 2 == 0, "even: RoPE rotates pairs")
+        self._check(
+            "bos_id",
+            _is_int(self.bos_id) and self.bos_id < self.vocab_size,
+            f"a token id below vocab_size ({self.vocab_size})",
+        )
+        self._check(
+            "eos_ids",
+            isinstance(self.eos_ids, tuple)
+            and all(_is_int(i) and i < self.vocab_size for i in self.eos_ids),
+            f"token ids below vocab_size ({self.vocab_size})",
+        )
+        self._check(
+            "dtype",
+            self.dtype is None or self.dtype in _DTYPES.values(),
+            f"one of {', '.join(_DTYPES)}",
+        )
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            key = _HF_KEYS.get(name, (name,))[0]
+            label = name if key == name else f"{name} ({key})"
+            raise ValueError(f"{label} must be {expected}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_folder(cls, path: str | Path, **overrides: Any) -> MistralConfig:
+        """Read the configuration of the checkpoint in a folder.
+
+        A folder may hold both formats. Then ``config.json`` is read, unless the only weights
+        there are Mistral's: the configuration should come from whoever wrote the weights
+        (early ``config.json`` files of v0.2 state a window that its ``params.json`` does not).
+
+        Args:
+            path: a local folder (see :func:`mistral_ext.checkpoint.resolve` for hub ids).
+            overrides: fields by name, e.g. ``sliding_window=None``; they win over the file.
+
+        Raises:
+            FileNotFoundError: the folder has neither file.
+            ValueError: the file is damaged, or describes a model that this engine cannot compute.
+            TypeError: an override that is not a field.
+        """
+        folder = Path(path)
+        hf_file, params_file = folder / "config.json", folder / "params.json"
+        weights = find_weights(folder)
+        mistral_weights = weights is not None and weights.layout.format == "mistral"
+        if params_file.is_file() and (mistral_weights or not hf_file.is_file()):
+            file, read = params_file, cls.from_params
+        elif hf_file.is_file():
+            file, read = hf_file, cls.from_hf
+        else:
+            raise FileNotFoundError(
+                f"no model configuration in {str(folder)!r}: expected config.json "
+                "(Hugging Face) or params.json (Mistral)"
+            )
+        values = read_json_object(file)
+        try:
+            return read(values, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
+        """Read the contents of a Hugging Face ``config.json``, of any transformers version.
+
+        A missing key takes the default of transformers' ``MistralConfig``, which is not always
+        what Mistral 7B uses. So does null, save for ``sliding_window``, where it means none.
+        """
+        _refuse_unless(values, "model_type", "mistral")
+        _refuse_unless(values, "hidden_act", "silu", default="silu")
+        _refuse_if_set(values, "attention_bias", "mlp_bias", "quantization_config")
+        if len(set(map(str, values.get("layer_types") or ()))) > 1:
+            raise ValueError(
+                "layer_types mixes kinds of attention; every layer must have the same, "
+                f"got {values['layer_types']!r}"
+            )
+
+        fields = {}
+        for name, (key, default) in _HF_KEYS.items():
+            value = values.get(key, default)
+            fields[name] = default if value is None and key != "sliding_window" else value
+        if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+            fields["n_kv_heads"] = fields["n_heads"]
+        fields["head_dim"] = values.get("head_dim")
+        fields["rope_theta"] = _hf_rope_theta(values)
+        fields["dtype"] = _dtype(values)
+        return cls._build(fields, overrides)
+
+    @classmethod
+    def from_params(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
+        """Read the contents of Mistral's ``params.json``.
+
+        The first release has no ``rope_theta``: it is 1e4 if there is a window, else 1e6. Some
+        files spell the window ``_sliding_window``. Positions and token ids are not in the file.
+        """
+        _refuse_unless(values, "model_type", "transformer", default="transformer")
+        _refuse_if_set(values, "moe", "quantization", "vision_encoder", "yarn", "use_biases")
+
+        fields = {key: values[key] for key in _PARAMS_KEYS if key in values}
+        fields |= _PARAMS_DEFAULTS
+        fields["head_dim"] = values.get("head_dim")
+        window = values.get("sliding_window")
+        window = values.get("_sliding_window") if window is None else window
+        fields["sliding_window"] = window
+        fields["rope_theta"] = values.get("rope_theta") or (1e6 if window is None else 1e4)
+        fields["dtype"] = _dtype(values)
+        fields["tie_word_embeddings"] = bool(values.get("tied_embeddings"))
+        missing = [key for key in _PARAMS_KEYS if key not in fields and key not in overrides]
+        if missing:
+            raise ValueError(f"missing {', '.join(missing)}")
+        return cls._build(fields, overrides)
+
+    @classmethod
+    def _build(cls, fields: dict[str, Any], overrides: dict[str, Any]) -> MistralConfig:
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [name for name in overrides if name not in names]
+        if unknown:
+            raise TypeError(
+                f"unknown configuration field {unknown[0]!r}; expected one of: {', '.join(names)}"
+            )
+        fields = fields | overrides
+        if fields["head_dim"] is None:
+            fields["head_dim"] = _derived_head_dim(fields["dim"], fields["n_heads"])
+        return cls(**fields)
+
+
+def _is_int(value: Any, minimum: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_positive_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0
+
+
+def _derived_head_dim(dim: Any, n_heads: Any) -> int:
+    if not (_is_int(dim, minimum=1) and _is_int(n_heads, minimum=1) and dim % n_heads == 0):
+        raise ValueError(
+            "without head_dim, dim (hidden_size) must be a multiple of n_heads "
+            f"(num_attention_heads), got {dim!r} and {n_heads!r}"
+        )
+    return dim // n_heads
+
+
+def _refuse_unless(values: dict[str, Any], key: str, expected: str, default: Any = None) -> None:
+    value = values.get(key, default)
+    if value != expected:
+        raise ValueError(f"{key} must be {expected!r}, got {value!r}")
+
+
+def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if values.get(key):
+            raise ValueError(f"{key} is not supported, got {values[key]!r}")
+
+
+def _hf_rope_theta(values: dict[str, Any]) -> Any:
+    """The base of RoPE, after checking that it is the plain kind.
+
+    transformers moved ``rope_theta`` and ``rope_scaling`` into one ``rope_parameters``.
+    """
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"rope_type must be 'default' (no scaling), got {kind!r}")
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise ValueError(f"partial_rotary_factor must be 1, got {partial!r}")
+    return rope.get("rope_theta", values.get("rope_theta", _HF_DEFAULT_ROPE_THETA))
+
+
+def _dtype(values: dict[str, Any]) -> torch.dtype | None:
+    """The stored dtype; old transformers call the key ``torch_dtype``."""
+    name = values.get("dtype", values.get("torch_dtype"))
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]

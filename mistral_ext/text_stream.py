@@ -1,0 +1,93 @@
+"""Text from token ids, one id at a time.
+
+Three things keep a token's text from being final the moment the token arrives: it may end inside
+a UTF-8 character, its space may be the one that encoding puts before a text, and its end may turn
+out to be the beginning of a stop string.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from mistral_ext.tokenizer import UTF8_ERRORS, Tokenizer
+
+
+class TextStream:
+    """Turns token ids into text piece by piece, up to the first stop string.
+
+    The pieces returned by push() and finish(), joined, are `text`: the decode of all ids, cut
+    before the stop string that begins first. A piece is returned as soon as no later token can
+    change it.
+
+    Args:
+        tokenizer: supplies the bytes of each token.
+        stop: strings that end the text; they are not part of it.
+        strip_first_space: the ids start a text (a chat reply, or a completion of nothing), so the
+            space that encoding puts there is dropped; False: they continue a text.
+
+    Attributes:
+        stopped: a stop string has been found; later ids add nothing.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), strip_first_space: bool = False
+    ) -> None:
+        if isinstance(stop, str):
+            raise TypeError(f"stop: expected a sequence of strings, got the string {stop!r}")
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop: expected non-empty strings, got {list(stop)!r}")
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._at_stripped_start = strip_first_space and tokenizer.adds_first_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")(UTF8_ERRORS)
+        self._held = ""  # decoded, but perhaps (part of) a stop string
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """All text returned so far."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that became final, often "".
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        data = self._tokenizer.token_bytes(token_id)
+        if self._at_stripped_start and data:
+            data = data.removeprefix(b" ")
+            self._at_stripped_start = False
+        return self._release(self._decoder.decode(data), final=False)
+
+    def finish(self) -> str:
+        """Return what was held back; an incomplete character becomes U+FFFD."""
+        return self._release(self._decoder.decode(b"", final=True), final=True)
+
+    def _release(self, new: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        held = self._held + new
+        begins = [i for s in self._stop if (i := held.find(s)) >= 0]
+        cut = min(begins, default=len(held))
+        # A stop string that has only begun may begin before one that is complete.
+        partial = len(held) if final else self._partial_stop(held)
+        if cut <= partial and begins:
+            self.stopped = True
+            self._held = ""
+        else:
+            cut = partial
+            self._held = held[cut:]
+        if cut:
+            self._pieces.append(held[:cut])
+        return held[:cut]
+
+    def _partial_stop(self, held: str) -> int:
+        """Where the longest end of held that begins a stop string starts; len(held): nowhere."""
+        for start in range(max(0, len(held) - self._longest_stop + 1), len(held)):
+            tail = held[start:]
+            if any(s.startswith(tail) for s in self._stop):
+                return start
+        return len(held)
