@@ -1,0 +1,267 @@
+"""mistral_ext.config: both file formats, their traps, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from mistral_ext.config import MistralConfig
+
+# What the releases ship, less the keys that nobody reads.
+HF_V1 = {
+    "model_type": "mistral",
+    "hidden_act": "silu",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+PARAMS_V1 = {
+    "dim": 4096,
+    "n_layers": 32,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
+V1 = {
+    "vocab_size": 32000,
+    "dim": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "sliding_window": 4096,
+    "max_positions": 32768,
+    "bos_id": 1,
+    "eos_ids": (2,),
+}
+
+
+def without(values: dict, *keys: str) -> dict:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def write(folder, **files) -> None:
+    """write(folder, config={...}) makes folder/config.json."""
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+
+
+def test_hf_v1():
+    assert MistralConfig.from_hf(HF_V1) == MistralConfig(**V1, dtype=torch.bfloat16)
+
+
+def test_params_v1():
+    assert MistralConfig.from_params(PARAMS_V1) == MistralConfig(**V1)
+
+
+def test_hf_missing_keys_take_the_defaults_of_transformers():
+    ours = MistralConfig.from_hf({"model_type": "mistral"})
+    theirs = transformers.MistralConfig()
+    assert ours == MistralConfig(
+        vocab_size=theirs.vocab_size,
+        dim=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        n_kv_heads=theirs.num_key_value_heads,
+        head_dim=theirs.head_dim,
+        hidden_dim=theirs.intermediate_size,
+        norm_eps=theirs.rms_norm_eps,
+        rope_theta=theirs.rope_parameters["rope_theta"],
+        sliding_window=theirs.sliding_window,
+        max_positions=theirs.max_position_embeddings,
+        bos_id=theirs.bos_token_id,
+        eos_ids=(theirs.eos_token_id,),
+        tie_word_embeddings=theirs.tie_word_embeddings,
+    )
+
+
+def test_hf_as_the_installed_transformers_writes_it(tmp_path):
+    transformers.MistralConfig(
+        rope_parameters={"rope_theta": 5e5, "rope_type": "default"},
+        sliding_window=None,
+        head_dim=64,
+        eos_token_id=[2, 7],
+        dtype="float16",
+    ).save_pretrained(tmp_path)
+    config = MistralConfig.from_folder(tmp_path)
+    assert (config.rope_theta, config.sliding_window) == (5e5, None)
+    assert (config.head_dim, config.eos_ids, config.dtype) == (64, (2, 7), torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "expected"),
+    [
+        ({"rope_theta": 1e6}, "rope_theta", 1e6),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta", 1e6),
+        ({"rope_scaling": None}, "rope_theta", 1e4),
+        ({"rope_scaling": {"type": "default"}}, "rope_theta", 1e4),
+        ({"sliding_window": None}, "sliding_window", None),
+        ({"head_dim": None}, "head_dim", 128),
+        ({"head_dim": 160}, "head_dim", 160),
+        ({"num_key_value_heads": None}, "n_kv_heads", 32),
+        ({"eos_token_id": [2, 5]}, "eos_ids", (2, 5)),
+        ({"eos_token_id": None}, "eos_ids", (2,)),
+        ({"dtype": "float32"}, "dtype", torch.float32),
+        ({"torch_dtype": None}, "dtype", None),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings", True),
+        ({"layer_types": ["sliding_attention"] * 32}, "sliding_window", 4096),
+    ],
+)
+def test_hf_variants(change, field, expected):
+    assert getattr(MistralConfig.from_hf(HF_V1 | change), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "window", "theta"),
+    [
+        ({}, 4096, 1e4),
+        ({"rope_theta": 1e6}, 4096, 1e6),
+        ({"sliding_window": None}, None, 1e6),
+        ({"sliding_window": None, "_sliding_window": 1024}, 1024, 1e4),
+        ({"sliding_window": None, "rope_theta": 5e5}, None, 5e5),
+    ],
+)
+def test_params_window_decides_a_missing_theta(change, window, theta):
+    config = MistralConfig.from_params(PARAMS_V1 | change)
+    assert (config.sliding_window, config.rope_theta) == (window, theta)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    write(tmp_path, config=HF_V1)
+    config = MistralConfig.from_folder(
+        tmp_path, sliding_window=None, rope_theta=1e6, eos_ids=[2, 3]
+    )
+    assert (config.sliding_window, config.rope_theta, config.eos_ids) == (None, 1e6, (2, 3))
+
+
+def test_override_of_the_window_leaves_theta_as_the_file_means_it():
+    assert MistralConfig.from_params(PARAMS_V1, sliding_window=None).rope_theta == 1e4
+
+
+def test_override_repairs_a_bad_value():
+    assert MistralConfig.from_params(PARAMS_V1 | {"vocab_size": -1}, vocab_size=7).vocab_size == 7
+
+
+def test_override_of_dim_moves_a_derived_head_dim():
+    assert MistralConfig.from_hf(HF_V1, dim=2048).head_dim == 64
+
+
+def test_unknown_override_lists_the_fields():
+    with pytest.raises(TypeError, match=r"'window'.*sliding_window"):
+        MistralConfig.from_hf(HF_V1, window=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, "model_type must be 'mistral', got 'mixtral'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type .* got 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type .* got 'yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor .* got 0.5"),
+        ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types mixes"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer.*got 0"),
+        ({"sliding_window": -1}, "sliding_window must be a positive integer.*got -1"),
+        ({"sliding_window": True}, "sliding_window must be a positive integer.*got True"),
+        ({"hidden_size": 0}, "must be a multiple of n_heads|must be a positive integer"),
+        ({"hidden_size": 4100}, r"dim \(hidden_size\) must be a multiple.*4100 and 32"),
+        ({"num_hidden_layers": "32"}, r"n_layers \(num_hidden_layers\) must be .*got '32'"),
+        ({"num_key_value_heads": 5}, r"n_kv_heads \(num_key_value_heads\) must be a divisor.*5"),
+        ({"head_dim": 127}, "head_dim must be even.*got 127"),
+        ({"rms_norm_eps": 0.0}, r"norm_eps \(rms_norm_eps\) must be a positive number, got 0.0"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps .*must be a positive number, got nan"),
+        ({"vocab_size": -1}, "vocab_size must be a positive integer, got -1"),
+        ({"bos_token_id": 32000}, r"bos_id .*below vocab_size \(32000\), got 32000"),
+        ({"eos_token_id": [2, -5]}, r"eos_ids .*below vocab_size \(32000\), got \(2, -5\)"),
+        ({"eos_token_id": "2"}, r"eos_ids .*below vocab_size \(32000\), got '2'"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype must be one of bfloat16.*got 'float8_e4m3fn'"),
+    ],
+)
+def test_hf_refused(tmp_path, change, message):
+    write(tmp_path, config=HF_V1 | change)
+    with pytest.raises(ValueError, match=message) as error:
+        MistralConfig.from_folder(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (PARAMS_V1 | {"moe": {"num_experts": 8}}, "moe is not supported"),
+        (PARAMS_V1 | {"yarn": {"factor": 4}}, "yarn is not supported"),
+        (PARAMS_V1 | {"model_type": "mamba"}, "model_type must be 'transformer', got 'mamba'"),
+        (PARAMS_V1 | {"sliding_window": [4096, 8192]}, r"sliding_window must be .*\[4096, 8192\]"),
+        (PARAMS_V1 | {"vocab_size": -1}, "vocab_size must be a positive integer, got -1"),
+        (without(PARAMS_V1, "n_kv_heads", "vocab_size"), "missing vocab_size, n_kv_heads"),
+    ],
+)
+def test_params_refused(tmp_path, values, message):
+    write(tmp_path, params=values)
+    with pytest.raises(ValueError, match=message) as error:
+        MistralConfig.from_folder(tmp_path)
+    assert str(tmp_path / "params.json") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00", '{"a": 1,}'])
+def test_damaged_json_names_the_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        MistralConfig.from_folder(tmp_path)
+
+
+def test_no_configuration(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config.json.*params.json") as error:
+        MistralConfig.from_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+# Early v0.2 folders disagree: a window in config.json, none in params.json.
+PARAMS_V2 = without(PARAMS_V1, "sliding_window") | {"rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("weights", "window"),
+    [
+        ([], 4096),
+        (["model.safetensors"], 4096),
+        (["model.safetensors", "consolidated.safetensors"], 4096),
+        (["consolidated.safetensors"], None),
+        (["consolidated.00.pth"], None),
+    ],
+)
+def test_of_two_files_the_one_that_goes_with_the_weights(tmp_path, weights, window):
+    write(tmp_path, config=HF_V1, params=PARAMS_V2)
+    for name in weights:
+        (tmp_path / name).touch()
+    assert MistralConfig.from_folder(tmp_path).sliding_window == window
+
+
+def test_params_alone_go_with_any_weights(tmp_path):
+    write(tmp_path, params=PARAMS_V2)
+    (tmp_path / "model.safetensors").touch()
+    assert MistralConfig.from_folder(tmp_path).rope_theta == 1e6
