@@ -32,7 +32,10 @@ class CMakeBuild(build_ext):
             check=True,
         )
         subprocess.run(["cmake", "--build", tree], check=True)
-        subprocess.run(["cmake", "--install", tree, "--prefix", target], check=True)
+        # Into the wheel, and into this folder too: Python started here finds mistral_ext in the
+        # current directory before the installed one.
+        for prefix in {target, ROOT / "mistral_ext"}:
+            subprocess.run(["cmake", "--install", tree, "--prefix", prefix], check=True)
 
 
 setup(ext_modules=[Extension("mistral_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

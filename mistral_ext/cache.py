@@ -59,6 +59,7 @@ class RingCache:
         self.window = config.sliding_window
         self.capacities = list(capacities)
         self.lengths = [0] * len(capacities)
+        self._furthest = [0] * len(capacities)  # the longest that each has been since it was empty
         self._rows = [0]
         for capacity in capacities:
             self._rows.append(self._rows[-1] + config.n_kv_heads * capacity)
@@ -84,7 +85,6 @@ class RingCache:
         Raises:
             ValueError: a ring without a window would overflow.
         """
-        table, first_token = [], 0
         for ring, count in counts.items():
             length, capacity = self.lengths[ring], self.capacities[ring]
             if (self.window is None or capacity < self.window) and length + count > capacity:
@@ -92,9 +92,13 @@ class RingCache:
                     f"ring {ring} has {capacity} slots and no room for {count} more tokens "
                     f"after {length}"
                 )
+        table, first_token = [], 0
+        for ring, count in counts.items():
+            length, capacity = self.lengths[ring], self.capacities[ring]
             table.append((first_token, count, length, self._rows[ring], capacity))
             first_token += count
             self.lengths[ring] += count
+            self._furthest[ring] = max(self._furthest[ring], self.lengths[ring])
         return torch.tensor(table, dtype=torch.int64)
 
     def rewind(self, ring: int, length: int) -> bool:
@@ -111,8 +115,10 @@ class RingCache:
         if not 0 <= length <= seen:
             raise ValueError(f"length is {length}, expected 0 to {seen}")
         oldest_seen = max(0, length - self.window + 1) if self.window else 0
-        oldest_kept = max(0, seen - self.capacities[ring])
-        if length > 0 and oldest_seen < oldest_kept:
+        oldest_kept = max(0, self._furthest[ring] - self.capacities[ring])
+        if oldest_seen < min(length, oldest_kept):
             return False
         self.lengths[ring] = length
+        if length == 0:
+            self._furthest[ring] = 0
         return True

@@ -152,11 +152,14 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T: a layer without bias. torch's own matrix product.
+    """x @ weight.T: a layer without bias.
+
+    Up to 8 tokens are limited by reading the weights, which a kernel of ours does once, and come
+    out the same to the bit whatever their number; more are left to torch's matrix product.
 
     Args:
         x: [T, K].
-        weight: [N, K].
+        weight: [N, K], contiguous.
 
     Returns:
         [T, N].
@@ -168,6 +171,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 # give torch.compile and torch.export the shapes without running anything.
 
 _library = torch.library.Library("mistral_ext", "DEF")
+
+_FEW_TOKENS = 8  # as many as a product may have for `_C.linear`
 
 _library.define(
     "rms_norm(Tensor x, Tensor weight, float eps=1e-05, Tensor(a!)? residual=None) -> Tensor"
@@ -199,7 +204,6 @@ def _(q, k, v, k_pool, v_pool, sequences, theta, window=None):
 @torch.library.impl(_library, "attention", "CPU")
 def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None):
     out = torch.empty(q.shape, dtype=q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     threads = torch.get_num_threads()
     _C.attention(q, k, v, k_pool, v_pool, sequences, out, window, scale, threads)
     return out
@@ -214,14 +218,12 @@ def _(gate, up):
 
 @torch.library.impl(_library, "linear", "CPU")
 def _(x, weight):
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"linear: weight has shape {list(weight.shape)} and x {list(x.shape)}, "
-            "expected [N, K] and [T, K]"
-        )
-    if x.dtype != weight.dtype:
-        raise TypeError(f"linear: weight has dtype {weight.dtype}, expected {x.dtype} like x")
-    return torch.nn.functional.linear(x, weight)
+    if len(x) > _FEW_TOKENS:
+        _C.check_linear(x, weight)
+        return torch.nn.functional.linear(x, weight)
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype)
+    _C.linear(x, weight, out, torch.get_num_threads())
+    return out
 
 
 @torch.library.register_fake("mistral_ext::rms_norm")

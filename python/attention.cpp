@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
+
 #include "ops.h"
 #include "sequences.h"
 
@@ -9,8 +11,8 @@ namespace mistral::python {
 namespace {
 
 void attention(py::object q, py::object k, py::object v, py::object k_pool, py::object v_pool,
-               py::object sequences, py::object out_, std::optional<int64_t> window, float scale,
-               int threads) {
+               py::object sequences, py::object out_, std::optional<int64_t> window,
+               std::optional<double> scale, int threads) {
   constexpr const char* op = "attention";
   const RaggedBatch batch(op, q, k, v, k_pool, v_pool, sequences, window);
   const Tensor out(op, "out", out_);
@@ -19,7 +21,7 @@ void attention(py::object q, py::object k, py::object v, py::object k_pool, py::
   p.out = out.data();
   p.stride_out_token = out.stride(0);
   p.stride_out_head = out.stride(1);
-  p.scale = scale;
+  p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))));
   const py::gil_scoped_release release;
   cpu::attention(p, threads);
 }

@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = py::none();
 #endif
   python::bind_attention(m);
+  python::bind_linear(m);
   python::bind_rms_norm(m);
   python::bind_rope(m);
   python::bind_swiglu(m);

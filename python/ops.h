@@ -6,6 +6,7 @@
 namespace mistral::python {
 
 void bind_attention(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 void bind_swiglu(pybind11::module_& m);

@@ -24,20 +24,27 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
       fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
                    ": tokens are packed in the order of the table");
     }
-    if (s.count < 0) fail(op, at(i, "count", s.count) + ", expected 0 or more");
+    if (s.count < 0 || s.count > tokens - packed) {
+      fail(op, at(i, "count", s.count) + ", expected 0 to " + std::to_string(tokens - packed) +
+                   ": q has " + std::to_string(tokens) + " tokens in all");
+    }
     packed += s.count;
-    if (s.position < 0) fail(op, at(i, "position", s.position) + ", expected 0 or more");
+    if (s.position < 0 || s.position >= kNoWindow) {
+      fail(op, at(i, "position", s.position) + ", expected 0 to 2^62 - 1");
+    }
     if (s.capacity < 1) fail(op, at(i, "capacity", s.capacity) + ", expected 1 or more");
     if (s.capacity < window && s.capacity < s.position + s.count) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window or " +
                    std::to_string(s.position + s.count) + ", the sequence's length, or more");
     }
-    const int64_t end = s.ring_row + kv_heads * s.capacity;
-    if (s.ring_row < 0 || end > pool_rows) {
-      fail(op, at(i, "ring_row", s.ring_row) + " and its ring ends at row " + std::to_string(end) +
-                   ", expected it to lie in the pool's " + std::to_string(pool_rows) + " rows");
+    // A division, because the product of a wrong capacity may not fit.
+    if (s.ring_row < 0 || s.ring_row > pool_rows ||
+        s.capacity > (pool_rows - s.ring_row) / kv_heads) {
+      fail(op, at(i, "ring_row", s.ring_row) + " and its ring has " + std::to_string(kv_heads) +
+                   " heads of " + std::to_string(s.capacity) + " rows, expected it to lie in the " +
+                   "pool's " + std::to_string(pool_rows) + " rows");
     }
-    rings.emplace_back(s.ring_row, end);
+    rings.emplace_back(s.ring_row, s.ring_row + kv_heads * s.capacity);
   }
   if (packed != tokens) {
     fail(op, "sequences have " + std::to_string(packed) + " new tokens in all, but q has " +
@@ -46,8 +53,8 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
   std::sort(rings.begin(), rings.end());
   for (size_t i = 1; i < rings.size(); ++i) {
     if (rings[i].first < rings[i - 1].second) {
-      fail(op, "the ring at row " + std::to_string(rings[i].first) +
-                   " overlaps the ring at row " + std::to_string(rings[i - 1].first));
+      fail(op, "the ring at row " + std::to_string(rings[i].first) + " overlaps the ring at row " +
+                   std::to_string(rings[i - 1].first));
     }
   }
 }

@@ -107,6 +107,7 @@ void select_isa(const std::string& wanted) {
 }
 
 void attention(const AttentionParams& p, int threads) { active().kernels->attention(p, threads); }
+void linear(const LinearParams& p, int threads) { active().kernels->linear(p, threads); }
 void rms_norm(const RmsNormParams& p, int threads) { active().kernels->rms_norm(p, threads); }
 void rope(const RopeParams& p, int threads) { active().kernels->rope(p, threads); }
 void swiglu(const SwigluParams& p, int threads) { active().kernels->swiglu(p, threads); }

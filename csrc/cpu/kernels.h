@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../attention.h"
+#include "../linear.h"
 #include "../rms_norm.h"
 #include "../rope.h"
 #include "../swiglu.h"
@@ -15,6 +16,7 @@ namespace mistral::cpu {
 
 struct Kernels {
   void (*attention)(const AttentionParams&, int threads);
+  void (*linear)(const LinearParams&, int threads);
   void (*rms_norm)(const RmsNormParams&, int threads);
   void (*rope)(const RopeParams&, int threads);
   void (*swiglu)(const SwigluParams&, int threads);
@@ -25,6 +27,7 @@ struct Kernels {
 #ifdef MISTRAL_ISA
 namespace mistral::cpu::MISTRAL_ISA {
 void attention(const AttentionParams& p, int threads);
+void linear(const LinearParams& p, int threads);
 void rms_norm(const RmsNormParams& p, int threads);
 void rope(const RopeParams& p, int threads);
 void swiglu(const SwigluParams& p, int threads);

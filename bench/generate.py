@@ -1,0 +1,185 @@
+"""Times prompt reading and decoding end to end, next to transformers on the same weights.
+
+    python bench/generate.py [--layers 8] [--prompt 256] [--tokens 16] [--threads N] [--json FILE]
+    python bench/generate.py --model FOLDER [--no-peer]
+
+Without --model it makes a model of Mistral 7B's shape with random bf16 weights and as many layers
+as asked for (8 are 2.0 billion parameters, 4.0 GB); the speed per layer is that of the full model.
+A decode step has to read every weight once: `GB/s` is the bytes of the weights over the time of a
+step, and `of read` its share of the bandwidth that a plain multithreaded read has in the same run.
+Both sides take turns, and the medians of several runs are shown, because machines are noisy:
+compare the ratios. Memory is the peak resident set of the process after the runs of that side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from measure import machine, print_header, print_machine, print_row, write_json
+
+from mistral_ext import Mistral, checkpoint
+from mistral_ext.checkpoint import hugging_face_name, tensor_shapes
+from mistral_ext.config import MistralConfig
+from mistral_ext.model import Transformer
+
+
+def mistral_7b(layers: int) -> MistralConfig:
+    """Mistral 7B v0.1 with fewer layers."""
+    return MistralConfig(
+        vocab_size=32000,
+        dim=4096,
+        n_layers=layers,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        hidden_dim=14336,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        sliding_window=4096,
+        max_positions=32768,
+        bos_id=1,
+        eos_ids=(2,),
+    )
+
+
+def random_weights(config: MistralConfig) -> dict[str, torch.Tensor]:
+    block = torch.randn(2**22).mul_(0.02).bfloat16()  # repeated: making more would take minutes
+    weights = {}
+    for name, shape in tensor_shapes(config).items():
+        count = torch.Size(shape).numel()
+        weights[name] = block.repeat(-(-count // len(block)))[:count].view(shape)
+    return weights
+
+
+def in_transformers(config: MistralConfig, weights: dict[str, torch.Tensor]):
+    """transformers' model over the same tensors."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.dim,
+                intermediate_size=config.hidden_dim,
+                num_hidden_layers=config.n_layers,
+                num_attention_heads=config.n_heads,
+                num_key_value_heads=config.n_kv_heads,
+                head_dim=config.head_dim,
+                rms_norm_eps=config.norm_eps,
+                sliding_window=config.sliding_window,
+                max_position_embeddings=config.max_positions,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            )
+        )
+    state = {hugging_face_name(name): w for name, w in weights.items()}
+    model.load_state_dict(state, assign=True)
+    # The one buffer, which is no part of the state, has to be made for real.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return model.eval()
+
+
+def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:
+    """Prompt and decode tokens per second."""
+    timing = llm.generate([ids], max_tokens=tokens + 1, ignore_eos=True)[0].timing
+    return timing.prompt_rate, timing.decode_rate
+
+
+@torch.inference_mode()
+def run_theirs(model, ids: list[int], tokens: int) -> tuple[float, float]:
+    begin = time.perf_counter()
+    out = model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    first = time.perf_counter()
+    for _ in range(tokens):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    return len(ids) / (first - begin), tokens / (time.perf_counter() - first)
+
+
+def peak_memory() -> int:
+    """Bytes resident at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a model folder or hub id; default: random weights")
+    parser.add_argument("--layers", type=int, default=8, help="of the random model")
+    parser.add_argument("--prompt", type=int, default=256, metavar="N", help="prompt tokens")
+    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens decoded")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    facts = machine()
+    print_machine(facts)
+    begin = time.perf_counter()
+    if args.model:
+        folder = checkpoint.resolve(args.model)
+        config = MistralConfig.from_folder(folder)
+        weights = checkpoint.load_weights(folder, config)
+    else:
+        folder, config = Path("random"), mistral_7b(args.layers)
+        weights = random_weights(config)
+    llm = Mistral(config, Transformer(config, weights), None, folder)
+    # A step reads one row of the embeddings and all of the rest.
+    nbytes = sum(w.nbytes for name, w in weights.items() if name != "tok_embeddings.weight")
+    print(
+        f"{config.n_layers} layers, {nbytes / 1e9:.2f} GB of {llm.model.dtype} weights a step, "
+        f"ready after {time.perf_counter() - begin:.1f} s; prompt {args.prompt} tokens"
+    )
+    ids = torch.randint(3, config.vocab_size, (args.prompt,)).tolist()
+
+    runs = {"mistral_ext": lambda: run_ours(llm, ids, args.tokens)}
+    if not args.no_peer:
+        peer = in_transformers(config, weights)
+        runs["transformers"] = lambda: run_theirs(peer, ids, args.tokens)
+    rates = {name: [] for name in runs}
+    memory = {}
+    for turn in range(args.runs + 1):
+        for name, run in runs.items():
+            rate = run()
+            memory.setdefault(name, peak_memory())
+            if turn > 0:  # the first one warms up
+                rates[name].append(rate)
+
+    columns = [("", -12), ("prompt tok/s", 12), ("decode tok/s", 12), ("GB/s", 6)]
+    columns += [("of read", 7), ("peak memory", 11)]
+    print_header(columns)
+    report = {"machine": facts, "config": {"layers": config.n_layers, "weights": nbytes}}
+    for name, samples in rates.items():
+        prompt, decode = (statistics.median(rate) for rate in zip(*samples, strict=True))
+        bandwidth = decode * nbytes
+        share = bandwidth / facts["read_bandwidth"]
+        cells = [f"{prompt:.1f}", f"{decode:.2f}", f"{bandwidth / 1e9:.1f}", f"{share:.0%}"]
+        print_row(columns, [name, *cells, f"{memory[name] / 1e9:.2f} GB"])
+        report[name] = {
+            "prompt_tokens_per_second": prompt,
+            "decode_tokens_per_second": decode,
+            "weight_bytes_per_second": bandwidth,
+            "peak_memory": memory[name],
+        }
+    if len(rates) == 2:
+        ours, theirs = (report[name] for name in rates)
+        ratios = [
+            ours[key] / theirs[key]
+            for key in ("prompt_tokens_per_second", "decode_tokens_per_second")
+        ]
+        print(f"ratio to transformers: prompt {ratios[0]:.2f}, decode {ratios[1]:.2f}")
+    if args.json:
+        write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Timing for the benchmarks: medians, inputs that are not in a cache, the machine's bandwidth."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mistral_ext import ops
+
+# More than the last-level cache of the machines at hand; inputs that a model would read from
+# memory are rotated over this much.
+BEYOND_CACHES = 256 * 2**20  # bytes
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+T = TypeVar("T")
+
+
+def median_seconds(
+    functions: Sequence[Callable[[], Any]], seconds: float = 0.5, least: int = 5, most: int = 1000
+) -> list[float]:
+    """The median time of one call of each function.
+
+    The functions take turns, so that what else the machine does hits all of them alike: their
+    ratio means something where the times alone would not.
+
+    Args:
+        functions: what to call; each is called once more to warm up.
+        seconds: how long to go on, for each function, within these bounds:
+        least, most: calls of each.
+    """
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    stop = time.perf_counter() + seconds * len(functions)
+    while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
+        for function, samples in zip(functions, times, strict=True):
+            begin = time.perf_counter()
+            function()
+            samples.append(time.perf_counter() - begin)
+    return [statistics.median(samples) for samples in times]
+
+
+def rotate(make: Callable[[], T], nbytes: int) -> Callable[[], T]:
+    """Returns a function that gives one of several `make()` in turn, `nbytes` each.
+
+    They are as many as it takes for one to have left the caches when its turn comes again.
+    """
+    count = max(2, -(-BEYOND_CACHES // max(nbytes, 2**20)))
+    turns = cycle([make() for _ in range(count)])
+    return lambda: next(turns)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc's malloc keep what is freed, instead of returning large blocks to the system.
+
+    An op that allocates its result is otherwise timed with the page faults of fresh memory, or
+    without, as the sizes fall: that says nothing about the op.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that torch's threads read from memory: the best of several sums."""
+    buffer = torch.ones(2 * BEYOND_CACHES // 8, dtype=torch.int64)  # ones: pages that exist
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        buffer.sum()
+        times.append(time.perf_counter() - begin)
+    return buffer.nbytes / min(times)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures of a run depend on, for the head of a report."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": ops.active_isa(),
+        "torch": torch.__version__,
+        "read_bandwidth": read_bandwidth(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def print_machine(facts: dict[str, Any]) -> None:
+    print(
+        f"{facts['cpu']}, {facts['cores']} cores; {facts['threads']} threads, "
+        f"{facts['isa']} kernels, torch {facts['torch']}; "
+        f"reads {facts['read_bandwidth'] / 1e9:.1f} GB/s"
+    )
+
+
+def print_header(columns: Sequence[tuple[str, int]]) -> None:
+    """columns: (title, width), a negative width for text, which is aligned to the left."""
+    print_row(columns, [title for title, _ in columns])
+
+
+def print_row(columns: Sequence[tuple[str, int]], cells: Sequence[str]) -> None:
+    aligned = (
+        f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}"
+        for (_, width), cell in zip(columns, cells, strict=True)
+    )
+    print("  ".join(aligned).rstrip(), flush=True)
+
+
+def write_json(path: str | Path, report: dict[str, Any]) -> None:
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(report, indent=2) + "\n")
+    unfinished.replace(path)

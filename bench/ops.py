@@ -1,0 +1,291 @@
+"""Times every op at the shapes of Mistral 7B, next to what torch would do, on the CPU.
+
+    python bench/ops.py [--threads N] [--dtype bf16] [--only attention] [--json FILE]
+
+Times are medians. The two sides take turns in one run, because machines are noisy: compare the
+ratios. `GB/s` counts each byte that has to be read or written once, and `of read` is its share of
+the bandwidth that a plain multithreaded read of the same machine just had (an op whose data is in
+a cache may pass 100 %); `GFLOP/s` is given where arithmetic is the limit. `x torch` is torch's time
+over ours: above 1 we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measure import (
+    keep_freed_memory,
+    machine,
+    median_seconds,
+    print_header,
+    print_machine,
+    print_row,
+    rotate,
+    write_json,
+)
+from torch import Tensor
+from torch.nn import functional
+
+from mistral_ext import ops
+
+DIM, HIDDEN = 4096, 14336
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+WINDOW, THETA, EPS = 4096, 1e4, 1e-5
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Case:
+    """One row of the table: two functions that do the same, and how much that is."""
+
+    op: str
+    shape: str
+    ours: Callable[[], Any]
+    torch: Callable[[], Any]
+    nbytes: int
+    flops: int = 0  # given where they and not the bytes are the limit
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random values; a block of them repeated, because only making them takes long."""
+    count = torch.Size(shape).numel()
+    block = torch.randn(min(count, 2**20), dtype=torch.float32).to(dtype)
+    return block.repeat(-(-count // block.numel()))[:count].view(shape)
+
+
+def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    weight = random(DIM, dtype=dtype)
+    for tokens in (1, 256, 2048):
+        x, residual = random(2, tokens, DIM, dtype=dtype)
+        x.mul_(1e-3)  # it is added to the residual in every call
+
+        def plain(x=x):
+            return functional.rms_norm(x, (DIM,), weight, EPS)
+
+        def plain_residual(x=x, residual=residual):
+            return functional.rms_norm(residual.add_(x), (DIM,), weight, EPS)
+
+        def ours(x=x):
+            return ops.rms_norm(x, weight, EPS)
+
+        def ours_residual(x=x, residual=residual):
+            return ops.rms_norm(x, weight, EPS, residual)
+
+        yield Case("rms_norm", f"{tokens} x {DIM}", ours, plain, 2 * x.nbytes)
+        shape = f"{tokens} x {DIM} + residual"
+        yield Case("rms_norm", shape, ours_residual, plain_residual, 4 * x.nbytes)
+
+
+class Rings:
+    """Full rings for `sequences`, and what rope and attention need beside them."""
+
+    def __init__(self, sequences: int, tokens: int, history: int, capacity: int, dtype):
+        shape = (sequences, KV_HEADS, capacity, HEAD_DIM)
+        self.k_cache, self.v_cache = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
+        self.k_pool, self.v_pool = self.k_cache.view(-1, HEAD_DIM), self.v_cache.view(-1, HEAD_DIM)
+        ring_rows = KV_HEADS * capacity
+        self.table = torch.tensor(
+            [(i * tokens, tokens, history, i * ring_rows, capacity) for i in range(sequences)]
+        )
+        new = sequences * tokens
+        self.q = random(new, HEADS, HEAD_DIM, dtype=dtype)
+        self.k = random(new, KV_HEADS, HEAD_DIM, dtype=dtype)
+        self.v = random(new, KV_HEADS, HEAD_DIM, dtype=dtype)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.k_pool, self.v_pool, self.table
+
+
+def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for tokens in (1, 256):
+        rings = Rings(1, tokens, 0, WINDOW, dtype)
+        half = HEAD_DIM // 2
+        frequencies = THETA ** (-torch.arange(half) / half)
+        angles = (torch.arange(tokens)[:, None] * frequencies).repeat(1, 2)[:, None]
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        slots = torch.arange(tokens)
+
+        def plain(rings=rings, cos=cos, sin=sin, slots=slots, half=half):
+            for x in (rings.q, rings.k):
+                turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+                x.copy_(x * cos + turned * sin)
+            rings.k_cache[0].index_copy_(1, slots, rings.k.transpose(0, 1))
+            rings.v_cache[0].index_copy_(1, slots, rings.v.transpose(0, 1))
+
+        def ours(rings=rings):
+            ops.rope(*rings.arguments(), THETA, WINDOW)
+
+        nbytes = 2 * (rings.q.nbytes + rings.k.nbytes) + 2 * rings.k.nbytes + rings.v.nbytes
+        shape = f"{tokens} token{'s' * (tokens > 1)}, with append"
+        yield Case("rope", shape, ours, plain, nbytes)
+
+
+def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for sequences, keys in ((1, 512), (1, 4096), (8, 512), (8, 4096)):
+        # The last token is in its ring already, as rope leaves it.
+        def make(sequences=sequences, keys=keys):
+            return Rings(sequences, 1, keys - 1, keys, dtype)
+
+        one = make()
+        nbytes = one.k_cache.nbytes + one.v_cache.nbytes
+        turn = rotate(make, nbytes)
+
+        def plain(turn=turn):
+            rings = turn()
+            # Heads of a group as queries of one head: ten times as fast as enable_gqa.
+            q = rings.q.view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+            functional.scaled_dot_product_attention(q, rings.k_cache, rings.v_cache)
+
+        def ours(turn=turn):
+            ops.attention(*turn().arguments(), WINDOW)
+
+        shape = f"decode, {sequences} x {keys} keys"
+        yield Case("attention", shape, ours, plain, nbytes)
+
+
+def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for tokens, history in ((256, 0), (1024, 0), (4096, 0), (1024, 4096)):
+        rings = Rings(1, tokens, history, WINDOW, dtype)
+        seen = min(history, WINDOW - 1)  # tokens of the history that the first query sees
+        query = torch.arange(seen, seen + tokens)[:, None]
+        key = torch.arange(seen + tokens)
+        mask = (key <= query) & (key > query - WINDOW)
+        if history:
+            keys = [
+                torch.cat((cache[0, :, :seen], new.transpose(0, 1)), 1)[None]
+                for cache, new in ((rings.k_cache, rings.k), (rings.v_cache, rings.v))
+            ]
+            rule = {"attn_mask": mask}
+        else:
+            keys = [new.transpose(0, 1)[None] for new in (rings.k, rings.v)]
+            rule = {"is_causal": True}
+
+        def plain(rings=rings, keys=keys, rule=rule):
+            q = rings.q.transpose(0, 1)[None]
+            functional.scaled_dot_product_attention(q, *keys, enable_gqa=True, **rule)
+
+        def ours(rings=rings):
+            ops.attention(*rings.arguments(), WINDOW)
+
+        flops = 4 * HEADS * HEAD_DIM * int(mask.sum())
+        nbytes = sum(x.nbytes for x in (rings.q, rings.q, *keys))
+        shape = f"prefill, {tokens} after {history}"
+        yield Case("attention", shape, ours, plain, nbytes, flops)
+
+
+def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for tokens in (1, 256):
+        gate, up = random(2, tokens, HIDDEN, dtype=dtype)
+
+        def plain(gate=gate, up=up):
+            return functional.silu(gate) * up
+
+        def ours(gate=gate, up=up):
+            return ops.swiglu(gate, up)
+
+        yield Case("swiglu", f"{tokens} x {HIDDEN}", ours, plain, 3 * gate.nbytes)
+
+
+def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for outputs, inputs in ((DIM, DIM), (HIDDEN, DIM)):
+        turn = None
+        for tokens in (1, 256):
+            x = random(tokens, inputs, dtype=dtype)
+            nbytes = (outputs * inputs + x.numel() + tokens * outputs) * x.element_size()
+            turn = turn or rotate(
+                lambda outputs=outputs, inputs=inputs: random(outputs, inputs, dtype=dtype), nbytes
+            )
+
+            def plain(x=x, turn=turn):
+                return functional.linear(x, turn())
+
+            def ours(x=x, turn=turn):
+                return ops.linear(x, turn())
+
+            flops = 2 * tokens * outputs * inputs if tokens > 1 else 0
+            shape = f"{tokens} x {inputs} -> {outputs}"
+            yield Case("linear", shape, ours, plain, nbytes, flops)
+
+
+CASES = (
+    rms_norm_cases,
+    rope_cases,
+    decode_cases,
+    prefill_cases,
+    swiglu_cases,
+    linear_cases,
+)
+
+COLUMNS = (
+    ("op", -9),
+    ("shape", -26),
+    ("us", 10),
+    ("GB/s", 7),
+    ("of read", 7),
+    ("GFLOP/s", 8),
+    ("torch us", 10),
+    ("x torch", 7),
+)
+
+
+def measure(case: Case, bandwidth: float) -> dict[str, Any]:
+    ours, torch_ = median_seconds([case.ours, case.torch])
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "us": ours * 1e6,
+        "GB/s": case.nbytes / ours / 1e9,
+        "of_read": case.nbytes / ours / bandwidth,
+        "GFLOP/s": case.flops / ours / 1e9 if case.flops else None,
+        "torch_us": torch_ * 1e6,
+        "x_torch": torch_ / ours,
+    }
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    bound_by_arithmetic = row["GFLOP/s"] is not None
+    return [
+        row["op"],
+        row["shape"],
+        f"{row['us']:.1f}",
+        "" if bound_by_arithmetic else f"{row['GB/s']:.1f}",
+        "" if bound_by_arithmetic else f"{row['of_read']:.0%}",
+        f"{row['GFLOP/s']:.0f}" if bound_by_arithmetic else "",
+        f"{row['torch_us']:.1f}",
+        f"{row['x_torch']:.2f}",
+    ]
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--only", metavar="OP", help="rows of this op alone")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    keep_freed_memory()
+    facts = machine() | {"dtype": options.dtype}
+    print_machine(facts)
+    print(f"Mistral 7B shapes, {options.dtype}\n")
+    print_header(COLUMNS)
+    rows = []
+    for cases in CASES:
+        for case in cases(DTYPES[options.dtype]):
+            if options.only in (None, case.op):
+                rows.append(measure(case, facts["read_bandwidth"]))
+                print_row(COLUMNS, cells(rows[-1]))
+    if options.json:
+        write_json(options.json, {"machine": facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

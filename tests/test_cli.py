@@ -1,0 +1,226 @@
+"""The command line as a user meets it: in a process of its own, on the demo model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpoints import TOKENIZERS, write_checkpoint
+
+import mistral_ext
+
+ONCE = "Once upon a time"
+
+
+def run(*args: str, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    return subprocess.run(
+        [sys.executable, "-m", "mistral_ext.cli", *args],
+        input=data,
+        capture_output=True,
+        env={**os.environ, **env},
+        timeout=120,
+    )
+
+
+def one_line_error(process: subprocess.CompletedProcess) -> str:
+    assert process.returncode == 1
+    error = process.stderr.decode()
+    assert error.startswith("mistral-ext: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "random-instruct"
+    write_checkpoint(folder, vocab_size=32000)
+    shutil.copy(TOKENIZERS["v1"], folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "[INST] [/INST]"}')
+    return str(folder)
+
+
+def test_generate_streams_text_and_reports_timings():
+    process = run("generate", "--max-tokens", "20", ONCE)
+    assert process.returncode == 0
+    assert process.stdout.decode() == mistral_ext.generate(ONCE, max_tokens=20) + "\n"
+    assert re.fullmatch(
+        r"\[prompt \d+ tokens, [\d.]+ tokens/s; completion 20 tokens, [\d.]+ tokens/s; length\]\n",
+        process.stderr.decode(),
+    )
+
+
+def test_prompt_from_stdin_and_file(tmp_path):
+    expected = run("generate", "--max-tokens", "5", "--echo", ONCE).stdout
+    assert expected.decode().startswith(ONCE)
+    (tmp_path / "prompt.txt").write_text(ONCE)
+    for args, stdin in (([], ONCE), (["-"], ONCE), (["--file", str(tmp_path / "prompt.txt")], "")):
+        process = run("generate", "--max-tokens", "5", "--echo", *args, stdin=stdin)
+        assert process.stdout == expected
+
+
+def test_sampling_options_arrive():
+    options = {
+        "max_tokens": 12,
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.01,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "seed": 7,
+        "n": 2,
+        "ignore_eos": True,
+        "stop": ["zzz"],
+        "logit_bias": {300: 2.5, 301: -3.0},
+        "logprobs": 2,
+    }
+    flags = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name == "logit_bias":
+            flags += [f"{flag}={token_id}={bias}" for token_id, bias in value.items()]
+        elif value is True:
+            flags.append(flag)
+        else:
+            flags += [flag, str(value[0] if isinstance(value, list) else value)]
+    process = run("generate", "--json", *flags, ONCE)
+    assert process.returncode == 0, process.stderr
+    printed = [json.loads(line) for line in process.stdout.decode().splitlines()]
+    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.generation.DEMO_MODEL)
+    expected = llm.generate(ONCE, **options)
+    assert [p["text"] for p in printed] == [c.text for c in expected]
+    assert [p["token_ids"] for p in printed] == [c.token_ids for c in expected]
+    assert printed[0]["logprobs"][0]["token_id"] == expected[0].token_ids[0]
+    assert printed[0]["finish_reason"] == "length"
+
+
+def test_logprobs_are_shown():
+    process = run("generate", "--max-tokens", "3", "--logprobs", "2", ONCE)
+    lines = process.stderr.decode().splitlines()[1:]
+    assert len(lines) == 3
+    assert all(re.fullmatch(r"('.*?' -?[\d.]+\s*){3}", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", ""], "prompt is empty"),
+        (["generate"], "prompt is empty"),
+        (["generate", "--temperature", "-1", ONCE], "temperature is -1.0, expected"),
+        (["generate", "--file", "no-such-file"], "no-such-file: No such file or directory"),
+        (["generate", "--file", "x", ONCE], "a prompt and --file were given"),
+        (["generate", "--model", "no/such/folder", ONCE], "no/such/folder"),
+        (["generate", "--model", ".", ONCE], "config.json"),
+        (["generate", "--threads", "0", ONCE], "--threads is 0"),
+        (["generate", "--logit-bias", "99999=1", ONCE], "logit_bias has token id 99999"),
+        (["chat"], "base model"),
+    ],
+)
+def test_errors_are_one_line(args, message, tmp_path):
+    assert message in one_line_error(run(*args, HF_HUB_OFFLINE="1"))
+
+
+def test_bytes_that_are_not_text():
+    assert "stdin is not UTF-8" in one_line_error(run("generate", stdin=b"\xff\xfe"))
+
+
+def test_wrong_usage_is_status_2():
+    for args in ([], ["generate", "--no-such-option", "x"], ["generate", "--logit-bias", "x", "y"]):
+        process = run(*args)
+        assert process.returncode == 2
+        assert b"usage:" in process.stderr
+
+
+def test_traceback_on_request():
+    process = run("generate", "--traceback", "--temperature", "-1", ONCE)
+    assert process.returncode == 1
+    assert b"Traceback" in process.stderr
+
+
+def test_info():
+    process = run("info", "--threads", "1", MISTRAL_EXT_ISA="scalar")
+    shown = process.stdout.decode()
+    assert f"mistral_ext      {mistral_ext.__version__}" in shown
+    assert re.search(r"instruction set +scalar \(of scalar", shown)
+    assert re.search(r"threads +1\n", shown)
+    assert re.search(r"CUDA +(built for|not in this build)", shown)
+
+
+def test_wrong_isa_is_one_line():
+    error = one_line_error(run("generate", ONCE, MISTRAL_EXT_ISA="mmx"))
+    assert "MISTRAL_EXT_ISA: instruction set is 'mmx', expected one that this processor" in error
+
+
+def test_closed_pipe_is_quiet():
+    command = f"{sys.executable} -m mistral_ext.cli generate --ignore-eos --max-tokens 300 x | true"
+    process = subprocess.run(command, shell=True, capture_output=True, timeout=120)
+    assert b"Traceback" not in process.stderr
+    assert b"BrokenPipe" not in process.stderr
+
+
+def test_ctrl_c_ends_a_long_generation():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mistral_ext.cli", "generate", "--ignore-eos"]
+        + ["--max-tokens", "100000", ONCE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+
+
+def test_chat_over_several_turns(instruct):
+    options = ["--max-tokens", "6", "--seed", "1", "--temperature", "1"]
+    process = run("chat", "--model", instruct, *options, stdin="Hello\n\nAnd then?\n")
+    assert process.returncode == 0, process.stderr
+    llm = mistral_ext.Mistral.from_pretrained(instruct)
+    chat = llm.start_chat()
+    replies = [
+        "".join(chat.send(turn, max_tokens=6, seed=1, temperature=1.0))
+        for turn in ("Hello", "And then?")
+    ]
+    assert process.stdout.decode() == "".join(reply + "\n" for reply in replies)
+
+
+def test_chat_at_a_terminal(instruct):
+    """Ctrl-C breaks off a reply and not the conversation; Ctrl-D ends it."""
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "mistral_ext.cli", "chat", "--model", instruct]
+    process = subprocess.Popen(
+        [*command, "--ignore-eos", "--max-tokens", "100000"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    shown = b""
+
+    def read_until(pattern: bytes) -> None:
+        nonlocal shown
+        deadline = time.monotonic() + 60
+        while not re.search(pattern, shown, re.DOTALL):
+            assert time.monotonic() < deadline, shown
+            shown += os.read(controller, 4096)
+
+    read_until(b"> ")
+    os.write(controller, b"Hello\n")
+    read_until(b"> Hello\r\n.{20}")
+    process.send_signal(signal.SIGINT)
+    read_until(b"> Hello\r\n.*\r\n.*> ")
+    os.write(controller, b"\x04")
+    assert process.wait(timeout=60) == 0
+    os.close(controller)

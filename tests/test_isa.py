@@ -1,0 +1,56 @@
+"""Choosing the instruction set: select_isa and MISTRAL_EXT_ISA."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_ext import _C, ops
+
+
+def run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MISTRAL_EXT_ISA": isa}
+    # The compiled module alone, so that a child takes milliseconds: it needs no torch to load.
+    code = f"import sys; sys.path.insert(0, {str(Path(_C.__file__).parent)!r}); import _C; {code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("name", ops.supported_isas())
+def test_environment_variable(name):
+    child = run("print(_C.active_isa())", name)
+    assert (child.returncode, child.stdout) == (0, f"{name}\n"), child.stderr
+
+
+def test_empty_environment_variable_means_the_fastest():
+    child = run("print(_C.active_isa())", "")
+    assert child.stdout == f"{ops.supported_isas()[-1]}\n", child.stderr
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "_C.active_isa()",
+        "import torch; x = torch.ones(1, 1); _C.swiglu(x, x, x, 1)",
+    ],
+)
+def test_unknown_environment_variable(use):
+    child = run(use, "sse9")
+    assert child.returncode == 1
+    assert child.stderr.strip().endswith(
+        "ValueError: environment variable MISTRAL_EXT_ISA: instruction set is 'sse9', expected "
+        f"one that this processor runs: {', '.join(ops.supported_isas())}"
+    )
+
+
+def test_select_isa(isa):
+    assert ops.active_isa() == isa
+    with pytest.raises(ValueError, match=r"instruction set is 'AVX2', expected one that"):
+        ops.select_isa("AVX2")
+    assert ops.active_isa() == isa
+    assert ops.supported_isas()[0] == "scalar"

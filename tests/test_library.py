@@ -1,0 +1,89 @@
+"""The ops as torch operators: schemas, declared mutations, fake kernels, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ragged import RaggedBatch
+
+from mistral_ext import _C, ops
+
+
+def samples():
+    """(op, arguments, keyword arguments)"""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x, weight = random(3, 40), random(40)
+    batch = RaggedBatch([8, 8], 8, positions=[0, 9])
+    table = batch.table((5, 1))
+    q, k, v = (new.contiguous() for new in batch.inputs(6))
+    ring = (q, k, v, random(*batch.k_pool.shape), random(*batch.v_pool.shape), table)
+    return [
+        ("rms_norm", (x, weight), {}),
+        ("rms_norm", (x, weight, 1e-6, random(3, 40)), {}),
+        ("rms_norm", (random(3, 80)[:, 40:].bfloat16(), weight.bfloat16()), {}),
+        ("rms_norm", (random(0, 40), weight), {}),
+        ("rope", (*ring, 1e4, 8), {}),
+        ("attention", (*ring, 8), {}),
+        ("attention", ring, {"window": 8, "scale": 0.5}),
+        ("swiglu", (random(2, 7), random(2, 7)), {}),
+        ("linear", (x, random(5, 40)), {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"),
+    [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())],
+)
+def test_opcheck(name, arguments, options):
+    torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, arguments, options)
+
+
+def block(x, weight, residual, w, k_pool, v_pool, table):
+    """A small layer that uses every op."""
+    x = ops.rms_norm(x, weight, residual=residual)
+    q, k, v = ops.linear(x, w).unflatten(1, (4, 32)).split([2, 1, 1], dim=1)
+    q, k = q.clone(), k.clone()
+    ops.rope(q, k, v, k_pool, v_pool, table, 1e4, 8)
+    x = ops.attention(q, k, v, k_pool, v_pool, table, 8)
+    return ops.swiglu(x.flatten(1), residual)
+
+
+def test_compiles_without_graph_breaks(generator):
+    def arguments():
+        generator.manual_seed(0)
+        x, residual = torch.randn(2, 6, 64, generator=generator)
+        w = torch.randn(128, 64, generator=generator)
+        pools = torch.zeros(2, 16, 32)
+        table = torch.tensor([[0, 5, 0, 8, 8], [5, 1, 9, 0, 8]])
+        return [x, torch.ones(64), residual, w, *pools.unbind(), table]
+
+    eager, compiled = arguments(), arguments()
+    expected = block(*eager)
+    actual = torch.compile(block, fullgraph=True, backend="aot_eager")(*compiled)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)  # mutated alike
+
+
+def test_fake_tensors_get_shapes_without_running():
+    meta = [torch.empty(shape, device="meta") for shape in ((6, 40), (40,), (9, 40))]
+    x, weight, matrix = meta
+    assert ops.rms_norm(x, weight).shape == (6, 40)
+    assert ops.linear(x, matrix).shape == (6, 9)
+    assert ops.swiglu(x, x).shape == (6, 40)
+    q = torch.empty(6, 4, 32, device="meta")
+    assert ops.attention(q, q, q, x, x, x).shape == (6, 4, 32)
+
+
+def test_what_is_no_cpu_tensor_is_refused():
+    """By the compiled module too, which torch's dispatcher usually spares from it."""
+    x = torch.zeros(1, 4)
+    with pytest.raises(TypeError, match=r"swiglu: up is a <class 'list'>, expected a torch.Tensor"):
+        _C.swiglu(x, [0.0] * 4, x, 1)
+    with pytest.raises(TypeError, match=r"swiglu: up is on meta, expected cpu like the other"):
+        _C.swiglu(x, x.to("meta"), x, 1)
+    with pytest.raises(RuntimeError, match="weight"):
+        ops.rms_norm(x, [1.0] * 4)

@@ -1,0 +1,80 @@
+"""Rotation, and the tokens that rope appends itself; test_attention.py tests the two ops as one."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from ragged import RaggedBatch
+from tolerance import DTYPES, assert_close
+
+from mistral_ext import ops
+
+
+def rotate(q, k, positions, theta):
+    """ops.rope with one sequence of one token per position; returns its rotated q and k."""
+    q, k = q.clone(), k.clone()
+    tokens, kv_heads, dim = k.shape
+    pool = torch.full((tokens * kv_heads, dim), float("nan"), dtype=q.dtype)
+    table = [(i, 1, p, i * kv_heads, 1) for i, p in enumerate(positions)]
+    ops.rope(q, k, k.clone(), pool, pool.clone(), torch.tensor(table), theta, window=1)
+    return q, k
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
+def test_rotation(isa, dtype, dim, generator):
+    positions = [0, 1, 2, 17, 4095, 4096, 32768, 131071, 10**6 + 3, 10**7 + 1, 2**31 + 5]
+    q = torch.randn(len(positions), 5, dim, generator=generator).to(dtype)
+    k = torch.randn(len(positions), 1, dim, generator=generator).to(dtype)
+    for theta in (1e4, 1e6):
+        for x, rotated in zip((q, k), rotate(q, k, positions, theta), strict=True):
+            exact = reference.rotate(x.double(), torch.tensor(positions), theta)
+            plain = reference.rotate(x, torch.tensor(positions), theta)
+            assert_close(rotated.flatten(1), exact.flatten(1), plain.flatten(1), dim=1)
+
+
+def test_position_zero_is_not_rotated(isa, generator):
+    q = torch.randn(1, 3, 64, generator=generator)
+    k = torch.randn(1, 3, 64, generator=generator)
+    rotated_q, rotated_k = rotate(q, k, [0], 1e4)
+    assert torch.equal(rotated_q, q)
+    assert torch.equal(rotated_k, k)
+
+
+def test_scores_depend_on_the_distance_alone(isa, generator):
+    """What RoPE is for; off by a position, a pair or a sign, it would not hold."""
+    q = torch.randn(1, 1, 64, generator=generator).expand(3, 1, 64)
+    k = torch.randn(1, 1, 64, generator=generator).expand(3, 1, 64)
+    rotated_q, _ = rotate(q, k, [9, 1009, 100_009], 1e4)
+    _, rotated_k = rotate(q, k, [2, 1002, 100_002], 1e4)
+    scores = (rotated_q * rotated_k).sum((1, 2))
+    torch.testing.assert_close(scores, scores[:1].expand(3), rtol=0, atol=2e-4)
+    _, other = rotate(q, k, [3, 1003, 100_003], 1e4)
+    assert ((rotated_q * other).sum((1, 2)) - scores).abs().min() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stores_what_no_query_of_the_chunk_needs_any_more(isa, dtype):
+    """A chunk of 3 in a ring of 4 that is full: its first query still sees all but one slot."""
+    batch = RaggedBatch([4, 4], window=4, dtype=dtype, positions=[6, 6])
+    q, k, v = batch.inputs(4)
+    before = batch.k_pool.clone()
+    ops.rope(q, k, v, batch.k_pool, batch.v_pool, batch.table((3, 1)), batch.theta, 4)
+
+    def slots(i, position):
+        return batch.rows[i] + torch.arange(batch.kv_heads) * 4 + position % 4
+
+    for i, token in ((0, 0), (1, 3)):
+        assert torch.equal(batch.k_pool[slots(i, 6)], k[token])
+        assert torch.equal(batch.v_pool[slots(i, 6)], v[token])
+    for position in (3, 4, 5):
+        assert torch.equal(batch.k_pool[slots(0, position)], before[slots(0, position)])
+
+
+def test_theta_must_be_positive():
+    batch = RaggedBatch([4], 4)
+    given = (*batch.inputs(1), batch.k_pool, batch.v_pool, batch.table((1,)))
+    for theta in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"rope: theta is .*, expected more than 0"):
+            ops.rope(*given, theta)

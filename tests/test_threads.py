@@ -1,0 +1,93 @@
+"""Threads: the count changes no bit, callers do not disturb each other, a forked child works."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ragged import RaggedBatch
+
+from mistral_ext import ops
+
+
+def run_all_ops() -> list[torch.Tensor]:
+    """Every op on something that makes many tasks, results and pools included."""
+    generator = torch.Generator().manual_seed(1)
+    gate, up, residual = torch.randn(3, 37, 9000, generator=generator)
+    weight = torch.randn(9000, generator=generator)
+    results = [ops.swiglu(gate, up), ops.rms_norm(gate, weight, residual=residual), residual]
+    batch = RaggedBatch([16, 16, 40], 16, positions=[50, 3, 1])
+    q, k, v = batch.inputs(40 + 1 + 20)
+    pools, table = (batch.k_pool, batch.v_pool), batch.table((40, 1, 20))
+    ops.rope(q, k, v, *pools, table, 1e4, 16)
+    results += [q, k, ops.attention(q, k, v, *pools, table, 16)]
+    return results + [pool.nan_to_num() for pool in pools]
+
+
+def run_on(threads: int) -> list[torch.Tensor]:
+    torch.set_num_threads(threads)
+    return run_all_ops()
+
+
+def test_any_number_of_threads_gives_the_same_bits(isa):
+    expected = run_on(1)
+    for threads in (2, 3, 7, 2):
+        for actual, wanted in zip(run_on(threads), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
+def test_python_threads_call_ops_at_once():
+    expected = run_all_ops()
+    wrong = []
+
+    def work():
+        torch.set_num_threads(2)
+        for _ in range(15):
+            for actual, wanted in zip(run_all_ops(), expected, strict=True):
+                if not torch.equal(actual, wanted):
+                    wrong.append(actual)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "an op hangs"
+    assert not wrong
+
+
+def test_short_loops_one_after_another(generator):
+    """A worker that wakes late must not run a loop that has ended, or the next by mistake."""
+    x, weight = torch.randn(9, 64, generator=generator), torch.ones(64)
+    expected = ops.rms_norm(x, weight), ops.swiglu(x, x)
+    torch.set_num_threads(4)
+    for _ in range(2000):
+        assert torch.equal(ops.rms_norm(x, weight), expected[0])
+        assert torch.equal(ops.swiglu(x, x), expected[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_makes_threads_of_its_own(generator):
+    """It has none of its parent's: waiting for them would hang."""
+    x, weight = torch.randn(64, 512, generator=generator), torch.ones(512)
+    torch.set_num_threads(3)
+    expected = ops.rms_norm(x, weight)
+    child = os.fork()
+    if child == 0:
+        same = [torch.equal(ops.rms_norm(x, weight), expected) for _ in range(3)]
+        tasks = Path("/proc/self/task")  # Linux: one entry per thread
+        multithreaded = not tasks.exists() or len(list(tasks.iterdir())) == 3
+        os._exit(0 if all(same) and multithreaded else 1)
+    deadline = time.monotonic() + 30
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        time.sleep(0.01)
+    assert os.waitstatus_to_exitcode(status[1]) == 0
+    assert torch.equal(ops.rms_norm(x, weight), expected)
