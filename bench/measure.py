@@ -77,7 +77,7 @@ def read_bandwidth() -> float:
     """Bytes per second that torch's threads read from memory: the best of several sums."""
     buffer = torch.ones(2 * BEYOND_CACHES // 8, dtype=torch.int64)  # ones: pages that exist
     times = []
-    for _ in range(8):
+    for _ in range(24):
         begin = time.perf_counter()
         buffer.sum()
         times.append(time.perf_counter() - begin)
@@ -89,6 +89,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "isa": ops.active_isa(),
         "torch": torch.__version__,
@@ -112,6 +113,11 @@ def print_machine(facts: dict[str, Any]) -> None:
         f"{facts['isa']} kernels, torch {facts['torch']}; "
         f"reads {facts['read_bandwidth'] / 1e9:.1f} GB/s"
     )
+    if facts["load"] + facts["threads"] > facts["cores"] + 0.5:
+        print(
+            f"The machine is busy (load {facts['load']:.1f}): times are too long, and with "
+            "several threads torch's most of all, because they wait for each other."
+        )
 
 
 def print_header(columns: Sequence[tuple[str, int]]) -> None:

@@ -1,12 +1,13 @@
-"""Times every op at the shapes of Mistral 7B, next to what torch would do, on the CPU.
+"""Times every op at the shapes of Mistral 7B, next to what torch would do.
 
     python bench/ops.py [--threads N] [--dtype bf16] [--only attention] [--json FILE]
+    python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--json FILE]
 
 Times are medians. The two sides take turns in one run, because machines are noisy: compare the
 ratios. `GB/s` counts each byte that has to be read or written once, and `of read` is its share of
 the bandwidth that a plain multithreaded read of the same machine just had (an op whose data is in
 a cache may pass 100 %); `GFLOP/s` is given where arithmetic is the limit. `x torch` is torch's time
-over ours: above 1 we are faster.
+over ours: above 1 we are faster. The other command is for a GPU: see ops_cuda.py.
 """
 
 from __future__ import annotations
@@ -27,16 +28,23 @@ from measure import (
     rotate,
     write_json,
 )
-from torch import Tensor
+from shapes import (
+    DIM,
+    DTYPES,
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    THETA,
+    VOCABULARY,
+    WINDOW,
+    Rings,
+    random,
+)
 from torch.nn import functional
 
 from mistral_ext import ops
-
-DIM, HIDDEN = 4096, 14336
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-WINDOW, THETA, EPS = 4096, 1e4, 1e-5
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass
@@ -49,13 +57,6 @@ class Case:
     torch: Callable[[], Any]
     nbytes: int
     flops: int = 0  # given where they and not the bytes are the limit
-
-
-def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random values; a block of them repeated, because only making them takes long."""
-    count = torch.Size(shape).numel()
-    block = torch.randn(min(count, 2**20), dtype=torch.float32).to(dtype)
-    return block.repeat(-(-count // block.numel()))[:count].view(shape)
 
 
 def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -79,26 +80,6 @@ def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("rms_norm", f"{tokens} x {DIM}", ours, plain, 2 * x.nbytes)
         shape = f"{tokens} x {DIM} + residual"
         yield Case("rms_norm", shape, ours_residual, plain_residual, 4 * x.nbytes)
-
-
-class Rings:
-    """Full rings for `sequences`, and what rope and attention need beside them."""
-
-    def __init__(self, sequences: int, tokens: int, history: int, capacity: int, dtype):
-        shape = (sequences, KV_HEADS, capacity, HEAD_DIM)
-        self.k_cache, self.v_cache = random(*shape, dtype=dtype), random(*shape, dtype=dtype)
-        self.k_pool, self.v_pool = self.k_cache.view(-1, HEAD_DIM), self.v_cache.view(-1, HEAD_DIM)
-        ring_rows = KV_HEADS * capacity
-        self.table = torch.tensor(
-            [(i * tokens, tokens, history, i * ring_rows, capacity) for i in range(sequences)]
-        )
-        new = sequences * tokens
-        self.q = random(new, HEADS, HEAD_DIM, dtype=dtype)
-        self.k = random(new, KV_HEADS, HEAD_DIM, dtype=dtype)
-        self.v = random(new, KV_HEADS, HEAD_DIM, dtype=dtype)
-
-    def arguments(self) -> tuple[Tensor, ...]:
-        return self.q, self.k, self.v, self.k_pool, self.v_pool, self.table
 
 
 def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -194,7 +175,7 @@ def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
 def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     for outputs, inputs in ((DIM, DIM), (HIDDEN, DIM)):
         turn = None
-        for tokens in (1, 256):
+        for tokens in (1, 8, 256):
             x = random(tokens, inputs, dtype=dtype)
             nbytes = (outputs * inputs + x.numel() + tokens * outputs) * x.element_size()
             turn = turn or rotate(
@@ -207,9 +188,37 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
             def ours(x=x, turn=turn):
                 return ops.linear(x, turn())
 
-            flops = 2 * tokens * outputs * inputs if tokens > 1 else 0
+            flops = 2 * tokens * outputs * inputs if tokens > 8 else 0
             shape = f"{tokens} x {inputs} -> {outputs}"
             yield Case("linear", shape, ours, plain, nbytes, flops)
+
+
+def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
+    for rows in (1, 8):
+        logits = 3 * torch.randn(rows, VOCABULARY)
+        for name, temperature, top_p in (("greedy", 0, 1), ("plain", 1, 1), ("top_p", 1, 0.9)):
+            options = torch.tensor([temperature, 0, top_p, 0, 1, 0, 0], dtype=torch.float64)
+            tables = (
+                torch.arange(rows),
+                options.repeat(rows, 1),
+                torch.zeros(rows, 3, dtype=torch.int64),
+                torch.zeros(rows, VOCABULARY, dtype=torch.int32),
+            )
+
+            def plain(logits=logits, temperature=temperature, top_p=top_p):
+                if temperature == 0:
+                    return logits.argmax(-1)
+                probabilities = (logits / temperature).softmax(-1)
+                if top_p == 1:
+                    return torch.multinomial(probabilities, 1)
+                probabilities, ids = probabilities.sort(descending=True)
+                probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
+                return ids.gather(-1, torch.multinomial(probabilities, 1))
+
+            def ours(logits=logits, tables=tables):
+                return ops.sample(logits, *tables)
+
+            yield Case("sample", f"{rows} x {VOCABULARY}, {name}", ours, plain, logits.nbytes)
 
 
 CASES = (
@@ -219,6 +228,7 @@ CASES = (
     prefill_cases,
     swiglu_cases,
     linear_cases,
+    sample_cases,
 )
 
 COLUMNS = (
@@ -264,11 +274,16 @@ def cells(row: dict[str, Any]) -> list[str]:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--only", metavar="OP", help="rows of this op alone")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
+    if options.device == "cuda":
+        import ops_cuda
+
+        return ops_cuda.run(DTYPES[options.dtype], options.only, options.json)
     if options.threads:
         torch.set_num_threads(options.threads)
 

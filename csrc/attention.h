@@ -6,6 +6,10 @@
 // appended to the rings: see `stored_after_attention`.
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 #include "ring.h"
 
@@ -31,10 +35,32 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
+
+  // CUDA only
+  int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
+  int32_t splits;     // blocks among which the keys of a decode are divided
+  float* partials;    // scratch [S, Hkv, splits, 16, D + 4], or null with one split
+  int32_t* counters;  // scratch [S, Hkv]: zeros, and left zeros
 };
 
 namespace cpu {
 void attention(const AttentionParams& p, int threads);
 }
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+struct AttentionScratch {
+  int32_t splits;
+  int64_t partials;  // floats
+  int64_t counters;  // ints
+};
+// What `attention` needs for S sequences that see at most `longest` keys.
+AttentionScratch attention_scratch(int64_t sequences, int64_t kv_heads, int64_t head_dim,
+                                   int64_t longest);
+
+// bf16 and fp16, head dimensions 64 and 128; every row of 16-byte aligned q, k and v.
+cudaError_t attention(const AttentionParams& p, cudaStream_t stream);
+}  // namespace cuda
+#endif
 
 }  // namespace mistral

@@ -4,6 +4,10 @@
 //   out = round(h / sqrt(mean(h^2) + eps)) * weight
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 
 namespace mistral {
@@ -25,5 +29,11 @@ struct RmsNormParams {
 namespace cpu {
 void rms_norm(const RmsNormParams& p, int threads);
 }
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream);
+}
+#endif
 
 }  // namespace mistral

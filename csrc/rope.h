@@ -8,6 +8,10 @@
 // Appends the tokens that ring.h calls `stored_before_attention`; attention appends the rest.
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 #include "ring.h"
 
@@ -36,5 +40,11 @@ struct RopeParams {
 namespace cpu {
 void rope(const RopeParams& p, int threads);
 }
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+cudaError_t rope(const RopeParams& p, cudaStream_t stream);
+}
+#endif
 
 }  // namespace mistral

@@ -1,6 +1,10 @@
 // out = silu(gate) * up, silu(x) = x / (1 + exp(-x)) (Shazeer 2020, arXiv:2002.05202).
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 
 namespace mistral {
@@ -20,5 +24,11 @@ struct SwigluParams {
 namespace cpu {
 void swiglu(const SwigluParams& p, int threads);
 }
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+cudaError_t swiglu(const SwigluParams& p, cudaStream_t stream);
+}
+#endif
 
 }  // namespace mistral

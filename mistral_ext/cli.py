@@ -118,7 +118,7 @@ def _info(args: argparse.Namespace) -> int:
     if _C.cuda_architectures is None:
         lines["CUDA"] = "not in this build (no nvcc was found, or MISTRAL_EXT_CUDA=off)"
     else:
-        lines["CUDA"] = f"built for {_C.cuda_architectures}; no kernels yet, models run on the CPU"
+        lines["CUDA"] = f"built for {_C.cuda_architectures}"
         devices, problem = _C.cuda_devices()
         lines["CUDA devices"] = "; ".join(map(_describe, devices)) or f"none ({problem})"
     width = max(map(len, lines))
@@ -172,6 +172,7 @@ def _load(args: argparse.Namespace) -> Mistral:
         overrides["max_positions"] = args.max_positions
     return Mistral.from_pretrained(
         args.model or DEMO_MODEL,
+        device=args.device,
         dtype=_DTYPES[args.dtype] if args.dtype else None,
         prefill_chunk=args.prefill_chunk,
         **overrides,
@@ -256,6 +257,7 @@ def _model_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id; default: the demo")
+    group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     group.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
     group.add_argument(
         "--sliding-window", type=int, metavar="W", help="override the config; 0: no window"

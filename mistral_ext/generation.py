@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext import checkpoint
+from mistral_ext import _C, checkpoint
 from mistral_ext.cache import RingCache, ring_capacity
 from mistral_ext.chat import chat_template_of, encode_chat, extend_chat
 from mistral_ext.config import MistralConfig
@@ -101,7 +101,7 @@ class Mistral:
 
         Args:
             model: a folder, or a hub id such as "mistralai/Mistral-7B-v0.1".
-            device: "cpu", the default.
+            device: "cpu", the default, or "cuda".
             dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
                 copies all weights.
             progress: show a progress bar if stderr is a terminal.
@@ -110,14 +110,14 @@ class Mistral:
         Raises:
             FileNotFoundError, ValueError, TypeError: naming the file, tensor or argument.
         """
-        if torch.device(device or "cpu").type != "cpu":
-            raise ValueError(
-                f"device is {str(device)!r}, expected 'cpu': the model runs there only"
-            )
+        device = _check_device(device)
         folder = checkpoint.resolve(model)
         config = MistralConfig.from_folder(folder, **config_overrides)
         tokenizer = Tokenizer.from_folder(folder)
         weights = checkpoint.load_weights(folder, config, dtype, progress)
+        if device.type != "cpu":
+            for name in list(weights):  # one at a time: its pages are let go as it is copied
+                weights[name] = weights[name].to(device)
         return cls(
             config, Transformer(config, weights), tokenizer, folder, prefill_chunk, max_batch
         )
@@ -380,6 +380,20 @@ class Chat:
             common += 1
         if not self._cache.rewind(0, common):
             self._cache.rewind(0, 0)
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    device = torch.device(device or "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {str(device)!r}, expected 'cpu' or 'cuda'")
+    if device.type == "cuda" and _C.cuda_architectures is None:
+        raise ValueError(
+            f"device is {str(device)!r}, but this build of mistral_ext has no CUDA kernels: "
+            "install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device")
+    return device
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

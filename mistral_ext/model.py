@@ -71,17 +71,19 @@ class Transformer:
         """Runs new tokens through all layers and appends them to the cache.
 
         Args:
-            token_ids: [T] int64, the new tokens of all sequences.
-            sequences: the sequence table, from `cache.append`.
+            token_ids: [T] int64 on the CPU, the new tokens of all sequences.
+            sequences: the sequence table on the CPU, from `cache.append`.
             cache: the rings.
-            rows: [N] int64, which of the T tokens to compute logits for; None: all.
+            rows: [N] int64 on the CPU, which of the T tokens to compute logits for; None: all.
 
         Returns:
-            [N, V] fp32 logits.
+            [N, V] fp32 logits, on the model's device.
         """
         config = self.config
         eps, theta, window = config.norm_eps, config.rope_theta, config.sliding_window
 
+        max_count = int(sequences[:, 1].max())
+        token_ids, sequences = token_ids.to(self.device), sequences.to(self.device)
         h = self.embeddings[token_ids]  # [T, E], the residual stream
         x = ops.rms_norm(h, self.layers[0].attention_norm, eps)  # [T, E]
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
@@ -92,12 +94,14 @@ class Transformer:
             k = ops.linear(x, layer.wk).unflatten(1, (-1, config.head_dim))  # [T, Hkv, D]
             v = ops.linear(x, layer.wv).unflatten(1, (-1, config.head_dim))  # [T, Hkv, D]
             ops.rope(q, k, v, k_pool, v_pool, sequences, theta, window)
-            x = ops.attention(q, k, v, k_pool, v_pool, sequences, window)  # [T, Hq, D]
+            x = ops.attention(
+                q, k, v, k_pool, v_pool, sequences, window, max_count=max_count
+            )  # [T, Hq, D]
             x = ops.linear(x.flatten(1), layer.wo)  # [T, E]
             x = ops.rms_norm(x, layer.ffn_norm, eps, residual=h)  # h += x, then [T, E]
             x = ops.swiglu(ops.linear(x, layer.w1), ops.linear(x, layer.w3))  # [T, F]
             x = ops.linear(x, layer.w2)  # [T, E]
             x = ops.rms_norm(x, next_norm, eps, residual=h)  # h += x, then [T, E]
         if rows is not None:
-            x = x[rows]  # [N, E]
+            x = x[rows.to(self.device)]  # [N, E]
         return ops.linear(x, self.output).float()  # [N, V]

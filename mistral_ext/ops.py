@@ -1,11 +1,11 @@
 """The kernels as functions on torch tensors, and as `torch.ops.mistral_ext.*`.
 
 Inference only: no op has a gradient. Tensors are float32, bfloat16 or float16, all arguments of
-a call of one dtype; arithmetic is done in float32. Nothing is copied or made contiguous behind
-the caller's back: the last axis must have stride 1 (the weights and pools must be contiguous),
-other strides are free, so q, k and v may be slices of one matrix. Wrong arguments raise
-ValueError (shapes, strides, numbers) or TypeError (dtypes, devices, not a tensor) with the op, the
-argument, what was expected and what was given.
+a call of one dtype; arithmetic is done in float32 (in both, `sample` is different). Nothing is
+copied or made contiguous behind the caller's back: the last axis must have stride 1 (the weights,
+pools and tables must be contiguous), other strides are free, so q, k and v may be slices of one
+matrix. Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices,
+not a tensor) with the op, the argument, what was expected and what was given.
 
 Shape letters: T new tokens of all sequences, packed one after another; S sequences; E model
 dimension; F hidden dimension; Hq query heads; Hkv key/value heads, a divisor of Hq; D head
@@ -112,6 +112,7 @@ def attention(
     sequences: Tensor,
     window: int | None = None,
     scale: float | None = None,
+    max_count: int | None = None,
 ) -> Tensor:
     """Causal sliding-window grouped-query attention of a ragged batch over ring caches.
 
@@ -127,6 +128,8 @@ def attention(
         sequences: [S, 5] int64, the sequence table.
         window: W, keys that a query sees, itself included; None: all.
         scale: factor of the scores; None: 1 / sqrt(D).
+        max_count: no sequence has more new tokens than this; None: nothing is known. It spares
+            CUDA a launch when all sequences decode.
 
     Returns:
         [T, Hq, D].
@@ -134,7 +137,9 @@ def attention(
     Source: Jiang et al. 2023, arXiv:2310.06825, section 2; Milakov and Gimelshein 2018,
     arXiv:1805.02867 (online softmax).
     """
-    return torch.ops.mistral_ext.attention(q, k, v, k_pool, v_pool, sequences, window, scale)
+    return torch.ops.mistral_ext.attention(
+        q, k, v, k_pool, v_pool, sequences, window, scale, max_count
+    )
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -167,12 +172,53 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mistral_ext.linear(x, weight)
 
 
-# torch.library: schemas (mutated arguments marked), CPU implementations, and fake kernels, which
-# give torch.compile and torch.export the shapes without running anything.
+def sample(
+    logits: Tensor,
+    rows: Tensor,
+    options: Tensor,
+    noise: Tensor,
+    history: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Chooses the next token of each row of logits, by options and state of its own.
+
+    The steps, in this order: bias, repetition penalty, presence and frequency penalties (the result
+    is rounded to float32), temperature, min_p, top_k, top_p, and a draw by the Gumbel-max rule with
+    noise that is a pure function of (seed, index, step, token). A temperature of 0 takes the
+    largest. Of equals the lower id comes first. The same arguments give the same tokens on every
+    device, and what else is in the batch does not matter (csrc/sample.h has all of the definition).
+
+    Options and state are tables with a row for each completion, on the device of the logits: a
+    decode loop needs nothing from the host. `mistral_ext.sampling.Sampler` keeps them. The columns:
+
+        options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
+                 frequency_penalty
+        noise    seed (its 64 bits), index (which of the completions of one seed), step
+
+    Args:
+        logits: [N, V] float32, V up to 2^24.
+        rows: [N] int64, the row of the tables that each row of logits goes with; none twice.
+        options: [M, 7] float64.
+        noise: [M, 3] int64; step grows by one.
+        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt); the choice is counted.
+        bias: [M, V] float32, added to the logits; None: nothing is.
+
+    Returns:
+        [N] int64. -1 where there is no choice, because a logit is NaN or all are -inf; the state of
+        these rows stays as it is.
+
+    Source: Gumbel 1954 and Maddison et al. 2014, arXiv:1411.0030 (Gumbel-max); Salmon et al. 2011
+    (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Keskar et al. 2019, arXiv:1909.05858
+    (repetition penalty).
+    """
+    return torch.ops.mistral_ext.sample(logits, rows, options, noise, history, bias)
+
+
+# torch.library: schemas (mutated arguments marked), implementations, and fake kernels, which give
+# torch.compile and torch.export the shapes without running anything.
 
 _library = torch.library.Library("mistral_ext", "DEF")
-
-_FEW_TOKENS = 8  # as many as a product may have for `_C.linear`
+_DEVICES = ("cpu", "cuda")
 
 _library.define(
     "rms_norm(Tensor x, Tensor weight, float eps=1e-05, Tensor(a!)? residual=None) -> Tensor"
@@ -183,46 +229,83 @@ _library.define(
 )
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, "
-    "Tensor sequences, int? window=None, float? scale=None) -> Tensor"
+    "Tensor sequences, int? window=None, float? scale=None, int? max_count=None) -> Tensor"
 )
 _library.define("swiglu(Tensor gate, Tensor up) -> Tensor")
 _library.define("linear(Tensor x, Tensor weight) -> Tensor")
+_library.define(
+    "sample(Tensor logits, Tensor rows, Tensor options, Tensor(a!) noise, Tensor(b!) history, "
+    "Tensor? bias=None) -> Tensor"
+)
 
 
-@torch.library.impl(_library, "rms_norm", "CPU")
+def _lane(x: Tensor) -> int:
+    """Where a kernel on x runs: how many threads on the CPU, on which stream on a GPU."""
+    if x.is_cuda:
+        return torch.cuda.current_stream(x.device).cuda_stream
+    return torch.get_num_threads()
+
+
+@torch.library.impl("mistral_ext::rms_norm", _DEVICES)
 def _(x, weight, eps=1e-5, residual=None):
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm(x, weight, residual, out, eps, torch.get_num_threads())
+    out = x.new_empty(x.shape)
+    _C.rms_norm(x, weight, residual, out, eps, _lane(x))
     return out
 
 
-@torch.library.impl(_library, "rope", "CPU")
+@torch.library.impl("mistral_ext::rope", _DEVICES)
 def _(q, k, v, k_pool, v_pool, sequences, theta, window=None):
-    _C.rope(q, k, v, k_pool, v_pool, sequences, theta, window, torch.get_num_threads())
+    _C.rope(q, k, v, k_pool, v_pool, sequences, theta, window, _lane(q))
 
 
-@torch.library.impl(_library, "attention", "CPU")
-def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None):
-    out = torch.empty(q.shape, dtype=q.dtype)
-    threads = torch.get_num_threads()
-    _C.attention(q, k, v, k_pool, v_pool, sequences, out, window, scale, threads)
+# (device, stream) -> zeroed counters for the blocks of an attention call, which leave them zeroed.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@torch.library.impl("mistral_ext::attention", _DEVICES)
+def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
+    out = q.new_empty(q.shape)
+    lane = _lane(q)
+    held = []
+
+    def scratch(partials: int, counters: int) -> tuple[int, int]:
+        held.append(torch.empty(partials, dtype=torch.float32, device=q.device))
+        key = (q.device, lane)
+        if key not in _counters or len(_counters[key]) < counters:
+            _counters[key] = torch.zeros(counters, dtype=torch.int32, device=q.device)
+        return held[0].data_ptr(), _counters[key].data_ptr()
+
+    given = (q, k, v, k_pool, v_pool, sequences)
+    _C.attention(*given, out, window, scale, max_count, scratch, lane)
     return out
 
 
-@torch.library.impl(_library, "swiglu", "CPU")
+@torch.library.impl("mistral_ext::swiglu", _DEVICES)
 def _(gate, up):
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    _C.swiglu(gate, up, out, torch.get_num_threads())
+    out = gate.new_empty(gate.shape)
+    _C.swiglu(gate, up, out, _lane(gate))
     return out
 
 
-@torch.library.impl(_library, "linear", "CPU")
+_FEW_TOKENS = 8  # as many as a product may have for `_C.linear`
+
+
+@torch.library.impl("mistral_ext::linear", _DEVICES)
 def _(x, weight):
-    if len(x) > _FEW_TOKENS:
+    if x.is_cuda or len(x) > _FEW_TOKENS:
         _C.check_linear(x, weight)
         return torch.nn.functional.linear(x, weight)
-    out = torch.empty((len(x), len(weight)), dtype=x.dtype)
-    _C.linear(x, weight, out, torch.get_num_threads())
+    out = x.new_empty((len(x), len(weight)))
+    _C.linear(x, weight, out, _lane(x))
+    return out
+
+
+@torch.library.impl("mistral_ext::sample", _DEVICES)
+def _(logits, rows, options, noise, history, bias=None):
+    out = rows.new_empty(rows.shape)
+    keys = logits.new_empty(logits.shape, dtype=torch.int32)
+    weights = logits.new_empty(logits.shape, dtype=torch.int64)
+    _C.sample(logits, rows, options, noise, history, bias, keys, weights, out, _lane(logits))
     return out
 
 
@@ -237,7 +320,7 @@ def _(q, k, v, k_pool, v_pool, sequences, theta, window=None):
 
 
 @torch.library.register_fake("mistral_ext::attention")
-def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None):
+def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
     return q.new_empty(q.shape)
 
 
@@ -249,3 +332,8 @@ def _(gate, up):
 @torch.library.register_fake("mistral_ext::linear")
 def _(x, weight):
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("mistral_ext::sample")
+def _(logits, rows, options, noise, history, bias=None):
+    return rows.new_empty(rows.shape)

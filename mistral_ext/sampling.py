@@ -1,11 +1,9 @@
-"""From logits to the next token.
+"""From logits to the next token: the options, and the state that `ops.sample` works on.
 
 The order of the steps is that of vLLM: logit bias, penalties, temperature, min_p, top_k, top_p.
-What is left is sampled by the Gumbel-max rule (Gumbel 1954; Maddison et al. 2014,
-arXiv:1411.0030): the token with the largest logit + g, each token with its own Gumbel noise g.
-The noise is a pure function of (seed, index of the completion, step, token), made by a counter
-based generator (Philox, Salmon et al. 2011), so a completion depends on its own seed alone: not on
-what else is in the batch, nor on what was drawn before.
+The noise of a draw is a pure function of (seed, index of the completion, step, token), so a
+completion depends on its own seed alone: not on what else is in the batch, nor on what was drawn
+before.
 """
 
 from __future__ import annotations
@@ -17,7 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-import numpy as np
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,14 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         self._check("logit_bias", dict, "a number for each token id", _is_bias)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """ValueError if logit_bias has a token that is not among the first `vocab_size`."""
+        for token_id in self.logit_bias:
+            if token_id >= vocab_size:
+                raise ValueError(
+                    f"logit_bias has token id {token_id}, expected less than {vocab_size}"
+                )
+
     def _check(self, name, kind, expected, valid) -> None:
         value = getattr(self, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -103,108 +112,98 @@ class TokenLogprob:
 
 
 class Sampler:
-    """Chooses the tokens of one completion.
+    """Chooses the tokens of several completions, all that a step needs in one call.
+
+    The state of each is a row of a few tensors on the device: see `ops.sample`.
 
     Args:
-        params: the options.
-        prompt_ids: tokens of the prompt, for the repetition penalty.
-        vocab_size: V.
-        index: which of the prompt's n completions this is.
+        rows: completions at a time.
+        vocab_size: V, ids that may be chosen.
+        device: where the logits are.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int, index: int = 0
+        self, rows: int, vocab_size: int, device: torch.device | str | None = None
     ) -> None:
-        for token_id in params.logit_bias:
-            if token_id >= vocab_size:
-                raise ValueError(
-                    f"logit_bias has token id {token_id}, expected less than {vocab_size}"
-                )
-        self._params = params
-        self._key = np.array(
-            [secrets.randbits(64) if params.seed is None else params.seed, index], dtype=np.uint64
-        )
-        self._step = 0
-        self._seen = np.zeros(vocab_size, dtype=bool)  # in prompt or completion
-        self._seen[np.asarray(prompt_ids, dtype=np.int64)] = True
-        self._counts = np.zeros(vocab_size, dtype=np.float32)  # in the completion
+        self._vocab_size = vocab_size
+        self._options = torch.zeros(rows, 7, dtype=torch.float64, device=device)
+        self._noise = torch.zeros(rows, 3, dtype=torch.int64, device=device)
+        self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
+        self._bias: Tensor | None = None  # made when first needed
 
-    def sample(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
-        """Chooses the next token.
+    def start(
+        self, row: int, params: SamplingParams, prompt_ids: Sequence[int], index: int = 0
+    ) -> None:
+        """Gives a row to a new completion.
 
         Args:
-            logits: [V] fp32, not changed.
-
-        Returns:
-            The token id, and its log-probability if `logprobs` asked for it.
+            row: 0 to rows - 1; its last completion has ended.
+            params: the options.
+            prompt_ids: tokens of the prompt, for the repetition penalty.
+            index: which of the prompt's n completions this is.
 
         Raises:
-            ValueError: the logits are NaN.
+            ValueError: logit_bias has a token that is not in the vocabulary.
         """
-        params = self._params
-        if np.isnan(logits).any():
-            raise ValueError("the model's logits are NaN: its weights may be damaged")
-        adjusted = self._adjust(logits)
-        if params.temperature == 0:
-            token_id = int(adjusted.argmax())
-        else:
-            token_id = self._draw(adjusted.astype(np.float64) / params.temperature)
-        self._step += 1
-        self._seen[token_id] = True
-        self._counts[token_id] += 1
-        if params.logprobs is None:
-            return token_id, None
-        return token_id, _logprob(logits, token_id, params.logprobs)
+        params.check_vocabulary(self._vocab_size)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        options = (
+            params.temperature,
+            min(params.top_k, self._vocab_size),
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        )
+        self._options[row] = torch.tensor(options, dtype=torch.float64)
+        signed_seed = seed - 2**64 if seed >= 2**63 else seed  # of the same 64 bits
+        self._noise[row] = torch.tensor([signed_seed, index, 0])
+        self._history[row] = 0
+        prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=self._history.device)
+        self._history[row, prompt[prompt < self._vocab_size]] = 1
+        if params.logit_bias and self._bias is None:
+            self._bias = torch.zeros_like(self._history, dtype=torch.float32)
+        if self._bias is not None:
+            self._bias[row] = 0
+            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+            biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            self._bias[row, ids.to(self._bias.device)] = biases.to(self._bias.device)
 
-    def _adjust(self, logits: np.ndarray) -> np.ndarray:
-        params = self._params
-        if params.logit_bias:
-            logits = logits.copy()
-            for token_id, bias in params.logit_bias.items():
-                logits[token_id] += bias
-        if params.repetition_penalty != 1:
-            # Keskar et al. 2019, arXiv:1909.05858: towards less likely, whatever the sign.
-            penalised = np.where(
-                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
-            )
-            logits = np.where(self._seen, penalised, logits)
-        if params.presence_penalty or params.frequency_penalty:
-            logits = logits - (
-                params.presence_penalty * (self._counts > 0)
-                + params.frequency_penalty * self._counts
-            )
-        return logits
+    def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
+        """Chooses the next token of some of the completions.
 
-    def _draw(self, logits: np.ndarray) -> int:
-        candidates = _most_likely(logits, self._params)
-        # Word 0 of the counter runs over the vocabulary, four tokens a step.
-        generator = np.random.Philox(key=self._key, counter=[0, self._step, 0, 0])
-        uniform = np.random.Generator(generator).random(len(logits))[candidates]
-        with np.errstate(divide="ignore"):  # a uniform 0 gives noise -inf: never chosen
-            noise = -np.log(-np.log(uniform))
-        return int(candidates[(logits[candidates] + noise).argmax()])
+        Args:
+            rows: N of them.
+            logits: [N, V or more] fp32, not changed; columns past V are never chosen.
 
+        Returns:
+            The N token ids.
 
-def _most_likely(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Token ids that min_p, top_k and top_p leave; ties go to the lower id."""
-    candidates = np.flatnonzero(logits > -np.inf)
-    if params.min_p > 0:
-        candidates = np.flatnonzero(logits >= logits.max() + math.log(params.min_p))
-    if params.top_k or params.top_p < 1:
-        candidates = candidates[np.argsort(-logits[candidates], kind="stable")]
-    if params.top_k:
-        candidates = candidates[: params.top_k]
-    if params.top_p < 1:
-        probabilities = np.exp(logits[candidates] - logits[candidates[0]])
-        reached = np.cumsum(probabilities) / probabilities.sum()
-        candidates = candidates[: np.searchsorted(reached, params.top_p) + 1]
-    return candidates
+        Raises:
+            ValueError: there is nothing to choose from.
+        """
+        logits = logits[:, : self._vocab_size]
+        rows = torch.tensor(rows, dtype=torch.int64, device=logits.device)
+        token_ids = ops.sample(
+            logits, rows, self._options, self._noise, self._history, self._bias
+        ).tolist()
+        if -1 in token_ids:
+            if logits[token_ids.index(-1)].isnan().any():
+                raise ValueError("the model's logits are NaN: its weights may be damaged")
+            raise ValueError("all logits are -inf, with logit_bias: no token is left to choose")
+        return token_ids
 
 
-def _logprob(logits: np.ndarray, token_id: int, count: int) -> TokenLogprob:
-    shifted = logits.astype(np.float64) - logits.max()
-    logprobs = shifted - math.log(np.exp(shifted).sum())
-    top = np.argsort(-logprobs, kind="stable")[:count]
-    return TokenLogprob(
-        token_id, float(logprobs[token_id]), {int(i): float(logprobs[i]) for i in top}
-    )
+def token_logprob(logits: Tensor, token_id: int, count: int) -> TokenLogprob:
+    """The log-probability of a token.
+
+    Args:
+        logits: [V] fp32.
+        token_id: the token.
+        count: report this many of the most likely tokens too.
+    """
+    logprobs = logits.double().log_softmax(-1)
+    top = logprobs.sort(descending=True, stable=True)
+    ids, values = top.indices[:count].tolist(), top.values[:count].tolist()
+    return TokenLogprob(token_id, logprobs[token_id].item(), dict(zip(ids, values, strict=True)))

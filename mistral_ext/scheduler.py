@@ -15,7 +15,7 @@ import torch
 
 from mistral_ext.cache import RingCache
 from mistral_ext.model import Transformer
-from mistral_ext.sampling import Sampler, SamplingParams, TokenLogprob
+from mistral_ext.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 from mistral_ext.text_stream import TextStream
 
 
@@ -61,6 +61,9 @@ class Request:
         vocab_size: ids that may be sampled.
         index: which of the prompt's n completions.
         text: turns token ids into text; None without a tokenizer.
+
+    Raises:
+        ValueError: logit_bias has a token that may not be sampled.
     """
 
     def __init__(
@@ -73,13 +76,16 @@ class Request:
         index: int = 0,
         text: TextStream | None = None,
     ) -> None:
+        params.check_vocabulary(vocab_size)
         self.ids = list(prompt_ids)  # the prompt, then what was generated
         self.prompt_length = len(self.ids)
+        self.params = params
+        self.vocab_size = vocab_size
+        self.index = index
         self.max_length = max_length
         self.finish_reason: str | None = None
         self.text = text
         self._eos_ids = () if params.ignore_eos else tuple(eos_ids)
-        self._sampler = Sampler(params, prompt_ids, vocab_size, index)
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self._read = 0  # prompt tokens that went through the model
         self._started = self._first = self._last = 0.0
@@ -90,15 +96,14 @@ class Request:
             self._started = time.perf_counter()
         self._read += count
 
-    def accept(self, logits: torch.Tensor) -> str:
-        """Samples the next token from logits [V]; returns the text that this makes final."""
-        token_id, logprob = self._sampler.sample(logits.numpy())
+    def accept(self, token_id: int, logits: torch.Tensor) -> str:
+        """Takes the next token, sampled from logits [V]; returns the text that this makes final."""
         self._last = time.perf_counter()
         if len(self.ids) == self.prompt_length:
             self._first = self._last
         self.ids.append(token_id)
         if self._logprobs is not None:
-            self._logprobs.append(logprob)
+            self._logprobs.append(token_logprob(logits, token_id, self.params.logprobs))
         if token_id in self._eos_ids:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.max_length:
@@ -140,15 +145,18 @@ def run(
     Args:
         model: the weights.
         cache: at least one ring; the largest must do for every request.
-        requests: the waiting, served in this order.
+        requests: the waiting, at least one, served in this order; of one vocabulary.
         prefill_chunk: prompt tokens read in one step, at most.
     """
     waiting = list(requests)
     active: dict[int, Request] = {}  # ring -> the request it serves
     free = list(range(len(cache.capacities)))
+    sampler = Sampler(len(free), waiting[0].vocab_size, model.device)
     while waiting or active:
         while waiting and free:
-            active[free.pop(0)] = waiting.pop(0)
+            ring, request = free.pop(0), waiting.pop(0)
+            active[ring] = request
+            sampler.start(ring, request.params, request.ids, request.index)
         chunks = _next_chunks(active, cache, prefill_chunk)
         token_ids, last_rows, sampled = [], [], []
         for ring, chunk in chunks.items():
@@ -166,9 +174,10 @@ def run(
             cache,
             rows=torch.tensor(last_rows, dtype=torch.int64),
         )
-        for ring, row in zip(sampled, logits, strict=True):
+        token_ids = sampler.sample(sampled, logits)
+        for ring, token_id, row in zip(sampled, token_ids, logits, strict=True):
             request = active[ring]
-            piece = request.accept(row)
+            piece = request.accept(token_id, row)
             if request.finish_reason:
                 del active[ring]
                 if waiting:  # else the ring keeps its tokens: a chat goes on from them

@@ -4,17 +4,54 @@
 
 #include <cmath>
 
+#include "device.h"
 #include "ops.h"
 #include "sequences.h"
 
 namespace mistral::python {
 namespace {
 
-void attention(py::object q, py::object k, py::object v, py::object k_pool, py::object v_pool,
-               py::object sequences, py::object out_, std::optional<int64_t> window,
-               std::optional<double> scale, int threads) {
+#ifdef MISTRAL_CUDA
+
+void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
   constexpr const char* op = "attention";
-  const RaggedBatch batch(op, q, k, v, k_pool, v_pool, sequences, window);
+  if (p.dtype == DType::f32) {
+    throw py::type_error(
+        "attention: q has dtype torch.float32, expected torch.bfloat16 or "
+        "torch.float16 on a CUDA device");
+  }
+  if (p.head_dim != 64 && p.head_dim != 128) {
+    fail(op, "q has head dimension " + std::to_string(p.head_dim) +
+                 ", expected 64 or 128 on a CUDA device");
+  }
+  if (!(p.scale > 0)) fail(op, "scale is " + std::to_string(p.scale) + ", expected more than 0");
+  for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool}) {
+    tensor->expect_aligned_rows();
+  }
+}
+
+// scratch(partials, counters) returns the addresses of that many floats and zeroed ints.
+void use_scratch(AttentionParams& p, int64_t pool_rows, int device_index,
+                 const py::object& scratch) {
+  const CurrentDevice device(device_index);
+  const int64_t longest = min(p.window, pool_rows / p.kv_heads) + p.max_count;
+  const cuda::AttentionScratch needed =
+      cuda::attention_scratch(p.num_sequences, p.kv_heads, p.head_dim, longest);
+  const py::tuple addresses = scratch(needed.partials, needed.counters);
+  p.splits = needed.splits;
+  p.partials = reinterpret_cast<float*>(addresses[0].cast<uintptr_t>());
+  p.counters = reinterpret_cast<int32_t*>(addresses[1].cast<uintptr_t>());
+}
+
+#endif
+
+void attention(py::object q_, py::object k, py::object v, py::object k_pool, py::object v_pool,
+               py::object sequences, py::object out_, std::optional<int64_t> window,
+               std::optional<double> scale, std::optional<int64_t> max_count, py::object scratch,
+               Lane lane) {
+  constexpr const char* op = "attention";
+  const RaggedBatch batch(op, q_, k, v, k_pool, v_pool, sequences, window);
+  const Tensor& q = batch.q;
   const Tensor out(op, "out", out_);
   AttentionParams p{};
   batch.fill(p);
@@ -22,8 +59,17 @@ void attention(py::object q, py::object k, py::object v, py::object k_pool, py::
   p.stride_out_token = out.stride(0);
   p.stride_out_head = out.stride(1);
   p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(p.head_dim))));
-  const py::gil_scoped_release release;
-  cpu::attention(p, threads);
+  p.max_count = max_count.value_or(p.tokens);
+  if (p.max_count < 0) {
+    fail(op, "max_count is " + std::to_string(p.max_count) + ", expected 0 or more or None");
+  }
+#ifdef MISTRAL_CUDA
+  if (q.is_cuda()) {
+    expect_cuda_kernel(batch, p);
+    use_scratch(p, batch.k_pool.size(0), q.device_index(), scratch);
+  }
+#endif
+  run(q, lane, p, MISTRAL_KERNELS(attention));
 }
 
 }  // namespace
@@ -31,7 +77,7 @@ void attention(py::object q, py::object k, py::object v, py::object k_pool, py::
 void bind_attention(py::module_& m) {
   m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("out"), py::arg("window"),
-        py::arg("scale"), py::arg("threads"));
+        py::arg("scale"), py::arg("max_count"), py::arg("scratch"), py::arg("lane"));
 }
 
 }  // namespace mistral::python

@@ -12,7 +12,7 @@ void check(const Tensor& x, const Tensor& weight) {
   x.expect_shape({-1, -1});
   x.expect_last_axis_contiguous();
   weight.expect_shape({-1, x.size(1)});
-  weight.expect_dtype_of(x);
+  weight.expect_like(x);
   weight.expect_contiguous();
 }
 

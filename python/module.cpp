@@ -55,5 +55,6 @@ PYBIND11_MODULE(_C, m) {
   python::bind_linear(m);
   python::bind_rms_norm(m);
   python::bind_rope(m);
+  python::bind_sample(m);
   python::bind_swiglu(m);
 }

@@ -9,6 +9,7 @@ void bind_attention(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
+void bind_sample(pybind11::module_& m);
 void bind_swiglu(pybind11::module_& m);
 
 }  // namespace mistral::python

@@ -1,5 +1,6 @@
 #include "../csrc/rms_norm.h"
 
+#include "device.h"
 #include "ops.h"
 #include "tensor.h"
 
@@ -7,13 +8,13 @@ namespace mistral::python {
 namespace {
 
 void rms_norm(py::object x_, py::object weight_, py::object residual_, py::object out_, float eps,
-              int threads) {
+              Lane lane) {
   constexpr const char* op = "rms_norm";
   const Tensor x(op, "x", x_), weight(op, "weight", weight_), out(op, "out", out_);
   x.expect_shape({-1, -1});
   x.expect_last_axis_contiguous();
   weight.expect_shape({x.size(1)});
-  weight.expect_dtype_of(x);
+  weight.expect_like(x);
   weight.expect_contiguous();
   if (!(eps >= 0)) fail(op, "eps is " + std::to_string(eps) + ", expected 0 or more");
 
@@ -30,20 +31,19 @@ void rms_norm(py::object x_, py::object weight_, py::object residual_, py::objec
   if (!residual_.is_none()) {
     const Tensor residual(op, "residual", residual_);
     residual.expect_shape({x.size(0), x.size(1)});
-    residual.expect_dtype_of(x);
+    residual.expect_like(x);
     residual.expect_last_axis_contiguous();
     p.residual = residual.data();
     p.stride_residual_token = residual.stride(0);
   }
-  const py::gil_scoped_release release;
-  cpu::rms_norm(p, threads);
+  run(x, lane, p, MISTRAL_KERNELS(rms_norm));
 }
 
 }  // namespace
 
 void bind_rms_norm(py::module_& m) {
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("residual").none(true),
-        py::arg("out"), py::arg("eps"), py::arg("threads"));
+        py::arg("out"), py::arg("eps"), py::arg("lane"));
 }
 
 }  // namespace mistral::python

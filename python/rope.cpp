@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "device.h"
 #include "ops.h"
 #include "sequences.h"
 
@@ -9,15 +10,14 @@ namespace mistral::python {
 namespace {
 
 void rope(py::object q, py::object k, py::object v, py::object k_pool, py::object v_pool,
-          py::object sequences, double theta, std::optional<int64_t> window, int threads) {
+          py::object sequences, double theta, std::optional<int64_t> window, Lane lane) {
   constexpr const char* op = "rope";
   const RaggedBatch batch(op, q, k, v, k_pool, v_pool, sequences, window);
   if (!(theta > 0)) fail(op, "theta is " + std::to_string(theta) + ", expected more than 0");
   RopeParams p{};
   batch.fill(p);
   p.theta = theta;
-  const py::gil_scoped_release release;
-  cpu::rope(p, threads);
+  run(batch.q, lane, p, MISTRAL_KERNELS(rope));
 }
 
 }  // namespace
@@ -25,7 +25,7 @@ void rope(py::object q, py::object k, py::object v, py::object k_pool, py::objec
 void bind_rope(py::module_& m) {
   m.def("rope", &rope, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("theta"), py::arg("window"),
-        py::arg("threads"));
+        py::arg("lane"));
 }
 
 }  // namespace mistral::python

@@ -87,13 +87,15 @@ RaggedBatch::RaggedBatch(const char* op, py::handle q_, py::handle k_, py::handl
   v.expect_shape({tokens, kv_heads, dim});
   k_pool.expect_shape({-1, dim});
   v_pool.expect_shape({k_pool.size(0), dim});
-  for (const Tensor* tensor : {&k, &v, &k_pool, &v_pool}) tensor->expect_dtype_of(q);
+  for (const Tensor* tensor : {&k, &v, &k_pool, &v_pool}) tensor->expect_like(q);
   for (const Tensor* tensor : {&q, &k, &v}) tensor->expect_last_axis_contiguous();
   k_pool.expect_contiguous();
   v_pool.expect_contiguous();
   table.expect_shape({-1, kSequenceFields});
   table.expect_contiguous();
-  check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
+  table.expect_device_of(q);
+  // A table in the memory of a GPU is not read back: that would make every call wait.
+  if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
 }
 
 }  // namespace mistral::python

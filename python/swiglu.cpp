@@ -1,18 +1,19 @@
 #include "../csrc/swiglu.h"
 
+#include "device.h"
 #include "ops.h"
 #include "tensor.h"
 
 namespace mistral::python {
 namespace {
 
-void swiglu(py::object gate_, py::object up_, py::object out_, int threads) {
+void swiglu(py::object gate_, py::object up_, py::object out_, Lane lane) {
   constexpr const char* op = "swiglu";
   const Tensor gate(op, "gate", gate_), up(op, "up", up_), out(op, "out", out_);
   gate.expect_shape({-1, -1});
   gate.expect_last_axis_contiguous();
   up.expect_shape({gate.size(0), gate.size(1)});
-  up.expect_dtype_of(gate);
+  up.expect_like(gate);
   up.expect_last_axis_contiguous();
 
   SwigluParams p{};
@@ -25,14 +26,13 @@ void swiglu(py::object gate_, py::object up_, py::object out_, int threads) {
   p.stride_gate_token = gate.stride(0);
   p.stride_up_token = up.stride(0);
   p.stride_out_token = out.stride(0);
-  const py::gil_scoped_release release;
-  cpu::swiglu(p, threads);
+  run(gate, lane, p, MISTRAL_KERNELS(swiglu));
 }
 
 }  // namespace
 
 void bind_swiglu(py::module_& m) {
-  m.def("swiglu", &swiglu, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("threads"));
+  m.def("swiglu", &swiglu, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("lane"));
 }
 
 }  // namespace mistral::python

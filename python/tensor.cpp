@@ -6,7 +6,7 @@ namespace mistral::python {
 namespace {
 
 struct Torch {
-  py::object tensor, float32, bfloat16, float16, int64;
+  py::object module, tensor, float32, bfloat16, float16;
 };
 
 // torch is loaded by whoever has a tensor to pass; its classes are looked up once.
@@ -15,8 +15,8 @@ const Torch& torch() {
   return storage
       .call_once_and_store_result([] {
         const py::module_ module = py::module_::import("torch");
-        return Torch{module.attr("Tensor"), module.attr("float32"), module.attr("bfloat16"),
-                     module.attr("float16"), module.attr("int64")};
+        return Torch{module, module.attr("Tensor"), module.attr("float32"), module.attr("bfloat16"),
+                     module.attr("float16")};
       })
       .get_stored();
 }
@@ -52,9 +52,9 @@ void fail(const char* op, const std::string& problem) {
 }
 
 Tensor::Tensor(const char* op, const char* name, py::handle object)
-    : Tensor(op, name, object, false) {}
+    : Tensor(op, name, object, nullptr) {}
 
-Tensor::Tensor(const char* op, const char* name, py::handle object, bool is_table)
+Tensor::Tensor(const char* op, const char* name, py::handle object, const char* wanted)
     : op_(op), name_(name) {
   const std::string subject = std::string(op) + ": " + name;
   if (!py::isinstance(object, torch().tensor)) {
@@ -62,15 +62,17 @@ Tensor::Tensor(const char* op, const char* name, py::handle object, bool is_tabl
                          ", expected a torch.Tensor");
   }
   const py::object device = object.attr("device");
-  if (device.attr("type").cast<std::string>() != "cpu") {
-    throw py::type_error(subject + " is on " + std::string(py::str(device)) +
-                         ", expected cpu like the other arguments");
+  const auto type = device.attr("type").cast<std::string>();
+  if (type == "cuda") {
+    device_index_ = device.attr("index").cast<int>();
+  } else if (type != "cpu") {
+    throw py::type_error(subject + " is on " + type + ", expected cpu or cuda");
   }
   const py::object dtype = object.attr("dtype");
-  if (is_table) {
-    if (!dtype.is(torch().int64)) {
+  if (wanted) {
+    if (!dtype.is(torch().module.attr(wanted))) {
       throw py::type_error(subject + " has dtype " + std::string(py::str(dtype)) +
-                           ", expected torch.int64");
+                           ", expected torch." + wanted);
     }
   } else if (dtype.is(torch().float32)) {
     dtype_ = DType::f32;
@@ -100,11 +102,22 @@ void Tensor::expect_shape(std::initializer_list<int64_t> expected) const {
   if (!equal) fail("has shape " + to_text(shape_) + ", expected " + to_text(wanted));
 }
 
-void Tensor::expect_dtype_of(const Tensor& other) const {
+void Tensor::expect_device_of(const Tensor& other) const {
+  const auto name = [](int index) {
+    return index < 0 ? std::string("cpu") : "cuda:" + std::to_string(index);
+  };
+  if (device_index_ != other.device_index_) {
+    throw py::type_error(std::string(op_) + ": " + name_ + " is on " + name(device_index_) +
+                         ", expected " + name(other.device_index_) + " like " + other.name_);
+  }
+}
+
+void Tensor::expect_like(const Tensor& other) const {
   if (dtype_ != other.dtype_) {
     throw py::type_error(std::string(op_) + ": " + name_ + " has dtype " + to_text(dtype_) +
                          ", expected " + to_text(other.dtype_) + " like " + other.name_);
   }
+  expect_device_of(other);
 }
 
 void Tensor::expect_last_axis_contiguous() const {
@@ -120,6 +133,17 @@ void Tensor::expect_contiguous() const {
       fail("has strides " + to_text(strides_) + ", expected it to be contiguous");
     }
     step *= size(axis);
+  }
+}
+
+void Tensor::expect_aligned_rows() const {
+  const int64_t elements = dtype_ == DType::f32 ? 4 : 8;
+  bool aligned = reinterpret_cast<uintptr_t>(data_) % 16 == 0;
+  for (int64_t axis = 0; axis + 1 < dims(); ++axis) aligned &= stride(axis) % elements == 0;
+  if (!aligned) {
+    fail("has strides " + to_text(strides_) + " and begins at address " +
+         std::to_string(reinterpret_cast<uintptr_t>(data_)) +
+         ", expected rows that begin at multiples of 16 bytes");
   }
 }
 

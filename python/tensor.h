@@ -18,23 +18,31 @@ namespace py = pybind11;
 
 class Tensor {
  public:
-  // Throws TypeError unless `object` is a CPU tensor of a dtype that the kernels know.
+  // Throws TypeError unless `object` is a CPU or CUDA tensor of a dtype that the kernels know.
   Tensor(const char* op, const char* name, py::handle object);
 
+  const char* op() const { return op_; }
   void* data() const { return data_; }
   int64_t dims() const { return static_cast<int64_t>(shape_.size()); }
   int64_t size(int64_t axis) const { return shape_[static_cast<size_t>(axis)]; }
   int64_t stride(int64_t axis) const { return strides_[static_cast<size_t>(axis)]; }
   DType dtype() const { return dtype_; }
+  bool is_cuda() const { return device_index_ >= 0; }
+  int device_index() const { return device_index_; }  // -1: the CPU
 
-  // Throw ValueError (shape, stride) or TypeError (dtype). An expected size of -1 is any size.
+  // Throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1 is any
+  // size.
   void expect_shape(std::initializer_list<int64_t> expected) const;
-  void expect_dtype_of(const Tensor& other) const;
-  void expect_last_axis_contiguous() const;  // elements of a row are neighbours
+  void expect_device_of(const Tensor& other) const;
+  void expect_like(const Tensor& other) const;  // of the same dtype and device
+  void expect_last_axis_contiguous() const;     // elements of a row are neighbours
   void expect_contiguous() const;
+  // What 16-byte accesses of CUDA kernels need: every row begins at a multiple of that.
+  void expect_aligned_rows() const;
 
  protected:
-  Tensor(const char* op, const char* name, py::handle object, bool is_table);
+  // `dtype`: the name in torch of the only one that will do; null: one that the kernels know.
+  Tensor(const char* op, const char* name, py::handle object, const char* dtype);
 
   [[noreturn]] void fail(const std::string& problem) const;
 
@@ -43,12 +51,14 @@ class Tensor {
   void* data_ = nullptr;
   std::vector<int64_t> shape_, strides_;
   DType dtype_ = DType::f32;
+  int device_index_ = -1;
 };
 
-// The int64 sequence table.
+// Numbers of one given dtype, such as the int64 sequence table.
 class Table : public Tensor {
  public:
-  Table(const char* op, const char* name, py::handle object) : Tensor(op, name, object, true) {}
+  Table(const char* op, const char* name, py::handle object, const char* dtype = "int64")
+      : Tensor(op, name, object, dtype) {}
 };
 
 [[noreturn]] void fail(const char* op, const std::string& problem);

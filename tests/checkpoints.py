@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
-import mistral_common
 import torch
 import transformers
 
-# The real vocabularies, by version; v2 and v3 have 32768 tokens, v1 has 32000.
+# The real vocabularies, by version; v2 and v3 have 32768 tokens, v1 has 32000. None without
+# mistral_common, which tests of models without text can do without.
+_package = find_spec("mistral_common")
 TOKENIZERS = {
     file.suffix[1:]: file
-    for file in (Path(mistral_common.__file__).parent / "data").glob("*.model.v[123]")
+    for folder in (_package.submodule_search_locations if _package else ())
+    for file in Path(folder, "data").glob("*.model.v[123]")
 }
 
 

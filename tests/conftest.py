@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+from zlib import crc32
+
+import backends
 import hypothesis
 import pytest
 import torch
@@ -15,10 +19,53 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(params=ops.supported_isas())
 def isa(request):
     """Runs the test once with each instruction set of this machine."""
+    with _selected(request.param):
+        yield request.param
+
+
+@contextmanager
+def _selected(isa):
     before = ops.active_isa()
-    ops.select_isa(request.param)
-    yield request.param
-    ops.select_isa(before)
+    ops.select_isa(isa)
+    try:
+        yield
+    finally:
+        ops.select_isa(before)
+
+
+@pytest.fixture(scope="session")
+def emulator_module():
+    return backends.build_emulator()
+
+
+@pytest.fixture
+def emulator(emulator_module):
+    """The emulator of CUDA kernels, tests/emulator."""
+    emulator_module.configure()
+    return emulator_module
+
+
+@pytest.fixture(params=[*ops.supported_isas(), "emulator, late", "emulator, early", backends.GPU])
+def backend(request):
+    """Runs the test once with each implementation of the ops that works on this machine.
+
+    They are the instruction sets of the CPU, and the CUDA kernels in the emulator with late and
+    with early delivery of asynchronous copies; each test has them run in an order of its own. And
+    they are the same kernels on a GPU, where there is one.
+    """
+    if request.param == "cuda":
+        with backends.use_gpu():
+            yield request.param
+        return
+    if not request.param.startswith("emulator"):
+        with _selected(request.param):
+            yield request.param
+        return
+    emulator = request.getfixturevalue("emulator")
+    copies = request.param.split(", ")[1]
+    emulator.configure(seed=crc32(request.node.nodeid.encode()), copies=copies)
+    with backends.use(emulator):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

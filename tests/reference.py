@@ -7,6 +7,10 @@ torch program would get, the yardstick for a kernel's own rounding error.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,6 +52,47 @@ def attention(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
+
+
+def sample(
+    logits: np.ndarray,
+    options: Sequence[float],
+    noise: Sequence[int],
+    history: np.ndarray,
+    bias: np.ndarray | None = None,
+) -> int:
+    """One row of `ops.sample`: logits, history and bias are [V], options and noise table rows."""
+    temperature, top_k, top_p, min_p, repetition, presence, frequency = options
+    seed, index, step = noise
+    with np.errstate(invalid="ignore"):  # inf - inf
+        x = (logits if bias is None else logits + bias).astype(np.float64)
+    x = np.where(history != 0, np.where(x > 0, x / repetition, x * repetition), x)
+    count = history // 2
+    x = (x - presence * (count > 0) - frequency * count).astype(np.float32)
+    if np.isnan(x).any() or x.max() == -np.inf:
+        return -1
+    if temperature == 0:
+        return int(x.argmax())
+    x = x.astype(np.float64) / temperature
+
+    left = np.flatnonzero(x > -np.inf)
+    if min_p > 0:
+        left = np.flatnonzero(x >= x.max() + math.log(min_p))
+    left = left[np.argsort(-x[left], kind="stable")]  # ties: the lower id first
+    if top_k > 0:
+        left = left[: int(top_k)]
+    if top_p < 1:
+        probabilities = np.exp(x[left] - x[left[0]])
+        reached = np.cumsum(probabilities) / probabilities.sum()
+        left = left[: np.searchsorted(reached, top_p) + 1]
+    left.sort()
+
+    key = np.array([seed, index], dtype=np.uint64)  # of a list, numpy might make floats
+    philox = np.random.Philox(key=key, counter=[0, step, 0, 0])
+    uniform = np.random.Generator(philox).random(len(x))[left]
+    with np.errstate(divide="ignore"):  # a uniform 0 gives noise -inf
+        gumbel = -np.log(-np.log(uniform))
+    return int(left[(x[left] + gumbel).argmax()])
 
 
 def model(weights: dict[str, Tensor], config, token_ids: Tensor) -> Tensor:

@@ -169,9 +169,9 @@ def test_closed_pipe_is_quiet():
 
 
 def test_ctrl_c_ends_a_long_generation():
+    command = [sys.executable, "-m", "mistral_ext.cli", "generate", "--ignore-eos"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mistral_ext.cli", "generate", "--ignore-eos"]
-        + ["--max-tokens", "100000", ONCE],
+        [*command, "--max-tokens", "100000", ONCE],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

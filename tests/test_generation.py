@@ -259,8 +259,11 @@ def test_bad_options_are_named_before_anything_runs(llm):
 
 
 def test_bad_load_arguments_are_named(folder):
-    with pytest.raises(ValueError, match="device is 'cuda', expected 'cpu'"):
-        Mistral.from_pretrained(folder, device="cuda")
+    with pytest.raises(ValueError, match="device is 'meta', expected 'cpu' or 'cuda'"):
+        Mistral.from_pretrained(folder, device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is 'cuda', but"):
+            Mistral.from_pretrained(folder, device="cuda")
     with pytest.raises(ValueError, match="max_batch is 0"):
         Mistral.from_pretrained(folder, max_batch=0)
     with pytest.raises(TypeError, match="sliding_windows"):

@@ -23,7 +23,7 @@ def rotate(q, k, positions, theta):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 256])
-def test_rotation(isa, dtype, dim, generator):
+def test_rotation(backend, dtype, dim, generator):
     positions = [0, 1, 2, 17, 4095, 4096, 32768, 131071, 10**6 + 3, 10**7 + 1, 2**31 + 5]
     q = torch.randn(len(positions), 5, dim, generator=generator).to(dtype)
     k = torch.randn(len(positions), 1, dim, generator=generator).to(dtype)
@@ -34,7 +34,7 @@ def test_rotation(isa, dtype, dim, generator):
             assert_close(rotated.flatten(1), exact.flatten(1), plain.flatten(1), dim=1)
 
 
-def test_position_zero_is_not_rotated(isa, generator):
+def test_position_zero_is_not_rotated(backend, generator):
     q = torch.randn(1, 3, 64, generator=generator)
     k = torch.randn(1, 3, 64, generator=generator)
     rotated_q, rotated_k = rotate(q, k, [0], 1e4)
@@ -42,7 +42,7 @@ def test_position_zero_is_not_rotated(isa, generator):
     assert torch.equal(rotated_k, k)
 
 
-def test_scores_depend_on_the_distance_alone(isa, generator):
+def test_scores_depend_on_the_distance_alone(backend, generator):
     """What RoPE is for; off by a position, a pair or a sign, it would not hold."""
     q = torch.randn(1, 1, 64, generator=generator).expand(3, 1, 64)
     k = torch.randn(1, 1, 64, generator=generator).expand(3, 1, 64)
@@ -55,7 +55,7 @@ def test_scores_depend_on_the_distance_alone(isa, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_stores_what_no_query_of_the_chunk_needs_any_more(isa, dtype):
+def test_stores_what_no_query_of_the_chunk_needs_any_more(backend, dtype):
     """A chunk of 3 in a ring of 4 that is full: its first query still sees all but one slot."""
     batch = RaggedBatch([4, 4], window=4, dtype=dtype, positions=[6, 6])
     q, k, v = batch.inputs(4)
@@ -70,6 +70,24 @@ def test_stores_what_no_query_of_the_chunk_needs_any_more(isa, dtype):
         assert torch.equal(batch.v_pool[slots(i, 6)], v[token])
     for position in (3, 4, 5):
         assert torch.equal(batch.k_pool[slots(0, position)], before[slots(0, position)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_not_aligned(backend, dtype):
+    """Bit for bit what aligned ones come to."""
+    batch = RaggedBatch([6, 4], window=4, dtype=dtype, positions=[5, 0])
+    table = batch.table((2, 3))
+    q, k, v = batch.inputs(5)
+    results = []
+    for offset in (0, 1):
+        tensors = []
+        for x in (q, k, v, batch.k_pool, batch.v_pool):
+            moved = torch.zeros(x.numel() + offset, dtype=dtype)[offset:].view(x.shape)
+            tensors.append(moved.copy_(x))
+        ops.rope(*tensors, table, 1e4, 4)
+        results.append(tensors)
+    for aligned, moved in zip(*results, strict=True):
+        torch.testing.assert_close(moved, aligned, rtol=0, atol=0, equal_nan=True)
 
 
 def test_theta_must_be_positive():

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from mistral_ext.sampling import Sampler, SamplingParams
+from mistral_ext.sampling import Sampler, SamplingParams, token_logprob
 
 VOCAB = 50
 LOGITS = np.random.default_rng(0).normal(0, 2, VOCAB).astype(np.float32)
@@ -19,12 +20,23 @@ def softmax(logits):
     return weights / weights.sum()
 
 
-def draws(count, logits=LOGITS, prompt=(), **options):
+class Completion:
+    """One completion in a sampler of its own."""
+
+    def __init__(self, params=None, prompt=(), vocab_size=VOCAB, index=0):
+        self.sampler = Sampler(1, vocab_size)
+        self.sampler.start(0, params or SamplingParams(), prompt, index)
+
+    def next(self, logits):
+        return self.sampler.sample([0], torch.from_numpy(logits)[None])[0]
+
+
+def draws(count, logits=LOGITS, **options):
     """Token ids of `count` first steps, with a seed each."""
-    return [
-        Sampler(SamplingParams(seed=seed, **options), prompt, VOCAB).sample(logits)[0]
-        for seed in range(count)
-    ]
+    sampler = Sampler(count, VOCAB)
+    for seed in range(count):
+        sampler.start(seed, SamplingParams(seed=seed, **options), ())
+    return sampler.sample(range(count), torch.from_numpy(logits).expand(count, -1))
 
 
 def support(count=400, **options):
@@ -52,9 +64,9 @@ def test_frequencies_are_the_softmax(temperature):
 
 
 def test_successive_steps_are_independent_draws():
-    sampler = Sampler(SamplingParams(temperature=1.0, seed=1), (), 2)
+    completion = Completion(SamplingParams(temperature=1.0, seed=1), vocab_size=2)
     flat = np.zeros(2, dtype=np.float32)
-    tokens = [sampler.sample(flat)[0] for _ in range(2000)]
+    tokens = [completion.next(flat) for _ in range(2000)]
     pairs = np.bincount([2 * a + b for a, b in itertools.pairwise(tokens)], minlength=4)
     assert (abs(pairs - 500) < 110).all()
 
@@ -98,20 +110,20 @@ def test_filters_combine_in_order():
 def test_repetition_penalty_covers_prompt_and_completion():
     logits = np.array([2.0, 1.5, -1.0, -1.2], dtype=np.float32)
     options = SamplingParams(repetition_penalty=2.0)
-    assert Sampler(options, [0], 4).sample(logits)[0] == 1
-    sampler = Sampler(options, [], 4)
-    assert [sampler.sample(logits)[0] for _ in range(3)] == [0, 1, 0]
+    assert Completion(options, [0], 4).next(logits) == 1
+    completion = Completion(options, [], 4)
+    assert [completion.next(logits) for _ in range(3)] == [0, 1, 0]
     # A negative logit is multiplied: repeating never becomes more likely.
-    assert Sampler(options, [0, 1, 2], 4).sample(np.array([-9, -9, -1, -1.2], np.float32))[0] == 3
+    assert Completion(options, [0, 1, 2], 4).next(np.array([-9, -9, -1, -1.2], np.float32)) == 3
 
 
 def test_presence_and_frequency_penalties_cover_the_completion_only():
     logits = np.array([1.0, 0.5, -5.0], dtype=np.float32)
-    presence = Sampler(SamplingParams(presence_penalty=0.6), [0, 0], 3)
-    assert [presence.sample(logits)[0] for _ in range(4)] == [0, 1, 0, 0]
-    frequency = Sampler(SamplingParams(frequency_penalty=0.3), [0, 0], 3)
+    presence = Completion(SamplingParams(presence_penalty=0.6), [0, 0], 3)
+    assert [presence.next(logits) for _ in range(4)] == [0, 1, 0, 0]
+    frequency = Completion(SamplingParams(frequency_penalty=0.3), [0, 0], 3)
     # 1.0 | 0.7 | 0.4 < 0.5 | 0.4 > 0.2 | 0.1 < 0.2
-    assert [frequency.sample(logits)[0] for _ in range(5)] == [0, 0, 1, 0, 1]
+    assert [frequency.next(logits) for _ in range(5)] == [0, 0, 1, 0, 1]
 
 
 def test_logit_bias_bans_and_forces():
@@ -122,8 +134,8 @@ def test_logit_bias_bans_and_forces():
 
 def test_same_seed_same_tokens_and_every_completion_its_own():
     def tokens(seed, index):
-        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), (), VOCAB, index)
-        return [sampler.sample(LOGITS)[0] for _ in range(20)]
+        completion = Completion(SamplingParams(temperature=1.0, seed=seed), index=index)
+        return [completion.next(LOGITS) for _ in range(20)]
 
     assert tokens(7, 0) == tokens(7, 0)
     assert len({tuple(tokens(seed, index)) for seed in (7, 8, 2**64 - 1) for index in (0, 1)}) == 6
@@ -131,16 +143,55 @@ def test_same_seed_same_tokens_and_every_completion_its_own():
 
 def test_without_a_seed_draws_differ():
     first, second = (
-        [Sampler(SamplingParams(temperature=1.0), (), VOCAB).sample(LOGITS)[0] for _ in range(40)]
+        [Completion(SamplingParams(temperature=1.0)).next(LOGITS) for _ in range(40)]
         for _ in range(2)
     )
     assert first != second
 
 
+def test_a_row_is_like_new_for_its_next_completion():
+    used = {"seed": 1, "repetition_penalty": 3.0, "frequency_penalty": 2.0, "logit_bias": {2: 50.0}}
+    sampler = Sampler(2, VOCAB)
+    sampler.start(1, SamplingParams(**used), range(VOCAB))
+    logits = torch.from_numpy(LOGITS)[None]
+    assert sampler.sample([1], logits) == [2]
+    params = SamplingParams(temperature=1.0, seed=7, repetition_penalty=1.5, presence_penalty=1.0)
+    sampler.start(1, params, [3, 4])
+    fresh = Completion(params, [3, 4])
+    assert [sampler.sample([1], logits)[0] for _ in range(20)] == [
+        fresh.next(LOGITS) for _ in range(20)
+    ]
+
+
+def test_completions_of_one_sampler_do_not_matter_to_each_other():
+    logits = torch.from_numpy(np.random.default_rng(1).normal(0, 2, (30, 3, VOCAB))).float()
+    params = [
+        SamplingParams(temperature=1.0, seed=1, top_p=0.9, repetition_penalty=1.2),
+        SamplingParams(frequency_penalty=1.0, logit_bias={4: 2.0}),
+        SamplingParams(temperature=0.7, seed=1, top_k=9, min_p=0.01),
+    ]
+    together = Sampler(3, VOCAB)
+    alone = [Completion(p, [5, 6]) for p in params]
+    for row, p in enumerate(params):
+        together.start(row, p, [5, 6])
+    for step, rows in enumerate(itertools.islice(itertools.cycle([[0, 1, 2], [2, 0], [1]]), 30)):
+        expected = [alone[row].next(logits[step, row].numpy()) for row in rows]
+        assert together.sample(rows, logits[step, rows]) == expected
+
+
+def test_columns_past_the_vocabulary_are_never_chosen():
+    """A model may have more rows than its tokenizer has tokens, and a prompt such ids."""
+    logits = np.zeros(VOCAB + 3, dtype=np.float32)
+    logits[VOCAB:] = [100, np.nan, np.inf]
+    logits[7] = 1
+    params = SamplingParams(repetition_penalty=1.1)
+    assert Completion(params, [0, VOCAB + 1]).next(logits) == 7
+
+
 def test_logprobs_are_of_the_unchanged_logits():
     best = int(LOGITS.argmax())
-    sampler = Sampler(SamplingParams(logprobs=3, logit_bias={best: -100.0}), (), VOCAB)
-    token_id, logprob = sampler.sample(LOGITS)
+    token_id = draws(1, logit_bias={best: -100.0})[0]
+    logprob = token_logprob(torch.from_numpy(LOGITS), token_id, 3)
     expected = np.log(softmax(LOGITS.astype(np.float64)))
     order = np.argsort(-LOGITS)[:3].tolist()
     assert logprob.token_id == token_id == order[1]
@@ -149,10 +200,17 @@ def test_logprobs_are_of_the_unchanged_logits():
     assert list(logprob.top.values()) == pytest.approx(expected[order].tolist())
 
 
+def test_most_likely_tokens_are_in_order_and_ties_by_id():
+    logits = torch.tensor([0.0, 2.0, 1.0, 2.0, 1.0])
+    assert list(token_logprob(logits, 0, 4).top) == [1, 3, 2, 4]
+    assert token_logprob(logits, 0, 0).top == {}
+    assert len(token_logprob(logits, 0, 99).top) == 5
+
+
 def test_logits_are_not_changed():
     before = LOGITS.copy()
     options = {"repetition_penalty": 2.0, "presence_penalty": 1.0, "logit_bias": {1: 3.0}}
-    Sampler(SamplingParams(temperature=1.0, **options), [1, 2], VOCAB).sample(LOGITS)
+    Completion(SamplingParams(temperature=1.0, **options), [1, 2]).next(LOGITS)
     np.testing.assert_array_equal(LOGITS, before)
 
 
@@ -195,11 +253,18 @@ def test_unknown_option_is_named():
 
 def test_logit_bias_past_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"logit_bias has token id 50, expected less than 50"):
-        Sampler(SamplingParams(logit_bias={50: 1.0}), (), VOCAB)
+        Completion(SamplingParams(logit_bias={50: 1.0}))
 
 
 def test_nan_logits_are_an_error():
     broken = LOGITS.copy()
     broken[3] = math.nan
-    with pytest.raises(ValueError, match="logits are NaN"):
-        Sampler(SamplingParams(), (), VOCAB).sample(broken)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits are NaN"):
+            Completion(SamplingParams(temperature=temperature)).next(broken)
+
+
+def test_a_bias_that_bans_every_token_is_an_error():
+    params = SamplingParams(logit_bias=dict.fromkeys(range(VOCAB), -math.inf))
+    with pytest.raises(ValueError, match="all logits are -inf, with logit_bias"):
+        Completion(params).next(LOGITS)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that only a CUDA machine can tell, in under 10 minutes and without a network:
+#
+#   bench/gpu_check.sh OUT
+#
+# builds for the GPU at hand, runs the tests marked cuda, looks for memory errors and races in a
+# small subset with compute-sanitizer, and times the ops. OUT gets a log of each step, ops.json with
+# the measurements, and report.json with all that was found. A step that fails does not stop the
+# others; the exit status says whether one did. Needs nvcc and, in the Python at hand, torch, cmake,
+# ninja, pybind11, pytest, hypothesis and transformers. Environment: PYTHON, if it is not python3;
+# COMMIT, for the report, where the folder is no git repository.
+set -uo pipefail
+
+if [[ $# != 1 ]]; then
+  echo "usage: bench/gpu_check.sh OUT" >&2
+  exit 2
+fi
+mkdir -p "$1" || exit
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+
+steps=()  # NAME:STATUS:SECONDS
+# step NAME LIMIT COMMAND...: runs it for at most LIMIT seconds, its output in OUT/NAME.log
+step() {
+  local name=$1 limit=$2 begin=$SECONDS status
+  shift 2
+  printf '\n=== %s\n' "$name"
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  tail -n 12 "$out/$name.log"
+  [[ $status != 124 && $status != 137 ]] || echo "stopped after $limit s"
+  steps+=("$name:$status:$((SECONDS - begin))")
+}
+
+rm -f "$out/ops.json" "$out/report.json"
+step device 30 "$python" -c 'import torch; print(torch.cuda.get_device_name())'
+step build 120 env MISTRAL_EXT_CUDA=on \
+  CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native ${CMAKE_ARGS:-}" \
+  "$python" -m pip install --no-build-isolation --no-deps --no-index --force-reinstall .
+# Tests of text need mistral-common, which is of no use here.
+step tests 120 "$python" -m pytest -m cuda -p no:cacheprovider -rfE --durations=5 \
+  --ignore tests/test_chat.py --ignore tests/test_text_stream.py --ignore tests/test_tokenizer.py
+for tool in memcheck racecheck synccheck; do
+  # Without torch's cache every tensor is an allocation of its own, whose bounds are checked.
+  step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$tool" --kernel-name kns=mistral --error-exitcode 1 \
+    "$python" bench/sanitizer_subset.py
+done
+step ops 180 "$python" bench/ops.py --device cuda --json "$out/ops.json"
+
+"$python" bench/gpu_report.py "$out" "${steps[@]}"

@@ -1,0 +1,40 @@
+"""Launches every CUDA kernel once or twice on small inputs, for compute-sanitizer.
+
+compute-sanitizer --tool memcheck python bench/sanitizer_subset.py
+"""
+
+from __future__ import annotations
+
+import torch
+from shapes import Rings, random
+
+from mistral_ext import ops
+
+WINDOW = 300
+
+
+def main() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for tokens, dim in ((3, 4096), (2, 333)):  # with and without 16-byte accesses
+            x, y = (random(tokens, dim, dtype=dtype, device="cuda") for _ in range(2))
+            ops.rms_norm(x, x[0].clone(), residual=y)
+            ops.swiglu(x, y)
+        # A decode whose keys are divided among blocks; a prompt; a chunk on a full ring.
+        for sequences, tokens, history in ((2, 1, 1000), (1, 130, 0), (2, 70, 500)):
+            rings = Rings(sequences, tokens, history, WINDOW, dtype, "cuda")
+            ops.rope(*rings.arguments(), 1e4, WINDOW)
+            ops.attention(*rings.arguments(), WINDOW, max_count=tokens)
+    for vocab_size in (2048, 1001):
+        options = [[0, 0, 1, 0, 1, 0, 0], [0.8, 50, 0.9, 0.01, 1.1, 0.1, 0.1]]
+        ops.sample(
+            torch.randn(2, vocab_size, device="cuda"),
+            torch.arange(2, device="cuda"),
+            torch.tensor(options, dtype=torch.float64, device="cuda"),
+            torch.zeros(2, 3, dtype=torch.int64, device="cuda"),
+            torch.zeros(2, vocab_size, dtype=torch.int32, device="cuda"),
+        )
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

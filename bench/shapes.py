@@ -1,0 +1,50 @@
+"""The shapes of Mistral 7B, and random inputs of them, for the benchmarks of the ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DIM, HIDDEN = 4096, 14336
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+VOCABULARY = 32768
+WINDOW, THETA, EPS = 4096, 1e4, 1e-5
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Random values; a block of them repeated, because only making them takes long."""
+    count = torch.Size(shape).numel()
+    block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
+    return block.repeat(-(-count // block.numel()))[:count].view(shape)
+
+
+class Rings:
+    """Full rings for `sequences`, and what rope and attention need beside them."""
+
+    def __init__(
+        self,
+        sequences: int,
+        tokens: int,
+        history: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+    ):
+        shape = (sequences, KV_HEADS, capacity, HEAD_DIM)
+        self.k_cache = random(*shape, dtype=dtype, device=device)
+        self.v_cache = random(*shape, dtype=dtype, device=device)
+        self.k_pool, self.v_pool = self.k_cache.view(-1, HEAD_DIM), self.v_cache.view(-1, HEAD_DIM)
+        ring_rows = KV_HEADS * capacity
+        self.table = torch.tensor(
+            [(i * tokens, tokens, history, i * ring_rows, capacity) for i in range(sequences)],
+            device=device,
+        )
+        new = sequences * tokens
+        self.q = random(new, HEADS, HEAD_DIM, dtype=dtype, device=device)
+        self.k = random(new, KV_HEADS, HEAD_DIM, dtype=dtype, device=device)
+        self.v = random(new, KV_HEADS, HEAD_DIM, dtype=dtype, device=device)
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.k_pool, self.v_pool, self.table

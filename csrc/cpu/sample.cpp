@@ -1,0 +1,138 @@
+// One task samples one row, in a few passes over it. Compiled once, not for every instruction set:
+// the time goes into exp and log of the C library.
+#include "../sample.h"
+
+#include "parallel.h"
+
+namespace mistral::cpu {
+namespace {
+
+constexpr int kDigitBits = 8;
+constexpr int kBins = 1 << kDigitBits;
+static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
+
+// Writes the keys of the row; returns the highest rank.
+Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, uint32_t* keys) {
+  const float* logits = p.logits + n * p.stride_logits_row;
+  const float* bias = p.bias ? p.bias + p.rows[n] * p.vocab_size : nullptr;
+  const int32_t* history = has_penalty(options) ? p.history + p.rows[n] * p.vocab_size : nullptr;
+  uint32_t highest = 0;
+  int64_t first = 0;  // token that has it
+  for (int64_t id = 0; id < p.vocab_size; ++id) {
+    float x = logits[id];
+    if (bias) x += bias[id];
+    if (history && history[id] != 0) x = penalise(x, history[id], options);
+    keys[id] = key_of(x);
+    if (keys[id] > highest) {
+      highest = keys[id];
+      first = id;
+    }
+  }
+  return rank_of(highest, first);
+}
+
+// Of the ranks at or above `threshold`, the highest one down to which the measures, summed from the
+// highest, are enough; `threshold` if all are not. It is found digit by digit, from the front: a
+// histogram of the next digit, over the ranks that begin with the digits found, tells how far the
+// sum gets with each. `measures` [V] are those of the tokens at or above the threshold; null: 1.
+template <class Top>
+Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int64_t vocab_size,
+            Rank threshold) {
+  Rank found = 0;
+  uint64_t above = 0;  // the sum over ranks above those that begin with the digits found
+  for (int shift = kRankBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    uint64_t bins[kBins] = {};
+    for (int64_t id = 0; id < vocab_size; ++id) {
+      const Rank rank = rank_of(keys[id], id);
+      if (rank >= threshold && rank >> (shift + kDigitBits) == found) {
+        bins[(rank >> shift) % kBins] += measures ? measures[id] : 1;
+      }
+    }
+    int digit = kBins;
+    uint64_t sum = above;
+    while (digit == kBins || !top.reached(sum)) {
+      if (digit == 0) return threshold;
+      sum += bins[--digit];
+    }
+    above = sum - bins[digit];
+    found = found << kDigitBits | static_cast<Rank>(digit);
+    if (shift == kIdBits && bins[digit] == top.measure(static_cast<uint32_t>(found))) {
+      found <<= kIdBits;  // one token alone has this key, its id does not matter
+      break;
+    }
+  }
+  return found > threshold ? found : threshold;
+}
+
+// Writes the weights of the tokens at or above `threshold`; returns their sum.
+uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, Rank threshold,
+               uint64_t* weights) {
+  uint64_t total = 0;
+  for (int64_t id = 0; id < vocab_size; ++id) {
+    if (rank_of(keys[id], id) < threshold) continue;
+    weights[id] = weight(keys[id]);
+    total += weights[id];
+  }
+  return total;
+}
+
+int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
+             int64_t vocab_size, Rank threshold) {
+  int64_t chosen = -1;
+  double highest = 0;
+  for (int64_t block = 0; block * kTokensPerBlock < vocab_size; ++block) {
+    const int64_t first = block * kTokensPerBlock;
+    const int64_t end = mistral::min(first + kTokensPerBlock, vocab_size);
+    PhiloxBlock random;
+    bool made = false;
+    for (int64_t id = first; id < end; ++id) {
+      if (rank_of(keys[id], id) < threshold) continue;
+      if (!made) random = noise_block(noise, block);
+      made = true;
+      const double score =
+          scaled(value_of(keys[id]), largest, temperature) + gumbel(random.words[id - first]);
+      if (chosen < 0 || score > highest) {
+        chosen = id;
+        highest = score;
+      }
+    }
+  }
+  return chosen;
+}
+
+int64_t choose(const SampleParams& p, int64_t n) {
+  const SamplingOptions& options = p.options[p.rows[n]];
+  const int64_t vocab_size = p.vocab_size;
+  uint32_t* keys = p.keys + n * vocab_size;
+  uint64_t* weights = p.weights + n * vocab_size;
+
+  const Rank best = adjust(p, n, options, keys);
+  if (!can_choose(best)) return -1;
+  if (options.temperature == 0) return id_of_rank(best);
+
+  const float largest = value_of(key_of_rank(best));
+  Rank threshold = min_p_threshold(largest, options);
+  if (options.top_k > 0) {
+    threshold = select(TopK{options.top_k}, keys, nullptr, vocab_size, threshold);
+  }
+  if (options.top_p < 1) {
+    const Weights weight{largest, options.temperature, weight_scale(vocab_size)};
+    const uint64_t total = weigh(weight, keys, vocab_size, threshold, weights);
+    threshold = select(TopP{weight, total, options.top_p}, keys, weights, vocab_size, threshold);
+  }
+  return draw(p.noise[p.rows[n]], largest, options.temperature, keys, vocab_size, threshold);
+}
+
+}  // namespace
+
+void sample(const SampleParams& p, int threads) {
+  parallel_for(threads, p.num_rows, [&](int64_t n) {
+    const int64_t token_id = choose(p, n);
+    p.token_ids[n] = token_id;
+    if (token_id < 0) return;
+    p.history[p.rows[n] * p.vocab_size + token_id] += kChosenOnce;
+    p.noise[p.rows[n]].step += 1;
+  });
+}
+
+}  // namespace mistral::cpu

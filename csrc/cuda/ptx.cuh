@@ -1,0 +1,141 @@
+// The machine's instructions that C++ has no word for, one small function each, as in the PTX ISA
+// (section 9.7 of its manual). The emulator replaces this file: see launch.cuh.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace mistral::cuda {
+
+// The place in the source that a memory access comes from: nothing here, file and line in the
+// emulator, which reports errors with it and counts what the lanes of a warp access there as one
+// request.
+struct Site {
+  __device__ static constexpr Site here() { return {}; }
+};
+
+// ---- Memory. Addresses must be multiples of the access.
+
+__device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::here()) {
+  // Spelled out: of a pointer that is chosen among several the compiler may forget that it is
+  // global, and take a generic load.
+  uint4 value;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(global))
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_global_16(void* global, uint4 value, Site = Site::here()) {
+  // Spelled out: of a plain assignment the compiler may make four stores.
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+
+template <class T>
+__device__ __forceinline__ T ld_global(const T* global, Site = Site::here()) {
+  return *global;
+}
+
+template <class T>
+__device__ __forceinline__ void st_global(T* global, T value, Site = Site::here()) {
+  *global = value;
+}
+
+__device__ __forceinline__ uint4 ld_shared_16(const void* shared, Site = Site::here()) {
+  return *static_cast<const uint4*>(shared);
+}
+
+__device__ __forceinline__ void st_shared_16(void* shared, uint4 value, Site = Site::here()) {
+  *static_cast<uint4*>(shared) = value;
+}
+
+// An address as the shared-memory instructions below want it.
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// ---- Asynchronous copies from global to shared memory.
+
+// Starts a copy of 16 bytes, through L2 only; writes zeros and reads nothing if not `valid`. What
+// is written may be read by this thread after cp_async_wait, by others after a barrier too.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
+                                            Site = Site::here()) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Makes this thread's copies since the last commit a group.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most the `kPending` latest groups of this thread are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Matrices. All lanes of a warp take part. A lane's position in a fragment is
+// row = lane / 4 and the pair of columns 2 * (lane % 4) and the next.
+
+// Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of a row of 16 bytes: row
+// i % 8 of matrix i / 8. r[j] becomes this lane's pair of matrix j.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row,
+                                            Site = Site::here()) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// The same with each matrix transposed: rows as stored become columns.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* shared_row,
+                                                       Site = Site::here()) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(shared_row))
+               : "memory");
+}
+
+// d += a * b: a is [16, 16], b [16, 8], d [16, 8]. a[0..3] are the 8x8 quarters (top left, bottom
+// left, top right, bottom right); b[0..1] the upper and the lower half, as their transposes'
+// pairs; d[0..1] this lane's pair in the top half, d[2..3] in the bottom half.
+template <class T>
+__device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
+                                                            const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- Arithmetic.
+
+// 2^x to 2 units in the last place; subnormal results are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+}  // namespace mistral::cuda

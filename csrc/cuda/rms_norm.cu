@@ -1,0 +1,121 @@
+// Grid: one block per row. A thread owns every blockDim-th access (16 bytes, or one element where
+// rows are not aligned) of its row, and keeps up to kHeld of them in registers from the sum of
+// squares to the scaling, so that each element is read once and written once. Rows longer than
+// the block's registers hold are worked on in parts, and all but the last part is read again.
+#include "../rms_norm.h"
+
+#include <launch.cuh>
+
+#include "element.cuh"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace mistral::cuda {
+namespace {
+
+constexpr int kHeld = 4;
+constexpr int kMaxThreads = 512;
+
+// h = x + residual, rounded to T as the plain computation would, so that fused and unfused agree
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& residual) {
+  float sum[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum[i] = x[i] + residual[i];
+  return round_to<T>(sum);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> scale(const Vec<T, N>& h, const Vec<T, N>& weight,
+                                           float factor) {
+  float normalised[N], scaled[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) normalised[i] = h[i] * factor;
+  const Vec<T, N> rounded = round_to<T>(normalised);
+#pragma unroll
+  for (int i = 0; i < N; ++i) scaled[i] = rounded[i] * weight[i];
+  return round_to<T>(scaled);
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
+  const int64_t token = blockIdx.x;
+  const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
+  T* residual =
+      p.residual ? static_cast<T*>(p.residual) + token * p.stride_residual_token : nullptr;
+  T* out = static_cast<T*>(p.out) + token * p.stride_out_token;
+  const T* weight = static_cast<const T*>(p.weight);
+
+  const int64_t part = int64_t{blockDim.x} * kHeld * N;
+  const int64_t last = (p.dim - 1) / part * part;  // where the last part begins
+  const auto position = [&](int64_t begin, int k) {
+    return begin + (int64_t{k} * blockDim.x + threadIdx.x) * N;
+  };
+  // Zeros past the end of the row.
+  const auto load_part = [&](Vec<T, N>(&held)[kHeld], const T* row, int64_t begin) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int64_t i = position(begin, k);
+      held[k] = i < p.dim ? load<N>(row + i) : Vec<T, N>{};
+    }
+  };
+
+  Vec<T, N> h[kHeld], other[kHeld];
+  float squares = 0.0f;
+  for (int64_t begin = 0; begin <= last; begin += part) {
+    load_part(h, x, begin);
+    if (residual) {
+      load_part(other, residual, begin);
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        h[k] = add(h[k], other[k]);
+        if (position(begin, k) < p.dim) store(residual + position(begin, k), h[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) squares += h[k][j] * h[k][j];
+    }
+  }
+
+  load_part(other, weight, last);  // under way while the block adds up
+  const float sum = block_sum(squares, dynamic_shared<float>());
+  const float factor = 1.0f / sqrtf(sum / static_cast<float>(p.dim) + p.eps);
+
+  // Backwards: the registers hold the last part.
+  for (int64_t begin = last; begin >= 0; begin -= part) {
+    if (begin != last) {
+      load_part(h, residual ? residual : x, begin);
+      load_part(other, weight, begin);
+    }
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int64_t i = position(begin, k);
+      if (i < p.dim) store(out + i, scale(h[k], other[k], factor));
+    }
+  }
+}
+
+template <class T, int N>
+cudaError_t launch_rows(const RmsNormParams& p, cudaStream_t stream) {
+  const int64_t threads = min(ceil_div(ceil_div(p.dim, kHeld * N), kWarp) * kWarp, kMaxThreads);
+  return launch(rms_norm_kernel<T, N>, dim3(static_cast<unsigned>(p.tokens)),
+                dim3(static_cast<unsigned>(threads)), kWarp * sizeof(float), stream, p);
+}
+
+}  // namespace
+
+cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
+  if (p.dim == 0) return cudaSuccess;
+  return with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kWide = kVec16<T>;
+    const bool wide = p.dim % kWide == 0 &&
+                      fit_vec16<T>({p.x, p.weight, p.residual, p.out},
+                                   {p.stride_x_token, p.stride_residual_token, p.stride_out_token});
+    return wide ? launch_rows<T, kWide>(p, stream) : launch_rows<T, 1>(p, stream);
+  });
+}
+
+}  // namespace mistral::cuda

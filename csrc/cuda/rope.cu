@@ -1,0 +1,141 @@
+// Grid: one block per token. Its threads first share out the D/2 angles, whose cosine and sine go
+// to shared memory; then the heads of q, k and v, cut into accesses of 16 bytes (or one element,
+// where rows are not aligned) of a head's first half and the same of its second half. q and k are
+// read once and rotated in place; k, while at hand, and v are stored in the ring.
+#include "../rope.h"
+
+#include <cmath>
+#include <launch.cuh>
+
+#include "append.cuh"
+#include "element.cuh"
+#include "vec.cuh"
+
+namespace mistral::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// The angle per position, in turns, as a 64-bit fraction: what a position's angle has beyond whole
+// turns is then position * fraction in plain unsigned arithmetic. That is exact, however far the
+// position, and no thread needs a double.
+struct Frequencies {
+  uint64_t turns[kMaxHeadDim / 2];
+};
+
+Frequencies frequencies(double theta, int64_t half) {
+  constexpr long double kTwoPi = 6.283185307179586476925286766559L;
+  Frequencies f{};
+  for (int64_t i = 0; i < half; ++i) {
+    const double angle = pow(theta, -static_cast<double>(i) / static_cast<double>(half));
+    const long double turns = static_cast<long double>(angle) / kTwoPi;
+    // 2^64 itself would not fit, but to it rounds only what is within 2^-65 of a whole turn.
+    f.turns[i] = static_cast<uint64_t>(ldexpl(turns - floorl(turns), 64));
+  }
+  return f;
+}
+
+// Cosine and sine of an angle that is a 64-bit fraction of a turn.
+__device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
+  // The nearest quarter turn, and the rest of at most an eighth, of which a float keeps 24 bits.
+  const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
+  const auto rest = static_cast<int64_t>(turns - (quarter << 62));
+  float sine, cosine;
+  sincospif(static_cast<float>(rest) * 0x1p-63f, &sine, &cosine);
+  const bool odd = quarter & 1;
+  const float c = odd ? sine : cosine, s = odd ? cosine : sine;
+  return {quarter == 1 || quarter == 2 ? -c : c, quarter == 2 || quarter == 3 ? -s : s};
+}
+
+template <class T, int N>
+__device__ __forceinline__ void rotate(Vec<T, N>& first, Vec<T, N>& second, const float2* turn) {
+  float a[N], b[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float2 t = turn[j];
+    a[j] = first[j] * t.x - second[j] * t.y;
+    b[j] = second[j] * t.x + first[j] * t.y;
+  }
+  first = round_to<T>(a);
+  second = round_to<T>(b);
+}
+
+// One head of one token: where it is read, and where it goes to.
+template <class T>
+struct Head {
+  const T* in;
+  T* rotated;  // null for v
+  T* slot;     // in the ring; null for q, and if the token is not stored
+};
+
+// Heads are numbered q first, then k, then v.
+template <class T>
+__device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence& s, int64_t token,
+                                             int64_t position, bool stores, int index) {
+  const int q_heads = static_cast<int>(p.heads), kv_heads = static_cast<int>(p.kv_heads);
+  if (index < q_heads) {
+    T* q = static_cast<T*>(p.q) + token * p.stride_q_token + index * p.stride_q_head;
+    return {q, q, nullptr};
+  }
+  if (index < q_heads + kv_heads) {
+    const int head = index - q_heads;
+    T* k = static_cast<T*>(p.k) + token * p.stride_k_token + head * p.stride_k_head;
+    return {k, k, stores ? ring_address<T>(p.k_pool, p, s, head, position) : nullptr};
+  }
+  const int head = index - q_heads - kv_heads;
+  const T* v = static_cast<const T*>(p.v) + token * p.stride_v_token + head * p.stride_v_head;
+  return {v, nullptr, ring_address<T>(p.v_pool, p, s, head, position)};
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads)
+    rope_kernel(const RopeParams p, const __grid_constant__ Frequencies frequencies) {
+  const int64_t token = blockIdx.x;
+  const Sequence s = p.sequences[find_sequence(p.sequences, p.num_sequences, token)];
+  const int64_t position = s.position + token - s.first_token;
+  const int half = static_cast<int>(p.head_dim) / 2, accesses = half / N;
+
+  auto* turns = dynamic_shared<float2>();
+  for (int i = threadIdx.x; i < half; i += kThreads) {
+    turns[i] = cosine_and_sine(static_cast<uint64_t>(position) * frequencies.turns[i]);
+  }
+  __syncthreads();
+
+  const bool stores = stored_before_attention(s, position, p.window);
+  const int heads = static_cast<int>(p.heads + (stores ? 2 : 1) * p.kv_heads);
+  for (int item = threadIdx.x; item < heads * accesses; item += kThreads) {
+    const int i = item % accesses * N;
+    const Head<T> head = find_head<T>(p, s, token, position, stores, item / accesses);
+    Vec<T, N> first = load<N>(head.in + i), second = load<N>(head.in + half + i);
+    if (head.rotated) {
+      rotate(first, second, turns + i);
+      store(head.rotated + i, first);
+      store(head.rotated + half + i, second);
+    }
+    if (head.slot) {
+      store(head.slot + i, first);
+      store(head.slot + half + i, second);
+    }
+  }
+}
+
+template <class T, int N>
+cudaError_t launch_tokens(const RopeParams& p, cudaStream_t stream) {
+  const int64_t half = p.head_dim / 2;
+  return launch(rope_kernel<T, N>, dim3(static_cast<unsigned>(p.tokens)), dim3(kThreads),
+                static_cast<size_t>(half) * sizeof(float2), stream, p, frequencies(p.theta, half));
+}
+
+}  // namespace
+
+cudaError_t rope(const RopeParams& p, cudaStream_t stream) {
+  return with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool wide = fit_vec16<T>({p.q, p.k, p.v, p.k_pool, p.v_pool},
+                                   {p.stride_q_token, p.stride_q_head, p.stride_k_token,
+                                    p.stride_k_head, p.stride_v_token, p.stride_v_head});
+    return wide ? launch_tokens<T, kVec16<T>>(p, stream) : launch_tokens<T, 1>(p, stream);
+  });
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,213 @@
+// From logits to the next token, for every row of a batch by options of its own.
+//
+//   x      = logit + bias, then the repetition penalty (tokens of prompt and completion), then the
+//            presence and frequency penalties (tokens of the completion), rounded to fp32
+//   choice = the largest x                                                  at temperature 0, else
+//            the largest x / temperature + g   of those that min_p, top_k and top_p leave, in turn
+//
+// and of equals the lower id. g = -log(-log(u)) is Gumbel noise, which makes this a draw from the
+// softmax of what is left (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). u is a pure
+// function of (seed, index, step, token): the word number token % 4 of Philox with the key (seed,
+// index) and the counter (token / 4 + 1, step, 0, 0), its upper 53 bits as a fraction. These are
+// the numbers of numpy's Generator(Philox(key=[seed, index], counter=[0, step, 0, 0])).random(V).
+//
+// The functions below are that definition, for both devices. What has to be the same on both is
+// computed in double, or in integers: sums of probabilities above all, which are in fixed point so
+// that their order does not matter.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "common.h"
+#include "philox.h"
+
+namespace mistral {
+
+// One row of the options table, a float64 tensor [M, 7] in the memory of the device, so that a
+// captured CUDA graph serves every step.
+struct SamplingOptions {
+  double temperature;         // 0: greedy
+  double top_k;               // the k most likely tokens; 0: all
+  double top_p;               // the fewest most likely tokens with this probability together
+  double min_p;               // tokens at least this likely relative to the most likely one
+  double repetition_penalty;  // divides x > 0, multiplies others (Keskar et al., arXiv:1909.05858)
+  double presence_penalty;    // subtracted once
+  double frequency_penalty;   // subtracted for each time
+};
+constexpr int64_t kSamplingOptionFields = 7;
+static_assert(sizeof(SamplingOptions) == kSamplingOptionFields * sizeof(double));
+
+// One row of the noise table, an int64 tensor [M, 3].
+struct NoiseState {
+  uint64_t seed;
+  uint64_t index;  // tells completions of the same seed apart
+  int64_t step;    // tokens chosen so far: each choice adds one
+};
+constexpr int64_t kNoiseFields = 3;
+static_assert(sizeof(NoiseState) == kNoiseFields * sizeof(int64_t));
+
+// N rows of logits, each sampled with the state in one of the M rows of the tables: another one
+// each. `history` is 2 * (times that the token was chosen) + (1 if it is in the prompt).
+struct SampleParams {
+  const float* logits;             // [N, V]
+  const int64_t* rows;             // [N], of the tables
+  const SamplingOptions* options;  // [M]
+  NoiseState* noise;               // [M]
+  int32_t* history;                // [M, V]; the chosen token is counted
+  const float* bias;               // [M, V], or null
+  int64_t* token_ids;              // [N]; -1: a logit is NaN, or all are -inf
+  uint32_t* keys;                  // [N, V], scratch
+  uint64_t* weights;               // [N, V], scratch
+  int64_t num_rows;                // N
+  int64_t vocab_size;              // V, at most kMaxVocab
+  int64_t stride_logits_row;
+};
+
+constexpr int32_t kInPrompt = 1;
+constexpr int32_t kChosenOnce = 2;
+
+namespace cpu {
+void sample(const SampleParams& p, int threads);
+}
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+cudaError_t sample(const SampleParams& p, cudaStream_t stream);
+}
+#endif
+
+// ---- x
+
+MISTRAL_HOST_DEVICE bool has_penalty(const SamplingOptions& o) {
+  return o.repetition_penalty != 1 || o.presence_penalty != 0 || o.frequency_penalty != 0;
+}
+
+MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingOptions& o) {
+  double x = logit;
+  if (history != 0) x = x > 0 ? x / o.repetition_penalty : x * o.repetition_penalty;
+  const int32_t count = history / kChosenOnce;
+  // fma, because one compiler would fuse the product and the sum, and the other would not
+  if (count != 0) x = fma(-o.frequency_penalty, static_cast<double>(count), x - o.presence_penalty);
+  return static_cast<float>(x);
+}
+
+// ---- Keys and ranks: x as an integer of the same order, and with the id below it, so that no two
+// tokens are equal.
+
+constexpr uint32_t kNanKey = 0xffffffff;  // above all others: the maximum finds it
+
+MISTRAL_HOST_DEVICE uint32_t key_of(float x) {
+  if (x != x) return kNanKey;
+  x += 0.0f;  // -0 is 0
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+
+MISTRAL_HOST_DEVICE float value_of(uint32_t key) {
+  const uint32_t bits = key & 0x80000000 ? key & 0x7fffffff : ~key;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+using Rank = uint64_t;
+constexpr int kIdBits = 24;
+constexpr int kRankBits = 32 + kIdBits;
+constexpr int64_t kMaxVocab = int64_t{1} << kIdBits;
+
+MISTRAL_HOST_DEVICE Rank rank_of(uint32_t key, int64_t id) {
+  return static_cast<Rank>(key) << kIdBits | static_cast<Rank>(kMaxVocab - 1 - id);
+}
+
+MISTRAL_HOST_DEVICE uint32_t key_of_rank(Rank rank) {
+  return static_cast<uint32_t>(rank >> kIdBits);
+}
+
+MISTRAL_HOST_DEVICE int64_t id_of_rank(Rank rank) {
+  return kMaxVocab - 1 - static_cast<int64_t>(rank & (kMaxVocab - 1));
+}
+
+// ---- What is left: the tokens whose rank is a threshold or above.
+
+// False if there is nothing to choose from: a NaN, or -inf everywhere.
+MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
+  return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
+}
+
+// x / temperature, less that of the most likely token: log of the relative probability.
+MISTRAL_HOST_DEVICE double scaled(float x, float largest, double temperature) {
+  if (x == largest) return 0;  // infinite ones too
+  return (static_cast<double>(x) - static_cast<double>(largest)) / temperature;
+}
+
+// The lowest rank that min_p leaves.
+MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o) {
+  uint32_t key = key_of(-INFINITY) + 1;
+  if (o.min_p > 0) {
+    const double bound = fma(o.temperature, log(o.min_p), static_cast<double>(largest));
+    auto x = static_cast<float>(bound);
+    if (static_cast<double>(x) < bound) x = nextafterf(x, INFINITY);
+    if (key_of(x) > key) key = key_of(x);
+  }
+  return static_cast<Rank>(key) << kIdBits;
+}
+
+// The probabilities of a row relative to the largest, in units so small that a sum over the
+// vocabulary just fits 63 bits: 2^-47 for 32768 tokens. What is less than half a unit is 0.
+struct Weights {
+  float largest;
+  double temperature;
+  double scale;
+
+  MISTRAL_HOST_DEVICE uint64_t operator()(uint32_t key) const {
+    const double w = exp(scaled(value_of(key), largest, temperature));
+    return static_cast<uint64_t>(static_cast<int64_t>(w * scale + 0.5));
+  }
+};
+
+MISTRAL_HOST_DEVICE double weight_scale(int64_t vocab_size) {
+  double scale = static_cast<double>(int64_t{1} << 62);
+  for (int64_t tokens = 1; tokens < vocab_size; tokens *= 2) scale /= 2;
+  return scale;
+}
+
+// What is summed over the tokens from the most likely down, and when it is enough. `measure` is
+// that of one token.
+struct TopK {
+  double k;
+  MISTRAL_HOST_DEVICE uint64_t measure(uint32_t) const { return 1; }
+  MISTRAL_HOST_DEVICE bool reached(uint64_t count) const { return static_cast<double>(count) >= k; }
+};
+
+struct TopP {
+  Weights weights;
+  uint64_t total;  // of what min_p and top_k leave
+  double p;
+  MISTRAL_HOST_DEVICE uint64_t measure(uint32_t key) const { return weights(key); }
+  MISTRAL_HOST_DEVICE bool reached(uint64_t mass) const {
+    return static_cast<double>(mass) / static_cast<double>(total) >= p;
+  }
+};
+
+// ---- Noise
+
+constexpr int64_t kTokensPerBlock = 4;  // of Philox
+
+MISTRAL_HOST_DEVICE PhiloxBlock noise_block(const NoiseState& noise, int64_t block) {
+  return philox({{noise.seed, noise.index}},
+                {{static_cast<uint64_t>(block) + 1, static_cast<uint64_t>(noise.step), 0, 0}});
+}
+
+// A word of 0 gives -inf: never chosen, unless nothing else is left.
+MISTRAL_HOST_DEVICE double gumbel(uint64_t word) {
+  constexpr double kUnit = 1.0 / static_cast<double>(int64_t{1} << 53);
+  return -log(-log(static_cast<double>(word >> 11) * kUnit));
+}
+
+}  // namespace mistral

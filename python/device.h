@@ -1,0 +1,81 @@
+// Runs an op's kernel on the device of its tensors.
+#pragma once
+
+#include <string>
+
+#include "tensor.h"
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace mistral::python {
+
+#ifdef MISTRAL_CUDA
+#define MISTRAL_KERNELS(op) &cpu::op, &cuda::op
+#else
+#define MISTRAL_KERNELS(op) &cpu::op
+#endif
+
+// Where a call runs: on the CPU the number of threads, on a CUDA device the stream's handle.
+using Lane = int64_t;
+
+#ifdef MISTRAL_CUDA
+
+// Makes a device current for the time of a call.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) {
+    cudaGetDevice(&before_);
+    if (index != before_) cudaSetDevice(index);
+    changed_ = index != before_;
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+// Throws ValueError for a device that is older than the kernels' instructions.
+void expect_supported_device(const char* op, int index);
+
+template <class Params>
+void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&, int),
+         cudaError_t (*cuda)(const Params&, cudaStream_t)) {
+  if (!x.is_cuda()) {
+    const py::gil_scoped_release release;
+    return cpu(p, static_cast<int>(lane));
+  }
+  cudaError_t status;
+  {
+    const py::gil_scoped_release release;
+    const CurrentDevice device(x.device_index());
+    status = cuda(p, reinterpret_cast<cudaStream_t>(lane));
+  }
+  if (status != cudaSuccess) {
+    expect_supported_device(x.op(), x.device_index());
+    throw std::runtime_error(std::string(x.op()) +
+                             ": the launch failed: " + cudaGetErrorString(status));
+  }
+}
+
+#else
+
+template <class Params>
+void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&, int)) {
+  if (x.is_cuda()) {
+    fail(x.op(),
+         "x is on a CUDA device, but this build of mistral_ext has no CUDA kernels: install it "
+         "again with nvcc on PATH and MISTRAL_EXT_CUDA=on");
+  }
+  const py::gil_scoped_release release;
+  cpu(p, static_cast<int>(lane));
+}
+
+#endif
+
+}  // namespace mistral::python

@@ -1,0 +1,181 @@
+"""More implementations of the ops, to be put in the place of `mistral_ext._C`: the emulator of CUDA
+kernels (tests/emulator), which is built here when first asked for, and a GPU."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from mistral_ext import _C, ops
+
+SOURCE = Path(__file__).parent / "emulator"
+BUILD = SOURCE.parents[1] / "build" / f"emulator-{sys.implementation.cache_tag}"
+OPS = ("attention", "rms_norm", "rope", "sample", "swiglu")  # those with a CUDA kernel
+
+# What a test needs that runs on a GPU, and the parameter of a fixture that does.
+NEEDS_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(_C.cuda_architectures is None, reason="a build without CUDA"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+GPU = pytest.param("cuda", marks=NEEDS_GPU)
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Without what is preloaded into this process: the compiler needs no sanitizer."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def build_emulator() -> ModuleType:
+    """Builds what has changed and loads it.
+
+    Skips the test if something that the build needs is missing (see tests/emulator/CMakeLists.txt);
+    with MISTRAL_EXT_REQUIRE_EMULATOR=1 in the environment that is a failure, as it is in CI. So is
+    a kernel that does not compile, always. With MISTRAL_EXT_SANITIZE=1 it is built
+    with AddressSanitizer: see tests/emulator/sanitize.sh.
+    """
+    sanitize = os.environ.get("MISTRAL_EXT_SANITIZE") == "1"
+    build = BUILD.with_name(BUILD.name + "-sanitized") if sanitize else BUILD
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:  # against a second pytest that builds as well
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _configure_and_build(build, sanitize)
+    (path,) = build.glob("_emulator.*.so")
+    spec = spec_from_file_location("_emulator", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _configure_and_build(build: Path, sanitize: bool) -> None:
+    try:
+        import pybind11
+
+        configure = [
+            "cmake",
+            "-GNinja",
+            f"-S{SOURCE}",
+            f"-B{build}",
+            f"-DEMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        run(configure).check_returncode()
+    except (ImportError, FileNotFoundError, subprocess.CalledProcessError) as error:
+        problem = f"the emulator cannot be built: {error}\n{getattr(error, 'stderr', None) or ''}"
+        if os.environ.get("MISTRAL_EXT_REQUIRE_EMULATOR") == "1":
+            pytest.fail(problem)
+        pytest.skip(problem)
+    built = run(["cmake", "--build", str(build)])
+    if built.returncode != 0:
+        pytest.fail(f"the emulator does not compile:\n{built.stdout}")
+
+
+@contextmanager
+def registered(emulator: ModuleType, **tensors: torch.Tensor) -> Iterator[None]:
+    """Within it, kernels may access these tensors' elements and what lies between them, no more."""
+    try:
+        for name, tensor in tensors.items():
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            elements = 1 + sum((size - 1) * stride for size, stride in steps)
+            if tensor.numel() > 0:
+                emulator.allocate(tensor.data_ptr(), elements * tensor.element_size(), name)
+        yield
+    finally:
+        emulator.free_all()
+
+
+def emulated(emulator: ModuleType) -> SimpleNamespace:
+    """What `_C` is, with those ops that have a CUDA kernel run by the emulator."""
+
+    def bind(name):
+        def call(*arguments):
+            tensors = {
+                f"argument {i} of {name}": argument
+                for i, argument in enumerate(arguments)
+                if isinstance(argument, torch.Tensor)
+            }
+            with registered(emulator, **tensors):
+                getattr(emulator, name)(*arguments)
+
+        return call
+
+    return SimpleNamespace(**{**vars(_C), **{name: bind(name) for name in OPS}})
+
+
+class Copies:
+    """Copies on a GPU of whole storages, so that views of one stay that, with their strides."""
+
+    def __init__(self, device: str):
+        self._device = device
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of a storage's bytes
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same view of the copy of the tensor's storage."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._copies:
+            host = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._copies[storage.data_ptr()] = host, host.to(self._device, copy=True)
+        copy = self._copies[storage.data_ptr()][1].untyped_storage()
+        view = torch.empty(0, dtype=tensor.dtype, device=self._device)
+        return view.set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def bring_back(self) -> None:
+        for host, copy in self._copies.values():
+            host.copy_(copy)
+
+
+def on_gpu(device: str = "cuda") -> SimpleNamespace:
+    """What `_C` is, with those ops that have a CUDA kernel run on a GPU, for tensors of the CPU."""
+
+    def bind(name):
+        def call(*arguments):
+            copies, held = Copies(device), []
+
+            def scratch(partials, counters):
+                held.append(torch.full((partials,), float("nan"), device=device))
+                held.append(torch.zeros(counters, dtype=torch.int32, device=device))
+                return held[0].data_ptr(), held[1].data_ptr()
+
+            moved = [copies.view(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            moved[-1] = torch.cuda.current_stream(device).cuda_stream
+            if name == "attention":
+                moved[-2] = scratch
+            getattr(_C, name)(*moved)
+            torch.cuda.synchronize(device)
+            copies.bring_back()
+            assert not any(counters.any() for counters in held[1:]), "a counter is not left at zero"
+
+        return call
+
+    return SimpleNamespace(**{**vars(_C), **{name: bind(name) for name in OPS}})
+
+
+@contextmanager
+def _in_place_of_c(implementation: SimpleNamespace) -> Iterator[None]:
+    ops._C = implementation
+    try:
+        yield
+    finally:
+        ops._C = _C
+
+
+def use(emulator: ModuleType) -> AbstractContextManager[None]:
+    """Within it, `mistral_ext.ops` runs CUDA kernels in the emulator."""
+    return _in_place_of_c(emulated(emulator))
+
+
+def use_gpu() -> AbstractContextManager[None]:
+    """Within it, `mistral_ext.ops` runs CUDA kernels on a GPU, for tensors of the CPU."""
+    return _in_place_of_c(on_gpu())

@@ -1,0 +1,102 @@
+// One block: its threads as fibers, a scheduler that runs them in a seeded random order, and the
+// barrier.
+#pragma once
+
+#include <vector_types.h>
+
+#include <boost/context/fiber.hpp>
+#include <exception>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "copies.h"
+#include "counters.h"
+#include "memory.h"
+#include "stacks.h"
+#include "visibility.h"
+#include "warp.h"
+
+namespace emulator {
+
+// What the blocks of a launch have in common.
+struct Launch {
+  std::string kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  std::function<void()> body;  // the kernel with its arguments
+  Delivery delivery;
+  uint64_t seed;
+  Unfenced& unfenced;
+};
+
+// A CUDA thread.
+struct Thread {
+  Block* block;
+  Warp* warp;
+  int lane;
+  uint3 index;
+  Copies copies;
+  boost::context::stack_context stack = {};
+  boost::context::fiber fiber = {};
+  void* sanitizer_state = nullptr;
+  std::vector<Bytes> stored = {};    // since it last came to a fence or to __syncthreads
+  const char* waiting_at = nullptr;  // the instruction that it waits or last waited at
+  Site site = {};
+  bool exited = false;
+};
+
+// The CUDA thread that this thread of the process is running. (__thread, because a thread_local
+// that another file defines costs a call at each use.)
+extern __thread Thread* current;
+
+class Block {
+ public:
+  Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& stacks);
+
+  // Runs all threads to their end. Throws the first error; then the others do not run on.
+  void run();
+
+  // For the running thread: __syncthreads, and waiting for whatever wakes its lane.
+  void barrier(Site site);
+  void suspend(const char* instruction, Site site);
+
+  // For the running thread: what it does to global memory, as other blocks may see it.
+  void note_load(Site site, const void* address, size_t bytes);
+  void note_store(const void* address, size_t bytes);
+  void fence();
+
+  const Launch& launch() const { return launch_; }
+  uint3 index() const { return index_; }
+  SharedMemory& shared() { return shared_; }
+  Counters& counters() { return counters_; }
+
+ private:
+  void start(Thread& thread, Stacks& stacks);
+  void resume(Thread& thread);
+  void finish(Thread& thread);
+  void abandon();
+  size_t choose_warp();
+  uint32_t random();
+  std::exception_ptr stuck() const;
+
+  const Launch& launch_;
+  uint3 index_;
+  uint64_t number_;
+  SharedMemory& shared_;
+  Counters counters_;
+  std::vector<Warp> warps_;
+  std::vector<Thread> threads_;
+  std::vector<uint32_t> priorities_;  // of the warps
+  boost::context::fiber scheduler_;
+  const void* scheduler_stack_ = nullptr;  // its end, for the sanitizer
+  size_t scheduler_stack_size_ = 0;
+  std::exception_ptr error_;
+  uint64_t random_state_;
+  size_t exited_ = 0;
+  size_t at_barrier_ = 0;
+  Site barrier_site_ = {};
+  std::vector<Bytes> stored_;  // by all threads before a barrier, since a fence
+};
+
+}  // namespace emulator

@@ -1,0 +1,25 @@
+// Stand-in for csrc/cuda/launch.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../run.h"
+#include "builtins.h"
+
+namespace mistral::cuda {
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                   cudaStream_t, Arguments... arguments) {
+  return emulator::run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                       [=] { kernel(arguments...); });
+}
+
+inline int multiprocessors() { return emulator::settings().multiprocessors; }
+
+template <class T>
+T* dynamic_shared() {
+  return static_cast<T*>(emulator::shared_memory());
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,30 @@
+// The instructions behind the emulator's ptx.cuh, with the semantics of the PTX ISA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "counters.h"
+#include "error.h"
+
+namespace emulator {
+
+// Check an access of the running thread and count it.
+void access_global(Site site, Access access, const void* address, size_t bytes);
+void access_shared(Site site, const void* address);  // 16 bytes
+
+uint32_t shared_offset(const void* address);
+
+void cp_async(Site site, void* shared, const void* global, bool valid);
+void cp_async_commit();
+void cp_async_wait(size_t pending_groups);
+
+void ldmatrix_x4(Site site, uint32_t (&r)[4], const void* shared_row, bool transposed);
+
+enum class Half { bf16, f16 };
+void mma_m16n8k16(Site site, Half type, float (&d)[4], const uint32_t (&a)[4],
+                  const uint32_t (&b)[2]);
+
+float exp2_approx(float x);
+
+}  // namespace emulator

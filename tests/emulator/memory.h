@@ -1,0 +1,61 @@
+// The two memories of a kernel and who may touch what: registered allocations of global memory,
+// and a block's shared memory between guards.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "error.h"
+
+namespace emulator {
+
+// The global memory that a launch may access. While nothing is registered, everything is allowed.
+class Allocations {
+ public:
+  void add(const void* begin, size_t bytes, const std::string& name);
+  void clear() { ranges_.clear(); }
+
+  // Empty if [address, address + bytes) lies in one allocation, else what is wrong with it.
+  std::string problem(const void* address, size_t bytes) const;
+
+ private:
+  struct Range {
+    uintptr_t begin, end;
+    std::string name;
+  };
+  std::vector<Range> ranges_;
+};
+
+Allocations& allocations();
+
+// A block's shared memory: all NaN at first (each byte is 0xff, so every float, half and bfloat16
+// is one). The guards on both sides are NaN too, and writing to them is an error, if a late one;
+// built with AddressSanitizer, any access to them is one at once.
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes);
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  ~SharedMemory();
+
+  void* data() const { return data_; }
+  bool holds(const void* address, size_t bytes) const;
+  std::string problem(const void* address, size_t bytes) const;
+
+  void poison();  // makes all of it NaN again, for the next block
+  bool guards_intact() const;
+
+ private:
+  size_t bytes_;
+  std::vector<unsigned char> memory_;
+  unsigned char* data_;
+};
+
+// Throw unless [address, address + bytes) may be accessed by the running thread, aligned to its
+// size.
+void check_global(Site site, const char* what, const void* address, size_t bytes);
+void check_shared(Site site, const char* what, const void* address, size_t bytes);
+
+}  // namespace emulator

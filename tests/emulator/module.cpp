@@ -1,0 +1,114 @@
+// The module `_emulator`: the ops of mistral_ext._C, with their CUDA kernels run by the emulator on
+// tensors of the CPU; the emulator's settings and counters; and the kernels that test it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "../../python/ops.h"
+#include "memory.h"
+#include "run.h"
+#include "sanitizer.h"
+#include "test_kernels.h"
+
+namespace py = pybind11;
+using namespace mistral;
+
+namespace {
+
+const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernels = {
+    {"mma_bf16", &cuda::run_mma_bf16},
+    {"mma_f16", &cuda::run_mma_f16},
+    {"ldmatrix", &cuda::run_ldmatrix},
+    {"ldmatrix_transposed", &cuda::run_ldmatrix_transposed},
+    {"shuffles", &cuda::run_shuffles},
+    {"votes", &cuda::run_votes},
+    {"cp_async", &cuda::run_cp_async},
+    {"pipeline", &cuda::run_pipeline},
+    {"atomics", &cuda::run_atomics},
+    {"indices", &cuda::run_indices},
+    {"strided_copy", &cuda::run_strided_copy},
+    {"shared_stride", &cuda::run_shared_stride},
+    {"uninitialised", &cuda::run_uninitialised},
+    {"shape", &cuda::run_shape},
+    {"missing_barrier", &cuda::run_missing_barrier},
+    {"missing_fence", &cuda::run_missing_fence},
+    {"missing_syncwarp", &cuda::run_missing_syncwarp},
+    {"missing_wait", &cuda::run_missing_wait},
+    {"wrong_wait", &cuda::run_wrong_wait},
+    {"reused_too_early", &cuda::run_reused_too_early},
+    {"out_of_bounds_read", &cuda::run_out_of_bounds_read},
+    {"out_of_bounds_write", &cuda::run_out_of_bounds_write},
+    {"out_of_bounds_shared", &cuda::run_out_of_bounds_shared},
+    {"past_shared", &cuda::run_past_shared},
+    {"misaligned", &cuda::run_misaligned},
+    {"wrong_row", &cuda::run_wrong_row},
+    {"row_outside", &cuda::run_row_outside},
+    {"divergent_shuffle", &cuda::run_divergent_shuffle},
+    {"wrong_mask", &cuda::run_wrong_mask},
+    {"exited_lane", &cuda::run_exited_lane},
+    {"exited_thread", &cuda::run_exited_thread},
+    {"divergent_barrier", &cuda::run_divergent_barrier},
+};
+
+emulator::Delivery delivery(const std::string& name) {
+  if (name == "late") return emulator::Delivery::late;
+  if (name == "early") return emulator::Delivery::early;
+  throw py::value_error("copies is '" + name + "', expected late or early");
+}
+
+void configure(uint64_t seed, const std::string& copies, int multiprocessors, int workers) {
+  emulator::settings() = {seed, delivery(copies), multiprocessors, workers};
+}
+
+// What has been launched since the last call, in order.
+py::list take_launches() {
+  py::list list;
+  for (const emulator::Record& r : emulator::records()) {
+    py::dict entry;
+    entry["kernel"] = r.kernel;
+    entry["grid"] = py::make_tuple(r.grid.x, r.grid.y, r.grid.z);
+    entry["block"] = py::make_tuple(r.block.x, r.block.y, r.block.z);
+    entry["shared_bytes"] = r.shared_bytes;
+    entry["loaded_bytes"] = r.counters.loaded_bytes;
+    entry["stored_bytes"] = r.counters.stored_bytes;
+    entry["load_requests"] = r.counters.load_requests;
+    entry["store_requests"] = r.counters.store_requests;
+    entry["load_sectors"] = r.counters.load_sectors;
+    entry["store_sectors"] = r.counters.store_sectors;
+    entry["shared_requests"] = r.counters.shared_requests;
+    entry["shared_conflicts"] = r.counters.shared_conflicts;
+    entry["mma"] = r.counters.mma;
+    list.append(entry);
+  }
+  emulator::records().clear();
+  return list;
+}
+
+// The cudaError_t of its launch.
+int run_test_kernel(const std::string& name, uintptr_t in, uintptr_t out, int64_t n) {
+  const py::gil_scoped_release release;
+  return kTestKernels.at(name)(
+      {reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_emulator, m) {
+  m.attr("sanitized") = emulator::kSanitized;
+  m.def("configure", &configure, py::arg("seed") = 0, py::arg("copies") = "late",
+        py::arg("multiprocessors") = 4, py::arg("workers") = 2);
+  m.def("take_launches", &take_launches);
+  m.def("allocate", [](uintptr_t begin, size_t bytes, const std::string& name) {
+    emulator::allocations().add(reinterpret_cast<const void*>(begin), bytes, name);
+  });
+  m.def("free_all", [] { emulator::allocations().clear(); });
+  m.def("run_test_kernel", &run_test_kernel, py::arg("name"), py::arg("inputs"), py::arg("out"),
+        py::arg("n"));
+  python::bind_attention(m);
+  python::bind_rms_norm(m);
+  python::bind_rope(m);
+  python::bind_sample(m);
+  python::bind_swiglu(m);
+}

@@ -1,0 +1,54 @@
+// The bindings call cpu::op for tensors of the CPU. In this module, that is the CUDA kernel.
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/attention.h"
+#include "../../csrc/rms_norm.h"
+#include "../../csrc/rope.h"
+#include "../../csrc/sample.h"
+#include "../../csrc/swiglu.h"
+#include "memory.h"
+
+namespace mistral::cpu {
+namespace {
+
+// More keys than tests have: enough that a decode is split wherever there are blocks to spare.
+constexpr int64_t kLongest = 4096;
+
+void check(const char* op, cudaError_t status) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": launch failed with cudaError_t " +
+                             std::to_string(status));
+  }
+}
+
+}  // namespace
+
+// The scratch comes from the caller, who knows of none here.
+void attention(const AttentionParams& given, int) {
+  AttentionParams p = given;
+  const cuda::AttentionScratch scratch = cuda::attention_scratch(
+      p.num_sequences, p.kv_heads, p.head_dim, min(p.window, kLongest) + p.max_count);
+  std::vector<float> partials(static_cast<size_t>(scratch.partials), NAN);
+  std::vector<int32_t> counters(static_cast<size_t>(scratch.counters), 0);
+  p.splits = scratch.splits;
+  p.partials = partials.data();
+  p.counters = counters.data();
+  auto& allocations = emulator::allocations();
+  allocations.add(p.partials, partials.size() * sizeof(float), "partials");
+  allocations.add(p.counters, counters.size() * sizeof(int32_t), "counters");
+  check("attention", cuda::attention(p, nullptr));
+  for (const int32_t counter : counters) {
+    if (counter != 0) throw std::runtime_error("attention: a counter was not left at zero");
+  }
+}
+void rms_norm(const RmsNormParams& p, int) { check("rms_norm", cuda::rms_norm(p, nullptr)); }
+void rope(const RopeParams& p, int) { check("rope", cuda::rope(p, nullptr)); }
+void sample(const SampleParams& p, int) { check("sample", cuda::sample(p, nullptr)); }
+void swiglu(const SwigluParams& p, int) { check("swiglu", cuda::swiglu(p, nullptr)); }
+
+}  // namespace mistral::cpu

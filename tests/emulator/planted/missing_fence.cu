@@ -1,0 +1,29 @@
+// The last block to finish reads what the others have stored, and they have not made sure that it
+// sees it. (Element 256 of out is the counter of blocks.)
+#include "planted.h"
+
+namespace mistral::cuda {
+namespace {
+
+template <bool kCorrect>
+__global__ void missing_fence(const float* in, float* out) {
+  bool* last = dynamic_shared<bool>();
+  const int thread = threadIdx.x, first = 32 * blockIdx.x;
+  st_global(out + first + thread, ld_global(in + first + thread));
+  __syncthreads();
+  if (thread == 0) {
+    if (kCorrect) __threadfence();
+    *last = atomicAdd(out + kCount, 1.0f) == 7;
+  }
+  __syncthreads();
+  if (!*last) return;
+  for (int i = thread; i < kCount; i += 32) st_global(out + i, 2 * ld_global(out + i));
+}
+
+}  // namespace
+
+cudaError_t run_missing_fence(const Arguments& a) {
+  return run_planted(missing_fence<false>, missing_fence<true>, 8, 32, 1, a);
+}
+
+}  // namespace mistral::cuda

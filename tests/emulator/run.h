@@ -1,0 +1,39 @@
+// Running a launch, and what a test may set and ask.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "copies.h"
+#include "counters.h"
+
+namespace emulator {
+
+struct Settings {
+  uint64_t seed = 0;  // of the order in which threads and blocks run
+  Delivery delivery = Delivery::late;
+  int multiprocessors = 4;
+  int workers = 2;  // threads of this process that run blocks
+};
+Settings& settings();
+
+struct Record {
+  std::string kernel;
+  dim3 grid, block;
+  size_t shared_bytes;
+  Counters counters;
+};
+std::vector<Record>& records();  // of the launches since they were last cleared
+
+// Runs all blocks, in random order. Returns what CUDA would say of the shape of the launch; throws
+// Error for what a thread does.
+cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                std::function<void()> body);
+
+// Of the block that is running.
+void* shared_memory();
+
+}  // namespace emulator

@@ -1,0 +1,54 @@
+// Kernels that are here only to test the emulator: one per primitive (primitives.cu) and one per
+// planted bug (planted/), each with what it needs to be launched from Python.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace mistral::cuda {
+
+struct Arguments {
+  const void* in;
+  void* out;
+  int64_t n;  // the kernel says of what
+};
+
+// Primitives: one warp, unless the kernel says otherwise.
+cudaError_t run_mma_bf16(const Arguments& a);
+cudaError_t run_mma_f16(const Arguments& a);
+cudaError_t run_ldmatrix(const Arguments& a);
+cudaError_t run_ldmatrix_transposed(const Arguments& a);
+cudaError_t run_shuffles(const Arguments& a);
+cudaError_t run_votes(const Arguments& a);
+cudaError_t run_cp_async(const Arguments& a);
+cudaError_t run_pipeline(const Arguments& a);
+cudaError_t run_atomics(const Arguments& a);
+cudaError_t run_indices(const Arguments& a);
+cudaError_t run_strided_copy(const Arguments& a);
+cudaError_t run_shared_stride(const Arguments& a);
+cudaError_t run_uninitialised(const Arguments& a);
+cudaError_t run_shape(const Arguments& a);
+
+// Planted bugs: with n = 0 the kernel has its bug, with n = 1 it is correct. `in` is
+// float [256], `out` is float [257]: in doubled, and a zero for the kernel's own use.
+cudaError_t run_missing_barrier(const Arguments& a);
+cudaError_t run_missing_fence(const Arguments& a);
+cudaError_t run_missing_syncwarp(const Arguments& a);
+cudaError_t run_missing_wait(const Arguments& a);
+cudaError_t run_wrong_wait(const Arguments& a);
+cudaError_t run_reused_too_early(const Arguments& a);
+cudaError_t run_out_of_bounds_read(const Arguments& a);
+cudaError_t run_out_of_bounds_write(const Arguments& a);
+cudaError_t run_out_of_bounds_shared(const Arguments& a);
+cudaError_t run_past_shared(const Arguments& a);
+cudaError_t run_misaligned(const Arguments& a);
+cudaError_t run_wrong_row(const Arguments& a);
+cudaError_t run_row_outside(const Arguments& a);
+cudaError_t run_divergent_shuffle(const Arguments& a);
+cudaError_t run_wrong_mask(const Arguments& a);
+cudaError_t run_exited_lane(const Arguments& a);
+cudaError_t run_exited_thread(const Arguments& a);
+cudaError_t run_divergent_barrier(const Arguments& a);
+
+}  // namespace mistral::cuda

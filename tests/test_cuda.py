@@ -1,0 +1,258 @@
+"""What only a GPU can show: the whole model on it, streams, CUDA graphs, devices, errors.
+
+The ops themselves are tested on it by the tests of each op, with the backend "cuda".
+"""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from backends import GPU, NEEDS_GPU
+from checkpoints import write_checkpoint
+from ragged import RaggedBatch
+
+from mistral_ext import Mistral, checkpoint, ops
+
+pytestmark = NEEDS_GPU
+
+LENGTH = 83  # several times every window
+VARIANTS = {
+    "window16": {},
+    "window5-head128": {"head_dim": 128, "sliding_window": 5, "num_key_value_heads": 1},
+    "nowindow-head128": {"head_dim": 128, "sliding_window": None},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, **VARIANTS[request.param])
+    return folder
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 131, (LENGTH,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 17])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_as_close_as_plain_torch(folder, ids, dtype, chunk):
+    """Error against fp64 at most twice that of the same model in plain torch and the same dtype."""
+    llm = Mistral.from_pretrained(folder, device="cuda", dtype=dtype)
+    weights = checkpoint.load_weights(folder, llm.config, dtype, progress=False)
+    wide = {name: weight.double() for name, weight in weights.items()}
+    exact = reference.model(wide, llm.config, ids)
+    plain = reference.model(weights, llm.config, ids)
+    logits = llm.logits(ids, chunk=chunk)
+    assert logits.is_cuda
+    assert (logits.cpu() - exact).abs().mean() <= 2 * (plain.double() - exact).abs().mean()
+
+
+def test_greedy_tokens_are_the_likeliest(folder, ids):
+    """Or as good as: what is rounded differently may decide between equals."""
+    prompts = [ids[:21].tolist(), ids[30:31].tolist(), ids.tolist()]
+    llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16, prefill_chunk=9)
+    completions = llm.generate(prompts, max_tokens=50, ignore_eos=True)
+    exact, rounded = (Mistral.from_pretrained(folder, dtype=d) for d in (None, torch.bfloat16))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(completion.token_ids) == 50
+        text = prompt + completion.token_ids[:-1]
+        logits = exact.logits(text)
+        # Two logits are compared, each with at most twice the error that it has on the CPU.
+        allowed = 4 * (rounded.logits(text) - logits).abs().max()
+        logits = logits[len(prompt) - 1 :]
+        chosen = logits.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (logits.amax(1) - chosen).max() <= allowed
+
+
+def test_the_same_seed_gives_the_same_tokens(folder, ids):
+    llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)
+    options = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "max_tokens": 40}
+    first, second, other = (
+        llm.generate(ids[:9].tolist(), seed=seed, ignore_eos=True, **options)[0].token_ids
+        for seed in (5, 5, 6)
+    )
+    assert first == second != other
+
+
+@pytest.mark.parametrize("backend", [GPU], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_at_the_sizes_of_mistral_7b(backend, dtype):
+    """Full windows of 4096, which every multiprocessor takes a part of, and a long chunk."""
+    batch = RaggedBatch(
+        [4096, 4096, 600], 4096, 8, 2, 128, dtype, positions=[100_003, 4095, 0], layout="fused"
+    )
+    for counts in ((1, 1, 1), (4, 1, 530), (1, 700, 1), (3, 1, 2)):
+        batch.step(counts)
+
+
+class DecodeStep:
+    """A step of 3 sequences at different places of their rings, in the memory of the GPU."""
+
+    def __init__(self, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator).bfloat16().cuda()
+
+        self.window = 700  # enough to be divided among multiprocessors
+        self.q, self.k, self.v = random(3, 8, 128), random(3, 2, 128), random(3, 2, 128)
+        self.pools = random(3 * 2 * 700, 128), random(3 * 2 * 700, 128)
+        rows = [(i, 1, position, i * 1400, 700) for i, position in enumerate((5, 698, 10**6))]
+        self.table = torch.tensor(rows).cuda()
+        self.out = torch.empty_like(self.q)
+
+    def run(self):
+        ops.rope(self.q, self.k, self.v, *self.pools, self.table, 1e4, self.window)
+        given = self.q, self.k, self.v, *self.pools, self.table
+        self.out.copy_(ops.attention(*given, self.window, max_count=1))
+        self.table[:, 2] += 1
+
+    def capture(self):
+        """A graph of `run`; the state is as it was before."""
+        state = [x.clone() for x in (self.q, self.k, *self.pools, self.table)]
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
+            self.run()
+        torch.cuda.current_stream().wait_stream(warm_up)
+        for x, before in zip((self.q, self.k, *self.pools, self.table), state, strict=True):
+            x.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+
+def check_replays(graph, captured, eager, steps=4):
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(steps):
+        for name in ("q", "k", "v"):
+            new = torch.randn(getattr(eager, name).shape, generator=generator).bfloat16()
+            getattr(eager, name).copy_(new)
+            getattr(captured, name).copy_(new)
+        eager.run()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured.out, eager.out)
+        assert torch.equal(captured.table, eager.table)
+        for a, b in zip(captured.pools, eager.pools, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_one_graph_serves_every_decode_step():
+    """Positions lie in the memory of the device, and the graph moves them itself."""
+    captured, eager = DecodeStep(), DecodeStep()
+    check_replays(captured.capture(), captured, eager)
+
+
+def test_graphs_do_not_depend_on_each_other():
+    """The second of two works though the first has never run and is gone."""
+    # What is allocated from here on is not zero by chance.
+    torch.ones(2**28, dtype=torch.int32, device="cuda")
+    torch.cuda.empty_cache()
+    first, second, eager = DecodeStep(1), DecodeStep(), DecodeStep()
+    unused, graph = first.capture(), second.capture()
+    del unused
+    check_replays(graph, second, eager)
+
+
+def test_runs_on_the_current_stream():
+    """After what is on it already: here, a long wait and then the input."""
+    x, gate = torch.zeros(64, 4096).bfloat16().cuda(), torch.ones(64, 4096).bfloat16().cuda()
+    weight, new = torch.ones(4096).bfloat16().cuda(), torch.randn(64, 4096).bfloat16().cuda()
+    step, expected_step = DecodeStep(), DecodeStep()
+    q = torch.randn_like(step.q)
+    expected = ops.rms_norm(new, weight), ops.swiglu(gate, new)
+    expected_step.q.copy_(q)
+    expected_step.run()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles: about 50 ms
+        x.copy_(new)
+        step.q.copy_(q)
+        actual = ops.rms_norm(x, weight), ops.swiglu(gate, x)
+        step.run()
+    stream.synchronize()
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(step.out, expected_step.out)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_runs_on_the_device_of_the_tensors():
+    x, weight = torch.randn(5, 4096).cuda(0), torch.ones(4096).cuda(0)
+    expected = ops.rms_norm(x, weight)
+    actual = ops.rms_norm(x.to("cuda:1"), weight.to("cuda:1"))
+    assert actual.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(actual.cpu(), expected.cpu())
+    with pytest.raises(TypeError, match="rms_norm: weight is on cuda:1, expected cuda:0 like x"):
+        ops.rms_norm(x, weight.to("cuda:1"))
+
+
+def arguments(dim=64, dtype=torch.bfloat16, **changes):
+    """Two sequences, of 3 and 1 new tokens and rings of 8 slots."""
+    given = {
+        "q": torch.zeros(4, 4, dim, dtype=dtype, device="cuda"),
+        "k": torch.zeros(4, 2, dim, dtype=dtype, device="cuda"),
+        "v": torch.zeros(4, 2, dim, dtype=dtype, device="cuda"),
+        "k_pool": torch.zeros(32, dim, dtype=dtype, device="cuda"),
+        "v_pool": torch.zeros(32, dim, dtype=dtype, device="cuda"),
+        "sequences": torch.tensor([[0, 3, 0, 0, 8], [3, 1, 6, 16, 8]], device="cuda"),
+        "window": 8,
+    }
+    return given | {name: change(given[name]) for name, change in changes.items()}
+
+
+def unaligned(x):
+    """The same shape, 2 bytes past a multiple of 16."""
+    return torch.zeros(x.numel() + 8, dtype=x.dtype, device=x.device)[1:-7].view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"k": torch.Tensor.cpu}, TypeError, "k is on cpu, expected cuda:0 like q"),
+        ({"v_pool": torch.Tensor.cpu}, TypeError, "v_pool is on cpu, expected cuda:0 like q"),
+        ({"sequences": torch.Tensor.cpu}, TypeError, "sequences is on cpu, expected cuda:0 like q"),
+        ({"dtype": torch.float32}, TypeError, "q has dtype torch.float32, expected torch.bfloat16"),
+        ({"dim": 96}, ValueError, "q has head dimension 96, expected 64 or 128 on a CUDA device"),
+        ({"dim": 32}, ValueError, "q has head dimension 32, expected 64 or 128 on a CUDA device"),
+        ({"q": unaligned}, ValueError, "expected rows that begin at multiples of 16 bytes"),
+        ({"k_pool": unaligned}, ValueError, "expected rows that begin at multiples of 16 bytes"),
+    ],
+)
+def test_what_attention_cannot_do_on_a_gpu(given, error, message):
+    with pytest.raises(error) as caught:
+        ops.attention(**arguments(**given))
+    assert str(caught.value).startswith("attention: ")
+    assert message in str(caught.value)
+
+
+def test_devices_may_not_be_mixed():
+    x, weight = torch.zeros(2, 8), torch.zeros(8)
+    with pytest.raises(TypeError, match="rms_norm: weight is on cpu, expected cuda:0 like x"):
+        ops.rms_norm(x.cuda(), weight)
+    with pytest.raises(TypeError, match="rms_norm: weight is on cuda:0, expected cpu like x"):
+        ops.rms_norm(x, weight.cuda())
+    with pytest.raises(TypeError, match="swiglu: up is on cpu, expected cuda:0 like gate"):
+        ops.swiglu(x.cuda(), x)
+
+
+def test_opcheck():
+    """The declared mutations and the fake kernels, of tensors on a GPU."""
+    given = arguments()
+    tensors = [given[name] for name in ("q", "k", "v", "k_pool", "v_pool", "sequences")]
+    calls = {
+        "rms_norm": (given["k_pool"], given["k_pool"][0]),
+        "rope": (*tensors, 1e4, 8),
+        "attention": (*tensors, 8),
+        "swiglu": (given["k_pool"], given["v_pool"]),
+        "linear": (given["k_pool"], given["v_pool"]),
+    }
+    for name, call in calls.items():
+        torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, call)

@@ -1,0 +1,52 @@
+"""Registers, stack and spills of the CUDA kernels, against the report kept beside this file."""
+
+from __future__ import annotations
+
+import kernel_report
+import pytest
+from cuda_tools import find_nvcc
+
+
+@pytest.fixture(scope="module")
+def usages():
+    return kernel_report.usages(kernel_report.compile_kernels(find_nvcc()))
+
+
+def test_report_is_of_these_kernels(usages):
+    kept, version = kernel_report.REPORT.read_text(), kernel_report.nvcc_version(find_nvcc())
+    if not kept.startswith(f"nvcc {version};"):
+        pytest.skip(f"made with another compiler than nvcc {version}: {kept.split(';')[0]}")
+    assert kept == kernel_report.format_report(usages, version), (
+        "if it is meant, run: python tools/kernel_report.py"
+    )
+
+
+def test_every_kernel_is_compiled_for_every_architecture(usages):
+    kernels = {usage.kernel for usage in usages}
+    assert {kernel.split("<")[0] for kernel in kernels} >= {
+        *("attention_decode", "attention_prefill", "rms_norm_kernel", "rope_kernel"),
+        *("sample_kernel", "swiglu_kernel"),
+    }
+    for arch in kernel_report.architectures():
+        assert {usage.kernel for usage in usages if usage.arch == f"sm_{arch}"} == kernels
+
+
+def test_nothing_is_spilled(usages):
+    """Nor is any array in local memory, and shared memory is dynamic: see csrc/cuda/launch.cuh."""
+    for usage in usages:
+        memory = usage.stack, usage.spill_stores, usage.spill_loads, usage.shared
+        assert memory == (0, 0, 0, 0), usage
+
+
+def test_parses_what_the_assembler_says(tmp_path):
+    """Also of kernels that break the rules, which ours do not."""
+    log = """\
+ptxas info    : Compiling entry function '_Z5twiceI6__halfEvPT_' for 'sm_80'
+ptxas info    : Function properties for _Z5twiceI6__halfEvPT_
+    16 bytes stack frame, 24 bytes spill stores, 32 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem, 360 bytes cmem[0]
+ptxas info    : Compile time = 794.589 ms
+"""
+    cubin = kernel_report.Cubin("sm_80", tmp_path / "none", log)
+    expected = kernel_report.Usage("twice<fp16>", "sm_80", 40, 512, 16, 24, 32)
+    assert kernel_report.usages([cubin]) == [expected]

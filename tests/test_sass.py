@@ -1,0 +1,68 @@
+"""The machine code of the CUDA kernels holds the instructions that were meant."""
+
+from __future__ import annotations
+
+import kernel_report
+import pytest
+from cuda_tools import find_nvcc, find_nvdisasm, instructions
+
+ARCHITECTURES = [f"sm_{arch}" for arch in kernel_report.architectures()]
+
+
+@pytest.fixture(scope="module")
+def disassembly():
+    """{architecture: {kernel: instructions}}"""
+    nvdisasm = find_nvdisasm()
+    found = {arch: {} for arch in ARCHITECTURES}
+    for cubin in kernel_report.compile_kernels(find_nvcc()):
+        found[cubin.arch].update(instructions(cubin.path, nvdisasm))
+    return found
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def kernels(request, disassembly):
+    assert disassembly[request.param]
+    return disassembly[request.param]
+
+
+def count(code, *prefixes):
+    return sum(n for name, n in code.items() if name.startswith(prefixes))
+
+
+def test_no_local_memory(kernels):
+    for name, code in kernels.items():
+        assert count(code, "LDL", "STL") == 0, name
+
+
+@pytest.mark.parametrize("kernel", ["attention_prefill", "attention_decode"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_is_made_of_tensor_core_products(kernels, kernel, dtype, head_dim):
+    """Fed by asynchronous 16-byte copies that bypass L1, and by ldmatrix, plain and transposed."""
+    code = kernels[f"{kernel}<{dtype}, {head_dim}>"]
+    product = "HMMA.16816.F32" + (".BF16" if dtype == "bf16" else "")
+    assert code[product] > 0
+    assert code[product] == count(code, "HMMA")
+    assert count(code, "LDGSTS") == code["LDGSTS.E.BYPASS.128"] > 0
+    assert code["LDSM.16.M88.4"] > 0
+    assert code["LDSM.16.MT88.4"] > 0
+    # A row of the result is 16 bytes wide where its tile is written.
+    assert code["STG.E.128"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16, 8", "fp16, 8", "fp32, 4"])
+@pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu"])
+def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
+    """All of them: a store of 16 bytes that the compiler has cut up fails too."""
+    code = kernels[f"{op}_kernel<{dtype}>"]
+    # rope reads the sequence table by 8 bytes
+    table = code["LDG.E.64"] if op == "rope" else 0
+    assert count(code, "LDG.") - table == code["LDG.E.128"] > 0
+    assert count(code, "STG.") == code["STG.E.128"] > 0
+    assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
+
+
+def test_aligned_logits_are_read_by_16_bytes(kernels):
+    wide, narrow = kernels["sample_kernel<true>"], kernels["sample_kernel<false>"]
+    assert wide["LDG.E.128"] > narrow["LDG.E.128"]
+    assert wide["STG.E.128"] > narrow["STG.E.128"]
