@@ -262,18 +262,26 @@ def _(q, k, v, k_pool, v_pool, sequences, theta, window=None):
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
+def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
+    if torch.cuda.is_current_stream_capturing():
+        # A graph owns what is allocated while it is captured, and zeroes it when it is replayed.
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    counters = _counters.get((device, lane))
+    if counters is None or len(counters) < count:
+        counters = _counters[device, lane] = torch.zeros(count, dtype=torch.int32, device=device)
+    return counters
+
+
 @torch.library.impl("mistral_ext::attention", _DEVICES)
 def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
     out = q.new_empty(q.shape)
     lane = _lane(q)
-    held = []
+    held = []  # until the launch: what is freed before could be given to another call
 
     def scratch(partials: int, counters: int) -> tuple[int, int]:
         held.append(torch.empty(partials, dtype=torch.float32, device=q.device))
-        key = (q.device, lane)
-        if key not in _counters or len(_counters[key]) < counters:
-            _counters[key] = torch.zeros(counters, dtype=torch.int32, device=q.device)
-        return held[0].data_ptr(), _counters[key].data_ptr()
+        held.append(_zeroed_counters(q.device, lane, counters))
+        return held[0].data_ptr(), held[1].data_ptr()
 
     given = (q, k, v, k_pool, v_pool, sequences)
     _C.attention(*given, out, window, scale, max_count, scratch, lane)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from backends import use
 from checkpoints import write_checkpoint
 
 from mistral_ext import Mistral, checkpoint
@@ -137,3 +138,22 @@ def test_reference_is_transformers(tmp_path):
     logits = reference.model({n: w.double() for n, w in weights.items()}, ours.config, ids)
     # transformers forms its angles in fp32
     torch.testing.assert_close(logits, their_logits(theirs, ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [16, None])
+def test_on_the_cuda_kernels(tmp_path, emulator, window):
+    """All ops but the products in the emulator: as close to fp64 as the CPU's kernels are."""
+    write_checkpoint(tmp_path, sliding_window=window)
+    ours = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = torch.randint(3, 131, (45,), generator=torch.Generator().manual_seed(4))
+    weights = checkpoint.load_weights(tmp_path, ours.config, torch.bfloat16, progress=False)
+    exact = reference.model({n: w.double() for n, w in weights.items()}, ours.config, ids)
+    plain = reference.model(weights, ours.config, ids)
+    with use(emulator):
+        logits = ours.logits(ids, chunk=20)
+    ran = {record["kernel"].split("::")[-1].split("<")[0] for record in emulator.take_launches()}
+    assert ran == {
+        *("rms_norm_kernel", "rope_kernel", "swiglu_kernel"),
+        *("attention_prefill", "attention_decode"),
+    }
+    assert (logits - exact).abs().mean() <= 2 * (plain.double() - exact).abs().mean()
