@@ -22,6 +22,10 @@ class CMakeBuild(build_ext):
             [
                 "cmake",
                 "-GNinja",
+                # Look for these anew: pip's isolated ninja is gone by the next build, and nvcc may
+                # have come, or be unwanted now.
+                "-UCMAKE_MAKE_PROGRAM",
+                "-UCMAKE_CUDA_COMPILER",
                 f"-S{ROOT}",
                 f"-B{tree}",
                 f"-DPython_EXECUTABLE={sys.executable}",

@@ -1,8 +1,11 @@
 """Runs many completions through the model together.
 
-Each step is one pass over the weights. It carries one token of every completion that is being
-decoded and, up to `prefill_chunk` tokens in all, the next part of the prompts not yet read. A
-completion that ends leaves the batch for good and gives its ring to the next one waiting.
+A step is one pass over the weights: in turn, one for the next chunk of one prompt, and one for
+the next token of every completion that has read its prompt. They are not mixed. Sums of floating
+point numbers depend on how many tokens a product has, and so would the text, on what else is in the
+batch: this way a prompt is cut and multiplied as if alone, and the products of up to 8 decoded
+tokens do not depend on their number (`ops.linear`). A completion that ends leaves the batch for
+good and gives its ring to the next one waiting.
 """
 
 from __future__ import annotations
@@ -157,46 +160,55 @@ def run(
             ring, request = free.pop(0), waiting.pop(0)
             active[ring] = request
             sampler.start(ring, request.params, request.ids, request.index)
-        chunks = _next_chunks(active, cache, prefill_chunk)
-        token_ids, last_rows, sampled = [], [], []
-        for ring, chunk in chunks.items():
-            request, length = active[ring], cache.lengths[ring]
-            if length < request.prompt_length:
-                request.note_read(len(chunk))
-            token_ids += chunk
-            if length + len(chunk) == len(request.ids):
-                last_rows.append(len(token_ids) - 1)
-                sampled.append(ring)
-        sequences = cache.append({ring: len(chunk) for ring, chunk in chunks.items()})
-        logits = model.forward(
-            torch.tensor(token_ids),
-            sequences,
-            cache,
-            rows=torch.tensor(last_rows, dtype=torch.int64),
-        )
-        token_ids = sampler.sample(sampled, logits)
-        for ring, token_id, row in zip(sampled, token_ids, logits, strict=True):
-            request = active[ring]
-            piece = request.accept(token_id, row)
-            if request.finish_reason:
-                del active[ring]
-                if waiting:  # else the ring keeps its tokens: a chat goes on from them
-                    cache.rewind(ring, 0)
-                    free.append(ring)
-            yield request, piece
+        for next_tokens in (_next_chunk, _next_decodes):
+            tokens = next_tokens(active, cache, prefill_chunk)
+            if not tokens:
+                continue
+            sampled, logits = _step(model, cache, active, tokens)
+            token_ids = sampler.sample(sampled, logits)
+            for ring, token_id, row in zip(sampled, token_ids, logits, strict=True):
+                request = active[ring]
+                piece = request.accept(token_id, row)
+                if request.finish_reason:
+                    del active[ring]
+                    if waiting:  # else the ring keeps its tokens: a chat goes on from them
+                        cache.rewind(ring, 0)
+                        free.append(ring)
+                yield request, piece
 
 
-def _next_chunks(
+def _next_chunk(
     active: dict[int, Request], cache: RingCache, prefill_chunk: int
 ) -> dict[int, list[int]]:
-    """The tokens each ring reads in this step."""
-    chunks = {}
-    budget = prefill_chunk
+    """{ring: the next chunk} of the first prompt that is not read yet."""
     for ring, request in active.items():
         unread = request.ids[cache.lengths[ring] :]
         if len(unread) > 1:
-            unread = unread[:budget]
-            budget -= len(unread)
-        if unread:
-            chunks[ring] = unread
-    return chunks
+            return {ring: unread[:prefill_chunk]}
+    return {}
+
+
+def _next_decodes(
+    active: dict[int, Request], cache: RingCache, prefill_chunk: int
+) -> dict[int, list[int]]:
+    """{ring: the one token not read yet} of all completions that have come so far."""
+    unread = {ring: request.ids[cache.lengths[ring] :] for ring, request in active.items()}
+    return {ring: tokens for ring, tokens in unread.items() if len(tokens) == 1}
+
+
+def _step(
+    model: Transformer, cache: RingCache, active: dict[int, Request], tokens: dict[int, list[int]]
+) -> tuple[list[int], torch.Tensor]:
+    """One pass over the weights; the rings that have read all they have, and their logits."""
+    token_ids, last_rows, complete = [], [], []
+    for ring, new in tokens.items():
+        request, length = active[ring], cache.lengths[ring]
+        if length < request.prompt_length:
+            request.note_read(len(new))
+        token_ids += new
+        if length + len(new) == len(request.ids):
+            last_rows.append(len(token_ids) - 1)
+            complete.append(ring)
+    sequences = cache.append({ring: len(new) for ring, new in tokens.items()})
+    rows = torch.tensor(last_rows, dtype=torch.int64)
+    return complete, model.forward(torch.tensor(token_ids), sequences, cache, rows)

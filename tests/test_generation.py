@@ -65,6 +65,19 @@ def test_batch_is_each_alone(folder, llm, options, max_batch, prefill_chunk):
     assert [c.text for c in together] == [c.text for c in alone]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_batch_is_each_alone_to_the_bit(folder, dtype):
+    """Else a near tie would make another text of it, sooner or later."""
+    llm = Mistral.from_pretrained(folder, dtype=dtype, prefill_chunk=16)
+    prompts = [*PROMPTS, list(range(5, 60)), list(range(900, 920)), "x", "one two"]
+    options = {"max_tokens": 12, "ignore_eos": True, "logprobs": 1, "temperature": 1.0, "seed": 2}
+    together = llm.generate(prompts, **options)
+    for prompt, completion in zip(prompts, together, strict=True):
+        (alone,) = llm.generate([prompt], **options)
+        assert completion.token_ids == alone.token_ids
+        assert completion.logprobs == alone.logprobs
+
+
 def test_an_ended_sequence_stays_ended(llm, monkeypatch):
     """Each ends at its own end-of-text token; the others go on as if alone."""
     free = llm.generate(PROMPTS, max_tokens=20, ignore_eos=True)
