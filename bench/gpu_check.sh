@@ -37,7 +37,7 @@ step() {
 rm -f "$out/ops.json" "$out/report.json"
 step device 30 "$python" -c 'import torch; print(torch.cuda.get_device_name())'
 step build 120 env MISTRAL_EXT_CUDA=on \
-  CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native ${CMAKE_ARGS:-}" \
+  CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native -DCMAKE_CUDA_FLAGS=-lineinfo ${CMAKE_ARGS:-}" \
   "$python" -m pip install --no-build-isolation --no-deps --no-index --force-reinstall .
 # Tests of text need mistral-common, which is of no use here.
 step tests 120 "$python" -m pytest -m cuda -p no:cacheprovider -rfE --durations=5 \

@@ -119,7 +119,7 @@ def load_weights(
             file is damaged; the message names the tensor and the file.
     """
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be {_list(_DTYPES)}, or None, got {dtype}")
+        raise ValueError(f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}")
     weights = find_weights(folder)
     if weights is None:
         expected = ", ".join(layout.file for layout in LAYOUTS)

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -62,9 +63,10 @@ def _generate(args: argparse.Namespace) -> int:
         for completion in llm.generate(prompt, **options):
             if args.json:
                 print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+                _print_timing(completion)
             else:
                 print((prompt if args.echo else "") + completion.text)
-            _print_timing(completion)
+                _report(llm, completion)
         return 0
     stream = llm.stream(prompt, **options)
     if args.echo:
@@ -72,16 +74,15 @@ def _generate(args: argparse.Namespace) -> int:
     for piece in stream:
         print(piece, end="", flush=True)
     print()
-    _print_timing(stream.completion)
-    if args.logprobs is not None:
-        _print_logprobs(llm, stream.completion)
+    _report(llm, stream.completion)
     return 0
 
 
 def _chat(args: argparse.Namespace) -> int:
     options = _sampling_options(args)
     SamplingParams.from_options(options)
-    chat = _load(args).start_chat(system=args.system, template=args.template)
+    llm = _load(args)
+    chat = llm.start_chat(system=args.system, template=args.template)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
@@ -98,7 +99,7 @@ def _chat(args: argparse.Namespace) -> int:
             for piece in chat.send(message, **options):
                 print(piece, end="", flush=True)
             print()
-            _print_timing(chat.completion)
+            _report(llm, chat.completion)
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -157,7 +158,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
     else:
         data, source = Path(args.file).read_bytes(), args.file
     try:
-        return data.decode("utf-8")
+        # Editors and echo end a text with a newline that nobody means as part of a prompt.
+        return data.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error}") from None
 
@@ -189,7 +191,16 @@ def _sampling_options(args: argparse.Namespace) -> dict[str, object]:
 
 def _token_bias(text: str) -> tuple[int, float]:
     token_id, _, bias = text.partition("=")
-    return int(token_id), float(bias)
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=X, e.g. 1234=-5.0") from None
+
+
+def _report(llm: Mistral, completion: Completion) -> None:
+    _print_timing(completion)
+    if completion.logprobs is not None:
+        _print_logprobs(llm, completion)
 
 
 def _print_timing(completion: Completion) -> None:
@@ -213,10 +224,18 @@ def _print_logprobs(llm: Mistral, completion: Completion) -> None:
         print(f"{show(token.token_id, token.logprob):24} {others}".rstrip(), file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviated options, and reports wrong usage in one line."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mistral-ext", description="Run Mistral 7B models.", allow_abbrev=False
-    )
+    parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--threads", type=int, metavar="N", help="threads to use")
@@ -230,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Complete a prompt; the completion streams to stdout.",
     )
     generate.add_argument("prompt", nargs="?", help="the prompt; '-' or none: read it from stdin")
-    generate.add_argument("--file", metavar="PATH", help="read the prompt from a file")
+    generate.add_argument(
+        "--file", metavar="PATH", help="read the prompt, but for a last newline, from a file"
+    )
     generate.add_argument("--echo", action="store_true", help="print the prompt, too")
     generate.add_argument("--json", action="store_true", help="print a JSON object per completion")
     generate.add_argument("--n", type=int, default=1, help="number of completions")

@@ -164,7 +164,9 @@ class Mistral:
         request = self._request(self._encode_all(prompt)[0], params)
         return Stream(self, request, self._cache([request.max_length]))
 
-    def chat(self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling):
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling
+    ) -> Completion:
         """Replies to a conversation with an Instruct model.
 
         Args:
@@ -236,6 +238,10 @@ class Mistral:
         return None if self.config.sliding_window else self.config.max_positions
 
     def _encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        if not isinstance(prompts, Sequence):
+            raise TypeError(
+                f"prompts is {prompts!r:.60}, expected text, token ids, or a list of those"
+            )
         encoded = []
         several = not _is_one(prompts)
         for i, prompt in enumerate(prompts if several else [prompts]):
@@ -384,9 +390,13 @@ class Chat:
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:
-    device = torch.device(device or "cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {str(device)!r}, expected 'cpu' or 'cuda'")
+    name = str(device or "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # not a name at all
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}, expected 'cpu' or 'cuda'")
     if device.type == "cuda" and _C.cuda_architectures is None:
         raise ValueError(
             f"device is {str(device)!r}, but this build of mistral_ext has no CUDA kernels: "

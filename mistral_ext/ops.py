@@ -21,6 +21,8 @@ ring is (`mistral_ext.cache.RingCache` makes it; csrc/ring.h defines it):
     capacity     C, slots of its ring: the window, or its longest length if that is less
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
+
+What a table holds is checked on the CPU only: to read it back from a GPU would make a call wait.
 """
 
 from __future__ import annotations
@@ -258,17 +260,19 @@ def _(q, k, v, k_pool, v_pool, sequences, theta, window=None):
     _C.rope(q, k, v, k_pool, v_pool, sequences, theta, window, _lane(q))
 
 
-# (device, stream) -> zeroed counters for the blocks of an attention call, which leave them zeroed.
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+# (device, stream, whether it is being captured) -> the graph (0: none), and zeroed counters for the
+# blocks of an attention call, which leave them zeroed.
+_counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
-    if torch.cuda.is_current_stream_capturing():
-        # A graph owns what is allocated while it is captured, and zeroes it when it is replayed.
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    counters = _counters.get((device, lane))
-    if counters is None or len(counters) < count:
-        counters = _counters[device, lane] = torch.zeros(count, dtype=torch.int32, device=device)
+    # A graph has its own, zeroed once in each replay: it may run at the same time as others.
+    graph = _C.capture_id(lane)
+    key = (device, lane, graph != 0)
+    known, counters = _counters.get(key, (None, None))
+    if known != graph or len(counters) < count:
+        counters = torch.zeros(count, dtype=torch.int32, device=device)
+        _counters[key] = graph, counters
     return counters
 
 

@@ -68,11 +68,14 @@ class SamplingParams:
             self._check("seed", Integral, "an integer from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64)
         if self.logprobs is not None:
             self._check("logprobs", Integral, "an integer, 0 or more", lambda x: x >= 0)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        self._check("stop", tuple, "non-empty strings", lambda x: all(_is_text(s) for s in x))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        self._check("logit_bias", dict, "a number for each token id", _is_bias)
+        if self.stop is None or isinstance(self.stop, str):
+            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
+        self._check("stop", Sequence, "non-empty strings", lambda x: all(_is_text(s) for s in x))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", {})
+        self._check("logit_bias", Mapping, "a number for each token id", _is_bias)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if logit_bias has a token that is not among the first `vocab_size`."""
@@ -94,7 +97,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _is_bias(bias: dict) -> bool:
+def _is_bias(bias: Mapping) -> bool:
     # Minus infinity is useful: it bans a token.
     return all(
         isinstance(i, Integral) and i >= 0 and isinstance(b, Real) and not math.isnan(b)

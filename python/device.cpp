@@ -4,6 +4,13 @@ namespace mistral::python {
 
 #ifdef MISTRAL_CUDA
 
+uint64_t capture_id(Lane lane) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(lane), &status, &id);
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 void expect_supported_device(const char* op, int index) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);

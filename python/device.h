@@ -40,6 +40,9 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
+// Of the CUDA graph that a stream is being captured into; 0: of none. No two graphs have the same.
+uint64_t capture_id(Lane lane);
+
 // Throws ValueError for a device that is older than the kernels' instructions.
 void expect_supported_device(const char* op, int index);
 

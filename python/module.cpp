@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../csrc/cpu/isa.h"
+#include "device.h"
 #include "ops.h"
 #ifdef MISTRAL_CUDA
 #include "../csrc/cuda/device.h"
@@ -48,6 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_devices", &cuda_devices);
 #ifdef MISTRAL_CUDA
   m.attr("cuda_architectures") = MISTRAL_CUDA;
+  m.def("capture_id", &python::capture_id, py::arg("lane"));
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

@@ -94,6 +94,9 @@ RaggedBatch::RaggedBatch(const char* op, py::handle q_, py::handle k_, py::handl
   table.expect_shape({-1, kSequenceFields});
   table.expect_contiguous();
   table.expect_device_of(q);
+  if (table.size(0) == 0 && tokens > 0) {
+    fail(op, "sequences has no rows, but q has " + std::to_string(tokens) + " tokens");
+  }
   // A table in the memory of a GPU is not read back: that would make every call wait.
   if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
 }

@@ -247,6 +247,11 @@ INT64_MAX = 2**63 - 1
             ValueError,
             "sequences has strides [1, 2], expected it to be contiguous",
         ),
+        (
+            {"sequences": torch.zeros(0, 5).long()},
+            ValueError,
+            "sequences has no rows, but q has 5 tokens",
+        ),
         ({"window": 0}, ValueError, "window is 0, expected 1 or more or None"),
         (
             table(first_token=2),

@@ -3,6 +3,8 @@ rings meet, and what the kernels are designed to move through memory."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from backends import GPU, use
@@ -137,6 +139,30 @@ def test_the_launches_of_a_call(emulator):
     ]
     assert len(launches(emulator, (1, 1), (5, 70), 64, max_count=1)) == 1
     assert len(launches(emulator, (4, 0), (5, 70), 64, max_count=4)) == 1
+
+
+def test_counters_belong_to_a_stream_or_to_a_graph(monkeypatch):
+    """Zeroed anew for each graph that is captured, and for it once."""
+    graph = 0
+    monkeypatch.setattr(ops, "_C", SimpleNamespace(capture_id=lambda stream: graph))
+    monkeypatch.setattr(ops, "_counters", {})
+
+    def counters(stream=7, count=5):
+        return ops._zeroed_counters(torch.device("cpu"), stream, count)
+
+    eager = counters()
+    assert eager.tolist() == [0] * 5
+    assert counters(count=3) is eager
+    assert counters(stream=8) is not eager
+    graph = 1
+    captured = counters()
+    assert captured is not eager
+    assert counters(count=4) is captured
+    assert len(counters(count=9)) == 9
+    graph = 2
+    assert counters() is not captured
+    graph = 0
+    assert counters() is eager
 
 
 def test_sizes_without_a_kernel_are_refused(emulator):

@@ -61,8 +61,9 @@ def test_generate_streams_text_and_reports_timings():
 def test_prompt_from_stdin_and_file(tmp_path):
     expected = run("generate", "--max-tokens", "5", "--echo", ONCE).stdout
     assert expected.decode().startswith(ONCE)
-    (tmp_path / "prompt.txt").write_text(ONCE)
-    for args, stdin in (([], ONCE), (["-"], ONCE), (["--file", str(tmp_path / "prompt.txt")], "")):
+    file = tmp_path / "prompt.txt"
+    file.write_text(ONCE + "\n")  # the last newline is not part of the prompt
+    for args, stdin in (([], ONCE), (["-"], ONCE + "\n"), (["--file", str(file)], "")):
         process = run("generate", "--max-tokens", "5", "--echo", *args, stdin=stdin)
         assert process.stdout == expected
 
@@ -109,6 +110,9 @@ def test_logprobs_are_shown():
     lines = process.stderr.decode().splitlines()[1:]
     assert len(lines) == 3
     assert all(re.fullmatch(r"('.*?' -?[\d.]+\s*){3}", line) for line in lines)
+    process = run("generate", "--max-tokens", "3", "--logprobs", "2", "--n", "2", ONCE)
+    two = process.stderr.decode().splitlines()
+    assert two[1:4] == two[5:] == lines
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,7 @@ def test_logprobs_are_shown():
         (["generate", "--model", "no/such/folder", ONCE], "no/such/folder"),
         (["generate", "--model", ".", ONCE], "config.json"),
         (["generate", "--threads", "0", ONCE], "--threads is 0"),
+        (["generate", "--device", "potato", ONCE], "device is 'potato', expected 'cpu' or 'cuda'"),
         (["generate", "--logit-bias", "99999=1", ONCE], "logit_bias has token id 99999"),
         (["chat"], "base model"),
     ],
@@ -135,10 +140,16 @@ def test_bytes_that_are_not_text():
 
 
 def test_wrong_usage_is_status_2():
-    for args in ([], ["generate", "--no-such-option", "x"], ["generate", "--logit-bias", "x", "y"]):
+    for args, message in (
+        ([], "mistral-ext: the following arguments are required: COMMAND"),
+        (["generate", "--no-such-option", "x"], "unrecognized arguments: --no-such-option"),
+        (["generate", "--temp", "1", "x"], "unrecognized arguments: --temp"),
+        (["generate", "--logit-bias", "x", "y"], "argument --logit-bias: 'x' is not ID=X"),
+    ):
         process = run(*args)
         assert process.returncode == 2
-        assert b"usage:" in process.stderr
+        assert message in process.stderr.decode()
+        assert process.stderr.count(b"\n") == 1
 
 
 def test_traceback_on_request():

@@ -110,8 +110,8 @@ class DecodeStep:
         self.out.copy_(ops.attention(*given, self.window, max_count=1))
         self.table[:, 2] += 1
 
-    def capture(self):
-        """A graph of `run`; the state is as it was before."""
+    def capture(self, runs=1):
+        """A graph of as many `run`; the state is as it was before."""
         state = [x.clone() for x in (self.q, self.k, *self.pools, self.table)]
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
@@ -122,18 +122,20 @@ class DecodeStep:
             x.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self.run()
+            for _ in range(runs):
+                self.run()
         return graph
 
 
-def check_replays(graph, captured, eager, steps=4):
+def check_replays(graph, captured, eager, steps=4, runs=1):
     generator = torch.Generator().manual_seed(9)
     for _ in range(steps):
         for name in ("q", "k", "v"):
             new = torch.randn(getattr(eager, name).shape, generator=generator).bfloat16()
             getattr(eager, name).copy_(new)
             getattr(captured, name).copy_(new)
-        eager.run()
+        for _ in range(runs):
+            eager.run()
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured.out, eager.out)
@@ -142,10 +144,11 @@ def check_replays(graph, captured, eager, steps=4):
             assert torch.equal(a, b)
 
 
-def test_one_graph_serves_every_decode_step():
+@pytest.mark.parametrize("runs", [1, 3])
+def test_one_graph_serves_every_decode_step(runs):
     """Positions lie in the memory of the device, and the graph moves them itself."""
     captured, eager = DecodeStep(), DecodeStep()
-    check_replays(captured.capture(), captured, eager)
+    check_replays(captured.capture(runs), captured, eager, runs=runs)
 
 
 def test_graphs_do_not_depend_on_each_other():
@@ -224,6 +227,7 @@ def unaligned(x):
         ({"dim": 32}, ValueError, "q has head dimension 32, expected 64 or 128 on a CUDA device"),
         ({"q": unaligned}, ValueError, "expected rows that begin at multiples of 16 bytes"),
         ({"k_pool": unaligned}, ValueError, "expected rows that begin at multiples of 16 bytes"),
+        ({"sequences": lambda x: x[:0]}, ValueError, "sequences has no rows, but q has 4 tokens"),
     ],
 )
 def test_what_attention_cannot_do_on_a_gpu(given, error, message):

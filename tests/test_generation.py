@@ -251,6 +251,8 @@ def test_no_prompts_no_completions(llm):
         ([[]], ValueError, r"prompts\[0\] is empty"),
         ([3, 32000], ValueError, "prompt has token id 32000, expected 0 to 31999"),
         ([3, -1], ValueError, "prompt has token id -1"),
+        (5, TypeError, "prompts is 5, expected text, token ids, or a list of those"),
+        (torch.tensor([3, 5]), TypeError, r"prompts is tensor\(\[3, 5\]\), expected text"),
         (["x", 5], TypeError, r"prompts\[1\] is 5, expected text or a list of token ids"),
         ([3, "x"], TypeError, "expected text or a list of token ids"),
     ],

@@ -4,9 +4,9 @@
 // of the group for 1 token, or for a few), are one operand of the products, so each key and value
 // is loaded once for all of them. The keys that they see are divided among `splits` blocks and
 // in a block among 4 warps, which take tiles of 16 in turn. Each warp has two stages of shared
-// memory of its own and fills one while it works on the other: no barrier of the block until the
-// warps' results are merged. With several splits each block leaves its result in `partials`, and
-// the last one to arrive merges them.
+// memory of its own, fills both before it begins, and then works on one while the other is on its
+// way: no barrier of the block until the warps' results are merged. With several splits each block
+// leaves its result in `partials`, and the last one to arrive merges them.
 #pragma once
 
 #include "attention_finish.cuh"
@@ -52,6 +52,7 @@ __device__ __forceinline__ Merged merge(int parts, int d, float scale, const Row
   const int first = upper_first ? 4 : 0, second = 4 - first;
   // A row always sees itself, but none of its keys may be in these parts.
   const float base = merged.maximum == -INFINITY ? 0.0f : merged.maximum * scale;
+#pragma unroll 8  // so many parts' loads are under way together
   for (int i = 0; i < parts; ++i) {
     const float* row = row_of(i);
     const Vec16<float> state = read(row + D);
@@ -70,9 +71,10 @@ __device__ __forceinline__ Merged merge(int parts, int d, float scale, const Row
 template <class T, int D>
 __device__ __forceinline__ void store_result(const AttentionParams& p, const QueryRows& rows,
                                              int row, int d, const Merged& merged) {
+  const float inverse = 1.0f / merged.total;
   float out[8];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) out[j] = merged.sums[j] / merged.total;
+  for (int j = 0; j < 8; ++j) out[j] = merged.sums[j] * inverse;
   T* global = static_cast<T*>(p.out) + rows.offset(row, p.stride_out_token, p.stride_out_head);
   store16(global + d, round_to<T, 8>(out));
 }
@@ -118,7 +120,8 @@ __global__ __launch_bounds__(kDecodeWarps* kWarp,
     return static_cast<const T*>(p.q) + rows.offset(row, p.stride_q_token, p.stride_q_head);
   });
   copy_tile(first_tile + warp, 0);
-  cp_async_wait<0>();
+  copy_tile(first_tile + warp + kDecodeWarps, 1);
+  cp_async_wait<1>();
   __syncthreads();  // the queries are there, for all warps
 
   // Offsets of this lane's two rows; those past the end repeat the last one and are not stored.
@@ -134,7 +137,6 @@ __global__ __launch_bounds__(kDecodeWarps* kWarp,
   Softmax<1> softmax(p.scale * kLog2e);
   int stage = 0;
   for (int tile = first_tile + warp; tile < end_tile; tile += kDecodeWarps) {
-    copy_tile(tile + kDecodeWarps, stage ^ 1);
     cp_async_wait<1>();
     __syncwarp();  // all lanes' copies of this tile are there
 
@@ -148,6 +150,7 @@ __global__ __launch_bounds__(kDecodeWarps* kWarp,
     softmax.fold<T>(scores, probabilities, out);
     multiply_values(out, probabilities, v_tile(stage));
     __syncwarp();  // all lanes are done with this stage, before it is filled again
+    copy_tile(tile + kDecodeStages * kDecodeWarps, stage);
     stage ^= 1;
   }
   cp_async_wait<0>();

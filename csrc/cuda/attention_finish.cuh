@@ -19,14 +19,15 @@ __device__ __forceinline__ bool has_late_tokens(const AttentionParams& p, const 
 // shared memory.
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
   int* const last = dynamic_shared<int>();
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    // One thread's fences do for all: barriers order the others' accesses before and after them.
+    __threadfence();
     *last = atomicAdd(counter, 1) == blocks - 1;
+    __threadfence();
     if (*last) store_global(counter, int32_t{0});
   }
   __syncthreads();
-  __threadfence();
   return *last;
 }
 

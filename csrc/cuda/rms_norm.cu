@@ -37,8 +37,9 @@ __device__ __forceinline__ Vec<T, N> scale(const Vec<T, N>& h, const Vec<T, N>& 
   return round_to<T>(scaled);
 }
 
+// 64 registers, so that 1024 threads of a multiprocessor have their loads under way.
 template <class T, int N>
-__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormParams p) {
   const int64_t token = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
   T* residual =
@@ -46,30 +47,30 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
   T* out = static_cast<T*>(p.out) + token * p.stride_out_token;
   const T* weight = static_cast<const T*>(p.weight);
 
-  const int64_t part = int64_t{blockDim.x} * kHeld * N;
-  const int64_t last = (p.dim - 1) / part * part;  // where the last part begins
-  const auto position = [&](int64_t begin, int k) {
-    return begin + (int64_t{k} * blockDim.x + threadIdx.x) * N;
+  const int dim = static_cast<int>(p.dim), part = static_cast<int>(blockDim.x) * kHeld * N;
+  const int last = (dim - 1) / part * part;  // where the last part begins
+  const auto position = [&](int begin, int k) {
+    return begin + static_cast<int>(k * blockDim.x + threadIdx.x) * N;
   };
   // Zeros past the end of the row.
-  const auto load_part = [&](Vec<T, N>(&held)[kHeld], const T* row, int64_t begin) {
+  const auto load_part = [&](Vec<T, N>(&held)[kHeld], const T* row, int begin) {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      const int64_t i = position(begin, k);
-      held[k] = i < p.dim ? load<N>(row + i) : Vec<T, N>{};
+      const int i = position(begin, k);
+      held[k] = i < dim ? load<N>(row + i) : Vec<T, N>{};
     }
   };
 
   Vec<T, N> h[kHeld], other[kHeld];
   float squares = 0.0f;
-  for (int64_t begin = 0; begin <= last; begin += part) {
+  for (int begin = 0; begin <= last; begin += part) {
     load_part(h, x, begin);
     if (residual) {
       load_part(other, residual, begin);
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
         h[k] = add(h[k], other[k]);
-        if (position(begin, k) < p.dim) store(residual + position(begin, k), h[k]);
+        if (position(begin, k) < dim) store(residual + position(begin, k), h[k]);
       }
     }
 #pragma unroll
@@ -84,15 +85,15 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
   const float factor = 1.0f / sqrtf(sum / static_cast<float>(p.dim) + p.eps);
 
   // Backwards: the registers hold the last part.
-  for (int64_t begin = last; begin >= 0; begin -= part) {
+  for (int begin = last; begin >= 0; begin -= part) {
     if (begin != last) {
       load_part(h, residual ? residual : x, begin);
       load_part(other, weight, begin);
     }
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
-      const int64_t i = position(begin, k);
-      if (i < p.dim) store(out + i, scale(h[k], other[k], factor));
+      const int i = position(begin, k);
+      if (i < dim) store(out + i, scale(h[k], other[k], factor));
     }
   }
 }
@@ -108,6 +109,7 @@ cudaError_t launch_rows(const RmsNormParams& p, cudaStream_t stream) {
 
 cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.dim == 0) return cudaSuccess;
+  if (p.dim > INT32_MAX / 2) return cudaErrorInvalidValue;  // the kernel counts in ints
   return with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kWide = kVec16<T>;
