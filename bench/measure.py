@@ -23,6 +23,8 @@ BEYOND_CACHES = 256 * 2**20  # bytes
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
+PAUSE = 0.003  # seconds
+
 T = TypeVar("T")
 
 
@@ -32,7 +34,8 @@ def median_seconds(
     """The median time of one call of each function.
 
     The functions take turns, so that what else the machine does hits all of them alike: their
-    ratio means something where the times alone would not.
+    ratio means something where the times alone would not. Each begins after a pause, in which the
+    threads of the one before, torch's above all, stop spinning on the cores that it needs.
 
     Args:
         functions: what to call; each is called once more to warm up.
@@ -45,6 +48,7 @@ def median_seconds(
     stop = time.perf_counter() + seconds * len(functions)
     while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
         for function, samples in zip(functions, times, strict=True):
+            time.sleep(PAUSE)
             begin = time.perf_counter()
             function()
             samples.append(time.perf_counter() - begin)

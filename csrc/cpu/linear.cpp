@@ -15,14 +15,17 @@ namespace {
 constexpr int64_t kRows = 4;
 constexpr int64_t kTokens = 4;
 constexpr int64_t kRowsPerTask = 32;
-// How far ahead of its use a row is fetched: what the memory delivers in its latency, and more
-// than the processor's own prefetchers dare.
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kCacheLineBytes = 64;
+// How far ahead of its use each of the rows is fetched: further than the processor's own
+// prefetchers dare, and across the ends of rows, which they do not know.
+constexpr int64_t kAheadBytes = 2048;
 
 // The products of R rows and N tokens, all of K. Rows and tokens past the ends of the matrices are
 // not touched: R and N are then smaller.
 template <int R, int N, class T>
 void multiply(const LinearParams& p, int64_t row, int64_t token) {
+  constexpr int64_t kLine = kCacheLineBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
+  constexpr int64_t kStep = kLine > Vec::width ? kLine : Vec::width;
   const T* weight = static_cast<const T*>(p.weight) + row * p.inputs;
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
   Vec partial[N][R];
@@ -38,10 +41,19 @@ void multiply(const LinearParams& p, int64_t row, int64_t token) {
     }
   };
   int64_t k = 0;
-  for (; k + Vec::width <= p.inputs; k += Vec::width) {
+  for (; k + kStep <= p.inputs; k += kStep) {
+    // Past the end of these rows, the beginning of the next R.
+    const int64_t ahead = k + kAhead < p.inputs ? k + kAhead : k + kAhead + (R - 1) * p.inputs;
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * p.inputs + k) + kPrefetchBytes);
+      for (int line = 0; line < kStep; line += kLine) {
+        __builtin_prefetch(weight + r * p.inputs + ahead + line);
+      }
     }
+    for (int i = 0; i < kStep; i += Vec::width) {
+      accumulate([&](const T* row) { return load(row + k + i); });
+    }
+  }
+  for (; k + Vec::width <= p.inputs; k += Vec::width) {
     accumulate([&](const T* row) { return load(row + k); });
   }
   if (k < p.inputs) {
