@@ -48,11 +48,18 @@ def median_seconds(
     stop = time.perf_counter() + seconds * len(functions)
     while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
         for function, samples in zip(functions, times, strict=True):
-            time.sleep(PAUSE)
+            _spin(PAUSE)
             begin = time.perf_counter()
             function()
             samples.append(time.perf_counter() - begin)
     return [statistics.median(samples) for samples in times]
+
+
+def _spin(seconds: float) -> None:
+    """Waits without letting the processor rest: it would begin the next call slowly."""
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        pass
 
 
 def rotate(make: Callable[[], T], nbytes: int) -> Callable[[], T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -254,7 +255,7 @@ class Mistral:
         return encoded
 
     def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
-        if not isinstance(ids, Sequence) or not all(isinstance(i, int) for i in ids):
+        if not isinstance(ids, Sequence) or not all(isinstance(i, Integral) for i in ids):
             raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
         if not ids:
             raise ValueError(f"{name} is empty, expected at least one token id")
@@ -410,5 +411,5 @@ def _check_device(device: str | torch.device | None) -> torch.device:
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
     """Whether it is one prompt, text or token ids, rather than a list of prompts."""
     return isinstance(prompt, str) or (
-        isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], int)
+        isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Integral)
     )

@@ -40,8 +40,12 @@ struct Keys {
   int64_t count;
 };
 
+// Widens a row of keys or values, and fetches the row that takes its place in the next tile: the
+// memory then works while this tile is multiplied.
 template <class T>
-void widen(const T* x, float* out, int64_t dim) {
+void widen(const T* x, int64_t stride, float* out, int64_t dim) {
+  const T* next = x + kKeys * stride;
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(next + d);
   for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(x + d));
 }
 
@@ -136,8 +140,8 @@ void attend(Tile& tile, const Keys<T>& keys, int64_t dim, int64_t window,
   for (int64_t first = 0; first < keys.count; first += kKeys) {
     tile.keys = mistral::min(kKeys, keys.count - first);
     for (int64_t j = 0; j < tile.keys; ++j) {
-      widen(keys.k + (first + j) * keys.stride_k, tile.k + j * dim, dim);
-      widen(keys.v + (first + j) * keys.stride_v, tile.v + j * dim, dim);
+      widen(keys.k + (first + j) * keys.stride_k, keys.stride_k, tile.k + j * dim, dim);
+      widen(keys.v + (first + j) * keys.stride_v, keys.stride_v, tile.v + j * dim, dim);
     }
     for_row_blocks(tile.rows, [&](int64_t row, auto n) { score_rows<n.value>(tile, row, dim); });
     float factors[kRows];
