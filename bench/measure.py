@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,6 +100,8 @@ def read_bandwidth() -> float:
 def machine() -> dict[str, Any]:
     """What the figures of a run depend on, for the head of a report."""
     return {
+        "date": date.today().isoformat(),
+        "commit": _commit(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -106,6 +110,15 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "read_bandwidth": read_bandwidth(),
     }
+
+
+def _commit() -> str | None:
+    """Of the sources beside this file, if they are a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _cpu_name() -> str:
