@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import machine, print_header, print_machine, print_row, write_json
+from measure import machine, print_header, print_machine, print_row, read_bandwidth, write_json
 
 from mistral_ext import Mistral, checkpoint
 from mistral_ext.checkpoint import hugging_face_name, tensor_shapes
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the random model")
     parser.add_argument("--prompt", type=int, default=256, metavar="N", help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens decoded")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
@@ -147,13 +147,17 @@ def main() -> None:
         runs["transformers"] = lambda: run_theirs(peer, ids, args.tokens)
     rates = {name: [] for name in runs}
     memory = {}
+    reads = []  # the bandwidth of shared machines comes and goes: measured in every turn
     for turn in range(args.runs + 1):
+        reads.append(read_bandwidth())
         for name, run in runs.items():
             rate = run()
             memory.setdefault(name, peak_memory())
             if turn > 0:  # the first one warms up
                 rates[name].append(rate)
 
+    facts["read_bandwidth"] = statistics.median(reads[1:])
+    print(f"reads {' '.join(f'{read / 1e9:.1f}' for read in reads[1:])} GB/s between the runs")
     columns = [("", -12), ("prompt tok/s", 12), ("decode tok/s", 12), ("GB/s", 6)]
     columns += [("of read", 7), ("peak memory", 11)]
     print_header(columns)
