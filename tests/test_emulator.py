@@ -309,3 +309,29 @@ def test_rows_that_are_not_aligned_are_read_element_by_element(emulator):
     assert (launch["loaded_bytes"], launch["stored_bytes"]) == (2 * 2 * 4096, 2 * 4096)
     assert (launch["load_requests"], launch["store_requests"]) == (2 * 4096 // 32, 4096 // 32)
     assert launch["load_sectors"] == 3 * launch["load_requests"]  # 64 bytes, not aligned
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("copies", DELIVERIES)
+def test_the_ops_do_not_depend_on_the_order_of_threads(emulator, seed, copies, generator):
+    """Attention and rope: test_attention_cuda.py."""
+    x, residual, weight = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 1000), (3, 1000), 1000)
+    )
+    logits = torch.randn(3, 1000, generator=generator)
+    rows = torch.tensor([2, 0, 1])
+    options = torch.tensor([[0.9, 40, 0.8, 0.01, 1.1, 0.2, 0.1]], dtype=torch.float64).repeat(3, 1)
+
+    def run_ops():
+        h, noise = residual.clone(), torch.tensor([[7, 0, 0], [7, 1, 0], [8, 0, 3]])
+        history = torch.zeros(3, 1000, dtype=torch.int32)
+        tokens = [ops.sample(logits, rows, options, noise, history) for _ in range(3)]
+        return ops.rms_norm(x, weight, 1e-5, h), h, ops.swiglu(x, residual), *tokens, history
+
+    emulator.configure(seed=0)
+    with use(emulator):
+        expected = run_ops()
+    emulator.configure(seed=1 + seed, copies=copies)
+    with use(emulator):
+        for result, first in zip(run_ops(), expected, strict=True):
+            assert torch.equal(result, first)
