@@ -42,6 +42,7 @@ def emulator_module():
 def emulator(emulator_module):
     """The emulator of CUDA kernels, tests/emulator."""
     emulator_module.configure()
+    emulator_module.take_launches()  # what tests before this one have launched
     return emulator_module
 
 
