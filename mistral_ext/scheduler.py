@@ -160,10 +160,7 @@ def run(
             ring, request = free.pop(0), waiting.pop(0)
             active[ring] = request
             sampler.start(ring, request.params, request.ids, request.index)
-        for next_tokens in (_next_chunk, _next_decodes):
-            tokens = next_tokens(active, cache, prefill_chunk)
-            if not tokens:
-                continue
+        for tokens in _next_steps(active, cache, prefill_chunk):
             sampled, logits = _step(model, cache, active, tokens)
             token_ids = sampler.sample(sampled, logits)
             for ring, token_id, row in zip(sampled, token_ids, logits, strict=True):
@@ -177,23 +174,20 @@ def run(
                 yield request, piece
 
 
-def _next_chunk(
+def _next_steps(
     active: dict[int, Request], cache: RingCache, prefill_chunk: int
-) -> dict[int, list[int]]:
-    """{ring: the next chunk} of the first prompt that is not read yet."""
+) -> Iterator[dict[int, list[int]]]:
+    """{ring: tokens to read}: the next chunk of the first prompt that is not read yet, if there is
+    one; then, as things are after that, the one unread token of every completion."""
     for ring, request in active.items():
         unread = request.ids[cache.lengths[ring] :]
         if len(unread) > 1:
-            return {ring: unread[:prefill_chunk]}
-    return {}
-
-
-def _next_decodes(
-    active: dict[int, Request], cache: RingCache, prefill_chunk: int
-) -> dict[int, list[int]]:
-    """{ring: the one token not read yet} of all completions that have come so far."""
-    unread = {ring: request.ids[cache.lengths[ring] :] for ring, request in active.items()}
-    return {ring: tokens for ring, tokens in unread.items() if len(tokens) == 1}
+            yield {ring: unread[:prefill_chunk]}
+            break  # `active` may have changed
+    last = {ring: request.ids[cache.lengths[ring] :] for ring, request in active.items()}
+    decodes = {ring: unread for ring, unread in last.items() if len(unread) == 1}
+    if decodes:
+        yield decodes
 
 
 def _step(
