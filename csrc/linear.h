@@ -1,24 +1,63 @@
-// out = x weight^T for a few tokens: a product that is limited by reading the weights once.
+// Products with weights, x weight^T: of a few tokens, which reading the weights once limits, and of
+// many, which arithmetic limits. What the model does next to a product is done with it: RMSNorm
+// before, a residual add or SwiGLU after.
 #pragma once
 
 #include "common.h"
 
 namespace mistral {
 
+// How a weight [N, K] is stored.
+//   plain  in the dtype of x
+//   int8   [N, K] int8; a scale for each row
+//   int4   [N, K / 8] words of 32 bits, each of 8 neighbouring values; a scale for each `group`
+//          neighbouring values. Value i of a word is in two's complement at bit int4_shift(i):
+//          (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1).
+enum class WeightFormat { plain, int8, int4 };
+
+MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
+
+// What becomes of the product.
+//   store   out = product
+//   add     out += product
+//   swiglu  out = silu(product with the first part) * (product with the second)
+enum class Epilogue { store, add, swiglu };
+
+struct WeightPart {
+  const void* values;  // [rows, K] as its format has it, contiguous
+  const bf16* scales;  // [rows, K / group], contiguous; plain: null
+  int64_t rows;
+};
+
+// Parts that are multiplied in one pass: query, key and value; gate and up.
+constexpr int64_t kMaxParts = 3;
+
 struct LinearParams {
-  DType dtype;
-  const void* x;       // [T, K]
-  const void* weight;  // [N, K], contiguous
-  void* out;           // [T, N]
-  int64_t tokens;      // T
-  int64_t inputs;      // K
-  int64_t outputs;     // N
+  DType dtype;  // of x, norm, out and plain weights
+  WeightFormat format;
+  Epilogue epilogue;
+  const void* x;                // [T, K]
+  const void* norm;             // [K], weights of an RMSNorm of x before the product; null: none
+  void* out;                    // [T, N]; N: the rows of all parts, or with swiglu of one
+  void* scratch;                // linear_scratch_bytes(p), aligned to 64
+  WeightPart parts[kMaxParts];  // one below the other
+  int64_t num_parts;
+  int64_t tokens;  // T
+  int64_t inputs;  // K
+  int64_t group;   // values that share a scale: K for int8; 32, 64 or 128 for int4
   int64_t stride_x_token;
   int64_t stride_out_token;
+  float eps;  // of the RMSNorm
 };
 
 namespace cpu {
+
+// Up to this many tokens, what one gets does not depend on the others, to the bit.
+constexpr int64_t kFewTokens = 8;
+
+int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
-}
+
+}  // namespace cpu
 
 }  // namespace mistral

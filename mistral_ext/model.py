@@ -14,6 +14,7 @@ from torch import Tensor
 from mistral_ext import ops
 from mistral_ext.cache import RingCache
 from mistral_ext.config import MistralConfig
+from mistral_ext.ops import Weight
 
 
 @dataclass
@@ -21,14 +22,14 @@ class Layer:
     """Weights of one block, named as in Mistral's own checkpoints."""
 
     attention_norm: Tensor  # [E]
-    wq: Tensor  # [Hq * D, E]
-    wk: Tensor  # [Hkv * D, E]
-    wv: Tensor  # [Hkv * D, E]
-    wo: Tensor  # [E, Hq * D]
+    wq: Weight  # [Hq * D, E]
+    wk: Weight  # [Hkv * D, E]
+    wv: Weight  # [Hkv * D, E]
+    wo: Weight  # [E, Hq * D]
     ffn_norm: Tensor  # [E]
-    w1: Tensor  # [F, E], gate
-    w2: Tensor  # [E, F], down
-    w3: Tensor  # [F, E], up
+    w1: Weight  # [F, E], gate
+    w2: Weight  # [E, F], down
+    w3: Weight  # [F, E], up
 
 
 class Transformer:
@@ -36,10 +37,11 @@ class Transformer:
 
     Args:
         config: its shape and constants.
-        weights: from `checkpoint.load_weights`, kept and not copied.
+        weights: from `checkpoint.load_weights`, kept and not copied. Matrices may be `Quantized`,
+            but for the embeddings.
     """
 
-    def __init__(self, config: MistralConfig, weights: dict[str, Tensor]):
+    def __init__(self, config: MistralConfig, weights: dict[str, Weight]):
         self.config = config
         self.embeddings = weights["tok_embeddings.weight"]  # [V, E]
         self.norm = weights["norm.weight"]  # [E]
@@ -85,23 +87,18 @@ class Transformer:
         max_count = int(sequences[:, 1].max())
         token_ids, sequences = token_ids.to(self.device), sequences.to(self.device)
         h = self.embeddings[token_ids]  # [T, E], the residual stream
-        x = ops.rms_norm(h, self.layers[0].attention_norm, eps)  # [T, E]
-        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, k_pool, v_pool, next_norm in zip(
-            self.layers, cache.k, cache.v, next_norms, strict=True
-        ):
-            q = ops.linear(x, layer.wq).unflatten(1, (-1, config.head_dim))  # [T, Hq, D]
-            k = ops.linear(x, layer.wk).unflatten(1, (-1, config.head_dim))  # [T, Hkv, D]
-            v = ops.linear(x, layer.wv).unflatten(1, (-1, config.head_dim))  # [T, Hkv, D]
+        heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
+            qkv = ops.linear(h, (layer.wq, layer.wk, layer.wv), layer.attention_norm, eps)
+            qkv = qkv.unflatten(1, (-1, config.head_dim))  # [T, Hq + Hkv + Hkv, D]
+            q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
             ops.rope(q, k, v, k_pool, v_pool, sequences, theta, window)
             x = ops.attention(
                 q, k, v, k_pool, v_pool, sequences, window, max_count=max_count
             )  # [T, Hq, D]
-            x = ops.linear(x.flatten(1), layer.wo)  # [T, E]
-            x = ops.rms_norm(x, layer.ffn_norm, eps, residual=h)  # h += x, then [T, E]
-            x = ops.swiglu(ops.linear(x, layer.w1), ops.linear(x, layer.w3))  # [T, F]
-            x = ops.linear(x, layer.w2)  # [T, E]
-            x = ops.rms_norm(x, next_norm, eps, residual=h)  # h += x, then [T, E]
+            ops.linear_residual(x.flatten(1), layer.wo, h)
+            x = ops.linear_swiglu(h, layer.w1, layer.w3, layer.ffn_norm, eps)  # [T, F]
+            ops.linear_residual(x, layer.w2, h)
         if rows is not None:
-            x = x[rows.to(self.device)]  # [N, E]
-        return ops.linear(x, self.output).float()  # [N, V]
+            h = h[rows.to(self.device)]  # [N, E]
+        return ops.linear(h, self.output, self.norm, eps).float()  # [N, V]

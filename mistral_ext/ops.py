@@ -27,10 +27,15 @@ What a table holds is checked on the CPU only: to read it back from a GPU would 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
+from mistral_ext.quantize import Quantized
 
 
 def supported_isas() -> list[str]:
@@ -158,20 +163,66 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return torch.ops.mistral_ext.swiglu(gate, up)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T: a layer without bias.
+Weight: TypeAlias = Tensor | Quantized
 
-    Up to 8 tokens are limited by reading the weights, which a kernel of ours does once, and come
-    out the same to the bit whatever their number; more are left to torch's matrix product.
+
+def linear(
+    x: Tensor,
+    weight: Weight | Sequence[Weight],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
+
+    Up to 8 tokens are limited by reading the weights, and come out the same to the bit whatever
+    their number. Weights in 8 or 4 bits are widened as they are read; the arithmetic is that of x.
 
     Args:
         x: [T, K].
-        weight: [N, K], contiguous.
+        weight: [N, K], contiguous, of the dtype of x or `Quantized`; or up to 3 that are multiplied
+            in one pass as if one lay below the other, such as those of query, key and value.
+        norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product; None: none.
+        eps: of the RMSNorm.
 
     Returns:
-        [T, N].
+        [T, N], with several weights N is the sum of theirs.
     """
-    return torch.ops.mistral_ext.linear(x, weight)
+    weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
+    return torch.ops.mistral_ext.linear(x, *_values_and_scales(weights), norm, eps)
+
+
+def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
+    """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
+
+    The sum is rounded to the dtype once.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], as in `linear`.
+        residual: [T, N], updated in place.
+    """
+    torch.ops.mistral_ext.linear_residual(x, *_values_and_scales([weight]), residual)
+
+
+def linear_swiglu(
+    x: Tensor, gate: Weight, up: Weight, norm: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """silu(x @ gate.T) * (x @ up.T), after an optional RMSNorm of x: see `linear` and `swiglu`.
+
+    Args:
+        x: [T, K].
+        gate, up: [F, K], as in `linear`.
+        norm, eps: as in `linear`.
+
+    Returns:
+        [T, F].
+    """
+    return torch.ops.mistral_ext.linear_swiglu(x, *_values_and_scales([gate, up]), norm, eps)
+
+
+def _values_and_scales(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor]]:
+    values = [w.values if isinstance(w, Quantized) else w for w in weights]
+    return values, [w.scales for w in weights if isinstance(w, Quantized)]
 
 
 def sample(
@@ -234,7 +285,11 @@ _library.define(
     "Tensor sequences, int? window=None, float? scale=None, int? max_count=None) -> Tensor"
 )
 _library.define("swiglu(Tensor gate, Tensor up) -> Tensor")
-_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+_WEIGHTS = "Tensor[] values, Tensor[] scales"  # of plain weights there are no scales
+_NORM = "Tensor? norm=None, float eps=1e-05"
+_library.define(f"linear(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor")
+_library.define(f"linear_residual(Tensor x, {_WEIGHTS}, Tensor(a!) residual) -> ()")
+_library.define(f"linear_swiglu(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor rows, Tensor options, Tensor(a!) noise, Tensor(b!) history, "
     "Tensor? bias=None) -> Tensor"
@@ -299,17 +354,67 @@ def _(gate, up):
     return out
 
 
-_FEW_TOKENS = 8  # as many as a product may have for `_C.linear`
+_scratch_of_thread = threading.local()
 
 
-@torch.library.impl("mistral_ext::linear", _DEVICES)
-def _(x, weight):
-    if x.is_cuda or len(x) > _FEW_TOKENS:
-        _C.check_linear(x, weight)
-        return torch.nn.functional.linear(x, weight)
-    out = x.new_empty((len(x), len(weight)))
-    _C.linear(x, weight, out, _lane(x))
+def _scratch(nbytes: int) -> int:
+    """The address of memory that a thread's calls use one after another, aligned to a cache line.
+
+    It is kept, as large as the largest call has needed: fresh pages would cost every call time.
+    """
+    scratch = getattr(_scratch_of_thread, "bytes", None)
+    if scratch is None or len(scratch) < nbytes + 64:
+        scratch = _scratch_of_thread.bytes = torch.empty(nbytes + 64, dtype=torch.uint8)
+    return -(-scratch.data_ptr() // 64) * 64
+
+
+def _linear(op, x, values, scales, norm, eps, out):
+    _C.linear(op, x, values, scales, norm, eps, out, _scratch, _lane(x))
+
+
+@torch.library.impl("mistral_ext::linear", "cpu")
+def _(x, values, scales, norm=None, eps=1e-5):
+    out = x.new_empty((len(x), sum(map(len, values))))
+    _linear("linear", x, values, scales, norm, eps, out)
     return out
+
+
+@torch.library.impl("mistral_ext::linear_residual", "cpu")
+def _(x, values, scales, residual):
+    _linear("linear_residual", x, values, scales, None, 0.0, residual)
+
+
+@torch.library.impl("mistral_ext::linear_swiglu", "cpu")
+def _(x, values, scales, norm=None, eps=1e-5):
+    out = x.new_empty((len(x), len(values[0])))
+    _linear("linear_swiglu", x, values, scales, norm, eps, out)
+    return out
+
+
+# On CUDA devices the products are torch's.
+
+
+def _linear_on_cuda(x, values, scales, norm=None, eps=1e-5):
+    _C.check_linear("linear", x, values, scales, norm, eps, None)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    products = [torch.nn.functional.linear(x, weight) for weight in values]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
+def _linear_residual_on_cuda(x, values, scales, residual):
+    _C.check_linear("linear_residual", x, values, scales, None, 0.0, residual)
+    residual.addmm_(x, values[0].T)
+
+
+def _linear_swiglu_on_cuda(x, values, scales, norm=None, eps=1e-5):
+    _C.check_linear("linear_swiglu", x, values, scales, norm, eps, None)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    return swiglu(*(torch.nn.functional.linear(x, weight) for weight in values))
+
+
+torch.library.impl("mistral_ext::linear", "cuda", _linear_on_cuda)
+torch.library.impl("mistral_ext::linear_residual", "cuda", _linear_residual_on_cuda)
+torch.library.impl("mistral_ext::linear_swiglu", "cuda", _linear_swiglu_on_cuda)
 
 
 @torch.library.impl("mistral_ext::sample", _DEVICES)
@@ -342,8 +447,18 @@ def _(gate, up):
 
 
 @torch.library.register_fake("mistral_ext::linear")
-def _(x, weight):
-    return x.new_empty((x.shape[0], weight.shape[0]))
+def _(x, values, scales, norm=None, eps=1e-5):
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+
+
+@torch.library.register_fake("mistral_ext::linear_residual")
+def _(x, values, scales, residual):
+    return None
+
+
+@torch.library.register_fake("mistral_ext::linear_swiglu")
+def _(x, values, scales, norm=None, eps=1e-5):
+    return x.new_empty((x.shape[0], values[0].shape[0]))
 
 
 @torch.library.register_fake("mistral_ext::sample")

@@ -1,40 +1,149 @@
 #include "../csrc/linear.h"
 
+#include <pybind11/stl.h>
+
 #include "ops.h"
 #include "tensor.h"
 
 namespace mistral::python {
 namespace {
 
-constexpr const char* op = "linear";
+struct Names {
+  const char* values[kMaxParts];
+  const char* scales[kMaxParts];
+};
 
-void check(const Tensor& x, const Tensor& weight) {
+Names names_of(Epilogue epilogue, size_t parts) {
+  if (epilogue == Epilogue::swiglu) {
+    return {{"gate", "up", nullptr}, {"scales of gate", "scales of up", nullptr}};
+  }
+  if (parts == 1) return {{"weight", nullptr, nullptr}, {"scales of weight", nullptr, nullptr}};
+  return {{"weight[0]", "weight[1]", "weight[2]"},
+          {"scales of weight[0]", "scales of weight[1]", "scales of weight[2]"}};
+}
+
+WeightFormat format_of(const py::list& values, const py::list& scales) {
+  if (scales.empty() || values.empty()) return WeightFormat::plain;
+  const py::object int8 = py::module_::import("torch").attr("int8");
+  return int8.is(values[0].attr("dtype")) ? WeightFormat::int8 : WeightFormat::int4;
+}
+
+// Weight i as a part, after checks against x [T, K] and the parts before it.
+WeightPart part_of(const char* op, const Names& names, size_t i, const py::list& values_,
+                   const py::list& scales_, const Tensor& x, LinearParams& p) {
+  WeightPart part{};
+  const int64_t inputs = x.size(1);
+  if (p.format == WeightFormat::plain) {
+    const Tensor values(op, names.values[i], values_[i]);
+    values.expect_shape({-1, inputs});
+    values.expect_like(x);
+    values.expect_contiguous();
+    part.values = values.data();
+    part.rows = values.size(0);
+    return part;
+  }
+  const bool int4 = p.format == WeightFormat::int4;
+  const Table values(op, names.values[i], values_[i], int4 ? "int32" : "int8");
+  values.expect_shape({-1, int4 ? inputs / 8 : inputs});
+  values.expect_device_of(x);
+  values.expect_contiguous();
+  const Table scales(op, names.scales[i], scales_[i], "bfloat16");
+  scales.expect_shape({values.size(0), int4 ? -1 : 1});
+  scales.expect_device_of(x);
+  const int64_t groups = scales.size(1);
+  const int64_t group = groups > 0 ? inputs / groups : 0;
+  if (int4 && (group * groups != inputs || (group != 32 && group != 64 && group != 128))) {
+    fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) + " inputs and " +
+                 std::to_string(groups) +
+                 " scales a row, expected groups of 32, 64 or 128 inputs with a scale each");
+  }
+  scales.expect_contiguous();
+  if (i > 0 && group != p.group) {
+    fail(op, std::string(names.values[i]) + " has groups of " + std::to_string(group) +
+                 ", expected " + std::to_string(p.group) + " like " + names.values[0]);
+  }
+  p.group = group;
+  part.values = values.data();
+  part.scales = static_cast<const bf16*>(scales.data());
+  part.rows = values.size(0);
+  return part;
+}
+
+LinearParams checked(const char* op, const Tensor& x, const py::list& values,
+                     const py::list& scales, const py::object& norm_, double eps,
+                     const py::object& out_, Epilogue epilogue) {
   x.expect_shape({-1, -1});
   x.expect_last_axis_contiguous();
-  weight.expect_shape({-1, x.size(1)});
-  weight.expect_like(x);
-  weight.expect_contiguous();
-}
-
-// For the caller who then multiplies by other means.
-void check_linear(py::object x, py::object weight) {
-  check(Tensor(op, "x", x), Tensor(op, "weight", weight));
-}
-
-void linear(py::object x_, py::object weight_, py::object out_, int threads) {
-  const Tensor x(op, "x", x_), weight(op, "weight", weight_), out(op, "out", out_);
-  check(x, weight);
-
   LinearParams p{};
   p.dtype = x.dtype();
+  p.format = format_of(values, scales);
+  p.epilogue = epilogue;
   p.x = x.data();
-  p.weight = weight.data();
-  p.out = out.data();
   p.tokens = x.size(0);
   p.inputs = x.size(1);
-  p.outputs = weight.size(0);
   p.stride_x_token = x.stride(0);
-  p.stride_out_token = out.stride(0);
+  p.eps = static_cast<float>(eps);
+  if (values.empty() || values.size() > static_cast<size_t>(kMaxParts)) {
+    fail(op, "got " + std::to_string(values.size()) + " weights, expected 1 to " +
+                 std::to_string(kMaxParts));
+  }
+  if (!scales.empty() && scales.size() != values.size()) {
+    fail(op, "weights in 8 or 4 bits and others cannot be multiplied in one pass");
+  }
+  if (x.is_cuda() && p.format != WeightFormat::plain) {
+    fail(op, "x is on a CUDA device, where weights in 8 or 4 bits are not supported yet");
+  }
+  const Names names = names_of(epilogue, values.size());
+  int64_t outputs = 0;
+  for (size_t i = 0; i < values.size(); ++i) {
+    p.parts[i] = part_of(op, names, i, values, scales, x, p);
+    outputs += p.parts[i].rows;
+  }
+  p.num_parts = static_cast<int64_t>(values.size());
+  if (epilogue == Epilogue::swiglu) {
+    if (p.parts[0].rows != p.parts[1].rows) {
+      fail(op, "up has " + std::to_string(p.parts[1].rows) + " outputs, expected " +
+                   std::to_string(p.parts[0].rows) + " like gate");
+    }
+    outputs = p.parts[0].rows;
+  }
+  if (!norm_.is_none()) {
+    const Tensor norm(op, "norm", norm_);
+    norm.expect_shape({x.size(1)});
+    norm.expect_like(x);
+    norm.expect_contiguous();
+    p.norm = norm.data();
+    if (!(eps >= 0)) fail(op, "eps is " + std::to_string(eps) + ", expected 0 or more");
+  }
+  if (!out_.is_none()) {
+    const Tensor out(op, epilogue == Epilogue::add ? "residual" : "out", out_);
+    out.expect_shape({x.size(0), outputs});
+    out.expect_like(x);
+    out.expect_last_axis_contiguous();
+    p.out = out.data();
+    p.stride_out_token = out.stride(0);
+  }
+  return p;
+}
+
+Epilogue epilogue_of(const std::string& op) {
+  if (op == "linear_residual") return Epilogue::add;
+  if (op == "linear_swiglu") return Epilogue::swiglu;
+  return Epilogue::store;
+}
+
+// For the caller who then multiplies by other means. out may be None.
+void check_linear(const std::string& op, py::object x_, py::list values, py::list scales,
+                  py::object norm, double eps, py::object out) {
+  checked(op.c_str(), Tensor(op.c_str(), "x", x_), values, scales, norm, eps, out, epilogue_of(op));
+}
+
+// scratch(bytes) returns the address of that much memory, a multiple of 64.
+void linear(const std::string& op, py::object x_, py::list values, py::list scales, py::object norm,
+            double eps, py::object out, py::object scratch, int threads) {
+  LinearParams p = checked(op.c_str(), Tensor(op.c_str(), "x", x_), values, scales, norm, eps, out,
+                           epilogue_of(op));
+  p.scratch = reinterpret_cast<void*>(scratch(cpu::linear_scratch_bytes(p)).cast<uintptr_t>());
   const py::gil_scoped_release release;
   cpu::linear(p, threads);
 }
@@ -42,8 +151,12 @@ void linear(py::object x_, py::object weight_, py::object out_, int threads) {
 }  // namespace
 
 void bind_linear(py::module_& m) {
-  m.def("check_linear", &check_linear, py::arg("x"), py::arg("weight"));
-  m.def("linear", &linear, py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("threads"));
+  m.def("check_linear", &check_linear, py::arg("op"), py::arg("x"), py::arg("values"),
+        py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("out").none(true));
+  m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
+        py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("scratch"),
+        py::arg("threads"));
+  m.attr("few_tokens") = cpu::kFewTokens;
 }
 
 }  // namespace mistral::python

@@ -20,6 +20,7 @@ def samples():
     batch = RaggedBatch([8, 8], 8, positions=[0, 9])
     table = batch.table((5, 1))
     q, k, v = (new.contiguous() for new in batch.inputs(6))
+    int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()])
     ring = (q, k, v, random(*batch.k_pool.shape), random(*batch.v_pool.shape), table)
     return [
         ("rms_norm", (x, weight), {}),
@@ -30,7 +31,11 @@ def samples():
         ("attention", (*ring, 8), {}),
         ("attention", ring, {"window": 8, "scale": 0.5}),
         ("swiglu", (random(2, 7), random(2, 7)), {}),
-        ("linear", (x, random(5, 40)), {}),
+        ("linear", (x, [random(5, 40)], []), {}),
+        ("linear", (x, [random(5, 40), random(2, 40)], [], weight, 1e-5), {}),
+        ("linear", (random(3, 64), *int4), {}),
+        ("linear_residual", (x, [random(5, 40)], [], random(3, 5)), {}),
+        ("linear_swiglu", (x, [random(5, 40), random(5, 40)], [], weight, 1e-5), {}),
     ]
 
 
@@ -48,8 +53,9 @@ def block(x, weight, residual, w, k_pool, v_pool, table):
     q, k, v = ops.linear(x, w).unflatten(1, (4, 32)).split([2, 1, 1], dim=1)
     q, k = q.clone(), k.clone()
     ops.rope(q, k, v, k_pool, v_pool, table, 1e4, 8)
-    x = ops.attention(q, k, v, k_pool, v_pool, table, 8)
-    return ops.swiglu(x.flatten(1), residual)
+    x = ops.attention(q, k, v, k_pool, v_pool, table, 8).flatten(1)
+    ops.linear_residual(x, w[:64], residual)
+    return ops.swiglu(x, ops.linear_swiglu(residual, w[:64], w[64:], weight))
 
 
 def test_compiles_without_graph_breaks(generator):
@@ -73,6 +79,8 @@ def test_fake_tensors_get_shapes_without_running():
     x, weight, matrix = meta
     assert ops.rms_norm(x, weight).shape == (6, 40)
     assert ops.linear(x, matrix).shape == (6, 9)
+    assert ops.linear(x, [matrix, matrix], weight).shape == (6, 18)
+    assert ops.linear_swiglu(x, matrix, matrix).shape == (6, 9)
     assert ops.swiglu(x, x).shape == (6, 40)
     q = torch.empty(6, 4, 32, device="meta")
     assert ops.attention(q, q, q, x, x, x).shape == (6, 4, 32)

@@ -1,65 +1,174 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
-from mistral_ext import _C, ops
+from mistral_ext import ops
+from mistral_ext.quantize import Quantized, quantize
+
+NAN = float("nan")
+# (T, K, N): none, one, primes, tails of every vector and tile; up to 8 tokens and more take
+# different kernels, and 257 tokens more than a block of them.
+SHAPES = [(0, 8, 4), (1, 64, 1), (1, 257, 31), (3, 7, 33), (7, 96, 130), (8, 1, 4), (9, 1, 4)]
+SHAPES += [(13, 65, 66), (40, 320, 97), (47, 515, 100), (257, 33, 13)]
+# Of int4, K is a multiple of the group.
+SHAPES_INT4 = [(1, 32, 1), (1, 352, 31), (2, 96, 5), (5, 640, 130), (8, 288, 4), (9, 32, 3)]
+SHAPES_INT4 += [(33, 544, 97), (100, 160, 200)]
 
 
 def inputs(tokens: int, size: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """x as a slice of a matrix that is NaN around it."""
-    around = torch.full((tokens + 1, size + 5), float("nan"), dtype=dtype)
+    around = torch.full((tokens + 1, size + 5), NAN, dtype=dtype)
     around[:-1, 2:-3] = torch.randn(tokens, size, generator=generator)
     return around[:-1, 2:-3]
 
 
+def walled(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x, contiguous, between others' memory that no result may depend on."""
+    poison = NAN if x.dtype.is_floating_point else -86
+    around = torch.full((x.numel() + 256,), poison, dtype=x.dtype)
+    around[128:-128] = x.reshape(-1)
+    return around[128:-128].view(x.shape)
+
+
+def weights(shape, dtype, generator) -> dict[str, torch.Tensor | Quantized]:
+    """One weight [N, K] in every format that K allows."""
+    outputs, size = shape
+    exact = torch.randn(outputs, size, generator=generator)
+    made = {"plain": exact.to(dtype), "int8": quantize(exact, 8)}
+    for group in (32, 64, 128):
+        if size % group == 0:
+            made[f"int4, groups of {group}"] = quantize(exact, 4, group)
+    return {
+        name: Quantized(*map(walled, w)) if isinstance(w, Quantized) else walled(w)
+        for name, w in made.items()
+    }
+
+
+def exact_weight(weight: torch.Tensor | Quantized) -> torch.Tensor:
+    if isinstance(weight, Quantized):
+        return weight.dequantize(torch.float64)
+    return weight.double()
+
+
 def check(out, x, weight):
-    exact = functional.linear(x.double(), weight.double())
-    assert_close(out, exact, functional.linear(x, weight))
+    """The plain computation of a quantised weight rounds it to the dtype first."""
+    wide = exact_weight(weight)
+    exact = functional.linear(x.double(), wide)
+    assert_close(out, exact, functional.linear(x, wide.to(x.dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape",  # T, K, N
-    [(0, 8, 4), (1, 64, 1), (1, 257, 31), (3, 7, 33), (7, 96, 130), (8, 1, 4), (13, 65, 66)],
-)
+@pytest.mark.parametrize("shape", SHAPES + SHAPES_INT4)
 def test_linear(isa, shape, dtype, generator):
     tokens, size, outputs = shape
     x = inputs(tokens, size, dtype, generator)
-    weight = torch.randn(outputs, size, generator=generator).to(dtype)
-    check(ops.linear(x, weight), x, weight)
+    for weight in weights((outputs, size), dtype, generator).values():
+        check(ops.linear(x, weight), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_rows(isa, dtype, generator):
-    x = inputs(2, 14336, dtype, generator)
-    weight = torch.randn(65, 14336, generator=generator).to(dtype)
-    check(ops.linear(x, weight), x, weight)
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_long_rows(isa, tokens, dtype, generator):
+    x = inputs(tokens, 14336, dtype, generator)
+    for weight in weights((65, 14336), dtype, generator).values():
+        check(ops.linear(x, weight), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_tokens_get_the_same_bits_alone_and_together(isa, dtype, generator):
-    x = inputs(8, 301, dtype, generator)
-    weight = torch.randn(70, 301, generator=generator).to(dtype)
-    alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
-    for tokens in range(2, 9):
-        assert torch.equal(ops.linear(x[:tokens], weight), alone[:tokens])
+    x = inputs(8, 416, dtype, generator)
+    for weight in weights((70, 416), dtype, generator).values():
+        alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
+        for tokens in range(2, 9):
+            assert torch.equal(ops.linear(x[:tokens], weight), alone[:tokens])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_writes_its_rows_of_a_strided_output_and_no_others(isa, dtype, generator):
-    x = inputs(7, 37, dtype, generator)
-    weight = torch.randn(39, 37, generator=generator).to(dtype)
-    around = torch.full((9, 60), float("nan"), dtype=dtype)
-    out = around[1:-1, 10:49]
-    _C.linear(x, weight, out, 2)
-    check(out, x, weight)
-    assert around.isnan().sum() == around.numel() - out.numel()
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_several_weights_with_a_norm_are_the_plain_steps(isa, tokens, dtype, generator):
+    """To the bit: the same products, of the same normalised rows."""
+    x = inputs(tokens, 160, dtype, generator)
+    norm = torch.randn(160, generator=generator).to(dtype)
+    made = [weights((rows, 160), dtype, generator) for rows in (70, 1, 33)]
+    normalised = ops.rms_norm(x, norm, 1e-3)
+    for parts in zip(*(w.values() for w in made), strict=True):
+        separate = torch.cat([ops.linear(normalised, weight) for weight in parts], dim=1)
+        assert torch.equal(ops.linear(x, parts, norm, 1e-3), separate)
 
 
-@pytest.mark.parametrize("tokens", [3, 30])  # the kernel's and torch's product check alike
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_linear_residual(isa, tokens, dtype, generator):
+    x = inputs(tokens, 160, dtype, generator)
+    for weight in weights((97, 160), dtype, generator).values():
+        around = torch.full((tokens + 2, 110), NAN, dtype=dtype)
+        residual = around[1:-1, 9:106]
+        residual.copy_(torch.randn(tokens, 97, generator=generator))
+        wide = exact_weight(weight)
+        exact = residual.double() + functional.linear(x.double(), wide)
+        plain = residual + functional.linear(x, wide.to(dtype))
+        ops.linear_residual(x, weight, residual)
+        assert_close(residual, exact, plain)
+        assert around.isnan().sum() == around.numel() - residual.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+def test_linear_swiglu(isa, tokens, dtype, generator):
+    x = inputs(tokens, 160, dtype, generator) / 8
+    norm = torch.randn(160, generator=generator).to(dtype)
+    made = [weights((137, 160), dtype, generator).values() for _ in range(2)]
+    for gate, up in zip(*made, strict=True):
+        exact_gate, exact_up = exact_weight(gate), exact_weight(up)
+        exact = reference.swiglu(x.double() @ exact_gate.T, x.double() @ exact_up.T)
+        plain = reference.swiglu(x @ exact_gate.to(dtype).T, x @ exact_up.to(dtype).T)
+        assert_close(ops.linear_swiglu(x, gate, up), exact, plain)
+        normalised = ops.rms_norm(x, norm, 1e-3)
+        fused = ops.linear_swiglu(x, gate, up, norm, 1e-3)
+        assert torch.equal(fused, ops.linear_swiglu(normalised, gate, up))
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_any_number_of_threads_gives_the_same_bits(isa, tokens, generator):
+    x = inputs(tokens, 96, torch.bfloat16, generator)
+    for weight in weights((300, 96), torch.bfloat16, generator).values():
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            residual = torch.ones(tokens, 300, dtype=torch.bfloat16)
+            ops.linear_residual(x, weight, residual)
+            results.append((ops.linear(x, weight), ops.linear_swiglu(x, weight, weight), residual))
+        for result in results[1:]:
+            assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_what_is_not_finite_stays_in_its_row_and_token(isa, tokens, generator):
+    x = torch.randn(tokens, 64, generator=generator).bfloat16()
+    weight = torch.randn(40, 64, generator=generator).bfloat16()
+    x[1, 3], weight[7, 5], weight[8, 60] = NAN, float("inf"), NAN
+    finite = ops.linear(x, weight).isfinite()
+    expected = torch.ones(tokens, 40, dtype=torch.bool)
+    expected[1], expected[:, 7:9] = False, False
+    assert torch.equal(finite, expected)
+
+
+def test_int4_of_every_value_and_place(isa):
+    """Unpacking alone: each of the 8 places of a word with each of the 16 values."""
+    values = torch.arange(-8, 8).repeat(8).view(8, 16).T.reshape(1, 128)
+    weight = quantize(values * 0.5, 4, 128)
+    assert torch.equal(weight.dequantize(), values * 0.5)
+    for tokens in (1, 128):
+        x = torch.eye(128, dtype=torch.bfloat16)[:tokens]
+        out = ops.linear(x, weight)
+        assert torch.equal(out.float(), values[:, :tokens].T * 0.5)
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
@@ -72,12 +181,77 @@ def test_writes_its_rows_of_a_strided_output_and_no_others(isa, dtype, generator
             TypeError,
             "weight has dtype torch.float16, expected torch.float32 like x",
         ),
+        ([torch.zeros(4, 8)] * 4, ValueError, "got 4 weights, expected 1 to 3"),
+        ([], ValueError, "got 0 weights, expected 1 to 3"),
+        (
+            [torch.zeros(4, 8), torch.zeros(4, 7)],
+            ValueError,
+            "weight[1] has shape [4, 7], expected [any, 8]",
+        ),
+        (
+            [torch.zeros(4, 8), quantize(torch.zeros(4, 8), 8)],
+            ValueError,
+            "weights in 8 or 4 bits and others cannot be multiplied in one pass",
+        ),
     ],
 )
 def test_weight_checks(tokens, weight, error, message):
     with pytest.raises(error) as caught:
         ops.linear(torch.zeros(tokens, 8), weight)
     assert f"linear: {message}" in str(caught.value)
+
+
+def zeros(values: tuple, scales: tuple, dtype=torch.int32, scales_dtype=torch.bfloat16):
+    return Quantized(torch.zeros(values, dtype=dtype), torch.zeros(scales, dtype=scales_dtype))
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (zeros((4, 9), (4, 1)), ValueError, "weight has shape [4, 9], expected [any, 12]"),
+        (
+            zeros((4, 12), (5, 3)),
+            ValueError,
+            "scales of weight has shape [5, 3], expected [4, any]",
+        ),
+        (
+            zeros((4, 12), (4, 2)),
+            ValueError,
+            "weight has 96 inputs and 2 scales a row, expected groups of 32, 64 or 128 inputs",
+        ),
+        (zeros((4, 12), (4, 0)), ValueError, "weight has 96 inputs and 0 scales a row"),
+        (
+            zeros((4, 12), (4, 3), scales_dtype=torch.float32),
+            TypeError,
+            "scales of weight has dtype torch.float32, expected torch.bfloat16",
+        ),
+        (
+            zeros((4, 96), (4, 3), torch.int8),
+            ValueError,
+            "scales of weight has shape [4, 3], expected [4, 1]",
+        ),
+        (
+            zeros((4, 12), (4, 3), torch.int64),
+            TypeError,
+            "weight has dtype torch.int64, expected torch.int32",
+        ),
+        (
+            [zeros((4, 96), (4, 1), torch.int8), zeros((4, 12), (4, 3))],
+            TypeError,
+            "weight[1] has dtype torch.int32, expected torch.int8",
+        ),
+    ],
+)
+def test_quantised_weight_checks(weight, error, message):
+    with pytest.raises(error) as caught:
+        ops.linear(torch.zeros(3, 96), weight)
+    assert f"linear: {message}" in str(caught.value)
+
+
+def test_quantised_weights_of_a_pass_have_one_group():
+    parts = [zeros((4, 16), (4, groups)) for groups in (4, 2)]
+    with pytest.raises(ValueError, match=r"weight\[1\] has groups of 64, expected 32 like weight"):
+        ops.linear(torch.zeros(3, 128), parts)
 
 
 @pytest.mark.parametrize(
@@ -95,3 +269,19 @@ def test_x_checks(x, error, message):
     with pytest.raises(error) as caught:
         ops.linear(x, torch.zeros(4, 8))
     assert f"linear: {message}" in str(caught.value)
+
+
+def test_checks_of_the_other_arguments():
+    x, weight, norm = torch.zeros(3, 8), torch.zeros(4, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=r"linear: norm has shape \[7\], expected \[8\]"):
+        ops.linear(x, weight, norm[:7])
+    with pytest.raises(ValueError, match=r"linear: eps is -1.0*, expected 0 or more"):
+        ops.linear(x, weight, norm, -1.0)
+    with pytest.raises(ValueError, match=r"linear_residual: residual has shape \[3, 5\], expected"):
+        ops.linear_residual(x, weight, torch.zeros(3, 5))
+    with pytest.raises(TypeError, match=r"linear_residual: residual has dtype torch.bfloat16"):
+        ops.linear_residual(x, weight, torch.zeros(3, 4).bfloat16())
+    with pytest.raises(ValueError, match=r"linear_swiglu: up has 5 outputs, expected 4 like gate"):
+        ops.linear_swiglu(x, weight, torch.zeros(5, 8))
+    with pytest.raises(ValueError, match=r"linear_swiglu: gate has shape \[4, 9\]"):
+        ops.linear_swiglu(x, torch.zeros(4, 9), weight)

@@ -17,6 +17,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -32,6 +35,8 @@ bool processor_has(Isa isa) {
       return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::scalar;
@@ -39,6 +44,7 @@ bool processor_has(Isa isa) {
 
 const Kernels* table(Isa isa) {
 #ifdef MISTRAL_X86
+  if (isa == Isa::avx512_bf16) return &avx512_bf16::kernels;
   if (isa == Isa::avx512) return &avx512::kernels;
   if (isa == Isa::avx2) return &avx2::kernels;
 #endif
@@ -87,13 +93,14 @@ const char* name(Isa isa) {
     case Isa::scalar: return "scalar";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
   }
   return "unknown";
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> supported;
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
     if (processor_has(isa)) supported.push_back(isa);
   }
   return supported;
@@ -108,6 +115,9 @@ void select_isa(const std::string& wanted) {
 
 void attention(const AttentionParams& p, int threads) { active().kernels->attention(p, threads); }
 void linear(const LinearParams& p, int threads) { active().kernels->linear(p, threads); }
+int64_t linear_scratch_bytes(const LinearParams& p) {
+  return active().kernels->linear_scratch_bytes(p);
+}
 void rms_norm(const RmsNormParams& p, int threads) { active().kernels->rms_norm(p, threads); }
 void rope(const RopeParams& p, int threads) { active().kernels->rope(p, threads); }
 void swiglu(const SwigluParams& p, int threads) { active().kernels->swiglu(p, threads); }

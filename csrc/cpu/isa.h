@@ -6,7 +6,7 @@
 
 namespace mistral::cpu {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, avx512_bf16 };
 
 const char* name(Isa isa);
 

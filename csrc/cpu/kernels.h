@@ -17,6 +17,7 @@ namespace mistral::cpu {
 struct Kernels {
   void (*attention)(const AttentionParams&, int threads);
   void (*linear)(const LinearParams&, int threads);
+  int64_t (*linear_scratch_bytes)(const LinearParams&);
   void (*rms_norm)(const RmsNormParams&, int threads);
   void (*rope)(const RopeParams&, int threads);
   void (*swiglu)(const SwigluParams&, int threads);
@@ -28,6 +29,7 @@ struct Kernels {
 namespace mistral::cpu::MISTRAL_ISA {
 void attention(const AttentionParams& p, int threads);
 void linear(const LinearParams& p, int threads);
+int64_t linear_scratch_bytes(const LinearParams& p);
 void rms_norm(const RmsNormParams& p, int threads);
 void rope(const RopeParams& p, int threads);
 void swiglu(const SwigluParams& p, int threads);

@@ -1,94 +1,290 @@
-// A task owns kRowsPerTask rows of the weights and reads them once from memory, four rows at a
-// time, for up to four tokens at a time; further tokens find the four rows in the cache.
-//
-// Every output is one vector of partial sums over k in order, whatever the number of tokens: a
-// sequence gets the same bits alone and in a batch.
+// First each token's activations are packed: normalised if asked to, converted to what they are
+// multiplied as, in the order of k that the weights' format has. Then a task multiplies a block of
+// rows of the weights, with up to kFewTokens tokens (linear_few.h) or more (linear_many.h), and
+// writes the outputs.
 #include "../linear.h"
 
 #include "kernels.h"
+#include "linear_few.h"
+#include "linear_many.h"
+#include "norm.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kRows = 4;
-constexpr int64_t kTokens = 4;
-constexpr int64_t kRowsPerTask = 32;
-constexpr int64_t kCacheLineBytes = 64;
-// How far ahead of its use each of the rows is fetched: further than the processor's own
-// prefetchers dare, and across the ends of rows, which they do not know.
-constexpr int64_t kAheadBytes = 2048;
+constexpr int64_t kMostRowsPerTask = 256;
+constexpr int64_t kBytesPerTask = 1 << 18;  // worth some microseconds of reading
 
-// The products of R rows and N tokens, all of K. Rows and tokens past the ends of the matrices are
-// not touched: R and N are then smaller.
-template <int R, int N, class T>
-void multiply(const LinearParams& p, int64_t row, int64_t token) {
-  constexpr int64_t kLine = kCacheLineBytes / sizeof(T), kAhead = kAheadBytes / sizeof(T);
-  constexpr int64_t kStep = kLine > Vec::width ? kLine : Vec::width;
-  const T* weight = static_cast<const T*>(p.weight) + row * p.inputs;
-  const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
-  Vec partial[N][R];
-  for (int n = 0; n < N; ++n) {
-    for (int r = 0; r < R; ++r) partial[n][r] = broadcast(0.0f);
+// Rows that a task multiplies, of one part; with SwiGLU of gate and up alike.
+struct RowBlock {
+  int64_t part;
+  int64_t first;
+  int64_t count;
+  int64_t column;  // of the output
+};
+
+// Parts that have columns of their own in the output.
+int64_t output_parts(const LinearParams& p) {
+  return p.epilogue == Epilogue::swiglu ? 1 : p.num_parts;
+}
+
+int64_t count_blocks(const LinearParams& p, int64_t rows) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < output_parts(p); ++i) count += ceil_div(p.parts[i].rows, rows);
+  return count;
+}
+
+RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
+  int64_t part = 0, column = 0;
+  while (index >= ceil_div(p.parts[part].rows, rows)) {
+    index -= ceil_div(p.parts[part].rows, rows);
+    column += p.parts[part].rows;
+    ++part;
   }
-  const auto accumulate = [&](auto load_at) {
-    Vec w[R];
-    for (int r = 0; r < R; ++r) w[r] = load_at(weight + r * p.inputs);
-    for (int n = 0; n < N; ++n) {
-      const Vec v = load_at(x + n * p.stride_x_token);
-      for (int r = 0; r < R; ++r) partial[n][r] = fma(v, w[r], partial[n][r]);
-    }
+  const int64_t first = index * rows;
+  return {part, first, mistral::min(rows, p.parts[part].rows - first), column + first};
+}
+
+template <WeightFormat format, class T>
+WeightRows rows_of(const LinearParams& p, int64_t part, int64_t first) {
+  WeightRows w{};
+  w.values = static_cast<const char*>(p.parts[part].values);
+  w.scales = p.parts[part].scales;
+  w.inputs = p.inputs;
+  w.row_bytes = p.inputs * int64_t{sizeof(T)};
+  if (format != WeightFormat::plain) {
+    w.row_bytes = format == WeightFormat::int8 ? p.inputs : p.inputs / 2;
+    w.row_scales = p.inputs / p.group;
+    w.group_log2 = __builtin_ctzll(p.group);
+  }
+  return w.from(first);
+}
+
+// Writes `count` outputs of one token, which begin at `column`. `up`: for SwiGLU.
+template <class T>
+void finish(const LinearParams& p, int64_t token, int64_t column, const float* product,
+            const float* up, int64_t count) {
+  T* out = static_cast<T*>(p.out) + token * p.stride_out_token + column;
+  const auto finish_vector = [&](auto load_at, auto store_at, int64_t i) {
+    Vec y = load_at(product + i);
+    if (p.epilogue == Epilogue::swiglu) y = silu(y) * load_at(up + i);
+    if (p.epilogue == Epilogue::add) y = y + load_at(out + i);
+    store_at(out + i, y);
   };
-  int64_t k = 0;
-  for (; k + kStep <= p.inputs; k += kStep) {
-    // Past the end of these rows, the beginning of the next R.
-    const int64_t ahead = k + kAhead < p.inputs ? k + kAhead : k + kAhead + (R - 1) * p.inputs;
-    for (int r = 0; r < R; ++r) {
-      for (int line = 0; line < kStep; line += kLine) {
-        __builtin_prefetch(weight + r * p.inputs + ahead + line);
-      }
+  int64_t i = 0;
+  for (; i + Vec::width <= count; i += Vec::width) {
+    finish_vector([](const auto* x) { return load(x); }, [](T* x, Vec y) { store(x, y); }, i);
+  }
+  if (i < count) {
+    finish_vector([&](const auto* x) { return load_first(x, count - i); },
+                  [&](T* x, Vec y) { store_first(x, y, count - i); }, i);
+  }
+}
+
+// One token's activations, in Order's order of k and padded with zeros.
+template <class Order, class T, class Element>
+void pack_row(const LinearParams& p, int64_t token, T* normalised, Element* out) {
+  const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
+  if (p.norm) {
+    normalise<T>(x, nullptr, static_cast<const T*>(p.norm), normalised, p.inputs, p.eps);
+    x = normalised;
+  }
+  for (int64_t begin = 0; begin < p.inputs; begin += kPadding) {
+    const int64_t count = mistral::min(kPadding, p.inputs - begin);
+    Element natural[kPadding] = {};
+    Element* to = Order::kGrouped || count < kPadding ? natural : out + begin;
+    if constexpr (sizeof(T) == sizeof(Element)) {
+      memcpy(to, x + begin, count * sizeof(T));
+    } else {
+      int64_t i = 0;
+      for (; i + Vec::width <= count; i += Vec::width) store(to + i, load(x + begin + i));
+      if (i < count) store_first(to + i, load_first(x + begin + i, count - i), count - i);
     }
-    for (int i = 0; i < kStep; i += Vec::width) {
-      accumulate([&](const T* row) { return load(row + k + i); });
-    }
-  }
-  for (; k + Vec::width <= p.inputs; k += Vec::width) {
-    accumulate([&](const T* row) { return load(row + k); });
-  }
-  if (k < p.inputs) {
-    accumulate([&](const T* row) { return load_first(row + k, p.inputs - k); });
-  }
-  T* out = static_cast<T*>(p.out) + token * p.stride_out_token + row;
-  for (int n = 0; n < N; ++n) {
-    for (int r = 0; r < R; ++r) {
-      from_float(sum(partial[n][r]), out + n * p.stride_out_token + r);
+    if (Order::kGrouped) {
+      for (int64_t i = 0; i < kPadding; ++i) out[begin + i] = natural[Order::k_at(i)];
+    } else if (count < kPadding) {
+      memcpy(out + begin, natural, sizeof natural);
     }
   }
 }
 
-template <int R, class T>
-void multiply_tokens(const LinearParams& p, int64_t row) {
-  int64_t token = 0;
-  for (; token + kTokens <= p.tokens; token += kTokens) multiply<R, kTokens, T>(p, row, token);
-  switch (p.tokens - token) {
-    case 3: return multiply<R, 3, T>(p, row, token);
-    case 2: return multiply<R, 2, T>(p, row, token);
-    case 1: return multiply<R, 1, T>(p, row, token);
+// Packed rows [width, padded K] of one vector of tokens to the layout of linear_many.h.
+template <class A>
+void pack_vector(const typename A::Element* rows, int64_t inputs, int64_t vectors, int64_t vector,
+                 typename A::Element* out) {
+  // An element, or a pair of them, has 4 bytes and moves as a whole.
+  constexpr int64_t kUnits = 8;
+  static_assert(sizeof(typename A::Element) * A::kDepth == sizeof(uint32_t), "");
+  const int64_t all = padded(inputs);
+  for (int64_t begin = 0; begin < all; begin += kBlockDepth) {
+    const int64_t depth = mistral::min(kBlockDepth, all - begin);
+    auto* block = out + begin * vectors * Vec::width + vector * depth * Vec::width;
+    for (int64_t k = 0; k < depth; k += kUnits * A::kDepth) {
+      uint32_t units[Vec::width][kUnits];
+      for (int64_t lane = 0; lane < Vec::width; ++lane) {
+        memcpy(units[lane], rows + lane * all + begin + k, sizeof units[lane]);
+      }
+      for (int64_t unit = 0; unit < kUnits; ++unit) {
+        uint32_t lanes[Vec::width];
+        for (int64_t lane = 0; lane < Vec::width; ++lane) lanes[lane] = units[lane][unit];
+        memcpy(block + (k + unit * A::kDepth) * Vec::width, lanes, sizeof lanes);
+      }
+    }
   }
+}
+
+// What the packed activations of a call are multiplied as.
+template <WeightFormat format, class T>
+using FewElement = typename ChunkOf<format, T>::type::Arithmetic::Element;
+template <class T>
+using ManyElement = typename ArithmeticOf<T>::type::Element;
+
+// The parts of the scratch memory.
+template <class T, class Element>
+struct Scratch {
+  T* normalised;    // [T, K]
+  Element* rows;    // [T, padded K], of many tokens up to a whole number of vectors
+  Element* packed;  // the same again, of many tokens
+  int64_t bytes;
+
+  explicit Scratch(const LinearParams& p) {
+    char* next = static_cast<char*>(p.scratch);
+    const auto take = [&](int64_t size) {
+      char* begin = next;
+      next += ceil_div(size, 64) * 64;
+      return begin;
+    };
+    const bool many = p.tokens > kFewTokens;
+    const int64_t tokens = many ? ceil_div(p.tokens, Vec::width) * Vec::width : p.tokens;
+    const int64_t size = tokens * padded(p.inputs) * int64_t{sizeof(Element)};
+    normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
+    rows = reinterpret_cast<Element*>(take(size));
+    packed = reinterpret_cast<Element*>(take(many ? size : 0));
+    bytes = next - static_cast<char*>(p.scratch);
+  }
+};
+
+template <WeightFormat format, class T>
+void linear_few(const LinearParams& p, int threads) {
+  using Chunk = typename ChunkOf<format, T>::type;
+  const Scratch<T, FewElement<format, T>> scratch(p);
+  const int64_t stride_x = padded(p.inputs);
+  parallel_for(threads, p.tokens, [&](int64_t token) {
+    pack_row<Chunk>(p, token, scratch.normalised + token * p.inputs,
+                    scratch.rows + token * stride_x);
+  });
+
+  const int64_t row_bytes = mistral::max(1, rows_of<format, T>(p, 0, 0).row_bytes);
+  const int64_t wanted = mistral::min(kMostRowsPerTask, kBytesPerTask / row_bytes);
+  const int64_t shared_out = count_blocks(p, 1) / (4 * threads);
+  const int64_t rows = mistral::max(8, mistral::min(wanted, shared_out) / 8 * 8);
+  parallel_for(threads, count_blocks(p, rows), [&](int64_t task) {
+    const RowBlock block = block_at(p, rows, task);
+    float product[kFewTokens][kMostRowsPerTask], up[kFewTokens][kMostRowsPerTask];
+    multiply_few<Chunk>(rows_of<format, T>(p, block.part, block.first), block.count, scratch.rows,
+                        stride_x, p.tokens, product[0], kMostRowsPerTask);
+    if (p.epilogue == Epilogue::swiglu) {
+      multiply_few<Chunk>(rows_of<format, T>(p, 1, block.first), block.count, scratch.rows,
+                          stride_x, p.tokens, up[0], kMostRowsPerTask);
+    }
+    for (int64_t token = 0; token < p.tokens; ++token) {
+      finish<T>(p, token, block.column, product[token], up[token], block.count);
+    }
+  });
+}
+
+template <WeightFormat format, class T>
+void linear_many(const LinearParams& p, int threads) {
+  using A = typename ArithmeticOf<T>::type;
+  // The order of k as `unpack` leaves it.
+  using Order = typename ChunkOf<format, float>::type;
+  const Scratch<T, ManyElement<T>> scratch(p);
+  const int64_t stride_x = padded(p.inputs);
+  const int64_t vectors = ceil_div(p.tokens, Vec::width);
+  parallel_for(threads, vectors, [&](int64_t vector) {
+    const int64_t first = vector * Vec::width;
+    auto* rows = scratch.rows + first * stride_x;
+    const int64_t count = mistral::min(Vec::width, p.tokens - first);
+    for (int64_t i = 0; i < count; ++i) {
+      pack_row<Order>(p, first + i, scratch.normalised + (first + i) * p.inputs,
+                      rows + i * stride_x);
+    }
+    memset(rows + count * stride_x, 0, (Vec::width - count) * stride_x * sizeof *rows);
+    pack_vector<A>(rows, p.inputs, vectors, vector, scratch.packed);
+  });
+
+  const bool swiglu = p.epilogue == Epilogue::swiglu;
+  const int64_t rows_per_block = swiglu ? kBlockRows / 2 : kBlockRows;
+  const int64_t token_blocks = ceil_div(p.tokens, kBlockTokens);
+  // Blocks of tokens come first, while the rows are in the cache.
+  parallel_for(threads, count_blocks(p, rows_per_block) * token_blocks, [&](int64_t task) {
+    const RowBlock block = block_at(p, rows_per_block, task / token_blocks);
+    const int64_t first_token = task % token_blocks * kBlockTokens;
+    const int64_t tokens = mistral::min(kBlockTokens, p.tokens - first_token);
+    const WeightRows w = rows_of<format, T>(p, block.part, block.first);
+    const WeightRows up = swiglu ? rows_of<format, T>(p, 1, block.first) : w;
+    const int64_t rows = swiglu ? 2 * block.count : block.count;
+
+    ManyBuffers<A> buffers;
+    multiply_many<A>(
+        [&](int64_t row, int64_t k, typename A::Element* out) {
+          if (row < block.count) return unpack<format, T>(w, row, k, out);
+          unpack<format, T>(up, row - block.count, k, out);
+        },
+        rows, p.inputs, scratch.packed, vectors, first_token / Vec::width,
+        ceil_div(tokens, Vec::width), buffers);
+
+    // From rows of tokens to rows of outputs, one vector of tokens at a time.
+    for (int64_t first = 0; first < tokens; first += Vec::width) {
+      float outputs[Vec::width][kBlockRows];
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t lane = 0; lane < Vec::width; ++lane) {
+          outputs[lane][row] = buffers.sums[row * kBlockTokens + first + lane];
+        }
+      }
+      const int64_t count = mistral::min(Vec::width, tokens - first);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        finish<T>(p, first_token + first + lane, block.column, outputs[lane],
+                  outputs[lane] + block.count, block.count);
+      }
+    }
+  });
+}
+
+// Calls f with the format as a constant and a value of the type that stores p.dtype.
+template <WeightFormat value_>
+struct Format {
+  static constexpr WeightFormat value = value_;
+};
+template <class F>
+void with_format(const LinearParams& p, const F& f) {
+  with_dtype(p.dtype, [&](auto type) {
+    switch (p.format) {
+      case WeightFormat::plain: return f(Format<WeightFormat::plain>{}, type);
+      case WeightFormat::int8: return f(Format<WeightFormat::int8>{}, type);
+      case WeightFormat::int4: return f(Format<WeightFormat::int4>{}, type);
+    }
+  });
 }
 
 }  // namespace
 
-void linear(const LinearParams& p, int threads) {
-  with_dtype(p.dtype, [&](auto type) {
+int64_t linear_scratch_bytes(const LinearParams& p) {
+  int64_t bytes = 0;
+  with_format(p, [&](auto format, auto type) {
     using T = decltype(type);
-    parallel_for(threads, ceil_div(p.outputs, kRowsPerTask), [&](int64_t task) {
-      int64_t row = task * kRowsPerTask;
-      const int64_t end = mistral::min(row + kRowsPerTask, p.outputs);
-      for (; row + kRows <= end; row += kRows) multiply_tokens<kRows, T>(p, row);
-      for (; row < end; ++row) multiply_tokens<1, T>(p, row);
-    });
+    bytes = p.tokens <= kFewTokens ? Scratch<T, FewElement<format.value, T>>(p).bytes
+                                   : Scratch<T, ManyElement<T>>(p).bytes;
+  });
+  return bytes;
+}
+
+void linear(const LinearParams& p, int threads) {
+  with_format(p, [&](auto format, auto type) {
+    using T = decltype(type);
+    if (p.tokens <= kFewTokens) return linear_few<format.value, T>(p, threads);
+    linear_many<format.value, T>(p, threads);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -11,9 +12,34 @@
 namespace mistral::cpu {
 namespace {
 
+// How long a thread watches for what comes next before it sleeps: longer than it takes Python to
+// get from one op to the next, so that the threads stay awake for all of a decode step. Waking one
+// up takes about as long as a small op.
+constexpr std::chrono::microseconds kWatch{100};
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Whether `happened` comes to return true within kWatch.
+template <class F>
+bool watch(const F& happened) {
+  const auto stop = std::chrono::steady_clock::now() + kWatch;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (happened()) return true;
+      pause();
+    }
+  } while (std::chrono::steady_clock::now() < stop);
+  return false;
+}
+
 // Workers sleep between loops. A loop is published under `mutex` by bumping `loop`; a worker
 // joins it if it is wanted there, and the caller leaves when nobody is in it any more. The tasks
-// themselves are claimed with one atomic counter.
+// themselves are claimed with one atomic counter. `loop` and `inside` are atomic for those who
+// watch them without the lock.
 class Pool {
  public:
   void run(int threads, int64_t tasks, void (*run)(const void*, int64_t), const void* context) {
@@ -26,20 +52,25 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       const int helpers = static_cast<int>(tasks < threads ? tasks : threads) - 1;
       while (static_cast<int>(workers_.size()) < helpers) {
-        workers_.emplace_back(&Pool::work, this, loop_);
+        workers_.emplace_back(&Pool::work, this, loop_.load());
       }
       run_ = run;
       context_ = context;
       tasks_ = tasks;
       next_.store(0, std::memory_order_relaxed);
       wanted_ = helpers;
-      ++loop_;
+      loop_.fetch_add(1, std::memory_order_release);
     }
     published_.notify_all();
     claim();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wanted_ = 0;  // a worker that wakes only now finds nothing to join
+    }
+    const auto all_left = [this] { return inside_.load(std::memory_order_acquire) == 0; };
+    if (watch(all_left)) return;
     std::unique_lock<std::mutex> lock(mutex_);
-    wanted_ = 0;  // a worker that wakes only now finds nothing to join
-    finished_.wait(lock, [this] { return inside_ == 0; });
+    finished_.wait(lock, all_left);
   }
 
  private:
@@ -52,16 +83,19 @@ class Pool {
   }
 
   void work(uint64_t seen) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    const auto published = [&] { return loop_.load(std::memory_order_acquire) != seen; };
     for (;;) {
-      published_.wait(lock, [&] { return loop_ != seen; });
-      seen = loop_;
-      if (wanted_ == 0) continue;
-      --wanted_;
-      ++inside_;
-      lock.unlock();
+      watch(published);
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        published_.wait(lock, published);
+        seen = loop_;
+        if (wanted_ == 0) continue;
+        --wanted_;
+        ++inside_;
+      }
       claim();
-      lock.lock();
+      std::lock_guard<std::mutex> lock(mutex_);
       if (--inside_ == 0) finished_.notify_one();
     }
   }
@@ -70,9 +104,9 @@ class Pool {
   std::mutex mutex_;    // guards all below but next_
   std::condition_variable published_, finished_;
   std::vector<std::thread> workers_;
-  uint64_t loop_ = 0;
-  int wanted_ = 0;  // workers that may still join the loop
-  int inside_ = 0;  // workers in it
+  std::atomic<uint64_t> loop_{0};
+  int wanted_ = 0;              // workers that may still join the loop
+  std::atomic<int> inside_{0};  // workers in it
   void (*run_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
   int64_t tasks_ = 0;

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../common.h"
+#include "../linear.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -21,6 +21,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 // Scalar conversions: the whole of the scalar set, and the last few elements of the others.
 
 MISTRAL_SIMD float to_float(float x) { return x; }
+MISTRAL_SIMD float to_float(int8_t x) { return x; }
 
 MISTRAL_SIMD float to_float(bf16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
@@ -99,6 +100,11 @@ MISTRAL_SIMD Vec load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
+MISTRAL_SIMD Vec load(const int8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw))};
+}
+
 MISTRAL_SIMD void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 MISTRAL_SIMD void store(bf16* p, Vec x) {
   const __m512i bits = _mm512_castps_si512(x.v);
@@ -143,6 +149,67 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
       out, _mm_hadd_ps(_mm_hadd_ps(quarter[0], quarter[1]), _mm_hadd_ps(quarter[2], quarter[3])));
 }
 
+// 16 words of 32 bits, each of 8 values of 4 bits (csrc/linear.h)
+struct Words {
+  __m512i v;
+};
+MISTRAL_SIMD Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+// value i of every word
+MISTRAL_SIMD Vec int4_value(Words w, int i) {
+  // A table look-up takes the low 4 bits of each word and ignores the others.
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, int4_shift(i)), values)};
+}
+// Loads scales of groups of 2^group_log2 values, 8 of which go with each lane.
+struct GroupScales {
+  __m512i index;  // of the scale of each lane, in its high half: a bf16 is the high half of a float
+
+  explicit GroupScales(int group_log2) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m128i lanes_log2 = _mm_cvtsi32_si128(group_log2 - 3);
+    index = _mm512_slli_epi32(_mm512_srl_epi32(lane, lanes_log2), 16);
+  }
+  // `count`: of the scales that are there; lanes of others get 0
+  MISTRAL_SIMD Vec load(const bf16* scales, int64_t count) const {
+    const __m128i there = _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << count) - 1), scales);
+    return {_mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index, _mm512_castsi128_si512(there)))};
+  }
+};
+
+#if defined(__AVX512BF16__)
+
+// 16 pairs of bf16, whose products one instruction adds to the 16 lanes of a Vec
+struct Pairs {
+  __m512i v;
+};
+MISTRAL_SIMD Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+MISTRAL_SIMD void store_pairs(bf16* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
+MISTRAL_SIMD Pairs broadcast_pair(const bf16* p) {
+  int pair;
+  memcpy(&pair, p, sizeof pair);
+  return {_mm512_set1_epi32(pair)};
+}
+MISTRAL_SIMD Vec dot(Pairs a, Pairs b, Vec c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+// the lanes of `first`, then those of `second`, rounded
+MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v))};
+}
+// values 2 i and 2 i + 1 of every word
+MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
+  // The look-up takes 5 bits of each half word, of which the highest belongs to another value:
+  // the table holds each of the 16 values twice.
+  const __m512i values = _mm512_broadcast_i64x4(
+      _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                        int16_t(0xc100), int16_t(0xc0e0), int16_t(0xc0c0), int16_t(0xc0a0),
+                        int16_t(0xc080), int16_t(0xc040), int16_t(0xc000), int16_t(0xbf80)));
+  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(w.v, 4 * i), values)};
+}
+
+#endif
+
 #elif defined(__AVX2__)
 
 struct Vec {
@@ -159,6 +226,11 @@ MISTRAL_SIMD Vec load(const bf16* p) {
 }
 MISTRAL_SIMD Vec load(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+
+MISTRAL_SIMD Vec load(const int8_t* p) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw))};
 }
 
 MISTRAL_SIMD void store(float* p, Vec x) { _mm256_storeu_ps(p, x.v); }
@@ -216,6 +288,24 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
   _mm_storeu_ps(out, _mm_hadd_ps(_mm_hadd_ps(half[0], half[1]), _mm_hadd_ps(half[2], half[3])));
 }
 
+struct Words {
+  __m256i v;
+};
+MISTRAL_SIMD Words load_words(const void* p) {
+  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+}
+MISTRAL_SIMD Vec int4_value(Words w, int i) {
+  const __m256i high = _mm256_slli_epi32(w.v, 28 - int4_shift(i));
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(high, 28))};
+}
+struct GroupScales {
+  explicit GroupScales(int) {}
+  MISTRAL_SIMD Vec load(const bf16* scales, int64_t count) const {
+    const __m128 first = _mm_set1_ps(to_float(scales[0]));
+    return {_mm256_set_m128(count > 1 ? _mm_set1_ps(to_float(scales[1])) : first, first)};
+  }
+};
+
 #else
 
 struct Vec {
@@ -247,6 +337,24 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = a[i].v;
 }
 
+struct Words {
+  uint32_t v;
+};
+MISTRAL_SIMD Words load_words(const void* p) {
+  Words w;
+  memcpy(&w.v, p, sizeof w.v);
+  return w;
+}
+MISTRAL_SIMD Vec int4_value(Words w, int i) {
+  return {static_cast<float>(static_cast<int32_t>(w.v << (28 - int4_shift(i))) >> 28)};
+}
+struct GroupScales {
+  explicit GroupScales(int) {}
+  MISTRAL_SIMD Vec load(const bf16* scales, int64_t) const {
+    return broadcast(to_float(scales[0]));
+  }
+};
+
 #endif
 
 #if defined(__AVX2__)
@@ -270,6 +378,8 @@ MISTRAL_SIMD Vec exp(Vec x) {
 MISTRAL_SIMD Vec exp(Vec x) { return {expf(x.v)}; }
 
 #endif
+
+MISTRAL_SIMD Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(broadcast(0.0f) - x)); }
 
 // The last n < width elements of a row; lanes past them are 0 and are not stored.
 template <class T>

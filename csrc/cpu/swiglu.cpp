@@ -11,10 +11,6 @@ namespace {
 // A row of Mistral 7B is one task: waking another thread would take longer than half of it.
 constexpr int64_t kElementsPerTask = 16384;
 
-MISTRAL_SIMD Vec swiglu(Vec gate, Vec up) {
-  return gate / (broadcast(1.0f) + exp(broadcast(0.0f) - gate)) * up;
-}
-
 }  // namespace
 
 void swiglu(const SwigluParams& p, int threads) {
@@ -29,11 +25,11 @@ void swiglu(const SwigluParams& p, int threads) {
       int64_t i = task % blocks * kElementsPerTask;
       const int64_t end = mistral::min(i + kElementsPerTask, p.dim);
       for (; i + Vec::width <= end; i += Vec::width) {
-        store(out + i, swiglu(load(gate + i), load(up + i)));
+        store(out + i, silu(load(gate + i)) * load(up + i));
       }
       if (i < end) {
         const int64_t n = end - i;
-        store_first(out + i, swiglu(load_first(gate + i, n), load_first(up + i, n)), n);
+        store_first(out + i, silu(load_first(gate + i, n)) * load_first(up + i, n), n);
       }
     });
   });

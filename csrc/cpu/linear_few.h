@@ -1,0 +1,132 @@
+// The product of a few tokens with rows of a weight: reads the rows once from memory, several at a
+// time, for several tokens at a time; further tokens find the rows in the cache.
+//
+// Every output is one vector of partial sums over k in order, whatever the number of tokens: a
+// sequence gets the same bits alone and in a batch.
+#pragma once
+
+#include "linear_formats.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+constexpr int64_t kCacheLineBytes = 64;
+// How far ahead of its use each of the rows is fetched: further than the processor's own
+// prefetchers dare, and across the ends of rows, which they do not know.
+constexpr int64_t kAheadBytes = 2048;
+
+// Rows that are multiplied at a time with N tokens: their sums, in total and of a group of values,
+// have to stay in registers.
+template <class Chunk>
+constexpr int rows_at_a_time(int tokens) {
+  return Chunk::kGrouped && tokens > 2 ? 2 : 4;
+}
+constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
+
+// Whether a chunk's products are summed on their own: int4 scales the sums, and one lane alone
+// would lose digits over thousands of values.
+template <class Chunk>
+constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
+
+// out[n * stride_out + r]: the products of the first R rows of `w` and N tokens, all of K. x is in
+// the order of Chunk::k_at, padded with zeros.
+template <class Chunk, int R, int N>
+void multiply(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, int64_t stride_x,
+              float* out, int64_t stride_out) {
+  using A = typename Chunk::Arithmetic;
+  const GroupScales groups(w.group_log2);
+  constexpr int64_t kChunkBytes = Chunk::bytes(Chunk::kValues);
+  Vec totals[N][R];
+  for (int n = 0; n < N; ++n) {
+    for (int r = 0; r < R; ++r) totals[n][r] = broadcast(0.0f);
+  }
+  const auto accumulate = [&](int64_t k, auto values_of) {
+    Chunk chunks[R];
+    for (int r = 0; r < R; ++r) chunks[r].take(values_of(r));
+    Vec sums[N][R];
+    for (int n = 0; n < N; ++n) {
+      for (int r = 0; r < R; ++r) sums[n][r] = kSumsChunks<Chunk> ? broadcast(0.0f) : totals[n][r];
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < Chunk::kVectors; ++i) {
+      typename A::Operand weights[R];
+      for (int r = 0; r < R; ++r) weights[r] = chunks[r].operand(i);
+      for (int n = 0; n < N; ++n) {
+        const auto activations = A::load(x + n * stride_x + k + i * kStep<A>);
+        for (int r = 0; r < R; ++r) {
+          sums[n][r] = A::multiply_add(weights[r], activations, sums[n][r]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const Vec scales =
+          Chunk::kGrouped ? w.load_scales(groups, r, k, Chunk::kValues) : broadcast(1.0f);
+      for (int n = 0; n < N; ++n) {
+        totals[n][r] = kSumsChunks<Chunk> ? fma(sums[n][r], scales, totals[n][r]) : sums[n][r];
+      }
+    }
+  };
+
+  int64_t k = 0;
+  for (; k + Chunk::kValues <= w.inputs; k += Chunk::kValues) {
+    // Past the end of these rows, the beginning of the next R.
+    int64_t ahead = Chunk::bytes(k) + kAheadBytes;
+    if (ahead >= w.row_bytes) ahead += (R - 1) * w.row_bytes;
+    for (int r = 0; r < R; ++r) {
+      for (int64_t line = 0; line < kChunkBytes; line += kCacheLineBytes) {
+        __builtin_prefetch(w.values + r * w.row_bytes + ahead + line);
+      }
+    }
+    accumulate(k, [&](int r) { return w.values + r * w.row_bytes + Chunk::bytes(k); });
+  }
+  if (k < w.inputs) {
+    char rest[R][kChunkBytes] = {};
+    for (int r = 0; r < R; ++r) {
+      memcpy(rest[r], w.values + r * w.row_bytes + Chunk::bytes(k), Chunk::bytes(w.inputs - k));
+    }
+    accumulate(k, [&](int r) { return rest[r]; });
+  }
+
+  for (int n = 0; n < N; ++n) {
+    for (int r = 0; r < R; ++r) {
+      const float factor = w.scales && !Chunk::kGrouped ? to_float(w.scales[r]) : 1.0f;
+      out[n * stride_out + r] = sum(totals[n][r]) * factor;
+    }
+  }
+}
+
+template <class Chunk, int N>
+void multiply_rows(const WeightRows& w, int64_t count, const typename Chunk::Arithmetic::Element* x,
+                   int64_t stride_x, float* out, int64_t stride_out) {
+  constexpr int R = rows_at_a_time<Chunk>(N);
+  int64_t row = 0;
+  for (; row + R <= count; row += R) {
+    multiply<Chunk, R, N>(w.from(row), x, stride_x, out + row, stride_out);
+  }
+  for (; row < count; ++row) {
+    multiply<Chunk, 1, N>(w.from(row), x, stride_x, out + row, stride_out);
+  }
+}
+
+// out[t * stride_out + r]: the products of `count` rows and all tokens.
+template <class Chunk>
+void multiply_few(const WeightRows& w, int64_t count, const typename Chunk::Arithmetic::Element* x,
+                  int64_t stride_x, int64_t tokens, float* out, int64_t stride_out) {
+  // Some rows for all tokens before the next ones, so that they are still in the cache.
+  constexpr int64_t kRows = 4;
+  for (int64_t row = 0; row < count; row += kRows) {
+    const WeightRows some = w.from(row);
+    const int64_t rows = mistral::min(kRows, count - row);
+    for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
+      const auto* from = x + token * stride_x;
+      float* to = out + token * stride_out + row;
+      switch (mistral::min(kTokensAtATime, tokens - token)) {
+        case 4: multiply_rows<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
+        case 3: multiply_rows<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
+        case 2: multiply_rows<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
+        default: multiply_rows<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
+      }
+    }
+  }
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA
