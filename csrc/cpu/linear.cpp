@@ -117,8 +117,8 @@ void pack_vector(const typename A::Element* rows, int64_t inputs, int64_t vector
   constexpr int64_t kUnits = 8;
   static_assert(sizeof(typename A::Element) * A::kDepth == sizeof(uint32_t), "");
   const int64_t all = padded(inputs);
-  for (int64_t begin = 0; begin < all; begin += kBlockDepth) {
-    const int64_t depth = mistral::min(kBlockDepth, all - begin);
+  for (int64_t begin = 0; begin < all; begin += kBlockDepth<A>) {
+    const int64_t depth = mistral::min(kBlockDepth<A>, all - begin);
     auto* block = out + begin * vectors * Vec::width + vector * depth * Vec::width;
     for (int64_t k = 0; k < depth; k += kUnits * A::kDepth) {
       uint32_t units[Vec::width][kUnits];
@@ -222,23 +222,21 @@ void linear_many(const LinearParams& p, int threads) {
     const RowBlock block = block_at(p, rows_per_block, task / token_blocks);
     const int64_t first_token = task % token_blocks * kBlockTokens;
     const int64_t tokens = mistral::min(kBlockTokens, p.tokens - first_token);
-    const WeightRows w = rows_of<format, T>(p, block.part, block.first);
-    const WeightRows up = swiglu ? rows_of<format, T>(p, 1, block.first) : w;
-    const int64_t rows = swiglu ? 2 * block.count : block.count;
-
+    TaskRows rows{};
+    rows.first = rows_of<format, T>(p, block.part, block.first);
+    rows.first_count = rows.count = block.count;
+    if (swiglu) {
+      rows.second = rows_of<format, T>(p, 1, block.first);
+      rows.count += block.count;
+    }
     ManyBuffers<A> buffers;
-    multiply_many<A>(
-        [&](int64_t row, int64_t k, typename A::Element* out) {
-          if (row < block.count) return unpack<format, T>(w, row, k, out);
-          unpack<format, T>(up, row - block.count, k, out);
-        },
-        rows, p.inputs, scratch.packed, vectors, first_token / Vec::width,
-        ceil_div(tokens, Vec::width), buffers);
+    multiply_many<format, T>(rows, scratch.packed, vectors, first_token / Vec::width,
+                             ceil_div(tokens, Vec::width), buffers);
 
     // From rows of tokens to rows of outputs, one vector of tokens at a time.
     for (int64_t first = 0; first < tokens; first += Vec::width) {
       float outputs[Vec::width][kBlockRows];
-      for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t row = 0; row < rows.count; ++row) {
         for (int64_t lane = 0; lane < Vec::width; ++lane) {
           outputs[lane][row] = buffers.sums[row * kBlockTokens + first + lane];
         }
