@@ -7,6 +7,8 @@ namespace {
 
 struct Torch {
   py::object module, tensor, float32, bfloat16, float16;
+  // Interned: a tensor's attributes are looked up many times in every step of a model.
+  py::str dtype{"dtype"}, is_cpu{"is_cpu"}, data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"};
 };
 
 // torch is loaded by whoever has a tensor to pass; its classes are looked up once.
@@ -21,6 +23,18 @@ const Torch& torch() {
       .get_stored();
 }
 
+py::object get(py::handle object, const py::str& name) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name.ptr());
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object call(py::handle object, const py::str& name) {
+  PyObject* value = PyObject_CallMethodObjArgs(object.ptr(), name.ptr(), nullptr);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
 std::string to_text(const std::vector<int64_t>& sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -29,9 +43,9 @@ std::string to_text(const std::vector<int64_t>& sizes) {
   return text + "]";
 }
 
-std::vector<int64_t> to_vector(const py::object& sizes) {
+std::vector<int64_t> to_vector(const py::tuple& sizes) {
   std::vector<int64_t> out;
-  out.reserve(4);
+  out.reserve(sizes.size());
   for (const py::handle size : sizes) out.push_back(size.cast<int64_t>());
   return out;
 }
@@ -56,22 +70,23 @@ Tensor::Tensor(const char* op, const char* name, py::handle object)
 
 Tensor::Tensor(const char* op, const char* name, py::handle object, const char* wanted)
     : op_(op), name_(name) {
-  const std::string subject = std::string(op) + ": " + name;
+  const auto subject = [&] { return std::string(op) + ": " + name; };
   if (!py::isinstance(object, torch().tensor)) {
-    throw py::type_error(subject + " is a " + std::string(py::str(py::type::of(object))) +
+    throw py::type_error(subject() + " is a " + std::string(py::str(py::type::of(object))) +
                          ", expected a torch.Tensor");
   }
-  const py::object device = object.attr("device");
-  const auto type = device.attr("type").cast<std::string>();
-  if (type == "cuda") {
+  if (!get(object, torch().is_cpu).cast<bool>()) {
+    const py::object device = object.attr("device");
+    const auto type = device.attr("type").cast<std::string>();
+    if (type != "cuda") {
+      throw py::type_error(subject() + " is on " + type + ", expected cpu or cuda");
+    }
     device_index_ = device.attr("index").cast<int>();
-  } else if (type != "cpu") {
-    throw py::type_error(subject + " is on " + type + ", expected cpu or cuda");
   }
-  const py::object dtype = object.attr("dtype");
+  const py::object dtype = get(object, torch().dtype);
   if (wanted) {
     if (!dtype.is(torch().module.attr(wanted))) {
-      throw py::type_error(subject + " has dtype " + std::string(py::str(dtype)) +
+      throw py::type_error(subject() + " has dtype " + std::string(py::str(dtype)) +
                            ", expected torch." + wanted);
     }
   } else if (dtype.is(torch().float32)) {
@@ -81,12 +96,12 @@ Tensor::Tensor(const char* op, const char* name, py::handle object, const char* 
   } else if (dtype.is(torch().float16)) {
     dtype_ = DType::f16;
   } else {
-    throw py::type_error(subject + " has dtype " + std::string(py::str(dtype)) +
+    throw py::type_error(subject() + " has dtype " + std::string(py::str(dtype)) +
                          ", expected torch.float32, torch.bfloat16 or torch.float16");
   }
-  data_ = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
-  shape_ = to_vector(object.attr("shape"));
-  strides_ = to_vector(object.attr("stride")());
+  data_ = reinterpret_cast<void*>(call(object, torch().data_ptr).cast<uintptr_t>());
+  shape_ = to_vector(get(object, torch().shape));
+  strides_ = to_vector(call(object, torch().stride));
 }
 
 void Tensor::fail(const std::string& problem) const {

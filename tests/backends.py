@@ -43,7 +43,7 @@ def build_emulator() -> ModuleType:
     Skips the test if something that the build needs is missing (see tests/emulator/CMakeLists.txt);
     with MISTRAL_EXT_REQUIRE_EMULATOR=1 in the environment that is a failure, as it is in CI. So is
     a kernel that does not compile, always. With MISTRAL_EXT_SANITIZE=1 it is built
-    with AddressSanitizer: see tests/emulator/sanitize.sh.
+    with AddressSanitizer: see tests/sanitize.sh.
     """
     sanitize = os.environ.get("MISTRAL_EXT_SANITIZE") == "1"
     build = BUILD.with_name(BUILD.name + "-sanitized") if sanitize else BUILD

@@ -210,7 +210,7 @@ def test_planted_bugs_are_found(emulator, name, copies, generator):
 
 def test_the_sanitizer_watches_plain_accesses(emulator):
     if not emulator.sanitized:
-        pytest.skip("tests/emulator/sanitize.sh runs this")
+        pytest.skip("tests/sanitize.sh runs this")
     child = os.fork()
     if child == 0:  # which ends in AddressSanitizer's report
         emulator.configure(workers=1)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Runs the tests of the kernels with AddressSanitizer: those for CUDA in the emulator, where it
+# watches what they do to memory without the wrappers of ptx.cuh, and those for the CPU, with
+# UndefinedBehaviorSanitizer too. tests/sanitize.sh [arguments of pytest]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+build=build/sanitized-$(python -c 'import sys; print(sys.implementation.cache_tag)')
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+flags+=" -fno-omit-frame-pointer -g1 -O1 -w"
+cmake -GNinja -S . -B "$build" -DMISTRAL_EXT_CUDA=off -DCMAKE_BUILD_TYPE=None \
+  -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$(command -v python)" \
+  -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
+cmake --build "$build"
+
+# The sanitizer has to be loaded before Python is, and with it the library that throws C++
+# exceptions. Python and torch do not free all they have at the end.
+sanitized_pytest() {
+  LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 MISTRAL_EXT_SANITIZE=1 python -m pytest "$@"
+}
+sanitized_pytest -k emulator "$@"
+MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator" "$@" \
+  tests/test_{attention,linear,rms_norm,rope,sample,simd,swiglu,threads}.py
