@@ -6,7 +6,10 @@ tensors with Mistral's names and Hugging Face's order of the query and key rows.
 
 Weights are mapped into memory, not read into it: their pages belong to the file, so they are
 held once, are shared between processes, and can be evicted instead of killing the process. Only
-tensors that must change (a permutation, another dtype) are copied, one at a time.
+tensors that must change (a permutation, another dtype, fewer bits) are copied, one at a time.
+
+Weights in 8 or 4 bits (mistral_ext/quantize.py) are stored as two tensors: the values under the
+weight's name, the scales under that name and `_scale`. How they are quantised is in config.json.
 
 Everything a file says about its tensors is checked before the first of them is read.
 """
@@ -14,19 +17,21 @@ Everything a file says about its tensors is checked before the first of them is 
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from mistral_ext.quantize import Quantization, Quantized
+from mistral_ext.quantize import quantize as quantize_weight
+from mistral_ext.safetensors_file import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from mistral_ext.config import MistralConfig
@@ -40,6 +45,15 @@ class Layout:
     format: str  # "hf" or "mistral": whose tensor names, and whose order of q and k rows
     shards: str | None = None  # pattern of the listed files, if `file` is an index
 
+
+# What belongs to a model beside its configuration and weights.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
 
 # In order of preference: the first one that is complete is read.
 LAYOUTS = (
@@ -65,11 +79,11 @@ _HF_MODULES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+_SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight
 # Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
-_SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_DTYPES = tuple(_SAFETENSORS_DTYPES.values())
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -82,21 +96,13 @@ class Weights:
     files: tuple[Path, ...]  # the files with tensors: `file` itself, or the shards it lists
 
 
-@dataclass(frozen=True)
-class _StoredTensor:
-    name: str
-    file: Path
-    dtype: torch.dtype | str  # str: the file's name for a dtype that is not supported
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]  # maps the tensor; reads no data yet
-
-
 def load_weights(
     folder: str | Path,
     config: MistralConfig,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-) -> dict[str, Tensor]:
+    quantize: str | None = None,
+) -> dict[str, Tensor | Quantized]:
     """Load all weights of a model.
 
     The pages are read here, in order, so that the first token does not wait for the disk; the
@@ -106,7 +112,10 @@ def load_weights(
         folder: holds one of :data:`LAYOUTS`; of several, the first that is complete is used.
         config: gives the names and shapes of the tensors.
         dtype: convert to bfloat16, float16 or float32. None keeps the stored one, copying nothing.
+            Quantised weights have none.
         progress: show a progress bar if stderr is a terminal.
+        quantize: "int8" or "int4": quantise the weights, one after another, unless they are stored
+            so; None: as stored.
 
     Returns:
         Contiguous CPU tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. The
@@ -116,41 +125,94 @@ def load_weights(
     Raises:
         FileNotFoundError: no weights, or a file named by the index is missing.
         ValueError: a tensor is missing, unknown, truncated or has the wrong shape or dtype, or a
-            file is damaged; the message names the tensor and the file.
+            file is damaged, or a tensor cannot be quantised; the message names the tensor and the
+            file.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}")
-    weights = find_weights(folder)
-    if weights is None:
-        expected = ", ".join(layout.file for layout in LAYOUTS)
-        raise FileNotFoundError(f"no weights in {str(folder)!r}: expected one of {expected}")
-    tensors = _match(weights, config, dtype)
-    permuted = {"wq": config.n_heads, "wk": config.n_kv_heads}
-
-    loaded = {}
-    n_bytes = sum(_stored_bytes(stored) for stored in tensors.values())
-    with tqdm(
-        desc="loading weights",
-        total=n_bytes,
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,  # None: only if stderr is a terminal
-    ) as bar:
-        for name, stored in tensors.items():
-            mapped = stored.read()
-            tensor = mapped
-            n_heads = permuted.get(name.split(".")[-2])
-            if weights.layout.format == "mistral" and n_heads is not None:
-                tensor = _pairs_to_halves(tensor, n_heads)
-            if dtype is not None:
-                tensor = tensor.to(dtype)
-            if tensor is mapped:
-                _page_in(tensor)
-            loaded[name] = tensor
-            bar.update(_stored_bytes(stored))
-    if "output.weight" not in loaded:  # _match allows this only if the embeddings are tied
+    quantization = None if quantize is None else Quantization.from_name(quantize)
+    loaded = dict(Checkpoint(folder, config, dtype, quantization).weights(progress))
+    if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
     return loaded
+
+
+class Checkpoint:
+    """The weights of a folder, checked and not yet read: see :func:`load_weights`.
+
+    Args:
+        folder, config, dtype: as for :func:`load_weights`.
+        quantization: how to quantise the weights; None: as they are stored.
+
+    Attributes:
+        dtype: of the weights that are not quantised.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: MistralConfig,
+        dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(
+                f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}"
+            )
+        files = find_weights(folder)
+        if files is None:
+            expected = ", ".join(layout.file for layout in LAYOUTS)
+            raise FileNotFoundError(f"no weights in {str(folder)!r}: expected one of {expected}")
+        stored = config.quantization
+        if stored and quantization and stored.bits != quantization.bits:
+            raise ValueError(
+                f"the weights in {str(folder)!r} are quantised already, as {stored}, and cannot be "
+                f"made {quantization}: start from the original"
+            )
+        self._quantizes = quantization if stored is None else None
+        if self._quantizes:
+            for name, shape in tensor_shapes(config).items():
+                self._quantizes.parts(name, shape)  # refuses what does not divide into groups
+        self._parts = _match(files, config, dtype)
+        self._dtype = dtype
+        self.dtype = dtype or self._parts["tok_embeddings.weight"][0].dtype
+        if self._quantizes and "output.weight" not in self._parts:
+            self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
+        self._heads_in_pairs = {}  # of the weights whose rows are in Mistral's order
+        if files.layout.format == "mistral":
+            self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
+
+    def weights(self, progress: bool = True) -> Iterator[tuple[str, Tensor | Quantized]]:
+        """Reads the weights; gives the name (Mistral's) and the weight of one after another.
+
+        Without "output.weight" if that is tied to the embeddings, and neither is quantised.
+        """
+        n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
+        with tqdm(
+            desc="quantising weights" if self._quantizes else "loading weights",
+            total=sum(n_bytes.values()),
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,  # None: only if stderr is a terminal
+        ) as bar:
+            for name, parts in self._parts.items():
+                yield name, self._read(name, parts)
+                bar.update(n_bytes[name])
+
+    def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Tensor | Quantized:
+        tensors = [part.read() for part in parts]
+        n_heads = self._heads_in_pairs.get(name.split(".")[-2])
+        if n_heads is not None:
+            tensors = [_pairs_to_halves(tensor, n_heads) for tensor in tensors]
+        if self._quantizes and (bits := self._quantizes.bits_of(name)):
+            group = self._quantizes.group if bits == 4 else None
+            try:
+                return quantize_weight(tensors[0], bits, group, parts[0].name)
+            except ValueError as error:
+                raise ValueError(f"{parts[0].file}: {error}") from error
+        if self._dtype is not None and len(tensors) == 1:
+            tensors = [tensors[0].to(self._dtype)]
+        for tensor in tensors:
+            _page_in(tensor)
+        return tensors[0] if len(tensors) == 1 else Quantized(*tensors)
 
 
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
@@ -182,6 +244,14 @@ def hugging_face_name(name: str) -> str:
         _, layer, module = module.split(".", 2)
         prefix = f"model.layers.{layer}."
     return f"{prefix}{_HF_MODULES[module]}.weight"
+
+
+def named_parts(name: str, weight: Tensor | Quantized) -> dict[str, Tensor]:
+    """The tensors of a weight by the names under which Hugging Face's format stores them."""
+    name = hugging_face_name(name)
+    if isinstance(weight, Quantized):
+        return {name: weight.values, name + _SCALE_SUFFIX: weight.scales}
+    return {name: weight}
 
 
 # Finding the files
@@ -252,8 +322,7 @@ def _is_lfs_pointer(file: Path) -> bool:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    patterns = ["config.json", "params.json", "generation_config.json"]
-    patterns += ["tokenizer*", "tekken.json", "special_tokens_map.json", "chat_template*"]
+    patterns = ["config.json", "params.json", *COMPANIONS]
     try:
         files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings]
     except Exception as error:  # no network, no access or no such model: the cache may have it
@@ -294,45 +363,41 @@ def _not_available(hub_id: str, reason: Exception) -> FileNotFoundError:
 
 def _match(
     weights: Weights, config: MistralConfig, dtype: torch.dtype | None
-) -> dict[str, _StoredTensor]:
-    """The stored tensor of each weight, after checking that they are exactly those expected."""
-    stored_tensors: dict[str, _StoredTensor] = {}
+) -> dict[str, tuple[StoredTensor, ...]]:
+    """The stored tensors of each weight, after checking that they are exactly those expected: one,
+    or the values and the scales of a quantised weight."""
+    found: dict[str, StoredTensor] = {}
     for stored in _stored_tensors(weights):
         if stored.name.endswith(_IGNORED_SUFFIX):
             continue
-        twin = stored_tensors.setdefault(stored.name, stored)
+        twin = found.setdefault(stored.name, stored)
         if twin is not stored:
             raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
 
-    matched = {}
+    matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         stored_name = hugging_face_name(name) if weights.layout.format == "hf" else name
-        stored = stored_tensors.pop(stored_name, None)
-        if stored is None:
-            if name == "output.weight" and config.tie_word_embeddings:
-                continue
-            raise ValueError(
-                f"tensor {stored_name!r} is missing from {weights.file}; expected shape {shape}"
-            )
-        if stored.shape != shape:
-            raise ValueError(
-                f"tensor {stored_name!r} in {stored.file}: expected shape {shape}, "
-                f"got {stored.shape}"
-            )
-        if stored.dtype not in _DTYPES:
-            raise ValueError(
-                f"tensor {stored_name!r} in {stored.file}: expected dtype {_list(_DTYPES)}, "
-                f"got {stored.dtype}"
-            )
-        matched[name] = stored
-        first = matched["tok_embeddings.weight"]
+        parts = config.quantization.parts(name, shape) if config.quantization else None
+        if parts is not None:
+            values = _take(found, stored_name, parts.values.shape, weights)
+            scales = _take(found, stored_name + _SCALE_SUFFIX, parts.scales.shape, weights)
+            _check_dtype(values, (parts.values.dtype,))
+            _check_dtype(scales, (parts.scales.dtype,))
+            matched[name] = (values, scales)
+            continue
+        if name == "output.weight" and config.tie_word_embeddings and stored_name not in found:
+            continue
+        stored = _take(found, stored_name, shape, weights)
+        _check_dtype(stored, _DTYPES)
+        matched[name] = (stored,)
+        (first,) = matched["tok_embeddings.weight"]
         if dtype is None and stored.dtype != first.dtype:
             raise ValueError(
                 f"tensor {stored_name!r} in {stored.file}: expected dtype {first.dtype} like "
                 f"{first.name!r}, got {stored.dtype}; pass dtype to convert all weights to one"
             )
-    if stored_tensors:
-        extra = next(iter(stored_tensors.values()))
+    if found:
+        extra = next(iter(found.values()))
         raise ValueError(
             f"unknown tensor {extra.name!r} of shape {extra.shape} in {extra.file}: not part of a "
             f"Mistral model with n_layers={config.n_layers}"
@@ -340,7 +405,30 @@ def _match(
     return matched
 
 
-def _stored_tensors(weights: Weights) -> Iterator[_StoredTensor]:
+def _take(
+    found: dict[str, StoredTensor], name: str, shape: tuple[int, ...], weights: Weights
+) -> StoredTensor:
+    """Removes the tensor from `found`; refuses one that is missing or has another shape."""
+    shape = tuple(shape)
+    stored = found.pop(name, None)
+    if stored is None:
+        raise ValueError(f"tensor {name!r} is missing from {weights.file}; expected shape {shape}")
+    if stored.shape != shape:
+        raise ValueError(
+            f"tensor {name!r} in {stored.file}: expected shape {shape}, got {stored.shape}"
+        )
+    return stored
+
+
+def _check_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> None:
+    if stored.dtype not in expected:
+        raise ValueError(
+            f"tensor {stored.name!r} in {stored.file}: expected dtype {_list(expected)}, "
+            f"got {stored.dtype}"
+        )
+
+
+def _stored_tensors(weights: Weights) -> Iterator[StoredTensor]:
     for file in weights.files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {weights.file} lists it")
@@ -349,81 +437,12 @@ def _stored_tensors(weights: Weights) -> Iterator[_StoredTensor]:
                 f"{file} is a git-lfs pointer, not the weights themselves: run 'git lfs pull'"
             )
         if file.suffix == ".safetensors":
-            yield from _safetensors_tensors(file)
+            yield from stored_tensors(file)
         else:
             yield from _torch_tensors(file)
 
 
-def _safetensors_tensors(file: Path) -> Iterator[_StoredTensor]:
-    """List a safetensors file: the header's length (8 bytes, little-endian), the header (JSON),
-    the data. Parsed here because the library refuses a damaged file without naming a tensor."""
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        header_size = int.from_bytes(f.read(8), "little")
-        data_start = 8 + header_size
-        if data_start > size:
-            raise ValueError(
-                f"{file} is truncated, or not a safetensors file: its header should end at byte "
-                f"{data_start}, the file ends at byte {size}"
-            )
-        header = f.read(header_size)
-    try:
-        entries = _parse_safetensors_header(header)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged safetensors header: {error!r}") from error
-
-    for name, dtype_name, shape, begin, end in entries:
-        if data_start + end > size:
-            raise ValueError(
-                f"{file} is truncated: tensor {name!r} should end at byte {data_start + end}, "
-                f"the file ends at byte {size}"
-            )
-        dtype = _SAFETENSORS_DTYPES.get(dtype_name, dtype_name)
-        if isinstance(dtype, torch.dtype) and end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(
-                f"{file}: tensor {name!r} of shape {shape} and dtype {dtype_name} should have "
-                f"{math.prod(shape) * dtype.itemsize} bytes, the header gives it {end - begin}"
-            )
-        read = partial(_map, file, data_start + begin, dtype, shape)
-        yield _StoredTensor(name, file, dtype, shape, read)
-
-
-def _parse_safetensors_header(
-    header: bytes,
-) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """(name, dtype, shape, first byte, last byte + 1) of each tensor, in the order of the data."""
-    entries = []
-    for name, entry in json.loads(header).items():
-        if name != "__metadata__":
-            begin, end = map(int, entry["data_offsets"])
-            shape = tuple(map(int, entry["shape"]))
-            entries.append((name, str(entry["dtype"]), shape, begin, end))
-            if not 0 <= begin <= end or min(shape, default=0) < 0:
-                raise ValueError(f"tensor {name!r} has impossible entry {entry}")
-    return sorted(entries, key=lambda entry: entry[-2:])
-
-
-def _map(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A tensor over the file's own pages.
-
-    Each tensor has a mapping of its own, which goes when the tensor does: the source of a copied
-    tensor does not stay in memory.
-    """
-    n_bytes = math.prod(shape) * dtype.itemsize
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    with file.open("rb") as f:
-        # ACCESS_COPY (private pages): torch has no read-only tensors, so an accidental write must
-        # neither crash nor reach the file.
-        pages = mmap.mmap(
-            f.fileno(), offset - start + n_bytes, access=mmap.ACCESS_COPY, offset=start
-        )
-    data = torch.frombuffer(pages, dtype=torch.uint8, count=n_bytes, offset=offset - start)
-    if data.data_ptr() % dtype.itemsize:  # the format permits a header of any length
-        data = data.clone()
-    return data.view(dtype).view(shape)
-
-
-def _torch_tensors(file: Path) -> Iterator[_StoredTensor]:
+def _torch_tensors(file: Path) -> Iterator[StoredTensor]:
     """List a file written by torch.save, which must hold a flat dict of tensors."""
     if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
         parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
@@ -446,7 +465,7 @@ def _torch_tensors(file: Path) -> Iterator[_StoredTensor]:
             raise ValueError(
                 f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
             )
-        yield _StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
+        yield StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
 
 
 # What is done to a tensor
@@ -468,10 +487,6 @@ def _page_in(tensor: Tensor) -> None:
     tensor.view(torch.uint8).view(-1)[:: mmap.PAGESIZE].sum()
 
 
-def _stored_bytes(stored: _StoredTensor) -> int:
-    return math.prod(stored.shape) * stored.dtype.itemsize
-
-
 def _list(dtypes: tuple[torch.dtype, ...]) -> str:
     *most, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return f"{', '.join(most)} or {last}"
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,4 +1,4 @@
-"""The command line: `mistral-ext generate`, `mistral-ext chat`, `mistral-ext info`.
+"""The command line: `mistral-ext generate`, `chat`, `perplexity`, `quantize` and `info`.
 
 Text goes to stdout, timings and errors to stderr. An error is one line and exit status 1 (2 for
 wrong usage, 130 for Ctrl-C); --traceback shows where it came from.
@@ -19,6 +19,9 @@ import torch
 
 from mistral_ext import _C, __version__, ops
 from mistral_ext.generation import DEMO_MODEL, Mistral
+from mistral_ext.perplexity import perplexity
+from mistral_ext.quantize import GROUPS
+from mistral_ext.quantize_checkpoint import quantize_checkpoint
 from mistral_ext.sampling import SamplingParams
 from mistral_ext.scheduler import Completion
 
@@ -106,6 +109,30 @@ def _chat(args: argparse.Namespace) -> int:
             print()
 
 
+def _perplexity(args: argparse.Namespace) -> int:
+    texts = [_read_text(file) for file in args.file]
+    result = perplexity(_load(args), texts, args.max_tokens)
+    if args.json:
+        shown = {"perplexity": result.value, **dataclasses.asdict(result), "rate": result.rate}
+        print(json.dumps(shown))
+        return 0
+    print(f"perplexity {result.value:.4f}")
+    print(
+        f"[{result.nll:.5f} nats a token, {result.tokens} tokens in {result.segments} "
+        f"segment{'s' if result.segments > 1 else ''}, {result.rate:.1f} tokens/s]",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    dtype = _DTYPES[args.dtype] if args.dtype else None
+    folder = quantize_checkpoint(args.source, args.target, args.bits, args.group, dtype)
+    weights = folder / "model.safetensors"
+    print(f"{weights}: {weights.stat().st_size / 1e9:.2f} GB", file=sys.stderr)
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     lines = {
         "mistral_ext": __version__,
@@ -151,17 +178,19 @@ def _read_prompt(args: argparse.Namespace) -> str:
         raise ValueError("a prompt and --file were given, expected one of them")
     if args.prompt not in (None, "-"):
         return args.prompt
-    if args.file is None:
-        if args.prompt is None and sys.stdin.isatty():
-            raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
-        data, source = sys.stdin.buffer.read(), "stdin"
-    else:
-        data, source = Path(args.file).read_bytes(), args.file
+    if args.file is None and args.prompt is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
+    # Editors and echo end a text with a newline that nobody means as part of a prompt.
+    return _read_text(args.file or "-").removesuffix("\n")
+
+
+def _read_text(file: str) -> str:
+    """The text of a file; of stdin, if it is called '-'."""
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        # Editors and echo end a text with a newline that nobody means as part of a prompt.
-        return data.decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from None
+        raise ValueError(f"{'stdin' if file == '-' else file} is not UTF-8 text: {error}") from None
 
 
 def _load(args: argparse.Namespace) -> Mistral:
@@ -177,6 +206,7 @@ def _load(args: argparse.Namespace) -> Mistral:
         device=args.device,
         dtype=_DTYPES[args.dtype] if args.dtype else None,
         prefill_chunk=args.prefill_chunk,
+        quantize=args.quantize,
         **overrides,
     )
 
@@ -267,6 +297,43 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
     chat.set_defaults(run=_chat, n=1)
 
+    measure = commands.add_parser(
+        "perplexity",
+        parents=[common, _model_options()],
+        help="measure how well a model predicts a text",
+        description="Print the perplexity of texts: each token is predicted from all before it "
+        "that the model's window lets it see. A longer text than a model without a window knows "
+        "positions is cut into segments of that length.",
+    )
+    measure.add_argument(
+        "--file",
+        metavar="PATH",
+        action="append",
+        required=True,
+        help="the text, '-' for stdin; may be repeated, each is a text of its own",
+    )
+    measure.add_argument("--max-tokens", type=int, metavar="N", help="the first N of each text")
+    measure.add_argument("--json", action="store_true", help="print a JSON object")
+    measure.set_defaults(run=_perplexity)
+
+    quantize = commands.add_parser(
+        "quantize",
+        parents=[common],
+        help="write a model with weights in 8 or 4 bits",
+        description="Write a model folder with weights in 8 or 4 bits, which loads without the "
+        "original. It is there when it is complete; an interrupted run leaves nothing.",
+    )
+    quantize.add_argument("source", metavar="IN", help="model folder or hub id")
+    quantize.add_argument("target", metavar="OUT", help="folder to make")
+    quantize.add_argument("--bits", type=int, choices=(8, 4), required=True)
+    quantize.add_argument(
+        "--group", type=int, choices=GROUPS, help="weights that share a scale, for 4 bits"
+    )
+    quantize.add_argument(
+        "--dtype", choices=_DTYPES, help="of embeddings and norms; default: as stored"
+    )
+    quantize.set_defaults(run=_quantize)
+
     info = commands.add_parser(
         "info", parents=[common], help="show the version, the instruction set and the devices"
     )
@@ -280,6 +347,9 @@ def _model_options() -> argparse.ArgumentParser:
     group.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id; default: the demo")
     group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     group.add_argument("--dtype", choices=_DTYPES, help="default: as stored")
+    group.add_argument(
+        "--quantize", choices=("int8", "int4"), help="round the weights while they are read"
+    )
     group.add_argument(
         "--sliding-window", type=int, metavar="W", help="override the config; 0: no window"
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mistral_ext.checkpoint import find_weights, read_json_object
+from mistral_ext.quantize import Quantization
 
 # Field -> key of config.json, and the value transformers' MistralConfig gives to a missing key.
 _HF_KEYS = {
@@ -38,6 +39,8 @@ _HF_DEFAULT_ROPE_THETA = 1e4
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
 # params.json says nothing about these; the three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
+
+_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/quantize.py
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,6 +68,7 @@ class MistralConfig:
     eos_ids: tuple[int, ...]  # any of them ends a text
     dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
     tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
+    quantization: Quantization | None = None  # how the weights are stored; None: in the dtype
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_ids, (int, list)):  # both occur in files
@@ -162,7 +166,7 @@ class MistralConfig:
         """
         _refuse_unless(values, "model_type", "mistral")
         _refuse_unless(values, "hidden_act", "silu", default="silu")
-        _refuse_if_set(values, "attention_bias", "mlp_bias", "quantization_config")
+        _refuse_if_set(values, "attention_bias", "mlp_bias")
         if len(set(map(str, values.get("layer_types") or ()))) > 1:
             raise ValueError(
                 "layer_types mixes kinds of attention; every layer must have the same, "
@@ -178,7 +182,25 @@ class MistralConfig:
         fields["head_dim"] = values.get("head_dim")
         fields["rope_theta"] = _hf_rope_theta(values)
         fields["dtype"] = _dtype(values)
+        fields["quantization"] = _quantization(values)
         return cls._build(fields, overrides)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a ``config.json`` that :meth:`from_hf` reads as this configuration."""
+        values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        for name, (key, _) in _HF_KEYS.items():
+            values[key] = getattr(self, name)
+        values["head_dim"] = self.head_dim
+        values["rope_theta"] = self.rope_theta
+        if self.dtype is not None:
+            values["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.quantization is not None:
+            values["quantization_config"] = {
+                "quant_method": _QUANT_METHOD,
+                "bits": self.quantization.bits,
+                "group_size": self.quantization.group,
+            }
+        return values
 
     @classmethod
     def from_params(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
@@ -273,3 +295,19 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return _DTYPES[name]
+
+
+def _quantization(values: dict[str, Any]) -> Quantization | None:
+    settings = values.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method != _QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config is not supported: quant_method is {method!r}, expected "
+            f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
+        )
+    try:
+        return Quantization(settings.get("bits"), settings.get("group_size"))
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {error}") from error

@@ -95,6 +95,7 @@ class Mistral:
         prefill_chunk: int = 512,
         max_batch: int = 8,
         progress: bool = True,
+        quantize: str | None = None,
         **config_overrides,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, or a model of the hub.
@@ -105,8 +106,10 @@ class Mistral:
             model: a folder, or a hub id such as "mistralai/Mistral-7B-v0.1".
             device: "cpu", the default, or "cuda".
             dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
-                copies all weights.
+                copies all weights but those in 8 or 4 bits.
             progress: show a progress bar if stderr is a terminal.
+            quantize: "int8" or "int4": round the weights to as many bits while they are read, see
+                `mistral_ext.quantize`; None: as stored. `quantize_checkpoint` does it once for all.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -116,7 +119,7 @@ class Mistral:
         folder = checkpoint.resolve(model)
         config = MistralConfig.from_folder(folder, **config_overrides)
         tokenizer = Tokenizer.from_folder(folder)
-        weights = checkpoint.load_weights(folder, config, dtype, progress)
+        weights = checkpoint.load_weights(folder, config, dtype, progress, quantize)
         if device.type != "cpu":
             for name in list(weights):  # one at a time: its pages are let go as it is copied
                 weights[name] = weights[name].to(device)

@@ -340,7 +340,7 @@ def test_unsupported_dtype(tmp_path, hf_weights, options):
     file = save_hf(tmp_path, hf_weights)
     message = refusal(tmp_path, **options)
     assert f"tensor '{Q0}' in {file}: expected dtype bfloat16, float16 or float32" in message
-    assert message.endswith("got I8")
+    assert message.endswith("got torch.int8")
 
 
 def test_unsupported_dtype_in_a_torch_file(tmp_path, hf_weights):

@@ -16,6 +16,8 @@ import pytest
 from checkpoints import TOKENIZERS, write_checkpoint
 
 import mistral_ext
+from mistral_ext.cli import main
+from mistral_ext.perplexity import perplexity
 
 ONCE = "Once upon a time"
 
@@ -129,6 +131,10 @@ def test_logprobs_are_shown():
         (["generate", "--device", "potato", ONCE], "device is 'potato', expected 'cpu' or 'cuda'"),
         (["generate", "--logit-bias", "99999=1", ONCE], "logit_bias has token id 99999"),
         (["chat"], "base model"),
+        (["perplexity", "--file", "no-such-file"], "no-such-file: No such file or directory"),
+        (["perplexity", "--file", "-"], "texts[0] is empty"),
+        (["quantize", "no/such/folder", "out", "--bits", "4"], "no/such/folder"),
+        (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists; expected a new"),
     ],
 )
 def test_errors_are_one_line(args, message, tmp_path):
@@ -145,6 +151,9 @@ def test_wrong_usage_is_status_2():
         (["generate", "--no-such-option", "x"], "unrecognized arguments: --no-such-option"),
         (["generate", "--temp", "1", "x"], "unrecognized arguments: --temp"),
         (["generate", "--logit-bias", "x", "y"], "argument --logit-bias: 'x' is not ID=X"),
+        (["generate", "--quantize", "int5", "x"], "argument --quantize: invalid choice: 'int5'"),
+        (["quantize", "a", "b"], "the following arguments are required: --bits"),
+        (["quantize", "a", "b", "--bits", "3"], "argument --bits: invalid choice: 3"),
     ):
         process = run(*args)
         assert process.returncode == 2
@@ -156,6 +165,56 @@ def test_traceback_on_request():
     process = run("generate", "--traceback", "--temperature", "-1", ONCE)
     assert process.returncode == 1
     assert b"Traceback" in process.stderr
+
+
+def test_quantised_model(tmp_path):
+    """Written once, or rounded while it is read: the same text and perplexity."""
+    folder, text = str(tmp_path / "quantised"), tmp_path / "text.txt"
+    process = run("quantize", str(mistral_ext.generation.DEMO_MODEL), folder, "--bits", "4")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.decode().startswith(f"{folder}/model.safetensors: 0.00 GB")
+    text.write_text("The king's daughter went into the wood. " * 20)
+    for args in (
+        ["generate", "--max-tokens", "30", ONCE],
+        ["perplexity", "--file", str(text), "--max-tokens", "100"],
+    ):
+        stored = run(args[0], "--model", folder, *args[1:])
+        assert stored.returncode == 0, stored.stderr
+        rounded = run(args[0], "--quantize", "int4", *args[1:])
+        assert rounded.stdout == stored.stdout
+    error = one_line_error(run("quantize", folder, str(tmp_path / "again"), "--bits", "8"))
+    assert "quantised already" in error
+
+
+def test_quantize_takes_a_group_and_a_dtype(tmp_path):
+    folder = tmp_path / "quantised"
+    options = ["--bits", "4", "--group", "32", "--dtype", "float32"]
+    assert main(["quantize", str(mistral_ext.generation.DEMO_MODEL), str(folder), *options]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"]["group_size"] == 32
+    assert config["torch_dtype"] == "float32"
+
+
+def test_perplexity(tmp_path):
+    texts = ["Once upon a time there was a king. " * 9, "He had a daughter.\n"]
+    files = []
+    for i, text in enumerate(texts):
+        files += ["--file", str(tmp_path / f"{i}.txt")]
+        (tmp_path / f"{i}.txt").write_text(text)
+    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.generation.DEMO_MODEL)
+    expected = perplexity(llm, texts)
+    process = run("perplexity", *files)
+    assert process.stdout.decode() == f"perplexity {expected.value:.4f}\n"
+    assert re.fullmatch(
+        rf"\[{expected.nll:.5f} nats a token, {expected.tokens} tokens in 2 segments, "
+        r"[\d.]+ tokens/s\]\n",
+        process.stderr.decode(),
+    )
+    shown = json.loads(run("perplexity", *files, "--json", "--prefill-chunk", "50").stdout)
+    assert shown["perplexity"] == pytest.approx(expected.value, rel=0.01)
+    assert (shown["tokens"], shown["segments"]) == (expected.tokens, 2)
+    from_stdin = run("perplexity", "--file", "-", stdin=texts[0])
+    assert from_stdin.stdout == run("perplexity", *files[:2]).stdout
 
 
 def test_info():

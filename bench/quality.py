@@ -1,0 +1,205 @@
+"""Measures what 8- and 4-bit weights cost: perplexity, and the distance of logits from fp32.
+
+    python bench/quality.py [--layers 2] [--tokens 128] [--threads N] [--json FILE]
+
+For the demo model on text that it has never seen, and for a model of Mistral 7B's shape with random
+weights, few layers and random tokens. Weights are bfloat16 to begin with: `fp32` rounds nothing
+else, `bf16` rounds activations, `int8` and `int4` both. `KL` is the mean divergence, in nats, of
+the distributions of the next token from those in fp32, `max` and `mean` are differences of logits.
+A random model is the worst case: it has learnt nothing that would outweigh the errors.
+
+Then other ways to get 4 bits, on the demo in fp32, so that nothing but the weights is rounded. Its
+perplexity is no measure to tell them apart: the demo is overfitted, and noise can help it. KL is.
+
+Takes a minute or two and 8 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from measure import machine, print_header, print_machine, print_row, write_json
+from models import mistral_7b
+from torch import Tensor
+
+from mistral_ext import Mistral, checkpoint
+from mistral_ext.config import MistralConfig
+from mistral_ext.generation import DEMO_MODEL
+from mistral_ext.model import Transformer
+from mistral_ext.perplexity import perplexity
+from mistral_ext.quantize import Quantization, Quantized, quantize
+from mistral_ext.tokenizer import Tokenizer
+
+HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "held_out.txt"
+COLUMNS = [("", -30), ("weights", 10), ("perplexity", 10), ("to bf16", 8)]
+COLUMNS += [("KL", 9), ("max", 8), ("mean", 8), ("same top", 8)]
+
+Weights = dict[str, Tensor | Quantized]
+
+
+@dataclass
+class Subject:
+    """A model in bfloat16, and what it is measured on."""
+
+    config: MistralConfig
+    weights: dict[str, Tensor]
+    ids: list[int]  # the logits after these are compared
+    tokenizer: Tokenizer | None = None
+    text: str | None = None  # for the perplexity
+
+    def llm(self, weights: Weights) -> Mistral:
+        return Mistral(self.config, Transformer(self.config, weights), self.tokenizer, DEMO_MODEL)
+
+
+def demo() -> Subject:
+    config = MistralConfig.from_folder(DEMO_MODEL)
+    tokenizer, text = Tokenizer.from_folder(DEMO_MODEL), HELD_OUT.read_text()
+    weights = checkpoint.load_weights(DEMO_MODEL, config)
+    return Subject(config, weights, tokenizer.encode(text)[:4096], tokenizer, text)
+
+
+def random_7b(layers: int, tokens: int) -> Subject:
+    torch.manual_seed(0)
+    config = mistral_7b(layers)
+    weights = {}
+    for name, shape in checkpoint.tensor_shapes(config).items():
+        is_norm = len(shape) == 1
+        weights[name] = (torch.ones(shape) if is_norm else torch.randn(shape) * 0.02).bfloat16()
+    return Subject(config, weights, torch.randint(3, config.vocab_size, (tokens,)).tolist())
+
+
+def quantized(weights: dict[str, Tensor], quantization: Quantization) -> Weights:
+    made: Weights = dict(weights)
+    for name, weight in weights.items():
+        bits = quantization.bits_of(name)
+        if bits is not None:
+            made[name] = quantize(weight, bits, quantization.group if bits == 4 else None, name)
+    return made
+
+
+FORMATS: dict[str, Callable[[dict[str, Tensor]], Weights]] = {
+    "fp32": lambda weights: {name: weight.float() for name, weight in weights.items()},
+    "bf16": dict,
+    "int8": lambda weights: quantized(weights, Quantization(8)),
+    "int4": lambda weights: quantized(weights, Quantization(4)),
+}
+
+
+def plain_rounding(weight: Tensor, group: int) -> Tensor:
+    """To the largest magnitude of a group over 7: what the search for scales is better than."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scales = (groups.abs().amax(2, keepdim=True) / 7).bfloat16().float()
+    return ((groups / scales).round().clamp(-8, 7) * scales).flatten(1)
+
+
+def searched(weight: Tensor, group: int) -> Tensor:
+    return quantize(weight, 4, group).dequantize()
+
+
+def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
+    """Name -> makes fp32 weights with only the layers' matrices rounded to 4 bits."""
+
+    def apply(method: Callable[[Tensor, int], Tensor], group: int) -> Weights:
+        made: Weights = {}
+        for name, weight in weights.items():
+            rounds = name != "output.weight" and Quantization(4).bits_of(name)
+            # The demo's hidden dimension, 704, is no multiple of 128.
+            fitting = math.gcd(group, weight.shape[-1])
+            made[name] = method(weight, fitting) if rounds else weight.float()
+        return made
+
+    ways = {"rounding": plain_rounding, "scales searched": searched}
+    return {
+        f"{way}, groups of {group}": lambda method=method, group=group: apply(method, group)
+        for group in (32, 64, 128)
+        for way, method in ways.items()
+    }
+
+
+def compare(logits: Tensor, exact: Tensor) -> dict[str, float]:
+    """Of [T, V] logits each."""
+    divergence, largest, total = 0.0, 0.0, 0.0
+    for ours, theirs in zip(logits.split(256), exact.split(256), strict=True):
+        expected, got = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+        divergence += (expected.exp() * (expected - got)).sum().item()
+        difference = (ours - theirs).abs()
+        largest = max(largest, difference.max().item())
+        total += difference.double().sum().item()
+    return {
+        "kl": divergence / len(exact),
+        "max_logit_error": largest,
+        "mean_logit_error": total / exact.numel(),
+        "same_top": (logits.argmax(-1) == exact.argmax(-1)).float().mean().item(),
+    }
+
+
+def measure(
+    subject: Subject, variants: dict[str, Callable[[], Weights]], exact: Tensor, base: float | None
+) -> dict[str, dict[str, float]]:
+    """A row for each variant. base: the perplexity in bf16; None: it is among the variants."""
+    rows = {}
+    print_header(COLUMNS)
+    for name, make in variants.items():
+        weights = make()
+        llm = subject.llm(weights)
+        row = {"weight_bytes": sum(weight.nbytes for weight in weights.values())}
+        if subject.text is not None:
+            row["perplexity"] = perplexity(llm, subject.text, progress=False).value
+            base = row["perplexity"] if name == "bf16" else base
+        row |= compare(llm.logits(subject.ids, chunk=512), exact)
+        rows[name] = row
+    for name, row in rows.items():
+        cells = [f"{row['weight_bytes'] / 1e6:.1f} MB", "", ""]
+        if base is not None:
+            cells[1:] = [f"{row['perplexity']:.3f}", f"{row['perplexity'] / base - 1:+.2%}"]
+        cells += [f"{row['kl']:.2e}", f"{row['max_logit_error']:.3f}"]
+        cells += [f"{row['mean_logit_error']:.4f}", f"{row['same_top']:.1%}"]
+        print_row(COLUMNS, [name, *cells])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=2, help="of the random model")
+    parser.add_argument("--tokens", type=int, default=128, help="read by the random model")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    facts = machine()
+    print_machine(facts)
+    report: dict = {"machine": facts}
+
+    for title, subject in (
+        ("demo", demo()),
+        ("random_7b", random_7b(args.layers, args.tokens)),
+    ):
+        exact = subject.llm(FORMATS["fp32"](subject.weights)).logits(subject.ids, chunk=512)
+        print(
+            f"\n{title}: {subject.config.n_layers} layers; {len(subject.ids)} tokens compared, "
+            f"whose logits have a standard deviation of {exact.std():.2f}"
+        )
+        formats = {
+            name: lambda make=make, weights=subject.weights: make(weights)
+            for name, make in FORMATS.items()
+        }
+        report[title] = measure(subject, formats, exact, None)
+        if subject.text is not None:
+            print("\nways to get 4 bits, on the demo in fp32")
+            base = report[title]["bf16"]["perplexity"]
+            ways = other_ways(subject.weights)
+            report["ways_to_4_bits"] = measure(subject, ways, exact, base)
+    if args.json:
+        write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

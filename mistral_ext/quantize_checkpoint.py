@@ -1,0 +1,104 @@
+"""Writes a model folder with weights in 8 or 4 bits: `mistral-ext quantize`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mistral_ext import checkpoint
+from mistral_ext.config import MistralConfig
+from mistral_ext.quantize import Quantization
+from mistral_ext.safetensors_file import Writer
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    bits: int,
+    group: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Path:
+    """Quantises a model, tensor by tensor, into a folder that loads without the original.
+
+    The folder is complete or not there: it is written beside `target` under another name, and
+    renamed at last. After an error or Ctrl-C nothing is left, and it can be begun again.
+
+    Args:
+        source: a model folder, or a hub id.
+        target: the folder to make; must not exist, or be empty.
+        bits: 8 or 4.
+        group: weights that share a scale, 32, 64 or 128, for 4 bits; None: 64.
+        dtype: of embeddings and norms, which are not quantised; None: as stored.
+        progress: show a progress bar if stderr is a terminal.
+
+    Returns:
+        `target`.
+
+    Raises:
+        FileExistsError: `target` is a file, or a folder with something in it.
+        FileNotFoundError, ValueError: naming what is wrong with the source, the tensor or the
+            argument; as :func:`mistral_ext.checkpoint.load_weights`.
+        OSError: for want of space, among others.
+    """
+    quantization = Quantization(bits, group)
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{str(target)!r} exists; expected a new or an empty folder")
+    source = checkpoint.resolve(source)
+    config = MistralConfig.from_folder(source)
+    if config.quantization is not None:
+        raise ValueError(
+            f"the weights in {str(source)!r} are quantised already, as {config.quantization}; "
+            "expected the original"
+        )
+    weights = checkpoint.Checkpoint(source, config, dtype, quantization)
+    config = dataclasses.replace(
+        config,
+        dtype=weights.dtype,
+        # The output weights are stored in 8 bits, even if they were the embeddings before.
+        tie_word_embeddings=False,
+        quantization=quantization,
+    )
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The folder inside becomes the target: unlike the temporary one, everyone may read it.
+    with tempfile.TemporaryDirectory(
+        prefix=f"{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        folder = Path(temporary, target.name)
+        folder.mkdir()
+        for file in _companions(source):
+            shutil.copyfile(file, folder / file.name)
+        (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+        _write_weights(folder / "model.safetensors", weights, config, progress)
+        if target.exists():
+            target.rmdir()  # an empty folder, or there is an error
+        folder.rename(target)
+    return target
+
+
+def _companions(source: Path) -> list[Path]:
+    found = {file for pattern in checkpoint.COMPANIONS for file in source.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def _write_weights(
+    file: Path, weights: checkpoint.Checkpoint, config: MistralConfig, progress: bool
+) -> None:
+    layout: dict[str, Tensor] = {}
+    for name, shape in checkpoint.tensor_shapes(config).items():
+        parts = config.quantization.parts(name, shape)
+        if parts is None:
+            parts = torch.empty(shape, dtype=weights.dtype, device="meta")
+        layout |= checkpoint.named_parts(name, parts)
+    with Writer(file, layout) as writer:
+        for name, weight in weights.weights(progress):
+            for stored_name, tensor in checkpoint.named_parts(name, weight).items():
+                writer.write(stored_name, tensor)

@@ -1,0 +1,172 @@
+"""The safetensors format, mapped into memory when read and written tensor by tensor.
+
+A file is the header's length (8 bytes, little-endian), the header (JSON: name to dtype, shape and
+the range of bytes), and the data without gaps. The library of the same name refuses a damaged file
+without naming a tensor, and writes only what is in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
+_ALIGNMENT = 64  # bytes: a cache line
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype | str  # str: the file's name for a dtype that is not supported
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]  # maps the tensor; reads no data yet
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# Reading
+
+
+def stored_tensors(file: Path) -> Iterator[StoredTensor]:
+    """The tensors of a file, in the order of their data.
+
+    Raises:
+        ValueError: the file is damaged or truncated; names the file and, if it can, the tensor.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        header_size = int.from_bytes(f.read(8), "little")
+        data_start = 8 + header_size
+        if data_start > size:
+            raise ValueError(
+                f"{file} is truncated, or not a safetensors file: its header should end at byte "
+                f"{data_start}, the file ends at byte {size}"
+            )
+        header = f.read(header_size)
+    try:
+        entries = _parse_header(header)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged safetensors header: {error!r}") from error
+
+    for name, dtype_name, shape, begin, end in entries:
+        if data_start + end > size:
+            raise ValueError(
+                f"{file} is truncated: tensor {name!r} should end at byte {data_start + end}, "
+                f"the file ends at byte {size}"
+            )
+        dtype = DTYPES.get(dtype_name, dtype_name)
+        if isinstance(dtype, torch.dtype) and end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{file}: tensor {name!r} of shape {shape} and dtype {dtype_name} should have "
+                f"{math.prod(shape) * dtype.itemsize} bytes, the header gives it {end - begin}"
+            )
+        read = partial(_map, file, data_start + begin, dtype, shape)
+        yield StoredTensor(name, file, dtype, shape, read)
+
+
+def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """(name, dtype, shape, first byte, last byte + 1) of each tensor, in the order of the data."""
+    entries = []
+    for name, entry in json.loads(header).items():
+        if name != "__metadata__":
+            begin, end = map(int, entry["data_offsets"])
+            shape = tuple(map(int, entry["shape"]))
+            entries.append((name, str(entry["dtype"]), shape, begin, end))
+            if not 0 <= begin <= end or min(shape, default=0) < 0:
+                raise ValueError(f"tensor {name!r} has impossible entry {entry}")
+    return sorted(entries, key=lambda entry: entry[-2:])
+
+
+def _map(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor over the file's own pages.
+
+    Each tensor has a mapping of its own, which goes when the tensor does: the source of a copied
+    tensor does not stay in memory.
+    """
+    n_bytes = math.prod(shape) * dtype.itemsize
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with file.open("rb") as f:
+        # ACCESS_COPY (private pages): torch has no read-only tensors, so an accidental write must
+        # neither crash nor reach the file.
+        pages = mmap.mmap(
+            f.fileno(), offset - start + n_bytes, access=mmap.ACCESS_COPY, offset=start
+        )
+    data = torch.frombuffer(pages, dtype=torch.uint8, count=n_bytes, offset=offset - start)
+    if data.data_ptr() % dtype.itemsize:  # the format permits a header of any length
+        data = data.clone()
+    return data.view(dtype).view(shape)
+
+
+# Writing
+
+
+class Writer:
+    """Writes a file whose tensors are known in advance, one after another, in any order.
+
+    Use it as a context manager. The file is complete, and on the disk, when every tensor has been
+    written and the block has been left without an error.
+
+    Args:
+        file: is created or replaced.
+        tensors: name to a tensor of its dtype and shape (on the meta device, for instance).
+
+    Raises:
+        OSError: for want of space, among others.
+    """
+
+    def __init__(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        # Largest elements first: then each tensor is aligned to its own, whatever the shapes. The
+        # tensors of Mistral 7B all begin at a multiple of 64 bytes.
+        by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        header: dict = {"__metadata__": {"format": "pt"}}
+        begin = 0
+        for name in by_size:
+            tensor = tensors[name]
+            end = begin + tensor.nbytes
+            header[name] = {
+                "dtype": names[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        header_bytes = json.dumps(header).encode()
+        header_bytes += b" " * (-(8 + len(header_bytes)) % _ALIGNMENT)
+        self._header = header
+        self._data_start = 8 + len(header_bytes)
+        self._file = file.open("wb")
+        self._file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a tensor, which must be contiguous and on the CPU, to its place."""
+        self._file.seek(self._data_start + self._header[name]["data_offsets"][0])
+        self._file.write(tensor.view(-1).view(torch.uint8).numpy())
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if error_type is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())

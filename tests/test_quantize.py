@@ -1,0 +1,236 @@
+"""mistral_ext.quantize: the format to the bit, and the error that it leaves."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from mistral_ext import quantize as quantize_module
+from mistral_ext.checkpoint import tensor_shapes
+from mistral_ext.config import MistralConfig
+from mistral_ext.quantize import DEFAULT_GROUP, GROUPS, Quantization, Quantized, quantize
+
+FORMATS = [(8, None), *((4, group) for group in GROUPS)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=FORMATS, ids=lambda f: f"{f[0]}-{f[1]}")
+def bits_and_group(request):
+    return request.param
+
+
+def decode(quantized: Quantized, bits: int, group: int | None) -> list[list[float]]:
+    """The specification, a weight at a time."""
+    rows = []
+    for words, scales in zip(quantized.values.tolist(), quantized.scales.tolist(), strict=True):
+        row = []
+        for k in range(len(words) * (1 if bits == 8 else 8)):
+            if bits == 8:
+                row.append(words[k] * scales[0])
+                continue
+            i = k % 8
+            nibble = ((words[k // 8] + 2**32) >> (4 * (i // 2) + 16 * (i % 2))) & 15
+            value = nibble - 16 if nibble > 7 else nibble
+            row.append(value * scales[k // group])
+        rows.append(row)
+    return rows
+
+
+def relative_error(quantized: Quantized, weight: torch.Tensor) -> float:
+    exact = weight.double()
+    return ((quantized.dequantize().double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_format(bits_and_group, rows, dtype, generator):
+    bits, group = bits_and_group
+    weight = torch.randn(rows, 384, generator=generator).to(dtype)
+    quantized = quantize(weight, bits, group)
+    assert quantized.bits == bits
+    assert quantized.shape == (rows, 384)
+    assert quantized.group == (group or 384)
+    assert quantized.values.dtype == (torch.int8 if bits == 8 else torch.int32)
+    assert quantized.values.shape == ((rows, 384) if bits == 8 else (rows, 48))
+    assert quantized.scales.dtype == torch.bfloat16
+    assert quantized.scales.shape == (rows, 384 // (group or 384))
+    assert quantized.values.is_contiguous()
+    assert quantized.scales.is_contiguous()
+    assert quantized.nbytes == rows * 384 * bits // 8 + quantized.scales.numel() * 2
+    assert quantized.dequantize().tolist() == decode(quantized, bits, group)
+    rounded = quantized.dequantize(torch.bfloat16)
+    assert torch.equal(rounded, quantized.dequantize().bfloat16())
+
+
+def test_representable_weights_come_back_to_the_bit(bits_and_group, generator):
+    """Any value in any place, and any scale."""
+    bits, group = bits_and_group
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    shape = (33, 256 // (group or 256), group or 256)
+    values = torch.randint(low, high + 1, shape, generator=generator)
+    values[..., 5] = low  # as a scale is the largest magnitude over that
+    scales = torch.randn(*shape[:2], 1, generator=generator).bfloat16().float()
+    if bits == 8:
+        scales.abs_()
+    quantized = quantize((values * scales).flatten(1), bits, group)
+    assert torch.equal(quantized.scales.float(), scales.squeeze(2))
+    assert torch.equal(quantized.dequantize(), (values * scales).flatten(1))
+    again = quantize(quantized.dequantize(), bits, group)
+    assert torch.equal(again.values, quantized.values)
+    assert torch.equal(again.scales, quantized.scales)
+
+
+def test_no_weight_is_off_by_more_than_half_a_step(bits_and_group, generator):
+    """But for those cut off on purpose, which have the outermost value."""
+    bits, group = bits_and_group
+    weight = torch.randn(64, 512, generator=generator)
+    quantized = quantize(weight, bits, group)
+    step = quantized.scales.float().abs().repeat_interleave(quantized.group, dim=1)
+    error = (quantized.dequantize() - weight).abs() / step
+    allowed = torch.full_like(error, 0.5 + 1e-4)
+    if bits == 4:
+        value = quantized.dequantize() / quantized.scales.float().repeat_interleave(group, dim=1)
+        allowed[(value == -8) | (value == 7)] = 8 * (1 / 0.7 - 1) + 1  # 0.7: the least scale tried
+    assert (error <= allowed).all()
+
+
+def test_search_leaves_less_error_than_rounding(generator):
+    """The figures in the module's documentation."""
+    weight = torch.randn(256, 4096, generator=generator)
+    scale = (weight.unflatten(1, (-1, 64)).abs().amax(2, keepdim=True) / 7).bfloat16().float()
+    plain = ((weight.unflatten(1, (-1, 64)) / scale).round().clamp(-8, 7) * scale).flatten(1)
+    assert ((plain - weight).norm() / weight.norm()).item() == pytest.approx(0.108, abs=5e-4)
+    assert relative_error(quantize(weight, 4), weight) == pytest.approx(0.090, abs=5e-4)
+
+
+def test_search_finds_the_best_scale_of_those_tried(generator):
+    """Against every scale and value in turn, in double precision."""
+    weight = torch.randn(8, 64, generator=generator)
+    quantized = quantize(weight, 4, 32)
+    for group, found in zip(
+        weight.view(-1, 32).double(), quantized.dequantize().view(-1, 32).double(), strict=True
+    ):
+        largest = group[group.abs().argmax()]
+        errors = []
+        for tried in (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06):
+            values = (group / (largest / -8 * tried)).round().clamp(-8, 7)
+            scale = (group @ values) / (values @ values)
+            errors.append((group - scale * values).square().sum())
+        # more only by what rounding the scale to bfloat16 does
+        assert (group - found).square().sum() <= min(errors) * 1.02
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros(bits):
+    weight = torch.zeros(3, 128)
+    weight[1, 70] = 127 / 64
+    quantized = quantize(weight, bits)
+    assert torch.equal(quantized.dequantize(), weight)
+    assert quantized.scales[0].eq(0).all()
+    assert quantized.values[0].eq(0).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-39, 1e-37, 1e30, 1e38])
+def test_extreme_magnitudes_stay_finite(bits, magnitude, generator):
+    weight = torch.randn(4, 64, generator=generator).clamp(-3, 3) * magnitude
+    dequantized = quantize(weight, bits).dequantize()
+    assert dequantized.isfinite().all()
+    if magnitude > 1e-36:
+        assert ((dequantized - weight) / magnitude).abs().max() < 0.4
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (1, 128), (5, 128), (301, 384)])
+def test_blocks_do_not_matter(bits_and_group, shape, generator, monkeypatch):
+    bits, group = bits_and_group
+    weight = torch.randn(shape, generator=generator)
+    whole = quantize(weight, bits, group)
+    for block in (1, 1000):
+        monkeypatch.setattr(quantize_module, "_BLOCK", block)
+        in_blocks = quantize(weight, bits, group)
+        assert torch.equal(in_blocks.values, whole.values)
+        assert torch.equal(in_blocks.scales, whole.scales)
+
+
+def test_any_strides_and_eight_bits_of_any_width(generator):
+    weight = torch.randn(96, 64, generator=generator).T
+    assert torch.equal(quantize(weight, 4, 32).values, quantize(weight.contiguous(), 4, 32).values)
+    odd = torch.randn(5, 37, generator=generator)
+    assert relative_error(quantize(odd, 8), odd) < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_number_is_refused_by_name(bits, value, dtype):
+    weight = torch.ones(600, 1024, dtype=dtype)
+    weight[517, 1001] = value
+    with pytest.raises(ValueError, match=r"tensor 'layers.3.x' holds NaN or infinity"):
+        quantize(weight, bits, name="layers.3.x")
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group", "message"),
+    [
+        ((4, 96), 4, 64, r"tensor 'w' of shape \(4, 96\) cannot .* groups of 64: its rows of 96"),
+        ((4, 96), 4, None, "groups of 64"),
+        ((4, 64), 4, 48, "group is 48, expected 32, 64 or 128"),
+        ((4, 64), 8, 64, "group is 64, but 8-bit weights have one scale per row"),
+        ((4, 64), 3, None, "bits is 3, expected 8 or 4"),
+        ((64,), 8, None, r"tensor 'w' of shape \(64,\): expected a matrix"),
+        ((4, 0), 8, None, r"tensor 'w' of shape \(4, 0\): expected a matrix"),
+    ],
+)
+def test_bad_arguments_are_named(shape, bits, group, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(torch.ones(shape), bits, group, "w")
+
+
+def test_names():
+    assert Quantization.from_name("int8") == Quantization(8)
+    assert Quantization.from_name("int4") == Quantization(4, DEFAULT_GROUP)
+    with pytest.raises(ValueError, match="quantize is 'int5', expected 'int8', 'int4' or None"):
+        Quantization.from_name("int5")
+
+
+@pytest.mark.parametrize(("bits", "gigabytes"), [(8, 7.38), (4, 4.11)])
+def test_what_a_7b_takes(bits, gigabytes):
+    config = MistralConfig(
+        vocab_size=32768,
+        dim=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        hidden_dim=14336,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        sliding_window=None,
+        max_positions=32768,
+        bos_id=1,
+        eos_ids=(2,),
+    )
+    quantization = Quantization(bits)
+    n_bytes, n_bits = 0, {}
+    for name, shape in tensor_shapes(config).items():
+        parts = quantization.parts(name, shape)
+        n_bytes += parts.nbytes if parts else 2 * torch.Size(shape).numel()
+        in_layer = re.sub(r"layers\.\d+\.", "", name)
+        n_bits[in_layer] = parts.bits if parts else None
+    assert n_bytes / 1e9 == pytest.approx(gigabytes, abs=0.01)
+    assert n_bits == {
+        "tok_embeddings.weight": None,
+        "attention_norm.weight": None,
+        "attention.wq.weight": bits,
+        "attention.wk.weight": bits,
+        "attention.wv.weight": bits,
+        "attention.wo.weight": bits,
+        "ffn_norm.weight": None,
+        "feed_forward.w1.weight": bits,
+        "feed_forward.w2.weight": bits,
+        "feed_forward.w3.weight": bits,
+        "norm.weight": None,
+        "output.weight": 8,
+    }
