@@ -35,17 +35,20 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
+  // Scratch for the results of parts of the keys. CPU: attention_scratch_bytes(p). CUDA: [S, Hkv,
+  // splits, 16, D + 4], or null with one split.
+  float* partials;
 
   // CUDA only
   int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
   int32_t splits;     // blocks among which the keys of a decode are divided
-  float* partials;    // scratch [S, Hkv, splits, 16, D + 4], or null with one split
   int32_t* counters;  // scratch [S, Hkv]: zeros, and left zeros
 };
 
 namespace cpu {
+int64_t attention_scratch_bytes(const AttentionParams& p);
 void attention(const AttentionParams& p, int threads);
-}
+}  // namespace cpu
 
 #ifdef MISTRAL_CUDA
 namespace cuda {

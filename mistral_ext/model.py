@@ -96,9 +96,10 @@ class Transformer:
             x = ops.attention(
                 q, k, v, k_pool, v_pool, sequences, window, max_count=max_count
             )  # [T, Hq, D]
+            if rows is not None and layer is self.layers[-1]:
+                # From here on tokens do not see each other: those without logits are done.
+                x, h = x[rows.to(self.device)], h[rows.to(self.device)]  # [N, ...]
             ops.linear_residual(x.flatten(1), layer.wo, h)
             x = ops.linear_swiglu(h, layer.w1, layer.w3, layer.ffn_norm, eps)  # [T, F]
             ops.linear_residual(x, layer.w2, h)
-        if rows is not None:
-            h = h[rows.to(self.device)]  # [N, E]
         return ops.linear(h, self.output, self.norm, eps).float()  # [N, V]

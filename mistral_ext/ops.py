@@ -46,6 +46,7 @@ def supported_isas() -> list[str]:
 def active_isa() -> str:
     """The one that they use: what `select_isa` or MISTRAL_EXT_ISA asked for, else the fastest.
 
+    But for amx, which has to be asked for: on hardware, it has not been tested or measured yet.
     ValueError, as from every op, if the environment variable names one that this machine lacks.
     """
     return _C.active_isa()
@@ -331,7 +332,29 @@ def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
     return counters
 
 
-@torch.library.impl("mistral_ext::attention", _DEVICES)
+_scratch_of_thread = threading.local()
+
+
+def _scratch(nbytes: int) -> int:
+    """The address of memory that a thread's calls use one after another, aligned to a cache line.
+
+    It is kept, as large as the largest call has needed: fresh pages would cost every call time.
+    """
+    scratch = getattr(_scratch_of_thread, "bytes", None)
+    if scratch is None or len(scratch) < nbytes + 64:
+        scratch = _scratch_of_thread.bytes = torch.empty(nbytes + 64, dtype=torch.uint8)
+    return -(-scratch.data_ptr() // 64) * 64
+
+
+@torch.library.impl("mistral_ext::attention", "cpu")
+def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
+    out = q.new_empty(q.shape)
+    given = (q, k, v, k_pool, v_pool, sequences)
+    _C.attention(*given, out, window, scale, max_count, _scratch, _lane(q))
+    return out
+
+
+@torch.library.impl("mistral_ext::attention", "cuda")
 def _(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
     out = q.new_empty(q.shape)
     lane = _lane(q)
@@ -352,20 +375,6 @@ def _(gate, up):
     out = gate.new_empty(gate.shape)
     _C.swiglu(gate, up, out, _lane(gate))
     return out
-
-
-_scratch_of_thread = threading.local()
-
-
-def _scratch(nbytes: int) -> int:
-    """The address of memory that a thread's calls use one after another, aligned to a cache line.
-
-    It is kept, as large as the largest call has needed: fresh pages would cost every call time.
-    """
-    scratch = getattr(_scratch_of_thread, "bytes", None)
-    if scratch is None or len(scratch) < nbytes + 64:
-        scratch = _scratch_of_thread.bytes = torch.empty(nbytes + 64, dtype=torch.uint8)
-    return -(-scratch.data_ptr() // 64) * 64
 
 
 def _linear(op, x, values, scales, norm, eps, out):

@@ -30,7 +30,6 @@ void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
   }
 }
 
-// scratch(partials, counters) returns the addresses of that many floats and zeroed ints.
 void use_scratch(AttentionParams& p, int64_t pool_rows, int device_index,
                  const py::object& scratch) {
   const CurrentDevice device(device_index);
@@ -45,6 +44,8 @@ void use_scratch(AttentionParams& p, int64_t pool_rows, int device_index,
 
 #endif
 
+// scratch: on the CPU a function of bytes that returns the address of that much memory, on a CUDA
+// device one of (partials, counters) that returns those of that many floats and zeroed ints.
 void attention(py::object q_, py::object k, py::object v, py::object k_pool, py::object v_pool,
                py::object sequences, py::object out_, std::optional<int64_t> window,
                std::optional<double> scale, std::optional<int64_t> max_count, py::object scratch,
@@ -69,6 +70,10 @@ void attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
     use_scratch(p, batch.k_pool.size(0), q.device_index(), scratch);
   }
 #endif
+  if (!q.is_cuda()) {
+    const int64_t bytes = cpu::attention_scratch_bytes(p);
+    if (bytes > 0) p.partials = reinterpret_cast<float*>(scratch(bytes).cast<uintptr_t>());
+  }
   run(q, lane, p, MISTRAL_KERNELS(attention));
 }
 

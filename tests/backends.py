@@ -1,5 +1,6 @@
 """More implementations of the ops, to be put in the place of `mistral_ext._C`: the emulator of CUDA
-kernels (tests/emulator), which is built here when first asked for, and a GPU."""
+kernels (tests/emulator) and that of AMX (tests/amx), which are built here when first asked for, and
+a GPU."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ import torch
 
 from mistral_ext import _C, ops
 
-SOURCE = Path(__file__).parent / "emulator"
-BUILD = SOURCE.parents[1] / "build" / f"emulator-{sys.implementation.cache_tag}"
+SOURCES = Path(__file__).parent
+BUILDS = SOURCES.parent / "build"
 OPS = ("attention", "rms_norm", "rope", "sample", "swiglu")  # those with a CUDA kernel
 
 # What a test needs that runs on a GPU, and the parameter of a fixture that does.
@@ -37,35 +38,36 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def build_emulator() -> ModuleType:
-    """Builds what has changed and loads it.
+def build_emulator(folder: str) -> ModuleType:
+    """Builds what has changed of tests/<folder> and loads its module, _<folder>.
 
-    Skips the test if something that the build needs is missing (see tests/emulator/CMakeLists.txt);
+    Skips the test if something that the build needs is missing (see its CMakeLists.txt);
     with MISTRAL_EXT_REQUIRE_EMULATOR=1 in the environment that is a failure, as it is in CI. So is
     a kernel that does not compile, always. With MISTRAL_EXT_SANITIZE=1 it is built
     with AddressSanitizer: see tests/sanitize.sh.
     """
     sanitize = os.environ.get("MISTRAL_EXT_SANITIZE") == "1"
-    build = BUILD.with_name(BUILD.name + "-sanitized") if sanitize else BUILD
+    suffix = "-sanitized" if sanitize else ""
+    build = BUILDS / f"{folder}-{sys.implementation.cache_tag}{suffix}"
     build.mkdir(parents=True, exist_ok=True)
     with open(build / "lock", "w") as lock:  # against a second pytest that builds as well
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _configure_and_build(build, sanitize)
-    (path,) = build.glob("_emulator.*.so")
-    spec = spec_from_file_location("_emulator", path)
+        _configure_and_build(SOURCES / folder, build, sanitize)
+    (path,) = build.glob(f"_{folder}.*.so")
+    spec = spec_from_file_location(f"_{folder}", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def _configure_and_build(build: Path, sanitize: bool) -> None:
+def _configure_and_build(source: Path, build: Path, sanitize: bool) -> None:
     try:
         import pybind11
 
         configure = [
             "cmake",
             "-GNinja",
-            f"-S{SOURCE}",
+            f"-S{source}",
             f"-B{build}",
             f"-DEMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -73,13 +75,13 @@ def _configure_and_build(build: Path, sanitize: bool) -> None:
         ]
         run(configure).check_returncode()
     except (ImportError, FileNotFoundError, subprocess.CalledProcessError) as error:
-        problem = f"the emulator cannot be built: {error}\n{getattr(error, 'stderr', None) or ''}"
+        problem = f"{source} cannot be built: {error}\n{getattr(error, 'stderr', None) or ''}"
         if os.environ.get("MISTRAL_EXT_REQUIRE_EMULATOR") == "1":
             pytest.fail(problem)
         pytest.skip(problem)
     built = run(["cmake", "--build", str(build)])
     if built.returncode != 0:
-        pytest.fail(f"the emulator does not compile:\n{built.stdout}")
+        pytest.fail(f"{source} does not compile:\n{built.stdout}")
 
 
 @contextmanager
@@ -185,6 +187,11 @@ def _in_place_of_c(implementation: SimpleNamespace) -> Iterator[None]:
 def use(emulator: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` runs CUDA kernels in the emulator."""
     return _in_place_of_c(emulated(emulator))
+
+
+def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
+    """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
+    return _in_place_of_c(SimpleNamespace(**{**vars(_C), "linear": amx.linear}))
 
 
 def use_gpu() -> AbstractContextManager[None]:

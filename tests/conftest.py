@@ -43,7 +43,7 @@ def _selected(isa):
 
 @pytest.fixture(scope="session")
 def emulator_module():
-    return backends.build_emulator()
+    return backends.build_emulator("emulator")
 
 
 @pytest.fixture

@@ -83,6 +83,31 @@ def test_long_after_the_window_was_passed(dtype):
         batch.step(counts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [32, 128])
+def test_few_tokens_and_many_keys(isa, dtype, dim):
+    """The keys of few tokens are divided among tasks: rings that have wrapped, and have not."""
+    positions = [1499, 2200, 7777, 1024, 1]
+    batch = RaggedBatch([1500, 2300, 1500, 1500, 1500], 1500, 4, 2, dim, dtype, positions=positions)
+    for counts in ((1, 2, 1, 1, 1), (3, 1, 4, 0, 1), (1, 8, 9, 1, 2)):
+        batch.step(counts)
+
+
+def test_divided_keys_give_the_same_bits_alone_and_on_any_number_of_threads(isa):
+    positions = [5000, 3333, 1200]
+    together = RaggedBatch([4096, 4096, 4096], 4096, positions=positions)
+    q, k, v = together.inputs(1 + 2 + 1)
+    pools, table = (together.k_pool, together.v_pool), together.table((1, 2, 1))
+    out = ops.attention(q, k, v, *pools, table, 4096)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.attention(q, k, v, *pools, table, 4096), out)
+    middle = table[1:2].clone()
+    middle[0, 0] = 0
+    new = slice(1, 3)
+    assert torch.equal(ops.attention(q[new], k[new], v[new], *pools, middle, 4096), out[new])
+
+
 def test_scores_are_multiplied_by_scale(isa):
     RaggedBatch([9], 9, scale=0.5).step((9,))
 

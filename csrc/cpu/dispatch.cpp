@@ -2,6 +2,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(MISTRAL_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "isa.h"
 #include "kernels.h"
 
@@ -20,9 +26,27 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+namespace amx {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
+
+// Whether the processor has AMX with bf16, and the kernel lets this process use it: tiles are 8 KB
+// more to save for a thread, which a process has to ask for.
+bool amx_permitted() {
+#if defined(MISTRAL_X86) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 bool processor_has(Isa isa) {
 #ifdef MISTRAL_X86
@@ -37,6 +61,10 @@ bool processor_has(Isa isa) {
              __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
       return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::amx: {
+      static const bool permitted = amx_permitted();
+      return permitted && processor_has(Isa::avx512_bf16);
+    }
   }
 #endif
   return isa == Isa::scalar;
@@ -44,6 +72,7 @@ bool processor_has(Isa isa) {
 
 const Kernels* table(Isa isa) {
 #ifdef MISTRAL_X86
+  if (isa == Isa::amx) return &amx::kernels;
   if (isa == Isa::avx512_bf16) return &avx512_bf16::kernels;
   if (isa == Isa::avx512) return &avx512::kernels;
   if (isa == Isa::avx2) return &avx2::kernels;
@@ -61,9 +90,18 @@ Isa find_supported(const std::string& wanted) {
                               "', expected one that this processor runs: " + names);
 }
 
+// Not amx: on hardware, it has neither been tested nor measured yet, only in an emulation.
+Isa fastest_isa() {
+  Isa fastest = Isa::scalar;
+  for (Isa isa : supported_isas()) {
+    if (isa != Isa::amx) fastest = isa;
+  }
+  return fastest;
+}
+
 Isa initial_isa() {
   const char* wanted = std::getenv("MISTRAL_EXT_ISA");
-  if (!wanted || !*wanted) return supported_isas().back();
+  if (!wanted || !*wanted) return fastest_isa();
   try {
     return find_supported(wanted);
   } catch (const std::invalid_argument& error) {
@@ -94,13 +132,14 @@ const char* name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
   }
   return "unknown";
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> supported;
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
     if (processor_has(isa)) supported.push_back(isa);
   }
   return supported;
@@ -114,6 +153,9 @@ void select_isa(const std::string& wanted) {
 }
 
 void attention(const AttentionParams& p, int threads) { active().kernels->attention(p, threads); }
+int64_t attention_scratch_bytes(const AttentionParams& p) {
+  return active().kernels->attention_scratch_bytes(p);
+}
 void linear(const LinearParams& p, int threads) { active().kernels->linear(p, threads); }
 int64_t linear_scratch_bytes(const LinearParams& p) {
   return active().kernels->linear_scratch_bytes(p);

@@ -6,7 +6,7 @@
 
 namespace mistral::cpu {
 
-enum class Isa { scalar, avx2, avx512, avx512_bf16 };
+enum class Isa { scalar, avx2, avx512, avx512_bf16, amx };
 
 const char* name(Isa isa);
 
@@ -14,7 +14,8 @@ const char* name(Isa isa);
 std::vector<Isa> supported_isas();
 
 // The set in use: the one that the environment variable MISTRAL_EXT_ISA names, else the fastest
-// supported one. Throws std::invalid_argument, as every op does, if it names another.
+// supported one but amx, which has to be asked for. Throws std::invalid_argument, as every op does,
+// if it names another.
 Isa active_isa();
 
 // Throws std::invalid_argument for a name that is unknown or that this processor cannot run.

@@ -16,6 +16,7 @@ namespace mistral::cpu {
 
 struct Kernels {
   void (*attention)(const AttentionParams&, int threads);
+  int64_t (*attention_scratch_bytes)(const AttentionParams&);
   void (*linear)(const LinearParams&, int threads);
   int64_t (*linear_scratch_bytes)(const LinearParams&);
   void (*rms_norm)(const RmsNormParams&, int threads);
@@ -28,6 +29,7 @@ struct Kernels {
 #ifdef MISTRAL_ISA
 namespace mistral::cpu::MISTRAL_ISA {
 void attention(const AttentionParams& p, int threads);
+int64_t attention_scratch_bytes(const AttentionParams& p);
 void linear(const LinearParams& p, int threads);
 int64_t linear_scratch_bytes(const LinearParams& p);
 void rms_norm(const RmsNormParams& p, int threads);

@@ -13,8 +13,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kMostRowsPerTask = 256;
-constexpr int64_t kBytesPerTask = 1 << 18;  // worth some microseconds of reading
+// What a task of few tokens reads: much more than what it begins to fetch too late.
+constexpr int64_t kBytesPerTask = 1 << 20;
+constexpr int64_t kMostRowsPerTask = 512;
 
 // Rows that a task multiplies, of one part; with SwiGLU of gate and up alike.
 struct RowBlock {
@@ -110,17 +111,17 @@ void pack_row(const LinearParams& p, int64_t token, T* normalised, Element* out)
 }
 
 // Packed rows [width, padded K] of one vector of tokens to the layout of linear_many.h.
-template <class A>
-void pack_vector(const typename A::Element* rows, int64_t inputs, int64_t vectors, int64_t vector,
-                 typename A::Element* out) {
+template <class Tile>
+void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
+                 int64_t vector, typename Tile::Element* out) {
   // An element, or a pair of them, has 4 bytes and moves as a whole.
   constexpr int64_t kUnits = 8;
-  static_assert(sizeof(typename A::Element) * A::kDepth == sizeof(uint32_t), "");
+  static_assert(sizeof(typename Tile::Element) * Tile::kDepth == sizeof(uint32_t), "");
   const int64_t all = padded(inputs);
-  for (int64_t begin = 0; begin < all; begin += kBlockDepth<A>) {
-    const int64_t depth = mistral::min(kBlockDepth<A>, all - begin);
+  for (int64_t begin = 0; begin < all; begin += Tile::kBlockDepth) {
+    const int64_t depth = mistral::min(Tile::kBlockDepth, all - begin);
     auto* block = out + begin * vectors * Vec::width + vector * depth * Vec::width;
-    for (int64_t k = 0; k < depth; k += kUnits * A::kDepth) {
+    for (int64_t k = 0; k < depth; k += kUnits * Tile::kDepth) {
       uint32_t units[Vec::width][kUnits];
       for (int64_t lane = 0; lane < Vec::width; ++lane) {
         memcpy(units[lane], rows + lane * all + begin + k, sizeof units[lane]);
@@ -128,7 +129,7 @@ void pack_vector(const typename A::Element* rows, int64_t inputs, int64_t vector
       for (int64_t unit = 0; unit < kUnits; ++unit) {
         uint32_t lanes[Vec::width];
         for (int64_t lane = 0; lane < Vec::width; ++lane) lanes[lane] = units[lane][unit];
-        memcpy(block + (k + unit * A::kDepth) * Vec::width, lanes, sizeof lanes);
+        memcpy(block + (k + unit * Tile::kDepth) * Vec::width, lanes, sizeof lanes);
       }
     }
   }
@@ -138,7 +139,7 @@ void pack_vector(const typename A::Element* rows, int64_t inputs, int64_t vector
 template <WeightFormat format, class T>
 using FewElement = typename ChunkOf<format, T>::type::Arithmetic::Element;
 template <class T>
-using ManyElement = typename ArithmeticOf<T>::type::Element;
+using ManyElement = typename TileOf<T>::type::Element;
 
 // The parts of the scratch memory.
 template <class T, class Element>
@@ -196,7 +197,7 @@ void linear_few(const LinearParams& p, int threads) {
 
 template <WeightFormat format, class T>
 void linear_many(const LinearParams& p, int threads) {
-  using A = typename ArithmeticOf<T>::type;
+  using Tile = typename TileOf<T>::type;
   // The order of k as `unpack` leaves it.
   using Order = typename ChunkOf<format, float>::type;
   const Scratch<T, ManyElement<T>> scratch(p);
@@ -211,17 +212,23 @@ void linear_many(const LinearParams& p, int threads) {
                       rows + i * stride_x);
     }
     memset(rows + count * stride_x, 0, (Vec::width - count) * stride_x * sizeof *rows);
-    pack_vector<A>(rows, p.inputs, vectors, vector, scratch.packed);
+    pack_vector<Tile>(rows, p.inputs, vectors, vector, scratch.packed);
   });
 
   const bool swiglu = p.epilogue == Epilogue::swiglu;
-  const int64_t rows_per_block = swiglu ? kBlockRows / 2 : kBlockRows;
-  const int64_t token_blocks = ceil_div(p.tokens, kBlockTokens);
+  const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
+  const int64_t parts = swiglu ? 2 : 1;  // whose rows go together
+  // As many rows as leave enough tasks to share out.
+  int64_t rows_per_task = Tile::kTaskRows / parts;
+  while (rows_per_task > Tile::kBlockRows / parts &&
+         count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
+    rows_per_task -= Tile::kBlockRows / parts;
+  }
   // Blocks of tokens come first, while the rows are in the cache.
-  parallel_for(threads, count_blocks(p, rows_per_block) * token_blocks, [&](int64_t task) {
-    const RowBlock block = block_at(p, rows_per_block, task / token_blocks);
-    const int64_t first_token = task % token_blocks * kBlockTokens;
-    const int64_t tokens = mistral::min(kBlockTokens, p.tokens - first_token);
+  parallel_for(threads, count_blocks(p, rows_per_task) * token_blocks, [&](int64_t task) {
+    const RowBlock block = block_at(p, rows_per_task, task / token_blocks);
+    const int64_t first_token = task % token_blocks * Tile::kBlockTokens;
+    const int64_t tokens = mistral::min(Tile::kBlockTokens, p.tokens - first_token);
     TaskRows rows{};
     rows.first = rows_of<format, T>(p, block.part, block.first);
     rows.first_count = rows.count = block.count;
@@ -229,16 +236,17 @@ void linear_many(const LinearParams& p, int threads) {
       rows.second = rows_of<format, T>(p, 1, block.first);
       rows.count += block.count;
     }
-    ManyBuffers<A> buffers;
+    ManyBuffers<Tile> buffers;
     multiply_many<format, T>(rows, scratch.packed, vectors, first_token / Vec::width,
                              ceil_div(tokens, Vec::width), buffers);
 
     // From rows of tokens to rows of outputs, one vector of tokens at a time.
     for (int64_t first = 0; first < tokens; first += Vec::width) {
-      float outputs[Vec::width][kBlockRows];
+      float outputs[Vec::width][Tile::kTaskRows];
+      const float* sums = buffers.sums + first * Tile::kTaskRows;
       for (int64_t row = 0; row < rows.count; ++row) {
         for (int64_t lane = 0; lane < Vec::width; ++lane) {
-          outputs[lane][row] = buffers.sums[row * kBlockTokens + first + lane];
+          outputs[lane][row] = sums[row * Vec::width + lane];
         }
       }
       const int64_t count = mistral::min(Vec::width, tokens - first);

@@ -1,5 +1,6 @@
 // The product of a few tokens with rows of a weight: reads the rows once from memory, several at a
-// time, for several tokens at a time; further tokens find the rows in the cache.
+// time, for several tokens at a time; further tokens find the rows in the cache. The next rows are
+// fetched meanwhile, in the order of addresses, which is what memory is fastest at.
 //
 // Every output is one vector of partial sums over k in order, whatever the number of tokens: a
 // sequence gets the same bits alone and in a batch.
@@ -10,9 +11,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kCacheLineBytes = 64;
-// How far ahead of its use each of the rows is fetched: further than the processor's own
-// prefetchers dare, and across the ends of rows, which they do not know.
-constexpr int64_t kAheadBytes = 2048;
+// How far ahead of its use memory is fetched at least: further than the processor's own prefetchers
+// dare, and across the ends of rows and pages, where they stop.
+constexpr int64_t kAheadBytes = 16384;
 
 // Rows that are multiplied at a time with N tokens: their sums, in total and of a group of values,
 // have to stay in registers.
@@ -27,19 +28,23 @@ constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
 template <class Chunk>
 constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
 
+// Into the L2 cache: the L1 has no room for as much.
+MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, 2);
+}
+
 // out[n * stride_out + r]: the products of the first R rows of `w` and N tokens, all of K. x is in
 // the order of Chunk::k_at, padded with zeros.
 template <class Chunk, int R, int N>
 void multiply(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, int64_t stride_x,
               float* out, int64_t stride_out) {
   using A = typename Chunk::Arithmetic;
-  const GroupScales groups(w.group_log2);
   constexpr int64_t kChunkBytes = Chunk::bytes(Chunk::kValues);
   Vec totals[N][R];
   for (int n = 0; n < N; ++n) {
     for (int r = 0; r < R; ++r) totals[n][r] = broadcast(0.0f);
   }
-  const auto accumulate = [&](int64_t k, auto values_of) {
+  const auto accumulate = [&](int64_t k, const GroupScales& groups, auto values_of) {
     Chunk chunks[R];
     for (int r = 0; r < R; ++r) chunks[r].take(values_of(r));
     Vec sums[N][R];
@@ -58,32 +63,35 @@ void multiply(const WeightRows& w, const typename Chunk::Arithmetic::Element* x,
       }
     }
     for (int r = 0; r < R; ++r) {
-      const Vec scales =
-          Chunk::kGrouped ? w.load_scales(groups, r, k, Chunk::kValues) : broadcast(1.0f);
+      Vec scales = broadcast(1.0f);
+      if (Chunk::kGrouped) {
+        scales = groups.load(w.scales + r * w.row_scales + (k >> w.group_log2));
+      }
       for (int n = 0; n < N; ++n) {
         totals[n][r] = kSumsChunks<Chunk> ? fma(sums[n][r], scales, totals[n][r]) : sums[n][r];
       }
     }
   };
 
+  // The rows are read side by side, so what comes in the order of addresses is fetched all of the R
+  // rows before it is used.
+  const int64_t ahead = mistral::max(kAheadBytes, R * w.row_bytes);
+  if (Chunk::kGrouped) {
+    const int64_t bytes = R * w.row_scales * int64_t{sizeof(bf16)};
+    fetch(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
+  }
+  const GroupScales groups(w.group_log2, Chunk::kValues);
   int64_t k = 0;
   for (; k + Chunk::kValues <= w.inputs; k += Chunk::kValues) {
-    // Past the end of these rows, the beginning of the next R.
-    int64_t ahead = Chunk::bytes(k) + kAheadBytes;
-    if (ahead >= w.row_bytes) ahead += (R - 1) * w.row_bytes;
-    for (int r = 0; r < R; ++r) {
-      for (int64_t line = 0; line < kChunkBytes; line += kCacheLineBytes) {
-        __builtin_prefetch(w.values + r * w.row_bytes + ahead + line);
-      }
-    }
-    accumulate(k, [&](int r) { return w.values + r * w.row_bytes + Chunk::bytes(k); });
+    fetch(w.values + R * Chunk::bytes(k) + ahead, R * kChunkBytes);
+    accumulate(k, groups, [&](int r) { return w.values + r * w.row_bytes + Chunk::bytes(k); });
   }
   if (k < w.inputs) {
     char rest[R][kChunkBytes] = {};
     for (int r = 0; r < R; ++r) {
       memcpy(rest[r], w.values + r * w.row_bytes + Chunk::bytes(k), Chunk::bytes(w.inputs - k));
     }
-    accumulate(k, [&](int r) { return rest[r]; });
+    accumulate(k, GroupScales(w.group_log2, w.inputs - k), [&](int r) { return rest[r]; });
   }
 
   for (int n = 0; n < N; ++n) {

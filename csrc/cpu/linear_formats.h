@@ -1,51 +1,10 @@
-// How the linear kernels multiply, and how they read weights of each format.
+// How the linear kernels read weights of each format.
 #pragma once
 
 #include "../linear.h"
-#include "simd.h"
+#include "arithmetic.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
-
-// The arithmetic of a product: Element is what activations and weights are when they are
-// multiplied, Operand a vector of them, each lane of which holds kDepth neighbours along k.
-struct Fp32 {
-  using Element = float;
-  using Operand = Vec;
-  static constexpr int64_t kDepth = 1;
-
-  static Operand load(const float* x) { return MISTRAL_ISA::load(x); }
-  static Operand splat(const float* x) { return broadcast(*x); }
-  static Vec multiply_add(Operand a, Operand b, Vec c) { return fma(a, b, c); }
-};
-
-#if defined(__AVX512BF16__)
-
-struct Bf16 {
-  using Element = bf16;
-  using Operand = Pairs;
-  static constexpr int64_t kDepth = 2;
-
-  static Operand load(const bf16* x) { return load_pairs(x); }
-  static Operand splat(const bf16* x) { return broadcast_pair(x); }
-  static Vec multiply_add(Operand a, Operand b, Vec c) { return dot(a, b, c); }
-};
-
-#endif
-
-// For activations of type T.
-template <class T>
-struct ArithmeticOf {
-  using type = Fp32;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct ArithmeticOf<bf16> {
-  using type = Bf16;
-};
-#endif
-
-template <class Arithmetic>
-constexpr int64_t kStep = Arithmetic::kDepth * Vec::width;  // values in an operand
 
 // Rows of activations and of unpacked weights are padded with zeros to a multiple of this, a whole
 // number of chunks of every format.
@@ -66,12 +25,6 @@ struct WeightRows {
     rows.values += row * row_bytes;
     if (scales) rows.scales += row * row_scales;
     return rows;
-  }
-
-  // int4: the scales of `count` values of row r from k on, 8 of them to a lane.
-  Vec load_scales(const GroupScales& groups, int64_t r, int64_t k, int64_t count) const {
-    const int64_t there = mistral::min(count, inputs - k) >> group_log2;
-    return groups.load(scales + r * row_scales + (k >> group_log2), mistral::max(1, there));
   }
 };
 

@@ -1,38 +1,91 @@
 // The product of many tokens with rows of a weight, in blocks that stay in the caches:
 //
-//   for each block of kBlockDepth values of k
-//     unpack the block of all rows into the L2 cache, whatever their format
-//     for each M vectors of tokens (their block stays in the L1 cache)
+//   for each block of kBlockDepth values of k and kBlockRows rows
+//     unpack the block, whatever its format
+//     for each M vectors of tokens
 //       for each R rows: multiply, with the R x M sums in registers
 //
 // The lanes of a vector are tokens; a value of a weight is broadcast to all of them. So weights
 // need no other order than that of their file, and only activations are packed:
 //
 //   x [K / kBlockDepth, T / width, kBlockDepth / kDepth, width, kDepth]
+//
+// How R rows and M vectors are multiplied, and the sizes of the blocks, are a class of their own:
+// VectorTile, or AmxTile in linear_amx.h.
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "linear_amx.h"
+#endif
 #include "linear_formats.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A block of activations or of weights has 256 words of 4 bytes of each token or row.
+// With vectors. The weights of a block stay in the L2 cache, its activations of M vectors in L1.
 template <class A>
-constexpr int64_t kBlockDepth = 256 * A::kDepth;
-constexpr int64_t kBlockTokens = 256;
-constexpr int64_t kBlockRows = 96;  // a multiple of all tile_rows
+struct VectorTile {
+  using Element = typename A::Element;
+  static constexpr int64_t kDepth = A::kDepth;
+  // A block has 256 words of 4 bytes of each token or row.
+  static constexpr int64_t kBlockDepth = 256 * kDepth;
+  static constexpr int64_t kBlockTokens = 256;
+  static constexpr int64_t kBlockRows = 96;         // a multiple of rows()
+  static constexpr int64_t kTaskRows = kBlockRows;  // a multiple of those of a block
 
-// Vectors of tokens that are multiplied at a time, and the rows that go with them: as many as leave
-// the sums, the vectors and a broadcast value in registers.
-constexpr int64_t kTileVectors = Vec::width == 1 ? 1 : 2;
-constexpr int tile_rows(int vectors) {
-  return Vec::width == 1 ? 4 : Vec::width == 8 && vectors == 2 ? 6 : 12;
-}
+  // Vectors of tokens that are multiplied at a time, and the rows that go with them: as many as
+  // leave the sums, the vectors and a broadcast value in registers.
+  static constexpr int64_t kVectors = Vec::width == 1 ? 1 : 2;
+  static constexpr int rows(int vectors) {
+    return Vec::width == 1 ? 4 : Vec::width == 8 && vectors == 2 ? 6 : 12;
+  }
 
-// One task's weights and sums.
-template <class A>
+  struct Setup {};
+
+  // sums [M, R of kTaskRows, width] = (or, if not the first block of k, +=) products over `depth`
+  // values, which are summed on their own: one running sum over thousands of values would lose
+  // digits. `weights` and `sums` are those of all rows of a block, of which R begin at `row`.
+  template <int R, int M>
+  static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
+                       int64_t depth, bool first, float* sums) {
+    Vec tile[R][M];
+    for (int r = 0; r < R; ++r) {
+      for (int m = 0; m < M; ++m) tile[r][m] = broadcast(0.0f);
+    }
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      typename A::Operand tokens[M];
+      for (int m = 0; m < M; ++m) tokens[m] = A::load(x + m * stride_x + k * Vec::width);
+      for (int r = 0; r < R; ++r) {
+        const auto weight = A::splat(weights + (row + r) * kBlockDepth + k);
+        for (int m = 0; m < M; ++m) tile[r][m] = A::multiply_add(weight, tokens[m], tile[r][m]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int m = 0; m < M; ++m) {
+        float* sum = sums + (m * kTaskRows + row + r) * Vec::width;
+        store(sum, first ? tile[r][m] : load(sum) + tile[r][m]);
+      }
+    }
+  }
+};
+
+// For activations of type T.
+template <class T>
+struct TileOf {
+  using type = VectorTile<typename ArithmeticOf<T>::type>;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct TileOf<bf16> {
+  using type = AmxTile;
+};
+#endif
+
+// One task's sums, and the weights of a block.
+template <class Tile>
 struct ManyBuffers {
-  alignas(64) float sums[kBlockRows * kBlockTokens];  // [rows, tokens]
-  alignas(64) typename A::Element weights[kBlockRows * kBlockDepth<A>];
+  // [tokens / width, rows, width], so that those of a tile are neighbours
+  alignas(64) float sums[Tile::kBlockTokens * Tile::kTaskRows];
+  alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
 // Two vectors of values, in order.
@@ -78,7 +131,7 @@ MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
   }
   if constexpr (format == WeightFormat::int4) {
     const Words words = load_words(values);
-    const Vec scales = w.load_scales(GroupScales(w.group_log2), 0, k, kUnpacked);
+    const Vec scales = GroupScales(w.group_log2, w.inputs - k).load(w.scales + (k >> w.group_log2));
     for (int i = 0; i < 8; i += 2) {
       put(out + i * Vec::width, int4_value(words, i) * scales, int4_value(words, i + 1) * scales);
     }
@@ -98,92 +151,82 @@ MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
   }
 }
 
-// sums [R, M vectors] = (or, if not the first block of k, +=) products over `depth` values, which
-// are summed on their own: one running sum over thousands of values would lose digits.
-template <class A, int R, int M>
-void multiply_tile(const typename A::Element* weights, const typename A::Element* x,
-                   int64_t stride_x, int64_t depth, bool first, float* sums) {
-  Vec tile[R][M];
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) tile[r][m] = broadcast(0.0f);
-  }
-  for (int64_t k = 0; k < depth; k += A::kDepth) {
-    typename A::Operand tokens[M];
-    for (int m = 0; m < M; ++m) tokens[m] = A::load(x + m * stride_x + k * Vec::width);
-    for (int r = 0; r < R; ++r) {
-      const auto weight = A::splat(weights + r * kBlockDepth<A> + k);
-      for (int m = 0; m < M; ++m) tile[r][m] = A::multiply_add(weight, tokens[m], tile[r][m]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) {
-      float* sum = sums + r * kBlockTokens + m * Vec::width;
-      store(sum, first ? tile[r][m] : load(sum) + tile[r][m]);
-    }
-  }
-}
-
-// All rows of a task, M vectors of tokens. Calls before_tile(row, rows) before each tile.
-template <class A, int M, class BeforeTile>
-void multiply_vectors(const ManyBuffers<A>& buffers, int64_t rows, const typename A::Element* x,
-                      int64_t stride_x, int64_t depth, bool first, float* sums,
-                      const BeforeTile& before_tile) {
-  constexpr int R = tile_rows(M);
+// All rows of a block, M vectors of tokens. Calls before_tile(row, rows) before each tile.
+template <class Tile, int M, class BeforeTile>
+void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
+                      const typename Tile::Element* x, int64_t stride_x, int64_t depth, bool first,
+                      float* sums, const BeforeTile& before_tile) {
+  constexpr int R = Tile::rows(M);
+  static_assert(Tile::kBlockRows % R == 0, "");
   for (int64_t row = 0; row < rows; row += R) {
     before_tile(row, R);
-    multiply_tile<A, R, M>(buffers.weights + row * kBlockDepth<A>, x, stride_x, depth, first,
-                           sums + row * kBlockTokens);
+    Tile::template multiply<R, M>(weights, row, x, stride_x, depth, first, sums);
   }
 }
 
-// buffers.sums [rows, tokens] = the products of up to kBlockRows rows and up to kBlockTokens
-// tokens, which are `vectors` of the packed x's all_vectors, from first_vector on.
-template <WeightFormat format, class T, class A>
-void multiply_many(const TaskRows& rows, const typename A::Element* x, int64_t all_vectors,
-                   int64_t first_vector, int64_t vectors, ManyBuffers<A>& buffers) {
+// Adds to (or, at the beginning of k, sets) the sums of a block: of the rows from first_row on and
+// the values from `begin` on, with all tokens of the task. x: those of its tokens.
+template <WeightFormat format, class T, class Tile>
+void multiply_block(const TaskRows& rows, int64_t first_row, int64_t begin, int64_t depth,
+                    const typename Tile::Element* x, int64_t vectors, ManyBuffers<Tile>& buffers) {
+  using Chunk = typename ChunkOf<format, T>::type;
+  const int64_t count = mistral::min(Tile::kBlockRows, rows.count - first_row);
+  for (int64_t row = 0; row < count; ++row) {
+    const WeightRows w = rows.at(first_row + row);
+    for (int64_t k = 0; k < depth; k += kUnpacked) {
+      unpack<format, T>(w, begin + k, buffers.weights + row * Tile::kBlockDepth + k);
+    }
+  }
+
+  // The next values of these rows are fetched a little before each tile, because rows are too far
+  // apart and what is read of them too short for the processor to see what is coming.
+  const int64_t next = Chunk::bytes(begin + depth);
+  const int64_t next_bytes =
+      mistral::min(Chunk::bytes(Tile::kBlockDepth), rows.first.row_bytes - next);
+  const int64_t steps = ceil_div(vectors, Tile::kVectors);
+  const int64_t step_bytes = ceil_div(ceil_div(next_bytes, steps), 64) * 64;
+
+  const int64_t stride_x = depth * Vec::width;
+  for (int64_t vector = 0; vector < vectors; vector += Tile::kVectors) {
+    const int64_t from_byte = vector / Tile::kVectors * step_bytes;
+    const int64_t to_byte = mistral::min(from_byte + step_bytes, next_bytes);
+    const auto fetch = [&](int64_t row, int64_t tile_rows) {
+      for (int64_t r = row; r < mistral::min(row + tile_rows, count); ++r) {
+        const char* values = rows.at(first_row + r).values + next;
+        for (int64_t byte = from_byte; byte < to_byte; byte += 64) {
+          __builtin_prefetch(values + byte, 0, 2);  // into the L2 cache
+        }
+      }
+    };
+    const auto* from = x + vector * stride_x;
+    float* sums = buffers.sums + (vector * Tile::kTaskRows + first_row) * Vec::width;
+    const bool first = begin == 0;
+    if (vector + Tile::kVectors <= vectors) {
+      multiply_vectors<Tile, Tile::kVectors>(buffers.weights, count, from, stride_x, depth, first,
+                                             sums, fetch);
+    } else {
+      multiply_vectors<Tile, 1>(buffers.weights, count, from, stride_x, depth, first, sums, fetch);
+    }
+  }
+}
+
+// buffers.sums = the products of up to kTaskRows rows and up to kBlockTokens tokens, which are
+// `vectors` of the packed x's all_vectors, from first_vector on.
+template <WeightFormat format, class T, class Tile>
+void multiply_many(const TaskRows& rows, const typename Tile::Element* x, int64_t all_vectors,
+                   int64_t first_vector, int64_t vectors, ManyBuffers<Tile>& buffers) {
+  [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
   // The last tile of rows may go beyond them.
-  memset(buffers.weights + rows.count * kBlockDepth<A>, 0,
-         (kBlockRows - rows.count) * kBlockDepth<A> * sizeof(typename A::Element));
-  for (int64_t begin = 0; begin < inputs; begin += kBlockDepth<A>) {
-    const int64_t depth = mistral::min(kBlockDepth<A>, inputs - begin);
-    for (int64_t row = 0; row < rows.count; ++row) {
-      const WeightRows w = rows.at(row);
-      for (int64_t k = 0; k < depth; k += kUnpacked) {
-        unpack<format, T>(w, begin + k, buffers.weights + row * kBlockDepth<A> + k);
-      }
-    }
-
-    // The next block of the weights is fetched a little before each tile, because its rows are too
-    // far apart and too short for the processor to see what is coming.
-    const int64_t next = ChunkOf<format, T>::type::bytes(begin + depth);
-    const int64_t next_bytes =
-        mistral::min(ChunkOf<format, T>::type::bytes(kBlockDepth<A>), rows.first.row_bytes - next);
-    const int64_t steps = ceil_div(vectors, kTileVectors);
-    const int64_t step_bytes = ceil_div(ceil_div(next_bytes, steps), 64) * 64;
-
-    const int64_t stride_x = depth * Vec::width;
-    const auto* block = x + begin * all_vectors * Vec::width + first_vector * stride_x;
-    for (int64_t vector = 0; vector < vectors; vector += kTileVectors) {
-      const int64_t from_byte = vector / kTileVectors * step_bytes;
-      const int64_t to_byte = mistral::min(from_byte + step_bytes, next_bytes);
-      const auto fetch = [&](int64_t row, int64_t count) {
-        for (int64_t r = row; r < mistral::min(row + count, rows.count); ++r) {
-          const char* values = rows.at(r).values + next;
-          for (int64_t byte = from_byte; byte < to_byte; byte += 64) {
-            __builtin_prefetch(values + byte, 0, 2);  // into the L2 cache
-          }
-        }
-      };
-      const auto* from = block + vector * stride_x;
-      float* sums = buffers.sums + vector * Vec::width;
-      const bool first = begin == 0;
-      if (vector + kTileVectors <= vectors) {
-        multiply_vectors<A, kTileVectors>(buffers, rows.count, from, stride_x, depth, first, sums,
-                                          fetch);
-      } else {
-        multiply_vectors<A, 1>(buffers, rows.count, from, stride_x, depth, first, sums, fetch);
-      }
+  for (int64_t row = rows.count; row < Tile::kBlockRows; ++row) {
+    memset(buffers.weights + row * Tile::kBlockDepth, 0,
+           Tile::kBlockDepth * sizeof(typename Tile::Element));
+  }
+  for (int64_t begin = 0; begin < inputs; begin += Tile::kBlockDepth) {
+    const int64_t depth = mistral::min(Tile::kBlockDepth, inputs - begin);
+    const auto* block = x + (begin * all_vectors + first_vector * depth) * Vec::width;
+    for (int64_t row = 0; row < rows.count; row += Tile::kBlockRows) {
+      multiply_block<format, T>(rows, row, begin, depth, block, vectors, buffers);
     }
   }
 }

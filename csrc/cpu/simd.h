@@ -160,20 +160,22 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, int4_shift(i)), values)};
 }
-// Loads scales of groups of 2^group_log2 values, 8 of which go with each lane.
+// Loads the scales of as many values as Words has, in groups of 2^group_log2: 8 values go with each
+// lane.
 struct GroupScales {
   __m512i index;  // of the scale of each lane, in its high half: a bf16 is the high half of a float
+  __mmask8 there;  // scales that are there
 
-  explicit GroupScales(int group_log2) {
+  GroupScales(int group_log2, int64_t values) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m128i lanes_log2 = _mm_cvtsi32_si128(group_log2 - 3);
     index = _mm512_slli_epi32(_mm512_srl_epi32(lane, lanes_log2), 16);
+    const int64_t count = mistral::max(1, mistral::min(values, 8 * Vec::width) >> group_log2);
+    there = static_cast<__mmask8>((1 << count) - 1);
   }
-  // `count`: of the scales that are there; lanes of others get 0
-  MISTRAL_SIMD Vec load(const bf16* scales, int64_t count) const {
-    const __m128i there = _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << count) - 1), scales);
-    return {_mm512_castsi512_ps(
-        _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index, _mm512_castsi128_si512(there)))};
+  MISTRAL_SIMD Vec load(const bf16* scales) const {
+    const __m512i found = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(there, scales));
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index, found))};
   }
 };
 
@@ -299,10 +301,13 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   return {_mm256_cvtepi32_ps(_mm256_srai_epi32(high, 28))};
 }
 struct GroupScales {
-  explicit GroupScales(int) {}
-  MISTRAL_SIMD Vec load(const bf16* scales, int64_t count) const {
+  bool two;  // a scale for each half of the lanes
+
+  GroupScales(int group_log2, int64_t values)
+      : two(mistral::min(values, 8 * Vec::width) >> group_log2 > 1) {}
+  MISTRAL_SIMD Vec load(const bf16* scales) const {
     const __m128 first = _mm_set1_ps(to_float(scales[0]));
-    return {_mm256_set_m128(count > 1 ? _mm_set1_ps(to_float(scales[1])) : first, first)};
+    return {_mm256_set_m128(two ? _mm_set1_ps(to_float(scales[1])) : first, first)};
   }
 };
 
@@ -349,10 +354,8 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   return {static_cast<float>(static_cast<int32_t>(w.v << (28 - int4_shift(i))) >> 28)};
 }
 struct GroupScales {
-  explicit GroupScales(int) {}
-  MISTRAL_SIMD Vec load(const bf16* scales, int64_t) const {
-    return broadcast(to_float(scales[0]));
-  }
+  GroupScales(int, int64_t) {}
+  MISTRAL_SIMD Vec load(const bf16* scales) const { return broadcast(to_float(scales[0])); }
 };
 
 #endif
@@ -406,5 +409,86 @@ template <>
 MISTRAL_SIMD Vec round_to<float>(Vec x) {
   return x;
 }
+
+// The lanes of two vectors in turn: a0 b0 a1 b1 ..., in two vectors.
+#if defined(__AVX512F__)
+MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  out[0] = {_mm512_permutex2var_ps(a.v, low, b.v)};
+  out[1] = {_mm512_permutex2var_ps(a.v, high, b.v)};
+}
+#elif defined(__AVX2__)
+MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
+  const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+  out[0] = {_mm256_permute2f128_ps(low, high, 0x20)};
+  out[1] = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+#else
+MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
+  out[0] = a;
+  out[1] = b;
+}
+#endif
+
+#if defined(__AVX512BF16__)
+MISTRAL_SIMD void interleave(Pairs a, Pairs b, Pairs out[2]) {
+  Vec halves[2];
+  interleave(Vec{_mm512_castsi512_ps(a.v)}, Vec{_mm512_castsi512_ps(b.v)}, halves);
+  for (int i = 0; i < 2; ++i) out[i] = {_mm512_castps_si512(halves[i].v)};
+}
+// Pairs of a value of `a` and one of `b`: of their first halves, then of their second halves.
+MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // In each lane the index of a value of a, and above it that of the same one of b.
+  const __m512i low = _mm512_or_si512(_mm512_slli_epi32(lane, 16),
+                                      _mm512_or_si512(lane, _mm512_set1_epi32(32 << 16)));
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
+  out[0] = {_mm512_permutex2var_epi16(a.v, low, b.v)};
+  out[1] = {_mm512_permutex2var_epi16(a.v, high, b.v)};
+}
+#endif
+
+// Transposes a square of lanes. Each round takes the highest bit of an element's row to the lowest
+// of its column, and the highest of its column to the lowest of its row; after as many rounds as
+// there are bits the two have changed places.
+template <class Lanes>
+MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
+  for (int round = Vec::width; round > 1; round /= 2) {
+    Lanes next[Vec::width];
+    for (int i = 0; i < Vec::width / 2; ++i) {
+      interleave(rows[i], rows[i + Vec::width / 2], next + 2 * i);
+    }
+    for (int i = 0; i < Vec::width; ++i) rows[i] = next[i];
+  }
+}
+
+// Lane i is the sum of a[i]: the sum of the rows of the transpose, added as early as may be.
+MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
+  Vec left[Vec::width];
+  for (int i = 0; i < Vec::width; ++i) left[i] = a[i];
+  for (int count = Vec::width / 2; count > 0; count /= 2) {
+    for (int i = 0; i < count; ++i) {
+      Vec halves[2];
+      interleave(left[i], left[i + count], halves);
+      left[i] = halves[0] + halves[1];
+    }
+  }
+  return left[0];
+}
+
+// In each lane the largest of its quarter of the lanes; with one lane, that one.
+#if defined(__AVX512F__)
+MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
+  a = vmax(a, Vec{_mm512_permute_ps(a.v, 0b10110001)});
+  return vmax(a, Vec{_mm512_permute_ps(a.v, 0b01001110)});
+}
+#elif defined(__AVX2__)
+MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
+  return vmax(a, Vec{_mm256_permute_ps(a.v, 0b10110001)});
+}
+#else
+MISTRAL_SIMD Vec largest_of_quarter(Vec a) { return a; }
+#endif
 
 }  // namespace mistral::cpu::MISTRAL_ISA

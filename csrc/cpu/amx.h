@@ -1,0 +1,66 @@
+// The instructions of AMX, one function each. A thread has 8 tiles, matrix registers of up to 16
+// rows of 64 bytes, which it has to configure before it uses them. Tests emulate them: tests/amx.
+#pragma once
+
+#include <cstdint>
+
+namespace mistral::cpu {
+
+constexpr int kTiles = 8;
+constexpr int kTileRows = 16;
+constexpr int kTileRowBytes = 64;
+
+// What ldtilecfg reads.
+struct TileConfig {
+  uint8_t palette;
+  uint8_t start_row;  // where an interrupted load or store goes on
+  uint8_t reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+static_assert(sizeof(TileConfig) == 64, "");
+
+// Every tile has all of its rows.
+constexpr TileConfig whole_tiles() {
+  TileConfig config{};
+  config.palette = 1;
+  for (int tile = 0; tile < kTiles; ++tile) {
+    config.row_bytes[tile] = kTileRowBytes;
+    config.rows[tile] = kTileRows;
+  }
+  return config;
+}
+
+// Of this thread, and sets all tiles to zero. The compiler's own intrinsics are not used here:
+// GCC 12's for this one declares 8 of the 64 bytes as read, and those that load and store tiles
+// declare no memory at all, so that it may drop or move what the program writes there.
+[[gnu::always_inline]] inline void tile_configure(const TileConfig& config) {
+  asm volatile("ldtilecfg %0" : : "m"(config));
+}
+
+// Back to the state before tile_configure, in which a switch of threads has no tiles to save.
+[[gnu::always_inline]] inline void tile_release() { asm volatile("tilerelease"); }
+
+template <int tile>
+[[gnu::always_inline]] inline void tile_zero() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+
+// Its rows lie `stride` bytes apart.
+template <int tile>
+[[gnu::always_inline]] inline void tile_load(const void* p, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+[[gnu::always_inline]] inline void tile_store(void* p, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
+}
+
+// c [16][16] floats += a [16][32] * b, of bf16; b holds rows 2 k and 2 k + 1 in pairs:
+// [16][16 columns][2]. The products of 32 values are summed on their own, then added to c.
+template <int c, int a, int b>
+[[gnu::always_inline]] inline void tile_dot_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+
+}  // namespace mistral::cpu

@@ -1,0 +1,71 @@
+// How products are computed: in fp32, or of pairs of bf16 where the instruction set has that.
+//
+// Element is what the factors are when they are multiplied, Operand a vector of them. Each of its
+// lanes holds kDepth neighbours along the sum.
+#pragma once
+
+#include "simd.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+struct Fp32 {
+  using Element = float;
+  using Operand = Vec;
+  static constexpr int64_t kDepth = 1;
+
+  static Operand load(const float* x) { return MISTRAL_ISA::load(x); }
+  static Operand splat(const float* x) { return broadcast(*x); }
+  static void store(float* p, Operand x) { MISTRAL_ISA::store(p, x); }
+  static Vec multiply_add(Operand a, Operand b, Vec c) { return fma(a, b, c); }
+
+  // kStep neighbours in memory, widened
+  template <class T>
+  static Operand load_row(const T* x) {
+    return MISTRAL_ISA::load(x);
+  }
+  // kStep columns of kDepth rows, which are neighbours along the sum
+  template <class T>
+  static void load_columns(const T* const rows[kDepth], Operand out[kDepth]) {
+    out[0] = MISTRAL_ISA::load(rows[0]);
+  }
+  // kStep neighbours, rounded to Element
+  static Operand convert(const Vec x[kDepth]) { return x[0]; }
+};
+
+#if defined(__AVX512BF16__)
+
+struct Bf16 {
+  using Element = bf16;
+  using Operand = Pairs;
+  static constexpr int64_t kDepth = 2;
+
+  static Operand load(const bf16* x) { return load_pairs(x); }
+  static Operand splat(const bf16* x) { return broadcast_pair(x); }
+  static void store(bf16* p, Operand x) { store_pairs(p, x); }
+  static Vec multiply_add(Operand a, Operand b, Vec c) { return dot(a, b, c); }
+
+  static Operand load_row(const bf16* x) { return load_pairs(x); }
+  static void load_columns(const bf16* const rows[kDepth], Operand out[kDepth]) {
+    pair_up(load_pairs(rows[0]), load_pairs(rows[1]), out);
+  }
+  static Operand convert(const Vec x[kDepth]) { return to_pairs(x[0], x[1]); }
+};
+
+#endif
+
+// For activations of type T.
+template <class T>
+struct ArithmeticOf {
+  using type = Fp32;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ArithmeticOf<bf16> {
+  using type = Bf16;
+};
+#endif
+
+template <class Arithmetic>
+constexpr int64_t kStep = Arithmetic::kDepth * Vec::width;  // values in an operand
+
+}  // namespace mistral::cpu::MISTRAL_ISA

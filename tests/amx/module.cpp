@@ -1,0 +1,86 @@
+// The module `_amx`: `linear` of mistral_ext._C with the kernels of AMX, on emulated instructions,
+// and these on their own. Errors of the emulation are exceptions here.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../../csrc/linear.h"
+#include "../../python/ops.h"
+#include "emulation.h"
+#include "trap.h"
+
+namespace py = pybind11;
+
+namespace mistral::cpu {
+namespace {
+
+void check() {
+  const std::string error = emulated::take_error();
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+}  // namespace
+
+namespace amx {
+int64_t linear_scratch_bytes(const LinearParams& p);
+void linear(const LinearParams& p, int threads);
+}  // namespace amx
+
+// The bindings call these.
+int64_t linear_scratch_bytes(const LinearParams& p) { return amx::linear_scratch_bytes(p); }
+void linear(const LinearParams& p, int threads) {
+  {
+    const emulated::Trap trap;
+    amx::linear(p, threads);
+  }
+  check();
+  if (emulated::configured_threads() != 0) {
+    throw std::runtime_error("a thread has not released its tiles");
+  }
+}
+
+}  // namespace mistral::cpu
+
+using namespace mistral;
+using namespace mistral::cpu;
+
+PYBIND11_MODULE(_amx, m) {
+  python::bind_linear(m);
+  m.def("configure", [](const py::bytes& bytes) {
+    TileConfig config;
+    const std::string copy = bytes;
+    if (copy.size() != sizeof config) throw py::value_error("expected 64 bytes");
+    memcpy(&config, copy.data(), sizeof config);
+    emulated::configure(config);
+    check();
+  });
+  m.def("configure_whole_tiles", [] { emulated::configure(whole_tiles()); });
+  m.def("release", [] { emulated::release(); });
+  m.def("zero", [](int tile) {
+    emulated::zero(tile);
+    check();
+  });
+  m.def("load", [](int tile, uintptr_t p, int64_t stride) {
+    emulated::load(tile, reinterpret_cast<const void*>(p), stride);
+    check();
+  });
+  m.def("store", [](int tile, uintptr_t p, int64_t stride) {
+    emulated::store(tile, reinterpret_cast<void*>(p), stride);
+    check();
+  });
+  m.def("dot_bf16", [](int c, int a, int b) {
+    emulated::dot_bf16(c, a, b);
+    check();
+  });
+  m.def("take_counts", [] {
+    const emulated::Counts counts = emulated::take_counts();
+    py::dict out;
+    out["configured"] = counts.configured;
+    out["loads"] = counts.loads;
+    out["stores"] = counts.stores;
+    out["dots"] = counts.dots;
+    return out;
+  });
+}
