@@ -20,67 +20,14 @@ import time
 from pathlib import Path
 
 import torch
-from measure import machine, print_header, print_machine, print_row, read_bandwidth, write_json
+from measure import machine, print_header, print_machine, print_row, write_json
+from models import mistral_7b, random_weights, step_bytes
+from peaks import read_bandwidth
+from peers import Transformers
 
 from mistral_ext import Mistral, checkpoint
-from mistral_ext.checkpoint import hugging_face_name, tensor_shapes
 from mistral_ext.config import MistralConfig
 from mistral_ext.model import Transformer
-
-
-def mistral_7b(layers: int) -> MistralConfig:
-    """Mistral 7B v0.1 with fewer layers."""
-    return MistralConfig(
-        vocab_size=32000,
-        dim=4096,
-        n_layers=layers,
-        n_heads=32,
-        n_kv_heads=8,
-        head_dim=128,
-        hidden_dim=14336,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=4096,
-        max_positions=32768,
-        bos_id=1,
-        eos_ids=(2,),
-    )
-
-
-def random_weights(config: MistralConfig) -> dict[str, torch.Tensor]:
-    block = torch.randn(2**22).mul_(0.02).bfloat16()  # repeated: making more would take minutes
-    weights = {}
-    for name, shape in tensor_shapes(config).items():
-        count = torch.Size(shape).numel()
-        weights[name] = block.repeat(-(-count // len(block)))[:count].view(shape)
-    return weights
-
-
-def in_transformers(config: MistralConfig, weights: dict[str, torch.Tensor]):
-    """transformers' model over the same tensors."""
-    import transformers
-
-    with torch.device("meta"):
-        model = transformers.MistralForCausalLM(
-            transformers.MistralConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.dim,
-                intermediate_size=config.hidden_dim,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                rms_norm_eps=config.norm_eps,
-                sliding_window=config.sliding_window,
-                max_position_embeddings=config.max_positions,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            )
-        )
-    state = {hugging_face_name(name): w for name, w in weights.items()}
-    model.load_state_dict(state, assign=True)
-    # The one buffer, which is no part of the state, has to be made for real.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    return model.eval()
 
 
 def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:
@@ -89,15 +36,12 @@ def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:
     return timing.prompt_rate, timing.decode_rate
 
 
-@torch.inference_mode()
-def run_theirs(model, ids: list[int], tokens: int) -> tuple[float, float]:
+def run_theirs(peer: Transformers, ids: list[int], tokens: int) -> tuple[float, float]:
     begin = time.perf_counter()
-    out = model(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
+    step = peer.decoder(1, ids)
     first = time.perf_counter()
     for _ in range(tokens):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
+        step()
     return len(ids) / (first - begin), tokens / (time.perf_counter() - first)
 
 
@@ -133,8 +77,7 @@ def main() -> None:
         folder, config = Path("random"), mistral_7b(args.layers)
         weights = random_weights(config)
     llm = Mistral(config, Transformer(config, weights), None, folder)
-    # A step reads one row of the embeddings and all of the rest.
-    nbytes = sum(w.nbytes for name, w in weights.items() if name != "tok_embeddings.weight")
+    nbytes = step_bytes(weights)
     print(
         f"{config.n_layers} layers, {nbytes / 1e9:.2f} GB of {llm.model.dtype} weights a step, "
         f"ready after {time.perf_counter() - begin:.1f} s; prompt {args.prompt} tokens"
@@ -143,7 +86,7 @@ def main() -> None:
 
     runs = {"mistral_ext": lambda: run_ours(llm, ids, args.tokens)}
     if not args.no_peer:
-        peer = in_transformers(config, weights)
+        peer = Transformers(config, weights)
         runs["transformers"] = lambda: run_theirs(peer, ids, args.tokens)
     rates = {name: [] for name in runs}
     memory = {}

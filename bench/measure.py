@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peaks import BEYOND_CACHES, read_bandwidth
 
 from mistral_ext import ops
-
-# More than the last-level cache of the machines at hand; inputs that a model would read from
-# memory are rotated over this much.
-BEYOND_CACHES = 256 * 2**20  # bytes
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -50,14 +47,14 @@ def median_seconds(
     stop = time.perf_counter() + seconds * len(functions)
     while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() < stop):
         for function, samples in zip(functions, times, strict=True):
-            _spin(PAUSE)
+            spin(PAUSE)
             begin = time.perf_counter()
             function()
             samples.append(time.perf_counter() - begin)
     return [statistics.median(samples) for samples in times]
 
 
-def _spin(seconds: float) -> None:
+def spin(seconds: float) -> None:
     """Waits without letting the processor rest: it would begin the next call slowly."""
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop:
@@ -84,17 +81,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def read_bandwidth() -> float:
-    """Bytes per second that torch's threads read from memory: the best of several sums."""
-    buffer = torch.ones(2 * BEYOND_CACHES // 8, dtype=torch.int64)  # ones: pages that exist
-    times = []
-    for _ in range(24):
-        begin = time.perf_counter()
-        buffer.sum()
-        times.append(time.perf_counter() - begin)
-    return buffer.nbytes / min(times)
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""A model of Mistral 7B's shape with random weights, for the benchmarks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext.checkpoint import tensor_shapes
+from mistral_ext.config import MistralConfig
+from mistral_ext.quantize import Quantization, Quantized, quantize
+
+
+def mistral_7b(layers: int) -> MistralConfig:
+    """Mistral 7B v0.1 with fewer layers."""
+    return MistralConfig(
+        vocab_size=32000,
+        dim=4096,
+        n_layers=layers,
+        n_heads=32,
+        n_kv_heads=8,
+        head_dim=128,
+        hidden_dim=14336,
+        norm_eps=1e-5,
+        rope_theta=1e4,
+        sliding_window=4096,
+        max_positions=32768,
+        bos_id=1,
+        eos_ids=(2,),
+    )
+
+
+def random_weights(config: MistralConfig) -> dict[str, Tensor]:
+    """In bf16. Tensors of one shape are equal."""
+    block = torch.randn(2**22).mul_(0.02).bfloat16()  # repeated: making more would take minutes
+    weights = {}
+    for name, shape in tensor_shapes(config).items():
+        count = torch.Size(shape).numel()
+        weights[name] = block.repeat(-(-count // len(block)))[:count].view(shape)
+    return weights
+
+
+def quantized(weights: dict[str, Tensor], bits: int) -> dict[str, Tensor | Quantized]:
+    """What loading `random_weights` with 8 or 4 bits would give.
+
+    Only one tensor of each shape is quantised, because they are equal; the others are copies.
+    """
+    quantization = Quantization(bits)
+    done: dict[tuple[torch.Size, int], Quantized] = {}
+    result: dict[str, Tensor | Quantized] = {}
+    for name, weight in weights.items():
+        bits_of_weight = quantization.bits_of(name)
+        if bits_of_weight is None:
+            result[name] = weight
+            continue
+        key = weight.shape, bits_of_weight
+        if key in done:
+            result[name] = Quantized(*(part.clone() for part in done[key]))
+        else:
+            result[name] = done[key] = quantize(weight, bits_of_weight, name=name)
+    return result
+
+
+def step_bytes(weights: dict[str, Tensor | Quantized]) -> int:
+    """Bytes of weights that a decode step reads: of the embeddings one row, and all of the rest."""
+    return sum(w.nbytes for name, w in weights.items() if name != "tok_embeddings.weight")
+
+
+def flops(config: MistralConfig, batch: int, tokens: int, history: int = 0) -> int:
+    """What `tokens` new ones in each of `batch` sequences need, where only the last one's logits
+    are wanted: the matrices of the layers for each token, but in the last layer those after
+    attention, and the output matrix, only for the last; and the products of attention with
+    `history` and each other, as long as no window is full."""
+    sizes = {
+        name: shape[0] * shape[1]
+        for name, shape in tensor_shapes(config).items()
+        if len(shape) == 2 and name != "tok_embeddings.weight"
+    }
+    last_layer = f"layers.{config.n_layers - 1}."
+    after_attention = {f"{last_layer}attention.wo.weight", "output.weight"} | {
+        f"{last_layer}feed_forward.{w}.weight" for w in ("w1", "w2", "w3")
+    }
+    products = sum(
+        size * (1 if name in after_attention else tokens) for name, size in sizes.items()
+    )
+    seen = tokens * history + tokens * (tokens + 1) // 2  # pairs of query and key
+    attention = config.n_layers * 2 * seen * config.n_heads * config.head_dim
+    return 2 * batch * (products + attention)

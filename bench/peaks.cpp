@@ -1,0 +1,253 @@
+// What this machine can do at most: how fast its threads read memory, and how fast they multiply
+// when all operands are in registers. Built and called by peaks.py, with -march=native: what the
+// compiler may use is what the processor has.
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_TILE__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+// Independent chains of multiply-adds, to hide the latency of one; AVX2 has only 16 registers.
+constexpr int kChains = kVectorBytes == 32 ? 12 : 24;
+
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef std::int64_t IntVector __attribute__((vector_size(kVectorBytes)));
+
+// Tells the compiler that the value is needed, and may become another one.
+template <class T>
+void touch(T& value) {
+  asm volatile("" : : "r"(&value) : "memory");
+}
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// Calls work(thread, pass) on `threads` threads for each of `passes`, which all begin together.
+// Returns the seconds of the shortest pass, until its last thread was done.
+template <class Work>
+double shortest_pass(int threads, int passes, const Work& work) {
+  std::atomic<int> begun{0}, done{0};
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) {
+    others.emplace_back([&, thread] {
+      for (int pass = 0; pass < passes; ++pass) {
+        while (begun.load() <= pass) std::this_thread::yield();
+        work(thread, pass);
+        ++done;
+      }
+    });
+  }
+  double shortest = std::numeric_limits<double>::infinity();
+  for (int pass = 0; pass < passes; ++pass) {
+    const auto begin = Clock::now();
+    begun = pass + 1;
+    work(0, pass);
+    while (done.load() < (threads - 1) * (pass + 1)) std::this_thread::yield();
+    shortest = std::min(shortest, seconds_since(begin));
+  }
+  for (auto& thread : others) thread.join();
+  return shortest;
+}
+
+// Reads `bytes` as kStreams runs that advance together, eight lines of 64 bytes in a turn. A line
+// is prefetched kAhead bytes before, if that is not 0, and into the first cache alone: nothing is
+// read twice.
+template <int kStreams, int kAhead>
+void read_all(const char* data, std::size_t bytes) {
+  constexpr int kLine = 64, kLines = 8 / kStreams;
+  const std::size_t run = bytes / kStreams;
+  IntVector bits[8] = {};
+  for (std::size_t at = 0; at < run; at += kLines * kLine) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const char* line = data + i / kLines * run + at + i % kLines * kLine;
+      if (kAhead) __builtin_prefetch(line + kAhead, 0, 0);
+#pragma GCC unroll 4
+      for (int j = 0; j < kLine; j += kVectorBytes) {
+        bits[i] |= *reinterpret_cast<const IntVector*>(line + j);
+      }
+    }
+  }
+  IntVector any = bits[0] | bits[1] | bits[2] | bits[3] | bits[4] | bits[5] | bits[6] | bits[7];
+  touch(any);
+}
+
+// A unit of arithmetic: `step` is one instruction, which adds to a sum kOps operations' worth of
+// the operand's values; the sums of several steps are independent of each other.
+struct Float32 {
+  using Register = FloatVector;
+  static constexpr double kOps = 2.0 * kVectorBytes / sizeof(float);
+  static Register operand() { return Register{} + 0.5f; }
+  // The sum is a factor: a product of operands alone could be computed once, before the loop.
+  static Register step(Register sum, Register x) { return sum * x + x; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16 {
+  using Register = __m512;
+  static constexpr double kOps = 2 * 32;
+  static Register operand() { return _mm512_castsi512_ps(_mm512_set1_epi16(0x3f80)); }
+  static Register step(Register sum, Register x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x);
+  }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+struct Int8 {
+  using Register = __m512i;
+  static constexpr double kOps = 2 * 64;
+  static Register operand() { return _mm512_set1_epi8(1); }
+  static Register step(Register sum, Register x) {
+    asm("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(x));  // GCC 12 spills the sums of the intrinsic
+    return sum;
+  }
+};
+#endif
+
+template <class Unit>
+void repeat(long turns) {
+  typename Unit::Register x = Unit::operand(), sums[kChains];
+  touch(x);
+  sums[0] = x;
+#pragma GCC unroll 24
+  for (int i = 1; i < kChains; ++i) sums[i] = sums[i - 1] + x;  // equal ones would be one chain
+  for (long turn = 0; turn < turns; ++turn) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) sums[i] = Unit::step(sums[i], x);
+  }
+  auto total = sums[0];
+#pragma GCC unroll 24
+  for (int i = 1; i < kChains; ++i) total += sums[i];
+  touch(total);  // not each of the sums: they would be kept in memory, in the loop, too
+}
+
+template <class Unit>
+double rate(int threads, int passes) {
+  constexpr long kTurns = 20000000 / kChains;  // some milliseconds
+  const double seconds = shortest_pass(threads, passes, [](int, int) { repeat<Unit>(kTurns); });
+  return Unit::kOps * kTurns * kChains * threads / seconds;
+}
+
+#if defined(__AMX_TILE__)
+// Six sums of 16 x 16 (tiles 0 to 5), each += tile 6 * tile 7 in turn.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The kernel lets a process use tiles when it asks to.
+bool allow_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+template <class Multiply>
+double tile_rate(int threads, int passes, double ops, const Multiply& multiply) {
+  constexpr long kTurns = 60000;  // some milliseconds
+  const double seconds = shortest_pass(threads, passes, [&](int, int) {
+    TileConfig config;
+    touch(config);  // GCC 12 believes that only its first 8 bytes are read
+    _tile_loadconfig(&config);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (long turn = 0; turn < kTurns; ++turn) multiply();
+    _tile_release();
+  });
+  return 6 * ops * kTurns * threads / seconds;
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+// Bytes per second. data: aligned to 64 bytes, larger than the caches; bytes beyond the last
+// multiple of 512 per thread are left out. Half of the passes read one run per thread with
+// prefetches, half four runs without: it depends on the processor which is faster.
+double read_bandwidth(const char* data, std::size_t bytes, int threads, int passes) {
+  const std::size_t part = bytes / threads / 512 * 512;
+  const double seconds = shortest_pass(threads, passes, [=](int thread, int pass) {
+    const char* own = data + thread * part;
+    pass % 2 ? read_all<4, 0>(own, part) : read_all<1, 6144>(own, part);
+  });
+  return part * threads / seconds;
+}
+
+// Operations (a multiplication and an addition are two) per second; 0: the machine, or the
+// compiler, does not have the instruction.
+double fp32_rate(int threads, int passes) { return rate<Float32>(threads, passes); }
+
+double bf16_rate(int threads, int passes) {
+#if defined(__AVX512BF16__)
+  return rate<Bfloat16>(threads, passes);
+#else
+  return 0;
+#endif
+}
+
+double int8_rate(int threads, int passes) {
+#if defined(__AVX512VNNI__)
+  return rate<Int8>(threads, passes);
+#else
+  return 0;
+#endif
+}
+
+double amx_bf16_rate(int threads, int passes) {
+#if defined(__AMX_BF16__)
+  if (!allow_tiles()) return 0;
+  return tile_rate(threads, passes, 2.0 * 16 * 16 * 32, [] {
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_dpbf16ps(3, 6, 7);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_dpbf16ps(5, 6, 7);
+  });
+#else
+  return 0;
+#endif
+}
+
+double amx_int8_rate(int threads, int passes) {
+#if defined(__AMX_INT8__)
+  if (!allow_tiles()) return 0;
+  return tile_rate(threads, passes, 2.0 * 16 * 16 * 64, [] {
+    _tile_dpbssd(0, 6, 7);
+    _tile_dpbssd(1, 6, 7);
+    _tile_dpbssd(2, 6, 7);
+    _tile_dpbssd(3, 6, 7);
+    _tile_dpbssd(4, 6, 7);
+    _tile_dpbssd(5, 6, 7);
+  });
+#else
+  return 0;
+#endif
+}
+}

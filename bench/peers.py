@@ -1,0 +1,267 @@
+"""Other engines with the same random model, for cpu.py and generate.py: transformers and llama.cpp.
+
+    pip install transformers gguf && pip install --no-binary llama-cpp-python llama-cpp-python
+    python bench/cpu.py --peers transformers,llama.cpp
+
+An engine has a `name`, `nbytes` (of the weights that a decode step reads) and these methods:
+
+    prompt(ids)          reads a prompt and computes the token after it, in a new sequence
+    decoder(batch, ids)  reads a prompt in each of `batch` new sequences; returns a function that
+                         computes the next token of each and feeds it back, greedily
+    close()              lets the memory go
+
+llama.cpp is a peer, not a dependency: it takes part if `llama_cpp` (llama-cpp-python, built here
+from its source distribution, for this processor) and `gguf` can be imported. It is called through
+its C API with batches of tokens, so that nothing of Python's is in its times but reading the
+logits. It runs the model as architecture "llama", without the window, which prompts this short do
+not fill.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from models import step_bytes
+from torch import Tensor
+
+from mistral_ext.checkpoint import hugging_face_name
+from mistral_ext.config import MistralConfig
+
+# Name -> modules that it needs.
+PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}
+
+# Our name of the weights -> llama.cpp's.
+LLAMA_CPP_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+
+
+class Transformers:
+    """transformers' model over the same tensors.
+
+    Args:
+        config: the shape.
+        weights: in bf16, with Mistral's names.
+    """
+
+    name = "transformers"
+
+    def __init__(self, config: MistralConfig, weights: dict[str, Tensor]):
+        import transformers
+
+        with torch.device("meta"):
+            model = transformers.MistralForCausalLM(
+                transformers.MistralConfig(
+                    vocab_size=config.vocab_size,
+                    hidden_size=config.dim,
+                    intermediate_size=config.hidden_dim,
+                    num_hidden_layers=config.n_layers,
+                    num_attention_heads=config.n_heads,
+                    num_key_value_heads=config.n_kv_heads,
+                    head_dim=config.head_dim,
+                    rms_norm_eps=config.norm_eps,
+                    sliding_window=config.sliding_window,
+                    max_position_embeddings=config.max_positions,
+                    rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                )
+            )
+        state = {hugging_face_name(name): weight for name, weight in weights.items()}
+        model.load_state_dict(state, assign=True)
+        # The one buffer, which is no part of the state, has to be made for real.
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        self.nbytes = step_bytes(weights)
+        self._model = model.eval()
+
+    def prompt(self, ids: list[int]) -> None:
+        self.decoder(1, ids)
+
+    def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
+        past, tokens = None, torch.tensor([ids] * batch)
+
+        @torch.inference_mode()
+        def step() -> None:
+            nonlocal past, tokens
+            out = self._model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+        step()
+        return step
+
+    def close(self) -> None:
+        self._model = None
+
+
+def available() -> list[str]:
+    """The peers that can be imported here."""
+    return [name for name, modules in PEERS.items() if all(map(importlib.util.find_spec, modules))]
+
+
+def _llama_cpp():
+    """The module, without its log, which tells of every tensor; errors are returned, too."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
+    return llama_cpp
+
+
+def llama_cpp_build() -> str:
+    """What llama.cpp was compiled for: "AVX2 AVX512 ...". It knows only what it has, not the
+    processor."""
+    info = _llama_cpp().llama_print_system_info().decode()
+    return " ".join(part.split("=")[0].split(":")[-1].strip() for part in info.split("|")[:-1])
+
+
+class LlamaCppFiles:
+    """The random model in llama.cpp's format, in a temporary folder, made when asked for."""
+
+    def __init__(self, config: MistralConfig, weights: dict[str, Tensor]):
+        self._config, self._weights = config, weights
+        self._folder = tempfile.TemporaryDirectory(prefix="mistral_ext-")
+
+    def path(self, file_type: str) -> Path:
+        """The file of "BF16", "Q8_0" or "Q4_0".
+
+        llama.cpp quantises by itself, as for anyone: with Q4_0, the output matrix becomes Q6_K.
+        """
+        llama_cpp = _llama_cpp()
+        path = Path(self._folder.name, f"{file_type}.gguf")
+        if not path.exists() and file_type == "BF16":
+            self._write(path)
+        elif not path.exists():
+            params = llama_cpp.llama_model_quantize_default_params()
+            params.nthread = torch.get_num_threads()
+            params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+            source = self.path("BF16")
+            if llama_cpp.llama_model_quantize(
+                str(source).encode(), str(path).encode(), ctypes.byref(params)
+            ):
+                raise RuntimeError(f"llama.cpp could not make {file_type} of {source}")
+        return path
+
+    def _write(self, path: Path) -> None:
+        import gguf
+
+        config = self._config
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(config.n_layers)
+        writer.add_context_length(config.max_positions)
+        writer.add_embedding_length(config.dim)
+        writer.add_feed_forward_length(config.hidden_dim)
+        writer.add_head_count(config.n_heads)
+        writer.add_head_count_kv(config.n_kv_heads)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+        writer.add_tokenizer_model("no_vocab")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+        for name, weight in self._weights.items():
+            target = names.get_name(name, try_suffixes=(".weight",))
+            if weight.dim() == 1:
+                writer.add_tensor(target, weight.float().numpy())
+            else:
+                # Its query and key rows have another order, which random ones do not need.
+                data = weight.view(torch.uint8).numpy()
+                writer.add_tensor(target, data, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+class LlamaCpp:
+    """llama.cpp with one file of LlamaCppFiles, and as many threads as torch has.
+
+    Args:
+        path: the file.
+        max_tokens: of all sequences together.
+        max_sequences: of all decoders and prompts since the last `prompt`.
+    """
+
+    def __init__(self, path: Path, max_tokens: int = 2048, max_sequences: int = 8):
+        from gguf import GGUFReader
+
+        llama_cpp = _llama_cpp()
+
+        self.name = f"llama.cpp {path.stem}"
+        self.nbytes = sum(
+            int(t.n_bytes) for t in GGUFReader(path).tensors if t.name != "token_embd.weight"
+        )
+        self._lib = llama_cpp
+        self._model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = max_tokens
+        params.n_seq_max = max_sequences
+        params.kv_unified = True  # else a sequence could have only its share of max_tokens
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self._context = self._model and llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp could not load {path}")
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(
+            llama_cpp.llama_model_get_vocab(self._model)
+        )
+        self._batch = llama_cpp.llama_batch_init(max_tokens, 0, 1)
+        self._sequences = 0
+
+    def prompt(self, ids: list[int]) -> None:
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
+        self._sequences = 0
+        self.decoder(1, ids)
+
+    def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
+        first, length, new = self._sequences, 0, [ids] * batch
+        self._sequences += batch
+
+        def step() -> None:
+            nonlocal length, new
+            tokens = self._decode(first, length, new)
+            length += len(new[0])
+            new = [[token] for token in tokens]
+
+        step()
+        return step
+
+    def _decode(self, first: int, length: int, new: list[list[int]]) -> list[int]:
+        """Runs new tokens, as many for each, of neighbouring sequences; returns those after them.
+
+        Args:
+            first: number of the first sequence.
+            length: tokens that each of them has already.
+            new: for each, its new tokens.
+        """
+        batch, at, last = self._batch, 0, []
+        for sequence, ids in enumerate(new, start=first):
+            for i, token in enumerate(ids):
+                batch.token[at] = token
+                batch.pos[at] = length + i
+                batch.n_seq_id[at] = 1
+                batch.seq_id[at][0] = sequence
+                batch.logits[at] = i == len(ids) - 1
+                at += 1
+            last.append(at - 1)
+        batch.n_tokens = at
+        status = self._lib.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        return [self._best(row) for row in last]
+
+    def _best(self, row: int) -> int:
+        logits = self._lib.llama_get_logits_ith(self._context, row)
+        address = ctypes.cast(logits, ctypes.c_void_p).value
+        values = (ctypes.c_float * self._vocab_size).from_address(address)
+        return int(torch.frombuffer(values, dtype=torch.float32).argmax())
+
+    def close(self) -> None:
+        self._lib.llama_batch_free(self._batch)
+        self._lib.llama_free(self._context)
+        self._lib.llama_model_free(self._model)
