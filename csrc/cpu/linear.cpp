@@ -14,7 +14,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 // What a task of few tokens reads: much more than what it begins to fetch too late.
-constexpr int64_t kBytesPerTask = 1 << 20;
+constexpr int64_t kBytesPerTask = 1 << 19;
 constexpr int64_t kMostRowsPerTask = 512;
 
 // Rows that a task multiplies, of one part; with SwiGLU of gate and up alike.

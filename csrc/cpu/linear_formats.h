@@ -53,17 +53,22 @@ struct PlainChunk {
   const T* values_;
 };
 
+template <class A>
 struct Int8Chunk {
-  using Arithmetic = Fp32;
-  static constexpr int64_t kVectors = 64 / Vec::width;
+  using Arithmetic = A;
   static constexpr int64_t kValues = 64;
+  static constexpr int64_t kVectors = kValues / kStep<A>;
   static constexpr bool kGrouped = false;
 
   static constexpr int64_t bytes(int64_t values) { return values; }
   static int64_t k_at(int64_t position) { return position; }
 
   void take(const char* values) { values_ = reinterpret_cast<const int8_t*>(values); }
-  Vec operand(int64_t i) const { return load(values_ + i * Vec::width); }
+  typename A::Operand operand(int64_t i) const {
+    Vec x[A::kDepth];
+    for (int64_t d = 0; d < A::kDepth; ++d) x[d] = load(values_ + i * kStep<A> + d * Vec::width);
+    return A::convert(x);
+  }
 
  private:
   const int8_t* values_;
@@ -122,7 +127,7 @@ struct ChunkOf<WeightFormat::plain, T> {
 };
 template <class T>
 struct ChunkOf<WeightFormat::int8, T> {
-  using type = Int8Chunk;
+  using type = Int8Chunk<typename ArithmeticOf<T>::type>;
 };
 template <class T>
 struct ChunkOf<WeightFormat::int4, T> {
