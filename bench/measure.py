@@ -22,7 +22,7 @@ from mistral_ext import ops
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
-PAUSE = 0.003  # seconds
+PAUSE = 0.03  # seconds
 
 T = TypeVar("T")
 

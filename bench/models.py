@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,29 @@ def mistral_7b(layers: int) -> MistralConfig:
     )
 
 
+_LARGE_PAGE = 2**21
+
+
+def on_large_pages(x: Tensor) -> Tensor:
+    """A copy in memory of 2 MB pages, where the system has them.
+
+    Models are mapped from files, whose pages Linux joins to large ones; memory that a process asks
+    for has them on request only. With small ones a step is 5 to 8 % slower here.
+    """
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, (x.nbytes // _LARGE_PAGE + 2) * _LARGE_PAGE, flags=private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
+
+
 def random_weights(config: MistralConfig) -> dict[str, Tensor]:
     """In bf16. Tensors of one shape are equal."""
     block = torch.randn(2**22).mul_(0.02).bfloat16()  # repeated: making more would take minutes
     weights = {}
     for name, shape in tensor_shapes(config).items():
         count = torch.Size(shape).numel()
-        weights[name] = block.repeat(-(-count // len(block)))[:count].view(shape)
+        weights[name] = on_large_pages(block.repeat(-(-count // len(block)))[:count].view(shape))
     return weights
 
 
@@ -53,10 +71,9 @@ def quantized(weights: dict[str, Tensor], bits: int) -> dict[str, Tensor | Quant
             result[name] = weight
             continue
         key = weight.shape, bits_of_weight
-        if key in done:
-            result[name] = Quantized(*(part.clone() for part in done[key]))
-        else:
-            result[name] = done[key] = quantize(weight, bits_of_weight, name=name)
+        if key not in done:
+            done[key] = quantize(weight, bits_of_weight, name=name)
+        result[name] = Quantized(*map(on_large_pages, done[key]))
     return result
 
 

@@ -86,7 +86,9 @@ class Transformer:
 
         max_count = int(sequences[:, 1].max())
         token_ids, sequences = token_ids.to(self.device), sequences.to(self.device)
-        h = self.embeddings[token_ids]  # [T, E], the residual stream
+        # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the CPU
+        # they then spin for milliseconds on the cores that ours need.
+        h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
             qkv = ops.linear(h, (layer.wq, layer.wk, layer.wv), layer.attention_norm, eps)
@@ -98,7 +100,8 @@ class Transformer:
             )  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
                 # From here on tokens do not see each other: those without logits are done.
-                x, h = x[rows.to(self.device)], h[rows.to(self.device)]  # [N, ...]
+                rows = rows.to(self.device)
+                x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
             ops.linear_residual(x.flatten(1), layer.wo, h)
             x = ops.linear_swiglu(h, layer.w1, layer.w3, layer.ffn_norm, eps)  # [T, F]
             ops.linear_residual(x, layer.w2, h)
