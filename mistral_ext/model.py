@@ -86,8 +86,8 @@ class Transformer:
 
         max_count = int(sequences[:, 1].max())
         token_ids, sequences = token_ids.to(self.device), sequences.to(self.device)
-        # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the CPU
-        # they then spin for milliseconds on the cores that ours need.
+        # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the
+        # CPU they then spin for milliseconds on the cores that ours need.
         h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
