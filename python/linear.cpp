@@ -51,7 +51,7 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const py::list&
   scales.expect_shape({values.size(0), int4 ? -1 : 1});
   scales.expect_device_of(x);
   const int64_t groups = scales.size(1);
-  const int64_t group = groups > 0 ? inputs / groups : 0;
+  const int64_t group = groups > 0 ? max(1, inputs / groups) : 0;
   if (int4 && (group * groups != inputs || (group != 32 && group != 64 && group != 128))) {
     fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) + " inputs and " +
                  std::to_string(groups) +

@@ -142,6 +142,9 @@ void Tensor::expect_last_axis_contiguous() const {
 }
 
 void Tensor::expect_contiguous() const {
+  for (const int64_t size : shape_) {
+    if (size == 0) return;  // of no elements, torch makes the strides up
+  }
   int64_t step = 1;
   for (int64_t axis = dims() - 1; axis >= 0; --axis) {
     if (size(axis) > 1 && stride(axis) != step) {

@@ -163,6 +163,13 @@ def test_int4_of_every_value_and_place(isa):
 
 
 @pytest.mark.parametrize("tokens", [3, 30])
+def test_a_sum_of_nothing_is_zero(isa, tokens):
+    x = torch.zeros(tokens, 0)
+    for weight in (torch.zeros(4, 0), zeros((4, 0), (4, 1), torch.int8)):
+        assert torch.equal(ops.linear(x, weight), torch.zeros(tokens, 4))
+
+
+@pytest.mark.parametrize("tokens", [3, 30])
 @pytest.mark.parametrize(
     ("weight", "error", "message"),
     [

@@ -57,8 +57,8 @@ WeightRows rows_of(const LinearParams& p, int64_t part, int64_t first) {
   if (format != WeightFormat::plain) {
     w.row_bytes = format == WeightFormat::int8 ? p.inputs : p.inputs / 2;
     w.row_scales = p.inputs / p.group;
-    w.group_log2 = __builtin_ctzll(p.group);
   }
+  if (format == WeightFormat::int4) w.group_log2 = __builtin_ctzll(p.group);
   return w.from(first);
 }
 

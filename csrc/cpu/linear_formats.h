@@ -18,7 +18,7 @@ struct WeightRows {
   int64_t inputs;      // K
   int64_t row_bytes;   // of the values of a row
   int64_t row_scales;  // scales of a row
-  int group_log2;      // of int4: of the values that share a scale
+  int group_log2 = 7;  // of int4: of the values that share a scale, 5 to 7
 
   WeightRows from(int64_t row) const {
     WeightRows rows = *this;
