@@ -217,6 +217,7 @@ void multiply_many(const TaskRows& rows, const typename Tile::Element* x, int64_
                    int64_t first_vector, int64_t vectors, ManyBuffers<Tile>& buffers) {
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
+  if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets them
   // The last tile of rows may go beyond them.
   for (int64_t row = rows.count; row < Tile::kBlockRows; ++row) {
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
