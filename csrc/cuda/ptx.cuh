@@ -70,6 +70,15 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
+// The same for 4 bytes, of which the first `bytes` are read and the others become zeros; through
+// L1, for neighbours that are soon copied too.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
+                                           Site = Site::here()) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 // Makes this thread's copies since the last commit a group.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
