@@ -83,8 +83,9 @@ cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
 
 int64_t linear_scratch_bytes(const LinearParams& p);
 
-// bf16 and fp16; 16-byte aligned rows of x, norm and the weights. Made for up to 64 tokens: more
-// are multiplied 64 at a time. What a token gets does not depend on the others, to the bit.
+// bf16 and fp16; 16-byte aligned rows of x, norm and the weights, scales aligned to 4. Made for up
+// to 64 tokens: more are multiplied 64 at a time. What a token gets does not depend on the others,
+// to the bit.
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
 }  // namespace cuda

@@ -59,7 +59,12 @@ def test_each_weight_is_read_once_by_whole_cache_lines(emulator, form, tokens, s
         scales = tiles * 16 * 4 * 2  # by the 4 lanes that have results of a row
     elif form in GROUPS:
         scales = rows * size // GROUPS[form] * 2
-    assert record["loaded_bytes"] == values + of_x + scales
+    rest = record["loaded_bytes"] - values - of_x - scales
+    if form in GROUPS and size // GROUPS[form] % 2:
+        # Every other row of scales begins within a word of 4 bytes: a chunk's may take one more.
+        assert 0 < rest <= rows // 2 * chunks_of(form, size) * 4
+    else:
+        assert rest == 0
     assert record["stored_bytes"] == 2 * tokens * rows
     assert record["shared_conflicts"] == 0
     # Sectors of 32 bytes: those of the weights are read once and whole; those of x by one load, or
@@ -103,7 +108,10 @@ def test_more_tokens_read_the_weights_once_too(emulator, form, tokens, generator
     rows_that_share_x = 16 if tokens == 16 else 32
     of_x = rows // rows_that_share_x * tokens * size * 2
     rest = record["loaded_bytes"] - of_x - int(rows * size * STORED[form])
-    assert 0 <= rest <= rows * size // 16  # scales
+    if form == "int8":
+        assert rest == rows * 4 * 2 * tokens // 8  # scales, for each 8 tokens
+    else:
+        assert rest == (0 if form == "plain" else rows * size // GROUPS[form] * 2)
     assert record["shared_conflicts"] == 0
 
 
@@ -159,17 +167,16 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, form, tokens, genera
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("size", [128, 384, 640, 1152])
-def test_rows_of_scales_may_begin_anywhere(emulator, group, size, generator):
-    """Also at odd multiples of 2 bytes, by their own number or because the first one does."""
+def test_any_number_of_scales(emulator, group, size, generator):
+    """If it is odd, every other row of scales begins within a word of 4 bytes."""
     weight, x = quantize(torch.randn(37, size), 4, group), make_x(2, size, generator)
-    around = torch.full((weight.scales.numel() + 3,), float("nan"), dtype=torch.bfloat16)
-    scales = around[1:-2].view(weight.scales.shape).copy_(weight.scales)
+    around = torch.full((weight.scales.numel() + 4,), float("nan"), dtype=torch.bfloat16)
+    scales = around[2:-2].view(weight.scales.shape).copy_(weight.scales)
     with use(emulator):
-        expected, out = ops.linear(x, weight), ops.linear(x, Quantized(weight.values, scales))
-    assert torch.equal(out, expected)
+        out = ops.linear(x, Quantized(weight.values, scales))
     wide = weight.dequantize(torch.float64)
     plain = functional.linear(x, wide.bfloat16())
-    assert_close(expected, functional.linear(x.double(), wide), plain)
+    assert_close(out, functional.linear(x.double(), wide), plain)
 
 
 def test_int8_of_every_value_and_place(emulator):

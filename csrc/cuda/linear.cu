@@ -45,15 +45,12 @@ bool normalises_in_block(const LinearParams& p) {
 
 template <class W, int kM, int kN, bool kNorm>
 cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream) {
-  const int64_t outputs = kM * (p.epilogue == Epilogue::swiglu ? kTileRows / 2 : kTileRows);
-  const int64_t parts = p.epilogue == Epilogue::swiglu ? 1 : p.num_parts;
-  int64_t blocks = 0;
-  for (int64_t i = 0; i < parts; ++i) blocks += ceil_div(p.parts[i].rows, outputs);
   const int64_t shared = linear_shared_bytes<W, kM, kN, kNorm>(p);
   const bool two =
       kM == 1 && 2 * (shared + kReservedShared) <= shared_memory_size().of_multiprocessor;
   const int64_t at_once = multiprocessors() * (two ? 2 : 1);
-  return launch(linear_kernel<W, kM, kN, kNorm>, dim3(static_cast<unsigned>(min(blocks, at_once))),
+  return launch(linear_kernel<W, kM, kN, kNorm>,
+                dim3(static_cast<unsigned>(min(blocks_of_all<kM>(p), at_once))),
                 dim3(kLinearThreads), static_cast<size_t>(shared), stream, p);
 }
 
@@ -92,7 +89,7 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
   // Rows are read by 16 bytes, and counted in ints.
   const int64_t row_unit = given.format == WeightFormat::int8 ? 16 : 8;
-  if (given.inputs % row_unit != 0 || given.inputs > INT32_MAX / 2) return cudaErrorInvalidValue;
+  if (given.inputs % row_unit != 0 || given.inputs > INT32_MAX / 4) return cudaErrorInvalidValue;
   LinearParams p = given;
   return with_weights(p, [&](auto weights) {
     using W = decltype(weights);

@@ -75,8 +75,8 @@ __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
     } else {
       // The mantissa has room for 7 bits: 128 + the low ones, less 128 or, if v < 0, 256.
       const uint32_t bytes = __byte_perm(word, 0u, i == 0 ? 0x4140 : 0x4342);
-      pairs[i] = subtract_pairs<T>((bytes & 0x007f007fu) | 0x43004300u,
-                                   (bytes & 0x00800080u) | 0x43004300u);
+      pairs[i] = subtract_pairs<T>(and_xor(bytes, 0x007f007fu, 0x43004300u),
+                                   and_xor(bytes, 0x00800080u, 0x43004300u));
     }
   }
 }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void widen_int4(uint32_t word, uint32_t* pairs) {
   constexpr uint32_t kOffset = std::is_same_v<T, __half> ? 0x64086408u : 0x43084308u;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = subtract_pairs<T>(((word >> 4 * i) & 0x000f000fu) ^ kOffset, kOffset);
+    pairs[i] = subtract_pairs<T>(and_xor(word >> 4 * i, 0x000f000fu, kOffset), kOffset);
   }
 }
 
@@ -98,6 +98,7 @@ template <class T>
 struct PlainWeights {
   using Element = T;
   static constexpr WeightFormat kFormat = WeightFormat::plain;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return 2 * values; }
   static constexpr int kValues = 64;  // of a chunk
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 1;
@@ -122,6 +123,7 @@ template <class T>
 struct Int8Weights {
   using Element = T;
   static constexpr WeightFormat kFormat = WeightFormat::int8;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values; }
   static constexpr int kValues = 128;
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 2;
@@ -152,6 +154,7 @@ template <class T>
 struct Int4Weights {
   using Element = T;
   static constexpr WeightFormat kFormat = WeightFormat::int4;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 2; }
   static constexpr int kValues = 256;
   static constexpr int kUnits = 4;
   static constexpr int kUnitSteps = 2;

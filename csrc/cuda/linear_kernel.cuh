@@ -70,10 +70,10 @@ struct Outputs {
     const bool swiglu = p.epilogue == Epilogue::swiglu;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = block.row_of(p, output + lane / 4, half);
+      const int row = block.row_of(output + lane / 4, half);
       const bool inside = row < block.count;
       if constexpr (W::kFormat == WeightFormat::int8) {
-        const bf16* of_part = p.parts[block.part_of(p, half)].scales + block.first;
+        const bf16* of_part = p.parts[block.part_of(half)].scales + block.first;
         scales[half] = inside && token < p.tokens ? to_float(load_global(of_part + row)) : 0.0f;
       }
 #pragma unroll
@@ -114,16 +114,14 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
   // Steps whose x is loaded together, as far as registers go.
   constexpr int kBatch = kSteps * kN <= 8 ? kSteps : 8 / kN;
   // With many tokens, registers do not suffice for the operands of more units at once.
-  constexpr int kUnroll = kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1 : W::kUnits;
+  [[maybe_unused]] constexpr int kUnroll =
+      kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1 : W::kUnits;
   constexpr bool kGroups = W::kFormat == WeightFormat::int4;
   static_assert(!kNorm || kN == 1);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int chunks = static_cast<int>(ceil_div(p.inputs, W::kValues));
-  const int outputs = outputs_of_tile(p);
-  int64_t blocks = 0;
-  const int64_t parts = p.epilogue == Epilogue::swiglu ? 1 : p.num_parts;
-  for (int64_t i = 0; i < parts; ++i) blocks += ceil_div(p.parts[i].rows, outputs * kM);
+  const int inputs = static_cast<int>(p.inputs), blocks = blocks_of_all<kM>(p);
+  const int chunks = (inputs + W::kValues - 1) / W::kValues, outputs = 1 << tile_outputs_log2(p);
 
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + Layout::kBytes);
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
       store_shared16(rows + i * stride + k, v);
     });
     for (int i = warp; i < count; i += kLinearWarps) {
-      for (int k = static_cast<int>(p.inputs) + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
+      for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
         store_shared16(rows + i * stride + k, Vec16<T>{});
       }
     }
@@ -160,26 +158,26 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
         if constexpr (kNorm) {
           to[i][n] = ld_shared_16(x[n] + k);
         } else {
-          to[i][n] = k < p.inputs ? ld_global_16(x[n] + k) : uint4{};
+          to[i][n] = k < inputs ? ld_global_16(x[n] + k) : uint4{};
         }
       }
     }
   };
 
   // int4: of the steps that share a scale
-  const int group_log2 = kGroups ? 31 - __clz(static_cast<int>(p.group) / 32) : 0;
+  const int steps_log2 = kGroups ? group_log2(p) - 5 : 0;
   int round = 0;
-  for (int64_t index = blockIdx.x; index < blocks; index += gridDim.x) {
-    const OutputBlock block(p, outputs * kM, index);
+  for (int index = blockIdx.x; index < blocks; index += gridDim.x) {
+    const OutputBlock block = OutputBlock::at<kM>(p, index);
     int skipped[kM][2];
     if constexpr (kGroups) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t row = block.first + block.row_of(p, outputs * m + lane / 4, half);
-          skipped[m][half] =
-              skipped_scales(p.parts[block.part_of(p, half)].scales + row * (p.inputs / p.group));
+          const int64_t row = block.first + block.row_of(outputs * m + lane / 4, half);
+          skipped[m][half] = skipped_scales(p.parts[block.part_of(half)].scales +
+                                            row * (p.inputs >> group_log2(p)));
         }
       }
     }
@@ -189,6 +187,14 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
       uint4 b[kBatch][kN];
       load_x(b, chunk, 0);
       stream.advance();
+      const bf16* scales[kM][2];  // of the next group, in the lane's two rows
+#pragma unroll
+      for (int m = 0; m < kM && kGroups; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          scales[m][half] = stream.scales(m, lane / 4 + 8 * half, skipped[m][half]);
+        }
+      }
 #pragma unroll kUnroll
       for (int unit = 0; unit < W::kUnits; ++unit) {
         StepOperands a[kM][W::kUnitSteps];
@@ -211,17 +217,19 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
           }
           if constexpr (kGroups) {
             // At the end of a group its sums get their scale.
-            if ((step + 1) % (1 << group_log2) != 0) continue;
+            if ((step + 1) & ((1 << steps_log2) - 1)) continue;
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
-              for (int j = 0; j < 4; ++j) {
-                const float scale =
-                    stream.scale(m, lane / 4 + 8 * (j / 2), skipped[m][j / 2], step >> group_log2);
+              for (int half = 0; half < 2; ++half) {
+                const float scale = to_float(*scales[m][half]++);
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
-                  sums[m][n][j] += scale * group_sums[m][n][j];
-                  group_sums[m][n][j] = 0.0f;
+#pragma unroll
+                  for (int j = 2 * half; j < 2 * half + 2; ++j) {
+                    sums[m][n][j] += scale * group_sums[m][n][j];
+                    group_sums[m][n][j] = 0.0f;
+                  }
                 }
               }
             }

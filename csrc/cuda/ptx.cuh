@@ -140,6 +140,13 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
 
 // ---- Arithmetic.
 
+// (x & mask) ^ flip. Spelled out: with two constants the compiler makes two instructions of it.
+__device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
+  return result;
+}
+
 // 2^x to 2 units in the last place; subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;

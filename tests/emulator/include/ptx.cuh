@@ -80,6 +80,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   emulator::mma_m16n8k16(site, type, d, a, b);
 }
 
+inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
+
 inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
 
 }  // namespace mistral::cuda
