@@ -55,8 +55,8 @@ template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
   Pair x, y;
-  memcpy(&x, &a, sizeof a);
-  memcpy(&y, &b, sizeof b);
+  memcpy(static_cast<void*>(&x), &a, sizeof a);
+  memcpy(static_cast<void*>(&y), &b, sizeof b);
   x = __hsub2(x, y);
   memcpy(&a, &x, sizeof a);
   return a;
