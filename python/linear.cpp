@@ -203,6 +203,10 @@ void dequantize(py::object values_, py::object scales_, py::object out_, Lane la
   p.out = out.data();
   p.inputs = out.size(1);
   p.group = linear.group;
+  if (p.inputs % 8 != 0) {
+    fail(op, "weight has " + std::to_string(p.inputs) +
+                 " inputs, expected a multiple of 8 on a CUDA device");
+  }
   if (p.weight.rows != out.size(0)) {
     fail(op, "out has " + std::to_string(out.size(0)) + " rows, expected " +
                  std::to_string(p.weight.rows) + " like weight");
