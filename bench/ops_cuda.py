@@ -38,10 +38,12 @@ from shapes import (
     Rings,
     random,
 )
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
 from mistral_ext import _C, ops
+from mistral_ext.quantize import DEFAULT_GROUP, Quantized
 
 DEVICE = "cuda"
 MOST_INPUTS = 64  # in one graph
@@ -240,6 +242,71 @@ def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         peers["flashinfer"] = lambda: theirs_residual
         shape = f"{tokens} x {DIM} + residual"
         yield Case("rms_norm", shape, make, ours_residual, 2 * nbytes, peers=peers)
+
+
+def random_weight(rows: int, size: int, bits: int | None, dtype: torch.dtype) -> Tensor | Quantized:
+    """Any bits will do for the time that they take, so none are quantised."""
+    if bits is None:
+        return random(rows, size, dtype=dtype, device=DEVICE) / 64
+    if bits == 8:
+        values = torch.randint(-127, 128, (rows, size), dtype=torch.int8, device=DEVICE)
+        scales = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16, device=DEVICE)
+    else:
+        shape = (rows, size // 8)
+        values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DEVICE)
+        groups = size // DEFAULT_GROUP
+        scales = torch.full((rows, groups), 1e-3, dtype=torch.bfloat16, device=DEVICE)
+    return Quantized(values, scales)
+
+
+def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The products of a decode step, as the model fuses them. The peer is torch's product of plain
+    weights alone, without what is fused here."""
+    qkv = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
+    products = {
+        "qkv": (qkv, DIM),
+        "output + residual": ([DIM], DIM),
+        "gate, up + swiglu": ([HIDDEN, HIDDEN], DIM),
+        "down + residual": ([DIM], HIDDEN),
+        "logits": ([VOCABULARY], DIM),
+    }
+
+    def call(name: str, given: Any) -> Any:
+        if name.endswith("residual"):
+            return ops.linear_residual(given.x, given.weights[0], given.residual)
+        if name.endswith("swiglu"):
+            return ops.linear_swiglu(given.x, *given.weights, given.norm, EPS)
+        return ops.linear(given.x, given.weights, given.norm, EPS)
+
+    for (name, (rows, size)), bits, tokens in itertools.product(
+        products.items(), (None, 8, 4), (1, 8, 16, 64)
+    ):
+
+        def make(rows=rows, size=size, bits=bits, tokens=tokens):
+            weights = [random_weight(n, size, bits, dtype) for n in rows]
+            return SimpleNamespace(
+                x=random(tokens, size, dtype=dtype, device=DEVICE),
+                norm=random(size, dtype=dtype, device=DEVICE),
+                weights=weights,
+                whole=torch.cat(weights) if bits is None else None,
+                residual=random(tokens, sum(rows), dtype=dtype, device=DEVICE) * 1e-3,
+            )
+
+        def theirs(given):
+            return functional.linear(given.x, given.whole)
+
+        stored = {None: dtype.itemsize, 8: 1, 4: 0.5 + 2 / DEFAULT_GROUP}[bits]
+        outputs = sum(rows) // (2 if name.endswith("swiglu") else 1)
+        passes = 2 if name.endswith("residual") else 1
+        moved = tokens * (size + passes * outputs) * dtype.itemsize
+        yield Case(
+            "linear",
+            f"{tokens} x {size} x {sum(rows)}, {name}{f', {bits} bits' if bits else ''}",
+            make,
+            functools.partial(call, name),
+            int(sum(rows) * size * stored) + moved,
+            peers={} if bits else {"torch": lambda theirs=theirs: theirs},
+        )
 
 
 def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -468,7 +535,10 @@ def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("sample", shape, make, ours, 4 * rows * VOCABULARY, peers=peers)
 
 
-CASES = (rms_norm_cases, decode_cases, prefill_cases, rope_cases, swiglu_cases, sample_cases)
+CASES = (
+    *(rms_norm_cases, linear_cases, decode_cases, prefill_cases, rope_cases, swiglu_cases),
+    sample_cases,
+)
 
 COLUMNS = (
     ("op", -9),
@@ -525,6 +595,15 @@ class Goal:
 
 
 GOALS = (
+    Goal("linear 1 x 4096 x 28672, gate, up + swiglu", "of_peak", at_least=0.9),
+    Goal("linear 1 x 4096 x 4096, output + residual", "of_peak", at_least=0.8),
+    Goal("linear 1 x 4096 x 28672, gate, up + swiglu, 4 bits", "of_peak", at_least=0.8),
+    Goal(
+        "linear 8 x 4096 x 28672, gate, up + swiglu",
+        "us",
+        at_most=1.1,
+        over="linear 1 x 4096 x 28672, gate, up + swiglu",
+    ),
     Goal("rms_norm 2048 x 4096", "of_peak", at_least=0.9),
     Goal("attention decode, 32 x 4096 keys", "of_peak", at_least=0.85),
     Goal("attention decode, 1 x 4096 keys", "us", at_most=10),

@@ -9,6 +9,7 @@ import torch
 from shapes import Rings, random
 
 from mistral_ext import ops
+from mistral_ext.quantize import quantize
 
 WINDOW = 300
 
@@ -19,6 +20,15 @@ def main() -> None:
             x, y = (random(tokens, dim, dtype=dtype, device="cuda") for _ in range(2))
             ops.rms_norm(x, x[0].clone(), residual=y)
             ops.swiglu(x, y)
+        # Few tokens and more, rows and a K that end within a tile, a chunk and a row of scales.
+        exact = torch.randn(70, 1120)
+        for weight in (exact.to(dtype), quantize(exact, 8), quantize(exact, 4, 32)):
+            weight = weight.to("cuda")
+            for tokens in (1, 13, 33, 70):
+                x = random(tokens, 1120, dtype=dtype, device="cuda")
+                ops.linear(x, [weight, weight], x[0].clone())
+                ops.linear_residual(x, weight, random(tokens, 70, dtype=dtype, device="cuda"))
+                ops.linear_swiglu(x, weight, weight)
         # A decode whose keys are divided among blocks; a prompt; a chunk on a full ring.
         for sequences, tokens, history in ((2, 1, 1000), (1, 130, 0), (2, 70, 500)):
             rings = Rings(sequences, tokens, history, WINDOW, dtype, "cuda")

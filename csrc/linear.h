@@ -3,6 +3,10 @@
 // before, a residual add or SwiGLU after.
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 
 namespace mistral {
@@ -59,5 +63,32 @@ int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
 
 }  // namespace cpu
+
+#ifdef MISTRAL_CUDA
+
+// A weight in 8 or 4 bits as numbers of `dtype`, for products by other means.
+struct DequantizeParams {
+  DType dtype;
+  WeightFormat format;
+  WeightPart weight;
+  void* out;       // [rows, K], contiguous
+  int64_t inputs;  // K
+  int64_t group;
+};
+
+namespace cuda {
+
+// K is a multiple of 8; 16-byte aligned rows of `out`, 8-byte aligned ones of the weight.
+cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
+
+int64_t linear_scratch_bytes(const LinearParams& p);
+
+// bf16 and fp16; 16-byte aligned rows of x, norm and the weights, scales aligned to 4. Made for up
+// to 64 tokens: more are multiplied 64 at a time. What a token gets does not depend on the others,
+// to the bit.
+cudaError_t linear(const LinearParams& p, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
 
 }  // namespace mistral

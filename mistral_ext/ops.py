@@ -175,8 +175,10 @@ def linear(
 ) -> Tensor:
     """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
 
-    Up to 8 tokens are limited by reading the weights, and come out the same to the bit whatever
-    their number. Weights in 8 or 4 bits are widened as they are read; the arithmetic is that of x.
+    Few tokens are limited by reading the weights; up to 8 come out the same to the bit whatever
+    their number, on CUDA devices up to 64 of bfloat16 or float16. Weights in 8 or 4 bits are
+    widened as they are read; the arithmetic is that of x. CUDA devices read rows by 16 bytes: x,
+    norm and the weights must be aligned to that, and K a multiple of 8, or of 16 for 8 bits.
 
     Args:
         x: [T, K].
@@ -377,53 +379,77 @@ def _(gate, up):
     return out
 
 
+# Our products on a CUDA device are made for few tokens, which reading the weights limits; those of
+# more, and of float32, are torch's. Weights in 8 or 4 bits are widened for them, one after the
+# other: of many tokens that costs less than products slower than the vendor's would.
+_MOST_TOKENS_ON_CUDA = 64
+
+
+def _multiplied_by_torch(x: Tensor) -> bool:
+    return x.is_cuda and (len(x) > _MOST_TOKENS_ON_CUDA or x.dtype == torch.float32)
+
+
 def _linear(op, x, values, scales, norm, eps, out):
-    _C.linear(op, x, values, scales, norm, eps, out, _scratch, _lane(x))
+    held = []  # until the launch: see attention
+
+    def scratch(nbytes: int) -> int:
+        if not x.is_cuda:
+            return _scratch(nbytes)
+        held.append(torch.empty(nbytes, dtype=torch.uint8, device=x.device))
+        return held[0].data_ptr()
+
+    _C.linear(op, x, values, scales, norm, eps, out, scratch, _lane(x))
 
 
-@torch.library.impl("mistral_ext::linear", "cpu")
+def _dequantize(values, scales, dtype):
+    weight = Quantized(values, scales)
+    out = torch.empty(weight.shape, dtype=dtype, device=values.device)
+    _C.dequantize(values, scales, out, _lane(values))
+    return out
+
+
+def _plain_weights(values, scales, dtype):
+    """Of all formats, one after the other, so that no two widened ones take memory."""
+    if scales:
+        yield from (_dequantize(*weight, dtype) for weight in zip(values, scales, strict=True))
+    else:
+        yield from values
+
+
+def _torch_products(op, x, values, scales, norm, eps):
+    _C.check_linear(op, x, values, scales, norm, eps, None)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    for weight in _plain_weights(values, scales, x.dtype):
+        yield torch.nn.functional.linear(x, weight)
+
+
+@torch.library.impl("mistral_ext::linear", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
+    if _multiplied_by_torch(x):
+        products = list(_torch_products("linear", x, values, scales, norm, eps))
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
     out = x.new_empty((len(x), sum(map(len, values))))
     _linear("linear", x, values, scales, norm, eps, out)
     return out
 
 
-@torch.library.impl("mistral_ext::linear_residual", "cpu")
+@torch.library.impl("mistral_ext::linear_residual", _DEVICES)
 def _(x, values, scales, residual):
-    _linear("linear_residual", x, values, scales, None, 0.0, residual)
+    if _multiplied_by_torch(x):
+        _C.check_linear("linear_residual", x, values, scales, None, 0.0, residual)
+        (weight,) = _plain_weights(values, scales, x.dtype)
+        residual.addmm_(x, weight.T)
+    else:
+        _linear("linear_residual", x, values, scales, None, 0.0, residual)
 
 
-@torch.library.impl("mistral_ext::linear_swiglu", "cpu")
+@torch.library.impl("mistral_ext::linear_swiglu", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
+    if _multiplied_by_torch(x):
+        return swiglu(*_torch_products("linear_swiglu", x, values, scales, norm, eps))
     out = x.new_empty((len(x), len(values[0])))
     _linear("linear_swiglu", x, values, scales, norm, eps, out)
     return out
-
-
-# On CUDA devices the products are torch's.
-
-
-def _linear_on_cuda(x, values, scales, norm=None, eps=1e-5):
-    _C.check_linear("linear", x, values, scales, norm, eps, None)
-    x = x if norm is None else rms_norm(x, norm, eps)
-    products = [torch.nn.functional.linear(x, weight) for weight in values]
-    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
-
-
-def _linear_residual_on_cuda(x, values, scales, residual):
-    _C.check_linear("linear_residual", x, values, scales, None, 0.0, residual)
-    residual.addmm_(x, values[0].T)
-
-
-def _linear_swiglu_on_cuda(x, values, scales, norm=None, eps=1e-5):
-    _C.check_linear("linear_swiglu", x, values, scales, norm, eps, None)
-    x = x if norm is None else rms_norm(x, norm, eps)
-    return swiglu(*(torch.nn.functional.linear(x, weight) for weight in values))
-
-
-torch.library.impl("mistral_ext::linear", "cuda", _linear_on_cuda)
-torch.library.impl("mistral_ext::linear_residual", "cuda", _linear_residual_on_cuda)
-torch.library.impl("mistral_ext::linear_swiglu", "cuda", _linear_swiglu_on_cuda)
 
 
 @torch.library.impl("mistral_ext::sample", _DEVICES)

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "device.h"
 #include "ops.h"
 #include "tensor.h"
 
@@ -90,9 +91,6 @@ LinearParams checked(const char* op, const Tensor& x, const py::list& values,
   if (!scales.empty() && scales.size() != values.size()) {
     fail(op, "weights in 8 or 4 bits and others cannot be multiplied in one pass");
   }
-  if (x.is_cuda() && p.format != WeightFormat::plain) {
-    fail(op, "x is on a CUDA device, where weights in 8 or 4 bits are not supported yet");
-  }
   const Names names = names_of(epilogue, values.size());
   int64_t outputs = 0;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -132,21 +130,91 @@ Epilogue epilogue_of(const std::string& op) {
   return Epilogue::store;
 }
 
+#ifdef MISTRAL_CUDA
+
+// What 16-byte accesses need.
+void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
+  const int64_t unit = p.format == WeightFormat::int8 ? 16 : 8;
+  if (p.inputs % unit != 0) {
+    fail(op, "x has " + std::to_string(p.inputs) + " inputs, expected a multiple of " +
+                 std::to_string(unit) + " on a CUDA device");
+  }
+  x.expect_aligned_rows();
+  const auto expect_aligned = [&](const char* name, const void* begin, uintptr_t bytes) {
+    if (reinterpret_cast<uintptr_t>(begin) % bytes == 0) return;
+    fail(op, std::string(name) + " begins at address " +
+                 std::to_string(reinterpret_cast<uintptr_t>(begin)) + ", expected a multiple of " +
+                 std::to_string(bytes) + " on a CUDA device");
+  };
+  const Names names = names_of(p.epilogue, static_cast<size_t>(p.num_parts));
+  for (int64_t i = 0; i < p.num_parts; ++i) {
+    expect_aligned(names.values[i], p.parts[i].values, 16);
+    expect_aligned(names.scales[i], p.parts[i].scales, 4);
+  }
+  expect_aligned("norm", p.norm, 16);
+}
+
+#endif
+
+int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
+#ifdef MISTRAL_CUDA
+  if (x.is_cuda()) {
+    expect_cuda_kernel(x.op(), x, p);
+    const CurrentDevice device(x.device_index());
+    return cuda::linear_scratch_bytes(p);
+  }
+#endif
+  return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
+}
+
 // For the caller who then multiplies by other means. out may be None.
 void check_linear(const std::string& op, py::object x_, py::list values, py::list scales,
                   py::object norm, double eps, py::object out) {
   checked(op.c_str(), Tensor(op.c_str(), "x", x_), values, scales, norm, eps, out, epilogue_of(op));
 }
 
-// scratch(bytes) returns the address of that much memory, a multiple of 64.
+// scratch(bytes) returns the address of that much memory on the device, a multiple of 64.
 void linear(const std::string& op, py::object x_, py::list values, py::list scales, py::object norm,
-            double eps, py::object out, py::object scratch, int threads) {
-  LinearParams p = checked(op.c_str(), Tensor(op.c_str(), "x", x_), values, scales, norm, eps, out,
-                           epilogue_of(op));
-  p.scratch = reinterpret_cast<void*>(scratch(cpu::linear_scratch_bytes(p)).cast<uintptr_t>());
-  const py::gil_scoped_release release;
-  cpu::linear(p, threads);
+            double eps, py::object out, py::object scratch, Lane lane) {
+  const Tensor x(op.c_str(), "x", x_);
+  LinearParams p = checked(op.c_str(), x, values, scales, norm, eps, out, epilogue_of(op));
+  p.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p)).cast<uintptr_t>());
+  run(x, lane, p, MISTRAL_KERNELS(linear));
 }
+
+#ifdef MISTRAL_CUDA
+
+// Of a checked weight: out[N, K] = values * scales, on a CUDA device.
+void dequantize(py::object values_, py::object scales_, py::object out_, Lane lane) {
+  constexpr const char* op = "dequantize";
+  const Tensor out(op, "out", out_);
+  out.expect_shape({-1, -1});
+  out.expect_contiguous();
+  out.expect_aligned_rows();
+  py::list values, scales;
+  values.append(values_);
+  scales.append(scales_);
+  LinearParams linear{};
+  linear.format = format_of(values, scales);
+  DequantizeParams p{};
+  p.dtype = out.dtype();
+  p.format = linear.format;
+  p.weight = part_of(op, names_of(Epilogue::store, 1), 0, values, scales, out, linear);
+  p.out = out.data();
+  p.inputs = out.size(1);
+  p.group = linear.group;
+  if (p.inputs % 8 != 0) {
+    fail(op, "weight has " + std::to_string(p.inputs) +
+                 " inputs, expected a multiple of 8 on a CUDA device");
+  }
+  if (p.weight.rows != out.size(0)) {
+    fail(op, "out has " + std::to_string(out.size(0)) + " rows, expected " +
+                 std::to_string(p.weight.rows) + " like weight");
+  }
+  run<DequantizeParams>(out, lane, p, nullptr, &cuda::dequantize);
+}
+
+#endif
 
 }  // namespace
 
@@ -155,7 +223,11 @@ void bind_linear(py::module_& m) {
         py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("out").none(true));
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("scratch"),
-        py::arg("threads"));
+        py::arg("lane"));
+#ifdef MISTRAL_CUDA
+  m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("out"),
+        py::arg("lane"));
+#endif
   m.attr("few_tokens") = cpu::kFewTokens;
 }
 

@@ -21,7 +21,7 @@ from mistral_ext import _C, ops
 
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
-OPS = ("attention", "rms_norm", "rope", "sample", "swiglu")  # those with a CUDA kernel
+OPS = ("attention", "linear", "rms_norm", "rope", "sample", "swiglu")  # those with a CUDA kernel
 
 # What a test needs that runs on a GPU, and the parameter of a fixture that does.
 NEEDS_GPU = [
@@ -103,28 +103,17 @@ def emulated(emulator: ModuleType) -> SimpleNamespace:
 
     def bind(name):
         def call(*arguments):
-            tensors = {
-                f"argument {i} of {name}": argument
-                for i, argument in enumerate(arguments)
-                if isinstance(argument, torch.Tensor)
-            }
+            tensors = {}
+            for i, argument in enumerate(arguments):
+                for j, one in enumerate(argument if isinstance(argument, list) else [argument]):
+                    if isinstance(one, torch.Tensor):
+                        tensors[f"argument {i} of {name}, tensor {j}"] = one
             with registered(emulator, **tensors):
                 getattr(emulator, name)(*arguments)
 
         return call
 
-    own = {name: bind(name) for name in OPS} | {"linear": linear_as_on_cuda}
-    return SimpleNamespace(**{**vars(_C), **own})
-
-
-def linear_as_on_cuda(op, x, values, scales, norm, eps, out, scratch, lane):
-    """`_C.linear` by the steps that a CUDA device takes, with the ops in use."""
-    if op == "linear":
-        out.copy_(ops._linear_on_cuda(x, values, scales, norm, eps))
-    elif op == "linear_swiglu":
-        out.copy_(ops._linear_swiglu_on_cuda(x, values, scales, norm, eps))
-    else:
-        ops._linear_residual_on_cuda(x, values, scales, out)
+    return SimpleNamespace(**{**vars(_C), **{name: bind(name) for name in OPS}})
 
 
 class Copies:
@@ -156,19 +145,29 @@ def on_gpu(device: str = "cuda") -> SimpleNamespace:
         def call(*arguments):
             copies, held = Copies(device), []
 
-            def scratch(partials, counters):
+            def scratch(nbytes):
+                held.append(torch.full((nbytes,), 255, dtype=torch.uint8, device=device))
+                return held[-1].data_ptr()
+
+            def scratch_and_counters(partials, counters):
                 held.append(torch.full((partials,), float("nan"), device=device))
                 held.append(torch.zeros(counters, dtype=torch.int32, device=device))
                 return held[0].data_ptr(), held[1].data_ptr()
 
-            moved = [copies.view(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            def move(x):
+                if isinstance(x, list):
+                    return [move(one) for one in x]
+                return copies.view(x) if isinstance(x, torch.Tensor) else x
+
+            moved = [move(x) for x in arguments]
             moved[-1] = torch.cuda.current_stream(device).cuda_stream
-            if name == "attention":
-                moved[-2] = scratch
+            if name in ("attention", "linear"):
+                moved[-2] = scratch_and_counters if name == "attention" else scratch
             getattr(_C, name)(*moved)
             torch.cuda.synchronize(device)
             copies.bring_back()
-            assert not any(counters.any() for counters in held[1:]), "a counter is not left at zero"
+            counters = [x for x in held if x.dtype == torch.int32]
+            assert not any(x.any() for x in counters), "a counter is not left at zero"
 
         return call
 

@@ -13,6 +13,7 @@ from checkpoints import write_checkpoint
 from ragged import RaggedBatch
 
 from mistral_ext import Mistral, checkpoint, ops
+from mistral_ext.quantize import Quantized, quantize
 
 pytestmark = NEEDS_GPU
 
@@ -86,6 +87,26 @@ def test_attention_at_the_sizes_of_mistral_7b(backend, dtype):
     )
     for counts in ((1, 1, 1), (4, 1, 530), (1, 700, 1), (3, 1, 2)):
         batch.step(counts)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 200])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (4096, 28672), (14336, 4096)])
+def test_products_at_the_sizes_of_mistral_7b(size, rows, bits, tokens):
+    """The error of each element against that of a product in fp32 of the same weights."""
+    generator = torch.Generator("cuda").manual_seed(size + rows + tokens)
+    x = torch.randn(tokens, size, device="cuda", generator=generator).bfloat16()
+    exact = torch.randn(rows, size, device="cuda", generator=generator)
+    weight = exact.bfloat16() if bits is None else quantize(exact, bits)
+    wide = weight.float() if bits is None else weight.dequantize()
+    expected = x.double() @ wide.double().T
+    plain = (x @ wide.bfloat16().T).double()
+    allowed = 2 * (plain - expected).abs().max() + 2**-9 * expected.abs().max()
+    out = ops.linear(x, weight)
+    assert (out.double() - expected).abs().max() <= allowed
+    if tokens <= 64:
+        assert torch.equal(out[:1], ops.linear(x[:1], weight))
+        assert torch.equal(out, ops.linear(x, weight))
 
 
 class DecodeStep:
@@ -237,6 +258,27 @@ def test_what_attention_cannot_do_on_a_gpu(given, error, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        ((3, 12), (4, 12), "x has 12 inputs, expected a multiple of 8 on a CUDA device"),
+        ((3, 24), quantize(torch.ones(4, 24), 8), "x has 24 inputs, expected a multiple of 16"),
+        (unaligned, (4, 64), "expected rows that begin at multiples of 16 bytes"),
+        ((3, 64), unaligned, "weight begins at address"),
+    ],
+)
+def test_what_linear_cannot_do_on_a_gpu(x, weight, message):
+    def made(given):
+        if isinstance(given, Quantized):
+            return given.to("cuda")
+        if given is unaligned:
+            return unaligned(torch.zeros(3, 64).bfloat16().cuda())
+        return torch.zeros(given).bfloat16().cuda()
+
+    with pytest.raises(ValueError, match=f"^linear: .*{message}"):
+        ops.linear(made(x), made(weight))
+
+
 def test_devices_may_not_be_mixed():
     x, weight = torch.zeros(2, 8), torch.zeros(8)
     with pytest.raises(TypeError, match="rms_norm: weight is on cpu, expected cuda:0 like x"):
@@ -256,7 +298,7 @@ def test_opcheck():
         "rope": (*tensors, 1e4, 8),
         "attention": (*tensors, 8),
         "swiglu": (given["k_pool"], given["v_pool"]),
-        "linear": (given["k_pool"], given["v_pool"]),
+        "linear": (given["k_pool"], [given["v_pool"]], []),
     }
     for name, call in calls.items():
         torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, call)

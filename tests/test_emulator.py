@@ -106,6 +106,39 @@ def test_cp_async_fills_with_zeros(emulator, valid, copies, generator):
 
 
 @pytest.mark.parametrize("copies", DELIVERIES)
+@pytest.mark.parametrize("length", [0, 2, 4, 70, 126, 128])
+def test_cp_async_of_words_and_parts_of_them(emulator, length, copies, generator):
+    emulator.configure(copies=copies)
+    x = torch.randint(1, 255, (max(length, 1),), generator=generator).byte()
+    emulator.take_launches()
+    out = run(emulator, "cp_async_words", x, torch.full((128,), 255, dtype=torch.uint8), length)
+    assert torch.equal(out[:length], x[:length])
+    assert not out[length:].any()
+    assert emulator.take_launches()[0]["loaded_bytes"] == length
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lane", [0, 17, 31])
+def test_a_lane_that_does_more_is_counted_with_the_others(emulator, lane, seed):
+    """Three requests, whichever lane comes first: its own one, and two of all."""
+    emulator.configure(seed=seed)
+    emulator.take_launches()
+    x = torch.arange(32).float()
+    out = run(emulator, "one_lane_more", x, torch.zeros(32), lane)
+    assert torch.equal(out, (2 + (torch.arange(32) == lane)) * x)
+    (launch,) = emulator.take_launches()
+    assert (launch["load_requests"], launch["load_sectors"]) == (3, 1 + 2 * 4)
+
+
+def test_bit_operations(emulator, generator):
+    x = torch.randint(-(2**31), 2**31, (32,), generator=generator).int()
+    turned, flipped = run(emulator, "bits", x, torch.zeros(2, 32, dtype=torch.int32))
+    swapped = x.view(torch.uint8).view(-1, 4).flip(1)
+    assert torch.equal(turned.view(torch.uint8).view(-1, 4), swapped)
+    assert torch.equal(flipped, (x & 0x00FF00FF) ^ 0x12345678)
+
+
+@pytest.mark.parametrize("copies", DELIVERIES)
 @pytest.mark.parametrize("tiles", [1, 2, 3, 7])
 def test_cp_async_groups(emulator, tiles, copies, generator):
     emulator.configure(copies=copies)

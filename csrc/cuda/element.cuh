@@ -27,6 +27,9 @@ cudaError_t with_element(DType dtype, const F& f) {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(bf16 x) {
+  return __uint_as_float(uint32_t{x.bits} << 16);
+}
 
 // Rounded to nearest even.
 template <class T>

@@ -36,6 +36,22 @@ inline int multiprocessors() {
   return count;
 }
 
+// Bytes of shared memory, with those that the runtime keeps for itself.
+struct SharedMemorySize {
+  int of_block = 48 * 1024;  // the most that one can have
+  int of_multiprocessor = 48 * 1024;
+};
+inline SharedMemorySize shared_memory_size() {
+  int device = 0;
+  SharedMemorySize size;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&size.of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&size.of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                           device);
+  }
+  return size;
+}
+
 // The block's shared memory, `shared_bytes` of the launch. Kernels have no other: a static array
 // could be neither poisoned nor bounds-checked by the emulator.
 template <class T>

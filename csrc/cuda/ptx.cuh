@@ -70,6 +70,15 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
+// The same for 4 bytes, of which the first `bytes` are read and the others become zeros; through
+// L1, for neighbours that are soon copied too.
+__device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
+                                           Site = Site::here()) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
 // Makes this thread's copies since the last commit a group.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -130,6 +139,13 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
 }
 
 // ---- Arithmetic.
+
+// (x & mask) ^ flip. Spelled out: with two constants the compiler makes two instructions of it.
+__device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
+  return result;
+}
 
 // 2^x to 2 units in the last place; subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -7,6 +7,7 @@
 #include <launch.cuh>
 
 #include "element.cuh"
+#include "norm.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -23,18 +24,6 @@ __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& re
 #pragma unroll
   for (int i = 0; i < N; ++i) sum[i] = x[i] + residual[i];
   return round_to<T>(sum);
-}
-
-template <class T, int N>
-__device__ __forceinline__ Vec<T, N> scale(const Vec<T, N>& h, const Vec<T, N>& weight,
-                                           float factor) {
-  float normalised[N], scaled[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) normalised[i] = h[i] * factor;
-  const Vec<T, N> rounded = round_to<T>(normalised);
-#pragma unroll
-  for (int i = 0; i < N; ++i) scaled[i] = rounded[i] * weight[i];
-  return round_to<T>(scaled);
 }
 
 // 64 registers, so that 1024 threads of a multiprocessor have their loads under way.
@@ -93,7 +82,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormP
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       const int i = position(begin, k);
-      if (i < dim) store(out + i, scale(h[k], other[k], factor));
+      if (i < dim) store(out + i, scaled(h[k], other[k], factor));
     }
   }
 }

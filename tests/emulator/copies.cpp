@@ -6,24 +6,19 @@
 #include "block.h"
 
 namespace emulator {
-namespace {
 
-constexpr size_t kBytes = 16;
-
-}  // namespace
-
-void Copies::start(Site site, void* shared, const void* global, bool valid) {
-  check_shared(site, "cp.async to shared memory", shared, kBytes);
+void Copies::start(Site site, void* shared, const void* global, size_t size, size_t read) {
+  check_shared(site, "cp.async to shared memory", shared, size);
   Requests& requests = current->warp->requests();
-  requests.add(current->lane, site, Access::shared, shared, kBytes);
-  if (valid) {
-    check_global(site, "cp.async from global memory", global, kBytes);
-    current->block->note_load(site, global, kBytes);
-    requests.add(current->lane, site, Access::global_load, global, kBytes);
+  if (size == 16) requests.add(current->lane, site, Access::shared, shared, 16);
+  if (read > 0) {
+    check_global(site, "cp.async from global memory", global, read);
+    current->block->note_load(site, global, read);
+    requests.add(current->lane, site, Access::global_load, global, static_cast<uint32_t>(read));
   }
-  const Copy copy{shared, valid ? global : nullptr};
+  const Copy copy{shared, global, size, read};
   if (delivery_ == Delivery::early) return deliver(copy);
-  memset(shared, 0xff, kBytes);
+  memset(shared, 0xff, size);
   uncommitted_.push_back(copy);
 }
 
@@ -37,11 +32,8 @@ void Copies::wait(size_t pending_groups) {
 }
 
 void Copies::deliver(const Copy& copy) {
-  if (copy.global) {
-    memcpy(copy.shared, copy.global, kBytes);
-  } else {
-    memset(copy.shared, 0, kBytes);
-  }
+  if (copy.read > 0) memcpy(copy.shared, copy.global, copy.read);
+  memset(static_cast<char*>(copy.shared) + copy.read, 0, copy.size - copy.read);
 }
 
 }  // namespace emulator

@@ -19,14 +19,16 @@ class Copies {
  public:
   explicit Copies(Delivery delivery) : delivery_(delivery) {}
 
-  void start(Site site, void* shared, const void* global, bool valid);
+  // Of `size` bytes, the first `read` are copied and the others become zeros.
+  void start(Site site, void* shared, const void* global, size_t size, size_t read);
   void commit();
   void wait(size_t pending_groups);
 
  private:
   struct Copy {
     void* shared;
-    const void* global;  // null: zeros
+    const void* global;
+    size_t size, read;
   };
   static void deliver(const Copy& copy);
 

@@ -194,8 +194,8 @@ uint32_t shared_offset(const void* address) {
   return static_cast<uint32_t>(static_cast<const char*>(address) - begin);
 }
 
-void cp_async(Site site, void* shared, const void* global, bool valid) {
-  current->copies.start(site, shared, global, valid);
+void cp_async(Site site, void* shared, const void* global, size_t size, size_t read) {
+  current->copies.start(site, shared, global, size, read);
 }
 
 void cp_async_commit() { current->copies.commit(); }

@@ -15,7 +15,8 @@ void access_shared(Site site, const void* address);  // 16 bytes
 
 uint32_t shared_offset(const void* address);
 
-void cp_async(Site site, void* shared, const void* global, bool valid);
+// Writes `size` bytes, of which the first `read` are copied and the others become zeros.
+void cp_async(Site site, void* shared, const void* global, size_t size, size_t read);
 void cp_async_commit();
 void cp_async_wait(size_t pending_groups);
 

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "../../csrc/linear.h"
 #include "../../python/ops.h"
 #include "memory.h"
 #include "run.h"
@@ -25,6 +26,9 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"shuffles", &cuda::run_shuffles},
     {"votes", &cuda::run_votes},
     {"cp_async", &cuda::run_cp_async},
+    {"cp_async_words", &cuda::run_cp_async_words},
+    {"one_lane_more", &cuda::run_one_lane_more},
+    {"bits", &cuda::run_bits},
     {"pipeline", &cuda::run_pipeline},
     {"atomics", &cuda::run_atomics},
     {"indices", &cuda::run_indices},
@@ -93,6 +97,22 @@ int run_test_kernel(const std::string& name, uintptr_t in, uintptr_t out, int64_
       {reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n});
 }
 
+// Of tensors' addresses, bits 8 or 4: a build without CUDA has no binding of it.
+int dequantize(const std::string& dtype, int bits, uintptr_t values, uintptr_t scales,
+               uintptr_t out, int64_t rows, int64_t inputs, int64_t group) {
+  const std::map<std::string, DType> dtypes = {
+      {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
+  DequantizeParams p{};
+  p.dtype = dtypes.at(dtype);
+  p.format = bits == 8 ? WeightFormat::int8 : WeightFormat::int4;
+  p.weight = {reinterpret_cast<const void*>(values), reinterpret_cast<const bf16*>(scales), rows};
+  p.out = reinterpret_cast<void*>(out);
+  p.inputs = inputs;
+  p.group = group;
+  const py::gil_scoped_release release;
+  return cuda::dequantize(p, nullptr);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_emulator, m) {
@@ -106,7 +126,9 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("free_all", [] { emulator::allocations().clear(); });
   m.def("run_test_kernel", &run_test_kernel, py::arg("name"), py::arg("inputs"), py::arg("out"),
         py::arg("n"));
+  m.def("dequantize", &dequantize);
   python::bind_attention(m);
+  python::bind_linear(m);
   python::bind_rms_norm(m);
   python::bind_rope(m);
   python::bind_sample(m);

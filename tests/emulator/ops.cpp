@@ -2,11 +2,13 @@
 #include <cuda_runtime_api.h>
 
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../../csrc/attention.h"
+#include "../../csrc/linear.h"
 #include "../../csrc/rms_norm.h"
 #include "../../csrc/rope.h"
 #include "../../csrc/sample.h"
@@ -46,6 +48,15 @@ void attention(const AttentionParams& given, int) {
   for (const int32_t counter : counters) {
     if (counter != 0) throw std::runtime_error("attention: a counter was not left at zero");
   }
+}
+int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
+void linear(const LinearParams& p, int) {
+  const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
+  if (bytes > 0) {
+    emulator::allocations().add(p.scratch, bytes, "scratch");
+    memset(p.scratch, 0xff, bytes);  // NaN
+  }
+  check("linear", cuda::linear(p, nullptr));
 }
 void rms_norm(const RmsNormParams& p, int) { check("rms_norm", cuda::rms_norm(p, nullptr)); }
 void rope(const RopeParams& p, int) { check("rope", cuda::rope(p, nullptr)); }

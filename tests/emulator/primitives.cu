@@ -73,6 +73,31 @@ __global__ void cp_async(const uint8_t* in, uint8_t* out, int64_t n) {
   st_global_16(out + 16 * lane, ld_shared_16(shared + 16 * lane));
 }
 
+// Copies n bytes by words of 4, of which the last may be a part; the others are to be zeros.
+__global__ void cp_async_words(const uint8_t* in, uint32_t* out, int64_t n) {
+  const int lane = threadIdx.x, left = int(n) - 4 * lane;
+  auto* shared = dynamic_shared<uint32_t>();
+  cp_async_4(shared + lane, in + 4 * lane, left < 0 ? 0 : left > 4 ? 4 : left);
+  cp_async_commit();
+  cp_async_wait<0>();
+  st_global(out + lane, shared[lane]);
+}
+
+// Only lane n loads first what all load then.
+__global__ void one_lane_more(const float* in, float* out, int64_t n) {
+  const int lane = threadIdx.x;
+  float sum = lane == n ? ld_global(in + lane) : 0.0f;
+  for (int i = 0; i < 2; ++i) sum += ld_global(in + lane);
+  st_global(out + lane, sum);
+}
+
+// out: int [2, 32]: words of in [32] with their bytes turned round, and and_xor.
+__global__ void bits(const uint32_t* in, uint32_t* out) {
+  const uint32_t x = ld_global(in + threadIdx.x);
+  st_global(out + threadIdx.x, __byte_perm(x, 0u, 0x0123));
+  st_global(out + 32 + threadIdx.x, and_xor(x, 0x00ff00ffu, 0x12345678u));
+}
+
 // Each thread copies its share of n tiles [blockDim] of 16 bytes, two under way at a time.
 __global__ void pipeline(const uint8_t* in, uint8_t* out, int64_t n) {
   const size_t tile = 16 * blockDim.x, mine = 16 * threadIdx.x;
@@ -160,6 +185,21 @@ cudaError_t run_votes(const Arguments& a) {
 cudaError_t run_cp_async(const Arguments& a) {
   return launch(cp_async, 1, 32, 512, nullptr, static_cast<const uint8_t*>(a.in),
                 static_cast<uint8_t*>(a.out), a.n);
+}
+
+cudaError_t run_cp_async_words(const Arguments& a) {
+  return launch(cp_async_words, 1, 32, 128, nullptr, static_cast<const uint8_t*>(a.in),
+                static_cast<uint32_t*>(a.out), a.n);
+}
+
+cudaError_t run_one_lane_more(const Arguments& a) {
+  return launch(one_lane_more, 1, 32, 0, nullptr, static_cast<const float*>(a.in),
+                static_cast<float*>(a.out), a.n);
+}
+
+cudaError_t run_bits(const Arguments& a) {
+  return launch(bits, 1, 32, 0, nullptr, static_cast<const uint32_t*>(a.in),
+                static_cast<uint32_t*>(a.out));
 }
 
 cudaError_t run_pipeline(const Arguments& a) {

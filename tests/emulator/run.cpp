@@ -18,9 +18,6 @@ __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 namespace {
 
-// Of compute capability 8.9, the least of those that the kernels are built for.
-constexpr size_t kMaxSharedBytes = 99 * 1024;
-
 uint3 block_index(uint64_t number, dim3 grid) {
   return {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
           static_cast<unsigned>(number / grid.x / grid.y)};
@@ -49,7 +46,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
       grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (shared_bytes > size_t{kMaxSharedBytes}) return cudaErrorInvalidValue;
 
   Unfenced unfenced;
   const Launch launch{

@@ -12,6 +12,9 @@
 
 namespace emulator {
 
+// Of a block. Of compute capability 8.9, the least of those that the kernels are built for.
+constexpr int kMaxSharedBytes = 99 * 1024;
+
 struct Settings {
   uint64_t seed = 0;  // of the order in which threads and blocks run
   Delivery delivery = Delivery::late;

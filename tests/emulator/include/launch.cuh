@@ -17,6 +17,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 
 inline int multiprocessors() { return emulator::settings().multiprocessors; }
 
+// Of compute capability 8.9, the least of those that the kernels are built for.
+struct SharedMemorySize {
+  int of_block = emulator::kMaxSharedBytes;
+  int of_multiprocessor = emulator::kMaxSharedBytes + 1024;
+};
+inline SharedMemorySize shared_memory_size() { return {}; }
+
 template <class T>
 T* dynamic_shared() {
   return static_cast<T*>(emulator::shared_memory());

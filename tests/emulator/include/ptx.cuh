@@ -49,7 +49,11 @@ inline void st_shared_16(void* shared, uint4 value, Site site = Site::here()) {
 inline uint32_t shared_address(const void* shared) { return emulator::shared_offset(shared); }
 
 inline void cp_async_16(void* shared, const void* global, bool valid, Site site = Site::here()) {
-  emulator::cp_async(site, shared, global, valid);
+  emulator::cp_async(site, shared, global, 16, valid ? 16 : 0);
+}
+
+inline void cp_async_4(void* shared, const void* global, int bytes, Site site = Site::here()) {
+  emulator::cp_async(site, shared, global, 4, static_cast<size_t>(bytes));
 }
 
 inline void cp_async_commit() { emulator::cp_async_commit(); }
@@ -75,6 +79,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   constexpr auto type = std::is_same_v<T, __half> ? emulator::Half::f16 : emulator::Half::bf16;
   emulator::mma_m16n8k16(site, type, d, a, b);
 }
+
+inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
 
 inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
 

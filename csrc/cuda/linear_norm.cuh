@@ -1,0 +1,73 @@
+// The RMSNorm of x before a product: by each block for itself, where the rows fit in its shared
+// memory, or before, to global memory; the same to the bit.
+#pragma once
+
+#include "../linear.h"
+#include "linear_stream.cuh"
+#include "norm.cuh"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace mistral::cuda {
+
+// Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block,
+// and calls store(i, k, v) with 8 elements from k on of the i-th. `sums`: shared memory of
+// kTokens * kLinearWarps floats. What is stored in shared memory needs a barrier after it.
+template <class T, int kTokens, class Store>
+__device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
+                                               float* sums, const Store& store) {
+  constexpr int kStep = kLinearThreads * kVec16<T>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int inputs = static_cast<int>(p.inputs), begin = threadIdx.x * kVec16<T>;
+  const T* x = static_cast<const T*>(p.x) + first * p.stride_x_token;
+  // All tokens' loads are under way together.
+  const auto load_tokens = [&](Vec16<T>(&h)[kTokens], int k) {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      h[i] = i < count ? load16(x + i * p.stride_x_token + k) : Vec16<T>{};
+    }
+  };
+
+  Vec16<T> h[kTokens];
+  float squares[kTokens] = {}, factors[kTokens];
+  for (int k = begin; k < inputs; k += kStep) {
+    load_tokens(h, k);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVec16<T>; ++j) squares[i] += h[i][j] * h[i][j];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const float sum = warp_sum(squares[i]);
+    if (lane == 0) sums[i * kLinearWarps + warp] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kLinearWarps; ++w) sum += sums[i * kLinearWarps + w];
+    factors[i] = 1.0f / sqrtf(sum / static_cast<float>(p.inputs) + p.eps);
+  }
+  for (int k = begin; k < inputs; k += kStep) {
+    const Vec16<T> weight = load16(static_cast<const T*>(p.norm) + k);
+    load_tokens(h, k);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i < count) store(i, k, scaled(h[i], weight, factors[i]));
+    }
+  }
+}
+
+// Grid: one block per token. Normalised rows [T, K] go to p.scratch.
+template <class T>
+__global__ void __launch_bounds__(kLinearThreads)
+    linear_norm_kernel(const __grid_constant__ LinearParams p) {
+  T* out = static_cast<T*>(p.scratch) + blockIdx.x * p.inputs;
+  normalise_rows<T, 1>(p, blockIdx.x, 1, dynamic_shared<float>(),
+                       [&](int, int k, const Vec16<T>& v) { store16(out + k, v); });
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,21 @@
+// What every kernel that normalises does to an element, so that all of them agree.
+#pragma once
+
+#include "vec.cuh"
+
+namespace mistral::cuda {
+
+// h times the row's factor, rounded to T, times the weight: as Mistral was trained.
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> scaled(const Vec<T, N>& h, const Vec<T, N>& weight,
+                                            float factor) {
+  float normalised[N], product[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) normalised[i] = h[i] * factor;
+  const Vec<T, N> rounded = round_to<T>(normalised);
+#pragma unroll
+  for (int i = 0; i < N; ++i) product[i] = rounded[i] * weight[i];
+  return round_to<T>(product);
+}
+
+}  // namespace mistral::cuda

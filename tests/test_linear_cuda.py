@@ -1,0 +1,228 @@
+"""The CUDA kernels of products: what they are designed to move through memory, any order of
+threads, any number of multiprocessors, and weights that are widened for products by other means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference
+import torch
+from backends import registered, use
+from tolerance import DTYPES, assert_close
+from torch.nn import functional
+
+from mistral_ext import ops
+from mistral_ext.quantize import Quantized, quantize
+
+GROUPS = {"int4, groups of 32": 32, "int4, groups of 64": 64, "int4, groups of 128": 128}
+FORMATS = ["plain", "int8", *GROUPS]
+VALUES = {"plain": 64, "int8": 128} | dict.fromkeys(GROUPS, 256)  # of a chunk of 128 bytes
+STORED = {"plain": 2, "int8": 1} | dict.fromkeys(GROUPS, 0.5)  # bytes of a value
+
+
+def make_weight(form, rows, size, generator, dtype=torch.bfloat16):
+    exact = torch.randn(rows, size, generator=generator)
+    if form == "plain":
+        return exact.to(dtype)
+    return quantize(exact, 8) if form == "int8" else quantize(exact, 4, GROUPS[form])
+
+
+def make_x(tokens, size, generator, dtype=torch.bfloat16):
+    return torch.randn(tokens, size, generator=generator).to(dtype)
+
+
+def only_launch(emulator):
+    (record,) = emulator.take_launches()
+    return record
+
+
+def chunks_of(form, size):
+    return math.ceil(size / VALUES[form])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 5, 8])
+@pytest.mark.parametrize("size", [512, 1152])
+def test_each_weight_is_read_once_by_whole_cache_lines(emulator, form, tokens, size, generator):
+    rows = 48
+    weight, x = make_weight(form, rows, size, generator), make_x(tokens, size, generator)
+    with use(emulator):
+        ops.linear(x, weight)
+    record = only_launch(emulator)
+    tiles = rows // 16
+    values = int(rows * size * STORED[form])
+    # Of x, each tile of 16 rows reads all tokens; lanes without a token repeat another's loads.
+    of_x = tiles * 8 * size * 2
+    scales = 0
+    if form == "int8":
+        scales = tiles * 16 * 4 * 2  # by the 4 lanes that have results of a row
+    elif form in GROUPS:
+        scales = rows * size // GROUPS[form] * 2
+    rest = record["loaded_bytes"] - values - of_x - scales
+    if form in GROUPS and size // GROUPS[form] % 2:
+        # Every other row of scales begins within a word of 4 bytes: a chunk's may take one more.
+        assert 0 < rest <= rows // 2 * chunks_of(form, size) * 4
+    else:
+        assert rest == 0
+    assert record["stored_bytes"] == 2 * tokens * rows
+    assert record["shared_conflicts"] == 0
+    # Sectors of 32 bytes: those of the weights are read once and whole; those of x by one load, or
+    # two for weights of 8 bits, whose lanes take every other 16 bytes.
+    sectors = record["load_sectors"] - tiles * tokens * size * 2 // 32 * (1 + (form == "int8"))
+    if form in GROUPS:  # of scales, what a tile's chunk has of a row may lie in two sectors
+        assert values // 32 < sectors <= values // 32 + rows * chunks_of(form, size) * 2
+    else:
+        assert sectors == values // 32 + (2 * tiles if form == "int8" else 0)
+    # 2 products for each 32 values of a chunk
+    assert record["mma"] == tiles * chunks_of(form, size) * VALUES[form] // 32 * 2
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_a_block_normalises_x_once(emulator, form, tokens, generator):
+    rows, size, multiprocessors = 16 * 7, 768, 2
+    weight, x = make_weight(form, rows, size, generator), make_x(tokens, size, generator)
+    norm = make_x(1, size, generator)[0]
+    emulator.configure(multiprocessors=multiprocessors)
+    with use(emulator):
+        plain = ops.linear(x, weight)
+        ops.linear(x, weight, norm)
+    without, fused = emulator.take_launches()
+    assert fused["grid"][0] == multiprocessors
+    of_x = 7 * 8 * size * 2
+    normalising = multiprocessors * (2 * tokens + 1) * size * 2
+    assert fused["loaded_bytes"] == without["loaded_bytes"] - of_x + normalising
+    assert fused["shared_conflicts"] == 0
+    assert plain.shape == (tokens, rows)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+def test_more_tokens_read_the_weights_once_too(emulator, form, tokens, generator):
+    rows, size = 64, 512
+    weight, x = make_weight(form, rows, size, generator), make_x(tokens, size, generator)
+    with use(emulator):
+        ops.linear(x, weight)
+    record = only_launch(emulator)
+    rows_that_share_x = 16 if tokens == 16 else 32
+    of_x = rows // rows_that_share_x * tokens * size * 2
+    rest = record["loaded_bytes"] - of_x - int(rows * size * STORED[form])
+    if form == "int8":
+        assert rest == rows * 4 * 2 * tokens // 8  # scales, for each 8 tokens
+    else:
+        assert rest == (0 if form == "plain" else rows * size // GROUPS[form] * 2)
+    assert record["shared_conflicts"] == 0
+
+
+def test_the_launches_of_a_call(emulator, generator):
+    """One, and one more where x has to be normalised before: of many tokens, or of long rows."""
+    weight, norm = make_weight("plain", 40, 64, generator), make_x(1, 64, generator)[0]
+    long_weight, long_norm = make_weight("plain", 8, 2816, generator), make_x(1, 2816, generator)[0]
+    calls = [
+        (make_x(1, 64, generator), weight, None, 1),
+        (make_x(64, 64, generator), weight, None, 1),
+        (make_x(8, 64, generator), weight, norm, 1),
+        (make_x(9, 64, generator), weight, norm, 2),
+        (make_x(4, 2816, generator), long_weight, long_norm, 1),
+        (make_x(8, 2816, generator), long_weight, long_norm, 2),
+        (make_x(0, 64, generator), weight, norm, 0),
+    ]
+    for x, w, n, launches in calls:
+        with use(emulator):
+            out = ops.linear(x, w, n)
+        assert out.shape == (len(x), len(w))
+        assert len(emulator.take_launches()) == launches
+
+
+@pytest.mark.parametrize("form", ["plain", "int8", "int4, groups of 32"])
+def test_long_rows_are_normalised_alike_by_a_block_and_before(emulator, form, generator):
+    """To the bit: 8 such tokens do not fit in a block's shared memory, each alone does."""
+    weight, x = make_weight(form, 8, 2816, generator), make_x(8, 2816, generator)
+    norm = make_x(1, 2816, generator)[0]
+    with use(emulator):
+        together = ops.linear(x, weight, norm)
+        alone = torch.cat([ops.linear(row, weight, norm) for row in x.split(1)])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_any_order_of_threads_gives_the_same_bits(emulator, form, tokens, generator):
+    """And any number of multiprocessors: one block for all rows, or one for each tile."""
+    x, norm = make_x(tokens, 1280, generator), make_x(1, 1280, generator)[0]
+    gate, up = (make_weight(form, 52, 1280, generator) for _ in range(2))
+    results = []
+    for seed, (multiprocessors, copies) in enumerate([(1, "late"), (3, "early"), (40, "late")]):
+        emulator.configure(seed=seed, copies=copies, multiprocessors=multiprocessors)
+        residual = torch.ones(tokens, 52, dtype=torch.bfloat16)
+        with use(emulator):
+            ops.linear_residual(x, gate, residual)
+            results.append(
+                (ops.linear(x, [gate, up], norm), ops.linear_swiglu(x, gate, up), residual)
+            )
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("size", [128, 384, 640, 1152])
+def test_any_number_of_scales(emulator, group, size, generator):
+    """If it is odd, every other row of scales begins within a word of 4 bytes."""
+    weight, x = quantize(torch.randn(37, size), 4, group), make_x(2, size, generator)
+    around = torch.full((weight.scales.numel() + 4,), float("nan"), dtype=torch.bfloat16)
+    scales = around[2:-2].view(weight.scales.shape).copy_(weight.scales)
+    with use(emulator):
+        out = ops.linear(x, Quantized(weight.values, scales))
+    wide = weight.dequantize(torch.float64)
+    plain = functional.linear(x, wide.bfloat16())
+    assert_close(out, functional.linear(x.double(), wide), plain)
+
+
+def test_int8_of_every_value_and_place(emulator):
+    """-128 too, though `quantize` makes none."""
+    values = torch.arange(-128, 128).repeat(16).view(16, 256).T.roll(3, 1).contiguous()
+    weight = Quantized(values.to(torch.int8), torch.full((256, 1), 0.5, dtype=torch.bfloat16))
+    for dtype in (torch.bfloat16, torch.float16):
+        with use(emulator):
+            out = ops.linear(torch.eye(16, dtype=dtype), weight)
+        assert torch.equal(out.float(), values.T * 0.5)
+
+
+def test_swiglu_of_extreme_gates(emulator):
+    gate = torch.tensor([[0.0], [1e4], [3e38], [-1e4], [-3e38], [float("nan")]]).bfloat16()
+    padded = functional.pad(gate, (0, 7))
+    up = torch.full_like(padded, 0.5)
+    x = torch.eye(8, dtype=torch.bfloat16)[:1]
+    with use(emulator):
+        out = ops.linear_swiglu(x, padded, up)
+    expected = reference.swiglu(gate.float(), torch.tensor(0.5)).bfloat16().T
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "form", "dtype"),
+    [(12, "plain", torch.bfloat16), (24, "int8", torch.float16), (64, "plain", torch.float32)],
+)
+def test_what_has_no_kernel_is_refused(emulator, size, form, dtype, generator):
+    """Here by the launch; on a GPU the bindings say why."""
+    weight = make_weight(form, 4, size, generator, dtype)
+    with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
+        ops.linear(make_x(2, size, generator, dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_widened_weights_are_those_of_quantize(emulator, form, dtype, generator):
+    """Products of more tokens than the kernels are made for are those of widened weights."""
+    weight = make_weight(form, 13, 384, generator)
+    out = torch.full(weight.shape, float("nan"), dtype=dtype)
+    given = {"values": weight.values, "scales": weight.scales, "out": out}
+    with registered(emulator, **given):
+        addresses = [tensor.data_ptr() for tensor in given.values()]
+        name = str(dtype).removeprefix("torch.")
+        assert emulator.dequantize(name, weight.bits, *addresses, 13, 384, weight.group) == 0
+    assert torch.equal(out, weight.dequantize(dtype))
+    record = only_launch(emulator)
+    assert record["stored_bytes"] == out.nbytes
+    assert record["load_sectors"] <= weight.values.nbytes // 32 + 4 * 13 * 384 // 256
