@@ -53,21 +53,20 @@ uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes) {
 
 void Requests::add(int lane, Site site, Access access, const void* address, uint32_t bytes) {
   const uint32_t bit = 1u << lane;
-  const auto find = [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      const Request& r = requests_[i];
-      const bool same = r.site == site && r.access == access && r.bytes == bytes;
-      if (same && !(r.lanes & bit)) return i;
-    }
-    return requests_.size();
-  };
-  size_t i = find(next_[lane], requests_.size());
-  // What this lane did and those before it did not is at the end, past what all do next.
-  if (i == requests_.size()) i = find(0, next_[lane]);
-  if (i == requests_.size()) requests_.push_back({site, access, bytes, 0, {}});
+  size_t i = next_[lane];
+  while (i < requests_.size() && !(requests_[i].site == site && requests_[i].access == access &&
+                                   requests_[i].bytes == bytes && !(requests_[i].lanes & bit))) {
+    ++i;
+  }
+  if (i == requests_.size()) {
+    // The lanes before this one did without: it belongs between what they did, in program order.
+    i = next_[lane];
+    requests_.insert(requests_.begin() + static_cast<ptrdiff_t>(i), {site, access, bytes, 0, {}});
+    for (size_t& next : next_) next += next > i;
+  }
   requests_[i].lanes |= bit;
   requests_[i].address[lane] = reinterpret_cast<uintptr_t>(address);
-  next_[lane] = std::max(next_[lane], i + 1);
+  next_[lane] = i + 1;
 }
 
 void Requests::count_into(Counters& counters) {
