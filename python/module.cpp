@@ -6,6 +6,7 @@
 #include "device.h"
 #include "ops.h"
 #ifdef MISTRAL_CUDA
+#include "../csrc/attention.h"
 #include "../csrc/cuda/device.h"
 #endif
 
@@ -50,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef MISTRAL_CUDA
   m.attr("cuda_architectures") = MISTRAL_CUDA;
   m.def("capture_id", &python::capture_id, py::arg("lane"));
+  m.def("active_attention", [] { return cuda::name(cuda::active_prefill()); });
+  m.def("select_attention", &cuda::select_prefill, py::arg("name"));
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

@@ -53,10 +53,11 @@ inline SharedMemorySize shared_memory_size() {
 }
 
 // The block's shared memory, `shared_bytes` of the launch. Kernels have no other: a static array
-// could be neither poisoned nor bounds-checked by the emulator.
+// could be neither poisoned nor bounds-checked by the emulator. It is aligned to the unit of the
+// 128-byte swizzle of TMA and wgmma.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
   return reinterpret_cast<T*>(shared_memory);
 }
 
