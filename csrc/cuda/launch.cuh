@@ -36,6 +36,16 @@ inline int multiprocessors() {
   return count;
 }
 
+// Of the current device: 90 for 9.0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  return 10 * major + minor;
+}
+
 // Bytes of shared memory, with those that the runtime keeps for itself.
 struct SharedMemorySize {
   int of_block = 48 * 1024;  // the most that one can have

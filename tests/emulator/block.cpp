@@ -11,16 +11,17 @@
 namespace emulator {
 namespace {
 
-std::string to_text(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
-
 // Unwinds a thread that is not to run on.
 struct Abandoned {};
 
 }  // namespace
 
 __thread Thread* current = nullptr;
+
+std::string to_text(uint3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
+}
 
 std::string to_text(Site site) {
   const std::string path = site.file;
@@ -38,6 +39,7 @@ Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& st
   number_ = (uint64_t{index.z} * grid.y + index.y) * grid.x + index.x;
   random_state_ = (launch.seed + 1) * 0x9e3779b97f4a7c15u ^ (number_ + 1) * 0xbf58476d1ce4e5b9u;
   const size_t threads = size_t{size.x} * size.y * size.z;
+  if (launch.capability == kHopper) hopper_.emplace(launch.shared_bytes, threads);
   // Both are pointed into, so neither may move.
   warps_.reserve((threads + 31) / 32);
   threads_.reserve(threads);
@@ -149,6 +151,12 @@ void Block::barrier(Site site) {
   }
 }
 
+void Block::note_shared_store(Site site, const void* address) {
+  if (!hopper_) return;
+  const auto* begin = static_cast<const char*>(shared_.data());
+  hopper_->chunks.store(site, static_cast<uint32_t>(static_cast<const char*>(address) - begin));
+}
+
 void Block::note_load(Site site, const void* address, size_t bytes) {
   if (launch_.unfenced.by_another(number_, Unfenced::bytes(address, bytes))) {
     fail(site, "load of what another block has stored without a __threadfence since");
@@ -179,10 +187,28 @@ size_t Block::choose_warp() {
   return best;
 }
 
+// As no thread can run, what was started on its own cannot come any later.
+void Block::deliver_something() {
+  const InFlight::Operation operation = hopper_->in_flight.take(random());
+  current = operation.thread;
+  try {
+    operation.deliver();
+  } catch (const std::exception&) {
+    error_ = std::current_exception();
+  }
+}
+
 void Block::run() {
   while (exited_ < threads_.size() && !error_) {
     const size_t w = choose_warp();
-    if (w == warps_.size()) error_ = stuck();
+    if (w == warps_.size()) {
+      if (hopper_ && !hopper_->in_flight.empty()) {
+        deliver_something();
+      } else {
+        error_ = stuck();
+      }
+      continue;
+    }
     while (!error_ && warps_[w].ready() != 0) {
       const uint32_t turn = random() % 32, ready = warps_[w].ready();
       const uint32_t turned = ready >> turn | ready << (32 - turn) % 32;
@@ -193,6 +219,9 @@ void Block::run() {
   if (error_) {
     abandon();
     std::rethrow_exception(error_);
+  }
+  if (const std::string left = hopper_ ? hopper_->problem_at_the_end() : ""; !left.empty()) {
+    throw Error(launch_.kernel + ": block " + to_text(index_) + " has ended, but " + left);
   }
   if (!shared_.guards_intact()) {
     throw Error(launch_.kernel + ": block " + to_text(index_) +

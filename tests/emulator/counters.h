@@ -18,6 +18,8 @@ struct Counters {
   uint64_t shared_requests = 0;   // 16-byte accesses, cp.async, ldmatrix
   uint64_t shared_conflicts = 0;  // passes over the banks beyond those without conflicts
   uint64_t mma = 0;               // warp-wide instructions
+  uint64_t wgmma_flops = 0;       // 2 for each product of two elements
+  uint64_t tma_bytes = 0;         // written to shared memory, zeros for what is outside too
 
   void add(const Counters& other);
 };

@@ -189,6 +189,10 @@ void access_shared(Site site, const void* address) {
   current->warp->requests().add(current->lane, site, Access::shared, address, 16);
 }
 
+void note_shared_store(Site site, const void* address) {
+  current->block->note_shared_store(site, address);
+}
+
 uint32_t shared_offset(const void* address) {
   const auto* begin = static_cast<const char*>(current->block->shared().data());
   return static_cast<uint32_t>(static_cast<const char*>(address) - begin);

@@ -62,8 +62,9 @@ emulator::Delivery delivery(const std::string& name) {
   throw py::value_error("copies is '" + name + "', expected late or early");
 }
 
-void configure(uint64_t seed, const std::string& copies, int multiprocessors, int workers) {
-  emulator::settings() = {seed, delivery(copies), multiprocessors, workers};
+void configure(uint64_t seed, const std::string& copies, int multiprocessors, int workers,
+               int capability) {
+  emulator::settings() = {seed, delivery(copies), multiprocessors, workers, capability};
 }
 
 // What has been launched since the last call, in order.
@@ -84,6 +85,8 @@ py::list take_launches() {
     entry["shared_requests"] = r.counters.shared_requests;
     entry["shared_conflicts"] = r.counters.shared_conflicts;
     entry["mma"] = r.counters.mma;
+    entry["wgmma_flops"] = r.counters.wgmma_flops;
+    entry["tma_bytes"] = r.counters.tma_bytes;
     list.append(entry);
   }
   emulator::records().clear();
@@ -118,7 +121,7 @@ int dequantize(const std::string& dtype, int bits, uintptr_t values, uintptr_t s
 PYBIND11_MODULE(_emulator, m) {
   m.attr("sanitized") = emulator::kSanitized;
   m.def("configure", &configure, py::arg("seed") = 0, py::arg("copies") = "late",
-        py::arg("multiprocessors") = 4, py::arg("workers") = 2);
+        py::arg("multiprocessors") = 4, py::arg("workers") = 2, py::arg("capability") = 89);
   m.def("take_launches", &take_launches);
   m.def("allocate", [](uintptr_t begin, size_t bytes, const std::string& name) {
     emulator::allocations().add(reinterpret_cast<const void*>(begin), bytes, name);

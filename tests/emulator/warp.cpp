@@ -72,6 +72,10 @@ void Warp::exit(int lane) {
                        hex(m.arrived) + " wait for it at " + m.collective->name);
     }
   }
+  if (!wgmma_.empty()) {
+    fail(current->site,
+         "a lane left the kernel without a wgmma_wait for what its warp has started");
+  }
   exited_ |= self;
   suspend(lane);
   if (exited_ == lanes_) requests_.count_into(block_.counters());
