@@ -1,10 +1,10 @@
 // Launches the prefill kernel of sm_90a: see attention_hopper.cuh. For this architecture alone.
 #include "attention_hopper.h"
 
-#include <tensor_map.h>
 #include <launch.cuh>
 
 #include "attention_hopper_multiply.cuh"
+#include "tensor_map.h"
 
 namespace mistral::cuda {
 namespace {

@@ -156,6 +156,7 @@ class Consumer {
       return static_cast<const T*>(p_.q) +
              rows.offset(first + row, p_.stride_q_token, p_.stride_q_head);
     });
+    cp_async_commit();
   }
 
   __device__ __forceinline__ void multiply(const WorkItem& item, int before, int i) {

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "../../csrc/attention.h"
 #include "../../csrc/linear.h"
 #include "../../python/ops.h"
 #include "memory.h"
@@ -129,6 +130,7 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("free_all", [] { emulator::allocations().clear(); });
   m.def("run_test_kernel", &run_test_kernel, py::arg("name"), py::arg("inputs"), py::arg("out"),
         py::arg("n"));
+  m.def("select_attention", &cuda::select_prefill, py::arg("name"));
   m.def("dequantize", &dequantize);
   python::bind_attention(m);
   python::bind_linear(m);
