@@ -143,11 +143,16 @@ void Block::barrier(Site site) {
   for (Warp& warp : warps_) {
     warp.requests().count_into(counters_);
     warp.wake(warp.lanes());
+    share_stores(warp);
   }
-  // What a fence now makes visible is what all threads have stored.
-  for (Thread& thread : threads_) {
-    stored_.insert(stored_.end(), thread.stored.begin(), thread.stored.end());
-    thread.stored.clear();
+}
+
+void Block::share_stores(const Warp& warp) {
+  const size_t begin = 32 * number(warp), end = std::min(begin + 32, threads_.size());
+  for (size_t i = begin; i < end; ++i) {
+    std::vector<Bytes>& stored = threads_[i].stored;
+    stored_.insert(stored_.end(), stored.begin(), stored.end());
+    stored.clear();
   }
 }
 

@@ -43,7 +43,7 @@ struct Thread {
   boost::context::stack_context stack = {};
   boost::context::fiber fiber = {};
   void* sanitizer_state = nullptr;
-  std::vector<Bytes> stored = {};    // since it last came to a fence or to __syncthreads
+  std::vector<Bytes> stored = {};    // since it last came to a fence or to a barrier
   uint64_t proxy_fence = 0;          // when it last called fence_proxy_async: SharedChunks
   const char* waiting_at = nullptr;  // the instruction that it waits or last waited at
   Site site = {};
@@ -73,6 +73,9 @@ class Block {
   // For the running thread: what it does to global memory, as other blocks may see it.
   void note_load(Site site, const void* address, size_t bytes);
   void note_store(const void* address, size_t bytes);
+  // The warp comes to a barrier: what its threads have stored is now seen by others of the block,
+  // and made visible by their fences.
+  void share_stores(const Warp& warp);
   void fence();
 
   const Launch& launch() const { return launch_; }

@@ -24,6 +24,7 @@ uint64_t NamedBarriers::arrive(Site site, int id, int threads) {
     fail(site, name + " for " + std::to_string(threads) + " threads, but at " +
                    to_text(barrier.site) + " for " + std::to_string(barrier.expected));
   }
+  current->block->share_stores(*current->warp);
   const uint64_t round = barrier.round;
   barrier.arrived += 32;
   if (barrier.arrived == barrier.expected) {
