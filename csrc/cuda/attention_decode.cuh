@@ -156,7 +156,7 @@ __global__ __launch_bounds__(kDecodeWarps* kWarp,
       store_result<T, D>(p, rows, row, d, merged);
     }
   }
-  if (late) append_late<T, D>(p, s, kv_head, thread, kThreads);
+  if (late) append_late<T, D>(p, s, kv_head, threadIdx.x, blockDim.x);
 }
 
 }  // namespace mistral::cuda

@@ -39,8 +39,8 @@ __device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
 
 // Stores one head of the late tokens, with `threads` threads.
 template <class T, int D>
-__device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head, int thread,
-                            int threads) {
+__device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head,
+                            unsigned thread, unsigned threads) {
   constexpr int kChunks = D / kVec16<T>;
   const int64_t first = max(s.position, s.position + s.count - s.capacity);
   const int64_t items = (s.position + s.count - first) * kChunks;

@@ -109,7 +109,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   if (has_late_tokens(p, s)) {
     const auto blocks = static_cast<int>(ceil_div(rows.count, kPrefillRows));
     if (arrives_last(p.counters + index * p.kv_heads + kv_head, blocks)) {
-      append_late<T, D>(p, s, kv_head, thread, kThreads);
+      append_late<T, D>(p, s, kv_head, threadIdx.x, blockDim.x);
     }
   }
 }
