@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import HOPPER_GPU, attention_of, configure, use
+from backends import GPU, HOPPER_GPU, attention_of, configure, use
 from ragged import RaggedBatch
 
 from mistral_ext import _C, ops
@@ -212,6 +212,17 @@ def test_unknown_environment_variable():
         "ValueError: environment variable MISTRAL_EXT_ATTENTION: attention kernel is 'sm70', "
         "expected one that this build has: sm80" in result.stderr
     )
+
+
+@pytest.mark.parametrize("backend", [GPU], indirect=True)
+def test_refused_by_other_devices(backend):
+    if torch.cuda.get_device_capability() == (9, 0):
+        pytest.skip("this device can run it")
+    with (
+        pytest.raises(ValueError, match="attention kernel is 'sm90', "),
+        attention_of("cuda, sm90", _C),
+    ):
+        RaggedBatch([8], 8, dim=64, dtype=torch.bfloat16).step((3,))
 
 
 def test_unknown_kernel_is_refused(emulator):
