@@ -246,6 +246,54 @@ def test_registers_move_between_warpgroups(hopper, seed):
     assert run(hopper, "registers", torch.zeros(1), torch.zeros(384)).eq(1).all()
 
 
+MISUSES = {
+    0: "mbarrier is not initialised",
+    1: "mbarrier of 0 arrivals",
+    2: "initialised a second time",
+    3: "mbarrier is not initialised",
+    4: "mbarrier has been overwritten",
+    5: "mbarrier of 8 bytes is misaligned",
+    6: "mbarrier of 1 arrivals: one more before the bytes",
+    7: "mbarrier expects 1048576 bytes, too many",
+    8: "parity 2, expected 0 or 1",
+    9: "has ended, but an mbarrier is left with 16 bytes to come",
+    10: "not a multiple of 1024",
+    11: "TMA with 3 coordinates from a tensor of 2 axes",
+    12: "TMA of 2048 bytes out of bounds: it is at byte 7168 of the block's 8208 bytes",
+    13: "TMA writes to shared memory at byte 1024, which another is filling",
+    14: "TMA writes to shared memory at byte 0, where thread .* has stored without",
+    15: "store to shared memory at byte 0, which TMA is filling",
+    16: "this is no tensor map",
+    17: "an offset of 1000 bytes, expected a multiple of 16",
+    18: None,
+    20: "named barrier 0, expected 1 to 15",
+    21: "named barrier 16, expected 1 to 15",
+    22: "named barrier 1 for 150 threads, expected a multiple of 32",
+    23: "named barrier 1 for 192 threads, expected .* no more than the block has",
+    24: "differ between the lanes of a warp",
+    26: "registers_decrease by a warp that is in no whole warpgroup",
+    27: "registers_increase to 24 from 256",
+    28: "registers_decrease to 128 from 64",
+    29: "wgmma_fence by a warp that is in no whole warpgroup",
+    30: "left the kernel while lanes .* wait for it at wgmma_fence|names lanes that have left",
+    31: "the warps of a warpgroup diverge",
+    32: "wgmma with operands that differ between the warps",
+    33: "wgmma with operands that differ between the lanes",
+    34: "lane .* left the kernel without a wgmma_wait for this",
+}
+
+
+@pytest.mark.parametrize("way", MISUSES)
+def test_misuse_is_refused(hopper, way):
+    """Of primitives_hopper.cu, where they are counted; way 18 is none."""
+    x, out = torch.zeros(16, 64, dtype=torch.int16), torch.full((160,), NAN)
+    if MISUSES[way] is None:
+        assert run(hopper, "misuse", x, out, way).eq(0).all()
+    else:
+        with pytest.raises(RuntimeError, match=MISUSES[way]):
+            run(hopper, "misuse", x, out, way)
+
+
 @pytest.mark.parametrize("name", ["mbarrier", "wgmma_groups", "registers", "named_barriers"])
 def test_other_devices_have_none_of_it(emulator, name):
     with pytest.raises(RuntimeError, match=r"an instruction of compute capability 9\.0 on"):
@@ -268,6 +316,7 @@ PLANTED = {
     "missing_expect": "which TMA is filling|16384 bytes more have come than its phase expects",
     "missing_init_fence": "TMA is to report to an mbarrier without an mbarrier_init_fence",
     "missing_proxy_fence": "has stored without a fence_proxy_async since",
+    "missing_reader_fence": "has stored without a fence_proxy_async since",
     "missing_warp": "some warps of a warpgroup have done more wgmma or setmaxnreg than others",
     "missing_warpgroup_barrier": WRONG,
     "missing_wgmma_fence": "wgmma without a wgmma_fence since the start or the last wgmma_wait",

@@ -194,6 +194,101 @@ __global__ void registers(float* out) {
   st_global(out + threadIdx.x, 1.0f);
 }
 
+// What must not be done, in the ways that n counts. By 160 threads: a warpgroup and a warp.
+__global__ void misuse(const __grid_constant__ CUtensorMap map, float* out, int64_t n) {
+  auto* shared = dynamic_shared<uint8_t>();
+  auto* barrier = reinterpret_cast<uint64_t*>(shared + 8192);
+  const int thread = threadIdx.x;
+  const bool of_warpgroup = thread < kWarpgroup;
+  const uint64_t matrix = wgmma_descriptor(shared, 0, 1024);
+  if (thread == 0) {
+    if (n != 0) mbarrier_init(barrier, n == 1 ? 0 : 1);
+    mbarrier_init_fence();
+    switch (n) {
+      case 0: mbarrier_arrive(barrier); break;
+      case 2: mbarrier_init(barrier, 1); break;
+      case 3: mbarrier_arrive(barrier + 1); break;
+      case 4:
+        *barrier = 0;
+        mbarrier_arrive(barrier);
+        break;
+      case 5: mbarrier_arrive(reinterpret_cast<uint64_t*>(shared + 8196)); break;
+      case 6:
+        mbarrier_arrive_expect(barrier, 16);
+        mbarrier_arrive(barrier);
+        break;
+      case 7: mbarrier_arrive_expect(barrier, 1 << 20); break;
+      case 8: mbarrier_wait(barrier, 2); break;
+      case 9: mbarrier_arrive_expect(barrier, 16); break;
+      case 10: tma_load_2d(shared + 512, &map, barrier, 0, 0); break;
+      case 11: tma_load_3d(shared, &map, barrier, 0, 0, 0); break;
+      case 12: tma_load_2d(shared + 7168, &map, barrier, 0, 0); break;
+      case 13:
+        tma_load_2d(shared, &map, barrier, 0, 0);
+        tma_load_2d(shared + 1024, &map, barrier, 0, 0);
+        break;
+      case 14:
+        st_shared_16(shared, {});
+        tma_load_2d(shared, &map, barrier, 0, 0);
+        break;
+      case 15:
+        tma_load_2d(shared, &map, barrier, 0, 0);
+        st_shared_16(shared, {});
+        break;
+      case 16: tma_load_2d(shared, reinterpret_cast<CUtensorMap*>(shared), barrier, 0, 0); break;
+      case 17: wgmma_descriptor(shared, 0, 1000); break;
+    }
+  }
+  float d[32] = {};
+  switch (n) {
+    case 20: named_barrier_sync(0, 160); break;
+    case 21: named_barrier_sync(16, 160); break;
+    case 22: named_barrier_sync(1, 150); break;
+    case 23: named_barrier_sync(1, 192); break;
+    case 24: named_barrier_sync(1 + thread % 2, 160); break;
+    case 26: registers_decrease<64>(); break;
+    case 27:
+      if (of_warpgroup) registers_increase<24>();
+      break;
+    case 28:
+      if (of_warpgroup) registers_decrease<64>();
+      if (of_warpgroup) registers_decrease<128>();
+      break;
+    case 29: wgmma_fence(); break;
+    case 30:
+      if (of_warpgroup && thread % 2) wgmma_fence();
+      break;
+    case 31:
+      if (of_warpgroup) {
+        if (thread < 32) wgmma_fence();
+        if (thread >= 32) wgmma_commit();
+      }
+      break;
+    case 32:
+      if (of_warpgroup) {
+        wgmma_fence();
+        wgmma_m64<__half, 64, false>(d, matrix + thread / 32, matrix, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
+      break;
+    case 33:
+      if (of_warpgroup) {
+        wgmma_fence();
+        wgmma_m64<__half, 64, false>(d, matrix, matrix, thread % 2 > 0);
+      }
+      break;
+    case 34:
+      if (of_warpgroup) {
+        wgmma_fence();
+        wgmma_m64<__half, 64, false>(d, matrix, matrix, true);
+        wgmma_wait<0>();  // of no group: it has not been committed
+      }
+      break;
+  }
+  st_global(out + thread, d[0]);
+}
+
 }  // namespace
 
 cudaError_t run_tma_2d(const Arguments& a) {  // in: 16 bits [20, 104] of which 100; n: y * 1000 + x
@@ -251,6 +346,15 @@ cudaError_t run_cp_async_barrier(const Arguments& a) {
 cudaError_t run_named_barriers(const Arguments& a) {
   return launch(named_barriers, 1, 96, 128, nullptr, static_cast<const float*>(a.in),
                 static_cast<float*>(a.out));
+}
+
+cudaError_t run_misuse(const Arguments& a) {  // in: 16 bits [16, 64]
+  const TensorMapShape shape{2, {64, 16}, {0, 128}, {kBox2[0], kBox2[1]}};
+  CUtensorMap map;
+  const cudaError_t status = make_tensor_map(&map, a.in, shape);
+  if (status != cudaSuccess) return status;
+  return launch(misuse, 1, kWarpgroup + 32, 8192 + 16, nullptr, map, static_cast<float*>(a.out),
+                a.n);
 }
 
 cudaError_t run_registers(const Arguments& a) {

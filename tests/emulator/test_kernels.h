@@ -43,6 +43,7 @@ cudaError_t run_mbarrier(const Arguments& a);
 cudaError_t run_cp_async_barrier(const Arguments& a);
 cudaError_t run_named_barriers(const Arguments& a);
 cudaError_t run_registers(const Arguments& a);
+cudaError_t run_misuse(const Arguments& a);
 
 // Planted bugs: with n = 0 the kernel has its bug, with n = 1 it is correct. `in` is
 // float [256], `out` is float [257]: in doubled, and a zero for the kernel's own use.
@@ -71,6 +72,7 @@ cudaError_t run_early_proxy_fence(const Arguments& a);
 cudaError_t run_missing_expect(const Arguments& a);
 cudaError_t run_missing_init_fence(const Arguments& a);
 cudaError_t run_missing_proxy_fence(const Arguments& a);
+cudaError_t run_missing_reader_fence(const Arguments& a);
 cudaError_t run_missing_warp(const Arguments& a);
 cudaError_t run_missing_warpgroup_barrier(const Arguments& a);
 cudaError_t run_missing_wgmma_fence(const Arguments& a);

@@ -295,6 +295,13 @@ void WgmmaQueue::wait(size_t pending_groups) {
   }
 }
 
+const Site* WgmmaQueue::first_under_way() const {
+  for (const std::vector<Product>& group : groups_) {
+    if (!group.empty()) return &group.front().site;
+  }
+  return uncommitted_.empty() ? nullptr : &uncommitted_.front().site;
+}
+
 void WgmmaQueue::finish(Product& product) {
   const Wgmma& w = product.operands;
   Accumulators& to = *product.accumulators;

@@ -45,7 +45,8 @@ class WgmmaQueue {
   void commit();
   void wait(size_t pending_groups);
 
-  bool empty() const { return groups_.empty() && uncommitted_.empty(); }
+  // Where the first was started that has not been waited for; null if there is none.
+  const Site* first_under_way() const;
 
  private:
   // The registers of d of the warp: where they are and what they will be.

@@ -9,9 +9,9 @@ __global__ void early_proxy_fence(const __grid_constant__ Inputs in, float* out)
   Stages& stages = *dynamic_shared<Stages>();
   float d[32] = {};
   for (int tile = 0; tile < kTiles; ++tile) {
-    for_each_chunk(in, stages, 0, tile, [](__nv_bfloat16* to, const __nv_bfloat16* from) {
-      cp_async_16(to, from, true);
-    });
+    for_each_chunk<kMultiplying>(
+        in, stages, 0, tile,
+        [](__nv_bfloat16* to, const __nv_bfloat16* from) { cp_async_16(to, from, true); });
     cp_async_commit();
     if (!kCorrect) fence_proxy_async();
     cp_async_wait<0>();

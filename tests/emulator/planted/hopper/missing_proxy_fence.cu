@@ -9,9 +9,9 @@ __global__ void missing_proxy_fence(const __grid_constant__ Inputs in, float* ou
   Stages& stages = *dynamic_shared<Stages>();
   float d[32] = {};
   for (int tile = 0; tile < kTiles; ++tile) {
-    for_each_chunk(in, stages, 0, tile, [](__nv_bfloat16* to, const __nv_bfloat16* from) {
-      st_shared_16(to, ld_global_16(from));
-    });
+    for_each_chunk<kMultiplying>(
+        in, stages, 0, tile,
+        [](__nv_bfloat16* to, const __nv_bfloat16* from) { st_shared_16(to, ld_global_16(from)); });
     if (kCorrect) fence_proxy_async();
     __syncthreads();
     wgmma_fence();

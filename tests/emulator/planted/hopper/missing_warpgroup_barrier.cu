@@ -9,9 +9,9 @@ __global__ void missing_warpgroup_barrier(const __grid_constant__ Inputs in, flo
   Stages& stages = *dynamic_shared<Stages>();
   float d[32] = {};
   for (int tile = 0; tile < kTiles; ++tile) {
-    for_each_chunk(in, stages, 0, tile, [](__nv_bfloat16* to, const __nv_bfloat16* from) {
-      st_shared_16(to, ld_global_16(from));
-    });
+    for_each_chunk<kMultiplying>(
+        in, stages, 0, tile,
+        [](__nv_bfloat16* to, const __nv_bfloat16* from) { st_shared_16(to, ld_global_16(from)); });
     fence_proxy_async();
     if (kCorrect) named_barrier_sync(1, kMultiplying);
     wgmma_fence();

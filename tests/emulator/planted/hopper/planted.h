@@ -51,10 +51,10 @@ __device__ inline void produce(const Inputs& in, Stages& stages) {
   }
 }
 
-// By those that multiply: f(to, from) for each 16 bytes of a tile that the thread is to copy.
-template <class F>
+// f(to, from) for each 16 bytes of a tile that the thread is to copy, one of kThreads.
+template <int kThreads, class F>
 __device__ void for_each_chunk(const Inputs& in, Stages& stages, int stage, int tile, F f) {
-  for (int i = threadIdx.x; i < kTile * kTile / 8; i += kMultiplying) {
+  for (int i = threadIdx.x % kThreads; i < kTile * kTile / 8; i += kThreads) {
     const int row = i / 8, from = row * kTile * kTiles + tile * kTile + i % 8 * 8;
     const int to = row * kTile + (i ^ row) % 8 * 8;
     f(stages.a[stage] + to, in.a + from);
