@@ -56,8 +56,10 @@ def test_tma_2d(hopper, x, y, copies, generator):
     memory = torch.randint(1, 2**15, (20, 104), generator=generator).short()
     out = torch.full((16, 64), -1, dtype=torch.int16)
     run(hopper, "tma_2d", memory[:, :100], out, (y + 200) * 1000 + x + 200)
-    assert torch.equal(out, swizzled(box_of(memory[:, :100], (y, x), (16, 64))))
-    assert hopper.take_launches()[-1]["tma_bytes"] == 16 * 128
+    box = box_of(memory[:, :100], (y, x), (16, 64))
+    assert torch.equal(out, swizzled(box))
+    launch = hopper.take_launches()[-1]
+    assert (launch["tma_bytes"], launch["loaded_bytes"]) == (16 * 128, 2 * box.count_nonzero())
 
 
 @pytest.mark.parametrize("copies", DELIVERIES)
