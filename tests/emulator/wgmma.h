@@ -58,7 +58,8 @@ class WgmmaQueue {
   };
   struct Product {
     Site site;
-    Wgmma operands;  // of lane 0
+    Wgmma operands;                // of lane 0
+    std::vector<uint32_t> chunks;  // of shared memory
     Accumulators* accumulators;
     const uint32_t* a[32];  // where the registers of a are, and what they held
     uint32_t a_then[32][4];
