@@ -106,6 +106,19 @@ void Block::suspend(const char* instruction, Site site) {
   self.waiting_at = instruction;
   self.site = site;
   self.warp->suspend(self.lane);
+  leave();
+}
+
+void Block::yield() {
+  if (random() % 2 == 0) return;
+  priorities_[number(*current->warp)] = 0;
+  yielded_ = true;
+  leave();
+}
+
+// To the scheduler and, when it resumes this thread, back.
+void Block::leave() {
+  Thread& self = *current;
   before_switch(&self.sanitizer_state, scheduler_stack_, scheduler_stack_size_);
   scheduler_ = std::move(scheduler_).resume();
   after_switch(self.sanitizer_state, &scheduler_stack_, &scheduler_stack_size_);
@@ -214,7 +227,8 @@ void Block::run() {
       }
       continue;
     }
-    while (!error_ && warps_[w].ready() != 0) {
+    yielded_ = false;
+    while (!error_ && !yielded_ && warps_[w].ready() != 0) {
       const uint32_t turn = random() % 32, ready = warps_[w].ready();
       const uint32_t turned = ready >> turn | ready << (32 - turn) % 32;
       const uint32_t lane = (static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % 32;

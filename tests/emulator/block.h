@@ -67,6 +67,9 @@ class Block {
   void barrier(Site site);
   void suspend(const char* instruction, Site site);
 
+  // For the running thread, which has just allowed others to run on: it may now fall behind them.
+  void yield();
+
   // For the running thread or its cp.async: it writes to shared memory.
   void note_shared_store(Site site, const void* address);
 
@@ -91,6 +94,7 @@ class Block {
  private:
   void start(Thread& thread, Stacks& stacks);
   void resume(Thread& thread);
+  void leave();
   void finish(Thread& thread);
   void abandon();
   void deliver_something();
@@ -110,6 +114,7 @@ class Block {
   boost::context::fiber scheduler_;
   const void* scheduler_stack_ = nullptr;  // its end, for the sanitizer
   size_t scheduler_stack_size_ = 0;
+  bool yielded_ = false;  // the warp that is running
   std::exception_ptr error_;
   uint64_t random_state_;
   size_t exited_ = 0;

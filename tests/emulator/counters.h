@@ -9,7 +9,7 @@
 namespace emulator {
 
 struct Counters {
-  uint64_t loaded_bytes = 0;  // from global memory, by plain loads and cp.async
+  uint64_t loaded_bytes = 0;  // from global memory, by plain loads, cp.async and TMA
   uint64_t stored_bytes = 0;
   uint64_t load_requests = 0;  // one per instruction and warp
   uint64_t store_requests = 0;

@@ -80,7 +80,7 @@ void mbarrier_init(Site site, uint64_t* barrier, uint32_t arrivals) {
 void mbarrier_init_fence(Site site) { hopper(site).mbarriers.fence_inits(); }
 
 void mbarrier_arrive(Site site, uint64_t* barrier, uint32_t expected_bytes) {
-  hopper(site).mbarriers.arrive(site, barrier, expected_bytes);
+  if (hopper(site).mbarriers.arrive(site, barrier, expected_bytes)) current->block->yield();
 }
 
 void mbarrier_wait(Site site, uint64_t* barrier, uint32_t parity) {
@@ -126,6 +126,7 @@ void named_barrier_arrive(Site site, int id, int threads) {
   NamedBarrierUse operands{id, threads, 0};
   hopper(site);
   current->warp->meet(kNamedBarrier, site, kAllLanes, &operands);
+  current->block->yield();
 }
 
 }  // namespace emulator

@@ -1,13 +1,11 @@
 #include "instructions.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstring>
 #include <string>
 
 #include "block.h"
+#include "elements.h"
 #include "include/builtins.h"
 
 namespace emulator {
@@ -93,17 +91,6 @@ struct Mma {
   const uint32_t* a;
   const uint32_t* b;
 };
-
-float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-float widen(__half x) { return __half2float(x); }
-
-template <class T>
-void unpack(uint32_t pair, float& low, float& high) {
-  T elements[2];
-  memcpy(elements, &pair, sizeof pair);
-  low = widen(elements[0]);
-  high = widen(elements[1]);
-}
 
 // Fragments: a lane holds, with row = lane / 4 and column = 2 * (lane % 4), of
 //   A [16, 16]  registers 0 to 3: (row, column), (row + 8, column), (row, column + 8),

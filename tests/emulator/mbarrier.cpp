@@ -43,7 +43,7 @@ Mbarriers::Mbarrier& Mbarriers::find(Site site, uint64_t* barrier) {
   return found->second;
 }
 
-void Mbarriers::arrive(Site site, uint64_t* address, uint32_t expected_bytes) {
+bool Mbarriers::arrive(Site site, uint64_t* address, uint32_t expected_bytes) {
   Mbarrier& barrier = find(site, address);
   if (barrier.pending == 0) {
     fail(site, "mbarrier of " + std::to_string(barrier.arrivals) +
@@ -54,7 +54,7 @@ void Mbarriers::arrive(Site site, uint64_t* address, uint32_t expected_bytes) {
     fail(site, "mbarrier expects " + std::to_string(barrier.bytes) + " bytes, too many");
   }
   --barrier.pending;
-  complete_phase_if_done(site, barrier);
+  return complete_phase_if_done(site, barrier);
 }
 
 void Mbarriers::check_for_tma(Site site, uint64_t* address) {
@@ -69,13 +69,13 @@ void Mbarriers::complete(Site site, uint64_t* address, uint32_t bytes) {
   complete_phase_if_done(site, barrier);
 }
 
-void Mbarriers::complete_phase_if_done(Site site, Mbarrier& barrier) {
-  if (barrier.pending > 0) return;
+bool Mbarriers::complete_phase_if_done(Site site, Mbarrier& barrier) {
+  if (barrier.pending > 0) return false;
   if (barrier.bytes < 0) {
     fail(site, "mbarrier: " + std::to_string(-barrier.bytes) +
                    " bytes more have come than its phase expects");
   }
-  if (barrier.bytes > 0) return;
+  if (barrier.bytes > 0) return false;
   if (barrier.resuming > 0) {
     fail(site, "mbarrier completes a phase, and " + std::to_string(barrier.resuming) +
                    " threads may not have seen that the one before was complete");
@@ -86,6 +86,7 @@ void Mbarriers::complete_phase_if_done(Site site, Mbarrier& barrier) {
   for (const Thread* thread : std::exchange(barrier.waiting, {})) {
     thread->warp->wake(1u << thread->lane);
   }
+  return true;
 }
 
 void Mbarriers::wait(Site site, uint64_t* address, uint32_t parity) {

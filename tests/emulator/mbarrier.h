@@ -16,7 +16,7 @@ class Mbarriers {
   // For the running thread.
   void init(Site site, uint64_t* barrier, uint32_t arrivals);
   void fence_inits();
-  void arrive(Site site, uint64_t* barrier, uint32_t expected_bytes);
+  bool arrive(Site site, uint64_t* barrier, uint32_t expected_bytes);  // true: the last to come
   void wait(Site site, uint64_t* barrier, uint32_t parity);
 
   // For TMA: that it may report to the barrier, and what it has brought.
@@ -38,7 +38,7 @@ class Mbarriers {
     size_t resuming;               // those that have waited and have not run since
   };
   Mbarrier& find(Site site, uint64_t* barrier);
-  void complete_phase_if_done(Site site, Mbarrier& barrier);
+  bool complete_phase_if_done(Site site, Mbarrier& barrier);
 
   std::unordered_map<const uint64_t*, Mbarrier> barriers_;
 };

@@ -68,6 +68,7 @@ void copy_row(const Load& load, uint32_t i) {
       fail(load.site, "TMA of " + std::to_string(bytes) + " bytes out of bounds: it " + problem);
     }
     memcpy(row + 2 * (begin - x), source + 2 * begin, bytes);
+    current->block->counters().loaded_bytes += bytes;
     for (int64_t at = begin / 8 * 8; at < end; at += 8) {
       current->block->note_load(load.site, source + 2 * at, 16);
     }

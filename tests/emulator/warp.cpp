@@ -72,9 +72,8 @@ void Warp::exit(int lane) {
                        hex(m.arrived) + " wait for it at " + m.collective->name);
     }
   }
-  if (!wgmma_.empty()) {
-    fail(current->site,
-         "a lane left the kernel without a wgmma_wait for what its warp has started");
+  if (const Site* site = wgmma_.first_under_way()) {
+    fail(*site, "lane " + std::to_string(lane) + " left the kernel without a wgmma_wait for this");
   }
   exited_ |= self;
   suspend(lane);

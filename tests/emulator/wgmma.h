@@ -45,7 +45,8 @@ class WgmmaQueue {
   void commit();
   void wait(size_t pending_groups);
 
-  bool empty() const { return groups_.empty() && uncommitted_.empty(); }
+  // Where the first was started that has not been waited for; null if there is none.
+  const Site* first_under_way() const;
 
  private:
   // The registers of d of the warp: where they are and what they will be.
@@ -57,7 +58,8 @@ class WgmmaQueue {
   };
   struct Product {
     Site site;
-    Wgmma operands;  // of lane 0
+    Wgmma operands;                // of lane 0
+    std::vector<uint32_t> chunks;  // of shared memory
     Accumulators* accumulators;
     const uint32_t* a[32];  // where the registers of a are, and what they held
     uint32_t a_then[32][4];
