@@ -93,6 +93,18 @@ def test_infinities_stay_in_their_sequence(backend):
     assert torch.equal(out[240:], expected[240:])
 
 
+@hopper
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_any_stride_of_an_axis_of_size_1(backend, tokens):
+    """One key/value head, and one token, which a group of more than 16 heads prefills."""
+    batch = RaggedBatch([40], None, 17, 1, 64, torch.bfloat16)
+    q, k, v = batch.inputs(tokens)
+    given = batch.k_pool, batch.v_pool, batch.table((tokens,))
+    expected = ops.attention(q, k, v, *given)
+    k, v = (x.as_strided(x.shape, (x.stride(0) if tokens > 1 else 3, 5, 1)) for x in (k, v))
+    assert torch.equal(ops.attention(q, k, v, *given), expected)
+
+
 def prefill(emulator, count, position=0, window=None, heads=4, kv_heads=1, dim=64):
     """The record of the prefill of one chunk."""
     capacity = window or position + count

@@ -47,8 +47,9 @@ cudaError_t map_chunk(CUtensorMap* map, const AttentionParams& p, const void* ch
   shape.sizes[0] = p.head_dim;
   shape.sizes[1] = p.kv_heads;
   shape.sizes[2] = p.tokens;
-  shape.stride_bytes[1] = 2 * stride_head;
-  shape.stride_bytes[2] = 2 * stride_token;
+  // The stride of an axis of size 1 may be anything, but here it has to be a multiple of 16 bytes.
+  shape.stride_bytes[1] = 2 * (p.kv_heads > 1 ? stride_head : p.head_dim);
+  shape.stride_bytes[2] = 2 * (p.tokens > 1 ? stride_token : p.head_dim);
   shape.box[0] = 64;
   shape.box[1] = 1;
   shape.box[2] = kHopperKeys;

@@ -133,7 +133,7 @@ class WorkQueue {
                               s.position + rows.token(end_row - 1) + 1);
       const auto key_tiles = static_cast<int>(ceil_div(item.keys.count, kHopperKeys));
       item.part = claimed % p_.prefill_splits;
-      item.parts = static_cast<int>(min(p_.prefill_splits, key_tiles));
+      item.parts = static_cast<int>(max(min(p_.prefill_splits, key_tiles / kPartTiles), 1));
       if (item.part >= item.parts) continue;
       item.first_key_tile = key_tiles * item.part / item.parts;
       item.key_tiles = key_tiles * (item.part + 1) / item.parts - item.first_key_tile;
@@ -226,15 +226,13 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMa
   int before = 0;  // tiles of the items before
   for (int i = 0;; ++i) {
     WorkItem& item = shared.items[stage_of(i)];
-    __syncwarp();
-    named_barrier_sync(kProducerBarrier, kWarpgroup);  // all are done with the item before
     if (thread == 0) {
       mbarrier_wait(&shared.item_empty[stage_of(i)], parity_of(i) ^ 1);
       queue.next(item);
       mbarrier_arrive(&shared.item_full[stage_of(i)]);
     }
     __syncwarp();
-    named_barrier_sync(kProducerBarrier, kWarpgroup);
+    named_barrier_sync(kProducerBarrier, kWarpgroup);  // and all are done with the item before
     const int tiles = item.key_tiles;
     if (tiles == 0) return;
     for (int tile = 0; tile <= tiles; ++tile) {  // a tile's values go after the next one's keys

@@ -11,6 +11,7 @@ namespace mistral::cuda {
 constexpr int kHopperKeys = 128;  // of a tile
 constexpr int kConsumers = 2;     // warpgroups, each with its share of a tile's query rows
 constexpr int kConsumerRows = kPrefillRows / kConsumers;
+constexpr int kPartTiles = 4;  // of keys, the least that a part of them is worth its merging
 
 // Prefills the sequences that attention_decode leaves. What it wants of p is what `attention` does.
 cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
@@ -19,11 +20,11 @@ cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 // the late tokens: the work queue's, then one for each consumer's rows if keys are divided.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
-  // As many parts as blocks fit the machine at once, as long as each has a few tiles of keys.
+  // As many parts as blocks fit the machine at once, as long as they are worth it.
   const int64_t group = p.heads / p.kv_heads;
   const int64_t tiles = ceil_div(p.tokens * group, kPrefillRows) * p.kv_heads;
   const int64_t wanted = multiprocessors() / max(tiles, 1);
-  const int64_t sensible = longest / (4 * kHopperKeys);
+  const int64_t sensible = longest / (kPartTiles * kHopperKeys);
   scratch.prefill_splits = static_cast<int32_t>(max(min(wanted, sensible), 1));
   scratch.counters += 1;
   if (scratch.prefill_splits == 1) return;

@@ -45,9 +45,11 @@ __device__ __forceinline__ void issue_scores(float (&scores)[kHopperKeys / 2],
 // Issues out += probabilities v, as one group.
 template <class T, int D>
 __device__ __forceinline__ void issue_out(float (&out)[D / 2],
-                                          const uint32_t (&probabilities)[kHopperKeys / 16][4],
+                                          uint32_t (&probabilities)[kHopperKeys / 16][4],
                                           SwizzledTile<T, D, kHopperKeys> v) {
   const uint64_t b = wgmma_descriptor(v.elements, v.kColumn * 2, kAtom);
+  wgmma_settle(out);
+  wgmma_settle(probabilities);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHopperKeys / 16; ++step) {  // 16 keys, 2 atoms

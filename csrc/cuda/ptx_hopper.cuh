@@ -133,6 +133,14 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// To be called on an a in registers before the wgmma_fence of its products: the compiler could
+// otherwise compute it after that.
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
 // Describes a matrix of 16-bit elements in shared memory with the 128-byte swizzle: rows of 128
 // bytes, in which the 16 bytes i of row r lie at (i ^ r) % 8; 8 rows, 1024 bytes with an address
 // that is a multiple of it, are an atom. `shared` is in row 0 of one.

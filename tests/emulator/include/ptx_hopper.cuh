@@ -61,6 +61,8 @@ void wgmma_wait(Site site = Site::here()) {
 
 template <int kCount>
 void wgmma_settle(float (&)[kCount]) {}
+template <int kCount>
+void wgmma_settle(uint32_t (&)[kCount][4]) {}
 
 inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes,
                                  Site site = Site::here()) {
