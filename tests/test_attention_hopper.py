@@ -81,6 +81,17 @@ def test_any_order_of_threads(emulator, seed, copies):
 
 
 @hopper
+def test_many_tokens(backend):
+    """More than kFewTokens: one head after the other."""
+    batch = RaggedBatch([40, 40], 40, 4, 2, 64, torch.bfloat16)
+    q, k, v = batch.inputs(4100 + 17)
+    given = q, k, v, batch.k_pool, batch.v_pool, batch.table((4100, 17))
+    out, expected = ops.attention(*given, 40), torch.empty_like(q)
+    _C.attention(*given, expected, 40, None, None, ops._scratch, 1)  # on the CPU
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.01)
+
+
+@hopper
 def test_infinities_stay_in_their_sequence(backend):
     """What lies after a sequence's keys in its last tile is another one's."""
     batch = RaggedBatch([200, 300, 200], None, 4, 1, 64, torch.bfloat16)

@@ -2,8 +2,8 @@
 //
 // Grid: a block for each multiprocessor, or fewer if there is less to do. A block takes one work
 // item after the other: a tile of 128 query rows of one sequence and key/value head, and the keys
-// that any row sees in tiles of 128. Items are claimed from a counter, head by head, the last tiles
-// first, which see the most keys: the blocks end together, and work on the same keys meanwhile.
+// that any row sees in tiles of 128. Items are claimed from a counter, the last tiles first, which
+// see the most keys: so the blocks end together.
 //
 // A block is three warpgroups. The first feeds the other two (this file): it claims the items and
 // fills two stages of keys and of values. The others (attention_hopper_multiply.cuh) own 64 query
@@ -20,6 +20,9 @@ namespace mistral::cuda {
 constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
+
+// Up to so many tokens, the keys and values of all of a call's heads fit the L2 cache.
+constexpr int kFewTokens = 4096;
 
 // Of a thread. All start with 168, the third part of what there is: these are the same sum.
 constexpr int kProducerRegisters = 56;
@@ -120,8 +123,12 @@ class WorkQueue {
         item.key_tiles = 0;
         return;
       }
-      const int number = items / p_.prefill_splits - 1 - claimed / p_.prefill_splits;
-      const int tile = number % tiles, kv_head = number / tiles;
+      // Few tokens: the longest items of all heads first, for the sake of the end. Many: one head
+      // after the other, because its keys fit the L2 cache, in which the blocks find them.
+      const int unit = claimed / p_.prefill_splits, heads = static_cast<int>(p_.kv_heads);
+      const bool few = p_.tokens <= kFewTokens;
+      const int tile = tiles - 1 - (few ? unit / heads : unit % tiles);
+      const int kv_head = few ? unit % heads : unit / tiles;
       const auto index = static_cast<int>(sequence_of_tile(p_, group, tile));
       const Sequence& s = p_.sequences[index];
       const QueryRows rows(p_, s, kv_head);
@@ -140,7 +147,7 @@ class WorkQueue {
       item.sequence = s;
       item.index = index;
       item.kv_head = kv_head;
-      item.number = number;
+      item.number = kv_head * tiles + tile;
       item.row = row;
       item.end_row = end_row;
       return;
