@@ -128,7 +128,7 @@ __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
 // To be called on each d after the wait for it, before it is used: the compiler takes d for ready
 // as soon as wgmma_m64 is issued and could otherwise move its uses before the wait. No instruction.
 template <int kCount>
-__device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
+__device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }

@@ -60,7 +60,9 @@ void wgmma_wait(Site site = Site::here()) {
 }
 
 template <int kCount>
-void wgmma_settle(float (&)[kCount]) {}
+void wgmma_settle(float (&d)[kCount], Site site = Site::here()) {
+  emulator::wgmma_settle(site, d);
+}
 
 inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes,
                                  Site site = Site::here()) {
