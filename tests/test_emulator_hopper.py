@@ -281,7 +281,10 @@ MISUSES = {
     31: "the warps of a warpgroup diverge",
     32: "wgmma with operands that differ between the warps",
     33: "wgmma with operands that differ between the lanes",
-    34: "lane .* left the kernel without a wgmma_wait for this",
+    34: "lane .* leaves the kernel without a wgmma_wait for this",
+    35: "lane .* leaves the kernel without a wgmma_settle for the results of this",
+    36: "not all lanes have called wgmma_settle",
+    37: "wgmma_settle without a wgmma_wait for the product at primitives_hopper.cu:",
 }
 
 

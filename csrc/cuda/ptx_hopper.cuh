@@ -70,9 +70,10 @@ __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::
 
 // ---- Proxies. wgmma and TMA go another way to shared memory than loads, stores and cp.async.
 
-// Orders this thread's accesses of the ordinary kind, and those that it has seen the completion of,
-// before what wgmma and TMA do after it. Stores that they are to see need it, in the thread that
-// stored and before the barrier; cp.async also needs to be complete before it.
+// Orders the accesses of the ordinary kind that this thread has made, or has seen completed, before
+// what wgmma and TMA do after it. What they are to see needs it: in the thread that has stored, for
+// cp.async when it is complete, and before the barrier; or after the barrier, in the threads that
+// start the wgmma or TMA, as where cp_async_arrive leaves no thread to wait.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -128,7 +129,7 @@ __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
 // To be called on each d after the wait for it, before it is used: the compiler takes d for ready
 // as soon as wgmma_m64 is issued and could otherwise move its uses before the wait. No instruction.
 template <int kCount>
-__device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
+__device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }

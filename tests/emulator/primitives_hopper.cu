@@ -270,6 +270,7 @@ __global__ void misuse(const __grid_constant__ CUtensorMap map, float* out, int6
         wgmma_m64<__half, 64, false>(d, matrix + thread / 32, matrix, true);
         wgmma_commit();
         wgmma_wait<0>();
+        wgmma_settle(d);
       }
       break;
     case 33:
@@ -283,6 +284,19 @@ __global__ void misuse(const __grid_constant__ CUtensorMap map, float* out, int6
         wgmma_fence();
         wgmma_m64<__half, 64, false>(d, matrix, matrix, true);
         wgmma_wait<0>();  // of no group: it has not been committed
+      }
+      break;
+    case 35:
+    case 36:
+    case 37:
+      if (of_warpgroup) {
+        for (int i = 35; i <= n; ++i) {
+          wgmma_fence();
+          wgmma_m64<__half, 64, false>(d, matrix, matrix, false);
+          wgmma_commit();
+          if (n == 37) wgmma_settle(d);
+          wgmma_wait<0>();
+        }
       }
       break;
   }

@@ -72,9 +72,7 @@ void Warp::exit(int lane) {
                        hex(m.arrived) + " wait for it at " + m.collective->name);
     }
   }
-  if (const Site* site = wgmma_.first_under_way()) {
-    fail(*site, "lane " + std::to_string(lane) + " left the kernel without a wgmma_wait for this");
-  }
+  wgmma_.check_exit(lane);
   exited_ |= self;
   suspend(lane);
   if (exited_ == lanes_) requests_.count_into(block_.counters());

@@ -99,6 +99,10 @@ WgmmaQueue::Accumulators& WgmmaQueue::find(Site site, const Wgmma* const (&opera
   if (!fenced_ && !(continues && w.accumulate && !w.a)) {
     fail(site, "wgmma without a wgmma_fence since the start or the last wgmma_wait");
   }
+  if (found.unsettled != 0 && !(continues && w.accumulate)) {
+    fail(site, "accumulators are used anew, and not all lanes have called wgmma_settle for them");
+  }
+  found.site = site;
   if (!known || found.under_way == 0) {
     found.n = w.n;
     found.under_way = 0;
@@ -179,7 +183,28 @@ void WgmmaQueue::finish(Product& product) {
   for (const uint32_t offset : product.chunks) {
     current->block->hopper().chunks.end_wgmma(offset);
   }
-  --to.under_way;
+  if (--to.under_way == 0) to.unsettled = kAllLanes;
+}
+
+void WgmmaQueue::settle(Site site, int lane, const float* d) {
+  for (auto& [first, accumulators] : accumulators_) {
+    if (accumulators.d[lane] != d) continue;
+    if (accumulators.under_way > 0) {
+      fail(site,
+           "wgmma_settle without a wgmma_wait for the product at " + to_text(accumulators.site));
+    }
+    accumulators.unsettled &= ~(1u << lane);
+  }
+}
+
+void WgmmaQueue::check_exit(int lane) const {
+  const std::string leaves = "lane " + std::to_string(lane) + " leaves the kernel without a ";
+  if (const Site* site = first_under_way()) fail(*site, leaves + "wgmma_wait for this");
+  for (const auto& [first, accumulators] : accumulators_) {
+    if (accumulators.unsettled >> lane & 1) {
+      fail(accumulators.site, leaves + "wgmma_settle for the results of this");
+    }
+  }
 }
 
 uint64_t wgmma_descriptor(Site site, const void* shared, uint32_t leading_bytes,
@@ -209,6 +234,11 @@ void wgmma_fence(Site site) {
 void wgmma_commit(Site site) {
   hopper(site);
   current->warp->meet(kCommit, site, kAllLanes, nullptr);
+}
+
+void wgmma_settle(Site site, const float* d) {
+  hopper(site);
+  current->warp->wgmma().settle(site, current->lane, d);
 }
 
 void wgmma_wait(Site site, size_t pending_groups) {

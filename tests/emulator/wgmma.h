@@ -36,6 +36,9 @@ void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(Site site, size_t pending_groups);
 
+// For the running thread: it is about to use its accumulators.
+void wgmma_settle(Site site, const float* d);
+
 // What a warp has under way.
 class WgmmaQueue {
  public:
@@ -44,17 +47,23 @@ class WgmmaQueue {
   void fence() { fenced_ = true; }
   void commit();
   void wait(size_t pending_groups);
+  void settle(Site site, int lane, const float* d);
 
+  // Throws if the lane may not leave the kernel yet.
+  void check_exit(int lane) const;
+
+ private:
   // Where the first was started that has not been waited for; null if there is none.
   const Site* first_under_way() const;
 
- private:
   // The registers of d of the warp: where they are and what they will be.
   struct Accumulators {
     float* d[32];
     int n;
     float values[16][128];
-    int under_way;  // products
+    int under_way;       // products
+    uint32_t unsettled;  // lanes that have not called wgmma_settle since the wait
+    Site site;           // of the latest product
   };
   struct Product {
     Site site;

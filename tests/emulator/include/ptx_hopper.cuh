@@ -60,7 +60,9 @@ void wgmma_wait(Site site = Site::here()) {
 }
 
 template <int kCount>
-void wgmma_settle(float (&)[kCount]) {}
+void wgmma_settle(float (&d)[kCount], Site site = Site::here()) {
+  emulator::wgmma_settle(site, d);
+}
 template <int kCount>
 void wgmma_settle(uint32_t (&)[kCount][4]) {}
 
