@@ -60,6 +60,7 @@ if [[ $("$python" -c 'import torch; print(torch.cuda.get_device_capability())') 
     "$python" bench/sanitizer_subset.py
   step sm90_ops 150 "$python" bench/ops.py --device cuda --only "attention sm90" \
     --json "$out/sm90_ops.json"
+  step sm90_model 60 "$python" bench/prefill_cuda.py --json "$out/sm90_model.json"
 fi
 
 "$python" bench/gpu_report.py "$out" "${steps[@]}"

@@ -21,6 +21,15 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+#ifdef MISTRAL_CUDA
+std::vector<std::string> attention_kernels() {
+  std::vector<std::string> names;
+  for (const cuda::Prefill prefill : cuda::built_prefills())
+    names.emplace_back(cuda::name(prefill));
+  return names;
+}
+#endif
+
 // None in a build without CUDA, else (devices, problem).
 py::object cuda_devices() {
 #ifdef MISTRAL_CUDA
@@ -51,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef MISTRAL_CUDA
   m.attr("cuda_architectures") = MISTRAL_CUDA;
   m.def("capture_id", &python::capture_id, py::arg("lane"));
+  m.def("attention_kernels", &attention_kernels);
   m.def("active_attention", [] { return cuda::name(cuda::active_prefill()); });
   m.def("select_attention", &cuda::select_prefill, py::arg("name"));
 #else

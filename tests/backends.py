@@ -36,8 +36,11 @@ HOPPER_GPU = pytest.param(
     marks=[
         *NEEDS_GPU,
         pytest.mark.skipif(
-            not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-            reason="torch finds no device of compute capability 9.0",
+            _C.cuda_architectures is None
+            or not torch.cuda.is_available()
+            or torch.cuda.get_device_capability() != (9, 0)
+            or "sm90" not in _C.attention_kernels(),
+            reason="no device of compute capability 9.0, or a build without kernels for it",
         ),
     ],
 )

@@ -23,8 +23,7 @@ constexpr bool kHasHopper =
 
 Prefill find_prefill(const std::string& wanted) {
   std::string names;
-  for (const Prefill prefill : {Prefill::sm80, Prefill::sm90}) {
-    if (prefill == Prefill::sm90 && !kHasHopper) continue;
+  for (const Prefill prefill : built_prefills()) {
     if (wanted == name(prefill)) return prefill;
     names += (names.empty() ? "" : ", ") + std::string(name(prefill));
   }
@@ -79,6 +78,9 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 const char* name(Prefill prefill) { return prefill == Prefill::sm80 ? "sm80" : "sm90"; }
+std::vector<Prefill> built_prefills() {
+  return kHasHopper ? std::vector{Prefill::sm80, Prefill::sm90} : std::vector{Prefill::sm80};
+}
 Prefill active_prefill() { return active(); }
 void select_prefill(const std::string& name) { active() = find_prefill(name); }
 
