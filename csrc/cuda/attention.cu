@@ -47,6 +47,12 @@ Prefill& active() {
   return instance;
 }
 
+// Whether some sequence may have to be prefilled.
+bool prefills(const AttentionParams& p) {
+  const int64_t group = p.heads / p.kv_heads;
+  return group > kDecodeRows || !is_decode(p.max_count, group);
+}
+
 template <class T, int D>
 cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
   const int64_t group = p.heads / p.kv_heads;
@@ -56,7 +62,7 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
                     static_cast<unsigned>(p.num_sequences));
     const cudaError_t status = launch(attention_decode<T, D>, grid, dim3(kDecodeWarps * kWarp),
                                       kDecodeShared<T, D>, stream, p);
-    if (status != cudaSuccess || is_decode(p.max_count, group)) return status;
+    if (status != cudaSuccess || !prefills(p)) return status;
   }
   if constexpr (kHasHopper) {  // else there is nothing to link
     if (active_prefill() == Prefill::sm90) return attention_hopper(p, stream);
@@ -96,7 +102,7 @@ AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
   // kPartialRow
   scratch.partials =
       scratch.splits == 1 ? 0 : blocks * scratch.splits * kDecodeRows * (p.head_dim + 4);
-  if (active_prefill() == Prefill::sm90 && !is_decode(p.max_count, p.heads / p.kv_heads)) {
+  if (active_prefill() == Prefill::sm90 && prefills(p)) {
     add_hopper_scratch(scratch, p, longest);
   }
   return scratch;
