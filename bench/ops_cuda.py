@@ -1,6 +1,7 @@
 """Times every op on a GPU, next to torch and, where it can be imported, FlashInfer.
 
     python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--json FILE]
+    python bench/ops.py --device cuda --only "attention sm90"    # the kernel of sm_90a: only so
 
 First the two ceilings of the machine: a copy, counting bytes read and written, and a matrix product
 of random bf16. Then each op: the bytes that have to be moved once, or the operations where they are
@@ -15,10 +16,12 @@ The sides take turns. A peer that fails is named with its error, and the rest go
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +43,7 @@ from shapes import (
 )
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention import flex_attention as flex
 
 from mistral_ext import _C, ops
@@ -424,6 +428,107 @@ def visible_pairs(tokens: int, history: int, window: int | None) -> int:
     return sum(min(p + 1, window or p + 1) for p in range(history, history + tokens))
 
 
+@dataclass
+class Chunk:
+    """New tokens of one sequence on a full ring, and how the peers attend to what they see."""
+
+    tokens: int
+    history: int
+    window: int | None
+    dtype: torch.dtype
+
+    @property
+    def seen(self) -> int:
+        """Keys of the history that a peer is given."""
+        return min(self.history, self.window or self.history)
+
+    def make(self) -> Any:
+        capacity = self.window or self.history + self.tokens
+        rings = Rings(1, self.tokens, self.history, capacity, self.dtype, DEVICE)
+        keys = [
+            torch.cat((cache[0, :, : self.seen], new.transpose(0, 1)), 1)[None]
+            for cache, new in ((rings.k_cache, rings.k), (rings.v_cache, rings.v))
+        ]
+        return SimpleNamespace(rings=rings, q=rings.q.transpose(0, 1)[None], keys=keys)
+
+    def ours(self, given: Any) -> Any:
+        return ops.attention(*given.rings.arguments(), self.window, max_count=self.tokens)
+
+    def sdpa(self, *backends: SDPBackend) -> Call:
+        def call(given):
+            with sdpa_kernel(list(backends)) if backends else nullcontext():
+                return functional.scaled_dot_product_attention(
+                    given.q, *given.keys, is_causal=True, enable_gqa=True
+                )
+
+        return call
+
+    def masked_sdpa(self) -> Call:
+        query = torch.arange(self.seen, self.seen + self.tokens, device=DEVICE)[:, None]
+        key = torch.arange(self.seen + self.tokens, device=DEVICE)
+        mask = (key <= query) & (key > query - self.window)
+
+        def call(given):
+            # A copy for each query head: with a mask torch has no fast kernel for groups.
+            if not hasattr(given, "wide"):
+                given.wide = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in given.keys]
+            return functional.scaled_dot_product_attention(given.q, *given.wide, attn_mask=mask)
+
+        return call
+
+    def flex(self) -> Call:
+        seen, window, tokens = self.seen, self.window, self.tokens
+
+        def sees(batch, head, query, key):
+            causal = key <= query + seen
+            return causal & (key > query + seen - window) if window else causal
+
+        blocks = flex.create_block_mask(sees, None, None, tokens, seen + tokens, device=DEVICE)
+
+        def call(given):
+            return compiled(flex.flex_attention)(
+                given.q, *given.keys, block_mask=blocks, enable_gqa=True
+            )
+
+        return call
+
+    def flashinfer(self) -> Call:
+        def call(given):
+            keys = [x[0] for x in given.keys]
+            left = self.window - 1 if self.window else -1
+            return flashinfer().single_prefill_with_kv_cache(
+                given.rings.q, *keys, causal=True, kv_layout="HND", window_left=left
+            )
+
+        return call
+
+    def flash_attention(self, module: str) -> Call:
+        """Of version 2 or 3. Its last query is the last key's."""
+        attend = importlib.import_module(module).flash_attn_func
+
+        def call(given):
+            q, k, v = (x.transpose(1, 2) for x in (given.q, *given.keys))
+            window = (self.window - 1, 0) if self.window else (-1, -1)
+            return attend(q, k, v, causal=True, window_size=window)
+
+        return call
+
+    def case(self, op: str, ours: Call, peers: dict[str, Callable[[], Call]]) -> Case:
+        keys = self.seen + self.tokens
+        shape = f"prefill, {self.tokens}"
+        shape += f" after {self.history}" if self.history else ""
+        shape += f", window {self.window}" if self.window else ", causal"
+        return Case(
+            op,
+            shape,
+            self.make,
+            ours,
+            2 * (HEADS * self.tokens + KV_HEADS * keys) * HEAD_DIM * self.dtype.itemsize,
+            4 * HEADS * HEAD_DIM * visible_pairs(self.tokens, self.history, self.window),
+            peers,
+        )
+
+
 def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
     prompts = [(tokens, 0, None) for tokens in (512, 1024, 2048, 4096, 8192, 16384)]
     for tokens, history, window in (
@@ -432,68 +537,43 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
         (16384, 0, WINDOW),
         (1024, 3 * WINDOW, WINDOW),
     ):
-        seen = min(history, WINDOW)  # keys of the history that a peer is given
-
-        def make(tokens=tokens, history=history, window=window, seen=seen):
-            rings = Rings(1, tokens, history, window or tokens, dtype, DEVICE)
-            keys = [
-                torch.cat((cache[0, :, :seen], new.transpose(0, 1)), 1)[None]
-                for cache, new in ((rings.k_cache, rings.k), (rings.v_cache, rings.v))
-            ]
-            # A copy for each query head: with a mask torch has no fast kernel for groups.
-            wide = [x.repeat_interleave(HEADS // KV_HEADS, 1) for x in keys] if window else None
-            q = rings.q.transpose(0, 1)[None]
-            return SimpleNamespace(rings=rings, q=q, keys=keys, wide=wide)
-
-        def ours(given, tokens=tokens, window=window):
-            return ops.attention(*given.rings.arguments(), window, max_count=tokens)
-
-        def causal(given):
-            return functional.scaled_dot_product_attention(
-                given.q, *given.keys, is_causal=True, enable_gqa=True
-            )
-
-        def masked(tokens=tokens, seen=seen):
-            query = torch.arange(seen, seen + tokens, device=DEVICE)[:, None]
-            key = torch.arange(seen + tokens, device=DEVICE)
-            mask = (key <= query) & (key > query - WINDOW)
-
-            def call(given):
-                return functional.scaled_dot_product_attention(given.q, *given.wide, attn_mask=mask)
-
-            return call
-
-        def flexible(tokens=tokens, seen=seen, window=window):
-            def sees(batch, head, query, key):
-                causal = key <= query + seen
-                return causal & (key > query + seen - window) if window else causal
-
-            blocks = flex.create_block_mask(sees, None, None, tokens, seen + tokens, device=DEVICE)
-
-            def call(given):
-                return compiled(flex.flex_attention)(
-                    given.q, *given.keys, block_mask=blocks, enable_gqa=True
-                )
-
-            return call
-
-        def theirs(given, window=window):
-            keys = [x[0] for x in given.keys]
-            left = window - 1 if window else -1
-            return flashinfer().single_prefill_with_kv_cache(
-                given.rings.q, *keys, causal=True, kv_layout="HND", window_left=left
-            )
-
-        peers = {"sdpa mask": masked} if window else {"sdpa": lambda: causal}
+        chunk = Chunk(tokens, history, window, dtype)
+        peers = {"sdpa mask": chunk.masked_sdpa} if window else {"sdpa": chunk.sdpa}
         if tokens >= 8192:
-            peers["flex"] = flexible
-        peers["flashinfer"] = lambda theirs=theirs: theirs
-        flops = 4 * HEADS * HEAD_DIM * visible_pairs(tokens, history, window)
-        nbytes = 2 * (HEADS * tokens + KV_HEADS * (seen + tokens)) * HEAD_DIM * dtype.itemsize
-        shape = f"prefill, {tokens}"
-        shape += f" after {history}" if history else ""
-        shape += f", window {window}" if window else ", causal"
-        yield Case("attention", shape, make, ours, nbytes, flops, peers)
+            peers["flex"] = chunk.flex
+        peers["flashinfer"] = chunk.flashinfer
+        yield chunk.case("attention", chunk.ours, peers)
+
+
+SM90 = "attention sm90"  # measured only if asked for: the kernel has not run on hardware yet
+
+
+def sm90_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Prompts in one piece, and their last chunks of 2048. The kernel of sm_80 is one of the peers,
+    and where its time is ahead, that is what a model gets by default."""
+    prompts = [(tokens, 0, None) for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768)]
+    windows = [(tokens, 0, WINDOW) for tokens in (8192, 16384, 32768)]
+    chunks = [(2048, 14336, None), (2048, 14336, WINDOW)]
+    for tokens, history, window in (*prompts, *windows, *chunks):
+        chunk = Chunk(tokens, history, window, dtype)
+
+        def ours(given, chunk=chunk):
+            _C.select_attention("sm90")
+            try:
+                return chunk.ours(given)
+            finally:
+                _C.select_attention("sm80")
+
+        peers = {"sm80": lambda chunk=chunk: chunk.ours}
+        if not (history or window):
+            peers["flash"] = functools.partial(chunk.sdpa, SDPBackend.FLASH_ATTENTION)
+            peers["cudnn"] = functools.partial(chunk.sdpa, SDPBackend.CUDNN_ATTENTION)
+        if tokens in (8192, 16384):  # each shape takes long to compile
+            peers["flex"] = chunk.flex
+        peers["flashinfer"] = chunk.flashinfer
+        for module in ("flash_attn", "flash_attn_interface"):
+            peers[module] = functools.partial(chunk.flash_attention, module)
+        yield chunk.case(SM90, ours, peers)
 
 
 def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -537,7 +617,7 @@ def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 CASES = (
     *(rms_norm_cases, linear_cases, decode_cases, prefill_cases, rope_cases, swiglu_cases),
-    sample_cases,
+    *(sample_cases, sm90_cases),
 )
 
 COLUMNS = (
@@ -614,6 +694,15 @@ GOALS = (
         at_most=1 / 2.2,
         over="attention prefill, 16384, causal",
     ),
+    *(
+        Goal(f"{SM90} prefill, {shape}", "TFLOP/s", at_least=rate)
+        for shape, rate in {
+            "8192, causal": 580,
+            "16384, causal": 580,
+            f"16384, window {WINDOW}": 520,
+            f"32768, window {WINDOW}": 520,
+        }.items()
+    ),
 )
 
 
@@ -632,7 +721,7 @@ def run(dtype: torch.dtype, only: str | None, json: str | None) -> None:
     print_header(COLUMNS)
     rows, goals = [], []
     for case in (case for cases in CASES for case in cases(dtype)):
-        if only not in (None, case.op):
+        if case.op != only and (only or case.op == SM90):
             continue
         rows.append(measure(case, facts))
         print_row(COLUMNS, cells(rows[-1]))

@@ -8,6 +8,9 @@
 
 #ifdef MISTRAL_CUDA
 #include <cuda_runtime_api.h>
+
+#include <string>
+#include <vector>
 #endif
 
 #include "common.h"
@@ -25,6 +28,7 @@ struct AttentionParams {
   void* out;                  // [T, Hq, D]
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
+  int64_t pool_rows;          // R
   int64_t tokens;             // T
   int64_t heads;              // Hq
   int64_t kv_heads;           // Hkv
@@ -35,14 +39,16 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for the results of parts of the keys. CPU: attention_scratch_bytes(p). CUDA: [S, Hkv,
-  // splits, 16, D + 4], or null with one split.
+  // Scratch for the results of parts of the keys. CPU: attention_scratch_bytes(p). CUDA: of decodes
+  // [S, Hkv, splits, 16, D + 4], then of tiles of prefill [Hkv * tiles * 2, prefill_splits, 64,
+  // D + 4] in the same place, or null with one split of each.
   float* partials;
 
   // CUDA only
   int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
   int32_t splits;     // blocks among which the keys of a decode are divided
-  int32_t* counters;  // scratch [S, Hkv]: zeros, and left zeros
+  int32_t prefill_splits;  // those of a tile of prefill, for the kernel of sm_90a
+  int32_t* counters;  // scratch: zeros, and left zeros. The first [S, Hkv] are for late tokens.
 };
 
 namespace cpu {
@@ -53,16 +59,30 @@ void attention(const AttentionParams& p, int threads);
 #ifdef MISTRAL_CUDA
 namespace cuda {
 struct AttentionScratch {
-  int32_t splits;
+  int32_t splits, prefill_splits;
   int64_t partials;  // floats
   int64_t counters;  // ints
 };
-// What `attention` needs for S sequences that see at most `longest` keys.
-AttentionScratch attention_scratch(int64_t sequences, int64_t kv_heads, int64_t head_dim,
-                                   int64_t longest);
+// What `attention` needs for p, all of which but the scratch is set, and for sequences that see at
+// most `longest` keys.
+AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
 // bf16 and fp16, head dimensions 64 and 128; every row of 16-byte aligned q, k and v.
 cudaError_t attention(const AttentionParams& p, cudaStream_t stream);
+
+// The kernel that prefills: that of sm_80, which all devices run, or that of sm_90a.
+enum class Prefill { sm80, sm90 };
+const char* name(Prefill prefill);
+
+std::vector<Prefill> built_prefills();  // those of this build
+
+// The one in use: the one that the environment variable MISTRAL_EXT_ATTENTION names, else sm80: the
+// other one has not run on hardware yet. Throws std::invalid_argument, as `attention` does, if it
+// names none of this build's.
+Prefill active_prefill();
+
+// Throws std::invalid_argument for a name that is none of this build's.
+void select_prefill(const std::string& name);
 }  // namespace cuda
 #endif
 

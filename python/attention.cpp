@@ -13,6 +13,19 @@ namespace {
 
 #ifdef MISTRAL_CUDA
 
+// The kernel of sm_90a has instructions that no other architecture has.
+void expect_prefill_kernel(const char* op, int device) {
+  if (cuda::active_prefill() != cuda::Prefill::sm90) return;
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) {
+    fail(op, "attention kernel is 'sm90', but cuda:" + std::to_string(device) +
+                 " has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+                 ", expected 9.0");
+  }
+}
+
 void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
   constexpr const char* op = "attention";
   if (p.dtype == DType::f32) {
@@ -28,16 +41,16 @@ void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
   for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool}) {
     tensor->expect_aligned_rows();
   }
+  expect_prefill_kernel(op, batch.q.device_index());
 }
 
-void use_scratch(AttentionParams& p, int64_t pool_rows, int device_index,
-                 const py::object& scratch) {
+void use_scratch(AttentionParams& p, int device_index, const py::object& scratch) {
   const CurrentDevice device(device_index);
-  const int64_t longest = min(p.window, pool_rows / p.kv_heads) + p.max_count;
-  const cuda::AttentionScratch needed =
-      cuda::attention_scratch(p.num_sequences, p.kv_heads, p.head_dim, longest);
+  const int64_t longest = min(p.window, p.pool_rows / p.kv_heads) + p.max_count;
+  const cuda::AttentionScratch needed = cuda::attention_scratch(p, longest);
   const py::tuple addresses = scratch(needed.partials, needed.counters);
   p.splits = needed.splits;
+  p.prefill_splits = needed.prefill_splits;
   p.partials = reinterpret_cast<float*>(addresses[0].cast<uintptr_t>());
   p.counters = reinterpret_cast<int32_t*>(addresses[1].cast<uintptr_t>());
 }
@@ -56,6 +69,7 @@ void attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   const Tensor out(op, "out", out_);
   AttentionParams p{};
   batch.fill(p);
+  p.pool_rows = batch.k_pool.size(0);
   p.out = out.data();
   p.stride_out_token = out.stride(0);
   p.stride_out_head = out.stride(1);
@@ -67,7 +81,7 @@ void attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
 #ifdef MISTRAL_CUDA
   if (q.is_cuda()) {
     expect_cuda_kernel(batch, p);
-    use_scratch(p, batch.k_pool.size(0), q.device_index(), scratch);
+    use_scratch(p, q.device_index(), scratch);
   }
 #endif
   if (!q.is_cuda()) {

@@ -6,6 +6,7 @@
 #include "device.h"
 #include "ops.h"
 #ifdef MISTRAL_CUDA
+#include "../csrc/attention.h"
 #include "../csrc/cuda/device.h"
 #endif
 
@@ -19,6 +20,15 @@ std::vector<std::string> supported_isas() {
   for (const cpu::Isa isa : cpu::supported_isas()) names.emplace_back(cpu::name(isa));
   return names;
 }
+
+#ifdef MISTRAL_CUDA
+std::vector<std::string> attention_kernels() {
+  std::vector<std::string> names;
+  for (const cuda::Prefill prefill : cuda::built_prefills())
+    names.emplace_back(cuda::name(prefill));
+  return names;
+}
+#endif
 
 // None in a build without CUDA, else (devices, problem).
 py::object cuda_devices() {
@@ -50,6 +60,9 @@ PYBIND11_MODULE(_C, m) {
 #ifdef MISTRAL_CUDA
   m.attr("cuda_architectures") = MISTRAL_CUDA;
   m.def("capture_id", &python::capture_id, py::arg("lane"));
+  m.def("attention_kernels", &attention_kernels);
+  m.def("active_attention", [] { return cuda::name(cuda::active_prefill()); });
+  m.def("select_attention", &cuda::select_prefill, py::arg("name"));
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

@@ -30,6 +30,20 @@ NEEDS_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
 GPU = pytest.param("cuda", marks=NEEDS_GPU)
+# The same with the attention kernel of sm_90a, which the device and the build must have.
+HOPPER_GPU = pytest.param(
+    "cuda, sm90",
+    marks=[
+        *NEEDS_GPU,
+        pytest.mark.skipif(
+            _C.cuda_architectures is None
+            or not torch.cuda.is_available()
+            or torch.cuda.get_device_capability() != (9, 0)
+            or "sm90" not in _C.attention_kernels(),
+            reason="no device of compute capability 9.0, or a build without kernels for it",
+        ),
+    ],
+)
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -172,6 +186,25 @@ def on_gpu(device: str = "cuda") -> SimpleNamespace:
         return call
 
     return SimpleNamespace(**{**vars(_C), **{name: bind(name) for name in OPS}})
+
+
+def configure(emulator: ModuleType, backend: str, **settings: int) -> None:
+    """Sets the emulator up for a `backend` such as "emulator, late" or "emulator, early, sm90"."""
+    _, copies, *attention = backend.split(", ")
+    emulator.configure(copies=copies, capability=90 if attention else 89, **settings)
+
+
+@contextmanager
+def attention_of(backend: str, module: ModuleType) -> Iterator[None]:
+    """Within it, `module`, the emulator or _C, prefills with the kernel that the backend names."""
+    if not backend.endswith(", sm90"):
+        yield
+        return
+    module.select_attention("sm90")
+    try:
+        yield
+    finally:
+        module.select_attention("sm80")
 
 
 @contextmanager

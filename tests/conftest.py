@@ -62,8 +62,8 @@ def backend(request):
     with early delivery of asynchronous copies; each test has them run in an order of its own. And
     they are the same kernels on a GPU, where there is one.
     """
-    if request.param == "cuda":
-        with backends.use_gpu():
+    if request.param.startswith("cuda"):
+        with backends.use_gpu(), backends.attention_of(request.param, backends._C):
             yield request.param
         return
     if not request.param.startswith("emulator"):
@@ -71,9 +71,8 @@ def backend(request):
             yield request.param
         return
     emulator = request.getfixturevalue("emulator")
-    copies = request.param.split(", ")[1]
-    emulator.configure(seed=crc32(request.node.nodeid.encode()), copies=copies)
-    with backends.use(emulator):
+    backends.configure(emulator, request.param, seed=crc32(request.node.nodeid.encode()))
+    with backends.use(emulator), backends.attention_of(request.param, emulator):
         yield request.param
 
 

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backends import GPU, use
+from backends import GPU, HOPPER_GPU, attention_of, configure, use
 from ragged import RaggedBatch
 
 from mistral_ext import ops
 
-EMULATED = ["emulator, late", "emulator, early"]
-cuda_kernels = pytest.mark.parametrize("backend", [*EMULATED, GPU], indirect=True)
+PREFILLS = ["", ", sm90"]  # the kernels that prefill: that of sm_80, and of sm_90a
+EMULATED = [f"emulator, {copies}{prefill}" for copies in ("late", "early") for prefill in PREFILLS]
+cuda_kernels = pytest.mark.parametrize("backend", [*EMULATED, GPU, HOPPER_GPU], indirect=True)
 
 
 @cuda_kernels
@@ -51,7 +52,7 @@ def test_groups(backend, heads, kv_heads):
 def test_strided_inputs_far_positions_and_split_keys(backend, request):
     """Enough multiprocessors that a decode is divided among several blocks."""
     emulator = request.getfixturevalue("emulator")
-    emulator.configure(seed=3, copies=backend.split(", ")[1], multiprocessors=40)
+    configure(emulator, backend, seed=3, multiprocessors=40)
     batch = RaggedBatch(
         [300, 310],
         300,
@@ -70,11 +71,13 @@ def test_strided_inputs_far_positions_and_split_keys(backend, request):
     assert max(splits) > 1
 
 
+@pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_threads(emulator, seed):
+def test_any_order_of_threads(emulator, seed, prefill):
     for copies in ("late", "early"):
-        emulator.configure(seed=seed, copies=copies, multiprocessors=20)
-        with use(emulator):
+        backend = f"emulator, {copies}{prefill}"
+        configure(emulator, backend, seed=seed, multiprocessors=20)
+        with use(emulator), attention_of(backend, emulator):
             batch = RaggedBatch([70, 70], 70, 4, 1, 64, torch.bfloat16, seed=seed)
             for counts in ((3, 90), (1, 1), (4, 70)):
                 batch.step(counts)

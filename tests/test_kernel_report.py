@@ -10,8 +10,13 @@ from cuda_tools import find_nvcc
 
 
 @pytest.fixture(scope="module")
-def usages():
-    return kernel_report.usages(kernel_report.compile_kernels(find_nvcc()))
+def cubins():
+    return kernel_report.compile_kernels(find_nvcc())
+
+
+@pytest.fixture(scope="module")
+def usages(cubins):
+    return kernel_report.usages(cubins)
 
 
 def test_report_is_of_these_kernels(usages):
@@ -29,8 +34,27 @@ def test_every_kernel_is_compiled_for_every_architecture(usages):
         *("attention_decode", "attention_prefill", "dequantize_kernel", "linear_kernel"),
         *("rms_norm_kernel", "rope_kernel", "sample_kernel", "swiglu_kernel"),
     }
+    hopper = {kernel for kernel in kernels if "hopper" in kernel}
+    assert len(hopper) == 4
     for arch in kernel_report.architectures():
-        assert {usage.kernel for usage in usages if usage.arch == f"sm_{arch}"} == kernels
+        compiled = {usage.kernel for usage in usages if usage.arch == f"sm_{arch}"}
+        assert compiled == (kernels if arch == kernel_report.HOPPER else kernels - hopper)
+
+
+def test_the_assembler_heeds_wgmma_and_setmaxnreg(cubins):
+    """It says so in a warning if it serialises products, or ignores what registers a warpgroup is
+    to have (C7508, C7510 and others)."""
+    for cubin in cubins:
+        warnings = [line for line in cubin.log.splitlines() if re.search(r"warning|C75\d\d", line)]
+        assert not warnings, cubin.path
+
+
+def test_warpgroups_share_all_registers(usages):
+    """3 of 128 threads, of the 65536 registers of a multiprocessor, in steps of 8: setmaxnreg gives
+    some of what the producer does not need to the others."""
+    for usage in usages:
+        if "hopper" in usage.kernel:
+            assert usage.registers == 65536 // (3 * 128) // 8 * 8
 
 
 def test_linear_kernels_of_few_tokens_leave_registers_for_two_blocks(usages):

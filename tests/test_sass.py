@@ -50,6 +50,24 @@ def test_attention_is_made_of_tensor_core_products(kernels, kernel, dtype, head_
     assert code["STG.E.128"] > 0
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_hopper_attention_is_made_of_warpgroup_products(disassembly, dtype, head_dim):
+    """Fed by the copy engine, and by 16-byte copies where rows lie apart."""
+    code = disassembly["sm_90a"][f"attention_prefill_hopper<{dtype}, {head_dim}>"]
+    suffix = ".F32" + (".BF16" if dtype == "bf16" else "")
+    scores, out = f"HGMMA.64x128x16{suffix}", f"HGMMA.64x{head_dim}x16{suffix}"
+    # Scores of the first tile, of the next ones, results of those and of the last one.
+    products = {scores: 2 * head_dim // 16}
+    products[out] = products.get(out, 0) + 2 * 128 // 16
+    assert {name: n for name, n in code.items() if name.startswith(("HGMMA", "HMMA"))} == products
+    assert count(code, "UTMALDG.2D") > 0
+    assert count(code, "UTMALDG.3D") > 0
+    assert count(code, "LDGSTS") == code["LDGSTS.E.BYPASS.128"] > 0
+    assert count(code, "USETMAXREG") == 2
+    assert code["STG.E.128"] > 0
+
+
 @pytest.mark.parametrize("form", ["Plain", "Int8", "Int4"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(

@@ -14,30 +14,37 @@ __device__ __forceinline__ bool has_late_tokens(const AttentionParams& p, const 
   return stored_after_attention(s, s.position + s.count - 1, p.window);
 }
 
-// True in the last of `blocks` blocks to get here, for all its threads; what the others wrote and
-// read before is then done. Leaves the counter at zero, as it found it. Uses the first word of
-// shared memory.
-__device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
-  int* const last = dynamic_shared<int>();
-  __syncthreads();
-  if (threadIdx.x == 0) {
+// True in the last of `parties` to get here, for all its threads; what the others wrote and read
+// before is then done. Leaves the counter at zero, as it found it. A party is a block or a
+// warpgroup: `sync` is a barrier of its threads, `last` a word of its shared memory.
+template <class Sync>
+__device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int thread, int* last,
+                                             const Sync& sync) {
+  sync();
+  if (thread == 0) {
     // One thread's fences do for all: barriers order the others' accesses before and after them.
     __threadfence();
-    *last = atomicAdd(counter, 1) == blocks - 1;
+    *last = atomicAdd(counter, 1) == parties - 1;
     __threadfence();
     if (*last) store_global(counter, int32_t{0});
   }
-  __syncthreads();
+  sync();
   return *last;
 }
 
-// Stores one head of the late tokens, with all threads of the block.
+// The same among blocks. Uses the first word of shared memory.
+__device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
+  return arrives_last(counter, blocks, threadIdx.x, dynamic_shared<int>(), [] { __syncthreads(); });
+}
+
+// Stores one head of the late tokens, with `threads` threads.
 template <class T, int D>
-__device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head) {
+__device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head,
+                            unsigned thread, unsigned threads) {
   constexpr int kChunks = D / kVec16<T>;
   const int64_t first = max(s.position, s.position + s.count - s.capacity);
   const int64_t items = (s.position + s.count - first) * kChunks;
-  for (int64_t item = threadIdx.x; item < items; item += blockDim.x) {
+  for (int64_t item = thread; item < items; item += threads) {
     const int64_t position = first + item / kChunks;
     if (!stored_after_attention(s, position, p.window)) continue;
     const int64_t token = s.first_token + position - s.position;

@@ -13,34 +13,13 @@
 namespace mistral::cuda {
 
 constexpr int kPrefillWarps = 4;
-constexpr int kPrefillRows = 32 * kPrefillWarps;
+static_assert(kPrefillRows == 32 * kPrefillWarps);
 constexpr int kPrefillKeys = 64;
 
 // Bytes of shared memory: queries, keys, values, and what the block knows of its keys.
 template <class T, int D>
 constexpr size_t kPrefillShared =
     (kPrefillRows + 2 * kPrefillKeys) * D * sizeof(T) + sizeof(VisibleKeys);
-
-// Tiles are numbered without knowing the sequences' lengths on the host: sequence i, which begins
-// at packed row f, gets the numbers from f / 128 + i on, as many as it needs and sometimes one
-// too many (floor(f + c) - floor(f) + 1 >= ceil(c), in units of 128 rows).
-MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
-  return first_token * group / kPrefillRows + sequence;
-}
-
-__device__ __forceinline__ int64_t sequence_of_tile(const AttentionParams& p, int64_t group,
-                                                    int64_t tile) {
-  int64_t low = 0, high = p.num_sequences - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (first_tile(p.sequences[middle].first_token, group, middle) <= tile) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
 
 template <class T, int D>
 __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
@@ -120,33 +99,17 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
     multiply_values(out, probabilities, v_tile);
   }
 
-  // A warp's rows of q_tile are read by that warp alone: its results go through them, to be
-  // written 16 bytes at a time.
-  __syncwarp();
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const float inverse = 1.0f / row_sum(softmax.total[r]);
-    const int row = warp_row + 8 * r + lane / 4, i = 2 * (r % 2);
-#pragma unroll
-    for (int d = 0; d < D / 8; ++d) {
-      const uint32_t pair = pack<T>(out[r / 2][d][i] * inverse, out[r / 2][d][i + 1] * inverse);
-      memcpy(q_tile.chunk(row, d) + 2 * (lane % 4), &pair, sizeof pair);
-    }
-  }
-  __syncwarp();
-  constexpr int kChunks = SharedTile<T, D>::kChunks;
-  for (int item = lane; item < 32 * kChunks; item += kWarp) {
-    const int row = warp_row + item / kChunks, c = item % kChunks;
-    if (tile_row + row > last_row) break;
-    T* global =
-        static_cast<T*>(p.out) + rows.offset(tile_row + row, p.stride_out_token, p.stride_out_head);
-    store16(global + c * kVec16<T>, load_shared16(q_tile.chunk(row, c)));
-  }
+  // A warp's rows of q_tile are read by that warp alone.
+  store_rows(q_tile, warp_row, out, softmax.total, [&](int row) -> T* {
+    if (tile_row + row > last_row) return nullptr;
+    return static_cast<T*>(p.out) +
+           rows.offset(tile_row + row, p.stride_out_token, p.stride_out_head);
+  });
 
   if (has_late_tokens(p, s)) {
     const auto blocks = static_cast<int>(ceil_div(rows.count, kPrefillRows));
     if (arrives_last(p.counters + index * p.kv_heads + kv_head, blocks)) {
-      append_late<T, D>(p, s, kv_head);
+      append_late<T, D>(p, s, kv_head, threadIdx.x, blockDim.x);
     }
   }
 }

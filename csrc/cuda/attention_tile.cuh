@@ -8,7 +8,7 @@
 #include <launch.cuh>
 #include <ptx.cuh>
 
-#include "../attention.h"
+#include "attention_rows.cuh"
 #include "element.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -80,16 +80,16 @@ struct VisibleKeys {
 
 // Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time; rows for
 // which `row_at` gives null become zeros.
-template <int kRows, int kThreads, class T, int D, class RowAt>
-__device__ __forceinline__ void copy_rows(SharedTile<T, D> tile, int thread, const RowAt& row_at) {
-  constexpr int kChunks = SharedTile<T, D>::kChunks;
+template <int kRows, int kThreads, class Tile, class RowAt>
+__device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& row_at) {
+  constexpr int kChunks = Tile::kChunks;
   static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0);
   const int c = thread % kChunks;
 #pragma unroll 2
   for (int row = thread / kChunks; row < kRows; row += kThreads / kChunks) {
-    const T* global = row_at(row);
+    const auto* global = row_at(row);
     const bool valid = global != nullptr;
-    cp_async_16(tile.chunk(row, c), valid ? global + c * SharedTile<T, D>::kChunk : global, valid);
+    cp_async_16(tile.chunk(row, c), valid ? global + c * Tile::kChunk : global, valid);
   }
 }
 
@@ -178,6 +178,19 @@ struct Softmax {
     }
   }
 
+  // What `highest`, the new maximum of row r, means for it: 2^(scale * score - base) are the
+  // probabilities from now on, those so far are to be multiplied by `factor`.
+  struct Rise {
+    float base, factor;
+  };
+  __device__ __forceinline__ Rise raise(int r, float highest) {
+    // A row that has seen no key yet has maximum -inf; any finite base then gives 2^-inf = 0.
+    const float base = highest == -INFINITY ? 0.0f : highest * scale;
+    const float factor = exp2_approx(maximum[r] * scale - base);
+    maximum[r] = highest;
+    return {base, factor};
+  }
+
   // Turns scores into probabilities relative to the new maximum, and brings `out` to it. They come
   // as the operand of the next product: p[m][n] are the pairs of elements 0, 1 and 2, 3.
   template <class T, int kN, int kD8>
@@ -192,10 +205,7 @@ struct Softmax {
         highest = fmaxf(highest, fmaxf(scores[m][n][i], scores[m][n][i + 1]));
       }
       highest = row_max(highest);
-      // A row that has seen no key yet has maximum -inf; any finite base then gives 2^-inf = 0.
-      const float base = highest == -INFINITY ? 0.0f : highest * scale;
-      const float factor = exp2_approx(maximum[r] * scale - base);
-      maximum[r] = highest;
+      const auto [base, factor] = raise(r, highest);
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
@@ -233,37 +243,33 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
   }
 }
 
-// The query rows of a sequence and key/value head: row r is query head r mod G of token r / G.
-struct QueryRows {
-  int64_t first_token;
-  int first_head;  // of the group
-  int group;
-  int count;  // tokens * G
-
-  __device__ QueryRows(const AttentionParams& p, const Sequence& s, int kv_head)
-      : first_token(s.first_token),
-        first_head(kv_head * static_cast<int>(p.heads / p.kv_heads)),
-        group(static_cast<int>(p.heads / p.kv_heads)),
-        count(static_cast<int>(s.count) * group) {}
-
-  __device__ __forceinline__ int token(int row) const { return row / group; }
-  // of a row in q or out, whose strides are given
-  __device__ __forceinline__ int64_t offset(int row, int64_t stride_token,
-                                            int64_t stride_head) const {
-    return (first_token + row / group) * stride_token + (first_head + row % group) * stride_head;
+// Stores a warp's results, 16 * kM rows of `out` from row `first` of the tile on, divided by their
+// totals. They go through these rows of shared memory, which the warp has for itself, to be written
+// 16 bytes at a time. row_at(row) is where a row goes, or null from the first that is not stored.
+template <int kM, class T, int D, class RowAt>
+__device__ __forceinline__ void store_rows(SharedTile<T, D> tile, int first,
+                                           const float (&out)[kM][D / 8][4],
+                                           const float (&totals)[2 * kM], const RowAt& row_at) {
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+    const float inverse = 1.0f / row_sum(totals[r]);
+    const int row = first + 8 * r + lane / 4, i = 2 * (r % 2);
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d) {
+      const uint32_t pair = pack<T>(out[r / 2][d][i] * inverse, out[r / 2][d][i + 1] * inverse);
+      memcpy(tile.chunk(row, d) + 2 * (lane % 4), &pair, sizeof pair);
+    }
   }
-};
-
-// Offsets and the window fit an int: no window is one that no offset reaches.
-__device__ __forceinline__ int window_of(const AttentionParams& p) {
-  return static_cast<int>(min(p.window, int64_t{1} << 30));
-}
-
-// Sequences of up to 16 query rows are decoded, all others prefilled.
-constexpr int kDecodeRows = 16;
-
-MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
-  return tokens * group <= kDecodeRows;
+  __syncwarp();
+  constexpr int kChunks = SharedTile<T, D>::kChunks;
+  for (int item = lane; item < 16 * kM * kChunks; item += kWarp) {
+    const int row = first + item / kChunks, c = item % kChunks;
+    T* global = row_at(row);
+    if (global == nullptr) break;
+    store16(global + c * kVec16<T>, load_shared16(tile.chunk(row, c)));
+  }
 }
 
 }  // namespace mistral::cuda

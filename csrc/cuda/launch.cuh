@@ -36,6 +36,16 @@ inline int multiprocessors() {
   return count;
 }
 
+// Of the current device: 90 for 9.0.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  }
+  return 10 * major + minor;
+}
+
 // Bytes of shared memory, with those that the runtime keeps for itself.
 struct SharedMemorySize {
   int of_block = 48 * 1024;  // the most that one can have
@@ -53,10 +63,11 @@ inline SharedMemorySize shared_memory_size() {
 }
 
 // The block's shared memory, `shared_bytes` of the launch. Kernels have no other: a static array
-// could be neither poisoned nor bounds-checked by the emulator.
+// could be neither poisoned nor bounds-checked by the emulator. It is aligned to the unit of the
+// 128-byte swizzle of TMA and wgmma.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char shared_memory[];
+  extern __shared__ __align__(1024) unsigned char shared_memory[];
   return reinterpret_cast<T*>(shared_memory);
 }
 

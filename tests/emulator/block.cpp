@@ -11,16 +11,17 @@
 namespace emulator {
 namespace {
 
-std::string to_text(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
-
 // Unwinds a thread that is not to run on.
 struct Abandoned {};
 
 }  // namespace
 
 __thread Thread* current = nullptr;
+
+std::string to_text(uint3 index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+         std::to_string(index.z) + ")";
+}
 
 std::string to_text(Site site) {
   const std::string path = site.file;
@@ -38,6 +39,7 @@ Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& st
   number_ = (uint64_t{index.z} * grid.y + index.y) * grid.x + index.x;
   random_state_ = (launch.seed + 1) * 0x9e3779b97f4a7c15u ^ (number_ + 1) * 0xbf58476d1ce4e5b9u;
   const size_t threads = size_t{size.x} * size.y * size.z;
+  if (launch.capability == kHopper) hopper_.emplace(launch.shared_bytes, threads);
   // Both are pointed into, so neither may move.
   warps_.reserve((threads + 31) / 32);
   threads_.reserve(threads);
@@ -104,6 +106,19 @@ void Block::suspend(const char* instruction, Site site) {
   self.waiting_at = instruction;
   self.site = site;
   self.warp->suspend(self.lane);
+  leave();
+}
+
+void Block::yield() {
+  if (random() % 2 == 0) return;
+  priorities_[number(*current->warp)] = 0;
+  yielded_ = true;
+  leave();
+}
+
+// To the scheduler and, when it resumes this thread, back.
+void Block::leave() {
+  Thread& self = *current;
   before_switch(&self.sanitizer_state, scheduler_stack_, scheduler_stack_size_);
   scheduler_ = std::move(scheduler_).resume();
   after_switch(self.sanitizer_state, &scheduler_stack_, &scheduler_stack_size_);
@@ -141,12 +156,23 @@ void Block::barrier(Site site) {
   for (Warp& warp : warps_) {
     warp.requests().count_into(counters_);
     warp.wake(warp.lanes());
+    share_stores(warp);
   }
-  // What a fence now makes visible is what all threads have stored.
-  for (Thread& thread : threads_) {
-    stored_.insert(stored_.end(), thread.stored.begin(), thread.stored.end());
-    thread.stored.clear();
+}
+
+void Block::share_stores(const Warp& warp) {
+  const size_t begin = 32 * number(warp), end = std::min(begin + 32, threads_.size());
+  for (size_t i = begin; i < end; ++i) {
+    std::vector<Bytes>& stored = threads_[i].stored;
+    stored_.insert(stored_.end(), stored.begin(), stored.end());
+    stored.clear();
   }
+}
+
+void Block::note_shared_store(Site site, const void* address) {
+  if (!hopper_) return;
+  const auto* begin = static_cast<const char*>(shared_.data());
+  hopper_->chunks.store(site, static_cast<uint32_t>(static_cast<const char*>(address) - begin));
 }
 
 void Block::note_load(Site site, const void* address, size_t bytes) {
@@ -179,11 +205,30 @@ size_t Block::choose_warp() {
   return best;
 }
 
+// As no thread can run, what was started on its own cannot come any later.
+void Block::deliver_something() {
+  const InFlight::Operation operation = hopper_->in_flight.take(random());
+  current = operation.thread;
+  try {
+    operation.deliver();
+  } catch (const std::exception&) {
+    error_ = std::current_exception();
+  }
+}
+
 void Block::run() {
   while (exited_ < threads_.size() && !error_) {
     const size_t w = choose_warp();
-    if (w == warps_.size()) error_ = stuck();
-    while (!error_ && warps_[w].ready() != 0) {
+    if (w == warps_.size()) {
+      if (hopper_ && !hopper_->in_flight.empty()) {
+        deliver_something();
+      } else {
+        error_ = stuck();
+      }
+      continue;
+    }
+    yielded_ = false;
+    while (!error_ && !yielded_ && warps_[w].ready() != 0) {
       const uint32_t turn = random() % 32, ready = warps_[w].ready();
       const uint32_t turned = ready >> turn | ready << (32 - turn) % 32;
       const uint32_t lane = (static_cast<uint32_t>(__builtin_ctz(turned)) + turn) % 32;
@@ -193,6 +238,9 @@ void Block::run() {
   if (error_) {
     abandon();
     std::rethrow_exception(error_);
+  }
+  if (const std::string left = hopper_ ? hopper_->problem_at_the_end() : ""; !left.empty()) {
+    throw Error(launch_.kernel + ": block " + to_text(index_) + " has ended, but " + left);
   }
   if (!shared_.guards_intact()) {
     throw Error(launch_.kernel + ": block " + to_text(index_) +

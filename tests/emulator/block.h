@@ -7,11 +7,13 @@
 #include <boost/context/fiber.hpp>
 #include <exception>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "copies.h"
 #include "counters.h"
+#include "hopper.h"
 #include "memory.h"
 #include "stacks.h"
 #include "visibility.h"
@@ -28,6 +30,7 @@ struct Launch {
   Delivery delivery;
   uint64_t seed;
   Unfenced& unfenced;
+  int capability;  // of the device
 };
 
 // A CUDA thread.
@@ -40,7 +43,8 @@ struct Thread {
   boost::context::stack_context stack = {};
   boost::context::fiber fiber = {};
   void* sanitizer_state = nullptr;
-  std::vector<Bytes> stored = {};    // since it last came to a fence or to __syncthreads
+  std::vector<Bytes> stored = {};    // since it last came to a fence or to a barrier
+  uint64_t proxy_fence = 0;          // when it last called fence_proxy_async: SharedChunks
   const char* waiting_at = nullptr;  // the instruction that it waits or last waited at
   Site site = {};
   bool exited = false;
@@ -49,6 +53,8 @@ struct Thread {
 // The CUDA thread that this thread of the process is running. (__thread, because a thread_local
 // that another file defines costs a call at each use.)
 extern __thread Thread* current;
+
+std::string to_text(uint3 index);
 
 class Block {
  public:
@@ -61,21 +67,37 @@ class Block {
   void barrier(Site site);
   void suspend(const char* instruction, Site site);
 
+  // For the running thread, which has just allowed others to run on: it may now fall behind them.
+  void yield();
+
+  // For the running thread or its cp.async: it writes to shared memory.
+  void note_shared_store(Site site, const void* address);
+
   // For the running thread: what it does to global memory, as other blocks may see it.
   void note_load(Site site, const void* address, size_t bytes);
   void note_store(const void* address, size_t bytes);
+  // The warp comes to a barrier: what its threads have stored is now seen by others of the block,
+  // and made visible by their fences.
+  void share_stores(const Warp& warp);
   void fence();
 
   const Launch& launch() const { return launch_; }
   uint3 index() const { return index_; }
   SharedMemory& shared() { return shared_; }
   Counters& counters() { return counters_; }
+  Hopper& hopper() { return *hopper_; }  // where the device is one
+  size_t number(const Warp& warp) const { return static_cast<size_t>(&warp - warps_.data()); }
+  const Thread& thread(const Warp& warp, int lane) const {
+    return threads_[32 * number(warp) + static_cast<size_t>(lane)];
+  }
 
  private:
   void start(Thread& thread, Stacks& stacks);
   void resume(Thread& thread);
+  void leave();
   void finish(Thread& thread);
   void abandon();
+  void deliver_something();
   size_t choose_warp();
   uint32_t random();
   std::exception_ptr stuck() const;
@@ -85,12 +107,14 @@ class Block {
   uint64_t number_;
   SharedMemory& shared_;
   Counters counters_;
+  std::optional<Hopper> hopper_;
   std::vector<Warp> warps_;
   std::vector<Thread> threads_;
   std::vector<uint32_t> priorities_;  // of the warps
   boost::context::fiber scheduler_;
   const void* scheduler_stack_ = nullptr;  // its end, for the sanitizer
   size_t scheduler_stack_size_ = 0;
+  bool yielded_ = false;  // the warp that is running
   std::exception_ptr error_;
   uint64_t random_state_;
   size_t exited_ = 0;

@@ -1,7 +1,6 @@
 #include "copies.h"
 
 #include <cstring>
-#include <utility>
 
 #include "block.h"
 
@@ -16,22 +15,31 @@ void Copies::start(Site site, void* shared, const void* global, size_t size, siz
     current->block->note_load(site, global, read);
     requests.add(current->lane, site, Access::global_load, global, static_cast<uint32_t>(read));
   }
-  const Copy copy{shared, global, size, read};
+  const Copy copy{site, shared, global, size, read};
   if (delivery_ == Delivery::early) return deliver(copy);
+  current->block->note_shared_store(site, shared);
   memset(shared, 0xff, size);
-  uncommitted_.push_back(copy);
+  waiting_.push_back(copy);
 }
 
-void Copies::commit() { groups_.push_back(std::exchange(uncommitted_, {})); }
+void Copies::commit() { groups_.push_back(started()); }
 
 void Copies::wait(size_t pending_groups) {
   while (groups_.size() > pending_groups) {
-    for (const Copy& copy : groups_.front()) deliver(copy);
+    deliver_until(groups_.front());
     groups_.pop_front();
   }
 }
 
+void Copies::deliver_until(uint64_t count) {
+  for (; delivered_ < count; ++delivered_) {
+    deliver(waiting_.front());
+    waiting_.pop_front();
+  }
+}
+
 void Copies::deliver(const Copy& copy) {
+  current->block->note_shared_store(copy.site, copy.shared);
   if (copy.read > 0) memcpy(copy.shared, copy.global, copy.read);
   memset(static_cast<char*>(copy.shared) + copy.read, 0, copy.size - copy.read);
 }

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <deque>
-#include <vector>
 
 #include "error.h"
 
@@ -24,8 +24,13 @@ class Copies {
   void commit();
   void wait(size_t pending_groups);
 
+  // How many have been started, and delivery of the first `count` of them.
+  uint64_t started() const { return delivered_ + waiting_.size(); }
+  void deliver_until(uint64_t count);
+
  private:
   struct Copy {
+    Site site;
     void* shared;
     const void* global;
     size_t size, read;
@@ -33,8 +38,9 @@ class Copies {
   static void deliver(const Copy& copy);
 
   Delivery delivery_;
-  std::vector<Copy> uncommitted_;
-  std::deque<std::vector<Copy>> groups_;
+  uint64_t delivered_ = 0;
+  std::deque<Copy> waiting_;
+  std::deque<uint64_t> groups_;  // how many had been started when each was committed
 };
 
 }  // namespace emulator

@@ -28,6 +28,8 @@ void Counters::add(const Counters& other) {
   shared_requests += other.shared_requests;
   shared_conflicts += other.shared_conflicts;
   mma += other.mma;
+  wgmma_flops += other.wgmma_flops;
+  tma_bytes += other.tma_bytes;
 }
 
 uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes) {

@@ -9,7 +9,7 @@
 namespace emulator {
 
 struct Counters {
-  uint64_t loaded_bytes = 0;  // from global memory, by plain loads and cp.async
+  uint64_t loaded_bytes = 0;  // from global memory, by plain loads, cp.async and TMA
   uint64_t stored_bytes = 0;
   uint64_t load_requests = 0;  // one per instruction and warp
   uint64_t store_requests = 0;
@@ -18,6 +18,8 @@ struct Counters {
   uint64_t shared_requests = 0;   // 16-byte accesses, cp.async, ldmatrix
   uint64_t shared_conflicts = 0;  // passes over the banks beyond those without conflicts
   uint64_t mma = 0;               // warp-wide instructions
+  uint64_t wgmma_flops = 0;       // 2 for each product of two elements
+  uint64_t tma_bytes = 0;         // written to shared memory, zeros for what is outside too
 
   void add(const Counters& other);
 };

@@ -1,13 +1,11 @@
 #include "instructions.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
 #include <cstring>
 #include <string>
 
 #include "block.h"
+#include "elements.h"
 #include "include/builtins.h"
 
 namespace emulator {
@@ -94,17 +92,6 @@ struct Mma {
   const uint32_t* b;
 };
 
-float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-float widen(__half x) { return __half2float(x); }
-
-template <class T>
-void unpack(uint32_t pair, float& low, float& high) {
-  T elements[2];
-  memcpy(elements, &pair, sizeof pair);
-  low = widen(elements[0]);
-  high = widen(elements[1]);
-}
-
 // Fragments: a lane holds, with row = lane / 4 and column = 2 * (lane % 4), of
 //   A [16, 16]  registers 0 to 3: (row, column), (row + 8, column), (row, column + 8),
 //               (row + 8, column + 8), each with its right neighbour
@@ -187,6 +174,10 @@ void access_global(Site site, Access access, const void* address, size_t bytes) 
 void access_shared(Site site, const void* address) {
   check_shared(site, "access to shared memory", address, 16);
   current->warp->requests().add(current->lane, site, Access::shared, address, 16);
+}
+
+void note_shared_store(Site site, const void* address) {
+  current->block->note_shared_store(site, address);
 }
 
 uint32_t shared_offset(const void* address) {

@@ -13,7 +13,12 @@ namespace emulator {
 void access_global(Site site, Access access, const void* address, size_t bytes);
 void access_shared(Site site, const void* address);  // 16 bytes
 
+void note_shared_store(Site site, const void* address);  // within 16 bytes
+
 uint32_t shared_offset(const void* address);
+
+// Where the 128-byte swizzle of TMA and wgmma puts the byte at this offset in shared memory.
+inline uint32_t swizzle_128(uint32_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
 // Writes `size` bytes, of which the first `read` are copied and the others become zeros.
 void cp_async(Site site, void* shared, const void* global, size_t size, size_t read);

@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 
+#include "../../csrc/attention.h"
 #include "../../csrc/linear.h"
 #include "../../python/ops.h"
 #include "memory.h"
@@ -36,6 +37,16 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"shared_stride", &cuda::run_shared_stride},
     {"uninitialised", &cuda::run_uninitialised},
     {"shape", &cuda::run_shape},
+    {"tma_2d", &cuda::run_tma_2d},
+    {"tma_3d", &cuda::run_tma_3d},
+    {"tensor_map", &cuda::run_tensor_map},
+    {"wgmma", &cuda::run_wgmma},
+    {"wgmma_groups", &cuda::run_wgmma_groups},
+    {"mbarrier", &cuda::run_mbarrier},
+    {"cp_async_barrier", &cuda::run_cp_async_barrier},
+    {"named_barriers", &cuda::run_named_barriers},
+    {"registers", &cuda::run_registers},
+    {"misuse", &cuda::run_misuse},
     {"missing_barrier", &cuda::run_missing_barrier},
     {"missing_fence", &cuda::run_missing_fence},
     {"missing_syncwarp", &cuda::run_missing_syncwarp},
@@ -54,6 +65,23 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"exited_lane", &cuda::run_exited_lane},
     {"exited_thread", &cuda::run_exited_thread},
     {"divergent_barrier", &cuda::run_divergent_barrier},
+    {"changed_operand", &cuda::run_changed_operand},
+    {"early_proxy_fence", &cuda::run_early_proxy_fence},
+    {"missing_expect", &cuda::run_missing_expect},
+    {"missing_init_fence", &cuda::run_missing_init_fence},
+    {"missing_proxy_fence", &cuda::run_missing_proxy_fence},
+    {"missing_reader_fence", &cuda::run_missing_reader_fence},
+    {"missing_warp", &cuda::run_missing_warp},
+    {"missing_warpgroup_barrier", &cuda::run_missing_warpgroup_barrier},
+    {"missing_wgmma_fence", &cuda::run_missing_wgmma_fence},
+    {"missing_wgmma_wait", &cuda::run_missing_wgmma_wait},
+    {"released_too_early", &cuda::run_released_too_early},
+    {"too_many_registers", &cuda::run_too_many_registers},
+    {"touched_accumulators", &cuda::run_touched_accumulators},
+    {"wrong_bytes", &cuda::run_wrong_bytes},
+    {"wrong_count", &cuda::run_wrong_count},
+    {"wrong_parity", &cuda::run_wrong_parity},
+    {"wrong_stride", &cuda::run_wrong_stride},
 };
 
 emulator::Delivery delivery(const std::string& name) {
@@ -62,8 +90,9 @@ emulator::Delivery delivery(const std::string& name) {
   throw py::value_error("copies is '" + name + "', expected late or early");
 }
 
-void configure(uint64_t seed, const std::string& copies, int multiprocessors, int workers) {
-  emulator::settings() = {seed, delivery(copies), multiprocessors, workers};
+void configure(uint64_t seed, const std::string& copies, int multiprocessors, int workers,
+               int capability) {
+  emulator::settings() = {seed, delivery(copies), multiprocessors, workers, capability};
 }
 
 // What has been launched since the last call, in order.
@@ -84,6 +113,8 @@ py::list take_launches() {
     entry["shared_requests"] = r.counters.shared_requests;
     entry["shared_conflicts"] = r.counters.shared_conflicts;
     entry["mma"] = r.counters.mma;
+    entry["wgmma_flops"] = r.counters.wgmma_flops;
+    entry["tma_bytes"] = r.counters.tma_bytes;
     list.append(entry);
   }
   emulator::records().clear();
@@ -118,7 +149,7 @@ int dequantize(const std::string& dtype, int bits, uintptr_t values, uintptr_t s
 PYBIND11_MODULE(_emulator, m) {
   m.attr("sanitized") = emulator::kSanitized;
   m.def("configure", &configure, py::arg("seed") = 0, py::arg("copies") = "late",
-        py::arg("multiprocessors") = 4, py::arg("workers") = 2);
+        py::arg("multiprocessors") = 4, py::arg("workers") = 2, py::arg("capability") = 89);
   m.def("take_launches", &take_launches);
   m.def("allocate", [](uintptr_t begin, size_t bytes, const std::string& name) {
     emulator::allocations().add(reinterpret_cast<const void*>(begin), bytes, name);
@@ -126,6 +157,7 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("free_all", [] { emulator::allocations().clear(); });
   m.def("run_test_kernel", &run_test_kernel, py::arg("name"), py::arg("inputs"), py::arg("out"),
         py::arg("n"));
+  m.def("select_attention", &cuda::select_prefill, py::arg("name"));
   m.def("dequantize", &dequantize);
   python::bind_attention(m);
   python::bind_linear(m);

@@ -34,11 +34,12 @@ void check(const char* op, cudaError_t status) {
 int64_t attention_scratch_bytes(const AttentionParams&) { return 0; }
 void attention(const AttentionParams& given, int) {
   AttentionParams p = given;
-  const cuda::AttentionScratch scratch = cuda::attention_scratch(
-      p.num_sequences, p.kv_heads, p.head_dim, min(p.window, kLongest) + p.max_count);
+  const cuda::AttentionScratch scratch =
+      cuda::attention_scratch(p, min(p.window, kLongest) + p.max_count);
   std::vector<float> partials(static_cast<size_t>(scratch.partials), NAN);
   std::vector<int32_t> counters(static_cast<size_t>(scratch.counters), 0);
   p.splits = scratch.splits;
+  p.prefill_splits = scratch.prefill_splits;
   p.partials = partials.data();
   p.counters = counters.data();
   auto& allocations = emulator::allocations();

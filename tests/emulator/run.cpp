@@ -30,6 +30,8 @@ Settings& settings() {
   return instance;
 }
 
+int max_shared_bytes() { return (settings().capability == kHopper ? 227 : 99) * 1024; }
+
 std::vector<Record>& records() {
   static std::vector<Record> instance;
   return instance;
@@ -46,12 +48,18 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
       grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > size_t{kMaxSharedBytes}) return cudaErrorInvalidValue;
+  if (shared_bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
 
   Unfenced unfenced;
-  const Launch launch{
-      kernel_name(kernel), grid,    block, shared_bytes, std::move(body), settings().delivery,
-      settings().seed,     unfenced};
+  const Launch launch{kernel_name(kernel),
+                      grid,
+                      block,
+                      shared_bytes,
+                      std::move(body),
+                      settings().delivery,
+                      settings().seed,
+                      unfenced,
+                      settings().capability};
   std::vector<uint64_t> order(blocks);
   std::iota(order.begin(), order.end(), uint64_t{0});
   std::shuffle(order.begin(), order.end(), std::mt19937_64(launch.seed));

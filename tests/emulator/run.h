@@ -12,16 +12,17 @@
 
 namespace emulator {
 
-// Of a block. Of compute capability 8.9, the least of those that the kernels are built for.
-constexpr int kMaxSharedBytes = 99 * 1024;
-
 struct Settings {
   uint64_t seed = 0;  // of the order in which threads and blocks run
   Delivery delivery = Delivery::late;
   int multiprocessors = 4;
-  int workers = 2;  // threads of this process that run blocks
+  int workers = 2;      // threads of this process that run blocks
+  int capability = 89;  // of the device; 8.9 has the least shared memory
 };
 Settings& settings();
+
+// That a block can have.
+int max_shared_bytes();
 
 struct Record {
   std::string kernel;

@@ -33,6 +33,18 @@ cudaError_t run_shared_stride(const Arguments& a);
 cudaError_t run_uninitialised(const Arguments& a);
 cudaError_t run_shape(const Arguments& a);
 
+// Primitives of Hopper, primitives_hopper.cu.
+cudaError_t run_tma_2d(const Arguments& a);
+cudaError_t run_tma_3d(const Arguments& a);
+cudaError_t run_tensor_map(const Arguments& a);
+cudaError_t run_wgmma(const Arguments& a);
+cudaError_t run_wgmma_groups(const Arguments& a);
+cudaError_t run_mbarrier(const Arguments& a);
+cudaError_t run_cp_async_barrier(const Arguments& a);
+cudaError_t run_named_barriers(const Arguments& a);
+cudaError_t run_registers(const Arguments& a);
+cudaError_t run_misuse(const Arguments& a);
+
 // Planted bugs: with n = 0 the kernel has its bug, with n = 1 it is correct. `in` is
 // float [256], `out` is float [257]: in doubled, and a zero for the kernel's own use.
 cudaError_t run_missing_barrier(const Arguments& a);
@@ -53,5 +65,24 @@ cudaError_t run_wrong_mask(const Arguments& a);
 cudaError_t run_exited_lane(const Arguments& a);
 cudaError_t run_exited_thread(const Arguments& a);
 cudaError_t run_divergent_barrier(const Arguments& a);
+
+// Those of Hopper, the same with the product that planted/hopper/planted.h describes.
+cudaError_t run_changed_operand(const Arguments& a);
+cudaError_t run_early_proxy_fence(const Arguments& a);
+cudaError_t run_missing_expect(const Arguments& a);
+cudaError_t run_missing_init_fence(const Arguments& a);
+cudaError_t run_missing_proxy_fence(const Arguments& a);
+cudaError_t run_missing_reader_fence(const Arguments& a);
+cudaError_t run_missing_warp(const Arguments& a);
+cudaError_t run_missing_warpgroup_barrier(const Arguments& a);
+cudaError_t run_missing_wgmma_fence(const Arguments& a);
+cudaError_t run_missing_wgmma_wait(const Arguments& a);
+cudaError_t run_released_too_early(const Arguments& a);
+cudaError_t run_too_many_registers(const Arguments& a);
+cudaError_t run_touched_accumulators(const Arguments& a);
+cudaError_t run_wrong_bytes(const Arguments& a);
+cudaError_t run_wrong_count(const Arguments& a);
+cudaError_t run_wrong_parity(const Arguments& a);
+cudaError_t run_wrong_stride(const Arguments& a);
 
 }  // namespace mistral::cuda

@@ -72,6 +72,7 @@ void Warp::exit(int lane) {
                        hex(m.arrived) + " wait for it at " + m.collective->name);
     }
   }
+  wgmma_.check_exit(lane);
   exited_ |= self;
   suspend(lane);
   if (exited_ == lanes_) requests_.count_into(block_.counters());

@@ -7,6 +7,7 @@
 
 #include "counters.h"
 #include "error.h"
+#include "wgmma.h"
 
 namespace emulator {
 
@@ -35,6 +36,7 @@ class Warp {
   void suspend(int lane) { ready_ &= ~(1u << lane); }
   void wake(uint32_t lanes) { ready_ |= lanes; }
   Requests& requests() { return requests_; }
+  WgmmaQueue& wgmma() { return wgmma_; }
 
  private:
   struct Meeting {
@@ -53,6 +55,7 @@ class Warp {
   uint32_t exited_ = 0;
   std::vector<Meeting> meetings_;  // more than one only with masks of some lanes
   Requests requests_;
+  WgmmaQueue wgmma_;
 };
 
 }  // namespace emulator

@@ -17,10 +17,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 
 inline int multiprocessors() { return emulator::settings().multiprocessors; }
 
-// Of compute capability 8.9, the least of those that the kernels are built for.
+inline int compute_capability() { return emulator::settings().capability; }
+
 struct SharedMemorySize {
-  int of_block = emulator::kMaxSharedBytes;
-  int of_multiprocessor = emulator::kMaxSharedBytes + 1024;
+  int of_block = emulator::max_shared_bytes();
+  int of_multiprocessor = emulator::max_shared_bytes() + 1024;
 };
 inline SharedMemorySize shared_memory_size() { return {}; }
 

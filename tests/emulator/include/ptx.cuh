@@ -43,6 +43,7 @@ inline uint4 ld_shared_16(const void* shared, Site site = Site::here()) {
 
 inline void st_shared_16(void* shared, uint4 value, Site site = Site::here()) {
   emulator::access_shared(site, shared);
+  emulator::note_shared_store(site, shared);
   *static_cast<uint4*>(shared) = value;
 }
 

@@ -1,0 +1,36 @@
+// Calls the fence before cp.async has brought what wgmma is to read.
+#include "planted.h"
+
+namespace mistral::cuda {
+namespace {
+
+template <bool kCorrect>
+__global__ void early_proxy_fence(const __grid_constant__ Inputs in, float* out) {
+  Stages& stages = *dynamic_shared<Stages>();
+  float d[32] = {};
+  for (int tile = 0; tile < kTiles; ++tile) {
+    for_each_chunk<kMultiplying>(
+        in, stages, 0, tile,
+        [](__nv_bfloat16* to, const __nv_bfloat16* from) { cp_async_16(to, from, true); });
+    cp_async_commit();
+    if (!kCorrect) fence_proxy_async();
+    cp_async_wait<0>();
+    if (kCorrect) fence_proxy_async();
+    __syncthreads();
+    wgmma_fence();
+    multiply(d, stages, 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_settle(d);
+    __syncthreads();
+  }
+  store(out, d);
+}
+
+}  // namespace
+
+cudaError_t run_early_proxy_fence(const Arguments& a) {
+  return run_planted(early_proxy_fence<false>, early_proxy_fence<true>, 128, a);
+}
+
+}  // namespace mistral::cuda
