@@ -66,7 +66,6 @@ class Transformer:
     def device(self) -> torch.device:
         return self.embeddings.device
 
-    @torch.inference_mode()
     def forward(
         self, token_ids: Tensor, sequences: Tensor, cache: RingCache, rows: Tensor | None = None
     ) -> Tensor:
@@ -81,11 +80,29 @@ class Transformer:
         Returns:
             [N, V] fp32 logits, on the model's device.
         """
+        max_count = int(sequences[:, 1].max())
+        rows = None if rows is None else rows.to(self.device)
+        return self.step(
+            token_ids.to(self.device), sequences.to(self.device), cache, max_count, rows
+        )
+
+    @torch.inference_mode()
+    def step(
+        self,
+        token_ids: Tensor,
+        sequences: Tensor,
+        cache: RingCache,
+        max_count: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The same of tensors on the model's device. It does not wait for the device.
+
+        Args:
+            max_count: no sequence has more new tokens than this.
+        """
         config = self.config
         eps, theta, window = config.norm_eps, config.rope_theta, config.sliding_window
 
-        max_count = int(sequences[:, 1].max())
-        token_ids, sequences = token_ids.to(self.device), sequences.to(self.device)
         # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the
         # CPU they then spin for milliseconds on the cores that ours need.
         h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
@@ -100,7 +117,6 @@ class Transformer:
             )  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
                 # From here on tokens do not see each other: those without logits are done.
-                rows = rows.to(self.device)
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
             ops.linear_residual(x.flatten(1), layer.wo, h)
             x = ops.linear_swiglu(h, layer.w1, layer.w3, layer.ffn_norm, eps)  # [T, F]

@@ -173,6 +173,11 @@ class Sampler:
             biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
             self._bias[row, ids.to(self._bias.device)] = biases.to(self._bias.device)
 
+    @property
+    def biased(self) -> bool:
+        """Whether a completion has had a logit_bias: draws then read one for all."""
+        return self._bias is not None
+
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
         """Chooses the next token of some of the completions.
 
@@ -186,13 +191,18 @@ class Sampler:
         Raises:
             ValueError: there is nothing to choose from.
         """
-        logits = logits[:, : self._vocab_size]
         rows = torch.tensor(rows, dtype=torch.int64, device=logits.device)
-        token_ids = ops.sample(
-            logits, rows, self._options, self._noise, self._history, self._bias
-        ).tolist()
+        return self.checked(self.draw(rows, logits).tolist(), logits)
+
+    def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """The same for rows on the device, without waiting for it; -1 where `sample` raises."""
+        logits = logits[:, : self._vocab_size]
+        return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
+
+    def checked(self, token_ids: list[int], logits: Tensor) -> list[int]:
+        """What was drawn from the logits, if there was something to choose from everywhere."""
         if -1 in token_ids:
-            if logits[token_ids.index(-1)].isnan().any():
+            if logits[token_ids.index(-1), : self._vocab_size].isnan().any():
                 raise ValueError("the model's logits are NaN: its weights may be damaged")
             raise ValueError("all logits are -inf, with logit_bias: no token is left to choose")
         return token_ids

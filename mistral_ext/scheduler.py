@@ -11,12 +11,14 @@ good and gives its ring to the next one waiting.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mistral_ext.cache import RingCache
+from mistral_ext.decoding import Step, decoder
 from mistral_ext.model import Transformer
 from mistral_ext.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 from mistral_ext.text_stream import TextStream
@@ -151,58 +153,92 @@ def run(
         requests: the waiting, at least one, served in this order; of one vocabulary.
         prefill_chunk: prompt tokens read in one step, at most.
     """
-    waiting = list(requests)
-    active: dict[int, Request] = {}  # ring -> the request it serves
-    free = list(range(len(cache.capacities)))
-    sampler = Sampler(len(free), waiting[0].vocab_size, model.device)
-    while waiting or active:
-        while waiting and free:
-            ring, request = free.pop(0), waiting.pop(0)
-            active[ring] = request
-            sampler.start(ring, request.params, request.ids, request.index)
-        for tokens in _next_steps(active, cache, prefill_chunk):
-            sampled, logits = _step(model, cache, active, tokens)
-            token_ids = sampler.sample(sampled, logits)
-            for ring, token_id, row in zip(sampled, token_ids, logits, strict=True):
-                request = active[ring]
-                piece = request.accept(token_id, row)
-                if request.finish_reason:
-                    del active[ring]
-                    if waiting:  # else the ring keeps its tokens: a chat goes on from them
-                        cache.rewind(ring, 0)
-                        free.append(ring)
-                yield request, piece
+    return _Run(model, cache, requests, prefill_chunk).pieces()
 
 
-def _next_steps(
-    active: dict[int, Request], cache: RingCache, prefill_chunk: int
-) -> Iterator[dict[int, list[int]]]:
-    """{ring: tokens to read}: the next chunk of the first prompt that is not read yet, if there is
-    one; then, as things are after that, the one unread token of every completion."""
-    for ring, request in active.items():
-        unread = request.ids[cache.lengths[ring] :]
-        if len(unread) > 1:
-            yield {ring: unread[:prefill_chunk]}
-            break  # `active` may have changed
-    last = {ring: request.ids[cache.lengths[ring] :] for ring, request in active.items()}
-    decodes = {ring: unread for ring, unread in last.items() if len(unread) == 1}
-    if decodes:
-        yield decodes
+class _Run:
+    def __init__(
+        self, model: Transformer, cache: RingCache, requests: Sequence[Request], prefill_chunk: int
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._prefill_chunk = prefill_chunk
+        self._waiting = list(requests)
+        self._free = list(range(len(cache.capacities)))
+        self._active: dict[int, Request] = {}  # ring -> the request it serves
+        self._sampler = Sampler(len(self._free), requests[0].vocab_size, model.device)
+        self._decoder = decoder(model, cache, self._sampler)
+        self._under_way: deque[Step] = deque()  # decode steps whose tokens are not read yet
 
+    def pieces(self) -> Iterator[tuple[Request, str]]:
+        while self._waiting or self._active:
+            self._admit()
+            yield from self._read_prompt()
+            yield from self._decode()
+            if not self._under_way:
+                self._release()
 
-def _step(
-    model: Transformer, cache: RingCache, active: dict[int, Request], tokens: dict[int, list[int]]
-) -> tuple[list[int], torch.Tensor]:
-    """One pass over the weights; the rings that have read all they have, and their logits."""
-    token_ids, last_rows, complete = [], [], []
-    for ring, new in tokens.items():
-        request, length = active[ring], cache.lengths[ring]
-        if length < request.prompt_length:
-            request.note_read(len(new))
-        token_ids += new
-        if length + len(new) == len(request.ids):
-            last_rows.append(len(token_ids) - 1)
-            complete.append(ring)
-    sequences = cache.append({ring: len(new) for ring, new in tokens.items()})
-    rows = torch.tensor(last_rows, dtype=torch.int64)
-    return complete, model.forward(torch.tensor(token_ids), sequences, cache, rows)
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            ring, request = self._free.pop(0), self._waiting.pop(0)
+            self._active[ring] = request
+            self._sampler.start(ring, request.params, request.ids, request.index)
+
+    def _release(self) -> None:
+        for ring, request in list(self._active.items()):
+            if request.finish_reason:
+                del self._active[ring]
+                if self._waiting:  # else the ring keeps its tokens: a chat goes on from them
+                    self._cache.rewind(ring, 0)
+                    self._free.append(ring)
+
+    def _read_prompt(self) -> Iterator[tuple[Request, str]]:
+        """Reads the next chunk of the first prompt that has more than a token to be read."""
+        cache = self._cache
+        for ring, request in self._active.items():
+            unread = request.ids[cache.lengths[ring] :]
+            if len(unread) > 1:
+                break
+        else:
+            return
+        new = unread[: self._prefill_chunk]
+        request.note_read(len(new))
+        rows = torch.tensor([len(new) - 1] if new == unread else [], dtype=torch.int64)
+        logits = self._model.forward(torch.tensor(new), cache.append({ring: len(new)}), cache, rows)
+        if new == unread:
+            (token_id,) = self._sampler.sample([ring], logits)
+            yield request, request.accept(token_id, logits[0])
+
+    def _decode(self) -> Iterator[tuple[Request, str]]:
+        """Launches the step of all that have read their prompt, or, before there are others than
+        in the last one, waits for that; reads what has been waited for long enough."""
+        rings = [ring for ring in self._active if self._may_go_on(ring)]
+        if self._under_way and self._under_way[-1].rings != rings:
+            while self._under_way:
+                yield from self._accept(self._under_way.popleft())
+        elif rings:
+            token_ids = None
+            if not self._under_way:
+                token_ids = [self._active[ring].ids[-1] for ring in rings]
+            for ring in rings:
+                if self._cache.lengths[ring] < self._active[ring].prompt_length:
+                    self._active[ring].note_read(1)
+            self._under_way.append(self._decoder.launch(rings, token_ids))
+            if len(self._under_way) > self._decoder.ahead:
+                yield from self._accept(self._under_way.popleft())
+
+    def _may_go_on(self, ring: int) -> bool:
+        """Whether there is to be another token, as far as is known, after those under way."""
+        request, length = self._active[ring], self._cache.lengths[ring]
+        has_read = length >= len(request.ids) - 1
+        return not request.finish_reason and has_read and length + 1 < request.max_length
+
+    def _accept(self, step: Step) -> Iterator[tuple[Request, str]]:
+        for ring, token_id, row in zip(step.rings, step.token_ids(), step.logits, strict=True):
+            request = self._active[ring]
+            if request.finish_reason:
+                # The step had been launched when its end became known. What it stored took the
+                # place of nothing that the sequence still sees.
+                self._cache.rewind(ring, self._cache.lengths[ring] - 1)
+            else:
+                yield request, request.accept(token_id, row)
