@@ -11,10 +11,11 @@
 # COMMIT, for the report, where the folder is no git repository.
 set -uo pipefail
 
-if [[ $# != 1 ]]; then
-  echo "usage: bench/gpu_check.sh OUT" >&2
+if [[ $# != 1 && ! ($# == 2 && $2 =~ ^(tests|times)$) ]]; then
+  echo "usage: bench/gpu_check.sh OUT [tests | times]" >&2
   exit 2
 fi
+half=${2:-both}
 mkdir -p "$1" || exit
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -34,33 +35,42 @@ step() {
   steps+=("$name:$status:$((SECONDS - begin))")
 }
 
-rm -f "$out/ops.json" "$out/sm90_ops.json" "$out/report.json"
+rm -f "$out"/{decode,ops,sm90_ops,sm90_model,report}.json
 step device 30 "$python" -c 'import torch; print(torch.cuda.get_device_name())'
 step build 120 env MISTRAL_EXT_CUDA=on \
   CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=native -DCMAKE_CUDA_FLAGS=-lineinfo ${CMAKE_ARGS:-}" \
   "$python" -m pip install --no-build-isolation --no-deps --no-index --force-reinstall .
-# Tests of text need mistral-common, which is of no use here.
-step tests 120 "$python" -m pytest -m cuda -p no:cacheprovider -rfE --durations=5 \
-  --ignore tests/test_chat.py --ignore tests/test_text_stream.py --ignore tests/test_tokenizer.py \
-  -k "not sm90"
-for tool in memcheck racecheck synccheck; do
-  # Without torch's cache every tensor is an allocation of its own, whose bounds are checked.
-  step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool "$tool" --kernel-name kns=mistral --error-exitcode 1 \
-    "$python" bench/sanitizer_subset.py
-done
-step ops 180 "$python" bench/ops.py --device cuda --json "$out/ops.json"
+capability=$("$python" -c 'import torch; print(torch.cuda.get_device_capability())')
+
 # The attention kernel of sm_90a, which is not the default yet: apart from the rest and after it, so
 # that nothing that it does can spoil that.
-if [[ $("$python" -c 'import torch; print(torch.cuda.get_device_capability())') == "(9, 0)" ]]; then
-  step sm90_tests 60 "$python" -m pytest -m cuda -p no:cacheprovider -rfE --durations=5 \
-    tests/test_attention_cuda.py tests/test_attention_hopper.py -k sm90
-  step sm90_memcheck 45 env MISTRAL_EXT_ATTENTION=sm90 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    compute-sanitizer --tool memcheck --kernel-name kns=mistral --error-exitcode 1 \
-    "$python" bench/sanitizer_subset.py
-  step sm90_ops 150 "$python" bench/ops.py --device cuda --only "attention sm90" \
-    --json "$out/sm90_ops.json"
-  step sm90_model 60 "$python" bench/prefill_cuda.py --json "$out/sm90_model.json"
+if [[ $half != times ]]; then
+  # Tests of text need mistral-common, which is of no use here.
+  step tests 150 "$python" -m pytest -m cuda -p no:cacheprovider -rfE --durations=5 \
+    --ignore tests/test_chat.py --ignore tests/test_text_stream.py \
+    --ignore tests/test_tokenizer.py -k "not sm90"
+  for tool in memcheck racecheck synccheck; do
+    # Without torch's cache every tensor is an allocation of its own, whose bounds are checked.
+    step "$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      compute-sanitizer --tool "$tool" --kernel-name kns=mistral --error-exitcode 1 \
+      "$python" bench/sanitizer_subset.py
+  done
+  if [[ $capability == "(9, 0)" ]]; then
+    step sm90_tests 60 "$python" -m pytest -m cuda -p no:cacheprovider -rfE --durations=5 \
+      tests/test_attention_cuda.py tests/test_attention_hopper.py -k sm90
+    step sm90_memcheck 45 env MISTRAL_EXT_ATTENTION=sm90 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      compute-sanitizer --tool memcheck --kernel-name kns=mistral --error-exitcode 1 \
+      "$python" bench/sanitizer_subset.py
+  fi
+fi
+if [[ $half != tests ]]; then
+  step decode 180 "$python" bench/decode_cuda.py --json "$out/decode.json"
+  step ops 150 "$python" bench/ops.py --device cuda --json "$out/ops.json"
+  if [[ $capability == "(9, 0)" ]]; then
+    step sm90_ops 100 "$python" bench/ops.py --device cuda --only "attention sm90" \
+      --json "$out/sm90_ops.json"
+    step sm90_model 50 "$python" bench/prefill_cuda.py --json "$out/sm90_model.json"
+  fi
 fi
 
 "$python" bench/gpu_report.py "$out" "${steps[@]}"

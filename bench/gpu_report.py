@@ -59,17 +59,15 @@ def main(out: Path, steps: list[str]) -> int:
             "seconds": int(seconds),
             "summary": summary(out / f"{name}.log"),
         }
-    for name in ("ops", "sm90_ops"):
-        measured = out / f"{name}.json"
-        report[name] = json.loads(measured.read_text()) if measured.exists() else None
+    measured = [name for name in report["steps"] if (out / f"{name}.json").exists()]
+    report |= {name: json.loads((out / f"{name}.json").read_text()) for name in measured}
     unfinished = out / "report.json.part"
     unfinished.write_text(json.dumps(report, indent=2) + "\n")
     unfinished.replace(out / "report.json")
 
     print(f"\n=== {report['gpu']}, commit {report['commit']}, {report['date']}\n")
-    for log in (out / "ops.log", out / "sm90_ops.log"):
-        if log.exists():
-            print(log.read_text(errors="replace"))
+    for name in measured:
+        print((out / f"{name}.log").read_text(errors="replace"))
     for name, step in report["steps"].items():
         status = {0: "ok", 124: "too long", 137: "too long"}.get(step["status"], "FAILED")
         print(f"{name:20}  {status:8}  {step['seconds']:4} s  {step['summary'][:90]}")

@@ -72,7 +72,8 @@ class Transformers:
         state = {hugging_face_name(name): weight for name, weight in weights.items()}
         model.load_state_dict(state, assign=True)
         # The one buffer, which is no part of the state, has to be made for real.
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        self._device = weights["norm.weight"].device
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(self._device)
         self.nbytes = step_bytes(weights)
         self._model = model.eval()
 
@@ -80,7 +81,7 @@ class Transformers:
         self.decoder(1, ids)
 
     def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
-        past, tokens = None, torch.tensor([ids] * batch)
+        past, tokens = None, torch.tensor([ids] * batch, device=self._device)
 
         @torch.inference_mode()
         def step() -> None:
@@ -89,6 +90,33 @@ class Transformers:
             past, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
 
         step()
+        return step
+
+    def compiled_decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
+        """The same, compiled, with a cache of fixed size: on a CUDA device as a CUDA graph."""
+        import transformers
+
+        length = len(ids) + 1024
+        past = transformers.StaticCache(config=self._model.config, max_cache_len=length)
+        tokens = torch.tensor([ids] * batch, device=self._device)
+        position = torch.arange(len(ids), device=self._device)
+        forward = self._model.forward
+
+        @torch.inference_mode()
+        def step() -> None:
+            nonlocal tokens, position
+            out = forward(
+                tokens,
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=1,
+                cache_position=position,
+                position_ids=position[None],
+            )
+            tokens, position = out.logits[:, -1:].argmax(-1), position[-1:] + 1
+
+        step()
+        forward = torch.compile(self._model.forward, mode="reduce-overhead", fullgraph=True)
         return step
 
     def close(self) -> None:

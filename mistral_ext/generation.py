@@ -14,7 +14,7 @@ from mistral_ext import _C, checkpoint
 from mistral_ext.cache import RingCache, ring_capacity
 from mistral_ext.chat import chat_template_of, encode_chat, extend_chat
 from mistral_ext.config import MistralConfig
-from mistral_ext.model import Transformer
+from mistral_ext.model import Transformer, move_weights
 from mistral_ext.sampling import SamplingParams
 from mistral_ext.scheduler import Completion, Request, run
 from mistral_ext.text_stream import TextStream
@@ -121,8 +121,7 @@ class Mistral:
         tokenizer = Tokenizer.from_folder(folder)
         weights = checkpoint.load_weights(folder, config, dtype, progress, quantize)
         if device.type != "cpu":
-            for name in list(weights):  # one at a time: its pages are let go as it is copied
-                weights[name] = weights[name].to(device)
+            move_weights(weights, device)
         return cls(
             config, Transformer(config, weights), tokenizer, folder, prefill_chunk, max_batch
         )

@@ -27,6 +27,7 @@ What a table holds is checked on the CPU only: to read it back from a GPU would 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -409,24 +410,38 @@ def _dequantize(values, scales, dtype):
 
 
 def _plain_weights(values, scales, dtype):
-    """Of all formats, one after the other, so that no two widened ones take memory."""
+    """Of all formats, one after the other, so that no two widened ones take memory. Those that lie
+    one below the other (`model.move_weights`) come as one."""
     if scales:
         yield from (_dequantize(*weight, dtype) for weight in zip(values, scales, strict=True))
+    elif _adjacent(values):
+        shape = (sum(map(len, values)), values[0].shape[1])
+        yield values[0].as_strided(shape, values[0].stride())
     else:
         yield from values
+
+
+def _adjacent(weights) -> bool:
+    first = weights[0].untyped_storage().data_ptr()
+    return all(
+        after.untyped_storage().data_ptr() == first
+        and after.data_ptr() == before.data_ptr() + before.nbytes
+        for before, after in itertools.pairwise(weights)
+    )
 
 
 def _torch_products(op, x, values, scales, norm, eps):
     _C.check_linear(op, x, values, scales, norm, eps, None)
     x = x if norm is None else rms_norm(x, norm, eps)
-    for weight in _plain_weights(values, scales, x.dtype):
-        yield torch.nn.functional.linear(x, weight)
+    return [
+        torch.nn.functional.linear(x, weight) for weight in _plain_weights(values, scales, x.dtype)
+    ]
 
 
 @torch.library.impl("mistral_ext::linear", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
     if _multiplied_by_torch(x):
-        products = list(_torch_products("linear", x, values, scales, norm, eps))
+        products = _torch_products("linear", x, values, scales, norm, eps)
         return products[0] if len(products) == 1 else torch.cat(products, dim=1)
     out = x.new_empty((len(x), sum(map(len, values))))
     _linear("linear", x, values, scales, norm, eps, out)
@@ -446,7 +461,8 @@ def _(x, values, scales, residual):
 @torch.library.impl("mistral_ext::linear_swiglu", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
     if _multiplied_by_torch(x):
-        return swiglu(*_torch_products("linear_swiglu", x, values, scales, norm, eps))
+        products = _torch_products("linear_swiglu", x, values, scales, norm, eps)
+        return swiglu(*(products if len(products) == 2 else products[0].chunk(2, dim=1)))
     out = x.new_empty((len(x), len(values[0])))
     _linear("linear_swiglu", x, values, scales, norm, eps, out)
     return out

@@ -12,8 +12,11 @@ from backends import GPU, NEEDS_GPU
 from checkpoints import write_checkpoint
 from ragged import RaggedBatch
 
-from mistral_ext import Mistral, checkpoint, ops
+from mistral_ext import Mistral, checkpoint, ops, scheduler
+from mistral_ext.cache import RingCache
+from mistral_ext.decoding import Decoder, GraphDecoder
 from mistral_ext.quantize import Quantized, quantize
+from mistral_ext.sampling import Sampler, SamplingParams
 
 pytestmark = NEEDS_GPU
 
@@ -76,6 +79,41 @@ def test_the_same_seed_gives_the_same_tokens(folder, ids):
         for seed in (5, 5, 6)
     )
     assert first == second != other
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 4, "logprobs": 1}])
+def test_graphs_give_what_the_launches_one_by_one_give(folder, ids, monkeypatch, options):
+    """To the bit, though steps are launched ahead."""
+    llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16, max_batch=2)
+    prompts = [ids[:21].tolist(), ids[30:31].tolist(), ids.tolist()]
+    options = {"max_tokens": 40, "ignore_eos": True} | options
+    graphs = llm.generate(prompts, **options)
+    monkeypatch.setattr(scheduler, "decoder", Decoder)
+    for with_graph, without in zip(graphs, llm.generate(prompts, **options), strict=True):
+        assert with_graph.token_ids == without.token_ids
+        assert with_graph.logprobs == without.logprobs
+
+
+def test_a_replayed_step_neither_waits_nor_allocates(folder):
+    llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)
+    cache = RingCache(llm.config, [64, 64], torch.bfloat16, "cuda")
+    sampler = Sampler(2, llm.config.vocab_size, "cuda")
+    for ring in range(2):
+        sampler.start(ring, SamplingParams(), [1])
+    decoder = GraphDecoder(llm.model, cache, sampler)
+    decoder.launch([0, 1], [5, 6]).token_ids()
+    before = decoder.launch([0, 1], None)  # captures
+    counts = []
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(20):
+            step = decoder.launch([0, 1], None)
+            before.token_ids()
+            before = step
+            counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("backend", [GPU], indirect=True)

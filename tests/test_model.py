@@ -8,8 +8,9 @@ import torch
 from backends import use
 from checkpoints import write_checkpoint
 
-from mistral_ext import Mistral, checkpoint
+from mistral_ext import Mistral, checkpoint, ops
 from mistral_ext.cache import RingCache
+from mistral_ext.model import Transformer, move_weights
 
 # GQA ratios 1, 2, 4, 8; windows 1, 5, 16 and none; head dimensions 64 and 128; theta of v0.1, v0.2
 VARIANTS = {
@@ -157,3 +158,23 @@ def test_on_the_cuda_kernels(tmp_path, emulator, window):
         *("attention_prefill", "attention_decode"),
     }
     assert (logits - exact).abs().mean() <= 2 * (plain.double() - exact).abs().mean()
+
+
+def test_products_of_a_long_prompt_on_a_cuda_device(tmp_path, monkeypatch):
+    """By torch, and as few as the weights allow: what is multiplied together lies together."""
+    write_checkpoint(tmp_path)
+    ours = Mistral.from_pretrained(tmp_path)
+    ids = torch.randint(3, 131, (80,), generator=torch.Generator().manual_seed(5))
+    expected = ours.logits(ids)
+    monkeypatch.setattr(ops, "_multiplied_by_torch", lambda x: True)
+    weights = checkpoint.load_weights(tmp_path, ours.config, None, progress=False)
+    moved = dict(weights)
+    move_weights(moved, torch.device("cpu"))
+    assert all(torch.equal(moved[name], weight) for name, weight in weights.items())
+    for made, products in ((weights, 7), (moved, 4)):
+        ours.model = Transformer(ours.config, made)
+        with torch.profiler.profile() as profile:
+            logits = ours.logits(ids)
+        torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
+        counts = {event.key: event.count for event in profile.key_averages()}
+        assert counts["aten::mm"] + counts["aten::addmm_"] == ours.config.n_layers * products + 1

@@ -1,0 +1,202 @@
+"""Times the decode step of a whole Mistral 7B on a GPU, by kernel and beside other engines.
+
+    python bench/decode_cuda.py [--layers 32] [--no-peers] [--json FILE]
+
+Random weights, made on the device. A step runs as in generation: a replayed CUDA graph, launched
+while the one before is under way. For each format, batch and history: tokens per second, the share
+of the floor that roofline.py computes for the bandwidth of a copy in the same run, and the step by
+kernel. Peers, in bf16 for one sequence: the same model and graph with torch's products in the place
+of ours, and transformers, eager and compiled with a static cache. A peer that fails is named with
+its error.
+
+Aimed at on an H200, tokens/s of one sequence: bf16 272, and 260 with a full window; int8 475;
+int4 800; 8 sequences in bf16 7 times one; 1.15 times the best peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from measure import write_json
+from models import mistral_7b
+from ops_cuda import ceilings, random_weight
+from peers import Transformers
+from roofline import BITS, decode_step, print_table
+
+from mistral_ext import _C, ops
+from mistral_ext.cache import RingCache
+from mistral_ext.checkpoint import tensor_shapes
+from mistral_ext.config import MistralConfig
+from mistral_ext.decoding import GraphDecoder
+from mistral_ext.model import Transformer
+from mistral_ext.quantize import Quantization
+from mistral_ext.sampling import Sampler, SamplingParams
+
+# (weights, sequences, tokens that each has seen)
+CASES = [("bf16", 1, 128), ("bf16", 1, 4096), ("bf16", 8, 128), ("bf16", 16, 128)]
+CASES += [("int8", 1, 128), ("int8", 8, 128), ("int4", 1, 128), ("int4", 8, 128)]
+STEPS, RUNS = 32, 5
+
+
+def random_weights(config: MistralConfig, name: str) -> dict[str, Any]:
+    quantization = None if name == "bf16" else Quantization.from_name(name)
+    weights = {}
+    for tensor, shape in tensor_shapes(config).items():
+        bits = (quantization and len(shape) == 2 and quantization.bits_of(tensor)) or None
+        if len(shape) == 2:
+            weights[tensor] = random_weight(*shape, bits, torch.bfloat16)
+        else:
+            weights[tensor] = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+    return weights
+
+
+def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]:
+    """Launches a step, and waits for the one before."""
+    config = model.config
+    capacity = min(config.sliding_window, history + 4 * STEPS * (RUNS + 2))
+    cache = RingCache(config, [capacity] * batch, model.dtype, "cuda")
+    for pool in (*cache.k, *cache.v):
+        pool.normal_()
+    cache.lengths = [history] * batch
+    sampler = Sampler(batch, config.vocab_size, "cuda")
+    rings = list(range(batch))
+    for ring in rings:
+        sampler.start(ring, SamplingParams(), [1])
+    decoder = GraphDecoder(model, cache, sampler)
+    before = decoder.launch(rings, [1] * batch)
+
+    def step() -> None:
+        nonlocal before
+        now = decoder.launch(rings, None)
+        before.token_ids()
+        before = now
+
+    return step
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    """Of one of many, the median of several runs."""
+    samples = []
+    for run in range(1 + RUNS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+        if run > 0:  # the first captures, compiles and loads
+            samples.append((time.perf_counter() - begin) / STEPS)
+    return statistics.median(samples)
+
+
+def kernel_seconds(step: Callable[[], None], launches: int) -> list[float] | None:
+    """Of each kernel of ours in a step, in order; None if a step does not have that many."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = sorted(
+        (event for event in profile.events() if "mistral::" in event.name),
+        key=lambda event: event.time_range.start,
+    )
+    if len(kernels) != launches:
+        print(f"the profiler saw {len(kernels)} kernels of a step, expected {launches}")
+        return None
+    return [event.time_range.elapsed_us() * 1e-6 for event in kernels]
+
+
+@contextmanager
+def torch_products() -> Iterator[None]:
+    """Within it, products are torch's, of few tokens too."""
+    most, ops._MOST_TOKENS_ON_CUDA = ops._MOST_TOKENS_ON_CUDA, 0
+    try:
+        yield
+    finally:
+        ops._MOST_TOKENS_ON_CUDA = most
+
+
+def peer_seconds(
+    config: MistralConfig, weights: dict[str, Any], history: int
+) -> dict[str, float | str]:
+    """Seconds of a step, or what went wrong."""
+    ids = torch.randint(3, config.vocab_size, (history,)).tolist()
+
+    def with_torch_products() -> float:
+        with torch_products():
+            return seconds_of(our_step(Transformer(config, weights), 1, history))
+
+    transformers = functools.cache(lambda: Transformers(config, weights))
+    peers = {
+        "torch's products, CUDA graph": with_torch_products,
+        "transformers, eager": lambda: seconds_of(transformers().decoder(1, ids)),
+        "transformers, compiled": lambda: seconds_of(transformers().compiled_decoder(1, ids)),
+    }
+    result: dict[str, float | str] = {}
+    for name, measure in peers.items():
+        try:
+            result[name] = measure()
+        except Exception as error:  # whatever a peer does, the rest goes on
+            result[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    args = parser.parse_args()
+    if _C.cuda_architectures is None or not torch.cuda.is_available():
+        raise SystemExit("decode_cuda: needs a CUDA device and a build with CUDA")
+
+    config = mistral_7b(args.layers)
+    limits = ceilings(2**30)
+    bandwidth, matrix = limits["copy_bytes"], limits["matmul_flops"]
+    print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e9:.0f} GB/s")
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "layers": args.layers,
+        "copy_bandwidth": bandwidth,
+        "cases": [],
+        "peers": {},
+    }
+    weights, made = {}, None
+    for name, batch, history in CASES:
+        if name != made:
+            weights = {}  # lets the last ones go first
+            weights, made = random_weights(config, name), name
+        launches = list(decode_step(config, BITS[name], batch, history))
+        floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
+        step = our_step(Transformer(config, weights), batch, history)
+        seconds = seconds_of(step)
+        kernels = kernel_seconds(step, len(launches))
+        print(
+            f"\n{name}, {batch} sequences after {history} tokens: {batch / seconds:.1f} tokens/s, "
+            f"{floor / seconds:.0%} of the floor",
+            flush=True,
+        )
+        print_table(launches, bandwidth, matrix, kernels)
+        case = {"weights": name, "batch": batch, "history": history, "seconds": seconds}
+        report["cases"].append(case | {"launches": kernels})
+        if (name, batch, history) == CASES[0] and not args.no_peers:
+            report["peers"] = peer_seconds(config, weights, history)
+            for peer, result in report["peers"].items():
+                shown = (
+                    f"{1 / result:.1f} tokens/s, ours {result / seconds:.2f} times that"
+                    if isinstance(result, float)
+                    else result
+                )
+                print(f"{peer}: {shown}", flush=True)
+        if args.json:
+            write_json(args.json, report)
+
+
+if __name__ == "__main__":
+    main()

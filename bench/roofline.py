@@ -1,0 +1,167 @@
+"""What every launch of a decode step has to move and compute, and how long that must take.
+
+    python bench/roofline.py [--weights bf16|int8|int4] [--batch N] [--history N] [--layers 32]
+                             [--bandwidth GB/s] [--matrix TFLOP/s] [--measured FILE]
+
+From the shapes of Mistral 7B alone: the bytes of weights, of cached keys and values and of
+activations that each launch reads or writes once, its FLOPs, and its floor, the longer of bytes
+over the bandwidth and FLOPs over the rate of matrix products. The default limits are those measured
+on an H200: a copy, and a product of large bf16 matrices. --measured takes the file that
+`bench/decode_cuda.py --json` writes, and shows the time of each launch beside its floor. Needs no
+GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from measure import print_header, print_row
+from models import mistral_7b
+
+from mistral_ext.config import MistralConfig
+from mistral_ext.quantize import DEFAULT_GROUP
+
+BITS = {"bf16": 16, "int8": 8, "int4": 4}
+ELEMENT = 2  # bytes of an activation, key or value
+H200_BANDWIDTH = 4.3e12  # bytes/s of a copy, read and written
+H200_MATRIX = 788e12  # FLOP/s
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a step.
+
+    Attributes:
+        weights, cache, activations: bytes, each moved once.
+        flops: multiplications and additions.
+    """
+
+    name: str
+    weights: int = 0
+    cache: int = 0
+    activations: int = 0
+    flops: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights + self.cache + self.activations
+
+    def floor(self, bandwidth: float, matrix: float) -> float:
+        """Seconds."""
+        return max(self.nbytes / bandwidth, self.flops / matrix)
+
+
+def weight_bytes(rows: int, columns: int, bits: int) -> int:
+    """Of a matrix as it is stored, its scales of 2 bytes included."""
+    scales = {16: 0, 8: 2 * rows, 4: 2 * rows * (columns // DEFAULT_GROUP)}[bits]
+    return rows * columns * bits // 8 + scales
+
+
+def decode_step(config: MistralConfig, bits: int, batch: int, history: int) -> Iterator[Launch]:
+    """The launches of our kernels in a step, in their order.
+
+    Args:
+        config: the model's shape.
+        bits: of the layers' matrices; the output matrix has 8 if they have 4.
+        batch: sequences, a token each.
+        history: tokens that each has seen.
+    """
+
+    def product(name: str, rows: int, columns: int, bits: int, outputs: int, also: int = 0):
+        return Launch(
+            name,
+            weights=weight_bytes(rows, columns, bits),
+            activations=batch * ELEMENT * (columns + outputs + also),
+            flops=2 * batch * rows * columns,
+        )
+
+    dim, hidden = config.dim, config.hidden_dim
+    queries, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    seen = min(history + 1, config.sliding_window or history + 1)
+    for _ in range(config.n_layers):
+        yield product("norm, qkv, rope, append", queries + 2 * kv, dim, bits, queries + 4 * kv)
+        yield Launch(
+            "attention",
+            cache=batch * (seen - 1) * 2 * kv * ELEMENT,
+            activations=batch * ELEMENT * (2 * queries + 2 * kv),
+            flops=4 * batch * seen * queries,
+        )
+        yield product("wo, residual", dim, queries, bits, dim, also=dim)
+        yield product("norm, gate, up, swiglu", 2 * hidden, dim, bits, hidden)
+        yield product("down, residual", dim, hidden, bits, dim, also=dim)
+    yield product("norm, output", config.vocab_size, dim, max(bits, 8), config.vocab_size)
+    # fp32 logits, and how often each token has been seen
+    yield Launch("sample", activations=batch * config.vocab_size * (4 + 4))
+
+
+def print_table(
+    launches: list[Launch], bandwidth: float, matrix: float, measured: list[float] | None
+) -> None:
+    """One row for all launches of a name. measured: seconds of each launch, in the same order."""
+    columns = [("launch", -24), ("times", 5), ("weights, MB", 11), ("cache, MB", 9)]
+    columns += [("other, MB", 9), ("GFLOP", 7), ("floor, us", 9)]
+    if measured:
+        columns += [("measured, us", 12), ("of floor", 8)]
+    print_header(columns)
+    names = list(dict.fromkeys(launch.name for launch in launches))
+    for name in [*names, None]:
+        chosen = [i for i, launch in enumerate(launches) if name in (launch.name, None)]
+        of_name = [launches[i] for i in chosen]
+        floor = sum(launch.floor(bandwidth, matrix) for launch in of_name)
+        cells = [name or "step", str(len(chosen))]
+        cells += [
+            f"{sum(getattr(launch, field) for launch in of_name) / scale:.2f}"
+            for field, scale in (
+                ("weights", 1e6),
+                ("cache", 1e6),
+                ("activations", 1e6),
+                ("flops", 1e9),
+            )
+        ]
+        cells.append(f"{floor * 1e6:.1f}")
+        if measured:
+            seconds = sum(measured[i] for i in chosen)
+            cells += [f"{seconds * 1e6:.1f}", f"{floor / seconds:.0%}"]
+        print_row(columns, cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", choices=BITS, default="bf16")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences")
+    parser.add_argument("--history", type=int, default=128, metavar="N", help="tokens seen so far")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH / 1e9, metavar="GB/s")
+    parser.add_argument("--matrix", type=float, default=H200_MATRIX / 1e12, metavar="TFLOP/s")
+    parser.add_argument("--measured", metavar="FILE", help="from decode_cuda.py: its cases, too")
+    args = parser.parse_args()
+
+    cases = [vars(args) | {"launches": None, "seconds": None}]
+    bandwidth, matrix = args.bandwidth * 1e9, args.matrix * 1e12
+    if args.measured:
+        report = json.loads(Path(args.measured).read_text())
+        cases = [case | {"layers": report["layers"]} for case in report["cases"]]
+        bandwidth = report["copy_bandwidth"]
+    for case in cases:
+        config = mistral_7b(case["layers"])
+        launches = list(decode_step(config, BITS[case["weights"]], case["batch"], case["history"]))
+        floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
+        print(
+            f"\n{case['weights']}, {case['batch']} sequences after {case['history']} tokens, "
+            f"{config.n_layers} layers, {bandwidth / 1e9:.0f} GB/s: "
+            f"at most {case['batch'] / floor:.0f} tokens/s"
+        )
+        print_table(launches, bandwidth, matrix, case["launches"])
+        if case["seconds"]:
+            rate = case["batch"] / case["seconds"]
+            print(f"measured, all of it: {rate:.0f} tokens/s, {floor / case['seconds']:.0%}")
+
+
+if __name__ == "__main__":
+    main()
