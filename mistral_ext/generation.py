@@ -58,8 +58,8 @@ class Mistral:
         model: the transformer.
         tokenizer: None if the folder had none; prompts are then lists of token ids.
         prefill_chunk: prompt tokens read in one pass; more is faster and takes more memory.
-        max_batch: completions generated at once; each holds a ring of the cache. Up to 8 do not
-            change each other's text; with more, products round differently.
+        max_batch: completions generated at once; each holds a ring of the cache. On the CPU, up to
+            8 do not change each other's text; with more, products round differently.
     """
 
     def __init__(
