@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from mistral_ext.checkpoint import hugging_face_name, tensor_shapes
 from mistral_ext.config import MistralConfig
+from mistral_ext.safetensors_file import Writer
 
 # What sets the releases apart: vocabulary, RoPE base, window.
 VERSIONS = {
@@ -50,29 +51,6 @@ def release_config(version: str, n_layers: int) -> MistralConfig:
         eos_ids=(2,),
         dtype=torch.bfloat16,
     )
-
-
-def hf_config(config: MistralConfig) -> dict:
-    """The contents of config.json."""
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "sliding_window": config.sliding_window,
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_ids[0],
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
 
 
 def params(config: MistralConfig) -> dict:
@@ -119,18 +97,13 @@ def split(shapes: dict[str, tuple[int, ...]], limit: float) -> list[dict[str, tu
 def write_safetensors(
     file: Path, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, bar: tqdm
 ) -> None:
-    """Write one file, tensor by tensor; the safetensors library would want all of them at once."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + n_bytes(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    header_bytes = json.dumps(header).encode()
-    header_bytes += b" " * (-len(header_bytes) % 8)  # the library aligns the data to 8 bytes, too
-    with file.open("wb") as f:
-        f.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
-        for shape in shapes.values():
-            f.write(random_weight(shape, generator).view(torch.uint8).numpy())
+    layout = {
+        name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for name, shape in shapes.items()
+    }
+    with Writer(file, layout) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, random_weight(shape, generator))
             bar.update(n_bytes(shape))
 
 
@@ -143,7 +116,7 @@ def write_checkpoint(folder: Path, config: MistralConfig, file_format: str, seed
             write_json(folder / "params.json", params(config))
             write_safetensors(folder / "consolidated.safetensors", shapes, generator, bar)
             return
-        write_json(folder / "config.json", hf_config(config))
+        write_json(folder / "config.json", config.to_hf())
         shards = split({hugging_face_name(name): s for name, s in shapes.items()}, SHARD_BYTES)
         weight_map = {}
         for number, shard in enumerate(shards, start=1):

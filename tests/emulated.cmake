@@ -1,0 +1,19 @@
+# What the modules of tests/emulator and tests/amx are built with.
+set(CMAKE_CXX_STANDARD 17)
+set(CMAKE_CXX_STANDARD_REQUIRED ON)
+set(CMAKE_CXX_VISIBILITY_PRESET hidden)
+set(CMAKE_POSITION_INDEPENDENT_CODE ON)
+if(NOT CMAKE_BUILD_TYPE)
+  set(CMAKE_BUILD_TYPE Release)
+endif()
+set(root ${CMAKE_CURRENT_LIST_DIR}/..)
+
+option(EMULATOR_SANITIZE "With AddressSanitizer, which then has to be preloaded into Python" OFF)
+if(EMULATOR_SANITIZE)
+  add_compile_options(-fsanitize=address -fno-omit-frame-pointer -g1 -O1)
+  add_link_options(-fsanitize=address)
+endif()
+
+find_package(Python COMPONENTS Interpreter Development.Module REQUIRED)
+find_package(pybind11 CONFIG REQUIRED)
+find_package(Threads REQUIRED)
