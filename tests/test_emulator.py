@@ -219,12 +219,13 @@ def test_planted_bugs_are_found(emulator, name, copies, generator):
     """By an error that says what and where or, with None, by a wrong result. Correct twins pass."""
     if name == "past_shared" and emulator.sanitized:
         pytest.skip("see test_the_sanitizer_watches_plain_accesses")
-    x = torch.randn(256, generator=generator)
+    # So far apart that what is read or written past one of them is nearer to it than to the other.
+    memory = torch.full((4096,), NAN)
+    x, out = memory[:256].normal_(generator=generator), memory[2048 : 2048 + 257]
     problem = PLANTED[name]
 
     def run_planted(n):
-        out = torch.full((257,), NAN)
-        out[256] = 0
+        out[:256], out[256] = NAN, 0
         return run(emulator, name, x, out, n)[:256]
 
     for seed in range(3):
