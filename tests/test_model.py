@@ -153,7 +153,20 @@ def test_on_the_cuda_kernels(tmp_path, emulator, window):
         logits = ours.logits(ids, chunk=20)
     ran = {record["kernel"].split("<")[0].split("::")[-1] for record in emulator.take_launches()}
     assert ran == {
-        *("linear_kernel", "linear_norm_kernel", "rope_kernel"),
+        *("linear_rope_kernel", "linear_kernel", "linear_norm_kernel"),
         *("attention_prefill", "attention_decode"),
     }
     assert (logits - exact).abs().mean() <= 2 * (plain.double() - exact).abs().mean()
+
+
+def test_a_decode_step_is_five_launches_a_layer(tmp_path, emulator):
+    """And the one of the logits: nothing is launched for a norm, a rotation or a ring."""
+    write_checkpoint(tmp_path)
+    ours = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    cache = RingCache(ours.config, [8, 8], torch.bfloat16)
+    sequences = cache.append({0: 1, 1: 1})
+    with use(emulator):
+        ours.model.forward(torch.tensor([5, 7]), sequences, cache)
+    ran = [r["kernel"].split("<")[0].split("::")[-1] for r in emulator.take_launches()]
+    layer = ["linear_rope_kernel", "attention_decode", *["linear_kernel"] * 3]
+    assert ran == layer * ours.config.n_layers + ["linear_kernel"]
