@@ -268,7 +268,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     weights alone, without what is fused here."""
     qkv = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
     products = {
-        "qkv": (qkv, DIM),
+        "qkv + rope, append": (qkv, DIM),
         "output + residual": ([DIM], DIM),
         "gate, up + swiglu": ([HIDDEN, HIDDEN], DIM),
         "down + residual": ([DIM], HIDDEN),
@@ -280,6 +280,9 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
             return ops.linear_residual(given.x, given.weights[0], given.residual)
         if name.endswith("swiglu"):
             return ops.linear_swiglu(given.x, *given.weights, given.norm, EPS)
+        if name.endswith("append"):
+            rings = given.rings.arguments()[3:]
+            return ops.linear_rope(given.x, given.weights, given.norm, EPS, *rings, THETA, WINDOW)
         return ops.linear(given.x, given.weights, given.norm, EPS)
 
     for (name, (rows, size)), bits, tokens in itertools.product(
@@ -294,6 +297,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
                 weights=weights,
                 whole=torch.cat(weights) if bits is None else None,
                 residual=random(tokens, sum(rows), dtype=dtype, device=DEVICE) * 1e-3,
+                rings=Rings(tokens, 1, 0, 1, dtype, DEVICE),  # each token starts a sequence
             )
 
         def theirs(given):
@@ -303,6 +307,8 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         outputs = sum(rows) // (2 if name.endswith("swiglu") else 1)
         passes = 2 if name.endswith("residual") else 1
         moved = tokens * (size + passes * outputs) * dtype.itemsize
+        if name.endswith("append"):
+            moved += tokens * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
         yield Case(
             "linear",
             f"{tokens} x {size} x {sum(rows)}, {name}{f', {bits} bits' if bits else ''}",

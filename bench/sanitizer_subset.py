@@ -6,7 +6,7 @@ compute-sanitizer --tool memcheck python bench/sanitizer_subset.py
 from __future__ import annotations
 
 import torch
-from shapes import Rings, random
+from shapes import HEAD_DIM, KV_HEADS, Rings, random
 
 from mistral_ext import ops
 from mistral_ext.quantize import quantize
@@ -29,6 +29,12 @@ def main() -> None:
                 ops.linear(x, [weight, weight], x[0].clone())
                 ops.linear_residual(x, weight, random(tokens, 70, dtype=dtype, device="cuda"))
                 ops.linear_swiglu(x, weight, weight)
+                rings = Rings(1, tokens, 0, tokens, dtype, "cuda").arguments()[3:]
+                heads = [
+                    random(n * HEAD_DIM, 1120, dtype=dtype, device="cuda")
+                    for n in (2 * KV_HEADS, KV_HEADS, KV_HEADS)
+                ]
+                ops.linear_rope(x, heads, x[0].clone(), 1e-5, *rings, 1e4, WINDOW)
         # A decode whose keys are divided among blocks; a prompt; a chunk on a full ring.
         for sequences, tokens, history in ((2, 1, 1000), (1, 130, 0), (2, 70, 500)):
             rings = Rings(sequences, tokens, history, WINDOW, dtype, "cuda")

@@ -1,6 +1,6 @@
 // Products with weights, x weight^T: of a few tokens, which reading the weights once limits, and of
 // many, which arithmetic limits. What the model does next to a product is done with it: RMSNorm
-// before, a residual add or SwiGLU after.
+// before, a residual add, SwiGLU or RoPE and the append to the rings after.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -8,6 +8,7 @@
 #endif
 
 #include "common.h"
+#include "rope.h"
 
 namespace mistral {
 
@@ -25,7 +26,8 @@ MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * 
 //   store   out = product
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second)
-enum class Epilogue { store, add, swiglu };
+//   rope    out = product, of which linear_rope rotates query and key and stores key and value
+enum class Epilogue { store, add, swiglu, rope };
 
 struct WeightPart {
   const void* values;  // [rows, K] as its format has it, contiguous
@@ -46,12 +48,20 @@ struct LinearParams {
   void* scratch;                // linear_scratch_bytes(p), aligned to 64
   WeightPart parts[kMaxParts];  // one below the other
   int64_t num_parts;
-  int64_t tokens;  // T
-  int64_t inputs;  // K
-  int64_t group;   // values that share a scale: K for int8; 32, 64 or 128 for int4
+  int64_t tokens;    // T
+  int64_t inputs;    // K
+  int64_t group;     // values that share a scale: K for int8; 32, 64 or 128 for int4
+  int64_t head_dim;  // D, with rope
   int64_t stride_x_token;
   int64_t stride_out_token;
   float eps;  // of the RMSNorm
+};
+
+// Query, key and value in one pass (parts 0, 1 and 2, stored), then rope: the same as the two ops,
+// to the bit.
+struct LinearRopeParams {
+  LinearParams linear;
+  RopeParams rope;  // q, k and v are in linear.out, as [T, Hq + 2 Hkv, D]
 };
 
 namespace cpu {
@@ -61,6 +71,9 @@ constexpr int64_t kFewTokens = 8;
 
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
+
+// One kernel after the other: RoPE is a hundredth of the time of a layer.
+void linear_rope(const LinearRopeParams& p, int threads);
 
 }  // namespace cpu
 
@@ -87,6 +100,9 @@ int64_t linear_scratch_bytes(const LinearParams& p);
 // to 64 tokens: more are multiplied 64 at a time. What a token gets does not depend on the others,
 // to the bit.
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
+
+// Of up to 64 tokens in the same pass; of more, linear and then rope.
+cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream);
 
 }  // namespace cuda
 #endif

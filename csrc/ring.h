@@ -59,8 +59,20 @@ MISTRAL_HOST_DEVICE int64_t ring_slot(const Sequence& s, int64_t position) {
   return position % s.capacity;
 }
 
+// The rows of one token, of all heads.
+struct TokenRows {
+  int64_t first;  // of head 0
+  int64_t apart;  // from one head to the next
+
+  MISTRAL_HOST_DEVICE int64_t row(int64_t head) const { return first + head * apart; }
+};
+
+MISTRAL_HOST_DEVICE TokenRows token_rows(const Sequence& s, int64_t position) {
+  return {s.ring_row + ring_slot(s, position), s.capacity};
+}
+
 MISTRAL_HOST_DEVICE int64_t ring_row(const Sequence& s, int64_t head, int64_t position) {
-  return s.ring_row + head * s.capacity + ring_slot(s, position);
+  return token_rows(s, position).row(head);
 }
 
 // The first position that a query at `position` sees.

@@ -138,13 +138,11 @@ class Transformer:
         h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
-            qkv = ops.linear(h, (layer.wq, layer.wk, layer.wv), layer.attention_norm, eps)
+            weights, rings = (layer.wq, layer.wk, layer.wv), (k_pool, v_pool, sequences)
+            qkv = ops.linear_rope(h, weights, layer.attention_norm, eps, *rings, theta, window)
             qkv = qkv.unflatten(1, (-1, config.head_dim))  # [T, Hq + Hkv + Hkv, D]
             q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
-            ops.rope(q, k, v, k_pool, v_pool, sequences, theta, window)
-            x = ops.attention(
-                q, k, v, k_pool, v_pool, sequences, window, max_count=max_count
-            )  # [T, Hq, D]
+            x = ops.attention(q, k, v, *rings, window, max_count=max_count)  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
                 # From here on tokens do not see each other: those without logits are done.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]

@@ -208,6 +208,39 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
     torch.ops.mistral_ext.linear_residual(x, *_values_and_scales([weight]), residual)
 
 
+def linear_rope(
+    x: Tensor,
+    weights: Sequence[Weight],
+    norm: Tensor | None,
+    eps: float,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    theta: float,
+    window: int | None = None,
+) -> Tensor:
+    """Query, key and value of x, q and k rotated, k and v appended to the rings.
+
+    The same to the bit as `linear` and then `rope`, which see; up to 64 tokens, CUDA devices do it
+    in one launch. What `rope` leaves to `attention` to append, this does too.
+
+    Args:
+        x: [T, K].
+        weights: (wq, wk, wv), [Hq * D, K], [Hkv * D, K] and [Hkv * D, K], as in `linear`.
+        norm: [K], the weight of an RMSNorm of x before the product; None: none.
+        eps: of the RMSNorm.
+        k_pool, v_pool: [R, D], the rings of all sequences.
+        sequences: [S, 5] int64, the sequence table.
+        theta: base of the angles.
+        window: W, keys that a query sees, itself included; None: all.
+
+    Returns:
+        [T, (Hq + 2 Hkv) * D]: of each token the heads of q, then those of k, then those of v.
+    """
+    given = norm, eps, k_pool, v_pool, sequences, theta, window
+    return torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
+
+
 def linear_swiglu(
     x: Tensor, gate: Weight, up: Weight, norm: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -293,6 +326,10 @@ _WEIGHTS = "Tensor[] values, Tensor[] scales"  # of plain weights there are no s
 _NORM = "Tensor? norm=None, float eps=1e-05"
 _library.define(f"linear(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor")
 _library.define(f"linear_residual(Tensor x, {_WEIGHTS}, Tensor(a!) residual) -> ()")
+_library.define(
+    f"linear_rope(Tensor x, {_WEIGHTS}, Tensor? norm, float eps, Tensor(a!) k_pool, "
+    "Tensor(b!) v_pool, Tensor sequences, float theta, int? window=None) -> Tensor"
+)
 _library.define(f"linear_swiglu(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor rows, Tensor options, Tensor(a!) noise, Tensor(b!) history, "
@@ -390,8 +427,9 @@ def _multiplied_by_torch(x: Tensor) -> bool:
     return x.is_cuda and (len(x) > _MOST_TOKENS_ON_CUDA or x.dtype == torch.float32)
 
 
-def _linear(op, x, values, scales, norm, eps, out):
-    held = []  # until the launch: see attention
+def _linear_scratch(x):
+    """What gives a product of x its scratch, to be kept until the launch: see attention."""
+    held = []
 
     def scratch(nbytes: int) -> int:
         if not x.is_cuda:
@@ -399,7 +437,11 @@ def _linear(op, x, values, scales, norm, eps, out):
         held.append(torch.empty(nbytes, dtype=torch.uint8, device=x.device))
         return held[0].data_ptr()
 
-    _C.linear(op, x, values, scales, norm, eps, out, scratch, _lane(x))
+    return scratch
+
+
+def _linear(op, x, values, scales, norm, eps, out):
+    _C.linear(op, x, values, scales, norm, eps, out, _linear_scratch(x), _lane(x))
 
 
 def _dequantize(values, scales, dtype):
@@ -458,6 +500,22 @@ def _(x, values, scales, residual):
         _linear("linear_residual", x, values, scales, None, 0.0, residual)
 
 
+@torch.library.impl("mistral_ext::linear_rope", _DEVICES)
+def _(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
+    rings = k_pool, v_pool, sequences, theta, window
+    if _multiplied_by_torch(x):
+        _C.check_linear_rope(x, values, scales, norm, eps, k_pool)
+        out = torch.cat(list(_torch_products("linear_rope", x, values, scales, norm, eps)), dim=1)
+        heads = [len(weight) // k_pool.shape[1] for weight in values]
+        q, k, v = out.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
+        _C.rope(q, k, v, *rings, _lane(x))
+        return out
+    out = x.new_empty((len(x), sum(map(len, values))))
+    given = x, values, scales, norm, eps, out, *rings
+    _C.linear_rope(*given, _linear_scratch(x), _lane(x))
+    return out
+
+
 @torch.library.impl("mistral_ext::linear_swiglu", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
     if _multiplied_by_torch(x):
@@ -505,6 +563,11 @@ def _(x, values, scales, norm=None, eps=1e-5):
 @torch.library.register_fake("mistral_ext::linear_residual")
 def _(x, values, scales, residual):
     return None
+
+
+@torch.library.register_fake("mistral_ext::linear_rope")
+def _(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
 
 
 @torch.library.register_fake("mistral_ext::linear_swiglu")

@@ -4,6 +4,7 @@
 
 #include "device.h"
 #include "ops.h"
+#include "sequences.h"
 #include "tensor.h"
 
 namespace mistral::python {
@@ -17,6 +18,9 @@ struct Names {
 Names names_of(Epilogue epilogue, size_t parts) {
   if (epilogue == Epilogue::swiglu) {
     return {{"gate", "up", nullptr}, {"scales of gate", "scales of up", nullptr}};
+  }
+  if (epilogue == Epilogue::rope) {
+    return {{"wq", "wk", "wv"}, {"scales of wq", "scales of wk", "scales of wv"}};
   }
   if (parts == 1) return {{"weight", nullptr, nullptr}, {"scales of weight", nullptr, nullptr}};
   return {{"weight[0]", "weight[1]", "weight[2]"},
@@ -88,6 +92,10 @@ LinearParams checked(const char* op, const Tensor& x, const py::list& values,
     fail(op, "got " + std::to_string(values.size()) + " weights, expected 1 to " +
                  std::to_string(kMaxParts));
   }
+  if (epilogue == Epilogue::rope && values.size() != 3) {
+    fail(op, "got " + std::to_string(values.size()) +
+                 " weights, expected 3: those of query, key and value");
+  }
   if (!scales.empty() && scales.size() != values.size()) {
     fail(op, "weights in 8 or 4 bits and others cannot be multiplied in one pass");
   }
@@ -124,9 +132,33 @@ LinearParams checked(const char* op, const Tensor& x, const py::list& values,
   return p;
 }
 
+// linear_rope: sets the head dimension, which is that of the pool, and checks that the weights have
+// whole heads.
+void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
+  const Tensor k_pool(op, "k_pool", k_pool_);
+  k_pool.expect_shape({-1, -1});
+  p.head_dim = k_pool.size(1);
+  if (p.head_dim % 32 != 0 || p.head_dim < 32 || p.head_dim > kMaxHeadDim) {
+    fail(op, "k_pool has head dimension " + std::to_string(p.head_dim) +
+                 ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
+  }
+  const Names names = names_of(Epilogue::rope, 3);
+  for (int64_t i = 0; i < p.num_parts; ++i) {
+    if (p.parts[i].rows % p.head_dim == 0) continue;
+    fail(op, std::string(names.values[i]) + " has " + std::to_string(p.parts[i].rows) +
+                 " outputs, expected a multiple of the head dimension " +
+                 std::to_string(p.head_dim));
+  }
+  if (p.parts[2].rows != p.parts[1].rows) {
+    fail(op, "wv has " + std::to_string(p.parts[2].rows) + " outputs, expected " +
+                 std::to_string(p.parts[1].rows) + " like wk");
+  }
+}
+
 Epilogue epilogue_of(const std::string& op) {
   if (op == "linear_residual") return Epilogue::add;
   if (op == "linear_swiglu") return Epilogue::swiglu;
+  if (op == "linear_rope") return Epilogue::rope;
   return Epilogue::store;
 }
 
@@ -182,6 +214,40 @@ void linear(const std::string& op, py::object x_, py::list values, py::list scal
   run(x, lane, p, MISTRAL_KERNELS(linear));
 }
 
+constexpr const char* kLinearRope = "linear_rope";
+
+// For the caller who then multiplies by other means, and calls rope.
+void check_linear_rope(py::object x, py::list values, py::list scales, py::object norm, double eps,
+                       py::object k_pool) {
+  LinearParams p = checked(kLinearRope, Tensor(kLinearRope, "x", x), values, scales, norm, eps,
+                           py::none(), Epilogue::rope);
+  use_heads(kLinearRope, p, k_pool);
+}
+
+// scratch: as for linear.
+void linear_rope(py::object x_, py::list values, py::list scales, py::object norm, double eps,
+                 py::object out, py::object k_pool, py::object v_pool, py::object sequences,
+                 double theta, std::optional<int64_t> window, py::object scratch, Lane lane) {
+  constexpr const char* op = kLinearRope;
+  const Tensor x(op, "x", x_);
+  LinearRopeParams p{};
+  p.linear = checked(op, x, values, scales, norm, eps, out, Epilogue::rope);
+  use_heads(op, p.linear, k_pool);
+
+  const int64_t dim = p.linear.head_dim, kv_heads = p.linear.parts[1].rows / dim;
+  const int64_t heads = p.linear.parts[0].rows / dim;
+  const py::object all = out.attr("unflatten")(1, py::make_tuple(heads + 2 * kv_heads, dim));
+  const auto part = [&](int64_t first, int64_t count) {
+    return all.attr("narrow")(1, first, count);
+  };
+  const RaggedBatch batch(op, part(0, heads), part(heads, kv_heads),
+                          part(heads + kv_heads, kv_heads), k_pool, v_pool, sequences, window);
+  batch.fill(p.rope);
+  p.rope.theta = checked_theta(op, theta);
+  p.linear.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p.linear)).cast<uintptr_t>());
+  run(x, lane, p, MISTRAL_KERNELS(linear_rope));
+}
+
 #ifdef MISTRAL_CUDA
 
 // Of a checked weight: out[N, K] = values * scales, on a CUDA device.
@@ -224,6 +290,12 @@ void bind_linear(py::module_& m) {
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("scratch"),
         py::arg("lane"));
+  m.def("check_linear_rope", &check_linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
+        py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
+  m.def("linear_rope", &linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
+        py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("k_pool"),
+        py::arg("v_pool"), py::arg("sequences"), py::arg("theta"), py::arg("window"),
+        py::arg("scratch"), py::arg("lane"));
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("out"),
         py::arg("lane"));

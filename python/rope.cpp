@@ -13,10 +13,9 @@ void rope(py::object q, py::object k, py::object v, py::object k_pool, py::objec
           py::object sequences, double theta, std::optional<int64_t> window, Lane lane) {
   constexpr const char* op = "rope";
   const RaggedBatch batch(op, q, k, v, k_pool, v_pool, sequences, window);
-  if (!(theta > 0)) fail(op, "theta is " + std::to_string(theta) + ", expected more than 0");
   RopeParams p{};
   batch.fill(p);
-  p.theta = theta;
+  p.theta = checked_theta(op, theta);
   run(batch.q, lane, p, MISTRAL_KERNELS(rope));
 }
 

@@ -101,4 +101,9 @@ RaggedBatch::RaggedBatch(const char* op, py::handle q_, py::handle k_, py::handl
   if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
 }
 
+double checked_theta(const char* op, double theta) {
+  if (!(theta > 0)) fail(op, "theta is " + std::to_string(theta) + ", expected more than 0");
+  return theta;
+}
+
 }  // namespace mistral::python

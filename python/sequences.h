@@ -46,4 +46,7 @@ struct RaggedBatch {
   }
 };
 
+// The base of RoPE's angles, if it can be one.
+double checked_theta(const char* op, double theta);
+
 }  // namespace mistral::python

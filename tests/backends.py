@@ -21,7 +21,7 @@ from mistral_ext import _C, ops
 
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
-OPS = ("attention", "linear", "rms_norm", "rope", "sample", "swiglu")  # those with a CUDA kernel
+OPS = ("attention", "linear", "linear_rope", "rms_norm", "rope", "sample", "swiglu")  # on CUDA too
 
 # What a test needs that runs on a GPU, and the parameter of a fixture that does.
 NEEDS_GPU = [
@@ -175,7 +175,7 @@ def on_gpu(device: str = "cuda") -> SimpleNamespace:
 
             moved = [move(x) for x in arguments]
             moved[-1] = torch.cuda.current_stream(device).cuda_stream
-            if name in ("attention", "linear"):
+            if name in ("attention", "linear", "linear_rope"):
                 moved[-2] = scratch_and_counters if name == "attention" else scratch
             getattr(_C, name)(*moved)
             torch.cuda.synchronize(device)
@@ -223,7 +223,8 @@ def use(emulator: ModuleType) -> AbstractContextManager[None]:
 
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
-    return _in_place_of_c(SimpleNamespace(**{**vars(_C), "linear": amx.linear}))
+    multiplies = {"linear": amx.linear, "linear_rope": amx.linear_rope}
+    return _in_place_of_c(SimpleNamespace(**{**vars(_C), **multiplies}))
 
 
 def use_gpu() -> AbstractContextManager[None]:

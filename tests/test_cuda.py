@@ -340,3 +340,23 @@ def test_opcheck():
     }
     for name, call in calls.items():
         torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, call)
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_linear_rope_is_linear_and_then_rope(tokens):
+    """To the bit, also of more tokens than ours multiply by themselves."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16().cuda()
+
+    x, norm, rows = random(tokens, 256), random(256), (256, 128, 128)
+    weights = [random(n, 256) for n in rows]
+    table = torch.tensor([[0, tokens, 5, 0, 80]]).cuda()
+    pools, others = ([random(160, 64) * 0 for _ in range(2)] for _ in range(2))
+    out = ops.linear_rope(x, weights, norm, 1e-5, *pools, table, 1e4)
+    expected = ops.linear(x, weights, norm, 1e-5)
+    q, k, v = expected.unflatten(1, (-1, 64)).split([4, 2, 2], dim=1)
+    ops.rope(q, k, v, *others, table, 1e4)
+    assert torch.equal(out, expected)
+    assert all(map(torch.equal, pools, others))

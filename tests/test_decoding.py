@@ -226,7 +226,7 @@ def test_launches_of_a_step(tmp_path, emulator, completions):
         re.match(r"(?:\w+::)*(?:\(anonymous namespace\)::)?(\w+)", launch["kernel"])[1]
         for launch in emulator.take_launches()
     ]
-    layer = ["linear_kernel", "attention_decode", *3 * ["linear_kernel"]]
+    layer = ["linear_rope_kernel", "attention_decode", *3 * ["linear_kernel"]]
     assert names == [*llm.config.n_layers * layer, "linear_kernel", "sample_kernel"]
     work = [name.split("::")[1] for name in asked.names if name.startswith("aten::")]
     work = [name for name in work if name not in NO_WORK]

@@ -32,7 +32,7 @@ def test_every_kernel_is_compiled_for_every_architecture(usages):
     kernels = {usage.kernel for usage in usages}
     assert {kernel.split("<")[0] for kernel in kernels} >= {
         *("attention_decode", "attention_prefill", "dequantize_kernel", "linear_kernel"),
-        *("rms_norm_kernel", "rope_kernel", "sample_kernel", "swiglu_kernel"),
+        *("linear_rope_kernel", "rms_norm_kernel", "rope_kernel", "sample_kernel", "swiglu_kernel"),
     }
     hopper = {kernel for kernel in kernels if "hopper" in kernel}
     assert len(hopper) == 4
@@ -59,7 +59,9 @@ def test_warpgroups_share_all_registers(usages):
 
 def test_linear_kernels_of_few_tokens_leave_registers_for_two_blocks(usages):
     """8 warps each, of the 65536 registers of a multiprocessor: up to 16 tokens."""
-    few = [usage for usage in usages if re.match(r"linear_kernel<.*, 1, [12], ", usage.kernel)]
+    few = [
+        usage for usage in usages if re.match(r"linear_(rope_)?kernel<.*, 1, [12], ", usage.kernel)
+    ]
     assert few
     for usage in few:
         assert usage.registers <= 65536 // (2 * 8 * 32), usage

@@ -21,6 +21,8 @@ def samples():
     table = batch.table((5, 1))
     q, k, v = (new.contiguous() for new in batch.inputs(6))
     int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()])
+    heads = [random(64, 40), random(32, 40), random(32, 40)]
+    two_rings = torch.tensor([[0, 2, 5, 0, 8], [2, 1, 0, 8, 8]])
     ring = (q, k, v, random(*batch.k_pool.shape), random(*batch.v_pool.shape), table)
     return [
         ("rms_norm", (x, weight), {}),
@@ -35,6 +37,11 @@ def samples():
         ("linear", (x, [random(5, 40), random(2, 40)], [], weight, 1e-5), {}),
         ("linear", (random(3, 64), *int4), {}),
         ("linear_residual", (x, [random(5, 40)], [], random(3, 5)), {}),
+        (
+            "linear_rope",
+            (x, heads, [], weight, 1e-5, *random(2, 16, 32), two_rings, 1e4, 8),
+            {},
+        ),
         ("linear_swiglu", (x, [random(5, 40), random(5, 40)], [], weight, 1e-5), {}),
     ]
 
@@ -82,6 +89,7 @@ def test_fake_tensors_get_shapes_without_running():
     assert ops.linear(x, [matrix, matrix], weight).shape == (6, 18)
     assert ops.linear_swiglu(x, matrix, matrix).shape == (6, 9)
     assert ops.swiglu(x, x).shape == (6, 40)
+    assert ops.linear_rope(x, [matrix] * 3, weight, 1e-5, x, x, x, 1e4).shape == (6, 27)
     q = torch.empty(6, 4, 32, device="meta")
     assert ops.attention(q, q, q, x, x, x).shape == (6, 4, 32)
 

@@ -68,15 +68,16 @@ def test_hopper_attention_is_made_of_warpgroup_products(disassembly, dtype, head
     assert code["STG.E.128"] > 0
 
 
+@pytest.mark.parametrize("kernel", ["linear_kernel", "linear_rope_kernel"])
 @pytest.mark.parametrize("form", ["Plain", "Int8", "Int4"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     "shape", ["1, 1, true", "1, 1, false", "1, 2, false", "2, 4, false", "2, 8, false"]
 )
-def test_linear_streams_weights_to_the_tensor_cores(kernels, form, dtype, shape):
+def test_linear_streams_weights_to_the_tensor_cores(kernels, kernel, form, dtype, shape):
     """Through shared memory, by asynchronous 16-byte copies that bypass L1, and nothing else does:
     the scales of 4-bit weights go by 4 bytes and through L1."""
-    code = kernels[f"linear_kernel<{form}Weights<{dtype}>, {shape}>"]
+    code = kernels[f"{kernel}<{form}Weights<{dtype}>, {shape}>"]
     product = "HMMA.16816.F32" + (".BF16" if dtype == "bf16" else "")
     assert code[product] == count(code, "HMMA") > 0
     assert code["LDGSTS.E.BYPASS.128"] > 0
@@ -84,12 +85,16 @@ def test_linear_streams_weights_to_the_tensor_cores(kernels, form, dtype, shape)
     assert (others > 0) == (form == "Int4")
     # Weights come from shared memory by 16 bytes, those of 4 bits by ldmatrix.
     assert code["LDSM.16.M88.4" if form == "Int4" else "LDS.128"] > 0
-    # x comes by 16 bytes; scales, the residual and the results by 2.
+    # x comes by 16 bytes; scales, the residual and the results by 2; the sequence table by 8.
     assert code["LDG.E.128"] > 0
-    assert count(code, "LDG.") == code["LDG.E.128"] + count(code, "LDG.E.U16")
+    table = count(code, "LDG.E.64")
+    assert count(code, "LDG.") == code["LDG.E.128"] + count(code, "LDG.E.U16") + table
+    assert (table > 0) == (kernel == "linear_rope_kernel")
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
-    # No table and no conversion from integers: bit operations and subtractions of pairs.
-    assert count(code, "I2F") <= 4, "more than what divisions take"
+    # No table and no conversion from integers: bit operations and subtractions of pairs. Divisions
+    # convert too, rounding up, and RMSNorm and RoPE convert 64 bits: a size, angles.
+    conversions = {name for name in code if name.startswith("I2F") and not name.endswith(".RP")}
+    assert conversions <= {"I2F.S64"}
 
 
 @pytest.mark.parametrize("dtype", ["bf16, 8", "fp16, 8", "fp32, 4"])

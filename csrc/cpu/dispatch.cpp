@@ -157,6 +157,10 @@ int64_t attention_scratch_bytes(const AttentionParams& p) {
   return active().kernels->attention_scratch_bytes(p);
 }
 void linear(const LinearParams& p, int threads) { active().kernels->linear(p, threads); }
+void linear_rope(const LinearRopeParams& p, int threads) {
+  linear(p.linear, threads);
+  rope(p.rope, threads);
+}
 int64_t linear_scratch_bytes(const LinearParams& p) {
   return active().kernels->linear_scratch_bytes(p);
 }

@@ -36,6 +36,15 @@ cudaError_t with_weights(const LinearParams& p, const F& f) {
   return cudaErrorInvalidValue;
 }
 
+// Rows are read by 16 bytes; places in them, in what is read of x, and outputs are counted in 32
+// bits.
+bool has_kernel(const LinearParams& p) {
+  const int64_t row_unit = p.format == WeightFormat::int8 ? 16 : 8;
+  int64_t longest = max(p.inputs, p.stride_x_token);
+  for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
+  return p.inputs % row_unit == 0 && longest <= INT32_MAX / 4;
+}
+
 // True if each block is to normalise x for itself.
 template <class W>
 bool normalises_in_block(const LinearParams& p) {
@@ -43,22 +52,30 @@ bool normalises_in_block(const LinearParams& p) {
          linear_shared_bytes<W, 1, 1, true>(p) <= shared_memory_size().of_block;
 }
 
-template <class W, int kM, int kN, bool kNorm>
-cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream) {
+// `rope`: nothing, or RopeParams and Frequencies.
+template <class W, int kM, int kN, bool kNorm, class... Rope>
+cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope&... rope) {
   const int64_t shared = linear_shared_bytes<W, kM, kN, kNorm>(p);
   const bool two =
       kM == 1 && 2 * (shared + kReservedShared) <= shared_memory_size().of_multiprocessor;
   const int64_t at_once = multiprocessors() * (two ? 2 : 1);
-  return launch(linear_kernel<W, kM, kN, kNorm>,
-                dim3(static_cast<unsigned>(min(blocks_of_all<kM>(p), at_once))),
-                dim3(kLinearThreads), static_cast<size_t>(shared), stream, p);
+  const dim3 grid(static_cast<unsigned>(min(blocks_of_all<kM>(p), at_once)));
+  const auto start = [&](auto kernel) {
+    return launch(kernel, grid, dim3(kLinearThreads), static_cast<size_t>(shared), stream, p,
+                  rope...);
+  };
+  if constexpr (sizeof...(Rope) > 0) {
+    return start(linear_rope_kernel<W, kM, kN, kNorm>);
+  } else {
+    return start(linear_kernel<W, kM, kN, kNorm>);
+  }
 }
 
 // Of up to kMostTokens.
-template <class W>
-cudaError_t launch_tokens(LinearParams p, cudaStream_t stream) {
+template <class W, class... Rope>
+cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   using T = typename W::Element;
-  if (normalises_in_block<W>(p)) return launch_linear<W, 1, 1, true>(p, stream);
+  if (normalises_in_block<W>(p)) return launch_linear<W, 1, 1, true>(p, stream, rope...);
   if (p.norm) {
     const cudaError_t status =
         launch(linear_norm_kernel<T>, dim3(static_cast<unsigned>(p.tokens)), dim3(kLinearThreads),
@@ -68,10 +85,10 @@ cudaError_t launch_tokens(LinearParams p, cudaStream_t stream) {
     p.stride_x_token = p.inputs;
   }
   // With more tokens, more rows share what is read of x.
-  if (p.tokens <= 8) return launch_linear<W, 1, 1, false>(p, stream);
-  if (p.tokens <= 16) return launch_linear<W, 1, 2, false>(p, stream);
-  if (p.tokens <= 32) return launch_linear<W, 2, 4, false>(p, stream);
-  return launch_linear<W, 2, 8, false>(p, stream);
+  if (p.tokens <= 8) return launch_linear<W, 1, 1, false>(p, stream, rope...);
+  if (p.tokens <= 16) return launch_linear<W, 1, 2, false>(p, stream, rope...);
+  if (p.tokens <= 32) return launch_linear<W, 2, 4, false>(p, stream, rope...);
+  return launch_linear<W, 2, 8, false>(p, stream, rope...);
 }
 
 }  // namespace
@@ -87,9 +104,7 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 }
 
 cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
-  // Rows are read by 16 bytes, and counted in ints.
-  const int64_t row_unit = given.format == WeightFormat::int8 ? 16 : 8;
-  if (given.inputs % row_unit != 0 || given.inputs > INT32_MAX / 4) return cudaErrorInvalidValue;
+  if (!has_kernel(given)) return cudaErrorInvalidValue;
   LinearParams p = given;
   return with_weights(p, [&](auto weights) {
     using W = decltype(weights);
@@ -102,6 +117,21 @@ cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
       if (status != cudaSuccess) return status;
     }
     return cudaSuccess;
+  });
+}
+
+cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream) {
+  if (p.linear.tokens > kMostTokens) {
+    LinearParams product = p.linear;
+    product.epilogue = Epilogue::store;
+    const cudaError_t status = linear(product, stream);
+    return status == cudaSuccess ? rope(p.rope, stream) : status;
+  }
+  if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
+  if (p.linear.tokens == 0) return cudaSuccess;
+  const Frequencies turns = frequencies(p.rope.theta, p.rope.head_dim / 2);
+  return with_weights(p.linear, [&](auto weights) {
+    return launch_tokens<decltype(weights)>(p.linear, stream, p.rope, turns);
   });
 }
 

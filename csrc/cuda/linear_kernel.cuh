@@ -22,6 +22,7 @@
 #include <ptx.cuh>
 
 #include "linear_norm.cuh"
+#include "linear_rope.cuh"
 #include "linear_stream.cuh"
 
 namespace mistral::cuda {
@@ -41,16 +42,21 @@ MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
 }
 
 // Floats of a round's sums in shared memory, and bytes of all: the stages, two rounds in turn,
-// normalised rows of x.
+// normalised rows of x, and with RoPE what is known of the tokens.
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
 constexpr int kFixedShared = StageLayout<W::kFormat, kM>::kBytes + 2 * kRoundSums<kN> * 4;
 template <class W, int kM, int kN, bool kNorm>
-int64_t linear_shared_bytes(const LinearParams& p) {
+MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
   if (!kNorm) return kFixedShared<W, kM, kN>;
   return kFixedShared<W, kM, kN> +
          p.tokens * normalised_row<W>(p.inputs) * int64_t{sizeof(typename W::Element)};
+}
+template <class W, int kM, int kN, bool kNorm>
+int64_t linear_shared_bytes(const LinearParams& p) {
+  const int64_t of_token = p.epilogue == Epilogue::rope ? int64_t{sizeof(NewToken)} : 0;
+  return shared_bytes_of_product<W, kM, kN, kNorm>(p) + p.tokens * of_token;
 }
 
 // The outputs that a lane finishes: of 8 tokens and one tile, those of tokens 2 (lane % 4) and the
@@ -59,13 +65,15 @@ template <class W>
 struct Outputs {
   using T = typename W::Element;
 
+  const LinearParams& p;
   T* address[4];  // null: there is none
   float scales[2];
   T before[4];
 
   // Loads what will be needed. `output`: the first of the tile, `token`: of the 8.
-  __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock& block, int output,
-                                     int64_t token) {
+  __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock<false>& block,
+                                     int output, int64_t token)
+      : p(p) {
     const int lane = threadIdx.x % kWarp;
     const bool swiglu = p.epilogue == Epilogue::swiglu;
 #pragma unroll
@@ -89,7 +97,7 @@ struct Outputs {
     }
   }
 
-  __device__ __forceinline__ void store(const LinearParams& p, float (&sums)[4]) const {
+  __device__ __forceinline__ void store(float (&sums)[4]) const {
     if constexpr (W::kFormat == WeightFormat::int8) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] *= scales[i / 2];
@@ -105,9 +113,23 @@ struct Outputs {
   }
 };
 
-template <class W, int kM, int kN, bool kNorm>
-__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
-    linear_kernel(const __grid_constant__ LinearParams p) {
+// Finishes outputs by themselves. `begin` comes before a barrier, if it has anything to do (kRope);
+// `outputs` loads what will be needed.
+template <class W>
+struct StoreFinish {
+  static constexpr bool kRope = false;
+
+  const LinearParams& p;
+
+  __device__ __forceinline__ void begin(char*) {}
+  __device__ __forceinline__ Outputs<W> outputs(const OutputBlock<false>& block, int output,
+                                                int64_t token) const {
+    return {p, block, output, token};
+  }
+};
+
+template <class W, int kM, int kN, bool kNorm, class Finish>
+__device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   using T = typename W::Element;
   using Layout = StageLayout<W::kFormat, kM>;
   constexpr int kSteps = W::kUnits * W::kUnitSteps;
@@ -121,19 +143,22 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int inputs = static_cast<int>(p.inputs), blocks = blocks_of_all<kM>(p);
-  const int chunks = (inputs + W::kValues - 1) / W::kValues, outputs = 1 << tile_outputs_log2(p);
+  const int chunks = (inputs + W::kValues - 1) / W::kValues,
+            tile_step = 1 << tile_step_log2<Finish::kRope>(p);
 
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + Layout::kBytes);
-  WeightStream<W, kM> stream(p, shared, blocks, chunks);
+  WeightStream<W, kM, Finish::kRope> stream(p, shared, blocks, chunks);
+  finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));
 
   // The lane's row of x for each 8 tokens. Where there is no such token it is another one's, whose
-  // product is not stored.
-  const T* x[kN];
+  // product is not stored. Counted in 16 bytes: registers are scarce.
+  const auto* x = static_cast<const uint4*>(p.x);
+  uint32_t rows_of_x[kN];
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
-    const int64_t token = min(8 * n + lane / 4, p.tokens - 1);
-    x[n] = static_cast<const T*>(p.x) + token * p.stride_x_token;
+    const auto token = static_cast<uint32_t>(min(8 * n + lane / 4, p.tokens - 1));
+    rows_of_x[n] = token * static_cast<uint32_t>(p.stride_x_token / 8);
   }
   if constexpr (kNorm) {
     T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
@@ -146,19 +171,21 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
         store_shared16(rows + i * stride + k, Vec16<T>{});
       }
     }
-    x[0] = rows + min(lane / 4, p.tokens - 1) * stride;
-    __syncthreads();
+    x = reinterpret_cast<const uint4*>(rows);
+    rows_of_x[0] = static_cast<uint32_t>(min(lane / 4, count - 1) * stride / 8);
   }
+  if constexpr (kNorm || Finish::kRope) __syncthreads();
   const auto load_x = [&](uint4(&to)[kBatch][kN], int chunk, int first_step) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int k = chunk * W::kValues + W::k_at(first_step + i, lane % 4);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
+        const uint4* const from = x + (rows_of_x[n] + static_cast<uint32_t>(k) / 8);
         if constexpr (kNorm) {
-          to[i][n] = ld_shared_16(x[n] + k);
+          to[i][n] = ld_shared_16(from);
         } else {
-          to[i][n] = k < inputs ? ld_global_16(x[n] + k) : uint4{};
+          to[i][n] = k < inputs ? ld_global_16(from) : uint4{};
         }
       }
     }
@@ -168,14 +195,14 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
   const int steps_log2 = kGroups ? group_log2(p) - 5 : 0;
   int round = 0;
   for (int index = blockIdx.x; index < blocks; index += gridDim.x) {
-    const OutputBlock block = OutputBlock::at<kM>(p, index);
+    const auto block = OutputBlock<Finish::kRope>::template at<kM>(p, index);
     int skipped[kM][2];
     if constexpr (kGroups) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t row = block.first + block.row_of(outputs * m + lane / 4, half);
+          const int64_t row = block.first + block.row_of(tile_step * m + lane / 4, half);
           skipped[m][half] = skipped_scales(p.parts[block.part_of(half)].scales +
                                             row * (p.inputs >> group_log2(p)));
         }
@@ -249,7 +276,7 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
           return of_round + ((i * kLinearWarps + w) * kWarp + lane) * 4;
         };
         const bool adds = turn < kRound<kN>;
-        const Outputs<W> mine(p, block, outputs * m, adds ? 8 * (n + turn) : p.tokens);
+        const auto mine = finish.outputs(block, tile_step * m, adds ? 8 * (n + turn) : p.tokens);
 #pragma unroll
         for (int i = 0; i < kRound<kN>; ++i) {
           const float (&s)[4] = sums[m][n + i];
@@ -265,11 +292,25 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
 #pragma unroll
           for (int j = 0; j < 4; ++j) total[j] += s[j];
         }
-        mine.store(p, total);
+        mine.store(total);
       }
     }
   }
   cp_async_wait<0>();
+}
+
+template <class W, int kM, int kN, bool kNorm>
+__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
+    linear_kernel(const __grid_constant__ LinearParams p) {
+  multiply<W, kM, kN, kNorm>(p, StoreFinish<W>{p});
+}
+
+template <class W, int kM, int kN, bool kNorm>
+__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
+    linear_rope_kernel(const __grid_constant__ LinearParams p,
+                       const __grid_constant__ RopeParams rope,
+                       const __grid_constant__ Frequencies frequencies) {
+  multiply<W, kM, kN, kNorm>(p, RopeFinish<W>{p, rope, frequencies, nullptr});
 }
 
 }  // namespace mistral::cuda

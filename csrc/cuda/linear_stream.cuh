@@ -19,6 +19,14 @@ MISTRAL_HOST_DEVICE int tile_outputs_log2(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 3 : 4;
 }
 
+// Rows from the beginning of a tile to that of the next in its block, as a power of two. With RoPE
+// a tile has 8 rows of the first half of a head above the 8 of its second half that they are paired
+// with, so that a lane gets both elements of a pair.
+template <bool kRope>
+__device__ __forceinline__ int tile_step_log2(const LinearParams& p) {
+  return kRope ? 3 : tile_outputs_log2(p);
+}
+
 // Blocks of kM tiles that the rows of a part are divided into.
 template <int kM>
 MISTRAL_HOST_DEVICE int blocks_of_part(const LinearParams& p, int part) {
@@ -36,28 +44,37 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
 }
 
 // What a block of threads works on at a time: neighbouring outputs of one part.
+template <bool kRope>
 struct OutputBlock {
   int part;
   int count;
-  int64_t first;   // in the part
-  int64_t column;  // in the output
+  int first;   // in the part
+  int column;  // in the output
   bool swiglu;
+  int half_head;  // D/2 with RoPE
 
   template <int kM>
   static __device__ __forceinline__ OutputBlock at(const LinearParams& p, int index) {
     OutputBlock block = {};
-    block.swiglu = p.epilogue == Epilogue::swiglu;
+    block.swiglu = !kRope && p.epilogue == Epilogue::swiglu;
     if (!block.swiglu) {
       while (index >= blocks_of_part<kM>(p, block.part)) {
         index -= blocks_of_part<kM>(p, block.part);
-        block.column += p.parts[block.part].rows;
+        block.column += static_cast<int>(p.parts[block.part].rows);
         ++block.part;
       }
     }
     const int log2 = tile_outputs_log2(p) + kM - 1;
-    block.first = int64_t{index} << log2;
+    if constexpr (kRope) {
+      const int head_dim = static_cast<int>(p.head_dim), of_head = head_dim >> log2;
+      block.first = index / of_head * head_dim + index % of_head * (8 * kM);
+      block.count = head_dim;  // there is no row outside a head
+      block.half_head = head_dim / 2;
+    } else {
+      block.first = index << log2;
+      block.count = static_cast<int>(min(1 << log2, p.parts[block.part].rows - block.first));
+    }
     block.column += block.first;
-    block.count = static_cast<int>(min(1 << log2, p.parts[block.part].rows - block.first));
     return block;
   }
 
@@ -65,6 +82,7 @@ struct OutputBlock {
   // that is the lane's where the upper half has row `output`.
   __device__ __forceinline__ int part_of(int half) const { return swiglu ? half : part; }
   __device__ __forceinline__ int row_of(int output, int half) const {
+    if constexpr (kRope) return output + half * half_head;
     return swiglu ? output : output + 8 * half;
   }
 };
@@ -93,7 +111,7 @@ struct StageLayout {
 };
 
 // The chunks of a warp, of one block of outputs after the other: with kM tiles of 16 rows each.
-template <class W, int kM>
+template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W::kFormat, kM>;
   static constexpr bool kScaled = W::kFormat == WeightFormat::int4;
@@ -139,8 +157,8 @@ class WeightStream {
 
   __device__ __forceinline__ void begin_block() {
     const int lane = threadIdx.x % kWarp;
-    const OutputBlock block = OutputBlock::at<kM>(p_, block_);
-    const int tile_outputs = 1 << tile_outputs_log2(p_);
+    const auto block = OutputBlock<kRope>::template at<kM>(p_, block_);
+    const int tile_step = 1 << tile_step_log2<kRope>(p_);
     chunk_ = threadIdx.x / kWarp;
     const int offset = chunk_ * kChunkBytes + 16 * (lane % 8);
     bytes_left_ = row_bytes_ - offset;
@@ -149,7 +167,7 @@ class WeightStream {
       const int row = block.row_of(lane / 8, half);
       rows_left_[half] = block.count - row;
       rows_[half] = static_cast<const char*>(p_.parts[block.part_of(half)].values) +
-                    (block.first + row) * row_bytes_ + offset;
+                    int64_t{block.first + row} * row_bytes_ + offset;
     }
     if constexpr (kScaled) {
       const int log2 = group_log2(p_), first = chunk_ * (W::kValues >> log2), half = lane / 16;
@@ -157,11 +175,11 @@ class WeightStream {
       scales_left_ = row_scales - first;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const int row = block.row_of(tile_outputs * m + lane / 2 % 8, half);
+        const int row = block.row_of(tile_step * m + lane / 2 % 8, half);
         const bf16* const begin =
-            p_.parts[block.part_of(half)].scales + (block.first + row) * row_scales + first;
+            p_.parts[block.part_of(half)].scales + int64_t{block.first + row} * row_scales + first;
         skipped_[m] = skipped_scales(begin);
-        scale_rows_[m] = row < block.count ? begin - skipped_[m] : nullptr;
+        scale_rows_[m] = kRope || row < block.count ? begin - skipped_[m] : nullptr;
       }
     }
   }
@@ -189,10 +207,13 @@ class WeightStream {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int half = i / 2, row = (m << tile_outputs_log2(p_)) + 4 * (i % 2);
+        const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
         const WeightTile tile = {to + m * kTileBytes};
-        cp_async_16(tile.piece(4 * i + lane / 8, lane % 8), rows_[half] + int64_t{row} * row_bytes_,
-                    bytes_left_ > 0 && row < rows_left_[half]);
+        // With RoPE, the lower half is in the same part: one pointer is enough.
+        const char* const begin =
+            kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
+        cp_async_16(tile.piece(4 * i + lane / 8, lane % 8), begin + int64_t{row} * row_bytes_,
+                    bytes_left_ > 0 && (kRope || row < rows_left_[half]));
       }
     }
     rows_[0] += kLinearWarps * kChunkBytes;
@@ -234,7 +255,7 @@ class WeightStream {
   int block_;
   int chunk_ = 0;
   const char* rows_[2];
-  int rows_left_[2];  // of the block, from that one on
+  int rows_left_[2];  // of the block, from that one on; with RoPE there are always enough
   int bytes_left_;    // of the rows
   // int4: of the lane, in each tile.
   const bf16* scale_rows_[kM];  // whole words; null: there is none

@@ -4,11 +4,11 @@
 // read once and rotated in place; k, while at hand, and v are stored in the ring.
 #include "../rope.h"
 
-#include <cmath>
 #include <launch.cuh>
 
 #include "append.cuh"
 #include "element.cuh"
+#include "rotation.cuh"
 #include "vec.cuh"
 
 namespace mistral::cuda {
@@ -16,45 +16,14 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// The angle per position, in turns, as a 64-bit fraction: what a position's angle has beyond whole
-// turns is then position * fraction in plain unsigned arithmetic. That is exact, however far the
-// position, and no thread needs a double.
-struct Frequencies {
-  uint64_t turns[kMaxHeadDim / 2];
-};
-
-Frequencies frequencies(double theta, int64_t half) {
-  constexpr long double kTwoPi = 6.283185307179586476925286766559L;
-  Frequencies f{};
-  for (int64_t i = 0; i < half; ++i) {
-    const double angle = pow(theta, -static_cast<double>(i) / static_cast<double>(half));
-    const long double turns = static_cast<long double>(angle) / kTwoPi;
-    // 2^64 itself would not fit, but to it rounds only what is within 2^-65 of a whole turn.
-    f.turns[i] = static_cast<uint64_t>(ldexpl(turns - floorl(turns), 64));
-  }
-  return f;
-}
-
-// Cosine and sine of an angle that is a 64-bit fraction of a turn.
-__device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
-  // The nearest quarter turn, and the rest of at most an eighth, of which a float keeps 24 bits.
-  const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
-  const auto rest = static_cast<int64_t>(turns - (quarter << 62));
-  float sine, cosine;
-  sincospif(static_cast<float>(rest) * 0x1p-63f, &sine, &cosine);
-  const bool odd = quarter & 1;
-  const float c = odd ? sine : cosine, s = odd ? cosine : sine;
-  return {quarter == 1 || quarter == 2 ? -c : c, quarter == 2 || quarter == 3 ? -s : s};
-}
-
 template <class T, int N>
 __device__ __forceinline__ void rotate(Vec<T, N>& first, Vec<T, N>& second, const float2* turn) {
   float a[N], b[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const float2 t = turn[j];
-    a[j] = first[j] * t.x - second[j] * t.y;
-    b[j] = second[j] * t.x + first[j] * t.y;
+    const float2 rotated = rotate_pair(first[j], second[j], turn[j]);
+    a[j] = rotated.x;
+    b[j] = rotated.y;
   }
   first = round_to<T>(a);
   second = round_to<T>(b);

@@ -1,5 +1,5 @@
-// The module `_amx`: `linear` of mistral_ext._C with the kernels of AMX, on emulated instructions,
-// and these on their own. Errors of the emulation are exceptions here.
+// The module `_amx`: `linear` and `linear_rope` of mistral_ext._C with the kernels of AMX, on
+// emulated instructions, and these on their own. Errors of the emulation are exceptions here.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -26,6 +26,7 @@ void check() {
 namespace amx {
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
+void rope(const RopeParams& p, int threads);
 }  // namespace amx
 
 // The bindings call these.
@@ -39,6 +40,11 @@ void linear(const LinearParams& p, int threads) {
   if (emulated::configured_threads() != 0) {
     throw std::runtime_error("a thread has not released its tiles");
   }
+}
+
+void linear_rope(const LinearRopeParams& p, int threads) {
+  linear(p.linear, threads);
+  amx::rope(p.rope, threads);
 }
 
 }  // namespace mistral::cpu

@@ -28,6 +28,13 @@ void check(const char* op, cudaError_t status) {
   }
 }
 
+void add_scratch(const LinearParams& p) {
+  const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
+  if (bytes == 0) return;
+  emulator::allocations().add(p.scratch, bytes, "scratch");
+  memset(p.scratch, 0xff, bytes);  // NaN
+}
+
 }  // namespace
 
 // The scratch of the CUDA kernel is made here.
@@ -52,12 +59,12 @@ void attention(const AttentionParams& given, int) {
 }
 int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
 void linear(const LinearParams& p, int) {
-  const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
-  if (bytes > 0) {
-    emulator::allocations().add(p.scratch, bytes, "scratch");
-    memset(p.scratch, 0xff, bytes);  // NaN
-  }
+  add_scratch(p);
   check("linear", cuda::linear(p, nullptr));
+}
+void linear_rope(const LinearRopeParams& p, int) {
+  add_scratch(p.linear);
+  check("linear_rope", cuda::linear_rope(p, nullptr));
 }
 void rms_norm(const RmsNormParams& p, int) { check("rms_norm", cuda::rms_norm(p, nullptr)); }
 void rope(const RopeParams& p, int) { check("rope", cuda::rope(p, nullptr)); }
