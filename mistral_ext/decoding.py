@@ -170,7 +170,7 @@ class _Batch:
         self._sampled = self._sampler.draw(self._rows, self._logits)
         # -1, where there was nothing to choose from, is an error that the host sees too late.
         torch.clamp(self._sampled, min=0, out=self._tokens)
-        self._sequences[:, 2] += 1
+        self._sequences[:, 2].add_(1)
 
 
 class CudaGraphs:

@@ -59,6 +59,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_devices", &cuda_devices);
 #ifdef MISTRAL_CUDA
   m.attr("cuda_architectures") = MISTRAL_CUDA;
+  m.def("overlapping", &cuda::overlapping);
+  m.def("overlap", &cuda::overlap, py::arg("wanted"));
   m.def("capture_id", &python::capture_id, py::arg("lane"));
   m.def("attention_kernels", &attention_kernels);
   m.def("active_attention", [] { return cuda::name(cuda::active_prefill()); });

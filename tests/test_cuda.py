@@ -12,7 +12,7 @@ from backends import GPU, NEEDS_GPU
 from checkpoints import write_checkpoint
 from ragged import RaggedBatch
 
-from mistral_ext import Mistral, checkpoint, ops, scheduler
+from mistral_ext import _C, Mistral, checkpoint, ops, scheduler
 from mistral_ext.cache import RingCache
 from mistral_ext.decoding import Decoder, GraphDecoder
 from mistral_ext.quantize import Quantized, quantize
@@ -81,8 +81,17 @@ def test_the_same_seed_gives_the_same_tokens(folder, ids):
     assert first == second != other
 
 
+@pytest.fixture(params=[False, True], ids=["apart", "overlapping"])
+def overlap(request):
+    """Whether kernels may begin before those ahead of them are done."""
+    before = _C.overlapping()
+    _C.overlap(request.param)
+    yield
+    _C.overlap(before)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 4, "logprobs": 1}])
-def test_graphs_give_what_the_launches_one_by_one_give(folder, ids, monkeypatch, options):
+def test_graphs_give_what_the_launches_one_by_one_give(folder, ids, monkeypatch, options, overlap):
     """To the bit, though steps are launched ahead."""
     llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16, max_batch=2)
     prompts = [ids[:21].tolist(), ids[30:31].tolist(), ids.tolist()]

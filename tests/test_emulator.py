@@ -187,6 +187,7 @@ def test_impossible_launches_are_refused(emulator, size, status):
 
 
 PLANTED = {
+    "began_too_early": "a load before wait_for_earlier_kernels",
     "divergent_barrier": "divergent __syncthreads: others wait at divergent_barrier.cu:",
     "divergent_shuffle": "divergent",
     "exited_lane": "left the kernel",

@@ -113,3 +113,18 @@ def test_aligned_logits_are_read_by_16_bytes(kernels):
     wide, narrow = kernels["sample_kernel<true>"], kernels["sample_kernel<false>"]
     assert wide["LDG.E.128"] > narrow["LDG.E.128"]
     assert wide["STG.E.128"] > narrow["STG.E.128"]
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "attention_decode<bf16, 128>",
+        "linear_kernel<PlainWeights<bf16>, 1, 1, true>",
+        "linear_rope_kernel<Int4Weights<bf16>, 1, 1, true>",
+    ],
+)
+def test_kernels_of_a_decode_step_can_overlap(disassembly, kernel):
+    """They wait for those before them and let those after them begin, where the machine can."""
+    assert count(disassembly["sm_90a"][kernel], "ACQBULK") == 1
+    assert count(disassembly["sm_90a"][kernel], "PREEXIT") == 1
+    assert count(disassembly["sm_80"][kernel], "ACQBULK") == 0

@@ -60,8 +60,8 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
   if (group <= kDecodeRows) {
     const dim3 grid(static_cast<unsigned>(p.splits), kv_heads,
                     static_cast<unsigned>(p.num_sequences));
-    const cudaError_t status = launch(attention_decode<T, D>, grid, dim3(kDecodeWarps * kWarp),
-                                      kDecodeShared<T, D>, stream, p);
+    const cudaError_t status = launch_overlapping(
+        attention_decode<T, D>, grid, dim3(kDecodeWarps * kWarp), kDecodeShared<T, D>, stream, p);
     if (status != cudaSuccess || !prefills(p)) return status;
   }
   if constexpr (kHasHopper) {  // else there is nothing to link

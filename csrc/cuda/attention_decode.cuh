@@ -29,6 +29,8 @@ constexpr size_t kDecodeShared = (kDecodeRows + kDecodeWarps * kDecodeWarpShared
 template <class T, int D>
 __global__ __launch_bounds__(kDecodeWarps* kWarp,
                              3) void attention_decode(const __grid_constant__ AttentionParams p) {
+  wait_for_earlier_kernels();
+  let_later_kernels_begin();
   constexpr int kThreads = kDecodeWarps * kWarp;
   const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, index = blockIdx.z;
   const Sequence s = p.sequences[index];

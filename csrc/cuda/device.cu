@@ -2,7 +2,24 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
+
 namespace mistral::cuda {
+namespace {
+
+bool& wants_overlap() {
+  static bool wanted = [] {
+    const char* value = std::getenv("MISTRAL_EXT_OVERLAP");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return wanted;
+}
+
+}  // namespace
+
+bool overlapping() { return wants_overlap(); }
+void overlap(bool wanted) { wants_overlap() = wanted; }
 
 Devices devices() {
   Devices found;

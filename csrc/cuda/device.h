@@ -22,4 +22,9 @@ struct Devices {
 // Works on a machine without a driver: that is a problem to report, not an error.
 Devices devices();
 
+// Whether the kernels of a decode step may overlap: each then fetches its first weights while the
+// one before it ends. Set by the environment variable MISTRAL_EXT_OVERLAP=1, or:
+bool overlapping();
+void overlap(bool wanted);
+
 }  // namespace mistral::cuda

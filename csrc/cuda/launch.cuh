@@ -7,7 +7,16 @@
 
 #include <cuda_runtime.h>
 
+#include "device.h"
+
 namespace mistral::cuda {
+
+// More than 48 KB of shared memory have to be asked for.
+inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared_bytes));
+}
 
 // Launches `kernel` on the current device and returns what went wrong with the launch itself.
 // Allocates nothing and waits for nothing, so a stream that is being captured may be used. An
@@ -16,13 +25,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (status != cudaSuccess) return status;
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();
 }
@@ -44,6 +48,31 @@ inline int compute_capability() {
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   }
   return 10 * major + minor;
+}
+
+// The same for a kernel that may begin before those ahead of it on the stream are done, where that
+// is asked for (device.h) and the device can do it: programmatic dependent launch. All its threads
+// call wait_for_earlier_kernels (ptx.cuh), and touch nothing before that but constants.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  if (!overlapping() || compute_capability() < 90) {
+    return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+  }
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Bytes of shared memory, with those that the runtime keeps for itself.

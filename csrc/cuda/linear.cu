@@ -61,8 +61,8 @@ cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope
   const int64_t at_once = multiprocessors() * (two ? 2 : 1);
   const dim3 grid(static_cast<unsigned>(min(blocks_of_all<kM>(p), at_once)));
   const auto start = [&](auto kernel) {
-    return launch(kernel, grid, dim3(kLinearThreads), static_cast<size_t>(shared), stream, p,
-                  rope...);
+    return launch_overlapping(kernel, grid, dim3(kLinearThreads), static_cast<size_t>(shared),
+                              stream, p, rope...);
   };
   if constexpr (sizeof...(Rope) > 0) {
     return start(linear_rope_kernel<W, kM, kN, kNorm>);

@@ -149,6 +149,9 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + Layout::kBytes);
   WeightStream<W, kM, Finish::kRope> stream(p, shared, blocks, chunks);
+  // Weights are constant: their first stages may be under way while the input is not there yet.
+  wait_for_earlier_kernels();
+  let_later_kernels_begin();
   finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));
 
   // The lane's row of x for each 8 tokens. Where there is no such token it is another one's, whose

@@ -138,6 +138,22 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- Kernels that overlap (launch_overlapping), of capability 9.0 on; elsewhere they do not.
+
+// Waits until all kernels before this one are done and what they wrote can be read.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel after this one may begin when all blocks have come here or are done.
+__device__ __forceinline__ void let_later_kernels_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- Arithmetic.
 
 // (x & mask) ^ flip. Spelled out: with two constants the compiler makes two instructions of it.

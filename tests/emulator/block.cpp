@@ -54,6 +54,7 @@ Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& st
                             static_cast<unsigned>(i / size.x % size.y),
                             static_cast<unsigned>(i / size.x / size.y)};
     threads_.push_back({this, &warps_.back(), lane, position, Copies(launch.delivery), {}});
+    threads_.back().waited = !launch.overlaps;
     start(threads_.back(), stacks);
   }
   shared_.poison();
@@ -133,6 +134,7 @@ void Block::abandon() {
 }
 
 void Block::finish(Thread& thread) {
+  check_waited(Site::here(), "the end of the kernel");
   if (at_barrier_ > 0) {
     fail(barrier_site_, "this thread left the kernel while " + std::to_string(at_barrier_) +
                             " wait for it at __syncthreads");

@@ -31,6 +31,7 @@ struct Launch {
   uint64_t seed;
   Unfenced& unfenced;
   int capability;  // of the device
+  bool overlaps;   // with earlier ones, until its threads wait for them
 };
 
 // A CUDA thread.
@@ -48,6 +49,7 @@ struct Thread {
   const char* waiting_at = nullptr;  // the instruction that it waits or last waited at
   Site site = {};
   bool exited = false;
+  bool waited = false;  // for earlier kernels
 };
 
 // The CUDA thread that this thread of the process is running. (__thread, because a thread_local

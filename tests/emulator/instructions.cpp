@@ -156,6 +156,7 @@ void thread_fence() { current->block->fence(); }
 
 void check_atomic(Site site, const void* address, size_t bytes) {
   if (!current->block->shared().holds(address, bytes)) {
+    check_waited(site, "an atomic operation");
     check_global(site, "atomic operation", address, bytes);
   }
 }
@@ -163,6 +164,7 @@ void check_atomic(Site site, const void* address, size_t bytes) {
 void access_global(Site site, Access access, const void* address, size_t bytes) {
   const bool load = access == Access::global_load;
   check_global(site, load ? "load" : "store", address, bytes);
+  check_waited(site, load ? "a load" : "a store");
   if (load) {
     current->block->note_load(site, address, bytes);
   } else {
@@ -170,6 +172,8 @@ void access_global(Site site, Access access, const void* address, size_t bytes) 
   }
   current->warp->requests().add(current->lane, site, access, address, static_cast<uint32_t>(bytes));
 }
+
+void wait_for_earlier_kernels() { current->waited = true; }
 
 void access_shared(Site site, const void* address) {
   check_shared(site, "access to shared memory", address, 16);

@@ -31,6 +31,10 @@ enum class Half { bf16, f16 };
 void mma_m16n8k16(Site site, Half type, float (&d)[4], const uint32_t (&a)[4],
                   const uint32_t (&b)[2]);
 
+// In a launch that overlaps with those before it: until then a thread may do no more in global
+// memory than start cp.async, of what no kernel writes.
+void wait_for_earlier_kernels();
+
 float exp2_approx(float x);
 
 }  // namespace emulator

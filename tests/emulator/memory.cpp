@@ -87,6 +87,10 @@ bool SharedMemory::guards_intact() const {
          std::all_of(data_ + bytes_, data_ + bytes_ + kGuard, poisoned);
 }
 
+void check_waited(Site site, const char* what) {
+  if (!current->waited) fail(site, std::string(what) + " before wait_for_earlier_kernels");
+}
+
 void check_global(Site site, const char* what, const void* address, size_t bytes) {
   check_alignment(site, what, address, bytes);
   const std::string problem = allocations().problem(address, bytes);

@@ -56,6 +56,8 @@ class SharedMemory {
 // Throw unless [address, address + bytes) may be accessed by the running thread, aligned to its
 // size.
 void check_global(Site site, const char* what, const void* address, size_t bytes);
+// Throws if the running thread must not touch what other kernels write yet.
+void check_waited(Site site, const char* what);
 void check_shared(Site site, const char* what, const void* address, size_t bytes);
 
 }  // namespace emulator

@@ -53,6 +53,7 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"missing_wait", &cuda::run_missing_wait},
     {"wrong_wait", &cuda::run_wrong_wait},
     {"reused_too_early", &cuda::run_reused_too_early},
+    {"began_too_early", &cuda::run_began_too_early},
     {"out_of_bounds_read", &cuda::run_out_of_bounds_read},
     {"out_of_bounds_write", &cuda::run_out_of_bounds_write},
     {"out_of_bounds_shared", &cuda::run_out_of_bounds_shared},

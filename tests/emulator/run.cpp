@@ -40,7 +40,7 @@ std::vector<Record>& records() {
 void* shared_memory() { return current->block->shared().data(); }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                std::function<void()> body) {
+                std::function<void()> body, bool overlaps) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (blocks == 0) return cudaSuccess;
@@ -59,7 +59,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                       settings().delivery,
                       settings().seed,
                       unfenced,
-                      settings().capability};
+                      settings().capability,
+                      overlaps};
   std::vector<uint64_t> order(blocks);
   std::iota(order.begin(), order.end(), uint64_t{0});
   std::shuffle(order.begin(), order.end(), std::mt19937_64(launch.seed));

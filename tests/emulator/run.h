@@ -33,9 +33,9 @@ struct Record {
 std::vector<Record>& records();  // of the launches since they were last cleared
 
 // Runs all blocks, in random order. Returns what CUDA would say of the shape of the launch; throws
-// Error for what a thread does.
+// Error for what a thread does. overlaps: see wait_for_earlier_kernels.
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-                std::function<void()> body);
+                std::function<void()> body, bool overlaps = false);
 
 // Of the block that is running.
 void* shared_memory();

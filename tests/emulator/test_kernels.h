@@ -53,6 +53,7 @@ cudaError_t run_missing_syncwarp(const Arguments& a);
 cudaError_t run_missing_wait(const Arguments& a);
 cudaError_t run_wrong_wait(const Arguments& a);
 cudaError_t run_reused_too_early(const Arguments& a);
+cudaError_t run_began_too_early(const Arguments& a);
 cudaError_t run_out_of_bounds_read(const Arguments& a);
 cudaError_t run_out_of_bounds_write(const Arguments& a);
 cudaError_t run_out_of_bounds_shared(const Arguments& a);

@@ -15,6 +15,14 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                        [=] { kernel(arguments...); });
 }
 
+template <class... Parameters, class... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+  return emulator::run(
+      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+      [=] { kernel(arguments...); }, true);
+}
+
 inline int multiprocessors() { return emulator::settings().multiprocessors; }
 
 inline int compute_capability() { return emulator::settings().capability; }

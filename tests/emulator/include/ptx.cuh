@@ -83,6 +83,9 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
 
+inline void wait_for_earlier_kernels() { emulator::wait_for_earlier_kernels(); }
+inline void let_later_kernels_begin() {}
+
 inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
 
 }  // namespace mistral::cuda
