@@ -16,6 +16,7 @@ int4 800; 8 sequences in bf16 7 times one; 1.15 times the best peer.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -35,7 +36,7 @@ from mistral_ext.cache import RingCache
 from mistral_ext.checkpoint import tensor_shapes
 from mistral_ext.config import MistralConfig
 from mistral_ext.decoding import GraphDecoder
-from mistral_ext.model import Transformer
+from mistral_ext.model import Transformer, move_weights
 from mistral_ext.quantize import Quantization
 from mistral_ext.sampling import Sampler, SamplingParams
 
@@ -54,6 +55,7 @@ def random_weights(config: MistralConfig, name: str) -> dict[str, Any]:
             weights[tensor] = random_weight(*shape, bits, torch.bfloat16)
         else:
             weights[tensor] = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+    move_weights(weights, torch.device("cuda"))  # to where loading puts them
     return weights
 
 
@@ -120,29 +122,51 @@ def torch_products() -> Iterator[None]:
         ops._MOST_TOKENS_ON_CUDA = most
 
 
-def peer_seconds(
-    config: MistralConfig, weights: dict[str, Any], history: int
-) -> dict[str, float | str]:
-    """Seconds of a step, or what went wrong."""
+def measure(
+    model: Transformer, name: str, batch: int, history: int, bandwidth: float, matrix: float
+) -> dict[str, Any]:
+    """One of CASES, shown and for the report."""
+    launches = list(decode_step(model.config, BITS[name], batch, history))
+    floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
+    step = our_step(model, batch, history)
+    seconds = seconds_of(step)
+    kernels = kernel_seconds(step, len(launches))
+    _C.overlap(True)
+    overlapping = seconds_of(our_step(model, batch, history))
+    _C.overlap(False)
+    print(
+        f"\n{name}, {batch} sequences after {history} tokens: {batch / seconds:.1f} tokens/s, "
+        f"{floor / seconds:.0%} of the floor; overlapping {batch / overlapping:.1f} tokens/s",
+        flush=True,
+    )
+    print_table(launches, bandwidth, matrix, kernels)
+    case = {"weights": name, "batch": batch, "history": history, "seconds": seconds}
+    return case | {"overlapping_seconds": overlapping, "launches": kernels}
+
+
+def peer_seconds(config: MistralConfig, history: int) -> Iterator[tuple[str, float | str]]:
+    """Seconds of a step of each peer, or what went wrong."""
+    weights = random_weights(config, "bf16")
     ids = torch.randint(3, config.vocab_size, (history,)).tolist()
 
     def with_torch_products() -> float:
         with torch_products():
             return seconds_of(our_step(Transformer(config, weights), 1, history))
 
-    transformers = functools.cache(lambda: Transformers(config, weights))
+    # The window does not matter so early, and without one its cache is simpler.
+    transformers = functools.cache(
+        lambda: Transformers(dataclasses.replace(config, sliding_window=None), weights)
+    )
     peers = {
         "torch's products, CUDA graph": with_torch_products,
         "transformers, eager": lambda: seconds_of(transformers().decoder(1, ids)),
         "transformers, compiled": lambda: seconds_of(transformers().compiled_decoder(1, ids)),
     }
-    result: dict[str, float | str] = {}
-    for name, measure in peers.items():
+    for name, run in peers.items():
         try:
-            result[name] = measure()
+            yield name, run()
         except Exception as error:  # whatever a peer does, the rest goes on
-            result[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    return result
+            yield name, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main() -> None:
@@ -164,41 +188,30 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "layers": args.layers,
         "copy_bandwidth": bandwidth,
+        "matrix_rate": matrix,
         "cases": [],
         "peers": {},
     }
-    weights, made = {}, None
-    for name, batch, history in CASES:
-        if name != made:
-            weights = {}  # lets the last ones go first
-            weights, made = random_weights(config, name), name
-        launches = list(decode_step(config, BITS[name], batch, history))
-        floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
-        step = our_step(Transformer(config, weights), batch, history)
-        seconds = seconds_of(step)
-        kernels = kernel_seconds(step, len(launches))
-        _C.overlap(True)
-        overlapping = seconds_of(our_step(Transformer(config, weights), batch, history))
-        _C.overlap(False)
-        print(
-            f"\n{name}, {batch} sequences after {history} tokens: {batch / seconds:.1f} tokens/s, "
-            f"{floor / seconds:.0%} of the floor; overlapping {batch / overlapping:.1f} tokens/s",
-            flush=True,
-        )
-        print_table(launches, bandwidth, matrix, kernels)
-        case = {"weights": name, "batch": batch, "history": history, "seconds": seconds}
-        report["cases"].append(case | {"overlapping_seconds": overlapping, "launches": kernels})
-        if (name, batch, history) == CASES[0] and not args.no_peers:
-            report["peers"] = peer_seconds(config, weights, history)
-            for peer, result in report["peers"].items():
-                shown = (
-                    f"{1 / result:.1f} tokens/s, ours {result / seconds:.2f} times that"
-                    if isinstance(result, float)
-                    else result
-                )
-                print(f"{peer}: {shown}", flush=True)
+
+    def save() -> None:
         if args.json:
             write_json(args.json, report)
+
+    for name in BITS:
+        model = Transformer(config, random_weights(config, name))
+        for case in (case for case in CASES if case[0] == name):
+            report["cases"].append(measure(model, *case, bandwidth, matrix))
+            save()
+        del model  # before the next one's weights are made
+    if not args.no_peers:
+        ours = report["cases"][0]["seconds"]
+        for peer, result in peer_seconds(config, CASES[0][2]):
+            report["peers"][peer] = result
+            shown = result
+            if isinstance(result, float):
+                shown = f"{1 / result:.1f} tokens/s, ours {result / ours:.2f} times that"
+            print(f"{peer}: {shown}", flush=True)
+            save()
 
 
 if __name__ == "__main__":

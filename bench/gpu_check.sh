@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Everything that only a CUDA machine can tell, in some 10 minutes and without a network:
+# Everything that only a CUDA machine can tell, without a network:
 #
-#   bench/gpu_check.sh OUT
+#   bench/gpu_check.sh OUT [tests | times]
 #
-# builds for the GPU at hand, runs the tests marked cuda, looks for memory errors and races in a
-# small subset with compute-sanitizer, and times the ops. OUT gets a log of each step, ops.json with
-# the measurements, and report.json with all that was found. A step that fails does not stop the
-# others; the exit status says whether one did. Needs nvcc and, in the Python at hand, torch, cmake,
-# ninja, pybind11, pytest, hypothesis and transformers. Environment: PYTHON, if it is not python3;
-# COMMIT, for the report, where the folder is no git repository.
+# builds for the GPU at hand; runs the tests marked cuda and looks for memory errors and races in a
+# small subset with compute-sanitizer; then times the decode step of the whole model, the ops and the
+# reading of a prompt. Either half can be had alone, in about 10 minutes at most. OUT gets a log of
+# each step, its measurements as JSON, and report.json with all that was found. A step that fails
+# does not stop the others; the exit status says whether one did. Needs nvcc and, in the Python at
+# hand, torch, cmake, ninja, pybind11, pytest, hypothesis and transformers. Environment: PYTHON, if
+# it is not python3; COMMIT, for the report, where the folder is no git repository.
 set -uo pipefail
 
 if [[ $# != 1 && ! ($# == 2 && $2 =~ ^(tests|times)$) ]]; then
@@ -64,7 +65,7 @@ if [[ $half != times ]]; then
   fi
 fi
 if [[ $half != tests ]]; then
-  step decode 180 "$python" bench/decode_cuda.py --json "$out/decode.json"
+  step decode 240 "$python" bench/decode_cuda.py --json "$out/decode.json"
   step ops 150 "$python" bench/ops.py --device cuda --json "$out/ops.json"
   if [[ $capability == "(9, 0)" ]]; then
     step sm90_ops 100 "$python" bench/ops.py --device cuda --only "attention sm90" \

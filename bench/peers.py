@@ -110,7 +110,6 @@ class Transformers:
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,
-                cache_position=position,
                 position_ids=position[None],
             )
             tokens, position = out.logits[:, -1:].argmax(-1), position[-1:] + 1

@@ -8,7 +8,8 @@ activations that each launch reads or writes once, its FLOPs, and its floor, the
 over the bandwidth and FLOPs over the rate of matrix products. The default limits are those measured
 on an H200: a copy, and a product of large bf16 matrices. --measured takes the file that
 `bench/decode_cuda.py --json` writes, and shows the time of each launch beside its floor. Needs no
-GPU.
+GPU. Products of up to 8 sequences normalise their input themselves, those of more have a launch for
+that before them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mistral_ext.quantize import DEFAULT_GROUP
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 ELEMENT = 2  # bytes of an activation, key or value
+NORMALISED_BY_PRODUCTS = 8  # tokens: kNormTokens of csrc/cuda/linear_kernel.cuh
 H200_BANDWIDTH = 4.3e12  # bytes/s of a copy, read and written
 H200_MATRIX = 788e12  # FLOP/s
 
@@ -79,11 +81,16 @@ def decode_step(config: MistralConfig, bits: int, batch: int, history: int) -> I
             flops=2 * batch * rows * columns,
         )
 
+    def norm():  # of more tokens than a block of a product normalises for itself
+        if batch > NORMALISED_BY_PRODUCTS:
+            yield Launch("norm", activations=2 * batch * ELEMENT * dim)
+
     dim, hidden = config.dim, config.hidden_dim
     queries, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     seen = min(history + 1, config.sliding_window or history + 1)
     for _ in range(config.n_layers):
-        yield product("norm, qkv, rope, append", queries + 2 * kv, dim, bits, queries + 4 * kv)
+        yield from norm()
+        yield product("qkv, rope, append", queries + 2 * kv, dim, bits, queries + 4 * kv)
         yield Launch(
             "attention",
             cache=batch * (seen - 1) * 2 * kv * ELEMENT,
@@ -91,9 +98,11 @@ def decode_step(config: MistralConfig, bits: int, batch: int, history: int) -> I
             flops=4 * batch * seen * queries,
         )
         yield product("wo, residual", dim, queries, bits, dim, also=dim)
-        yield product("norm, gate, up, swiglu", 2 * hidden, dim, bits, hidden)
+        yield from norm()
+        yield product("gate, up, swiglu", 2 * hidden, dim, bits, hidden)
         yield product("down, residual", dim, hidden, bits, dim, also=dim)
-    yield product("norm, output", config.vocab_size, dim, max(bits, 8), config.vocab_size)
+    yield from norm()
+    yield product("output", config.vocab_size, dim, max(bits, 8), config.vocab_size)
     # fp32 logits, and how often each token has been seen
     yield Launch("sample", activations=batch * config.vocab_size * (4 + 4))
 
@@ -139,7 +148,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH / 1e9, metavar="GB/s")
     parser.add_argument("--matrix", type=float, default=H200_MATRIX / 1e12, metavar="TFLOP/s")
-    parser.add_argument("--measured", metavar="FILE", help="from decode_cuda.py: its cases, too")
+    parser.add_argument(
+        "--measured", metavar="FILE", help="from decode_cuda.py, which gives all else"
+    )
     args = parser.parse_args()
 
     cases = [vars(args) | {"launches": None, "seconds": None}]
@@ -147,7 +158,7 @@ def main() -> None:
     if args.measured:
         report = json.loads(Path(args.measured).read_text())
         cases = [case | {"layers": report["layers"]} for case in report["cases"]]
-        bandwidth = report["copy_bandwidth"]
+        bandwidth, matrix = report["copy_bandwidth"], report["matrix_rate"]
     for case in cases:
         config = mistral_7b(case["layers"])
         launches = list(decode_step(config, BITS[case["weights"]], case["batch"], case["history"]))

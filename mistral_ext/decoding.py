@@ -9,6 +9,7 @@ be launched before the tokens of the last one are known to the host, and the GPU
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,8 +72,10 @@ class Decoder:
 class GraphDecoder(Decoder):
     """Queues a step on a CUDA device and returns at once.
 
-    There is a graph for each number of completions. Filling up to the next of fewer sizes would
-    cost every step something; a capture costs no more than a few steps of Python, once.
+    There is a graph for each number of completions, captured at its second step. Filling up to the
+    next of fewer sizes would cost every step something, and a capture costs about as much as one
+    step launched by Python. Graphs last as long as the cache and the sampler that they were
+    captured with: for one run of the scheduler.
 
     Args:
         model, cache, sampler: as above, on the device.
@@ -182,25 +185,30 @@ class CudaGraphs:
 
     def __init__(self, name: torch.device) -> None:
         self.name = name
-        self._pool = torch.cuda.graph_pool_handle()  # graphs never run at the same time
+        # Graphs never run at the same time, so they may use the same memory: that of one stream.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = _capture_stream(name)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """What repeats the work, as a graph; it is not done now."""
         graph = torch.cuda.CUDAGraph()
-        current, stream = torch.cuda.current_stream(self.name), torch.cuda.Stream(self.name)
-        stream.wait_stream(current)
-        # Not torch.cuda.graph: it also collects garbage and gives all unused memory back.
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool)
+        # Not torch.cuda.graph: it also collects garbage and gives all unused memory back. Other
+        # threads of the process may go on allocating.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
             finally:
                 graph.capture_end()
-        current.wait_stream(stream)
         return graph.replay
 
     def host_copy(self, size: int) -> _HostCopy:
         return _HostCopy(size)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _HostCopy:

@@ -472,6 +472,10 @@ def _adjacent(weights) -> bool:
     )
 
 
+def _side_by_side(products):
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+
 def _torch_products(op, x, values, scales, norm, eps):
     _C.check_linear(op, x, values, scales, norm, eps, None)
     x = x if norm is None else rms_norm(x, norm, eps)
@@ -483,8 +487,7 @@ def _torch_products(op, x, values, scales, norm, eps):
 @torch.library.impl("mistral_ext::linear", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
     if _multiplied_by_torch(x):
-        products = _torch_products("linear", x, values, scales, norm, eps)
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        return _side_by_side(_torch_products("linear", x, values, scales, norm, eps))
     out = x.new_empty((len(x), sum(map(len, values))))
     _linear("linear", x, values, scales, norm, eps, out)
     return out
@@ -505,7 +508,7 @@ def _(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=Non
     rings = k_pool, v_pool, sequences, theta, window
     if _multiplied_by_torch(x):
         _C.check_linear_rope(x, values, scales, norm, eps, k_pool)
-        out = torch.cat(list(_torch_products("linear_rope", x, values, scales, norm, eps)), dim=1)
+        out = _side_by_side(_torch_products("linear_rope", x, values, scales, norm, eps))
         heads = [len(weight) // k_pool.shape[1] for weight in values]
         q, k, v = out.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
         _C.rope(q, k, v, *rings, _lane(x))

@@ -205,9 +205,10 @@ NO_WORK |= {
 }
 
 
-@pytest.mark.parametrize("completions", [1, 3])
+@pytest.mark.parametrize("completions", [1, 3, 9])
 def test_launches_of_a_step(tmp_path, emulator, completions):
-    """Five a layer, in this order; and no other work, nothing that waits, nothing from the host."""
+    """Five a layer, in this order, and the norms of more than 8 apart; and no other work, nothing
+    that waits, nothing from the host."""
     write_checkpoint(tmp_path)
     llm = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
     cache = RingCache(llm.config, [16] * completions, torch.bfloat16)
@@ -226,8 +227,10 @@ def test_launches_of_a_step(tmp_path, emulator, completions):
         re.match(r"(?:\w+::)*(?:\(anonymous namespace\)::)?(\w+)", launch["kernel"])[1]
         for launch in emulator.take_launches()
     ]
-    layer = ["linear_rope_kernel", "attention_decode", *3 * ["linear_kernel"]]
-    assert names == [*llm.config.n_layers * layer, "linear_kernel", "sample_kernel"]
+    norm = ["linear_norm_kernel"] if completions > 8 else []
+    layer = [*norm, "linear_rope_kernel", "attention_decode", "linear_kernel"]
+    layer += [*norm, "linear_kernel", "linear_kernel"]
+    assert names == [*llm.config.n_layers * layer, *norm, "linear_kernel", "sample_kernel"]
     work = [name.split("::")[1] for name in asked.names if name.startswith("aten::")]
     work = [name for name in work if name not in NO_WORK]
     # The embeddings before the layers, the conversion of the logits after them, then the state.

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
 
 namespace mistral::cuda {
 namespace {
@@ -11,7 +11,10 @@ namespace {
 bool& wants_overlap() {
   static bool wanted = [] {
     const char* value = std::getenv("MISTRAL_EXT_OVERLAP");
-    return value != nullptr && std::strcmp(value, "1") == 0;
+    const std::string given = value ? value : "";
+    if (given.empty() || given == "0" || given == "1") return given == "1";
+    throw std::invalid_argument("environment variable MISTRAL_EXT_OVERLAP is '" + given +
+                                "', expected 0 or 1");
   }();
   return wanted;
 }

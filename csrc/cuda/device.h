@@ -23,7 +23,8 @@ struct Devices {
 Devices devices();
 
 // Whether the kernels of a decode step may overlap: each then fetches its first weights while the
-// one before it ends. Set by the environment variable MISTRAL_EXT_OVERLAP=1, or:
+// one before it ends, so that weights must not be what that one computes. Set by the environment
+// variable MISTRAL_EXT_OVERLAP, 0 or 1, or by `overlap`.
 bool overlapping();
 void overlap(bool wanted);
 

@@ -50,13 +50,21 @@ inline int compute_capability() {
   return 10 * major + minor;
 }
 
+// Whether the kernel's code has the instruction behind wait_for_earlier_kernels: code for older
+// devices, which newer ones run too, does not wait.
+inline bool waits(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 // The same for a kernel that may begin before those ahead of it on the stream are done, where that
-// is asked for (device.h) and the device can do it: programmatic dependent launch. All its threads
-// call wait_for_earlier_kernels (ptx.cuh), and touch nothing before that but constants.
+// is asked for (device.h) and its code is for devices that can do it: programmatic dependent
+// launch. All its threads call wait_for_earlier_kernels (ptx.cuh), and touch nothing before that
+// but what the kernel just ahead does not write, such as weights.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  if (!overlapping() || compute_capability() < 90) {
+  if (!overlapping() || !waits(reinterpret_cast<const void*>(kernel))) {
     return launch(kernel, grid, block, shared_bytes, stream, arguments...);
   }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
