@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 from measure import write_json
+from measure_cuda import ceilings
 from models import mistral_7b
-from ops_cuda import ceilings, random_weight
+from ops_cuda import random_weight
 from peers import Transformers
 from roofline import BITS, decode_step, print_table
 
