@@ -11,13 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure_cuda import (
-    DEVICE,
-    Call,
-    Case,
-    compiled,
-    flashinfer,
-)
+from measure_cuda import DEVICE, Call, Case, compiled, flashinfer
 from shapes import (
     HEAD_DIM,
     HEADS,

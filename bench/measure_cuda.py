@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from shapes import (
-    random,
-)
+from shapes import random
 
 from mistral_ext import _C
 

@@ -25,14 +25,7 @@ from typing import Any
 import torch
 from attention_cuda import SM90, decode_cases, prefill_cases, sm90_cases
 from measure import print_header, print_row, write_json
-from measure_cuda import (
-    DEVICE,
-    Case,
-    eager_and_compiled,
-    flashinfer,
-    machine,
-    measure,
-)
+from measure_cuda import DEVICE, Case, eager_and_compiled, flashinfer, machine, measure
 from shapes import (
     DIM,
     EPS,
