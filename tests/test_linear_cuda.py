@@ -91,7 +91,7 @@ def test_a_block_normalises_x_once(emulator, form, tokens, generator):
     without, fused = emulator.take_launches()
     assert fused["grid"][0] == multiprocessors
     of_x = 7 * 8 * size * 2
-    normalising = multiprocessors * (2 * tokens + 1) * size * 2
+    normalising = multiprocessors * (tokens + 1) * size * 2
     assert fused["loaded_bytes"] == without["loaded_bytes"] - of_x + normalising
     assert fused["shared_conflicts"] == 0
     assert plain.shape == (tokens, rows)

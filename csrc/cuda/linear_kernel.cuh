@@ -166,9 +166,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   if constexpr (kNorm) {
     T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
     const int stride = normalised_row<W>(p.inputs), count = static_cast<int>(p.tokens);
-    normalise_rows<T, kNormTokens>(p, 0, count, partial_sums, [&](int i, int k, const Vec16<T>& v) {
-      store_shared16(rows + i * stride + k, v);
-    });
+    normalise_rows<T, kNormTokens>(p, 0, count, partial_sums, RowsInShared<T>{rows, stride});
     for (int i = warp; i < count; i += kLinearWarps) {
       for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
         store_shared16(rows + i * stride + k, Vec16<T>{});
