@@ -205,9 +205,9 @@ NO_WORK |= {
 }
 
 
-@pytest.mark.parametrize("completions", [1, 3, 9])
+@pytest.mark.parametrize("completions", [1, 3, 9, 16, 17])
 def test_launches_of_a_step(tmp_path, emulator, completions):
-    """Five a layer, in this order, and the norms of more than 8 apart; and no other work, nothing
+    """Five a layer, in this order, and the norms of more than 16 apart; and no other work, nothing
     that waits, nothing from the host."""
     write_checkpoint(tmp_path)
     llm = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -227,7 +227,7 @@ def test_launches_of_a_step(tmp_path, emulator, completions):
         re.match(r"(?:\w+::)*(?:\(anonymous namespace\)::)?(\w+)", launch["kernel"])[1]
         for launch in emulator.take_launches()
     ]
-    norm = ["linear_norm_kernel"] if completions > 8 else []
+    norm = ["linear_norm_kernel"] if completions > 16 else []
     layer = [*norm, "linear_rope_kernel", "attention_decode", "linear_kernel"]
     layer += [*norm, "linear_kernel", "linear_kernel"]
     assert names == [*llm.config.n_layers * layer, *norm, "linear_kernel", "sample_kernel"]
