@@ -20,6 +20,9 @@ namespace mistral {
 //          (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1).
 enum class WeightFormat { plain, int8, int4 };
 
+// Rows of 8 bits are no longer, so that sums of integer products fit 32 bits.
+constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
+
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
 // What becomes of the product.

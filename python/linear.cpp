@@ -62,6 +62,10 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const py::list&
                  std::to_string(groups) +
                  " scales a row, expected groups of 32, 64 or 128 inputs with a scale each");
   }
+  if (p.format == WeightFormat::int8 && inputs > kMaxInt8Inputs) {
+    fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
+                 " inputs, expected at most " + std::to_string(kMaxInt8Inputs) + " in 8 bits");
+  }
   scales.expect_contiguous();
   if (i > 0 && group != p.group) {
     fail(op, std::string(names.values[i]) + " has groups of " + std::to_string(group) +

@@ -185,6 +185,51 @@ def test_what_is_not_finite_stays_in_its_row_and_token(backend, tokens, generato
         assert torch.equal(ops.linear(x, weight, norm).isfinite(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_any_size_of_activations(isa, dtype, tokens, generator):
+    """One far larger than the others, at any place; and all of them near the ends of the range,
+    where a power of two changes nothing else."""
+    x = torch.randn(tokens, 192, generator=generator).to(dtype)
+    exponents = [-100, 100] if dtype == torch.bfloat16 else [-6, 6]
+    for weight in weights((20, 192), dtype, generator).values():
+        for place in (0, 77, 191):
+            outlier = x.clone()
+            outlier[:, place] *= 500
+            exact = outlier.double() @ exact_weight(weight).T
+            plain = outlier @ exact_weight(weight).to(dtype).T
+            assert_close(ops.linear(outlier, weight), exact, plain)
+        for exponent in exponents:
+            scaled = ops.linear(x * 2.0**exponent, weight)
+            assert torch.equal(scaled, ops.linear(x, weight) * 2.0**exponent)
+        assert not ops.linear(torch.zeros_like(x), weight).any()
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_rounded_weights_spread_what_is_not_finite(isa, value, generator):
+    x = torch.randn(3, 192, generator=generator).bfloat16()
+    x[1, 100] = value
+    for name, weight in weights((20, 192), torch.bfloat16, generator).items():
+        out = ops.linear(x, weight)
+        assert out[[0, 2]].isfinite().all(), name
+        assert not out[1].isfinite().any(), name
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_longest_row_of_int8(isa, tokens):
+    size = 2**20
+    values = torch.full((2, size), 127, dtype=torch.int8)
+    values[1] = -127
+    weight = Quantized(values, torch.full((2, 1), 2.0**-7, dtype=torch.bfloat16))
+    for x in (1.0, -255.0):
+        out = ops.linear(torch.full((tokens, size), x, dtype=torch.bfloat16), weight)
+        expected = torch.tensor([127, -127]) * x * size / 2**7
+        assert torch.equal(out, expected.bfloat16().expand(tokens, 2))
+    longer = zeros((1, size + 1), (1, 1), torch.int8)
+    with pytest.raises(ValueError, match="1048577 inputs, expected at most 1048576 in 8 bits"):
+        ops.linear(torch.zeros(tokens, size + 1).bfloat16(), longer)
+
+
 def test_int4_of_every_value_and_place(backend):
     """Unpacking alone: each of the 8 places of a word with each of the 16 values."""
     values = torch.arange(-8, 8).repeat(8).view(8, 16).T.reshape(1, 128)

@@ -60,7 +60,8 @@ bool processor_has(Isa isa) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
-      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni");
     case Isa::amx: {
       static const bool permitted = amx_permitted();
       return permitted && processor_has(Isa::avx512_bf16);

@@ -5,7 +5,7 @@
 #include "../linear.h"
 
 #include "kernels.h"
-#include "linear_few.h"
+#include "linear_few_int8.h"
 #include "linear_many.h"
 #include "norm.h"
 #include "parallel.h"
@@ -83,16 +83,20 @@ void finish(const LinearParams& p, int64_t token, int64_t column, const float* p
   }
 }
 
-// One token's activations, in Order's order of k and padded with zeros.
-template <class Order, class T, class Element>
-void pack_row(const LinearParams& p, int64_t token, T* normalised, Element* out) {
+// One token's activations, normalised if they are to be.
+template <class T>
+const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
-  if (p.norm) {
-    normalise<T>(x, nullptr, static_cast<const T*>(p.norm), normalised, p.inputs, p.eps);
-    x = normalised;
-  }
-  for (int64_t begin = 0; begin < p.inputs; begin += kPadding) {
-    const int64_t count = mistral::min(kPadding, p.inputs - begin);
+  if (!p.norm) return x;
+  normalise<T>(x, nullptr, static_cast<const T*>(p.norm), normalised, p.inputs, p.eps);
+  return normalised;
+}
+
+// Packs the activations of a token, K of them, in Order's order of k and padded with zeros.
+template <class Order, class T, class Element>
+void pack_row(const T* x, int64_t inputs, Element* out) {
+  for (int64_t begin = 0; begin < inputs; begin += kPadding) {
+    const int64_t count = mistral::min(kPadding, inputs - begin);
     Element natural[kPadding] = {};
     Element* to = Order::kGrouped || count < kPadding ? natural : out + begin;
     if constexpr (sizeof(T) == sizeof(Element)) {
@@ -135,21 +139,16 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
   }
 }
 
-// What the packed activations of a call are multiplied as.
-template <WeightFormat format, class T>
-using FewElement = typename ChunkOf<format, T>::type::Arithmetic::Element;
-template <class T>
-using ManyElement = typename TileOf<T>::type::Element;
-
 // The parts of the scratch memory.
 template <class T, class Element>
 struct Scratch {
   T* normalised;    // [T, K]
-  Element* rows;    // [T, padded K], of many tokens up to a whole number of vectors
+  Element* rows;    // [T, row], of many tokens up to a whole number of vectors
   Element* packed;  // the same again, of many tokens
   int64_t bytes;
 
-  explicit Scratch(const LinearParams& p) {
+  // `row`: elements of a packed row
+  Scratch(const LinearParams& p, int64_t row) {
     char* next = static_cast<char*>(p.scratch);
     const auto take = [&](int64_t size) {
       char* begin = next;
@@ -158,7 +157,7 @@ struct Scratch {
     };
     const bool many = p.tokens > kFewTokens;
     const int64_t tokens = many ? ceil_div(p.tokens, Vec::width) * Vec::width : p.tokens;
-    const int64_t size = tokens * padded(p.inputs) * int64_t{sizeof(Element)};
+    const int64_t size = tokens * row * int64_t{sizeof(Element)};
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
     rows = reinterpret_cast<Element*>(take(size));
     packed = reinterpret_cast<Element*>(take(many ? size : 0));
@@ -167,13 +166,29 @@ struct Scratch {
 };
 
 template <WeightFormat format, class T>
+Scratch<T, typename FewChunkOf<format, T>::type::Arithmetic::Element> scratch_of_few(
+    const LinearParams& p) {
+  return {p, packed_elements<typename FewChunkOf<format, T>::type>(p.inputs)};
+}
+
+template <class T>
+Scratch<T, typename TileOf<T>::type::Element> scratch_of_many(const LinearParams& p) {
+  return {p, padded(p.inputs)};
+}
+
+template <WeightFormat format, class T>
 void linear_few(const LinearParams& p, int threads) {
-  using Chunk = typename ChunkOf<format, T>::type;
-  const Scratch<T, FewElement<format, T>> scratch(p);
-  const int64_t stride_x = padded(p.inputs);
+  using Chunk = typename FewChunkOf<format, T>::type;
+  const auto scratch = scratch_of_few<format, T>(p);
+  const int64_t stride_x = packed_elements<Chunk>(p.inputs);
   parallel_for(threads, p.tokens, [&](int64_t token) {
-    pack_row<Chunk>(p, token, scratch.normalised + token * p.inputs,
-                    scratch.rows + token * stride_x);
+    const T* x = input_row(p, token, scratch.normalised + token * p.inputs);
+    auto* const packed = scratch.rows + token * stride_x;
+    if constexpr (std::is_same_v<Chunk, Int8InIntegers>) {
+      pack_integers(x, p.inputs, packed);
+    } else {
+      pack_row<Chunk>(x, p.inputs, packed);
+    }
   });
 
   const int64_t row_bytes = mistral::max(1, rows_of<format, T>(p, 0, 0).row_bytes);
@@ -200,7 +215,7 @@ void linear_many(const LinearParams& p, int threads) {
   using Tile = typename TileOf<T>::type;
   // The order of k as `unpack` leaves it.
   using Order = typename ChunkOf<format, float>::type;
-  const Scratch<T, ManyElement<T>> scratch(p);
+  const auto scratch = scratch_of_many<T>(p);
   const int64_t stride_x = padded(p.inputs);
   const int64_t vectors = ceil_div(p.tokens, Vec::width);
   parallel_for(threads, vectors, [&](int64_t vector) {
@@ -208,8 +223,8 @@ void linear_many(const LinearParams& p, int threads) {
     auto* rows = scratch.rows + first * stride_x;
     const int64_t count = mistral::min(Vec::width, p.tokens - first);
     for (int64_t i = 0; i < count; ++i) {
-      pack_row<Order>(p, first + i, scratch.normalised + (first + i) * p.inputs,
-                      rows + i * stride_x);
+      const T* x = input_row(p, first + i, scratch.normalised + (first + i) * p.inputs);
+      pack_row<Order>(x, p.inputs, rows + i * stride_x);
     }
     memset(rows + count * stride_x, 0, (Vec::width - count) * stride_x * sizeof *rows);
     pack_vector<Tile>(rows, p.inputs, vectors, vector, scratch.packed);
@@ -280,8 +295,8 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
   int64_t bytes = 0;
   with_format(p, [&](auto format, auto type) {
     using T = decltype(type);
-    bytes = p.tokens <= kFewTokens ? Scratch<T, FewElement<format.value, T>>(p).bytes
-                                   : Scratch<T, ManyElement<T>>(p).bytes;
+    bytes = p.tokens <= kFewTokens ? scratch_of_few<format.value, T>(p).bytes
+                                   : scratch_of_many<T>(p).bytes;
   });
   return bytes;
 }

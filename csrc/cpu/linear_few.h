@@ -16,117 +16,186 @@ constexpr int64_t kCacheLineBytes = 64;
 constexpr int64_t kAheadBytes = 8192;
 
 // Rows and tokens that are multiplied at a time: of one token one row, a single stream through
-// memory; of more, rows that share the activations. Their sums have to stay in registers.
-constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
-constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
-// Neighbouring chunks of a row that are summed side by side, because a sum waits for the one
-// before.
-constexpr int kChains = 2;
-
-// Whether a chunk's products are summed on their own: int4 scales the sums, and one lane alone
-// would lose digits over thousands of values.
+// memory; of more, or of int4, which takes the longest, rows that share the activations. Their sums
+// have to stay in registers.
 template <class Chunk>
-constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
+constexpr int rows_at_a_time(int tokens) {
+  return tokens == 1 && !Chunk::kGrouped ? 1 : 2;
+}
+constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
+// Rows that are multiplied with all tokens before the next ones, so that they are still in the
+// cache.
+constexpr int kGroupRows = 8;
+// Several tokens' activations of this many values are multiplied with a group before the next ones:
+// those of whole rows have no room in the L1 cache.
+constexpr int64_t kBlockValues = 4096;
+// Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
+constexpr int kChains = 2;
 
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
-// out[n * stride_out + r]: the products of the first R rows of `w` and N tokens, all of K. x is in
-// the order of Chunk::k_at, padded with zeros.
-template <class Chunk, int R, int N>
-void multiply(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, int64_t stride_x,
-              float* out, int64_t stride_out) {
-  using A = typename Chunk::Arithmetic;
-  constexpr int64_t kChunkBytes = Chunk::bytes(Chunk::kValues);
-  Vec totals[kChains][N][R];
-  for (auto& chain : totals) {
-    for (int n = 0; n < N; ++n) {
-      for (int r = 0; r < R; ++r) chain[n][r] = broadcast(0.0f);
-    }
-  }
-  const auto accumulate = [&](Vec(&total)[N][R], int64_t k, const GroupScales& groups,
-                              auto values_of) {
-    Chunk chunks[R];
-    for (int r = 0; r < R; ++r) chunks[r].take(values_of(r));
-    Vec sums[N][R];
-    for (int n = 0; n < N; ++n) {
-      for (int r = 0; r < R; ++r) sums[n][r] = kSumsChunks<Chunk> ? broadcast(0.0f) : total[n][r];
-    }
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < Chunk::kVectors; ++i) {
-      typename A::Operand weights[R];
-      for (int r = 0; r < R; ++r) weights[r] = chunks[r].operand(i);
-      for (int n = 0; n < N; ++n) {
-        const auto activations = A::load(x + n * stride_x + k + i * kStep<A>);
-        for (int r = 0; r < R; ++r) {
-          sums[n][r] = A::multiply_add(weights[r], activations, sums[n][r]);
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      Vec scales = broadcast(1.0f);
-      if (Chunk::kGrouped) {
-        scales = groups.load(w.scales + r * w.row_scales + (k >> w.group_log2));
-      }
-      for (int n = 0; n < N; ++n) {
-        total[n][r] = kSumsChunks<Chunk> ? fma(sums[n][r], scales, total[n][r]) : sums[n][r];
-      }
-    }
-  };
-
-  // Rows that are read side by side are fetched in the order of addresses too, so all of them
-  // before the first is used: into the L2 cache, because the L1 has no room for as much.
+// Calls f(chunk, i, values, scales) for the chunks of R rows from k = `begin` to `end`: i counts
+// the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
+// Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
+// on.
+template <class Chunk, int R, class F>
+MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
+                                 const F& f) {
+  constexpr int64_t kValues = Chunk::kValues, kBytes = Chunk::bytes(kValues);
+  // One row's stream goes to the L1 cache, which has no room for more.
   constexpr int kLocality = R == 1 ? 3 : 2;
-  const int64_t ahead = R == 1 ? kAheadBytes : mistral::max(kAheadBytes, R * w.row_bytes);
-  if (Chunk::kGrouped) {
-    const int64_t bytes = R * w.row_scales * int64_t{sizeof(bf16)};
-    fetch<kLocality>(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
-  }
-  const GroupScales groups(w.group_log2, Chunk::kValues);
-  const auto values_at = [&](int64_t k) {
-    return [&w, k](int r) { return w.values + r * w.row_bytes + Chunk::bytes(k); };
+  GroupScales::Loaded loaded[R];
+  const auto load_scales = [&](const GroupScales& groups, int64_t chunk) {
+    for (int r = 0; r < R && Chunk::kGrouped; ++r) {
+      loaded[r] = groups.load(w.scales + r * w.row_scales + (chunk * kValues >> w.group_log2));
+    }
   };
-  int64_t k = 0;
-  for (; k + kChains * Chunk::kValues <= w.inputs; k += kChains * Chunk::kValues) {
-    fetch<kLocality>(w.values + R * Chunk::bytes(k) + ahead, R * kChains * kChunkBytes);
-#pragma GCC unroll 2
-    for (int chain = 0; chain < kChains; ++chain) {
-      const int64_t at = k + chain * Chunk::kValues;
-      accumulate(totals[chain], at, groups, values_at(at));
-    }
-  }
-  for (; k + Chunk::kValues <= w.inputs; k += Chunk::kValues) {
-    accumulate(totals[0], k, groups, values_at(k));
-  }
-  if (k < w.inputs) {
-    char rest[R][kChunkBytes] = {};
+  const auto visit = [&](const GroupScales& groups, int64_t chunk, int i, auto values_of) {
+    const char* values[R];
+    Vec scales[R];
     for (int r = 0; r < R; ++r) {
-      memcpy(rest[r], w.values + r * w.row_bytes + Chunk::bytes(k), Chunk::bytes(w.inputs - k));
+      values[r] = values_of(r);
+      if (Chunk::kGrouped) scales[r] = groups.of_words(loaded[r], i);
     }
-    accumulate(totals[0], k, GroupScales(w.group_log2, w.inputs - k),
-               [&](int r) { return rest[r]; });
-  }
+    f(chunk, i, values, scales);
+  };
 
-  for (int n = 0; n < N; ++n) {
-    for (int r = 0; r < R; ++r) {
-      const float factor = w.scales && !Chunk::kGrouped ? to_float(w.scales[r]) : 1.0f;
-      out[n * stride_out + r] = sum(totals[0][n][r] + totals[1][n][r]) * factor;
+  // Counted in chunks, of which compilers know how to make addresses that go on by a constant.
+  int64_t chunk = begin / kValues;
+  next -= R * chunk * kBytes;
+  const GroupScales of_chains(w.group_log2, kChains * kValues);
+  for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
+    fetch<kLocality>(next + R * chunk * kBytes, R * kChains * kBytes);
+    load_scales(of_chains, chunk);
+#pragma GCC unroll 2
+    for (int i = 0; i < kChains; ++i) {
+      const int64_t offset = (chunk + i) * kBytes;
+      visit(of_chains, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
     }
+  }
+  // The rest of a row: a whole chunk, and one that is padded with zeros.
+  for (; chunk * kValues < end; ++chunk) {
+    const int64_t there = mistral::min(kValues, end - chunk * kValues);
+    char rest[R][kBytes] = {};
+    for (int r = 0; r < R; ++r) {
+      memcpy(rest[r], w.values + r * w.row_bytes + chunk * kBytes, Chunk::bytes(there));
+    }
+    const GroupScales of_rest(w.group_log2, there);
+    load_scales(of_rest, chunk);
+    visit(of_rest, chunk, 0, [&](int r) { return rest[r]; });
   }
 }
 
-template <class Chunk, int N>
-void multiply_rows(const WeightRows& w, int64_t count, const typename Chunk::Arithmetic::Element* x,
-                   int64_t stride_x, float* out, int64_t stride_out) {
-  constexpr int R = rows_at_a_time(N);
-  int64_t row = 0;
-  for (; row + R <= count; row += R) {
-    multiply<Chunk, R, N>(w.from(row), x, stride_x, out + row, stride_out);
+// The products of the first R rows of `w` and N tokens, as far as K has been added. x is in the
+// order of Chunk::k_at, padded with zeros. All of it is inlined: sums are to stay in registers.
+template <class Chunk, int R, int N>
+struct Product {
+  using A = typename Chunk::Arithmetic;
+  // Whether a chunk's products are summed on their own: int4 scales the sums, and one lane alone
+  // would lose digits over thousands of values.
+  static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
+  static constexpr int kTotals = kSumsChunks ? 1 : kChains;
+
+  Vec totals[kTotals][N][R];
+
+  MISTRAL_SIMD void start(const typename A::Element*, int64_t) {
+    for (auto& total : totals) {
+      for (int n = 0; n < N; ++n) {
+        for (int r = 0; r < R; ++r) total[n][r] = broadcast(0.0f);
+      }
+    }
   }
-  for (; row < count; ++row) {
-    multiply<Chunk, 1, N>(w.from(row), x, stride_x, out + row, stride_out);
+
+  MISTRAL_SIMD void add(const WeightRows& w, const typename A::Element* x, int64_t stride_x,
+                        int64_t begin, int64_t end, const char* next) {
+    Product sum = *this;
+    for_each_chunk<Chunk, R>(
+        w, begin, end, next,
+        [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&scales)[R]) {
+          Vec(&total)[N][R] = sum.totals[chain % kTotals];
+          Chunk chunks[R];
+          for (int r = 0; r < R; ++r) chunks[r].take(values[r]);
+          Vec sums[N][R];
+          for (int n = 0; n < N; ++n) {
+            for (int r = 0; r < R; ++r) sums[n][r] = kSumsChunks ? broadcast(0.0f) : total[n][r];
+          }
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < Chunk::kVectors; ++i) {
+            typename A::Operand weights[R];
+            for (int r = 0; r < R; ++r) weights[r] = chunks[r].operand(i);
+            for (int n = 0; n < N; ++n) {
+              const auto activations =
+                  A::load(x + n * stride_x + chunk * Chunk::kValues + i * kStep<A>);
+              for (int r = 0; r < R; ++r) {
+                sums[n][r] = A::multiply_add(weights[r], activations, sums[n][r]);
+              }
+            }
+          }
+          for (int n = 0; n < N; ++n) {
+            for (int r = 0; r < R; ++r) {
+              const Vec factor = Chunk::kGrouped ? scales[r] : broadcast(1.0f);
+              total[n][r] = kSumsChunks ? fma(sums[n][r], factor, total[n][r]) : sums[n][r];
+            }
+          }
+        });
+    *this = sum;
+  }
+
+  MISTRAL_SIMD void finish(const WeightRows& w, const typename A::Element*, int64_t, float* out,
+                           int64_t stride_out) const {
+    for (int n = 0; n < N; ++n) {
+      for (int r = 0; r < R; ++r) {
+        const float factor = w.scales && !Chunk::kGrouped ? to_float(w.scales[r]) : 1.0f;
+        Vec total = totals[0][n][r];
+        for (int i = 1; i < kTotals; ++i) total = total + totals[i][n][r];
+        out[n * stride_out + r] = sum(total) * factor;
+      }
+    }
+  }
+};
+
+// out[r]: the products of R rows and one token.
+template <class Chunk, int R>
+void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, float* out) {
+  const int64_t ahead = R == 1 ? kAheadBytes : mistral::max(kAheadBytes, R * w.row_bytes);
+  Product<Chunk, R, 1> product;
+  product.start(x, 0);
+  product.add(w, x, 0, 0, w.inputs, w.values + ahead);
+  product.finish(w, x, 0, out, 0);
+}
+
+// out[n * stride_out + r]: the products of `count` rows, at most kGroupRows, and N tokens.
+template <class Chunk, int N>
+void multiply_group(const WeightRows& w, int64_t count,
+                    const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
+                    int64_t stride_out) {
+  constexpr int R = rows_at_a_time<Chunk>(N);
+  if constexpr (N == 1) {
+    int64_t row = 0;
+    for (; row + R <= count; row += R) multiply_one<Chunk, R>(w.from(row), x, out + row);
+    for (; row < count; ++row) multiply_one<Chunk, 1>(w.from(row), x, out + row);
+  } else {
+    Product<Chunk, R, N> products[kGroupRows / R];
+    Product<Chunk, 1, N> last;
+    for (auto& product : products) product.start(x, stride_x);
+    last.start(x, stride_x);
+    const char* next = w.values + mistral::max(kAheadBytes, count * w.row_bytes);  // group
+    for (int64_t k = 0; k < w.inputs; k += kBlockValues) {
+      const int64_t end = mistral::min(k + kBlockValues, w.inputs), bytes = Chunk::bytes(end - k);
+      int64_t row = 0;
+      for (; row + R <= count; row += R, next += R * bytes) {
+        products[row / R].add(w.from(row), x, stride_x, k, end, next);
+      }
+      if (row < count) last.add(w.from(row), x, stride_x, k, end, next);
+    }
+    int64_t row = 0;
+    for (; row + R <= count; row += R) {
+      products[row / R].finish(w.from(row), x, stride_x, out + row, stride_out);
+    }
+    if (row < count) last.finish(w.from(row), x, stride_x, out + row, stride_out);
   }
 }
 
@@ -134,19 +203,21 @@ void multiply_rows(const WeightRows& w, int64_t count, const typename Chunk::Ari
 template <class Chunk>
 void multiply_few(const WeightRows& w, int64_t count, const typename Chunk::Arithmetic::Element* x,
                   int64_t stride_x, int64_t tokens, float* out, int64_t stride_out) {
-  // Some rows for all tokens before the next ones, so that they are still in the cache.
-  constexpr int64_t kRows = 4;
-  for (int64_t row = 0; row < count; row += kRows) {
+  for (int64_t row = 0; row < count; row += kGroupRows) {
     const WeightRows some = w.from(row);
-    const int64_t rows = mistral::min(kRows, count - row);
+    const int64_t rows = mistral::min(int64_t{kGroupRows}, count - row);
+    if (Chunk::kGrouped) {  // the next group's
+      const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
+      fetch<2>(reinterpret_cast<const char*>(some.scales) + bytes, bytes);
+    }
     for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
       const auto* from = x + token * stride_x;
       float* to = out + token * stride_out + row;
-      switch (mistral::min(kTokensAtATime, tokens - token)) {
-        case 4: multiply_rows<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
-        case 3: multiply_rows<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
-        case 2: multiply_rows<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
-        default: multiply_rows<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
+      switch (mistral::min(int64_t{kTokensAtATime}, tokens - token)) {
+        case 4: multiply_group<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
+        case 3: multiply_group<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
+        case 2: multiply_group<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
+        default: multiply_group<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
       }
     }
   }

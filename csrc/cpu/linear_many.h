@@ -131,7 +131,8 @@ MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
   }
   if constexpr (format == WeightFormat::int4) {
     const Words words = load_words(values);
-    const Vec scales = GroupScales(w.group_log2, w.inputs - k).load(w.scales + (k >> w.group_log2));
+    const GroupScales groups(w.group_log2, mistral::min(kUnpacked, w.inputs - k));
+    const Vec scales = groups.of_words(groups.load(w.scales + (k >> w.group_log2)), 0);
     for (int i = 0; i < 8; i += 2) {
       put(out + i * Vec::width, int4_value(words, i) * scales, int4_value(words, i + 1) * scales);
     }

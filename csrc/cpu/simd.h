@@ -153,29 +153,41 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
 struct Words {
   __m512i v;
 };
-MISTRAL_SIMD Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+MISTRAL_SIMD Words load_words(const void* p) {
+  __m512i words = _mm512_loadu_si512(p);
+  asm("" : "+v"(words));  // in a register: GCC would load it again for each of its values
+  return {words};
+}
 // value i of every word
 MISTRAL_SIMD Vec int4_value(Words w, int i) {
   // A table look-up takes the low 4 bits of each word and ignores the others.
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, int4_shift(i)), values)};
 }
-// Loads the scales of as many values as Words has, in groups of 2^group_log2: 8 values go with each
-// lane.
+// Loads the scales of the values of one or two Words, in groups of 2^group_log2: 8 values go with
+// each lane.
 struct GroupScales {
-  __m512i index;  // of the scale of each lane, in its high half: a bf16 is the high half of a float
+  __m512i
+      index[2];  // of the scale of each lane, in its high half: a bf16 is the high half of a float
   __mmask8 there;  // scales that are there
+
+  using Loaded = __m512i;
 
   GroupScales(int group_log2, int64_t values) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m128i lanes_log2 = _mm_cvtsi32_si128(group_log2 - 3);
-    index = _mm512_slli_epi32(_mm512_srl_epi32(lane, lanes_log2), 16);
-    const int64_t count = mistral::max(1, mistral::min(values, 8 * Vec::width) >> group_log2);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i of_all = _mm512_add_epi32(lane, _mm512_set1_epi32(i * Vec::width));
+      index[i] = _mm512_slli_epi32(_mm512_srl_epi32(of_all, lanes_log2), 16);
+    }
+    const int64_t count = mistral::max(1, mistral::min(values, 16 * Vec::width) >> group_log2);
     there = static_cast<__mmask8>((1 << count) - 1);
   }
-  MISTRAL_SIMD Vec load(const bf16* scales) const {
-    const __m512i found = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(there, scales));
-    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index, found))};
+  MISTRAL_SIMD Loaded load(const bf16* scales) const {
+    return _mm512_castsi128_si512(_mm_maskz_loadu_epi16(there, scales));
+  }
+  MISTRAL_SIMD Vec of_words(Loaded found, int i) const {
+    return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index[i], found))};
   }
 };
 
@@ -301,11 +313,16 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   return {_mm256_cvtepi32_ps(_mm256_srai_epi32(high, 28))};
 }
 struct GroupScales {
+  int group_log2;
   bool two;  // a scale for each half of the lanes
 
+  using Loaded = const bf16*;
+
   GroupScales(int group_log2, int64_t values)
-      : two(mistral::min(values, 8 * Vec::width) >> group_log2 > 1) {}
-  MISTRAL_SIMD Vec load(const bf16* scales) const {
+      : group_log2(group_log2), two(mistral::min(values, 8 * Vec::width) >> group_log2 > 1) {}
+  MISTRAL_SIMD Loaded load(const bf16* scales) const { return scales; }
+  MISTRAL_SIMD Vec of_words(Loaded scales, int i) const {
+    scales += i * 8 * Vec::width >> group_log2;
     const __m128 first = _mm_set1_ps(to_float(scales[0]));
     return {_mm256_set_m128(two ? _mm_set1_ps(to_float(scales[1])) : first, first)};
   }
@@ -354,8 +371,11 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   return {static_cast<float>(static_cast<int32_t>(w.v << (28 - int4_shift(i))) >> 28)};
 }
 struct GroupScales {
+  using Loaded = const bf16*;
+
   GroupScales(int, int64_t) {}
-  MISTRAL_SIMD Vec load(const bf16* scales) const { return broadcast(to_float(scales[0])); }
+  MISTRAL_SIMD Loaded load(const bf16* scales) const { return scales; }
+  MISTRAL_SIMD Vec of_words(Loaded scales, int) const { return broadcast(to_float(scales[0])); }
 };
 
 #endif
