@@ -8,8 +8,9 @@ activations that each launch reads or writes once, its FLOPs, and its floor, the
 over the bandwidth and FLOPs over the rate of matrix products. The default limits are those measured
 on an H200: a copy, and a product of large bf16 matrices. --measured takes the file that
 `bench/decode_cuda.py --json` writes, and shows the time of each launch beside its floor. Needs no
-GPU. Products of up to 8 sequences normalise their input themselves, those of more have a launch for
-that before them. The step is greedy: one that draws its tokens has a launch more.
+GPU. Products of up to 16 sequences normalise their input themselves, as on an H200 (GPUs with less
+shared memory do of fewer); those of more have a launch for that before them. The step is greedy:
+one that draws its tokens has a launch more.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mistral_ext.quantize import DEFAULT_GROUP
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 ELEMENT = 2  # bytes of an activation, key or value
-NORMALISED_BY_PRODUCTS = 8  # tokens: kNormTokens of csrc/cuda/linear_kernel.cuh
+NORMALISED_BY_PRODUCTS = 16  # tokens: kNormTokens of csrc/cuda/linear_kernel.cuh
 H200_BANDWIDTH = 4.3e12  # bytes/s of a copy, read and written
 H200_MATRIX = 788e12  # FLOP/s
 

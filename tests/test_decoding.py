@@ -219,9 +219,9 @@ NO_WORK |= {
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("completions", [1, 3, 9])
+@pytest.mark.parametrize("completions", [1, 3, 9, 16, 17])
 def test_launches_of_a_step(tmp_path, emulator, completions, temperature):
-    """Five a layer, in this order, and the norms of more than 8 apart; one for logits and greedy
+    """Five a layer, in this order, and the norms of more than 16 apart; one for logits and greedy
     tokens, two if they are drawn; and no other work, nothing that waits, nothing from the host."""
     write_checkpoint(tmp_path)
     llm = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -241,7 +241,7 @@ def test_launches_of_a_step(tmp_path, emulator, completions, temperature):
         re.match(r"(?:\w+::)*(?:\(anonymous namespace\)::)?(\w+)", launch["kernel"])[1]
         for launch in emulator.take_launches()
     ]
-    norm = ["linear_norm_kernel"] if completions > 8 else []
+    norm = ["linear_norm_kernel"] if completions > 16 else []
     layer = [*norm, "linear_rope_kernel", "attention_decode", "linear_kernel"]
     layer += [*norm, "linear_kernel", "linear_kernel"]
     draw = ["sample_kernel"] if temperature else []

@@ -106,18 +106,22 @@ def test_few_tokens_get_the_same_bits_alone_and_together(backend, dtype, generat
     together = range(2, 9) if backend in ops.supported_isas() else (2, 3, 5, 8, 9, 16, 29, 64)
     x = inputs(max(together), 416, dtype, generator)
     for weight in formats(weights((35, 416), dtype, generator), backend).values():
-        alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
-        for tokens in together:
-            assert torch.equal(ops.linear(x[:tokens], weight), alone[:tokens])
+        for norm in (None, torch.randn(416, generator=generator).to(dtype)):
+            alone = torch.cat([ops.linear(row, weight, norm) for row in x.split(1)])
+            for tokens in together:
+                assert torch.equal(ops.linear(x[:tokens], weight, norm), alone[:tokens])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 5, 30])
-def test_several_weights_with_a_norm_are_the_plain_steps(backend, tokens, dtype, generator):
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(1, 160), (5, 160), (8, 72), (9, 264), (11, 32), (13, 352), (16, 8), (30, 160)],
+)
+def test_several_weights_with_a_norm_are_the_plain_steps(backend, tokens, size, dtype, generator):
     """To the bit: the same products, of the same normalised rows."""
-    x = inputs(tokens, 160, dtype, generator)
-    norm = torch.randn(160, generator=generator).to(dtype)
-    made = [formats(weights((rows, 160), dtype, generator), backend) for rows in (70, 1, 33)]
+    x = inputs(tokens, size, dtype, generator)
+    norm = torch.randn(size, generator=generator).to(dtype)
+    made = [formats(weights((rows, size), dtype, generator), backend) for rows in (70, 1, 33)]
     for parts in zip(*(w.values() for w in made), strict=True):
         normalised = normalised_by(backend, x, norm)
         separate = torch.cat([ops.linear(normalised, weight) for weight in parts], dim=1)
@@ -141,7 +145,7 @@ def test_linear_residual(backend, tokens, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 5, 30])
+@pytest.mark.parametrize("tokens", [1, 5, 12, 30])
 def test_linear_swiglu(backend, tokens, dtype, generator):
     x = inputs(tokens, 160, dtype, generator) / 8
     norm = torch.randn(160, generator=generator).to(dtype)
@@ -170,15 +174,15 @@ def test_any_number_of_threads_gives_the_same_bits(isa, tokens, generator):
             assert all(map(torch.equal, result, results[0]))
 
 
-@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("tokens", [2, 12, 20])
 def test_what_is_not_finite_stays_in_its_row_and_token(backend, tokens, generator):
     x = torch.randn(tokens, 64, generator=generator).bfloat16()
     weight = torch.randn(40, 64, generator=generator).bfloat16()
-    x[1, 3], weight[7, 5], weight[8, 60] = NAN, float("inf"), NAN
-    finite = ops.linear(x, weight).isfinite()
+    x[1, 3], x[-1, 63], weight[7, 5], weight[8, 60] = NAN, NAN, float("inf"), NAN
     expected = torch.ones(tokens, 40, dtype=torch.bool)
-    expected[1], expected[:, 7:9] = False, False
-    assert torch.equal(finite, expected)
+    expected[1], expected[-1], expected[:, 7:9] = False, False, False
+    for norm in (None, torch.ones(64).bfloat16()):
+        assert torch.equal(ops.linear(x, weight, norm).isfinite(), expected)
 
 
 def test_int4_of_every_value_and_place(backend):

@@ -24,6 +24,7 @@ BATCHES = {
     "decode at every place of a ring": ([4, 4, 6], 4, [9, 3, 0], [1, 1, 1]),
     "idle ones between": ([5, 5, 9, 5], 5, [7, 0, 2, 12], [0, 1, 3, 0]),
     "chunks, of which one wraps": ([4, 4], 4, [6, 0], [6, 2]),
+    "12 tokens": ([9, 20], 20, [3, 0], [5, 7]),
     "17 tokens": ([8, 20, 8], 8, [100, 0, 5], [4, 13, 0]),
     "27 tokens, no window": ([30, 6], None, [3, 0], [21, 6]),
     "64 tokens": ([16, 64, 16], 16, [30, 0, 2**31], [23, 40, 1]),
@@ -117,7 +118,7 @@ def test_what_is_not_stored_stays(backend, generator):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("batch", ["one token", "idle ones between"])
+@pytest.mark.parametrize("batch", ["one token", "idle ones between", "12 tokens"])
 def test_one_launch_that_reads_what_the_product_does(emulator, batch, form, generator):
     given = make(batch, generator, form, inputs=256)
     with use(emulator):
@@ -135,7 +136,7 @@ def test_one_launch_that_reads_what_the_product_does(emulator, batch, form, gene
 def test_the_launches_of_a_call(emulator, generator):
     """One more where x has to be normalised before; of more than 64 tokens, those of two ops."""
     launches = {}
-    for batch in ("nothing", "17 tokens", "more than a pass"):
+    for batch in ("nothing", "12 tokens", "17 tokens", "more than a pass"):
         given = make(batch, generator)
         with use(emulator):
             given.linear_rope()
@@ -143,12 +144,13 @@ def test_the_launches_of_a_call(emulator, generator):
         launches[batch] = [name.split("<")[0].split("::")[-1] for name in names]
     assert launches == {
         "nothing": [],
+        "12 tokens": ["linear_rope_kernel"],
         "17 tokens": ["linear_norm_kernel", "linear_rope_kernel"],
         "more than a pass": ["linear_norm_kernel", *["linear_kernel"] * 2, "rope_kernel"],
     }
 
 
-@pytest.mark.parametrize("batch", ["one token", "17 tokens", "more than a pass"])
+@pytest.mark.parametrize("batch", ["one token", "12 tokens", "17 tokens", "more than a pass"])
 def test_any_order_of_threads_gives_the_same_bits(emulator, batch, generator):
     """And any number of multiprocessors: one block for all heads, or one for each tile."""
     given = make(batch, generator)

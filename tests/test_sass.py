@@ -72,7 +72,8 @@ def test_hopper_attention_is_made_of_warpgroup_products(disassembly, dtype, head
 @pytest.mark.parametrize("form", ["Plain", "Int8", "Int4"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "shape", ["1, 1, true", "1, 1, false", "1, 2, false", "2, 4, false", "2, 8, false"]
+    "shape",
+    ["1, 1, true", "1, 1, false", "1, 2, true", "1, 2, false", "2, 4, false", "2, 8, false"],
 )
 def test_linear_streams_weights_to_the_tensor_cores(kernels, kernel, form, dtype, shape):
     """Through shared memory, by asynchronous 16-byte copies that bypass L1, and nothing else does:

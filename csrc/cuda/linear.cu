@@ -45,8 +45,10 @@ bool has_kernel(const LinearParams& p) {
 // True if each block is to normalise x for itself.
 template <class W>
 bool normalises_in_block(const LinearParams& p) {
-  return p.norm && p.tokens <= kNormTokens &&
-         linear_shared_bytes<W, 1, 1, true>(p) <= shared_memory_size().of_block;
+  if (!p.norm || p.tokens > kNormTokens) return false;
+  const int64_t shared =
+      p.tokens <= 8 ? linear_shared_bytes<W, 1, 1, true>(p) : linear_shared_bytes<W, 1, 2, true>(p);
+  return shared <= shared_memory_size().of_block;
 }
 
 // `rope`: nothing, or RopeParams and Frequencies.
@@ -72,7 +74,10 @@ cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope
 template <class W, class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   using T = typename W::Element;
-  if (normalises_in_block<W>(p)) return launch_linear<W, 1, 1, true>(p, stream, rope...);
+  if (normalises_in_block<W>(p)) {
+    if (p.tokens <= 8) return launch_linear<W, 1, 1, true>(p, stream, rope...);
+    return launch_linear<W, 1, 2, true>(p, stream, rope...);
+  }
   if (p.norm) {
     const cudaError_t status =
         launch(linear_norm_kernel<T>, dim3(static_cast<unsigned>(p.tokens)), dim3(kLinearThreads),

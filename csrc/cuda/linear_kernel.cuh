@@ -9,7 +9,13 @@
 //
 // Bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
 // or 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages * 2 KB = 48 KB
-// (kM = 2: 8 * 1 * 4 KB = 32 KB), and two of them fit on a multiprocessor.
+// (kM = 2: 8 * 1 * 4 KB = 32 KB), and two of them fit on a multiprocessor, unless one takes the
+// room for normalised rows of x: 16 of K = 4096 are 129 KB.
+//
+// Those rows pay for themselves, by reasoning, not by measurement. Each 16 outputs need all of x:
+// with 16 tokens that is as many bytes as 16 bits' weights have, and four times those of 4 bits.
+// From shared memory they come at 128 bytes a clock; from L2, and an L1 that is too small for them,
+// they would compete with the weights.
 //
 // K is not divided among blocks. With 16 rows to a block even the smallest matrix of Mistral 7B has
 // 256, nearly two for each of 132 multiprocessors, and as half of those have enough bytes under way
@@ -29,7 +35,7 @@
 namespace mistral::cuda {
 
 // Tokens that a block can normalise for itself.
-constexpr int kNormTokens = 8;
+constexpr int kNormTokens = 16;
 
 // Tokens to a row's sums that are added at a time, in 8s.
 template <int kN>
@@ -153,7 +159,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   [[maybe_unused]] constexpr int kUnroll =
       kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1 : W::kUnits;
   constexpr bool kGroups = W::kFormat == WeightFormat::int4;
-  static_assert(!kNorm || kN == 1);
+  static_assert(!kNorm || 8 * kN <= kNormTokens);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int inputs = static_cast<int>(p.inputs), blocks = blocks_of_all<kM>(p);
@@ -180,16 +186,23 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   if constexpr (kNorm) {
     T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
     const int stride = normalised_row<W>(p.inputs), count = static_cast<int>(p.tokens);
-    normalise_rows<T, kNormTokens>(p, 0, count, partial_sums, [&](int i, int k, const Vec16<T>& v) {
-      store_shared16(rows + i * stride + k, v);
-    });
+    // 8 tokens at a time, as registers are scarce, each 8 with sums of their own: so no barrier is
+    // needed between.
+#pragma unroll 1
+    for (int n = 0; n < kN; ++n) {
+      normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), partial_sums + n * 8 * kLinearWarps,
+                           RowsInShared<T>{rows + 8 * n * stride, stride});
+    }
     for (int i = warp; i < count; i += kLinearWarps) {
       for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
         store_shared16(rows + i * stride + k, Vec16<T>{});
       }
     }
     x = reinterpret_cast<const uint4*>(rows);
-    rows_of_x[0] = static_cast<uint32_t>(min(lane / 4, count - 1) * stride / 8);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      rows_of_x[n] = static_cast<uint32_t>(min(8 * n + lane / 4, count - 1) * stride / 8);
+    }
   }
   if constexpr (kNorm || Finish::kRope) __syncthreads();
   const auto load_x = [&](uint4(&to)[kBatch][kN], int chunk, int first_step) {

@@ -10,32 +10,59 @@
 
 namespace mistral::cuda {
 
-// Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block,
-// and calls store(i, k, v) with 8 elements from k on of the i-th. `sums`: shared memory of
-// kTokens * kLinearWarps floats. What is stored in shared memory needs a barrier after it.
-template <class T, int kTokens, class Store>
+// Rows in shared memory. They wait there to be normalised in place, by the thread that put them
+// there: so every block reads x once, though all read all of it.
+template <class T>
+struct RowsInShared {
+  T* rows;
+  int stride;
+
+  __device__ __forceinline__ void keep(int i, int k, const Vec16<T>& v) const { store(i, k, v); }
+  __device__ __forceinline__ Vec16<T> kept(int i, int k) const {
+    return load_shared16(rows + i * stride + k);
+  }
+  __device__ __forceinline__ void store(int i, int k, const Vec16<T>& v) const {
+    store_shared16(rows + i * stride + k, v);
+  }
+};
+
+// A row in global memory, of any length, which is read twice.
+template <class T>
+struct RowInGlobal {
+  const T* x;
+  T* out;
+
+  __device__ __forceinline__ void keep(int, int, const Vec16<T>&) const {}
+  __device__ __forceinline__ Vec16<T> kept(int, int k) const { return load16(x + k); }
+  __device__ __forceinline__ void store(int, int k, const Vec16<T>& v) const {
+    store16(out + k, v);
+  }
+};
+
+// Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block.
+// `rows` keeps 8 elements from k on of the i-th for the second look at them, and stores the result.
+// `sums`: shared memory of kTokens * kLinearWarps floats. What is stored in shared memory needs a
+// barrier after it.
+template <class T, int kTokens, class Rows>
 __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
-                                               float* sums, const Store& store) {
+                                               float* sums, const Rows& rows) {
   constexpr int kStep = kLinearThreads * kVec16<T>;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int inputs = static_cast<int>(p.inputs), begin = threadIdx.x * kVec16<T>;
   const T* x = static_cast<const T*>(p.x) + first * p.stride_x_token;
-  // All tokens' loads are under way together.
-  const auto load_tokens = [&](Vec16<T>(&h)[kTokens], int k) {
+
+  float squares[kTokens] = {}, factors[kTokens];
+  for (int k = begin; k < inputs; k += kStep) {
+    Vec16<T> h[kTokens];  // all tokens' loads are under way together
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       h[i] = i < count ? load16(x + i * p.stride_x_token + k) : Vec16<T>{};
     }
-  };
-
-  Vec16<T> h[kTokens];
-  float squares[kTokens] = {}, factors[kTokens];
-  for (int k = begin; k < inputs; k += kStep) {
-    load_tokens(h, k);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
 #pragma unroll
       for (int j = 0; j < kVec16<T>; ++j) squares[i] += h[i][j] * h[i][j];
+      if (i < count) rows.keep(i, k, h[i]);
     }
   }
 #pragma unroll
@@ -53,10 +80,9 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
   }
   for (int k = begin; k < inputs; k += kStep) {
     const Vec16<T> weight = load16(static_cast<const T*>(p.norm) + k);
-    load_tokens(h, k);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      if (i < count) store(i, k, scaled(h[i], weight, factors[i]));
+      if (i < count) rows.store(i, k, scaled(rows.kept(i, k), weight, factors[i]));
     }
   }
 }
@@ -65,9 +91,9 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
 template <class T>
 __global__ void __launch_bounds__(kLinearThreads)
     linear_norm_kernel(const __grid_constant__ LinearParams p) {
-  T* out = static_cast<T*>(p.scratch) + blockIdx.x * p.inputs;
-  normalise_rows<T, 1>(p, blockIdx.x, 1, dynamic_shared<float>(),
-                       [&](int, int k, const Vec16<T>& v) { store16(out + k, v); });
+  const RowInGlobal<T> row = {static_cast<const T*>(p.x) + blockIdx.x * p.stride_x_token,
+                              static_cast<T*>(p.scratch) + blockIdx.x * p.inputs};
+  normalise_rows<T, 1>(p, blockIdx.x, 1, dynamic_shared<float>(), row);
 }
 
 }  // namespace mistral::cuda
