@@ -108,7 +108,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         "output + residual": ([DIM], DIM),
         "gate, up + swiglu": ([HIDDEN, HIDDEN], DIM),
         "down + residual": ([DIM], HIDDEN),
-        "logits": ([VOCABULARY], DIM),
+        "logits + argmax": ([VOCABULARY], DIM),
     }
 
     def call(name: str, given: Any) -> Any:
@@ -119,7 +119,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         if name.endswith("append"):
             rings = given.rings.arguments()[3:]
             return ops.linear_rope(given.x, given.weights, given.norm, EPS, *rings, THETA, WINDOW)
-        return ops.linear(given.x, given.weights, given.norm, EPS)
+        return ops.linear_argmax(given.x, given.weights[0], given.norm, EPS)
 
     for (name, (rows, size)), bits, tokens in itertools.product(
         products.items(), (None, 8, 4), (1, 8, 16, 64)

@@ -9,7 +9,8 @@ over the bandwidth and FLOPs over the rate of matrix products. The default limit
 on an H200: a copy, and a product of large bf16 matrices. --measured takes the file that
 `bench/decode_cuda.py --json` writes, and shows the time of each launch beside its floor. Needs no
 GPU. Products of up to 16 sequences normalise their input themselves, as on an H200 (GPUs with less
-shared memory do of fewer); those of more have a launch for that before them.
+shared memory do of fewer); those of more have a launch for that before them. The step is greedy:
+one that draws its tokens has a launch more.
 """
 
 from __future__ import annotations
@@ -102,9 +103,7 @@ def decode_step(config: MistralConfig, bits: int, batch: int, history: int) -> I
         yield product("gate, up, swiglu", 2 * hidden, dim, bits, hidden)
         yield product("down, residual", dim, hidden, bits, dim, also=dim)
     yield from norm()
-    yield product("output", config.vocab_size, dim, max(bits, 8), config.vocab_size)
-    # fp32 logits, and how often each token has been seen
-    yield Launch("sample", activations=batch * config.vocab_size * (4 + 4))
+    yield product("logits, argmax", config.vocab_size, dim, max(bits, 8), config.vocab_size)
 
 
 def print_table(

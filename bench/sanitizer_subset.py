@@ -29,6 +29,7 @@ def main() -> None:
                 ops.linear(x, [weight, weight], x[0].clone())
                 ops.linear_residual(x, weight, random(tokens, 70, dtype=dtype, device="cuda"))
                 ops.linear_swiglu(x, weight, weight)
+                ops.linear_argmax(x, weight, limit=69)
                 rings = Rings(1, tokens, 0, tokens, dtype, "cuda").arguments()[3:]
                 heads = [
                     random(n * HEAD_DIM, 1120, dtype=dtype, device="cuda")

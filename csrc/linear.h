@@ -1,6 +1,6 @@
 // Products with weights, x weight^T: of a few tokens, which reading the weights once limits, and of
 // many, which arithmetic limits. What the model does next to a product is done with it: RMSNorm
-// before, a residual add, SwiGLU or RoPE and the append to the rings after.
+// before, a residual add, SwiGLU, RoPE and the append to the rings or an argmax after.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -9,6 +9,7 @@
 
 #include "common.h"
 #include "rope.h"
+#include "sample.h"
 
 namespace mistral {
 
@@ -30,7 +31,8 @@ MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * 
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second)
 //   rope    out = product, of which linear_rope rotates query and key and stores key and value
-enum class Epilogue { store, add, swiglu, rope };
+//   argmax  out = product, and token_ids = the greedy choice among it, as it is rounded
+enum class Epilogue { store, add, swiglu, rope, argmax };
 
 struct WeightPart {
   const void* values;  // [rows, K] as its format has it, contiguous
@@ -40,6 +42,15 @@ struct WeightPart {
 
 // Parts that are multiplied in one pass: query, key and value; gate and up.
 constexpr int64_t kMaxParts = 3;
+
+// Tokens of a pass over the weights on a CUDA device: a block keeps the sums of all in registers.
+constexpr int64_t kMostTokens = 64;
+
+// The argmax of a pass, while the blocks of a CUDA device contribute to it. Zero before and after.
+struct RunningArgmax {
+  int32_t arrived;                       // blocks that are done
+  unsigned long long best[kMostTokens];  // Ranks, as atomic functions want them
+};
 
 struct LinearParams {
   DType dtype;  // of x, norm, out and plain weights
@@ -58,6 +69,11 @@ struct LinearParams {
   int64_t stride_x_token;
   int64_t stride_out_token;
   float eps;  // of the RMSNorm
+
+  // With argmax.
+  int64_t* token_ids;      // [T]; -1: an output is NaN, or all are -inf
+  int64_t limit;           // outputs to choose from, the first ones
+  RunningArgmax* running;  // on CUDA devices
 };
 
 // Query, key and value in one pass (parts 0, 1 and 2, stored), then rope: the same as the two ops,

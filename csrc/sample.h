@@ -133,11 +133,18 @@ MISTRAL_HOST_DEVICE int64_t id_of_rank(Rank rank) {
   return kMaxVocab - 1 - static_cast<int64_t>(rank & (kMaxVocab - 1));
 }
 
+MISTRAL_HOST_DEVICE Rank higher(Rank a, Rank b) { return a > b ? a : b; }
+
 // ---- What is left: the tokens whose rank is a threshold or above.
 
 // False if there is nothing to choose from: a NaN, or -inf everywhere.
 MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
   return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
+}
+
+// -1 then.
+MISTRAL_HOST_DEVICE int64_t greedy_choice(Rank best) {
+  return can_choose(best) ? id_of_rank(best) : -1;
 }
 
 // x / temperature, less that of the most likely token: log of the relative probability.

@@ -63,19 +63,33 @@ class Decoder:
             rings: N of them.
             token_ids: N; None: those that the step before, of the same rings, samples.
         """
-        sequences = self._cache.append(dict.fromkeys(rings, 1))
-        logits = self._model.forward(torch.tensor(token_ids), sequences, self._cache)
-        sampled = self._sampler.sample(rings, logits)
+        model, sampler, device = self._model, self._sampler, self._model.device
+        sequences = self._cache.append(dict.fromkeys(rings, 1)).to(device)
+        tokens, rows = (torch.tensor(ids, device=device) for ids in (token_ids, rings))
+        h = model.step(tokens, sequences, self._cache, max_count=1)
+        logits, sampled = _choose(model, sampler, h, rows, sampler.greedy(rings))
+        logits = logits.float()
+        sampled = sampler.checked(sampled.tolist(), logits)
         return Step(list(rings), lambda: sampled, logits)
+
+
+def _choose(
+    model: Transformer, sampler: Sampler, h: Tensor, rows: Tensor, greedy: bool
+) -> tuple[Tensor, Tensor]:
+    """(logits [N, V], token ids [N]) of a step; greedy: what `sampler` says about the rows."""
+    if greedy:
+        return model.greedy(h, sampler.vocab_size)
+    logits = model.logits(h)
+    return logits, sampler.draw(rows, logits)
 
 
 class GraphDecoder(Decoder):
     """Queues a step on a CUDA device and returns at once.
 
-    There is a graph for each number of completions, captured at its second step. Filling up to the
-    next of fewer sizes would cost every step something, and a capture costs about as much as one
-    step launched by Python. Graphs last as long as the cache and the sampler that they were
-    captured with: for one run of the scheduler.
+    There is a graph for each number of completions and way to choose their tokens, captured at its
+    second step. Filling up to the next of fewer sizes would cost every step something, and a
+    capture costs about as much as one step launched by Python. Graphs last as long as the cache and
+    the sampler that they were captured with: for one run of the scheduler.
 
     Args:
         model, cache, sampler: as above, on the device.
@@ -93,16 +107,17 @@ class GraphDecoder(Decoder):
     ) -> None:
         super().__init__(model, cache, sampler)
         self._device = device or CudaGraphs(model.device)
-        self._batches: dict[tuple[int, bool], _Batch] = {}
+        self._batches: dict[tuple[int, bool, bool], _Batch] = {}
 
     def launch(self, rings: Sequence[int], token_ids: Sequence[int] | None) -> Step:
         sequences = self._cache.append(dict.fromkeys(rings, 1))
-        size = len(rings), self._sampler.biased
-        if size not in self._batches:
-            self._batches[size] = _Batch(
-                len(rings), self._model, self._cache, self._sampler, self._device
+        greedy = self._sampler.greedy(rings)
+        kind = len(rings), greedy, self._sampler.biased
+        if kind not in self._batches:
+            self._batches[kind] = _Batch(
+                len(rings), greedy, self._model, self._cache, self._sampler, self._device
             )
-        batch = self._batches[size]
+        batch = self._batches[kind]
         if token_ids is not None:
             batch.start(rings, token_ids, sequences)
         results = batch.run()
@@ -130,11 +145,13 @@ class _Batch:
     def __init__(
         self,
         size: int,
+        greedy: bool,
         model: Transformer,
         cache: RingCache,
         sampler: Sampler,
         device: CudaGraphs,
     ) -> None:
+        self._greedy = greedy
         self._model = model
         self._cache = cache
         self._sampler = sampler
@@ -169,8 +186,9 @@ class _Batch:
     @torch.inference_mode()
     def step(self) -> None:
         """Nothing in it depends on a value, waits for the device, or lies elsewhere next time."""
-        self._logits = self._model.step(self._tokens, self._sequences, self._cache, max_count=1)
-        self._sampled = self._sampler.draw(self._rows, self._logits)
+        model, sampler = self._model, self._sampler
+        h = model.step(self._tokens, self._sequences, self._cache, max_count=1)
+        self._logits, self._sampled = _choose(model, sampler, h, self._rows, self._greedy)
         # -1, where there was nothing to choose from, is an error that the host sees too late.
         torch.clamp(self._sampled, min=0, out=self._tokens)
         self._sequences[:, 2].add_(1)

@@ -112,9 +112,8 @@ class Transformer:
         """
         max_count = int(sequences[:, 1].max())
         rows = None if rows is None else rows.to(self.device)
-        return self.step(
-            token_ids.to(self.device), sequences.to(self.device), cache, max_count, rows
-        )
+        h = self.step(token_ids.to(self.device), sequences.to(self.device), cache, max_count, rows)
+        return self.logits(h)
 
     @torch.inference_mode()
     def step(
@@ -125,10 +124,14 @@ class Transformer:
         max_count: int,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """The same of tensors on the model's device. It does not wait for the device.
+        """The same of tensors on the model's device, but for the logits. It does not wait for the
+        device.
 
         Args:
             max_count: no sequence has more new tokens than this.
+
+        Returns:
+            [N, E], for `logits` or `greedy`.
         """
         config = self.config
         eps, theta, window = config.norm_eps, config.rope_theta, config.sliding_window
@@ -149,4 +152,15 @@ class Transformer:
             ops.linear_residual(x.flatten(1), layer.wo, h)
             x = ops.linear_swiglu(h, layer.w1, layer.w3, layer.ffn_norm, eps)  # [T, F]
             ops.linear_residual(x, layer.w2, h)
-        return ops.linear(h, self.output, self.norm, eps).float()  # [N, V]
+        return h
+
+    @torch.inference_mode()
+    def logits(self, h: Tensor) -> Tensor:
+        """[N, V] fp32."""
+        return ops.linear(h, self.output, self.norm, self.config.norm_eps).float()
+
+    @torch.inference_mode()
+    def greedy(self, h: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """[N, V] logits in the model's dtype, and [N] the token ids of the largest ones among the
+        first `vocab_size`, -1 where there is no choice: `ops.linear_argmax`."""
+        return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)

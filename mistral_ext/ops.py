@@ -241,6 +241,31 @@ def linear_rope(
     return torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
 
 
+def linear_argmax(
+    x: Tensor,
+    weight: Weight,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, and which of a token's outputs is the largest: logits and the greedy next token.
+
+    Outputs are compared as they are rounded to the dtype, and of equals the first is taken: what
+    `sample` chooses from the same logits at temperature 0. Up to 64 tokens, CUDA devices do it in
+    one launch.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], as in `linear`.
+        norm, eps: as in `linear`.
+        limit: outputs to choose from, the first ones, up to 2^24; None: all.
+
+    Returns:
+        ([T, N], [T] int64). -1 where there is no choice, because an output is NaN or all are -inf.
+    """
+    return torch.ops.mistral_ext.linear_argmax(x, *_values_and_scales([weight]), norm, eps, limit)
+
+
 def linear_swiglu(
     x: Tensor, gate: Weight, up: Weight, norm: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -330,6 +355,9 @@ _library.define(
     f"linear_rope(Tensor x, {_WEIGHTS}, Tensor? norm, float eps, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor sequences, float theta, int? window=None) -> Tensor"
 )
+_library.define(
+    f"linear_argmax(Tensor x, {_WEIGHTS}, {_NORM}, int? limit=None) -> (Tensor, Tensor)"
+)
 _library.define(f"linear_swiglu(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor")
 _library.define(
     "sample(Tensor logits, Tensor rows, Tensor options, Tensor(a!) noise, Tensor(b!) history, "
@@ -357,7 +385,7 @@ def _(q, k, v, k_pool, v_pool, sequences, theta, window=None):
 
 
 # (device, stream, whether it is being captured) -> the graph (0: none), and zeroed counters for the
-# blocks of an attention call, which leave them zeroed.
+# blocks of a call, which leave them zeroed.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
@@ -367,7 +395,8 @@ def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
     key = (device, lane, graph != 0)
     known, counters = _counters.get(key, (None, None))
     if known != graph or len(counters) < count:
-        counters = torch.zeros(count, dtype=torch.int32, device=device)
+        # At least so many that those of a decode step are zeroed only once.
+        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
         _counters[key] = graph, counters
     return counters
 
@@ -519,6 +548,22 @@ def _(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=Non
     return out
 
 
+@torch.library.impl("mistral_ext::linear_argmax", _DEVICES)
+def _(x, values, scales, norm=None, eps=1e-5, limit=None):
+    if _multiplied_by_torch(x):
+        _C.check_linear_argmax(x, values, scales, norm, eps, limit)
+        out = _side_by_side(_torch_products("linear_argmax", x, values, scales, norm, eps))
+        largest, token_ids = out[:, :limit].max(dim=1)  # a NaN, if there is one
+        return out, token_ids.where(largest > -torch.inf, -1)
+    out = x.new_empty((len(x), sum(map(len, values))))
+    token_ids = x.new_empty(len(x), dtype=torch.int64)
+    lane = _lane(x)
+    counters = _zeroed_counters(x.device, lane, _C.argmax_counters) if x.is_cuda else None
+    given = x, values, scales, norm, eps, limit, out, token_ids, counters
+    _C.linear_argmax(*given, _linear_scratch(x), lane)
+    return out, token_ids
+
+
 @torch.library.impl("mistral_ext::linear_swiglu", _DEVICES)
 def _(x, values, scales, norm=None, eps=1e-5):
     if _multiplied_by_torch(x):
@@ -571,6 +616,12 @@ def _(x, values, scales, residual):
 @torch.library.register_fake("mistral_ext::linear_rope")
 def _(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
     return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+
+
+@torch.library.register_fake("mistral_ext::linear_argmax")
+def _(x, values, scales, norm=None, eps=1e-5, limit=None):
+    out = x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+    return out, x.new_empty(x.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("mistral_ext::linear_swiglu")

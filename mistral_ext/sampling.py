@@ -77,6 +77,12 @@ class SamplingParams:
         self._check("logit_bias", Mapping, "a number for each token id", _is_bias)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
 
+    @property
+    def plainly_greedy(self) -> bool:
+        """Whether each token is the most likely one by the model's own logits."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
+        return self.temperature == 0 and not any(penalties) and not self.logit_bias
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """ValueError if logit_bias has a token that is not among the first `vocab_size`."""
         for token_id in self.logit_bias:
@@ -123,16 +129,20 @@ class Sampler:
         rows: completions at a time.
         vocab_size: V, ids that may be chosen.
         device: where the logits are.
+
+    Attributes:
+        vocab_size: as given.
     """
 
     def __init__(
         self, rows: int, vocab_size: int, device: torch.device | str | None = None
     ) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._options = torch.zeros(rows, 7, dtype=torch.float64, device=device)
         self._noise = torch.zeros(rows, 3, dtype=torch.int64, device=device)
         self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # made when first needed
+        self._plainly_greedy = [False] * rows
 
     def start(
         self, row: int, params: SamplingParams, prompt_ids: Sequence[int], index: int = 0
@@ -148,11 +158,11 @@ class Sampler:
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.
         """
-        params.check_vocabulary(self._vocab_size)
+        params.check_vocabulary(self.vocab_size)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         options = (
             params.temperature,
-            min(params.top_k, self._vocab_size),
+            min(params.top_k, self.vocab_size),
             params.top_p,
             params.min_p,
             params.repetition_penalty,
@@ -160,11 +170,12 @@ class Sampler:
             params.frequency_penalty,
         )
         self._options[row] = torch.tensor(options, dtype=torch.float64)
+        self._plainly_greedy[row] = params.plainly_greedy
         signed_seed = seed - 2**64 if seed >= 2**63 else seed  # of the same 64 bits
         self._noise[row] = torch.tensor([signed_seed, index, 0])
         self._history[row] = 0
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=self._history.device)
-        self._history[row, prompt[prompt < self._vocab_size]] = 1
+        self._history[row, prompt[prompt < self.vocab_size]] = 1
         if params.logit_bias and self._bias is None:
             self._bias = torch.zeros_like(self._history, dtype=torch.float32)
         if self._bias is not None:
@@ -177,6 +188,10 @@ class Sampler:
     def biased(self) -> bool:
         """Whether a completion has had a logit_bias: draws then read one for all."""
         return self._bias is not None
+
+    def greedy(self, rows: Sequence[int]) -> bool:
+        """Whether these completions need no draw: the largest logit will do, and no state."""
+        return all(self._plainly_greedy[row] for row in rows)
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
         """Chooses the next token of some of the completions.
@@ -196,13 +211,13 @@ class Sampler:
 
     def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
         """The same for rows on the device, without waiting for it; -1 where `sample` raises."""
-        logits = logits[:, : self._vocab_size]
+        logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
 
     def checked(self, token_ids: list[int], logits: Tensor) -> list[int]:
         """What was drawn from the logits, if there was something to choose from everywhere."""
         if -1 in token_ids:
-            if logits[token_ids.index(-1), : self._vocab_size].isnan().any():
+            if logits[token_ids.index(-1), : self.vocab_size].isnan().any():
                 raise ValueError("the model's logits are NaN: its weights may be damaged")
             raise ValueError("all logits are -inf, with logit_bias: no token is left to choose")
         return token_ids

@@ -163,6 +163,7 @@ Epilogue epilogue_of(const std::string& op) {
   if (op == "linear_residual") return Epilogue::add;
   if (op == "linear_swiglu") return Epilogue::swiglu;
   if (op == "linear_rope") return Epilogue::rope;
+  if (op == "linear_argmax") return Epilogue::argmax;
   return Epilogue::store;
 }
 
@@ -252,6 +253,46 @@ void linear_rope(py::object x_, py::list values, py::list scales, py::object nor
   run(x, lane, p, MISTRAL_KERNELS(linear_rope));
 }
 
+constexpr const char* kLinearArgmax = "linear_argmax";
+
+// limit: None for all outputs.
+LinearParams checked_argmax(const Tensor& x, const py::list& values, const py::list& scales,
+                            const py::object& norm, double eps, std::optional<int64_t> limit,
+                            const py::object& out) {
+  LinearParams p = checked(x.op(), x, values, scales, norm, eps, out, Epilogue::argmax);
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
+  p.limit = limit.value_or(outputs);
+  const int64_t most = min(outputs, kMaxVocab);
+  if (p.limit < 1 || p.limit > most) {
+    fail(x.op(), "limit is " + std::to_string(p.limit) + ", expected 1 to " + std::to_string(most));
+  }
+  return p;
+}
+
+// For the caller who then multiplies by other means.
+void check_linear_argmax(py::object x, py::list values, py::list scales, py::object norm,
+                         double eps, std::optional<int64_t> limit) {
+  checked_argmax(Tensor(kLinearArgmax, "x", x), values, scales, norm, eps, limit, py::none());
+}
+
+// counters: `argmax_counters` zeros on a CUDA device, left so; None on the CPU. scratch: as for
+// linear.
+void linear_argmax(py::object x_, py::list values, py::list scales, py::object norm, double eps,
+                   std::optional<int64_t> limit, py::object out, py::object token_ids_,
+                   py::object counters_, py::object scratch, Lane lane) {
+  constexpr const char* op = kLinearArgmax;
+  const Tensor x(op, "x", x_);
+  LinearParams p = checked_argmax(x, values, scales, norm, eps, limit, out);
+  const Table token_ids(op, "token_ids", token_ids_);
+  p.token_ids = static_cast<int64_t*>(token_ids.data());
+  if (!counters_.is_none()) {
+    p.running = static_cast<RunningArgmax*>(Table(op, "counters", counters_, "int32").data());
+  }
+  p.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p)).cast<uintptr_t>());
+  run(x, lane, p, MISTRAL_KERNELS(linear));
+}
+
 #ifdef MISTRAL_CUDA
 
 // Of a checked weight: out[N, K] = values * scales, on a CUDA device.
@@ -300,6 +341,12 @@ void bind_linear(py::module_& m) {
         py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("theta"), py::arg("window"),
         py::arg("scratch"), py::arg("lane"));
+  m.def("check_linear_argmax", &check_linear_argmax, py::arg("x"), py::arg("values"),
+        py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("limit"));
+  m.def("linear_argmax", &linear_argmax, py::arg("x"), py::arg("values"), py::arg("scales"),
+        py::arg("norm").none(true), py::arg("eps"), py::arg("limit"), py::arg("out"),
+        py::arg("token_ids"), py::arg("counters").none(true), py::arg("scratch"), py::arg("lane"));
+  m.attr("argmax_counters") = sizeof(RunningArgmax) / sizeof(int32_t);
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("out"),
         py::arg("lane"));

@@ -21,7 +21,8 @@ from mistral_ext import _C, ops
 
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
-OPS = ("attention", "linear", "linear_rope", "rms_norm", "rope", "sample", "swiglu")  # on CUDA too
+OPS = ("attention", "linear", "linear_argmax", "linear_rope", "rms_norm", "rope", "sample")
+OPS += ("swiglu",)  # on CUDA too
 
 # What a test needs that runs on a GPU, and the parameter of a fixture that does.
 NEEDS_GPU = [
@@ -175,8 +176,11 @@ def on_gpu(device: str = "cuda") -> SimpleNamespace:
 
             moved = [move(x) for x in arguments]
             moved[-1] = torch.cuda.current_stream(device).cuda_stream
-            if name in ("attention", "linear", "linear_rope"):
+            if name.startswith(("attention", "linear")):
                 moved[-2] = scratch_and_counters if name == "attention" else scratch
+            if name == "linear_argmax":
+                held.append(torch.zeros(_C.argmax_counters, dtype=torch.int32, device=device))
+                moved[-3] = held[-1]
             getattr(_C, name)(*moved)
             torch.cuda.synchronize(device)
             copies.bring_back()
@@ -223,7 +227,7 @@ def use(emulator: ModuleType) -> AbstractContextManager[None]:
 
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
-    multiplies = {"linear": amx.linear, "linear_rope": amx.linear_rope}
+    multiplies = {op: getattr(amx, op) for op in ("linear", "linear_argmax", "linear_rope")}
     return _in_place_of_c(SimpleNamespace(**{**vars(_C), **multiplies}))
 
 

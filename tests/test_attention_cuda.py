@@ -10,7 +10,7 @@ import torch
 from backends import GPU, HOPPER_GPU, attention_of, configure, use
 from ragged import RaggedBatch
 
-from mistral_ext import ops
+from mistral_ext import _C, ops
 
 PREFILLS = ["", ", sm90"]  # the kernels that prefill: that of sm_80, and of sm_90a
 EMULATED = [f"emulator, {copies}{prefill}" for copies in ("late", "early") for prefill in PREFILLS]
@@ -150,18 +150,20 @@ def test_counters_belong_to_a_stream_or_to_a_graph(monkeypatch):
     monkeypatch.setattr(ops, "_C", SimpleNamespace(capture_id=lambda stream: graph))
     monkeypatch.setattr(ops, "_counters", {})
 
-    def counters(stream=7, count=5):
+    def counters(stream=7, count=5000):
         return ops._zeroed_counters(torch.device("cpu"), stream, count)
 
     eager = counters()
-    assert eager.tolist() == [0] * 5
-    assert counters(count=3) is eager
+    assert eager.tolist() == [0] * 5000
+    assert counters(count=3000) is eager
     assert counters(stream=8) is not eager
+    # Those of attention serve the argmax of the same step.
+    assert counters(stream=9, count=2) is counters(stream=9, count=_C.argmax_counters)
     graph = 1
     captured = counters()
     assert captured is not eager
-    assert counters(count=4) is captured
-    assert len(counters(count=9)) == 9
+    assert counters(count=4000) is captured
+    assert len(counters(count=9000)) == 9000
     graph = 2
     assert counters() is not captured
     graph = 0

@@ -66,19 +66,19 @@ def test_a_reply_broken_off_stays_in_the_conversation(llm):
 def test_interrupt_within_a_step_leaves_the_chat_usable(llm, monkeypatch):
     chat = llm.start_chat()
     list(chat.send(TURNS[0], **OPTIONS))
-    forward, calls = llm.model.forward, []
+    step, calls = llm.model.step, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        logits = forward(*args, **kwargs)
+        h = step(*args, **kwargs)
         if len(calls) == 2:
             for pool in chat._cache.k:
                 pool.fill_(float("nan"))  # as bad as a step cut short can be
             raise KeyboardInterrupt
-        return logits
+        return h
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.model, "forward", interrupted)
+        patch.setattr(llm.model, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(chat.send(TURNS[1], **OPTIONS))
     list(chat.send(TURNS[2], **OPTIONS))

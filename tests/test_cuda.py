@@ -151,6 +151,10 @@ def test_products_at_the_sizes_of_mistral_7b(size, rows, bits, tokens):
     allowed = 2 * (plain - expected).abs().max() + 2**-9 * expected.abs().max()
     out = ops.linear(x, weight)
     assert (out.double() - expected).abs().max() <= allowed
+    for limit in (rows, rows - 1, 1000):
+        logits, token_ids = ops.linear_argmax(x, weight, limit=limit)
+        assert torch.equal(logits, out)
+        assert torch.equal(token_ids, out[:, :limit].argmax(1))  # of equals the first
     if tokens <= 64:
         assert torch.equal(out[:1], ops.linear(x[:1], weight))
         assert torch.equal(out, ops.linear(x, weight))
@@ -346,6 +350,7 @@ def test_opcheck():
         "attention": (*tensors, 8),
         "swiglu": (given["k_pool"], given["v_pool"]),
         "linear": (given["k_pool"], [given["v_pool"]], []),
+        "linear_argmax": (given["k_pool"], [given["v_pool"]], []),
     }
     for name, call in calls.items():
         torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, call)

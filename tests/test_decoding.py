@@ -161,16 +161,29 @@ def test_a_ring_goes_on_after_an_end(folder, ahead, monkeypatch):
     assert conversation() == launched_ahead
 
 
-def test_each_size_is_captured_once(llm):
+@pytest.mark.parametrize(("temperatures", "captures"), [((0, 0, 0), 2), ((1, 0, 0), 3)])
+def test_each_size_is_captured_once(llm, temperatures, captures):
+    """And once more for completions that are greedy all of them."""
     device = Replays()
     cache = RingCache(llm.config, [16, 16, 16], llm.model.dtype)
     sampler = Sampler(3, llm.config.vocab_size)
-    for ring in range(3):
-        sampler.start(ring, SamplingParams(), [1])
+    for ring, temperature in enumerate(temperatures):
+        sampler.start(ring, SamplingParams(temperature=temperature), [1])
     steps = GraphDecoder(llm.model, cache, sampler, device)
-    for rings in ([0, 1, 2], [0, 1, 2], [0, 2], [0, 1, 2], [1, 2], [0, 1], [2]):
+    for rings in ([0, 1, 2], [0, 1, 2], [0, 2], [0, 1, 2], [1, 2], [0, 1], [1, 2], [2]):
         steps.launch(rings, [5 for _ in rings]).token_ids()
-    assert device.captures == 2
+    assert device.captures == captures
+
+
+@pytest.mark.parametrize("launched", [Decoder, None], ids=["in time", "ahead"])
+def test_the_largest_logit_is_what_sampling_takes(llm, ahead, monkeypatch, launched):
+    """And the logits are the same: a greedy step differs in its launches alone."""
+    if launched:
+        monkeypatch.setattr(scheduler, "decoder", launched)
+    options = {"max_tokens": 30, "ignore_eos": True, "logprobs": 2}
+    greedy = llm.generate(PROMPTS, **options)
+    monkeypatch.setattr(Sampler, "greedy", lambda self, rows: False)
+    assert content(llm.generate(PROMPTS, **options)) == content(greedy)
 
 
 def test_damaged_weights_are_an_error(folder, ahead):
@@ -205,17 +218,18 @@ NO_WORK |= {
 }
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("completions", [1, 3, 9, 16, 17])
-def test_launches_of_a_step(tmp_path, emulator, completions):
-    """Five a layer, in this order, and the norms of more than 16 apart; and no other work, nothing
-    that waits, nothing from the host."""
+def test_launches_of_a_step(tmp_path, emulator, completions, temperature):
+    """Five a layer, in this order, and the norms of more than 16 apart; one for logits and greedy
+    tokens, two if they are drawn; and no other work, nothing that waits, nothing from the host."""
     write_checkpoint(tmp_path)
     llm = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
     cache = RingCache(llm.config, [16] * completions, torch.bfloat16)
     sampler = Sampler(completions, llm.config.vocab_size)
     rings = list(range(completions))
     for ring in rings:
-        sampler.start(ring, SamplingParams(), [1])
+        sampler.start(ring, SamplingParams(temperature=temperature), [1])
     decoder = GraphDecoder(llm.model, cache, sampler, Replays())
     with use(emulator):
         decoder.launch(rings, [5] * completions)
@@ -230,8 +244,9 @@ def test_launches_of_a_step(tmp_path, emulator, completions):
     norm = ["linear_norm_kernel"] if completions > 16 else []
     layer = [*norm, "linear_rope_kernel", "attention_decode", "linear_kernel"]
     layer += [*norm, "linear_kernel", "linear_kernel"]
-    assert names == [*llm.config.n_layers * layer, *norm, "linear_kernel", "sample_kernel"]
+    draw = ["sample_kernel"] if temperature else []
+    assert names == [*llm.config.n_layers * layer, *norm, "linear_kernel", *draw]
     work = [name.split("::")[1] for name in asked.names if name.startswith("aten::")]
     work = [name for name in work if name not in NO_WORK]
-    # The embeddings before the layers, the conversion of the logits after them, then the state.
-    assert work == ["index_select", "to", "clamp", "add_"]
+    # The embeddings before the layers, for a draw the conversion of the logits, then the state.
+    assert work == ["index_select", *(["to"] if temperature else []), "clamp", "add_"]

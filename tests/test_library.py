@@ -42,6 +42,7 @@ def samples():
             (x, heads, [], weight, 1e-5, *random(2, 16, 32), two_rings, 1e4, 8),
             {},
         ),
+        ("linear_argmax", (x, [random(5, 40)], [], weight, 1e-5), {"limit": 4}),
         ("linear_swiglu", (x, [random(5, 40), random(5, 40)], [], weight, 1e-5), {}),
     ]
 
@@ -87,6 +88,7 @@ def test_fake_tensors_get_shapes_without_running():
     assert ops.rms_norm(x, weight).shape == (6, 40)
     assert ops.linear(x, matrix).shape == (6, 9)
     assert ops.linear(x, [matrix, matrix], weight).shape == (6, 18)
+    assert [out.shape for out in ops.linear_argmax(x, matrix)] == [(6, 9), (6,)]
     assert ops.linear_swiglu(x, matrix, matrix).shape == (6, 9)
     assert ops.swiglu(x, x).shape == (6, 40)
     assert ops.linear_rope(x, [matrix] * 3, weight, 1e-5, x, x, x, 1e4).shape == (6, 27)

@@ -149,6 +149,28 @@ def test_without_a_seed_draws_differ():
     assert first != second
 
 
+@pytest.mark.parametrize(
+    ("options", "greedy"),
+    [
+        ({}, True),
+        ({"seed": 3, "top_p": 0.5, "top_k": 2, "min_p": 0.1, "logprobs": 2, "n": 2}, True),
+        ({"temperature": 0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"presence_penalty": -0.5}, False),
+        ({"frequency_penalty": 0.5}, False),
+        ({"logit_bias": {1: 0.5}}, False),
+    ],
+)
+def test_what_needs_no_draw(options, greedy):
+    sampler = Sampler(3, VOCAB)
+    sampler.start(0, SamplingParams(), [1])
+    sampler.start(2, SamplingParams(**options), [1])
+    assert sampler.greedy([0])
+    assert sampler.greedy([0, 2]) == sampler.greedy([2]) == greedy
+    sampler.start(2, SamplingParams(), [1])
+    assert sampler.greedy([0, 2])
+
+
 def test_a_row_is_like_new_for_its_next_completion():
     used = {"seed": 1, "repetition_penalty": 3.0, "frequency_penalty": 2.0, "logit_bias": {2: 50.0}}
     sampler = Sampler(2, VOCAB)

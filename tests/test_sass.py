@@ -92,6 +92,8 @@ def test_linear_streams_weights_to_the_tensor_cores(kernels, kernel, form, dtype
     assert count(code, "LDG.") == code["LDG.E.128"] + count(code, "LDG.E.U16") + table
     assert (table > 0) == (kernel == "linear_rope_kernel")
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
+    if kernel == "linear_kernel":  # an argmax raises its ranks by an instruction, not by a loop
+        assert count(code, "RED.E.MAX.64", "ATOMG.E.MAX.64") > 0
     # No table and no conversion from integers: bit operations and subtractions of pairs. Divisions
     # convert too, rounding up, and RMSNorm and RoPE convert 64 bits: a size, angles.
     conversions = {name for name in code if name.startswith("I2F") and not name.endswith(".RP")}

@@ -273,6 +273,19 @@ void linear_many(const LinearParams& p, int threads) {
   });
 }
 
+// Writes p.token_ids.
+template <class T>
+void find_largest(const LinearParams& p, int threads) {
+  parallel_for(threads, p.tokens, [&](int64_t token) {
+    const T* out = static_cast<const T*>(p.out) + token * p.stride_out_token;
+    Rank best = 0;
+    for (int64_t id = 0; id < p.limit; ++id) {
+      best = higher(best, rank_of(key_of(to_float(out[id])), id));
+    }
+    p.token_ids[token] = greedy_choice(best);
+  });
+}
+
 // Calls f with the format as a constant and a value of the type that stores p.dtype.
 template <WeightFormat value_>
 struct Format {
@@ -304,8 +317,12 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 void linear(const LinearParams& p, int threads) {
   with_format(p, [&](auto format, auto type) {
     using T = decltype(type);
-    if (p.tokens <= kFewTokens) return linear_few<format.value, T>(p, threads);
-    linear_many<format.value, T>(p, threads);
+    if (p.tokens <= kFewTokens) {
+      linear_few<format.value, T>(p, threads);
+    } else {
+      linear_many<format.value, T>(p, threads);
+    }
+    if (p.epilogue == Epilogue::argmax) find_largest<T>(p, threads);
   });
 }
 

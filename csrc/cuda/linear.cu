@@ -10,9 +10,6 @@
 namespace mistral::cuda {
 namespace {
 
-// Tokens of a launch: a block keeps the sums of all of them in registers.
-constexpr int64_t kMostTokens = 64;
-
 // Bytes that the runtime takes of a block's shared memory.
 constexpr int64_t kReservedShared = 1024;
 
@@ -117,6 +114,7 @@ cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
     for (int64_t first = 0; first < given.tokens; first += kMostTokens) {
       p.x = static_cast<const T*>(given.x) + first * p.stride_x_token;
       p.out = static_cast<T*>(given.out) + first * p.stride_out_token;
+      if (given.token_ids) p.token_ids = given.token_ids + first;
       p.tokens = min(given.tokens - first, kMostTokens);
       const cudaError_t status = launch_tokens<W>(p, stream);
       if (status != cudaSuccess) return status;

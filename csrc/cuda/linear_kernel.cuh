@@ -27,6 +27,7 @@
 #include <launch.cuh>
 #include <ptx.cuh>
 
+#include "linear_argmax.cuh"
 #include "linear_norm.cuh"
 #include "linear_rope.cuh"
 #include "linear_stream.cuh"
@@ -72,7 +73,9 @@ struct Outputs {
   using T = typename W::Element;
 
   const LinearParams& p;
-  T* address[4];  // null: there is none
+  int first_token;   // of sums 0 and 2
+  int first_column;  // of sums 0 and 1
+  T* address[4];     // null: there is none
   float scales[2];
   T before[4];
 
@@ -81,6 +84,8 @@ struct Outputs {
                                      int output, int64_t token)
       : p(p) {
     const int lane = threadIdx.x % kWarp;
+    first_token = static_cast<int>(token) + 2 * (lane % 4);
+    first_column = block.column + output + lane / 4;
     const bool swiglu = p.epilogue == Epilogue::swiglu;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -108,13 +113,22 @@ struct Outputs {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] *= scales[i / 2];
     }
+    const bool argmax = p.epilogue == Epilogue::argmax;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (!address[i]) continue;
-      float result = sums[i];
-      if (p.epilogue == Epilogue::add) result += to_float(before[i]);
-      if (p.epilogue == Epilogue::swiglu) result = result / (1.0f + expf(-result)) * sums[i + 2];
-      store_global(address[i], from_float<T>(result));
+    for (int j = 0; j < 2; ++j) {
+      Rank best = 0;
+#pragma unroll
+      for (int i = j; i < 4; i += 2) {
+        if (!address[i]) continue;
+        float result = sums[i];
+        if (p.epilogue == Epilogue::add) result += to_float(before[i]);
+        if (p.epilogue == Epilogue::swiglu) result = result / (1.0f + expf(-result)) * sums[i + 2];
+        const T rounded = from_float<T>(result);
+        store_global(address[i], rounded);
+        const int id = first_column + i / 2 * 8;
+        if (argmax && id < p.limit) best = higher(best, rank_of(key_of(to_float(rounded)), id));
+      }
+      if (argmax) contribute(p, first_token + j, best);
     }
   }
 };
@@ -319,6 +333,7 @@ template <class W, int kM, int kN, bool kNorm>
 __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
     linear_kernel(const __grid_constant__ LinearParams p) {
   multiply<W, kM, kN, kNorm>(p, StoreFinish<W>{p});
+  if (p.epilogue == Epilogue::argmax) choose_tokens(p);
 }
 
 template <class W, int kM, int kN, bool kNorm>

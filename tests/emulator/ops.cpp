@@ -28,6 +28,12 @@ void check(const char* op, cudaError_t status) {
   }
 }
 
+void check_counters(const std::string& op, const std::vector<int32_t>& counters) {
+  for (const int32_t counter : counters) {
+    if (counter != 0) throw std::runtime_error(op + ": a counter was not left at zero");
+  }
+}
+
 void add_scratch(const LinearParams& p) {
   const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
   if (bytes == 0) return;
@@ -53,14 +59,17 @@ void attention(const AttentionParams& given, int) {
   allocations.add(p.partials, partials.size() * sizeof(float), "partials");
   allocations.add(p.counters, counters.size() * sizeof(int32_t), "counters");
   check("attention", cuda::attention(p, nullptr));
-  for (const int32_t counter : counters) {
-    if (counter != 0) throw std::runtime_error("attention: a counter was not left at zero");
-  }
+  check_counters("attention", counters);
 }
 int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
-void linear(const LinearParams& p, int) {
+void linear(const LinearParams& given, int) {
+  LinearParams p = given;
   add_scratch(p);
+  std::vector<int32_t> counters(sizeof(RunningArgmax) / sizeof(int32_t), 0);
+  p.running = reinterpret_cast<RunningArgmax*>(counters.data());
+  emulator::allocations().add(p.running, sizeof(RunningArgmax), "running argmax");
   check("linear", cuda::linear(p, nullptr));
+  check_counters("linear", counters);
 }
 void linear_rope(const LinearRopeParams& p, int) {
   add_scratch(p.linear);
