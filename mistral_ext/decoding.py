@@ -47,9 +47,11 @@ class Decoder:
 
     Attributes:
         ahead: steps that may be under way when another is launched.
+        captures: whether steps are captured, which another decoder would have to do again.
     """
 
     ahead = 0
+    captures = False
 
     def __init__(self, model: Transformer, cache: RingCache, sampler: Sampler) -> None:
         self._model = model
@@ -87,9 +89,9 @@ class GraphDecoder(Decoder):
     """Queues a step on a CUDA device and returns at once.
 
     There is a graph for each number of completions and way to choose their tokens, captured at its
-    second step. Filling up to the next of fewer sizes would cost every step something, and a
-    capture costs about as much as one step launched by Python. Graphs last as long as the cache and
-    the sampler that they were captured with: for one run of the scheduler.
+    second step: it lasts as long as the cache and the sampler that it was captured with. Filling up
+    to the next of fewer sizes would cost every step something, and a capture costs about as much as
+    one step launched by Python.
 
     Args:
         model, cache, sampler: as above, on the device.
@@ -97,6 +99,7 @@ class GraphDecoder(Decoder):
     """
 
     ahead = 1
+    captures = True
 
     def __init__(
         self,

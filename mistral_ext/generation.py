@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from numbers import Integral
 from pathlib import Path
 
@@ -16,13 +17,17 @@ from mistral_ext.chat import chat_template_of, encode_chat, extend_chat
 from mistral_ext.config import MistralConfig
 from mistral_ext.model import Transformer, move_weights
 from mistral_ext.sampling import SamplingParams
-from mistral_ext.scheduler import Completion, Request, run
+from mistral_ext.scheduler import Completion, Request, Scheduler
 from mistral_ext.text_stream import TextStream
 from mistral_ext.tokenizer import Tokenizer
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 Prompt = str | Sequence[int]
+
+# Rings for prompts of about the same length are of one size, so that those of a call, and with them
+# the captured steps of a GPU, may serve the next. Slots; 128 MiB of Mistral 7B's keys and values.
+_RING_STEP = 1024
 
 
 def generate(
@@ -85,6 +90,7 @@ class Mistral:
         self.folder = folder
         self.prefill_chunk = prefill_chunk
         self.max_batch = max_batch
+        self._kept: Scheduler | None = None  # that of the last completions, while no one uses it
 
     @classmethod
     def from_pretrained(
@@ -149,8 +155,7 @@ class Mistral:
         if requests:
             # Longest first: whichever ring comes free is then large enough for the next.
             by_length = sorted(requests, key=lambda r: r.max_length, reverse=True)
-            cache = self._cache([r.max_length for r in by_length[: self.max_batch]])
-            for _ in run(self.model, cache, by_length, self.prefill_chunk):
+            for _ in self._run(by_length):
                 pass
         return [request.completion() for request in requests]
 
@@ -165,7 +170,7 @@ class Mistral:
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
         request = self._request(self._encode_all(prompt)[0], params)
-        return Stream(self, request, self._cache([request.max_length]))
+        return Stream(request, self._run([request]))
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling
@@ -186,7 +191,7 @@ class Mistral:
         params = self._params_of_one(sampling)
         ids = encode_chat(self.require_tokenizer(), messages, self.chat_template(template))
         request = self._request(ids, params, starts_text=True)
-        stream = Stream(self, request, self._cache([request.max_length]))
+        stream = Stream(request, self._run([request]))
         for _ in stream:
             pass
         return stream.completion
@@ -293,15 +298,39 @@ class Mistral:
             params,
             max_length=min(max_length, self.max_length or max_length),
             eos_ids=self.config.eos_ids,
-            # A model may have more rows than the tokenizer has tokens: padding, never sampled.
-            vocab_size=self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size,
+            vocab_size=self._vocab_size,
             index=index,
             text=text,
         )
 
+    @property
+    def _vocab_size(self) -> int:
+        # A model may have more rows than the tokenizer has tokens: padding, never sampled.
+        return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+
     def _cache(self, max_lengths: Sequence[int]) -> RingCache:
         capacities = [ring_capacity(self.config, length) for length in max_lengths]
         return RingCache(self.config, capacities, self.model.dtype, self.model.device)
+
+    def _scheduler(self, max_lengths: Sequence[int]) -> Scheduler:
+        return Scheduler(self.model, self._cache(max_lengths), self._vocab_size)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
+        """Completes requests, the longest first, with rings of their own."""
+        capacities = [
+            ring_capacity(self.config, ceil(request.max_length / _RING_STEP) * _RING_STEP)
+            for request in requests[: self.max_batch]
+        ]
+        scheduler, self._kept = self._kept, None
+        if scheduler and scheduler.cache.capacities == capacities:
+            for ring in range(len(capacities)):
+                scheduler.cache.rewind(ring, 0)
+        else:
+            del scheduler  # first, for its rings make room for the new ones
+            scheduler = self._scheduler(capacities)
+        yield from scheduler.run(requests, self.prefill_chunk)
+        if scheduler.worth_keeping:  # and not broken off
+            self._kept = scheduler
 
 
 class Stream:
@@ -311,10 +340,10 @@ class Stream:
         completion: the whole of it, once the iteration has ended; None before.
     """
 
-    def __init__(self, llm: Mistral, request: Request, cache: RingCache) -> None:
+    def __init__(self, request: Request, steps: Iterator[tuple[Request, str]]) -> None:
         self.completion: Completion | None = None
         self._request = request
-        self._steps = run(llm.model, cache, [request], llm.prefill_chunk)
+        self._steps = steps
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -348,7 +377,8 @@ class Chat:
         self._template = template
         self.ids: list[int] = []  # the cache holds a prefix of them
         self.prompt_ids: list[int] = []
-        self._cache = llm._cache([llm.config.sliding_window or llm.config.max_positions])
+        self._scheduler = llm._scheduler([llm.config.sliding_window or llm.config.max_positions])
+        self._cache = self._scheduler.cache
 
     def send(self, text: str, **sampling) -> Iterator[str]:
         """Says `text` and streams the reply. A reply that is broken off (the iterator closed, or
@@ -366,7 +396,7 @@ class Chat:
         self._reuse_cache(ids)
         self.messages, self.prompt_ids = messages, ids
         self.completion = None
-        stream = Stream(llm, request, self._cache)
+        stream = Stream(request, self._scheduler.run([request], llm.prefill_chunk))
         intact = False
         try:
             yield from stream

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral_ext.cache import RingCache
-from mistral_ext.decoding import Step, decoder
+from mistral_ext.decoding import Decoder, Step, decoder
 from mistral_ext.model import Transformer
 from mistral_ext.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
 from mistral_ext.text_stream import TextStream
@@ -85,7 +85,6 @@ class Request:
         self.ids = list(prompt_ids)  # the prompt, then what was generated
         self.prompt_length = len(self.ids)
         self.params = params
-        self.vocab_size = vocab_size
         self.index = index
         self.max_length = max_length
         self.finish_reason: str | None = None
@@ -139,35 +138,64 @@ class Request:
         )
 
 
-def run(
-    model: Transformer, cache: RingCache, requests: Sequence[Request], prefill_chunk: int
-) -> Iterator[tuple[Request, str]]:
-    """Completes all requests; yields (request, piece of text) for every token that is sampled.
+class Scheduler:
+    """Completes requests, as many at a time as the cache has rings.
 
-    A ring takes a request that needs no more slots than it has. A ring that already holds a
-    prefix of its first request's tokens keeps it; only the rest is read.
+    The state of sampling and, on a GPU, the captured steps belong to the rings: they serve every
+    run, one after the other.
 
     Args:
         model: the weights.
-        cache: at least one ring; the largest must do for every request.
-        requests: the waiting, at least one, served in this order; of one vocabulary.
-        prefill_chunk: prompt tokens read in one step, at most.
+        cache: at least one ring.
+        vocab_size: ids that may be sampled, as of all requests.
+
+    Attributes:
+        cache: as given.
     """
-    return _Run(model, cache, requests, prefill_chunk).pieces()
+
+    def __init__(self, model: Transformer, cache: RingCache, vocab_size: int) -> None:
+        self.cache = cache
+        self._model = model
+        self._sampler = Sampler(len(cache.capacities), vocab_size, model.device)
+        self._decoder = decoder(model, cache, self._sampler)
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether another one, for the next requests, would have to capture its steps anew."""
+        return self._decoder.captures
+
+    def run(self, requests: Sequence[Request], prefill_chunk: int) -> Iterator[tuple[Request, str]]:
+        """Completes all requests; yields (request, piece of text) for every token that is sampled.
+
+        A ring takes a request that needs no more slots than it has. A ring that already holds a
+        prefix of its first request's tokens keeps it; only the rest is read.
+
+        Args:
+            requests: the waiting, served in this order; the largest ring must do for every one.
+            prefill_chunk: prompt tokens read in one step, at most.
+        """
+        run = _Run(self._model, self.cache, self._sampler, self._decoder, requests, prefill_chunk)
+        return run.pieces()
 
 
 class _Run:
     def __init__(
-        self, model: Transformer, cache: RingCache, requests: Sequence[Request], prefill_chunk: int
+        self,
+        model: Transformer,
+        cache: RingCache,
+        sampler: Sampler,
+        decoder: Decoder,
+        requests: Sequence[Request],
+        prefill_chunk: int,
     ) -> None:
         self._model = model
         self._cache = cache
+        self._sampler = sampler
+        self._decoder = decoder
         self._prefill_chunk = prefill_chunk
         self._waiting = list(requests)
         self._free = list(range(len(cache.capacities)))
         self._active: dict[int, Request] = {}  # ring -> the request it serves
-        self._sampler = Sampler(len(self._free), requests[0].vocab_size, model.device)
-        self._decoder = decoder(model, cache, self._sampler)
         self._under_way: deque[Step] = deque()  # decode steps whose tokens are not read yet
 
     def pieces(self) -> Iterator[tuple[Request, str]]:

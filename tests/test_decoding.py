@@ -47,8 +47,9 @@ class HostCopy:
 
 
 class Counted(GraphDecoder):
-    """Notes what it launches, and whether the host knew the tokens by then."""
+    """Notes what it launches, and whether the host knew the tokens by then. Is not kept."""
 
+    captures = False
     launched: list[tuple[list[int], bool]]
 
     def launch(self, rings, token_ids):
@@ -146,14 +147,15 @@ def test_a_ring_goes_on_after_an_end(folder, ahead, monkeypatch):
 
     def conversation():
         cache = RingCache(llm.config, [llm.config.sliding_window], llm.model.dtype)
+        rings = scheduler.Scheduler(llm.model, cache, llm.tokenizer.vocab_size)
         request = llm._request(ids, SamplingParams(max_tokens=60))
         stop = llm.generate([ids], max_tokens=60, ignore_eos=True)[0].token_ids[45]
         request._eos_ids = (stop,)
-        list(scheduler.run(llm.model, cache, [request], 512))
+        list(rings.run([request], 512))
         assert request.finish_reason == "stop"
         assert cache.lengths == [len(request.ids) - 1]
         more = llm._request([*request.ids, 5, 6, 7], SamplingParams(max_tokens=8))
-        list(scheduler.run(llm.model, cache, [more], 512))
+        list(rings.run([more], 512))
         return more.ids
 
     launched_ahead = conversation()
@@ -184,6 +186,61 @@ def test_the_largest_logit_is_what_sampling_takes(llm, ahead, monkeypatch, launc
     greedy = llm.generate(PROMPTS, **options)
     monkeypatch.setattr(Sampler, "greedy", lambda self, rows: False)
     assert content(llm.generate(PROMPTS, **options)) == content(greedy)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Of all decoders, which are those of a GPU."""
+    device = Replays()
+    monkeypatch.setattr(scheduler, "decoder", lambda *args: GraphDecoder(*args, device))
+    return device
+
+
+OPTIONS = {"max_tokens": 6, "ignore_eos": True}
+
+
+def test_captured_steps_serve_the_next_call(folder, device, monkeypatch):
+    llm = Mistral.from_pretrained(folder, sliding_window=2048, max_batch=2)
+    expected = in_time(llm, monkeypatch, PROMPTS[:2], **OPTIONS)
+    assert content(llm.generate(PROMPTS[:2], **OPTIONS)) == content(expected)
+    captured = device.captures
+    assert captured == 2  # of two completions, and of one when the other has ended
+    # Other prompts, of other lengths, more of them; then the first ones again.
+    assert len(llm.generate([[5] * 900, PROMPTS[2], "x"], max_tokens=9, ignore_eos=True)) == 3
+    assert content(llm.generate(PROMPTS[:2], **OPTIONS)) == content(expected)
+    assert device.captures == captured
+    # One alone has one ring; one that is longer another.
+    list(llm.stream(PROMPTS[0], **OPTIONS))
+    list(llm.stream(PROMPTS[1], **OPTIONS))
+    assert device.captures == captured + 1
+    llm.generate([5] * 1100, **OPTIONS)
+    assert device.captures == captured + 2
+
+
+def test_rings_in_use_are_not_shared(folder, device, monkeypatch):
+    llm = Mistral.from_pretrained(folder)
+    expected = in_time(llm, monkeypatch, PROMPTS[:2], **OPTIONS)
+    streams = [llm.stream(prompt, **OPTIONS) for prompt in PROMPTS[:2]]
+    for _ in zip(*streams, strict=False):  # piece by piece in turn
+        pass
+    for stream in streams:
+        list(stream)
+    assert content(stream.completion for stream in streams) == content(expected)
+
+
+def test_what_was_broken_off_is_not_used_again(folder, device, monkeypatch):
+    llm = Mistral.from_pretrained(folder)
+    expected = in_time(llm, monkeypatch, PROMPTS[0], **OPTIONS)
+    stream = llm.stream(PROMPTS[0], max_tokens=1000, ignore_eos=True)
+    next(stream)
+    del stream
+    assert llm._kept is None
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.model, "step", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate(PROMPTS[0], **OPTIONS)
+    assert llm._kept is None
+    assert content(llm.generate(PROMPTS[0], **OPTIONS)) == content(expected)
 
 
 def test_damaged_weights_are_an_error(folder, ahead):
