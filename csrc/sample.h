@@ -142,7 +142,7 @@ MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
   return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
 }
 
-// -1 then.
+// Its token; -1 if there is nothing to choose from.
 MISTRAL_HOST_DEVICE int64_t greedy_choice(Rank best) {
   return can_choose(best) ? id_of_rank(best) : -1;
 }

@@ -1,10 +1,11 @@
 """The decode step: the next token of several completions, in one pass over the weights.
 
 On the CPU a step is done when its call returns. A GPU finishes a step faster than Python can tell
-it what to do: there the step of each batch size is captured as a CUDA graph and replayed.
-Everything that differs from step to step is then in the memory of the device, which brings it up to
-date by itself: tokens and positions here, the state of sampling in `Sampler`. So the next step can
-be launched before the tokens of the last one are known to the host, and the GPU never waits for it.
+it what to do: there the step of each batch size, and way to choose tokens, is captured as a CUDA
+graph and replayed. Everything that differs from step to step is then in the memory of the device,
+which brings it up to date by itself: tokens and positions here, the state of sampling in `Sampler`.
+So the next step can be launched before the tokens of the last one are known to the host, and the
+GPU never waits for it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Decoder:
         sequences = self._cache.append(dict.fromkeys(rings, 1)).to(device)
         tokens, rows = (torch.tensor(ids, device=device) for ids in (token_ids, rings))
         h = model.step(tokens, sequences, self._cache, max_count=1)
-        logits, sampled = _choose(model, sampler, h, rows, sampler.greedy(rings))
+        logits, sampled = _choose(model, sampler, h, rows, sampler.needs_no_draw(rings))
         logits = logits.float()
         sampled = sampler.checked(sampled.tolist(), logits)
         return Step(list(rings), lambda: sampled, logits)
@@ -114,8 +115,8 @@ class GraphDecoder(Decoder):
 
     def launch(self, rings: Sequence[int], token_ids: Sequence[int] | None) -> Step:
         sequences = self._cache.append(dict.fromkeys(rings, 1))
-        greedy = self._sampler.greedy(rings)
-        kind = len(rings), greedy, self._sampler.biased
+        greedy = self._sampler.needs_no_draw(rings)
+        kind = len(rings), greedy, not greedy and self._sampler.biased
         if kind not in self._batches:
             self._batches[kind] = _Batch(
                 len(rings), greedy, self._model, self._cache, self._sampler, self._device

@@ -25,8 +25,8 @@ DEMO_MODEL = Path(__file__).parent / "demo"
 
 Prompt = str | Sequence[int]
 
-# Rings for prompts of about the same length are of one size, so that those of a call, and with them
-# the captured steps of a GPU, may serve the next. Slots; 128 MiB of Mistral 7B's keys and values.
+# Slots that the size of a ring is rounded up to, so that the rings of a call, and on a GPU the
+# steps captured for them, fit the next call. 1024 are 128 MiB of Mistral 7B's keys and values.
 _RING_STEP = 1024
 
 
@@ -64,7 +64,8 @@ class Mistral:
         tokenizer: None if the folder had none; prompts are then lists of token ids.
         prefill_chunk: prompt tokens read in one pass; more is faster and takes more memory.
         max_batch: completions generated at once; each holds a ring of the cache. On the CPU, up to
-            8 do not change each other's text; with more, products round differently.
+            8 do not change each other's text; with more, products round differently. On a GPU the
+            rings of the last call stay, with the steps captured for them, until others are needed.
     """
 
     def __init__(
@@ -309,6 +310,7 @@ class Mistral:
         return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
 
     def _cache(self, max_lengths: Sequence[int]) -> RingCache:
+        self._kept = None  # its rings make room for these
         capacities = [ring_capacity(self.config, length) for length in max_lengths]
         return RingCache(self.config, capacities, self.model.dtype, self.model.device)
 
@@ -316,7 +318,8 @@ class Mistral:
         return Scheduler(self.model, self._cache(max_lengths), self._vocab_size)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        """Completes requests, the longest first, with rings of their own."""
+        """Completes requests, the longest first, with rings that no one else uses: those of the
+        last completions, if they fit."""
         capacities = [
             ring_capacity(self.config, ceil(request.max_length / _RING_STEP) * _RING_STEP)
             for request in requests[: self.max_batch]
@@ -326,7 +329,7 @@ class Mistral:
             for ring in range(len(capacities)):
                 scheduler.cache.rewind(ring, 0)
         else:
-            del scheduler  # first, for its rings make room for the new ones
+            del scheduler  # first, for the same reason
             scheduler = self._scheduler(capacities)
         yield from scheduler.run(requests, self.prefill_chunk)
         if scheduler.worth_keeping:  # and not broken off

@@ -124,14 +124,14 @@ class Transformer:
         max_count: int,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """The same of tensors on the model's device, but for the logits. It does not wait for the
-        device.
+        """`forward` up to the logits, with tensors that are on the model's device already. Does not
+        wait for the device.
 
         Args:
             max_count: no sequence has more new tokens than this.
 
         Returns:
-            [N, E], for `logits` or `greedy`.
+            [N, E], the residual stream, for `logits` or `greedy`.
         """
         config = self.config
         eps, theta, window = config.norm_eps, config.rope_theta, config.sliding_window

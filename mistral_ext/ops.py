@@ -178,8 +178,11 @@ def linear(
 
     Few tokens are limited by reading the weights; up to 8 come out the same to the bit whatever
     their number, on CUDA devices up to 64 of bfloat16 or float16. Weights in 8 or 4 bits are
-    widened as they are read; the arithmetic is that of x. CUDA devices read rows by 16 bytes: x,
-    norm and the weights must be aligned to that, and K a multiple of 8, or of 16 for 8 bits.
+    widened as they are read, and the arithmetic is that of x; but up to 8 tokens of bfloat16 or
+    float16 are multiplied with 8 bits in integers where the processor can (AVX-512 VNNI), each x
+    rounded by at most 2^-15 of the largest of its token. With 8 bits K is at most 2^20. CUDA
+    devices read rows by 16 bytes: x, norm and the weights must be aligned to that, and K a multiple
+    of 8, or of 16 for 8 bits.
 
     Args:
         x: [T, K].
@@ -251,8 +254,8 @@ def linear_argmax(
     """`linear`, and which of a token's outputs is the largest: logits and the greedy next token.
 
     Outputs are compared as they are rounded to the dtype, and of equals the first is taken: what
-    `sample` chooses from the same logits at temperature 0. Up to 64 tokens, CUDA devices do it in
-    one launch.
+    `sample` chooses from the same logits at temperature 0. Up to 64 tokens, CUDA devices
+    find it without a launch more than those of `linear`.
 
     Args:
         x: [T, K].

@@ -84,7 +84,7 @@ def perplexity(
     # Two long texts at once, the end of one and the beginning of the next; many if they are short.
     slots = 2 * max(llm.prefill_chunk, capacities[0])
     n_rings = sum(needed <= slots for needed in accumulate(capacities))
-    cache = RingCache(llm.config, capacities[:n_rings], llm.model.dtype, llm.model.device)
+    cache = llm._cache(capacities[:n_rings])
     total = torch.zeros((), dtype=torch.float64)
     n_tokens = sum(len(ids) - 1 for ids in sequences)
     started = time.perf_counter()

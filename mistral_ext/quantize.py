@@ -6,8 +6,8 @@ embeddings, of which a token reads one row, and norms stay as they are.
 
 8 bits: one scale for each row, the largest magnitude over 127. Not floating point numbers (e4m3),
 although some GPUs multiply them: they take as many bytes, which is what limits a decode step, and
-leave 13 times the divergence (`bench/quality.py`), because weights need no more range than a scale
-gives them.
+leave 13 times the divergence on the demo (`bench/quality.py`), because weights need no more range
+than a scale gives them.
 
 4 bits: one scale for each group of neighbours in a row. A group's largest magnitude becomes -8,
 the one value that is farther from zero than all others; so a scale may be negative. Then a few

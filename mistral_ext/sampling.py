@@ -189,8 +189,8 @@ class Sampler:
         """Whether a completion has had a logit_bias: draws then read one for all."""
         return self._bias is not None
 
-    def greedy(self, rows: Sequence[int]) -> bool:
-        """Whether these completions need no draw: the largest logit will do, and no state."""
+    def needs_no_draw(self, rows: Sequence[int]) -> bool:
+        """Whether for all these completions the largest logit will do, and no state."""
         return all(self._plainly_greedy[row] for row in rows)
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:

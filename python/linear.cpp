@@ -285,9 +285,13 @@ void linear_argmax(py::object x_, py::list values, py::list scales, py::object n
   const Tensor x(op, "x", x_);
   LinearParams p = checked_argmax(x, values, scales, norm, eps, limit, out);
   const Table token_ids(op, "token_ids", token_ids_);
+  token_ids.expect_shape({x.size(0)});
+  token_ids.expect_device_of(x);
   p.token_ids = static_cast<int64_t*>(token_ids.data());
-  if (!counters_.is_none()) {
-    p.running = static_cast<RunningArgmax*>(Table(op, "counters", counters_, "int32").data());
+  if (x.is_cuda() || !counters_.is_none()) {
+    const Table counters(op, "counters", counters_, "int32");
+    counters.expect_device_of(x);
+    p.running = static_cast<RunningArgmax*>(counters.data());
   }
   p.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p)).cast<uintptr_t>());
   run(x, lane, p, MISTRAL_KERNELS(linear));

@@ -147,15 +147,15 @@ def test_a_ring_goes_on_after_an_end(folder, ahead, monkeypatch):
 
     def conversation():
         cache = RingCache(llm.config, [llm.config.sliding_window], llm.model.dtype)
-        rings = scheduler.Scheduler(llm.model, cache, llm.tokenizer.vocab_size)
+        serving = scheduler.Scheduler(llm.model, cache, llm.tokenizer.vocab_size)
         request = llm._request(ids, SamplingParams(max_tokens=60))
         stop = llm.generate([ids], max_tokens=60, ignore_eos=True)[0].token_ids[45]
         request._eos_ids = (stop,)
-        list(rings.run([request], 512))
+        list(serving.run([request], 512))
         assert request.finish_reason == "stop"
         assert cache.lengths == [len(request.ids) - 1]
         more = llm._request([*request.ids, 5, 6, 7], SamplingParams(max_tokens=8))
-        list(rings.run([more], 512))
+        list(serving.run([more], 512))
         return more.ids
 
     launched_ahead = conversation()
@@ -184,7 +184,7 @@ def test_the_largest_logit_is_what_sampling_takes(llm, ahead, monkeypatch, launc
         monkeypatch.setattr(scheduler, "decoder", launched)
     options = {"max_tokens": 30, "ignore_eos": True, "logprobs": 2}
     greedy = llm.generate(PROMPTS, **options)
-    monkeypatch.setattr(Sampler, "greedy", lambda self, rows: False)
+    monkeypatch.setattr(Sampler, "needs_no_draw", lambda self, rows: False)
     assert content(llm.generate(PROMPTS, **options)) == content(greedy)
 
 
@@ -215,6 +215,29 @@ def test_captured_steps_serve_the_next_call(folder, device, monkeypatch):
     assert device.captures == captured + 1
     llm.generate([5] * 1100, **OPTIONS)
     assert device.captures == captured + 2
+
+
+def test_other_options_leave_the_captured_steps_right(folder, device, monkeypatch):
+    llm = Mistral.from_pretrained(folder)
+    drawn = OPTIONS | {"temperature": 1.0, "seed": 7}
+    expected = [in_time(llm, monkeypatch, PROMPTS[0], **options) for options in (OPTIONS, drawn)]
+    llm.generate(PROMPTS[0], **OPTIONS)
+    captured = device.captures
+    llm.generate(PROMPTS[0], **OPTIONS, logit_bias={7: 100.0}, repetition_penalty=1.5)
+    assert device.captures == captured + 1
+    assert content(llm.generate(PROMPTS[0], **OPTIONS)) == content(expected[0])
+    assert device.captures == captured + 1
+    # A bias of nothing is not another choice.
+    assert content(llm.generate(PROMPTS[0], **drawn)) == content(expected[1])
+    assert device.captures == captured + 1
+
+
+def test_a_conversation_captures_its_steps_once(folder, device):
+    chat = Mistral.from_pretrained(folder).start_chat(template="v1")
+    "".join(chat.send("a b", **OPTIONS))
+    captured = device.captures
+    "".join(chat.send("Once", **OPTIONS))
+    assert device.captures == captured == 1
 
 
 def test_rings_in_use_are_not_shared(folder, device, monkeypatch):

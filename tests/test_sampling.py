@@ -165,10 +165,10 @@ def test_what_needs_no_draw(options, greedy):
     sampler = Sampler(3, VOCAB)
     sampler.start(0, SamplingParams(), [1])
     sampler.start(2, SamplingParams(**options), [1])
-    assert sampler.greedy([0])
-    assert sampler.greedy([0, 2]) == sampler.greedy([2]) == greedy
+    assert sampler.needs_no_draw([0])
+    assert sampler.needs_no_draw([0, 2]) == sampler.needs_no_draw([2]) == greedy
     sampler.start(2, SamplingParams(), [1])
-    assert sampler.greedy([0, 2])
+    assert sampler.needs_no_draw([0, 2])
 
 
 def test_a_row_is_like_new_for_its_next_completion():

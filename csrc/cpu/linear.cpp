@@ -1,7 +1,7 @@
 // First each token's activations are packed: normalised if asked to, converted to what they are
 // multiplied as, in the order of k that the weights' format has. Then a task multiplies a block of
-// rows of the weights, with up to kFewTokens tokens (linear_few.h) or more (linear_many.h), and
-// writes the outputs.
+// rows of the weights, with up to kFewTokens tokens (linear_few.h, linear_few_int8.h) or more
+// (linear_many.h), and writes the outputs.
 #include "../linear.h"
 
 #include "kernels.h"

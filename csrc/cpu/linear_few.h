@@ -2,7 +2,7 @@
 // time, for several tokens at a time; further tokens find the rows in the cache. The next rows are
 // fetched meanwhile, in the order of addresses, which is what memory is fastest at.
 //
-// Every output is one vector of partial sums over k in order, whatever the number of tokens: a
+// What is added for an output, and in which order, does not depend on the number of tokens: a
 // sequence gets the same bits alone and in a batch.
 #pragma once
 
@@ -16,12 +16,8 @@ constexpr int64_t kCacheLineBytes = 64;
 constexpr int64_t kAheadBytes = 8192;
 
 // Rows and tokens that are multiplied at a time: of one token one row, a single stream through
-// memory; of more, or of int4, which takes the longest, rows that share the activations. Their sums
-// have to stay in registers.
-template <class Chunk>
-constexpr int rows_at_a_time(int tokens) {
-  return tokens == 1 && !Chunk::kGrouped ? 1 : 2;
-}
+// memory; of more, rows that share the activations. Their sums have to stay in registers.
+constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
 constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
 // Rows that are multiplied with all tokens before the next ones, so that they are still in the
 // cache.
@@ -32,6 +28,11 @@ constexpr int64_t kBlockValues = 4096;
 // Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
 constexpr int kChains = 2;
 
+// One token's stream of rows goes to the L1 cache; beside the activations of more, that has no
+// room.
+template <int tokens>
+constexpr int kLocality = tokens == 1 ? 3 : 2;
+
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
@@ -41,12 +42,10 @@ MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
 // the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
 // Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
 // on.
-template <class Chunk, int R, class F>
+template <class Chunk, int R, int kFetchLocality, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
   constexpr int64_t kValues = Chunk::kValues, kBytes = Chunk::bytes(kValues);
-  // One row's stream goes to the L1 cache, which has no room for more.
-  constexpr int kLocality = R == 1 ? 3 : 2;
   GroupScales::Loaded loaded[R];
   const auto load_scales = [&](const GroupScales& groups, int64_t chunk) {
     for (int r = 0; r < R && Chunk::kGrouped; ++r) {
@@ -68,7 +67,7 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   next -= R * chunk * kBytes;
   const GroupScales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
-    fetch<kLocality>(next + R * chunk * kBytes, R * kChains * kBytes);
+    fetch<kFetchLocality>(next + R * chunk * kBytes, R * kChains * kBytes);
     load_scales(of_chains, chunk);
 #pragma GCC unroll 2
     for (int i = 0; i < kChains; ++i) {
@@ -91,6 +90,8 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
 
 // The products of the first R rows of `w` and N tokens, as far as K has been added. x is in the
 // order of Chunk::k_at, padded with zeros. All of it is inlined: sums are to stay in registers.
+// What begins and finishes sees x too, for the format that keeps something there
+// (linear_few_int8.h).
 template <class Chunk, int R, int N>
 struct Product {
   using A = typename Chunk::Arithmetic;
@@ -112,7 +113,7 @@ struct Product {
   MISTRAL_SIMD void add(const WeightRows& w, const typename A::Element* x, int64_t stride_x,
                         int64_t begin, int64_t end, const char* next) {
     Product sum = *this;
-    for_each_chunk<Chunk, R>(
+    for_each_chunk<Chunk, R, kLocality<N>>(
         w, begin, end, next,
         [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&scales)[R]) {
           Vec(&total)[N][R] = sum.totals[chain % kTotals];
@@ -157,13 +158,21 @@ struct Product {
   }
 };
 
+// Fetches the scales of the rows after the next ones.
+template <class Chunk>
+void fetch_next_scales(const WeightRows& w, int64_t rows) {
+  if (!Chunk::kGrouped) return;
+  const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
+  fetch<3>(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
+}
+
 // out[r]: the products of R rows and one token.
 template <class Chunk, int R>
 void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, float* out) {
-  const int64_t ahead = R == 1 ? kAheadBytes : mistral::max(kAheadBytes, R * w.row_bytes);
+  fetch_next_scales<Chunk>(w, R);
   Product<Chunk, R, 1> product;
   product.start(x, 0);
-  product.add(w, x, 0, 0, w.inputs, w.values + ahead);
+  product.add(w, x, 0, 0, w.inputs, w.values + kAheadBytes);
   product.finish(w, x, 0, out, 0);
 }
 
@@ -172,12 +181,16 @@ template <class Chunk, int N>
 void multiply_group(const WeightRows& w, int64_t count,
                     const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
                     int64_t stride_out) {
-  constexpr int R = rows_at_a_time<Chunk>(N);
+  constexpr int R = rows_at_a_time(N);
   if constexpr (N == 1) {
+    // int4 takes the longest: short rows, of which several are in the cache, share the activations.
     int64_t row = 0;
-    for (; row + R <= count; row += R) multiply_one<Chunk, R>(w.from(row), x, out + row);
+    if (Chunk::kGrouped && 2 * w.row_bytes <= kAheadBytes) {
+      for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
+    }
     for (; row < count; ++row) multiply_one<Chunk, 1>(w.from(row), x, out + row);
   } else {
+    fetch_next_scales<Chunk>(w, count);
     Product<Chunk, R, N> products[kGroupRows / R];
     Product<Chunk, 1, N> last;
     for (auto& product : products) product.start(x, stride_x);
@@ -189,7 +202,10 @@ void multiply_group(const WeightRows& w, int64_t count,
       for (; row + R <= count; row += R, next += R * bytes) {
         products[row / R].add(w.from(row), x, stride_x, k, end, next);
       }
-      if (row < count) last.add(w.from(row), x, stride_x, k, end, next);
+      if (row < count) {
+        last.add(w.from(row), x, stride_x, k, end, next);
+        next += bytes;
+      }
     }
     int64_t row = 0;
     for (; row + R <= count; row += R) {
@@ -206,10 +222,6 @@ void multiply_few(const WeightRows& w, int64_t count, const typename Chunk::Arit
   for (int64_t row = 0; row < count; row += kGroupRows) {
     const WeightRows some = w.from(row);
     const int64_t rows = mistral::min(int64_t{kGroupRows}, count - row);
-    if (Chunk::kGrouped) {  // the next group's
-      const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
-      fetch<2>(reinterpret_cast<const char*>(some.scales) + bytes, bytes);
-    }
     for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
       const auto* from = x + token * stride_x;
       float* to = out + token * stride_out + row;

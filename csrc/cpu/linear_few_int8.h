@@ -2,15 +2,15 @@
 // numbers takes longer than fast memory takes to bring them; VNNI multiplies them as they are.
 //
 // The activations of a token become integers of 16 bits in a unit of their own, the power of two
-// that makes the largest one use all of them. So a bf16 within 2^-7 of the largest stays what it
-// is, and no smaller one is off by more than 2^-16 of that. Instructions multiply unsigned bytes
-// with signed ones, so an activation is a signed high byte and an unsigned low one, and a weight is
-// taken as it is or, without a sign, 128 larger:
+// that makes the largest one use all of them. So a bf16 of at least 2^-7 times the largest stays
+// what it is, and none is off by more than 2^-15 times the largest. Instructions multiply unsigned
+// bytes with signed ones, so an activation is a signed high byte and an unsigned low one, and a
+// weight is taken as it is or, without a sign, 128 larger:
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
-// These sums are exact, as rows have at most kMaxInt8Inputs. The second is packed with the
-// activations.
+// These sums are exact, as rows have at most kMaxInt8Inputs: they may wrap around on the way, the
+// results fit. The second one is packed with the activations.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +20,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// For activations of 16 bits. A token's packed ones begin with a TokenHead; then, for each chunk,
-// its high bytes and its low ones.
+// For activations of 16 bits. A token's packed ones begin with a TokenHead; then comes a line for
+// each chunk: its high bytes, and its low ones.
 struct Int8InIntegers {
   struct Arithmetic {
     using Element = uint8_t;
@@ -29,6 +29,7 @@ struct Int8InIntegers {
   static constexpr int64_t kValues = 64;
   static constexpr bool kGrouped = false;
   static constexpr int64_t kHeadBytes = 128;
+  static constexpr int64_t kLineBytes = 2 * kValues;
 
   static constexpr int64_t bytes(int64_t values) { return values; }
 };
@@ -88,16 +89,16 @@ struct Product<Int8InIntegers, R, N> {
   MISTRAL_SIMD void add(const WeightRows& w, const uint8_t* x, int64_t stride_x, int64_t begin,
                         int64_t end, const char* next) {
     Product sum = *this;
-    for_each_chunk<Int8InIntegers, R>(
+    for_each_chunk<Int8InIntegers, R, kLocality<N>>(
         w, begin, end, next,
         [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&)[R]) {
           const int i = chain % kSums;
-          const uint8_t* of_chunk = x + Int8InIntegers::kHeadBytes + chunk * 128;
+          const uint8_t* line = x + Int8InIntegers::kHeadBytes + chunk * Int8InIntegers::kLineBytes;
           Bytes weights[R];
           for (int r = 0; r < R; ++r) weights[r] = load_bytes(values[r]);
           for (int n = 0; n < N; ++n) {
-            const Bytes high_bytes = load_bytes(of_chunk + n * stride_x);
-            const Bytes low_bytes = load_bytes(of_chunk + n * stride_x + 64);
+            const Bytes high_bytes = load_bytes(line + n * stride_x);
+            const Bytes low_bytes = load_bytes(line + n * stride_x + Int8InIntegers::kValues);
             for (int r = 0; r < R; ++r) {
               sum.high[i][n][r] = add_products(sum.high[i][n][r], add_128(weights[r]), high_bytes);
               sum.low[i][n][r] = add_products(sum.low[i][n][r], low_bytes, weights[r]);
@@ -148,13 +149,14 @@ void pack_integers(const T* x, int64_t inputs, uint8_t* out) {
   }
 
   Ints sum = broadcast_int(0);
-  uint8_t* of_chunk = out + Int8InIntegers::kHeadBytes;
-  for (int64_t begin = 0; begin < padded(inputs); begin += Int8InIntegers::kValues) {
-    for (int64_t i = 0; i < Int8InIntegers::kValues; i += Vec::width) {
-      split_rounded(values_at(begin + i) * broadcast(inverse), of_chunk + i, of_chunk + 64 + i);
+  constexpr int64_t kValues = Int8InIntegers::kValues;
+  uint8_t* line = out + Int8InIntegers::kHeadBytes;
+  for (int64_t begin = 0; begin < padded(inputs); begin += kValues) {
+    for (int64_t i = 0; i < kValues; i += Vec::width) {
+      split_rounded(values_at(begin + i) * broadcast(inverse), line + i, line + kValues + i);
     }
-    sum = add_products(sum, broadcast_byte(1), load_bytes(of_chunk));
-    of_chunk += 128;
+    sum = add_products(sum, broadcast_byte(1), load_bytes(line));
+    line += Int8InIntegers::kLineBytes;
   }
   head.offset = broadcast_int(0) - (sum << 7);
   memcpy(out, &head, sizeof head);

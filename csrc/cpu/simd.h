@@ -167,8 +167,8 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
 // Loads the scales of the values of one or two Words, in groups of 2^group_log2: 8 values go with
 // each lane.
 struct GroupScales {
-  __m512i
-      index[2];  // of the scale of each lane, in its high half: a bf16 is the high half of a float
+  // Of the scale of each lane, in its high half: a bf16 is the high half of a float.
+  __m512i index[2];
   __mmask8 there;  // scales that are there
 
   using Loaded = __m512i;
