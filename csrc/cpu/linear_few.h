@@ -195,7 +195,8 @@ void multiply_group(const WeightRows& w, int64_t count,
     Product<Chunk, 1, N> last;
     for (auto& product : products) product.start(x, stride_x);
     last.start(x, stride_x);
-    const char* next = w.values + mistral::max(kAheadBytes, count * w.row_bytes);  // group
+    // What is fetched is the next group.
+    const char* next = w.values + mistral::max(kAheadBytes, count * w.row_bytes);
     for (int64_t k = 0; k < w.inputs; k += kBlockValues) {
       const int64_t end = mistral::min(k + kBlockValues, w.inputs), bytes = Chunk::bytes(end - k);
       int64_t row = 0;
