@@ -228,7 +228,8 @@ def use(emulator: ModuleType) -> AbstractContextManager[None]:
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
     multiplies = {op: getattr(amx, op) for op in ("linear", "linear_argmax", "linear_rope")}
-    return _in_place_of_c(SimpleNamespace(**{**vars(_C), **multiplies}))
+    isas = {"supported_isas": lambda: [*_C.supported_isas(), "amx"]}
+    return _in_place_of_c(SimpleNamespace(**{**vars(_C), **multiplies, **isas}))
 
 
 def use_gpu() -> AbstractContextManager[None]:

@@ -11,10 +11,12 @@ import backends
 import pytest
 import reference
 import torch
-from test_linear import (  # collected here again, with this file's `isa`
+from test_linear import (  # collected here again, with this file's `isa` and `backend`
     check,
     inputs,
     test_any_number_of_threads_gives_the_same_bits,  # noqa: F401
+    test_any_size_of_activations,  # noqa: F401
+    test_few_tokens_get_the_same_bits_alone_and_together,  # noqa: F401
     test_int4_of_every_value_and_place,  # noqa: F401
     test_linear,  # noqa: F401
     test_linear_residual,  # noqa: F401
@@ -43,6 +45,11 @@ def isa(amx):
     amx.take_counts()
     with backends.use_amx(amx):
         yield "amx"
+
+
+@pytest.fixture
+def backend(isa):
+    return isa
 
 
 @pytest.fixture
