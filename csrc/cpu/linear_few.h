@@ -11,8 +11,8 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kCacheLineBytes = 64;
-// How far ahead of its use memory is fetched at least: further than the processor's own prefetchers
-// dare, and across the ends of rows and pages, where they stop.
+// How far ahead of its use memory is fetched: further than the processor's own prefetchers dare,
+// and across the ends of rows and pages, where they stop.
 constexpr int64_t kAheadBytes = 8192;
 
 // Rows and tokens that are multiplied at a time: of one token one row, a single stream through
@@ -22,27 +22,24 @@ constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
 // Rows that are multiplied with all tokens before the next ones, so that they are still in the
 // cache.
 constexpr int kGroupRows = 8;
-// Several tokens' activations of this many values are multiplied with a group before the next ones:
-// those of whole rows have no room in the L1 cache.
-constexpr int64_t kBlockValues = 4096;
+// Several tokens' activations of a block of values are multiplied with all rows of a group before
+// the next ones, as many as stay in the L1 cache beside the stream of weights: an activation that
+// has to be fetched waits behind lines that come from memory.
+template <int tokens>
+constexpr int64_t kBlockValues = tokens == 2 ? 4096 : 2048;
 // Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
 constexpr int kChains = 2;
 
-// One token's stream of rows goes to the L1 cache; beside the activations of more, that has no
-// room.
-template <int tokens>
-constexpr int kLocality = tokens == 1 ? 3 : 2;
-
-template <int locality>
+// Into the L1 cache, from where it need not go to the others: a weight is used once.
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
+  for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, 0);
 }
 
 // Calls f(chunk, i, values, scales) for the chunks of R rows from k = `begin` to `end`: i counts
 // the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
 // Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
-// on.
-template <class Chunk, int R, int kFetchLocality, class F>
+// on: with kOneStream in the order of addresses, else those of R rows side by side.
+template <class Chunk, int R, bool kOneStream, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
   constexpr int64_t kValues = Chunk::kValues, kBytes = Chunk::bytes(kValues);
@@ -64,10 +61,14 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
 
   // Counted in chunks, of which compilers know how to make addresses that go on by a constant.
   int64_t chunk = begin / kValues;
-  next -= R * chunk * kBytes;
+  next -= (kOneStream ? R : 1) * chunk * kBytes;
   const GroupScales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
-    fetch<kFetchLocality>(next + R * chunk * kBytes, R * kChains * kBytes);
+    if (kOneStream) {
+      fetch(next + R * chunk * kBytes, R * kChains * kBytes);
+    } else {
+      for (int r = 0; r < R; ++r) fetch(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+    }
     load_scales(of_chains, chunk);
 #pragma GCC unroll 2
     for (int i = 0; i < kChains; ++i) {
@@ -113,7 +114,7 @@ struct Product {
   MISTRAL_SIMD void add(const WeightRows& w, const typename A::Element* x, int64_t stride_x,
                         int64_t begin, int64_t end, const char* next) {
     Product sum = *this;
-    for_each_chunk<Chunk, R, kLocality<N>>(
+    for_each_chunk<Chunk, R, N == 1>(
         w, begin, end, next,
         [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&scales)[R]) {
           Vec(&total)[N][R] = sum.totals[chain % kTotals];
@@ -163,7 +164,7 @@ template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;
   const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
-  fetch<3>(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
+  fetch(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
 }
 
 // out[r]: the products of R rows and one token.
@@ -195,17 +196,24 @@ void multiply_group(const WeightRows& w, int64_t count,
     Product<Chunk, 1, N> last;
     for (auto& product : products) product.start(x, stride_x);
     last.start(x, stride_x);
-    // What is fetched is the next group.
-    const char* next = w.values + mistral::max(kAheadBytes, count * w.row_bytes);
-    for (int64_t k = 0; k < w.inputs; k += kBlockValues) {
-      const int64_t end = mistral::min(k + kBlockValues, w.inputs), bytes = Chunk::bytes(end - k);
-      int64_t row = 0;
-      for (; row + R <= count; row += R, next += R * bytes) {
+    constexpr int64_t kValues = kBlockValues<N>, kBytes = Chunk::bytes(kValues);
+    // Blocks are fetched in the order in which they are multiplied, so many of them before.
+    constexpr int64_t kAhead = mistral::min(int64_t{kGroupRows}, ceil_div(kAheadBytes, kBytes));
+    const int64_t blocks = ceil_div(w.inputs, kValues) * count;
+    const auto block_at = [&](int64_t i) {
+      return i < blocks ? w.from(i % count).values + i / count * kBytes
+                        : w.from(count + i - blocks).values;  // of the next group
+    };
+    for (int64_t block = 0; block < blocks;) {
+      const int64_t row = block % count, k = block / count * kValues;
+      const int64_t end = mistral::min(k + kValues, w.inputs);
+      const char* next = block_at(block + kAhead);
+      if (row + R <= count) {
         products[row / R].add(w.from(row), x, stride_x, k, end, next);
-      }
-      if (row < count) {
+        block += R;
+      } else {
         last.add(w.from(row), x, stride_x, k, end, next);
-        next += bytes;
+        ++block;
       }
     }
     int64_t row = 0;

@@ -89,7 +89,7 @@ struct Product<Int8InIntegers, R, N> {
   MISTRAL_SIMD void add(const WeightRows& w, const uint8_t* x, int64_t stride_x, int64_t begin,
                         int64_t end, const char* next) {
     Product sum = *this;
-    for_each_chunk<Int8InIntegers, R, kLocality<N>>(
+    for_each_chunk<Int8InIntegers, R, N == 1>(
         w, begin, end, next,
         [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&)[R]) {
           const int i = chain % kSums;
