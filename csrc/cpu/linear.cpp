@@ -13,9 +13,10 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// What a task of few tokens reads: much more than what it begins to fetch too late.
-constexpr int64_t kBytesPerTask = 1 << 19;
-constexpr int64_t kMostRowsPerTask = 512;
+// What a thread reads of few tokens' weights at least before it takes other rows: more than what it
+// begins to fetch too late.
+constexpr int64_t kLeastBytes = 1 << 16;
+constexpr int64_t kMostRows = 512;  // of a part, before outputs are written
 
 // Rows that a task multiplies, of one part; with SwiGLU of gate and up alike.
 struct RowBlock {
@@ -45,6 +46,13 @@ RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
   }
   const int64_t first = index * rows;
   return {part, first, mistral::min(rows, p.parts[part].rows - first), column + first};
+}
+
+// Rows from `row` of all parts on, at most `most`.
+RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
+  int64_t part = 0, first = row;
+  while (first >= p.parts[part].rows) first -= p.parts[part++].rows;
+  return {part, first, mistral::min(most, p.parts[part].rows - first), row};
 }
 
 template <WeightFormat format, class T>
@@ -192,20 +200,21 @@ void linear_few(const LinearParams& p, int threads) {
   });
 
   const int64_t row_bytes = mistral::max(1, rows_of<format, T>(p, 0, 0).row_bytes);
-  const int64_t wanted = mistral::min(kMostRowsPerTask, kBytesPerTask / row_bytes);
-  const int64_t shared_out = count_blocks(p, 1) / (4 * threads);
-  const int64_t rows = mistral::max(8, mistral::min(wanted, shared_out) / 8 * 8);
-  parallel_for(threads, count_blocks(p, rows), [&](int64_t task) {
-    const RowBlock block = block_at(p, rows, task);
-    float product[kFewTokens][kMostRowsPerTask], up[kFewTokens][kMostRowsPerTask];
-    multiply_few<Chunk>(rows_of<format, T>(p, block.part, block.first), block.count, scratch.rows,
-                        stride_x, p.tokens, product[0], kMostRowsPerTask);
-    if (p.epilogue == Epilogue::swiglu) {
-      multiply_few<Chunk>(rows_of<format, T>(p, 1, block.first), block.count, scratch.rows,
-                          stride_x, p.tokens, up[0], kMostRowsPerTask);
-    }
-    for (int64_t token = 0; token < p.tokens; ++token) {
-      finish<T>(p, token, block.column, product[token], up[token], block.count);
+  const int64_t least = kGroupRows * mistral::max(1, kLeastBytes / (kGroupRows * row_bytes));
+  parallel_ranges(threads, count_blocks(p, 1), kGroupRows, least, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const RowBlock block = block_from(p, begin, mistral::min(kMostRows, end - begin));
+      float product[kFewTokens][kMostRows], up[kFewTokens][kMostRows];
+      multiply_few<Chunk>(rows_of<format, T>(p, block.part, block.first), block.count, scratch.rows,
+                          stride_x, p.tokens, product[0], kMostRows);
+      if (p.epilogue == Epilogue::swiglu) {
+        multiply_few<Chunk>(rows_of<format, T>(p, 1, block.first), block.count, scratch.rows,
+                            stride_x, p.tokens, up[0], kMostRows);
+      }
+      for (int64_t token = 0; token < p.tokens; ++token) {
+        finish<T>(p, token, block.column, product[token], up[token], block.count);
+      }
+      begin += block.count;
     }
   });
 }

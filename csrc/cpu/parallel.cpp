@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -129,6 +130,21 @@ void parallel_for(int threads, int64_t tasks, void (*run)(const void*, int64_t),
     pthread_atfork(nullptr, nullptr, make_pool);
   });
   pool->run(threads, tasks, run, context);
+}
+
+void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
+                     void (*run)(const void*, int64_t, int64_t), const void* context) {
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, threads, [&](int64_t) {
+    for (int64_t begin = next.load(std::memory_order_relaxed); begin < count;) {
+      const int64_t share = (count - begin) / (2 * threads) / unit * unit;
+      const int64_t end = std::min(count, begin + std::max(least, share));
+      if (next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) {
+        run(context, begin, end);
+        begin = next.load(std::memory_order_relaxed);
+      }
+    }
+  });
 }
 
 }  // namespace mistral::cpu

@@ -19,4 +19,23 @@ template <class F>
       [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
 }
 
+// Calls run(context, begin, end) for ranges that make up [0, count), multiples of `unit` but for
+// the last. A thread takes the largest ranges first, so that it works through most of its share in
+// one go, and small ones towards the end, so that all threads end together: each time its share of
+// half of what is left, at least `least`.
+void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
+                     void (*run)(const void* context, int64_t begin, int64_t end),
+                     const void* context);
+
+template <class F>
+[[gnu::always_inline]] inline void parallel_ranges(int threads, int64_t count, int64_t unit,
+                                                   int64_t least, const F& f) {
+  parallel_ranges(
+      threads, count, unit, least,
+      [](const void* context, int64_t begin, int64_t end) {
+        (*static_cast<const F*>(context))(begin, end);
+      },
+      &f);
+}
+
 }  // namespace mistral::cpu
