@@ -21,8 +21,9 @@ It takes less than ten minutes on two cores and prints:
 3. linear alone: our kernels and torch's bf16 linear; for int8 and int4 our speed over our bf16.
 
 Machines are noisy, virtual ones above all, whose memory may be twice as fast in the next second.
-So engines take turns step by step, the limit is measured beside every single step and prompt,
-shares and ratios are taken within a turn, and the medians of those are shown.
+So engines take turns, in decode two steps at a time of which the second counts, the limit is
+measured beside every one of them, shares and ratios are taken within a turn, and the medians of
+those are shown.
 
 --out writes cpu.json and cpu_roofline.png into a folder; plot.py draws it, which needs matplotlib.
 """
@@ -77,7 +78,7 @@ OURS = "mistral_ext"
 BATCHES = (1, 4)
 PROMPTS = (256, 1024)
 CONTEXT = 16  # tokens before a decode
-DECODE_TURNS, PREFILL_TURNS = 24, 4
+DECODE_TURNS, PREFILL_TURNS = 20, 4
 MOST_SECONDS = 40.0  # for decode or prefill of one kind of weights, if two turns take no longer
 READ_PASSES = 4
 LINEAR_SHAPES = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))  # in, out
@@ -99,6 +100,7 @@ class Ours:
     def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
         model = self._llm.model
         cache = RingCache(self._llm.config, [len(ids) + 1024] * batch, model.dtype)
+        vocab_size = self._llm.config.vocab_size
         new = [ids] * batch
 
         @torch.inference_mode()
@@ -107,8 +109,9 @@ class Ours:
             sequences = cache.append({ring: len(tokens) for ring, tokens in enumerate(new)})
             last = torch.tensor([len(tokens) for tokens in new]).cumsum(0) - 1
             flat = torch.tensor([token for tokens in new for token in tokens])
-            logits = model.forward(flat, sequences, cache, last)
-            new = [[token] for token in logits.argmax(-1).tolist()]
+            h = model.step(flat, sequences, cache, max(map(len, new)), last)
+            _, chosen = model.greedy(h, vocab_size)
+            new = [[token] for token in chosen.tolist()]
 
         step()
         return step
@@ -127,7 +130,10 @@ Turn = dict[tuple[str, int], tuple[float, float]]  # (engine, batch or tokens): 
 
 
 def take_turns(
-    functions: dict[tuple[str, int], Callable[[], Any]], limit: Callable[[], float], turns: int
+    functions: dict[tuple[str, int], Callable[[], Any]],
+    limit: Callable[[], float],
+    turns: int,
+    in_a_row: int = 1,
 ) -> list[Turn]:
     """Calls the functions in turn.
 
@@ -136,6 +142,7 @@ def take_turns(
         limit: measures the machine; called between all of them, each time after a pause, in which
             the threads of the function before go to sleep.
         turns: how many, or fewer where they take too long, but at least two.
+        in_a_row: calls of a function in its turn, of which the last one is timed.
 
     Returns:
         For each turn the seconds of each function, and the mean of the limits before and after.
@@ -151,7 +158,8 @@ def take_turns(
     while len(result) < 2 or (len(result) < turns and time.perf_counter() < stop):
         result.append({})
         for key, function in functions.items():
-            seconds = seconds_of(function)
+            for _ in range(in_a_row):
+                seconds = seconds_of(function)
             after = limit_after_pause()
             result[-1][key] = seconds, (before + after) / 2
             before = after
@@ -209,9 +217,10 @@ def measure_decode(
     steps = {
         (engine.name, batch): engine.decoder(batch, ids) for engine in engines for batch in BATCHES
     }
-    for step in steps.values():
-        step()
-    turns = take_turns(steps, functools.partial(read_bandwidth, READ_PASSES), n_turns)
+    # A step comes after another one, not after the steps of other engines: what is not weights is
+    # in the caches.
+    limit = functools.partial(read_bandwidth, READ_PASSES)
+    turns = take_turns(steps, limit, n_turns, in_a_row=2)
     return summarize(
         "decode",
         turns,

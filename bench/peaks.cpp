@@ -46,31 +46,37 @@ double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
 }
 
-// Calls work(thread, pass) on `threads` threads for each of `passes`, which all begin together.
-// Returns the seconds of the shortest pass, until its last thread was done.
+struct Seconds {
+  double shortest, sum;
+};
+
+// Calls work(thread) on `threads` threads, which all begin together, `passes` times. Returns the
+// seconds of the passes, each until its last thread was done.
 template <class Work>
-double shortest_pass(int threads, int passes, const Work& work) {
+Seconds time_passes(int threads, int passes, const Work& work) {
   std::atomic<int> begun{0}, done{0};
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread) {
     others.emplace_back([&, thread] {
       for (int pass = 0; pass < passes; ++pass) {
         while (begun.load() <= pass) std::this_thread::yield();
-        work(thread, pass);
+        work(thread);
         ++done;
       }
     });
   }
-  double shortest = std::numeric_limits<double>::infinity();
+  Seconds seconds{std::numeric_limits<double>::infinity(), 0.0};
   for (int pass = 0; pass < passes; ++pass) {
     const auto begin = Clock::now();
     begun = pass + 1;
-    work(0, pass);
+    work(0);
     while (done.load() < (threads - 1) * (pass + 1)) std::this_thread::yield();
-    shortest = std::min(shortest, seconds_since(begin));
+    const double pass_seconds = seconds_since(begin);
+    seconds.shortest = std::min(seconds.shortest, pass_seconds);
+    seconds.sum += pass_seconds;
   }
   for (auto& thread : others) thread.join();
-  return shortest;
+  return seconds;
 }
 
 // Reads `bytes` as kStreams runs that advance together, eight lines of 64 bytes in a turn. A line
@@ -149,8 +155,8 @@ void repeat(long turns) {
 template <class Unit>
 double rate(int threads, int passes) {
   constexpr long kTurns = 20000000 / kChains;  // some milliseconds
-  const double seconds = shortest_pass(threads, passes, [](int, int) { repeat<Unit>(kTurns); });
-  return Unit::kOps * kTurns * kChains * threads / seconds;
+  const Seconds seconds = time_passes(threads, passes, [](int) { repeat<Unit>(kTurns); });
+  return Unit::kOps * kTurns * kChains * threads / seconds.shortest;
 }
 
 #if defined(__AMX_TILE__)
@@ -170,7 +176,7 @@ bool allow_tiles() {
 template <class Multiply>
 double tile_rate(int threads, int passes, double ops, const Multiply& multiply) {
   constexpr long kTurns = 60000;  // some milliseconds
-  const double seconds = shortest_pass(threads, passes, [&](int, int) {
+  const Seconds seconds = time_passes(threads, passes, [&](int) {
     TileConfig config;
     touch(config);  // GCC 12 believes that only its first 8 bytes are read
     _tile_loadconfig(&config);
@@ -179,7 +185,7 @@ double tile_rate(int threads, int passes, double ops, const Multiply& multiply) 
     for (long turn = 0; turn < kTurns; ++turn) multiply();
     _tile_release();
   });
-  return 6 * ops * kTurns * threads / seconds;
+  return 6 * ops * kTurns * threads / seconds.shortest;
 }
 #endif
 
@@ -187,16 +193,16 @@ double tile_rate(int threads, int passes, double ops, const Multiply& multiply) 
 
 extern "C" {
 
-// Bytes per second. data: aligned to 64 bytes, larger than the caches; bytes beyond the last
-// multiple of 512 per thread are left out. Half of the passes read one run per thread with
-// prefetches, half four runs without: it depends on the processor which is faster.
-double read_bandwidth(const char* data, std::size_t bytes, int threads, int passes) {
+// Bytes per second, over all passes. data: aligned to 64 bytes, larger than the caches; bytes
+// beyond the last multiple of 512 per thread are left out. loop: 0 reads one run per thread, with
+// prefetches, 1 four runs without: it depends on the processor which is faster.
+double read_bandwidth(const char* data, std::size_t bytes, int threads, int passes, int loop) {
   const std::size_t part = bytes / threads / 512 * 512;
-  const double seconds = shortest_pass(threads, passes, [=](int thread, int pass) {
+  const Seconds seconds = time_passes(threads, passes, [=](int thread) {
     const char* own = data + thread * part;
-    pass % 2 ? read_all<4, 0>(own, part) : read_all<1, 6144>(own, part);
+    loop ? read_all<4, 0>(own, part) : read_all<1, 6144>(own, part);
   });
-  return part * threads / seconds;
+  return part * threads * passes / seconds.sum;
 }
 
 // Operations (a multiplication and an addition are two) per second; 0: the machine, or the
