@@ -29,8 +29,10 @@ struct VectorTile {
   // A block has 256 words of 4 bytes of each token or row.
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
-  static constexpr int64_t kBlockRows = 96;         // a multiple of rows()
-  static constexpr int64_t kTaskRows = kBlockRows;  // a multiple of those of a block
+  static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
+  // Those that are multiplied with a block of activations while it is in the L2 cache: the
+  // activations of all tokens may have no room in the last one. A multiple of kBlockRows.
+  static constexpr int64_t kTaskRows = 2 * kBlockRows;
 
   // Vectors of tokens that are multiplied at a time, and the rows that go with them: as many as
   // leave the sums, the vectors and a broadcast value in registers.
