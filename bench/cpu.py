@@ -21,9 +21,9 @@ It takes less than ten minutes on two cores and prints:
 3. linear alone: our kernels and torch's bf16 linear; for int8 and int4 our speed over our bf16.
 
 Machines are noisy, virtual ones above all, whose memory may be twice as fast in the next second.
-So engines take turns, in decode two steps at a time of which the second counts, the limit is
-measured beside every one of them, shares and ratios are taken within a turn, and the medians of
-those are shown.
+So engines take turns; in decode a turn is two steps, of which the second is timed. The limit is
+measured before and after each, shares and ratios are taken within a turn, and the medians of those
+are shown.
 
 --out writes cpu.json and cpu_roofline.png into a folder; plot.py draws it, which needs matplotlib.
 """
@@ -217,8 +217,7 @@ def measure_decode(
     steps = {
         (engine.name, batch): engine.decoder(batch, ids) for engine in engines for batch in BATCHES
     }
-    # A step comes after another one, not after the steps of other engines: what is not weights is
-    # in the caches.
+    # The timed step follows another one of its engine, as in use: what is not weights is in caches.
     limit = functools.partial(read_bandwidth, READ_PASSES)
     turns = take_turns(steps, limit, n_turns, in_a_row=2)
     return summarize(

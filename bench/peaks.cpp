@@ -50,26 +50,28 @@ struct Seconds {
   double shortest, sum;
 };
 
-// Calls work(thread) on `threads` threads, which all begin together, `passes` times. Returns the
-// seconds of the passes, each until its last thread was done.
+// Calls work(pass) on `threads` threads, which all begin together, for each of `passes`. Returns
+// the seconds of the passes, each until its last thread was done.
 template <class Work>
 Seconds time_passes(int threads, int passes, const Work& work) {
-  std::atomic<int> begun{0}, done{0};
+  std::atomic<int> there{1}, begun{0}, done{0};
   std::vector<std::thread> others;
   for (int thread = 1; thread < threads; ++thread) {
-    others.emplace_back([&, thread] {
+    others.emplace_back([&] {
+      ++there;
       for (int pass = 0; pass < passes; ++pass) {
         while (begun.load() <= pass) std::this_thread::yield();
-        work(thread);
+        work(pass);
         ++done;
       }
     });
   }
+  while (there.load() < threads) std::this_thread::yield();
   Seconds seconds{std::numeric_limits<double>::infinity(), 0.0};
   for (int pass = 0; pass < passes; ++pass) {
     const auto begin = Clock::now();
     begun = pass + 1;
-    work(0);
+    work(pass);
     while (done.load() < (threads - 1) * (pass + 1)) std::this_thread::yield();
     const double pass_seconds = seconds_since(begin);
     seconds.shortest = std::min(seconds.shortest, pass_seconds);
@@ -194,15 +196,20 @@ double tile_rate(int threads, int passes, double ops, const Multiply& multiply) 
 extern "C" {
 
 // Bytes per second, over all passes. data: aligned to 64 bytes, larger than the caches; bytes
-// beyond the last multiple of 512 per thread are left out. loop: 0 reads one run per thread, with
-// prefetches, 1 four runs without: it depends on the processor which is faster.
+// beyond the last multiple of 4 MB are left out. Threads take 4 MB at a time, so that one that is
+// slowed down does not hold up the others. loop: 0 reads them as one run, with prefetches, 1 as
+// four runs without: it depends on the processor which is faster.
 double read_bandwidth(const char* data, std::size_t bytes, int threads, int passes, int loop) {
-  const std::size_t part = bytes / threads / 512 * 512;
-  const Seconds seconds = time_passes(threads, passes, [=](int thread) {
-    const char* own = data + thread * part;
-    loop ? read_all<4, 0>(own, part) : read_all<1, 6144>(own, part);
+  constexpr std::size_t kPiece = 4 << 20;
+  const std::size_t pieces = bytes / kPiece;
+  std::vector<std::atomic<std::size_t>> next(passes);
+  const Seconds seconds = time_passes(threads, passes, [&](int pass) {
+    for (std::size_t piece; (piece = next[pass]++) < pieces;) {
+      const char* own = data + piece * kPiece;
+      loop ? read_all<4, 0>(own, kPiece) : read_all<1, 6144>(own, kPiece);
+    }
   });
-  return part * threads * passes / seconds.sum;
+  return pieces * kPiece * passes / seconds.sum;
 }
 
 // Operations (a multiplication and an addition are two) per second; 0: the machine, or the

@@ -76,8 +76,8 @@ def _read(passes: int, loop: int) -> float:
 @functools.cache
 def _faster_loop() -> int:
     """Of those in peaks.cpp, by the best of passes that take turns."""
-    passes = [(_read(1, loop), loop) for _ in range(PASSES) for loop in (0, 1)]
-    return max(passes)[1]
+    found = [(_read(1, loop), loop) for _ in range(PASSES) for loop in (0, 1)]
+    return max(found)[1]
 
 
 def read_bandwidth(passes: int = PASSES) -> float:
@@ -99,7 +99,8 @@ def read_bandwidth(passes: int = PASSES) -> float:
 def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> dict[str, float]:
     """Operations per second of each of these instructions that there is, by its name.
 
-    A multiplication and an addition are two operations. A pass takes some milliseconds.
+    A multiplication and an addition are two operations. A pass takes some milliseconds; here the
+    best one counts, as what registers allow does not depend on what else the machine does.
     """
     if _library() is None:
         return {}

@@ -13,12 +13,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// What a thread reads of few tokens' weights at least before it takes other rows: more than what it
-// begins to fetch too late.
+// The least that a thread takes of few tokens' weights at a time (with SwiGLU twice that): more
+// than what it begins to fetch too late.
 constexpr int64_t kLeastBytes = 1 << 16;
-constexpr int64_t kMostRows = 512;  // of a part, before outputs are written
+constexpr int64_t kMostRows = 512;  // whose outputs are written together
 
-// Rows that a task multiplies, of one part; with SwiGLU of gate and up alike.
+// Rows that are multiplied before their outputs are written, of one part; with SwiGLU of gate and
+// up alike.
 struct RowBlock {
   int64_t part;
   int64_t first;
@@ -201,7 +202,8 @@ void linear_few(const LinearParams& p, int threads) {
 
   const int64_t row_bytes = mistral::max(1, rows_of<format, T>(p, 0, 0).row_bytes);
   const int64_t least = kGroupRows * mistral::max(1, kLeastBytes / (kGroupRows * row_bytes));
-  parallel_ranges(threads, count_blocks(p, 1), kGroupRows, least, [&](int64_t begin, int64_t end) {
+  const int64_t all_rows = count_blocks(p, 1);
+  parallel_ranges(threads, all_rows, kGroupRows, least, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const RowBlock block = block_from(p, begin, mistral::min(kMostRows, end - begin));
       float product[kFewTokens][kMostRows], up[kFewTokens][kMostRows];

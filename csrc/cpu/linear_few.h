@@ -1,6 +1,7 @@
 // The product of a few tokens with rows of a weight: reads the rows once from memory, several at a
-// time, for several tokens at a time; further tokens find the rows in the cache. The next rows are
-// fetched meanwhile, in the order of addresses, which is what memory is fastest at.
+// time, for several tokens at a time; further tokens find the rows in the cache. What comes next is
+// fetched meanwhile: for one token in the order of addresses, which is what memory is fastest at,
+// for several in that of their blocks.
 //
 // What is added for an output, and in which order, does not depend on the number of tokens: a
 // sequence gets the same bits alone and in a batch.
@@ -24,22 +25,31 @@ constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
 constexpr int kGroupRows = 8;
 // Several tokens' activations of a block of values are multiplied with all rows of a group before
 // the next ones, as many as stay in the L1 cache beside the stream of weights: an activation that
-// has to be fetched waits behind lines that come from memory.
-template <int tokens>
-constexpr int64_t kBlockValues = tokens == 2 ? 4096 : 2048;
+// has to be fetched waits behind lines that come from memory. They have `value_bytes` each.
+constexpr int64_t block_values(int tokens, int64_t value_bytes) {
+  constexpr int64_t kActivationBytes = 1 << 14;
+  int64_t values = 4096;
+  while (values * tokens * value_bytes > kActivationBytes) values /= 2;
+  return values;
+}
+// Bytes of a packed activation.
+template <class Chunk>
+constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
 // Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
 constexpr int kChains = 2;
 
-// Into the L1 cache, from where it need not go to the others: a weight is used once.
+// To the L1 cache. With locality 0 it goes to no other from there: a weight of one token is used
+// once. With more tokens, others may follow.
+template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, 0);
+  for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
 // Calls f(chunk, i, values, scales) for the chunks of R rows from k = `begin` to `end`: i counts
 // the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
 // Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
-// on: with kOneStream in the order of addresses, else those of R rows side by side.
-template <class Chunk, int R, bool kOneStream, class F>
+// on: for one token, of whole rows, in the order of addresses, else those of R rows side by side.
+template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
   constexpr int64_t kValues = Chunk::kValues, kBytes = Chunk::bytes(kValues);
@@ -61,13 +71,15 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
 
   // Counted in chunks, of which compilers know how to make addresses that go on by a constant.
   int64_t chunk = begin / kValues;
-  next -= (kOneStream ? R : 1) * chunk * kBytes;
+  next -= chunk * kBytes;
   const GroupScales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
-    if (kOneStream) {
-      fetch(next + R * chunk * kBytes, R * kChains * kBytes);
+    if (N == 1) {
+      fetch<0>(next + R * chunk * kBytes, R * kChains * kBytes);
     } else {
-      for (int r = 0; r < R; ++r) fetch(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+      for (int r = 0; r < R; ++r) {
+        fetch<3>(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+      }
     }
     load_scales(of_chains, chunk);
 #pragma GCC unroll 2
@@ -99,7 +111,7 @@ struct Product {
   // Whether a chunk's products are summed on their own: int4 scales the sums, and one lane alone
   // would lose digits over thousands of values.
   static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
-  static constexpr int kTotals = kSumsChunks ? 1 : kChains;
+  static constexpr int kTotals = kSumsChunks && Vec::width > 1 ? 1 : kChains;
 
   Vec totals[kTotals][N][R];
 
@@ -114,7 +126,7 @@ struct Product {
   MISTRAL_SIMD void add(const WeightRows& w, const typename A::Element* x, int64_t stride_x,
                         int64_t begin, int64_t end, const char* next) {
     Product sum = *this;
-    for_each_chunk<Chunk, R, N == 1>(
+    for_each_chunk<Chunk, R, N>(
         w, begin, end, next,
         [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&scales)[R]) {
           Vec(&total)[N][R] = sum.totals[chain % kTotals];
@@ -164,7 +176,7 @@ template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;
   const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
-  fetch(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
+  fetch<3>(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
 }
 
 // out[r]: the products of R rows and one token.
@@ -196,25 +208,24 @@ void multiply_group(const WeightRows& w, int64_t count,
     Product<Chunk, 1, N> last;
     for (auto& product : products) product.start(x, stride_x);
     last.start(x, stride_x);
-    constexpr int64_t kValues = kBlockValues<N>, kBytes = Chunk::bytes(kValues);
-    // Blocks are fetched in the order in which they are multiplied, so many of them before.
-    constexpr int64_t kAhead = mistral::min(int64_t{kGroupRows}, ceil_div(kAheadBytes, kBytes));
-    const int64_t blocks = ceil_div(w.inputs, kValues) * count;
-    const auto block_at = [&](int64_t i) {
-      return i < blocks ? w.from(i % count).values + i / count * kBytes
-                        : w.from(count + i - blocks).values;  // of the next group
-    };
-    for (int64_t block = 0; block < blocks;) {
-      const int64_t row = block % count, k = block / count * kValues;
+    constexpr int64_t kValues = block_values(N, kPackedBytes<Chunk>);
+    constexpr int64_t kAheadRows =
+        mistral::min(int64_t{kGroupRows}, R * ceil_div(kAheadBytes, R * Chunk::bytes(kValues)));
+    for (int64_t k = 0; k < w.inputs; k += kValues) {
       const int64_t end = mistral::min(k + kValues, w.inputs);
-      const char* next = block_at(block + kAhead);
-      if (row + R <= count) {
-        products[row / R].add(w.from(row), x, stride_x, k, end, next);
-        block += R;
-      } else {
-        last.add(w.from(row), x, stride_x, k, end, next);
-        ++block;
+      // What is multiplied after kAheadRows rows: this block of later ones, the next block of the
+      // first ones, or the next group.
+      const auto next_of = [&](int64_t row) {
+        const int64_t ahead = row + kAheadRows;
+        if (ahead < count) return w.from(ahead).values + Chunk::bytes(k);
+        if (end < w.inputs) return w.from(ahead - count).values + Chunk::bytes(end);
+        return w.from(ahead).values;
+      };
+      int64_t row = 0;
+      for (; row + R <= count; row += R) {
+        products[row / R].add(w.from(row), x, stride_x, k, end, next_of(row));
       }
+      if (row < count) last.add(w.from(row), x, stride_x, k, end, next_of(row));
     }
     int64_t row = 0;
     for (; row + R <= count; row += R) {

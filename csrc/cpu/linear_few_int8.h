@@ -34,6 +34,9 @@ struct Int8InIntegers {
   static constexpr int64_t bytes(int64_t values) { return values; }
 };
 
+template <>
+constexpr int64_t kPackedBytes<Int8InIntegers> = 2;
+
 // The chunk of a format that few tokens with activations of type T are multiplied with.
 template <WeightFormat format, class T>
 struct FewChunkOf : ChunkOf<format, T> {};
@@ -89,7 +92,7 @@ struct Product<Int8InIntegers, R, N> {
   MISTRAL_SIMD void add(const WeightRows& w, const uint8_t* x, int64_t stride_x, int64_t begin,
                         int64_t end, const char* next) {
     Product sum = *this;
-    for_each_chunk<Int8InIntegers, R, N == 1>(
+    for_each_chunk<Int8InIntegers, R, N>(
         w, begin, end, next,
         [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&)[R]) {
           const int i = chain % kSums;

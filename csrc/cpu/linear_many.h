@@ -30,8 +30,8 @@ struct VectorTile {
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
-  // Those that are multiplied with a block of activations while it is in the L2 cache: the
-  // activations of all tokens may have no room in the last one. A multiple of kBlockRows.
+  // Rows of a task, a multiple of kBlockRows. A block of activations comes into the L2 cache once
+  // for all of them: those of all tokens may not fit into the last-level cache.
   static constexpr int64_t kTaskRows = 2 * kBlockRows;
 
   // Vectors of tokens that are multiplied at a time, and the rows that go with them: as many as

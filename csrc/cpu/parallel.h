@@ -19,10 +19,10 @@ template <class F>
       [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
 }
 
-// Calls run(context, begin, end) for ranges that make up [0, count), multiples of `unit` but for
-// the last. A thread takes the largest ranges first, so that it works through most of its share in
-// one go, and small ones towards the end, so that all threads end together: each time its share of
-// half of what is left, at least `least`.
+// Calls run(context, begin, end) for ranges that make up [0, count); all but the last are multiples
+// of `unit`, as `least`, more than 0, has to be. Each time a thread takes half of its share of what
+// is left, or `least`: long ranges first, because each begins slowly, and short ones at the end, so
+// that all threads end together.
 void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
                      void (*run)(const void* context, int64_t begin, int64_t end),
                      const void* context);
