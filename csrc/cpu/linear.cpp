@@ -1,6 +1,6 @@
 // First each token's activations are packed: normalised if asked to, converted to what they are
-// multiplied as, in the order of k that the weights' format has. Then a task multiplies a block of
-// rows of the weights, with up to kFewTokens tokens (linear_few.h, linear_few_int8.h) or more
+// multiplied as, in the order of k that the weights' format has. Then each thread multiplies blocks
+// of rows of the weights, with up to kFewTokens tokens (linear_few.h, linear_few_int8.h) or more
 // (linear_many.h), and writes the outputs.
 #include "../linear.h"
 
@@ -38,22 +38,20 @@ int64_t count_blocks(const LinearParams& p, int64_t rows) {
   return count;
 }
 
-RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
-  int64_t part = 0, column = 0;
-  while (index >= ceil_div(p.parts[part].rows, rows)) {
-    index -= ceil_div(p.parts[part].rows, rows);
-    column += p.parts[part].rows;
-    ++part;
-  }
-  const int64_t first = index * rows;
-  return {part, first, mistral::min(rows, p.parts[part].rows - first), column + first};
-}
-
 // Rows from `row` of all parts on, at most `most`.
 RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
   int64_t part = 0, first = row;
   while (first >= p.parts[part].rows) first -= p.parts[part++].rows;
   return {part, first, mistral::min(most, p.parts[part].rows - first), row};
+}
+
+RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
+  int64_t row = 0;
+  for (int64_t part = 0; index >= ceil_div(p.parts[part].rows, rows); ++part) {
+    index -= ceil_div(p.parts[part].rows, rows);
+    row += p.parts[part].rows;
+  }
+  return block_from(p, row + index * rows, rows);
 }
 
 template <WeightFormat format, class T>

@@ -38,11 +38,8 @@ constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
 // Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
 constexpr int kChains = 2;
 
-// Weights go to the L1 cache and from there to no other (locality 0), as they are used once; but
-// not where tokens come in pairs, after which others follow more often.
-template <int tokens>
-constexpr int kLocality = tokens == 1 || kTokensAtATime > 2 ? 0 : 3;
-
+// To the L1 cache. With locality 0, that of weights, which are used once, it goes to no other from
+// there; with 3 to all.
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
@@ -78,10 +75,10 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   const GroupScales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
     if (N == 1) {
-      fetch<kLocality<N>>(next + R * chunk * kBytes, R * kChains * kBytes);
+      fetch<0>(next + R * chunk * kBytes, R * kChains * kBytes);
     } else {
       for (int r = 0; r < R; ++r) {
-        fetch<kLocality<N>>(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+        fetch<0>(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
       }
     }
     load_scales(of_chains, chunk);
