@@ -66,10 +66,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import Mistral, ops
-from mistral_ext.cache import RingCache
-from mistral_ext.config import MistralConfig
-from mistral_ext.model import Transformer
-from mistral_ext.quantize import Quantized, quantize
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.weights.quantize import Quantized, quantize
 
 PARTS = ("decode", "prefill", "linear")
 WEIGHTS = {"bf16": 16, "int8": 8, "int4": 4}

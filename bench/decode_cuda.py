@@ -33,13 +33,13 @@ from peers import Transformers
 from roofline import BITS, decode_step, print_table
 
 from mistral_ext import _C, ops
-from mistral_ext.cache import RingCache
-from mistral_ext.checkpoint import tensor_shapes
-from mistral_ext.config import MistralConfig
-from mistral_ext.decoding import GraphDecoder
-from mistral_ext.model import Transformer, move_weights
-from mistral_ext.quantize import Quantization
-from mistral_ext.sampling import Sampler, SamplingParams
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.decoding import GraphDecoder
+from mistral_ext.engine.sampling import Sampler, SamplingParams
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.quantize import Quantization
 
 # (weights, sequences, tokens that each has seen)
 CASES = [("bf16", 1, 128), ("bf16", 1, 4096), ("bf16", 8, 128), ("bf16", 16, 128)]

@@ -25,9 +25,10 @@ from models import mistral_7b, random_weights, step_bytes
 from peaks import read_bandwidth
 from peers import Transformers
 
-from mistral_ext import Mistral, checkpoint
-from mistral_ext.config import MistralConfig
-from mistral_ext.model import Transformer
+from mistral_ext import Mistral
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.weights import checkpoint
 
 
 def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:

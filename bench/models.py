@@ -7,9 +7,9 @@ import mmap
 import torch
 from torch import Tensor
 
-from mistral_ext.checkpoint import tensor_shapes
-from mistral_ext.config import MistralConfig
-from mistral_ext.quantize import Quantization, Quantized, quantize
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.quantize import Quantization, Quantized, quantize
 
 
 def mistral_7b(layers: int) -> MistralConfig:

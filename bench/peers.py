@@ -30,8 +30,8 @@ import torch
 from models import step_bytes
 from torch import Tensor
 
-from mistral_ext.checkpoint import hugging_face_name
-from mistral_ext.config import MistralConfig
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.checkpoint import hugging_face_name
 
 # Name -> modules that it needs.
 PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}

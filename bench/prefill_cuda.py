@@ -17,9 +17,9 @@ from measure import write_json
 from models import mistral_7b
 
 from mistral_ext import _C
-from mistral_ext.cache import RingCache
-from mistral_ext.checkpoint import tensor_shapes
-from mistral_ext.model import Transformer
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.weights.checkpoint import tensor_shapes
 
 RUNS = 10
 

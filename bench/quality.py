@@ -29,13 +29,14 @@ from measure import machine, print_header, print_machine, print_row, write_json
 from models import mistral_7b
 from torch import Tensor
 
-from mistral_ext import Mistral, checkpoint
-from mistral_ext.config import MistralConfig
-from mistral_ext.generation import DEMO_MODEL
-from mistral_ext.model import Transformer
-from mistral_ext.perplexity import perplexity
-from mistral_ext.quantize import Quantization, Quantized, quantize
-from mistral_ext.tokenizer import Tokenizer
+from mistral_ext import Mistral
+from mistral_ext.evaluate.perplexity import perplexity
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.weights import checkpoint
+from mistral_ext.weights.quantize import Quantization, Quantized, quantize
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "held_out.txt"
 COLUMNS = [("", -36), ("weights", 10), ("perplexity", 10), ("to bf16", 8)]

@@ -24,8 +24,8 @@ from pathlib import Path
 from measure import print_header, print_row
 from models import mistral_7b
 
-from mistral_ext.config import MistralConfig
-from mistral_ext.quantize import DEFAULT_GROUP
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.quantize import DEFAULT_GROUP
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 ELEMENT = 2  # bytes of an activation, key or value

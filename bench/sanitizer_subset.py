@@ -9,7 +9,7 @@ import torch
 from shapes import HEAD_DIM, KV_HEADS, Rings, random
 
 from mistral_ext import ops
-from mistral_ext.quantize import quantize
+from mistral_ext.weights.quantize import quantize
 
 WINDOW = 300
 

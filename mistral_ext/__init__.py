@@ -3,9 +3,9 @@
 from importlib.metadata import version
 
 from mistral_ext import ops
-from mistral_ext.generation import Chat, Mistral, Stream, generate
-from mistral_ext.sampling import SamplingParams, TokenLogprob
-from mistral_ext.scheduler import Completion, Timing
+from mistral_ext.engine.sampling import SamplingParams, TokenLogprob
+from mistral_ext.engine.scheduler import Completion, Timing
+from mistral_ext.llm import Chat, Mistral, Stream, generate
 
 __version__ = version("mistral_ext")
 

@@ -28,7 +28,7 @@ from test_linear import (  # collected here again, with this file's `isa` and `b
 from tolerance import assert_close
 
 from mistral_ext import _C, ops
-from mistral_ext.quantize import quantize
+from mistral_ext.weights.quantize import quantize
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_ext import ops
-from mistral_ext.cache import RingCache, ring_capacity
-from mistral_ext.config import MistralConfig
+from mistral_ext.engine.cache import RingCache, ring_capacity
+from mistral_ext.model.config import MistralConfig
 
 
 def config(window: int | None, **changes) -> MistralConfig:

@@ -12,8 +12,8 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMe
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from mistral_ext.chat import chat_template_of, encode_chat, extend_chat
-from mistral_ext.tokenizer import Tokenizer
+from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
+from mistral_ext.text.tokenizer import Tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 VERSIONS = ("v1", "v2", "v3")

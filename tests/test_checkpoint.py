@@ -1,4 +1,4 @@
-"""mistral_ext.checkpoint: every format gives the same weights, every damage is named."""
+"""mistral_ext.weights.checkpoint: every format gives the same weights, every damage is named."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from mistral_ext import checkpoint
-from mistral_ext.checkpoint import find_weights, hugging_face_name, load_weights, resolve
-from mistral_ext.config import MistralConfig
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights import checkpoint
+from mistral_ext.weights.checkpoint import find_weights, hugging_face_name, load_weights, resolve
 
 CONFIG = MistralConfig(
     vocab_size=96,
@@ -514,7 +514,9 @@ def test_resolve_missing_path(path, tmp_path, monkeypatch):
 
 def test_resolve_offline_says_what_to_do(tmp_path):
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
-    code = "from mistral_ext.checkpoint import resolve; resolve('mistralai/Mistral-7B-v0.1')"
+    code = (
+        "from mistral_ext.weights.checkpoint import resolve; resolve('mistralai/Mistral-7B-v0.1')"
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
@@ -530,7 +532,7 @@ def test_resolve_offline_finds_the_cache(tmp_path):
     (cache / "snapshots" / "abc").mkdir(parents=True)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("abc")
-    code = "from mistral_ext.checkpoint import resolve; print(resolve('owner/name'))"
+    code = "from mistral_ext.weights.checkpoint import resolve; print(resolve('owner/name'))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

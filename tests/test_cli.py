@@ -17,7 +17,7 @@ from checkpoints import TOKENIZERS, write_checkpoint
 
 import mistral_ext
 from mistral_ext.cli import main
-from mistral_ext.perplexity import perplexity
+from mistral_ext.evaluate.perplexity import perplexity
 
 ONCE = "Once upon a time"
 
@@ -99,7 +99,7 @@ def test_sampling_options_arrive():
     process = run("generate", "--json", *flags, ONCE)
     assert process.returncode == 0, process.stderr
     printed = [json.loads(line) for line in process.stdout.decode().splitlines()]
-    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.generation.DEMO_MODEL)
+    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.llm.DEMO_MODEL)
     expected = llm.generate(ONCE, **options)
     assert [p["text"] for p in printed] == [c.text for c in expected]
     assert [p["token_ids"] for p in printed] == [c.token_ids for c in expected]
@@ -170,7 +170,7 @@ def test_traceback_on_request():
 def test_quantised_model(tmp_path):
     """Written once, or rounded while it is read: the same text and perplexity."""
     folder, text = str(tmp_path / "quantised"), tmp_path / "text.txt"
-    process = run("quantize", str(mistral_ext.generation.DEMO_MODEL), folder, "--bits", "4")
+    process = run("quantize", str(mistral_ext.llm.DEMO_MODEL), folder, "--bits", "4")
     assert process.returncode == 0, process.stderr
     assert process.stderr.decode().startswith(f"{folder}/model.safetensors: 0.00 GB")
     text.write_text("The king's daughter went into the wood. " * 20)
@@ -189,7 +189,7 @@ def test_quantised_model(tmp_path):
 def test_quantize_takes_a_group_and_a_dtype(tmp_path):
     folder = tmp_path / "quantised"
     options = ["--bits", "4", "--group", "32", "--dtype", "float32"]
-    assert main(["quantize", str(mistral_ext.generation.DEMO_MODEL), str(folder), *options]) == 0
+    assert main(["quantize", str(mistral_ext.llm.DEMO_MODEL), str(folder), *options]) == 0
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == 32
     assert config["torch_dtype"] == "float32"
@@ -201,7 +201,7 @@ def test_perplexity(tmp_path):
     for i, text in enumerate(texts):
         files += ["--file", str(tmp_path / f"{i}.txt")]
         (tmp_path / f"{i}.txt").write_text(text)
-    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.generation.DEMO_MODEL)
+    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.llm.DEMO_MODEL)
     expected = perplexity(llm, texts)
     process = run("perplexity", *files)
     assert process.stdout.decode() == f"perplexity {expected.value:.4f}\n"

@@ -1,4 +1,4 @@
-"""mistral_ext.config: both file formats, their traps, and what must be refused."""
+"""mistral_ext.model.config: both file formats, their traps, and what must be refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from mistral_ext.config import MistralConfig
+from mistral_ext.model.config import MistralConfig
 
 # What the releases ship, less the keys that nobody reads.
 HF_V1 = {

@@ -12,11 +12,13 @@ from backends import GPU, NEEDS_GPU
 from checkpoints import write_checkpoint
 from ragged import RaggedBatch
 
-from mistral_ext import _C, Mistral, checkpoint, ops, scheduler
-from mistral_ext.cache import RingCache
-from mistral_ext.decoding import Decoder, GraphDecoder
-from mistral_ext.quantize import Quantized, quantize
-from mistral_ext.sampling import Sampler, SamplingParams
+from mistral_ext import _C, Mistral, ops
+from mistral_ext.engine import scheduler
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.decoding import Decoder, GraphDecoder
+from mistral_ext.engine.sampling import Sampler, SamplingParams
+from mistral_ext.weights import checkpoint
+from mistral_ext.weights.quantize import Quantized, quantize
 
 pytestmark = NEEDS_GPU
 

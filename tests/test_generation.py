@@ -10,7 +10,7 @@ from checkpoints import TOKENIZERS, write_checkpoint
 
 import mistral_ext
 from mistral_ext import Mistral
-from mistral_ext.cache import RingCache
+from mistral_ext.engine.cache import RingCache
 
 PROMPTS = ["Once", "The quick brown fox jumps over the lazy dog, and then", "é ü 漢字 🙂", "a b"]
 
@@ -159,7 +159,7 @@ def test_memory_does_not_grow_past_the_window(llm, monkeypatch):
             super().__init__(*args)
             sizes.append(self.nbytes)
 
-    monkeypatch.setattr("mistral_ext.generation.RingCache", Measured)
+    monkeypatch.setattr("mistral_ext.llm.RingCache", Measured)
     for length in (16, 200, 400):
         llm.generate([5] * length, max_tokens=3, ignore_eos=True)
     # 16 slots, 2 layers, keys and values, 2 heads of 64 floats

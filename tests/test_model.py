@@ -8,9 +8,10 @@ import torch
 from backends import use
 from checkpoints import write_checkpoint
 
-from mistral_ext import Mistral, checkpoint, ops
-from mistral_ext.cache import RingCache
-from mistral_ext.model import Transformer, move_weights
+from mistral_ext import Mistral, ops
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.weights import checkpoint
 
 # GQA ratios 1, 2, 4, 8; windows 1, 5, 16 and none; head dimensions 64 and 128; theta of v0.1, v0.2
 VARIANTS = {

@@ -1,5 +1,5 @@
-"""mistral_ext.perplexity: against transformers, for every way of cutting texts; and the quality of
-quantised weights, which it measures."""
+"""mistral_ext.evaluate.perplexity: against transformers, for every way of cutting texts; and the
+quality of quantised weights, which it measures."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import transformers
 from checkpoints import write_checkpoint
 
 from mistral_ext import Mistral
-from mistral_ext.generation import DEMO_MODEL
-from mistral_ext.perplexity import perplexity
+from mistral_ext.evaluate.perplexity import perplexity
+from mistral_ext.llm import DEMO_MODEL
 
 HELD_OUT = (Path(__file__).parent / "data" / "held_out.txt").read_text()
 TEXTS = [HELD_OUT[:3000], HELD_OUT[30000:30500], HELD_OUT[40000:40010]]

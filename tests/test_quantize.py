@@ -1,4 +1,4 @@
-"""mistral_ext.quantize: the format to the bit, and the error that it leaves."""
+"""mistral_ext.weights.quantize: the format to the bit, and the error that it leaves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from mistral_ext import quantize as quantize_module
-from mistral_ext.checkpoint import tensor_shapes
-from mistral_ext.config import MistralConfig
-from mistral_ext.quantize import DEFAULT_GROUP, GROUPS, Quantization, Quantized, quantize
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights import quantize as quantize_module
+from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.quantize import DEFAULT_GROUP, GROUPS, Quantization, Quantized, quantize
 
 FORMATS = [(8, None), *((4, group) for group in GROUPS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

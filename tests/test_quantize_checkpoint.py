@@ -13,12 +13,12 @@ import torch
 from checkpoints import TOKENIZERS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from mistral_ext import checkpoint, safetensors_file
-from mistral_ext.checkpoint import load_weights
-from mistral_ext.config import MistralConfig
-from mistral_ext.generation import DEMO_MODEL
-from mistral_ext.quantize import Quantization, Quantized, quantize
-from mistral_ext.quantize_checkpoint import quantize_checkpoint
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights import checkpoint, safetensors_file
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.quantize import Quantization, Quantized, quantize
+from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 FORMATS = [(8, None), (4, None), (4, 32)]
 Q0, Q0_OURS = "model.layers.0.self_attn.q_proj.weight", "layers.0.attention.wq.weight"

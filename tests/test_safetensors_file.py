@@ -1,5 +1,5 @@
-"""mistral_ext.safetensors_file writes what the library of that name reads. (Reading, and damaged
-files, are in test_checkpoint.py.)"""
+"""mistral_ext.weights.safetensors_file writes what the library of that name reads. (Reading, and
+damaged files, are in test_checkpoint.py.)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mistral_ext.safetensors_file import DTYPES, Writer, stored_tensors
+from mistral_ext.weights.safetensors_file import DTYPES, Writer, stored_tensors
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_ext.sampling import Sampler, SamplingParams, token_logprob
+from mistral_ext.engine.sampling import Sampler, SamplingParams, token_logprob
 
 VOCAB = 50
 LOGITS = np.random.default_rng(0).normal(0, 2, VOCAB).astype(np.float32)

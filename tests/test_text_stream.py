@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mistral_ext.text_stream import TextStream
-from mistral_ext.tokenizer import UTF8_ERRORS, Tokenizer
+from mistral_ext.text.text_stream import TextStream
+from mistral_ext.text.tokenizer import UTF8_ERRORS, Tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 

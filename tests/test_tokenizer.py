@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 
-from mistral_ext.tokenizer import Tokenizer
+from mistral_ext.text.tokenizer import Tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 VERSIONS = ("v1", "v2", "v3")

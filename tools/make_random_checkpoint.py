@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mistral_ext.checkpoint import hugging_face_name, tensor_shapes
-from mistral_ext.config import MistralConfig
-from mistral_ext.safetensors_file import Writer
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.checkpoint import hugging_face_name, tensor_shapes
+from mistral_ext.weights.safetensors_file import Writer
 
 # What sets the releases apart: vocabulary, RoPE base, window.
 VERSIONS = {

@@ -12,7 +12,7 @@ dimension; F hidden dimension; Hq query heads; Hkv key/value heads, a divisor of
 dimension, a multiple of 32 up to 256; R rows of a layer's key or value pool.
 
 The *sequence table*, int64 [S, 5], says for each sequence what the call adds to it and where its
-ring is (`mistral_ext.cache.RingCache` makes it; csrc/ring.h defines it):
+ring is (`mistral_ext.engine.cache.RingCache` makes it; csrc/ring.h defines it):
 
     first_token  index of its first new token among the T
     count        how many new tokens it has: 1 in decode, more for a prompt chunk, 0 if idle
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.quantize import Quantized
+from mistral_ext.weights.quantize import Quantized
 
 
 def supported_isas() -> list[str]:
@@ -307,7 +307,8 @@ def sample(
     device, and what else is in the batch does not matter (csrc/sample.h has all of the definition).
 
     Options and state are tables with a row for each completion, on the device of the logits: a
-    decode loop needs nothing from the host. `mistral_ext.sampling.Sampler` keeps them. The columns:
+    decode loop needs nothing from the host. `mistral_ext.engine.sampling.Sampler` keeps them. The
+    columns:
 
         options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
                  frequency_penalty

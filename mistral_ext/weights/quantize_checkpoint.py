@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext import checkpoint
-from mistral_ext.config import MistralConfig
-from mistral_ext.quantize import Quantization
-from mistral_ext.safetensors_file import Writer
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights import checkpoint
+from mistral_ext.weights.quantize import Quantization
+from mistral_ext.weights.safetensors_file import Writer
 
 
 def quantize_checkpoint(
@@ -44,7 +44,7 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
         FileNotFoundError, ValueError: naming what is wrong with the source, the tensor or the
-            argument; as :func:`mistral_ext.checkpoint.load_weights`.
+            argument; as :func:`mistral_ext.weights.checkpoint.load_weights`.
         OSError: for want of space, among others.
     """
     quantization = Quantization(bits, group)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mistral_ext import ops
-from mistral_ext.cache import RingCache
-from mistral_ext.config import MistralConfig
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
 
 

@@ -18,12 +18,12 @@ from typing import NoReturn
 import torch
 
 from mistral_ext import _C, __version__, ops
-from mistral_ext.generation import DEMO_MODEL, Mistral
-from mistral_ext.perplexity import perplexity
-from mistral_ext.quantize import GROUPS
-from mistral_ext.quantize_checkpoint import quantize_checkpoint
-from mistral_ext.sampling import SamplingParams
-from mistral_ext.scheduler import Completion
+from mistral_ext.engine.sampling import SamplingParams
+from mistral_ext.engine.scheduler import Completion
+from mistral_ext.evaluate.perplexity import perplexity
+from mistral_ext.llm import DEMO_MODEL, Mistral
+from mistral_ext.weights.quantize import GROUPS
+from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -397,7 +397,3 @@ def _sampling_option_group() -> argparse.ArgumentParser:
     )
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end of text")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

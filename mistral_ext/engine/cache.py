@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mistral_ext.config import MistralConfig
+from mistral_ext.model.config import MistralConfig
 
 
 def ring_capacity(config: MistralConfig, max_length: int) -> int:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from mistral_ext.cache import RingCache, ring_capacity
-from mistral_ext.generation import Mistral
+from mistral_ext.engine.cache import RingCache, ring_capacity
+from mistral_ext.llm import Mistral
 
 
 @dataclass(frozen=True)

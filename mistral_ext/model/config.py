@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from mistral_ext.checkpoint import find_weights, read_json_object
-from mistral_ext.quantize import Quantization
+from mistral_ext.weights.checkpoint import find_weights, read_json_object
+from mistral_ext.weights.quantize import Quantization
 
 # Field -> key of config.json, and the value transformers' MistralConfig gives to a missing key.
 _HF_KEYS = {
@@ -40,7 +40,7 @@ _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidde
 # params.json says nothing about these; the three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
-_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/quantize.py
+_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -130,7 +130,7 @@ class MistralConfig:
         (early ``config.json`` files of v0.2 state a window that its ``params.json`` does not).
 
         Args:
-            path: a local folder (see :func:`mistral_ext.checkpoint.resolve` for hub ids).
+            path: a local folder (see :func:`mistral_ext.weights.checkpoint.resolve` for hub ids).
             overrides: fields by name, e.g. ``sliding_window=None``; they win over the file.
 
         Raises:

@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext import _C, checkpoint
-from mistral_ext.cache import RingCache, ring_capacity
-from mistral_ext.chat import chat_template_of, encode_chat, extend_chat
-from mistral_ext.config import MistralConfig
-from mistral_ext.model import Transformer, move_weights
-from mistral_ext.sampling import SamplingParams
-from mistral_ext.scheduler import Completion, Request, Scheduler
-from mistral_ext.text_stream import TextStream
-from mistral_ext.tokenizer import Tokenizer
+from mistral_ext import _C
+from mistral_ext.engine.cache import RingCache, ring_capacity
+from mistral_ext.engine.sampling import SamplingParams
+from mistral_ext.engine.scheduler import Completion, Request, Scheduler
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
+from mistral_ext.text.text_stream import TextStream
+from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.weights import checkpoint
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
@@ -116,7 +117,8 @@ class Mistral:
                 copies all weights but those in 8 or 4 bits.
             progress: show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4": round the weights to as many bits while they are read, see
-                `mistral_ext.quantize`; None: as stored. `quantize_checkpoint` does it once for all.
+                `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` does it once
+                for all.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mistral_ext.cache import RingCache
-from mistral_ext.decoding import Decoder, Step, decoder
-from mistral_ext.model import Transformer
-from mistral_ext.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
-from mistral_ext.text_stream import TextStream
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.decoding import Decoder, Step, decoder
+from mistral_ext.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.text.text_stream import TextStream
 
 
 @dataclass(frozen=True)

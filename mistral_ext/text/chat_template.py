@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistral_ext.tokenizer import Tokenizer, check_text
+from mistral_ext.text.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer

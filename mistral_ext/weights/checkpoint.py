@@ -8,8 +8,9 @@ Weights are mapped into memory, not read into it: their pages belong to the file
 held once, are shared between processes, and can be evicted instead of killing the process. Only
 tensors that must change (a permutation, another dtype, fewer bits) are copied, one at a time.
 
-Weights in 8 or 4 bits (mistral_ext/quantize.py) are stored as two tensors: the values under the
-weight's name, the scales under that name and `_scale`. How they are quantised is in config.json.
+Weights in 8 or 4 bits (mistral_ext/weights/quantize.py) are stored as two tensors: the values
+under the weight's name, the scales under that name and `_scale`. How they are quantised is in
+config.json.
 
 Everything a file says about its tensors is checked before the first of them is read.
 """
@@ -29,12 +30,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_ext.quantize import Quantization, Quantized
-from mistral_ext.quantize import quantize as quantize_weight
-from mistral_ext.safetensors_file import StoredTensor, stored_tensors
+from mistral_ext.weights.quantize import Quantization, Quantized
+from mistral_ext.weights.quantize import quantize as quantize_weight
+from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
-    from mistral_ext.config import MistralConfig
+    from mistral_ext.model.config import MistralConfig
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral_ext.cache import RingCache
-from mistral_ext.model import Transformer
-from mistral_ext.sampling import Sampler
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.model.transformer import Transformer
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from mistral_ext.tokenizer import UTF8_ERRORS, Tokenizer
+from mistral_ext.text.tokenizer import UTF8_ERRORS, Tokenizer
 
 
 class TextStream:
