@@ -108,6 +108,35 @@ def test_divided_keys_give_the_same_bits_alone_and_on_any_number_of_threads(isa)
     assert torch.equal(ops.attention(q[new], k[new], v[new], *pools, middle, 4096), out[new])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "capacity"),
+    [(4, 2, 64, None, 300), (8, 2, 32, 50, 70), (4, 4, 64, 100, 100), (4, 2, 128, 64, 200)],
+)
+def test_the_cut_of_a_prompt_changes_no_bit(
+    isa, heads, kv_heads, dim, window, capacity, dtype, generator
+):
+    """Whether a key comes from the ring or from the chunk, and across both ends of the ring."""
+    length = 300
+    shapes = ((length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim))
+    qkv = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+    def out(chunks):
+        k_pool = torch.full((kv_heads * capacity, dim), float("nan"), dtype=dtype)
+        v_pool, results = k_pool.clone(), []
+        for chunk in zip(*(x.split(chunks) for x in qkv), strict=True):
+            q, k, v = (x.clone() for x in chunk)
+            position = sum(map(len, results))
+            table = torch.tensor([[0, len(q), position, 0, capacity]])
+            ops.rope(q, k, v, k_pool, v_pool, table, theta=1e4, window=window)
+            results.append(ops.attention(q, k, v, k_pool, v_pool, table, window))
+        return torch.cat(results)
+
+    whole = out([length])
+    for chunks in ([64] * 4 + [44], [17, 100, 33, 150], [250, 50], [18] * 15 + [30]):
+        assert torch.equal(out(chunks), whole)
+
+
 def test_scores_are_multiplied_by_scale(isa):
     RaggedBatch([9], 9, scale=0.5).step((9,))
 

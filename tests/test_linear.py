@@ -119,6 +119,15 @@ def test_few_tokens_get_the_same_bits_alone_and_together(backend, dtype, generat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_get_the_same_bits_whatever_their_number(isa, dtype, generator):
+    x = inputs(300, 416, dtype, generator)
+    for weight in formats(weights((131, 416), dtype, generator), isa).values():
+        together = ops.linear(x, weight)
+        for tokens in (9, 17, 32, 33, 256, 257):
+            assert torch.equal(ops.linear(x[:tokens], weight), together[:tokens])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "size"),
     [(1, 160), (5, 160), (8, 72), (9, 264), (11, 32), (13, 352), (16, 8), (30, 160)],

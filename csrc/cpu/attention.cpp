@@ -1,7 +1,6 @@
 // A task owns query rows of one key/value head of one sequence: row r is query head r mod G of
 // token r / G, so that the heads of a group share every key and value that is loaded. It walks the
-// keys that any of its rows sees: first the history, which lies in the ring as two runs, then the
-// chunk.
+// keys that any of its rows sees: the history, which lies in the ring, then the chunk.
 //
 // Many rows, a prompt's, are divided among tasks. Few rows, those of one token or of some, are not:
 // instead the keys are, in segments, whose results are merged at the end. Where a segment begins
@@ -53,6 +52,50 @@ T* out_row(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t
          (kv_head * group + row % group) * p.stride_out_head;
 }
 
+// Where the keys and values of a sequence's key/value head are: in its ring those before the chunk,
+// the others in the packed tensors of the call.
+template <class T>
+class Source {
+ public:
+  Source(const AttentionParams& p, const Sequence& s, int64_t kv_head)
+      : s_(s), dim_(p.head_dim), stride_k_(p.stride_k_token), stride_v_(p.stride_v_token) {
+    const int64_t ring = (s.ring_row + kv_head * s.capacity) * dim_;
+    ring_ = {static_cast<const T*>(p.k_pool) + ring, static_cast<const T*>(p.v_pool) + ring};
+    chunk_ = {static_cast<const T*>(p.k) + s.first_token * stride_k_ + kv_head * p.stride_k_head,
+              static_cast<const T*>(p.v) + s.first_token * stride_v_ + kv_head * p.stride_v_head};
+  }
+
+  KeyValue<T> at(int64_t position) const {
+    const int64_t token = position - s_.position;
+    return token < 0 ? of_slot(ring_slot(s_, position)) : of_token(token);
+  }
+
+  // Calls f with the keys at positions [begin, end) in runs whose keys are equally far apart.
+  template <class F>
+  void for_each_run(int64_t begin, int64_t end, const F& f) const {
+    const int64_t history_end = mistral::min(end, s_.position);
+    for (int index = 0; index < 2 && begin < history_end; ++index) {
+      const Run run = ring_run(s_, begin, history_end, index);
+      const KeyValue<T> first = of_slot(run.slot);
+      f(Keys<T>{first.k, first.v, dim_, dim_, run.position, run.count});
+    }
+    const int64_t own = mistral::max(begin, s_.position);
+    const KeyValue<T> first = of_token(own - s_.position);
+    f(Keys<T>{first.k, first.v, stride_k_, stride_v_, own, end - own});
+  }
+
+ private:
+  KeyValue<T> of_slot(int64_t slot) const { return {ring_.k + slot * dim_, ring_.v + slot * dim_}; }
+  KeyValue<T> of_token(int64_t token) const {
+    return {chunk_.k + token * stride_k_, chunk_.v + token * stride_v_};
+  }
+
+  const Sequence& s_;
+  int64_t dim_, stride_k_, stride_v_;
+  KeyValue<T> ring_;   // of slot 0
+  KeyValue<T> chunk_;  // of the chunk's first token
+};
+
 template <class T, class Rows>
 void attend(const AttentionParams& p, const Sequence& s, const Division& division, float* partials,
             int64_t kv_head, int64_t block, int64_t segment) {
@@ -84,28 +127,15 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
     begin += segment * kSegment;
     end = mistral::min(end, begin + kSegment);
   }
-  const int64_t history_end = mistral::min(end, s.position);
-  for (int index = 0; index < 2 && begin < history_end; ++index) {
-    const Run run = ring_run(s, begin, history_end, index);
-    const int64_t offset = (s.ring_row + kv_head * s.capacity + run.slot) * dim;
-    const Keys<T> history = {static_cast<const T*>(p.k_pool) + offset,
-                             static_cast<const T*>(p.v_pool) + offset,
-                             dim,
-                             dim,
-                             run.position,
-                             run.count};
-    rows.attend(history, dim, p.window, p.scale, position_of);
+  const Source<T> source(p, s, kv_head);
+  if constexpr (std::is_same_v<Rows, PrefillRows<T>>) {
+    const auto key_at = [&](int64_t position) { return source.at(position); };
+    rows.attend(begin, end, key_at, dim, p.window, p.scale, position_of);
+  } else {
+    source.for_each_run(begin, end, [&](const Keys<T>& keys) {
+      rows.attend(keys, dim, p.window, p.scale, position_of);
+    });
   }
-  const int64_t own_begin = mistral::max(begin, s.position);
-  const int64_t token = s.first_token + own_begin - s.position;
-  const Keys<T> chunk = {
-      static_cast<const T*>(p.k) + token * p.stride_k_token + kv_head * p.stride_k_head,
-      static_cast<const T*>(p.v) + token * p.stride_v_token + kv_head * p.stride_v_head,
-      p.stride_k_token,
-      p.stride_v_token,
-      own_begin,
-      end - own_begin};
-  rows.attend(chunk, dim, p.window, p.scale, position_of);
 
   for (int64_t row = 0; row < count; ++row) {
     const float* sums = rows.out + row * dim;

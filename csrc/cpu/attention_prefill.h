@@ -2,6 +2,10 @@
 // once for all rows, so that nothing is summed across the lanes of a vector: both products weight
 // rows of a matrix, the transposed keys or the values, with single numbers, those of q or the
 // probabilities.
+//
+// Tiles begin at multiples of kKeys, counted from position 0, wherever the chunk begins and whether
+// a key lies in the ring or in the chunk. A row's sums then have the same order however a prompt is
+// cut into chunks, and its result has the same bits.
 #pragma once
 
 #include "attention_rows.h"
@@ -32,21 +36,25 @@ class PrefillRows {
     }
   }
 
-  // Attends all rows, whose positions are position_of(row), to `keys`.
-  template <class PositionOf>
-  void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
-              const PositionOf& position_of) {
-    for (int64_t first = 0; first < keys.count; first += kKeys) {
-      const int64_t count = mistral::min(kKeys, keys.count - first);
-      const int64_t position = keys.position + first;
-      pack_keys(keys.k + first * keys.stride_k, keys.stride_k, count, dim);
+  // Attends all rows, whose positions are position_of(row), to the keys at positions [begin, end).
+  // key_at(position) points to a key and its value.
+  template <class KeyAt, class PositionOf>
+  void attend(int64_t begin, int64_t end, const KeyAt& key_at, int64_t dim, int64_t window,
+              float scale, const PositionOf& position_of) {
+    Tile tile, next;
+    const int64_t first = begin - begin % kKeys;
+    find_keys(first, begin, end, key_at, tile);
+    for (int64_t position = first; position < end; position += kKeys, tile = next) {
+      const int64_t count = mistral::min(kKeys, end - position);
+      find_keys(position + kKeys, begin, end, key_at, next);
+      pack_keys(tile, next, count, dim);
       for (int64_t row = 0; row < rows; row += kRowBlock) score(row, count, dim);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t own = position_of(row);
         hide(row, window_begin(own, window) - position, mistral::min(count, own + 1 - position));
         fold(row, scale);
       }
-      pack_values(keys.v + first * keys.stride_v, keys.stride_v, count, dim);
+      pack_values(tile, next, count, dim);
       for (int64_t row = 0; row < rows; row += kRowBlock) accumulate(row, count, dim);
     }
   }
@@ -54,17 +62,26 @@ class PrefillRows {
  private:
   static constexpr int64_t kKeys = 32 * A::kDepth;  // of a tile, which has to fit the L1 cache
 
-  // Packs and fetches the next tile. Lanes past the last key repeat it: their scores are hidden.
-  void pack_keys(const T* k, int64_t stride, int64_t count, int64_t dim) {
+  struct Tile {
+    KeyValue<T> keys[kKeys];
+  };
+
+  // Positions outside [begin, end) stand for the nearest one inside: their scores are hidden.
+  template <class KeyAt>
+  static void find_keys(int64_t position, int64_t begin, int64_t end, const KeyAt& key_at,
+                        Tile& tile) {
+    for (int64_t i = 0; i < kKeys; ++i) {
+      tile.keys[i] = key_at(mistral::min(mistral::max(position + i, begin), end - 1));
+    }
+  }
+
+  // Packs the keys of a tile and fetches those of the next.
+  void pack_keys(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += Vec::width) {
-      const T* keys[Vec::width];
-      for (int64_t i = 0; i < Vec::width; ++i) {
-        keys[i] = k + mistral::min(key + i, count - 1) * stride;
-        prefetch(keys[i] + kKeys * stride, dim);
-      }
+      for (int64_t i = 0; i < Vec::width; ++i) prefetch(next.keys[key + i].k, dim);
       for (int64_t d = 0; d < dim; d += kStep<A>) {
         typename A::Operand square[Vec::width];
-        for (int64_t i = 0; i < Vec::width; ++i) square[i] = A::load_row(keys[i] + d);
+        for (int64_t i = 0; i < Vec::width; ++i) square[i] = A::load_row(tile.keys[key + i].k + d);
         transpose(square);
         for (int64_t i = 0; i < Vec::width; ++i) {
           A::store(k_ + (d + i * A::kDepth) * kKeys + key * A::kDepth, square[i]);
@@ -74,12 +91,12 @@ class PrefillRows {
   }
 
   // An odd last value is paired with itself: the second probability is 0.
-  void pack_values(const T* v, int64_t stride, int64_t count, int64_t dim) {
+  void pack_values(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += A::kDepth) {
       const T* values[A::kDepth];
       for (int64_t i = 0; i < A::kDepth; ++i) {
-        values[i] = v + mistral::min(key + i, count - 1) * stride;
-        prefetch(values[i] + kKeys * stride, dim);
+        values[i] = tile.keys[key + i].v;
+        prefetch(next.keys[key + i].v, dim);
       }
       for (int64_t d = 0; d < dim; d += kStep<A>) {
         typename A::Operand columns[A::kDepth];

@@ -27,6 +27,13 @@ struct Keys {
   int64_t count;
 };
 
+// One key and its value.
+template <class T>
+struct KeyValue {
+  const T* k;
+  const T* v;
+};
+
 template <class T>
 MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + i);
