@@ -1,10 +1,14 @@
-"""Text from a model: load it, complete prompts, stream, chat."""
+"""Text from a model: load it, complete prompts, stream, chat.
+
+Everything here is a request to the engine (`mistral_ext.engine.engine`), and a loop over what
+comes of it.
+"""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from math import ceil
 from numbers import Integral
 from pathlib import Path
 
@@ -12,12 +16,13 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.engine.cache import RingCache, ring_capacity
-from mistral_ext.engine.sampling import SamplingParams
-from mistral_ext.engine.scheduler import Completion, Request, Scheduler
+from mistral_ext.chat import Chat
+from mistral_ext.engine.engine import Engine, Outputs
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.request import Completion, Request
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer, move_weights
-from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
+from mistral_ext.text.chat_template import chat_template_of, encode_chat
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights import checkpoint
@@ -25,10 +30,6 @@ from mistral_ext.weights import checkpoint
 DEMO_MODEL = Path(__file__).parent / "demo"
 
 Prompt = str | Sequence[int]
-
-# Slots that the size of a ring is rounded up to, so that the rings of a call, and on a GPU the
-# steps captured for them, fit the next call. 1024 are 128 MiB of Mistral 7B's keys and values.
-_RING_STEP = 1024
 
 
 def generate(
@@ -63,10 +64,12 @@ class Mistral:
         config: the model's shape and constants.
         model: the transformer.
         tokenizer: None if the folder had none; prompts are then lists of token ids.
-        prefill_chunk: prompt tokens read in one pass; more is faster and takes more memory.
-        max_batch: completions generated at once; each holds a ring of the cache. On the CPU, up to
-            8 do not change each other's text; with more, products round differently. On a GPU the
-            rings of the last call stay, with the steps captured for them, until others are needed.
+        prefill_chunk: prompt tokens read in one pass, at least 32; more is faster and takes more
+            memory.
+        max_batch: completions generated at once. On the CPU, up to 8 do not change each other's
+            text; with more, products round differently.
+        cache_tokens: tokens that the cache has room for, of all completions and of prompts that
+            may come again; None: see `engine.memory.default_slots`.
     """
 
     def __init__(
@@ -77,8 +80,12 @@ class Mistral:
         folder: Path,
         prefill_chunk: int = 512,
         max_batch: int = 8,
+        cache_tokens: int | None = None,
     ) -> None:
-        for name, value in (("prefill_chunk", prefill_chunk), ("max_batch", max_batch)):
+        sizes = {"prefill_chunk": prefill_chunk, "max_batch": max_batch}
+        if cache_tokens is not None:
+            sizes["cache_tokens"] = cache_tokens
+        for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
@@ -92,7 +99,8 @@ class Mistral:
         self.folder = folder
         self.prefill_chunk = prefill_chunk
         self.max_batch = max_batch
-        self._kept: Scheduler | None = None  # that of the last completions, while no one uses it
+        self.cache_tokens = cache_tokens
+        self._making_engine = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -104,6 +112,7 @@ class Mistral:
         max_batch: int = 8,
         progress: bool = True,
         quantize: str | None = None,
+        cache_tokens: int | None = None,
         **config_overrides,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, or a model of the hub.
@@ -115,6 +124,7 @@ class Mistral:
             device: "cpu", the default, or "cuda".
             dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
                 copies all weights but those in 8 or 4 bits.
+            prefill_chunk, max_batch, cache_tokens: see `Mistral`.
             progress: show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4": round the weights to as many bits while they are read, see
                 `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` does it once
@@ -131,9 +141,20 @@ class Mistral:
         weights = checkpoint.load_weights(folder, config, dtype, progress, quantize)
         if device.type != "cpu":
             move_weights(weights, device)
-        return cls(
-            config, Transformer(config, weights), tokenizer, folder, prefill_chunk, max_batch
+        model = Transformer(config, weights)
+        return cls(config, model, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        return Engine(
+            self.model, self._vocab_size, self.max_batch, self.prefill_chunk, self.cache_tokens
         )
+
+    @property
+    def engine(self) -> Engine:
+        """What completes all requests to this model, from all threads; made when first needed."""
+        with self._making_engine:
+            return self._engine
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling) -> list[Completion]:
         """Completes prompts, together where there are several.
@@ -155,12 +176,15 @@ class Mistral:
             for ids in self._encode_all(prompts)
             for index in range(params.n)
         ]
-        if requests:
-            # Longest first: whichever ring comes free is then large enough for the next.
-            by_length = sorted(requests, key=lambda r: r.max_length, reverse=True)
-            for _ in self._run(by_length):
-                pass
-        return [request.completion() for request in requests]
+        outputs = self.engine.outputs(requests)
+        completions = {}
+        for output in outputs:
+            if output.error:
+                outputs.close()
+                raise output.error
+            if output.completion:
+                completions[output.request_id] = output.completion
+        return [completions[request_id] for request_id in outputs.request_ids]
 
     def stream(self, prompt: Prompt, **sampling) -> Stream:
         """Completes one prompt, giving its text piece by piece as it is decoded.
@@ -172,8 +196,10 @@ class Mistral:
         self.require_tokenizer()
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
-        request = self._request(self._encode_all(prompt)[0], params)
-        return Stream(request, self._run([request]))
+        return self._stream(self._request(self._encode_all(prompt)[0], params))
+
+    def _stream(self, request: Request) -> Stream:
+        return Stream(self.engine.outputs([request]))
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling
@@ -193,8 +219,7 @@ class Mistral:
         """
         params = self._params_of_one(sampling)
         ids = encode_chat(self.require_tokenizer(), messages, self.chat_template(template))
-        request = self._request(ids, params, starts_text=True)
-        stream = Stream(request, self._run([request]))
+        stream = self._stream(self._request(ids, params, starts_text=True))
         for _ in stream:
             pass
         return stream.completion
@@ -203,7 +228,6 @@ class Mistral:
         """A conversation that keeps its cache between turns; see `Chat`."""
         return Chat(self, system, self.chat_template(template))
 
-    @torch.inference_mode()
     def logits(self, token_ids: Sequence[int] | Tensor, chunk: int | None = None) -> Tensor:
         """The model's logits after each token of one sequence.
 
@@ -212,19 +236,26 @@ class Mistral:
             chunk: tokens read in one pass; None: all.
 
         Returns:
-            [T, V] fp32.
+            [T, V] fp32, an ordinary tensor: it may be changed, and used in a loss.
         """
         if isinstance(token_ids, Tensor):
             token_ids = token_ids.tolist()
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
         ids = self._check_ids(token_ids, "token_ids")
-        cache = self._cache([len(ids)])
-        logits = []
-        for first in range(0, len(ids), chunk or len(ids)):
-            new = ids[first : first + (chunk or len(ids))]
-            logits.append(self.model.forward(torch.tensor(new), cache.append({0: len(new)}), cache))
-        return torch.cat(logits)
+        request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk or len(ids))
+        with torch.inference_mode(False):
+            size = len(ids), self.config.vocab_size
+            logits = torch.empty(size, dtype=torch.float32, device=self.model.device)
+        begin = 0
+        for output in self.engine.outputs([request]):
+            if output.error:
+                raise output.error
+            if output.prompt_logits is not None:
+                end = begin + len(output.prompt_logits)
+                logits[begin:end] = output.prompt_logits
+                begin = end
+        return logits
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError if the folder had none."""
@@ -288,7 +319,12 @@ class Mistral:
         return params
 
     def _request(
-        self, ids: list[int], params: SamplingParams, index: int = 0, starts_text: bool = False
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        index: int = 0,
+        starts_text: bool = False,
+        reuse_completions: bool = False,
     ) -> Request:
         max_length = len(ids) + params.max_tokens
         text = None
@@ -301,9 +337,9 @@ class Mistral:
             params,
             max_length=min(max_length, self.max_length or max_length),
             eos_ids=self.config.eos_ids,
-            vocab_size=self._vocab_size,
             index=index,
             text=text,
+            reuse_completions=reuse_completions,
         )
 
     @property
@@ -311,120 +347,36 @@ class Mistral:
         # A model may have more rows than the tokenizer has tokens: padding, never sampled.
         return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
 
-    def _cache(self, max_lengths: Sequence[int]) -> RingCache:
-        self._kept = None  # its rings make room for these
-        capacities = [ring_capacity(self.config, length) for length in max_lengths]
-        return RingCache(self.config, capacities, self.model.dtype, self.model.device)
-
-    def _scheduler(self, max_lengths: Sequence[int]) -> Scheduler:
-        return Scheduler(self.model, self._cache(max_lengths), self._vocab_size)
-
-    def _run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, str]]:
-        """Completes requests, the longest first, with rings that no one else uses: those of the
-        last completions, if they fit."""
-        capacities = [
-            ring_capacity(self.config, ceil(request.max_length / _RING_STEP) * _RING_STEP)
-            for request in requests[: self.max_batch]
-        ]
-        scheduler, self._kept = self._kept, None
-        if scheduler and scheduler.cache.capacities == capacities:
-            for ring in range(len(capacities)):
-                scheduler.cache.rewind(ring, 0)
-        else:
-            del scheduler  # first, for the same reason
-            scheduler = self._scheduler(capacities)
-        yield from scheduler.run(requests, self.prefill_chunk)
-        if scheduler.worth_keeping:  # and not broken off
-            self._kept = scheduler
-
 
 class Stream:
     """Iterator over the text of one completion.
 
     Attributes:
+        token_ids: what was generated so far.
         completion: the whole of it, once the iteration has ended; None before.
     """
 
-    def __init__(self, request: Request, steps: Iterator[tuple[Request, str]]) -> None:
+    def __init__(self, outputs: Outputs) -> None:
+        self.token_ids: list[int] = []
         self.completion: Completion | None = None
-        self._request = request
-        self._steps = steps
+        self._outputs = outputs
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        for _, piece in self._steps:
-            if piece:
-                return piece
-        if self.completion is None and self._request.finish_reason:
-            self.completion = self._request.completion()
+        for output in self._outputs:
+            if output.error:
+                raise output.error
+            self.token_ids += output.token_ids
+            self.completion = output.completion
+            if output.text:
+                return output.text
         raise StopIteration
 
-
-class Chat:
-    """A conversation with an Instruct model. What has been read and written stays in the cache, so
-    a turn costs its own tokens only, however long the conversation.
-
-    Attributes:
-        messages: the conversation so far, as `Mistral.chat` takes it.
-        ids: its tokens, as the model read and wrote them.
-        prompt_ids: those of them that the last reply answers.
-        completion: the last reply, if it was not broken off.
-    """
-
-    def __init__(self, llm: Mistral, system: str | None, template: str) -> None:
-        self.messages: list[dict[str, str]] = []
-        if system:
-            self.messages.append({"role": "system", "content": system})
-        self.completion: Completion | None = None
-        self._llm = llm
-        self._template = template
-        self.ids: list[int] = []  # the cache holds a prefix of them
-        self.prompt_ids: list[int] = []
-        self._scheduler = llm._scheduler([llm.config.sliding_window or llm.config.max_positions])
-        self._cache = self._scheduler.cache
-
-    def send(self, text: str, **sampling) -> Iterator[str]:
-        """Says `text` and streams the reply. A reply that is broken off (the iterator closed, or
-        Ctrl-C) stays in the conversation as far as it came.
-
-        Args:
-            text: the user's message.
-            sampling: fields of `SamplingParams`.
-        """
-        llm = self._llm
-        params = llm._params_of_one(sampling)
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = extend_chat(llm.require_tokenizer(), messages, self.ids, self._template)
-        request = llm._request(llm._check_ids(ids, "conversation"), params, starts_text=True)
-        self._reuse_cache(ids)
-        self.messages, self.prompt_ids = messages, ids
-        self.completion = None
-        stream = Stream(request, self._scheduler.run([request], llm.prefill_chunk))
-        intact = False
-        try:
-            yield from stream
-            self.completion = stream.completion
-            intact = True
-        except GeneratorExit:
-            intact = True  # between two steps
-            raise
-        finally:
-            self.ids = request.ids
-            if not intact:
-                self._cache.rewind(0, 0)  # a step was cut short: some layers may lack its tokens
-            self.messages.append({"role": "assistant", "content": request.text.text})
-
-    def _reuse_cache(self, ids: list[int]) -> None:
-        """Keeps what the cache and the next prompt have in common, if it is still there."""
-        common = 0
-        for cached, new in zip(self.ids[: self._cache.lengths[0]], ids[:-1], strict=False):
-            if cached != new:
-                break
-            common += 1
-        if not self._cache.rewind(0, common):
-            self._cache.rewind(0, 0)
+    def close(self) -> None:
+        """Breaks the completion off, if it has not ended; what it holds is free at once."""
+        self._outputs.close()
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:

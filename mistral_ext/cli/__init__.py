@@ -18,8 +18,8 @@ from typing import NoReturn
 import torch
 
 from mistral_ext import _C, __version__, ops
-from mistral_ext.engine.sampling import SamplingParams
-from mistral_ext.engine.scheduler import Completion
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.request import Completion
 from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.llm import DEMO_MODEL, Mistral
 from mistral_ext.weights.quantize import GROUPS

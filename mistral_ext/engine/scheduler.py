@@ -1,272 +1,262 @@
-"""Runs many completions through the model together.
+"""The policy of the engine: whom to admit, what to read next, and whom to put back.
 
-A step is one pass over the weights: in turn, one for the next chunk of one prompt, and one for
-the next token of every completion that has read its prompt. They are not mixed. Sums of floating
-point numbers depend on how many tokens a product has, and so would the text, on what else is in the
-batch: this way a prompt is cut and multiplied as if alone, and the products of up to 8 decoded
-tokens do not depend on their number (`ops.linear`). A completion that ends leaves the batch for
-good and gives its ring to the next one waiting.
+Nothing here touches a tensor of the model.
+
+A request waits until there is a row of the sampler for it and room in the cache for its prompt.
+Then its prompt is read, piece by piece. While others generate, pieces are small, so that a long
+prompt holds nobody up for long; prompts that are being read take turns. Prompts and generated
+tokens are not read in one pass: sums of floating point numbers depend on how many tokens a product
+has, and so would the text, on what else is in the batch. As it is, the bits of a prompt's token do
+not depend on how the prompt is cut (pieces have at least `LEAST_PIECE` tokens), nor on other
+prompts in the same pass, and the products of up to 8 generated tokens do not depend on their
+number.
+
+When a sequence has to grow and there is no room, the cache of ended requests goes first, then the
+sequence that came last is put back. It waits again, its prompt is read again, and the tokens that
+it had generated are computed again one by one, with the same bits as before.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import torch
+from mistral_ext.engine.prefix_cache import LEAST_PIECE, PrefixCache, common_length
+from mistral_ext.engine.sequence import Sequence
+from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 
-from mistral_ext.engine.cache import RingCache
-from mistral_ext.engine.decoding import Decoder, Step, decoder
-from mistral_ext.engine.sampling import Sampler, SamplingParams, TokenLogprob, token_logprob
-from mistral_ext.model.transformer import Transformer
-from mistral_ext.text.text_stream import TextStream
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Where a completion's time went, in seconds of wall clock."""
-
-    prompt_tokens: int  # read for this completion; less than the prompt if a cache held the rest
-    prompt_seconds: float  # from its first step to its first token
-    decode_tokens: int  # generated after the first
-    decode_seconds: float
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prompt_seconds
-
-    @property
-    def decode_rate(self) -> float:
-        """Generated tokens per second after the first; 0 if there was no second."""
-        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote after a prompt."""
-
-    text: str | None  # None: the model has no tokenizer
-    token_ids: list[int]  # as sampled, an end-of-text token included
-    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens or the limit
-    logprobs: list[TokenLogprob] | None  # one per token id, if asked for
-    timing: Timing
-
-
-class Request:
-    """A completion in the making.
-
-    Args:
-        prompt_ids: at least one token id.
-        params: how to sample.
-        max_length: tokens of prompt and completion together, at most.
-        eos_ids: tokens that end it.
-        vocab_size: ids that may be sampled.
-        index: which of the prompt's n completions.
-        text: turns token ids into text; None without a tokenizer.
-
-    Raises:
-        ValueError: logit_bias has a token that may not be sampled.
-    """
-
-    def __init__(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        max_length: int,
-        eos_ids: Sequence[int],
-        vocab_size: int,
-        index: int = 0,
-        text: TextStream | None = None,
-    ) -> None:
-        params.check_vocabulary(vocab_size)
-        self.ids = list(prompt_ids)  # the prompt, then what was generated
-        self.prompt_length = len(self.ids)
-        self.params = params
-        self.index = index
-        self.max_length = max_length
-        self.finish_reason: str | None = None
-        self.text = text
-        self._eos_ids = () if params.ignore_eos else tuple(eos_ids)
-        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self._read = 0  # prompt tokens that went through the model
-        self._started = self._first = self._last = 0.0
-
-    def note_read(self, count: int) -> None:
-        """Counts prompt tokens as they are given to the model."""
-        if self._read == 0:
-            self._started = time.perf_counter()
-        self._read += count
-
-    def accept(self, token_id: int, logits: torch.Tensor) -> str:
-        """Takes the next token, sampled from logits [V]; returns the text that this makes final."""
-        self._last = time.perf_counter()
-        if len(self.ids) == self.prompt_length:
-            self._first = self._last
-        self.ids.append(token_id)
-        if self._logprobs is not None:
-            self._logprobs.append(token_logprob(logits, token_id, self.params.logprobs))
-        if token_id in self._eos_ids:
-            self.finish_reason = "stop"
-        elif len(self.ids) >= self.max_length:
-            self.finish_reason = "length"
-        if not self.text:
-            return ""
-        piece = self.text.push(token_id)
-        if self.finish_reason:
-            piece += self.text.finish()
-        if self.text.stopped:
-            self.finish_reason = "stop"
-        return piece
-
-    def completion(self) -> Completion:
-        """The result, once `finish_reason` is set."""
-        token_ids = self.ids[self.prompt_length :]
-        return Completion(
-            text=self.text.text if self.text else None,
-            token_ids=token_ids,
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs,
-            timing=Timing(
-                prompt_tokens=self._read,
-                prompt_seconds=self._first - self._started,
-                decode_tokens=len(token_ids) - 1,
-                decode_seconds=self._last - self._first,
-            ),
-        )
+# Prompts of up to so many tokens are multiplied by the kernel for few tokens (`ops.linear`): they
+# are read alone, or others in the pass would change their bits.
+_FEW_TOKENS = 8
 
 
 class Scheduler:
-    """Completes requests, as many at a time as the cache has rings.
-
-    The state of sampling and, on a GPU, the captured steps belong to the rings: they serve every
-    run, one after the other.
+    """Decides what the next step does.
 
     Args:
-        model: the weights.
-        cache: at least one ring.
-        vocab_size: ids that may be sampled, as of all requests.
+        pool: cache memory.
+        rows: sequences that may generate at a time.
+        chunk: tokens of prompts to read in a pass, at most, while nobody generates.
+        busy_chunk: the same while somebody does.
 
     Attributes:
-        cache: as given.
+        waiting: what is not admitted yet, in the order of service.
+        reading: whose prompts are being read, in the order of service.
+        decoding: that generate, in the order of admission.
+        prefixes: what ended requests have left.
+        preemptions: how often a sequence was put back.
     """
 
-    def __init__(self, model: Transformer, cache: RingCache, vocab_size: int) -> None:
-        self.cache = cache
-        self._model = model
-        self._sampler = Sampler(len(cache.capacities), vocab_size, model.device)
-        self._decoder = decoder(model, cache, self._sampler)
+    def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.reading: deque[Sequence] = deque()
+        self.decoding: list[Sequence] = []
+        self.prefixes = PrefixCache(pool)
+        self.preemptions = 0
+        self._pool = pool
+        self._free_rows = list(range(rows))
+        self._chunk = chunk
+        self._busy_chunk = min(chunk, busy_chunk)
 
     @property
-    def worth_keeping(self) -> bool:
-        """Whether another one, for the next requests, would have to capture its steps anew."""
-        return self._decoder.captures
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.reading or self.decoding)
 
-    def run(self, requests: Sequence[Request], prefill_chunk: int) -> Iterator[tuple[Request, str]]:
-        """Completes all requests; yields (request, piece of text) for every token that is sampled.
+    def running(self) -> Iterator[Sequence]:
+        """All that own an extent."""
+        yield from self.reading
+        yield from self.decoding
 
-        A ring takes a request that needs no more slots than it has. A ring that already holds a
-        prefix of its first request's tokens keeps it; only the rest is read.
+    def add(self, sequence: Sequence) -> None:
+        """Has a sequence wait.
+
+        Raises:
+            ValueError: it can never fit.
+        """
+        needed = self._needed(sequence)
+        if needed > self._pool.slots:
+            raise ValueError(
+                f"the request needs {needed} tokens of cache ({sequence.prompt_length} of prompt, "
+                f"{sequence.request.max_length} with its completion), but there are "
+                f"{self._pool.slots}: ask for fewer tokens, or make cache_tokens larger"
+            )
+        self.waiting.append(sequence)
+
+    def admit(self) -> None:
+        """Lets those in that have room, in their order."""
+        while self.waiting and self._may_enter(self.waiting[0]):
+            sequence = self.waiting[0]
+            extent, exact = self._extent_for(sequence)
+            if extent is None:
+                return
+            self.waiting.popleft()
+            sequence.extent = extent
+            sequence.exact = exact
+            if sequence.request.params is not None:
+                sequence.row = self._free_rows.pop(0)
+            self.reading.append(sequence)
+
+    def next_pieces(self) -> list[tuple[Sequence, int]]:
+        """Which tokens of prompts to read in the next pass: sequences, and how many of each."""
+        if not self.reading:
+            return []
+        budget = self._busy_chunk if self.decoding else self._chunk
+        first = self.reading[0]
+        if first.request.chunk is not None:
+            unread = first.prompt_length - first.extent.length
+            return [(first, min(unread, first.request.chunk))]
+        if _is_read_alone(first):
+            return [(first, first.prompt_length)]
+        pieces = []
+        for sequence in self.reading:
+            if sequence.request.chunk is not None or (pieces and _is_read_alone(sequence)):
+                continue
+            count = _piece(sequence.prompt_length - sequence.extent.length, budget)
+            if pieces and count > budget:
+                continue
+            pieces.append((sequence, count))
+            budget -= count
+            if budget < LEAST_PIECE:
+                break
+        return pieces
+
+    def note_read(self, sequence: Sequence, count: int) -> None:
+        """Counts what was read of a prompt; one that is read as a whole goes on to generate."""
+        may_share = sequence.request.chunk is None and sequence.prompt_length >= LEAST_PIECE
+        if may_share and sequence.exact == sequence.extent.length:
+            sequence.exact += count
+        self._pool.advance(sequence.extent, count)
+        self.reading.remove(sequence)
+        if sequence.reads_prompt:
+            self.reading.append(sequence)  # behind the others: they take turns
+        elif sequence.request.params is not None:
+            self.decoding.append(sequence)
+
+    def next_decode(self) -> list[Sequence]:
+        """The sequences of the next decode step, each with room for its token."""
+        for sequence in list(self.decoding):
+            if sequence.extent is not None and _goes_on(sequence):  # not put back meanwhile
+                self._make_room(sequence)
+        return [sequence for sequence in self.decoding if _goes_on(sequence)]
+
+    def note_decoded(self, sequences: list[Sequence]) -> None:
+        """Counts the token that each has read."""
+        for sequence in sequences:
+            self._pool.advance(sequence.extent, 1)
+
+    def release(self, sequence: Sequence, keep: bool = True) -> None:
+        """Lets go of a sequence that has ended, wherever it is.
 
         Args:
-            requests: the waiting, served in this order; the largest ring must do for every one.
-            prefill_chunk: prompt tokens read in one step, at most.
+            keep: what it has stored is sound, and may serve others.
         """
-        run = _Run(self._model, self.cache, self._sampler, self._decoder, requests, prefill_chunk)
-        return run.pieces()
-
-
-class _Run:
-    def __init__(
-        self,
-        model: Transformer,
-        cache: RingCache,
-        sampler: Sampler,
-        decoder: Decoder,
-        requests: Sequence[Request],
-        prefill_chunk: int,
-    ) -> None:
-        self._model = model
-        self._cache = cache
-        self._sampler = sampler
-        self._decoder = decoder
-        self._prefill_chunk = prefill_chunk
-        self._waiting = list(requests)
-        self._free = list(range(len(cache.capacities)))
-        self._active: dict[int, Request] = {}  # ring -> the request it serves
-        self._under_way: deque[Step] = deque()  # decode steps whose tokens are not read yet
-
-    def pieces(self) -> Iterator[tuple[Request, str]]:
-        while self._waiting or self._active:
-            self._admit()
-            yield from self._read_prompt()
-            yield from self._decode()
-            if not self._under_way:
-                self._release()
-
-    def _admit(self) -> None:
-        while self._waiting and self._free:
-            ring, request = self._free.pop(0), self._waiting.pop(0)
-            self._active[ring] = request
-            self._sampler.start(ring, request.params, request.ids, request.index)
-
-    def _release(self) -> None:
-        for ring, request in list(self._active.items()):
-            if request.finish_reason:
-                del self._active[ring]
-                if self._waiting:  # else the ring keeps its tokens: a chat goes on from them
-                    self._cache.rewind(ring, 0)
-                    self._free.append(ring)
-
-    def _read_prompt(self) -> Iterator[tuple[Request, str]]:
-        """Reads the next chunk of the first prompt that has more than a token to be read."""
-        cache = self._cache
-        for ring, request in self._active.items():
-            unread = request.ids[cache.lengths[ring] :]
-            if len(unread) > 1:
-                break
-        else:
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
             return
-        new = unread[: self._prefill_chunk]
-        request.note_read(len(new))
-        rows = torch.tensor([len(new) - 1] if new == unread else [], dtype=torch.int64)
-        logits = self._model.forward(torch.tensor(new), cache.append({ring: len(new)}), cache, rows)
-        if new == unread:
-            (token_id,) = self._sampler.sample([ring], logits)
-            yield request, request.accept(token_id, logits[0])
+        self._forget(sequence)
+        if keep:
+            self.prefixes.keep(sequence)
+        else:
+            self._pool.release(sequence.extent)
+        sequence.extent = None
 
-    def _decode(self) -> Iterator[tuple[Request, str]]:
-        """Launches the step of all that have read their prompt, or, before there are others than
-        in the last one, waits for that; reads what has been waited for long enough."""
-        rings = [ring for ring in self._active if self._may_go_on(ring)]
-        if self._under_way and self._under_way[-1].rings != rings:
-            while self._under_way:
-                yield from self._accept(self._under_way.popleft())
-        elif rings:
-            token_ids = None
-            if not self._under_way:
-                token_ids = [self._active[ring].ids[-1] for ring in rings]
-            for ring in rings:
-                if self._cache.lengths[ring] < self._active[ring].prompt_length:
-                    self._active[ring].note_read(1)
-            self._under_way.append(self._decoder.launch(rings, token_ids))
-            if len(self._under_way) > self._decoder.ahead:
-                yield from self._accept(self._under_way.popleft())
+    def put_back(self, sequence: Sequence) -> None:
+        """Has a running sequence wait again, before all that came after it."""
+        self.preemptions += 1
+        self._forget(sequence)
+        self._pool.release(sequence.extent)
+        sequence.extent = None
+        sequence.is_drawing = False
+        sequence.was_put_back = True
+        later = (i for i, w in enumerate(self.waiting) if w.request_id > sequence.request_id)
+        self.waiting.insert(next(later, len(self.waiting)), sequence)
 
-    def _may_go_on(self, ring: int) -> bool:
-        """Whether there is to be another token, as far as is known, after those under way."""
-        request, length = self._active[ring], self._cache.lengths[ring]
-        has_read = length >= len(request.ids) - 1
-        return not request.finish_reason and has_read and length + 1 < request.max_length
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence in self.decoding:
+            self.decoding.remove(sequence)
+        elif sequence in self.reading:
+            self.reading.remove(sequence)
+        if sequence.row is not None:
+            self._free_rows.append(sequence.row)
+            self._free_rows.sort()
+            sequence.row = None
 
-    def _accept(self, step: Step) -> Iterator[tuple[Request, str]]:
-        for ring, token_id, row in zip(step.rings, step.token_ids(), step.logits, strict=True):
-            request = self._active[ring]
-            if request.finish_reason:
-                # The step had been launched when its end became known. What it stored took the
-                # place of nothing that the sequence still sees.
-                self._cache.rewind(ring, self._cache.lengths[ring] - 1)
-            else:
-                yield request, request.accept(token_id, row)
+    def _needed(self, sequence: Sequence) -> int:
+        return slots_needed(self._pool.window, sequence.request.max_length)
+
+    def _may_enter(self, sequence: Sequence) -> bool:
+        if sequence.request.params is not None and not self._free_rows:
+            return False
+        # Enough to read for the next pass or two will do: who enters later finds more in the cache.
+        unread = sum(s.prompt_length - s.extent.length for s in self.reading)
+        if unread >= 2 * self._chunk:
+            return False
+        return not any(self._is_worth_waiting_for(s, sequence) for s in self.reading)
+
+    def _is_worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
+        """Whether another one is just reading what this one would have to read as well."""
+        if other.request.salt != sequence.request.salt or other.request.chunk is not None:
+            return False
+        if sequence.request.chunk is not None or sequence.request.prompt_logits:
+            return False
+        most = min(other.prompt_length, sequence.prompt_length - LEAST_PIECE)
+        common = common_length(other.ids, sequence.ids, max(0, most))
+        return common >= other.extent.length + LEAST_PIECE
+
+    def _extent_for(self, sequence: Sequence) -> tuple[Extent | None, int]:
+        """Room for a prompt, perhaps with its beginning in it, and how much of that is exact."""
+        most = self._needed(sequence)
+        # A sequence that was put back gets all that it can need, or it might be again.
+        length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
+        match = self.prefixes.find(sequence, self.running())
+        if match is None:
+            return self._allocate(length, most), 0
+        if not match.may_take:
+            extent = self._allocate(length, most, spare=match.extent)
+            if extent is not None:
+                self._pool.copy(match.extent, extent, match.length)
+            return extent, match.exact
+        extent = match.extent
+        self.prefixes.take(extent)
+        self._pool.rewind(extent, match.length)
+        extent.most = max(most, extent.capacity)
+        if not self._grow(extent, length - match.length):
+            self._pool.release(extent)
+            return None, 0
+        return extent, match.exact
+
+    def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
+        """Room, for which what ended requests have left goes, but not `spare`."""
+        while (extent := self._pool.allocate(length, most)) is None:
+            if not self.prefixes.drop_oldest(spare):
+                return None
+        return extent
+
+    def _grow(self, extent: Extent, count: int) -> bool:
+        """The same for an extent that is to take `count` more tokens."""
+        while not self._pool.has_room(extent, count) and not self._pool.grow(extent, count):
+            if not self.prefixes.drop_oldest():
+                return False
+        return True
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """Has an extent grow for one more token; at worst the sequence itself is put back."""
+        while sequence.extent is not None and not self._grow(sequence.extent, 1):
+            self.put_back(max(self.running(), key=lambda s: s.request_id))
+
+
+def _is_read_alone(sequence: Sequence) -> bool:
+    return sequence.request.params is not None and sequence.prompt_length <= _FEW_TOKENS
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether there is to be another token, as far as is known, after those under way."""
+    is_open = sequence.finish_reason is None
+    return is_open and sequence.extent.length + 1 < sequence.request.max_length
+
+
+def _piece(unread: int, budget: int) -> int:
+    """Tokens of a prompt to read next. Neither they nor what remains are fewer than LEAST_PIECE,
+    which may take a little more than the budget."""
+    count = min(budget, unread - LEAST_PIECE)
+    return count if count >= LEAST_PIECE and unread > budget else unread

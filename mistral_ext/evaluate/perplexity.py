@@ -13,16 +13,14 @@ as many tokens, and each begins anew after a beginning-of-text token of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from mistral_ext.engine.cache import RingCache, ring_capacity
+from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
 
 
@@ -53,7 +51,7 @@ def perplexity(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Perplexity:
-    """Measures a model on texts. Where there are several, they fill up each other's chunks.
+    """Measures a model on texts. Where there are several, they fill up each other's passes.
 
     Logits take llm.prefill_chunk * vocabulary * 4 bytes.
 
@@ -79,21 +77,27 @@ def perplexity(
     if not sequences:
         raise ValueError("texts is empty, expected one or more")
 
-    sequences.sort(key=len, reverse=True)  # whichever ring comes free is then large enough
-    capacities = [ring_capacity(llm.config, len(ids) - 1) for ids in sequences]
-    # Two long texts at once, the end of one and the beginning of the next; many if they are short.
-    slots = 2 * max(llm.prefill_chunk, capacities[0])
-    n_rings = sum(needed <= slots for needed in accumulate(capacities))
-    cache = llm._cache(capacities[:n_rings])
-    total = torch.zeros((), dtype=torch.float64)
     n_tokens = sum(len(ids) - 1 for ids in sequences)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     started = time.perf_counter()
+    requests = [Request(ids[:-1], None, len(ids) - 1, prompt_logits=True) for ids in sequences]
+    outputs = llm.engine.outputs(requests)
+    targets = {
+        request_id: torch.tensor(ids[1:], device=llm.model.device)
+        for request_id, ids in zip(outputs.request_ids, sequences, strict=True)
+    }
     with tqdm(total=n_tokens, unit="tokens", disable=None if progress else True) as bar:
-        for inputs, targets, table in _passes(sequences, cache, llm.prefill_chunk):
-            logits = llm.model.forward(inputs, table, cache)  # [T, V]
-            nll = cross_entropy(logits, targets.to(logits.device), reduction="none")
-            total += nll.double().sum().cpu()
-            bar.update(len(targets))
+        for output in outputs:
+            if output.error:
+                outputs.close()
+                raise output.error
+            if output.prompt_logits is not None:  # [T, V]
+                read = len(output.prompt_logits)
+                next_ids, rest = targets[output.request_id].tensor_split([read])
+                nll = cross_entropy(output.prompt_logits, next_ids, reduction="none")
+                total += nll.double().sum().cpu()
+                targets[output.request_id] = rest
+                bar.update(read)
     seconds = time.perf_counter() - started
     return Perplexity(n_tokens, len(sequences), total.item() / n_tokens, seconds)
 
@@ -108,33 +112,3 @@ def _token_ids(llm: Mistral, text: str | Sequence[int], name: str) -> list[int]:
         if not 0 <= i < llm.config.vocab_size:
             raise ValueError(f"{name} has token id {i}, expected 0 to {llm.config.vocab_size - 1}")
     return ids
-
-
-def _passes(
-    sequences: Sequence[list[int]], cache: RingCache, chunk: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the model is to read in each pass: `chunk` tokens, but for the last pass.
-
-    Yields:
-        The tokens [T], those that follow them [T], and the sequence table.
-    """
-    waiting = list(sequences)
-    reading: dict[int, list[int]] = {}  # ring -> its sequence
-    while waiting or reading:
-        inputs, targets, counts = [], [], {}
-        for ring in range(len(cache.capacities)):
-            if ring not in reading:
-                if not waiting:
-                    continue
-                cache.rewind(ring, 0)
-                reading[ring] = waiting.pop(0)
-            ids, begin = reading[ring], cache.lengths[ring]
-            end = min(begin + chunk - len(inputs), len(ids) - 1)
-            inputs += ids[begin:end]
-            targets += ids[begin + 1 : end + 1]
-            counts[ring] = end - begin
-            if end == len(ids) - 1:
-                del reading[ring]
-            if len(inputs) == chunk:
-                break
-        yield torch.tensor(inputs), torch.tensor(targets), cache.append(counts)

@@ -7,14 +7,21 @@ dimension; Hq query and Hkv key/value heads; D head dimension; V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mistral_ext import ops
-from mistral_ext.engine.cache import RingCache
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
+
+
+class Cache(Protocol):
+    """Where keys and values are: a pool [R, D] for each layer, keys in `k` and values in `v`."""
+
+    k: list[Tensor]
+    v: list[Tensor]
 
 
 @dataclass
@@ -89,6 +96,14 @@ class Transformer:
             )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the weights; those of the embeddings once, if the output shares them."""
+        weights = [self.embeddings, self.norm, self.output]
+        for layer in self.layers:
+            weights += vars(layer).values()
+        return sum(weight.nbytes for weight in {id(weight): weight for weight in weights}.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embeddings.dtype
 
@@ -97,14 +112,14 @@ class Transformer:
         return self.embeddings.device
 
     def forward(
-        self, token_ids: Tensor, sequences: Tensor, cache: RingCache, rows: Tensor | None = None
+        self, token_ids: Tensor, sequences: Tensor, cache: Cache, rows: Tensor | None = None
     ) -> Tensor:
         """Runs new tokens through all layers and appends them to the cache.
 
         Args:
             token_ids: [T] int64 on the CPU, the new tokens of all sequences.
-            sequences: the sequence table on the CPU, from `cache.append`.
-            cache: the rings.
+            sequences: the sequence table on the CPU (see `mistral_ext.ops`).
+            cache: where keys and values are.
             rows: [N] int64 on the CPU, which of the T tokens to compute logits for; None: all.
 
         Returns:
@@ -120,7 +135,7 @@ class Transformer:
         self,
         token_ids: Tensor,
         sequences: Tensor,
-        cache: RingCache,
+        cache: Cache,
         max_count: int,
         rows: Tensor | None = None,
     ) -> Tensor:

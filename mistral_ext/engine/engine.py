@@ -1,0 +1,376 @@
+"""The engine: requests come and go at any time, and each step brings all of them on.
+
+    request_id = engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            ...
+
+`scheduler` decides what a step does, `runner` does it, `slots` has the memory. A step is one pass
+over the weights for the next pieces of prompts, and one for the next token of every sequence that
+has read its prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.memory import default_slots
+from mistral_ext.engine.prefix_cache import LEAST_PIECE
+from mistral_ext.engine.request import Output, Request
+from mistral_ext.engine.runner import Piece, Runner, Step
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.scheduler import Scheduler
+from mistral_ext.engine.sequence import Sequence
+from mistral_ext.engine.slots import Extent, SlotPool
+from mistral_ext.model.transformer import Transformer
+
+# Prompt tokens in a pass while others generate. On a CPU so many take about as long as a few
+# decode steps, on a GPU about as long as one.
+_BUSY_CHUNK = {"cpu": 32, "cuda": 512}
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A decode step whose tokens are not read yet."""
+
+    key: list[tuple[int, int, int]]  # of its sequences, with their places in the cache
+    waiting: list[tuple[int, Sequence, Extent]]  # those that get a new token: row, place
+    step: Step
+
+
+class Engine:
+    """Completes requests, as many at a time as there is room for.
+
+    `add`, `abort` and `outputs` may be called by any thread; steps are made by one at a time.
+
+    Args:
+        model: the weights.
+        vocab_size: ids that may be sampled.
+        max_batch: sequences that may generate at a time.
+        prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
+        cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
+
+    Attributes:
+        pool: cache memory.
+        scheduler: the policy.
+        runner: the mechanism.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        vocab_size: int,
+        max_batch: int = 8,
+        prefill_chunk: int = 512,
+        cache_tokens: int | None = None,
+    ) -> None:
+        if cache_tokens is None:
+            cache_tokens = default_slots(
+                model.config, model.dtype, model.device, max_batch, model.nbytes
+            )
+        self.pool = SlotPool(model.config, cache_tokens, model.dtype, model.device)
+        self._vocab_size = vocab_size
+        self._sampler = Sampler(max_batch, vocab_size, model.device)
+        self.runner = make_runner(model, self.pool, self._sampler)
+        chunk = max(LEAST_PIECE, prefill_chunk)
+        self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
+        self._under_way: deque[_UnderWay] = deque()
+        self._ids = itertools.count()
+        # Of the three below. Reentrant, as garbage may be collected while it is held: an iterator
+        # over outputs that nobody reads any more aborts its requests.
+        self._lock = threading.RLock()
+        self._sequences: dict[int, Sequence] = {}  # all that have not ended
+        self._aborted: list[Sequence] = []
+        self._listeners: dict[int, deque[Output]] = {}
+        self._stepping = threading.Lock()
+        self._stepped = threading.Condition(self._lock)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        with self._lock:
+            return bool(self._sequences or self._aborted)
+
+    def add(self, request: Request) -> int:
+        """Queues a request.
+
+        Returns:
+            Its id.
+
+        Raises:
+            ValueError: it can never fit into the cache, or its logit_bias has a token that may not
+                be sampled.
+        """
+        return self._add(request, listens=False)
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request at the next step, whatever it is doing; nothing more comes of it. One that
+        has ended, or is not known, is left alone."""
+        with self._lock:
+            sequence = self._sequences.pop(request_id, None)
+            if sequence is not None:
+                sequence.is_aborted = True
+                self._aborted.append(sequence)
+
+    def outputs(self, requests: Collection[Request]) -> Outputs:
+        """Adds requests, and gives what comes of them as it comes; steps the engine meanwhile,
+        unless another thread does.
+
+        Raises:
+            ValueError: as `add`; then none of the requests stays.
+        """
+        ids: list[int] = []
+        try:
+            for request in requests:
+                ids.append(self._add(request, listens=True))
+        except BaseException:
+            self._end_listening(ids)
+            raise
+        return Outputs(self, ids)
+
+    def step(self) -> list[Output]:
+        """Brings all requests on.
+
+        Returns:
+            What has become known: of each request its outputs in order.
+        """
+        self._stepping.acquire()
+        return self._step_and_let_go()
+
+    def _add(self, request: Request, listens: bool) -> int:
+        with self._lock:
+            sequence = Sequence(next(self._ids), request, self._vocab_size)
+            self.scheduler.add(sequence)
+            self._sequences[sequence.request_id] = sequence
+            if listens:
+                self._listeners[sequence.request_id] = deque()
+            return sequence.request_id
+
+    def _end_listening(self, ids: Collection[int]) -> None:
+        for request_id in ids:
+            self.abort(request_id)
+        with self._lock:
+            for request_id in ids:
+                self._listeners.pop(request_id, None)
+
+    def _step_and_let_go(self) -> list[Output]:
+        """A step, by the thread that holds `_stepping`; then it is another one's turn."""
+        try:
+            return self._step()
+        finally:
+            with self._stepped:
+                self._stepping.release()
+                self._stepped.notify_all()
+
+    def _step(self) -> list[Output]:
+        with self._lock:
+            while self._aborted:
+                sequence = self._aborted.pop()
+                if sequence.finish_reason is None:
+                    self.scheduler.release(sequence)
+            self.scheduler.admit()
+        outputs = [*self._read(), *self._decode()]
+        with self._lock:
+            ended = [output.request_id for output in outputs if output.is_last]
+            for request_id in ended:
+                self._sequences.pop(request_id, None)
+            for output in outputs:
+                listener = self._listeners.get(output.request_id)
+                if listener is not None:
+                    listener.append(output)
+        return outputs
+
+    def _read(self) -> list[Output]:
+        pieces = self.scheduler.next_pieces()
+        if not pieces:
+            return []
+        sequences = [sequence for sequence, _ in pieces]
+        given = [_piece(sequence, count) for sequence, count in pieces]
+        for sequence, count in pieces:
+            sequence.note_read(count)
+        logits = self._run(sequences, lambda: self.runner.read(given))
+        if isinstance(logits, Exception):
+            return self._fail(sequences, logits)
+        outputs = []
+        for (sequence, count), of_piece in zip(pieces, logits, strict=True):
+            with self._lock:
+                self.scheduler.note_read(sequence, count)
+            if sequence.request.prompt_logits:
+                outputs.append(Output(sequence.request_id, prompt_logits=of_piece))
+            if sequence.reads_prompt:
+                continue
+            if sequence.request.params is None:
+                self._end(sequence, Output(sequence.request_id, finish_reason="stop"), outputs)
+            elif sequence.generates:
+                self._prepare_draw(sequence)
+                sampled = self._run(
+                    [sequence],
+                    lambda row=sequence.row, of=of_piece[-1:]: self._sampler.sample([row], of),
+                )
+                if isinstance(sampled, Exception):
+                    outputs += self._fail([sequence], sampled)
+                else:
+                    self._accept(sequence, sampled[0], of_piece[-1], outputs)
+        return outputs
+
+    def _decode(self) -> list[Output]:
+        """Launches the next decode step, or, if it is of other sequences than the last one, waits
+        for that first; reads what has been waited for long enough."""
+        with self._lock:
+            sequences = self.scheduler.next_decode()
+        # What must be the same for a step to go on from the tokens of the one before.
+        key = [(s.request_id, s.extent.first, s.extent.capacity) for s in sequences]
+        outputs: list[Output] = []
+        goes_on = all(sequence.generates for sequence in sequences)
+        if self._under_way and (self._under_way[-1].key != key or not goes_on):
+            while self._under_way:
+                self._finish(self._under_way.popleft(), outputs)
+            return outputs
+        if not sequences:
+            return outputs
+        for sequence in sequences:
+            if sequence.generates and not sequence.is_drawing:
+                self._prepare_draw(sequence)
+        rows, extents = [s.row for s in sequences], [s.extent for s in sequences]
+        token_ids = None if self._under_way else [s.next_id for s in sequences]
+        step = self._run(sequences, lambda: self.runner.launch(extents, rows, token_ids))
+        if isinstance(step, Exception):
+            return self._fail(sequences, step)
+        waiting = [(i, s, s.extent) for i, s in enumerate(sequences) if s.generates]
+        with self._lock:
+            self.scheduler.note_decoded(sequences)
+        self._under_way.append(_UnderWay(key, waiting, step))
+        if len(self._under_way) > self.runner.ahead:
+            self._finish(self._under_way.popleft(), outputs)
+        return outputs
+
+    def _finish(self, launched: _UnderWay, outputs: list[Output]) -> None:
+        """Takes the tokens of a step, of those sequences that are still where they were."""
+        waiting = [(i, s) for i, s, extent in launched.waiting if s.extent is extent]
+        sequences = [sequence for _, sequence in waiting]
+        token_ids = self._run(sequences, launched.step.token_ids)
+        if isinstance(token_ids, Exception):
+            outputs += self._fail(sequences, token_ids)
+            return
+        for i, sequence in waiting:
+            self._accept(sequence, token_ids[i], launched.step.logits[i], outputs)
+
+    def _accept(
+        self, sequence: Sequence, token_id: int, logits: torch.Tensor, outputs: list[Output]
+    ) -> None:
+        if sequence.is_aborted:
+            return
+        try:
+            if token_id < 0:
+                raise self._sampler.problem(logits)
+            output = sequence.accept(token_id, logits)
+        except Exception as error:
+            outputs += self._fail([sequence], error)
+            return
+        if output.is_last:
+            self._end(sequence, output, outputs)
+        else:
+            outputs.append(output)
+
+    def _end(self, sequence: Sequence, output: Output, outputs: list[Output]) -> None:
+        sequence.finish_reason = output.finish_reason
+        with self._lock:
+            self.scheduler.release(sequence)
+        outputs.append(output)
+
+    def _prepare_draw(self, sequence: Sequence) -> None:
+        self._sampler.start(
+            sequence.row,
+            sequence.request.params,
+            sequence.ids[: sequence.prompt_length],
+            sequence.ids[sequence.prompt_length :],
+            sequence.seed,
+            sequence.request.index,
+        )
+        sequence.is_drawing = True
+
+    def _run(self, sequences: Collection[Sequence], work: Callable):
+        """What `work` returns; the exception that it raises, for its requests to report. What ends
+        the program instead, Ctrl-C above all, leaves the engine as if the pass had not been."""
+        try:
+            return work()
+        except Exception as error:
+            return error
+        except BaseException:
+            with self._lock:
+                self._under_way.clear()
+                for sequence in [*sequences, *self.scheduler.decoding]:
+                    if sequence.extent is not None:
+                        self.scheduler.put_back(sequence)
+            raise
+
+    def _fail(self, sequences: Collection[Sequence], error: Exception) -> list[Output]:
+        """Ends requests with an error, and gives their memory back."""
+        outputs = []
+        with self._lock:
+            for sequence in sequences:
+                if sequence.finish_reason is None and sequence.extent is not None:
+                    sequence.finish_reason = "error"
+                    self.scheduler.release(sequence, keep=False)
+                    outputs.append(Output(sequence.request_id, error=error))
+        return outputs
+
+
+class Outputs(Iterator[Output]):
+    """What comes of some requests, as it comes: see `Engine.outputs`.
+
+    Attributes:
+        request_ids: of the requests, in their order.
+    """
+
+    def __init__(self, engine: Engine, request_ids: list[int]) -> None:
+        self.request_ids = request_ids
+        self._engine = engine
+        self._open = set(request_ids)
+
+    def __next__(self) -> Output:
+        engine = self._engine
+        while self._open:
+            with engine._stepped:
+                for request_id in self._open:
+                    if engine._listeners[request_id]:
+                        output = engine._listeners[request_id].popleft()
+                        if output.is_last:
+                            self._open.remove(request_id)
+                            del engine._listeners[request_id]
+                        return output
+                if not engine._stepping.acquire(blocking=False):
+                    engine._stepped.wait()  # another thread steps for us
+                    continue
+            engine._step_and_let_go()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Ends the requests that have not ended."""
+        self._engine._end_listening(self._open)
+        self._open = set()
+
+    def __del__(self) -> None:
+        if self._open:
+            self.close()
+
+
+def _piece(sequence: Sequence, count: int) -> Piece:
+    begin = sequence.extent.length
+    is_end = begin + count == sequence.prompt_length and sequence.request.params is not None
+    logits = "all" if sequence.request.prompt_logits else "last" if is_end else "none"
+    return Piece(sequence.extent, sequence.ids[begin : begin + count], logits)
+
+
+def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:
+    """The runner for the model's device. MISTRAL_EXT_GRAPHS=0 has a GPU launch each step anew."""
+    graphs = model.device.type == "cuda" and os.environ.get("MISTRAL_EXT_GRAPHS") != "0"
+    return (GraphRunner if graphs else Runner)(model, pool, sampler)

@@ -1,0 +1,178 @@
+"""The runner for a CUDA device: decode steps as CUDA graphs.
+
+A GPU finishes a step faster than Python can tell it what to do. So the step of each batch size, and
+way to choose tokens, is captured as a CUDA graph and replayed. Everything that differs from step to
+step is in the memory of the device, which brings it up to date by itself: tokens and positions
+here, the state of sampling in `Sampler`. So the next step can be launched before the tokens of the
+last one are known to the host, and the GPU never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mistral_ext.engine.runner import Runner, Step, choose
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.slots import Extent, SlotPool
+from mistral_ext.model.transformer import Transformer
+
+
+class GraphRunner(Runner):
+    """Queues a decode step on a CUDA device and returns at once.
+
+    There is a graph for each number of sequences and way to choose their tokens, captured at its
+    second step: it lasts as long as the runner. Filling up to the next of fewer sizes would cost
+    every step something, and a capture costs about as much as one step launched by Python.
+
+    Args:
+        model, pool, sampler: as above, on the device.
+        device: how work is captured and read there.
+    """
+
+    ahead = 1
+
+    def __init__(
+        self,
+        model: Transformer,
+        pool: SlotPool,
+        sampler: Sampler,
+        device: CudaGraphs | None = None,
+    ) -> None:
+        super().__init__(model, pool, sampler)
+        self._device = device or CudaGraphs(model.device)
+        self._batches: dict[tuple[int, bool, bool], _Batch] = {}
+
+    def launch(
+        self, extents: Sequence[Extent], rows: Sequence[int], token_ids: Sequence[int] | None
+    ) -> Step:
+        greedy = self._sampler.needs_no_draw(rows)
+        kind = len(rows), greedy, not greedy and self._sampler.biased
+        if kind not in self._batches:
+            self._batches[kind] = _Batch(
+                len(rows), greedy, self._model, self._pool, self._sampler, self._device
+            )
+        batch = self._batches[kind]
+        if token_ids is not None:
+            batch.start(rows, token_ids, self._pool.table(dict.fromkeys(extents, 1)))
+        results = batch.run()
+        return Step(results.token_ids, results.logits)
+
+
+class _Results:
+    """What one step leaves for the host, while the next one overwrites the graph's own memory."""
+
+    def __init__(self, size: int, vocab_size: int, device: CudaGraphs) -> None:
+        self.logits = torch.empty(size, vocab_size, dtype=torch.float32, device=device.name)
+        self._token_ids = device.host_copy(size)
+
+    def keep(self, token_ids: Tensor, logits: Tensor) -> None:
+        self.logits.copy_(logits)
+        self._token_ids.start(token_ids)
+
+    def token_ids(self) -> list[int]:
+        return self._token_ids.wait()
+
+
+class _Batch:
+    """The step of a number of sequences, and its state on the device."""
+
+    @torch.inference_mode(False)  # the state outlives the call
+    def __init__(
+        self,
+        size: int,
+        greedy: bool,
+        model: Transformer,
+        pool: SlotPool,
+        sampler: Sampler,
+        device: CudaGraphs,
+    ) -> None:
+        self._greedy = greedy
+        self._model = model
+        self._pool = pool
+        self._sampler = sampler
+        self._device = device
+        self._tokens = torch.zeros(size, dtype=torch.int64, device=device.name)
+        self._rows = torch.zeros_like(self._tokens)
+        self._sequences = torch.zeros(size, 5, dtype=torch.int64, device=device.name)
+        vocab_size = model.output.shape[0]
+        self._results = [_Results(size, vocab_size, device) for _ in range(GraphRunner.ahead + 1)]
+        self._sampled = self._logits = None  # of the last step
+        self._runs = 0
+        self._replay: Callable[[], None] | None = None
+
+    def start(self, rows: Sequence[int], token_ids: Sequence[int], sequences: Tensor) -> None:
+        self._rows.copy_(torch.tensor(rows, device="cpu"))
+        self._tokens.copy_(torch.tensor(token_ids, device="cpu"))
+        self._sequences.copy_(sequences)
+
+    def run(self) -> _Results:
+        # The first step also loads the kernels, which a capture may not.
+        if self._runs == 0:
+            self.step()
+        else:
+            if self._replay is None:
+                self._replay = self._device.capture(self.step)
+            self._replay()
+        results = self._results[self._runs % len(self._results)]
+        results.keep(self._sampled, self._logits)
+        self._runs += 1
+        return results
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Nothing in it depends on a value, waits for the device, or lies elsewhere next time."""
+        model, sampler = self._model, self._sampler
+        h = model.step(self._tokens, self._sequences, self._pool, max_count=1)
+        self._logits, self._sampled = choose(model, sampler, h, self._rows, self._greedy)
+        # -1, where there was nothing to choose from, is an error that the host sees too late.
+        torch.clamp(self._sampled, min=0, out=self._tokens)
+        self._sequences[:, 2].add_(1)
+
+
+class CudaGraphs:
+    """How a CUDA device repeats work, and how the host reads its results later.
+
+    Args:
+        name: the device.
+    """
+
+    def __init__(self, name: torch.device) -> None:
+        self.name = name
+        # Graphs never run at the same time, so they may use the same memory: that of one stream.
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(name)
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats the work, as a graph; it is not done now."""
+        graph = torch.cuda.CUDAGraph()
+        # Not torch.cuda.graph: it also collects garbage and gives all unused memory back. Other
+        # threads of the process may go on allocating.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+    def host_copy(self, size: int) -> _HostCopy:
+        return _HostCopy(size)
+
+
+class _HostCopy:
+    """int64s, copied to the host behind what the device has to do until then."""
+
+    def __init__(self, size: int) -> None:
+        self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
+        self._done = torch.cuda.Event()
+
+    def start(self, values: Tensor) -> None:
+        self._host.copy_(values, non_blocking=True)
+        self._done.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> list[int]:
+        self._done.synchronize()
+        return self._host.tolist()

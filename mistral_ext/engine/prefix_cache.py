@@ -1,0 +1,124 @@
+"""What ended requests have left in the cache, for requests that begin alike.
+
+The tokens of a prompt get the same keys and values, to the bit on the CPU, in whatever prompt they
+stand and however it was cut (`ops.attention`); so a prompt may go on from any token that another
+one has in common with it. Generated tokens are computed otherwise, and count only for a request
+that asks for them. Only requests of the same salt share anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mistral_ext.engine.sequence import Sequence
+from mistral_ext.engine.slots import Extent, SlotPool
+
+# Tokens of the least piece that a prompt is cut into. Fewer would be multiplied otherwise (up to 8
+# tokens by the kernel for few tokens, attention up to 16 rows), and get other bits.
+LEAST_PIECE = 32
+
+
+@dataclass(frozen=True)
+class Match:
+    """The beginning of a prompt, somewhere in the cache.
+
+    Attributes:
+        extent: where.
+        length: tokens of the prompt that need not be read.
+        exact: of them, those that were read as parts of a prompt.
+        may_take: the extent is nobody's, and has nothing more to offer to others.
+    """
+
+    extent: Extent
+    length: int
+    exact: int
+    may_take: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    extent: Extent
+    ids: list[int]  # of the tokens stored
+    exact: int  # of them, those that were read as parts of a prompt
+    salt: str | None
+
+
+class PrefixCache:
+    """Extents of ended requests, the least recently used first.
+
+    Args:
+        pool: where the extents are.
+    """
+
+    def __init__(self, pool: SlotPool) -> None:
+        self._pool = pool
+        self._entries: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Takes over the extent of a sequence that has ended; gives it back if it is of no use."""
+        extent, request = sequence.extent, sequence.request
+        if extent.length < LEAST_PIECE or request.prompt_logits:
+            self._pool.release(extent)
+            return
+        ids = sequence.ids[: extent.length]
+        self._entries.append(_Entry(extent, ids, sequence.exact, request.salt))
+
+    def drop_oldest(self, spare: Extent | None = None) -> bool:
+        """Gives the least recently used extent back to the pool, but not `spare`; False: there is
+        none."""
+        for entry in self._entries:
+            if entry.extent is not spare:
+                self._entries.remove(entry)
+                self._pool.release(entry.extent)
+                return True
+        return False
+
+    def take(self, extent: Extent) -> None:
+        """Hands an extent over to a request that goes on from it."""
+        self._entries = [entry for entry in self._entries if entry.extent is not extent]
+
+    def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
+        """The longest beginning of a sequence's prompt, among what is kept and what is running."""
+        request = sequence.request
+        most = sequence.prompt_length - LEAST_PIECE
+        if most <= 0 or request.prompt_logits or request.chunk is not None:
+            return None
+        entries = [*self._entries]
+        for other in running:
+            entries.append(_Entry(other.extent, other.ids, other.exact, other.request.salt))
+        best, used = None, None
+        for entry in entries:
+            if entry.salt != request.salt:
+                continue
+            reusable = entry.extent.length if request.reuse_completions else entry.exact
+            common = common_length(entry.ids, sequence.ids, min(reusable, sequence.prompt_length))
+            length = min(common, most)
+            if length <= (best.length if best else 0):
+                continue
+            if self._pool.can_rewind(entry.extent, length):
+                may_take = entry in self._entries and common == reusable
+                best = Match(entry.extent, length, min(entry.exact, length), may_take)
+                used = entry
+        if used in self._entries:
+            self._entries.remove(used)
+            self._entries.append(used)
+        return best
+
+
+def common_length(a: list[int], b: list[int], most: int) -> int:
+    """How many of the first `most` tokens of two lists are the same."""
+    most = min(most, len(a), len(b))
+    if a[:most] == b[:most]:
+        return most
+    same, different = 0, most
+    while different - same > 1:  # a[:same] == b[:same], a[:different] != b[:different]
+        middle = (same + different) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            different = middle
+    return same

@@ -1,0 +1,95 @@
+"""What an engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mistral_ext.engine.params import SamplingParams, TokenLogprob
+from mistral_ext.text.text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where a completion's time went, in seconds of wall clock."""
+
+    prompt_tokens: int  # read for this completion; the rest of the prompt was in the cache
+    prompt_seconds: float  # from its first step to its first token
+    decode_tokens: int  # generated after the first
+    decode_seconds: float
+    cached_tokens: int = 0  # of the prompt, that the cache had
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prompt_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second after the first; 0 if there was no second."""
+        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after a prompt."""
+
+    text: str | None  # None: the model has no tokenizer
+    token_ids: list[int]  # as sampled, an end-of-text token included
+    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens or the limit
+    logprobs: list[TokenLogprob] | None  # one per token id, if asked for
+    timing: Timing
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt, and what to do with it.
+
+    Args:
+        prompt_ids: at least one token id.
+        params: how to choose tokens. None: choose none, only read the prompt, for its logits.
+        max_length: tokens of prompt and completion together, at most.
+        eos_ids: tokens that end the completion.
+        index: which of the prompt's n completions this is.
+        text: turns the completion's token ids into text; None without a tokenizer.
+        prompt_logits: also give the logits that follow each token of the prompt.
+        chunk: tokens of the prompt to read in one pass, exactly; None: as many as the engine likes.
+        salt: a cached prefix serves only requests of the same salt.
+        reuse_completions: go on from what completions left in the cache too, not only from what
+            prompts did. That saves reading a conversation's replies again. But a generated token
+            is computed otherwise than a token of a prompt, so the text may then depend, in its
+            last bits, on what is still in the cache.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams | None
+    max_length: int
+    eos_ids: Sequence[int] = ()
+    index: int = 0
+    text: TextStream | None = None
+    prompt_logits: bool = False
+    chunk: int | None = None
+    salt: str | None = None
+    reuse_completions: bool = False
+
+
+@dataclass
+class Output:
+    """What a step has brought for a request.
+
+    The last output of a request has a `finish_reason` or an `error`.
+    """
+
+    request_id: int
+    text: str = ""  # what became final of the completion's text
+    token_ids: list[int] = field(default_factory=list)  # new ones
+    prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
+    finish_reason: str | None = None
+    error: Exception | None = None
+    completion: Completion | None = None  # the whole, with the finish_reason
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None

@@ -1,0 +1,128 @@
+"""The mechanism of the engine: passes over the weights, for the sequences that the scheduler chose.
+
+On the CPU a pass is done when its call returns. `graph_runner` has the runner for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.slots import Extent, SlotPool
+from mistral_ext.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a prompt to read.
+
+    Attributes:
+        extent: where its keys and values go.
+        token_ids: the tokens.
+        logits: of which of them logits are wanted: "none", "last" or "all".
+    """
+
+    extent: Extent
+    token_ids: Sequence[int]
+    logits: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step that was launched.
+
+    Attributes:
+        token_ids: waits for the step; the N tokens that it sampled, -1 where there was nothing to
+            choose from.
+        logits: [N, V] fp32, from which they were, for as long as at most `ahead` later steps of as
+            many sequences have been launched.
+    """
+
+    token_ids: Callable[[], list[int]]
+    logits: Tensor
+
+
+class Runner:
+    """Computes a step when it is launched.
+
+    Args:
+        model: the weights.
+        pool: the cache.
+        sampler: the state of sampling.
+
+    Attributes:
+        ahead: decode steps that may be under way when another is launched.
+    """
+
+    ahead = 0
+
+    def __init__(self, model: Transformer, pool: SlotPool, sampler: Sampler) -> None:
+        self._model = model
+        self._pool = pool
+        self._sampler = sampler
+
+    def read(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Reads pieces of several prompts in one pass.
+
+        Returns:
+            The logits of each piece, [n, V] fp32, with n = 0, 1 or the number of its tokens.
+        """
+        tokens = [token_id for piece in pieces for token_id in piece.token_ids]
+        rows, counts, end = [], [], 0
+        for piece in pieces:
+            begin, end = end, end + len(piece.token_ids)
+            wanted = {"none": [], "last": [end - 1], "all": range(begin, end)}[piece.logits]
+            rows += wanted
+            counts.append(len(wanted))
+        table = self._pool.table({piece.extent: len(piece.token_ids) for piece in pieces})
+        device = self._model.device
+        h = self._model.step(
+            _int64(tokens, device),
+            table.to(device),
+            self._pool,
+            max_count=max(len(piece.token_ids) for piece in pieces),
+            rows=None if len(rows) == len(tokens) else _int64(rows, device),
+        )
+        if not rows:
+            return [h.new_empty(0, self._model.output.shape[0], dtype=torch.float32)] * len(pieces)
+        return list(self._model.logits(h).split(counts))
+
+    def launch(
+        self, extents: Sequence[Extent], rows: Sequence[int], token_ids: Sequence[int] | None
+    ) -> Step:
+        """Starts the step that reads one token of each of N sequences and samples the next.
+
+        Args:
+            extents: of the sequences.
+            rows: theirs of the sampler.
+            token_ids: to read; None: those that the step before, of the same sequences, samples.
+        """
+        model, device = self._model, self._model.device
+        h = model.step(
+            _int64(token_ids, device),
+            self._pool.table(dict.fromkeys(extents, 1)).to(device),
+            self._pool,
+            max_count=1,
+        )
+        greedy = self._sampler.needs_no_draw(rows)
+        logits, sampled = choose(model, self._sampler, h, _int64(rows, device), greedy)
+        sampled = sampled.tolist()
+        return Step(lambda: sampled, logits.float())
+
+
+def choose(
+    model: Transformer, sampler: Sampler, h: Tensor, rows: Tensor, greedy: bool
+) -> tuple[Tensor, Tensor]:
+    """(logits [N, V], token ids [N]) of a step; greedy: what `sampler` says about the rows."""
+    if greedy:
+        return model.greedy(h, sampler.vocab_size)
+    logits = model.logits(h)
+    return logits, sampler.draw(rows, logits)
+
+
+def _int64(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)

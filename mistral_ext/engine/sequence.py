@@ -1,0 +1,125 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import torch
+
+from mistral_ext.engine.params import TokenLogprob
+from mistral_ext.engine.request import Completion, Output, Request, Timing
+from mistral_ext.engine.sampling import token_logprob
+from mistral_ext.engine.slots import Extent
+
+
+class Sequence:
+    """The tokens of a request, and where they are.
+
+    Args:
+        request_id: the engine's name for it; later requests have larger ones.
+        request: as given to the engine.
+        vocab_size: ids that may be sampled.
+
+    Attributes:
+        ids: the prompt, then what was generated.
+        seed: of its draws.
+        extent: its slots of the cache; None while it waits.
+        row: its row of the sampler; None while it waits.
+        exact: tokens at the beginning of the extent that were read as parts of a prompt.
+        is_drawing: the sampler's row is in the state that the next draw needs.
+        was_put_back: it ran before, and lost its place.
+        finish_reason: None while it goes on.
+        is_aborted: nobody waits for it any more.
+    """
+
+    def __init__(self, request_id: int, request: Request, vocab_size: int) -> None:
+        self.request_id = request_id
+        self.request = request
+        self.ids = list(request.prompt_ids)
+        self.prompt_length = len(self.ids)
+        self.extent: Extent | None = None
+        self.row: int | None = None
+        self.exact = 0
+        self.is_drawing = False
+        self.was_put_back = False
+        self.finish_reason: str | None = None
+        self.is_aborted = False
+        self.seed = 0
+        self._vocab_size = vocab_size
+        self._eos_ids: tuple[int, ...] = ()
+        self._logprobs: list[TokenLogprob] | None = None
+        params = request.params
+        if params is not None:
+            params.check_vocabulary(vocab_size)
+            self.seed = secrets.randbits(64) if params.seed is None else params.seed
+            self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
+            self._logprobs = None if params.logprobs is None else []
+        self._read = self._cached = 0
+        self._started = self._first = self._last = 0.0
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether some of its prompt is not in the cache yet."""
+        return self.extent.length < self.prompt_length
+
+    @property
+    def next_id(self) -> int:
+        """The token that the next decode step reads."""
+        return self.ids[self.extent.length]
+
+    @property
+    def generates(self) -> bool:
+        """Whether the next decode step gives a token that is not known yet: not so while a
+        sequence that was put back gets its generated tokens into the cache again."""
+        return self.extent.length >= len(self.ids) - 1
+
+    def note_read(self, count: int) -> None:
+        """Counts prompt tokens as they are given to the model."""
+        if not self._started:
+            self._started = time.perf_counter()
+            self._cached = self.extent.length
+        if len(self.ids) == self.prompt_length:  # and not those that are read again
+            self._read += count
+
+    def accept(self, token_id: int, logits: torch.Tensor) -> Output:
+        """Takes the next token, sampled from logits [V or more]."""
+        self._last = time.perf_counter()
+        if len(self.ids) == self.prompt_length:
+            self._first = self._last
+        self.ids.append(token_id)
+        if self._logprobs is not None:
+            count = self.request.params.logprobs
+            self._logprobs.append(token_logprob(logits[: self._vocab_size], token_id, count))
+        if token_id in self._eos_ids:
+            self.finish_reason = "stop"
+        elif len(self.ids) >= self.request.max_length:
+            self.finish_reason = "length"
+        piece, text = "", self.request.text
+        if text:
+            piece = text.push(token_id)
+            if self.finish_reason:
+                piece += text.finish()
+            if text.stopped:
+                self.finish_reason = "stop"
+        output = Output(self.request_id, piece, [token_id], finish_reason=self.finish_reason)
+        if self.finish_reason:
+            output.completion = self._completion()
+        return output
+
+    def _completion(self) -> Completion:
+        token_ids = self.ids[self.prompt_length :]
+        text = self.request.text
+        return Completion(
+            text=text.text if text else None,
+            token_ids=token_ids,
+            finish_reason=self.finish_reason,
+            logprobs=self._logprobs,
+            timing=Timing(
+                prompt_tokens=self._read,
+                prompt_seconds=self._first - self._started,
+                decode_tokens=len(token_ids) - 1,
+                decode_seconds=self._last - self._first,
+                cached_tokens=self._cached,
+            ),
+        )

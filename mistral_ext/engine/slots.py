@@ -1,0 +1,250 @@
+"""Cache memory: the keys and values of all sequences, in one pool of slots per layer.
+
+A sequence owns an *extent*: C consecutive slots of the pool, in every layer. The token at position
+p lives in slot p mod C of its extent. With a window, a query sees itself and the W - 1 tokens
+before it, so C never needs to be more than W, and the extent is a *ring*. With W = C = 4, after 6
+tokens (positions 0 to 5):
+
+    slot       0  1  2  3
+    position   4  5  2  3        4 and 5 took the slots of 0 and 1, which no later query sees
+
+The next token, position 6, sees 3, 4, 5 and itself; it goes to slot 2, over position 2. A prompt
+is read in chunks: a chunk of two tokens, 6 and 7, takes slots 2 and 3; but query 6 still sees
+position 3, so token 7 is stored only when attention is done (csrc/ring.h has the rule). A chunk
+longer than the ring stores only its last C tokens.
+
+A ring here has some slots more than the window, its *slack*: so many tokens can be taken back
+(`rewind`) before something is missing that the next query sees.
+
+An extent begins small and grows when it is full, to twice its size, up to what its sequence can
+need: the ring, or without a window its longest length. To grow is to move: one copy.
+
+Mistral 7B takes 131,072 bytes a token in bfloat16, over its 32 layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_ext.model.config import MistralConfig
+
+# Slots that a ring has beyond the window: 1/8 of it, within these bounds.
+_LEAST_SLACK, _MOST_SLACK = 32, 512
+
+# Extents begin with a multiple of this many slots.
+_STEP = 256
+
+
+def slots_needed(window: int | None, max_length: int) -> int:
+    """Slots of a sequence of at most `max_length` tokens, once it has grown as far as it can."""
+    if window is None:
+        return max_length
+    return min(max_length, window + min(max(window // 8, _LEAST_SLACK), _MOST_SLACK))
+
+
+@dataclass(eq=False)
+class Extent:
+    """The slots of one sequence.
+
+    Attributes:
+        first: its first slot in the pool.
+        capacity: C, its slots.
+        most: the slots that it may grow to.
+        length: tokens of the sequence that have been stored.
+        oldest: the first position that no later token has taken the slot of.
+    """
+
+    first: int
+    capacity: int
+    most: int
+    length: int = 0
+    oldest: int = 0
+
+
+class SlotPool:
+    """Gives out extents of the cache.
+
+    Args:
+        config: gives the layers, key/value heads, head dimension and window.
+        slots: of the pool.
+        dtype, device: of the keys and values.
+
+    Attributes:
+        k, v: a tensor [R, D] per layer, R = Hkv * slots.
+        slots, window: as given.
+    """
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots is {slots}, expected 1 or more")
+        self.slots = slots
+        self.window = config.sliding_window
+        self._heads = config.n_kv_heads
+        self._free = [(0, slots)]  # (first slot, slots) of what is free, in order
+        shape = (self._heads * slots, config.head_dim)
+        with torch.inference_mode(False):  # they outlive the call
+            # Not zeroed: untouched pages cost no memory until a token is stored in them.
+            self.k, self.v = (
+                [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+                for _ in range(2)
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(pool.nbytes for pool in (*self.k, *self.v))
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no extent owns; not all of them need be consecutive."""
+        return sum(count for _, count in self._free)
+
+    def allocate(self, length: int, most: int) -> Extent | None:
+        """An empty extent.
+
+        Args:
+            length: tokens that it has to have slots for at once.
+            most: slots that it may grow to.
+
+        Returns:
+            None if there is no room.
+        """
+        capacity = min(most, -(-length // _STEP) * _STEP)
+        first, free = _take(self._free, capacity)
+        if first is None:
+            return None
+        self._free = free
+        return Extent(first, capacity, most)
+
+    def release(self, extent: Extent) -> None:
+        """Takes the slots of an extent back."""
+        self._free = _give_back(self._free, extent)
+
+    def has_room(self, extent: Extent, count: int) -> bool:
+        """Whether an extent can take `count` more tokens without growing."""
+        return extent.capacity == extent.most or extent.length + count <= extent.capacity
+
+    def grow(self, extent: Extent, count: int) -> bool:
+        """Moves an extent to where `count` more tokens have room, and its tokens with it. It gets
+        twice as many slots, or if there are not so many, what it needs.
+
+        Returns:
+            Whether there was room; if not, nothing has changed.
+        """
+        least = min(extent.most, -(-(extent.length + count) // _STEP) * _STEP)
+        available = _give_back(self._free, extent)
+        for capacity in (min(extent.most, max(2 * extent.capacity, least)), least):
+            first, free = _take(available, capacity)
+            if first is not None:
+                self._copy(extent, Extent(first, capacity, extent.most), extent.length)
+                self._free = free
+                extent.first, extent.capacity = first, capacity
+                return True
+        return False
+
+    def copy(self, source: Extent, target: Extent, length: int) -> None:
+        """Gives an empty extent the first `length` tokens of another, which can be rewound to them
+        and has room for them."""
+        target.oldest = self._copy(source, target, length)
+        target.length = length
+
+    def table(self, counts: Mapping[Extent, int]) -> Tensor:
+        """The sequence table of a call that stores new tokens: see `mistral_ext.ops`.
+
+        Args:
+            counts: extent -> its new tokens, in the order in which the tokens are packed. Each has
+                room for them.
+
+        Returns:
+            [S, 5] int64 on the CPU.
+        """
+        rows, first_token = [], 0
+        for extent, count in counts.items():
+            ring_row = self._heads * extent.first
+            rows.append((first_token, count, extent.length, ring_row, extent.capacity))
+            first_token += count
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def advance(self, extent: Extent, count: int) -> None:
+        """Notes that `count` more tokens are stored."""
+        extent.length += count
+        extent.oldest = max(extent.oldest, extent.length - extent.capacity)
+
+    def can_rewind(self, extent: Extent, length: int) -> bool:
+        """Whether an extent still holds all that a token at position `length` sees.
+
+        That token sees the positions length - W + 1 and up; once a later token has taken the slot
+        of one of them, there is no way back.
+        """
+        oldest_seen = max(0, length - self.window + 1) if self.window else 0
+        return length <= extent.length and oldest_seen >= min(length, extent.oldest)
+
+    def rewind(self, extent: Extent, length: int) -> None:
+        """Forgets all but the first `length` tokens, which `can_rewind` allows."""
+        extent.length = length
+        extent.oldest = min(extent.oldest, length)
+
+    def _copy(self, source: Extent, target: Extent, length: int) -> int:
+        """Copies the tokens before `length` that the source still has and the target has room for;
+        returns the position of the first."""
+        begin = max(source.oldest, length - target.capacity)
+        overlap = (
+            source.first < target.first + target.capacity
+            and target.first < source.first + source.capacity
+        )
+        runs = _runs(begin, length, source.capacity, target.capacity)
+        for pool in (*self.k, *self.v):
+            old, new = self._view(pool, source), self._view(pool, target)
+            if overlap:
+                old = old.clone()
+            for source_slot, target_slot, count in runs:
+                kept = old[:, source_slot : source_slot + count]
+                new[:, target_slot : target_slot + count] = kept
+        return begin
+
+    def _view(self, pool: Tensor, extent: Extent) -> Tensor:
+        """[Hkv, C, D], the slots of an extent."""
+        first = self._heads * extent.first
+        return pool[first : first + self._heads * extent.capacity].unflatten(0, (self._heads, -1))
+
+
+def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list[tuple[int, int]]]:
+    """The first of `count` consecutive free slots, lowest first, and what is free then."""
+    for i, (first, available) in enumerate(free):
+        if available >= count:
+            rest = [(first + count, available - count)] if available > count else []
+            return first, [*free[:i], *rest, *free[i + 1 :]]
+    return None, list(free)
+
+
+def _give_back(free: Sequence[tuple[int, int]], extent: Extent) -> list[tuple[int, int]]:
+    """What is free when an extent is too; neighbours become one."""
+    merged: list[tuple[int, int]] = []
+    for first, count in sorted([*free, (extent.first, extent.capacity)]):
+        if merged and sum(merged[-1]) == first:
+            merged[-1] = (merged[-1][0], merged[-1][1] + count)
+        else:
+            merged.append((first, count))
+    return merged
+
+
+def _runs(begin: int, end: int, source: int, target: int) -> list[tuple[int, int, int]]:
+    """(slot in the source, slot in the target, count): the positions [begin, end) in as few runs
+    as two rings of `source` and `target` slots allow."""
+    runs = []
+    while begin < end:
+        from_slot, to_slot = begin % source, begin % target
+        count = min(end - begin, source - from_slot, target - to_slot)
+        runs.append((from_slot, to_slot, count))
+        begin += count
+    return runs
