@@ -209,7 +209,7 @@ class Engine:
                 continue
             if sequence.request.params is None:
                 self._end(sequence, Output(sequence.request_id, finish_reason="stop"), outputs)
-            elif sequence.generates:
+            elif len(sequence.ids) == sequence.prompt_length:  # else it was put back meanwhile
                 self._prepare_draw(sequence)
                 sampled = self._run(
                     [sequence],

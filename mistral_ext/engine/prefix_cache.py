@@ -27,13 +27,15 @@ class Match:
         extent: where.
         length: tokens of the prompt that need not be read.
         exact: of them, those that were read as parts of a prompt.
-        may_take: the extent is nobody's, and has nothing more to offer to others.
+        is_kept: the extent belongs to the cache, not to a sequence that is running.
+        is_all: the extent has nothing more to offer to others.
     """
 
     extent: Extent
     length: int
     exact: int
-    may_take: bool
+    is_kept: bool
+    is_all: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +102,13 @@ class PrefixCache:
             if length <= (best.length if best else 0):
                 continue
             if self._pool.can_rewind(entry.extent, length):
-                may_take = entry in self._entries and common == reusable
-                best = Match(entry.extent, length, min(entry.exact, length), may_take)
+                best = Match(
+                    entry.extent,
+                    length,
+                    exact=min(entry.exact, length),
+                    is_kept=entry in self._entries,
+                    is_all=common == reusable,
+                )
                 used = entry
         if used in self._entries:
             self._entries.remove(used)

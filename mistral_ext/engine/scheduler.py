@@ -211,11 +211,12 @@ class Scheduler:
         match = self.prefixes.find(sequence, self.running())
         if match is None:
             return self._allocate(length, most), 0
-        if not match.may_take:
+        if not (match.is_kept and match.is_all):
             extent = self._allocate(length, most, spare=match.extent)
             if extent is not None:
                 self._pool.copy(match.extent, extent, match.length)
-            return extent, match.exact
+            if extent is not None or not match.is_kept:
+                return extent, match.exact
         extent = match.extent
         self.prefixes.take(extent)
         self._pool.rewind(extent, match.length)

@@ -33,7 +33,7 @@ from torch import Tensor
 from mistral_ext.model.config import MistralConfig
 
 # Slots that a ring has beyond the window: 1/8 of it, within these bounds.
-_LEAST_SLACK, _MOST_SLACK = 32, 512
+_LEAST_SLACK, _MOST_SLACK = 64, 512
 
 # Extents begin with a multiple of this many slots.
 _STEP = 256

@@ -12,12 +12,12 @@ import pytest
 import torch
 from backends import use
 from checkpoints import TOKENIZERS, write_checkpoint
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.decoding import Decoder, GraphDecoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mistral_ext import Mistral
 from mistral_ext.engine import scheduler
-from mistral_ext.engine.cache import RingCache
-from mistral_ext.engine.decoding import Decoder, GraphDecoder
 from mistral_ext.engine.sampling import Sampler, SamplingParams
 
 PROMPTS = ["Once", "The quick brown fox jumps over the lazy dog, and then", "é ü 漢字 🙂", "a b"]
