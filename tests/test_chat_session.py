@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from checkpoints import TOKENIZERS, write_checkpoint
@@ -35,7 +36,7 @@ def test_replies_are_those_of_reading_everything_again(llm, system):
     for turn in TURNS:
         reply = "".join(chat.send(turn, **OPTIONS))
         prompt = chat.prompt_ids
-        anew = llm.generate([prompt], **OPTIONS)[0]
+        anew = Mistral.from_pretrained(llm.folder).generate([prompt], **OPTIONS)[0]
         assert chat.completion.token_ids == anew.token_ids
         assert chat.messages[-1] == {"role": "assistant", "content": reply}
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == TURNS
@@ -48,7 +49,9 @@ def test_a_turn_reads_only_what_is_new(llm):
         before = len(chat.ids)
         list(chat.send(turn, **OPTIONS, logit_bias=dict.fromkeys(words, 100.0)))
         # All of the prompt but the conversation so far, whose last token was sampled, not read.
-        assert chat.completion.timing.prompt_tokens == len(chat.prompt_ids) - max(before - 1, 0)
+        # But no fewer than the least piece of a prompt.
+        unread = len(chat.prompt_ids) - max(before - 1, 0)
+        assert chat.completion.timing.prompt_tokens == max(unread, min(32, len(chat.prompt_ids)))
 
 
 def test_a_reply_broken_off_stays_in_the_conversation(llm):
@@ -72,8 +75,9 @@ def test_interrupt_within_a_step_leaves_the_chat_usable(llm, monkeypatch):
         calls.append(1)
         h = step(*args, **kwargs)
         if len(calls) == 2:
-            for pool in chat._cache.k:
-                pool.fill_(float("nan"))  # as bad as a step cut short can be
+            (sequence,) = llm.engine.scheduler.running()
+            for pool in llm.engine.pool.k:  # as bad as a step cut short can be
+                llm.engine.pool._view(pool, sequence.extent).fill_(float("nan"))
             raise KeyboardInterrupt
         return h
 
@@ -106,3 +110,30 @@ def test_a_base_model_has_no_chat(tmp_path):
     with pytest.raises(ValueError, match="base model"):
         llm.start_chat()
     assert llm.chat([{"role": "user", "content": "Hi"}], template="v1", max_tokens=3).text
+
+
+def test_the_next_turn_ends_the_reply_before(llm):
+    chat = llm.start_chat()
+    first = chat.send(TURNS[0], **OPTIONS)
+    piece = next(first)
+    second = "".join(chat.send(TURNS[1], **OPTIONS))
+    assert list(first) == []
+    assert [m["content"] for m in chat.messages] == [TURNS[0], piece, TURNS[1], second]
+    first.close()
+    assert len(chat.messages) == 4
+    assert not llm.engine.has_work
+
+
+def test_a_turn_without_a_reply_is_forgotten(llm):
+    chat = llm.start_chat(system="Be brief.")
+    chat.send(TURNS[0], **OPTIONS)
+    reply = "".join(chat.send(TURNS[1], **OPTIONS))
+    assert [m["content"] for m in chat.messages] == ["Be brief.", TURNS[1], reply]
+
+
+def test_threads_may_share_a_conversation(llm):
+    chat = llm.start_chat()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda turn: list(chat.send(turn, **OPTIONS)), TURNS * 3))
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant"] * (len(roles) // 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from checkpoints import TOKENIZERS, write_checkpoint
 
 import mistral_ext
 from mistral_ext import Mistral
-from mistral_ext.engine.cache import RingCache
 
 PROMPTS = ["Once", "The quick brown fox jumps over the lazy dog, and then", "é ü 漢字 🙂", "a b"]
 
@@ -135,35 +135,57 @@ def test_stream_broken_off_leaves_the_model_usable(llm):
 
 def test_keyboard_interrupt_leaves_the_model_usable(llm, monkeypatch):
     before = llm.generate(PROMPTS, max_tokens=5)
-    forward, calls = llm.model.forward, []
+    step, calls = llm.model.step, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return forward(*args, **kwargs)
+        return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.model, "forward", interrupted)
+        patch.setattr(llm.model, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, max_tokens=5)
     after = llm.generate(PROMPTS, max_tokens=5)
     assert [c.token_ids for c in after] == [c.token_ids for c in before]
 
 
-def test_memory_does_not_grow_past_the_window(llm, monkeypatch):
-    sizes = []
-
-    class Measured(RingCache):
-        def __init__(self, *args):
-            super().__init__(*args)
-            sizes.append(self.nbytes)
-
-    monkeypatch.setattr("mistral_ext.llm.RingCache", Measured)
+def test_memory_does_not_grow_past_the_window(folder):
+    llm = Mistral.from_pretrained(folder, max_batch=1)
     for length in (16, 200, 400):
         llm.generate([5] * length, max_tokens=3, ignore_eos=True)
-    # 16 slots, 2 layers, keys and values, 2 heads of 64 floats
-    assert sizes == [16 * 2 * 2 * 2 * 64 * 4] * 3
+    # A window of 16 slots with 64 of slack, 2 layers, keys and values, 2 heads of 64 floats
+    assert llm.engine.pool.nbytes == 80 * 2 * 2 * 2 * 64 * 4
+
+
+def test_threads_are_served_together(llm):
+    """One engine serves all calls; each gets what it gets alone."""
+    options = {"max_tokens": 20, "temperature": 1.0, "seed": 4, "ignore_eos": True}
+    expected = [llm.generate(prompt, **options)[0].token_ids for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        together = list(threads.map(lambda p: llm.generate(p, **options)[0].token_ids, PROMPTS))
+    assert together == expected
+
+
+def test_inference_mode_around_a_call_does_not_matter(folder):
+    """Whether it is the call that makes the engine, or the next, or only that of a bias."""
+    for first in (True, False):
+        llm = Mistral.from_pretrained(folder)
+        for mode in (first, not first, first):
+            with torch.inference_mode(mode):
+                llm.generate("Once", max_tokens=3, temperature=1.0, logit_bias={5: 1.0})
+                logits = llm.logits([1, 2, 3])
+                assert not logits.is_inference()
+    logits[:, 5] = -torch.inf
+    (torch.ones(3, 32000, requires_grad=True) * llm.logits([1, 2, 3])).sum().backward()
+
+
+def test_a_completion_that_the_cache_cannot_hold_is_refused(folder):
+    llm = Mistral.from_pretrained(folder, sliding_window=None, cache_tokens=100)
+    with pytest.raises(ValueError, match="needs 128 tokens of cache"):
+        llm.generate([5] * 28, max_tokens=100)
+    assert llm.generate([5] * 28, max_tokens=72)
 
 
 def test_timing_counts_tokens(llm):

@@ -9,7 +9,7 @@ from backends import use
 from checkpoints import write_checkpoint
 
 from mistral_ext import Mistral, ops
-from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.transformer import Transformer, move_weights
 from mistral_ext.weights import checkpoint
 
@@ -80,13 +80,15 @@ def test_unused_slots_do_not_matter(pair):
     """The same with a cache of NaN: no slot is read before it is written."""
     _, ours, ids = pair
     window = ours.config.sliding_window
-    cache = RingCache(ours.config, [window or LENGTH, 3, window or LENGTH], torch.float32)
+    capacity = window or LENGTH
+    cache = SlotPool(ours.config, 2 * capacity + 3, torch.float32)
     for pool in (*cache.k, *cache.v):
         pool.fill_(float("nan"))
+    *_, ring = (cache.allocate(n, n) for n in (capacity, 3, capacity))
     logits = []
     for first in range(0, LENGTH, 7):
         new = ids[first : first + 7]
-        logits.append(ours.model.forward(new, cache.append({2: len(new)}), cache))
+        logits.append(ours.model.forward(new, cache.append({ring: len(new)}), cache))
     torch.testing.assert_close(torch.cat(logits), ours.logits(ids), atol=2e-5, rtol=2e-5)
 
 
@@ -97,23 +99,25 @@ def test_ragged_batch_is_each_alone(pair):
     more = [ids[70:71], ids[70:79], ids[70:83], ids[70:71]]
     window = ours.config.sliding_window
     capacities = [min(window or 99, len(p) + len(m)) for p, m in zip(prompts, more, strict=True)]
-    cache = RingCache(ours.config, capacities, torch.float32)
+    cache = SlotPool(ours.config, sum(capacities), torch.float32)
+    rings = [cache.allocate(n, n) for n in capacities]
     batched = []
     for parts in (prompts, more):
-        sequences = cache.append({ring: len(part) for ring, part in enumerate(parts)})
+        sequences = cache.append(dict(zip(rings, map(len, parts), strict=True)))
         logits = ours.model.forward(torch.cat(parts), sequences, cache)
         batched.append(logits.split([len(part) for part in parts]))
-    for ring, (prompt, rest) in enumerate(zip(prompts, more, strict=True)):
+    for i, (prompt, rest) in enumerate(zip(prompts, more, strict=True)):
         alone = ours.logits(torch.cat([prompt, rest]))
-        together = torch.cat([batched[0][ring], batched[1][ring]])
+        together = torch.cat([batched[0][i], batched[1][i]])
         torch.testing.assert_close(together, alone, atol=2e-5, rtol=2e-5)
 
 
 def test_rows_selects_logits(pair):
     _, ours, ids = pair
-    cache = RingCache(ours.config, [LENGTH], torch.float32)
+    cache = SlotPool(ours.config, LENGTH, torch.float32)
+    ring = cache.allocate(LENGTH, LENGTH)
     rows = torch.tensor([LENGTH - 1, 4])
-    logits = ours.model.forward(ids, cache.append({0: LENGTH}), cache, rows=rows)
+    logits = ours.model.forward(ids, cache.append({ring: LENGTH}), cache, rows=rows)
     torch.testing.assert_close(logits, ours.logits(ids)[rows], atol=2e-5, rtol=2e-5)
 
 
@@ -173,7 +177,7 @@ def test_products_of_a_long_prompt_on_a_cuda_device(tmp_path, monkeypatch):
     move_weights(moved, torch.device("cpu"))
     assert all(torch.equal(moved[name], weight) for name, weight in weights.items())
     for made, products in ((weights, 7), (moved, 4)):
-        ours.model = Transformer(ours.config, made)
+        ours = Mistral(ours.config, Transformer(ours.config, made), None, tmp_path)
         with torch.profiler.profile() as profile:
             logits = ours.logits(ids)
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)

@@ -42,10 +42,10 @@ def expected(demo, theirs):
     return [nll_of_each(theirs, demo.tokenizer.encode(text)) for text in TEXTS]
 
 
-@pytest.mark.parametrize("chunk", [1, 17, 64, 100, 512, 5000])
-def test_a_text_far_past_the_window(demo, expected, monkeypatch, chunk):
-    (text, nll) = (TEXTS[0], expected[0]) if chunk > 1 else (TEXTS[1], expected[1])
-    monkeypatch.setattr(demo, "prefill_chunk", chunk)
+@pytest.mark.parametrize("chunk", [1, 64, 100, 512, 5000])
+def test_a_text_far_past_the_window(expected, chunk):
+    demo = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.float32, prefill_chunk=chunk)
+    text, nll = TEXTS[0], expected[0]
     result = perplexity(demo, text)
     assert result.tokens == len(nll) > 2 * demo.config.sliding_window
     assert result.segments == 1
@@ -55,27 +55,26 @@ def test_a_text_far_past_the_window(demo, expected, monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("chunk", [3, 64, 512])
-def test_texts_together_are_each_alone(demo, expected, monkeypatch, chunk):
-    monkeypatch.setattr(demo, "prefill_chunk", chunk)
+def test_texts_together_are_each_alone(expected, chunk):
+    demo = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.float32, prefill_chunk=chunk)
     result = perplexity(demo, TEXTS)
     assert result.segments == 3
     assert result.tokens == sum(map(len, expected))
     assert result.nll == pytest.approx(torch.cat(expected).mean().item(), rel=1e-6)
 
 
-def test_short_texts_share_a_pass(demo, monkeypatch):
-    forward, sizes = demo.model.forward, []
+def test_short_texts_share_a_pass(monkeypatch):
+    demo = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.float32, prefill_chunk=100)
+    step, sizes = demo.model.step, []
 
-    def counted(ids, table, cache):
+    def counted(ids, table, *args, **options):
         sizes.append((len(ids), len(table)))
-        return forward(ids, table, cache)
+        return step(ids, table, *args, **options)
 
-    monkeypatch.setattr(demo.model, "forward", counted)
-    monkeypatch.setattr(demo, "prefill_chunk", 100)
+    monkeypatch.setattr(demo.model, "step", counted)
     texts = [[5 + i] * (20 + i % 3) for i in range(24)]
     together = perplexity(demo, texts)
-    assert [n for n, _ in sizes[:-1]] == [100] * (sum(map(len, texts)) // 100)
-    assert max(rings for _, rings in sizes) == 6
+    assert sizes == [(sum(20 + i % 3 for i in range(n, n + 4)), 4) for n in range(0, 24, 4)]
     alone = [perplexity(demo, [text]) for text in texts]
     mean = sum(one.nll * one.tokens for one in alone) / together.tokens
     assert together.nll == pytest.approx(mean, rel=1e-6)

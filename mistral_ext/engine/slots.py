@@ -175,6 +175,13 @@ class SlotPool:
             first_token += count
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
+    def append(self, counts: Mapping[Extent, int]) -> Tensor:
+        """`table`, for a call that is about to be made: the new tokens count as stored."""
+        table = self.table(counts)
+        for extent, count in counts.items():
+            self.advance(extent, count)
+        return table
+
     def advance(self, extent: Extent, count: int) -> None:
         """Notes that `count` more tokens are stored."""
         extent.length += count
