@@ -68,7 +68,7 @@ def test_linear_kernels_of_few_tokens_leave_registers_for_two_blocks(usages):
 
 
 def test_nothing_is_spilled(usages):
-    """Nor is any array in local memory, and shared memory is dynamic: see csrc/cuda/launch.cuh."""
+    """Nor is any array in local memory, and shared memory is dynamic: see csrc/cuda/runtime.cuh."""
     for usage in usages:
         memory = usage.stack, usage.spill_stores, usage.spill_loads, usage.shared
         assert memory == (0, 0, 0, 0), usage

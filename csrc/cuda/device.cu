@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "status.h"
+
 namespace mistral::cuda {
 namespace {
 
@@ -27,16 +29,16 @@ void overlap(bool wanted) { wants_overlap() = wanted; }
 Devices devices() {
   Devices found;
   int count = 0;
-  cudaError_t status = cudaGetDeviceCount(&count);
+  cudaError_t status = checked(cudaGetDeviceCount(&count));
   for (int i = 0; i < count && status == cudaSuccess; ++i) {
     cudaDeviceProp properties;
-    status = cudaGetDeviceProperties(&properties, i);
+    status = checked(cudaGetDeviceProperties(&properties, i));
     if (status == cudaSuccess) {
       found.list.push_back({properties.name, properties.major, properties.minor,
                             properties.multiProcessorCount, properties.totalGlobalMem});
     }
   }
-  if (status != cudaSuccess) found.problem = cudaGetErrorString(status);
+  if (status != cudaSuccess) found.problem = describe(status);
   return found;
 }
 

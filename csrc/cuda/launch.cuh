@@ -1,60 +1,68 @@
-// How kernels are launched and where they get shared memory.
-//
-// Kernel files include this header and ptx.cuh in angle brackets: the emulator
-// (tests/emulator) compiles the same files with the host compiler and has headers of these two
-// names earlier on its include path.
+// How kernels are launched, and what of the device decides how.
 #pragma once
 
-#include <cuda_runtime.h>
+#include <runtime.cuh>
 
 #include "device.h"
+#include "status.h"
 
 namespace mistral::cuda {
 
-// More than 48 KB of shared memory have to be asked for.
+// An attribute of the current device.
+inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
+  int device = 0;
+  const cudaError_t status = checked(cudaGetDevice(&device));
+  if (status != cudaSuccess) return status;
+  return checked(cudaDeviceGetAttribute(value, attribute, device));
+}
+
+// More than 48 KB of shared memory have to be asked for. What is asked for is the kernel's limit
+// from then on, so it is always all that a block can have: with less, a launch of another thread
+// could lower the limit between this call and the launch that it is for.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(shared_bytes));
+  int most = 0;
+  const cudaError_t status = device_attribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  if (status != cudaSuccess) return status;
+  return checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // Launches `kernel` on the current device and returns what went wrong with the launch itself.
 // Allocates nothing and waits for nothing, so a stream that is being captured may be used. An
 // empty grid is no work and no error.
 template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config,
+                   Arguments... arguments) {
+  const dim3 grid = config.gridDim;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  const cudaError_t status =
+      allow_shared(reinterpret_cast<const void*>(kernel), config.dynamicSmemBytes);
+  if (status != cudaSuccess) return status;
+  return checked(start(config, kernel, arguments...));
+}
+
+inline cudaLaunchConfig_t launch_config(dim3 grid, dim3 block, size_t shared_bytes,
+                                        cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return config;
+}
+
+template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, Arguments... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError();
-}
-
-// Multiprocessors of the current device. Not cached: the runtime answers from a table of its own.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  return count;
-}
-
-// Of the current device: 90 for 9.0.
-inline int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  }
-  return 10 * major + minor;
+  return launch(kernel, launch_config(grid, block, shared_bytes, stream), arguments...);
 }
 
 // Whether the kernel's code has the instruction behind wait_for_earlier_kernels: code for older
 // devices, which newer ones run too, does not wait.
 inline bool waits(const void* kernel) {
   cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+  return checked(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess &&
+         attributes.ptxVersion >= 90;
 }
 
 // The same for a kernel that may begin before those ahead of it on the stream are done, where that
@@ -64,23 +72,22 @@ inline bool waits(const void* kernel) {
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
-  if (!overlapping() || !waits(reinterpret_cast<const void*>(kernel))) {
-    return launch(kernel, grid, block, shared_bytes, stream, arguments...);
-  }
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
-  if (status != cudaSuccess) return status;
+  cudaLaunchConfig_t config = launch_config(grid, block, shared_bytes, stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (overlapping() && waits(reinterpret_cast<const void*>(kernel))) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return launch(kernel, config, arguments...);
+}
+
+// Multiprocessors of the current device. Not cached: the runtime answers from a table of its own.
+inline int multiprocessors() {
+  int count = 1;
+  device_attribute(&count, cudaDevAttrMultiProcessorCount);
+  return count;
 }
 
 // Bytes of shared memory, with those that the runtime keeps for itself.
@@ -89,23 +96,10 @@ struct SharedMemorySize {
   int of_multiprocessor = 48 * 1024;
 };
 inline SharedMemorySize shared_memory_size() {
-  int device = 0;
   SharedMemorySize size;
-  if (cudaGetDevice(&device) == cudaSuccess) {
-    cudaDeviceGetAttribute(&size.of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&size.of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                           device);
-  }
+  device_attribute(&size.of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  device_attribute(&size.of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   return size;
-}
-
-// The block's shared memory, `shared_bytes` of the launch. Kernels have no other: a static array
-// could be neither poisoned nor bounds-checked by the emulator. It is aligned to the unit of the
-// 128-byte swizzle of TMA and wgmma.
-template <class T>
-__device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(1024) unsigned char shared_memory[];
-  return reinterpret_cast<T*>(shared_memory);
 }
 
 }  // namespace mistral::cuda

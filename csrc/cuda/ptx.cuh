@@ -1,5 +1,5 @@
 // The machine's instructions that C++ has no word for, one small function each, as in the PTX ISA
-// (section 9.7 of its manual). The emulator replaces this file: see launch.cuh.
+// (section 9.7 of its manual). The emulator replaces this file: see runtime.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -11,6 +11,7 @@
 #include "../../python/ops.h"
 #include "memory.h"
 #include "run.h"
+#include "runtime.h"
 #include "sanitizer.h"
 #include "test_kernels.h"
 
@@ -158,6 +159,10 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("free_all", [] { emulator::allocations().clear(); });
   m.def("run_test_kernel", &run_test_kernel, py::arg("name"), py::arg("inputs"), py::arg("out"),
         py::arg("n"));
+  m.def("make_fail", [](const std::string& function, int status) {
+    emulator::make_fail(function, cudaError_t(status));
+  });
+  m.def("last_error", [] { return int(cudaGetLastError()); });
   m.def("select_attention", &cuda::select_prefill, py::arg("name"));
   m.def("dequantize", &dequantize);
   python::bind_attention(m);

@@ -11,6 +11,7 @@
 
 #include "block.h"
 #include "include/builtins.h"
+#include "runtime.h"
 #include "symbols.h"
 
 __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -48,7 +49,7 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
       grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
-  if (shared_bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
+  if (shared_bytes > shared_limit(kernel)) return cudaErrorInvalidValue;
 
   Unfenced unfenced;
   const Launch launch{kernel_name(kernel),
