@@ -5,7 +5,7 @@
 
 #include "tensor.h"
 #ifdef MISTRAL_CUDA
-#include <cuda_runtime_api.h>
+#include "../csrc/cuda/status.h"
 #endif
 
 namespace mistral::python {
@@ -25,17 +25,22 @@ using Lane = int64_t;
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index) {
-    cudaGetDevice(&before_);
-    if (index != before_) cudaSetDevice(index);
-    changed_ = index != before_;
+    status_ = cuda::checked(cudaGetDevice(&before_));
+    if (status_ != cudaSuccess || index == before_) return;
+    status_ = cuda::checked(cudaSetDevice(index));
+    changed_ = status_ == cudaSuccess;
   }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
   ~CurrentDevice() {
-    if (changed_) cudaSetDevice(before_);
+    if (changed_) cuda::checked(cudaSetDevice(before_));
   }
 
+  // Whether it is current.
+  cudaError_t status() const { return status_; }
+
  private:
+  cudaError_t status_;
   int before_ = 0;
   bool changed_ = false;
 };
@@ -43,8 +48,9 @@ class CurrentDevice {
 // Of the CUDA graph that a stream is being captured into; 0: of none. No two graphs have the same.
 uint64_t capture_id(Lane lane);
 
-// Throws ValueError for a device that is older than the kernels' instructions.
-void expect_supported_device(const char* op, int index);
+// Throws ValueError for a device that is older than the kernels' instructions, for any other cause
+// RuntimeError with the runtime's own words.
+[[noreturn]] void fail_launch(const char* op, int index, cudaError_t status);
 
 template <class Params>
 void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&, int),
@@ -57,13 +63,10 @@ void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&,
   {
     const py::gil_scoped_release release;
     const CurrentDevice device(x.device_index());
-    status = cuda(p, reinterpret_cast<cudaStream_t>(lane));
+    status = device.status();
+    if (status == cudaSuccess) status = cuda(p, reinterpret_cast<cudaStream_t>(lane));
   }
-  if (status != cudaSuccess) {
-    expect_supported_device(x.op(), x.device_index());
-    throw std::runtime_error(std::string(x.op()) +
-                             ": the launch failed: " + cudaGetErrorString(status));
-  }
+  if (status != cudaSuccess) fail_launch(x.op(), x.device_index(), status);
 }
 
 #else

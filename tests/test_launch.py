@@ -12,7 +12,7 @@ from backends import use
 
 from mistral_ext import ops
 
-UNKNOWN = 999  # of cudaError_t
+INSUFFICIENT_DRIVER, UNKNOWN = 35, 999  # of cudaError_t
 
 
 @contextmanager
@@ -62,3 +62,32 @@ def test_a_kernel_whose_code_is_unknown_does_not_overlap(emulator, generator):
     with use(emulator), failing(emulator, "cudaFuncGetAttributes"):
         product_with_norm(generator, 4)
     assert emulator.last_error() == 0
+
+
+def test_an_error_is_reported_in_the_runtimes_words(emulator):
+    """One of a driver that is too old, for instance, of which nothing can be asked either."""
+    with (
+        failing(emulator, "cudaDeviceGetAttribute", INSUFFICIENT_DRIVER),
+        pytest.raises(
+            RuntimeError,
+            match=r"^rms_norm: the launch failed: cudaError35, description of cudaError35 "
+            r"\(CUDA version of the driver: 12\.2, of mistral_ext's runtime: 13\.0\)$",
+        ),
+    ):
+        emulator.fail_launch("rms_norm", 0, INSUFFICIENT_DRIVER)
+    assert emulator.last_error() == 0
+
+
+def test_versions_that_cannot_be_asked_for(emulator):
+    with (
+        failing(emulator, "cudaDriverGetVersion"),
+        pytest.raises(RuntimeError, match=r"driver: none, of mistral_ext's runtime: 13\.0"),
+    ):
+        emulator.fail_launch("rms_norm", 0, UNKNOWN)
+    assert emulator.last_error() == 0
+
+
+def test_an_old_device_is_named(emulator):
+    emulator.configure(capability=75)
+    with pytest.raises(ValueError, match=r"cuda:1 has compute capability 7\.5, expected 8\.0"):
+        emulator.fail_launch("rms_norm", 1, UNKNOWN)

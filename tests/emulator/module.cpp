@@ -8,6 +8,7 @@
 
 #include "../../csrc/attention.h"
 #include "../../csrc/linear.h"
+#include "../../python/device.h"
 #include "../../python/ops.h"
 #include "memory.h"
 #include "run.h"
@@ -163,6 +164,9 @@ PYBIND11_MODULE(_emulator, m) {
     emulator::make_fail(function, cudaError_t(status));
   });
   m.def("last_error", [] { return int(cudaGetLastError()); });
+  m.def("fail_launch", [](const char* op, int index, int status) {
+    python::fail_launch(op, index, cudaError_t(status));
+  });
   m.def("select_attention", &cuda::select_prefill, py::arg("name"));
   m.def("dequantize", &dequantize);
   python::bind_attention(m);
