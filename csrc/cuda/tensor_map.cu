@@ -1,17 +1,25 @@
 #include "tensor_map.h"
 
+#include "status.h"
+
 namespace mistral::cuda {
 namespace {
 
 // The one function that is needed of the driver. Taken from the runtime, so that nothing has to be
 // linked against the driver: the extension also loads on machines without one.
 cudaError_t find_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
-  constexpr unsigned kSince = 12000;  // the version of CUDA that brought it
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
-  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
-                                                              kSince, cudaEnableDefault, &result);
-  if (status != cudaSuccess) return status;
+  // CUDA 12.5 brought the function that is told a version, CUDA 13 took the other away.
+#if CUDART_VERSION < 12050
+  cudaError_t status = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
+#else
+  constexpr unsigned kSince = 12000;  // the version of CUDA that brought it
+  cudaError_t status =
+      cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
+#endif
+  if (checked(status) != cudaSuccess) return status;
   if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   *encoder = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   return cudaSuccess;
