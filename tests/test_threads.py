@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -68,6 +70,26 @@ def test_short_loops_one_after_another(generator):
     for _ in range(2000):
         assert torch.equal(ops.rms_norm(x, weight), expected[0])
         assert torch.equal(ops.swiglu(x, x), expected[1])
+
+
+def test_a_worker_that_falls_behind_joins_no_loop_that_has_ended(tmp_path):
+    """It would claim tasks of the next, by the counter, the function and the number of tasks of
+    either loop: ThreadSanitizer sees that, and the program that a task runs twice or never."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or pytest.skip("no C++ compiler found")
+    tests, program = Path(__file__).parent, tmp_path / "stress"
+    sources = [tests / "parallel_stress.cpp", tests.parent / "csrc" / "cpu" / "parallel.cpp"]
+    flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=thread"]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+    def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    built = run([compiler, *flags, *sources, "-o", program, "-pthread", "-ldl"])
+    assert built.returncode == 0, built.stderr
+    result = run([program])
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("this ThreadSanitizer cannot run on this kernel")
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
