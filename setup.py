@@ -22,10 +22,11 @@ class CMakeBuild(build_ext):
             [
                 "cmake",
                 "-GNinja",
-                # Look for these anew: pip's isolated ninja is gone by the next build, and nvcc may
-                # have come, or be unwanted now.
+                # Look for these anew: pip's isolated ninja is gone by the next build, nvcc may
+                # have come, or be unwanted now, and so may GPUs.
                 "-UCMAKE_MAKE_PROGRAM",
                 "-UCMAKE_CUDA_COMPILER",
+                "-UCMAKE_CUDA_ARCHITECTURES",
                 f"-S{ROOT}",
                 f"-B{tree}",
                 f"-DPython_EXECUTABLE={sys.executable}",

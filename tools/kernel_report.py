@@ -2,7 +2,7 @@
 
     python tools/kernel_report.py
 
-Compiles csrc/cuda/*.cu with nvcc (CUDACXX, or the one on PATH) for every default architecture.
+Compiles csrc/cuda/*.cu with nvcc (CUDACXX, or the one on PATH) for every architecture.
 tests/test_kernel_report.py compares the file with the kernels as they are. Shared memory is what
 a kernel declares itself; what it is launched with comes on top. A report names the compiler,
 because another version allocates registers differently.
@@ -61,10 +61,10 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def architectures() -> list[str]:
-    """Those that a build makes machine code for, unless told otherwise: ["80", "89", "90a"]."""
-    text = (ROOT / "CMakeLists.txt").read_text()
-    default = re.search(r"set\(CMAKE_CUDA_ARCHITECTURES ([^)]*)\)", text)[1]
-    return re.findall(r"(\w+)-real", default)
+    """Those that a build for every GPU makes machine code for: ["80", "89", "90a"]."""
+    text = (ROOT / "cmake" / "cuda.cmake").read_text()
+    every = re.search(r"set\(every_architecture ([^)]*)\)", text)[1]
+    return re.findall(r"(\w+)-real", every)
 
 
 def compile_kernels(nvcc: str) -> list[Cubin]:

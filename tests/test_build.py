@@ -1,0 +1,140 @@
+"""What the build makes of the compiler and the GPUs of a machine: CMakeLists.txt, cmake/cuda.cmake.
+The programs that it asks are scripts here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY = "80-real;89-real;90a-real;90-virtual"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A folder of programs that come first on PATH: add(name, what its shell script does)."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    for name in ("CUDACXX", "CUDAARCHS", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+    def add(name: str, script: str) -> Path:
+        program = programs / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        return program
+
+    return add
+
+
+def nvcc(version: str) -> str:
+    """Knows its version and some GPUs, and compiles nothing."""
+    return f"""case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.99" ;;
+  --list-gpu-code) printf 'sm_75\\nsm_80\\nsm_86\\nsm_89\\nsm_90\\nsm_100\\n' ;;
+  *) echo "nothing is compiled" >&2; exit 1 ;;
+esac"""
+
+
+def cmake() -> str:
+    return shutil.which("cmake") or pytest.skip("no cmake found: pip install cmake")
+
+
+def configure(folder: Path, cuda: str) -> subprocess.CompletedProcess[str]:
+    pybind11 = pytest.importorskip("pybind11")
+    command = [cmake(), "-GNinja", f"-S{ROOT}", f"-B{folder}", f"-DMISTRAL_EXT_CUDA={cuda}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("version", ["11.8", "12.0", "12.3"])
+def test_an_old_nvcc_leaves_the_cpu_side(machine, tmp_path, version):
+    program = machine("nvcc", nvcc(version))
+    result = configure(tmp_path / "build", "auto")
+    assert result.returncode == 0, result.stderr
+    expected = f"only the CPU side is built: {program} is of CUDA {version}, expected 12.4 or later"
+    assert f"-- mistral_ext: {expected}\n" in result.stdout
+
+
+def test_an_old_nvcc_is_an_error_where_cuda_is_asked_for(machine, tmp_path):
+    program = machine("nvcc", nvcc("12.3"))
+    result = configure(tmp_path / "build", "on")
+    assert result.returncode != 0
+    said = " ".join(result.stderr.split())
+    assert f"MISTRAL_EXT_CUDA is on, but {program} is of CUDA 12.3, expected 12.4 or later" in said
+
+
+def test_an_nvcc_that_does_not_work_leaves_the_cpu_side(machine, tmp_path):
+    program = machine("nvcc", nvcc("12.4"))
+    result = configure(tmp_path / "build", "auto")
+    assert result.returncode == 0, result.stderr
+    assert f"-- mistral_ext: only the CPU side is built: {program} compiles n" in result.stdout
+
+
+def choose(tmp_path: Path, program: Path, *options: str) -> tuple[str, str]:
+    """The architectures to build for, and why."""
+    script = tmp_path / "choose.cmake"
+    script.write_text(
+        f"include({ROOT}/cmake/cuda.cmake)\n"
+        f"choose_architectures(chosen why {program})\n"
+        'message("${chosen}\n${why}")\n'
+    )
+    command = [cmake(), *options, "-P", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    chosen, why = result.stderr.splitlines()
+    return chosen, why
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen", "why"),
+    [
+        (["9.0"], "90a-real", "the GPU here has compute capability 9.0"),
+        (["8.0", "8.0"], "80-real", "the GPU here has compute capability 8.0"),
+        (["7.5", "8.6"], "86-real", "the GPU here has compute capability 7.5, 8.6"),
+        (["10.0", "9.0"], "100-real;90a-real", "the GPU here has compute capability 10.0, 9.0"),
+        (["12.0"], EVERY, "the GPU here, of compute capability 12.0, is newer than nvcc"),
+        (["7.5"], "", "the GPU here has compute capability 7.5, expected 8.0 or more"),
+        (["[N/A]"], EVERY, "no GPU is visible here"),
+    ],
+)
+def test_a_build_is_for_the_gpus_that_are_here(machine, tmp_path, capabilities, chosen, why):
+    machine("nvidia-smi", "\n".join(f"echo '{capability}'" for capability in capabilities))
+    actual = choose(tmp_path, machine("nvcc", nvcc("12.4")))
+    assert actual[0] == chosen
+    assert actual[1].startswith(why)
+
+
+def test_an_old_gpu_does_not_matter_where_cuda_is_asked_for(machine, tmp_path):
+    machine("nvidia-smi", "echo 7.5")
+    actual = choose(tmp_path, machine("nvcc", nvcc("12.4")), "-DMISTRAL_EXT_CUDA=on")
+    assert actual == (EVERY, "for other machines: the GPU here has compute capability 7.5")
+
+
+@pytest.mark.parametrize("script", ["echo 9.0; exit 9", "echo 'Failed to initialize NVML: 9.0'>&2"])
+def test_a_driver_that_does_not_work_is_no_gpu(machine, tmp_path, script):
+    machine("nvidia-smi", script)
+    actual = choose(tmp_path, machine("nvcc", nvcc("12.4")))
+    assert actual == (EVERY, "no GPU is visible here")
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"), [("80", "80"), ("86-real;75", "86-real;75"), ("all", EVERY)]
+)
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_what_the_user_asks_for_counts(machine, tmp_path, monkeypatch, how, asked, chosen):
+    machine("nvidia-smi", "echo 9.0")
+    options = []
+    if how == "option":
+        options = [f"-DCMAKE_CUDA_ARCHITECTURES={asked}"]
+        monkeypatch.setenv("CUDAARCHS", "89")
+    else:
+        monkeypatch.setenv("CUDAARCHS", asked)
+    actual = choose(tmp_path, machine("nvcc", nvcc("12.4")), *options)
+    assert actual == (chosen, "as asked for")
