@@ -41,6 +41,11 @@ def test_every_kernel_is_compiled_for_every_architecture(usages):
         assert compiled == (kernels if arch == kernel_report.HOPPER else kernels - hopper)
 
 
+def test_every_kernel_has_a_name_of_its_own(usages):
+    names = [(usage.kernel, usage.arch) for usage in usages]
+    assert len(set(names)) == len(names)
+
+
 def test_the_assembler_heeds_wgmma_and_setmaxnreg(cubins):
     """It says so in a warning if it serialises products, or ignores what registers a warpgroup is
     to have (C7508, C7510 and others)."""

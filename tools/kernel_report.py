@@ -110,6 +110,7 @@ def compile_kernels(nvcc: str) -> list[Cubin]:
 
 _SHORTER = (
     (r"mistral::|cuda::|\(anonymous namespace\)::|^void ", ""),
+    (r"\(\w+\)(?=\d)", ""),  # the type of an enumerator: (WeightFormat)1
     (r"\(.*\)$", ""),  # the parameters
     ("__nv_bfloat16", "bf16"),
     ("__half", "fp16"),
