@@ -1,4 +1,4 @@
-"""The CUDA compiler and disassembler, for tests of what becomes of the kernels."""
+"""The CUDA compiler, disassembler and oldest assembler, for tests of the kernels' code."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import kernel_report
 import pytest
+
+# The oldest CUDA that the kernels are to be built with, and the version of its PTX.
+OLDEST_CUDA, OLDEST_PTX = "12.4", "8.4"
 
 
 def missing(problem: str) -> None:
@@ -28,16 +31,33 @@ def find_nvcc() -> str:
     return nvcc
 
 
+def _packaged() -> list[Path]:
+    """Folders of programs that packages of NVIDIA's from PyPI have installed."""
+    packages = (*site.getsitepackages(), site.getusersitepackages())
+    return [folder for place in packages for folder in sorted(Path(place).glob("nvidia/*/bin"))]
+
+
 def find_nvdisasm() -> str:
     """Beside nvcc, on PATH, or from the package nvidia-cuda-nvdisasm."""
-    folders = [Path(find_nvcc()).parent, "/usr/local/cuda/bin"]
-    for packages in (*site.getsitepackages(), site.getusersitepackages()):
-        folders += sorted(Path(packages).glob("nvidia/*/bin"))
+    folders = [Path(find_nvcc()).parent, "/usr/local/cuda/bin", *_packaged()]
     path = os.pathsep.join(map(str, (*folders, os.environ.get("PATH", ""))))
     nvdisasm = shutil.which("nvdisasm", path=path)
     if nvdisasm is None:
         missing("no nvdisasm found: pip install nvidia-cuda-nvdisasm")
     return nvdisasm
+
+
+def find_oldest_ptxas() -> str:
+    """That of OLDEST_CUDA, from the package nvidia-cuda-nvcc-cu12."""
+    for ptxas in (folder / "ptxas" for folder in _packaged()):
+        if ptxas.exists():
+            said = subprocess.run([ptxas, "--version"], check=True, capture_output=True, text=True)
+            if re.search(rf"release {re.escape(OLDEST_CUDA)},", said.stdout):
+                return str(ptxas)
+    missing(
+        f"no ptxas of CUDA {OLDEST_CUDA} found: "
+        f"pip install --no-deps 'nvidia-cuda-nvcc-cu12=={OLDEST_CUDA}.*'"
+    )
 
 
 _SECTION = re.compile(r"\.text\.(\w+):$")

@@ -6,7 +6,7 @@ import re
 
 import kernel_report
 import pytest
-from cuda_tools import find_nvcc
+from cuda_tools import OLDEST_PTX, find_nvcc, find_oldest_ptxas
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,23 @@ def test_every_kernel_has_a_name_of_its_own(usages):
     assert len(set(names)) == len(names)
 
 
-def test_the_assembler_heeds_wgmma_and_setmaxnreg(cubins):
-    """It says so in a warning if it serialises products, or ignores what registers a warpgroup is
-    to have (C7508, C7510 and others)."""
+def assert_no_warnings(cubins):
     for cubin in cubins:
         warnings = [line for line in cubin.log.splitlines() if re.search(r"warning|C75\d\d", line)]
         assert not warnings, cubin.path
+
+
+def assert_no_local_memory(usages):
+    """No spills and no arrays; and shared memory is dynamic: see csrc/cuda/runtime.cuh."""
+    for usage in usages:
+        memory = usage.stack, usage.spill_stores, usage.spill_loads, usage.shared
+        assert memory == (0, 0, 0, 0), usage
+
+
+def test_the_assembler_heeds_wgmma_and_setmaxnreg(cubins):
+    """It says so in a warning if it serialises products, or ignores what registers a warpgroup is
+    to have (C7508, C7510 and others)."""
+    assert_no_warnings(cubins)
 
 
 def test_warpgroups_share_all_registers(usages):
@@ -73,10 +84,19 @@ def test_linear_kernels_of_few_tokens_leave_registers_for_two_blocks(usages):
 
 
 def test_nothing_is_spilled(usages):
-    """Nor is any array in local memory, and shared memory is dynamic: see csrc/cuda/runtime.cuh."""
-    for usage in usages:
-        memory = usage.stack, usage.spill_stores, usage.spill_loads, usage.shared
-        assert memory == (0, 0, 0, 0), usage
+    assert_no_local_memory(usages)
+
+
+def test_the_oldest_assembler_takes_the_kernels(cubins):
+    """That of the oldest CUDA that is promised: without a warning, or a spill by its own choice of
+    registers."""
+    old = kernel_report.reassemble(cubins, find_oldest_ptxas(), OLDEST_PTX)
+    usages = kernel_report.usages(old)
+    assert [(usage.kernel, usage.arch) for usage in usages] == [
+        (usage.kernel, usage.arch) for usage in kernel_report.usages(cubins)
+    ]
+    assert_no_warnings(old)
+    assert_no_local_memory(usages)
 
 
 def test_parses_what_the_assembler_says(tmp_path):
@@ -88,6 +108,6 @@ ptxas info    : Function properties for _Z5twiceI6__halfEvPT_
 ptxas info    : Used 40 registers, used 1 barriers, 512 bytes smem, 360 bytes cmem[0]
 ptxas info    : Compile time = 794.589 ms
 """
-    cubin = kernel_report.Cubin("sm_80", tmp_path / "none", log)
+    cubin = kernel_report.Cubin("sm_80", tmp_path / "none", tmp_path / "none", log)
     expected = kernel_report.Usage("twice<fp16>", "sm_80", 40, 512, 16, 24, 32)
     assert kernel_report.usages([cubin]) == [expected]

@@ -10,13 +10,16 @@ because another version allocates registers differently.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -46,6 +49,7 @@ class Cubin:
 
     arch: str  # sm_80
     path: Path
+    ptx: Path  # what it is assembled from
     log: str  # what the assembler says about its kernels
 
 
@@ -72,30 +76,25 @@ def compile_kernels(nvcc: str) -> list[Cubin]:
 
     RuntimeError with the compiler's words if a file does not compile.
     """
-    CUBINS.mkdir(parents=True, exist_ok=True)
     csrc = ROOT / "csrc"
     headers = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("cuda/*.cuh")])
-    shared = hashlib.sha256(f"{nvcc_version(nvcc)} {FLAGS}".encode())
+    shared = hashlib.sha256(nvcc_version(nvcc).encode())
     for header in headers:
         shared.update(header.read_bytes())
 
     def compile_one(source: Path, arch: str) -> Cubin:
-        cubin = CUBINS / f"{source.stem}.sm_{arch}.cubin"
-        log = cubin.with_suffix(".log")  # the state of the source that it is of, then the log
         state = shared.copy()
         state.update(source.read_bytes())
-        if not (cubin.exists() and log.exists() and log.read_text().startswith(state.hexdigest())):
-            unfinished = cubin.with_suffix(f".{os.getpid()}")
-            target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-            command = [nvcc, *FLAGS, target, "--resource-usage", "-cubin", source, "-o", unfinished]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise RuntimeError(f"{source.name} for sm_{arch}:\n{result.stderr}")
-            log.unlink(missing_ok=True)
-            unfinished.replace(cubin)
-            unfinished.write_text(f"{state.hexdigest()}\n{result.stderr}")
-            unfinished.replace(log)
-        return Cubin(f"sm_{arch}", cubin, log.read_text())
+        place = CUBINS / f"{source.stem}.sm_{arch}"
+        ptx, code = f"{place}.ptx", f"{place}.cubin"
+        return _make(
+            place,
+            f"sm_{arch}",
+            state.hexdigest(),
+            # in two steps, to keep the PTX
+            [nvcc, *FLAGS, f"-arch=compute_{arch}", "-ptx", source, "-o", ptx],
+            [nvcc, f"-arch=sm_{arch}", "--resource-usage", "-cubin", ptx, "-o", code],
+        )
 
     sources = sorted(csrc.glob("cuda/*.cu"))
     jobs = [
@@ -104,8 +103,63 @@ def compile_kernels(nvcc: str) -> list[Cubin]:
         for arch in architectures()
         if arch == HOPPER or not source.stem.endswith("_hopper")
     ]
-    with ThreadPoolExecutor(2) as pool:
+    with _alone(), ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: compile_one(*job), jobs))
+
+
+def reassemble(cubins: list[Cubin], ptxas: str, ptx_version: str) -> list[Cubin]:
+    """The same PTX through another assembler, labelled with the version that this one has of it.
+
+    RuntimeError with the assembler's words if it does not take a file.
+    """
+    version = subprocess.run([ptxas, "--version"], check=True, capture_output=True).stdout
+    folder = CUBINS / f"ptx-{ptx_version}"
+
+    def reassemble_one(cubin: Cubin) -> Cubin:
+        place = folder / cubin.path.stem
+        ptx, code = Path(f"{place}.ptx"), f"{place}.cubin"
+        text = cubin.ptx.read_text()
+        text = re.sub(r"(?m)^\.version .*$", f".version {ptx_version}", text, count=1)
+        ptx.write_text(text)
+        state = hashlib.sha256(version + text.encode()).hexdigest()
+        command = [ptxas, "-v", f"-arch={cubin.arch}", ptx, "-o", code]
+        return _make(place, cubin.arch, state, command)
+
+    with _alone(), ThreadPoolExecutor(2) as pool:
+        folder.mkdir(exist_ok=True)
+        return list(pool.map(reassemble_one, cubins))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Within it, no other process makes cubins: it would make the same ones."""
+    CUBINS.mkdir(parents=True, exist_ok=True)
+    with open(CUBINS / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make(place: Path, arch: str, inputs: str, *commands: list[str | Path]) -> Cubin:
+    """Runs the commands, which write `place`.ptx and .cubin, unless that has been done.
+
+    The log is written last and begins with a hash of the inputs and the commands: so nothing
+    unfinished or outdated is taken.
+    """
+    state = hashlib.sha256(f"{inputs} {commands}".encode()).hexdigest()
+    cubin, ptx, log = (Path(f"{place}.{kind}") for kind in ("cubin", "ptx", "log"))
+    done = all(path.exists() for path in (cubin, ptx, log)) and log.read_text().startswith(state)
+    if not done:
+        log.unlink(missing_ok=True)
+        said = ""
+        for command in commands:
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{place.name}:\n{result.stderr}{result.stdout}")
+            said += result.stderr
+        unfinished = Path(f"{place}.part")
+        unfinished.write_text(f"{state}\n{said}")
+        unfinished.replace(log)
+    return Cubin(arch, cubin, ptx, log.read_text())
 
 
 _SHORTER = (
