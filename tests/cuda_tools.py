@@ -7,7 +7,6 @@ import re
 import shutil
 import site
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import kernel_report
@@ -58,19 +57,3 @@ def find_oldest_ptxas() -> str:
         f"no ptxas of CUDA {OLDEST_CUDA} found: "
         f"pip install --no-deps 'nvidia-cuda-nvcc-cu12=={OLDEST_CUDA}.*'"
     )
-
-
-_SECTION = re.compile(r"\.text\.(\w+):$")
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
-
-
-def instructions(cubin: Path, nvdisasm: str) -> dict[str, Counter[str]]:
-    """How often a kernel has each instruction: {"swiglu_kernel<bf16, 8>": {"LDG.E.128": 2, ...}}"""
-    text = subprocess.run([nvdisasm, "-c", cubin], check=True, capture_output=True, text=True)
-    found: dict[str, Counter[str]] = {}
-    for line in text.stdout.splitlines():
-        if section := _SECTION.match(line):
-            kernel = found[section[1]] = Counter()
-        elif instruction := _INSTRUCTION.match(line):
-            kernel[instruction[1]] += 1
-    return dict(zip(kernel_report.readable(list(found)), found.values(), strict=True))

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import kernel_report
 import pytest
-from cuda_tools import find_nvcc, find_nvdisasm, instructions
+import sass
+import sass_rules
+from cuda_tools import find_nvcc, find_nvdisasm
 
 ARCHITECTURES = [f"sm_{arch}" for arch in kernel_report.architectures()]
+HOPPER = f"sm_{kernel_report.HOPPER}"
 
 
 @pytest.fixture(scope="module")
-def disassembly():
-    """{architecture: {kernel: instructions}}"""
+def cubins():
+    return kernel_report.compile_kernels(find_nvcc())
+
+
+@pytest.fixture(scope="module")
+def listings(cubins):
+    """[(cubin, {kernel: its machine code as nvdisasm prints it})]"""
     nvdisasm = find_nvdisasm()
+    with ThreadPoolExecutor(2) as pool:
+        texts = pool.map(lambda cubin: sass.disassemble(cubin.path, nvdisasm), cubins)
+        return list(zip(cubins, texts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def disassembly(listings):
+    """{architecture: {kernel: how often it has each instruction}}"""
     found = {arch: {} for arch in ARCHITECTURES}
-    for cubin in kernel_report.compile_kernels(find_nvcc()):
-        found[cubin.arch].update(instructions(cubin.path, nvdisasm))
+    for cubin, texts in listings:
+        found[cubin.arch].update({kernel: sass.opcodes(text) for kernel, text in texts.items()})
     return found
 
 
@@ -23,6 +42,19 @@ def disassembly():
 def kernels(request, disassembly):
     assert disassembly[request.param]
     return disassembly[request.param]
+
+
+@pytest.fixture(scope="module")
+def warpgroup_kernels(listings):
+    """{kernel: its code with the registers that it touches}, where warpgroups multiply."""
+    nvdisasm = find_nvdisasm()
+    found = {}
+    for cubin, texts in listings:
+        if any("HGMMA" in text for text in texts.values()):
+            texts = sass.disassemble(cubin.path, nvdisasm, "-lrm", "narrow")
+            found.update({kernel: sass.parse(text) for kernel, text in texts.items()})
+    assert found
+    return found
 
 
 def count(code, *prefixes):
@@ -112,22 +144,86 @@ def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("form", "load"), [(1, "LDG.E.64"), (2, "LDG.E")])  # int8, int4
+def test_dequantised_values_are_moved_together(kernels, dtype, form, load):
+    """8 values are a load; their scale is of 2 bytes."""
+    code = kernels[f"dequantize_kernel<{dtype}, {form}>"]
+    assert count(code, "LDG.") == code[load] + code["LDG.E.U16"] == 2
+    assert count(code, "STG.") == code["STG.E.128"] == (2 if dtype == "fp32" else 1)
+    assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
+
+
 def test_aligned_logits_are_read_by_16_bytes(kernels):
     wide, narrow = kernels["sample_kernel<true>"], kernels["sample_kernel<false>"]
     assert wide["LDG.E.128"] > narrow["LDG.E.128"]
     assert wide["STG.E.128"] > narrow["STG.E.128"]
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        "attention_decode<bf16, 128>",
-        "linear_kernel<PlainWeights<bf16>, 1, 1, true>",
-        "linear_rope_kernel<Int4Weights<bf16>, 1, 1, true>",
-    ],
-)
-def test_kernels_of_a_decode_step_can_overlap(disassembly, kernel):
+def assert_kept(found, kernel):
+    assert not found, f"{kernel}:\n" + "\n".join(map(str, found))
+
+
+def without(code, opcode):
+    """The same without instructions whose names begin so: each must be missed by its rule."""
+    assert any(instruction.opcode.startswith(opcode) for instruction in code.instructions)
+    instructions = [
+        replace(instruction, opcode="NOP") if instruction.opcode.startswith(opcode) else instruction
+        for instruction in code.instructions
+    ]
+    return replace(code, instructions=instructions)
+
+
+def test_registers_of_a_product_are_left_alone_until_its_wait(warpgroup_kernels):
+    """And before it there is a fence: the compiler takes the products for ordinary instructions,
+    and could move others in between (wgmma_settle)."""
+    for kernel, code in warpgroup_kernels.items():
+        assert_kept(sass_rules.touched_before_wait(code), kernel)
+        assert sass_rules.touched_before_wait(without(code, "WARPGROUP.DEPBAR"))
+        assert_kept(sass_rules.products_without_fence(code), kernel)
+        assert sass_rules.products_without_fence(without(code, "WARPGROUP.ARRIVE"))
+
+
+def test_warpgroups_stay_within_their_registers(warpgroup_kernels, cubins):
+    launched = {usage.kernel: usage.registers for usage in kernel_report.usages(cubins)}
+    for kernel, code in warpgroup_kernels.items():
+        assert_kept(sass_rules.beyond_its_registers(code, launched[kernel]), kernel)
+        only_less = without(code, "USETMAXREG.TRY_ALLOC")
+        assert sass_rules.beyond_its_registers(only_less, launched[kernel])
+        given_up = [i for i in code.instructions if i.opcode.startswith("USETMAXREG.DEALLOC")]
+        assert given_up, kernel
+
+
+def test_no_load_takes_memory_for_constant(kernels):
+    """What one kernel of a decode step reads, another that overlaps with it may write, and a kernel
+    that appends to a ring reads it. ld.global.nc is what a compiler makes of __restrict__."""
+    for name, code in kernels.items():
+        assert sass_rules.constant_loads(code) == [], name
+
+
+def test_kernels_of_a_decode_step_can_overlap(disassembly):
     """They wait for those before them and let those after them begin, where the machine can."""
-    assert count(disassembly["sm_90a"][kernel], "ACQBULK") == 1
-    assert count(disassembly["sm_90a"][kernel], "PREEXIT") == 1
-    assert count(disassembly["sm_80"][kernel], "ACQBULK") == 0
+    names = ("attention_decode<", "linear_kernel<", "linear_rope_kernel<")
+    overlapping = {name for name in disassembly[HOPPER] if name.startswith(names)}
+    assert {name.partition("<")[0] + "<" for name in overlapping} == set(names)
+    for arch, kernels in disassembly.items():
+        for name, code in kernels.items():
+            expected = int(arch == HOPPER and name in overlapping)
+            assert (code["ACQBULK"], code["PREEXIT"]) == (expected, expected), (arch, name)
+
+
+def test_overlapping_kernels_wait_before_they_touch_memory(listings):
+    """All threads of them, on every way. Weights alone, by cp.async, may be under way before."""
+    waiting = 0
+    for _, texts in listings:
+        for kernel, text in texts.items():
+            if "ACQBULK" not in text:
+                continue
+            waiting += 1
+            code = sass.parse(text)
+            found = sass_rules.reached_before_wait(code)
+            if kernel.startswith("linear"):
+                assert found, kernel
+                found = [instruction for instruction in found if instruction.kind != "LDGSTS"]
+            assert_kept(found, kernel)
+    assert waiting
