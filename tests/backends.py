@@ -24,11 +24,23 @@ BUILDS = SOURCES.parent / "build"
 OPS = ("attention", "linear", "linear_argmax", "linear_rope", "rms_norm", "rope", "sample")
 OPS += ("swiglu",)  # on CUDA too
 
+# What the builds of tests/emulator and tests/amx need.
+TOOLS = "cmake, ninja and pybind11 (pip install '.[test]')"
+BUILD_NEEDS = {
+    "emulator": f"libboost-context-dev, the headers of the CUDA toolkit, {TOOLS}",
+    "amx": TOOLS,
+}
+
 # What a test needs that runs on a GPU, and the parameter of a fixture that does.
 NEEDS_GPU = [
     pytest.mark.cuda,
-    pytest.mark.skipif(_C.cuda_architectures is None, reason="a build without CUDA"),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+    pytest.mark.skipif(
+        _C.cuda_architectures is None,
+        reason="CUDA kernels on a GPU: this build has none, install it where nvcc is on PATH",
+    ),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="CUDA kernels on a GPU: torch finds no CUDA device"
+    ),
 ]
 GPU = pytest.param("cuda", marks=NEEDS_GPU)
 # The same with the attention kernel of sm_90a, which the device and the build must have.
@@ -90,7 +102,8 @@ def _configure_and_build(source: Path, build: Path, sanitize: bool) -> None:
         ]
         run(configure).check_returncode()
     except (ImportError, FileNotFoundError, subprocess.CalledProcessError) as error:
-        problem = f"{source} cannot be built: {error}\n{getattr(error, 'stderr', None) or ''}"
+        problem = f"tests/{source.name} cannot be built: install {BUILD_NEEDS[source.name]}\n"
+        problem += f"{error}\n{getattr(error, 'stderr', None) or ''}"
         if os.environ.get("MISTRAL_EXT_REQUIRE_EMULATOR") == "1":
             pytest.fail(problem)
         pytest.skip(problem)

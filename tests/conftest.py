@@ -14,6 +14,7 @@ if "MISTRAL_EXT_C" in os.environ:  # another build of the compiled module: tests
 import backends
 import hypothesis
 import pytest
+import skipped
 import torch
 
 from mistral_ext import ops
@@ -24,7 +25,15 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 
-@pytest.fixture(params=ops.supported_isas())
+def pytest_terminal_summary(terminalreporter):
+    """An end in green says little where a compiler or a processor is missing."""
+    if lines := skipped.by_reason(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.section("not run on this machine (-rs shows which tests)")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(params=skipped.isa_parameters())
 def isa(request):
     """Runs the test once with each instruction set of this machine."""
     with _selected(request.param):
@@ -54,7 +63,9 @@ def emulator(emulator_module):
     return emulator_module
 
 
-@pytest.fixture(params=[*ops.supported_isas(), "emulator, late", "emulator, early", backends.GPU])
+@pytest.fixture(
+    params=[*skipped.isa_parameters(), "emulator, late", "emulator, early", backends.GPU]
+)
 def backend(request):
     """Runs the test once with each implementation of the ops that works on this machine.
 

@@ -11,6 +11,7 @@ import backends
 import pytest
 import reference
 import torch
+from skipped import INSTRUCTION_SETS
 from test_linear import (  # collected here again, with this file's `isa` and `backend`
     check,
     inputs,
@@ -34,7 +35,8 @@ from mistral_ext.weights.quantize import quantize
 @pytest.fixture(scope="session")
 def amx():
     if "avx512_bf16" not in ops.supported_isas():
-        pytest.skip("the rest of the kernel needs AVX-512 with bf16")
+        needs = INSTRUCTION_SETS["avx512_bf16"]
+        pytest.skip(f"AMX, emulated: this processor lacks {needs}, which the rest needs")
     return backends.build_emulator("amx")
 
 

@@ -1,0 +1,45 @@
+"""What a run of the tests has left out on this machine, by what it would take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from mistral_ext import ops
+
+# The instruction sets of csrc/cpu/isa.h, and what a processor needs to run each.
+INSTRUCTION_SETS = {
+    "scalar": "nothing",
+    "avx2": "AVX2, FMA and F16C",
+    "avx512": "AVX-512 F, BW, DQ and VL",
+    "avx512_bf16": "AVX-512 with bf16 and VNNI",
+    "amx": "AMX with bf16, or leave to use it",
+}
+
+
+def isa_parameters() -> list:
+    """All instruction sets, as parameters of a fixture; those that this processor lacks are skipped
+    and so counted."""
+    supported = ops.supported_isas()
+    return [
+        pytest.param(
+            isa,
+            marks=pytest.mark.skipif(
+                isa not in supported,
+                reason=f"CPU kernels for {isa}, which a build for x86 holds: "
+                f"this processor lacks {needs}",
+            ),
+        )
+        for isa, needs in INSTRUCTION_SETS.items()
+    ]
+
+
+def by_reason(reports: Iterable[pytest.TestReport]) -> list[str]:
+    """A line for each reason why tests were skipped, with their number; of a reason of several
+    lines the first."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ").partition("\n")[0] for report in reports
+    )
+    return [f"{count:5} tests  {reason}" for reason, count in reasons.most_common()]
