@@ -69,7 +69,8 @@ from mistral_ext import Mistral, ops
 from mistral_ext.engine.cache import RingCache
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.weights.quantize import Quantized, quantize
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.quantize import quantize
 
 PARTS = ("decode", "prefill", "linear")
 WEIGHTS = {"bf16": 16, "int8": 8, "int4": 4}

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Quantized
 from mistral_ext.weights.checkpoint import tensor_shapes
-from mistral_ext.weights.quantize import Quantization, Quantized, quantize
+from mistral_ext.weights.quantize import Quantization, quantize
 
 
 def mistral_7b(layers: int) -> MistralConfig:

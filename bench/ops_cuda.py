@@ -43,7 +43,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import _C, ops
-from mistral_ext.weights.quantize import DEFAULT_GROUP, Quantized
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.quantize import DEFAULT_GROUP
 
 
 def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -34,9 +34,10 @@ from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops import Quantized
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights import checkpoint
-from mistral_ext.weights.quantize import Quantization, Quantized, quantize
+from mistral_ext.weights.quantize import Quantization, quantize
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "held_out.txt"
 COLUMNS = [("", -36), ("weights", 10), ("perplexity", 10), ("to bf16", 8)]

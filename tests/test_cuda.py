@@ -17,8 +17,9 @@ from mistral_ext.engine import scheduler
 from mistral_ext.engine.cache import RingCache
 from mistral_ext.engine.decoding import Decoder, GraphDecoder
 from mistral_ext.engine.sampling import Sampler, SamplingParams
+from mistral_ext.ops import Quantized
 from mistral_ext.weights import checkpoint
-from mistral_ext.weights.quantize import Quantized, quantize
+from mistral_ext.weights.quantize import quantize
 
 pytestmark = NEEDS_GPU
 

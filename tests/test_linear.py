@@ -7,7 +7,8 @@ from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
 from mistral_ext import ops
-from mistral_ext.weights.quantize import Quantized, quantize
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.quantize import quantize
 
 NAN = float("nan")
 # (T, K, N): none, one, primes, tails of every vector and tile; up to 8 tokens and more take

@@ -13,7 +13,8 @@ from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
 from mistral_ext import ops
-from mistral_ext.weights.quantize import Quantized, quantize
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.quantize import quantize
 
 GROUPS = {"int4, groups of 32": 32, "int4, groups of 64": 64, "int4, groups of 128": 128}
 FORMATS = ["plain", "int8", *GROUPS]

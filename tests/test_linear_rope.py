@@ -12,7 +12,8 @@ from tolerance import DTYPES
 from torch import Tensor
 
 from mistral_ext import ops
-from mistral_ext.weights.quantize import Quantized, quantize
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.quantize import quantize
 
 INPUTS, EPS = 160, 1e-3
 FORMATS = ["plain", "int8", "int4"]

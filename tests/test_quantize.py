@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Quantized
 from mistral_ext.weights import quantize as quantize_module
 from mistral_ext.weights.checkpoint import tensor_shapes
-from mistral_ext.weights.quantize import DEFAULT_GROUP, GROUPS, Quantization, Quantized, quantize
+from mistral_ext.weights.quantize import DEFAULT_GROUP, GROUPS, Quantization, quantize
 
 FORMATS = [(8, None), *((4, group) for group in GROUPS)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

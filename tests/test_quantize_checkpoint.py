@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Quantized
 from mistral_ext.weights import checkpoint, safetensors_file
 from mistral_ext.weights.checkpoint import load_weights
-from mistral_ext.weights.quantize import Quantization, Quantized, quantize
+from mistral_ext.weights.quantize import Quantization, quantize
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 FORMATS = [(8, None), (4, None), (4, 32)]

@@ -30,13 +30,12 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.weights.quantize import Quantized
+from mistral_ext.ops.weight import Quantized, Weight
 
 
 def supported_isas() -> list[str]:
@@ -163,9 +162,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202, equation 5.
     """
     return torch.ops.mistral_ext.swiglu(gate, up)
-
-
-Weight: TypeAlias = Tensor | Quantized
 
 
 def linear(

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_ext.weights.quantize import Quantization, Quantized
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.quantize import quantize as quantize_weight
 from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
 

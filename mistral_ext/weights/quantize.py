@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: the format, and how values and scales are chosen.
+"""Weights in 8 or 4 bits: how their values and scales are chosen.
 
 A weight is its value times a scale. Which matrix gets how many bits is in `bits_of`: those of the
 layers as many as wanted; the output matrix 8 in any case, because a token is chosen by it;
@@ -22,18 +22,14 @@ left in all values of a group alike.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mistral_ext.ops.weight import VALUES_PER_WORD, Quantized, pack
+
 GROUPS = (32, 64, 128)
 DEFAULT_GROUP = 64  # Mistral 7B takes 4.11 GB; groups of 32 are a little better and take 4.33 GB
-
-_WORD = 8  # 4-bit values in an int32
-# Value i of a word is at bit 4 * (i // 2) + 16 * (i % 2): a shift by 4 j and the mask 0x000f000f
-# give the pair 2 j, 2 j + 1, each in a half of its own.
-_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32)
 
 # Scales to try, relative to that of the largest magnitude. Twice as many gain 0.3 % of the error.
 _TRIED = (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06)
@@ -43,47 +39,6 @@ _BLOCK = 2**18
 
 # Smaller scales would have an infinite inverse; the weights below them count as zeros.
 _LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
-
-
-class Quantized(NamedTuple):
-    """A weight [N, K] in 8 or 4 bits.
-
-    8 bits: values int8 [N, K], -127 to 127; scales bfloat16 [N, 1].
-    4 bits: values int32 [N, K / 8]; scales bfloat16 [N, K / group], of either sign. Value k of a
-    row, -8 to 7 in two's complement, is in word k // 8 at bit 4 * (i // 2) + 16 * (i % 2) with
-    i = k % 8.
-    """
-
-    values: Tensor
-    scales: Tensor
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.values.dtype == torch.int8 else 4
-
-    @property
-    def shape(self) -> torch.Size:
-        """[N, K], of the weight."""
-        rows, columns = self.values.shape
-        return torch.Size((rows, columns if self.bits == 8 else columns * _WORD))
-
-    @property
-    def group(self) -> int:
-        """Weights that share a scale: K for 8 bits."""
-        return self.shape[1] // self.scales.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that this stands for, [N, K]; computed in fp32, then rounded to `dtype`."""
-        values = self.values if self.bits == 8 else _unpack(self.values)
-        groups = values.float().unflatten(1, (-1, self.group))
-        return (groups * self.scales.float().unsqueeze(2)).flatten(1).to(dtype)
-
-    def to(self, device: torch.device | str) -> Quantized:
-        return Quantized(self.values.to(device), self.scales.to(device))
 
 
 @dataclass(frozen=True)
@@ -167,7 +122,7 @@ def quantize(
             values.copy_(_divide(groups, rounded_scales).clamp_(-127, 127).flatten(1))
         else:
             rounded_scales = _rounded(_best_scales(groups, low, high))
-            _pack(_divide(groups, rounded_scales).clamp_(-8, 7).flatten(1), out=values)
+            pack(_divide(groups, rounded_scales).clamp_(-8, 7).flatten(1), out=values)
         scales.copy_(rounded_scales.squeeze(2))
     return quantized
 
@@ -186,7 +141,7 @@ def _empty(
             f"tensor {name!r} of shape {shape} cannot be quantised to 4 bits in groups of {group}: "
             f"its rows of {columns} are no multiple of that"
         )
-    values = torch.empty(rows, columns // _WORD, dtype=torch.int32, device=device)
+    values = torch.empty(rows, columns // VALUES_PER_WORD, dtype=torch.int32, device=device)
     scales = torch.empty(rows, columns // group, dtype=torch.bfloat16, device=device)
     return Quantized(values, scales)
 
@@ -224,16 +179,3 @@ def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
         most_gained = torch.where(better, gained, most_gained)
         best = torch.where(better, uq / qq, best)
     return base * best
-
-
-def _pack(values: Tensor, out: Tensor) -> None:
-    """[N, K] integers -8 to 7, in any dtype, to [N, K / 8] words."""
-    nibbles = values.to(torch.int32).bitwise_and_(15).unflatten(1, (-1, _WORD))
-    # No two have a bit in common, so the sum is their union.
-    torch.sum(nibbles << _SHIFTS.to(out.device), dim=2, dtype=torch.int32, out=out)
-
-
-def _unpack(words: Tensor) -> Tensor:
-    """[N, K / 8] words to [N, K] int32, -8 to 7."""
-    nibbles = (words.unsqueeze(2) >> _SHIFTS.to(words.device)) & 15
-    return ((nibbles ^ 8) - 8).flatten(1)
