@@ -32,12 +32,13 @@ from ops_cuda import random_weight
 from peers import Transformers
 from roofline import BITS, decode_step, print_table
 
-from mistral_ext import _C, ops
+from mistral_ext import _C
 from mistral_ext.engine.cache import RingCache
 from mistral_ext.engine.decoding import GraphDecoder
 from mistral_ext.engine.sampling import Sampler, SamplingParams
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.ops import routing
 from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.quantize import Quantization
 
@@ -116,11 +117,11 @@ def kernel_seconds(step: Callable[[], None], launches: int) -> list[float] | Non
 @contextmanager
 def torch_products() -> Iterator[None]:
     """Within it, products are torch's, of few tokens too."""
-    most, ops._MOST_TOKENS_ON_CUDA = ops._MOST_TOKENS_ON_CUDA, 0
+    most, routing.MOST_TOKENS_ON_CUDA = routing.MOST_TOKENS_ON_CUDA, 0
     try:
         yield
     finally:
-        ops._MOST_TOKENS_ON_CUDA = most
+        routing.MOST_TOKENS_ON_CUDA = most
 
 
 def measure(

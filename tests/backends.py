@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from mistral_ext import _C, ops
+from mistral_ext import _C
 
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
@@ -224,13 +224,29 @@ def attention_of(backend: str, module: ModuleType) -> Iterator[None]:
         module.select_attention("sm80")
 
 
+_in_use = _C
+
+
+def in_use() -> ModuleType | SimpleNamespace:
+    """What the modules of `mistral_ext.ops` take for `_C` at the moment."""
+    return _in_use
+
+
+def _set_in_use(implementation: ModuleType | SimpleNamespace) -> None:
+    global _in_use
+    _in_use = implementation
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mistral_ext.ops.") and hasattr(module, "_C"):
+            module._C = implementation
+
+
 @contextmanager
 def _in_place_of_c(implementation: SimpleNamespace) -> Iterator[None]:
-    ops._C = implementation
+    _set_in_use(implementation)
     try:
         yield
     finally:
-        ops._C = _C
+        _set_in_use(_C)
 
 
 def use(emulator: ModuleType) -> AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from backends import GPU, HOPPER_GPU, attention_of, configure, use
 from ragged import RaggedBatch
 
 from mistral_ext import _C, ops
+from mistral_ext.ops import workspace
 
 PREFILLS = ["", ", sm90"]  # the kernels that prefill: that of sm_80, and of sm_90a
 EMULATED = [f"emulator, {copies}{prefill}" for copies in ("late", "early") for prefill in PREFILLS]
@@ -147,11 +148,11 @@ def test_the_launches_of_a_call(emulator):
 def test_counters_belong_to_a_stream_or_to_a_graph(monkeypatch):
     """Zeroed anew for each graph that is captured, and for it once."""
     graph = 0
-    monkeypatch.setattr(ops, "_C", SimpleNamespace(capture_id=lambda stream: graph))
-    monkeypatch.setattr(ops, "_counters", {})
+    monkeypatch.setattr(workspace, "_C", SimpleNamespace(capture_id=lambda stream: graph))
+    monkeypatch.setattr(workspace, "_counters", {})
 
     def counters(stream=7, count=5000):
-        return ops._zeroed_counters(torch.device("cpu"), stream, count)
+        return workspace.zeroed_counters(torch.device("cpu"), stream, count)
 
     eager = counters()
     assert eager.tolist() == [0] * 5000

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import backends
 import pytest
 import reference
 import torch
@@ -65,7 +66,7 @@ def test_writes_its_rows_of_a_strided_output_and_no_others(backend, dtype, gener
     weight = torch.randn(37, generator=generator).to(dtype)
     around = torch.full((9, 60), float("nan"), dtype=dtype)
     out = around[1:-1, 10:47]
-    ops._C.rms_norm(x, weight, residual, out, 1e-5, 2)
+    backends.in_use().rms_norm(x, weight, residual, out, 1e-5, 2)
     check(out, x, weight, 1e-5)
     assert around.isnan().sum() == around.numel() - out.numel()
 

@@ -1,0 +1,78 @@
+"""Attention over ring caches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.library import register
+from mistral_ext.ops.workspace import lane_of, scratch_on_cpu, zeroed_counters
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+    max_count: int | None = None,
+) -> Tensor:
+    """Causal sliding-window grouped-query attention of a ragged batch over ring caches.
+
+    The query at position p attends to positions p - W + 1 to p: those before the chunk in its
+    sequence's ring, the others in k and v. Query head h reads key/value head h * Hkv // Hq. Then
+    the tokens that `rope` had to leave out are appended to the rings.
+
+    Args:
+        q: [T, Hq, D], rotated.
+        k: [T, Hkv, D], rotated.
+        v: [T, Hkv, D].
+        k_pool, v_pool: [R, D], the rings of all sequences.
+        sequences: [S, 5] int64, the sequence table.
+        window: W, keys that a query sees, itself included; None: all.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        max_count: no sequence has more new tokens than this; None: nothing is known. It spares
+            CUDA a launch when all sequences decode.
+
+    Returns:
+        [T, Hq, D].
+
+    Source: Jiang et al. 2023, arXiv:2310.06825, section 2; Milakov and Gimelshein 2018,
+    arXiv:1805.02867 (online softmax).
+    """
+    return torch.ops.mistral_ext.attention(
+        q, k, v, k_pool, v_pool, sequences, window, scale, max_count
+    )
+
+
+_SCHEMA = (
+    "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, "
+    "Tensor sequences, int? window=None, float? scale=None, int? max_count=None) -> Tensor"
+)
+
+
+def _run(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
+    out = q.new_empty(q.shape)
+    lane = lane_of(q)
+    held = []  # until the launch: what is freed before could be given to another call
+
+    def scratch(partials: int, counters: int) -> tuple[int, int]:
+        held.append(torch.empty(partials, dtype=torch.float32, device=q.device))
+        held.append(zeroed_counters(q.device, lane, counters))
+        return held[0].data_ptr(), held[1].data_ptr()
+
+    given = (q, k, v, k_pool, v_pool, sequences)
+    memory = scratch if q.is_cuda else scratch_on_cpu
+    _C.attention(*given, out, window, scale, max_count, memory, lane)
+    return out
+
+
+def _fake(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
+    return q.new_empty(q.shape)
+
+
+register(_SCHEMA, _run, _fake)

@@ -1,0 +1,235 @@
+"""Products with weights, and what the model does next to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops import torch_products
+from mistral_ext.ops.library import register
+from mistral_ext.ops.routing import routed
+from mistral_ext.ops.weight import Quantized, Weight
+from mistral_ext.ops.workspace import lane_of, scratch_for, zeroed_counters
+
+_WEIGHTS = "Tensor[] values, Tensor[] scales"  # of plain weights there are no scales
+_NORM = "Tensor? norm=None, float eps=1e-05"
+
+
+def linear(
+    x: Tensor,
+    weight: Weight | Sequence[Weight],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
+
+    Few tokens are limited by reading the weights; up to 8 come out the same to the bit whatever
+    their number, on CUDA devices up to 64 of bfloat16 or float16. Weights in 8 or 4 bits are
+    widened as they are read, and the arithmetic is that of x; but up to 8 tokens of bfloat16 or
+    float16 are multiplied with 8 bits in integers where the processor can (AVX-512 VNNI), each x
+    rounded by at most 2^-15 of the largest of its token. With 8 bits K is at most 2^20. CUDA
+    devices read rows by 16 bytes: x, norm and the weights must be aligned to that, and K a multiple
+    of 8, or of 16 for 8 bits.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], contiguous, of the dtype of x or `Quantized`; or up to 3 that are multiplied
+            in one pass as if one lay below the other, such as those of query, key and value.
+        norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product; None: none.
+        eps: of the RMSNorm.
+
+    Returns:
+        [T, N], with several weights N is the sum of theirs.
+    """
+    weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
+    return torch.ops.mistral_ext.linear(x, *_values_and_scales(weights), norm, eps)
+
+
+def _run_linear(x, values, scales, norm=None, eps=1e-5):
+    out = x.new_empty((len(x), sum(map(len, values))))
+    _multiply("linear", x, values, scales, norm, eps, out)
+    return out
+
+
+def _fake_linear(x, values, scales, norm=None, eps=1e-5):
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+
+
+register(
+    f"linear(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor",
+    routed(_run_linear, torch_products.linear),
+    _fake_linear,
+)
+
+
+def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
+    """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
+
+    The sum is rounded to the dtype once.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], as in `linear`.
+        residual: [T, N], updated in place.
+    """
+    torch.ops.mistral_ext.linear_residual(x, *_values_and_scales([weight]), residual)
+
+
+def _run_linear_residual(x, values, scales, residual):
+    _multiply("linear_residual", x, values, scales, None, 0.0, residual)
+
+
+def _fake_linear_residual(x, values, scales, residual):
+    return None
+
+
+register(
+    f"linear_residual(Tensor x, {_WEIGHTS}, Tensor(a!) residual) -> ()",
+    routed(_run_linear_residual, torch_products.linear_residual),
+    _fake_linear_residual,
+)
+
+
+def linear_rope(
+    x: Tensor,
+    weights: Sequence[Weight],
+    norm: Tensor | None,
+    eps: float,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    theta: float,
+    window: int | None = None,
+) -> Tensor:
+    """Query, key and value of x, q and k rotated, k and v appended to the rings.
+
+    The same to the bit as `linear` and then `rope`, which see; up to 64 tokens, CUDA devices do it
+    in one launch. What `rope` leaves to `attention` to append, this does too.
+
+    Args:
+        x: [T, K].
+        weights: (wq, wk, wv), [Hq * D, K], [Hkv * D, K] and [Hkv * D, K], as in `linear`.
+        norm: [K], the weight of an RMSNorm of x before the product; None: none.
+        eps: of the RMSNorm.
+        k_pool, v_pool: [R, D], the rings of all sequences.
+        sequences: [S, 5] int64, the sequence table.
+        theta: base of the angles.
+        window: W, keys that a query sees, itself included; None: all.
+
+    Returns:
+        [T, (Hq + 2 Hkv) * D]: of each token the heads of q, then those of k, then those of v.
+    """
+    given = norm, eps, k_pool, v_pool, sequences, theta, window
+    return torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
+
+
+def _run_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
+    rings = k_pool, v_pool, sequences, theta, window
+    out = x.new_empty((len(x), sum(map(len, values))))
+    given = x, values, scales, norm, eps, out, *rings
+    _C.linear_rope(*given, scratch_for(x), lane_of(x))
+    return out
+
+
+def _fake_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+
+
+register(
+    f"linear_rope(Tensor x, {_WEIGHTS}, Tensor? norm, float eps, Tensor(a!) k_pool, "
+    "Tensor(b!) v_pool, Tensor sequences, float theta, int? window=None) -> Tensor",
+    routed(_run_linear_rope, torch_products.linear_rope),
+    _fake_linear_rope,
+)
+
+
+def linear_argmax(
+    x: Tensor,
+    weight: Weight,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear`, and which of a token's outputs is the largest: logits and the greedy next token.
+
+    Outputs are compared as they are rounded to the dtype, and of equals the first is taken: what
+    `sample` chooses from the same logits at temperature 0. Up to 64 tokens, CUDA devices
+    find it without a launch more than those of `linear`.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], as in `linear`.
+        norm, eps: as in `linear`.
+        limit: outputs to choose from, the first ones, up to 2^24; None: all.
+
+    Returns:
+        ([T, N], [T] int64). -1 where there is no choice, because an output is NaN or all are -inf.
+    """
+    return torch.ops.mistral_ext.linear_argmax(x, *_values_and_scales([weight]), norm, eps, limit)
+
+
+def _run_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
+    out = x.new_empty((len(x), sum(map(len, values))))
+    token_ids = x.new_empty(len(x), dtype=torch.int64)
+    lane = lane_of(x)
+    counters = zeroed_counters(x.device, lane, _C.argmax_counters) if x.is_cuda else None
+    given = x, values, scales, norm, eps, limit, out, token_ids, counters
+    _C.linear_argmax(*given, scratch_for(x), lane)
+    return out, token_ids
+
+
+def _fake_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
+    out = x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+    return out, x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+register(
+    f"linear_argmax(Tensor x, {_WEIGHTS}, {_NORM}, int? limit=None) -> (Tensor, Tensor)",
+    routed(_run_linear_argmax, torch_products.linear_argmax),
+    _fake_linear_argmax,
+)
+
+
+def linear_swiglu(
+    x: Tensor, gate: Weight, up: Weight, norm: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """silu(x @ gate.T) * (x @ up.T), after an optional RMSNorm of x: see `linear` and `swiglu`.
+
+    Args:
+        x: [T, K].
+        gate, up: [F, K], as in `linear`.
+        norm, eps: as in `linear`.
+
+    Returns:
+        [T, F].
+    """
+    return torch.ops.mistral_ext.linear_swiglu(x, *_values_and_scales([gate, up]), norm, eps)
+
+
+def _run_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
+    out = x.new_empty((len(x), len(values[0])))
+    _multiply("linear_swiglu", x, values, scales, norm, eps, out)
+    return out
+
+
+def _fake_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
+    return x.new_empty((x.shape[0], values[0].shape[0]))
+
+
+register(
+    f"linear_swiglu(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor",
+    routed(_run_linear_swiglu, torch_products.linear_swiglu),
+    _fake_linear_swiglu,
+)
+
+
+def _values_and_scales(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor]]:
+    values = [w.values if isinstance(w, Quantized) else w for w in weights]
+    return values, [w.scales for w in weights if isinstance(w, Quantized)]
+
+
+def _multiply(op, x, values, scales, norm, eps, out):
+    _C.linear(op, x, values, scales, norm, eps, out, scratch_for(x), lane_of(x))

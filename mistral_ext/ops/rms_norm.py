@@ -1,0 +1,49 @@
+"""RMSNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.library import register
+from mistral_ext.ops.workspace import lane_of
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor:
+    """RMSNorm over the last axis, with an optional residual add before it.
+
+    With a residual, `residual += x` in place (rounded to the dtype) and the sum is normalised;
+    without, x is. The normalised value is rounded to the dtype before it is multiplied by weight,
+    as Mistral was trained.
+
+    Args:
+        x: [T, E].
+        weight: [E].
+        eps: added to the mean square.
+        residual: [T, E], updated in place.
+
+    Returns:
+        [T, E].
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
+    """
+    return torch.ops.mistral_ext.rms_norm(x, weight, eps, residual)
+
+
+_SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps=1e-05, Tensor(a!)? residual=None) -> Tensor"
+
+
+def _run(x, weight, eps=1e-5, residual=None):
+    out = x.new_empty(x.shape)
+    _C.rms_norm(x, weight, residual, out, eps, lane_of(x))
+    return out
+
+
+def _fake(x, weight, eps=1e-5, residual=None):
+    return x.new_empty(x.shape)
+
+
+register(_SCHEMA, _run, _fake)

@@ -1,0 +1,58 @@
+"""Rotary position embedding, and the append of keys and values to the rings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.library import register
+from mistral_ext.ops.workspace import lane_of
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    theta: float,
+    window: int | None = None,
+) -> None:
+    """Rotates q and k in place, and appends k and v to the rings.
+
+    Elements i and i + D/2 of a head are a pair, rotated by position * theta^(-2i/D): the order of
+    Hugging Face checkpoints. A token whose slot still holds what a query of the same chunk
+    attends to is appended by `attention` instead; call both, in this order, with the same table
+    and window, and all new tokens are in the rings.
+
+    Args:
+        q: [T, Hq, D], rotated in place.
+        k: [T, Hkv, D], rotated in place.
+        v: [T, Hkv, D].
+        k_pool, v_pool: [R, D], the rings of all sequences.
+        sequences: [S, 5] int64, the sequence table.
+        theta: base of the angles.
+        window: W, keys that a query sees, itself included; None: all.
+
+    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+    """
+    torch.ops.mistral_ext.rope(q, k, v, k_pool, v_pool, sequences, theta, window)
+
+
+_SCHEMA = (
+    "rope(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_pool, Tensor(d!) v_pool, "
+    "Tensor sequences, float theta, int? window=None) -> ()"
+)
+
+
+def _run(q, k, v, k_pool, v_pool, sequences, theta, window=None):
+    _C.rope(q, k, v, k_pool, v_pool, sequences, theta, window, lane_of(q))
+
+
+def _fake(q, k, v, k_pool, v_pool, sequences, theta, window=None):
+    return None
+
+
+register(_SCHEMA, _run, _fake)

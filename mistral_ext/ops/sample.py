@@ -1,0 +1,74 @@
+"""The choice of the next token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.library import register
+from mistral_ext.ops.workspace import lane_of
+
+
+def sample(
+    logits: Tensor,
+    rows: Tensor,
+    options: Tensor,
+    noise: Tensor,
+    history: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Chooses the next token of each row of logits, by options and state of its own.
+
+    The steps, in this order: bias, repetition penalty, presence and frequency penalties (the result
+    is rounded to float32), temperature, min_p, top_k, top_p, and a draw by the Gumbel-max rule with
+    noise that is a pure function of (seed, index, step, token). A temperature of 0 takes the
+    largest. Of equals the lower id comes first. The same arguments give the same tokens on every
+    device, and what else is in the batch does not matter (csrc/sample.h has all of the definition).
+
+    Options and state are tables with a row for each completion, on the device of the logits: a
+    decode loop needs nothing from the host. `mistral_ext.engine.sampling.Sampler` keeps them. The
+    columns:
+
+        options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
+                 frequency_penalty
+        noise    seed (its 64 bits), index (which of the completions of one seed), step
+
+    Args:
+        logits: [N, V] float32, V up to 2^24.
+        rows: [N] int64, the row of the tables that each row of logits goes with; none twice.
+        options: [M, 7] float64.
+        noise: [M, 3] int64; step grows by one.
+        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt); the choice is counted.
+        bias: [M, V] float32, added to the logits; None: nothing is.
+
+    Returns:
+        [N] int64. -1 where there is no choice, because a logit is NaN or all are -inf; the state of
+        these rows stays as it is.
+
+    Source: Gumbel 1954 and Maddison et al. 2014, arXiv:1411.0030 (Gumbel-max); Salmon et al. 2011
+    (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Keskar et al. 2019, arXiv:1909.05858
+    (repetition penalty).
+    """
+    return torch.ops.mistral_ext.sample(logits, rows, options, noise, history, bias)
+
+
+_SCHEMA = (
+    "sample(Tensor logits, Tensor rows, Tensor options, Tensor(a!) noise, Tensor(b!) history, "
+    "Tensor? bias=None) -> Tensor"
+)
+
+
+def _run(logits, rows, options, noise, history, bias=None):
+    out = rows.new_empty(rows.shape)
+    keys = logits.new_empty(logits.shape, dtype=torch.int32)
+    weights = logits.new_empty(logits.shape, dtype=torch.int64)
+    _C.sample(logits, rows, options, noise, history, bias, keys, weights, out, lane_of(logits))
+    return out
+
+
+def _fake(logits, rows, options, noise, history, bias=None):
+    return rows.new_empty(rows.shape)
+
+
+register(_SCHEMA, _run, _fake)

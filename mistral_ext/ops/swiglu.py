@@ -1,0 +1,40 @@
+"""SwiGLU's product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.library import register
+from mistral_ext.ops.workspace import lane_of
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, with silu(x) = x / (1 + exp(-x)).
+
+    Args:
+        gate, up: [T, F].
+
+    Returns:
+        [T, F].
+
+    Source: Shazeer 2020, arXiv:2002.05202, equation 5.
+    """
+    return torch.ops.mistral_ext.swiglu(gate, up)
+
+
+_SCHEMA = "swiglu(Tensor gate, Tensor up) -> Tensor"
+
+
+def _run(gate, up):
+    out = gate.new_empty(gate.shape)
+    _C.swiglu(gate, up, out, lane_of(gate))
+    return out
+
+
+def _fake(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+register(_SCHEMA, _run, _fake)
