@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "call.h"
 #include "device.h"
 #include "ops.h"
 #include "sequences.h"
@@ -44,27 +45,20 @@ void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
   expect_prefill_kernel(op, batch.q.device_index());
 }
 
-void use_scratch(AttentionParams& p, int device_index, const py::object& scratch) {
+cuda::AttentionScratch cuda_scratch(const AttentionParams& p, int device_index) {
   const CurrentDevice device(device_index);
   const int64_t longest = min(p.window, p.pool_rows / p.kv_heads) + p.max_count;
-  const cuda::AttentionScratch needed = cuda::attention_scratch(p, longest);
-  const py::tuple addresses = scratch(needed.partials, needed.counters);
-  p.splits = needed.splits;
-  p.prefill_splits = needed.prefill_splits;
-  p.partials = reinterpret_cast<float*>(addresses[0].cast<uintptr_t>());
-  p.counters = reinterpret_cast<int32_t*>(addresses[1].cast<uintptr_t>());
+  return cuda::attention_scratch(p, longest);
 }
 
 #endif
 
-// scratch: on the CPU a function of bytes that returns the address of that much memory, on a CUDA
-// device one of (partials, counters) that returns those of that many floats and zeroed ints.
-void attention(py::object q_, py::object k, py::object v, py::object k_pool, py::object v_pool,
+Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py::object v_pool,
                py::object sequences, py::object out_, std::optional<int64_t> window,
-               std::optional<double> scale, std::optional<int64_t> max_count, py::object scratch,
-               Lane lane) {
+               std::optional<double> scale, std::optional<int64_t> max_count) {
   constexpr const char* op = "attention";
-  const RaggedBatch batch(op, q_, k, v, k_pool, v_pool, sequences, window);
+  const RaggedBatch batch(op, Tensor(op, "q", q_), Tensor(op, "k", k), Tensor(op, "v", v), k_pool,
+                          v_pool, sequences, window);
   const Tensor& q = batch.q;
   const Tensor out(op, "out", out_);
   AttentionParams p{};
@@ -78,17 +72,23 @@ void attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   if (p.max_count < 0) {
     fail(op, "max_count is " + std::to_string(p.max_count) + ", expected 0 or more or None");
   }
+  int64_t workspace_bytes = 0, counters = 0;
+  if (!q.is_cuda()) workspace_bytes = cpu::attention_scratch_bytes(p);
 #ifdef MISTRAL_CUDA
   if (q.is_cuda()) {
     expect_cuda_kernel(batch, p);
-    use_scratch(p, q.device_index(), scratch);
+    const cuda::AttentionScratch scratch = cuda_scratch(p, q.device_index());
+    p.splits = scratch.splits;
+    p.prefill_splits = scratch.prefill_splits;
+    workspace_bytes = scratch.partials * int64_t{sizeof(float)};
+    counters = scratch.counters;
   }
 #endif
-  if (!q.is_cuda()) {
-    const int64_t bytes = cpu::attention_scratch_bytes(p);
-    if (bytes > 0) p.partials = reinterpret_cast<float*>(scratch(bytes).cast<uintptr_t>());
-  }
-  run(q, lane, p, MISTRAL_KERNELS(attention));
+  return {workspace_bytes, counters, [p, q](void* workspace, int32_t* zeros, Lane lane) mutable {
+            p.partials = static_cast<float*>(workspace);
+            p.counters = zeros;
+            run(q, lane, p, MISTRAL_KERNELS(attention));
+          }};
 }
 
 }  // namespace
@@ -96,7 +96,7 @@ void attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
 void bind_attention(py::module_& m) {
   m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("out"), py::arg("window"),
-        py::arg("scale"), py::arg("max_count"), py::arg("scratch"), py::arg("lane"));
+        py::arg("scale"), py::arg("max_count"));
 }
 
 }  // namespace mistral::python

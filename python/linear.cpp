@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "call.h"
 #include "device.h"
 #include "ops.h"
 #include "sequences.h"
@@ -159,12 +160,21 @@ void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   }
 }
 
-Epilogue epilogue_of(const std::string& op) {
-  if (op == "linear_residual") return Epilogue::add;
-  if (op == "linear_swiglu") return Epilogue::swiglu;
-  if (op == "linear_rope") return Epilogue::rope;
-  if (op == "linear_argmax") return Epilogue::argmax;
-  return Epilogue::store;
+struct Op {
+  const char* name;
+  Epilogue epilogue;
+};
+
+constexpr const char* kLinearRope = "linear_rope";
+constexpr const char* kLinearArgmax = "linear_argmax";
+
+Op find_op(const std::string& name) {
+  for (const Op op : {Op{"linear", Epilogue::store}, Op{"linear_residual", Epilogue::add},
+                      Op{"linear_swiglu", Epilogue::swiglu}, Op{kLinearRope, Epilogue::rope},
+                      Op{kLinearArgmax, Epilogue::argmax}}) {
+    if (name == op.name) return op;
+  }
+  throw py::value_error("op is '" + name + "', expected one that multiplies with weights");
 }
 
 #ifdef MISTRAL_CUDA
@@ -205,21 +215,22 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
 }
 
 // For the caller who then multiplies by other means. out may be None.
-void check_linear(const std::string& op, py::object x_, py::list values, py::list scales,
+void check_linear(const std::string& name, py::object x, py::list values, py::list scales,
                   py::object norm, double eps, py::object out) {
-  checked(op.c_str(), Tensor(op.c_str(), "x", x_), values, scales, norm, eps, out, epilogue_of(op));
+  const Op op = find_op(name);
+  checked(op.name, Tensor(op.name, "x", x), values, scales, norm, eps, out, op.epilogue);
 }
 
-// scratch(bytes) returns the address of that much memory on the device, a multiple of 64.
-void linear(const std::string& op, py::object x_, py::list values, py::list scales, py::object norm,
-            double eps, py::object out, py::object scratch, Lane lane) {
-  const Tensor x(op.c_str(), "x", x_);
-  LinearParams p = checked(op.c_str(), x, values, scales, norm, eps, out, epilogue_of(op));
-  p.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p)).cast<uintptr_t>());
-  run(x, lane, p, MISTRAL_KERNELS(linear));
+Call linear(const std::string& name, py::object x_, py::list values, py::list scales,
+            py::object norm, double eps, py::object out) {
+  const Op op = find_op(name);
+  const Tensor x(op.name, "x", x_);
+  LinearParams p = checked(op.name, x, values, scales, norm, eps, out, op.epilogue);
+  return {scratch_bytes(x, p), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
+            p.scratch = workspace;
+            run(x, lane, p, MISTRAL_KERNELS(linear));
+          }};
 }
-
-constexpr const char* kLinearRope = "linear_rope";
 
 // For the caller who then multiplies by other means, and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::object norm, double eps,
@@ -229,10 +240,9 @@ void check_linear_rope(py::object x, py::list values, py::list scales, py::objec
   use_heads(kLinearRope, p, k_pool);
 }
 
-// scratch: as for linear.
-void linear_rope(py::object x_, py::list values, py::list scales, py::object norm, double eps,
+Call linear_rope(py::object x_, py::list values, py::list scales, py::object norm, double eps,
                  py::object out, py::object k_pool, py::object v_pool, py::object sequences,
-                 double theta, std::optional<int64_t> window, py::object scratch, Lane lane) {
+                 double theta, std::optional<int64_t> window) {
   constexpr const char* op = kLinearRope;
   const Tensor x(op, "x", x_);
   LinearRopeParams p{};
@@ -241,19 +251,17 @@ void linear_rope(py::object x_, py::list values, py::list scales, py::object nor
 
   const int64_t dim = p.linear.head_dim, kv_heads = p.linear.parts[1].rows / dim;
   const int64_t heads = p.linear.parts[0].rows / dim;
-  const py::object all = out.attr("unflatten")(1, py::make_tuple(heads + 2 * kv_heads, dim));
-  const auto part = [&](int64_t first, int64_t count) {
-    return all.attr("narrow")(1, first, count);
-  };
-  const RaggedBatch batch(op, part(0, heads), part(heads, kv_heads),
-                          part(heads + kv_heads, kv_heads), k_pool, v_pool, sequences, window);
+  const Tensor all(op, "out", out);
+  const RaggedBatch batch(op, all.heads("q", 0, heads, dim), all.heads("k", heads, kv_heads, dim),
+                          all.heads("v", heads + kv_heads, kv_heads, dim), k_pool, v_pool,
+                          sequences, window);
   batch.fill(p.rope);
   p.rope.theta = checked_theta(op, theta);
-  p.linear.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p.linear)).cast<uintptr_t>());
-  run(x, lane, p, MISTRAL_KERNELS(linear_rope));
+  return {scratch_bytes(x, p.linear), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
+            p.linear.scratch = workspace;
+            run(x, lane, p, MISTRAL_KERNELS(linear_rope));
+          }};
 }
-
-constexpr const char* kLinearArgmax = "linear_argmax";
 
 // limit: None for all outputs.
 LinearParams checked_argmax(const Tensor& x, const py::list& values, const py::list& scales,
@@ -276,11 +284,8 @@ void check_linear_argmax(py::object x, py::list values, py::list scales, py::obj
   checked_argmax(Tensor(kLinearArgmax, "x", x), values, scales, norm, eps, limit, py::none());
 }
 
-// counters: `argmax_counters` zeros on a CUDA device, left so; None on the CPU. scratch: as for
-// linear.
-void linear_argmax(py::object x_, py::list values, py::list scales, py::object norm, double eps,
-                   std::optional<int64_t> limit, py::object out, py::object token_ids_,
-                   py::object counters_, py::object scratch, Lane lane) {
+Call linear_argmax(py::object x_, py::list values, py::list scales, py::object norm, double eps,
+                   std::optional<int64_t> limit, py::object out, py::object token_ids_) {
   constexpr const char* op = kLinearArgmax;
   const Tensor x(op, "x", x_);
   LinearParams p = checked_argmax(x, values, scales, norm, eps, limit, out);
@@ -288,13 +293,13 @@ void linear_argmax(py::object x_, py::list values, py::list scales, py::object n
   token_ids.expect_shape({x.size(0)});
   token_ids.expect_device_of(x);
   p.token_ids = static_cast<int64_t*>(token_ids.data());
-  if (x.is_cuda() || !counters_.is_none()) {
-    const Table counters(op, "counters", counters_, "int32");
-    counters.expect_device_of(x);
-    p.running = static_cast<RunningArgmax*>(counters.data());
-  }
-  p.scratch = reinterpret_cast<void*>(scratch(scratch_bytes(x, p)).cast<uintptr_t>());
-  run(x, lane, p, MISTRAL_KERNELS(linear));
+  const auto counters = x.is_cuda() ? int64_t{sizeof(RunningArgmax) / sizeof(int32_t)} : 0;
+  return {scratch_bytes(x, p), counters,
+          [x, p](void* workspace, int32_t* zeros, Lane lane) mutable {
+            p.scratch = workspace;
+            p.running = reinterpret_cast<RunningArgmax*>(zeros);
+            run(x, lane, p, MISTRAL_KERNELS(linear));
+          }};
 }
 
 #ifdef MISTRAL_CUDA
@@ -337,20 +342,17 @@ void bind_linear(py::module_& m) {
   m.def("check_linear", &check_linear, py::arg("op"), py::arg("x"), py::arg("values"),
         py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("out").none(true));
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
-        py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("scratch"),
-        py::arg("lane"));
+        py::arg("norm").none(true), py::arg("eps"), py::arg("out"));
   m.def("check_linear_rope", &check_linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
   m.def("linear_rope", &linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("k_pool"),
-        py::arg("v_pool"), py::arg("sequences"), py::arg("theta"), py::arg("window"),
-        py::arg("scratch"), py::arg("lane"));
+        py::arg("v_pool"), py::arg("sequences"), py::arg("theta"), py::arg("window"));
   m.def("check_linear_argmax", &check_linear_argmax, py::arg("x"), py::arg("values"),
         py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("limit"));
   m.def("linear_argmax", &linear_argmax, py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("norm").none(true), py::arg("eps"), py::arg("limit"), py::arg("out"),
-        py::arg("token_ids"), py::arg("counters").none(true), py::arg("scratch"), py::arg("lane"));
-  m.attr("argmax_counters") = sizeof(RunningArgmax) / sizeof(int32_t);
+        py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("out"),
         py::arg("lane"));

@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = py::none();
 #endif
+  python::bind_call(m);
   python::bind_attention(m);
   python::bind_linear(m);
   python::bind_rms_norm(m);

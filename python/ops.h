@@ -5,6 +5,7 @@
 
 namespace mistral::python {
 
+void bind_call(pybind11::module_& m);  // what attention and linear return
 void bind_attention(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_rms_norm(pybind11::module_& m);

@@ -12,7 +12,8 @@ namespace {
 void rope(py::object q, py::object k, py::object v, py::object k_pool, py::object v_pool,
           py::object sequences, double theta, std::optional<int64_t> window, Lane lane) {
   constexpr const char* op = "rope";
-  const RaggedBatch batch(op, q, k, v, k_pool, v_pool, sequences, window);
+  const RaggedBatch batch(op, Tensor(op, "q", q), Tensor(op, "k", k), Tensor(op, "v", v), k_pool,
+                          v_pool, sequences, window);
   RopeParams p{};
   batch.fill(p);
   p.theta = checked_theta(op, theta);

@@ -61,12 +61,11 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
 
 }  // namespace
 
-RaggedBatch::RaggedBatch(const char* op, py::handle q_, py::handle k_, py::handle v_,
-                         py::handle k_pool_, py::handle v_pool_, py::handle sequences_,
-                         std::optional<int64_t> window_)
-    : q(op, "q", q_),
-      k(op, "k", k_),
-      v(op, "v", v_),
+RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::handle k_pool_,
+                         py::handle v_pool_, py::handle sequences_, std::optional<int64_t> window_)
+    : q(std::move(q_)),
+      k(std::move(k_)),
+      v(std::move(v_)),
       k_pool(op, "k_pool", k_pool_),
       v_pool(op, "v_pool", v_pool_),
       table(op, "sequences", sequences_),

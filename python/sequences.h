@@ -10,8 +10,8 @@
 namespace mistral::python {
 
 struct RaggedBatch {
-  RaggedBatch(const char* op, py::handle q, py::handle k, py::handle v, py::handle k_pool,
-              py::handle v_pool, py::handle sequences, std::optional<int64_t> window);
+  RaggedBatch(const char* op, Tensor q, Tensor k, Tensor v, py::handle k_pool, py::handle v_pool,
+              py::handle sequences, std::optional<int64_t> window);
 
   Tensor q;       // [T, Hq, D]
   Tensor k;       // [T, Hkv, D]

@@ -108,6 +108,16 @@ void Tensor::fail(const std::string& problem) const {
   python::fail(op_, std::string(name_) + " " + problem);
 }
 
+Tensor Tensor::heads(const char* name, int64_t first, int64_t count, int64_t dim) const {
+  const int64_t element_bytes = dtype_ == DType::f32 ? 4 : 2;
+  Tensor part = *this;
+  part.name_ = name;
+  part.data_ = static_cast<char*>(data_) + first * dim * element_bytes;
+  part.shape_ = {size(0), count, dim};
+  part.strides_ = {stride(0), dim, 1};
+  return part;
+}
+
 void Tensor::expect_shape(std::initializer_list<int64_t> expected) const {
   const std::vector<int64_t> wanted(expected);
   bool equal = wanted.size() == shape_.size();

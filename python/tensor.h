@@ -30,6 +30,9 @@ class Tensor {
   bool is_cuda() const { return device_index_ >= 0; }
   int device_index() const { return device_index_; }  // -1: the CPU
 
+  // Columns of a matrix [T, N] as heads [T, count, dim], from column first * dim on.
+  Tensor heads(const char* name, int64_t first, int64_t count, int64_t dim) const;
+
   // Throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1 is any
   // size.
   void expect_shape(std::initializer_list<int64_t> expected) const;

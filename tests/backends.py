@@ -8,8 +8,9 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,8 +22,9 @@ from mistral_ext import _C
 
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
-OPS = ("attention", "linear", "linear_argmax", "linear_rope", "rms_norm", "rope", "sample")
-OPS += ("swiglu",)  # on CUDA too
+# The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
+WITH_MEMORY = ("attention", "linear", "linear_argmax", "linear_rope")
+OPS = (*WITH_MEMORY, "rms_norm", "rope", "sample", "swiglu")
 
 # What the builds of tests/emulator and tests/amx need.
 TOOLS = "cmake, ninja and pybind11 (pip install '.[test]')"
@@ -126,6 +128,15 @@ def registered(emulator: ModuleType, **tensors: torch.Tensor) -> Iterator[None]:
         emulator.free_all()
 
 
+@dataclass
+class StandIn:
+    """What `_C.Call` is."""
+
+    run: Callable[[int, int, int], None]
+    workspace_bytes: int = 0
+    counters: int = 0
+
+
 def emulated(emulator: ModuleType) -> SimpleNamespace:
     """What `_C` is, with those ops that have a CUDA kernel run by the emulator."""
 
@@ -136,8 +147,14 @@ def emulated(emulator: ModuleType) -> SimpleNamespace:
                 for j, one in enumerate(argument if isinstance(argument, list) else [argument]):
                     if isinstance(one, torch.Tensor):
                         tensors[f"argument {i} of {name}, tensor {j}"] = one
+
+            def run(*memory):
+                with registered(emulator, **tensors):
+                    checked.run(*memory)
+
             with registered(emulator, **tensors):
-                getattr(emulator, name)(*arguments)
+                checked = getattr(emulator, name)(*arguments)
+            return checked and StandIn(run, checked.workspace_bytes, checked.counters)
 
         return call
 
@@ -171,34 +188,31 @@ def on_gpu(device: str = "cuda") -> SimpleNamespace:
 
     def bind(name):
         def call(*arguments):
-            copies, held = Copies(device), []
-
-            def scratch(nbytes):
-                held.append(torch.full((nbytes,), 255, dtype=torch.uint8, device=device))
-                return held[-1].data_ptr()
-
-            def scratch_and_counters(partials, counters):
-                held.append(torch.full((partials,), float("nan"), device=device))
-                held.append(torch.zeros(counters, dtype=torch.int32, device=device))
-                return held[0].data_ptr(), held[1].data_ptr()
+            copies = Copies(device)
 
             def move(x):
                 if isinstance(x, list):
                     return [move(one) for one in x]
                 return copies.view(x) if isinstance(x, torch.Tensor) else x
 
-            moved = [move(x) for x in arguments]
-            moved[-1] = torch.cuda.current_stream(device).cuda_stream
-            if name.startswith(("attention", "linear")):
-                moved[-2] = scratch_and_counters if name == "attention" else scratch
-            if name == "linear_argmax":
-                held.append(torch.zeros(_C.argmax_counters, dtype=torch.int32, device=device))
-                moved[-3] = held[-1]
-            getattr(_C, name)(*moved)
-            torch.cuda.synchronize(device)
-            copies.bring_back()
-            counters = [x for x in held if x.dtype == torch.int32]
-            assert not any(x.any() for x in counters), "a counter is not left at zero"
+            def finish():
+                torch.cuda.synchronize(device)
+                copies.bring_back()
+
+            def run(*_):
+                memory = torch.full((checked.workspace_bytes,), 255, dtype=torch.uint8).to(device)
+                counters = torch.zeros(checked.counters, dtype=torch.int32, device=device)
+                checked.run(memory.data_ptr(), counters.data_ptr(), stream)
+                finish()
+                assert not counters.any(), "a counter is not left at zero"
+
+            moved, stream = [move(x) for x in arguments], torch.cuda.current_stream(device)
+            stream = stream.cuda_stream
+            if name in WITH_MEMORY:
+                checked = getattr(_C, name)(*moved)
+                return StandIn(run)
+            getattr(_C, name)(*moved[:-1], stream)
+            finish()
 
         return call
 

@@ -14,7 +14,7 @@ from backends import GPU, HOPPER_GPU, attention_of, configure, use
 from ragged import RaggedBatch
 
 from mistral_ext import _C, ops
-from mistral_ext.ops.workspace import scratch_on_cpu
+from mistral_ext.ops import workspace
 
 EMULATED = ["emulator, late, sm90", "emulator, early, sm90"]
 hopper = pytest.mark.parametrize("backend", [*EMULATED, HOPPER_GPU], indirect=True)
@@ -88,7 +88,7 @@ def test_many_tokens(backend):
     q, k, v = batch.inputs(4100 + 17)
     given = q, k, v, batch.k_pool, batch.v_pool, batch.table((4100, 17))
     out, expected = ops.attention(*given, 40), torch.empty_like(q)
-    _C.attention(*given, expected, 40, None, None, scratch_on_cpu, 1)  # on the CPU
+    workspace.run(_C.attention(*given, expected, 40, None, None), q)  # on the CPU
     torch.testing.assert_close(out, expected, rtol=0.02, atol=0.01)
 
 

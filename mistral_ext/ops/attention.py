@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import register
-from mistral_ext.ops.workspace import lane_of, scratch_on_cpu, zeroed_counters
+from mistral_ext.ops.workspace import run
 
 
 def attention(
@@ -57,17 +57,8 @@ _SCHEMA = (
 
 def _run(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
     out = q.new_empty(q.shape)
-    lane = lane_of(q)
-    held = []  # until the launch: what is freed before could be given to another call
-
-    def scratch(partials: int, counters: int) -> tuple[int, int]:
-        held.append(torch.empty(partials, dtype=torch.float32, device=q.device))
-        held.append(zeroed_counters(q.device, lane, counters))
-        return held[0].data_ptr(), held[1].data_ptr()
-
-    given = (q, k, v, k_pool, v_pool, sequences)
-    memory = scratch if q.is_cuda else scratch_on_cpu
-    _C.attention(*given, out, window, scale, max_count, memory, lane)
+    given = q, k, v, k_pool, v_pool, sequences, out
+    run(_C.attention(*given, window, scale, max_count), q)
     return out
 
 

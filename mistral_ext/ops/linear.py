@@ -12,7 +12,7 @@ from mistral_ext.ops import torch_products
 from mistral_ext.ops.library import register
 from mistral_ext.ops.routing import routed
 from mistral_ext.ops.weight import Quantized, Weight
-from mistral_ext.ops.workspace import lane_of, scratch_for, zeroed_counters
+from mistral_ext.ops.workspace import run
 
 _WEIGHTS = "Tensor[] values, Tensor[] scales"  # of plain weights there are no scales
 _NORM = "Tensor? norm=None, float eps=1e-05"
@@ -50,7 +50,7 @@ def linear(
 
 def _run_linear(x, values, scales, norm=None, eps=1e-5):
     out = x.new_empty((len(x), sum(map(len, values))))
-    _multiply("linear", x, values, scales, norm, eps, out)
+    run(_C.linear("linear", x, values, scales, norm, eps, out), x)
     return out
 
 
@@ -79,7 +79,7 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
 
 
 def _run_linear_residual(x, values, scales, residual):
-    _multiply("linear_residual", x, values, scales, None, 0.0, residual)
+    run(_C.linear("linear_residual", x, values, scales, None, 0.0, residual), x)
 
 
 def _fake_linear_residual(x, values, scales, residual):
@@ -129,8 +129,7 @@ def linear_rope(
 def _run_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
     rings = k_pool, v_pool, sequences, theta, window
     out = x.new_empty((len(x), sum(map(len, values))))
-    given = x, values, scales, norm, eps, out, *rings
-    _C.linear_rope(*given, scratch_for(x), lane_of(x))
+    run(_C.linear_rope(x, values, scales, norm, eps, out, *rings), x)
     return out
 
 
@@ -174,10 +173,7 @@ def linear_argmax(
 def _run_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
     out = x.new_empty((len(x), sum(map(len, values))))
     token_ids = x.new_empty(len(x), dtype=torch.int64)
-    lane = lane_of(x)
-    counters = zeroed_counters(x.device, lane, _C.argmax_counters) if x.is_cuda else None
-    given = x, values, scales, norm, eps, limit, out, token_ids, counters
-    _C.linear_argmax(*given, scratch_for(x), lane)
+    run(_C.linear_argmax(x, values, scales, norm, eps, limit, out, token_ids), x)
     return out, token_ids
 
 
@@ -211,7 +207,7 @@ def linear_swiglu(
 
 def _run_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
     out = x.new_empty((len(x), len(values[0])))
-    _multiply("linear_swiglu", x, values, scales, norm, eps, out)
+    run(_C.linear("linear_swiglu", x, values, scales, norm, eps, out), x)
     return out
 
 
@@ -229,7 +225,3 @@ register(
 def _values_and_scales(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor]]:
     values = [w.values if isinstance(w, Quantized) else w for w in weights]
     return values, [w.scales for w in weights if isinstance(w, Quantized)]
-
-
-def _multiply(op, x, values, scales, norm, eps, out):
-    _C.linear(op, x, values, scales, norm, eps, out, scratch_for(x), lane_of(x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,12 +17,51 @@ def lane_of(x: Tensor) -> int:
     return torch.get_num_threads()
 
 
+def run(call: _C.Call, x: Tensor) -> None:
+    """Runs a checked call on the device of x, its first argument, with the memory that it asks for.
+
+    The caller holds all tensors of the call.
+    """
+    lane = lane_of(x)
+    if not x.is_cuda:
+        call.run(_memory_on_cpu(call.workspace_bytes), 0, lane)
+        return
+    # Held until the launch: what is freed before could be given to another call.
+    memory = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=x.device)
+    counters = _zeroed_counters(x.device, lane, call.counters) if call.counters else None
+    call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), lane)
+
+
+class _MemoryOfThread(threading.local):
+    """What a thread's calls use one after another, as large as the largest has needed: fresh pages
+    would cost every call time."""
+
+    def __init__(self) -> None:
+        self.grow(0)
+
+    def grow(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._tensor = torch.empty(nbytes + 64, dtype=torch.uint8, device="cpu")
+        self.address = -(-self._tensor.data_ptr() // 64) * 64  # of a cache line
+
+
+_memory_of_thread = _MemoryOfThread()
+
+
+def _memory_on_cpu(nbytes: int) -> int:
+    """The address of that many bytes."""
+    memory = _memory_of_thread
+    if memory.nbytes < nbytes:
+        memory.grow(nbytes)
+    return memory.address
+
+
 # (device, stream, whether it is being captured) -> the graph (0: none), and zeroed counters for the
 # blocks of a call, which leave them zeroed.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
-def zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
+def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
     # A graph has its own, zeroed once in each replay: it may run at the same time as others.
     graph = _C.capture_id(lane)
     key = (device, lane, graph != 0)
@@ -33,30 +71,3 @@ def zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
         counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
         _counters[key] = graph, counters
     return counters
-
-
-_scratch_of_thread = threading.local()
-
-
-def scratch_on_cpu(nbytes: int) -> int:
-    """The address of memory that a thread's calls use one after another, aligned to a cache line.
-
-    It is kept, as large as the largest call has needed: fresh pages would cost every call time.
-    """
-    scratch = getattr(_scratch_of_thread, "bytes", None)
-    if scratch is None or len(scratch) < nbytes + 64:
-        scratch = _scratch_of_thread.bytes = torch.empty(nbytes + 64, dtype=torch.uint8)
-    return -(-scratch.data_ptr() // 64) * 64
-
-
-def scratch_for(x: Tensor) -> Callable[[int], int]:
-    """What gives a product of x its scratch, to be kept until the launch: see `attention`."""
-    held = []
-
-    def scratch(nbytes: int) -> int:
-        if not x.is_cuda:
-            return scratch_on_cpu(nbytes)
-        held.append(torch.empty(nbytes, dtype=torch.uint8, device=x.device))
-        return held[0].data_ptr()
-
-    return scratch

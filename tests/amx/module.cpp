@@ -53,6 +53,7 @@ using namespace mistral;
 using namespace mistral::cpu;
 
 PYBIND11_MODULE(_amx, m) {
+  python::bind_call(m);
   python::bind_linear(m);
   m.def("configure", [](const py::bytes& bytes) {
     TileConfig config;

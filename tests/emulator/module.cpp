@@ -169,6 +169,7 @@ PYBIND11_MODULE(_emulator, m) {
   });
   m.def("select_attention", &cuda::select_prefill, py::arg("name"));
   m.def("dequantize", &dequantize);
+  python::bind_call(m);
   python::bind_attention(m);
   python::bind_linear(m);
   python::bind_rms_norm(m);

@@ -1,0 +1,15 @@
+#include "call.h"
+
+#include "ops.h"
+
+namespace mistral::python {
+
+void bind_call(py::module_& m) {
+  // Local to the module: tests load others that have it too.
+  py::class_<Call>(m, "Call", py::module_local())
+      .def_readonly("workspace_bytes", &Call::workspace_bytes)
+      .def_readonly("counters", &Call::counters)
+      .def("run", &Call::run, py::arg("workspace"), py::arg("counters"), py::arg("lane"));
+}
+
+}  // namespace mistral::python
