@@ -20,7 +20,9 @@ from mistral_ext.model.transformer import Transformer, move_weights
 from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
-from mistral_ext.weights import checkpoint
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.hub import resolve
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
@@ -125,15 +127,13 @@ class Mistral:
             FileNotFoundError, ValueError, TypeError: naming the file, tensor or argument.
         """
         device = _check_device(device)
-        folder = checkpoint.resolve(model)
-        config = MistralConfig.from_folder(folder, **config_overrides)
-        tokenizer = Tokenizer.from_folder(folder)
-        weights = checkpoint.load_weights(folder, config, dtype, progress, quantize)
+        folder = read_folder(resolve(model), **config_overrides)
+        tokenizer = Tokenizer.from_folder(folder.path)
+        weights = load_weights(folder, dtype, progress, quantize)
         if device.type != "cpu":
             move_weights(weights, device)
-        return cls(
-            config, Transformer(config, weights), tokenizer, folder, prefill_chunk, max_batch
-        )
+        transformer = Transformer(folder.config, weights)
+        return cls(folder.config, transformer, tokenizer, folder.path, prefill_chunk, max_batch)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **sampling) -> list[Completion]:
         """Completes prompts, together where there are several.

@@ -14,9 +14,9 @@ from checkpoints import TOKENIZERS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mistral_ext.llm import DEMO_MODEL
-from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights import checkpoint, safetensors_file
 from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.quantize import Quantization, Quantized, quantize
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
@@ -39,8 +39,8 @@ def hf_folder(tmp_path_factory):
 def mistral_folder(tmp_path_factory, hf_folder):
     """The same in Mistral's format, in bfloat16."""
     folder = tmp_path_factory.mktemp("mistral")
-    config = MistralConfig.from_folder(hf_folder)
-    weights = load_weights(hf_folder, config, dtype=torch.bfloat16)
+    config = read_folder(hf_folder).config
+    weights = load(hf_folder, dtype=torch.bfloat16)
     for name, weight in weights.items():
         if name.endswith(("wq.weight", "wk.weight")):
             halves = weight.view(-1, 2, config.head_dim // 2, config.dim)
@@ -63,7 +63,7 @@ def quantized_folder(tmp_path, hf_folder):
 
 
 def load(folder, **options) -> dict[str, torch.Tensor | Quantized]:
-    return load_weights(folder, MistralConfig.from_folder(folder), **options)
+    return load_weights(read_folder(folder), **options)
 
 
 def is_same(a: torch.Tensor | Quantized, b: torch.Tensor | Quantized) -> bool:
@@ -105,9 +105,10 @@ def test_quantising_while_loading_is_the_same(source, tmp_path, bits):
 
 def test_configuration_and_companions(source, tmp_path):
     target = quantize_checkpoint(source, tmp_path / "int4", 4, 32)
-    before, after = MistralConfig.from_folder(source), MistralConfig.from_folder(target)
+    before, after = read_folder(source), read_folder(target)
     dtype = load(source)["norm.weight"].dtype
-    assert after == dataclasses.replace(before, dtype=dtype, quantization=Quantization(4, 32))
+    assert after.config == dataclasses.replace(before.config, dtype=dtype)
+    assert (before.quantization, after.quantization) == (None, Quantization(4, 32))
     assert json.loads((target / "config.json").read_text())["quantization_config"] == {
         "quant_method": "mistral_ext",
         "bits": 4,
@@ -167,7 +168,7 @@ def test_tied_embeddings(tmp_path, bits):
     write_checkpoint(tmp_path / "tied", intermediate_size=192, tie_word_embeddings=True)
     embeddings = load_file(tmp_path / "tied" / "model.safetensors")["model.embed_tokens.weight"]
     target = quantize_checkpoint(tmp_path / "tied", tmp_path / "quantised", bits)
-    assert not MistralConfig.from_folder(target).tie_word_embeddings
+    assert not read_folder(target).config.tie_word_embeddings
     for weights in (load(target), load(tmp_path / "tied", quantize=f"int{bits}")):
         assert is_same(weights["tok_embeddings.weight"], embeddings)
         assert is_same(weights["output.weight"], quantize(embeddings, 8))
@@ -307,7 +308,7 @@ def test_quantised_weights_with_the_configuration_of_the_original(quantized_fold
 def test_unknown_methods_are_refused_by_name(quantized_folder, settings, message):
     file = quantized_folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
-    refused = refusal(MistralConfig.from_folder, quantized_folder)
+    refused = refusal(read_folder, quantized_folder)
     assert message in refused
     assert str(file) in refused
 

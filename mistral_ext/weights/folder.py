@@ -1,0 +1,183 @@
+"""Model folders: which files belong to a model, and what the small ones among them say.
+
+Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
+``pytorch_model*.bin``; Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
+``consolidated.00.pth``. A folder may be of both.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.quantize import Quantization
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of storing weights in a folder."""
+
+    file: str  # the weights, or the index that lists the files with the weights
+    format: str  # "hf" or "mistral": whose tensor names, and whose order of q and k rows
+    shards: str | None = None  # pattern of the listed files, if `file` is an index
+
+
+# In order of preference: the first one that is complete is read.
+LAYOUTS = (
+    Layout("model.safetensors", "hf"),
+    Layout("model.safetensors.index.json", "hf", shards="model-*.safetensors"),
+    Layout("pytorch_model.bin", "hf"),
+    Layout("pytorch_model.bin.index.json", "hf", shards="pytorch_model-*.bin"),
+    Layout("consolidated.safetensors", "mistral"),
+    Layout("consolidated.00.pth", "mistral"),
+)
+
+CONFIGS = ("config.json", "params.json")  # Hugging Face's, Mistral's
+
+# What belongs to a model beside its configuration and weights.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "chat_template*",
+)
+
+_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder, and what its small files say: see :func:`read_folder`."""
+
+    path: Path
+    config: MistralConfig
+    quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of one folder."""
+
+    layout: Layout
+    file: Path  # layout.file in its folder
+    files: tuple[Path, ...]  # the files with tensors: `file` itself, or the shards it lists
+
+
+def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
+    """Reads what a folder says about its model, but for the weights and the tokenizer.
+
+    A folder may hold both formats. Then ``config.json`` is read, unless the only weights there are
+    Mistral's: the configuration should come from whoever wrote the weights (early ``config.json``
+    files of v0.2 state a window that its ``params.json`` does not).
+
+    Args:
+        path: a local folder (see :func:`mistral_ext.weights.hub.resolve` for hub ids).
+        overrides: fields of `MistralConfig`, e.g. ``sliding_window=None``; they win over the file.
+
+    Raises:
+        FileNotFoundError: the folder has neither file.
+        ValueError: a file is damaged, or describes a model that this engine cannot compute; the
+            message names the file.
+        TypeError: an override that is not a field.
+    """
+    path = Path(path)
+    hf_file, params_file = (path / name for name in CONFIGS)
+    weights = find_weights(path)
+    mistral_weights = weights is not None and weights.layout.format == "mistral"
+    if params_file.is_file() and (mistral_weights or not hf_file.is_file()):
+        file, read = params_file, MistralConfig.from_params
+    elif hf_file.is_file():
+        file, read = hf_file, MistralConfig.from_hf
+    else:
+        raise FileNotFoundError(
+            f"no model configuration in {str(path)!r}: expected config.json "
+            "(Hugging Face) or params.json (Mistral)"
+        )
+    values = read_json_object(file)
+    try:
+        config = read(values, **overrides)
+        quantization = _quantization(values) if file is hf_file else None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return ModelFolder(path, config, quantization)
+
+
+def find_weights(folder: str | Path) -> WeightFiles | None:
+    """The weights to read in a folder that may hold several: the first complete ones of
+    :data:`LAYOUTS`. If none are complete, the first ones at all; without any, None."""
+    folder = Path(folder)
+    found = [_weights(folder, layout) for layout in LAYOUTS if (folder / layout.file).is_file()]
+    complete = [w for w in found if all(f.is_file() and not is_lfs_pointer(f) for f in w.files)]
+    return next(iter(complete + found), None)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a folder that :data:`COMPANIONS` names."""
+    found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Parse a file that holds one JSON object.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file holds, in place of its content, where git-lfs would get that from."""
+    with file.open("rb") as f:
+        return f.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def config_json(config: MistralConfig, quantization: Quantization | None = None) -> dict[str, Any]:
+    """The contents of a ``config.json`` from which :func:`read_folder` reads the same."""
+    values = config.to_hf()
+    if quantization is not None:
+        values["quantization_config"] = {
+            "quant_method": _QUANT_METHOD,
+            "bits": quantization.bits,
+            "group_size": quantization.group,
+        }
+    return values
+
+
+def _weights(folder: Path, layout: Layout) -> WeightFiles:
+    file = folder / layout.file
+    if layout.shards is None:
+        return WeightFiles(layout, file, (file,))
+    shard_of = read_json_object(file).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
+    names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
+    return WeightFiles(layout, file, tuple(folder / name for name in names))
+
+
+def _quantization(values: dict[str, Any]) -> Quantization | None:
+    """How the weights are stored, by a ``config.json``."""
+    settings = values.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method != _QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config is not supported: quant_method is {method!r}, expected "
+            f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
+        )
+    try:
+        return Quantization(settings.get("bits"), settings.get("group_size"))
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {error}") from error
