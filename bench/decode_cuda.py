@@ -37,8 +37,9 @@ from mistral_ext.engine.cache import RingCache
 from mistral_ext.engine.decoding import GraphDecoder
 from mistral_ext.engine.sampling import Sampler, SamplingParams
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.model.transformer import Transformer
 from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.device import move_weights
 from mistral_ext.weights.quantize import Quantization
 
 # (weights, sequences, tokens that each has seen)

@@ -16,11 +16,12 @@ from mistral_ext.engine.cache import RingCache, ring_capacity
 from mistral_ext.engine.sampling import SamplingParams
 from mistral_ext.engine.scheduler import Completion, Request, Scheduler
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.model.transformer import Transformer
 from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.device import move_weights
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.hub import resolve
 

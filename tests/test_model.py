@@ -10,8 +10,9 @@ from checkpoints import write_checkpoint
 
 from mistral_ext import Mistral, ops
 from mistral_ext.engine.cache import RingCache
-from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.model.transformer import Transformer
 from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.device import move_weights
 from mistral_ext.weights.folder import read_folder
 
 # GQA ratios 1, 2, 4, 8; windows 1, 5, 16 and none; head dimensions 64 and 128; theta of v0.1, v0.2

@@ -486,7 +486,7 @@ def _dequantize(values, scales, dtype):
 
 def _plain_weights(values, scales, dtype):
     """Of all formats, one after the other, so that no two widened ones take memory. Those that lie
-    one below the other (`model.move_weights`) come as one."""
+    one below the other (`weights.device.move_weights`) come as one."""
     if scales:
         yield from (_dequantize(*weight, dtype) for weight in zip(values, scales, strict=True))
     elif _adjacent(values):
