@@ -27,6 +27,9 @@ def test_resolve_file(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="is a file; expected the folder"):
         resolve(tmp_path / "model.safetensors")
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match=r"model\.gguf': GGUF files are not supported"):
+        resolve(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./a/b", "/nowhere/model", "a/b/c", "../x"])
@@ -86,6 +89,7 @@ def test_download_takes_one_format_and_the_companions(tmp_path, monkeypatch, ava
     from huggingface_hub.utils import filter_repo_objects
 
     companions = ["config.json", "params.json", "tokenizer.model.v3", "tokenizer.json"]
+    companions += ["added_tokens.json", "chat_template.jinja", "generation_config.json"]
     repository = [*companions, "README.md", *available]
     downloaded = []
 
@@ -99,7 +103,15 @@ def test_download_takes_one_format_and_the_companions(tmp_path, monkeypatch, ava
     assert sorted(downloaded) == sorted(companions + wanted)
 
 
-def test_download_without_weights(monkeypatch):
-    set_repository(monkeypatch, ["README.md"])
-    with pytest.raises(FileNotFoundError, match="no weights in hub model 'owner/name'"):
+@pytest.mark.parametrize(
+    ("files", "seen"),
+    [
+        (["README.md"], r"found README\.md"),
+        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter"),
+        (["README.md", "x.Q4_0.gguf", "x.Q8_0.gguf"], r"found x\.Q4_0\.gguf: GGUF files"),
+    ],
+)
+def test_download_without_weights(monkeypatch, files, seen):
+    set_repository(monkeypatch, files)
+    with pytest.raises(FileNotFoundError, match=f"no weights in hub model 'owner/name'.*{seen}"):
         resolve("owner/name")

@@ -31,6 +31,7 @@ def hf_folder(tmp_path_factory):
     write_checkpoint(folder, vocab_size=32000, intermediate_size=192, eos_token_id=[2, 5])
     shutil.copy(TOKENIZERS["v1"], folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "[INST]"}')
+    (folder / "added_tokens.json").write_text('{"[PAD]": 32000}')
     (folder / "README.md").write_text("not part of the model")
     return folder
 
@@ -115,6 +116,7 @@ def test_configuration_and_companions(source, tmp_path):
         "group_size": 32,
     }
     companions = {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
+    companions |= {"added_tokens.json"}
     companions &= {file.name for file in source.iterdir()}
     written = {file.name for file in target.iterdir()}
     assert written == companions | {"config.json", "model.safetensors"}

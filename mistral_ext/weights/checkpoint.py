@@ -32,7 +32,8 @@ from mistral_ext.weights.folder import (
     ModelFolder,
     WeightFiles,
     find_weights,
-    is_lfs_pointer,
+    refuse_lfs_pointer,
+    what_is_there,
 )
 from mistral_ext.weights.quantize import Quantization, Quantized
 from mistral_ext.weights.quantize import quantize as quantize_weight
@@ -122,8 +123,9 @@ class Checkpoint:
         files = find_weights(folder.path)
         if files is None:
             expected = ", ".join(layout.file for layout in LAYOUTS)
+            found = what_is_there(entry.name for entry in folder.path.iterdir())
             raise FileNotFoundError(
-                f"no weights in {str(folder.path)!r}: expected one of {expected}"
+                f"no weights in {str(folder.path)!r}: expected one of {expected}; {found}"
             )
         stored = folder.quantization
         if stored and quantization and stored.bits != quantization.bits:
@@ -295,10 +297,7 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
     for file in weights.files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {weights.file} lists it")
-        if is_lfs_pointer(file):
-            raise ValueError(
-                f"{file} is a git-lfs pointer, not the weights themselves: run 'git lfs pull'"
-            )
+        refuse_lfs_pointer(file)
         if file.suffix == ".safetensors":
             yield from stored_tensors(file)
         else:

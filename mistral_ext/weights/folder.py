@@ -7,7 +7,9 @@ Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,14 @@ COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
     "tekken.json",
+    "added_tokens.json",
     "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template*",
 )
+
+GGUF = "GGUF files are not supported; expected the folder of the model that it was made from"
 
 _QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -55,7 +62,7 @@ class ModelFolder:
     """A model's folder, and what its small files say: see :func:`read_folder`."""
 
     path: Path
-    config: MistralConfig
+    config: MistralConfig  # with the end tokens of generation_config.json, too
     quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
 
 
@@ -76,7 +83,8 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     files of v0.2 state a window that its ``params.json`` does not).
 
     Args:
-        path: a local folder (see :func:`mistral_ext.weights.hub.resolve` for hub ids).
+        path: a local folder (see :func:`mistral_ext.weights.hub.resolve` for hub ids). The end
+            tokens of its ``generation_config.json`` join those of the configuration.
         overrides: fields of `MistralConfig`, e.g. ``sliding_window=None``; they win over the file.
 
     Raises:
@@ -95,15 +103,19 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         file, read = hf_file, MistralConfig.from_hf
     else:
         raise FileNotFoundError(
-            f"no model configuration in {str(path)!r}: expected config.json "
-            "(Hugging Face) or params.json (Mistral)"
+            f"no model configuration in {str(path)!r}: expected config.json (Hugging Face) or "
+            f"params.json (Mistral); {what_is_there(entry.name for entry in path.iterdir())}"
         )
+    for companion in companions(path):
+        refuse_lfs_pointer(companion)
     values = read_json_object(file)
     try:
         config = read(values, **overrides)
         quantization = _quantization(values) if file is hf_file else None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    if "eos_ids" not in overrides:
+        config = _with_end_tokens(config, path / "generation_config.json")
     return ModelFolder(path, config, quantization)
 
 
@@ -128,6 +140,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming the file, if it holds anything else.
     """
+    refuse_lfs_pointer(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
@@ -141,6 +154,40 @@ def is_lfs_pointer(file: Path) -> bool:
     """Whether a file holds, in place of its content, where git-lfs would get that from."""
     with file.open("rb") as f:
         return f.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    if is_lfs_pointer(file):
+        raise ValueError(f"{file} is a git-lfs pointer, not the file itself: run 'git lfs pull'")
+
+
+def what_is_there(names: Iterable[str]) -> str:
+    """For messages, of a folder or hub model that lacks what a model needs: what its files' names
+    say that it is."""
+    names = sorted(names)
+    if "adapter_config.json" in names:
+        return (
+            "adapter_config.json says that this is a LoRA adapter, which changes another model: "
+            "expected that model, with the adapter merged into it"
+        )
+    for name in names:
+        if name.endswith(".gguf"):
+            return f"found {name}: {GGUF}"
+    shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 9 else names
+    return f"found {', '.join(shown) or 'nothing'}"
+
+
+def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
+    """Fine-tunes often name the token that ends a turn in ``generation_config.json`` alone."""
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    if ids is None:
+        return config
+    ids = ids if isinstance(ids, list) else [ids]
+    more = [token_id for token_id in ids if token_id not in config.eos_ids]
+    try:
+        return dataclasses.replace(config, eos_ids=(*config.eos_ids, *more))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def config_json(config: MistralConfig, quantization: Quantization | None = None) -> dict[str, Any]:

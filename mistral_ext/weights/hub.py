@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS
+from mistral_ext.weights.folder import COMPANIONS, CONFIGS, GGUF, LAYOUTS, what_is_there
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -21,6 +21,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        raise ValueError(f"{str(path)!r}: {GGUF}")
     if path.exists():
         raise ValueError(f"{str(path)!r} is a file; expected the folder that holds the model")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
@@ -41,7 +43,10 @@ def _download(hub_id: str) -> Path:
     layout = next((layout for layout in LAYOUTS if layout.file in files), None)
     if layout is None:
         expected = ", ".join(layout.file for layout in LAYOUTS)
-        raise FileNotFoundError(f"no weights in hub model {hub_id!r}: expected one of {expected}")
+        raise FileNotFoundError(
+            f"no weights in hub model {hub_id!r}: expected one of {expected}; "
+            f"{what_is_there(files)}"
+        )
     patterns += [name for name in (layout.file, layout.shards) if name is not None]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
