@@ -99,6 +99,12 @@ def write_bin(folder, model):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
+def write_legacy_bin(folder, model):
+    """As torch before 1.6 did: no zip archive."""
+    file = folder / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=False)
+
+
 def write_bin_sharded(folder, model):
     weights = model.state_dict()
     names = sorted(weights)
@@ -124,6 +130,7 @@ WRITERS = {
     "sharded": write_hf_sharded,
     "bin": write_bin,
     "bin-sharded": write_bin_sharded,
+    "legacy": write_legacy_bin,
     "consolidated": write_consolidated,
     "pth": write_pth,
 }
@@ -202,6 +209,7 @@ def test_incomplete_format_gives_way_to_a_complete_one(tmp_path, hf_model, hf_we
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="POSIX leaves open what a mapping shows")
+@pytest.mark.parametrize("folder", [name for name in WRITERS if name != "legacy"], indirect=True)
 def test_weights_share_the_pages_of_the_file(folder):
     """Without conversion nothing is copied: a change of the file shows in the tensor."""
     tensor = load_weights(ModelFolder(folder, CONFIG))["norm.weight"]
@@ -296,6 +304,26 @@ def test_missing_tensor(tmp_path, hf_weights):
     del hf_weights[Q0]
     file = save_hf(tmp_path, hf_weights)
     assert refusal(tmp_path) == f"tensor '{Q0}' is missing from {file}; expected shape (64, 48)"
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            lambda name: name.removeprefix("model."),
+            "names its tensors without 'model.', as 'embed_tokens.weight': that is an embedding",
+        ),
+        (lambda name: f"base_model.{name}", "found 'base_model.model.embed_tokens.weight'"),
+        (lambda name: f"{name}.lora_A", "found 'lm_head.weight.lora_A', 'model."),
+    ],
+)
+def test_tensors_named_in_another_way(tmp_path, hf_weights, rename, message):
+    left_out = "lm_head.weight" if "embedding" in message else None
+    weights = {rename(n): weight for n, weight in hf_weights.items() if n != left_out}
+    file = save_hf(tmp_path, weights)
+    refused = refusal(tmp_path)
+    assert message in refused
+    assert file in refused
 
 
 def test_missing_output_is_refused_unless_tied(tmp_path, hf_weights):
@@ -414,13 +442,18 @@ def test_damaged_header(tmp_path, header):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
-def test_damaged_torch_file(tmp_path, hf_weights, name, damage):
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("damage", ["truncated", "cut early", "empty", "garbage"])
+def test_damaged_torch_file(tmp_path, hf_weights, name, damage, zipped):
     file = tmp_path / name
-    torch.save(hf_weights, file)
+    torch.save(hf_weights, file, _use_new_zipfile_serialization=zipped)
     content = file.read_bytes()
-    file.write_bytes({"truncated": content[:-1000], "empty": b"", "garbage": b"x" * 999}[damage])
-    assert f"{file} is truncated, or not a checkpoint" in refusal(tmp_path)
+    damaged = {"truncated": content[:-1000], "cut early": content[:100], "empty": b""}
+    file.write_bytes(damaged.get(damage, b"x" * 999))
+    message = refusal(tmp_path)
+    assert message.startswith(f"{file} is truncated, or not a checkpoint written by torch.save: ")
+    assert not message.endswith(": ")
+    assert "weights_only" not in message  # torch's advice
 
 
 class Unsafe:
@@ -428,10 +461,14 @@ class Unsafe:
         return os.mkdir, ("executed",)
 
 
-def test_torch_file_runs_no_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_file_runs_no_code(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
-    torch.save({"a": Unsafe()}, tmp_path / "pytorch_model.bin")
-    assert str(tmp_path / "pytorch_model.bin") in refusal(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": Unsafe()}, file, _use_new_zipfile_serialization=zipped)
+    message = refusal(tmp_path)
+    assert str(file) in message
+    assert "mkdir" in message
     assert not (tmp_path / "executed").exists()
 
 

@@ -53,6 +53,16 @@ def test_resolve_offline_says_what_to_do(tmp_path):
     assert "HF_HOME" in message
 
 
+def test_messages_of_the_library_lose_their_colours(monkeypatch):
+    def model_info(self, hub_id):
+        raise RuntimeError("\x1b[1mno \x1b[31;1mway\x1b[0m\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", model_info)
+    with pytest.raises(FileNotFoundError, match=r"\(RuntimeError: no way\)\. Models"):
+        resolve("owner/name")
+
+
 def test_resolve_offline_finds_the_cache(tmp_path):
     cache = tmp_path / "hub" / "models--owner--name"
     (cache / "snapshots" / "abc").mkdir(parents=True)

@@ -17,10 +17,7 @@ Everything a file says about its tensors is checked before the first of them is 
 from __future__ import annotations
 
 import mmap
-import pickle
-import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -38,6 +35,7 @@ from mistral_ext.weights.folder import (
 from mistral_ext.weights.quantize import Quantization, Quantized
 from mistral_ext.weights.quantize import quantize as quantize_weight
 from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
+from mistral_ext.weights.torch_file import torch_tensors
 
 _HF_MODULES = {
     "tok_embeddings": "model.embed_tokens",
@@ -239,6 +237,7 @@ def _match(
         if twin is not stored:
             raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
 
+    _expect_names(found, weights)
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         stored_name = hugging_face_name(name) if weights.layout.format == "hf" else name
@@ -268,6 +267,23 @@ def _match(
             f"Mistral model with n_layers={config.n_layers}"
         )
     return matched
+
+
+def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
+    """Refuses tensors that are all named in another way, and says in which."""
+    ours = "tok_embeddings.weight"
+    expected = hugging_face_name(ours) if weights.layout.format == "hf" else ours
+    if expected in found:
+        return
+    last = expected.removeprefix("model.")
+    other = next((name for name in found if name.endswith(last)), None)
+    if other == last:
+        raise ValueError(
+            f"{weights.file} names its tensors without 'model.', as {last!r}: that is an embedding "
+            "model (MistralModel), which does not write text; expected a MistralForCausalLM"
+        )
+    names = ", ".join(map(repr, [other] if other else list(found)[:3]))
+    raise ValueError(f"tensor {expected!r} is missing from {weights.file}; found {names or 'none'}")
 
 
 def _take(
@@ -301,33 +317,7 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
         if file.suffix == ".safetensors":
             yield from stored_tensors(file)
         else:
-            yield from _torch_tensors(file)
-
-
-def _torch_tensors(file: Path) -> Iterator[StoredTensor]:
-    """List a file written by torch.save, which must hold a flat dict of tensors."""
-    if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
-        parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
-        if len(parts) > 1:
-            raise ValueError(
-                f"{file.parent}: weights split for model parallelism ({', '.join(parts)}) are not "
-                "supported; expected consolidated.00.pth alone"
-            )
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        summary = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{file} is truncated, or not a checkpoint written by torch.save: {summary}"
-        ) from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: expected a dict of tensors, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
-            )
-        yield StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
+            yield from torch_tensors(file)
 
 
 # What is done to a tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,6 +176,12 @@ def what_is_there(names: Iterable[str]) -> str:
             return f"found {name}: {GGUF}"
     shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 9 else names
     return f"found {', '.join(shown) or 'nothing'}"
+
+
+def summary(error: BaseException) -> str:
+    """The first line of a library's message, without the codes that colour terminals."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
+    return text.partition("\n")[0] or type(error).__name__
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:

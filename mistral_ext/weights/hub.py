@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mistral_ext.weights.folder import COMPANIONS, CONFIGS, GGUF, LAYOUTS, what_is_there
+from mistral_ext.weights.folder import COMPANIONS, CONFIGS, GGUF, LAYOUTS, summary, what_is_there
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -65,10 +65,9 @@ def _cached(hub_id: str, reason: Exception) -> Path:
 
 
 def _not_available(hub_id: str, reason: Exception) -> FileNotFoundError:
-    summary = str(reason).strip().partition("\n")[0]
     return FileNotFoundError(
         f"{hub_id!r} is not a local folder, and could not be downloaded from the Hugging Face hub "
-        f"({type(reason).__name__}: {summary}). Models that ask for consent need 'hf auth login'. "
-        f"Without a network: run 'hf download {hub_id}' on another machine and pass the folder "
-        "here, or set HF_HOME to a copy of its cache."
+        f"({type(reason).__name__}: {summary(reason)}). Models that ask for consent need "
+        f"'hf auth login'. Without a network: run 'hf download {hub_id}' on another machine and "
+        "pass the folder here, or set HF_HOME to a copy of its cache."
     )
