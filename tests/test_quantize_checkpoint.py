@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -205,9 +208,37 @@ def test_an_interrupted_run_leaves_nothing(hf_folder, tmp_path, monkeypatch, err
     assert load(quantize_checkpoint(hf_folder, tmp_path / "int4", 4))
 
 
-def test_what_a_killed_run_left_is_not_in_the_way(hf_folder, tmp_path):
-    (tmp_path / "int4.part-abc" / "int4").mkdir(parents=True)
+def test_a_terminated_run_leaves_nothing(hf_folder, tmp_path):
+    """By SIGTERM, in the middle: from timeout, systemd, docker stop or a batch system."""
+    code = f"""if True:
+        import os, signal
+        from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
+        from mistral_ext.weights.safetensors_file import Writer
+        write, written = Writer.write, []
+        def terminated(*args):
+            write(*args)
+            written.append(1)
+            if len(written) == 20:
+                print("under way:", *os.listdir({str(tmp_path)!r}))
+                os.kill(os.getpid(), signal.SIGTERM)
+        Writer.write = terminated
+        quantize_checkpoint({str(hf_folder)!r}, {str(tmp_path / "int4")!r}, 4)
+        print("finished")
+    """
+    done = subprocess.run(
+        [sys.executable, "-uc", code], capture_output=True, text=True, check=False
+    )
+    assert re.fullmatch(r"under way: int4\.part-\w+\n", done.stdout)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(hf_folder, tmp_path, caplog):
+    left = tmp_path / "int4.part-abc"
+    (left / "int4").mkdir(parents=True)
     assert load(quantize_checkpoint(hf_folder, tmp_path / "int4", 4))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [str(left)]
 
 
 def test_existing_targets(hf_folder, tmp_path):
