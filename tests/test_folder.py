@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from test_config import HF_V1, PARAMS_V1, without, write
 
+from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights.checkpoint import load_weights
-from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.folder import config_json, read_folder
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00", '{"a": 1,}'])
@@ -80,6 +81,42 @@ def test_bad_end_tokens_name_the_file(tmp_path, ids):
     with pytest.raises(ValueError, match=r"eos_ids .*below vocab_size \(32000\)") as error:
         read_folder(tmp_path)
     assert str(error.value).startswith(str(tmp_path / "generation_config.json"))
+
+
+# Instruct models
+
+
+@pytest.mark.parametrize(
+    ("name", "instruct"),
+    [
+        ("Mistral-7B-Instruct-v0.2", True),
+        ("models--mistralai--Mistral-7B-Instruct-v0.3/snapshots/abc", True),
+        ("Mistral-7B-v0.1", False),
+        ("instruct/Mistral-7B-v0.1", False),
+    ],
+)
+def test_instruct_by_name(tmp_path, name, instruct):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    write(folder, params=PARAMS_V1)
+    assert read_folder(folder).instruct == instruct
+
+
+@pytest.mark.parametrize("instruct", [True, False])
+def test_instruct_by_what_is_written_down(tmp_path, instruct):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder, config=HF_V1 | {"mistral_ext": {"instruct": instruct}})
+    assert read_folder(folder).instruct == instruct
+    write(folder, config=config_json(MistralConfig.from_hf(HF_V1), instruct=instruct))
+    assert read_folder(folder).instruct == instruct
+
+
+def test_what_is_written_down_wins(tmp_path):
+    folder = tmp_path / "not-an-instruct-model"
+    folder.mkdir()
+    write(folder, config=HF_V1 | {"mistral_ext": {"instruct": False}})
+    assert not read_folder(folder).instruct
 
 
 # What is not a model, or not there

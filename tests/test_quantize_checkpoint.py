@@ -128,6 +128,16 @@ def test_configuration_and_companions(source, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_an_instruct_model_stays_one_under_another_name(mistral_folder, tmp_path):
+    """Mistral's own folders hold no chat template: only the name says what they are."""
+    original = tmp_path / "Mistral-7B-Instruct-v0.2"
+    shutil.copytree(mistral_folder, original)
+    once = quantize_checkpoint(original, tmp_path / "small", 4)
+    assert json.loads((once / "config.json").read_text())["mistral_ext"] == {"instruct": True}
+    for folder, instruct in ((original, True), (once, True), (mistral_folder, False)):
+        assert read_folder(folder).instruct == instruct
+
+
 def test_the_library_reads_the_same(quantized_folder):
     theirs = load_file(quantized_folder / "model.safetensors")
     for name, weight in load(quantized_folder).items():

@@ -55,6 +55,7 @@ COMPANIONS = (
 GGUF = "GGUF files are not supported; expected the folder of the model that it was made from"
 
 _QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
+_OWN_KEY = "mistral_ext"  # in config.json: what no key of Hugging Face's says
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -65,6 +66,7 @@ class ModelFolder:
     path: Path
     config: MistralConfig  # with the end tokens of generation_config.json, too
     quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
+    instruct: bool = False  # its name says so, or what quantize wrote down when it had that name
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:
         config = _with_end_tokens(config, path / "generation_config.json")
-    return ModelFolder(path, config, quantization)
+    return ModelFolder(path, config, quantization, _is_instruct(path, values))
 
 
 def find_weights(folder: str | Path) -> WeightFiles | None:
@@ -197,7 +199,9 @@ def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def config_json(config: MistralConfig, quantization: Quantization | None = None) -> dict[str, Any]:
+def config_json(
+    config: MistralConfig, quantization: Quantization | None = None, instruct: bool = False
+) -> dict[str, Any]:
     """The contents of a ``config.json`` from which :func:`read_folder` reads the same."""
     values = config.to_hf()
     if quantization is not None:
@@ -206,6 +210,8 @@ def config_json(config: MistralConfig, quantization: Quantization | None = None)
             "bits": quantization.bits,
             "group_size": quantization.group,
         }
+    if instruct:
+        values[_OWN_KEY] = {"instruct": True}
     return values
 
 
@@ -218,6 +224,15 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
         raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
     names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
     return WeightFiles(layout, file, tuple(folder / name for name in names))
+
+
+def _is_instruct(path: Path, values: dict[str, Any]) -> bool:
+    ours = values.get(_OWN_KEY)
+    if isinstance(ours, dict) and "instruct" in ours:
+        return bool(ours["instruct"])
+    path = path.resolve()
+    in_cache = path.parent.name == "snapshots"  # of models--OWNER--NAME
+    return "instruct" in (path.parents[1] if in_cache else path).name.lower()
 
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:

@@ -65,7 +65,7 @@ def quantize_checkpoint(
     with new_folder(target) as folder:
         for file in companions(source.path):
             shutil.copyfile(file, folder / file.name)
-        values = config_json(config, quantization)
+        values = config_json(config, quantization, source.instruct)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         _write_weights(folder / "model.safetensors", weights, config, quantization, progress)
     return target
