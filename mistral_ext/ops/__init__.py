@@ -58,6 +58,12 @@ def select_isa(name: str) -> None:
     _C.select_isa(name)
 
 
+def head_dims(device_type: str) -> list[int]:
+    """The head dimensions that all ops take on a "cpu" or "cuda" device; none where this build has
+    no kernels for it."""
+    return _C.head_dims(device_type)
+
+
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor:
