@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext import _C
 from mistral_ext.engine.cache import RingCache, ring_capacity
 from mistral_ext.engine.sampling import SamplingParams
 from mistral_ext.engine.scheduler import Completion, Request, Scheduler
@@ -21,7 +20,7 @@ from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
-from mistral_ext.weights.device import move_weights
+from mistral_ext.weights.device import find_device
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.hub import resolve
 
@@ -81,14 +80,7 @@ class Mistral:
         prefill_chunk: int = 512,
         max_batch: int = 8,
     ) -> None:
-        for name, value in (("prefill_chunk", prefill_chunk), ("max_batch", max_batch)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {folder} "
-                f"only {config.vocab_size}: they do not belong together"
-            )
+        _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -101,7 +93,7 @@ class Mistral:
     def from_pretrained(
         cls,
         model: str | Path,
-        device: str | torch.device | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         prefill_chunk: int = 512,
         max_batch: int = 8,
@@ -115,7 +107,7 @@ class Mistral:
 
         Args:
             model: a folder, or a hub id such as "mistralai/Mistral-7B-v0.1".
-            device: "cpu", the default, or "cuda".
+            device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
             dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
                 copies all weights but those in 8 or 4 bits.
             progress: show a progress bar if stderr is a terminal.
@@ -127,12 +119,12 @@ class Mistral:
         Raises:
             FileNotFoundError, ValueError, TypeError: naming the file, tensor or argument.
         """
-        device = _check_device(device)
+        device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
         tokenizer = Tokenizer.from_folder(folder.path)
-        weights = load_weights(folder, dtype, progress, quantize)
-        if device.type != "cpu":
-            move_weights(weights, device)
+        # Before 14 GB are read.
+        _expect_usable(folder.config, tokenizer, folder.path, prefill_chunk, max_batch)
+        weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(folder.config, weights)
         return cls(folder.config, transformer, tokenizer, folder.path, prefill_chunk, max_batch)
 
@@ -428,22 +420,21 @@ class Chat:
             self._cache.rewind(0, 0)
 
 
-def _check_device(device: str | torch.device | None) -> torch.device:
-    name = str(device or "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:  # not a name at all
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}, expected 'cpu' or 'cuda'")
-    if device.type == "cuda" and _C.cuda_architectures is None:
+def _expect_usable(
+    config: MistralConfig,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    prefill_chunk: int,
+    max_batch: int,
+) -> None:
+    for name, value in (("prefill_chunk", prefill_chunk), ("max_batch", max_batch)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"device is {str(device)!r}, but this build of mistral_ext has no CUDA kernels: "
-            "install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on"
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {folder} "
+            f"only {config.vocab_size}: they do not belong together"
         )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device")
-    return device
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

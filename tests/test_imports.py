@@ -44,7 +44,6 @@ DEPENDENCIES |= {"huggingface_hub"}
 TO_BE_MENDED = {
     ("ops", "weights.quantize"): "Quantized is about to move to ops/weight.py",
     ("model.transformer", "engine.cache"): "a type only; the engine is being rebuilt",
-    ("llm", "_C"): "asks for the architectures of the build, see ops",
 }
 
 

@@ -16,6 +16,7 @@ Everything a file says about its tensors is checked before the first of them is 
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.device import expect_runnable, move_weights
 from mistral_ext.weights.folder import (
     LAYOUTS,
     ModelFolder,
@@ -63,6 +65,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     quantize: str | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor | Quantized]:
     """Load all weights of a model.
 
@@ -77,9 +80,11 @@ def load_weights(
         progress: show a progress bar if stderr is a terminal.
         quantize: "int8" or "int4": quantise the weights, one after another, unless they are stored
             so; None: as stored.
+        device: where the model is to run. One that cannot run there is refused before its weights
+            are read; those of others are moved there. None: they are read, for any purpose.
 
     Returns:
-        Contiguous CPU tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. The
+        Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. The
         rows of ``wq`` and ``wk`` are in Hugging Face's order: RoPE rotates (i, i + head_dim / 2).
         Do not write to them.
 
@@ -87,12 +92,17 @@ def load_weights(
         FileNotFoundError: no weights, or a file named by the index is missing.
         ValueError: a tensor is missing, unknown, truncated or has the wrong shape or dtype, or a
             file is damaged, or a tensor cannot be quantised; the message names the tensor and the
-            file.
+            file. Or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
-    loaded = dict(Checkpoint(folder, dtype, quantization).weights(progress))
+    checkpoint = Checkpoint(folder, dtype, quantization)
+    if device is not None:
+        expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
+    loaded = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
+    if device is not None and device.type != "cpu":
+        move_weights(loaded, device)
     return loaded
 
 
@@ -144,6 +154,11 @@ class Checkpoint:
         if files.layout.format == "mistral":
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that `weights` gives."""
+        return sum(self._nbytes(name, parts) for name, parts in self._parts.items())
+
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Reads the weights; gives the name (Mistral's) and the weight of one after another.
 
@@ -160,6 +175,14 @@ class Checkpoint:
             for name, parts in self._parts.items():
                 yield name, self._read(name, parts)
                 bar.update(n_bytes[name])
+
+    def _nbytes(self, name: str, parts: tuple[StoredTensor, ...]) -> int:
+        quantized = self._quantizes and self._quantizes.parts(name, parts[0].shape)
+        if quantized:
+            return quantized.nbytes
+        if self._dtype is not None and len(parts) == 1:
+            return math.prod(parts[0].shape) * self._dtype.itemsize
+        return sum(part.nbytes for part in parts)
 
     def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Tensor | Quantized:
         tensors = [part.read() for part in parts]
