@@ -50,6 +50,7 @@ from measure import (
     spin,
     write_json,
 )
+from mistral_ext.engine.cache import RingCache
 from models import flops, mistral_7b, quantized, random_weights, step_bytes
 from peaks import INSTRUCTIONS, matrix_rate, rates, read_bandwidth
 from peers import (
@@ -66,7 +67,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import Mistral, ops
-from mistral_ext.engine.cache import RingCache
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import Quantized

@@ -27,19 +27,20 @@ from typing import Any
 import torch
 from measure import write_json
 from measure_cuda import ceilings
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.decoding import GraphDecoder
 from models import mistral_7b
 from ops_cuda import random_weight
 from peers import Transformers
 from roofline import BITS, decode_step, print_table
 
 from mistral_ext import _C
-from mistral_ext.engine.cache import RingCache
-from mistral_ext.engine.decoding import GraphDecoder
 from mistral_ext.engine.sampling import Sampler, SamplingParams
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import routing
 from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.device import move_weights
 from mistral_ext.weights.quantize import Quantization
 
 # (weights, sequences, tokens that each has seen)

@@ -26,9 +26,10 @@ from peaks import read_bandwidth
 from peers import Transformers
 
 from mistral_ext import Mistral
-from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.weights import checkpoint
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.hub import resolve
 
 
 def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:
@@ -71,9 +72,8 @@ def main() -> None:
     print_machine(facts)
     begin = time.perf_counter()
     if args.model:
-        folder = checkpoint.resolve(args.model)
-        config = MistralConfig.from_folder(folder)
-        weights = checkpoint.load_weights(folder, config)
+        model = read_folder(resolve(args.model))
+        folder, config, weights = model.path, model.config, load_weights(model)
     else:
         folder, config = Path("random"), mistral_7b(args.layers)
         weights = random_weights(config)

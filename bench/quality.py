@@ -36,7 +36,8 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import Quantized
 from mistral_ext.text.tokenizer import Tokenizer
-from mistral_ext.weights import checkpoint
+from mistral_ext.weights.checkpoint import load_weights, tensor_shapes
+from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.quantize import Quantization, quantize
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "held_out.txt"
@@ -61,17 +62,17 @@ class Subject:
 
 
 def demo() -> Subject:
-    config = MistralConfig.from_folder(DEMO_MODEL)
+    folder = read_folder(DEMO_MODEL)
     tokenizer, text = Tokenizer.from_folder(DEMO_MODEL), HELD_OUT.read_text()
-    weights = checkpoint.load_weights(DEMO_MODEL, config)
-    return Subject(config, weights, tokenizer.encode(text)[:4096], tokenizer, text)
+    weights = load_weights(folder)
+    return Subject(folder.config, weights, tokenizer.encode(text)[:4096], tokenizer, text)
 
 
 def random_7b(layers: int, tokens: int) -> Subject:
     torch.manual_seed(0)
     config = mistral_7b(layers)
     weights = {}
-    for name, shape in checkpoint.tensor_shapes(config).items():
+    for name, shape in tensor_shapes(config).items():
         is_norm = len(shape) == 1
         weights[name] = (torch.ones(shape) if is_norm else torch.randn(shape) * 0.02).bfloat16()
     return Subject(config, weights, torch.randint(3, config.vocab_size, (tokens,)).tolist())

@@ -58,6 +58,9 @@ void attention(const AttentionParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 namespace cuda {
+// Of those that `is_head_dim` allows.
+constexpr bool attention_takes_head_dim(int64_t dim) { return dim == 64 || dim == 128; }
+
 struct AttentionScratch {
   int32_t splits, prefill_splits;
   int64_t partials;  // floats
@@ -67,7 +70,7 @@ struct AttentionScratch {
 // most `longest` keys.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
-// bf16 and fp16, head dimensions 64 and 128; every row of 16-byte aligned q, k and v.
+// bf16 and fp16, few head dimensions; every row of 16-byte aligned q, k and v.
 cudaError_t attention(const AttentionParams& p, cudaStream_t stream);
 
 // The kernel that prefills: that of sm_80, which all devices run, or that of sm_90a.

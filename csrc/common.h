@@ -57,5 +57,6 @@ template <class F>
 // Head dimensions are multiples of 32 (a half, the unit of rotation, is then a whole number of
 // 16-lane vectors) up to this.
 constexpr int64_t kMaxHeadDim = 256;
+constexpr bool is_head_dim(int64_t dim) { return dim >= 32 && dim % 32 == 0 && dim <= kMaxHeadDim; }
 
 }  // namespace mistral

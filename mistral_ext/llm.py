@@ -15,17 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext import _C
 from mistral_ext.chat import Chat
 from mistral_ext.engine.engine import Engine, Outputs
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Completion, Request
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.model.transformer import Transformer, move_weights
+from mistral_ext.model.transformer import Transformer
 from mistral_ext.text.chat_template import chat_template_of, encode_chat
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
-from mistral_ext.weights import checkpoint
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.device import find_device
+from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.hub import resolve
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
@@ -82,17 +84,7 @@ class Mistral:
         max_batch: int = 8,
         cache_tokens: int | None = None,
     ) -> None:
-        sizes = {"prefill_chunk": prefill_chunk, "max_batch": max_batch}
-        if cache_tokens is not None:
-            sizes["cache_tokens"] = cache_tokens
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {folder} "
-                f"only {config.vocab_size}: they do not belong together"
-            )
+        _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -106,7 +98,7 @@ class Mistral:
     def from_pretrained(
         cls,
         model: str | Path,
-        device: str | torch.device | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         prefill_chunk: int = 512,
         max_batch: int = 8,
@@ -121,7 +113,7 @@ class Mistral:
 
         Args:
             model: a folder, or a hub id such as "mistralai/Mistral-7B-v0.1".
-            device: "cpu", the default, or "cuda".
+            device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
             dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
                 copies all weights but those in 8 or 4 bits.
             prefill_chunk, max_batch, cache_tokens: see `Mistral`.
@@ -134,15 +126,15 @@ class Mistral:
         Raises:
             FileNotFoundError, ValueError, TypeError: naming the file, tensor or argument.
         """
-        device = _check_device(device)
-        folder = checkpoint.resolve(model)
-        config = MistralConfig.from_folder(folder, **config_overrides)
-        tokenizer = Tokenizer.from_folder(folder)
-        weights = checkpoint.load_weights(folder, config, dtype, progress, quantize)
-        if device.type != "cpu":
-            move_weights(weights, device)
+        device = find_device(device)
+        folder = read_folder(resolve(model), **config_overrides)
+        config, path = folder.config, folder.path
+        tokenizer = Tokenizer.from_folder(path)
+        # Before 14 GB are read.
+        _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
+        weights = load_weights(folder, dtype, progress, quantize, device)
         model = Transformer(config, weights)
-        return cls(config, model, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
+        return cls(config, model, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
 
     @functools.cached_property
     def _engine(self) -> Engine:
@@ -379,22 +371,25 @@ class Stream:
         self._outputs.close()
 
 
-def _check_device(device: str | torch.device | None) -> torch.device:
-    name = str(device or "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:  # not a name at all
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}, expected 'cpu' or 'cuda'")
-    if device.type == "cuda" and _C.cuda_architectures is None:
+def _expect_usable(
+    config: MistralConfig,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    prefill_chunk: int,
+    max_batch: int,
+    cache_tokens: int | None,
+) -> None:
+    sizes = {"prefill_chunk": prefill_chunk, "max_batch": max_batch}
+    if cache_tokens is not None:
+        sizes["cache_tokens"] = cache_tokens
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
+    if tokenizer and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"device is {str(device)!r}, but this build of mistral_ext has no CUDA kernels: "
-            "install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on"
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {folder} "
+            f"only {config.vocab_size}: they do not belong together"
         )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device")
-    return device
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -34,7 +34,7 @@ void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
         "attention: q has dtype torch.float32, expected torch.bfloat16 or "
         "torch.float16 on a CUDA device");
   }
-  if (p.head_dim != 64 && p.head_dim != 128) {
+  if (!cuda::attention_takes_head_dim(p.head_dim)) {
     fail(op, "q has head dimension " + std::to_string(p.head_dim) +
                  ", expected 64 or 128 on a CUDA device");
   }
@@ -91,9 +91,25 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
           }};
 }
 
+// Those that all ops take on a kind of device; none where this build has no kernels for it.
+std::vector<int64_t> head_dims(const std::string& device_type) {
+  const auto taken = [&](int64_t dim) {
+#ifdef MISTRAL_CUDA
+    if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);
+#endif
+    return device_type == "cpu";
+  };
+  std::vector<int64_t> dims;
+  for (int64_t dim = 1; dim <= kMaxHeadDim; ++dim) {
+    if (is_head_dim(dim) && taken(dim)) dims.push_back(dim);
+  }
+  return dims;
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
+  m.def("head_dims", &head_dims, py::arg("device_type"));
   m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("out"), py::arg("window"),
         py::arg("scale"), py::arg("max_count"));

@@ -143,7 +143,7 @@ void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
   p.head_dim = k_pool.size(1);
-  if (p.head_dim % 32 != 0 || p.head_dim < 32 || p.head_dim > kMaxHeadDim) {
+  if (!is_head_dim(p.head_dim)) {
     fail(op, "k_pool has head dimension " + std::to_string(p.head_dim) +
                  ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
   }

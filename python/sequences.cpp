@@ -73,7 +73,7 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
   if (window < 1) fail(op, "window is " + std::to_string(window) + ", expected 1 or more or None");
   q.expect_shape({-1, -1, -1});
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
-  if (dim % 32 != 0 || dim < 32 || dim > kMaxHeadDim) {
+  if (!is_head_dim(dim)) {
     fail(op, "q has head dimension " + std::to_string(dim) + ", expected a multiple of 32 up to " +
                  std::to_string(kMaxHeadDim));
   }

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -18,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights import checkpoint
-from mistral_ext.weights.checkpoint import find_weights, hugging_face_name, load_weights, resolve
+from mistral_ext.weights.checkpoint import hugging_face_name, load_weights
+from mistral_ext.weights.folder import ModelFolder, find_weights, read_folder
 
 CONFIG = MistralConfig(
     vocab_size=96,
@@ -101,6 +99,12 @@ def write_bin(folder, model):
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
 
+def write_legacy_bin(folder, model):
+    """As torch before 1.6 did: no zip archive."""
+    file = folder / "pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=False)
+
+
 def write_bin_sharded(folder, model):
     weights = model.state_dict()
     names = sorted(weights)
@@ -126,6 +130,7 @@ WRITERS = {
     "sharded": write_hf_sharded,
     "bin": write_bin,
     "bin-sharded": write_bin_sharded,
+    "legacy": write_legacy_bin,
     "consolidated": write_consolidated,
     "pth": write_pth,
 }
@@ -138,7 +143,7 @@ def folder(request, tmp_path, hf_model) -> Path:
 
 
 def test_every_format_gives_the_same_weights(folder, hf_weights):
-    weights = load_weights(folder, CONFIG)
+    weights = load_weights(ModelFolder(folder, CONFIG))
     assert list(weights) == list(checkpoint.tensor_shapes(CONFIG))
     assert {hugging_face_name(name) for name in weights} == set(hf_weights)
     for name, tensor in weights.items():
@@ -148,7 +153,7 @@ def test_every_format_gives_the_same_weights(folder, hf_weights):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_conversion(folder, hf_weights, dtype):
-    for name, tensor in load_weights(folder, CONFIG, dtype=dtype).items():
+    for name, tensor in load_weights(ModelFolder(folder, CONFIG), dtype=dtype).items():
         assert torch.equal(tensor, hf_weights[hugging_face_name(name)].to(dtype)), name
 
 
@@ -190,7 +195,7 @@ def test_folder_with_both_formats(tmp_path, hf_model, hf_weights):
     write_bin(tmp_path, hf_model)
     write_consolidated(tmp_path, hf_model)
     torch.save({}, tmp_path / "consolidated.00.pth")  # must not be read
-    weights = load_weights(tmp_path, CONFIG)
+    weights = load_weights(ModelFolder(tmp_path, CONFIG))
     assert torch.equal(weights["output.weight"], hf_weights["lm_head.weight"])
     assert find_weights(tmp_path).layout.format == "hf"
 
@@ -199,14 +204,15 @@ def test_incomplete_format_gives_way_to_a_complete_one(tmp_path, hf_model, hf_we
     write_hf_sharded(tmp_path, hf_model)
     find_weights(tmp_path).files[1].unlink()
     write_consolidated(tmp_path, hf_model)
-    weights = load_weights(tmp_path, CONFIG)
+    weights = load_weights(ModelFolder(tmp_path, CONFIG))
     assert torch.equal(weights["layers.0.attention.wq.weight"], hf_weights[Q0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="POSIX leaves open what a mapping shows")
+@pytest.mark.parametrize("folder", [name for name in WRITERS if name != "legacy"], indirect=True)
 def test_weights_share_the_pages_of_the_file(folder):
     """Without conversion nothing is copied: a change of the file shows in the tensor."""
-    tensor = load_weights(folder, CONFIG)["norm.weight"]
+    tensor = load_weights(ModelFolder(folder, CONFIG))["norm.weight"]
     content = tensor.numpy().tobytes()
     file = next(f for f in find_weights(folder).files if content in f.read_bytes())
     with file.open("r+b") as f:
@@ -218,7 +224,7 @@ def test_weights_share_the_pages_of_the_file(folder):
 def test_writing_to_a_weight_leaves_the_file_alone(tmp_path, hf_model):
     write_hf_single(tmp_path, hf_model)
     before = (tmp_path / "model.safetensors").read_bytes()
-    load_weights(tmp_path, CONFIG)["norm.weight"].zero_()
+    load_weights(ModelFolder(tmp_path, CONFIG))["norm.weight"].zero_()
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
@@ -228,7 +234,7 @@ def test_unaligned_safetensors(tmp_path, hf_model, hf_weights, padding):
     write_hf_single(tmp_path, hf_model)
     header, data = split_safetensors(tmp_path / "model.safetensors")
     join_safetensors(tmp_path / "model.safetensors", header, data, padding)
-    weights = load_weights(tmp_path, CONFIG)
+    weights = load_weights(ModelFolder(tmp_path, CONFIG))
     assert weights["norm.weight"].data_ptr() % 4 == 0
     assert torch.equal(weights["layers.0.attention.wq.weight"], hf_weights[Q0])
 
@@ -236,22 +242,21 @@ def test_unaligned_safetensors(tmp_path, hf_model, hf_weights, padding):
 def test_rotary_frequencies_are_ignored(tmp_path, hf_weights):
     hf_weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     save_file(hf_weights, tmp_path / "model.safetensors")
-    assert len(load_weights(tmp_path, CONFIG)) == len(hf_weights) - 1
+    assert len(load_weights(ModelFolder(tmp_path, CONFIG))) == len(hf_weights) - 1
 
 
 def test_tied_embeddings(tmp_path):
     model = make_hf_model(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    config = MistralConfig.from_folder(tmp_path)
-    weights = load_weights(tmp_path, config)
+    weights = load_weights(read_folder(tmp_path))
     assert weights["output.weight"] is weights["tok_embeddings.weight"]
 
 
 def test_progress_goes_to_a_terminal_only(tmp_path, hf_model, capfd):
     write_hf_single(tmp_path, hf_model)
     capfd.readouterr()  # what transformers printed
-    load_weights(tmp_path, CONFIG)
+    load_weights(ModelFolder(tmp_path, CONFIG))
     assert capfd.readouterr().err == ""
 
 
@@ -264,7 +269,7 @@ def test_progress_on_a_terminal(tmp_path, hf_model, monkeypatch, progress):
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 25, 80, 0, 0))
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        load_weights(tmp_path, CONFIG, progress=progress)
+        load_weights(ModelFolder(tmp_path, CONFIG), progress=progress)
         terminal.write("end")
     assert ("loading weights: 100%" in os.read(reader, 65536).decode()) == progress
     os.close(reader)
@@ -286,7 +291,7 @@ def join_safetensors(file: Path, header: dict, data: bytes, padding: int = 0) ->
 
 def refusal(folder: Path, config: MistralConfig = CONFIG, error=ValueError, **options) -> str:
     with pytest.raises(error) as caught:
-        load_weights(folder, config, **options)
+        load_weights(ModelFolder(folder, config), **options)
     return str(caught.value)
 
 
@@ -299,6 +304,26 @@ def test_missing_tensor(tmp_path, hf_weights):
     del hf_weights[Q0]
     file = save_hf(tmp_path, hf_weights)
     assert refusal(tmp_path) == f"tensor '{Q0}' is missing from {file}; expected shape (64, 48)"
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            lambda name: name.removeprefix("model."),
+            "names its tensors without 'model.', as 'embed_tokens.weight': that is an embedding",
+        ),
+        (lambda name: f"base_model.{name}", "found 'base_model.model.embed_tokens.weight'"),
+        (lambda name: f"{name}.lora_A", "found 'lm_head.weight.lora_A', 'model."),
+    ],
+)
+def test_tensors_named_in_another_way(tmp_path, hf_weights, rename, message):
+    left_out = "lm_head.weight" if "embedding" in message else None
+    weights = {rename(n): weight for n, weight in hf_weights.items() if n != left_out}
+    file = save_hf(tmp_path, weights)
+    refused = refusal(tmp_path)
+    assert message in refused
+    assert file in refused
 
 
 def test_missing_output_is_refused_unless_tied(tmp_path, hf_weights):
@@ -355,7 +380,7 @@ def test_mixed_dtypes_need_a_conversion(tmp_path, hf_weights):
     message = refusal(tmp_path)
     assert f"'{Q0}'" in message
     assert "pass dtype" in message
-    weights = load_weights(tmp_path, CONFIG, dtype=torch.bfloat16)
+    weights = load_weights(ModelFolder(tmp_path, CONFIG), dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
@@ -417,13 +442,18 @@ def test_damaged_header(tmp_path, header):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
-def test_damaged_torch_file(tmp_path, hf_weights, name, damage):
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("damage", ["truncated", "cut early", "empty", "garbage"])
+def test_damaged_torch_file(tmp_path, hf_weights, name, damage, zipped):
     file = tmp_path / name
-    torch.save(hf_weights, file)
+    torch.save(hf_weights, file, _use_new_zipfile_serialization=zipped)
     content = file.read_bytes()
-    file.write_bytes({"truncated": content[:-1000], "empty": b"", "garbage": b"x" * 999}[damage])
-    assert f"{file} is truncated, or not a checkpoint" in refusal(tmp_path)
+    damaged = {"truncated": content[:-1000], "cut early": content[:100], "empty": b""}
+    file.write_bytes(damaged.get(damage, b"x" * 999))
+    message = refusal(tmp_path)
+    assert message.startswith(f"{file} is truncated, or not a checkpoint written by torch.save: ")
+    assert not message.endswith(": ")
+    assert "weights_only" not in message  # torch's advice
 
 
 class Unsafe:
@@ -431,10 +461,14 @@ class Unsafe:
         return os.mkdir, ("executed",)
 
 
-def test_torch_file_runs_no_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_file_runs_no_code(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
-    torch.save({"a": Unsafe()}, tmp_path / "pytorch_model.bin")
-    assert str(tmp_path / "pytorch_model.bin") in refusal(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": Unsafe()}, file, _use_new_zipfile_serialization=zipped)
+    message = refusal(tmp_path)
+    assert str(file) in message
+    assert "mkdir" in message
     assert not (tmp_path / "executed").exists()
 
 
@@ -486,97 +520,3 @@ def test_no_weights(tmp_path):
     message = refusal(tmp_path, error=FileNotFoundError)
     assert str(tmp_path) in message
     assert "consolidated.safetensors" in message
-
-
-# resolve()
-
-
-def test_resolve_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert resolve(tmp_path) == tmp_path
-    assert resolve("owner/name") == Path("owner/name")  # a folder wins over a hub id
-
-
-def test_resolve_file(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a file; expected the folder"):
-        resolve(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize("path", ["nowhere", "./a/b", "/nowhere/model", "a/b/c", "../x"])
-def test_resolve_missing_path(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist") as error:
-        resolve(path)
-    assert repr(path) in str(error.value)
-
-
-def test_resolve_offline_says_what_to_do(tmp_path):
-    """In a process of its own: huggingface_hub reads its environment when it is imported."""
-    code = (
-        "from mistral_ext.weights.checkpoint import resolve; resolve('mistralai/Mistral-7B-v0.1')"
-    )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    message = done.stderr.splitlines()[-1]
-    assert message.startswith("FileNotFoundError: 'mistralai/Mistral-7B-v0.1'")
-    assert "hf download mistralai/Mistral-7B-v0.1" in message
-    assert "HF_HOME" in message
-
-
-def test_resolve_offline_finds_the_cache(tmp_path):
-    cache = tmp_path / "hub" / "models--owner--name"
-    (cache / "snapshots" / "abc").mkdir(parents=True)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text("abc")
-    code = "from mistral_ext.weights.checkpoint import resolve; print(resolve('owner/name'))"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert Path(done.stdout.strip()) == cache / "snapshots" / "abc"
-
-
-def set_repository(monkeypatch, files: list[str]) -> None:
-    """Let the hub's answer be a model with these files."""
-    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, hub_id: info)
-
-
-HF_SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX]
-BIN_SHARDS = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
-
-
-@pytest.mark.parametrize(
-    ("available", "wanted"),
-    [
-        ([*HF_SHARDS, *BIN_SHARDS, "consolidated.safetensors"], HF_SHARDS),
-        ([*BIN_SHARDS, "consolidated.safetensors"], BIN_SHARDS),
-        (["consolidated.safetensors", "consolidated.00.pth"], ["consolidated.safetensors"]),
-        (["consolidated.00.pth", "flax_model.msgpack"], ["consolidated.00.pth"]),
-    ],
-)
-def test_download_takes_one_format_and_the_companions(tmp_path, monkeypatch, available, wanted):
-    from huggingface_hub.utils import filter_repo_objects
-
-    companions = ["config.json", "params.json", "tokenizer.model.v3", "tokenizer.json"]
-    repository = [*companions, "README.md", *available]
-    downloaded = []
-
-    def snapshot_download(hub_id, allow_patterns):
-        downloaded.extend(filter_repo_objects(repository, allow_patterns=allow_patterns))
-        return str(tmp_path)
-
-    set_repository(monkeypatch, repository)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve("owner/name") == tmp_path
-    assert sorted(downloaded) == sorted(companions + wanted)
-
-
-def test_download_without_weights(monkeypatch):
-    set_repository(monkeypatch, ["README.md"])
-    with pytest.raises(FileNotFoundError, match="no weights in hub model 'owner/name'"):
-        resolve("owner/name")

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.folder import read_folder
 
 # What the releases ship, less the keys that nobody reads.
 HF_V1 = {
@@ -104,7 +105,7 @@ def test_hf_as_the_installed_transformers_writes_it(tmp_path):
         eos_token_id=[2, 7],
         dtype="float16",
     ).save_pretrained(tmp_path)
-    config = MistralConfig.from_folder(tmp_path)
+    config = read_folder(tmp_path).config
     assert (config.rope_theta, config.sliding_window) == (5e5, None)
     assert (config.head_dim, config.eos_ids, config.dtype) == (64, (2, 7), torch.float16)
 
@@ -149,9 +150,7 @@ def test_params_window_decides_a_missing_theta(change, window, theta):
 
 def test_overrides_win_over_the_file(tmp_path):
     write(tmp_path, config=HF_V1)
-    config = MistralConfig.from_folder(
-        tmp_path, sliding_window=None, rope_theta=1e6, eos_ids=[2, 3]
-    )
+    config = read_folder(tmp_path, sliding_window=None, rope_theta=1e6, eos_ids=[2, 3]).config
     assert (config.sliding_window, config.rope_theta, config.eos_ids) == (None, 1e6, (2, 3))
 
 
@@ -205,7 +204,7 @@ def test_unknown_override_lists_the_fields():
 def test_hf_refused(tmp_path, change, message):
     write(tmp_path, config=HF_V1 | change)
     with pytest.raises(ValueError, match=message) as error:
-        MistralConfig.from_folder(tmp_path)
+        read_folder(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -223,45 +222,5 @@ def test_hf_refused(tmp_path, change, message):
 def test_params_refused(tmp_path, values, message):
     write(tmp_path, params=values)
     with pytest.raises(ValueError, match=message) as error:
-        MistralConfig.from_folder(tmp_path)
+        read_folder(tmp_path)
     assert str(tmp_path / "params.json") in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "\x00", '{"a": 1,}'])
-def test_damaged_json_names_the_file(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json"):
-        MistralConfig.from_folder(tmp_path)
-
-
-def test_no_configuration(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config.json.*params.json") as error:
-        MistralConfig.from_folder(tmp_path)
-    assert str(tmp_path) in str(error.value)
-
-
-# Early v0.2 folders disagree: a window in config.json, none in params.json.
-PARAMS_V2 = without(PARAMS_V1, "sliding_window") | {"rope_theta": 1e6}
-
-
-@pytest.mark.parametrize(
-    ("weights", "window"),
-    [
-        ([], 4096),
-        (["model.safetensors"], 4096),
-        (["model.safetensors", "consolidated.safetensors"], 4096),
-        (["consolidated.safetensors"], None),
-        (["consolidated.00.pth"], None),
-    ],
-)
-def test_of_two_files_the_one_that_goes_with_the_weights(tmp_path, weights, window):
-    write(tmp_path, config=HF_V1, params=PARAMS_V2)
-    for name in weights:
-        (tmp_path / name).touch()
-    assert MistralConfig.from_folder(tmp_path).sliding_window == window
-
-
-def test_params_alone_go_with_any_weights(tmp_path):
-    write(tmp_path, params=PARAMS_V2)
-    (tmp_path / "model.safetensors").touch()
-    assert MistralConfig.from_folder(tmp_path).rope_theta == 1e6

@@ -10,15 +10,16 @@ import reference
 import torch
 from backends import GPU, NEEDS_GPU
 from checkpoints import write_checkpoint
+from mistral_ext.engine.cache import RingCache
+from mistral_ext.engine.decoding import Decoder, GraphDecoder
 from ragged import RaggedBatch
 
 from mistral_ext import _C, Mistral, ops
 from mistral_ext.engine import scheduler
-from mistral_ext.engine.cache import RingCache
-from mistral_ext.engine.decoding import Decoder, GraphDecoder
 from mistral_ext.engine.sampling import Sampler, SamplingParams
 from mistral_ext.ops import Quantized
-from mistral_ext.weights import checkpoint
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.quantize import quantize
 
 pytestmark = NEEDS_GPU
@@ -48,7 +49,7 @@ def ids():
 def test_logits_are_as_close_as_plain_torch(folder, ids, dtype, chunk):
     """Error against fp64 at most twice that of the same model in plain torch and the same dtype."""
     llm = Mistral.from_pretrained(folder, device="cuda", dtype=dtype)
-    weights = checkpoint.load_weights(folder, llm.config, dtype, progress=False)
+    weights = load_weights(read_folder(folder), dtype, progress=False)
     wide = {name: weight.double() for name, weight in weights.items()}
     exact = reference.model(wide, llm.config, ids)
     plain = reference.model(weights, llm.config, ids)

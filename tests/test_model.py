@@ -8,10 +8,13 @@ import torch
 from backends import use
 from checkpoints import write_checkpoint
 
-from mistral_ext import Mistral, ops
+from mistral_ext import Mistral
 from mistral_ext.engine.slots import SlotPool
-from mistral_ext.model.transformer import Transformer, move_weights
-from mistral_ext.weights import checkpoint
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops import routing
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.device import move_weights
+from mistral_ext.weights.folder import read_folder
 
 # GQA ratios 1, 2, 4, 8; windows 1, 5, 16 and none; head dimensions 64 and 128; theta of v0.1, v0.2
 VARIANTS = {
@@ -127,7 +130,7 @@ def test_low_precision_is_as_close_as_plain_torch(tmp_path, dtype):
     write_checkpoint(tmp_path)
     ours = Mistral.from_pretrained(tmp_path, dtype=dtype)
     ids = torch.randint(3, 131, (LENGTH,), generator=torch.Generator().manual_seed(2))
-    weights = checkpoint.load_weights(tmp_path, ours.config, dtype, progress=False)
+    weights = load_weights(read_folder(tmp_path), dtype, progress=False)
     wide = {name: weight.double() for name, weight in weights.items()}
     exact = reference.model(wide, ours.config, ids)
     plain = reference.model(weights, ours.config, ids)
@@ -140,7 +143,7 @@ def test_reference_is_transformers(tmp_path):
     theirs = write_checkpoint(tmp_path).double()
     ours = Mistral.from_pretrained(tmp_path)
     ids = torch.randint(3, 131, (LENGTH,), generator=torch.Generator().manual_seed(3))
-    weights = checkpoint.load_weights(tmp_path, ours.config, torch.float32, progress=False)
+    weights = load_weights(read_folder(tmp_path), torch.float32, progress=False)
     logits = reference.model({n: w.double() for n, w in weights.items()}, ours.config, ids)
     # transformers forms its angles in fp32
     torch.testing.assert_close(logits, their_logits(theirs, ids), atol=1e-4, rtol=1e-4)
@@ -152,7 +155,7 @@ def test_on_the_cuda_kernels(tmp_path, emulator, window):
     write_checkpoint(tmp_path, sliding_window=window)
     ours = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ids = torch.randint(3, 131, (45,), generator=torch.Generator().manual_seed(4))
-    weights = checkpoint.load_weights(tmp_path, ours.config, torch.bfloat16, progress=False)
+    weights = load_weights(read_folder(tmp_path), torch.bfloat16, progress=False)
     exact = reference.model({n: w.double() for n, w in weights.items()}, ours.config, ids)
     plain = reference.model(weights, ours.config, ids)
     with use(emulator):
@@ -171,8 +174,8 @@ def test_products_of_a_long_prompt_on_a_cuda_device(tmp_path, monkeypatch):
     ours = Mistral.from_pretrained(tmp_path)
     ids = torch.randint(3, 131, (80,), generator=torch.Generator().manual_seed(5))
     expected = ours.logits(ids)
-    monkeypatch.setattr(ops, "_multiplied_by_torch", lambda x: True)
-    weights = checkpoint.load_weights(tmp_path, ours.config, None, progress=False)
+    monkeypatch.setattr(routing, "_is_for_torch", lambda x: True)
+    weights = load_weights(read_folder(tmp_path), None, progress=False)
     moved = dict(weights)
     move_weights(moved, torch.device("cpu"))
     assert all(torch.equal(moved[name], weight) for name, weight in weights.items())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import shutil
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -14,10 +17,10 @@ from checkpoints import TOKENIZERS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mistral_ext.llm import DEMO_MODEL
-from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized
 from mistral_ext.weights import checkpoint, safetensors_file
 from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.quantize import Quantization, quantize
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
@@ -32,6 +35,7 @@ def hf_folder(tmp_path_factory):
     write_checkpoint(folder, vocab_size=32000, intermediate_size=192, eos_token_id=[2, 5])
     shutil.copy(TOKENIZERS["v1"], folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "[INST]"}')
+    (folder / "added_tokens.json").write_text('{"[PAD]": 32000}')
     (folder / "README.md").write_text("not part of the model")
     return folder
 
@@ -40,8 +44,8 @@ def hf_folder(tmp_path_factory):
 def mistral_folder(tmp_path_factory, hf_folder):
     """The same in Mistral's format, in bfloat16."""
     folder = tmp_path_factory.mktemp("mistral")
-    config = MistralConfig.from_folder(hf_folder)
-    weights = load_weights(hf_folder, config, dtype=torch.bfloat16)
+    config = read_folder(hf_folder).config
+    weights = load(hf_folder, dtype=torch.bfloat16)
     for name, weight in weights.items():
         if name.endswith(("wq.weight", "wk.weight")):
             halves = weight.view(-1, 2, config.head_dim // 2, config.dim)
@@ -64,7 +68,7 @@ def quantized_folder(tmp_path, hf_folder):
 
 
 def load(folder, **options) -> dict[str, torch.Tensor | Quantized]:
-    return load_weights(folder, MistralConfig.from_folder(folder), **options)
+    return load_weights(read_folder(folder), **options)
 
 
 def is_same(a: torch.Tensor | Quantized, b: torch.Tensor | Quantized) -> bool:
@@ -106,21 +110,33 @@ def test_quantising_while_loading_is_the_same(source, tmp_path, bits):
 
 def test_configuration_and_companions(source, tmp_path):
     target = quantize_checkpoint(source, tmp_path / "int4", 4, 32)
-    before, after = MistralConfig.from_folder(source), MistralConfig.from_folder(target)
+    before, after = read_folder(source), read_folder(target)
     dtype = load(source)["norm.weight"].dtype
-    assert after == dataclasses.replace(before, dtype=dtype, quantization=Quantization(4, 32))
+    assert after.config == dataclasses.replace(before.config, dtype=dtype)
+    assert (before.quantization, after.quantization) == (None, Quantization(4, 32))
     assert json.loads((target / "config.json").read_text())["quantization_config"] == {
         "quant_method": "mistral_ext",
         "bits": 4,
         "group_size": 32,
     }
     companions = {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
+    companions |= {"added_tokens.json"}
     companions &= {file.name for file in source.iterdir()}
     written = {file.name for file in target.iterdir()}
     assert written == companions | {"config.json", "model.safetensors"}
     for name in companions:
         assert (target / name).read_bytes() == (source / name).read_bytes()
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_instruct_model_stays_one_under_another_name(mistral_folder, tmp_path):
+    """Mistral's own folders hold no chat template: only the name says what they are."""
+    original = tmp_path / "Mistral-7B-Instruct-v0.2"
+    shutil.copytree(mistral_folder, original)
+    once = quantize_checkpoint(original, tmp_path / "small", 4)
+    assert json.loads((once / "config.json").read_text())["mistral_ext"] == {"instruct": True}
+    for folder, instruct in ((original, True), (once, True), (mistral_folder, False)):
+        assert read_folder(folder).instruct == instruct
 
 
 def test_the_library_reads_the_same(quantized_folder):
@@ -168,7 +184,7 @@ def test_tied_embeddings(tmp_path, bits):
     write_checkpoint(tmp_path / "tied", intermediate_size=192, tie_word_embeddings=True)
     embeddings = load_file(tmp_path / "tied" / "model.safetensors")["model.embed_tokens.weight"]
     target = quantize_checkpoint(tmp_path / "tied", tmp_path / "quantised", bits)
-    assert not MistralConfig.from_folder(target).tie_word_embeddings
+    assert not read_folder(target).config.tie_word_embeddings
     for weights in (load(target), load(tmp_path / "tied", quantize=f"int{bits}")):
         assert is_same(weights["tok_embeddings.weight"], embeddings)
         assert is_same(weights["output.weight"], quantize(embeddings, 8))
@@ -203,9 +219,37 @@ def test_an_interrupted_run_leaves_nothing(hf_folder, tmp_path, monkeypatch, err
     assert load(quantize_checkpoint(hf_folder, tmp_path / "int4", 4))
 
 
-def test_what_a_killed_run_left_is_not_in_the_way(hf_folder, tmp_path):
-    (tmp_path / "int4.part-abc" / "int4").mkdir(parents=True)
+def test_a_terminated_run_leaves_nothing(hf_folder, tmp_path):
+    """By SIGTERM, in the middle: from timeout, systemd, docker stop or a batch system."""
+    code = f"""if True:
+        import os, signal
+        from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
+        from mistral_ext.weights.safetensors_file import Writer
+        write, written = Writer.write, []
+        def terminated(*args):
+            write(*args)
+            written.append(1)
+            if len(written) == 20:
+                print("under way:", *os.listdir({str(tmp_path)!r}))
+                os.kill(os.getpid(), signal.SIGTERM)
+        Writer.write = terminated
+        quantize_checkpoint({str(hf_folder)!r}, {str(tmp_path / "int4")!r}, 4)
+        print("finished")
+    """
+    done = subprocess.run(
+        [sys.executable, "-uc", code], capture_output=True, text=True, check=False
+    )
+    assert re.fullmatch(r"under way: int4\.part-\w+\n", done.stdout)
+    assert done.returncode == -signal.SIGTERM
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(hf_folder, tmp_path, caplog):
+    left = tmp_path / "int4.part-abc"
+    (left / "int4").mkdir(parents=True)
     assert load(quantize_checkpoint(hf_folder, tmp_path / "int4", 4))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [str(left)]
 
 
 def test_existing_targets(hf_folder, tmp_path):
@@ -308,7 +352,7 @@ def test_quantised_weights_with_the_configuration_of_the_original(quantized_fold
 def test_unknown_methods_are_refused_by_name(quantized_folder, settings, message):
     file = quantized_folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
-    refused = refusal(MistralConfig.from_folder, quantized_folder)
+    refused = refusal(read_folder, quantized_folder)
     assert message in refused
     assert str(file) in refused
 

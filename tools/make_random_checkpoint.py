@@ -6,8 +6,7 @@ layout and setting is that of the real thing; only the text it generates is nois
 
     python tools/make_random_checkpoint.py --version v0.1 --tokenizer tokenizer.model OUT
 
-Tensors are made and written one by one (about 1 GB of memory), into a temporary folder beside
-OUT that is renamed when complete.
+Tensors are made and written one by one (about 1 GB of memory); OUT is there when it is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import argparse
 import json
 import math
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights.checkpoint import hugging_face_name, tensor_shapes
+from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import Writer
 
 # What sets the releases apart: vocabulary, RoPE base, window.
@@ -149,17 +148,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{args.out.name}-", dir=args.out.parent))
-    try:
-        write_checkpoint(unfinished, config, args.format, args.seed)
+    with new_folder(args.out) as folder:
+        write_checkpoint(folder, config, args.format, args.seed)
         if args.tokenizer is not None:
-            shutil.copyfile(args.tokenizer, unfinished / "tokenizer.model")
-        unfinished.chmod(0o755)  # mkdtemp's folders are private
-        unfinished.rename(args.out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+            shutil.copyfile(args.tokenizer, folder / "tokenizer.model")
 
 
 if __name__ == "__main__":

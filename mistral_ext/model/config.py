@@ -1,8 +1,9 @@
-"""The hyperparameters of a Mistral model, read from either of its two file formats.
+"""The hyperparameters of a Mistral model, from the values of either of its two file formats.
 
-Hugging Face folders describe a model in ``config.json``, Mistral's own in ``params.json``.
-Both become one :class:`MistralConfig`, with Mistral's names. A setting that would need
-arithmetic the model does not have (scaled RoPE, biases, experts) is refused, never ignored.
+Hugging Face folders describe a model in ``config.json``, Mistral's own in ``params.json``;
+mistral_ext/weights/folder.py reads the files. The values of both become one
+:class:`MistralConfig`, with Mistral's names. A setting that would need arithmetic the model does
+not have (scaled RoPE, biases, experts) is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -10,13 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from mistral_ext.weights.checkpoint import find_weights, read_json_object
-from mistral_ext.weights.quantize import Quantization
 
 # Field -> key of config.json, and the value transformers' MistralConfig gives to a missing key.
 _HF_KEYS = {
@@ -39,8 +36,6 @@ _HF_DEFAULT_ROPE_THETA = 1e4
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
 # params.json says nothing about these; the three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
-
-_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -68,7 +63,6 @@ class MistralConfig:
     eos_ids: tuple[int, ...]  # any of them ends a text
     dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
     tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
-    quantization: Quantization | None = None  # how the weights are stored; None: in the dtype
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_ids, (int, list)):  # both occur in files
@@ -122,42 +116,6 @@ class MistralConfig:
             raise ValueError(f"{label} must be {expected}, got {getattr(self, name)!r}")
 
     @classmethod
-    def from_folder(cls, path: str | Path, **overrides: Any) -> MistralConfig:
-        """Read the configuration of the checkpoint in a folder.
-
-        A folder may hold both formats. Then ``config.json`` is read, unless the only weights
-        there are Mistral's: the configuration should come from whoever wrote the weights
-        (early ``config.json`` files of v0.2 state a window that its ``params.json`` does not).
-
-        Args:
-            path: a local folder (see :func:`mistral_ext.weights.checkpoint.resolve` for hub ids).
-            overrides: fields by name, e.g. ``sliding_window=None``; they win over the file.
-
-        Raises:
-            FileNotFoundError: the folder has neither file.
-            ValueError: the file is damaged, or describes a model that this engine cannot compute.
-            TypeError: an override that is not a field.
-        """
-        folder = Path(path)
-        hf_file, params_file = folder / "config.json", folder / "params.json"
-        weights = find_weights(folder)
-        mistral_weights = weights is not None and weights.layout.format == "mistral"
-        if params_file.is_file() and (mistral_weights or not hf_file.is_file()):
-            file, read = params_file, cls.from_params
-        elif hf_file.is_file():
-            file, read = hf_file, cls.from_hf
-        else:
-            raise FileNotFoundError(
-                f"no model configuration in {str(folder)!r}: expected config.json "
-                "(Hugging Face) or params.json (Mistral)"
-            )
-        values = read_json_object(file)
-        try:
-            return read(values, **overrides)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-
-    @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
         """Read the contents of a Hugging Face ``config.json``, of any transformers version.
 
@@ -182,7 +140,6 @@ class MistralConfig:
         fields["head_dim"] = values.get("head_dim")
         fields["rope_theta"] = _hf_rope_theta(values)
         fields["dtype"] = _dtype(values)
-        fields["quantization"] = _quantization(values)
         return cls._build(fields, overrides)
 
     def to_hf(self) -> dict[str, Any]:
@@ -194,12 +151,6 @@ class MistralConfig:
         values["rope_theta"] = self.rope_theta
         if self.dtype is not None:
             values["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        if self.quantization is not None:
-            values["quantization_config"] = {
-                "quant_method": _QUANT_METHOD,
-                "bits": self.quantization.bits,
-                "group_size": self.quantization.group,
-            }
         return values
 
     @classmethod
@@ -295,19 +246,3 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     if not isinstance(name, str) or name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
     return _DTYPES[name]
-
-
-def _quantization(values: dict[str, Any]) -> Quantization | None:
-    settings = values.get("quantization_config")
-    if not settings:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method != _QUANT_METHOD:
-        raise ValueError(
-            f"quantization_config is not supported: quant_method is {method!r}, expected "
-            f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
-        )
-    try:
-        return Quantization(settings.get("bits"), settings.get("group_size"))
-    except ValueError as error:
-        raise ValueError(f"quantization_config: {error}") from error

@@ -26,7 +26,7 @@ What a table holds is checked on the CPU only: to read it back from a GPU would 
 """
 
 from mistral_ext.ops.attention import attention
-from mistral_ext.ops.isa import active_isa, select_isa, supported_isas
+from mistral_ext.ops.isa import active_isa, head_dims, select_isa, supported_isas
 from mistral_ext.ops.linear import (
     linear,
     linear_argmax,
@@ -45,6 +45,7 @@ __all__ = [
     "Weight",
     "active_isa",
     "attention",
+    "head_dims",
     "linear",
     "linear_argmax",
     "linear_residual",

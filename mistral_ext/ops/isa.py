@@ -22,3 +22,9 @@ def active_isa() -> str:
 def select_isa(name: str) -> None:
     """Makes the CPU kernels use instruction set `name`; ValueError if this machine cannot."""
     _C.select_isa(name)
+
+
+def head_dims(device_type: str) -> list[int]:
+    """The head dimensions that all ops take on a "cpu" or "cuda" device; none where this build has
+    no kernels for it."""
+    return _C.head_dims(device_type)

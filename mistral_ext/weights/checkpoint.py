@@ -1,8 +1,7 @@
-"""Checkpoint files: where they are, what is in them, and the weights they hold.
+"""The weights in the files of a model folder.
 
-Two families of files are read: Hugging Face's (``model*.safetensors``, ``pytorch_model*.bin``)
-and Mistral's (``consolidated.safetensors``, ``consolidated.00.pth``). Both give one dict of
-tensors with Mistral's names and Hugging Face's order of the query and key rows.
+Hugging Face's and Mistral's files (mistral_ext/weights/folder.py) give one dict of tensors, with
+Mistral's names and Hugging Face's order of the query and key rows.
 
 Weights are mapped into memory, not read into it: their pages belong to the file, so they are
 held once, are shared between processes, and can be evicted instead of killing the process. Only
@@ -17,55 +16,29 @@ Everything a file says about its tensors is checked before the first of them is 
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
-import pickle
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized
+from mistral_ext.weights.device import expect_runnable, move_weights
+from mistral_ext.weights.folder import (
+    LAYOUTS,
+    ModelFolder,
+    WeightFiles,
+    find_weights,
+    refuse_lfs_pointer,
+    what_is_there,
+)
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.quantize import quantize as quantize_weight
 from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
-
-if TYPE_CHECKING:
-    from mistral_ext.model.config import MistralConfig
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way of storing weights in a folder."""
-
-    file: str  # the weights, or the index that lists the files with the weights
-    format: str  # "hf" or "mistral": whose tensor names, and whose order of q and k rows
-    shards: str | None = None  # pattern of the listed files, if `file` is an index
-
-
-# What belongs to a model beside its configuration and weights.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "tekken.json",
-    "special_tokens_map.json",
-    "chat_template*",
-)
-
-# In order of preference: the first one that is complete is read.
-LAYOUTS = (
-    Layout("model.safetensors", "hf"),
-    Layout("model.safetensors.index.json", "hf", shards="model-*.safetensors"),
-    Layout("pytorch_model.bin", "hf"),
-    Layout("pytorch_model.bin.index.json", "hf", shards="pytorch_model-*.bin"),
-    Layout("consolidated.safetensors", "mistral"),
-    Layout("consolidated.00.pth", "mistral"),
-)
+from mistral_ext.weights.torch_file import torch_tensors
 
 _HF_MODULES = {
     "tok_embeddings": "model.embed_tokens",
@@ -86,24 +59,14 @@ _SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weight files of one folder."""
-
-    layout: Layout
-    file: Path  # layout.file in its folder
-    files: tuple[Path, ...]  # the files with tensors: `file` itself, or the shards it lists
 
 
 def load_weights(
-    folder: str | Path,
-    config: MistralConfig,
+    folder: ModelFolder,
     dtype: torch.dtype | None = None,
     progress: bool = True,
     quantize: str | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor | Quantized]:
     """Load all weights of a model.
 
@@ -111,16 +74,18 @@ def load_weights(
     operating system may evict them again, since they belong to the file.
 
     Args:
-        folder: holds one of :data:`LAYOUTS`; of several, the first that is complete is used.
-        config: gives the names and shapes of the tensors.
+        folder: from :func:`mistral_ext.weights.folder.read_folder`. Of several formats in it, the
+            first of its `LAYOUTS` that is complete is used.
         dtype: convert to bfloat16, float16 or float32. None keeps the stored one, copying nothing.
             Quantised weights have none.
         progress: show a progress bar if stderr is a terminal.
         quantize: "int8" or "int4": quantise the weights, one after another, unless they are stored
             so; None: as stored.
+        device: where the model is to run. One that cannot run there is refused before its weights
+            are read; those of others are moved there. None: they are read, for any purpose.
 
     Returns:
-        Contiguous CPU tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. The
+        Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. The
         rows of ``wq`` and ``wk`` are in Hugging Face's order: RoPE rotates (i, i + head_dim / 2).
         Do not write to them.
 
@@ -128,12 +93,17 @@ def load_weights(
         FileNotFoundError: no weights, or a file named by the index is missing.
         ValueError: a tensor is missing, unknown, truncated or has the wrong shape or dtype, or a
             file is damaged, or a tensor cannot be quantised; the message names the tensor and the
-            file.
+            file. Or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
-    loaded = dict(Checkpoint(folder, config, dtype, quantization).weights(progress))
+    checkpoint = Checkpoint(folder, dtype, quantization)
+    if device is not None:
+        expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
+    loaded = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
+    if device is not None and device.type != "cpu":
+        move_weights(loaded, device)
     return loaded
 
 
@@ -141,7 +111,7 @@ class Checkpoint:
     """The weights of a folder, checked and not yet read: see :func:`load_weights`.
 
     Args:
-        folder, config, dtype: as for :func:`load_weights`.
+        folder, dtype: as for :func:`load_weights`.
         quantization: how to quantise the weights; None: as they are stored.
 
     Attributes:
@@ -150,8 +120,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        folder: str | Path,
-        config: MistralConfig,
+        folder: ModelFolder,
         dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
     ) -> None:
@@ -159,21 +128,25 @@ class Checkpoint:
             raise ValueError(
                 f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}"
             )
-        files = find_weights(folder)
+        config = folder.config
+        files = find_weights(folder.path)
         if files is None:
             expected = ", ".join(layout.file for layout in LAYOUTS)
-            raise FileNotFoundError(f"no weights in {str(folder)!r}: expected one of {expected}")
-        stored = config.quantization
+            found = what_is_there(entry.name for entry in folder.path.iterdir())
+            raise FileNotFoundError(
+                f"no weights in {str(folder.path)!r}: expected one of {expected}; {found}"
+            )
+        stored = folder.quantization
         if stored and quantization and stored.bits != quantization.bits:
             raise ValueError(
-                f"the weights in {str(folder)!r} are quantised already, as {stored}, and cannot be "
-                f"made {quantization}: start from the original"
+                f"the weights in {str(folder.path)!r} are quantised already, as {stored}, and "
+                f"cannot be made {quantization}: start from the original"
             )
         self._quantizes = quantization if stored is None else None
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
-        self._parts = _match(files, config, dtype)
+        self._parts = _match(files, config, stored, dtype)
         self._dtype = dtype
         self.dtype = dtype or self._parts["tok_embeddings.weight"][0].dtype
         if self._quantizes and "output.weight" not in self._parts:
@@ -181,6 +154,11 @@ class Checkpoint:
         self._heads_in_pairs = {}  # of the weights whose rows are in Mistral's order
         if files.layout.format == "mistral":
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that `weights` gives."""
+        return sum(self._nbytes(name, parts) for name, parts in self._parts.items())
 
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Tensor | Quantized]]:
         """Reads the weights; gives the name (Mistral's) and the weight of one after another.
@@ -198,6 +176,14 @@ class Checkpoint:
             for name, parts in self._parts.items():
                 yield name, self._read(name, parts)
                 bar.update(n_bytes[name])
+
+    def _nbytes(self, name: str, parts: tuple[StoredTensor, ...]) -> int:
+        quantized = self._quantizes and self._quantizes.parts(name, parts[0].shape)
+        if quantized:
+            return quantized.nbytes
+        if self._dtype is not None and len(parts) == 1:
+            return math.prod(parts[0].shape) * self._dtype.itemsize
+        return sum(part.nbytes for part in parts)
 
     def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Tensor | Quantized:
         tensors = [part.read() for part in parts]
@@ -256,115 +242,14 @@ def named_parts(name: str, weight: Tensor | Quantized) -> dict[str, Tensor]:
     return {name: weight}
 
 
-# Finding the files
-
-
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a model: a folder as it is, a hub id (``owner/name``) downloaded.
-
-    Of a hub model, only the configuration, the tokenizer and one format of the weights are
-    downloaded, into huggingface_hub's cache; later calls work without a network.
-
-    Raises:
-        FileNotFoundError: no such folder, and no such model on the hub or in its cache.
-        ValueError: the path is a file.
-    """
-    path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{str(path)!r} is a file; expected the folder that holds the model")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
-        return _download(str(path_or_hub_id))
-    raise FileNotFoundError(
-        f"{str(path_or_hub_id)!r} does not exist; expected a folder, or a hub id like 'owner/name'"
-    )
-
-
-def find_weights(folder: str | Path) -> Weights | None:
-    """The weights to read in a folder that may hold several: the first complete ones of
-    :data:`LAYOUTS`. If none are complete, the first ones at all; without any, None."""
-    folder = Path(folder)
-    found = [_weights(folder, layout) for layout in LAYOUTS if (folder / layout.file).is_file()]
-    complete = [w for w in found if all(f.is_file() and not _is_lfs_pointer(f) for f in w.files)]
-    return next(iter(complete + found), None)
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Parse a file that holds one JSON object.
-
-    Raises:
-        ValueError: naming the file, if it holds anything else.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _weights(folder: Path, layout: Layout) -> Weights:
-    file = folder / layout.file
-    if layout.shards is None:
-        return Weights(layout, file, (file,))
-    shard_of = read_json_object(file).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
-    names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
-    return Weights(layout, file, tuple(folder / name for name in names))
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    with file.open("rb") as f:
-        return f.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    patterns = ["config.json", "params.json", *COMPANIONS]
-    try:
-        files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings]
-    except Exception as error:  # no network, no access or no such model: the cache may have it
-        return _cached(hub_id, error)
-    layout = next((layout for layout in LAYOUTS if layout.file in files), None)
-    if layout is None:
-        expected = ", ".join(layout.file for layout in LAYOUTS)
-        raise FileNotFoundError(f"no weights in hub model {hub_id!r}: expected one of {expected}")
-    patterns += [name for name in (layout.file, layout.shards) if name is not None]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as error:
-        raise _not_available(hub_id, error) from error
-
-
-def _cached(hub_id: str, reason: Exception) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        # No patterns: whether the files are complete is for their readers to find out.
-        return Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))
-    except Exception:
-        raise _not_available(hub_id, reason) from reason
-
-
-def _not_available(hub_id: str, reason: Exception) -> FileNotFoundError:
-    summary = str(reason).strip().partition("\n")[0]
-    return FileNotFoundError(
-        f"{hub_id!r} is not a local folder, and could not be downloaded from the Hugging Face hub "
-        f"({type(reason).__name__}: {summary}). Models that ask for consent need 'hf auth login'. "
-        f"Without a network: run 'hf download {hub_id}' on another machine and pass the folder "
-        "here, or set HF_HOME to a copy of its cache."
-    )
-
-
 # What the files hold
 
 
 def _match(
-    weights: Weights, config: MistralConfig, dtype: torch.dtype | None
+    weights: WeightFiles,
+    config: MistralConfig,
+    quantization: Quantization | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """The stored tensors of each weight, after checking that they are exactly those expected: one,
     or the values and the scales of a quantised weight."""
@@ -376,10 +261,11 @@ def _match(
         if twin is not stored:
             raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
 
+    _expect_names(found, weights)
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         stored_name = hugging_face_name(name) if weights.layout.format == "hf" else name
-        parts = config.quantization.parts(name, shape) if config.quantization else None
+        parts = quantization.parts(name, shape) if quantization else None
         if parts is not None:
             values = _take(found, stored_name, parts.values.shape, weights)
             scales = _take(found, stored_name + _SCALE_SUFFIX, parts.scales.shape, weights)
@@ -407,8 +293,25 @@ def _match(
     return matched
 
 
+def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
+    """Refuses tensors that are all named in another way, and says in which."""
+    ours = "tok_embeddings.weight"
+    expected = hugging_face_name(ours) if weights.layout.format == "hf" else ours
+    if expected in found:
+        return
+    last = expected.removeprefix("model.")
+    other = next((name for name in found if name.endswith(last)), None)
+    if other == last:
+        raise ValueError(
+            f"{weights.file} names its tensors without 'model.', as {last!r}: that is an embedding "
+            "model (MistralModel), which does not write text; expected a MistralForCausalLM"
+        )
+    names = ", ".join(map(repr, [other] if other else list(found)[:3]))
+    raise ValueError(f"tensor {expected!r} is missing from {weights.file}; found {names or 'none'}")
+
+
 def _take(
-    found: dict[str, StoredTensor], name: str, shape: tuple[int, ...], weights: Weights
+    found: dict[str, StoredTensor], name: str, shape: tuple[int, ...], weights: WeightFiles
 ) -> StoredTensor:
     """Removes the tensor from `found`; refuses one that is missing or has another shape."""
     shape = tuple(shape)
@@ -430,44 +333,15 @@ def _check_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> Non
         )
 
 
-def _stored_tensors(weights: Weights) -> Iterator[StoredTensor]:
+def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
     for file in weights.files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; {weights.file} lists it")
-        if _is_lfs_pointer(file):
-            raise ValueError(
-                f"{file} is a git-lfs pointer, not the weights themselves: run 'git lfs pull'"
-            )
+        refuse_lfs_pointer(file)
         if file.suffix == ".safetensors":
             yield from stored_tensors(file)
         else:
-            yield from _torch_tensors(file)
-
-
-def _torch_tensors(file: Path) -> Iterator[StoredTensor]:
-    """List a file written by torch.save, which must hold a flat dict of tensors."""
-    if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
-        parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
-        if len(parts) > 1:
-            raise ValueError(
-                f"{file.parent}: weights split for model parallelism ({', '.join(parts)}) are not "
-                "supported; expected consolidated.00.pth alone"
-            )
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        summary = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{file} is truncated, or not a checkpoint written by torch.save: {summary}"
-        ) from error
-    if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: expected a dict of tensors, got {type(tensors).__name__}")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
-            )
-        yield StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
+            yield from torch_tensors(file)
 
 
 # What is done to a tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -13,6 +12,9 @@ from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights import checkpoint
+from mistral_ext.weights.folder import companions, config_json, read_folder
+from mistral_ext.weights.hub import resolve
+from mistral_ext.weights.new_folder import expect_free, new_folder
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import Writer
 
@@ -27,8 +29,8 @@ def quantize_checkpoint(
 ) -> Path:
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
-    The folder is complete or not there: it is written beside `target` under another name, and
-    renamed at last. After an error or Ctrl-C nothing is left, and it can be begun again.
+    The folder is complete or not there (`new_folder`): after an error or an interruption nothing is
+    left, and it can be begun again.
 
     Args:
         source: a model folder, or a hub id.
@@ -49,52 +51,36 @@ def quantize_checkpoint(
     """
     quantization = Quantization(bits, group)
     target = Path(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{str(target)!r} exists; expected a new or an empty folder")
-    source = checkpoint.resolve(source)
-    config = MistralConfig.from_folder(source)
-    if config.quantization is not None:
+    expect_free(target)
+    source = read_folder(resolve(source))
+    if source.quantization is not None:
         raise ValueError(
-            f"the weights in {str(source)!r} are quantised already, as {config.quantization}; "
+            f"the weights in {str(source.path)!r} are quantised already, as {source.quantization}; "
             "expected the original"
         )
-    weights = checkpoint.Checkpoint(source, config, dtype, quantization)
-    config = dataclasses.replace(
-        config,
-        dtype=weights.dtype,
-        # The output weights are stored in 8 bits, even if they were the embeddings before.
-        tie_word_embeddings=False,
-        quantization=quantization,
-    )
+    weights = checkpoint.Checkpoint(source, dtype, quantization)
+    # The output weights are stored in 8 bits, even if they were the embeddings before.
+    config = dataclasses.replace(source.config, dtype=weights.dtype, tie_word_embeddings=False)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The folder inside becomes the target: unlike the temporary one, everyone may read it.
-    with tempfile.TemporaryDirectory(
-        prefix=f"{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        folder = Path(temporary, target.name)
-        folder.mkdir()
-        for file in _companions(source):
+    with new_folder(target) as folder:
+        for file in companions(source.path):
             shutil.copyfile(file, folder / file.name)
-        (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
-        _write_weights(folder / "model.safetensors", weights, config, progress)
-        if target.exists():
-            target.rmdir()  # an empty folder, or there is an error
-        folder.rename(target)
+        values = config_json(config, quantization, source.instruct)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        _write_weights(folder / "model.safetensors", weights, config, quantization, progress)
     return target
 
 
-def _companions(source: Path) -> list[Path]:
-    found = {file for pattern in checkpoint.COMPANIONS for file in source.glob(pattern)}
-    return sorted(file for file in found if file.is_file())
-
-
 def _write_weights(
-    file: Path, weights: checkpoint.Checkpoint, config: MistralConfig, progress: bool
+    file: Path,
+    weights: checkpoint.Checkpoint,
+    config: MistralConfig,
+    quantization: Quantization,
+    progress: bool,
 ) -> None:
     layout: dict[str, Tensor] = {}
     for name, shape in checkpoint.tensor_shapes(config).items():
-        parts = config.quantization.parts(name, shape)
+        parts = quantization.parts(name, shape)
         if parts is None:
             parts = torch.empty(shape, dtype=weights.dtype, device="meta")
         layout |= checkpoint.named_parts(name, parts)

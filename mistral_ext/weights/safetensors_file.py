@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -123,8 +122,8 @@ def _map(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) ->
 class Writer:
     """Writes a file whose tensors are known in advance, one after another, in any order.
 
-    Use it as a context manager. The file is complete, and on the disk, when every tensor has been
-    written and the block has been left without an error.
+    Use it as a context manager. The file is complete when every tensor has been written and the
+    block has been left.
 
     Args:
         file: is created or replaced.
@@ -165,8 +164,5 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            if error_type is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

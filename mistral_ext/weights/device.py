@@ -1,0 +1,141 @@
+"""The device of a model: which one is meant, whether the model can run there, and the move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Weight
+
+_LEAST_CAPABILITY = (8, 0)  # as every op checks
+_LEAST_TOKENS = 4096  # that must fit beside the weights, if the model can have so many
+
+# What is multiplied in one pass.
+_TOGETHER = (
+    ("attention.wq", "attention.wk", "attention.wv"),
+    ("feed_forward.w1", "feed_forward.w3"),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a model needs to know of a CUDA device."""
+
+    capability: tuple[int, int]
+    free_bytes: int
+
+
+def find_gpu(device: torch.device) -> Gpu:
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return Gpu(torch.cuda.get_device_capability(device), free)
+
+
+def find_device(device: torch.device | str | int | None) -> torch.device:
+    """The device that a caller means: None is the CPU, a number a CUDA device.
+
+    Raises:
+        ValueError: there is no such device, or this build has no kernels for it.
+    """
+    if device is None:
+        return torch.device("cpu")
+    is_index = isinstance(device, int) and not isinstance(device, bool)
+    try:
+        found = torch.device("cuda", device) if is_index else torch.device(device)
+    except (RuntimeError, TypeError):  # no device at all
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        shown = str(device) if isinstance(device, torch.device) else device
+        raise ValueError(
+            f"device is {shown!r}, expected 'cpu' or 'cuda', or the number of a CUDA device"
+        )
+    if found.type == "cpu":
+        return found
+    if not ops.head_dims("cuda"):
+        raise ValueError(
+            f"device is {str(found)!r}, but this build of mistral_ext has no CUDA kernels: "
+            "install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on"
+        )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ValueError(f"device is {str(found)!r}, but torch finds no CUDA device")
+    if (found.index or 0) >= count:
+        there = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise ValueError(f"device is {str(found)!r}, but torch finds {there}")
+    return found
+
+
+def expect_runnable(
+    config: MistralConfig, dtype: torch.dtype, weight_bytes: int, device: torch.device
+) -> None:
+    """Refuses a model that cannot run on a device, before its weights are read.
+
+    Args:
+        dtype: of the weights that are not quantised, and so of the keys and values.
+        weight_bytes: that the weights will take.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    head_dims = ops.head_dims(device.type)
+    if config.head_dim not in head_dims:
+        raise ValueError(
+            f"head_dim is {config.head_dim}, expected one of {', '.join(map(str, head_dims))}: "
+            f"there are no kernels for others on a {device.type} device"
+        )
+    if device.type != "cuda":
+        return
+    if dtype == torch.float32:
+        raise ValueError(
+            f"dtype is {dtype}, expected torch.bfloat16 or torch.float16 on a CUDA device: pass "
+            "dtype to convert the weights"
+        )
+    gpu = find_gpu(device)
+    if gpu.capability < _LEAST_CAPABILITY:
+        raise ValueError(
+            f"{device} has compute capability {_dotted(gpu.capability)}, expected "
+            f"{_dotted(_LEAST_CAPABILITY)} or more"
+        )
+    tokens = min(config.sliding_window or config.max_positions, _LEAST_TOKENS)
+    of_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
+    if weight_bytes + tokens * of_token > gpu.free_bytes:
+        raise ValueError(
+            f"{device} has {gpu.free_bytes / 1e9:.2f} GB of memory free, expected "
+            f"{weight_bytes / 1e9:.2f} GB for the weights and {tokens * of_token / 1e9:.2f} GB for "
+            f"the keys and values of {tokens} tokens; weights in 8 or 4 bits (quantize) take less"
+        )
+
+
+def move_weights(weights: dict[str, Weight], device: torch.device) -> None:
+    """Replaces the weights of a model by copies on a device.
+
+    One at a time: the pages of its file are let go as it is copied. A weight of two names (tied
+    embeddings) is copied once. Those that are multiplied in one pass come to lie one below the
+    other, which makes their products with many tokens one (`ops.linear`).
+    """
+    first_name = {id(weight): name for name, weight in reversed(weights.items())}
+    same = {name: first_name[id(weight)] for name, weight in weights.items()}
+    together = {
+        f"layers.{i}.{names[0]}.weight": [f"layers.{i}.{name}.weight" for name in names]
+        for i in range(sum(name.endswith(".attention_norm.weight") for name in weights))
+        for names in _TOGETHER
+    }
+    for name in list(weights):
+        parts = [weights[part] for part in together.get(name, [])]
+        if parts and all(isinstance(part, Tensor) for part in parts):
+            joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), device=device)
+            views = joined.split([len(part) for part in parts])
+            for part, view in zip(together[name], views, strict=True):
+                weights[part] = view.copy_(weights[part])
+        elif same[name] != name:
+            weights[name] = weights[same[name]]
+        else:
+            weights[name] = weights[name].to(device)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -1,0 +1,252 @@
+"""Model folders: which files belong to a model, and what the small ones among them say.
+
+Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
+``pytorch_model*.bin``; Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
+``consolidated.00.pth``. A folder may be of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.quantize import Quantization
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of storing weights in a folder."""
+
+    file: str  # the weights, or the index that lists the files with the weights
+    format: str  # "hf" or "mistral": whose tensor names, and whose order of q and k rows
+    shards: str | None = None  # pattern of the listed files, if `file` is an index
+
+
+# In order of preference: the first one that is complete is read.
+LAYOUTS = (
+    Layout("model.safetensors", "hf"),
+    Layout("model.safetensors.index.json", "hf", shards="model-*.safetensors"),
+    Layout("pytorch_model.bin", "hf"),
+    Layout("pytorch_model.bin.index.json", "hf", shards="pytorch_model-*.bin"),
+    Layout("consolidated.safetensors", "mistral"),
+    Layout("consolidated.00.pth", "mistral"),
+)
+
+CONFIGS = ("config.json", "params.json")  # Hugging Face's, Mistral's
+
+# What belongs to a model beside its configuration and weights.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "tekken.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+
+GGUF = "GGUF files are not supported; expected the folder of the model that it was made from"
+
+_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
+_OWN_KEY = "mistral_ext"  # in config.json: what no key of Hugging Face's says
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder, and what its small files say: see :func:`read_folder`."""
+
+    path: Path
+    config: MistralConfig  # with the end tokens of generation_config.json, too
+    quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
+    instruct: bool = False  # its name says so, or what quantize wrote down when it had that name
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of one folder."""
+
+    layout: Layout
+    file: Path  # layout.file in its folder
+    files: tuple[Path, ...]  # the files with tensors: `file` itself, or the shards it lists
+
+
+def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
+    """Reads what a folder says about its model, but for the weights and the tokenizer.
+
+    A folder may hold both formats. Then ``config.json`` is read, unless the only weights there are
+    Mistral's: the configuration should come from whoever wrote the weights (early ``config.json``
+    files of v0.2 state a window that its ``params.json`` does not).
+
+    Args:
+        path: a local folder (see :func:`mistral_ext.weights.hub.resolve` for hub ids). The end
+            tokens of its ``generation_config.json`` join those of the configuration.
+        overrides: fields of `MistralConfig`, e.g. ``sliding_window=None``; they win over the file.
+
+    Raises:
+        FileNotFoundError: the folder has neither file.
+        ValueError: a file is damaged, or describes a model that this engine cannot compute; the
+            message names the file.
+        TypeError: an override that is not a field.
+    """
+    path = Path(path)
+    hf_file, params_file = (path / name for name in CONFIGS)
+    weights = find_weights(path)
+    mistral_weights = weights is not None and weights.layout.format == "mistral"
+    if params_file.is_file() and (mistral_weights or not hf_file.is_file()):
+        file, read = params_file, MistralConfig.from_params
+    elif hf_file.is_file():
+        file, read = hf_file, MistralConfig.from_hf
+    else:
+        raise FileNotFoundError(
+            f"no model configuration in {str(path)!r}: expected config.json (Hugging Face) or "
+            f"params.json (Mistral); {what_is_there(entry.name for entry in path.iterdir())}"
+        )
+    for companion in companions(path):
+        refuse_lfs_pointer(companion)
+    values = read_json_object(file)
+    try:
+        config = read(values, **overrides)
+        quantization = _quantization(values) if file is hf_file else None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if "eos_ids" not in overrides:
+        config = _with_end_tokens(config, path / "generation_config.json")
+    return ModelFolder(path, config, quantization, _is_instruct(path, values))
+
+
+def find_weights(folder: str | Path) -> WeightFiles | None:
+    """The weights to read in a folder that may hold several: the first complete ones of
+    :data:`LAYOUTS`. If none are complete, the first ones at all; without any, None."""
+    folder = Path(folder)
+    found = [_weights(folder, layout) for layout in LAYOUTS if (folder / layout.file).is_file()]
+    complete = [w for w in found if all(f.is_file() and not is_lfs_pointer(f) for f in w.files)]
+    return next(iter(complete + found), None)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a folder that :data:`COMPANIONS` names."""
+    found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Parse a file that holds one JSON object.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    refuse_lfs_pointer(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file holds, in place of its content, where git-lfs would get that from."""
+    with file.open("rb") as f:
+        return f.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    if is_lfs_pointer(file):
+        raise ValueError(f"{file} is a git-lfs pointer, not the file itself: run 'git lfs pull'")
+
+
+def what_is_there(names: Iterable[str]) -> str:
+    """For messages, of a folder or hub model that lacks what a model needs: what its files' names
+    say that it is."""
+    names = sorted(names)
+    if "adapter_config.json" in names:
+        return (
+            "adapter_config.json says that this is a LoRA adapter, which changes another model: "
+            "expected that model, with the adapter merged into it"
+        )
+    for name in names:
+        if name.endswith(".gguf"):
+            return f"found {name}: {GGUF}"
+    shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 9 else names
+    return f"found {', '.join(shown) or 'nothing'}"
+
+
+def summary(error: BaseException) -> str:
+    """The first line of a library's message, without the codes that colour terminals."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
+    return text.partition("\n")[0] or type(error).__name__
+
+
+def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
+    """Fine-tunes often name the token that ends a turn in ``generation_config.json`` alone."""
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    if ids is None:
+        return config
+    ids = ids if isinstance(ids, list) else [ids]
+    more = [token_id for token_id in ids if token_id not in config.eos_ids]
+    try:
+        return dataclasses.replace(config, eos_ids=(*config.eos_ids, *more))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def config_json(
+    config: MistralConfig, quantization: Quantization | None = None, instruct: bool = False
+) -> dict[str, Any]:
+    """The contents of a ``config.json`` from which :func:`read_folder` reads the same."""
+    values = config.to_hf()
+    if quantization is not None:
+        values["quantization_config"] = {
+            "quant_method": _QUANT_METHOD,
+            "bits": quantization.bits,
+            "group_size": quantization.group,
+        }
+    if instruct:
+        values[_OWN_KEY] = {"instruct": True}
+    return values
+
+
+def _weights(folder: Path, layout: Layout) -> WeightFiles:
+    file = folder / layout.file
+    if layout.shards is None:
+        return WeightFiles(layout, file, (file,))
+    shard_of = read_json_object(file).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
+    names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
+    return WeightFiles(layout, file, tuple(folder / name for name in names))
+
+
+def _is_instruct(path: Path, values: dict[str, Any]) -> bool:
+    ours = values.get(_OWN_KEY)
+    if isinstance(ours, dict) and "instruct" in ours:
+        return bool(ours["instruct"])
+    path = path.resolve()
+    in_cache = path.parent.name == "snapshots"  # of models--OWNER--NAME
+    return "instruct" in (path.parents[1] if in_cache else path).name.lower()
+
+
+def _quantization(values: dict[str, Any]) -> Quantization | None:
+    """How the weights are stored, by a ``config.json``."""
+    settings = values.get("quantization_config")
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method != _QUANT_METHOD:
+        raise ValueError(
+            f"quantization_config is not supported: quant_method is {method!r}, expected "
+            f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
+        )
+    try:
+        return Quantization(settings.get("bits"), settings.get("group_size"))
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {error}") from error

@@ -1,0 +1,73 @@
+"""Models by name: a local folder as it is, a model of the Hugging Face hub downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mistral_ext.weights.folder import COMPANIONS, CONFIGS, GGUF, LAYOUTS, summary, what_is_there
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """The local folder of a model: a folder as it is, a hub id (``owner/name``) downloaded.
+
+    Of a hub model, only the configuration, the tokenizer and one format of the weights are
+    downloaded, into huggingface_hub's cache; later calls work without a network.
+
+    Raises:
+        FileNotFoundError: no such folder, and no such model on the hub or in its cache.
+        ValueError: the path is a file.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf" and path.exists():
+        raise ValueError(f"{str(path)!r}: {GGUF}")
+    if path.exists():
+        raise ValueError(f"{str(path)!r} is a file; expected the folder that holds the model")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
+        return _download(str(path_or_hub_id))
+    raise FileNotFoundError(
+        f"{str(path_or_hub_id)!r} does not exist; expected a folder, or a hub id like 'owner/name'"
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    patterns = [*CONFIGS, *COMPANIONS]
+    try:
+        files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings]
+    except Exception as error:  # no network, no access or no such model: the cache may have it
+        return _cached(hub_id, error)
+    layout = next((layout for layout in LAYOUTS if layout.file in files), None)
+    if layout is None:
+        expected = ", ".join(layout.file for layout in LAYOUTS)
+        raise FileNotFoundError(
+            f"no weights in hub model {hub_id!r}: expected one of {expected}; "
+            f"{what_is_there(files)}"
+        )
+    patterns += [name for name in (layout.file, layout.shards) if name is not None]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as error:
+        raise _not_available(hub_id, error) from error
+
+
+def _cached(hub_id: str, reason: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # No patterns: whether the files are complete is for their readers to find out.
+        return Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))
+    except Exception:
+        raise _not_available(hub_id, reason) from reason
+
+
+def _not_available(hub_id: str, reason: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{hub_id!r} is not a local folder, and could not be downloaded from the Hugging Face hub "
+        f"({type(reason).__name__}: {summary(reason)}). Models that ask for consent need "
+        f"'hf auth login'. Without a network: run 'hf download {hub_id}' on another machine and "
+        "pass the folder here, or set HF_HOME to a copy of its cache."
+    )

@@ -1,0 +1,111 @@
+"""Folders that are complete or not there, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_log = logging.getLogger("mistral_ext")
+
+# Signals that ask a process to end; by default they end it on the spot.
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def expect_free(target: Path) -> None:
+    """Raises FileExistsError unless a folder can be made there."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{str(target)!r} exists; expected a new or an empty folder")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write files into, which is renamed to `target` when the block ends.
+
+    Until then it lies beside `target` under another name. After an error, Ctrl-C, SIGTERM or SIGHUP
+    nothing is left. All its files are on the disk before it gets its name, so not even a power cut
+    leaves a half-written one.
+
+    Args:
+        target: must not exist, or be an empty folder.
+
+    Raises:
+        FileExistsError: `target` is a file, or a folder with something in it.
+        OSError: for want of space, among others.
+    """
+    expect_free(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{target.name}.part-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        _log.warning("%s: another run is writing it, or was killed: then remove it", left)
+    with (
+        _cleaning_up_first(),
+        # The folder inside becomes the target: unlike the temporary one, everyone may read it.
+        tempfile.TemporaryDirectory(
+            prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
+        ) as temporary,
+    ):
+        folder = Path(temporary, target.name)
+        folder.mkdir()
+        yield folder
+        for file in folder.iterdir():
+            with file.open("rb+") as f:
+                os.fsync(f.fileno())
+        _sync_folder(folder)
+        if target.exists():
+            target.rmdir()  # an empty folder, or there is an error
+        folder.rename(target)
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Writes the names in a folder to the disk."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Ended(SystemExit):
+    """Raised by a signal, so that what is being done is undone."""
+
+
+@contextmanager
+def _cleaning_up_first() -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP unwind the block before they end the process.
+
+    Where they do anything but end it, because they are handled or ignored, nothing changes; nor in
+    other threads than the main one, which alone may handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handled = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, _: object) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+        raise _Ended(128 + number)
+
+    for number in handled:
+        signal.signal(number, end)
+    ended_by = None
+    try:
+        yield
+    except _Ended as ended:
+        ended_by = ended.code - 128
+        raise
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+        if ended_by is not None:
+            signal.raise_signal(ended_by)  # whoever waits for the process sees what ended it

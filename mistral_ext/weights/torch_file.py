@@ -1,0 +1,60 @@
+"""Files written by torch.save, which must hold a flat dict of tensors.
+
+A file is a zip archive, mapped into memory, or, from torch before 1.6 or on request, a pickle
+followed by the data, which torch can only read as a whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mistral_ext.weights.folder import summary
+from mistral_ext.weights.safetensors_file import StoredTensor
+
+_ZIP = b"PK\x03\x04"
+
+
+def torch_tensors(file: Path) -> Iterator[StoredTensor]:
+    """The tensors of a file. Code in it is not run.
+
+    Raises:
+        ValueError: naming the file, if it is damaged, holds anything else, or only a part of the
+            weights.
+    """
+    if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
+        parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
+        if len(parts) > 1:
+            raise ValueError(
+                f"{file.parent}: weights split for model parallelism ({', '.join(parts)}) are not "
+                "supported; expected consolidated.00.pth alone"
+            )
+    with file.open("rb") as f:
+        is_zip = f.read(len(_ZIP)) == _ZIP
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises any kind
+        raise ValueError(
+            f"{file} is truncated, or not a checkpoint written by torch.save: {_reason(error)}"
+        ) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{file}: expected a dict of tensors, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
+            )
+        yield StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
+
+
+def _reason(error: Exception) -> str:
+    """What torch found. It wraps that in advice to load the file in a way that may run code."""
+    is_wrapped = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
+    return summary(error.__context__ if is_wrapped else error)
