@@ -81,11 +81,8 @@ class Mistral:
         for name, value in (("prefill_chunk", prefill_chunk), ("max_batch", max_batch)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {folder} "
-                f"only {config.vocab_size}: they do not belong together"
-            )
+        if tokenizer:
+            _check_tokens(config, tokenizer, folder)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -300,7 +297,7 @@ class Mistral:
             ids,
             params,
             max_length=min(max_length, self.max_length or max_length),
-            eos_ids=self.config.eos_ids,
+            eos_ids=self._eos_ids,
             vocab_size=self._vocab_size,
             index=index,
             text=text,
@@ -308,8 +305,17 @@ class Mistral:
 
     @property
     def _vocab_size(self) -> int:
-        # A model may have more rows than the tokenizer has tokens: padding, never sampled.
-        return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+        # A model may have more rows than the tokenizer has tokens (padding), or fewer (a padding
+        # token that was added without a row): only what is both is ever sampled.
+        rows = self.config.vocab_size
+        return min(self.tokenizer.vocab_size, rows) if self.tokenizer else rows
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...]:
+        # Fine-tunes that end turns with a token of their own may say so in the tokenizer's files
+        # alone.
+        eos_ids = self.config.eos_ids
+        return (*eos_ids, self.tokenizer.eos_id) if self.tokenizer else eos_ids
 
     def _cache(self, max_lengths: Sequence[int]) -> RingCache:
         self._kept = None  # its rings make room for these
@@ -425,6 +431,21 @@ class Chat:
             common += 1
         if not self._cache.rewind(0, common):
             self._cache.rewind(0, 0)
+
+
+def _check_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    if tokenizer.base_size > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.base_size} tokens, but the model in {folder} "
+            f"only {config.vocab_size}: they do not belong together"
+        )
+    for token_id in config.eos_ids:
+        if not tokenizer.known(token_id):
+            raise ValueError(
+                f"{folder}: the end of text is token id {token_id}, but the tokenizer has no such "
+                "token, and a text would never end: are added_tokens.json, tokenizer_config.json "
+                "or tokenizer.json missing?"
+            )
 
 
 def _check_device(device: str | torch.device | None) -> torch.device:
