@@ -17,7 +17,12 @@ from mistral_ext.engine.sampling import SamplingParams
 from mistral_ext.engine.scheduler import Completion, Request, Scheduler
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer, move_weights
-from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
+from mistral_ext.text.chat_template import (
+    ChatTemplate,
+    chat_template_of,
+    encode_chat,
+    extend_chat,
+)
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights import checkpoint
@@ -179,7 +184,7 @@ class Mistral:
 
         Args:
             messages: dicts with "role" ("system", "user" or "assistant") and "content".
-            template: "v1", "v2" or "v3"; None: that of the model's tokenizer.
+            template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -189,12 +194,27 @@ class Mistral:
             ValueError: the model is a base model, or the messages are not a conversation.
         """
         params = self._params_of_one(sampling)
-        ids = encode_chat(self.require_tokenizer(), messages, self.chat_template(template))
+        ids = self.encode_chat(messages, template=template)
         request = self._request(ids, params, starts_text=True)
         stream = Stream(request, self._run([request]))
         for _ in stream:
             pass
         return stream.completion
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        template: str | None = None,
+    ) -> list[int]:
+        """The token ids that `chat` would have the model reply to.
+
+        Args:
+            messages: as in `chat`.
+            tools: functions that the model may call, in OpenAI's format.
+            template: as in `chat`.
+        """
+        return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
 
     def start_chat(self, system: str | None = None, template: str | None = None) -> Chat:
         """A conversation that keeps its cache between turns; see `Chat`."""
@@ -232,8 +252,8 @@ class Mistral:
             )
         return self.tokenizer
 
-    def chat_template(self, template: str | None = None) -> str:
-        """The chat template to use; ValueError if the model is not an Instruct model."""
+    def chat_template(self, template: str | None = None) -> ChatTemplate:
+        """The chat template to use; ValueError if the model is a base model."""
         return template or chat_template_of(self.folder, self.require_tokenizer())
 
     @property
@@ -379,7 +399,7 @@ class Chat:
         completion: the last reply, if it was not broken off.
     """
 
-    def __init__(self, llm: Mistral, system: str | None, template: str) -> None:
+    def __init__(self, llm: Mistral, system: str | None, template: ChatTemplate) -> None:
         self.messages: list[dict[str, str]] = []
         if system:
             self.messages.append({"role": "system", "content": system})

@@ -293,7 +293,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
     )
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
-    chat.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
+    chat.add_argument(
+        "--template",
+        choices=("v1", "v2", "v3"),
+        help="one of Mistral's chat templates; default: the model's own",
+    )
     chat.set_defaults(run=_chat, n=1)
 
     measure = commands.add_parser(
