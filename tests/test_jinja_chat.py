@@ -124,6 +124,28 @@ def test_same_text_and_ids_as_transformers(name, messages, tokenizer, oracle):
         assert ids == oracle.apply_chat_template(messages, return_dict=False, **options)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        {"bos_token": None},
+        {"pad_token": {"__type": "AddedToken", **entry("<|im_end|>")}},
+        {"sep_token": "|"},
+    ],
+)
+def test_tokens_by_their_names(names, tmp_path):
+    """What transformers gives a template under the names of special tokens."""
+    source = (
+        "{% for t in [bos_token, eos_token, unk_token, pad_token, sep_token] %}"
+        "[{{ t is defined }}{{ t }}]{% endfor %}"
+    )
+    folder = write_folder(tmp_path, source, **names)
+    template = chat_template_of(folder, Tokenizer.from_folder(folder))
+    oracle = AutoTokenizer.from_pretrained(folder)
+    messages = CONVERSATIONS["one turn"]
+    assert template.render(messages) == oracle.apply_chat_template(messages, tokenize=False)
+
+
 CALL = {"name": "weather", "arguments": {"city": "Paris </s>"}}
 TOOL_TURNS = [
     SYSTEM,

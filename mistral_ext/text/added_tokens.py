@@ -61,13 +61,13 @@ class AddedTokens:
 
     Attributes:
         tokens: by id; some may be of the base vocabulary.
-        names: "bos_token", "eos_token" and so on, as far as they are named.
+        names: "bos_token", "eos_token" and so on, as far as they are named; None: said to be none.
         prefix: which piece of a text that is cut at added tokens gets the space that encoding
             puts before a text: "first", "all", or "unspaced", those that begin with none.
     """
 
     tokens: dict[int, AddedToken]
-    names: dict[str, str]
+    names: dict[str, str | None]
     prefix: str
 
 
@@ -87,13 +87,13 @@ def read_added_tokens(folder: Path) -> AddedTokens:
         )
     }
     config = data["tokenizer_config.json"]
-    names, special = {}, set()
+    names: dict[str, str | None] = {}
+    special: set[str | None] = set()
     for values in (data["special_tokens_map.json"], config):
         names |= {key: _content(values.get(key)) for key in _SPECIAL_KEYS if key in values}
         for key in _SPECIAL_LISTS:
             listed = values.get(key) or ()
             special.update(map(_content, listed.values() if isinstance(listed, dict) else listed))
-    names = {key: content for key, content in names.items() if content}
     special.update(names.values())
 
     tokens: dict[int, AddedToken] = {}
@@ -129,7 +129,7 @@ def _plain(added: Mapping[str, int]) -> Iterator[dict]:
         yield {"content": content, "id": token_id}
 
 
-def _token(entry: Mapping[str, Any], special: set[str]) -> AddedToken:
+def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
     token_id, content = entry["id"], entry["content"]
     if not isinstance(token_id, int) or not 0 <= token_id < _MAX_ID:
         raise ValueError(f"id is {token_id!r}, expected 0 to {_MAX_ID - 1}")

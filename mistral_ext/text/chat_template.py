@@ -54,7 +54,8 @@ class JinjaTemplate:
         name_of = {i: name for name, i in tokenizer.control_ids.items()}
         names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
         names = {key: name_of[i] for key, i in names.items() if i in name_of}
-        self._tokens = names | tokenizer.names
+        names |= tokenizer.names
+        self._tokens = {key: name for key, name in names.items() if name is not None}
         self._tokenizer = tokenizer
 
     def __str__(self) -> str:

@@ -64,7 +64,8 @@ class Tokenizer:
             never encodes to one of them unless that is asked for, and they decode to nothing.
             An added token is one if any file marks it special, or if it is written <|so|>: many
             fine-tunes leave <|im_start|> and <|im_end|> unmarked.
-        names: of tokens by their use, as far as files say: "bos_token", "pad_token", ...
+        names: of tokens by their use, as far as files say: "bos_token", "pad_token", ...; None if
+            they say that there is none.
         base_size: ids of the vocabulary without added tokens; a model must have as many rows.
         adds_first_space: encoding puts a space before the text (true for Mistral's files).
 
@@ -213,7 +214,7 @@ def _piece_bytes(piece: str) -> bytes:
 
 def _eos_id(added: AddedTokens, ids: Mapping[str, int], default: int) -> int:
     """The token that ends a text: what the files call eos_token, if it is a token."""
-    return ids.get(added.names.get("eos_token", ""), default)
+    return ids.get(added.names.get("eos_token"), default)
 
 
 # Protocol buffers may be appended to each other, and the last value of a field counts. These bytes
