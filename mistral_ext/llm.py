@@ -194,7 +194,7 @@ class Mistral:
             ValueError: the model is a base model, or the messages are not a conversation.
         """
         params = self._params_of_one(sampling)
-        ids = self.encode_chat(messages, template=template)
+        ids = self._check_ids(self.encode_chat(messages, template=template), "conversation")
         request = self._request(ids, params, starts_text=True)
         stream = Stream(request, self._run([request]))
         for _ in stream:

@@ -417,3 +417,18 @@ def test_chat_with_a_model(tmp_path):
         assert chat.completion.token_ids == anew.token_ids
     assert llm.encode_chat(messages, template="v1") != prompt
     assert llm.encode_chat(messages, TOOLS) == prompt  # which this template does not show
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(CHATML, "conversation has token id 32001, expected 0 to 31999"), ("{{ '' }}", "is empty")],
+)
+def test_a_conversation_that_the_model_cannot_read(template, message, tmp_path):
+    """A control token without a row; no token at all."""
+    write_folder(tmp_path, template)
+    write_checkpoint(tmp_path, vocab_size=32000)
+    llm = Mistral.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        llm.chat([user("Hi")])
+    with pytest.raises(ValueError, match=message):
+        list(llm.start_chat().send("Hi"))
