@@ -3,10 +3,9 @@
 from importlib.metadata import version
 
 from mistral_ext import ops
-from mistral_ext.chat import Chat
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
 from mistral_ext.engine.request import Completion, Timing
-from mistral_ext.llm import Mistral, Stream, generate
+from mistral_ext.llm import Chat, Mistral, Stream, generate
 
 __version__ = version("mistral_ext")
 

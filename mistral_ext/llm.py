@@ -15,13 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_ext.chat import Chat
 from mistral_ext.engine.engine import Engine, Outputs
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Completion, Request
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.text.chat_template import chat_template_of, encode_chat
+from mistral_ext.text.chat_template import (
+    ChatTemplate,
+    chat_template_of,
+    encode_chat,
+    extend_chat,
+)
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
@@ -200,7 +204,7 @@ class Mistral:
 
         Args:
             messages: dicts with "role" ("system", "user" or "assistant") and "content".
-            template: "v1", "v2" or "v3"; None: that of the model's tokenizer.
+            template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -210,11 +214,26 @@ class Mistral:
             ValueError: the model is a base model, or the messages are not a conversation.
         """
         params = self._params_of_one(sampling)
-        ids = encode_chat(self.require_tokenizer(), messages, self.chat_template(template))
+        ids = self._check_ids(self.encode_chat(messages, template=template), "conversation")
         stream = self._stream(self._request(ids, params, starts_text=True))
         for _ in stream:
             pass
         return stream.completion
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        template: str | None = None,
+    ) -> list[int]:
+        """The token ids that `chat` would have the model reply to.
+
+        Args:
+            messages: as in `chat`.
+            tools: functions that the model may call, in OpenAI's format.
+            template: as in `chat`.
+        """
+        return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
 
     def start_chat(self, system: str | None = None, template: str | None = None) -> Chat:
         """A conversation that keeps its cache between turns; see `Chat`."""
@@ -258,8 +277,8 @@ class Mistral:
             )
         return self.tokenizer
 
-    def chat_template(self, template: str | None = None) -> str:
-        """The chat template to use; ValueError if the model is not an Instruct model."""
+    def chat_template(self, template: str | None = None) -> ChatTemplate:
+        """The chat template to use; ValueError if the model is a base model."""
         return template or chat_template_of(self.folder, self.require_tokenizer())
 
     @property
@@ -328,7 +347,7 @@ class Mistral:
             ids,
             params,
             max_length=min(max_length, self.max_length or max_length),
-            eos_ids=self.config.eos_ids,
+            eos_ids=self._eos_ids,
             index=index,
             text=text,
             reuse_completions=reuse_completions,
@@ -336,8 +355,17 @@ class Mistral:
 
     @property
     def _vocab_size(self) -> int:
-        # A model may have more rows than the tokenizer has tokens: padding, never sampled.
-        return self.tokenizer.vocab_size if self.tokenizer else self.config.vocab_size
+        # A model may have more rows than the tokenizer has tokens (padding), or fewer (a padding
+        # token that was added without a row): only what is both is ever sampled.
+        rows = self.config.vocab_size
+        return min(self.tokenizer.vocab_size, rows) if self.tokenizer else rows
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...]:
+        # Fine-tunes that end turns with a token of their own may say so in the tokenizer's files
+        # alone.
+        eos_ids = self.config.eos_ids
+        return (*eos_ids, self.tokenizer.eos_id) if self.tokenizer else eos_ids
 
 
 class Stream:
@@ -371,6 +399,105 @@ class Stream:
         self._outputs.close()
 
 
+class Chat:
+    """A conversation with an Instruct model.
+
+    The engine keeps what has been read and written in its cache, so a turn costs its own tokens
+    only, however long the conversation, unless others needed the memory meanwhile. Any thread may
+    use it: a turn ends the reply before, wherever that is.
+
+    Attributes:
+        messages: the conversation so far, as `Mistral.chat` takes it.
+        ids: its tokens, as the model read and wrote them.
+        prompt_ids: those of them that the last reply answers.
+        completion: the last reply, if it was not broken off.
+    """
+
+    def __init__(self, llm: Mistral, system: str | None, template: ChatTemplate) -> None:
+        self.messages: list[dict[str, str]] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self.completion: Completion | None = None
+        self.ids: list[int] = []
+        self.prompt_ids: list[int] = []
+        self._llm = llm
+        self._template = template
+        self._reply: Reply | None = None
+        self._lock = threading.RLock()
+
+    def send(self, text: str, **sampling) -> Reply:
+        """Says `text` and streams the reply. A reply that is broken off (closed, by Ctrl-C, or by
+        the next turn) stays in the conversation as far as it came. A turn whose reply has no text
+        is forgotten: templates have no empty replies.
+
+        Args:
+            text: the user's message.
+            sampling: fields of `SamplingParams`.
+
+        Returns:
+            An iterator over pieces of the reply's text.
+        """
+        llm = self._llm
+        with self._lock:
+            if self._reply:
+                self._reply.close()
+            params = llm._params_of_one(sampling)
+            messages = [*self.messages, {"role": "user", "content": text}]
+            ids = extend_chat(llm.require_tokenizer(), messages, self.ids, self._template)
+            request = llm._request(
+                llm._check_ids(ids, "conversation"),
+                params,
+                starts_text=True,
+                reuse_completions=True,
+            )
+            stream = llm._stream(request)
+            self.messages, self.prompt_ids = messages, ids
+            self.completion = None
+            self._reply = Reply(self, stream)
+            return self._reply
+
+
+class Reply(Iterator[str]):
+    """Iterator over the text of a reply, as it is written."""
+
+    def __init__(self, chat: Chat, stream: Stream) -> None:
+        self._chat = chat
+        self._stream = stream
+        self._is_open = True
+        self._text = ""
+
+    def __next__(self) -> str:
+        with self._chat._lock:
+            if not self._is_open:
+                raise StopIteration
+            try:
+                piece = next(self._stream)
+            except StopIteration:
+                self._chat.completion = self._stream.completion
+                self.close()
+                raise
+            except BaseException:
+                self.close()
+                raise
+            self._text += piece
+            return piece
+
+    def close(self) -> None:
+        """Breaks the reply off, if it has not ended; what it says so far stays in the
+        conversation."""
+        with self._chat._lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            self._stream.close()
+            chat = self._chat
+            if self._text:
+                chat.ids = chat.prompt_ids + self._stream.token_ids
+                chat.messages.append({"role": "assistant", "content": self._text})
+            else:
+                chat.messages.pop()
+
+
 def _expect_usable(
     config: MistralConfig,
     tokenizer: Tokenizer | None,
@@ -385,11 +512,23 @@ def _expect_usable(
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
+    if tokenizer:
+        _expect_own_tokens(config, tokenizer, folder)
+
+
+def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    if tokenizer.base_size > config.vocab_size:
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model in {folder} "
+            f"{tokenizer.path} has {tokenizer.base_size} tokens, but the model in {folder} "
             f"only {config.vocab_size}: they do not belong together"
         )
+    for token_id in config.eos_ids:
+        if not tokenizer.known(token_id):
+            raise ValueError(
+                f"{folder}: the end of text is token id {token_id}, but the tokenizer has no such "
+                "token, and a text would never end: are added_tokens.json, tokenizer_config.json "
+                "or tokenizer.json missing?"
+            )
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -7,6 +7,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from chat_templates import MISTRAL_V1
 from checkpoints import TOKENIZERS, write_checkpoint
 
 from mistral_ext import Mistral
@@ -25,8 +26,7 @@ def llm(request, tmp_path_factory):
         sliding_window=16 if window == "window16" else None,
     )
     shutil.copy(TOKENIZERS[version], folder / "tokenizer.model")
-    template = {"chat_template": "[INST] {{ messages }} [/INST]"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(template))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": MISTRAL_V1}))
     return Mistral.from_pretrained(folder)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from chat_templates import MISTRAL_V1
 from checkpoints import TOKENIZERS, write_checkpoint
 from children import child
 
@@ -46,7 +47,7 @@ def instruct(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "random-instruct"
     write_checkpoint(folder, vocab_size=32000)
     shutil.copy(TOKENIZERS["v1"], folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text('{"chat_template": "[INST] [/INST]"}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": MISTRAL_V1}))
     return str(folder)
 
 

@@ -165,7 +165,7 @@ def test_version_of_a_versioned_file(version, tmp_path):
 
 
 def test_prefers_the_unversioned_file_then_the_highest_version(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("never read")
+    (tmp_path / "tokenizer.json").write_text('{"model": "never read"}')
     for number in (1, 2, 10):
         source = real_file("v1" if number < 10 else "v3")
         shutil.copy(source, tmp_path / f"tokenizer.model.v{number}")

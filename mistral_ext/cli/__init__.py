@@ -22,6 +22,7 @@ from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Completion
 from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.llm import DEMO_MODEL, Mistral
+from mistral_ext.text.text_file import decode_text, read_text_file
 from mistral_ext.weights.quantize import GROUPS
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
@@ -186,11 +187,9 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 def _read_text(file: str) -> str:
     """The text of a file; of stdin, if it is called '-'."""
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{'stdin' if file == '-' else file} is not UTF-8 text: {error}") from None
+    if file == "-":
+        return decode_text(sys.stdin.buffer.read(), "stdin")
+    return read_text_file(file)
 
 
 def _load(args: argparse.Namespace) -> Mistral:
@@ -294,7 +293,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
     )
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
-    chat.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
+    chat.add_argument(
+        "--template",
+        choices=("v1", "v2", "v3"),
+        help="one of Mistral's chat templates; default: the model's own",
+    )
     chat.set_defaults(run=_chat, n=1)
 
     measure = commands.add_parser(

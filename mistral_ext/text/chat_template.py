@@ -1,104 +1,215 @@
-"""Instruct chat: messages to token ids, with the templates of mistral-common.
+"""Chat: messages to token ids, with the template that a model was trained with.
 
-mistral-common is Mistral's own implementation of its templates; this module picks the template,
-hands the messages over, and turns its errors into ValueError. v1 writes [INST] as plain text and
-puts the system prompt before the first user turn; v2 and v3 write it as a control token and put the
-system prompt before the last user turn (for chat without tools they are the same).
+Mistral's own Instruct models have the templates of mistral-common, Mistral's implementation of
+them: v1 writes [INST] as plain text and puts the system prompt before the first user turn; v2 and
+v3 write it as a control token and put the system prompt before the last user turn (without tools
+they are the same). Fine-tunes bring a template of their own, a Jinja program, which `jinja_sandbox`
+renders.
+
+The control tokens that a template writes are encoded as such. The same text in a message is not:
+whoever writes <|im_end|> or </s> into a chat must not be able to end a turn with it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mistral_ext.text.jinja_sandbox import SandboxedTemplate
+from mistral_ext.text.text_file import read_json_object, read_text_file
 from mistral_ext.text.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 TEMPLATES = ("v1", "v2", "v3")
+# Where `mistral-ext quantize` writes the template of a model that only its name says is Instruct.
+CONFIG_KEY = "mistral_ext_chat"
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
 
+Message = Mapping[str, Any]
 
-def chat_template_of(folder: str | Path, tokenizer: Tokenizer) -> str:
-    """The chat template of an Instruct model's folder: "v1", "v2" or "v3".
 
-    A folder is taken for an Instruct model when it holds a Hugging Face chat template written with
-    [INST], or, as Mistral's own format holds none, when its name (or hub id) says "instruct".
-    Raises ValueError for a base model, and for one trained with another chat format.
+class JinjaTemplate:
+    """The chat template of a fine-tune.
+
+    Args:
+        path: the file it is from, for errors.
+        sources: its text by name; "default" is used, "tool_use" where there are tools.
+        tokenizer: names the tokens that the template may write.
+    """
+
+    def __init__(self, path: Path, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
+        if "default" not in sources:
+            raise ValueError(
+                f"{path}: chat templates {', '.join(sorted(sources))}; expected one called default"
+            )
+        self.path = path
+        self._templates = {
+            name: SandboxedTemplate(source, str(path)) for name, source in sources.items()
+        }
+        name_of = {i: name for name, i in tokenizer.control_ids.items()}
+        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        names = {key: name_of[i] for key, i in names.items() if i in name_of}
+        names |= tokenizer.names
+        self._tokens = {key: name for key, name in names.items() if name is not None}
+        self._tokenizer = tokenizer
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def source(self, tools: Sequence | None = None) -> str:
+        """The text of the template that is used, with or without tools."""
+        return self._template(tools).source
+
+    def render(self, messages: Sequence[Message], tools: Sequence | None = None) -> str:
+        """The text of a conversation, as transformers' apply_chat_template writes it."""
+        text, unmarked = self._render(messages, tools)
+        return unmarked(text)
+
+    def encode(self, messages: Sequence[Message], tools: Sequence | None = None) -> list[int]:
+        """Its token ids. What stands in a message or tool is text, whatever it spells."""
+        text, unmarked = self._render(messages, tools)
+        pieces = self._tokenizer.split_control_tokens(text)
+        return self._tokenizer.encode_pieces(
+            [unmarked(piece) if isinstance(piece, str) else piece for piece in pieces]
+        )
+
+    def _template(self, tools: Sequence | None) -> SandboxedTemplate:
+        return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
+
+    def _render(self, messages: Sequence[Message], tools: Sequence | None) -> tuple[str, Any]:
+        """The text with marks, and a function that takes them out.
+
+        Where a message spells out a control token, the token's first character is replaced by a
+        mark, a character that occurs nowhere else. A template can cut, join and measure what it is
+        given, and whatever it does, the control tokens in its text are its own.
+        """
+        template = self._template(tools)
+        messages = _plain(list(messages), "messages")
+        tools = _plain(list(tools), "tools") if tools else None
+        starts = self._tokenizer.control_token_starts()
+        given = list(_strings([messages, tools]))
+        spelled = {character for text in given for character in starts.findall(text)}
+        marks = {}
+        if spelled:
+            used = {*template.source, *"".join(given)}
+            free = (c for c in map(chr, range(0x10FFFD, 0xFFFFF, -1)) if c not in used)
+            marks = dict(zip(sorted(spelled), free, strict=False))
+            messages, tools = (
+                _replaced(value, lambda text: starts.sub(lambda m: marks[m[0]], text))
+                for value in (messages, tools)
+            )
+
+        def unmarked(text: str) -> str:
+            for character, mark in marks.items():
+                # A template may have written JSON in ASCII.
+                text = text.replace(mark, character).replace(json.dumps(mark)[1:-1], character)
+            return text
+
+        variables = {
+            **self._tokens,
+            "messages": [
+                {key: value for key, value in message.items() if value is not None}
+                for message in messages
+            ],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": True,
+        }
+        try:
+            return template.render(variables), unmarked
+        except ValueError as error:
+            raise ValueError(unmarked(str(error))) from error.__cause__
+
+
+ChatTemplate = str | JinjaTemplate
+
+
+def chat_template_of(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its own.
+
+    A folder's template is taken for one of Mistral's if both write the same conversation, but for
+    white space: Mistral's published templates and mistral-common differ in that, and the latter is
+    right. A folder without a template is taken for a Mistral Instruct model if config.json says so
+    (see `CONFIG_KEY`) or its name (or hub id) says "instruct".
+
+    Raises:
+        ValueError: a base model; or a damaged file, or template, by name.
     """
     folder = Path(folder)
-    template = _read_template(folder)
-    if template is None and "instruct" not in _model_name(folder).lower():
-        raise ValueError(
-            f"{folder}: no chat template, and the name does not say Instruct: this looks like a "
-            f"base model, which completes text and cannot chat{_OVERRIDE}"
-        )
-    if template is not None and "[INST]" not in template:
-        raise ValueError(f"{folder}: its chat template does not use [INST]{_OVERRIDE}")
-    return tokenizer.version
+    found = _read_templates(folder)
+    if found is None:
+        return _template_without_text(folder, tokenizer)
+    template = JinjaTemplate(*found, tokenizer)
+    return tokenizer.version if _is_mistrals(template, tokenizer) else template
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], template: str | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: ChatTemplate | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model to reply.
 
     Args:
         messages: dicts {"role": "system" | "user" | "assistant", "content": str}; the last one is
-            the user's. Neighbours of the same role are joined by an empty line.
-        template: "v1", "v2" or "v3"; None: the tokenizer's version.
+            the user's. With Mistral's templates, neighbours of the same role are joined by an empty
+            line; another may refuse them. It may take messages of the role "tool", too, and more
+            keys.
+        template: "v1", "v2" or "v3", or a model's own; None: the tokenizer's version.
+        tools: functions that the model may call, in OpenAI's format.
 
     Raises ValueError that says which message, or which order of roles, is wrong.
     """
-    from mistral_common.exceptions import MistralCommonException
-    from mistral_common.protocol.instruct import messages as protocol
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
+    if isinstance(template, JinjaTemplate):
+        _check_messages(messages, more=True)
+        _check_tools(tools)
+        return template.encode(messages, tools)
     _check_messages(messages)
-    types = {
-        "system": protocol.SystemMessage,
-        "user": protocol.UserMessage,
-        "assistant": protocol.AssistantMessage,
-    }
-    request = ChatCompletionRequest(
-        messages=[types[message["role"]](content=message["content"]) for message in messages]
-    )
-    encoder = _instruct_encoder(tokenizer, template or tokenizer.version)
-    try:
-        return encoder.encode_chat_completion(request).tokens
-    except MistralCommonException as error:
-        raise ValueError(f"messages: {error}") from error
+    _check_tools(tools)
+    return _encode_with_mistral_common(tokenizer, messages, template or tokenizer.version, tools)
 
 
 def extend_chat(
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     cached_ids: Sequence[int],
-    template: str | None = None,
+    template: ChatTemplate | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """encode_chat() for the next turn of a chat, that extends what the KV cache holds if it can.
 
     cached_ids are the ids of the turn before: its prompt and the reply as the model produced it,
-    with or without </s>. The model may spell a reply in other tokens than the tokenizer would; the
-    result then keeps the model's, so that nothing is read again. Where the conversation in
-    cached_ids is not the text of `messages` up to the new user message (a reply cut at a stop
-    string; a system prompt, which v2 and v3 move to the new turn), the result is encode_chat(), and
-    only a common prefix with cached_ids can be reused.
+    with or without the end of its turn. The model may spell a reply in other tokens than the
+    tokenizer would; the result then keeps the model's, so that nothing is read again. Where the
+    text of cached_ids is not the beginning of the conversation's (a reply cut at a stop string; a
+    system prompt, which v2 and v3 move to the new turn; a template that trims replies), the result
+    is encode_chat(), and only a common prefix with cached_ids can be reused.
     """
-    ids = encode_chat(tokenizer, messages, template)
-    eos = tokenizer.eos_id
-    history = list(cached_ids)
-    if not history or history[-1] != eos:
-        history.append(eos)
-    # Each reply ends in </s>, and text never encodes to it: the new turn follows the last one.
-    new_turn = len(ids) - ids[::-1].index(eos) if eos in ids else 0
-    if _transcript(tokenizer, history) != _transcript(tokenizer, ids[:new_turn]):
-        return ids
-    return history + ids[new_turn:]
+    ids = encode_chat(tokenizer, messages, template, tools)
+    # The end that the model wrote may not be what the template writes between turns.
+    for cached in (list(cached_ids), list(cached_ids)[:-1]):
+        known = _length_of(tokenizer, ids, _transcript(tokenizer, cached))
+        if known is not None:
+            return cached + ids[known:]
+    return ids
+
+
+def _length_of(tokenizer: Tokenizer, ids: Sequence[int], transcript: bytes) -> int | None:
+    """How many of the ids have this transcript; None: it ends within a token, or differs."""
+    if not _transcript(tokenizer, ids).startswith(transcript):
+        return None
+    length = 0
+    for count, token_id in enumerate(ids):
+        if length >= len(transcript):
+            return count if length == len(transcript) else None
+        length += len(_transcript(tokenizer, [token_id]))
+    return None
 
 
 def _transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
@@ -106,33 +217,122 @@ def _transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 
-def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
+    """Raises unless messages are a conversation; more: with all that templates may take."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
             "messages: expected a list of dicts {'role': ..., 'content': ...}, "
             f"got {type(messages).__name__} {messages!r:.60}"
         )
+    roles = ["system", "user", "assistant", *(["tool"] if more else [])]
     for i, message in enumerate(messages):
-        if set(message) != {"role", "content"}:
+        calls_tools = more and message.get("tool_calls")
+        if not {"role", "content"} <= message.keys() | ({"content"} if calls_tools else set()) or (
+            not more and len(message) > 2
+        ):
             raise ValueError(f"messages[{i}]: expected keys role and content, got {list(message)}")
-        if message["role"] not in ("system", "user", "assistant"):
+        if message["role"] not in roles:
             raise ValueError(
-                f"messages[{i}]: role {message['role']!r}; expected system, user or assistant"
+                f"messages[{i}]: role {message['role']!r}; expected {', '.join(roles[:-1])} or "
+                f"{roles[-1]}"
             )
-        check_text(message["content"], f"messages[{i}]['content']")
-    if not messages or messages[-1]["role"] != "user":
+        if not (calls_tools and message.get("content") is None):
+            check_text(message["content"], f"messages[{i}]['content']")
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         last = f"one of role {messages[-1]['role']}" if messages else "no message"
         raise ValueError(f"messages: expected the last to be the user's, got {last}")
 
 
-@functools.lru_cache(maxsize=4)  # reading the vocabulary again for each turn would be slow
+def _check_tools(tools: Any) -> None:
+    if tools is not None and (
+        isinstance(tools, (str, Mapping))
+        or not isinstance(tools, Sequence)
+        or not all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise TypeError(f"tools: expected a list of dicts, got {tools!r:.60}")
+
+
+# A model's own template
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A copy of plain lists, dicts, strings and numbers: other objects have methods, which a
+    template could call."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        check_text(value, name)
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, name): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{name}: expected text, numbers, lists and dicts, got {type(value).__name__}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _replaced(value: Any, replace: Any) -> Any:
+    """A copy in which every string is what `replace` makes of it."""
+    if isinstance(value, str):
+        return replace(value)
+    if isinstance(value, dict):
+        return {_replaced(k, replace): _replaced(v, replace) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, replace) for item in value]
+    return value
+
+
+# Mistral's templates
+
+
+def _encode_with_mistral_common(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    template: str,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> list[int]:
+    from mistral_common.exceptions import MistralCommonException
+    from mistral_common.protocol.instruct import messages as protocol
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.tool_calls import Tool
+
+    encoder = _instruct_encoder(tokenizer, template)
+    if tools and template == "v1":
+        raise ValueError("tools: the chat template v1 takes none")
+    types = {
+        "system": protocol.SystemMessage,
+        "user": protocol.UserMessage,
+        "assistant": protocol.AssistantMessage,
+    }
+    try:
+        request = ChatCompletionRequest(
+            messages=[types[message["role"]](content=message["content"]) for message in messages],
+            tools=[Tool.model_validate(dict(tool)) for tool in tools] if tools else None,
+        )
+    except ValueError as error:  # pydantic's
+        raise ValueError(f"tools: not in OpenAI's format: {error}") from error
+    try:
+        return encoder.encode_chat_completion(request).tokens
+    except MistralCommonException as error:
+        raise ValueError(f"messages: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
 def _instruct_encoder(tokenizer: Tokenizer, template: str) -> MistralTokenizer:
     from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
     from mistral_common.protocol.instruct.validator import MistralRequestValidator
     from mistral_common.tokens.tokenizers import instruct
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
     if template not in TEMPLATES:
         raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
@@ -143,10 +343,7 @@ def _instruct_encoder(tokenizer: Tokenizer, template: str) -> MistralTokenizer:
         )
     # MistralTokenizer.from_file() would infer the version from the file's name, and a Hugging Face
     # folder's tokenizer.model may be of any version. So it is put together here.
-    if tokenizer.path.name == "tokenizer.json":
-        text_tokenizer = _TextTokenizer(tokenizer, TokenizerVersion(template))
-    else:
-        text_tokenizer = SentencePieceTokenizer(str(tokenizer.path), TokenizerVersion(template))
+    text_tokenizer = _TextTokenizer(tokenizer, TokenizerVersion(template))
     encoder = getattr(instruct, f"InstructTokenizer{template.upper()}")(text_tokenizer)
     return MistralTokenizer(
         encoder,
@@ -158,7 +355,7 @@ def _instruct_encoder(tokenizer: Tokenizer, template: str) -> MistralTokenizer:
 class _TextTokenizer:
     """A Tokenizer in the form in which mistral-common's templates call theirs.
 
-    For folders with tokenizer.json only; mistral-common reads SentencePiece files itself.
+    mistral-common reads SentencePiece files itself, but neither tokenizer.json nor added tokens.
     """
 
     model_settings_builder = None
@@ -180,22 +377,80 @@ class _TextTokenizer:
         return self._tokenizer.control_ids.get(s, 0)
 
 
-def _read_template(folder: Path) -> str | None:
-    """The text of the folder's Hugging Face chat template; None: it has none."""
+# Which template is it?
+
+_PROBE = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+    {"role": "user", "content": "five"},
+]
+_SYSTEM_PROBE = [{"role": "system", "content": "zero"}, *_PROBE]
+
+
+def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
+    """Whether a template writes what mistral-common does, white space apart."""
+    if "[INST]" not in template.source():
+        return False
+    for probe in (_PROBE, _SYSTEM_PROBE):
+        try:
+            ids = template.encode(probe)
+        except ValueError:
+            # Mistral's first template refuses system prompts. Where they go is then left to
+            # mistral-common, if all else agrees.
+            if probe is _SYSTEM_PROBE:
+                continue
+            return False
+        expected = _encode_with_mistral_common(tokenizer, probe, tokenizer.version, None)
+        texts = (_transcript(tokenizer, i) for i in (ids, expected))
+        if len({b"".join(text.split()) for text in texts}) > 1:
+            return False
+    return True
+
+
+def _template_without_text(folder: Path, tokenizer: Tokenizer) -> str:
+    config = folder / "config.json"
+    stated = read_json_object(config).get(CONFIG_KEY) if config.is_file() else None
+    if stated is not None:
+        if stated not in TEMPLATES:
+            raise ValueError(
+                f"{config}: {CONFIG_KEY} is {stated!r}, expected one of {', '.join(TEMPLATES)}"
+            )
+        return stated
+    if "instruct" in _model_name(folder).lower():
+        return tokenizer.version
+    raise ValueError(
+        f"{folder}: no chat template, and the name does not say Instruct: this looks like a "
+        f"base model, which completes text and cannot chat{_OVERRIDE}"
+    )
+
+
+def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
+    """The file with a folder's chat templates, and their texts by name; None: it has none."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        return jinja, {path.stem: read_text_file(path) for path in more} | {
+            "default": read_text_file(jinja)
+        }
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
-        if not path.is_file():
+        templates = read_json_object(path).get("chat_template") if path.is_file() else None
+        if not templates:
             continue
+        if isinstance(templates, str):
+            return path, {"default": templates}
         try:
-            template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a JSON object ({error})") from error
-        if template:
-            # Either the template, or a list of named ones.
-            return template if isinstance(template, str) else json.dumps(template)
+            if not isinstance(templates, dict):
+                templates = {entry["name"]: entry["template"] for entry in templates}
+        except (TypeError, KeyError):
+            templates = {}
+        if not templates or not all(isinstance(text, str) for text in templates.values()):
+            raise ValueError(
+                f"{path}: chat_template is neither a text nor a list of a name and a template each"
+            )
+        return path, templates
     return None
 
 

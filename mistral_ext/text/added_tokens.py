@@ -1,0 +1,223 @@
+"""Tokens that a fine-tune added to its base model's vocabulary.
+
+They stand in up to three files: `tokenizer.json`, `tokenizer_config.json` ("added_tokens_decoder")
+and `added_tokens.json`. A text is first cut at the added tokens that it spells out; what is between
+them goes to the vocabulary's own algorithm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from mistral_ext.text.text_file import read_json_object
+
+# A damaged file must not make a table of a thousand million entries.
+_MAX_ID = 2**20
+
+# The keys under which tokenizer_config.json and special_tokens_map.json name special tokens.
+_SPECIAL_KEYS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+_SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+# <|im_start|> and its like. Many files leave them unmarked, and they end turns all the same.
+_CONTROL_SHAPE = re.compile(r"<\|[^\s|]+\|>")
+_WHITE_SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text as it is written.
+
+    Attributes:
+        control: it is a sign and not text: marked special in any file, or written <|like this|>.
+        lstrip, rstrip: white space to its left, right belongs to it.
+        single_word: it is not found inside a word.
+    """
+
+    id: int
+    content: str
+    control: bool
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """What the files of a folder say beyond the base vocabulary.
+
+    Attributes:
+        tokens: by id; some may be of the base vocabulary.
+        names: "bos_token", "eos_token" and so on, as far as they are named; None: said to be none.
+        prefix: which piece of a text that is cut at added tokens gets the space that encoding
+            puts before a text: "first", "all", or "unspaced", those that begin with none.
+    """
+
+    tokens: dict[int, AddedToken]
+    names: dict[str, str | None]
+    prefix: str
+
+
+def read_added_tokens(folder: Path) -> AddedTokens:
+    """Reads the files of a model folder, as many as there are.
+
+    Raises:
+        ValueError: naming the damaged file.
+    """
+    data = {
+        name: read_json_object(folder / name) if (folder / name).is_file() else {}
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "special_tokens_map.json",
+        )
+    }
+    config = data["tokenizer_config.json"]
+    names: dict[str, str | None] = {}
+    special: set[str | None] = set()
+    for values in (data["special_tokens_map.json"], config):
+        names |= {key: _content(values.get(key)) for key in _SPECIAL_KEYS if key in values}
+        for key in _SPECIAL_LISTS:
+            listed = values.get(key) or ()
+            special.update(map(_content, listed.values() if isinstance(listed, dict) else listed))
+    special.update(names.values())
+
+    tokens: dict[int, AddedToken] = {}
+    for name, entries in (
+        ("tokenizer.json", _listed(data["tokenizer.json"])),
+        ("tokenizer_config.json", _decoder(config)),
+        ("added_tokens.json", _plain(data["added_tokens.json"])),
+    ):
+        try:
+            _merge(tokens, [_token(entry, special) for entry in entries])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / name}: not readable as added tokens ({error})") from error
+    return AddedTokens(tokens, names, _prefix(data["tokenizer.json"], config))
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which files give as it is or among its flags; None: none given."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _listed(tokenizer: Mapping[str, Any]) -> Iterator[dict]:
+    yield from tokenizer.get("added_tokens") or ()
+
+
+def _decoder(config: Mapping[str, Any]) -> Iterator[dict]:
+    for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
+        yield {**entry, "id": int(token_id)}
+
+
+def _plain(added: Mapping[str, int]) -> Iterator[dict]:
+    for content, token_id in added.items():
+        yield {"content": content, "id": token_id}
+
+
+def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
+    token_id, content = entry["id"], entry["content"]
+    if not isinstance(token_id, int) or not 0 <= token_id < _MAX_ID:
+        raise ValueError(f"id is {token_id!r}, expected 0 to {_MAX_ID - 1}")
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"content of id {token_id} is {content!r}, expected some text")
+    return AddedToken(
+        token_id,
+        content,
+        control=bool(
+            entry.get("special") or content in special or _CONTROL_SHAPE.fullmatch(content)
+        ),
+        lstrip=bool(entry.get("lstrip")),
+        rstrip=bool(entry.get("rstrip")),
+        single_word=bool(entry.get("single_word")),
+    )
+
+
+def _merge(tokens: dict[int, AddedToken], more: Iterable[AddedToken]) -> None:
+    """Adds tokens of a file that is asked after those before: they win, but for `control`."""
+    by_content = {token.content: token.id for token in tokens.values()}
+    for token in more:
+        token_id = by_content.get(token.content, token.id)
+        earlier = tokens.get(token_id)
+        if earlier is None:
+            tokens[token_id] = token
+        elif earlier.content == token.content and token.control:
+            tokens[token_id] = replace(earlier, control=True)
+
+
+def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    for part in _parts(tokenizer.get("normalizer")):
+        if part.get("type") == "Prepend":
+            return "all"
+    for part in _parts(tokenizer.get("pre_tokenizer")):
+        if part.get("type") == "Metaspace":
+            return "unspaced" if part.get("prepend_scheme", "always") == "always" else "first"
+    # Without a tokenizer.json: tokenizers that are not "legacy" mended the spaces after added
+    # tokens, and say so; older files do not have the key.
+    return "first" if config.get("legacy") is False else "all"
+
+
+def _parts(step: Any) -> list[dict]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence of them."""
+    if not isinstance(step, dict):
+        return []
+    inner = step.get("normalizers") or step.get("pretokenizers") or [step]
+    return [part for part in inner if isinstance(part, dict)]
+
+
+class TokenFinder:
+    """Cuts texts at the tokens that they spell out, the longest where several begin."""
+
+    def __init__(self, tokens: Iterable[AddedToken]) -> None:
+        self._tokens = {token.content: token for token in tokens}
+        self._any = _longest_of(list(self._tokens)) if self._tokens else "(?!)"  # (?!): nothing
+        self._pattern = re.compile(self._any)
+
+    def split(self, text: str) -> list[str | int]:
+        """The ids of the tokens, and the pieces of text around them that are not empty."""
+        pieces: list[str | int] = []
+        start = 0
+        for match in self._pattern.finditer(text):
+            token = self._tokens[match[0]]
+            begin, end = match.span()
+            if token.single_word and _inside_word(text, begin, end):
+                continue
+            before = text[start:begin]
+            pieces += [before.rstrip() if token.lstrip else before, token.id]
+            start = end
+            if token.rstrip:
+                start = _WHITE_SPACE.match(text, end).end()
+        pieces.append(text[start:])
+        return [piece for piece in pieces if piece != ""]
+
+    def starts(self) -> re.Pattern:
+        """A pattern of one character: any at which a token begins, inside of others too."""
+        return re.compile(f"(?=(?:{self._any})).", re.DOTALL)
+
+
+def _longest_of(words: list[str]) -> str:
+    """A pattern that matches the longest of some words, in the form of a tree: trying the hundreds
+    of control tokens of v3 one by one at each bracket of a text would take seconds."""
+    start = commonprefix(words)  # noqa: RUF071  character by character is what is wanted
+    rest = sorted(word[len(start) :] for word in words)
+    branches = [_longest_of(list(some)) for _, some in groupby(filter(None, rest), lambda w: w[0])]
+    tree = f"(?:{'|'.join(branches)})" if branches else ""
+    return re.escape(start) + tree + ("?" if tree and "" in rest else "")
+
+
+def _inside_word(text: str, begin: int, end: int) -> bool:
+    return any(re.match(r"\w", text[i : i + 1]) for i in (begin - 1, end) if i >= 0)

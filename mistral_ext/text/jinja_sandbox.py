@@ -1,0 +1,478 @@
+"""Renders Jinja templates that came with a model, which are programs by strangers.
+
+Text is that of transformers' `apply_chat_template`: the same dialect of Jinja, the same extras. But
+a template here can neither reach beyond its variables nor run for ever or fill the memory. jinja2's
+sandbox sees to the first. For the second, each turn of a loop, call, filter and operator is a step
+of a limited number, until a deadline; and what they make is measured, before it is made where a
+short expression can make much. Strings have no methods but those that only take them apart or
+replace something, and filters that pad or draw are missing: no template for chats needs them.
+
+No thread, signal or process is involved, so that this works wherever it is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import jinja2.utils
+from jinja2 import nodes
+from jinja2.visitor import NodeTransformer
+
+MAX_SOURCE = 2**18  # characters of a template; the longest published ones have 2**15
+MAX_STEPS = 300_000
+MAX_SECONDS = 10.0
+# Characters that a template may make: so many, and so many for each that it is given.
+MAX_MADE = 2**24
+MAX_MADE_PER_CHARACTER = 64
+
+_MAX_ARGUMENT = 1_000_000
+_MAX_BITS = 2048
+_ITEM = 16  # characters that an item of a list counts for
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_STRING_METHODS = _words(
+    "strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix "
+    "replace join format startswith endswith find rfind index rindex count lower upper title "
+    "capitalize casefold swapcase isalnum isalpha isascii isdecimal isdigit isidentifier islower "
+    "isnumeric isprintable isspace istitle isupper"
+)
+# Filters that write their first argument out as text.
+_TEXT_FILTERS = _words(
+    "capitalize e escape float format indent int lower replace safe string title trim truncate "
+    "upper wordcount"
+)
+_FILTERS = _TEXT_FILTERS | _words(
+    "abs count d default dictsort first groupby items join last length list map max min reject "
+    "rejectattr reverse round select selectattr sort sum unique"
+)
+_GLOBALS = ("range", "cycler", "joiner")
+
+
+class SandboxedTemplate:
+    """A template, compiled.
+
+    Args:
+        source: the text of the template.
+        name: what errors call it, a file.
+
+    Raises:
+        ValueError: it is not Jinja, or longer than `MAX_SOURCE`.
+    """
+
+    def __init__(self, source: str, name: str) -> None:
+        self.source = source
+        self.name = name
+        if len(source) > MAX_SOURCE:
+            raise ValueError(
+                f"{name}: a chat template of {len(source)} characters, expected at most "
+                f"{MAX_SOURCE}"
+            )
+        try:
+            self._template = _compiled(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"{name}: the chat template is not valid Jinja: {error.message}, "
+                f"line {error.lineno}"
+            ) from error
+        except (
+            SyntaxError,
+            RecursionError,
+            MemoryError,
+            ValueError,
+            jinja2.TemplateError,
+        ) as error:
+            # Python's own limits: blocks or parentheses nested too deeply, numbers too long.
+            raise ValueError(f"{name}: the chat template cannot be compiled: {error}") from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The text that the template writes.
+
+        Args:
+            variables: of strings, numbers, None, lists and dicts alone.
+
+        Raises:
+            ValueError: with the template's own message, where it raises an exception; or it fails,
+                or goes beyond a limit.
+        """
+        token = _METER.set(_Meter(_text_size(variables)))
+        try:
+            return self._template.render(variables)
+        except _Raised as error:
+            raise ValueError(f"{self.name}: {error.message}") from error
+        except Exception as error:  # whatever a program may run into
+            raise ValueError(
+                f"{self.name}: the chat template failed: {str(error) or type(error).__name__}"
+            ) from error
+        finally:
+            _METER.reset(token)
+
+
+class _Raised(jinja2.TemplateError):
+    """The template called raise_exception."""
+
+
+class _LimitError(jinja2.TemplateError):
+    """The template does or makes too much."""
+
+
+class _Meter:
+    """What a rendering has left."""
+
+    def __init__(self, given: int) -> None:
+        self._steps = MAX_STEPS
+        self._characters = MAX_MADE + MAX_MADE_PER_CHARACTER * given
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    def step(self) -> None:
+        self._steps -= 1
+        if self._steps < 0:
+            raise _LimitError(f"it takes more than {MAX_STEPS} steps")
+        if time.monotonic() > self._deadline:
+            raise _LimitError(f"it takes longer than {MAX_SECONDS} seconds")
+
+    def made(self, characters: int) -> None:
+        self._characters -= characters
+        if self._characters < 0:
+            raise _LimitError("it makes too much text")
+
+
+_METER: ContextVar[_Meter] = ContextVar("meter")
+
+
+def _text_size(value: Any) -> int:
+    """About how many characters str(value) has; raises where that is beyond all limits.
+
+    A list may contain another twice, and that a third: what is small in memory is endless text.
+    """
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, (list, tuple, dict)):
+        return _ITEM
+    size, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        size += len(item) + _ITEM if isinstance(item, str) else _ITEM
+        if isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        meter = _METER.get(None)
+        if meter and size > meter._characters:
+            raise _LimitError("it makes too much text")
+    return size
+
+
+def _measured(value: Any) -> Any:
+    """What a template has made, counted."""
+    meter = _METER.get()
+    if isinstance(value, str):
+        meter.made(len(value))
+    elif isinstance(value, int):
+        if value.bit_length() > _MAX_BITS:
+            raise _LimitError("it makes too large a number")
+    elif isinstance(value, (list, tuple, dict)):
+        waiting = [value]
+        while waiting:
+            item = waiting.pop()
+            meter.made(_ITEM)
+            if isinstance(item, dict):
+                waiting += item.values()
+            elif isinstance(item, (list, tuple)):
+                waiting += item
+    elif isinstance(value, Iterator):
+        return _measured_items(value)
+    return value
+
+
+def _measured_items(items: Iterator) -> Iterator:
+    for item in items:
+        _METER.get().step()
+        yield _measured(item)
+
+
+def _check_arguments(*arguments: Any) -> None:
+    for argument in arguments:
+        if isinstance(argument, int) and abs(argument) > _MAX_ARGUMENT:
+            raise _LimitError(f"it passes a number above {_MAX_ARGUMENT}")
+
+
+# Where little text makes much: before it is made
+
+
+def _before_replace(text: Any, old: Any = "", new: Any = "", count: Any = None) -> None:
+    times = str(text).count(old) if old else len(str(text)) + 1
+    _METER.get().made(times * len(str(new)))
+
+
+def _before_format(text: str, arguments: Any) -> None:
+    bare = text.replace("{{", "").replace("}}", "")
+    if re.search(r"\d{4}|%[^%a-zA-Z]*\*|\{[^{}]*\{", bare):
+        raise _LimitError("it formats with a width of four digits or more, or a computed one")
+    _METER.get().made((text.count("{") + text.count("%")) * _text_size(arguments))
+
+
+def _before_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+    text = str(text)
+    width = len(width) if isinstance(width, str) else width
+    _METER.get().made((text.count("\n") + 1) * width + text.count("\n"))
+
+
+def _before_join(separator: str, items: list) -> None:
+    _METER.get().made(len(separator) * len(items) + _text_size(items))
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+            optimized=False,  # else constant expressions would run unmeasured, when compiled
+            finalize=_written,
+        )
+        self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
+        self.filters["tojson"] = _metered("tojson", _tojson)
+        self.tests = {name: _stepped(test) for name, test in self.tests.items()}
+        self.globals = {name: self.globals[name] for name in _GLOBALS} | {
+            "dict": _make_dict,
+            "namespace": _Namespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+        }
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str):
+            return attr in _STRING_METHODS
+        if obj is None or isinstance(obj, (bool, int, float, complex, bytes)):
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        # The names are jinja2's: keyword arguments of the template must not meet them.
+        _METER.get().step()
+        _check_arguments(*args, *kwargs.values())
+        method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            name = method.__name__
+            if name == "replace":
+                _before_replace(text, *args, **kwargs)
+            elif name in ("format", "format_map"):
+                _before_format(text, [*args, *kwargs.values()])
+            elif name == "join":
+                args = [list(items) for items in args]
+                _before_join(text, *args)
+        return _measured(super().call(__context, __obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        meter = _METER.get()
+        meter.step()
+        sequences = (str, list, tuple)
+        if operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if isinstance(sequence, sequences) and isinstance(times, int):
+                    size = 1 if isinstance(sequence, str) else _ITEM
+                    meter.made(len(sequence) * max(times, 0) * size)
+        elif operator == "+" and isinstance(left, sequences) and isinstance(right, sequences):
+            meter.made(len(left) + len(right))
+        elif operator == "**":
+            if not abs(right) <= 64:
+                raise _LimitError("it raises to a power above 64")
+        elif operator == "%" and isinstance(left, str):
+            _before_format(left, right)
+        return _measured(super().call_binop(context, operator, left, right))
+
+    # What _Metering puts into a template
+
+    def turn(self, characters: int) -> bool:
+        """A loop turns, a macro begins, that writes so many characters whatever happens. It is a
+        step like any call."""
+        _METER.get().made(characters)
+        return True
+
+    def same(self, value: Any) -> Any:
+        return value  # calls are measured
+
+    def join_measured(self, *values: Any) -> str:
+        _METER.get().made(sum(map(_text_size, values)))
+        return "".join(map(str, values))
+
+
+class _Metering(NodeTransformer):
+    """Puts a step into loops and macros, and measures what is made without a call."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.visit_Macro(node)
+        if node.test is not None:  # {% for a in ... if ... %}: the body does not see all turns
+            node.test = nodes.And(_call("turn", [nodes.Const(0)], node.lineno), node.test)
+        return node
+
+    def visit_Macro(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        data = sum(len(part.data) for part in node.find_all(nodes.TemplateData))
+        turn = _call("turn", [nodes.Const(data)], node.lineno)
+        node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
+        return node
+
+    visit_CallBlock = visit_Macro
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("join_measured", node.nodes, node.lineno)
+
+    def visit_List(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # {% for a, b in ... %}
+            return node
+        return _call("same", [node], node.lineno)
+
+    visit_Tuple = visit_Dict = visit_List
+
+
+def _call(method: str, arguments: list, line: int) -> nodes.Call:
+    function = nodes.EnvironmentAttribute(method, lineno=line)
+    return nodes.Call(function, arguments, [], None, None, lineno=line)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}, with which templates mark what a model is to be trained on."""
+
+    tags = frozenset(("generation",))
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"  # its contents have no measure
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"namespace attribute {name!r} begins with '_'")
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict:
+    return dict(*args, **kwargs)
+
+
+def _raise_exception(message: Any) -> None:
+    raise _Raised(str(message)[:1000])
+
+
+def _strftime_now(form: Any) -> str:
+    return datetime.now().strftime(str(form)[:1000])
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    if indent is not None and (len(indent) if isinstance(indent, str) else indent) > 16:
+        raise _LimitError("it indents JSON by more than 16")
+    meter = _METER.get()
+    meter.made(_text_size(value))
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    pieces = []
+    for piece in encoder.iterencode(value):
+        meter.made(len(piece))
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@jinja2.pass_context
+def _written(context: Any, value: Any) -> Any:
+    """Called with whatever a template puts out."""
+    _METER.get().made(_text_size(value))
+    return value
+
+
+def _metered(name: str, function: Callable) -> Callable:
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # where the filtered value stands
+
+    @functools.wraps(function)  # with what tells jinja2 to pass its context
+    def metered(*args: Any, **kwargs: Any) -> Any:
+        meter = _METER.get()
+        meter.step()
+        passed, value, rest = args[:first], args[first], args[first + 1 :]
+        _check_arguments(*rest, *kwargs.values())
+        if isinstance(value, Iterator):
+            value = _measured_items(value)
+        if name in _TEXT_FILTERS:
+            meter.made(_text_size(value))
+        if name == "replace":
+            _before_replace(value, *rest, **kwargs)
+        elif name == "indent":
+            _before_indent(value, *rest, **kwargs)
+        elif name == "format":
+            _before_format(str(value), [*rest, *kwargs.values()])
+        elif name == "join":
+            value = list(value)
+            _before_join(str(rest[0] if rest else kwargs.get("d", "")), value)
+        elif name == "sum" and not isinstance(
+            rest[1] if len(rest) > 1 else kwargs.get("start", 0), (int, float)
+        ):
+            raise _LimitError("it sums what is no number")
+        return _measured(function(*passed, value, *rest, **kwargs))
+
+    return metered
+
+
+def _stepped(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        _METER.get().step()
+        return function(*args, **kwargs)
+
+    return stepped
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> _Environment:
+    return _Environment()
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(source: str) -> jinja2.Template:
+    environment = _environment()
+    tree = environment.parse(source)
+    _Metering().visit(tree)
+    tree.set_environment(environment)
+    code = environment.compile(tree)
+    return jinja2.Template.from_code(environment, code, environment.make_globals(None))

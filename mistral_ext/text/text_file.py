@@ -1,0 +1,57 @@
+"""Text and JSON from files that people and other programs wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def read_text_file(path: str | Path) -> str:
+    """The text of a UTF-8 file, in the form that models were trained on; see `decode_text`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    return decode_text(Path(path).read_bytes(), str(path))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Text from the bytes of a file called `name`.
+
+    Windows' programs begin a text with a byte order mark and end lines in CR LF. Neither is meant
+    as part of the text, and both would change its tokens: the mark is dropped, CR LF becomes LF.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise ValueError(f"{name} is not UTF-8 text: it begins as UTF-16 does") from None
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from None
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ValueError if the file only says where git-lfs has the real one."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError("it is a git-lfs pointer, not the file itself: run 'git lfs pull'")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: naming the file, if it holds anything else.
+    """
+    try:
+        refuse_lfs_pointer(path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values

@@ -1,0 +1,72 @@
+"""Text files as editors and shells of several systems write them."""
+
+import json
+
+import pytest
+
+from mistral_ext import cli
+from mistral_ext.text.text_file import decode_text, read_json_object, read_text_file
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"Once upon\na time\n", "Once upon\na time\n"),
+        (BOM + b"Once upon\na time\n", "Once upon\na time\n"),
+        (b"Once upon\r\na time\r\n", "Once upon\na time\n"),
+        (BOM + b"Once upon\r\na time\r\n", "Once upon\na time\n"),
+        (BOM, ""),
+        (b"", ""),
+        (b"a\rb\n\r", "a\rb\n\r"),  # only together do they end a line
+        ("a\ufeffb".encode(), "a\ufeffb"),  # only at the beginning is it a mark
+        ("Grüße 👋".encode(), "Grüße 👋"),
+    ],
+)
+def test_marks_of_other_systems_are_no_text(data, text, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(data)
+    assert decode_text(data, "stdin") == text
+    assert read_text_file(path) == read_text_file(str(path)) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"\x80", "can't decode byte"), ("a".encode("utf-16"), "it begins as UTF-16 does")],
+)
+def test_bytes_that_are_not_text(data, reason, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"text\.txt is not UTF-8 text: .*{reason}"):
+        read_text_file(path)
+    with pytest.raises(ValueError, match=f"stdin is not UTF-8 text: .*{reason}"):
+        decode_text(data, "stdin")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_text_file(tmp_path / "nowhere")
+
+
+def test_commands_read_the_same_text(tmp_path, capsys):
+    """generate and perplexity, with what Notepad and PowerShell make of a text."""
+    outputs = []
+    for i, data in enumerate((b"Once upon\na time\n", BOM + b"Once upon\r\na time\r\n")):
+        path = tmp_path / f"{i}.txt"
+        path.write_bytes(data)
+        for command in (["generate", "--max-tokens", "5", "--echo"], ["perplexity"]):
+            assert cli.main([*command, "--file", str(path)]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("Once upon\na time")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "version https://git-lfs.x\n"])
+def test_not_a_json_object(content, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object"):
+        read_json_object(path)
+    path.write_text(json.dumps({"a": 1}))
+    assert read_json_object(path) == {"a": 1}
