@@ -1,0 +1,99 @@
+"""The options of a completion. Without torch, so that a command line can show them at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop: names and meanings of the OpenAI API and vLLM.
+
+    Raises:
+        TypeError, ValueError: naming the option, its value and what was expected.
+    """
+
+    max_tokens: int = 128  # generated at most, >= 1
+    temperature: float = 0.0  # >= 0; 0: greedy, the most likely token
+    top_p: float = 1.0  # (0, 1]: the fewest most likely tokens whose probabilities reach this
+    top_k: int = 0  # >= 0: the k most likely tokens; 0: all
+    min_p: float = 0.0  # [0, 1]: tokens at least this likely relative to the most likely one
+    repetition_penalty: float = 1.0  # > 0: divides the logits of tokens in prompt and completion
+    presence_penalty: float = 0.0  # [-2, 2]: subtracted once for a token in the completion
+    frequency_penalty: float = 0.0  # [-2, 2]: subtracted for each time it is there
+    seed: int | None = None  # [0, 2^64); None: a fresh one
+    stop: str | Sequence[str] | None = None  # strings that end the completion, not part of it
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of these token ids
+    logprobs: int | None = None  # report the log-probability of each token and this many others
+    n: int = 1  # completions of each prompt, >= 1
+    ignore_eos: bool = False  # do not end at the end-of-text token
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, object]) -> SamplingParams:
+        """From keyword arguments; TypeError for one that does not exist."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise TypeError(f"unknown option {name!r}, expected one of {', '.join(names)}")
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        self._check("max_tokens", Integral, "an integer, 1 or more", lambda x: x >= 1)
+        self._check("temperature", Real, "a number, 0 or more", lambda x: 0 <= x < math.inf)
+        self._check("top_p", Real, "a number above 0, at most 1", lambda x: 0 < x <= 1)
+        self._check("top_k", Integral, "an integer, 0 (all) or more", lambda x: x >= 0)
+        self._check("min_p", Real, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+        self._check("repetition_penalty", Real, "a number above 0", lambda x: 0 < x < math.inf)
+        self._check("presence_penalty", Real, "a number from -2 to 2", lambda x: -2 <= x <= 2)
+        self._check("frequency_penalty", Real, "a number from -2 to 2", lambda x: -2 <= x <= 2)
+        self._check("n", Integral, "an integer, 1 or more", lambda x: x >= 1)
+        self._check("ignore_eos", bool, "True or False", lambda x: True)
+        if self.seed is not None:
+            self._check("seed", Integral, "an integer from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64)
+        if self.logprobs is not None:
+            self._check("logprobs", Integral, "an integer, 0 or more", lambda x: x >= 0)
+        if self.stop is None or isinstance(self.stop, str):
+            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
+        self._check("stop", Sequence, "non-empty strings", lambda x: all(_is_text(s) for s in x))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", {})
+        self._check("logit_bias", Mapping, "a number for each token id", _is_bias)
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @property
+    def plainly_greedy(self) -> bool:
+        """Whether each token is the most likely one by the model's own logits."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
+        return self.temperature == 0 and not any(penalties) and not self.logit_bias
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """ValueError if logit_bias has a token that is not among the first `vocab_size`."""
+        for token_id in self.logit_bias:
+            if token_id >= vocab_size:
+                raise ValueError(
+                    f"logit_bias has token id {token_id}, expected less than {vocab_size}"
+                )
+
+    def _check(self, name, kind, expected, valid) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name} is {value!r}, expected {expected}")
+        if not valid(value):
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_bias(bias: Mapping) -> bool:
+    # Minus infinity is useful: it bans a token.
+    return all(
+        isinstance(i, Integral) and i >= 0 and isinstance(b, Real) and not math.isnan(b)
+        for i, b in bias.items()
+    )
