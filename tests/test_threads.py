@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -40,6 +41,40 @@ def test_any_number_of_threads_gives_the_same_bits(isa):
     for threads in (2, 3, 7, 2):
         for actual, wanted in zip(run_on(threads), expected, strict=True):
             assert torch.equal(actual, wanted)
+
+
+_TOO_MANY = """
+import resource, sys
+from pathlib import Path
+import torch
+from mistral_ext import ops
+
+x, weight = torch.ones(2000, 4096), torch.ones(3000, 4096)
+expected = ops.swiglu(x, x), ops.linear(x[:1], weight)
+torch.get_num_threads = lambda: 100_000  # to set them ends in a fault of torch's own threads
+if sys.argv[1] == "refused":  # by the system, for want of memory for their stacks
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**26
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+actual = ops.swiglu(x, x), ops.linear(x[:1], weight)
+assert all(map(torch.equal, actual, expected))
+print(len(list(Path("/proc/self/task").iterdir())))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc on this system")
+@pytest.mark.parametrize("ends", ["clamped", "refused"])
+def test_too_many_threads_are_harmless(ends):
+    if ends == "refused" and "MISTRAL_EXT_SANITIZE" in os.environ:
+        pytest.skip("a sanitizer needs more memory than the limit leaves")
+    process = subprocess.run(
+        [sys.executable, "-c", _TOO_MANY, ends], capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    processors = os.cpu_count() or 1
+    most = max(16, 4 * processors)
+    # torch has some of its own, a few for each processor.
+    assert int(process.stdout) <= (8 if ends == "refused" else most) + 4 * processors
 
 
 def test_python_threads_call_ops_at_once():

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -17,6 +18,12 @@ namespace {
 // get from one op to the next, so that the threads stay awake for all of a decode step. Waking one
 // up takes about as long as a small op.
 constexpr std::chrono::microseconds kWatch{100};
+
+// A caller may ask for any number of threads; more than a few for each processor only take turns.
+int most_threads() {
+  static const int most = std::max(16, 4 * static_cast<int>(std::thread::hardware_concurrency()));
+  return most;
+}
 
 void pause() {
 #if defined(__x86_64__)
@@ -51,10 +58,7 @@ class Pool {
     }
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const int helpers = static_cast<int>(tasks < threads ? tasks : threads) - 1;
-      while (static_cast<int>(workers_.size()) < helpers) {
-        workers_.emplace_back(&Pool::work, this, loop_.load());
-      }
+      const int helpers = have_workers(static_cast<int>(std::min<int64_t>(tasks, threads)) - 1);
       run_ = run;
       context_ = context;
       tasks_ = tasks;
@@ -75,6 +79,17 @@ class Pool {
   }
 
  private:
+  // Makes workers until there are `wanted`, or the system gives no more: the others do their work.
+  int have_workers(int wanted) {
+    try {
+      while (static_cast<int>(workers_.size()) < wanted) {
+        workers_.emplace_back(&Pool::work, this, loop_.load());
+      }
+    } catch (const std::system_error&) {
+    }
+    return std::min(wanted, static_cast<int>(workers_.size()));
+  }
+
   void claim() {
     for (;;) {
       const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
@@ -129,11 +144,12 @@ void parallel_for(int threads, int64_t tasks, void (*run)(const void*, int64_t),
     make_pool();
     pthread_atfork(nullptr, nullptr, make_pool);
   });
-  pool->run(threads, tasks, run, context);
+  pool->run(std::min(threads, most_threads()), tasks, run, context);
 }
 
 void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
                      void (*run)(const void*, int64_t, int64_t), const void* context) {
+  threads = std::min(threads, most_threads());
   std::atomic<int64_t> next{0};
   parallel_for(threads, threads, [&](int64_t) {
     for (int64_t begin = next.load(std::memory_order_relaxed); begin < count;) {

@@ -6,9 +6,10 @@
 namespace mistral::cpu {
 
 // Calls run(context, i) once for every i in [0, tasks), on up to `threads` threads of which the
-// caller is one, and returns when all are done. Tasks are handed out in order, one at a time, so
-// uneven ones balance; make each worth a few microseconds. A call while another thread's is
-// under way runs its tasks on its own thread.
+// caller is one, and returns when all are done. There are never more than four for each processor
+// (or 16), whatever `threads` is. Tasks are handed out in order, one at a time, so uneven ones
+// balance; make each worth a few microseconds. A call while another thread's is under way runs its
+// tasks on its own thread.
 void parallel_for(int threads, int64_t tasks, void (*run)(const void* context, int64_t task),
                   const void* context);
 

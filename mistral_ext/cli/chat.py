@@ -1,0 +1,51 @@
+"""`mistral-ext chat`: talk to an Instruct model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mistral_ext.cli import options
+from mistral_ext.cli.options import load_model
+from mistral_ext.cli.output import report
+from mistral_ext.engine.params import SamplingParams
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "chat",
+        parents=[options.common(), options.model(), options.sampling()],
+        help="talk to an Instruct model",
+        description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
+    parser.set_defaults(run=run, n=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    sampling = options.sampling_of(args)
+    SamplingParams.from_options(sampling)
+    llm = load_model(args)
+    chat = llm.start_chat(system=args.system, template=args.template)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  line editing and history for input()
+
+        print("Ctrl-C stops a reply, Ctrl-D ends the conversation.", file=sys.stderr)
+    while True:
+        try:
+            message = input("> " if interactive else "").strip()
+        except EOFError:
+            return 0
+        if not message:
+            continue
+        try:
+            for piece in chat.send(message, **sampling):
+                print(piece, end="", flush=True)
+            print()
+            report(llm, chat.completion)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()

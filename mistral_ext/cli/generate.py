@@ -1,0 +1,65 @@
+"""`mistral-ext generate`: complete a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+
+from mistral_ext.cli import options
+from mistral_ext.cli.options import load_model, read_text
+from mistral_ext.cli.output import print_timing, report
+from mistral_ext.engine.params import SamplingParams
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        parents=[options.common(), options.model(), options.sampling()],
+        help="complete a prompt",
+        description="Complete a prompt; the completion streams to stdout.",
+    )
+    parser.add_argument("prompt", nargs="?", help="the prompt; '-' or none: read it from stdin")
+    parser.add_argument(
+        "--file", metavar="PATH", help="read the prompt, but for a last newline, from a file"
+    )
+    parser.add_argument("--echo", action="store_true", help="print the prompt, too")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per completion")
+    parser.add_argument("--n", type=int, default=1, help="number of completions")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompt = _read_prompt(args)
+    sampling = options.sampling_of(args)
+    SamplingParams.from_options(sampling)  # complain before the model is loaded
+    llm = load_model(args)
+    if args.json or args.n > 1:
+        for completion in llm.generate(prompt, **sampling):
+            if args.json:
+                print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+                print_timing(completion)
+            else:
+                print((prompt if args.echo else "") + completion.text)
+                report(llm, completion)
+        return 0
+    stream = llm.stream(prompt, **sampling)
+    if args.echo:
+        print(prompt, end="")
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    report(llm, stream.completion)
+    return 0
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise ValueError("a prompt and --file were given, expected one of them")
+    if args.prompt not in (None, "-"):
+        return args.prompt
+    if args.file is None and args.prompt is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
+    # Editors and echo end a text with a newline that nobody means as part of a prompt.
+    return read_text(args.file or "-").removesuffix("\n")

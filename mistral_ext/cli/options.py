@@ -1,0 +1,124 @@
+"""What several commands take: their options, and what follows from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+import torch
+
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.llm import DEMO_MODEL, Mistral
+from mistral_ext.text.text_file import decode_text, read_text_file
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def common() -> argparse.ArgumentParser:
+    """Options of every command."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to use")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser
+
+
+def model() -> argparse.ArgumentParser:
+    """Options of a command that loads a model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id; default: the demo")
+    group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
+    group.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    group.add_argument(
+        "--quantize", choices=("int8", "int4"), help="round the weights while they are read"
+    )
+    group.add_argument(
+        "--sliding-window", type=int, metavar="W", help="override the config; 0: no window"
+    )
+    group.add_argument("--rope-theta", type=float, metavar="BASE", help="override the config")
+    group.add_argument("--max-positions", type=int, metavar="N", help="override the config")
+    group.add_argument(
+        "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in one pass"
+    )
+    return parser
+
+
+def load_model(args: argparse.Namespace) -> Mistral:
+    """The model that `model` options name."""
+    overrides = {}
+    if args.sliding_window is not None:
+        overrides["sliding_window"] = args.sliding_window or None
+    if args.rope_theta is not None:
+        overrides["rope_theta"] = args.rope_theta
+    if args.max_positions is not None:
+        overrides["max_positions"] = args.max_positions
+    return Mistral.from_pretrained(
+        args.model or DEMO_MODEL,
+        device=args.device,
+        dtype=DTYPES[args.dtype] if args.dtype else None,
+        prefill_chunk=args.prefill_chunk,
+        quantize=args.quantize,
+        **overrides,
+    )
+
+
+def sampling() -> argparse.ArgumentParser:
+    """Options of a command that samples."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("sampling")
+    for name, kind, text in (
+        ("max_tokens", int, "tokens to generate at most"),
+        ("temperature", float, "0: always the most likely token"),
+        ("top_p", float, "keep the most likely tokens up to this probability"),
+        ("top_k", int, "keep this many of the most likely tokens; 0: all"),
+        ("min_p", float, "keep tokens this likely relative to the most likely"),
+        ("repetition_penalty", float, "divide logits of tokens seen before"),
+        ("presence_penalty", float, "subtract from logits of tokens generated before"),
+        ("frequency_penalty", float, "the same for each time they were generated"),
+        ("seed", int, "same seed, same text"),
+        ("logprobs", int, "show the log-probability of each token and of N others"),
+    ):
+        default = getattr(SamplingParams, name)
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            metavar="N" if kind is int else "X",
+            help=text if default is None else f"{text} (default {default})",
+        )
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_token_bias,
+        default=[],
+        metavar="ID=X",
+        help="add X to the logit of token ID; may be repeated",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="do not end at the end of text")
+    return parser
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, object]:
+    """The fields of `SamplingParams` that `sampling` options give."""
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
+    fields["logit_bias"] = dict(args.logit_bias)
+    return fields
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=X, e.g. 1234=-5.0") from None
+
+
+def read_text(file: str) -> str:
+    """The text of a file; of stdin, if it is called '-'."""
+    if file == "-":
+        return decode_text(sys.stdin.buffer.read(), "stdin")
+    return read_text_file(file)

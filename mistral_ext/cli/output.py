@@ -1,0 +1,37 @@
+"""What several commands print."""
+
+from __future__ import annotations
+
+import sys
+
+from mistral_ext.engine.request import Completion
+from mistral_ext.llm import Mistral
+
+
+def report(llm: Mistral, completion: Completion) -> None:
+    """The timing of a completion, and log-probabilities if asked for, to stderr."""
+    print_timing(completion)
+    if completion.logprobs is not None:
+        _print_logprobs(llm, completion)
+
+
+def print_timing(completion: Completion) -> None:
+    """The timing of a completion, to stderr."""
+    timing = completion.timing
+    line = (
+        f"[prompt {timing.prompt_tokens} tokens, {timing.prompt_rate:.1f} tokens/s; "
+        f"completion {len(completion.token_ids)} tokens"
+    )
+    if timing.decode_tokens:
+        line += f", {timing.decode_rate:.1f} tokens/s"
+    print(f"{line}; {completion.finish_reason}]", file=sys.stderr)
+
+
+def _print_logprobs(llm: Mistral, completion: Completion) -> None:
+    def show(token_id: int, logprob: float) -> str:
+        text = llm.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
+        return f"{text!r} {logprob:.3f}"
+
+    for token in completion.logprobs:
+        others = "  ".join(show(i, logprob) for i, logprob in token.top.items())
+        print(f"{show(token.token_id, token.logprob):24} {others}".rstrip(), file=sys.stderr)
