@@ -15,6 +15,7 @@ import backends
 import hypothesis
 import pytest
 import torch
+from device_faults import pytest_runtest_call, pytest_runtest_protocol  # noqa: F401
 
 from mistral_ext import ops
 
