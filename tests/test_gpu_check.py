@@ -35,7 +35,7 @@ def checked(tmp_path, stages, **facts):
     return status, json.loads((out / report.REPORT).read_text()), sorted(os.listdir(out))
 
 
-waits = "import time; print('on', flush=True); time.sleep(600)"
+waits = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 
 
 def statuses(found):
@@ -154,8 +154,8 @@ Check("first", stages, out, work, {{}}).run()
         folder.mkdir()
         process = subprocess.Popen([PYTHON, "-c", program, str(folder)], stdout=subprocess.PIPE)
         try:
-            process.stdout.readline()  # the first step has ended
             log = folder / "work/second.log"
+            process.stdout.readline()  # the first step has ended
             while not (log.exists() and log.read_text()):
                 assert process.poll() is None
             process.send_signal(getattr(signal, f"SIG{name}"))
@@ -163,6 +163,8 @@ Check("first", stages, out, work, {{}}).run()
         finally:
             process.kill()
             process.stdout.close()
+            if name == "KILL" and log.exists() and log.read_text():  # nothing else ends it
+                os.kill(int(log.read_text()), signal.SIGKILL)
         found = json.loads((folder / "out" / report.REPORT).read_text())
         assert statuses(found)["first"] == "ok"
         if name == "TERM":
@@ -220,7 +222,7 @@ RUNS = [
 def test_a_fault_costs_one_test(tmp_path, how):
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cuda")
-    command = ["results", "--processes", "2", "--limit", "4", "--"]
+    command = ["results", "--processes", "2", "--limit", "8", "--"]
     program = "import runpy, sys; sys.argv = sys.argv[1:]\n"
     if how == "without xdist":
         program += "import importlib.util as u; find = u.find_spec\n"

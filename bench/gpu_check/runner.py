@@ -42,7 +42,7 @@ class Running:
                     stderr=subprocess.STDOUT,
                     cwd=ROOT,
                     env=os.environ | ENVIRONMENT | dict(step.environment),
-                    start_new_session=True,  # a group, which ends as one
+                    preexec_fn=os.setpgrp,  # a group, which ends as one
                 )
             except OSError as error:
                 log.write(f"{error}\n".encode())
