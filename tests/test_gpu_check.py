@@ -130,7 +130,8 @@ def test_without_an_extension_or_a_device_nothing_else_runs(tmp_path):
             [[step("build", "", needs=("unbuilt",), only_if_needed=True)]],
             [[step("tests", "")]],
         ]
-        _, found, _ = checked(folder, stages)
+        status, found, _ = checked(folder, stages)
+        assert status == 1
         build = "ok" if i == 0 else "left out"
         assert statuses(found) == {"machine": "ok", "build": build, "tests": "not run"}
 
