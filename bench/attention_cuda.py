@@ -11,13 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measure_cuda import DEVICE, Call, Case, compiled, flashinfer
+from measure_cuda import Call, Case, compiled, flashinfer
 from shapes import (
+    GPU,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
     WINDOW,
     Rings,
+    scaled,
 )
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,16 +46,16 @@ def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
     for sequences in (1, 8, 32, 128):
 
         def make(sequences=sequences):
-            return Rings(sequences, 1, 3 * WINDOW + 57, WINDOW, dtype, DEVICE)
+            return Rings(sequences, 1, 3 * WINDOW + 57, WINDOW, dtype, GPU)
 
         def paged(sequences=sequences):
             page = 16
             pages = sequences * WINDOW // page
-            workspace = torch.empty(2**27, dtype=torch.uint8, device=DEVICE)
+            workspace = torch.empty(2**27, dtype=torch.uint8, device=GPU)
             wrapper = flashinfer().BatchDecodeWithPagedKVCacheWrapper(
                 workspace, "HND", use_tensor_cores=True
             )
-            int32 = {"dtype": torch.int32, "device": DEVICE}
+            int32 = {"dtype": torch.int32, "device": GPU}
             wrapper.plan(
                 torch.arange(0, pages + 1, WINDOW // page, **int32),
                 torch.arange(pages, **int32),
@@ -100,7 +102,7 @@ class Chunk:
 
     def make(self) -> Any:
         capacity = self.window or self.history + self.tokens
-        rings = Rings(1, self.tokens, self.history, capacity, self.dtype, DEVICE)
+        rings = Rings(1, self.tokens, self.history, capacity, self.dtype, GPU)
         keys = [
             torch.cat((cache[0, :, : self.seen], new.transpose(0, 1)), 1)[None]
             for cache, new in ((rings.k_cache, rings.k), (rings.v_cache, rings.v))
@@ -120,8 +122,8 @@ class Chunk:
         return call
 
     def masked_sdpa(self) -> Call:
-        query = torch.arange(self.seen, self.seen + self.tokens, device=DEVICE)[:, None]
-        key = torch.arange(self.seen + self.tokens, device=DEVICE)
+        query = torch.arange(self.seen, self.seen + self.tokens, device=GPU)[:, None]
+        key = torch.arange(self.seen + self.tokens, device=GPU)
         mask = (key <= query) & (key > query - self.window)
 
         def call(given):
@@ -139,7 +141,7 @@ class Chunk:
             causal = key <= query + seen
             return causal & (key > query + seen - window) if window else causal
 
-        blocks = flex.create_block_mask(sees, None, None, tokens, seen + tokens, device=DEVICE)
+        blocks = flex.create_block_mask(sees, None, None, tokens, seen + tokens, device=GPU)
 
         def call(given):
             return compiled(flex.flex_attention)(
@@ -193,7 +195,7 @@ def prefill_cases(dtype: torch.dtype) -> Iterator[Case]:
         (16384, 0, WINDOW),
         (1024, 3 * WINDOW, WINDOW),
     ):
-        chunk = Chunk(tokens, history, window, dtype)
+        chunk = Chunk(scaled(tokens), history, window, dtype)
         peers = {"sdpa mask": chunk.masked_sdpa} if window else {"sdpa": chunk.sdpa}
         if tokens >= 8192:
             peers["flex"] = chunk.flex
@@ -211,7 +213,7 @@ def sm90_cases(dtype: torch.dtype) -> Iterator[Case]:
     windows = [(tokens, 0, WINDOW) for tokens in (8192, 16384, 32768)]
     chunks = [(2048, 14336, None), (2048, 14336, WINDOW)]
     for tokens, history, window in (*prompts, *windows, *chunks):
-        chunk = Chunk(tokens, history, window, dtype)
+        chunk = Chunk(scaled(tokens), scaled(history) if history else 0, window, dtype)
 
         def ours(given, chunk=chunk):
             _C.select_attention("sm90")

@@ -50,7 +50,6 @@ from measure import (
     spin,
     write_json,
 )
-from mistral_ext.engine.cache import RingCache
 from models import flops, mistral_7b, quantized, random_weights, step_bytes
 from peaks import INSTRUCTIONS, matrix_rate, rates, read_bandwidth
 from peers import (
@@ -67,6 +66,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import Mistral, ops
+from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import Quantized
@@ -100,14 +100,16 @@ class Ours:
 
     def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
         model = self._llm.model
-        cache = RingCache(self._llm.config, [len(ids) + 1024] * batch, model.dtype)
+        capacity = len(ids) + 1024
+        cache = SlotPool(self._llm.config, capacity * batch, model.dtype)
+        rings = [cache.allocate(capacity, capacity) for _ in range(batch)]
         vocab_size = self._llm.config.vocab_size
         new = [ids] * batch
 
         @torch.inference_mode()
         def step() -> None:
             nonlocal new
-            sequences = cache.append({ring: len(tokens) for ring, tokens in enumerate(new)})
+            sequences = cache.append(dict(zip(rings, map(len, new), strict=True)))
             last = torch.tensor([len(tokens) for tokens in new]).cumsum(0) - 1
             flat = torch.tensor([token for tokens in new for token in tokens])
             h = model.step(flat, sequences, cache, max(map(len, new)), last)

@@ -1,13 +1,13 @@
 """Times the decode step of a whole Mistral 7B on a GPU, by kernel and beside other engines.
 
-    python bench/decode_cuda.py [--layers 32] [--no-peers] [--json FILE]
+    python bench/decode_cuda.py [--layers 32] [--weights bf16 int8 int4] [--peers all] [--json FILE]
 
 Random weights, made on the device. A step runs as in generation: a replayed CUDA graph, launched
-while the one before is under way. For each format, batch and history: tokens per second, the share
-of the floor that roofline.py computes for the bandwidth of a copy in the same run, and the step by
-kernel; and the rate with kernels that overlap (MISTRAL_EXT_OVERLAP). Peers, in bf16 for one
-sequence: the same model and graph with torch's products in the place of ours, and transformers,
-eager and compiled with a static cache. A peer that fails is named with its error.
+while the one before is under way; MISTRAL_EXT_OVERLAP=1 has its kernels overlap. For each format,
+batch and history: tokens per second, the share of the floor that roofline.py computes for the
+bandwidth of a copy in the same run, and the step by kernel. Peers, in bf16 for one sequence: the
+same model and graph with torch's products in the place of ours ("torch"), and transformers, eager
+and compiled with a static cache. A peer that fails is named with its error.
 
 Aimed at on an H200, tokens/s of one sequence: bf16 272, and 260 with a full window; int8 475;
 int4 800; 8 sequences in bf16 7 times one; 1.15 times the best peer.
@@ -27,59 +27,45 @@ from typing import Any
 import torch
 from measure import write_json
 from measure_cuda import ceilings
-from mistral_ext.engine.cache import RingCache
-from mistral_ext.engine.decoding import GraphDecoder
-from models import mistral_7b
-from ops_cuda import random_weight
+from models import mistral_7b, random_weights_on_gpu
 from peers import Transformers
 from roofline import BITS, decode_step, print_table
+from shapes import GPU, scaled
 
 from mistral_ext import _C
-from mistral_ext.engine.sampling import Sampler, SamplingParams
+from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import routing
-from mistral_ext.weights.checkpoint import tensor_shapes
-from mistral_ext.weights.device import move_weights
-from mistral_ext.weights.quantize import Quantization
 
 # (weights, sequences, tokens that each has seen)
-CASES = [("bf16", 1, 128), ("bf16", 1, 4096), ("bf16", 8, 128), ("bf16", 16, 128)]
-CASES += [("int8", 1, 128), ("int8", 8, 128), ("int4", 1, 128), ("int4", 8, 128)]
-STEPS, RUNS = 32, 5
-
-
-def random_weights(config: MistralConfig, name: str) -> dict[str, Any]:
-    quantization = None if name == "bf16" else Quantization.from_name(name)
-    weights = {}
-    for tensor, shape in tensor_shapes(config).items():
-        bits = (quantization and len(shape) == 2 and quantization.bits_of(tensor)) or None
-        if len(shape) == 2:
-            weights[tensor] = random_weight(*shape, bits, torch.bfloat16)
-        else:
-            weights[tensor] = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
-    move_weights(weights, torch.device("cuda"))  # to where loading puts them
-    return weights
+CASES = [(name, batch, 128) for name in BITS for batch in (1, 8, 16, 32)]
+CASES.insert(1, ("bf16", 1, 4096))
+STEPS, RUNS = scaled(32), 5
 
 
 def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]:
-    """Launches a step, and waits for the one before."""
+    """Launches a step, and waits for the one before. The one place here that knows the engine."""
     config = model.config
     capacity = min(config.sliding_window, history + 4 * STEPS * (RUNS + 2))
-    cache = RingCache(config, [capacity] * batch, model.dtype, "cuda")
+    cache = SlotPool(config, capacity * batch, model.dtype, GPU)
     for pool in (*cache.k, *cache.v):
         pool.normal_()
-    cache.lengths = [history] * batch
-    sampler = Sampler(batch, config.vocab_size, "cuda")
-    rings = list(range(batch))
-    for ring in rings:
-        sampler.start(ring, SamplingParams(), [1])
-    decoder = GraphDecoder(model, cache, sampler)
-    before = decoder.launch(rings, [1] * batch)
+    rings = [cache.allocate(capacity, capacity) for _ in range(batch)]
+    cache.append(dict.fromkeys(rings, history))
+    sampler = Sampler(batch, config.vocab_size, GPU)
+    rows = list(range(batch))
+    for row in rows:
+        sampler.start(row, SamplingParams(), [1])
+    runner = GraphRunner(model, cache, sampler)
+    before = runner.launch(rings, rows, [1] * batch)
 
     def step() -> None:
         nonlocal before
-        now = decoder.launch(rings, None)
+        now = runner.launch(rings, rows, None)
         before.token_ids()
         before = now
 
@@ -134,22 +120,21 @@ def measure(
     step = our_step(model, batch, history)
     seconds = seconds_of(step)
     kernels = kernel_seconds(step, len(launches))
-    _C.overlap(True)
-    overlapping = seconds_of(our_step(model, batch, history))
-    _C.overlap(False)
     print(
         f"\n{name}, {batch} sequences after {history} tokens: {batch / seconds:.1f} tokens/s, "
-        f"{floor / seconds:.0%} of the floor; overlapping {batch / overlapping:.1f} tokens/s",
+        f"{floor / seconds:.0%} of the floor",
         flush=True,
     )
     print_table(launches, bandwidth, matrix, kernels)
     case = {"weights": name, "batch": batch, "history": history, "seconds": seconds}
-    return case | {"overlapping_seconds": overlapping, "launches": kernels}
+    return case | {"launches": kernels}
 
 
-def peer_seconds(config: MistralConfig, history: int) -> Iterator[tuple[str, float | str]]:
-    """Seconds of a step of each peer, or what went wrong."""
-    weights = random_weights(config, "bf16")
+def peer_seconds(
+    config: MistralConfig, history: int, wanted: str
+) -> Iterator[tuple[str, float | str]]:
+    """Seconds of a step of each peer whose name has `wanted` in it, or what went wrong."""
+    weights = random_weights_on_gpu(config)
     ids = torch.randint(3, config.vocab_size, (history,)).tolist()
 
     def with_torch_products() -> float:
@@ -166,6 +151,8 @@ def peer_seconds(config: MistralConfig, history: int) -> Iterator[tuple[str, flo
         "transformers, compiled": lambda: seconds_of(transformers().compiled_decoder(1, ids)),
     }
     for name, run in peers.items():
+        if wanted not in name:
+            continue
         try:
             yield name, run()
         except Exception as error:  # whatever a peer does, the rest goes on
@@ -177,7 +164,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--weights", nargs="+", choices=("none", *BITS), default=list(BITS))
+    parser.add_argument("--peers", choices=("none", "torch", "transformers", "all"), default="all")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if _C.cuda_architectures is None or not torch.cuda.is_available():
@@ -192,6 +180,7 @@ def main() -> None:
         "layers": args.layers,
         "copy_bandwidth": bandwidth,
         "matrix_rate": matrix,
+        "overlapping": _C.overlapping(),
         "cases": [],
         "peers": {},
     }
@@ -200,19 +189,22 @@ def main() -> None:
         if args.json:
             write_json(args.json, report)
 
-    for name in BITS:
-        model = Transformer(config, random_weights(config, name))
+    for name in (name for name in BITS if name in args.weights):
+        model = Transformer(config, random_weights_on_gpu(config, name))
         for case in (case for case in CASES if case[0] == name):
             report["cases"].append(measure(model, *case, bandwidth, matrix))
             save()
         del model  # before the next one's weights are made
-    if not args.no_peers:
-        ours = report["cases"][0]["seconds"]
-        for peer, result in peer_seconds(config, CASES[0][2]):
+    if args.peers != "none":
+        wanted = "" if args.peers == "all" else args.peers
+        for peer, result in peer_seconds(config, CASES[0][2], wanted):
             report["peers"][peer] = result
             shown = result
             if isinstance(result, float):
-                shown = f"{1 / result:.1f} tokens/s, ours {result / ours:.2f} times that"
+                shown = f"{1 / result:.1f} tokens/s"
+                if report["cases"]:
+                    ours = report["cases"][0]["seconds"]
+                    shown += f", ours {result / ours:.2f} times that"
             print(f"{peer}: {shown}", flush=True)
             save()
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from shapes import random
+from shapes import GPU, random, scaled
 
 from mistral_ext import _C
 
-DEVICE = "cuda"
 MOST_INPUTS = 64  # in one graph
 SECONDS = 0.15  # of replays for each function, within bounds:
 LEAST, MOST = 5, 50
@@ -91,7 +90,7 @@ def median_seconds(runs: list[Callable[[], None]]) -> list[float]:
 
 def beyond_cache() -> int:
     """Bytes that do not fit in L2 by far."""
-    return 4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size
+    return 4 * torch.cuda.get_device_properties(GPU).L2_cache_size
 
 
 def measure(case: Case, facts: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def measure(case: Case, facts: dict[str, Any]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on, and the ceilings, per second."""
-    device = torch.cuda.get_device_properties(DEVICE)
+    device = torch.cuda.get_device_properties(GPU)
     return {
         "gpu": device.name,
         "multiprocessors": device.multi_processor_count,
@@ -136,10 +135,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def ceilings(nbytes: int, size: int = 8192) -> dict[str, float]:
-    source = random(nbytes // 2, dtype=torch.bfloat16, device=DEVICE)
+def ceilings(nbytes: int) -> dict[str, float]:
+    size = scaled(8192)
+    source = random(scaled(nbytes) // 2, dtype=torch.bfloat16, device=GPU)
     target = torch.empty_like(source)
-    a, b = (random(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    a, b = (random(size, size, dtype=torch.bfloat16, device=GPU) for _ in range(2))
     product = torch.empty_like(a)
     copy, matmul = median_seconds(
         [lambda: target.copy_(source), lambda: torch.mm(a, b, out=product)]
@@ -148,6 +148,9 @@ def ceilings(nbytes: int, size: int = 8192) -> dict[str, float]:
 
 
 # ---- Peers
+
+
+COMPILED = ("compiled", "flex")  # peers whose compilation takes longer than all else
 
 
 @functools.cache

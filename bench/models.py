@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 
 import torch
+from shapes import GPU, random
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.ops import Quantized
+from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights.checkpoint import tensor_shapes
-from mistral_ext.weights.quantize import Quantization, quantize
+from mistral_ext.weights.device import move_weights
+from mistral_ext.weights.quantize import DEFAULT_GROUP, Quantization, quantize
 
 
 def mistral_7b(layers: int) -> MistralConfig:
@@ -30,6 +32,35 @@ def mistral_7b(layers: int) -> MistralConfig:
         bos_id=1,
         eos_ids=(2,),
     )
+
+
+def random_weight(rows: int, size: int, bits: int | None, dtype: torch.dtype) -> Weight:
+    """On the GPU. Any bits will do for the time that they take, so none are quantised."""
+    if bits is None:
+        return random(rows, size, dtype=dtype, device=GPU) / 64
+    if bits == 8:
+        values = torch.randint(-127, 128, (rows, size), dtype=torch.int8, device=GPU)
+        scales = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16, device=GPU)
+    else:
+        shape = (rows, size // 8)
+        values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=GPU)
+        groups = size // DEFAULT_GROUP
+        scales = torch.full((rows, groups), 1e-3, dtype=torch.bfloat16, device=GPU)
+    return Quantized(values, scales)
+
+
+def random_weights_on_gpu(config: MistralConfig, name: str = "bf16") -> dict[str, Weight]:
+    """In "bf16", "int8" or "int4", where and as loading puts them."""
+    quantization = None if name == "bf16" else Quantization.from_name(name)
+    weights = {}
+    for tensor, shape in tensor_shapes(config).items():
+        bits = (quantization and len(shape) == 2 and quantization.bits_of(tensor)) or None
+        if len(shape) == 2:
+            weights[tensor] = random_weight(*shape, bits, torch.bfloat16)
+        else:
+            weights[tensor] = torch.ones(shape, dtype=torch.bfloat16, device=GPU)
+    move_weights(weights, torch.device(GPU))
+    return weights
 
 
 _LARGE_PAGE = 2**21

@@ -1,7 +1,7 @@
 """Times every op at the shapes of Mistral 7B, next to what torch would do.
 
     python bench/ops.py [--threads N] [--dtype bf16] [--only attention] [--json FILE]
-    python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--json FILE]
+    python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--no-compile] [--json FILE]
 
 Times are medians. The two sides take turns in one run, because machines are noisy: compare the
 ratios. `GB/s` counts each byte that has to be read or written once, and `of read` is its share of
@@ -278,12 +278,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--only", metavar="OP", help="rows of this op alone")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="on cuda: without peers that torch compiles"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     if options.device == "cuda":
         import ops_cuda
 
-        return ops_cuda.run(DTYPES[options.dtype], options.only, options.json)
+        dtype, compiling = DTYPES[options.dtype], not options.no_compile
+        return ops_cuda.run(dtype, options.only, options.json, compiling)
     if options.threads:
         torch.set_num_threads(options.threads)
 

@@ -1,6 +1,6 @@
 """Times every op on a GPU, next to torch and, where it can be imported, FlashInfer.
 
-    python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--json FILE]
+    python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--no-compile] [--json FILE]
     python bench/ops.py --device cuda --only "attention sm90"    # the kernel of sm_90a: only so
 
 First the two ceilings of the machine: a copy, counting bytes read and written, and a matrix product
@@ -15,6 +15,7 @@ The sides take turns. A peer that fails is named with its error, and the rest go
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -25,10 +26,12 @@ from typing import Any
 import torch
 from attention_cuda import SM90, decode_cases, prefill_cases, sm90_cases
 from measure import print_header, print_row, write_json
-from measure_cuda import DEVICE, Case, eager_and_compiled, flashinfer, machine, measure
+from measure_cuda import COMPILED, Case, eager_and_compiled, flashinfer, machine, measure
+from models import random_weight
 from shapes import (
     DIM,
     EPS,
+    GPU,
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -39,16 +42,14 @@ from shapes import (
     Rings,
     random,
 )
-from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import _C, ops
-from mistral_ext.ops import Quantized
 from mistral_ext.weights.quantize import DEFAULT_GROUP
 
 
 def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
-    weight = random(DIM, dtype=dtype, device=DEVICE)
+    weight = random(DIM, dtype=dtype, device=GPU)
 
     def plain(x):
         return functional.rms_norm(x, (DIM,), weight, EPS)
@@ -71,7 +72,7 @@ def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
     for tokens in (1, 16, 256, 2048):
 
         def make(tokens=tokens):
-            x, residual = random(2, tokens, DIM, dtype=dtype, device=DEVICE)
+            x, residual = random(2, tokens, DIM, dtype=dtype, device=GPU)
             # It is added to the residual in every call.
             return SimpleNamespace(x=x * 1e-3, residual=residual.clone())
 
@@ -83,21 +84,6 @@ def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         peers["flashinfer"] = lambda: theirs_residual
         shape = f"{tokens} x {DIM} + residual"
         yield Case("rms_norm", shape, make, ours_residual, 2 * nbytes, peers=peers)
-
-
-def random_weight(rows: int, size: int, bits: int | None, dtype: torch.dtype) -> Tensor | Quantized:
-    """Any bits will do for the time that they take, so none are quantised."""
-    if bits is None:
-        return random(rows, size, dtype=dtype, device=DEVICE) / 64
-    if bits == 8:
-        values = torch.randint(-127, 128, (rows, size), dtype=torch.int8, device=DEVICE)
-        scales = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16, device=DEVICE)
-    else:
-        shape = (rows, size // 8)
-        values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DEVICE)
-        groups = size // DEFAULT_GROUP
-        scales = torch.full((rows, groups), 1e-3, dtype=torch.bfloat16, device=DEVICE)
-    return Quantized(values, scales)
 
 
 def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -129,12 +115,12 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         def make(rows=rows, size=size, bits=bits, tokens=tokens):
             weights = [random_weight(n, size, bits, dtype) for n in rows]
             return SimpleNamespace(
-                x=random(tokens, size, dtype=dtype, device=DEVICE),
-                norm=random(size, dtype=dtype, device=DEVICE),
+                x=random(tokens, size, dtype=dtype, device=GPU),
+                norm=random(size, dtype=dtype, device=GPU),
                 weights=weights,
                 whole=torch.cat(weights) if bits is None else None,
-                residual=random(tokens, sum(rows), dtype=dtype, device=DEVICE) * 1e-3,
-                rings=Rings(tokens, 1, 0, 1, dtype, DEVICE),  # each token starts a sequence
+                residual=random(tokens, sum(rows), dtype=dtype, device=GPU) * 1e-3,
+                rings=Rings(tokens, 1, 0, 1, dtype, GPU),  # each token starts a sequence
             )
 
         def theirs(given):
@@ -166,7 +152,7 @@ def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
     for tokens in (1, 256, 2048):
 
         def make(tokens=tokens):
-            return random(2, tokens, HIDDEN, dtype=dtype, device=DEVICE).unbind()
+            return random(2, tokens, HIDDEN, dtype=dtype, device=GPU).unbind()
 
         nbytes = 3 * tokens * HIDDEN * dtype.itemsize
         peers = eager_and_compiled(plain, lambda given: given)
@@ -192,12 +178,12 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
     for sequences, tokens in ((1, 1), (32, 1), (1, 2048)):
 
         def make(sequences=sequences, tokens=tokens):
-            rings = Rings(sequences, tokens, 0, tokens, dtype, DEVICE)
-            frequencies = THETA ** (-torch.arange(half, device=DEVICE) / half)
-            positions = torch.arange(tokens, device=DEVICE).repeat(sequences)
+            rings = Rings(sequences, tokens, 0, tokens, dtype, GPU)
+            frequencies = THETA ** (-torch.arange(half, device=GPU) / half)
+            positions = torch.arange(tokens, device=GPU).repeat(sequences)
             angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]
-            heads = torch.arange(sequences * KV_HEADS, device=DEVICE) * tokens
-            rows = heads.view(sequences, 1, KV_HEADS) + torch.arange(tokens, device=DEVICE)[:, None]
+            heads = torch.arange(sequences * KV_HEADS, device=GPU) * tokens
+            rows = heads.view(sequences, 1, KV_HEADS) + torch.arange(tokens, device=GPU)[:, None]
             return SimpleNamespace(
                 rings=rings,
                 cos=angles.cos().to(dtype),
@@ -241,8 +227,8 @@ def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
                 torch.zeros(rows, VOCABULARY, dtype=torch.int32),
             )
             return SimpleNamespace(
-                logits=3 * torch.randn(rows, VOCABULARY, device=DEVICE),
-                tables=[table.to(DEVICE) for table in tables],
+                logits=3 * torch.randn(rows, VOCABULARY, device=GPU),
+                tables=[table.to(GPU) for table in tables],
             )
 
         peers = {"eager": lambda: plain, "flashinfer": lambda: theirs}
@@ -343,8 +329,14 @@ GOALS = (
 )
 
 
-def run(dtype: torch.dtype, only: str | None, json: str | None) -> None:
-    """The benchmark; `only`: of one op; `json`: a file, written again after every row."""
+def run(dtype: torch.dtype, only: str | None, json: str | None, compiling: bool = True) -> None:
+    """The benchmark.
+
+    Args:
+        only: rows of this op.
+        json: a file, written again after every row.
+        compiling: with peers that have to be compiled.
+    """
     if _C.cuda_architectures is None or not torch.cuda.is_available():
         raise SystemExit("ops: --device cuda needs a CUDA device and a build with CUDA")
     if dtype == torch.float32:
@@ -360,6 +352,9 @@ def run(dtype: torch.dtype, only: str | None, json: str | None) -> None:
     for case in (case for cases in CASES for case in cases(dtype)):
         if case.op != only and (only or case.op == SM90):
             continue
+        if not compiling:
+            peers = {name: peer for name, peer in case.peers.items() if name not in COMPILED}
+            case = dataclasses.replace(case, peers=peers)
         rows.append(measure(case, facts))
         print_row(COLUMNS, cells(rows[-1]))
         by_name = {f"{row['op']} {row['shape']}": row for row in rows}

@@ -10,6 +10,16 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 VOCABULARY = 32768
 WINDOW, THETA, EPS = 4096, 1e4, 1e-5
 
+# Changed by gpu_check/stand_in.py, which has all of it run on the CPU in seconds.
+GPU = "cuda"  # the device of the benchmarks for GPUs
+SHRINK = 1
+
+
+def scaled(tokens: int) -> int:
+    """As many tokens, but for a stand-in of a GPU."""
+    return max(1, tokens // SHRINK)
+
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 import skipped
 import torch
+from device_faults import pytest_runtest_call, pytest_runtest_protocol  # noqa: F401
 
 from mistral_ext import ops
 

@@ -29,6 +29,7 @@ class RaggedBatch:
         positions: tokens that each sequence has seen before the first step; those that the next
             one sees are put in its ring.
         layout: "fused": q, k, v are slices of one matrix; "heads first": views of [H, T, D].
+        device: of all tensors, those of the list model too.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class RaggedBatch:
         layout: str = "fused",
         scale: float | None = None,
         seed: int = 0,
+        device: str = "cpu",
     ):
         self.capacities, self.window = list(capacities), window
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
         self.dtype, self.theta, self.layout, self.scale = dtype, theta, layout, scale
+        self.device = device
         self.generator = torch.Generator().manual_seed(seed)
 
         order = list(range(len(self.capacities)))
@@ -56,7 +59,7 @@ class RaggedBatch:
         for i in order:
             self.rows[i] = end
             end += kv_heads * self.capacities[i] + GAP
-        self.expected_k = torch.full((end, dim), float("nan"), dtype=dtype)
+        self.expected_k = self._nan(end, dim)
         self.expected_v = self.expected_k.clone()
 
         self.positions = list(positions or [0] * len(order))
@@ -71,7 +74,10 @@ class RaggedBatch:
 
     def _random(self, tokens: int, heads: int) -> Tensor:
         x = torch.randn(tokens, heads, self.dim, generator=self.generator)
-        return x.to(self.dtype)
+        return x.to(self.device, self.dtype)
+
+    def _nan(self, *shape: int) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=self.dtype, device=self.device)
 
     def _write(self, i: int, position: int, k: Tensor, v: Tensor) -> None:
         heads = torch.arange(self.kv_heads) * self.capacities[i] + self.rows[i]
@@ -84,18 +90,17 @@ class RaggedBatch:
         for i, count in enumerate(counts):
             rows.append((first_token, count, self.positions[i], self.rows[i], self.capacities[i]))
             first_token += count
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+        return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k, v; NaN in the memory between them."""
         q, kv = self.heads, self.kv_heads
         values = self._random(tokens, q + 2 * kv)
         if self.layout == "fused":
-            fused = torch.full((tokens, q + 2 * kv + 1, self.dim), float("nan"), dtype=self.dtype)
+            fused = self._nan(tokens, q + 2 * kv + 1, self.dim)
             fused[:, :-1] = values
             return fused[:, :q], fused[:, q : q + kv], fused[:, q + kv : -1]
-        shape = (q + 2 * kv, tokens + 1, self.dim)
-        by_head = torch.full(shape, float("nan"), dtype=self.dtype).transpose(0, 1)
+        by_head = self._nan(q + 2 * kv, tokens + 1, self.dim).transpose(0, 1)
         by_head[:-1] = values
         return by_head[:-1, :q], by_head[:-1, q : q + kv], by_head[:-1, q + kv :]
 
@@ -110,9 +115,10 @@ class RaggedBatch:
         out = ops.attention(q, k, v, *pools, table, self.window, self.scale)
 
         positions = [p + t for p, n in zip(self.positions, counts, strict=True) for t in range(n)]
+        positions = torch.tensor(positions, device=self.device)
         for before, after in ((old_q, rotated_q), (old_k, rotated_k)):
-            exact = reference.rotate(before.double(), torch.tensor(positions), self.theta)
-            plain = reference.rotate(before, torch.tensor(positions), self.theta)
+            exact = reference.rotate(before.double(), positions, self.theta)
+            plain = reference.rotate(before, positions, self.theta)
             assert_close(after, exact, plain)
         for before, after in ((rotated_q, q), (rotated_k, k), (old_v, v)):
             assert torch.equal(before, after), "attention or rope wrote to what it only reads"

@@ -24,17 +24,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """x: [T, H, D], positions: [T]. Pairs (i, i + D/2) turn by position * theta^(-2i/D)."""
     half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    exponents = torch.arange(half, dtype=torch.float64, device=x.device) / half
+    frequencies = theta**-exponents
     angles = positions.double()[:, None, None] * frequencies  # [T, 1, D/2]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def visible(queries: int, keys: int, window: int | None) -> Tensor:
+def visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """[queries, keys] bool: the last `queries` of `keys` tokens see themselves and W - 1 before."""
-    p = torch.arange(keys - queries, keys)[:, None]
-    j = torch.arange(keys)[None]
+    p = torch.arange(keys - queries, keys, device=device)[:, None]
+    j = torch.arange(keys, device=device)[None]
     return (j <= p) & (j > p - (window or keys))
 
 
@@ -45,7 +46,8 @@ def attention(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
-    scores = scores.masked_fill(~visible(q.shape[0], k.shape[0], window), float("-inf"))
+    seen = visible(q.shape[0], k.shape[0], window, q.device)
+    scores = scores.masked_fill(~seen, float("-inf"))
     wide = scores if scores.dtype == torch.float64 else scores.float()
     return torch.einsum("hqk,khd->qhd", wide.softmax(-1).to(q.dtype), v)
 
@@ -62,13 +64,8 @@ def sample(
     bias: np.ndarray | None = None,
 ) -> int:
     """One row of `ops.sample`: logits, history and bias are [V], options and noise table rows."""
-    temperature, top_k, top_p, min_p, repetition, presence, frequency = options
-    seed, index, step = noise
-    with np.errstate(invalid="ignore"):  # inf - inf
-        x = (logits if bias is None else logits + bias).astype(np.float64)
-    x = np.where(history != 0, np.where(x > 0, x / repetition, x * repetition), x)
-    count = history // 2
-    x = (x - presence * (count > 0) - frequency * count).astype(np.float32)
+    temperature, top_k, top_p, min_p, *penalties = options
+    x = penalised(logits, penalties, history, bias).astype(np.float32)
     if np.isnan(x).any() or x.max() == -np.inf:
         return -1
     if temperature == 0:
@@ -86,18 +83,37 @@ def sample(
         reached = np.cumsum(probabilities) / probabilities.sum()
         left = left[: np.searchsorted(reached, top_p) + 1]
     left.sort()
+    return int(left[(x[left] + gumbel(noise, len(x))[left]).argmax()])
 
+
+def penalised(
+    logits: np.ndarray,
+    penalties: Sequence[float],
+    history: np.ndarray,
+    bias: np.ndarray | None = None,
+) -> np.ndarray:
+    """[V] float64, the first steps of `sample`; penalties: repetition, presence, frequency."""
+    repetition, presence, frequency = penalties
+    with np.errstate(invalid="ignore"):  # inf - inf
+        x = (logits if bias is None else logits + bias).astype(np.float64)
+    x = np.where(history != 0, np.where(x > 0, x / repetition, x * repetition), x)
+    count = history // 2
+    return x - presence * (count > 0) - frequency * count
+
+
+def gumbel(noise: Sequence[int], size: int) -> np.ndarray:
+    """[V] what `sample` adds to the logits of a draw; noise: seed, index and step."""
+    seed, index, step = noise
     key = np.array([seed, index], dtype=np.uint64)  # of a list, numpy might make floats
     philox = np.random.Philox(key=key, counter=[0, step, 0, 0])
-    uniform = np.random.Generator(philox).random(len(x))[left]
+    uniform = np.random.Generator(philox).random(size)
     with np.errstate(divide="ignore"):  # a uniform 0 gives noise -inf
-        gumbel = -np.log(-np.log(uniform))
-    return int(left[(x[left] + gumbel).argmax()])
+        return -np.log(-np.log(uniform))
 
 
 def model(weights: dict[str, Tensor], config, token_ids: Tensor) -> Tensor:
     """Logits [T, V] of one sequence; `weights` as checkpoint.load_weights gives them."""
-    positions = torch.arange(len(token_ids))
+    positions = torch.arange(len(token_ids), device=token_ids.device)
     h = weights["tok_embeddings.weight"][token_ids]
     for i in range(config.n_layers):
         w = {name: weights[f"layers.{i}.{name}.weight"] for name in LAYER_WEIGHTS}

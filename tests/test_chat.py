@@ -6,15 +6,18 @@ import random
 import shutil
 from pathlib import Path
 
-import mistral_common
 import pytest
 from chat_templates import MISTRAL_V1
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
 from mistral_ext.text.tokenizer import Tokenizer
+
+mistral_common = pytest.importorskip("mistral_common")
+protocol = pytest.importorskip("mistral_common.protocol.instruct.messages")
+ChatCompletionRequest = pytest.importorskip(
+    "mistral_common.protocol.instruct.request"
+).ChatCompletionRequest
+MistralTokenizer = pytest.importorskip("mistral_common.tokens.tokenizers.mistral").MistralTokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 VERSIONS = ("v1", "v2", "v3")
@@ -58,7 +61,11 @@ def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
 
 
 def oracle_ids(version: str, messages: list[dict]) -> list[int]:
-    types = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    types = {
+        "system": protocol.SystemMessage,
+        "user": protocol.UserMessage,
+        "assistant": protocol.AssistantMessage,
+    }
     request = ChatCompletionRequest(
         messages=[types[m["role"]](content=m["content"]) for m in messages]
     )

@@ -8,15 +8,16 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from backends import GPU, NEEDS_GPU
+from backends import NEEDS_GPU
 from checkpoints import write_checkpoint
-from mistral_ext.engine.cache import RingCache
-from mistral_ext.engine.decoding import Decoder, GraphDecoder
 from ragged import RaggedBatch
 
 from mistral_ext import _C, Mistral, ops
-from mistral_ext.engine import scheduler
-from mistral_ext.engine.sampling import Sampler, SamplingParams
+from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.runner import Runner
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.slots import SlotPool
 from mistral_ext.ops import Quantized
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
@@ -97,30 +98,37 @@ def overlap(request):
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 4, "logprobs": 1}])
 def test_graphs_give_what_the_launches_one_by_one_give(folder, ids, monkeypatch, options, overlap):
     """To the bit, though steps are launched ahead."""
-    llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16, max_batch=2)
+    load = {"device": "cuda", "dtype": torch.bfloat16, "max_batch": 2}
     prompts = [ids[:21].tolist(), ids[30:31].tolist(), ids.tolist()]
     options = {"max_tokens": 40, "ignore_eos": True} | options
-    graphs = llm.generate(prompts, **options)
-    monkeypatch.setattr(scheduler, "decoder", Decoder)
-    for with_graph, without in zip(graphs, llm.generate(prompts, **options), strict=True):
+    with_graphs = Mistral.from_pretrained(folder, **load)
+    monkeypatch.setenv("MISTRAL_EXT_GRAPHS", "0")
+    one_by_one = Mistral.from_pretrained(folder, **load)
+    expected = one_by_one.generate(prompts, **options)
+    monkeypatch.delenv("MISTRAL_EXT_GRAPHS")
+    graphs = with_graphs.generate(prompts, **options)
+    assert type(one_by_one.engine.runner) is Runner
+    assert type(with_graphs.engine.runner) is GraphRunner
+    for with_graph, without in zip(graphs, expected, strict=True):
         assert with_graph.token_ids == without.token_ids
         assert with_graph.logprobs == without.logprobs
 
 
 def test_a_replayed_step_neither_waits_nor_allocates(folder):
     llm = Mistral.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)
-    cache = RingCache(llm.config, [64, 64], torch.bfloat16, "cuda")
+    pool = SlotPool(llm.config, 128, torch.bfloat16, "cuda")
+    extents = [pool.allocate(64, 64) for _ in range(2)]
     sampler = Sampler(2, llm.config.vocab_size, "cuda")
-    for ring in range(2):
-        sampler.start(ring, SamplingParams(), [1])
-    decoder = GraphDecoder(llm.model, cache, sampler)
-    decoder.launch([0, 1], [5, 6]).token_ids()
-    before = decoder.launch([0, 1], None)  # captures
+    for row in range(2):
+        sampler.start(row, SamplingParams(), [1])
+    runner = GraphRunner(llm.model, pool, sampler)
+    runner.launch(extents, [0, 1], [5, 6]).token_ids()
+    before = runner.launch(extents, [0, 1], None)  # captures
     counts = []
     try:
         torch.cuda.set_sync_debug_mode("error")
         for _ in range(20):
-            step = decoder.launch([0, 1], None)
+            step = runner.launch(extents, [0, 1], None)
             before.token_ids()
             before = step
             counts.append(torch.cuda.memory_stats()["allocation.all.allocated"])
@@ -129,12 +137,13 @@ def test_a_replayed_step_neither_waits_nor_allocates(folder):
     assert len(set(counts)) == 1
 
 
-@pytest.mark.parametrize("backend", [GPU], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_at_the_sizes_of_mistral_7b(backend, dtype):
-    """Full windows of 4096, which every multiprocessor takes a part of, and a long chunk."""
+def test_attention_at_the_sizes_of_mistral_7b(dtype):
+    """Full windows of 4096, which every multiprocessor takes a part of, and a long chunk. The lists
+    of tokens lie on the device too: on a CPU they would take long."""
+    positions = [100_003, 4095, 0]
     batch = RaggedBatch(
-        [4096, 4096, 600], 4096, 8, 2, 128, dtype, positions=[100_003, 4095, 0], layout="fused"
+        [4096, 4096, 600], 4096, 8, 2, 128, dtype, positions=positions, device="cuda"
     )
     for counts in ((1, 1, 1), (4, 1, 530), (1, 700, 1), (3, 1, 2)):
         batch.step(counts)

@@ -3,13 +3,14 @@
 import shutil
 from pathlib import Path
 
-import mistral_common
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import UTF8_ERRORS, Tokenizer
+
+mistral_common = pytest.importorskip("mistral_common")
 
 DATA = Path(mistral_common.__file__).parent / "data"
 

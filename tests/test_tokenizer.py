@@ -4,15 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
-import mistral_common
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
 
 from mistral_ext.text.tokenizer import Tokenizer
+
+mistral_common = pytest.importorskip("mistral_common")
+MistralTokenizer = pytest.importorskip("mistral_common.tokens.tokenizers.mistral").MistralTokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 VERSIONS = ("v1", "v2", "v3")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from backends import use
 from checkpoints import TOKENIZERS, write_checkpoint
+from replays import Replays
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mistral_ext import Mistral
@@ -23,30 +24,6 @@ from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.slots import SlotPool
 
 PROMPTS = ["Once", "The quick brown fox jumps over the lazy dog, and then", "é ü 漢字 🙂", "a b"]
-
-
-class Replays:
-    """In the place of CudaGraphs."""
-
-    name = torch.device("cpu")
-
-    def __init__(self):
-        self.captures = 0
-
-    def capture(self, work):
-        self.captures += 1
-        return work
-
-    def host_copy(self, size):
-        return HostCopy()
-
-
-class HostCopy:
-    def start(self, values):
-        self._values = values.clone()
-
-    def wait(self):
-        return self._values.tolist()
 
 
 class Counted(GraphRunner):
