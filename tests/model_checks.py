@@ -22,6 +22,7 @@ from torch import Tensor
 from mistral_ext import Completion, Mistral
 from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.quantize import Quantized
 
 MANY = 20  # sequences at once: more than the fused products of a decode step take
@@ -58,7 +59,9 @@ class Case:
     def reference(self, ids: Sequence[int], dtype: torch.dtype) -> Tensor:
         """[T, V] logits of the plain model."""
         if dtype not in self._weights:
-            weights = load_weights(self.folder, self.llm.config, self.dtype, False, self.quantize)
+            weights = load_weights(
+                read_folder(self.folder), self.dtype, progress=False, quantize=self.quantize
+            )
             self._weights[dtype] = {
                 name: (w.dequantize() if isinstance(w, Quantized) else w).to(self.device, dtype)
                 for name, w in weights.items()

@@ -258,7 +258,9 @@ def test_the_same_prompt_several_times_at_once_is_read_once(models):
     requests = [request(prompt(500), 10, index=i) for i in range(4)]
     completions = run(engine, requests)
     assert [content(c) for c in completions] == alone(models[None], *requests)
-    assert [c.timing.cached_tokens for c in completions] == [0, 468, 468, 468]
+    first, *others = [c.timing.cached_tokens for c in completions]
+    assert first == 0
+    assert min(others) > 468 - 32  # less than a piece is read twice
 
 
 def test_a_long_prompt_holds_no_stream_up(models):
