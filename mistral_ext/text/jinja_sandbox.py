@@ -244,7 +244,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            optimized=False,  # else constant expressions would run unmeasured, when compiled
+            optimized=False,  # no expression is tried when it is compiled: nothing measures there
             finalize=_written,
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
