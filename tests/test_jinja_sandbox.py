@@ -148,6 +148,23 @@ def test_same_text_as_transformers(source):
             "too much text",
         ),
         ("{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}", "too much text"),
+        *(
+            # a list of one text many times is short, its text is not
+            ("{% set s = ['x' * 999999] * 99999 %}" + made, "too much text")
+            for made in (
+                "{{ s }}",
+                "{{ s ~ '' }}",
+                "{{ s | string }}",
+                "{{ s | upper }}",
+                "{{ s | join }}",
+                "{{ ''.join(s) }}",
+                "{{ s | tojson }}",
+                "{{ '%s' % [s] }}",
+                "{{ '%s' | format(s) }}",
+                "{{ '{}'.format(s) }}",
+                "{{ {'a': s} }}",
+            )
+        ),
         ("{{ [1] | tojson(indent=999) }}", "indents JSON by more"),
         ("{{ '%99999999d' % 1 }}", "a width of four digits"),
         ("{{ '%*d' % (99999999, 1) }}", "a width of four digits"),

@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
@@ -194,15 +194,7 @@ def _measured(value: Any) -> Any:
                 waiting += item.values()
             elif isinstance(item, (list, tuple)):
                 waiting += item
-    elif isinstance(value, Iterator):
-        return _measured_items(value)
     return value
-
-
-def _measured_items(items: Iterator) -> Iterator:
-    for item in items:
-        _METER.get().step()
-        yield _measured(item)
 
 
 def _check_arguments(*arguments: Any) -> None:
@@ -432,8 +424,6 @@ def _metered(name: str, function: Callable) -> Callable:
         meter.step()
         passed, value, rest = args[:first], args[first], args[first + 1 :]
         _check_arguments(*rest, *kwargs.values())
-        if isinstance(value, Iterator):
-            value = _measured_items(value)
         if name in _TEXT_FILTERS:
             meter.made(_text_size(value))
         if name == "replace":

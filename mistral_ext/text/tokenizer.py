@@ -311,7 +311,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         refuse_lfs_pointer(path)
         data = json.loads(path.read_text(encoding="utf-8"))
         model = data["model"]
-        kind, byte_fallback = model["type"], model.get("byte_fallback")
+        kind, byte_fallback = model.get("type"), model.get("byte_fallback")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
     if kind != "BPE" or not byte_fallback:
