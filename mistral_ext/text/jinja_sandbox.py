@@ -282,8 +282,6 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 if isinstance(sequence, sequences) and isinstance(times, int):
                     size = 1 if isinstance(sequence, str) else _ITEM
                     meter.made(len(sequence) * max(times, 0) * size)
-        elif operator == "+" and isinstance(left, sequences) and isinstance(right, sequences):
-            meter.made(len(left) + len(right))
         elif operator == "**":
             if not abs(right) <= 64:
                 raise _LimitError("it raises to a power above 64")
@@ -397,12 +395,11 @@ def _tojson(
     if indent is not None and (len(indent) if isinstance(indent, str) else indent) > 16:
         raise _LimitError("it indents JSON by more than 16")
     meter = _METER.get()
-    meter.made(_text_size(value))
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     pieces = []
-    for piece in encoder.iterencode(value):
+    for piece in encoder.iterencode(value):  # item by item
         meter.made(len(piece))
         pieces.append(piece)
     return "".join(pieces)
