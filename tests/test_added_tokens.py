@@ -11,6 +11,8 @@ import tokenizers
 from checkpoints import TOKENIZERS, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+from test_tokenizer import write_tokenizer_json
 from transformers import AutoTokenizer
 
 from mistral_ext import Mistral
@@ -149,18 +151,24 @@ def test_added_tokens_json_alone(version, tmp_path):
     assert "<tool_call>" not in tokenizer.control_ids
 
 
+@pytest.fixture(scope="module")
+def whole_vocabularies(version, tmp_path_factory) -> dict[bool, str]:
+    """The vocabulary as a tokenizer.json, with Metaspace or without."""
+    path = tmp_path_factory.mktemp("whole") / "tokenizer.json"
+    processor = SentencePieceProcessor(model_file=str(TOKENIZERS[version]))
+    texts = {}
+    for metaspace in (False, True):
+        write_tokenizer_json(processor, path, metaspace)
+        texts[metaspace] = path.read_text()
+    return texts
+
+
 @pytest.mark.parametrize("kind", ["prepend", "metaspace always", "metaspace first"])
 @pytest.mark.parametrize("beside", [True, False], ids=["beside tokenizer.model", "alone"])
-def test_tokenizer_json(kind, beside, version, tmp_path):
+def test_tokenizer_json(kind, beside, version, whole_vocabularies, tmp_path):
     """All of the vocabulary in a tokenizer.json, with the spaces that it says."""
-    from sentencepiece import SentencePieceProcessor
-    from test_tokenizer import write_tokenizer_json
-
     path = tmp_path / "tokenizer.json"
-    write_tokenizer_json(
-        SentencePieceProcessor(model_file=str(TOKENIZERS[version])), path, kind != "prepend"
-    )
-    data = json.loads(path.read_text())
+    data = json.loads(whole_vocabularies[kind != "prepend"])
     data["added_tokens"] += [
         {"id": SIZES[version] + i, **entry(content, **flags)}
         for i, (content, flags) in enumerate(ADDED.items())

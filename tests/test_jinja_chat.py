@@ -146,6 +146,13 @@ def test_tokens_by_their_names(names, tmp_path):
     assert template.render(messages) == oracle.apply_chat_template(messages, tokenize=False)
 
 
+def test_keys_without_a_value_are_no_keys(tokenizer, oracle):
+    source = "{% for m in messages %}{{ m.name is defined }}{{ m.content }}{% endfor %}"
+    messages = [{**user("a"), "name": None}, {**user("b"), "name": "c"}]
+    text = oracle.apply_chat_template(messages, tokenize=False, chat_template=source)
+    assert jinja(tokenizer, source).render(messages) == text == "FalseaTrueb"
+
+
 CALL = {"name": "weather", "arguments": {"city": "Paris </s>"}}
 TOOL_TURNS = [
     SYSTEM,
@@ -382,6 +389,17 @@ def test_a_turn_extends_the_one_before(name, seed, eos, tokenizer):
     assert tokenizer.decode(extended) == tokenizer.decode(anew)
     control = set(tokenizer.control_ids.values())
     assert [i for i in extended if i in control] == [i for i in anew if i in control]
+
+
+def test_a_token_over_the_end_of_a_reply(tokenizer):
+    """The template goes on in the middle of a token: then all is read again, and is the same."""
+    template = jinja(tokenizer, "{% for m in messages %}{{ m.content }}!!{% endfor %}")
+    messages = [user("Hi"), assistant("Yes!"), user("Bye")]
+    anew = encode_chat(tokenizer, messages, template)
+    prompt = encode_chat(tokenizer, messages[:1], template)
+    cached = prompt + shuffled_tokens(tokenizer, "Yes!", 0, start="")
+    assert cached == prompt + anew[len(prompt) :][:1] + cached[-1:]  # "Yes", "!"; anew has "!!!"
+    assert extend_chat(tokenizer, messages, cached, template) == anew
 
 
 def test_another_text_is_not_extended(tokenizer):

@@ -128,13 +128,13 @@ def test_same_text_as_transformers(source):
         ("{{ 'x' * 9999999999 }}", "too much text"),
         ("{{ 9999999999 * 'x' }}", "too much text"),
         ("{{ [1] * 9999999999 }}", "too much text"),
-        ("{{ ('a' * 99999).replace('', 'b' * 99999) }}", "too much text"),
-        ("{{ ('a' * 99999) | replace('a', 'b' * 99999) }}", "too much text"),
-        ("{{ ('a\n' * 99999) | indent(99999) }}", "too much text"),
-        ("{{ ('a' * 99999).join(range(9999) | map('string')) }}", "too much text"),
-        ("{{ range(99999) | join('a' * 99999) }}", "too much text"),
+        ("{{ ('a' * 999999).replace('', 'b' * 999999) }}", "too much text"),
+        ("{{ ('a' * 999999) | replace('a', 'b' * 999999) }}", "too much text"),
+        ("{{ ('a\n' * 999999) | indent(999999) }}", "too much text"),
+        ("{{ ('a' * 2999999).join(range(9999) | map('string')) }}", "too much text"),
+        ("{{ range(9999) | join('a' * 2999999) }}", "too much text"),
         ("{{ range(99999) | map('replace', '', 'b' * 999999) | list }}", "too much text"),
-        ("{{ ('{0}' * 99999).format('b' * 99999) }}", "too much text"),
+        ("{{ ('{0}' * 999999).format('b' * 2999999) }}", "too much text"),
         ("{{ [[[1] * 1000] * 1000] | tojson(indent=16) }}", "too much text"),
         (
             "{% set s = 'x' * 999999 %}{% set t %}" + "{{ s }}" * 999 + "{% endset %}",
@@ -148,6 +148,23 @@ def test_same_text_as_transformers(source):
             "too much text",
         ),
         ("{% for i in range(9999) %}" + "x" * 9999 + "{% endfor %}", "too much text"),
+        *(
+            # a list of one text many times is short, its text is not
+            ("{% set s = ['x' * 999999] * 99999 %}" + made, "too much text")
+            for made in (
+                "{{ s }}",
+                "{{ s ~ '' }}",
+                "{{ s | string }}",
+                "{{ s | upper }}",
+                "{{ s | join }}",
+                "{{ ''.join(s) }}",
+                "{{ s | tojson }}",
+                "{{ '%s' % [s] }}",
+                "{{ '%s' | format(s) }}",
+                "{{ '{}'.format(s) }}",
+                "{{ {'a': s} }}",
+            )
+        ),
         ("{{ [1] | tojson(indent=999) }}", "indents JSON by more"),
         ("{{ '%99999999d' % 1 }}", "a width of four digits"),
         ("{{ '%*d' % (99999999, 1) }}", "a width of four digits"),

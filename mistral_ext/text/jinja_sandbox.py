@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
@@ -194,15 +194,7 @@ def _measured(value: Any) -> Any:
                 waiting += item.values()
             elif isinstance(item, (list, tuple)):
                 waiting += item
-    elif isinstance(value, Iterator):
-        return _measured_items(value)
     return value
-
-
-def _measured_items(items: Iterator) -> Iterator:
-    for item in items:
-        _METER.get().step()
-        yield _measured(item)
 
 
 def _check_arguments(*arguments: Any) -> None:
@@ -244,7 +236,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            optimized=False,  # else constant expressions would run unmeasured, when compiled
+            optimized=False,  # no expression is tried when it is compiled: nothing measures there
             finalize=_written,
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
@@ -290,8 +282,6 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 if isinstance(sequence, sequences) and isinstance(times, int):
                     size = 1 if isinstance(sequence, str) else _ITEM
                     meter.made(len(sequence) * max(times, 0) * size)
-        elif operator == "+" and isinstance(left, sequences) and isinstance(right, sequences):
-            meter.made(len(left) + len(right))
         elif operator == "**":
             if not abs(right) <= 64:
                 raise _LimitError("it raises to a power above 64")
@@ -405,12 +395,11 @@ def _tojson(
     if indent is not None and (len(indent) if isinstance(indent, str) else indent) > 16:
         raise _LimitError("it indents JSON by more than 16")
     meter = _METER.get()
-    meter.made(_text_size(value))
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
     pieces = []
-    for piece in encoder.iterencode(value):
+    for piece in encoder.iterencode(value):  # item by item
         meter.made(len(piece))
         pieces.append(piece)
     return "".join(pieces)
@@ -432,8 +421,6 @@ def _metered(name: str, function: Callable) -> Callable:
         meter.step()
         passed, value, rest = args[:first], args[first], args[first + 1 :]
         _check_arguments(*rest, *kwargs.values())
-        if isinstance(value, Iterator):
-            value = _measured_items(value)
         if name in _TEXT_FILTERS:
             meter.made(_text_size(value))
         if name == "replace":

@@ -307,25 +307,23 @@ def _add(
 
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
-    import tokenizers
-
     try:
         refuse_lfs_pointer(path)
         data = json.loads(path.read_text(encoding="utf-8"))
         model = data["model"]
-        tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        kind, byte_fallback = model.get("type"), model.get("byte_fallback")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
-    if model.get("type") != "BPE" or not model.get("byte_fallback"):
+    if kind != "BPE" or not byte_fallback:
         raise ValueError(
             f"{path}: expected BPE with byte_fallback, the kind Mistral 7B uses; got type "
-            f"{model.get('type')!r}, byte_fallback {model.get('byte_fallback')!r}"
+            f"{kind!r}, byte_fallback {byte_fallback!r}"
         )
     added = read_added_tokens(path.parent)
     control = {token.content for token in added.tokens.values() if token.control}
     for entry in data.get("added_tokens") or ():
         entry["special"] = entry["content"] in control  # which some files do not say
-    backend = _backend(data)
+    backend = _backend(data, path)
     names = backend.get_vocab(with_added_tokens=True)
     control_ids = {name: names[name] for name in sorted(control & names.keys(), key=names.get)}
     if "<s>" not in control_ids or "</s>" not in control_ids:
@@ -340,7 +338,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes.fromhex(byte[1]) if byte else _piece_bytes(piece)
 
-    continuing = _backend(_without_first_space(data)) if added.prefix == "first" else backend
+    continuing = _backend(_without_first_space(data), path) if added.prefix == "first" else backend
     return Tokenizer(
         path,
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
@@ -354,10 +352,13 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
     )
 
 
-def _backend(data: dict[str, Any]) -> Any:
+def _backend(data: dict[str, Any], path: Path) -> Any:
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_str(json.dumps(data))
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(data))
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # that is: "</s>" in a text is encoded as text
