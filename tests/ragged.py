@@ -28,7 +28,8 @@ class RaggedBatch:
         window: W or None.
         positions: tokens that each sequence has seen before the first step; those that the next
             one sees are put in its ring.
-        layout: "fused": q, k, v are slices of one matrix; "heads first": views of [H, T, D].
+        layout: "fused": q, k, v are slices of one matrix; "heads first": views of [H, T, D];
+            "apart": each in memory of its own, and no two strides are the same.
     """
 
     def __init__(
@@ -73,6 +74,9 @@ class RaggedBatch:
         x = torch.randn(tokens, heads, self.dim, generator=self.generator)
         return x.to(self.dtype)
 
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=self.dtype)
+
     def _write(self, i: int, position: int, k: Tensor, v: Tensor) -> None:
         heads = torch.arange(self.kv_heads) * self.capacities[i] + self.rows[i]
         for t in range(len(k)):
@@ -90,12 +94,22 @@ class RaggedBatch:
         """Random q, k, v; NaN in the memory between them."""
         q, kv = self.heads, self.kv_heads
         values = self._random(tokens, q + 2 * kv)
+        if self.layout == "apart":
+            parts = values.split([q, kv, kv], dim=1)
+            places = (
+                self._empty(tokens, q + 1, self.dim + 8),
+                self._empty(kv, tokens + 3, self.dim).transpose(0, 1),
+                self._empty(tokens, kv + 2, self.dim + 16),
+            )
+            views = [
+                p[:tokens, : x.shape[1], : self.dim] for p, x in zip(places, parts, strict=True)
+            ]
+            return tuple(view.copy_(part) for view, part in zip(views, parts, strict=True))
         if self.layout == "fused":
-            fused = torch.full((tokens, q + 2 * kv + 1, self.dim), float("nan"), dtype=self.dtype)
+            fused = self._empty(tokens, q + 2 * kv + 1, self.dim)
             fused[:, :-1] = values
             return fused[:, :q], fused[:, q : q + kv], fused[:, q + kv : -1]
-        shape = (q + 2 * kv, tokens + 1, self.dim)
-        by_head = torch.full(shape, float("nan"), dtype=self.dtype).transpose(0, 1)
+        by_head = self._empty(q + 2 * kv, tokens + 1, self.dim).transpose(0, 1)
         by_head[:-1] = values
         return by_head[:-1, :q], by_head[:-1, q : q + kv], by_head[:-1, q + kv :]
 
