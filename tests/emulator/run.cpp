@@ -50,7 +50,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   }
   if (shared_bytes > static_cast<size_t>(max_shared_bytes())) return cudaErrorInvalidValue;
 
-  Unfenced unfenced;
+  GlobalStores stores;
+  AtomicWords atomics;
   const Launch launch{kernel_name(kernel),
                       grid,
                       block,
@@ -58,7 +59,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                       std::move(body),
                       settings().delivery,
                       settings().seed,
-                      unfenced,
+                      stores,
+                      atomics,
                       settings().capability,
                       overlaps};
   std::vector<uint64_t> order(blocks);
@@ -72,10 +74,11 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   std::atomic<size_t> next{0};
   const auto work = [&] {
     SharedMemory shared(shared_bytes);
+    SharedAccesses accesses(shared_bytes);
     Counters own;
     try {
       for (size_t i; (i = next++) < blocks;) {
-        Block running(launch, block_index(order[i], grid), shared, stacks);
+        Block running(launch, block_index(order[i], grid), shared, accesses, stacks);
         running.run();
         own.add(running.counters());
       }
