@@ -93,6 +93,17 @@ def test_strided_inputs_far_positions_and_split_keys(backend, request):
     assert max(splits) > 1
 
 
+@pytest.mark.parametrize("copies", ["late", "early"])
+def test_each_warp_decodes_several_tiles(emulator, copies):
+    """One block for a key/value head: its warps fill their stages again and again."""
+    backend = f"emulator, {copies}"
+    configure(emulator, backend, multiprocessors=1)
+    with use(emulator):
+        batch = RaggedBatch([310], None, 8, 2, 64, torch.bfloat16, positions=[300])
+        for counts in ((1,), (4,)):
+            batch.step(counts)
+
+
 @pytest.mark.parametrize("prefill", PREFILLS)
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_threads(emulator, seed, prefill):
