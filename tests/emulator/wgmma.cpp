@@ -33,6 +33,14 @@ bool is(const float& x, const float& value) { return memcmp(&x, &value, sizeof x
 void poison(float& x) { memcpy(&x, &kPoison, sizeof x); }
 bool is_poisoned(const float& x) { return memcmp(&x, &kPoison, sizeof x) == 0; }
 
+// The running warp, as it reads operands.
+SharedAccesses::Observer warp_of_wgmma() {
+  Block& block = *current->block;
+  const Warp& warp = *current->warp;
+  const Clock& common = block.ordering().common(block.first_thread(warp), kAllLanes);
+  return {block.ordering(), block.products(warp), 0, &common};
+}
+
 bool late() { return current->block->launch().delivery == Delivery::late; }
 
 // ---- What the lanes of a warp meet for
@@ -150,9 +158,7 @@ void WgmmaQueue::start(Site site, const Wgmma* const (&operands)[32]) {
   for (int lane = 0; lane < 32; ++lane) {
     fence = std::min(fence, block.thread(*current->warp, lane).proxy_fence);
   }
-  const SharedAccesses::Observer by = {
-      block.ordering(), block.products(*current->warp), 0,
-      &block.ordering().common(block.first_thread(*current->warp), kAllLanes)};
+  const SharedAccesses::Observer by = warp_of_wgmma();
   std::vector<uint32_t> chunks = chunks_of(site, w);
   for (const uint32_t offset : chunks) {
     const auto* chunk = static_cast<const char*>(block.shared().data()) + offset;
@@ -190,8 +196,9 @@ void WgmmaQueue::commit() { groups_.push_back(std::exchange(uncommitted_, {})); 
 void WgmmaQueue::wait(size_t pending_groups) {
   fenced_ = false;
   if (groups_.size() <= pending_groups) return;
+  const SharedAccesses::Observer by = warp_of_wgmma();
   while (groups_.size() > pending_groups) {
-    for (Product& product : groups_.front()) finish(product);
+    for (Product& product : groups_.front()) finish(product, by);
     groups_.pop_front();
   }
   Block& block = *current->block;
@@ -206,7 +213,7 @@ const Site* WgmmaQueue::first_under_way() const {
   return uncommitted_.empty() ? nullptr : &uncommitted_.front().site;
 }
 
-void WgmmaQueue::finish(Product& product) {
+void WgmmaQueue::finish(Product& product, const SharedAccesses::Observer& by) {
   const Wgmma& w = product.operands;
   Accumulators& to = *product.accumulators;
   for (int lane = 0; lane < 32 && w.a; ++lane) {
@@ -219,13 +226,9 @@ void WgmmaQueue::finish(Product& product) {
   }
   if (late()) compute(product);
   Block& block = *current->block;
-  Ordering& ordering = block.ordering();
-  const Agent self = block.products(*current->warp);
-  const Clock& common = ordering.common(block.first_thread(*current->warp), kAllLanes);
   for (const uint32_t offset : product.chunks) {
     block.hopper().chunks.end_wgmma(offset);
-    block.accesses().note_load(product.site, {ordering, self, 0, &common}, offset, 16,
-                               ordering.now(self));
+    block.accesses().note_load(product.site, by, offset, 16, by.ordering.now(by.agent));
   }
   if (--to.under_way == 0) to.unsettled = kAllLanes;
 }

@@ -12,6 +12,7 @@
 
 #include "error.h"
 #include "instructions.h"
+#include "shared_accesses.h"
 
 namespace emulator {
 
@@ -90,7 +91,7 @@ class WgmmaQueue {
   Accumulators& find(Site site, const Wgmma* const (&operands)[32]);
   static bool untouched(const Accumulators& accumulators);
   void compute(Product& product);
-  void finish(Product& product);
+  void finish(Product& product, const SharedAccesses::Observer& by);
 
   bool fenced_ = false;  // since the start or the last wait
   uint64_t fences_ = 0;
