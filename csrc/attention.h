@@ -56,11 +56,13 @@ int64_t attention_scratch_bytes(const AttentionParams& p);
 void attention(const AttentionParams& p, int threads);
 }  // namespace cpu
 
-#ifdef MISTRAL_CUDA
 namespace cuda {
 // Of those that `is_head_dim` allows.
 constexpr bool attention_takes_head_dim(int64_t dim) { return dim == 64 || dim == 128; }
+}  // namespace cuda
 
+#ifdef MISTRAL_CUDA
+namespace cuda {
 struct AttentionScratch {
   int32_t splits, prefill_splits;
   int64_t partials;  // floats

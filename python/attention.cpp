@@ -91,12 +91,10 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
           }};
 }
 
-// Those that all ops take on a kind of device; none where this build has no kernels for it.
+// Those that all ops take on a kind of device.
 std::vector<int64_t> head_dims(const std::string& device_type) {
   const auto taken = [&](int64_t dim) {
-#ifdef MISTRAL_CUDA
     if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);
-#endif
     return device_type == "cpu";
   };
   std::vector<int64_t> dims;

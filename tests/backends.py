@@ -8,7 +8,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -25,6 +25,9 @@ BUILDS = SOURCES.parent / "build"
 # The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
 WITH_MEMORY = ("attention", "linear", "linear_argmax", "linear_rope")
 OPS = (*WITH_MEMORY, "rms_norm", "rope", "sample", "swiglu")
+# The arguments that are constant (values, scales, the weights of a norm): no kernel writes them, so
+# one may read them before the kernels ahead of it are done.
+CONSTANTS = {"linear": (2, 3, 4), "linear_argmax": (1, 2, 3), "linear_rope": (1, 2, 3)}
 
 # What the builds of tests/emulator and tests/amx need.
 TOOLS = "cmake, ninja and pybind11 (pip install '.[test]')"
@@ -115,14 +118,20 @@ def _configure_and_build(source: Path, build: Path, sanitize: bool) -> None:
 
 
 @contextmanager
-def registered(emulator: ModuleType, **tensors: torch.Tensor) -> Iterator[None]:
-    """Within it, kernels may access these tensors' elements and what lies between them, no more."""
+def registered(
+    emulator: ModuleType, constant: Collection[str] = (), **tensors: torch.Tensor
+) -> Iterator[None]:
+    """Within it, kernels may access these tensors' elements and what lies between them, no more.
+
+    Those named in `constant` they may only read.
+    """
     try:
         for name, tensor in tensors.items():
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             elements = 1 + sum((size - 1) * stride for size, stride in steps)
             if tensor.numel() > 0:
-                emulator.allocate(tensor.data_ptr(), elements * tensor.element_size(), name)
+                size = elements * tensor.element_size()
+                emulator.allocate(tensor.data_ptr(), size, name, name in constant)
         yield
     finally:
         emulator.free_all()
@@ -142,17 +151,20 @@ def emulated(emulator: ModuleType) -> SimpleNamespace:
 
     def bind(name):
         def call(*arguments):
-            tensors = {}
+            tensors, constant = {}, set()
             for i, argument in enumerate(arguments):
                 for j, one in enumerate(argument if isinstance(argument, list) else [argument]):
                     if isinstance(one, torch.Tensor):
-                        tensors[f"argument {i} of {name}, tensor {j}"] = one
+                        tensor = f"argument {i} of {name}, tensor {j}"
+                        tensors[tensor] = one
+                        if i in CONSTANTS.get(name, ()):
+                            constant.add(tensor)
 
             def run(*memory):
-                with registered(emulator, **tensors):
+                with registered(emulator, constant, **tensors):
                     checked.run(*memory)
 
-            with registered(emulator, **tensors):
+            with registered(emulator, constant, **tensors):
                 checked = getattr(emulator, name)(*arguments)
             return checked and StandIn(run, checked.workspace_bytes, checked.counters)
 

@@ -28,7 +28,8 @@ class RaggedBatch:
         window: W or None.
         positions: tokens that each sequence has seen before the first step; those that the next
             one sees are put in its ring.
-        layout: "fused": q, k, v are slices of one matrix; "heads first": views of [H, T, D].
+        layout: "fused": q, k, v are slices of one matrix; "heads first": views of [H, T, D];
+            "apart": each in memory of its own, and no two strides are the same.
         device: of all tensors, those of the list model too.
     """
 
@@ -96,6 +97,17 @@ class RaggedBatch:
         """Random q, k, v; NaN in the memory between them."""
         q, kv = self.heads, self.kv_heads
         values = self._random(tokens, q + 2 * kv)
+        if self.layout == "apart":
+            parts = values.split([q, kv, kv], dim=1)
+            places = (
+                self._nan(tokens, q + 1, self.dim + 8),
+                self._nan(kv, tokens + 3, self.dim).transpose(0, 1),
+                self._nan(tokens, kv + 2, self.dim + 16),
+            )
+            views = [
+                p[:tokens, : x.shape[1], : self.dim] for p, x in zip(places, parts, strict=True)
+            ]
+            return tuple(view.copy_(part) for view, part in zip(views, parts, strict=True))
         if self.layout == "fused":
             fused = self._nan(tokens, q + 2 * kv + 1, self.dim)
             fused[:, :-1] = values

@@ -60,6 +60,14 @@ def test_head_shapes(isa, heads, kv_heads, dim):
         batch.step(counts)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_tensor_has_strides_of_its_own(isa, dtype):
+    """Few tokens and many, those that fit the rings and those that are stored after attention."""
+    batch = RaggedBatch([8, 30, 8], 8, 6, 2, 64, dtype, positions=[9, 0, 100], layout="apart")
+    for counts in ((1, 1, 1), (5, 29, 0), (9, 0, 20)):
+        batch.step(counts)
+
+
 @pytest.mark.parametrize(
     ("window", "dtype", "layout"),
     [

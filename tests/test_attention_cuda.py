@@ -49,6 +49,28 @@ def test_groups(backend, heads, kv_heads):
         batch.step(counts)
 
 
+@cuda_kernels
+@pytest.mark.parametrize("dim", [64, 128])
+def test_each_tensor_has_strides_of_its_own(backend, dim):
+    """Decodes and prompts, tokens that fit the rings and those that are stored after attention."""
+    batch = RaggedBatch(
+        [20, 300, 20], 20, 6, 2, dim, torch.bfloat16, positions=[33, 0, 100], layout="apart"
+    )
+    for counts in ((1, 1, 1), (3, 140, 0), (21, 1, 45)):
+        batch.step(counts)
+
+
+@cuda_kernels
+@pytest.mark.parametrize("window", [17, 65, 129])
+def test_edges_of_the_window_in_the_last_tile(backend, window):
+    """Which has 1 to 3 tokens, and as many keys as they can see: of the first tile of keys, which
+    tiles of more tokens have to mask anyway, the last token may not see the first key or two. With
+    fewer tokens, the same in the kernel that decodes."""
+    batch = RaggedBatch([window] * 3, window, 4, 1, 64, torch.bfloat16, positions=[777, 999, 5000])
+    batch.step((33, 34, 35))
+    batch.step((1, 2, 3))
+
+
 @pytest.mark.parametrize("backend", EMULATED, indirect=True)
 def test_strided_inputs_far_positions_and_split_keys(backend, request):
     """Enough multiprocessors that a decode is divided among several blocks."""
@@ -70,6 +92,17 @@ def test_strided_inputs_far_positions_and_split_keys(backend, request):
         batch.step(counts)
     splits = {r["grid"][0] for r in emulator.take_launches() if "decode" in r["kernel"]}
     assert max(splits) > 1
+
+
+@pytest.mark.parametrize("copies", ["late", "early"])
+def test_each_warp_decodes_several_tiles(emulator, copies):
+    """One block for a key/value head: its warps fill their stages again and again."""
+    backend = f"emulator, {copies}"
+    configure(emulator, backend, multiprocessors=1)
+    with use(emulator):
+        batch = RaggedBatch([310], None, 8, 2, 64, torch.bfloat16, positions=[300])
+        for counts in ((1,), (4,)):
+            batch.step(counts)
 
 
 @pytest.mark.parametrize("prefill", PREFILLS)

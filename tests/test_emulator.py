@@ -21,7 +21,8 @@ NAN = float("nan")
 
 def run(emulator, name, inputs, out, n=0):
     """Runs a kernel of primitives.cu or planted/, which may access `inputs` and `out` alone."""
-    with registered(emulator, inputs=inputs, out=out):
+    constant = ["inputs"] if name == "written_constant" else []
+    with registered(emulator, constant, inputs=inputs, out=out):
         status = emulator.run_test_kernel(name, inputs.data_ptr(), out.data_ptr(), n)
     assert status == 0
     return out
@@ -186,27 +187,41 @@ def test_impossible_launches_are_refused(emulator, size, status):
     assert emulator.run_test_kernel("shape", 0, 0, size) == status
 
 
+RACE = "of shared memory, which thread .*, and no barrier is between"
+UNFENCED = "load of what another block has stored at .*, and no __threadfence before an atomic"
 PLANTED = {
-    "began_too_early": "a load before wait_for_earlier_kernels",
+    "began_too_early": "load of inputs before wait_for_earlier_kernels",
+    "copied_too_early": "cp.async from global memory of inputs before wait_for_earlier_kernels",
     "divergent_barrier": "divergent __syncthreads: others wait at divergent_barrier.cu:",
     "divergent_shuffle": "divergent",
     "exited_lane": "left the kernel",
     "exited_thread": "left the kernel",
+    "looked_up_too_early": "plain load of inputs before wait_for_earlier_kernels",
     "misaligned": "load of 16 bytes is misaligned: its address is 8 bytes past a multiple of 16",
-    "missing_barrier": None,
-    "missing_fence": "load of what another block has stored without a __threadfence since",
-    "missing_syncwarp": None,
-    "missing_wait": None,
+    "misaligned_part": "cp.async from global memory of 4 bytes is misaligned: its address is 2 ",
+    "missing_barrier": RACE,
+    "missing_copy_barrier": RACE,
+    "missing_fence": UNFENCED,
+    "missing_fence_after": UNFENCED,
+    "missing_refill_barrier": RACE,
+    "missing_syncwarp": RACE,
+    "missing_wait": "load of .* which thread .* is still filling since missing_wait.cu:",
     "out_of_bounds_read": "load of 4 bytes out of bounds: it ends",
     "out_of_bounds_shared": "access to shared memory of 16 bytes out of bounds: it is at byte 1024",
-    "out_of_bounds_write": "store of 4 bytes out of bounds: it ends 4 bytes after out (1028 bytes)",
+    "out_of_bounds_write": "store of 4 bytes out of bounds: it ends 4 bytes after out .1028 bytes.",
     "past_shared": "something was written outside the block's shared memory",
-    "reused_too_early": None,
+    "reused_too_early": RACE,
     "row_outside": "ldmatrix of a row of 16 bytes out of bounds: it is at byte 512",
+    "unshared_store": "load of what thread .* has stored at .*, and no barrier is between",
+    "written_constant": "store to constant inputs",
     "wrong_mask": "by lane ",
     "wrong_row": None,
-    "wrong_wait": None,
+    "wrong_wait": "load of .* which thread .* is still filling since wrong_wait.cu:",
 }
+# Seen in plain accesses alone, which the sanitizer watches for other things: there, some of these
+# give a wrong result.
+PLAIN = ("looked_up_too_early", "missing_barrier", "missing_refill_barrier", "missing_syncwarp")
+PLAIN += ("missing_wait", "past_shared", "reused_too_early", "wrong_wait")
 
 
 def test_every_planted_bug_is_tested():
@@ -218,7 +233,7 @@ def test_every_planted_bug_is_tested():
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bugs_are_found(emulator, name, copies, generator):
     """By an error that says what and where or, with None, by a wrong result. Correct twins pass."""
-    if name == "past_shared" and emulator.sanitized:
+    if name in PLAIN and emulator.sanitized:
         pytest.skip("see test_the_sanitizer_watches_plain_accesses")
     # So far apart that what is read or written past one of them is nearer to it than to the other.
     memory = torch.full((4096,), NAN)
@@ -236,12 +251,9 @@ def test_planted_bugs_are_found(emulator, name, copies, generator):
             with pytest.raises(RuntimeError) as caught:
                 run_planted(0)
             message = str(caught.value)
-            assert problem in message
+            assert re.search(problem, message)
             assert message.startswith(f"mistral::cuda::{name}<false>: block (")
-            assert f"{name}.cu:" in message or name == "past_shared"
-        elif copies == "early" and name in ("missing_wait", "wrong_wait"):
-            # The one bug that does no harm while copies are quick.
-            assert torch.equal(run_planted(0), 2 * x)
+            assert f"{name}.cu:" in message or name in PLAIN
         else:
             assert not torch.equal(run_planted(0), 2 * x)
 

@@ -264,7 +264,7 @@ MISUSES = {
     12: "TMA of 2048 bytes out of bounds: it is at byte 7168 of the block's 8208 bytes",
     13: "TMA writes to shared memory at byte 1024, which another is filling",
     14: "TMA writes to shared memory at byte 0, where thread .* has stored without",
-    15: "store to shared memory at byte 0, which TMA is filling",
+    15: "store to byte 0 of shared memory, which TMA is still filling since primitives_hopper.cu:",
     16: "this is no tensor map",
     17: "an offset of 1000 bytes, expected a multiple of 16",
     18: None,
@@ -315,27 +315,34 @@ def test_shared_memory_is_that_of_the_device(emulator, capability, status):
 # Bugs: what the error says, which need not come with each seed.
 
 WRONG = "a wrong result"
+RACE = "of shared memory, which .*, and no barrier is between"
 PLANTED = {
     "changed_operand": "registers of a have changed before the wait for this wgmma",
     "early_proxy_fence": "has stored without a fence_proxy_async since",
-    "missing_expect": "which TMA is filling|16384 bytes more have come than its phase expects",
+    "loaded_too_early": "TMA of inputs before wait_for_earlier_kernels",
+    "lone_arrival": f"load of byte .* {RACE}",
+    "lone_release": f"store to byte .* {RACE}",
+    "missing_expect": "which TMA (is filling|has stored)|16384 bytes more have come than its ",
     "missing_init_fence": "TMA is to report to an mbarrier without an mbarrier_init_fence",
+    "missing_operand_settle": "registers of a have been set without a wgmma_settle before",
     "missing_proxy_fence": "has stored without a fence_proxy_async since",
     "missing_reader_fence": "has stored without a fence_proxy_async since",
+    "missing_settle": "touched without a wgmma_settle since the wait for planted.h:",
+    "missing_settle_before": "accumulators have been set without a wgmma_settle before the wgmma_f",
     "missing_warp": "some warps of a warpgroup have done more wgmma or setmaxnreg than others",
-    "missing_warpgroup_barrier": WRONG,
+    "missing_warpgroup_barrier": f"load of byte .* {RACE}",
     "missing_wgmma_fence": "wgmma without a wgmma_fence since the start or the last wgmma_wait",
     "missing_wgmma_wait": WRONG,
-    "released_too_early": "TMA writes to shared memory at byte .*, which a wgmma may still read",
+    "released_too_early": "which a wgmma may still read|store to byte .* which a wgmma has loaded",
     "too_many_registers": "is stuck: .* wait at registers_increase",
     "touched_accumulators": "accumulators have been touched before the wait for this wgmma",
     "wrong_bytes": "is stuck: 128 threads, .* wait at mbarrier_wait",
     "wrong_count": "named barrier 2 for (128 threads, but at .* for 160|160 .* for 128)",
-    "wrong_parity": "is stuck: .* wait at mbarrier_wait|TMA is filling|may not have seen",
+    "wrong_parity": f"is stuck: .* wait at mbarrier_wait|TMA is filling|may not have seen|{RACE}",
     "wrong_stride": WRONG,
 }
 # These do no harm while all that is asynchronous is quick.
-HARMLESS_IF_EARLY = ("early_proxy_fence", "missing_wgmma_wait")
+HARMLESS_IF_EARLY = ("missing_settle", "missing_wgmma_wait")
 
 
 def test_every_planted_bug_is_tested():

@@ -127,7 +127,8 @@ __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
 }
 
 // To be called on each d after the wait for it, before it is used: the compiler takes d for ready
-// as soon as wgmma_m64 is issued and could otherwise move its uses before the wait. No instruction.
+// as soon as wgmma_m64 is issued and could otherwise move its uses before the wait. And where d has
+// been set by other means, before the wgmma_fence of the products that add to it. No instruction.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
 #pragma unroll

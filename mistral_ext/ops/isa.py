@@ -27,4 +27,5 @@ def select_isa(name: str) -> None:
 def head_dims(device_type: str) -> list[int]:
     """The head dimensions that all ops take on a "cpu" or "cuda" device; none where this build has
     no kernels for it."""
-    return _C.head_dims(device_type)
+    has_kernels = device_type != "cuda" or _C.cuda_architectures is not None
+    return _C.head_dims(device_type) if has_kernels else []

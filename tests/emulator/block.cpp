@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <algorithm>
 #include <boost/context/preallocated.hpp>
 #include <map>
 #include <tuple>
@@ -24,6 +25,7 @@ std::string to_text(uint3 index) {
 }
 
 std::string to_text(Site site) {
+  if (!site.file) return "start";
   const std::string path = site.file;
   return path.substr(path.rfind('/') + 1) + ":" + std::to_string(site.line);
 }
@@ -33,15 +35,19 @@ void fail(Site site, const std::string& problem) {
               ", thread " + to_text(current->index) + ", " + to_text(site) + ": " + problem);
 }
 
-Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& stacks)
-    : launch_(launch), index_(index), shared_(shared) {
+Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
+             Stacks& stacks)
+    : launch_(launch), index_(index), shared_(shared), accesses_(accesses) {
   const dim3 size = launch.block, grid = launch.grid;
   number_ = (uint64_t{index.z} * grid.y + index.y) * grid.x + index.x;
   random_state_ = (launch.seed + 1) * 0x9e3779b97f4a7c15u ^ (number_ + 1) * 0xbf58476d1ce4e5b9u;
   const size_t threads = size_t{size.x} * size.y * size.z;
+  const size_t warps = (threads + 31) / 32;
   if (launch.capability == kHopper) hopper_.emplace(launch.shared_bytes, threads);
+  ordering_.emplace(threads, hopper_ ? kMostMbarriers + warps : 0);
+  accesses_.begin_block(ordering_->agents());
   // Both are pointed into, so neither may move.
-  warps_.reserve((threads + 31) / 32);
+  warps_.reserve(warps);
   threads_.reserve(threads);
   for (size_t i = 0; i < threads; ++i) {
     const auto lane = static_cast<int>(i % 32);
@@ -53,7 +59,8 @@ Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& st
     const uint3 position = {static_cast<unsigned>(i % size.x),
                             static_cast<unsigned>(i / size.x % size.y),
                             static_cast<unsigned>(i / size.x / size.y)};
-    threads_.push_back({this, &warps_.back(), lane, position, Copies(launch.delivery), {}});
+    threads_.push_back(
+        {this, &warps_.back(), static_cast<Agent>(i), lane, position, Copies(launch.delivery), {}});
     threads_.back().waited = !launch.overlaps;
     start(threads_.back(), stacks);
   }
@@ -86,7 +93,7 @@ void Block::start(Thread& thread, Stacks& stacks) {
                                 }
                               } catch (const Abandoned&) {
                               } catch (const std::exception&) {
-                                error_ = std::current_exception();
+                                if (!error_) error_ = std::current_exception();
                               }
                               before_switch(nullptr, scheduler_stack_, scheduler_stack_size_);
                               return std::move(scheduler_);
@@ -106,6 +113,7 @@ void Block::suspend(const char* instruction, Site site) {
   Thread& self = *current;
   self.waiting_at = instruction;
   self.site = site;
+  self.latest = site;
   self.warp->suspend(self.lane);
   leave();
 }
@@ -155,44 +163,117 @@ void Block::barrier(Site site) {
   barrier_site_ = site;
   if (++at_barrier_ < threads_.size()) return suspend("__syncthreads", site);
   at_barrier_ = 0;
+  ordering_->synchronise();
   for (Warp& warp : warps_) {
     warp.requests().count_into(counters_);
     warp.wake(warp.lanes());
-    share_stores(warp);
   }
 }
 
-void Block::share_stores(const Warp& warp) {
-  const size_t begin = 32 * number(warp), end = std::min(begin + 32, threads_.size());
-  for (size_t i = begin; i < end; ++i) {
-    std::vector<Bytes>& stored = threads_[i].stored;
-    stored_.insert(stored_.end(), stored.begin(), stored.end());
-    stored.clear();
+std::string Block::name(Agent agent) const {
+  if (agent < threads_.size()) return "thread " + to_text(threads_[agent].index);
+  return agent < threads_.size() + kMostMbarriers ? "TMA" : "a wgmma";
+}
+
+void Block::load_shared(Site site, const void* address, size_t bytes) {
+  accesses_.load(site, thread(), offset(address), bytes, ordering_->now(current->number));
+}
+
+void Block::load_shared_together(Site site, const uintptr_t (&addresses)[32]) {
+  const Agent first = first_thread(*current->warp);
+  const Clock& common = ordering_->common(first, current->warp->lanes());
+  for (Agent lane = 0; lane < 32; ++lane) {
+    const SharedAccesses::Observer by = {*ordering_, first + lane, 0, &common};
+    const auto* address = reinterpret_cast<const void*>(addresses[lane]);
+    accesses_.load(site, by, offset(address), 16, ordering_->now(first + lane));
   }
 }
 
-void Block::note_shared_store(Site site, const void* address) {
-  if (!hopper_) return;
-  const auto* begin = static_cast<const char*>(shared_.data());
-  hopper_->chunks.store(site, static_cast<uint32_t>(static_cast<const char*>(address) - begin));
+void Block::check_load_shared(Site site, const void* address, size_t bytes) {
+  accesses_.check_load(site, thread(), offset(address), bytes);
+}
+
+void Block::store_shared(Site site, const void* address, size_t bytes) {
+  accesses_.store(site, thread(), offset(address), bytes, ordering_->now(current->number));
+  if (hopper_) hopper_->chunks.store(site, offset(address), bytes);
+}
+
+void Block::begin_copy(Site site, const void* address, size_t bytes) {
+  accesses_.store(site, thread(), offset(address), bytes, kUnfinished);
+  if (hopper_) hopper_->chunks.store(site, offset(address), bytes);
+}
+
+void Block::finish_copy(Site site, const void* address, size_t bytes, Time time) {
+  accesses_.finish_store(offset(address), bytes, current->number, time);
+  if (hopper_) hopper_->chunks.store(site, offset(address), bytes);
+}
+
+void Block::note_plain_access(const void* address, size_t bytes, bool store) noexcept {
+  if (error_) return;
+  try {
+    if (offset(address) < launch_.shared_bytes) {
+      const size_t inside = std::min(bytes, launch_.shared_bytes - offset(address));
+      if (store) return store_shared(current->latest, address, inside);
+      return load_shared(current->latest, address, inside);
+    }
+    // What else there may be, parameters for instance, is nobody's concern.
+    if (allocations().find(address)) {
+      check_global(current->latest, store ? "plain store" : "plain load",
+                   store ? Use::store : Use::load, address, bytes);
+    }
+  } catch (const std::exception&) {
+    error_ = std::current_exception();
+  }
+}
+
+bool Block::knows(const GlobalStores::Store& store) const {
+  const Agent self = current->number;
+  if (store.block == number_) return ordering_->knows(self, store.thread, store.time);
+  return std::any_of(learnt_.begin(), learnt_.end(), [&](const Learnt& learnt) {
+    if (!ordering_->knows(self, learnt.thread, learnt.time)) return false;
+    const auto times = learnt.knowledge.find(store.block);
+    return times != learnt.knowledge.end() && (*times->second)[store.thread] >= store.time;
+  });
 }
 
 void Block::note_load(Site site, const void* address, size_t bytes) {
-  if (launch_.unfenced.by_another(number_, Unfenced::bytes(address, bytes))) {
-    fail(site, "load of what another block has stored without a __threadfence since");
+  const auto unknown = launch_.stores.find_unknown(GlobalStores::bytes(address, bytes),
+                                                   [&](const auto& store) { return knows(store); });
+  if (!unknown) return;
+  const std::string place = " at " + to_text(unknown->site);
+  if (unknown->block == number_) {
+    fail(site, "load of what " + name(unknown->thread) + " has stored" + place +
+                   ", and no barrier is between");
   }
+  fail(site, "load of what another block has stored" + place +
+                 ", and no __threadfence before an atomic function there and after one here");
 }
 
-void Block::note_store(const void* address, size_t bytes) {
-  current->stored.push_back(Unfenced::bytes(address, bytes));
-  launch_.unfenced.store(number_, current->stored.back());
+void Block::note_store(Site site, const void* address, size_t bytes) {
+  const Bytes stored = GlobalStores::bytes(address, bytes);
+  launch_.stores.add(
+      stored, {number_, current->number, ordering_->now(current->number), stored.mask, site});
+}
+
+void Block::note_atomic(const void* address) {
+  Knowledge& word = launch_.atomics.words[reinterpret_cast<uintptr_t>(address)];
+  join(current->seen, word);
+  join(word, current->fenced);
 }
 
 void Block::fence() {
-  launch_.unfenced.fence(number_, current->stored);
-  launch_.unfenced.fence(number_, stored_);
-  current->stored.clear();
-  stored_.clear();
+  Thread& self = *current;
+  if (!self.seen.empty()) {
+    learnt_.push_back({self.number, ordering_->now(self.number), std::move(self.seen)});
+    self.seen.clear();
+  }
+  self.fenced.clear();
+  for (const Learnt& learnt : learnt_) {
+    if (ordering_->knows(self.number, learnt.thread, learnt.time)) {
+      join(self.fenced, learnt.knowledge);
+    }
+  }
+  self.fenced[number_] = ordering_->publish(self.number);
 }
 
 // The warp of the highest priority runs as far as it can, which brings out a warp that overtakes
@@ -214,11 +295,14 @@ void Block::deliver_something() {
   try {
     operation.deliver();
   } catch (const std::exception&) {
-    error_ = std::current_exception();
+    if (!error_) error_ = std::current_exception();
   }
 }
 
 void Block::run() {
+  const struct NobodyRuns {
+    ~NobodyRuns() { current = nullptr; }
+  } at_the_end;
   while (exited_ < threads_.size() && !error_) {
     const size_t w = choose_warp();
     if (w == warps_.size()) {

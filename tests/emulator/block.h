@@ -15,6 +15,8 @@
 #include "counters.h"
 #include "hopper.h"
 #include "memory.h"
+#include "ordering.h"
+#include "shared_accesses.h"
 #include "stacks.h"
 #include "visibility.h"
 #include "warp.h"
@@ -29,7 +31,8 @@ struct Launch {
   std::function<void()> body;  // the kernel with its arguments
   Delivery delivery;
   uint64_t seed;
-  Unfenced& unfenced;
+  GlobalStores& stores;
+  AtomicWords& atomics;
   int capability;  // of the device
   bool overlaps;   // with earlier ones, until its threads wait for them
 };
@@ -38,16 +41,19 @@ struct Launch {
 struct Thread {
   Block* block;
   Warp* warp;
+  Agent number;  // in the block
   int lane;
   uint3 index;
   Copies copies;
   boost::context::stack_context stack = {};
   boost::context::fiber fiber = {};
   void* sanitizer_state = nullptr;
-  std::vector<Bytes> stored = {};    // since it last came to a fence or to a barrier
+  Knowledge fenced = {};             // what it had done and knew at its last __threadfence
+  Knowledge seen = {};               // at atomic words, since then
   uint64_t proxy_fence = 0;          // when it last called fence_proxy_async: SharedChunks
   const char* waiting_at = nullptr;  // the instruction that it waits or last waited at
   Site site = {};
+  Site latest = {};  // of what it has called; null at its start
   bool exited = false;
   bool waited = false;  // for earlier kernels
 };
@@ -60,7 +66,8 @@ std::string to_text(uint3 index);
 
 class Block {
  public:
-  Block(const Launch& launch, uint3 index, SharedMemory& shared, Stacks& stacks);
+  Block(const Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
+        Stacks& stacks);
 
   // Runs all threads to their end. Throws the first error; then the others do not run on.
   void run();
@@ -72,15 +79,22 @@ class Block {
   // For the running thread, which has just allowed others to run on: it may now fall behind them.
   void yield();
 
-  // For the running thread or its cp.async: it writes to shared memory.
-  void note_shared_store(Site site, const void* address);
+  // For the running thread: it accesses shared memory, or its cp.async writes there.
+  void load_shared(Site site, const void* address, size_t bytes);
+  // For its warp: lane i loads 16 bytes at addresses[i], for all lanes.
+  void load_shared_together(Site site, const uintptr_t (&addresses)[32]);
+  void check_load_shared(Site site, const void* address, size_t bytes);
+  void store_shared(Site site, const void* address, size_t bytes);
+  void begin_copy(Site site, const void* address, size_t bytes);
+  void finish_copy(Site site, const void* address, size_t bytes, Time time);
+  // The same without the checks of `Site` and bounds that functions have: an access of the
+  // compiler's. It cannot throw: an error ends the block later.
+  void note_plain_access(const void* address, size_t bytes, bool store) noexcept;
 
-  // For the running thread: what it does to global memory, as other blocks may see it.
+  // For the running thread: what it does to global memory, as other threads may see it.
   void note_load(Site site, const void* address, size_t bytes);
-  void note_store(const void* address, size_t bytes);
-  // The warp comes to a barrier: what its threads have stored is now seen by others of the block,
-  // and made visible by their fences.
-  void share_stores(const Warp& warp);
+  void note_store(Site site, const void* address, size_t bytes);
+  void note_atomic(const void* address);  // with the lock of launch().atomics
   void fence();
 
   const Launch& launch() const { return launch_; }
@@ -88,7 +102,16 @@ class Block {
   SharedMemory& shared() { return shared_; }
   Counters& counters() { return counters_; }
   Hopper& hopper() { return *hopper_; }  // where the device is one
+  Ordering& ordering() { return *ordering_; }
+  SharedAccesses& accesses() { return accesses_; }
   size_t number(const Warp& warp) const { return static_cast<size_t>(&warp - warps_.data()); }
+  Agent first_thread(const Warp& warp) const { return static_cast<Agent>(32 * number(warp)); }
+  // Of what is no thread: the copies that report to barrier i, and the products of a warp.
+  Agent copies(size_t i) const { return static_cast<Agent>(threads_.size() + i); }
+  Agent products(const Warp& warp) const {
+    return static_cast<Agent>(threads_.size() + kMostMbarriers + number(warp));
+  }
+  std::string name(Agent agent) const;
   const Thread& thread(const Warp& warp, int lane) const {
     return threads_[32 * number(warp) + static_cast<size_t>(lane)];
   }
@@ -102,13 +125,23 @@ class Block {
   void deliver_something();
   size_t choose_warp();
   uint32_t random();
+  SharedAccesses::Observer thread() const {
+    return {*ordering_, current->number, current->number, nullptr};
+  }
+  size_t offset(const void* address) const {
+    return static_cast<size_t>(static_cast<const char*>(address) -
+                               static_cast<const char*>(shared_.data()));
+  }
+  bool knows(const GlobalStores::Store& store) const;
   std::exception_ptr stuck() const;
 
   const Launch& launch_;
   uint3 index_;
   uint64_t number_;
   SharedMemory& shared_;
+  SharedAccesses& accesses_;
   Counters counters_;
+  std::optional<Ordering> ordering_;
   std::optional<Hopper> hopper_;
   std::vector<Warp> warps_;
   std::vector<Thread> threads_;
@@ -122,7 +155,13 @@ class Block {
   size_t exited_ = 0;
   size_t at_barrier_ = 0;
   Site barrier_site_ = {};
-  std::vector<Bytes> stored_;  // by all threads before a barrier, since a fence
+  // What threads have learnt of other blocks, and when.
+  struct Learnt {
+    Agent thread;
+    Time time;
+    Knowledge knowledge;
+  };
+  std::vector<Learnt> learnt_;
 };
 
 }  // namespace emulator

@@ -1,5 +1,6 @@
 // cp.async of one CUDA thread. The hardware may write the bytes at any moment between the copy
-// and the wait for it; the emulator takes one of the two ends.
+// and the wait for it; the emulator takes one of the two ends. Until the wait nobody may touch
+// them, and after it only this thread: others need a barrier too.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +8,7 @@
 #include <deque>
 
 #include "error.h"
+#include "ordering.h"
 
 namespace emulator {
 
@@ -24,9 +26,10 @@ class Copies {
   void commit();
   void wait(size_t pending_groups);
 
-  // How many have been started, and delivery of the first `count` of them.
+  // How many have been started, and delivery of the first `count` of them, which others may count
+  // on with what the thread had done until then.
   uint64_t started() const { return delivered_ + waiting_.size(); }
-  void deliver_until(uint64_t count);
+  void deliver_until(uint64_t count, Time until);
 
  private:
   struct Copy {
@@ -35,7 +38,7 @@ class Copies {
     const void* global;
     size_t size, read;
   };
-  static void deliver(const Copy& copy);
+  static void move(const Copy& copy);
 
   Delivery delivery_;
   uint64_t delivered_ = 0;

@@ -80,7 +80,10 @@ void mbarrier_init(Site site, uint64_t* barrier, uint32_t arrivals) {
 void mbarrier_init_fence(Site site) { hopper(site).mbarriers.fence_inits(); }
 
 void mbarrier_arrive(Site site, uint64_t* barrier, uint32_t expected_bytes) {
-  if (hopper(site).mbarriers.arrive(site, barrier, expected_bytes)) current->block->yield();
+  Hopper& h = hopper(site);
+  Clock done;
+  current->block->ordering().release(current->number, done);
+  if (h.mbarriers.arrive(site, barrier, expected_bytes, done)) current->block->yield();
 }
 
 void mbarrier_wait(Site site, uint64_t* barrier, uint32_t parity) {
@@ -89,9 +92,12 @@ void mbarrier_wait(Site site, uint64_t* barrier, uint32_t parity) {
 
 void cp_async_arrive(Site site, uint64_t* barrier) {
   Hopper& h = hopper(site);
-  const auto deliver = [site, barrier, &h, until = current->copies.started()] {
-    current->copies.deliver_until(until);
-    h.mbarriers.arrive(site, barrier, 0);
+  const Time now = current->block->ordering().now(current->number);
+  Clock done;
+  current->block->ordering().release(current->number, done);
+  const auto deliver = [site, barrier, &h, until = current->copies.started(), now, done] {
+    current->copies.deliver_until(until, now);
+    h.mbarriers.arrive(site, barrier, 0, done);
   };
   if (current->block->launch().delivery == Delivery::early) return deliver();
   h.in_flight.add({current, site, deliver});

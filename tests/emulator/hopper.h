@@ -15,7 +15,8 @@
 
 namespace emulator {
 
-constexpr int kHopper = 90;  // compute capability
+constexpr int kHopper = 90;            // compute capability
+constexpr size_t kMostMbarriers = 64;  // of a block, here
 
 struct Hopper {
   Hopper(size_t shared_bytes, size_t threads)

@@ -48,7 +48,10 @@ void combine_vote(Site, void* const* operands, uint32_t mask) {
   }
 }
 
-void combine_nothing(Site, void* const*, uint32_t) {}
+void combine_sync_warp(Site, void* const*, uint32_t mask) {
+  Block& block = *current->block;
+  block.ordering().synchronise(block.first_thread(*current->warp), mask);
+}
 
 // ---- ldmatrix
 
@@ -61,7 +64,8 @@ struct Ldmatrix {
 // Lane 8 * j + i brings row i of matrix j. The register j of a lane gets the elements (row, column)
 // and (row, column + 1) of it, row = lane / 4 and column = 2 * (lane % 4); with .trans, of its
 // transpose.
-void combine_ldmatrix(Site, void* const* operands, uint32_t) {
+// A lane gets what others have addressed, so all of them must know of what is stored there.
+void combine_ldmatrix(Site site, void* const* operands, uint32_t) {
   uint16_t matrices[4][8][8];
   uintptr_t addresses[32];
   for (int lane = 0; lane < 32; ++lane) {
@@ -69,6 +73,7 @@ void combine_ldmatrix(Site, void* const* operands, uint32_t) {
     memcpy(matrices[lane / 8][lane % 8], row, 16);
     addresses[lane] = reinterpret_cast<uintptr_t>(row);
   }
+  current->block->load_shared_together(site, addresses);
   Counters& counters = current->block->counters();
   counters.shared_requests += 1;
   counters.shared_conflicts += bank_conflicts(addresses, kAllLanes);
@@ -127,7 +132,7 @@ void combine_mma(Site, void* const* operands, uint32_t) {
 
 constexpr Collective kShuffle = {"shuffle", &combine_shuffle};
 constexpr Collective kVote = {"vote", &combine_vote};
-constexpr Collective kSyncWarp = {"__syncwarp", &combine_nothing};
+constexpr Collective kSyncWarp = {"__syncwarp", &combine_sync_warp};
 constexpr Collective kLdmatrix = {"ldmatrix", &combine_ldmatrix};
 constexpr Collective kMmaBf16 = {"mma (bf16)", &combine_mma<__nv_bfloat16>};
 constexpr Collective kMmaF16 = {"mma (f16)", &combine_mma<__half>};
@@ -154,34 +159,43 @@ void sync_threads(Site site) { current->block->barrier(site); }
 
 void thread_fence() { current->block->fence(); }
 
-void check_atomic(Site site, const void* address, size_t bytes) {
-  if (!current->block->shared().holds(address, bytes)) {
-    check_waited(site, "an atomic operation");
-    check_global(site, "atomic operation", address, bytes);
-  }
+AtomicOperation::AtomicOperation(Site site, const void* address, size_t bytes)
+    : lock_(current->block->launch().atomics.mutex) {
+  check_alignment(site, "atomic operation", address, bytes);
+  check_global(site, "atomic operation", Use::store, address, bytes);
+  current->block->note_atomic(address);
 }
 
 void access_global(Site site, Access access, const void* address, size_t bytes) {
   const bool load = access == Access::global_load;
-  check_global(site, load ? "load" : "store", address, bytes);
-  check_waited(site, load ? "a load" : "a store");
+  const char* what = load ? "load" : "store";
+  current->latest = site;
+  check_alignment(site, what, address, bytes);
+  check_global(site, what, load ? Use::load : Use::store, address, bytes);
   if (load) {
     current->block->note_load(site, address, bytes);
   } else {
-    current->block->note_store(address, bytes);
+    current->block->note_store(site, address, bytes);
   }
   current->warp->requests().add(current->lane, site, access, address, static_cast<uint32_t>(bytes));
 }
 
 void wait_for_earlier_kernels() { current->waited = true; }
 
-void access_shared(Site site, const void* address) {
+uint4 load_shared(Site site, const void* address) {
+  current->latest = site;
   check_shared(site, "access to shared memory", address, 16);
   current->warp->requests().add(current->lane, site, Access::shared, address, 16);
+  current->block->load_shared(site, address, 16);
+  return *static_cast<const uint4*>(address);
 }
 
-void note_shared_store(Site site, const void* address) {
-  current->block->note_shared_store(site, address);
+void store_shared(Site site, void* address, uint4 value) {
+  current->latest = site;
+  check_shared(site, "access to shared memory", address, 16);
+  current->warp->requests().add(current->lane, site, Access::shared, address, 16);
+  current->block->store_shared(site, address, 16);
+  *static_cast<uint4*>(address) = value;
 }
 
 uint32_t shared_offset(const void* address) {
@@ -190,6 +204,7 @@ uint32_t shared_offset(const void* address) {
 }
 
 void cp_async(Site site, void* shared, const void* global, size_t size, size_t read) {
+  current->latest = site;
   current->copies.start(site, shared, global, size, read);
 }
 

@@ -1,6 +1,8 @@
 // The instructions behind the emulator's ptx.cuh, with the semantics of the PTX ISA.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -11,9 +13,11 @@ namespace emulator {
 
 // Check an access of the running thread and count it.
 void access_global(Site site, Access access, const void* address, size_t bytes);
-void access_shared(Site site, const void* address);  // 16 bytes
 
-void note_shared_store(Site site, const void* address);  // within 16 bytes
+// The accesses of 16 bytes to shared memory. They are done here, not in the kernels' code, where
+// they would be seen once more as plain ones (plain_accesses.cpp).
+uint4 load_shared(Site site, const void* address);
+void store_shared(Site site, void* address, uint4 value);
 
 uint32_t shared_offset(const void* address);
 
@@ -32,7 +36,7 @@ void mma_m16n8k16(Site site, Half type, float (&d)[4], const uint32_t (&a)[4],
                   const uint32_t (&b)[2]);
 
 // In a launch that overlaps with those before it: until then a thread may do no more in global
-// memory than start cp.async, of what no kernel writes.
+// memory than read what no kernel writes (Allocations::add).
 void wait_for_earlier_kernels();
 
 float exp2_approx(float x);

@@ -25,8 +25,12 @@ void Mbarriers::init(Site site, uint64_t* barrier, uint32_t arrivals) {
   if (*barrier == kContent && barriers_.count(barrier)) {
     fail(site, "mbarrier is initialised a second time");
   }
+  if (barriers_.size() >= kMostMbarriers) fail(site, "more mbarriers than are expected here");
+  Block& block = *current->block;
+  block.store_shared(site, barrier, sizeof *barrier);
   *barrier = kContent;
-  barriers_[barrier] = {arrivals, arrivals, 0, 0, current, false, {}, 0};
+  const Agent copies = block.copies(barriers_.size());
+  barriers_[barrier] = {arrivals, arrivals, 0, 0, current, false, {}, 0, copies, {}, {}};
 }
 
 void Mbarriers::fence_inits() {
@@ -40,10 +44,11 @@ Mbarriers::Mbarrier& Mbarriers::find(Site site, uint64_t* barrier) {
   const auto found = barriers_.find(barrier);
   if (found == barriers_.end()) fail(site, "mbarrier is not initialised");
   if (*barrier != kContent) fail(site, "mbarrier has been overwritten");
+  current->block->check_load_shared(site, barrier, sizeof *barrier);
   return found->second;
 }
 
-bool Mbarriers::arrive(Site site, uint64_t* address, uint32_t expected_bytes) {
+bool Mbarriers::arrive(Site site, uint64_t* address, uint32_t expected_bytes, const Clock& done) {
   Mbarrier& barrier = find(site, address);
   if (barrier.pending == 0) {
     fail(site, "mbarrier of " + std::to_string(barrier.arrivals) +
@@ -54,6 +59,7 @@ bool Mbarriers::arrive(Site site, uint64_t* address, uint32_t expected_bytes) {
     fail(site, "mbarrier expects " + std::to_string(barrier.bytes) + " bytes, too many");
   }
   --barrier.pending;
+  barrier.arriving.join(done, current->block->ordering().agents());
   return complete_phase_if_done(site, barrier);
 }
 
@@ -63,9 +69,12 @@ void Mbarriers::check_for_tma(Site site, uint64_t* address) {
   }
 }
 
+Agent Mbarriers::copies(Site site, uint64_t* address) { return find(site, address).copies; }
+
 void Mbarriers::complete(Site site, uint64_t* address, uint32_t bytes) {
   Mbarrier& barrier = find(site, address);
   barrier.bytes -= bytes;
+  current->block->ordering().release(barrier.copies, barrier.arriving);
   complete_phase_if_done(site, barrier);
 }
 
@@ -82,6 +91,7 @@ bool Mbarriers::complete_phase_if_done(Site site, Mbarrier& barrier) {
   }
   barrier.pending = barrier.arrivals;
   ++barrier.phase;
+  barrier.complete = std::exchange(barrier.arriving, {});
   barrier.resuming = barrier.waiting.size();
   for (const Thread* thread : std::exchange(barrier.waiting, {})) {
     thread->warp->wake(1u << thread->lane);
@@ -92,10 +102,12 @@ bool Mbarriers::complete_phase_if_done(Site site, Mbarrier& barrier) {
 void Mbarriers::wait(Site site, uint64_t* address, uint32_t parity) {
   Mbarrier& barrier = find(site, address);
   if (parity > 1) fail(site, "parity " + std::to_string(parity) + ", expected 0 or 1");
-  if (barrier.phase % 2 != parity) return;
-  barrier.waiting.push_back(current);
-  current->block->suspend("mbarrier_wait", site);
-  --barrier.resuming;
+  if (barrier.phase % 2 == parity) {
+    barrier.waiting.push_back(current);
+    current->block->suspend("mbarrier_wait", site);
+    --barrier.resuming;
+  }
+  current->block->ordering().acquire(current->number, barrier.complete);
 }
 
 std::string Mbarriers::problem_at_the_end() const {

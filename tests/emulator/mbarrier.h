@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "error.h"
+#include "ordering.h"
 
 namespace emulator {
 
@@ -16,12 +17,14 @@ class Mbarriers {
   // For the running thread.
   void init(Site site, uint64_t* barrier, uint32_t arrivals);
   void fence_inits();
-  bool arrive(Site site, uint64_t* barrier, uint32_t expected_bytes);  // true: the last to come
+  // `done`: what those that wait for the phase may then count on. True: the last to come.
+  bool arrive(Site site, uint64_t* barrier, uint32_t expected_bytes, const Clock& done);
   void wait(Site site, uint64_t* barrier, uint32_t parity);
 
   // For TMA: that it may report to the barrier, and what it has brought.
   void check_for_tma(Site site, uint64_t* barrier);
   void complete(Site site, uint64_t* barrier, uint32_t bytes);
+  Agent copies(Site site, uint64_t* barrier);  // as which it accesses shared memory
 
   // Empty, or what is wrong with the barriers that the block leaves behind.
   std::string problem_at_the_end() const;
@@ -36,6 +39,9 @@ class Mbarriers {
     bool fenced;                   // since it was made, by its maker
     std::vector<Thread*> waiting;  // for this phase
     size_t resuming;               // those that have waited and have not run since
+    Agent copies;
+    Clock arriving;  // what those have done that have come in this phase
+    Clock complete;  // in the one before
   };
   Mbarrier& find(Site site, uint64_t* barrier);
   bool complete_phase_if_done(Site site, Mbarrier& barrier);

@@ -15,20 +15,19 @@ constexpr unsigned char kPoison = 0xff;
 
 std::string text_of_bytes(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
-void check_alignment(Site site, const char* what, const void* address, size_t bytes) {
-  const size_t past = reinterpret_cast<uintptr_t>(address) % bytes;
-  if (past != 0) {
-    fail(site, std::string(what) + " of " + text_of_bytes(bytes) +
-                   " is misaligned: its address is " + text_of_bytes(past) +
-                   " past a multiple of " + std::to_string(bytes));
-  }
-}
-
 }  // namespace
 
-void Allocations::add(const void* begin, size_t bytes, const std::string& name) {
+void Allocations::add(const void* begin, size_t bytes, const std::string& name, bool constant) {
   const auto first = reinterpret_cast<uintptr_t>(begin);
-  ranges_.push_back({first, first + bytes, name});
+  ranges_.push_back({first, first + bytes, name, constant});
+}
+
+const Allocations::Range* Allocations::find(const void* address) const {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  for (const Range& range : ranges_) {
+    if (range.begin <= at && at < range.end) return &range;
+  }
+  return nullptr;
 }
 
 std::string Allocations::problem(const void* address, size_t bytes) const {
@@ -91,12 +90,26 @@ void check_waited(Site site, const char* what) {
   if (!current->waited) fail(site, std::string(what) + " before wait_for_earlier_kernels");
 }
 
-void check_global(Site site, const char* what, const void* address, size_t bytes) {
-  check_alignment(site, what, address, bytes);
+void check_alignment(Site site, const char* what, const void* address, size_t bytes) {
+  const size_t past = reinterpret_cast<uintptr_t>(address) % bytes;
+  if (past != 0) {
+    fail(site, std::string(what) + " of " + text_of_bytes(bytes) +
+                   " is misaligned: its address is " + text_of_bytes(past) +
+                   " past a multiple of " + std::to_string(bytes));
+  }
+}
+
+void check_global(Site site, const char* what, Use use, const void* address, size_t bytes) {
   const std::string problem = allocations().problem(address, bytes);
   if (!problem.empty()) {
     fail(site, std::string(what) + " of " + text_of_bytes(bytes) + " out of bounds: it " + problem);
   }
+  if (use == Use::load && current->waited) return;
+  const Allocations::Range* range = allocations().find(address);
+  const bool constant = range && range->constant;
+  if (use == Use::store && constant) fail(site, std::string(what) + " to constant " + range->name);
+  if (constant) return;
+  check_waited(site, (std::string(what) + (range ? " of " + range->name : "")).c_str());
 }
 
 void check_shared(Site site, const char* what, const void* address, size_t bytes) {

@@ -14,17 +14,22 @@ namespace emulator {
 // The global memory that a launch may access. While nothing is registered, everything is allowed.
 class Allocations {
  public:
-  void add(const void* begin, size_t bytes, const std::string& name);
+  // Constant: written by no kernel, so that one may read it before wait_for_earlier_kernels.
+  void add(const void* begin, size_t bytes, const std::string& name, bool constant = false);
   void clear() { ranges_.clear(); }
 
   // Empty if [address, address + bytes) lies in one allocation, else what is wrong with it.
   std::string problem(const void* address, size_t bytes) const;
 
- private:
+  // What has the address; null if nothing does.
   struct Range {
     uintptr_t begin, end;
     std::string name;
+    bool constant;
   };
+  const Range* find(const void* address) const;
+
+ private:
   std::vector<Range> ranges_;
 };
 
@@ -53,11 +58,16 @@ class SharedMemory {
   unsigned char* data_;
 };
 
-// Throw unless [address, address + bytes) may be accessed by the running thread, aligned to its
-// size.
-void check_global(Site site, const char* what, const void* address, size_t bytes);
-// Throws if the running thread must not touch what other kernels write yet.
-void check_waited(Site site, const char* what);
+enum class Use { load, store };  // an atomic operation is a store too
+
+// Throw unless the running thread may access [address, address + bytes), which is aligned to its
+// size in shared memory.
+void check_global(Site site, const char* what, Use use, const void* address, size_t bytes);
 void check_shared(Site site, const char* what, const void* address, size_t bytes);
+
+void check_alignment(Site site, const char* what, const void* address, size_t bytes);
+
+// Throws if the running thread has not waited for earlier kernels.
+void check_waited(Site site, const char* what);
 
 }  // namespace emulator

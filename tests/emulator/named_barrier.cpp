@@ -24,12 +24,15 @@ uint64_t NamedBarriers::arrive(Site site, int id, int threads) {
     fail(site, name + " for " + std::to_string(threads) + " threads, but at " +
                    to_text(barrier.site) + " for " + std::to_string(barrier.expected));
   }
-  current->block->share_stores(*current->warp);
+  Ordering& ordering = current->block->ordering();
+  const Warp& warp = *current->warp;
+  ordering.release(current->block->first_thread(warp), warp.lanes(), barrier.arriving);
   const uint64_t round = barrier.round;
   barrier.arrived += 32;
   if (barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.round;
+    barrier.complete.join(std::exchange(barrier.arriving, {}), ordering.agents());
     for (const Thread* thread : std::exchange(barrier.waiting, {})) {
       thread->warp->wake(1u << thread->lane);
     }
@@ -38,9 +41,12 @@ uint64_t NamedBarriers::arrive(Site site, int id, int threads) {
 }
 
 void NamedBarriers::wait(Site site, int id, uint64_t round) {
-  if (barriers_[id].round != round) return;
-  barriers_[id].waiting.push_back(current);
-  current->block->suspend("named barrier", site);
+  NamedBarrier& barrier = barriers_[id];
+  if (barrier.round == round) {
+    barrier.waiting.push_back(current);
+    current->block->suspend("named barrier", site);
+  }
+  current->block->ordering().acquire(current->number, barrier.complete);
 }
 
 }  // namespace emulator

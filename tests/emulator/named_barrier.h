@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "error.h"
+#include "ordering.h"
 
 namespace emulator {
 
@@ -25,6 +26,8 @@ class NamedBarriers {
     Site site = {};
     uint64_t round = 0;
     std::vector<Thread*> waiting = {};
+    Clock arriving = {};  // what those have done that have come in this round
+    Clock complete = {};  // in those before
   };
   NamedBarrier barriers_[16];
 };

@@ -60,18 +60,20 @@ __global__ void wgmma(const uint8_t* in, float* out) {
   const uint64_t a = ld_global(descriptors) + base, b = ld_global(descriptors + 1) + base;
   float d[N / 2];
   for (int i = 0; i < N / 2; ++i) d[i] = float(i);
-  wgmma_fence();
   if constexpr (kRegisters) {
-    uint32_t registers[4];
+    uint32_t registers[1][4];
     for (int i = 0; i < 4; ++i) {
       const int at = (row + i % 2 * 8) * 16 + column + i / 2 * 8;
-      registers[i] = ld_global(reinterpret_cast<const uint32_t*>(in + 16 + kImage + 2 * at));
+      registers[0][i] = ld_global(reinterpret_cast<const uint32_t*>(in + 16 + kImage + 2 * at));
     }
-    wgmma_m64<T, N, kTransposeB>(d, registers, b, false);
-    wgmma_m64<T, N, kTransposeB>(d, registers, b, true);
+    wgmma_settle(registers);
+    wgmma_fence();
+    wgmma_m64<T, N, kTransposeB>(d, registers[0], b, false);
+    wgmma_m64<T, N, kTransposeB>(d, registers[0], b, true);
     wgmma_commit();
     wgmma_wait<0>();
   } else {
+    wgmma_fence();
     wgmma_m64<T, N, kTransposeB>(d, a, b, false);
     wgmma_m64<T, N, kTransposeB>(d, a, b, true);
     wgmma_commit();
@@ -266,6 +268,7 @@ __global__ void misuse(const __grid_constant__ CUtensorMap map, float* out, int6
       break;
     case 32:
       if (of_warpgroup) {
+        wgmma_settle(d);
         wgmma_fence();
         wgmma_m64<__half, 64, false>(d, matrix + thread / 32, matrix, true);
         wgmma_commit();
@@ -281,6 +284,7 @@ __global__ void misuse(const __grid_constant__ CUtensorMap map, float* out, int6
       break;
     case 34:
       if (of_warpgroup) {
+        wgmma_settle(d);
         wgmma_fence();
         wgmma_m64<__half, 64, false>(d, matrix, matrix, true);
         wgmma_wait<0>();  // of no group: it has not been committed

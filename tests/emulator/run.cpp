@@ -51,7 +51,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   }
   if (shared_bytes > shared_limit(kernel)) return cudaErrorInvalidValue;
 
-  Unfenced unfenced;
+  GlobalStores stores;
+  AtomicWords atomics;
   const Launch launch{kernel_name(kernel),
                       grid,
                       block,
@@ -59,7 +60,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                       std::move(body),
                       settings().delivery,
                       settings().seed,
-                      unfenced,
+                      stores,
+                      atomics,
                       settings().capability,
                       overlaps};
   std::vector<uint64_t> order(blocks);
@@ -73,10 +75,11 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   std::atomic<size_t> next{0};
   const auto work = [&] {
     SharedMemory shared(shared_bytes);
+    SharedAccesses accesses(shared_bytes);
     Counters own;
     try {
       for (size_t i; (i = next++) < blocks;) {
-        Block running(launch, block_index(order[i], grid), shared, stacks);
+        Block running(launch, block_index(order[i], grid), shared, accesses, stacks);
         running.run();
         own.add(running.counters());
       }

@@ -7,20 +7,22 @@
 namespace emulator {
 namespace {
 
-std::string at_byte(uint32_t offset) { return " at byte " + std::to_string(offset); }
+std::string at_byte(size_t offset) { return " at byte " + std::to_string(offset); }
 
 }  // namespace
 
-void SharedChunks::store(Site site, uint32_t offset) {
-  Chunk& chunk = at(offset);
-  if (chunk.readers > 0) {
-    fail(site, "store to shared memory" + at_byte(offset) + ", which a wgmma may still read");
+void SharedChunks::store(Site site, size_t begin, size_t bytes) {
+  for (size_t offset = begin / 16 * 16; offset < begin + bytes; offset += 16) {
+    Chunk& chunk = at(offset);
+    if (chunk.readers > 0) {
+      fail(site, "store to shared memory" + at_byte(offset) + ", which a wgmma may still read");
+    }
+    if (chunk.filling) {
+      fail(site, "store to shared memory" + at_byte(offset) + ", which TMA is filling");
+    }
+    chunk.writer = current;
+    chunk.written = moment();
   }
-  if (chunk.filling) {
-    fail(site, "store to shared memory" + at_byte(offset) + ", which TMA is filling");
-  }
-  chunk.writer = current;
-  chunk.written = moment();
 }
 
 void SharedChunks::check_fenced(Site site, const char* what, uint32_t offset, uint64_t fence) {

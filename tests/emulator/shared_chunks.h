@@ -21,7 +21,7 @@ class SharedChunks {
   explicit SharedChunks(size_t bytes) : chunks_((bytes + 15) / 16) {}
 
   // By offsets in bytes. The running thread stores, or its cp.async does.
-  void store(Site site, uint32_t offset);
+  void store(Site site, size_t offset, size_t bytes);
 
   // wgmma reads from its start to the wait. `fence`: the latest moment before which all threads
   // that start it have called fence_proxy_async.
@@ -42,7 +42,7 @@ class SharedChunks {
     uint32_t readers = 0;
     bool filling = false;
   };
-  Chunk& at(uint32_t offset) { return chunks_[offset / 16]; }
+  Chunk& at(size_t offset) { return chunks_[offset / 16]; }
   void check_fenced(Site site, const char* what, uint32_t offset, uint64_t fence);
 
   std::vector<Chunk> chunks_;

@@ -55,18 +55,32 @@ const char* find_row(const Load& load, uint32_t i) {
   return row;
 }
 
+// What of a row of the box is inside the tensor: elements [begin, end) of axis 0.
+struct Inside {
+  const char* source;  // element 0
+  int64_t begin, end;
+  bool empty() const { return !source || begin >= end; }
+  size_t bytes() const { return static_cast<size_t>(2 * (end - begin)); }
+};
+
+Inside inside(const Load& load, uint32_t i) {
+  const int64_t x = load.coordinates[0];
+  return {find_row(load, i), std::max<int64_t>(x, 0),
+          std::min(x + 64, static_cast<int64_t>(load.map.sizes[0]))};
+}
+
+void check_row(const Load& load, uint32_t i) {
+  const Inside row = inside(load, i);
+  if (row.empty()) return;
+  check_global(load.site, "TMA", Use::load, row.source + 2 * row.begin, row.bytes());
+}
+
 void copy_row(const Load& load, uint32_t i) {
   alignas(16) char row[kRow] = {};
   const int64_t x = load.coordinates[0];
-  const int64_t begin = std::max<int64_t>(x, 0);
-  const int64_t end = std::min(x + 64, static_cast<int64_t>(load.map.sizes[0]));
-  const char* source = find_row(load, i);
+  const auto [source, begin, end] = inside(load, i);
   if (source && begin < end) {
     const auto bytes = static_cast<size_t>(2 * (end - begin));
-    const std::string problem = allocations().problem(source + 2 * begin, bytes);
-    if (!problem.empty()) {
-      fail(load.site, "TMA of " + std::to_string(bytes) + " bytes out of bounds: it " + problem);
-    }
     memcpy(row + 2 * (begin - x), source + 2 * begin, bytes);
     current->block->counters().loaded_bytes += bytes;
     for (int64_t at = begin / 8 * 8; at < end; at += 8) {
@@ -82,9 +96,14 @@ void copy_row(const Load& load, uint32_t i) {
 void deliver(const Load& load) {
   Block& block = *current->block;
   for (uint32_t i = 0; i < load.rows; ++i) copy_row(load, i);
-  for (uint32_t i = 0; i < load.bytes; i += 16) block.hopper().chunks.end_tma(load.offset + i);
+  Mbarriers& mbarriers = block.hopper().mbarriers;
+  const Agent copies = mbarriers.copies(load.site, load.barrier);
+  for (uint32_t i = 0; i < load.bytes; i += 16) {
+    block.hopper().chunks.end_tma(load.offset + i);
+    block.accesses().finish_store(load.offset + i, 16, copies, block.ordering().now(copies));
+  }
   block.counters().tma_bytes += load.bytes;
-  block.hopper().mbarriers.complete(load.site, load.barrier, load.bytes);
+  mbarriers.complete(load.site, load.barrier, load.bytes);
 }
 
 }  // namespace
@@ -110,7 +129,11 @@ void tma_load(Site site, void* shared, const CUtensorMap* map, uint64_t* barrier
   load.offset = shared_offset(shared);
   Hopper& hopper = block.hopper();
   hopper.mbarriers.check_for_tma(site, barrier);
+  for (uint32_t i = 0; i < load.rows; ++i) check_row(load, i);
   for (uint32_t i = 0; i < load.bytes; i += 16) hopper.chunks.begin_tma(site, load.offset + i);
+  const SharedAccesses::Observer by = {block.ordering(), hopper.mbarriers.copies(site, barrier),
+                                       current->number, nullptr};
+  block.accesses().store(site, by, load.offset, load.bytes, kUnfinished);
   if (block.launch().delivery == Delivery::early) return deliver(load);
   memset(shared, 0xff, load.bytes);
   hopper.in_flight.add({current, site, [load] { deliver(load); }});

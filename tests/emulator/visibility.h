@@ -1,12 +1,20 @@
 // Which blocks may count on what has been stored to global memory. Blocks run one after another
-// here, so every store is seen by all; on a GPU another block may see it late or never, unless the
-// storing thread, or one that met it at a barrier since, has called __threadfence.
+// here, so every store is seen by all; on a GPU another block may see it late or never. It may
+// count on a store if the storing thread, or one that met it at a barrier since, has called
+// __threadfence and then an atomic function of a word, and the loading thread, or one that it met
+// at a barrier since, an atomic function of this word and then __threadfence.
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
+
+#include "error.h"
+#include "ordering.h"
 
 namespace emulator {
 
@@ -16,23 +24,40 @@ struct Bytes {
   uint32_t mask;
 };
 
-// The stores of a launch that no fence has followed, of all blocks. Used by several threads.
-class Unfenced {
+// Of each block, the times of its threads up to which their stores are known.
+using Knowledge = std::map<uint64_t, std::shared_ptr<const std::vector<Time>>>;
+void join(Knowledge& knowledge, const Knowledge& other);
+
+// The stores of a launch, of all blocks. Used by several threads.
+class GlobalStores {
  public:
+  struct Store {
+    uint64_t block;
+    Agent thread;
+    Time time;
+    uint32_t mask;
+    Site site;
+  };
+
   // Accesses do not cross a line.
   static Bytes bytes(const void* address, size_t count);
 
-  void store(uint64_t block, Bytes bytes);
-  void fence(uint64_t block, const std::vector<Bytes>& stored);
+  void add(Bytes bytes, const Store& store);
 
-  // True if another block than `block` has stored some of them.
-  bool by_another(uint64_t block, Bytes bytes);
+  // A store of some of these bytes that is not `known`.
+  template <class Known>
+  std::optional<Store> find_unknown(Bytes bytes, const Known& known) {
+    Shard& part = shard(bytes.line);
+    const std::lock_guard lock(part.mutex);
+    const auto line = part.lines.find(bytes.line);
+    if (line == part.lines.end()) return {};
+    for (const Store& store : line->second) {
+      if ((store.mask & bytes.mask) && !known(store)) return store;
+    }
+    return {};
+  }
 
  private:
-  struct Store {
-    uint64_t block;
-    uint32_t mask;
-  };
   struct Shard {  // part of the lines, so that threads seldom wait for each other
     std::mutex mutex;
     std::unordered_map<uintptr_t, std::vector<Store>> lines;
@@ -41,6 +66,12 @@ class Unfenced {
   Shard& shard(uintptr_t line) { return shards_[line / 16 % kShards]; }
 
   Shard shards_[kShards];
+};
+
+// The words that atomic functions have been called for, and what can be learnt there.
+struct AtomicWords {
+  std::mutex mutex;  // held while the function does its work
+  std::unordered_map<uintptr_t, Knowledge> words;
 };
 
 }  // namespace emulator

@@ -1,6 +1,7 @@
 // wgmma: the products of one warp, a quarter of those of its warpgroup. They are asynchronous:
-// delivered late, operands are read and results written in the wait for the group, and until then
-// the accumulators are NaN; delivered early, all happens at once.
+// delivered late, operands are read in the wait for the group and results written in the
+// wgmma_settle after it, and until then the accumulators are NaN; delivered early, all happens at
+// once.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,7 @@
 
 #include "error.h"
 #include "instructions.h"
+#include "shared_accesses.h"
 
 namespace emulator {
 
@@ -36,18 +38,20 @@ void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(Site site, size_t pending_groups);
 
-// For the running thread: it is about to use its accumulators.
-void wgmma_settle(Site site, const float* d);
+// For the running thread: it is about to use its accumulators, or has set them, or registers of a.
+void wgmma_settle(Site site, float* d, int count);
+void wgmma_settle(Site site, const uint32_t* a);  // 4 registers
 
 // What a warp has under way.
 class WgmmaQueue {
  public:
   // By the last lane to come; operands[i] is what lane i brings.
   void start(Site site, const Wgmma* const (&operands)[32]);
-  void fence() { fenced_ = true; }
+  void fence();
   void commit();
   void wait(size_t pending_groups);
-  void settle(Site site, int lane, const float* d);
+  void settle(Site site, int lane, float* d, int count);
+  void settle(int lane, const uint32_t* a);
 
   // Throws if the lane may not leave the kernel yet.
   void check_exit(int lane) const;
@@ -62,7 +66,7 @@ class WgmmaQueue {
     int n;
     float values[16][128];
     int under_way;       // products
-    uint32_t unsettled;  // lanes that have not called wgmma_settle since the wait
+    uint32_t unsettled;  // lanes that have not called wgmma_settle since the wait; then 0
     Site site;           // of the latest product
   };
   struct Product {
@@ -74,11 +78,24 @@ class WgmmaQueue {
     uint32_t a_then[32][4];
   };
 
-  Accumulators& find(Site site, const Wgmma* const (&operands)[32]);
-  void compute(Product& product);
-  void finish(Product& product);
+  // What registers held at the latest wgmma_settle, and how many fences were before it.
+  struct Settled {
+    std::vector<uint32_t> content;
+    uint64_t fences;
+  };
+  template <class Register>
+  void note_settled(int lane, const Register* registers, int count);
+  template <class Register>
+  bool settled(int lane, const Register* registers, int count) const;
 
-  bool fenced_ = false;                                // since the start or the last wait
+  Accumulators& find(Site site, const Wgmma* const (&operands)[32]);
+  static bool untouched(const Accumulators& accumulators);
+  void compute(Product& product);
+  void finish(Product& product, const SharedAccesses::Observer& by);
+
+  bool fenced_ = false;  // since the start or the last wait
+  uint64_t fences_ = 0;
+  std::map<const void*, Settled> settled_[32];         // of each lane
   std::map<const float*, Accumulators> accumulators_;  // by lane 0's
   std::vector<Product> uncommitted_;
   std::deque<std::vector<Product>> groups_;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 
 #include "../error.h"
 
@@ -29,8 +30,15 @@ void sync_threads(Site site);
 void thread_fence();
 int lane();
 
-// Throws unless the address is in shared memory or an allocation.
-void check_atomic(Site site, const void* address, size_t bytes);
+// While it exists, no other thread of the process is in an atomic function of this launch. Throws
+// unless the address is in global memory that may be written.
+class AtomicOperation {
+ public:
+  AtomicOperation(Site site, const void* address, size_t bytes);
+
+ private:
+  std::lock_guard<std::mutex> lock_;
+};
 
 template <class T>
 T shuffle_value(Site site, unsigned mask, T value, int source_lane) {
@@ -98,40 +106,30 @@ inline int __all_sync(unsigned mask, int predicate, emulator::Site site = emulat
   return emulator::ballot(site, mask, predicate == 0) == 0;
 }
 
-// Blocks run on several threads of the process, so these are atomic here too.
-
-inline void __threadfence() {
-  emulator::thread_fence();
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
+inline void __threadfence() { emulator::thread_fence(); }
 
 template <class T>
 T atomicAdd(T* address, T value, emulator::Site site = emulator::Site::here()) {
-  emulator::check_atomic(site, address, sizeof *address);
-  T old;
-  __atomic_load(address, &old, __ATOMIC_RELAXED);
-  T sum = old + value;
-  while (
-      !__atomic_compare_exchange(address, &old, &sum, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
-    sum = old + value;
-  }
+  const emulator::AtomicOperation operation(site, address, sizeof *address);
+  const T old = *address;
+  *address = old + value;
   return old;
 }
 
 template <class T>
 T atomicMax(T* address, T value, emulator::Site site = emulator::Site::here()) {
-  emulator::check_atomic(site, address, sizeof *address);
-  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (old < value && !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_SEQ_CST,
-                                                     __ATOMIC_RELAXED)) {
-  }
+  const emulator::AtomicOperation operation(site, address, sizeof *address);
+  const T old = *address;
+  if (old < value) *address = value;
   return old;
 }
 
 template <class T>
 T atomicExch(T* address, T value, emulator::Site site = emulator::Site::here()) {
-  emulator::check_atomic(site, address, sizeof *address);
-  return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);
+  const emulator::AtomicOperation operation(site, address, sizeof *address);
+  const T old = *address;
+  *address = value;
+  return old;
 }
 
 inline unsigned __float_as_uint(float x) {

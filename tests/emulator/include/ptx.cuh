@@ -37,14 +37,11 @@ void st_global(T* global, T value, Site site = Site::here()) {
 }
 
 inline uint4 ld_shared_16(const void* shared, Site site = Site::here()) {
-  emulator::access_shared(site, shared);
-  return *static_cast<const uint4*>(shared);
+  return emulator::load_shared(site, shared);
 }
 
 inline void st_shared_16(void* shared, uint4 value, Site site = Site::here()) {
-  emulator::access_shared(site, shared);
-  emulator::note_shared_store(site, shared);
-  *static_cast<uint4*>(shared) = value;
+  emulator::store_shared(site, shared, value);
 }
 
 inline uint32_t shared_address(const void* shared) { return emulator::shared_offset(shared); }
@@ -84,6 +81,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
 
 inline void wait_for_earlier_kernels() { emulator::wait_for_earlier_kernels(); }
+
+// Nothing to do: whenever a later kernel begins, it sees the same until it waits for this one.
 inline void let_later_kernels_begin() {}
 
 inline float exp2_approx(float x) { return emulator::exp2_approx(x); }

@@ -61,10 +61,12 @@ void wgmma_wait(Site site = Site::here()) {
 
 template <int kCount>
 void wgmma_settle(float (&d)[kCount], Site site = Site::here()) {
-  emulator::wgmma_settle(site, d);
+  emulator::wgmma_settle(site, d, kCount);
 }
 template <int kCount>
-void wgmma_settle(uint32_t (&)[kCount][4]) {}
+void wgmma_settle(uint32_t (&a)[kCount][4], Site site = Site::here()) {
+  for (const auto& registers : a) emulator::wgmma_settle(site, registers);
+}
 
 inline uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes,
                                  Site site = Site::here()) {

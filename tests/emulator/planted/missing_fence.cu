@@ -1,5 +1,6 @@
 // The last block to finish reads what the others have stored, and they have not made sure that it
-// sees it. (Element 256 of out is the counter of blocks.)
+// sees it: the fence after the counter comes too late. (Element 256 of out is the counter of
+// blocks.)
 #include "planted.h"
 
 namespace mistral::cuda {
@@ -14,6 +15,7 @@ __global__ void missing_fence(const float* in, float* out) {
   if (thread == 0) {
     if (kCorrect) __threadfence();
     *last = atomicAdd(out + kCount, 1.0f) == 7;
+    __threadfence();
   }
   __syncthreads();
   if (!*last) return;

@@ -17,6 +17,7 @@ __global__ void early_proxy_fence(const __grid_constant__ Inputs in, float* out)
     cp_async_wait<0>();
     if (kCorrect) fence_proxy_async();
     __syncthreads();
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, 0);
     wgmma_commit();

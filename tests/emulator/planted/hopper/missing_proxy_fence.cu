@@ -14,6 +14,7 @@ __global__ void missing_proxy_fence(const __grid_constant__ Inputs in, float* ou
         [](__nv_bfloat16* to, const __nv_bfloat16* from) { st_shared_16(to, ld_global_16(from)); });
     if (kCorrect) fence_proxy_async();
     __syncthreads();
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, 0);
     wgmma_commit();

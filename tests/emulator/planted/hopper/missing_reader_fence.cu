@@ -25,6 +25,7 @@ __global__ void missing_reader_fence(const __grid_constant__ Inputs in, float* o
   for (int tile = 0; tile < kTiles; ++tile) {
     mbarrier_wait(&stages.full[0], tile % 2);
     if (kCorrect) fence_proxy_async();
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, 0);
     wgmma_commit();

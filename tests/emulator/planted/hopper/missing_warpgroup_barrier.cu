@@ -14,6 +14,7 @@ __global__ void missing_warpgroup_barrier(const __grid_constant__ Inputs in, flo
         [](__nv_bfloat16* to, const __nv_bfloat16* from) { st_shared_16(to, ld_global_16(from)); });
     fence_proxy_async();
     if (kCorrect) named_barrier_sync(1, kMultiplying);
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, 0);
     wgmma_commit();

@@ -17,6 +17,7 @@ __global__ void missing_wgmma_fence(const __grid_constant__ Inputs in, float* ou
   for (int tile = 0; tile < kTiles; ++tile) {
     const int stage = tile % kStages;
     mbarrier_wait(&stages.full[stage], tile / kStages % 2);
+    wgmma_settle(d);
     if (kCorrect || tile == 0) wgmma_fence();
     multiply(d, stages, stage);
     wgmma_commit();

@@ -16,6 +16,7 @@ __global__ void missing_wgmma_wait(const __grid_constant__ Inputs in, float* out
   for (int tile = 0; tile + 1 < kTiles; ++tile) consume(d, stages, tile);
   const int stage = (kTiles - 1) % kStages;
   mbarrier_wait(&stages.full[stage], (kTiles - 1) / kStages % 2);
+  wgmma_settle(d);
   wgmma_fence();
   multiply(d, stages, stage);
   wgmma_commit();

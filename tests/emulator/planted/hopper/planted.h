@@ -75,6 +75,7 @@ __device__ inline void multiply(float (&d)[32], const Stages& stages, int stage,
 __device__ inline void consume(float (&d)[32], Stages& stages, int tile) {
   const int stage = tile % kStages;
   mbarrier_wait(&stages.full[stage], tile / kStages % 2);
+  wgmma_settle(d);
   wgmma_fence();
   multiply(d, stages, stage);
   wgmma_commit();
@@ -93,7 +94,7 @@ __device__ inline void store(float* out, const float (&d)[32]) {
 using PlantedHopper = void (*)(Inputs in, float* out);
 
 inline cudaError_t run_planted(PlantedHopper wrong, PlantedHopper correct, unsigned threads,
-                               const Arguments& a) {
+                               const Arguments& a, bool overlaps = false) {
   constexpr uint64_t kRow = kTile * kTiles;
   const TensorMapShape shape{2, {kRow, kTile}, {0, 2 * kRow}, {kTile, kTile}};
   Inputs in;
@@ -102,8 +103,14 @@ inline cudaError_t run_planted(PlantedHopper wrong, PlantedHopper correct, unsig
   cudaError_t status = make_tensor_map(&in.map_a, in.a, shape);
   if (status == cudaSuccess) status = make_tensor_map(&in.map_b, in.b, shape);
   if (status != cudaSuccess) return status;
-  return launch(a.n ? correct : wrong, 1, dim3(threads), sizeof(Stages), nullptr, in,
-                static_cast<float*>(a.out));
+  const auto start = [&](auto launch) {
+    return launch(a.n ? correct : wrong, 1, dim3(threads), sizeof(Stages), nullptr, in,
+                  static_cast<float*>(a.out));
+  };
+  if (overlaps) {
+    return start([](auto... arguments) { return launch_overlapping(arguments...); });
+  }
+  return start([](auto... arguments) { return launch(arguments...); });
 }
 
 }  // namespace mistral::cuda

@@ -16,6 +16,7 @@ __global__ void released_too_early(const __grid_constant__ Inputs in, float* out
   for (int tile = 0; tile < kTiles; ++tile) {
     const int stage = tile % kStages;
     mbarrier_wait(&stages.full[stage], tile / kStages % 2);
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, stage);
     wgmma_commit();

@@ -20,6 +20,7 @@ __global__ void touched_accumulators(const __grid_constant__ Inputs in, float* o
     if (kCorrect) {
       for (int i = 0; i < 32; ++i) d[i] = 0;
     }
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, stage);
     wgmma_commit();

@@ -21,6 +21,7 @@ __global__ void wrong_count(const __grid_constant__ Inputs in, float* out) {
         [](__nv_bfloat16* to, const __nv_bfloat16* from) { st_shared_16(to, ld_global_16(from)); });
     fence_proxy_async();
     named_barrier_sync(1, 160);
+    wgmma_settle(d);
     wgmma_fence();
     multiply(d, stages, 0);
     wgmma_commit();
