@@ -30,7 +30,7 @@ from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
-from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.folder import is_instruct, read_folder
 from mistral_ext.weights.hub import resolve
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -279,7 +279,10 @@ class Mistral:
 
     def chat_template(self, template: str | None = None) -> ChatTemplate:
         """The chat template to use; ValueError if the model is a base model."""
-        return template or chat_template_of(self.folder, self.require_tokenizer())
+        if template:
+            return template
+        tokenizer = self.require_tokenizer()
+        return chat_template_of(self.folder, tokenizer, is_instruct(self.folder))
 
     @property
     def max_length(self) -> int | None:

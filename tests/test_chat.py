@@ -11,6 +11,7 @@ from chat_templates import MISTRAL_V1
 
 from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
 from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.weights.folder import is_instruct
 
 mistral_common = pytest.importorskip("mistral_common")
 protocol = pytest.importorskip("mistral_common.protocol.instruct.messages")
@@ -190,7 +191,8 @@ def test_folder_without_a_template_called_instruct(path, tokenizers, tmp_path):
     folder = tmp_path / path
     folder.mkdir(parents=True)
     (folder / "params.json").write_text("{}")
-    assert chat_template_of(str(folder), tokenizers["v3"]) == "v3"
+    assert is_instruct(folder)
+    assert chat_template_of(str(folder), tokenizers["v3"], is_instruct=True) == "v3"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_base_model(config, path, tokenizers, tmp_path):
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"looks like a base model.*pass template='v1'"):
-        chat_template_of(folder, tokenizers["v1"])
+        chat_template_of(folder, tokenizers["v1"], is_instruct(folder))
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

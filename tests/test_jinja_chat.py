@@ -322,19 +322,6 @@ def test_bad_template(template, message, tmp_path):
         chat_template_of(folder, Tokenizer.from_folder(folder))
 
 
-def test_what_config_json_states(version, tmp_path):
-    """A quantised model may have any name: its config says what the original's name said."""
-    folder = write_folder(tmp_path, None, version)
-    tokenizer = Tokenizer.from_folder(folder)
-    with pytest.raises(ValueError, match="looks like a base model"):
-        chat_template_of(folder, tokenizer)
-    (folder / "config.json").write_text(json.dumps({"mistral_ext_chat": "v1"}))
-    assert chat_template_of(folder, tokenizer) == "v1"
-    (folder / "config.json").write_text(json.dumps({"mistral_ext_chat": "chatml"}))
-    with pytest.raises(ValueError, match=r"config\.json: mistral_ext_chat is 'chatml', expected"):
-        chat_template_of(folder, tokenizer)
-
-
 @pytest.mark.parametrize(
     ("messages", "error", "message"),
     [

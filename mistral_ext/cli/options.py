@@ -9,8 +9,8 @@ import sys
 import torch
 
 from mistral_ext.engine.params import SamplingParams
+from mistral_ext.files import decode_text, read_text_file
 from mistral_ext.llm import DEMO_MODEL, Mistral
-from mistral_ext.text.text_file import decode_text, read_text_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

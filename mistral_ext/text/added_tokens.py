@@ -15,7 +15,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from mistral_ext.text.text_file import read_json_object
+from mistral_ext.files import read_json_object
 
 # A damaged file must not make a table of a thousand million entries.
 _MAX_ID = 2**20

@@ -18,16 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral_ext.files import read_json_object, read_text_file
 from mistral_ext.text.jinja_sandbox import SandboxedTemplate
-from mistral_ext.text.text_file import read_json_object, read_text_file
 from mistral_ext.text.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 TEMPLATES = ("v1", "v2", "v3")
-# Where `mistral-ext quantize` writes the template of a model that only its name says is Instruct.
-CONFIG_KEY = "mistral_ext_chat"
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
 
 Message = Mapping[str, Any]
@@ -129,13 +127,19 @@ class JinjaTemplate:
 ChatTemplate = str | JinjaTemplate
 
 
-def chat_template_of(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
+def chat_template_of(
+    folder: str | Path, tokenizer: Tokenizer, is_instruct: bool = False
+) -> ChatTemplate:
     """The chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its own.
 
     A folder's template is taken for one of Mistral's if both write the same conversation, but for
     white space: Mistral's published templates and mistral-common differ in that, and the latter is
-    right. A folder without a template is taken for a Mistral Instruct model if config.json says so
-    (see `CONFIG_KEY`) or its name (or hub id) says "instruct".
+    right.
+
+    Args:
+        folder: of the model.
+        tokenizer: the model's.
+        is_instruct: a folder without a template is that of a Mistral Instruct model.
 
     Raises:
         ValueError: a base model; or a damaged file, or template, by name.
@@ -143,7 +147,12 @@ def chat_template_of(folder: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
     folder = Path(folder)
     found = _read_templates(folder)
     if found is None:
-        return _template_without_text(folder, tokenizer)
+        if is_instruct:
+            return tokenizer.version
+        raise ValueError(
+            f"{folder}: no chat template, and the name does not say Instruct: this looks like a "
+            f"base model, which completes text and cannot chat{_OVERRIDE}"
+        )
     template = JinjaTemplate(*found, tokenizer)
     return tokenizer.version if _is_mistrals(template, tokenizer) else template
 
@@ -409,23 +418,6 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
     return True
 
 
-def _template_without_text(folder: Path, tokenizer: Tokenizer) -> str:
-    config = folder / "config.json"
-    stated = read_json_object(config).get(CONFIG_KEY) if config.is_file() else None
-    if stated is not None:
-        if stated not in TEMPLATES:
-            raise ValueError(
-                f"{config}: {CONFIG_KEY} is {stated!r}, expected one of {', '.join(TEMPLATES)}"
-            )
-        return stated
-    if "instruct" in _model_name(folder).lower():
-        return tokenizer.version
-    raise ValueError(
-        f"{folder}: no chat template, and the name does not say Instruct: this looks like a "
-        f"base model, which completes text and cannot chat{_OVERRIDE}"
-    )
-
-
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
     """The file with a folder's chat templates, and their texts by name; None: it has none."""
     jinja = folder / "chat_template.jinja"
@@ -452,9 +444,3 @@ def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
             )
         return path, templates
     return None
-
-
-def _model_name(folder: Path) -> str:
-    """The folder's name; in the hub's cache, models--ORG--NAME of .../snapshots/COMMIT."""
-    folder = folder.resolve()
-    return folder.parents[1].name if folder.parent.name == "snapshots" else folder.name

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
-from mistral_ext.text.text_file import refuse_lfs_pointer
 
 _SPACE = "▁"  # U+2581
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

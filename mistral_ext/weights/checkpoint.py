@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized
 from mistral_ext.weights.device import expect_runnable, move_weights
@@ -32,7 +33,6 @@ from mistral_ext.weights.folder import (
     ModelFolder,
     WeightFiles,
     find_weights,
-    refuse_lfs_pointer,
     what_is_there,
 )
 from mistral_ext.weights.quantize import Quantization

@@ -8,13 +8,13 @@ Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights.quantize import Quantization
 
@@ -56,7 +56,6 @@ GGUF = "GGUF files are not supported; expected the folder of the model that it w
 
 _QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
 _OWN_KEY = "mistral_ext"  # in config.json: what no key of Hugging Face's says
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:
         config = _with_end_tokens(config, path / "generation_config.json")
-    return ModelFolder(path, config, quantization, _is_instruct(path, values))
+    return ModelFolder(path, config, quantization, is_instruct(path))
 
 
 def find_weights(folder: str | Path) -> WeightFiles | None:
@@ -131,37 +130,25 @@ def find_weights(folder: str | Path) -> WeightFiles | None:
     return next(iter(complete + found), None)
 
 
+def is_instruct(path: Path) -> bool:
+    """Whether a folder without a chat template is that of a Mistral Instruct model.
+
+    Its name, or hub id, says so; a quantised model may have any name, and its config.json says what
+    the original's name said.
+    """
+    config = path / "config.json"
+    ours = read_json_object(config).get(_OWN_KEY) if config.is_file() else None
+    if isinstance(ours, dict) and "instruct" in ours:
+        return bool(ours["instruct"])
+    path = path.resolve()
+    in_cache = path.parent.name == "snapshots"  # of models--OWNER--NAME
+    return "instruct" in (path.parents[1] if in_cache else path).name.lower()
+
+
 def companions(folder: Path) -> list[Path]:
     """The files of a folder that :data:`COMPANIONS` names."""
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
     return sorted(file for file in found if file.is_file())
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Parse a file that holds one JSON object.
-
-    Raises:
-        ValueError: naming the file, if it holds anything else.
-    """
-    refuse_lfs_pointer(file)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file holds, in place of its content, where git-lfs would get that from."""
-    with file.open("rb") as f:
-        return f.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def refuse_lfs_pointer(file: Path) -> None:
-    if is_lfs_pointer(file):
-        raise ValueError(f"{file} is a git-lfs pointer, not the file itself: run 'git lfs pull'")
 
 
 def what_is_there(names: Iterable[str]) -> str:
@@ -224,15 +211,6 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
         raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
     names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
     return WeightFiles(layout, file, tuple(folder / name for name in names))
-
-
-def _is_instruct(path: Path, values: dict[str, Any]) -> bool:
-    ours = values.get(_OWN_KEY)
-    if isinstance(ours, dict) and "instruct" in ours:
-        return bool(ours["instruct"])
-    path = path.resolve()
-    in_cache = path.parent.name == "snapshots"  # of models--OWNER--NAME
-    return "instruct" in (path.parents[1] if in_cache else path).name.lower()
 
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:

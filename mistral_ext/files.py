@@ -34,24 +34,29 @@ def decode_text(data: bytes, name: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise ValueError if the file only says where git-lfs has the real one."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError("it is a git-lfs pointer, not the file itself: run 'git lfs pull'")
-
-
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         ValueError: naming the file, if it holds anything else.
     """
+    refuse_lfs_pointer(path)
     try:
-        refuse_lfs_pointer(path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object ({error})") from error
+        raise ValueError(f"{path}: expected a JSON object, not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file holds, in place of its content, where git-lfs would get the content from."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise ValueError if the file only says where git-lfs has the real one."""
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull'")
