@@ -205,7 +205,7 @@ PLANTED = {
     "missing_fence_after": UNFENCED,
     "missing_refill_barrier": RACE,
     "missing_syncwarp": RACE,
-    "missing_wait": "load of .* which thread .* is still filling since missing_wait.cu:",
+    "missing_wait": "load of .* which thread .* is still filling since a copy at missing_wait.cu:",
     "out_of_bounds_read": "load of 4 bytes out of bounds: it ends",
     "out_of_bounds_shared": "access to shared memory of 16 bytes out of bounds: it is at byte 1024",
     "out_of_bounds_write": "store of 4 bytes out of bounds: it ends 4 bytes after out .1028 bytes.",
@@ -216,7 +216,7 @@ PLANTED = {
     "written_constant": "store to constant inputs",
     "wrong_mask": "by lane ",
     "wrong_row": None,
-    "wrong_wait": "load of .* which thread .* is still filling since wrong_wait.cu:",
+    "wrong_wait": "load of .* which thread .* is still filling since a copy at wrong_wait.cu:",
 }
 # Seen in plain accesses alone, which the sanitizer watches for other things: there, some of these
 # give a wrong result.

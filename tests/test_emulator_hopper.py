@@ -264,7 +264,7 @@ MISUSES = {
     12: "TMA of 2048 bytes out of bounds: it is at byte 7168 of the block's 8208 bytes",
     13: "TMA writes to shared memory at byte 1024, which another is filling",
     14: "TMA writes to shared memory at byte 0, where thread .* has stored without",
-    15: "store to byte 0 of shared memory, which TMA is still filling since primitives_hopper.cu:",
+    15: "store to byte 0 of shared memory, which TMA is still filling since a copy at",
     16: "this is no tensor map",
     17: "an offset of 1000 bytes, expected a multiple of 16",
     18: None,

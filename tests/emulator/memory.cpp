@@ -66,10 +66,6 @@ SharedMemory::SharedMemory(size_t bytes) : bytes_(bytes), memory_(bytes + 2 * kG
 
 SharedMemory::~SharedMemory() { allow(memory_.data(), memory_.size()); }
 
-bool SharedMemory::holds(const void* address, size_t bytes) const {
-  return problem(address, bytes).empty();
-}
-
 std::string SharedMemory::problem(const void* address, size_t bytes) const {
   const auto* begin = static_cast<const unsigned char*>(address);
   if (begin >= data_ && begin + bytes <= data_ + bytes_) return {};

@@ -46,7 +46,6 @@ class SharedMemory {
   ~SharedMemory();
 
   void* data() const { return data_; }
-  bool holds(const void* address, size_t bytes) const;
   std::string problem(const void* address, size_t bytes) const;
 
   void poison();  // makes all of it NaN again, for the next block

@@ -42,6 +42,14 @@ void Clock::limit(const Clock& other, size_t agents) {
   for (size_t i = 0; i < agents; ++i) mine[i] = std::min(mine[i], theirs[i]);
 }
 
+bool Clock::covers(const Time* times, size_t agents) const {
+  if (!times_) return std::all_of(times, times + agents, [](Time time) { return time == 0; });
+  const Time* const mine = times_->at.data();
+  uint32_t later = 0;
+  for (size_t i = 0; i < agents; ++i) later |= mine[i] < times[i];  // all of them, as vectors
+  return later == 0;
+}
+
 std::vector<Time> Clock::times(size_t agents) const {
   return times_ ? times_->at : std::vector<Time>(agents, 0);
 }

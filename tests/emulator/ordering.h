@@ -34,6 +34,7 @@ class Clock {
   ~Clock();
 
   Time at(Agent agent) const { return times_ ? times_->at[agent] : 0; }
+  bool covers(const Time* times, size_t agents) const;  // knows all of these
   bool same(const Clock& other) const { return times_ == other.times_; }
   void set(Agent agent, Time time, size_t agents) { own(agents)[agent] = time; }
   void join(const Clock& other, size_t agents);   // knows what either knows
@@ -63,6 +64,9 @@ class Ordering {
   bool knows(Agent thread, Agent agent, Time time) const {
     return time != kUnfinished && (agent == thread || clocks_[thread].at(agent) >= time);
   }
+
+  // What a thread may count on but for what it has done itself.
+  const Clock& clock(Agent thread) const { return clocks_[thread]; }
 
   // What all lanes of the warp that begins at thread `first` may count on.
   const Clock& common(Agent first, uint32_t lanes);

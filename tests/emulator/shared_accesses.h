@@ -21,6 +21,7 @@ class SharedAccesses {
     Agent agent;          // that the access is of
     Agent thread;         // whose knowledge counts, unless it is
     const Clock* common;  // that of all lanes
+    const Clock& clock() const { return common ? *common : ordering.clock(thread); }
     bool knows(Agent other, Time time) const {
       return common ? time != kUnfinished && common->at(other) >= time
                     : ordering.knows(thread, other, time);
