@@ -307,7 +307,9 @@ class Mistral:
         return encoded
 
     def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
-        if not isinstance(ids, Sequence) or not all(isinstance(i, Integral) for i in ids):
+        # Of bytes, each is an int to Python, and a bool is one too.
+        is_list = isinstance(ids, Sequence) and not isinstance(ids, bytes | bytearray | memoryview)
+        if not is_list or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
             raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
         if not ids:
             raise ValueError(f"{name} is empty, expected at least one token id")
