@@ -310,15 +310,7 @@ class Mistral:
         return encoded
 
     def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
-        if not isinstance(ids, Sequence) or not all(isinstance(i, Integral) for i in ids):
-            raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
-        if not ids:
-            raise ValueError(f"{name} is empty, expected at least one token id")
-        for i in ids:
-            if not 0 <= i < self.config.vocab_size:
-                raise ValueError(
-                    f"{name} has token id {i}, expected 0 to {self.config.vocab_size - 1}"
-                )
+        expect_token_ids(ids, self.config.vocab_size, name)
         if self.max_length is not None and len(ids) >= self.max_length:
             raise ValueError(
                 f"{name} has {len(ids)} tokens, expected fewer than {self.max_length}, the "
@@ -532,6 +524,19 @@ def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path
                 "token, and a text would never end: are added_tokens.json, tokenizer_config.json "
                 "or tokenizer.json missing?"
             )
+
+
+def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
+    """TypeError or ValueError that begins with `name`, unless they are one or more token ids."""
+    # Of bytes, each is an int to Python, and a bool is one too.
+    is_list = isinstance(ids, Sequence) and not isinstance(ids, bytes | bytearray | memoryview)
+    if not is_list or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+        raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
+    if not ids:
+        raise ValueError(f"{name} is empty, expected at least one token id")
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"{name} has token id {i}, expected 0 to {vocab_size - 1}")
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

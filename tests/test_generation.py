@@ -278,6 +278,10 @@ def test_no_prompts_no_completions(llm):
         (torch.tensor([3, 5]), TypeError, r"prompts is tensor\(\[3, 5\]\), expected text"),
         (["x", 5], TypeError, r"prompts\[1\] is 5, expected text or a list of token ids"),
         ([3, "x"], TypeError, "expected text or a list of token ids"),
+        (b"Once", TypeError, "prompt is b'Once', expected text or a list of token ids"),
+        ([b"Once"], TypeError, r"prompts\[0\] is b'Once', expected text or a list of token ids"),
+        (bytearray(b"x"), TypeError, "expected text or a list of token ids"),
+        ([3, True], TypeError, r"prompt is \[3, True\], expected text or a list of token ids"),
     ],
 )
 def test_bad_prompts_are_named(llm, prompt, error, message):

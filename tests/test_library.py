@@ -23,6 +23,10 @@ def samples():
     int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()])
     heads = [random(64, 40), random(32, 40), random(32, 40)]
     two_rings = torch.tensor([[0, 2, 5, 0, 8], [2, 1, 0, 8, 8]])
+    rows = torch.tensor([2, 0])
+    options = torch.tensor([0.0, 0, 1, 0, 1, 0, 0]).double().repeat(3, 1)
+    noise, history = torch.ones(3, 3, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.int32)
+    sampling = (random(2, 7), rows, options, noise, history)
     ring = (q, k, v, random(*batch.k_pool.shape), random(*batch.v_pool.shape), table)
     return [
         ("rms_norm", (x, weight), {}),
@@ -44,6 +48,8 @@ def samples():
         ),
         ("linear_argmax", (x, [random(5, 40)], [], weight, 1e-5), {"limit": 4}),
         ("linear_swiglu", (x, [random(5, 40), random(5, 40)], [], weight, 1e-5), {}),
+        ("sample", sampling, {}),
+        ("sample", (*sampling, random(3, 7)), {}),
     ]
 
 
@@ -55,31 +61,54 @@ def test_opcheck(name, arguments, options):
     torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, arguments, options)
 
 
-def block(x, weight, residual, w, k_pool, v_pool, table):
+def block(x, weight, residual, w, k_pool, v_pool, table, sampling):
     """A small layer that uses every op."""
     x = ops.rms_norm(x, weight, residual=residual)
     q, k, v = ops.linear(x, w).unflatten(1, (4, 32)).split([2, 1, 1], dim=1)
-    q, k = q.clone(), k.clone()
     ops.rope(q, k, v, k_pool, v_pool, table, 1e4, 8)
     x = ops.attention(q, k, v, k_pool, v_pool, table, 8).flatten(1)
     ops.linear_residual(x, w[:64], residual)
-    return ops.swiglu(x, ops.linear_swiglu(residual, w[:64], w[64:], weight))
+    rings = k_pool, v_pool, table + torch.tensor([0, 0, 6, 0, 0]), 1e4, 8
+    qkv = ops.linear_rope(residual, w.split([64, 32, 32]), weight, 1e-5, *rings)
+    x = ops.swiglu(x, ops.linear_swiglu(residual, w[:64], w[64:], weight)) + qkv[:, :64]
+    logits, greedy = ops.linear_argmax(x, w)
+    return logits, greedy, ops.sample(logits[:2], *sampling)
 
 
-def test_compiles_without_graph_breaks(generator):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiles_without_graph_breaks(backend, generator):
     def arguments():
         generator.manual_seed(0)
         x, residual = torch.randn(2, 6, 64, generator=generator)
         w = torch.randn(128, 64, generator=generator)
         pools = torch.zeros(2, 16, 32)
         table = torch.tensor([[0, 5, 0, 8, 8], [5, 1, 9, 0, 8]])
-        return [x, torch.ones(64), residual, w, *pools.unbind(), table]
+        options = torch.tensor([[0.0, 0, 1, 0, 1, 0, 0], [1.0, 0, 1, 0, 1.5, 0, 0]]).double()
+        noise = torch.tensor([[1, 0, 0], [2, 0, 3]])
+        history = torch.randint(0, 3, (2, 128), dtype=torch.int32, generator=generator)
+        sampling = torch.tensor([1, 0]), options, noise, history
+        return [x, torch.ones(64), residual, w, *pools.unbind(), table, sampling]
 
     eager, compiled = arguments(), arguments()
     expected = block(*eager)
-    actual = torch.compile(block, fullgraph=True, backend="aot_eager")(*compiled)
+    actual = torch.compile(block, fullgraph=True, backend=backend)(*compiled)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=0)  # mutated alike
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_what_is_made_of_constants_is_not_a_constant(backend):
+    """torch.compile took the token, which the fake of `sample` made like `rows`, for a constant of
+    memory that nobody had written."""
+    torch._dynamo.reset()
+
+    def token_ids():
+        options = torch.tensor([[0.0, 0, 1, 0, 1, 0, 0]]).double()
+        noise, history = torch.tensor([[1, 0, 0]]), torch.zeros(1, 3, dtype=torch.int32)
+        logits, rows = torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0])
+        return ops.sample(logits, rows, options, noise, history).tolist()
+
+    assert torch.compile(token_ids, backend=backend)() == token_ids() == [1]
 
 
 def test_fake_tensors_get_shapes_without_running():
@@ -105,3 +134,39 @@ def test_what_is_no_tensor_of_a_device_with_kernels_is_refused():
         _C.swiglu(x, x.to("meta"), x, 1)
     with pytest.raises(RuntimeError, match="weight"):
         ops.rms_norm(x, [1.0] * 4)
+
+
+def needs_gradient(value):
+    if isinstance(value, list):
+        return [needs_gradient(x) for x in value]
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.clone().requires_grad_() if is_float else value
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "options"),
+    [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())],
+)
+def test_an_op_that_would_need_a_gradient_is_refused(name, arguments, options):
+    """It would be missing from `backward`. One at a time; unrecorded, all may."""
+    op = getattr(torch.ops.mistral_ext, name).default
+    for i, argument in enumerate(op._schema.arguments[: len(arguments)]):
+        value = needs_gradient(arguments[i])
+        tensors = value if isinstance(value, list) else [value]
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+            shown = "weight" if argument.name == "values" else argument.name
+            with pytest.raises(RuntimeError, match=f"^{name}: {shown} requires a gradient, but"):
+                op(*arguments[:i], value, *arguments[i + 1 :], **options)
+    with torch.no_grad():
+        op(*map(needs_gradient, arguments), **options)
+    with torch.inference_mode():
+        op(*map(needs_gradient, arguments), **options)
+
+
+def test_backward_sees_what_an_op_has_changed():
+    """Else the gradient of w would be that of the new x, without a word."""
+    x, w = torch.ones(1, 4), torch.ones(4, requires_grad=True)
+    product = (x * w).sum()
+    ops.rms_norm(torch.ones(1, 4), torch.ones(4), residual=x)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        product.backward()

@@ -106,6 +106,8 @@ def test_segments_without_a_window(tmp_path):
         ("", {}, ValueError, r"texts\[0\] is empty"),
         (["x", []], {}, ValueError, r"texts\[1\] is empty"),
         ([], {}, ValueError, "texts is empty"),
+        ([b"Once"], {}, TypeError, r"texts\[0\] is b'Once', expected text or a list of token ids"),
+        ([[True]], {}, TypeError, r"texts\[0\] is \[True\], expected text or a list of token ids"),
         ([[5, 2048]], {}, ValueError, r"texts\[0\] has token id 2048, expected 0 to 2047"),
         ("x", {"max_tokens": 0}, ValueError, "max_tokens is 0"),
         ("\ud800", {}, ValueError, "valid Unicode"),

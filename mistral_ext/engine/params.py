@@ -94,7 +94,11 @@ def _is_text(value: object) -> bool:
 def _is_bias(bias: Mapping) -> bool:
     # Minus infinity is useful: it bans a token.
     return all(
-        isinstance(i, Integral) and i >= 0 and isinstance(b, Real) and not math.isnan(b)
+        isinstance(i, Integral)
+        and not isinstance(i, bool)
+        and i >= 0
+        and isinstance(b, Real)
+        and not math.isnan(b)
         for i, b in bias.items()
     )
 

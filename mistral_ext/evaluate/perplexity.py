@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from mistral_ext.engine.request import Request
-from mistral_ext.llm import Mistral
+from mistral_ext.llm import Mistral, expect_token_ids
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Perplexity:
     @property
     def value(self) -> float:
         """The perplexity, exp(nll)."""
-        return torch.tensor(self.nll, dtype=torch.float64).exp().item()  # inf, not OverflowError
+        # Infinity where it is too large, not an OverflowError as of math.exp.
+        return torch.tensor(self.nll, dtype=torch.float64, device="cpu").exp().item()
 
     @property
     def rate(self) -> float:
@@ -104,11 +105,8 @@ def perplexity(
 
 def _token_ids(llm: Mistral, text: str | Sequence[int], name: str) -> list[int]:
     """Without a beginning-of-text token."""
-    is_text = isinstance(text, str)
-    ids = llm.require_tokenizer().encode(text, bos=False) if is_text else list(text)
-    if not ids:
+    if text == "":
         raise ValueError(f"{name} is empty, expected some text")
-    for i in ids:
-        if not 0 <= i < llm.config.vocab_size:
-            raise ValueError(f"{name} has token id {i}, expected 0 to {llm.config.vocab_size - 1}")
-    return ids
+    ids = llm.require_tokenizer().encode(text, bos=False) if isinstance(text, str) else text
+    expect_token_ids(ids, llm.config.vocab_size, name)
+    return list(ids)

@@ -1,6 +1,7 @@
 """The kernels as functions on torch tensors, and as `torch.ops.mistral_ext.*`.
 
-Inference only: no op has a gradient. Tensors are float32, bfloat16 or float16, all arguments of
+Inference only: no op has a gradient, and where torch records them, an argument that requires one
+is a RuntimeError. Tensors are float32, bfloat16 or float16, all arguments of
 a call of one dtype; arithmetic is done in float32 (in both, `sample` is different). Nothing is
 copied or made contiguous behind the caller's back: the last axis must have stride 1 (the weights,
 pools and tables must be contiguous), other strides are free, so q, k and v may be slices of one

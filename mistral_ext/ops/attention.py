@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops.library import register
+from mistral_ext.ops.library import fake_empty, register
 from mistral_ext.ops.workspace import run
 
 
@@ -63,7 +63,7 @@ def _run(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=
 
 
 def _fake(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
-    return q.new_empty(q.shape)
+    return fake_empty(q, q.shape)
 
 
 register(_SCHEMA, _run, _fake)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("mistral_ext", "DEF")
 _DEVICES = ("cpu", "cuda")
@@ -22,3 +23,42 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
     name = _library.define(schema)
     torch.library.impl(f"mistral_ext::{name}", _DEVICES, run, lib=_library)
     torch.library.register_fake(f"mistral_ext::{name}", fake, lib=_library)
+    _library.impl(name, _guard(name), "Autograd")
+
+
+def _guard(name: str) -> Callable[..., Any]:
+    """The op where torch records gradients, which it does not in inference mode.
+
+    Without it, the op's would be missing from `backward` without a word, and those of other
+    operations would be wrong that need what it has changed.
+    """
+
+    def run(*arguments: Any) -> Any:
+        op = getattr(torch.ops.mistral_ext, name).default
+        given = list(zip(op._schema.arguments, arguments, strict=False))
+        if torch.is_grad_enabled():
+            for argument, value in given:
+                tensors = value if isinstance(value, list) else [value]
+                if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+                    shown = "weight" if argument.name == "values" else argument.name
+                    raise RuntimeError(
+                        f"{name}: {shown} requires a gradient, but the op has none: call it in "
+                        "torch.no_grad() or torch.inference_mode(), or detach the tensor"
+                    )
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op(*arguments)
+        for argument, value in given:
+            if argument.is_write and value is not None:
+                torch.autograd.graph.increment_version(value)
+        return result
+
+    return run
+
+
+def fake_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """What a fake returns: a tensor on the device of another, and of its dtype if none is given.
+
+    Not `like.new_empty`: torch.compile takes what that makes of a constant argument, such as
+    `torch.tensor([0])`, for a constant too, and its uninitialised memory for the values.
+    """
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

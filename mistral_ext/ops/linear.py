@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops import torch_products
-from mistral_ext.ops.library import register
+from mistral_ext.ops.library import fake_empty, register
 from mistral_ext.ops.routing import routed
 from mistral_ext.ops.weight import Quantized, Weight
 from mistral_ext.ops.workspace import run
@@ -55,7 +55,7 @@ def _run_linear(x, values, scales, norm=None, eps=1e-5):
 
 
 def _fake_linear(x, values, scales, norm=None, eps=1e-5):
-    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+    return fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
 
 
 register(
@@ -134,7 +134,7 @@ def _run_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, th
 
 
 def _fake_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
-    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
+    return fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
 
 
 register(
@@ -178,8 +178,8 @@ def _run_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
 
 
 def _fake_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
-    out = x.new_empty((x.shape[0], sum(weight.shape[0] for weight in values)))
-    return out, x.new_empty(x.shape[0], dtype=torch.int64)
+    out = fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
+    return out, fake_empty(x, x.shape[0], dtype=torch.int64)
 
 
 register(
@@ -212,7 +212,7 @@ def _run_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
 
 
 def _fake_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
-    return x.new_empty((x.shape[0], values[0].shape[0]))
+    return fake_empty(x, (x.shape[0], values[0].shape[0]))
 
 
 register(
