@@ -6,14 +6,11 @@ import argparse
 import platform
 from pathlib import Path
 
-import torch
-
-from mistral_ext import _C, __version__, ops
 from mistral_ext.cli import options
-from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.cli.start import start
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "info",
         parents=[options.common()],
@@ -23,6 +20,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    start(args)
+    import torch
+
+    from mistral_ext import _C, __version__, ops
+    from mistral_ext.llm import DEMO_MODEL
+
     lines = {
         "mistral_ext": __version__,
         "torch": torch.__version__,
