@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
                 print_timing(completion)
             else:
-                print((prompt if args.echo else "") + completion.text)
+                print(prompt if args.echo else "", completion.text, sep="")
                 report(llm, completion)
         return 0
     stream = llm.stream(prompt, **sampling)
@@ -58,7 +58,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         raise ValueError("a prompt and --file were given, expected one of them")
     if args.prompt not in (None, "-"):
-        return args.prompt
+        return str(args.prompt)
     if args.file is None and args.prompt is None and stdin().isatty():
         raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
     # Editors and echo end a text with a newline that nobody means as part of a prompt.

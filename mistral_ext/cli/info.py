@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mistral_ext.cli import options
 from mistral_ext.cli.start import start
+
+if TYPE_CHECKING:
+    from mistral_ext._C import _Device
 
 
 def add_to(commands: options.Commands) -> None:
@@ -35,11 +39,12 @@ def run(args: argparse.Namespace) -> int:
         "threads": str(torch.get_num_threads()),
         "demo model": str(DEMO_MODEL),
     }
-    if _C.cuda_architectures is None:
+    found = _C.cuda_devices()
+    if found is None:
         lines["CUDA"] = "not in this build (no nvcc was found, or MISTRAL_EXT_CUDA=off)"
     else:
+        devices, problem = found
         lines["CUDA"] = f"built for {_C.cuda_architectures}"
-        devices, problem = _C.cuda_devices()
         lines["CUDA devices"] = "; ".join(map(_describe, devices)) or f"none ({problem})"
     width = max(map(len, lines))
     for name, value in lines.items():
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(device: dict) -> str:
+def _describe(device: _Device) -> str:
     major, minor = device["capability"]
     return (
         f"{device['name']} (sm_{major}{minor}, {device['multiprocessors']} multiprocessors, "

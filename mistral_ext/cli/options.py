@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.cli.start import start
 from mistral_ext.engine.params import SamplingParams
@@ -66,7 +66,7 @@ def load_model(args: argparse.Namespace) -> Mistral:
     start(args)
     from mistral_ext.llm import DEMO_MODEL, Mistral
 
-    overrides: dict[str, object] = {}
+    overrides: dict[str, Any] = {}
     if args.sliding_window is not None:
         overrides["sliding_window"] = args.sliding_window or None
     if args.rope_theta is not None:

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from mistral_ext.llm import Mistral
 
 
-def report(llm: Mistral, completion: Completion) -> None:
+def report(llm: Mistral, completion: Completion | None) -> None:
     """The timing of a completion, and log-probabilities if asked for, to stderr."""
+    if completion is None:  # it was broken off
+        return
     print_timing(completion)
     if completion.logprobs is not None:
         _print_logprobs(llm, completion)

@@ -104,8 +104,7 @@ def perplexity(
 
 def _token_ids(llm: Mistral, text: str | Sequence[int], name: str) -> list[int]:
     """Without a beginning-of-text token."""
-    is_text = isinstance(text, str)
-    ids = llm.require_tokenizer().encode(text, bos=False) if is_text else list(text)
+    ids = llm.require_tokenizer().encode(text, bos=False) if isinstance(text, str) else list(text)
     if not ids:
         raise ValueError(f"{name} is empty, expected some text")
     for i in ids:
