@@ -1,9 +1,11 @@
-"""A small engine for Mistral 7B: hand-written kernels, a ring cache, and text."""
+"""A small engine for Mistral 7B: hand-written kernels, a ring cache, and text.
 
-from mistral_ext import ops
-from mistral_ext.engine.params import SamplingParams, TokenLogprob
-from mistral_ext.engine.request import Completion, Timing
-from mistral_ext.llm import Chat, Mistral, Stream, generate
+Names are imported when they are first used: torch takes seconds, and `mistral-ext --help` needs
+none of it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"  # of the package too: pyproject.toml reads it here
 
@@ -19,3 +21,36 @@ __all__ = [
     "generate",
     "ops",
 ]
+
+if TYPE_CHECKING:  # the same names, for type checkers and editors
+    from mistral_ext import llm as llm
+    from mistral_ext import ops
+    from mistral_ext.engine.params import SamplingParams, TokenLogprob
+    from mistral_ext.engine.request import Completion, Timing
+    from mistral_ext.llm import Chat, Mistral, Stream, generate
+else:
+    _MODULES = ("llm", "ops")
+    _HOMES = {
+        "Chat": "llm",
+        "Completion": "engine.request",
+        "Mistral": "llm",
+        "SamplingParams": "engine.params",
+        "Stream": "llm",
+        "Timing": "engine.request",
+        "TokenLogprob": "engine.params",
+        "generate": "llm",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            value = import_module(f"{__name__}.{name}")
+        elif name in _HOMES:
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value  # from now on it is found without this function
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from chat_templates import MISTRAL_V1
@@ -18,9 +20,11 @@ from children import child
 
 import mistral_ext
 from mistral_ext.cli import main
+from mistral_ext.cli.output import report
 from mistral_ext.evaluate.perplexity import perplexity
 
 ONCE = "Once upon a time"
+SLOW_MODULES = {"torch", "numpy", "mistral_common", "transformers", "sentencepiece", "tokenizers"}
 
 
 def run(*args: str, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess:
@@ -118,6 +122,16 @@ def test_logprobs_are_shown():
     assert two[1:4] == two[5:] == lines
 
 
+def test_logprobs_of_rows_without_tokens(capsys):
+    """A model may have more rows than the tokenizer has tokens."""
+    llm = mistral_ext.Mistral.from_pretrained(mistral_ext.llm.DEMO_MODEL)
+    (completion,) = llm.generate(ONCE, max_tokens=1, logprobs=1)
+    beyond = llm.tokenizer.vocab_size + 7
+    logprobs = [mistral_ext.TokenLogprob(beyond, -0.5, {beyond: -0.5})]
+    report(llm, dataclasses.replace(completion, logprobs=logprobs))
+    assert capsys.readouterr().err.splitlines()[1].split() == [f"<{beyond}>", "-0.500"] * 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -128,7 +142,8 @@ def test_logprobs_are_shown():
         (["generate", "--file", "x", ONCE], "a prompt and --file were given"),
         (["generate", "--model", "no/such/folder", ONCE], "no/such/folder"),
         (["generate", "--model", ".", ONCE], "config.json"),
-        (["generate", "--threads", "0", ONCE], "--threads is 0"),
+        (["generate", "--threads", "0", ONCE], "--threads is 0, expected 1 to "),
+        (["generate", "--threads", "100000", ONCE], "--threads is 100000, expected 1 to "),
         (["generate", "--device", "potato", ONCE], "device is 'potato', expected 'cpu' or 'cuda'"),
         (["generate", "--logit-bias", "99999=1", ONCE], "logit_bias has token id 99999"),
         (["chat"], "base model"),
@@ -248,6 +263,75 @@ def test_ctrl_c_ends_a_long_generation():
         _, errors = process.communicate()
     assert process.returncode == 130
     assert b"Traceback" not in errors
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    """A KeyboardInterrupt may be swallowed or printed on the way: the end must not be one."""
+    (tmp_path / "torch.py").write_text(
+        "import time\n"
+        "print('importing', flush=True)\n"
+        "while True:\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    except BaseException:\n"
+        "        pass\n"
+    )
+    command = [sys.executable, "-m", "mistral_ext.cli", "generate", ONCE]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(mistral_ext.__file__).parent.parent}"}
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("args", [["generate"], ["chat"], ["perplexity", "--file", "-"]])
+def test_closed_stdin_is_one_line(args):
+    command = [sys.executable, "-m", "mistral_ext.cli", *args]
+    process = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, timeout=120
+    )
+    assert "stdin is closed, expected" in one_line_error(process)
+
+
+def test_closed_or_full_output():
+    command = [sys.executable, "-m", "mistral_ext.cli", "generate", "--max-tokens", "3", ONCE]
+
+    def run_into(redirection: str) -> subprocess.CompletedProcess:
+        shell = ["sh", "-c", f'"$@" {redirection}', "sh", *command]
+        env = {**os.environ, "PYTHONUNBUFFERED": ""}  # as it is for most: written at the end
+        return subprocess.run(shell, capture_output=True, env=env, timeout=120)
+
+    assert "stdout is closed" in one_line_error(run_into(">&-"))
+    expected = run("generate", "--max-tokens", "3", ONCE).stdout
+    assert run_into("2>&-").stdout == expected  # and no timing among the text
+    command[3:] = ["info"]  # which writes at its end only
+    if os.path.exists("/dev/full"):
+        assert "No space left" in one_line_error(run_into(">/dev/full"))
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["generate", "--help"], 0),
+        (["chat", "--no-such-option"], 2),
+        (["generate", "--threads", "0", ONCE], 1),
+        (["generate", "--temperature", "-1", ONCE], 1),
+    ],
+)
+def test_help_and_wrong_arguments_need_no_torch(args, status):
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mistral_ext.cli", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == status
+    imported = {line.rpartition("|")[2].strip() for line in process.stderr.splitlines()}
+    assert "mistral_ext.cli.parser" in imported
+    assert not imported & SLOW_MODULES
 
 
 def test_chat_over_several_turns(instruct):

@@ -6,12 +6,13 @@ import argparse
 import sys
 
 from mistral_ext.cli import options
+from mistral_ext.cli.input import stdin
 from mistral_ext.cli.options import load_model
 from mistral_ext.cli.output import report
 from mistral_ext.engine.params import SamplingParams
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "chat",
         parents=[options.common(), options.model(), options.sampling()],
@@ -26,9 +27,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     sampling = options.sampling_of(args)
     SamplingParams.from_options(sampling)
+    interactive = stdin().isatty()
     llm = load_model(args)
     chat = llm.start_chat(system=args.system, template=args.template)
-    interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 
 from mistral_ext.cli import options
-from mistral_ext.cli.options import load_model, read_text
+from mistral_ext.cli.input import read_text, stdin
+from mistral_ext.cli.options import load_model
 from mistral_ext.cli.output import print_timing, report
 from mistral_ext.engine.params import SamplingParams
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "generate",
         parents=[options.common(), options.model(), options.sampling()],
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
                 print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
                 print_timing(completion)
             else:
-                print((prompt if args.echo else "") + completion.text)
+                print(prompt if args.echo else "", completion.text, sep="")
                 report(llm, completion)
         return 0
     stream = llm.stream(prompt, **sampling)
@@ -58,8 +58,8 @@ def _read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         raise ValueError("a prompt and --file were given, expected one of them")
     if args.prompt not in (None, "-"):
-        return args.prompt
-    if args.file is None and args.prompt is None and sys.stdin.isatty():
+        return str(args.prompt)
+    if args.file is None and args.prompt is None and stdin().isatty():
         raise ValueError("no prompt: give one as an argument, with --file, or on stdin")
     # Editors and echo end a text with a newline that nobody means as part of a prompt.
     return read_text(args.file or "-").removesuffix("\n")

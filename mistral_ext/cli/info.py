@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from mistral_ext import _C, __version__, ops
 from mistral_ext.cli import options
-from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.cli.start import start
+
+if TYPE_CHECKING:
+    from mistral_ext._C import _Device
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "info",
         parents=[options.common()],
@@ -23,6 +24,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    start(args)
+    import torch
+
+    from mistral_ext import _C, __version__, ops
+    from mistral_ext.llm import DEMO_MODEL
+
     lines = {
         "mistral_ext": __version__,
         "torch": torch.__version__,
@@ -32,11 +39,12 @@ def run(args: argparse.Namespace) -> int:
         "threads": str(torch.get_num_threads()),
         "demo model": str(DEMO_MODEL),
     }
-    if _C.cuda_architectures is None:
+    found = _C.cuda_devices()
+    if found is None:
         lines["CUDA"] = "not in this build (no nvcc was found, or MISTRAL_EXT_CUDA=off)"
     else:
+        devices, problem = found
         lines["CUDA"] = f"built for {_C.cuda_architectures}"
-        devices, problem = _C.cuda_devices()
         lines["CUDA devices"] = "; ".join(map(_describe, devices)) or f"none ({problem})"
     width = max(map(len, lines))
     for name, value in lines.items():
@@ -44,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(device: dict) -> str:
+def _describe(device: _Device) -> str:
     major, minor = device["capability"]
     return (
         f"{device['name']} (sm_{major}{minor}, {device['multiprocessors']} multiprocessors, "

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-
+from mistral_ext.cli.start import start
 from mistral_ext.engine.params import SamplingParams
-from mistral_ext.files import decode_text, read_text_file
-from mistral_ext.llm import DEMO_MODEL, Mistral
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+    from mistral_ext.llm import Mistral
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def common() -> argparse.ArgumentParser:
@@ -29,7 +33,7 @@ def model() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id; default: the demo")
     group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
-    group.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    add_dtype(group, "default: as stored")
     group.add_argument(
         "--quantize", choices=("int8", "int4"), help="round the weights while they are read"
     )
@@ -44,9 +48,25 @@ def model() -> argparse.ArgumentParser:
     return parser
 
 
+def add_dtype(parser: argparse._ActionsContainer, text: str) -> None:
+    """The option --dtype, for `dtype_of`."""
+    parser.add_argument("--dtype", choices=_DTYPES, help=text)
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """The dtype that --dtype names; None if it was not given. Needs torch: call `start` first."""
+    import torch
+
+    dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None
+    return dtype
+
+
 def load_model(args: argparse.Namespace) -> Mistral:
-    """The model that `model` options name."""
-    overrides = {}
+    """The model that `model` options name; starts the command."""
+    start(args)
+    from mistral_ext.llm import DEMO_MODEL, Mistral
+
+    overrides: dict[str, Any] = {}
     if args.sliding_window is not None:
         overrides["sliding_window"] = args.sliding_window or None
     if args.rope_theta is not None:
@@ -56,7 +76,7 @@ def load_model(args: argparse.Namespace) -> Mistral:
     return Mistral.from_pretrained(
         args.model or DEMO_MODEL,
         device=args.device,
-        dtype=DTYPES[args.dtype] if args.dtype else None,
+        dtype=dtype_of(args),
         prefill_chunk=args.prefill_chunk,
         quantize=args.quantize,
         **overrides,
@@ -115,10 +135,3 @@ def _token_bias(text: str) -> tuple[int, float]:
         return int(token_id), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=X, e.g. 1234=-5.0") from None
-
-
-def read_text(file: str) -> str:
-    """The text of a file; of stdin, if it is called '-'."""
-    if file == "-":
-        return decode_text(sys.stdin.buffer.read(), "stdin")
-    return read_text_file(file)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from mistral_ext.engine.request import Completion
-from mistral_ext.llm import Mistral
+if TYPE_CHECKING:
+    from mistral_ext.engine.request import Completion
+    from mistral_ext.llm import Mistral
 
 
-def report(llm: Mistral, completion: Completion) -> None:
+def report(llm: Mistral, completion: Completion | None) -> None:
     """The timing of a completion, and log-probabilities if asked for, to stderr."""
+    if completion is None:  # it was broken off
+        return
     print_timing(completion)
     if completion.logprobs is not None:
         _print_logprobs(llm, completion)
@@ -28,10 +32,14 @@ def print_timing(completion: Completion) -> None:
 
 
 def _print_logprobs(llm: Mistral, completion: Completion) -> None:
+    tokenizer = llm.require_tokenizer()
+
     def show(token_id: int, logprob: float) -> str:
-        text = llm.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
+        if token_id >= tokenizer.vocab_size:  # a row of the model that belongs to no token
+            return f"<{token_id}> {logprob:.3f}"
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"
 
-    for token in completion.logprobs:
+    for token in completion.logprobs or ():
         others = "  ".join(show(i, logprob) for i, logprob in token.top.items())
         print(f"{show(token.token_id, token.logprob):24} {others}".rstrip(), file=sys.stderr)

@@ -8,11 +8,11 @@ import json
 import sys
 
 from mistral_ext.cli import options
-from mistral_ext.cli.options import load_model, read_text
-from mistral_ext.evaluate.perplexity import perplexity
+from mistral_ext.cli.input import read_text
+from mistral_ext.cli.options import load_model
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "perplexity",
         parents=[options.common(), options.model()],
@@ -35,7 +35,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     texts = [read_text(file) for file in args.file]
-    result = perplexity(load_model(args), texts, args.max_tokens)
+    llm = load_model(args)
+    from mistral_ext.evaluate.perplexity import perplexity
+
+    result = perplexity(llm, texts, args.max_tokens)
     if args.json:
         shown = {"perplexity": result.value, **dataclasses.asdict(result), "rate": result.rate}
         print(json.dumps(shown))

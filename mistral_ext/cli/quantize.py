@@ -6,12 +6,10 @@ import argparse
 import sys
 
 from mistral_ext.cli import options
-from mistral_ext.cli.options import DTYPES
-from mistral_ext.weights.quantize import GROUPS
-from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
+from mistral_ext.cli.start import start
 
 
-def add_to(commands: argparse._SubParsersAction) -> None:
+def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "quantize",
         parents=[options.common()],
@@ -23,17 +21,22 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("target", metavar="OUT", help="folder to make")
     parser.add_argument("--bits", type=int, choices=(8, 4), required=True)
     parser.add_argument(
-        "--group", type=int, choices=GROUPS, help="weights that share a scale, for 4 bits"
+        "--group",
+        type=int,
+        metavar="N",
+        help="weights that share a scale, for 4 bits: 32, 64 (default) or 128",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of embeddings and norms; default: as stored"
-    )
+    options.add_dtype(parser, "of embeddings and norms; default: as stored")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    folder = quantize_checkpoint(args.source, args.target, args.bits, args.group, dtype)
+    start(args)
+    from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
+
+    folder = quantize_checkpoint(
+        args.source, args.target, args.bits, args.group, options.dtype_of(args)
+    )
     weights = folder / "model.safetensors"
     print(f"{weights}: {weights.stat().st_size / 1e9:.2f} GB", file=sys.stderr)
     return 0

@@ -1,0 +1,137 @@
+"""The compiled module, for type checkers: python/*.cpp. Call it through `mistral_ext.ops`."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from torch import Tensor
+
+class Call:
+    """A checked call that waits for its memory."""
+
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def counters(self) -> int: ...
+    def run(self, workspace: int, counters: int, lane: int) -> None: ...
+
+class _Device(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+
+cuda_architectures: str | None  # None: a build without CUDA
+few_tokens: int
+
+def active_isa() -> str: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    out: Tensor,
+    window: int | None,
+    scale: float | None,
+    max_count: int | None,
+) -> Call: ...
+def check_linear(
+    op: str,
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    out: Tensor | None,
+) -> None: ...
+def check_linear_argmax(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    limit: int | None,
+) -> None: ...
+def check_linear_rope(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    k_pool: Tensor,
+) -> None: ...
+def cuda_devices() -> tuple[list[_Device], str] | None: ...  # None: a build without CUDA
+def head_dims(device_type: str) -> list[int]: ...
+def linear(
+    op: str,
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    out: Tensor,
+) -> Call: ...
+def linear_argmax(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    limit: int | None,
+    out: Tensor,
+    token_ids: Tensor,
+) -> Call: ...
+def linear_rope(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    out: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    theta: float,
+    window: int | None,
+) -> Call: ...
+def philox(key: Sequence[int], counter: Sequence[int]) -> list[int]: ...
+def rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, lane: int
+) -> None: ...
+def rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    theta: float,
+    window: int | None,
+    lane: int,
+) -> None: ...
+def sample(
+    logits: Tensor,
+    rows: Tensor,
+    options: Tensor,
+    noise: Tensor,
+    history: Tensor,
+    bias: Tensor | None,
+    keys: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    lane: int,
+) -> None: ...
+def select_isa(name: str) -> None: ...
+def supported_isas() -> list[str]: ...
+def swiglu(gate: Tensor, up: Tensor, out: Tensor, lane: int) -> None: ...
+
+# In a build with CUDA only.
+
+def active_attention() -> str: ...
+def attention_kernels() -> list[str]: ...
+def capture_id(lane: int) -> int: ...
+def dequantize(values: Tensor, scales: Tensor, out: Tensor, lane: int) -> None: ...
+def overlap(wanted: bool) -> None: ...
+def overlapping() -> bool: ...
+def select_attention(name: str) -> None: ...

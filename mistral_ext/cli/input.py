@@ -1,0 +1,22 @@
+"""What several commands read."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from mistral_ext.files import decode_text, read_text_file
+
+
+def stdin() -> TextIO:
+    """Standard input; ValueError if it is closed."""
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, expected text in it")
+    return sys.stdin
+
+
+def read_text(file: str) -> str:
+    """The text of a file; of stdin, if it is called '-'."""
+    if file == "-":
+        return decode_text(stdin().buffer.read(), "stdin")
+    return read_text_file(file)
