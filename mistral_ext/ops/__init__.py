@@ -13,7 +13,7 @@ dimension; F hidden dimension; Hq query heads; Hkv key/value heads, a divisor of
 dimension, a multiple of 32 up to 256; R rows of a layer's key or value pool.
 
 The *sequence table*, int64 [S, 5], says for each sequence what the call adds to it and where its
-ring is (`mistral_ext.engine.cache.RingCache` makes it; csrc/ring.h defines it):
+ring is (`mistral_ext.engine.slots.SlotPool` makes it; csrc/ring.h defines it):
 
     first_token  index of its first new token among the T
     count        how many new tokens it has: 1 in decode, more for a prompt chunk, 0 if idle
