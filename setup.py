@@ -41,6 +41,9 @@ class CMakeBuild(build_ext):
         # current directory before the installed one.
         for prefix in {target, ROOT / "mistral_ext"}:
             subprocess.run(["cmake", "--install", tree, "--prefix", prefix], check=True)
+        commands = ROOT / "build" / "compile_commands.json"  # where clangd looks
+        commands.unlink(missing_ok=True)
+        commands.symlink_to(tree / commands.name)
 
 
 setup(ext_modules=[Extension("mistral_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -6,11 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 build=build/sanitized-$(python -c 'import sys; print(sys.implementation.cache_tag)')
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-flags+=" -fno-omit-frame-pointer -g1 -O1 -w"
-cmake -GNinja -S . -B "$build" -DMISTRAL_EXT_CUDA=off -DCMAKE_BUILD_TYPE=None \
-  -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$(command -v python)" \
-  -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
+cmake --preset debug -B "$build" -DPython_EXECUTABLE="$(command -v python)" >/dev/null
 cmake --build "$build"
 
 # The sanitizer has to be loaded before Python is, and with it the library that throws C++

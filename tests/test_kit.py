@@ -1,0 +1,30 @@
+"""What developers work with: the same tools in every place, and no prints in the library."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import mistral_ext
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(mistral_ext.__file__).parent
+
+
+def test_hooks_have_the_versions_of_ci():
+    def pins(file: str) -> dict[str, str]:
+        return dict(re.findall(r"\b(ruff|clang-format)==([\d.]+\d)", (ROOT / file).read_text()))
+
+    assert pins(".pre-commit-config.yaml") == pins(".ci/run")
+    assert len(pins(".ci/run")) == 2
+
+
+def test_only_the_command_line_prints():
+    """The rest logs, under the name mistral_ext, so that a program can direct it."""
+    for file in PACKAGE.rglob("*.py"):
+        if "cli" in file.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{file}:{node.lineno}"
