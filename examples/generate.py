@@ -1,0 +1,10 @@
+"""Complete a prompt: python examples/generate.py ["a prompt" [a model folder or hub id]]"""
+
+import sys
+
+import mistral_ext
+
+prompt = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
+model = sys.argv[2] if len(sys.argv) > 2 else None  # None: the demo model of the package
+
+print(prompt + mistral_ext.generate(prompt, model, max_tokens=60))
