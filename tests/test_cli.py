@@ -145,6 +145,7 @@ def test_logprobs_of_rows_without_tokens(capsys):
         (["generate", "--threads", "0", ONCE], "--threads is 0, expected 1 to "),
         (["generate", "--threads", "100000", ONCE], "--threads is 100000, expected 1 to "),
         (["generate", "--device", "potato", ONCE], "device is 'potato', expected 'cpu' or 'cuda'"),
+        (["generate", "--cache-tokens", "20", ONCE], "there are 20: ask for fewer"),
         (["generate", "--logit-bias", "99999=1", ONCE], "logit_bias has token id 99999"),
         (["chat"], "base model"),
         (["perplexity", "--file", "no-such-file"], "no-such-file: No such file or directory"),

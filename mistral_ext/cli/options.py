@@ -45,6 +45,9 @@ def model() -> argparse.ArgumentParser:
     group.add_argument(
         "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in one pass"
     )
+    group.add_argument(
+        "--cache-tokens", type=int, metavar="N", help="tokens that the cache has room for"
+    )
     return parser
 
 
@@ -79,6 +82,7 @@ def load_model(args: argparse.Namespace) -> Mistral:
         dtype=dtype_of(args),
         prefill_chunk=args.prefill_chunk,
         quantize=args.quantize,
+        cache_tokens=args.cache_tokens,
         **overrides,
     )
 
