@@ -61,7 +61,8 @@ def test_after_an_error_nothing_is_left(tmp_path, error):
 def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path, number):
     """Nor does a second one meanwhile; and who waits for the process sees what ended it."""
     code = f"""if True:
-        import os, pathlib, runpy, tempfile
+        import os, pathlib, runpy, signal, tempfile
+        signal.signal({number}, signal.SIG_DFL)  # what nohup starts ignores SIGHUP
         cleanup = tempfile.TemporaryDirectory.cleanup
         def interrupted(self):
             os.kill(os.getpid(), {number})

@@ -291,9 +291,9 @@ class Engine:
             sequence.row,
             sequence.request.params,
             sequence.ids[: sequence.prompt_length],
+            sequence.request.index,
             sequence.ids[sequence.prompt_length :],
             sequence.seed,
-            sequence.request.index,
         )
         sequence.is_drawing = True
 

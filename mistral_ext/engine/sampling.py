@@ -8,6 +8,7 @@ before.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -45,9 +46,9 @@ class Sampler:
         row: int,
         params: SamplingParams,
         prompt_ids: Sequence[int],
-        completion_ids: Sequence[int] = (),
-        seed: int = 0,
         index: int = 0,
+        completion_ids: Sequence[int] = (),
+        seed: int | None = None,
     ) -> None:
         """Gives a row to a completion.
 
@@ -55,9 +56,9 @@ class Sampler:
             row: 0 to rows - 1; its last completion has ended.
             params: the options.
             prompt_ids: tokens of the prompt, for the repetition penalty.
-            completion_ids: tokens that were drawn already.
-            seed: of the draws, [0, 2^64).
             index: which of the prompt's n completions this is.
+            completion_ids: tokens that were drawn already.
+            seed: of the draws, [0, 2^64); None: that of the options, or a fresh one.
 
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.
@@ -74,6 +75,8 @@ class Sampler:
         )
         self._options[row] = torch.tensor(options, dtype=torch.float64, device="cpu")
         self._plainly_greedy[row] = params.plainly_greedy
+        if seed is None:
+            seed = fresh_seed(params)
         signed_seed = seed - 2**64 if seed >= 2**63 else seed  # of the same 64 bits
         step = len(completion_ids)
         self._noise[row] = torch.tensor([signed_seed, index, step], device="cpu")
@@ -136,6 +139,11 @@ class Sampler:
         if logits[: self.vocab_size].isnan().any():
             return ValueError("the model's logits are NaN: its weights may be damaged")
         return ValueError("all logits are -inf, with logit_bias: no token is left to choose")
+
+
+def fresh_seed(params: SamplingParams) -> int:
+    """The seed of the options; another one each time if they have none."""
+    return secrets.randbits(64) if params.seed is None else params.seed
 
 
 def token_logprob(logits: Tensor, token_id: int, count: int) -> TokenLogprob:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 
 import torch
 
 from mistral_ext.engine.params import TokenLogprob
 from mistral_ext.engine.request import Completion, Output, Request, Timing
-from mistral_ext.engine.sampling import token_logprob
+from mistral_ext.engine.sampling import fresh_seed, token_logprob
 from mistral_ext.engine.slots import Extent
 
 
@@ -52,7 +51,7 @@ class Sequence:
         params = request.params
         if params is not None:
             params.check_vocabulary(vocab_size)
-            self.seed = secrets.randbits(64) if params.seed is None else params.seed
+            self.seed = fresh_seed(params)
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
             self._logprobs = None if params.logprobs is None else []
         self._read = self._cached = 0
