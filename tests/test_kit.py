@@ -6,10 +6,13 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import mistral_ext
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(mistral_ext.__file__).parent
+DOCS = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md"))
 
 
 def test_hooks_have_the_versions_of_ci():
@@ -28,3 +31,15 @@ def test_only_the_command_line_prints():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "print", f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS])
+def test_documents_name_what_exists(file):
+    text = (ROOT / file).read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert ((ROOT / file).parent / link).exists(), link
+    # Files in backticks are named from the root, or by the end of their path.
+    folders = [ROOT / folder for folder in ("mistral_ext", "csrc", "python", "bench", "tests")]
+    for name in re.findall(r"`([\w./]+\.(?:py|pyi|h|cuh|cpp|cu|sh))`", text):
+        found = (ROOT / name).exists() or any(any(folder.rglob(name)) for folder in folders)
+        assert found, name
