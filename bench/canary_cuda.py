@@ -22,7 +22,19 @@ from typing import Any
 import numpy as np
 import torch
 from measure import write_json
-from shapes import DIM, EPS, GPU, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, THETA, WINDOW, scaled
+from shapes import (
+    DIM,
+    EPS,
+    GPU,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    THETA,
+    WINDOW,
+    frequencies,
+    scaled,
+)
 from torch import Tensor
 
 from mistral_ext import _C, ops
@@ -111,14 +123,15 @@ def op_checks() -> Iterator[Check]:
     def linear_rope():
         rows = [n * HEAD_DIM for n in (HEADS, KV_HEADS, KV_HEADS)]
         weights = [random(n, DIM, scale=1 / 64) for n in rows]
+        turns = frequencies(GPU)
         for tokens in (3, 70):
             x = random(tokens, DIM)
             table = torch.tensor([[0, tokens, 5, 0, 80]], device=GPU)
             pools, others = ([random(80 * KV_HEADS, HEAD_DIM) * 0 for _ in "kv"] for _ in "ab")
-            out = ops.linear_rope(x, weights, None, EPS, *pools, table, THETA)
+            out = ops.linear_rope(x, weights, None, EPS, *pools, table, turns)
             expected = ops.linear(x, weights).unflatten(1, (-1, HEAD_DIM))
             split = expected.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-            ops.rope(*split, *others, table, THETA)
+            ops.rope(*split, *others, table, turns)
             assert torch.equal(out, expected.flatten(1))
             assert all(map(torch.equal, pools, others))
 

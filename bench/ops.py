@@ -36,10 +36,10 @@ from shapes import (
     HEADS,
     HIDDEN,
     KV_HEADS,
-    THETA,
     VOCABULARY,
     WINDOW,
     Rings,
+    frequencies,
     random,
 )
 from torch.nn import functional
@@ -86,8 +86,8 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
     for tokens in (1, 256):
         rings = Rings(1, tokens, 0, WINDOW, dtype)
         half = HEAD_DIM // 2
-        frequencies = THETA ** (-torch.arange(half) / half)
-        angles = (torch.arange(tokens)[:, None] * frequencies).repeat(1, 2)[:, None]
+        turns = frequencies()
+        angles = (torch.arange(tokens)[:, None] * turns).repeat(1, 2)[:, None]
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         slots = torch.arange(tokens)
 
@@ -98,8 +98,8 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
             rings.k_cache[0].index_copy_(1, slots, rings.k.transpose(0, 1))
             rings.v_cache[0].index_copy_(1, slots, rings.v.transpose(0, 1))
 
-        def ours(rings=rings):
-            ops.rope(*rings.arguments(), THETA, WINDOW)
+        def ours(rings=rings, turns=turns):
+            ops.rope(*rings.arguments(), turns, WINDOW)
 
         nbytes = 2 * (rings.q.nbytes + rings.k.nbytes) + 2 * rings.k.nbytes + rings.v.nbytes
         shape = f"{tokens} token{'s' * (tokens > 1)}, with append"

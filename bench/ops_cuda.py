@@ -36,10 +36,10 @@ from shapes import (
     HEADS,
     HIDDEN,
     KV_HEADS,
-    THETA,
     VOCABULARY,
     WINDOW,
     Rings,
+    frequencies,
     random,
 )
 from torch.nn import functional
@@ -104,8 +104,8 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         if name.endswith("swiglu"):
             return ops.linear_swiglu(given.x, *given.weights, given.norm, EPS)
         if name.endswith("append"):
-            rings = given.rings.arguments()[3:]
-            return ops.linear_rope(given.x, given.weights, given.norm, EPS, *rings, THETA, WINDOW)
+            rings, turns = given.rings.arguments()[3:], frequencies(GPU)
+            return ops.linear_rope(given.x, given.weights, given.norm, EPS, *rings, turns, WINDOW)
         return ops.linear_argmax(given.x, given.weights[0], given.norm, EPS)
 
     for (name, (rows, size)), bits, tokens in itertools.product(
@@ -160,7 +160,7 @@ def swiglu_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
-    half = HEAD_DIM // 2
+    half, turns = HEAD_DIM // 2, frequencies(GPU)
 
     def plain(q, k, v, k_pool, v_pool, cos, sin, rows):
         for x in (q, k):
@@ -173,15 +173,14 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
         return *given.rings.arguments()[:5], given.cos, given.sin, given.rows
 
     def ours(given):
-        ops.rope(*given.rings.arguments(), THETA, WINDOW)
+        ops.rope(*given.rings.arguments(), turns, WINDOW)
 
     for sequences, tokens in ((1, 1), (32, 1), (1, 2048)):
 
         def make(sequences=sequences, tokens=tokens):
             rings = Rings(sequences, tokens, 0, tokens, dtype, GPU)
-            frequencies = THETA ** (-torch.arange(half, device=GPU) / half)
             positions = torch.arange(tokens, device=GPU).repeat(sequences)
-            angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None]
+            angles = (positions[:, None] * turns).repeat(1, 2)[:, None]
             heads = torch.arange(sequences * KV_HEADS, device=GPU) * tokens
             rows = heads.view(sequences, 1, KV_HEADS) + torch.arange(tokens, device=GPU)[:, None]
             return SimpleNamespace(

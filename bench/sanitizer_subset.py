@@ -6,7 +6,7 @@ compute-sanitizer --tool memcheck python bench/sanitizer_subset.py
 from __future__ import annotations
 
 import torch
-from shapes import GPU, HEAD_DIM, KV_HEADS, Rings, random
+from shapes import GPU, HEAD_DIM, KV_HEADS, Rings, frequencies, random
 
 from mistral_ext import ops
 from mistral_ext.weights.quantize import quantize
@@ -35,11 +35,11 @@ def main() -> None:
                     random(n * HEAD_DIM, 1120, dtype=dtype, device=GPU)
                     for n in (2 * KV_HEADS, KV_HEADS, KV_HEADS)
                 ]
-                ops.linear_rope(x, heads, x[0].clone(), 1e-5, *rings, 1e4, WINDOW)
+                ops.linear_rope(x, heads, x[0].clone(), 1e-5, *rings, frequencies(GPU), WINDOW)
         # A decode whose keys are divided among blocks; a prompt; a chunk on a full ring.
         for sequences, tokens, history in ((2, 1, 1000), (1, 130, 0), (2, 70, 500)):
             rings = Rings(sequences, tokens, history, WINDOW, dtype, GPU)
-            ops.rope(*rings.arguments(), 1e4, WINDOW)
+            ops.rope(*rings.arguments(), frequencies(GPU), WINDOW)
             ops.attention(*rings.arguments(), WINDOW, max_count=tokens)
     for vocab_size in (2048, 1001):
         options = [[0, 0, 1, 0, 1, 0, 0], [0.8, 50, 0.9, 0.01, 1.1, 0.1, 0.1]]

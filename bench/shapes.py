@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mistral_ext.model import rope
+
 DIM, HIDDEN = 4096, 14336
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 VOCABULARY = 32768
@@ -28,6 +30,11 @@ def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     count = torch.Size(shape).numel()
     block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
     return block.repeat(-(-count // block.numel()))[:count].view(shape)
+
+
+def frequencies(device: str = "cpu") -> Tensor:
+    """Of RoPE, [D/2]."""
+    return rope.frequencies(THETA, HEAD_DIM, device)
 
 
 class Rings:

@@ -2,8 +2,9 @@
 // append of k and v to the rings.
 //
 // Head elements i and i + D/2 form a pair (the order of Hugging Face checkpoints), rotated by
-// the angle position * theta^(-2i/D). Angles are formed in double: position is unbounded, and
-// at position 10^6 a float angle is already off by 0.06.
+// the angle position * frequencies[i]: theta^(-2i/D), or what a model with a longer context has
+// made of it. Frequencies and angles are doubles: position is unbounded, and at position 10^6 a
+// float angle is already off by 0.06.
 //
 // Appends the tokens that ring.h calls `stored_before_attention`; attention appends the rest.
 #pragma once
@@ -25,6 +26,7 @@ struct RopeParams {
   void* k_pool;               // [R, D]
   void* v_pool;               // [R, D]
   const Sequence* sequences;  // [S]
+  const double* frequencies;  // [D/2], radians per position
   int64_t num_sequences;      // S
   int64_t tokens;             // T
   int64_t heads;              // Hq
@@ -34,7 +36,6 @@ struct RopeParams {
   int64_t stride_k_token, stride_k_head;
   int64_t stride_v_token, stride_v_head;
   int64_t window;  // W or kNoWindow
-  double theta;
 };
 
 namespace cpu {

@@ -242,7 +242,7 @@ void check_linear_rope(py::object x, py::list values, py::list scales, py::objec
 
 Call linear_rope(py::object x_, py::list values, py::list scales, py::object norm, double eps,
                  py::object out, py::object k_pool, py::object v_pool, py::object sequences,
-                 double theta, std::optional<int64_t> window) {
+                 py::object frequencies, std::optional<int64_t> window) {
   constexpr const char* op = kLinearRope;
   const Tensor x(op, "x", x_);
   LinearRopeParams p{};
@@ -256,7 +256,7 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::object nor
                           all.heads("v", heads + kv_heads, kv_heads, dim), k_pool, v_pool,
                           sequences, window);
   batch.fill(p.rope);
-  p.rope.theta = checked_theta(op, theta);
+  p.rope.frequencies = checked_frequencies(batch.q, frequencies);
   return {scratch_bytes(x, p.linear), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
             p.linear.scratch = workspace;
             run(x, lane, p, MISTRAL_KERNELS(linear_rope));
@@ -347,7 +347,7 @@ void bind_linear(py::module_& m) {
         py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
   m.def("linear_rope", &linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("k_pool"),
-        py::arg("v_pool"), py::arg("sequences"), py::arg("theta"), py::arg("window"));
+        py::arg("v_pool"), py::arg("sequences"), py::arg("frequencies"), py::arg("window"));
   m.def("check_linear_argmax", &check_linear_argmax, py::arg("x"), py::arg("values"),
         py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("limit"));
   m.def("linear_argmax", &linear_argmax, py::arg("x"), py::arg("values"), py::arg("scales"),

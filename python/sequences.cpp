@@ -7,6 +7,8 @@
 namespace mistral::python {
 namespace {
 
+constexpr double kMaxFrequency = 1e6;  // far above any use, and below what overflows a kernel
+
 std::string at(int64_t index, const char* column, int64_t value) {
   return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
 }
@@ -100,9 +102,19 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
   if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
 }
 
-double checked_theta(const char* op, double theta) {
-  if (!(theta > 0)) fail(op, "theta is " + std::to_string(theta) + ", expected more than 0");
-  return theta;
+const double* checked_frequencies(const Tensor& q, py::handle frequencies_) {
+  const Table frequencies(q.op(), "frequencies", frequencies_, "float64");
+  frequencies.expect_shape({q.size(2) / 2});
+  frequencies.expect_contiguous();
+  frequencies.expect_device_of(q);
+  const auto* values = static_cast<const double*>(frequencies.data());
+  // As with the table, those in the memory of a GPU are not read back.
+  for (int64_t i = 0; !q.is_cuda() && i < frequencies.size(0); ++i) {
+    if (values[i] >= 0 && values[i] <= kMaxFrequency) continue;
+    fail(q.op(), "frequencies[" + std::to_string(i) + "] is " + std::to_string(values[i]) +
+                     ", expected 0 to " + std::to_string(kMaxFrequency) + " radians per position");
+  }
+  return values;
 }
 
 }  // namespace mistral::python

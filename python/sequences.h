@@ -46,7 +46,7 @@ struct RaggedBatch {
   }
 };
 
-// The base of RoPE's angles, if it can be one.
-double checked_theta(const char* op, double theta);
+// The frequencies of RoPE [D/2] for the heads of q, if they can be that.
+const double* checked_frequencies(const Tensor& q, py::handle frequencies);
 
 }  // namespace mistral::python

@@ -25,9 +25,14 @@ BUILDS = SOURCES.parent / "build"
 # The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
 WITH_MEMORY = ("attention", "linear", "linear_argmax", "linear_rope")
 OPS = (*WITH_MEMORY, "rms_norm", "rope", "sample", "swiglu")
-# The arguments that are constant (values, scales, the weights of a norm): no kernel writes them, so
-# one may read them before the kernels ahead of it are done.
-CONSTANTS = {"linear": (2, 3, 4), "linear_argmax": (1, 2, 3), "linear_rope": (1, 2, 3)}
+# The arguments that are constant (values, scales, the weights of a norm, frequencies): no kernel
+# writes them, so one may read them before the kernels ahead of it are done.
+CONSTANTS = {
+    "linear": (2, 3, 4),
+    "linear_argmax": (1, 2, 3),
+    "linear_rope": (1, 2, 3, 9),
+    "rope": (6,),
+}
 
 # What the builds of tests/emulator and tests/amx need.
 TOOLS = "cmake, ninja and pybind11 (pip install '.[test]')"

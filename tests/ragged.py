@@ -50,8 +50,9 @@ class RaggedBatch:
     ):
         self.capacities, self.window = list(capacities), window
         self.heads, self.kv_heads, self.dim = heads, kv_heads, dim
-        self.dtype, self.theta, self.layout, self.scale = dtype, theta, layout, scale
+        self.dtype, self.layout, self.scale = dtype, layout, scale
         self.device = device
+        self.frequencies = reference.frequencies(theta, dim, device)
         self.generator = torch.Generator().manual_seed(seed)
 
         order = list(range(len(self.capacities)))
@@ -122,15 +123,15 @@ class RaggedBatch:
         q, k, v = self.inputs(sum(counts))
         old_q, old_k, old_v = q.clone(), k.clone(), v.clone()
         pools = self.k_pool, self.v_pool
-        ops.rope(q, k, v, *pools, table, self.theta, self.window)
+        ops.rope(q, k, v, *pools, table, self.frequencies, self.window)
         rotated_q, rotated_k = q.clone(), k.clone()
         out = ops.attention(q, k, v, *pools, table, self.window, self.scale)
 
         positions = [p + t for p, n in zip(self.positions, counts, strict=True) for t in range(n)]
         positions = torch.tensor(positions, device=self.device)
         for before, after in ((old_q, rotated_q), (old_k, rotated_k)):
-            exact = reference.rotate(before.double(), positions, self.theta)
-            plain = reference.rotate(before, positions, self.theta)
+            exact = reference.rotate(before.double(), positions, self.frequencies)
+            plain = reference.rotate(before, positions, self.frequencies)
             assert_close(after, exact, plain)
         for before, after in ((rotated_q, q), (rotated_k, k), (old_v, v)):
             assert torch.equal(before, after), "attention or rope wrote to what it only reads"

@@ -21,11 +21,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """x: [T, H, D], positions: [T]. Pairs (i, i + D/2) turn by position * theta^(-2i/D)."""
+def frequencies(theta: float, dim: int, device: str = "cpu") -> Tensor:
+    """[D/2] float64: theta^(-2i/D)."""
+    return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+
+
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """x: [T, H, D], positions: [T]. Pairs (i, i + D/2) turn by position * frequencies[i]."""
     half = x.shape[-1] // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=x.device) / half
-    frequencies = theta**-exponents
     angles = positions.double()[:, None, None] * frequencies  # [T, 1, D/2]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -121,8 +124,8 @@ def model(weights: dict[str, Tensor], config, token_ids: Tensor) -> Tensor:
         q = (x @ w["attention.wq"].T).unflatten(-1, (config.n_heads, config.head_dim))
         k = (x @ w["attention.wk"].T).unflatten(-1, (config.n_kv_heads, config.head_dim))
         v = (x @ w["attention.wv"].T).unflatten(-1, (config.n_kv_heads, config.head_dim))
-        q = rotate(q, positions, config.rope_theta)
-        k = rotate(k, positions, config.rope_theta)
+        turns = frequencies(config.rope_theta, config.head_dim, x.device)
+        q, k = rotate(q, positions, turns), rotate(k, positions, turns)
         x = attention(q, k, v, config.sliding_window).flatten(1)
         h = h + x @ w["attention.wo"].T
         x = rms_norm(h, w["ffn_norm"], config.norm_eps)

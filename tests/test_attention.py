@@ -136,7 +136,7 @@ def test_the_cut_of_a_prompt_changes_no_bit(
             q, k, v = (x.clone() for x in chunk)
             position = sum(map(len, results))
             table = torch.tensor([[0, len(q), position, 0, capacity]])
-            ops.rope(q, k, v, k_pool, v_pool, table, theta=1e4, window=window)
+            ops.rope(q, k, v, k_pool, v_pool, table, reference.frequencies(1e4, dim), window)
             results.append(ops.attention(q, k, v, k_pool, v_pool, table, window))
         return torch.cat(results)
 
@@ -349,7 +349,7 @@ INT64_MAX = 2**63 - 1
 def test_argument_checks(op, changes, error, message):
     given = arguments(**changes)
     if op == "rope":
-        given["theta"] = 1e4
+        given["frequencies"] = reference.frequencies(1e4, given["q"].shape[-1])
     with pytest.raises(error) as caught:
         getattr(ops, op)(**given)
     assert str(caught.value).startswith(f"{op}: ")

@@ -187,10 +187,11 @@ class DecodeStep:
         self.pools = random(3 * 2 * 700, 128), random(3 * 2 * 700, 128)
         rows = [(i, 1, position, i * 1400, 700) for i, position in enumerate((5, 698, 10**6))]
         self.table = torch.tensor(rows).cuda()
+        self.frequencies = reference.frequencies(1e4, 128, "cuda")
         self.out = torch.empty_like(self.q)
 
     def run(self):
-        ops.rope(self.q, self.k, self.v, *self.pools, self.table, 1e4, self.window)
+        ops.rope(self.q, self.k, self.v, *self.pools, self.table, self.frequencies, self.window)
         given = self.q, self.k, self.v, *self.pools, self.table
         self.out.copy_(ops.attention(*given, self.window, max_count=1))
         self.table[:, 2] += 1
@@ -359,7 +360,7 @@ def test_opcheck():
     tensors = [given[name] for name in ("q", "k", "v", "k_pool", "v_pool", "sequences")]
     calls = {
         "rms_norm": (given["k_pool"], given["k_pool"][0]),
-        "rope": (*tensors, 1e4, 8),
+        "rope": (*tensors, reference.frequencies(1e4, given["q"].shape[-1], "cuda"), 8),
         "attention": (*tensors, 8),
         "swiglu": (given["k_pool"], given["v_pool"]),
         "linear": (given["k_pool"], [given["v_pool"]], []),
@@ -380,10 +381,11 @@ def test_linear_rope_is_linear_and_then_rope(tokens):
     x, norm, rows = random(tokens, 256), random(256), (256, 128, 128)
     weights = [random(n, 256) for n in rows]
     table = torch.tensor([[0, tokens, 5, 0, 80]]).cuda()
+    frequencies = reference.frequencies(1e4, 64, "cuda")
     pools, others = ([random(160, 64) * 0 for _ in range(2)] for _ in range(2))
-    out = ops.linear_rope(x, weights, norm, 1e-5, *pools, table, 1e4)
+    out = ops.linear_rope(x, weights, norm, 1e-5, *pools, table, frequencies)
     expected = ops.linear(x, weights, norm, 1e-5)
     q, k, v = expected.unflatten(1, (-1, 64)).split([4, 2, 2], dim=1)
-    ops.rope(q, k, v, *others, table, 1e4)
+    ops.rope(q, k, v, *others, table, frequencies)
     assert torch.equal(out, expected)
     assert all(map(torch.equal, pools, others))

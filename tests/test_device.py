@@ -11,6 +11,7 @@ from checkpoints import TOKENIZERS, write_checkpoint
 from test_checkpoint import CONFIG
 
 from mistral_ext import _C, Mistral, ops
+from mistral_ext.model.rope import frequencies
 from mistral_ext.ops import Quantized
 from mistral_ext.weights import device as module
 from mistral_ext.weights.checkpoint import Checkpoint, load_weights
@@ -97,7 +98,7 @@ def test_head_dims_are_those_that_the_ops_take():
         q, pool = torch.empty(0, 1, dim), torch.empty(4, dim)
         table = torch.tensor([[0, 0, 0, 0, 4]])
         try:
-            ops.rope(q, q.clone(), q.clone(), pool, pool.clone(), table, 1e4)
+            ops.rope(q, q.clone(), q.clone(), pool, pool.clone(), table, frequencies(1e4, dim))
             ops.attention(q, q.clone(), q.clone(), pool, pool.clone(), table)
             taken.append(dim)
         except ValueError:

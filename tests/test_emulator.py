@@ -14,6 +14,7 @@ import torch
 from backends import registered, use
 
 from mistral_ext import _C, ops
+from mistral_ext.model import rope
 
 DELIVERIES = ("late", "early")
 NAN = float("nan")
@@ -359,10 +360,12 @@ def test_rope_reads_each_element_once_and_writes_it_where_it_must_be(emulator):
     k, v = (torch.zeros(tokens, kv_heads, dim).bfloat16() for _ in range(2))
     pools = [torch.zeros(kv_heads * 16, dim).bfloat16() for _ in range(2)]
     table = torch.tensor([[0, tokens, 5, 0, 16]])
-    launch = launch_of(emulator, lambda: ops.rope(q, k, v, *pools, table, 1e4, 16))
+    given = q, k, v, *pools, table, rope.frequencies(1e4, dim), 16
+    launch = launch_of(emulator, lambda: ops.rope(*given))
     k_bytes = 2 * k.numel()
-    read = 2 * q.numel() + 2 * k_bytes
-    check_traffic(launch, read, read + k_bytes)  # q and k in place, k and v in the ring
+    read, written = 2 * q.numel() + 2 * k_bytes, 2 * q.numel() + 3 * k_bytes
+    # q and k in place, k and v in the ring; the frequencies for each token
+    check_traffic(launch, read + tokens * dim // 2 * 8, written)
 
 
 def test_rows_that_are_not_aligned_are_read_element_by_element(emulator):

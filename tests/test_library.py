@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import reference
 import torch
 from ragged import RaggedBatch
 
@@ -27,13 +28,14 @@ def samples():
     options = torch.tensor([0.0, 0, 1, 0, 1, 0, 0]).double().repeat(3, 1)
     noise, history = torch.ones(3, 3, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.int32)
     sampling = (random(2, 7), rows, options, noise, history)
+    frequencies = reference.frequencies(1e4, 32)
     ring = (q, k, v, random(*batch.k_pool.shape), random(*batch.v_pool.shape), table)
     return [
         ("rms_norm", (x, weight), {}),
         ("rms_norm", (x, weight, 1e-6, random(3, 40)), {}),
         ("rms_norm", (random(3, 80)[:, 40:].bfloat16(), weight.bfloat16()), {}),
         ("rms_norm", (random(0, 40), weight), {}),
-        ("rope", (*ring, 1e4, 8), {}),
+        ("rope", (*ring, frequencies, 8), {}),
         ("attention", (*ring, 8), {}),
         ("attention", ring, {"window": 8, "scale": 0.5}),
         ("swiglu", (random(2, 7), random(2, 7)), {}),
@@ -43,7 +45,7 @@ def samples():
         ("linear_residual", (x, [random(5, 40)], [], random(3, 5)), {}),
         (
             "linear_rope",
-            (x, heads, [], weight, 1e-5, *random(2, 16, 32), two_rings, 1e4, 8),
+            (x, heads, [], weight, 1e-5, *random(2, 16, 32), two_rings, frequencies, 8),
             {},
         ),
         ("linear_argmax", (x, [random(5, 40)], [], weight, 1e-5), {"limit": 4}),
@@ -61,14 +63,14 @@ def test_opcheck(name, arguments, options):
     torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, arguments, options)
 
 
-def block(x, weight, residual, w, k_pool, v_pool, table, sampling):
+def block(x, weight, residual, w, k_pool, v_pool, table, frequencies, sampling):
     """A small layer that uses every op."""
     x = ops.rms_norm(x, weight, residual=residual)
     q, k, v = ops.linear(x, w).unflatten(1, (4, 32)).split([2, 1, 1], dim=1)
-    ops.rope(q, k, v, k_pool, v_pool, table, 1e4, 8)
+    ops.rope(q, k, v, k_pool, v_pool, table, frequencies, 8)
     x = ops.attention(q, k, v, k_pool, v_pool, table, 8).flatten(1)
     ops.linear_residual(x, w[:64], residual)
-    rings = k_pool, v_pool, table + torch.tensor([0, 0, 6, 0, 0]), 1e4, 8
+    rings = k_pool, v_pool, table + torch.tensor([0, 0, 6, 0, 0]), frequencies, 8
     qkv = ops.linear_rope(residual, w.split([64, 32, 32]), weight, 1e-5, *rings)
     x = ops.swiglu(x, ops.linear_swiglu(residual, w[:64], w[64:], weight)) + qkv[:, :64]
     logits, greedy = ops.linear_argmax(x, w)
@@ -86,8 +88,9 @@ def test_compiles_without_graph_breaks(backend, generator):
         options = torch.tensor([[0.0, 0, 1, 0, 1, 0, 0], [1.0, 0, 1, 0, 1.5, 0, 0]]).double()
         noise = torch.tensor([[1, 0, 0], [2, 0, 3]])
         history = torch.randint(0, 3, (2, 128), dtype=torch.int32, generator=generator)
+        frequencies = reference.frequencies(1e4, 32)
         sampling = torch.tensor([1, 0]), options, noise, history
-        return [x, torch.ones(64), residual, w, *pools.unbind(), table, sampling]
+        return [x, torch.ones(64), residual, w, *pools.unbind(), table, frequencies, sampling]
 
     eager, compiled = arguments(), arguments()
     expected = block(*eager)
@@ -120,7 +123,7 @@ def test_fake_tensors_get_shapes_without_running():
     assert [out.shape for out in ops.linear_argmax(x, matrix)] == [(6, 9), (6,)]
     assert ops.linear_swiglu(x, matrix, matrix).shape == (6, 9)
     assert ops.swiglu(x, x).shape == (6, 40)
-    assert ops.linear_rope(x, [matrix] * 3, weight, 1e-5, x, x, x, 1e4).shape == (6, 27)
+    assert ops.linear_rope(x, [matrix] * 3, weight, 1e-5, x, x, x, x).shape == (6, 27)
     q = torch.empty(6, 4, 32, device="meta")
     assert ops.attention(q, q, q, x, x, x).shape == (6, 4, 32)
 

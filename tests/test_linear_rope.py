@@ -45,7 +45,7 @@ class Given:
 
     def rings(self) -> tuple:
         batch = self.batch
-        return batch.k_pool, batch.v_pool, self.table, batch.theta, batch.window
+        return batch.k_pool, batch.v_pool, self.table, batch.frequencies, batch.window
 
     def linear_rope(self) -> Tensor:
         return ops.linear_rope(self.x, self.weights, self.norm, EPS, *self.rings())
@@ -56,7 +56,7 @@ class Given:
         batch, pools = self.batch, (self.batch.k_pool.clone(), self.batch.v_pool.clone())
         heads = [batch.heads, batch.kv_heads, batch.kv_heads]
         q, k, v = out.unflatten(1, (sum(heads), batch.dim)).split(heads, dim=1)
-        ops.rope(q, k, v, *pools, self.table, batch.theta, batch.window)
+        ops.rope(q, k, v, *pools, self.table, batch.frequencies, batch.window)
         return out, *pools
 
 
@@ -127,8 +127,10 @@ def test_one_launch_that_reads_what_the_product_does(emulator, batch, form, gene
         given.linear_rope()
     product, _, fused = emulator.take_launches()
     assert fused["kernel"].split("<")[0].endswith("linear_rope_kernel")
-    for count in ("loaded_bytes", "load_sectors", "mma"):
-        assert fused[count] == product[count], count
+    assert fused["mma"] == product["mma"]
+    frequencies = fused["grid"][0] * given.batch.frequencies.nbytes  # of each block
+    assert fused["loaded_bytes"] == product["loaded_bytes"] + frequencies
+    assert fused["load_sectors"] == product["load_sectors"] + frequencies // 32
     assert fused["shared_conflicts"] == 0
     appended = len(given.x) * 2 * given.batch.kv_heads * given.batch.dim * 2
     assert fused["stored_bytes"] == product["stored_bytes"] + appended
@@ -178,7 +180,11 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, batch, generator):
         ({"wq": 192}, ValueError, "q has 3 heads, expected a multiple of the 2 heads of k"),
         ({"dim": 48}, ValueError, "k_pool has head dimension 48, expected a multiple of 32 up to"),
         ({"v_pool": torch.zeros(7, 64)}, ValueError, "v_pool has shape [7, 64], expected ["),
-        ({"theta": 0.0}, ValueError, "theta is 0.000000, expected more than 0"),
+        (
+            {"frequencies": torch.zeros(3).double()},
+            ValueError,
+            "frequencies has shape [3], expected [32]",
+        ),
         ({"window": 0}, ValueError, "window is 0, expected 1 or more or None"),
         ({"count": 3}, ValueError, "sequences[0].count is 3, expected 0 to 1"),
         ({"norm": torch.zeros(7)}, ValueError, "norm has shape [7], expected [160]"),
@@ -186,7 +192,7 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, batch, generator):
 )
 def test_checks(change, error, message, generator):
     given = make("one token", generator, dtype=torch.float32)
-    k_pool, v_pool, table, theta, window = given.rings()
+    k_pool, v_pool, table, frequencies, window = given.rings()
     weights = given.weights[: change.get("weights", 3)]
     for i, name in enumerate(("wq", "wk", "wv")):
         if name in change:
@@ -195,7 +201,7 @@ def test_checks(change, error, message, generator):
         k_pool = torch.zeros(len(k_pool), change["dim"])
     table[0, 1] = change.get("count", 1)
     rings = k_pool, change.get("v_pool", v_pool), table
-    angles = change.get("theta", theta), change.get("window", window)
+    angles = change.get("frequencies", frequencies), change.get("window", window)
     with pytest.raises(error) as caught:
         ops.linear_rope(given.x, weights, change.get("norm", given.norm), EPS, *rings, *angles)
     assert f"linear_rope: {message}" in str(caught.value)

@@ -26,7 +26,7 @@ def run_all_ops() -> list[torch.Tensor]:
     batch = RaggedBatch([16, 16, 40], 16, positions=[50, 3, 1])
     q, k, v = batch.inputs(40 + 1 + 20)
     pools, table = (batch.k_pool, batch.v_pool), batch.table((40, 1, 20))
-    ops.rope(q, k, v, *pools, table, 1e4, 16)
+    ops.rope(q, k, v, *pools, table, batch.frequencies, 16)
     results += [q, k, ops.attention(q, k, v, *pools, table, 16)]
     return results + [pool.nan_to_num() for pool in pools]
 

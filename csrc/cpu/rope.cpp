@@ -23,10 +23,6 @@ void rotate(T* x, const float* cosine, const float* sine, int64_t half) {
 
 void rope(const RopeParams& p, int threads) {
   const int64_t half = p.head_dim / 2;
-  double frequencies[kMaxHeadDim / 2];
-  for (int64_t i = 0; i < half; ++i) {
-    frequencies[i] = pow(p.theta, -static_cast<double>(i) / static_cast<double>(half));
-  }
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     parallel_for(threads, p.tokens, [&](int64_t token) {
@@ -34,7 +30,7 @@ void rope(const RopeParams& p, int threads) {
       const int64_t position = s.position + token - s.first_token;
       float cosine[kMaxHeadDim / 2], sine[kMaxHeadDim / 2];
       for (int64_t i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(position) * frequencies[i];
+        const double angle = static_cast<double>(position) * p.frequencies[i];
         cosine[i] = static_cast<float>(cos(angle));
         sine[i] = static_cast<float>(sin(angle));
       }

@@ -39,7 +39,7 @@ cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
                                 : start(linear_norm_kernel<__half>);
 }
 
-// Of up to kMostTokens. `rope`: nothing, or RopeParams and Frequencies.
+// Of up to kMostTokens. `rope`: nothing, or RopeParams.
 template <class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   return with_kernels(p, [&](auto kernels) {
@@ -87,8 +87,7 @@ cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream) {
   }
   if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
   if (p.linear.tokens == 0) return cudaSuccess;
-  const Frequencies turns = frequencies(p.rope.theta, p.rope.head_dim / 2);
-  return launch_tokens(p.linear, stream, p.rope, turns);
+  return launch_tokens(p.linear, stream, p.rope);
 }
 
 }  // namespace mistral::cuda

@@ -62,8 +62,8 @@ MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
 }
 template <class W, int kM, int kN, bool kNorm>
 int64_t linear_shared_bytes(const LinearParams& p) {
-  const int64_t of_token = p.epilogue == Epilogue::rope ? int64_t{sizeof(NewToken)} : 0;
-  return shared_bytes_of_product<W, kM, kN, kNorm>(p) + p.tokens * of_token;
+  const int64_t of_rope = p.epilogue == Epilogue::rope ? RopeFinish<W>::shared_bytes(p) : 0;
+  return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
 // The outputs that a lane finishes: of 8 tokens and one tile, those of tokens 2 (lane % 4) and the
@@ -339,9 +339,8 @@ __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
 template <class W, int kM, int kN, bool kNorm>
 __global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
     linear_rope_kernel(const __grid_constant__ LinearParams p,
-                       const __grid_constant__ RopeParams rope,
-                       const __grid_constant__ Frequencies frequencies) {
-  multiply<W, kM, kN, kNorm>(p, RopeFinish<W>{p, rope, frequencies, nullptr});
+                       const __grid_constant__ RopeParams rope) {
+  multiply<W, kM, kN, kNorm>(p, RopeFinish<W>{p, rope, nullptr, nullptr});
 }
 
 }  // namespace mistral::cuda

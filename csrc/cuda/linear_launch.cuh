@@ -33,7 +33,7 @@ bool LinearKernels<kFormat>::normalises_in_block(const LinearParams& p) {
   });
 }
 
-// `rope`: nothing, or RopeParams and Frequencies.
+// `rope`: nothing, or RopeParams.
 template <class W, int kM, int kN, bool kNorm, class... Rope>
 cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope&... rope) {
   constexpr int64_t kReservedShared = 1024;  // bytes that the runtime takes of a block's
@@ -74,10 +74,9 @@ cudaError_t LinearKernels<kFormat>::launch(const LinearParams& p, bool in_block,
 
 template <WeightFormat kFormat>
 cudaError_t LinearKernels<kFormat>::launch(const LinearParams& p, bool in_block,
-                                           cudaStream_t stream, const RopeParams& rope,
-                                           const Frequencies& turns) {
+                                           cudaStream_t stream, const RopeParams& rope) {
   return with_weights<kFormat>(p.dtype, [&](auto weights) {
-    return launch_tokens<decltype(weights)>(p, in_block, stream, rope, turns);
+    return launch_tokens<decltype(weights)>(p, in_block, stream, rope);
   });
 }
 

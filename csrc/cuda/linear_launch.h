@@ -4,7 +4,6 @@
 #pragma once
 
 #include "../linear.h"
-#include "rotation.cuh"
 
 namespace mistral::cuda {
 
@@ -17,7 +16,7 @@ struct LinearKernels {
   // Of up to kMostTokens. Without a norm in the block x is multiplied as it is.
   static cudaError_t launch(const LinearParams& p, bool in_block, cudaStream_t stream);
   static cudaError_t launch(const LinearParams& p, bool in_block, cudaStream_t stream,
-                            const RopeParams& rope, const Frequencies& turns);
+                            const RopeParams& rope);
 };
 
 }  // namespace mistral::cuda

@@ -31,7 +31,7 @@ struct RotatedOutputs {
   float scales[2];
 
   __device__ __forceinline__ RotatedOutputs(const LinearParams& p, const RopeParams& rope,
-                                            const Frequencies& frequencies, const NewToken* tokens,
+                                            const uint64_t* angles, const NewToken* tokens,
                                             const OutputBlock<true>& block, int output,
                                             int64_t token)
       : half(block.half_head), rotated(block.part < 2) {
@@ -55,7 +55,7 @@ struct RotatedOutputs {
         void* const pool = block.part == 1 ? rope.k_pool : rope.v_pool;
         slot[j] = static_cast<T*>(pool) + found.rows.row(head) * rope.head_dim + i;
       }
-      if (rotated) turn[j] = cosine_and_sine(found.position * frequencies.turns[i]);
+      if (rotated) turn[j] = cosine_and_sine(found.position * angles[i]);
     }
   }
 
@@ -90,11 +90,21 @@ struct RopeFinish {
 
   const LinearParams& p;
   const RopeParams& rope;
-  const Frequencies& frequencies;
-  const NewToken* tokens;
+  const uint64_t* angles;  // [D/2], turns_per_position
+  const NewToken* tokens;  // [T]
 
+  // Of the shared memory that `begin` fills.
+  static int64_t shared_bytes(const LinearParams& p) {
+    return p.head_dim / 2 * int64_t{sizeof(uint64_t)} + p.tokens * int64_t{sizeof(NewToken)};
+  }
   __device__ __forceinline__ void begin(char* shared) {
-    auto* const found = reinterpret_cast<NewToken*>(shared);
+    const int half = static_cast<int>(rope.head_dim) / 2;
+    auto* const turns = reinterpret_cast<uint64_t*>(shared);
+    for (int i = threadIdx.x; i < half; i += kLinearThreads) {
+      turns[i] = turns_per_position(load_global(rope.frequencies + i));
+    }
+    angles = turns;
+    auto* const found = reinterpret_cast<NewToken*>(turns + half);
     for (int t = threadIdx.x; t < p.tokens; t += kLinearThreads) {
       const Sequence s = rope.sequences[find_sequence(rope.sequences, rope.num_sequences, t)];
       const int64_t position = s.position + t - s.first_token;
@@ -105,7 +115,7 @@ struct RopeFinish {
   }
   __device__ __forceinline__ RotatedOutputs<W> outputs(const OutputBlock<true>& block, int output,
                                                        int64_t token) const {
-    return {p, rope, frequencies, tokens, block, output, token};
+    return {p, rope, angles, tokens, block, output, token};
   }
 };
 

@@ -57,8 +57,7 @@ __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
-    rope_kernel(const RopeParams p, const __grid_constant__ Frequencies frequencies) {
+__global__ void __launch_bounds__(kThreads) rope_kernel(const RopeParams p) {
   const int64_t token = blockIdx.x;
   const Sequence s = p.sequences[find_sequence(p.sequences, p.num_sequences, token)];
   const int64_t position = s.position + token - s.first_token;
@@ -66,7 +65,8 @@ __global__ void __launch_bounds__(kThreads)
 
   auto* turns = dynamic_shared<float2>();
   for (int i = threadIdx.x; i < half; i += kThreads) {
-    turns[i] = cosine_and_sine(static_cast<uint64_t>(position) * frequencies.turns[i]);
+    const uint64_t angle = turns_per_position(load_global(p.frequencies + i));
+    turns[i] = cosine_and_sine(static_cast<uint64_t>(position) * angle);
   }
   __syncthreads();
 
@@ -92,7 +92,7 @@ template <class T, int N>
 cudaError_t launch_tokens(const RopeParams& p, cudaStream_t stream) {
   const int64_t half = p.head_dim / 2;
   return launch(rope_kernel<T, N>, dim3(static_cast<unsigned>(p.tokens)), dim3(kThreads),
-                static_cast<size_t>(half) * sizeof(float2), stream, p, frequencies(p.theta, half));
+                static_cast<size_t>(half) * sizeof(float2), stream, p);
 }
 
 }  // namespace

@@ -4,28 +4,21 @@
 
 #include <cmath>
 
-#include "../common.h"
 #include "element.cuh"
 
 namespace mistral::cuda {
 
-// The angle per position, in turns, as a 64-bit fraction: what a position's angle has beyond whole
+// The angle per position as a 64-bit fraction of a turn: what a position's angle has beyond whole
 // turns is then position * fraction in plain unsigned arithmetic. That is exact, however far the
-// position, and no thread needs a double.
-struct Frequencies {
-  uint64_t turns[kMaxHeadDim / 2];
-};
-
-inline Frequencies frequencies(double theta, int64_t half) {
-  constexpr long double kTwoPi = 6.283185307179586476925286766559L;
-  Frequencies f{};
-  for (int64_t i = 0; i < half; ++i) {
-    const double angle = pow(theta, -static_cast<double>(i) / static_cast<double>(half));
-    const long double turns = static_cast<long double>(angle) / kTwoPi;
-    // 2^64 itself would not fit, but to it rounds only what is within 2^-65 of a whole turn.
-    f.turns[i] = static_cast<uint64_t>(ldexpl(turns - floorl(turns), 64));
-  }
-  return f;
+// position.
+__device__ __forceinline__ uint64_t turns_per_position(double radians) {
+  // 1 / (2 pi) as the sum of two doubles: to 2^-64 of a turn is more than one has.
+  constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;
+  const double turns = radians * kInverse;
+  const double rest = fma(radians, kInverse, -turns) + radians * kInverseRest;
+  // A fraction that rounds to 1 is a whole turn: it becomes 2^63, and by the shift 0.
+  const auto fraction = static_cast<uint64_t>((turns - floor(turns)) * 0x1p63) << 1;
+  return fraction + static_cast<uint64_t>(static_cast<int64_t>(rest * 0x1p64));
 }
 
 // Cosine and sine of an angle that is a 64-bit fraction of a turn.

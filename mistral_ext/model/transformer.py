@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import ops
+from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
 
@@ -53,6 +54,7 @@ class Transformer:
         self.embeddings = weights["tok_embeddings.weight"]  # [V, E]
         self.norm = weights["norm.weight"]  # [E]
         self.output = weights["output.weight"]  # [V, E]
+        self.frequencies = rope.frequencies(config.rope_theta, config.head_dim, self.device)
         self.layers = []
         for i in range(config.n_layers):
             attention, feed_forward = f"layers.{i}.attention.", f"layers.{i}.feed_forward."
@@ -119,7 +121,7 @@ class Transformer:
             [N, E], the residual stream, for `logits` or `greedy`.
         """
         config = self.config
-        eps, theta, window = config.norm_eps, config.rope_theta, config.sliding_window
+        eps, window = config.norm_eps, config.sliding_window
 
         # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the
         # CPU they then spin for milliseconds on the cores that ours need.
@@ -127,7 +129,8 @@ class Transformer:
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
             weights, rings = (layer.wq, layer.wk, layer.wv), (k_pool, v_pool, sequences)
-            qkv = ops.linear_rope(h, weights, layer.attention_norm, eps, *rings, theta, window)
+            rotated = *rings, self.frequencies, window
+            qkv = ops.linear_rope(h, weights, layer.attention_norm, eps, *rotated)
             qkv = qkv.unflatten(1, (-1, config.head_dim))  # [T, Hq + Hkv + Hkv, D]
             q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
             x = ops.attention(q, k, v, *rings, window, max_count=max_count)  # [T, Hq, D]

@@ -101,7 +101,7 @@ def linear_rope(
     k_pool: Tensor,
     v_pool: Tensor,
     sequences: Tensor,
-    theta: float,
+    frequencies: Tensor,
     window: int | None = None,
 ) -> Tensor:
     """Query, key and value of x, q and k rotated, k and v appended to the rings.
@@ -116,30 +116,34 @@ def linear_rope(
         eps: of the RMSNorm.
         k_pool, v_pool: [R, D], the rings of all sequences.
         sequences: [S, 5] int64, the sequence table.
-        theta: base of the angles.
+        frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
         window: W, keys that a query sees, itself included; None: all.
 
     Returns:
         [T, (Hq + 2 Hkv) * D]: of each token the heads of q, then those of k, then those of v.
     """
-    given = norm, eps, k_pool, v_pool, sequences, theta, window
+    given = norm, eps, k_pool, v_pool, sequences, frequencies, window
     return torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
 
 
-def _run_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
-    rings = k_pool, v_pool, sequences, theta, window
+def _run_linear_rope(
+    x, values, scales, norm, eps, k_pool, v_pool, sequences, frequencies, window=None
+):
+    rings = k_pool, v_pool, sequences, frequencies, window
     out = x.new_empty((len(x), sum(map(len, values))))
     run(_C.linear_rope(x, values, scales, norm, eps, out, *rings), x)
     return out
 
 
-def _fake_linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
+def _fake_linear_rope(
+    x, values, scales, norm, eps, k_pool, v_pool, sequences, frequencies, window=None
+):
     return fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
 
 
 register(
     f"linear_rope(Tensor x, {_WEIGHTS}, Tensor? norm, float eps, Tensor(a!) k_pool, "
-    "Tensor(b!) v_pool, Tensor sequences, float theta, int? window=None) -> Tensor",
+    "Tensor(b!) v_pool, Tensor sequences, Tensor frequencies, int? window=None) -> Tensor",
     routed(_run_linear_rope, torch_products.linear_rope),
     _fake_linear_rope,
 )

@@ -17,15 +17,18 @@ def rope(
     k_pool: Tensor,
     v_pool: Tensor,
     sequences: Tensor,
-    theta: float,
+    frequencies: Tensor,
     window: int | None = None,
 ) -> None:
     """Rotates q and k in place, and appends k and v to the rings.
 
-    Elements i and i + D/2 of a head are a pair, rotated by position * theta^(-2i/D): the order of
+    Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i]: the order of
     Hugging Face checkpoints. A token whose slot still holds what a query of the same chunk
     attends to is appended by `attention` instead; call both, in this order, with the same table
     and window, and all new tokens are in the rings.
+
+    A model with a longer context has frequencies of its own. Where it also multiplies cosine and
+    sine by a factor m, as YaRN does, leave that to `attention`, with scale = m^2 / sqrt(D).
 
     Args:
         q: [T, Hq, D], rotated in place.
@@ -33,25 +36,25 @@ def rope(
         v: [T, Hkv, D].
         k_pool, v_pool: [R, D], the rings of all sequences.
         sequences: [S, 5] int64, the sequence table.
-        theta: base of the angles.
+        frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
         window: W, keys that a query sees, itself included; None: all.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 34.
     """
-    torch.ops.mistral_ext.rope(q, k, v, k_pool, v_pool, sequences, theta, window)
+    torch.ops.mistral_ext.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window)
 
 
 _SCHEMA = (
     "rope(Tensor(a!) q, Tensor(b!) k, Tensor v, Tensor(c!) k_pool, Tensor(d!) v_pool, "
-    "Tensor sequences, float theta, int? window=None) -> ()"
+    "Tensor sequences, Tensor frequencies, int? window=None) -> ()"
 )
 
 
-def _run(q, k, v, k_pool, v_pool, sequences, theta, window=None):
-    _C.rope(q, k, v, k_pool, v_pool, sequences, theta, window, lane_of(q))
+def _run(q, k, v, k_pool, v_pool, sequences, frequencies, window=None):
+    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(q))
 
 
-def _fake(q, k, v, k_pool, v_pool, sequences, theta, window=None):
+def _fake(q, k, v, k_pool, v_pool, sequences, frequencies, window=None):
     return None
 
 

@@ -29,12 +29,12 @@ def linear_residual(x, values, scales, residual):
     residual.addmm_(x, weight.T)
 
 
-def linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, theta, window=None):
+def linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, frequencies, window=None):
     _C.check_linear_rope(x, values, scales, norm, eps, k_pool)
     out = _side_by_side(_products("linear_rope", x, values, scales, norm, eps))
     heads = [len(weight) // k_pool.shape[1] for weight in values]
     q, k, v = out.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
-    _C.rope(q, k, v, k_pool, v_pool, sequences, theta, window, lane_of(x))
+    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(x))
     return out
 
 

@@ -1,0 +1,19 @@
+"""The frequencies of RoPE: what a model turns its queries and keys by, as data of `ops.rope`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def frequencies(theta: float, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """[D/2] float64, radians per position: theta^(-2i/D), the fastest first.
+
+    Not float32, although other implementations round them to that: at position 10^5 the angles
+    would be off by 0.003.
+
+    Source: Su et al. 2021, arXiv:2104.09864, equation 15.
+    """
+    half = head_dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=device) / half
+    return theta**-exponents
