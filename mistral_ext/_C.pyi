@@ -92,7 +92,7 @@ def linear_rope(
     k_pool: Tensor,
     v_pool: Tensor,
     sequences: Tensor,
-    theta: float,
+    frequencies: Tensor,
     window: int | None,
 ) -> Call: ...
 def philox(key: Sequence[int], counter: Sequence[int]) -> list[int]: ...
@@ -106,7 +106,7 @@ def rope(
     k_pool: Tensor,
     v_pool: Tensor,
     sequences: Tensor,
-    theta: float,
+    frequencies: Tensor,
     window: int | None,
     lane: int,
 ) -> None: ...

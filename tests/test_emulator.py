@@ -325,14 +325,16 @@ def launch_of(emulator, function):
     return launch
 
 
-def check_traffic(launch, read, written, width=16):
-    """Each byte once, in requests of 32 lanes with `width` bytes and sectors that are full."""
-    assert (launch["loaded_bytes"], launch["stored_bytes"]) == (read, written)
+def check_traffic(launch, read, written, width=16, doubles=0):
+    """Each byte once, in requests of 32 lanes with `width` bytes and sectors that are full; and so
+    many bytes of doubles, in requests of 32 of them."""
+    assert (launch["loaded_bytes"], launch["stored_bytes"]) == (read + doubles, written)
     assert (launch["load_requests"], launch["store_requests"]) == (
-        read // 32 // width,
+        read // 32 // width + doubles // 32 // 8,
         written // 32 // width,
     )
-    assert (launch["load_sectors"], launch["store_sectors"]) == (read // 32, written // 32)
+    sectors = ((read + doubles) // 32, written // 32)
+    assert (launch["load_sectors"], launch["store_sectors"]) == sectors
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -365,7 +367,7 @@ def test_rope_reads_each_element_once_and_writes_it_where_it_must_be(emulator):
     k_bytes = 2 * k.numel()
     read, written = 2 * q.numel() + 2 * k_bytes, 2 * q.numel() + 3 * k_bytes
     # q and k in place, k and v in the ring; the frequencies for each token
-    check_traffic(launch, read + tokens * dim // 2 * 8, written)
+    check_traffic(launch, read, written, doubles=tokens * dim // 2 * 8)
 
 
 def test_rows_that_are_not_aligned_are_read_element_by_element(emulator):

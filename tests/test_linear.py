@@ -160,6 +160,23 @@ def test_linear_residual(backend, tokens, dtype, generator):
         assert around.isnan().sum() == around.numel() - residual.numel()
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_residual_can_be_added_apart_from_the_product(isa, tokens, dtype, generator):
+    """By the norm after it, so that an adapter or a sum over devices can come between."""
+    x, residual = inputs(tokens, 96, dtype, generator), inputs(tokens, 64, dtype, generator)
+    weight = torch.randn(64, 96, generator=generator).to(dtype)
+    norm = torch.randn(64, generator=generator).to(dtype)
+    apart = residual.clone()
+    normalised = ops.rms_norm(ops.linear(x, weight), norm, residual=apart)
+    ops.linear_residual(x, weight, residual)
+    # Apart, the product is rounded by up to half a unit, and that may take the sum to the next one.
+    product = x.double() @ weight.double().T
+    allowed = torch.finfo(dtype).eps * (product.abs() + residual.double().abs() + 1e-3)
+    assert ((apart.double() - residual.double()).abs() <= allowed).all()
+    assert torch.equal(normalised, ops.rms_norm(apart, norm))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 12, 30])
 def test_linear_swiglu(backend, tokens, dtype, generator):

@@ -68,7 +68,9 @@ register(
 def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
     """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
 
-    The sum is rounded to the dtype once.
+    The sum is rounded to the dtype once. Where something comes between the product and the sum, an
+    adapter or a sum over devices, call `linear` and then `rms_norm` with the residual, which adds
+    the one to the other and normalises: the same but for the rounding of the product.
 
     Args:
         x: [T, K].
