@@ -249,14 +249,16 @@ def check_chat(case: Case) -> None:
         logits[banned] = -np.inf
         return logits
 
+    # More than the least that the engine keeps, a piece of 32 tokens.
+    first = "Hello there. Tell me of the king and of his three sons, and of what became of them."
     chat = case.llm.start_chat(template="v1")
-    for turn, text in enumerate(("Hello there", "And then?", "Why?")):
+    for turn, text in enumerate((first, "And then?", "Why?")):
         pieces = list(chat.send(text, **options))
         assert "".join(pieces) == chat.completion.text
         expect_best(case, chat.prompt_ids, chat.completion, score)
         read = chat.completion.timing.prompt_tokens
         assert (read < len(chat.prompt_ids)) == (turn > 0), f"turn {turn} reads {read} tokens"
-    messages = [{"role": "user", "content": "Hello there"}]
+    messages = [{"role": "user", "content": first}]
     reply = case.llm.chat(messages, template="v1", **options)
     assert reply.text == chat.messages[1]["content"]
 
@@ -283,8 +285,9 @@ def runner_of(llm: Mistral) -> str | None:
 def check_graphs(case: Case) -> None:
     """Captured steps give what the same steps give one by one, to the bit."""
     graphs = case.load()
-    expected = "Graph" in (runner_of(graphs) or "Graph")
-    assert expected, f"steps are run by {runner_of(graphs)}, expected captured ones"
+    # A dry run, without a GPU, has no graphs and compares steps with themselves.
+    expected = "GraphRunner" if torch.device(case.device).type == "cuda" else "Runner"
+    assert runner_of(graphs) == expected, f"steps are run by {runner_of(graphs)}"
     prompts = [case.ids[:21], case.ids[30:31], case.ids[: len(case.ids) // 2]]
     options = {"max_tokens": 20, "ignore_eos": True, "logprobs": 1}
     drawn = {"temperature": 1.0, "seed": 4, "repetition_penalty": 1.2, "logit_bias": {5: 2.0}}

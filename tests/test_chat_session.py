@@ -49,9 +49,10 @@ def test_a_turn_reads_only_what_is_new(llm):
         before = len(chat.ids)
         list(chat.send(turn, **OPTIONS, logit_bias=dict.fromkeys(words, 100.0)))
         # All of the prompt but the conversation so far, whose last token was sampled, not read.
-        # But no fewer than the least piece of a prompt.
-        unread = len(chat.prompt_ids) - max(before - 1, 0)
-        assert chat.completion.timing.prompt_tokens == max(unread, min(32, len(chat.prompt_ids)))
+        # Pieces of fewer than 32 tokens are neither read nor reused.
+        cached = min(before - 1, len(chat.prompt_ids) - 32)
+        assert chat.completion.timing.cached_tokens == (cached if cached >= 32 else 0)
+    assert chat.completion.timing.cached_tokens > 0
 
 
 def test_a_reply_broken_off_stays_in_the_conversation(llm):

@@ -95,7 +95,7 @@ def test_ops_in_your_model(run):
     x = given["tokens"]
     normed = reference.rms_norm(x, given["norm"], 1e-5)
     q, k, v = ((normed @ given[w].T).unflatten(1, (-1, given["D"])) for w in ("wq", "wk", "wv"))
-    q, k = (reference.rotate(a, torch.arange(len(x)), 1e4) for a in (q, k))
+    q, k = (reference.rotate(a, torch.arange(len(x)), given["turns"]) for a in (q, k))
     h = x + reference.attention(q, k, v, given["WINDOW"]).flatten(1) @ given["wo"].T
     normed = reference.rms_norm(h, given["norm"], 1e-5)
     h = h + reference.swiglu(normed @ given["gate"].T, normed @ given["up"].T) @ given["down"].T

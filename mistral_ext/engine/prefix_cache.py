@@ -87,7 +87,7 @@ class PrefixCache:
         """The longest beginning of a sequence's prompt, among what is kept and what is running."""
         request = sequence.request
         most = sequence.prompt_length - LEAST_PIECE
-        if most <= 0 or request.prompt_logits or request.chunk is not None:
+        if most < LEAST_PIECE or request.prompt_logits or request.chunk is not None:
             return None
         entries = [*self._entries]
         for other in running:
@@ -99,8 +99,8 @@ class PrefixCache:
             reusable = entry.extent.length if request.reuse_completions else entry.exact
             common = common_length(entry.ids, sequence.ids, min(reusable, sequence.prompt_length))
             length = min(common, most)
-            if length <= (best.length if best else 0):
-                continue
+            if length < LEAST_PIECE or (best and length <= best.length):
+                continue  # a few tokens are read again as fast as they are copied
             if self._pool.can_rewind(entry.extent, length):
                 best = Match(
                     entry.extent,

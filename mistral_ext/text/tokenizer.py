@@ -225,8 +225,8 @@ _NO_FIRST_SPACE = b"\x1a\x02\x18\x00"
 def _read_sentencepiece(path: Path) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
+    refuse_lfs_pointer(path)
     try:
-        refuse_lfs_pointer(path)
         model = path.read_bytes()
         processor = SentencePieceProcessor(model_file=str(path))
         continuing = SentencePieceProcessor(model_proto=model + _NO_FIRST_SPACE)
@@ -307,8 +307,8 @@ def _add(
 
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
+    refuse_lfs_pointer(path)
     try:
-        refuse_lfs_pointer(path)
         data = json.loads(path.read_text(encoding="utf-8"))
         model = data["model"]
         kind, byte_fallback = model.get("type"), model.get("byte_fallback")
