@@ -29,7 +29,7 @@ from mistral_ext.weights.quantize import DEFAULT_GROUP
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 ELEMENT = 2  # bytes of an activation, key or value
-NORMALISED_BY_PRODUCTS = 16  # tokens: kNormTokens of csrc/cuda/linear_kernel.cuh
+NORMALISED_BY_PRODUCTS = 16  # tokens: kNormTokens of csrc/cuda/linear/gemv.cuh
 H200_BANDWIDTH = 4.3e12  # bytes/s of a copy, read and written
 H200_MATRIX = 788e12  # FLOP/s
 

@@ -5,7 +5,7 @@
 
 #include "tensor.h"
 #ifdef MISTRAL_CUDA
-#include "../csrc/cuda/status.h"
+#include "../csrc/cuda/common/status.h"
 #endif
 
 namespace mistral::python {

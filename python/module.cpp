@@ -7,7 +7,7 @@
 #include "ops.h"
 #ifdef MISTRAL_CUDA
 #include "../csrc/attention.h"
-#include "../csrc/cuda/device.h"
+#include "../csrc/cuda/common/device.h"
 #endif
 
 namespace py = pybind11;

@@ -6,7 +6,7 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
 endif()
-set(root ${CMAKE_CURRENT_LIST_DIR}/..)
+include(${CMAKE_CURRENT_LIST_DIR}/../csrc/sources.cmake)
 
 option(EMULATOR_SANITIZE "With AddressSanitizer, which then has to be preloaded into Python" OFF)
 if(EMULATOR_SANITIZE)

@@ -19,8 +19,8 @@ for folder in $(python -m pybind11 --includes); do
 done
 
 # Of the two headers that the emulator has stand-ins for, this is the one that calls the runtime.
-g++ -x c++ "${flags[@]}" -include csrc/cuda/runtime.cuh /dev/null
-for source in csrc/cuda/*.cu python/*.cpp; do
+g++ -x c++ "${flags[@]}" -include csrc/cuda/common/runtime.cuh /dev/null
+for source in csrc/cuda/*.cu csrc/cuda/*/*.cu python/*.cpp; do
   echo "$source, with CUDA $oldest"
-  g++ -x c++ "${flags[@]}" -I tests/emulator/include -I csrc/cuda "$source"
+  g++ -x c++ "${flags[@]}" -I tests/emulator/include -I csrc/cuda/common "$source"
 done

@@ -284,13 +284,13 @@ MISUSES = {
     34: "lane .* leaves the kernel without a wgmma_wait for this",
     35: "lane .* leaves the kernel without a wgmma_settle for the results of this",
     36: "not all lanes have called wgmma_settle",
-    37: "wgmma_settle without a wgmma_wait for the product at primitives_hopper.cu:",
+    37: "wgmma_settle without a wgmma_wait for the product at primitives_sm90.cu:",
 }
 
 
 @pytest.mark.parametrize("way", MISUSES)
 def test_misuse_is_refused(hopper, way):
-    """Of primitives_hopper.cu, where they are counted; way 18 is none."""
+    """Of primitives_sm90.cu, where they are counted; way 18 is none."""
     x, out = torch.zeros(16, 64, dtype=torch.int16), torch.full((160,), NAN)
     if MISUSES[way] is None:
         assert run(hopper, "misuse", x, out, way).eq(0).all()

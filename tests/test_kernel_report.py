@@ -53,7 +53,7 @@ def assert_no_warnings(cubins):
 
 
 def assert_no_local_memory(usages):
-    """No spills and no arrays; and shared memory is dynamic: see csrc/cuda/runtime.cuh."""
+    """No spills and no arrays; and shared memory is dynamic: see csrc/cuda/common/runtime.cuh."""
     for usage in usages:
         memory = usage.stack, usage.spill_stores, usage.spill_loads, usage.shared
         assert memory == (0, 0, 0, 0), usage

@@ -2,7 +2,7 @@
 
     python tools/kernel_report.py
 
-Compiles csrc/cuda/*.cu with nvcc (CUDACXX, or the one on PATH) for every architecture.
+Compiles the kernels in csrc/cuda with nvcc (CUDACXX, or the one on PATH) for every architecture.
 tests/test_kernel_report.py compares the file with the kernels as they are. Shared memory is what
 a kernel declares itself; what it is launched with comes on top. A report names the compiler,
 because another version allocates registers differently.
@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "kernel_report.txt"
 CUBINS = ROOT / "build" / "cubins"
-HOPPER = "90a"  # the architecture of files that are called *_hopper.cu, and no other's
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{ROOT / 'csrc' / 'cuda'}")
+HOPPER = "90a"  # the only architecture of files whose names end in _sm90
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{ROOT / 'csrc' / 'cuda' / 'common'}")
 
 
 @dataclass(frozen=True, order=True)
@@ -77,7 +77,7 @@ def compile_kernels(nvcc: str) -> list[Cubin]:
     RuntimeError with the compiler's words if a file does not compile.
     """
     csrc = ROOT / "csrc"
-    headers = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("cuda/*.cuh")])
+    headers = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/**/*.h"), *csrc.glob("cuda/**/*.cuh")])
     shared = hashlib.sha256(nvcc_version(nvcc).encode())
     for header in headers:
         shared.update(header.read_bytes())
@@ -96,12 +96,12 @@ def compile_kernels(nvcc: str) -> list[Cubin]:
             [nvcc, f"-arch=sm_{arch}", "--resource-usage", "-cubin", ptx, "-o", code],
         )
 
-    sources = sorted(csrc.glob("cuda/*.cu"))
+    sources = sorted(csrc.glob("cuda/**/*.cu"))
     jobs = [
         (source, arch)
         for source in sources
         for arch in architectures()
-        if arch == HOPPER or not source.stem.endswith("_hopper")
+        if arch == HOPPER or not source.stem.endswith("_sm90")
     ]
     with _alone(), ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda job: compile_one(*job), jobs))

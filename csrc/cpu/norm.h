@@ -2,7 +2,7 @@
 // squares (with a residual, also to add and store it), once to scale.
 #pragma once
 
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 

@@ -4,7 +4,7 @@
 #include "kernels.h"
 #include "norm.h"
 #include "parallel.h"
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {

@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 #include "parallel.h"
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../ring.h"
-#include "vec.cuh"
+#include "common/vec.cuh"
 
 namespace mistral::cuda {
 

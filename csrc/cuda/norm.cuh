@@ -1,7 +1,7 @@
 // What every kernel that normalises does to an element, so that all of them agree.
 #pragma once
 
-#include "vec.cuh"
+#include "common/vec.cuh"
 
 namespace mistral::cuda {
 

@@ -6,10 +6,10 @@
 
 #include <launch.cuh>
 
-#include "element.cuh"
+#include "common/element.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
 #include "norm.cuh"
-#include "reduce.cuh"
-#include "vec.cuh"
 
 namespace mistral::cuda {
 namespace {

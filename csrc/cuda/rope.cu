@@ -7,9 +7,9 @@
 #include <launch.cuh>
 
 #include "append.cuh"
-#include "element.cuh"
+#include "common/element.cuh"
+#include "common/vec.cuh"
 #include "rotation.cuh"
-#include "vec.cuh"
 
 namespace mistral::cuda {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "element.cuh"
+#include "common/element.cuh"
 
 namespace mistral::cuda {
 

@@ -7,8 +7,8 @@
 
 #include <launch.cuh>
 
-#include "reduce.cuh"
-#include "vec.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
 
 namespace mistral::cuda {
 namespace {

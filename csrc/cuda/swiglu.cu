@@ -4,8 +4,8 @@
 
 #include <launch.cuh>
 
-#include "element.cuh"
-#include "vec.cuh"
+#include "common/element.cuh"
+#include "common/vec.cuh"
 
 namespace mistral::cuda {
 namespace {

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../../csrc/cpu/amx.h"
+#include "../../csrc/cpu/simd/amx.h"
 
 namespace mistral::cpu::emulated {
 

@@ -1,5 +1,5 @@
 // What a block has on compute capability 9.0 beyond that of others, and the instructions behind the
-// emulator's ptx_hopper.cuh that are not in a file of their own.
+// emulator's ptx_sm90.cuh that are not in a file of their own.
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,7 @@
 #include <launch.cuh>
 #include <ptx.cuh>
 
-#include "../../csrc/cuda/vec.cuh"
+#include "../../csrc/cuda/common/vec.cuh"
 #include "test_kernels.h"
 
 namespace mistral::cuda {

@@ -4,7 +4,7 @@
 #include <mutex>
 #include <utility>
 
-#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/common/device.h"
 #include "error.h"
 #include "run.h"
 #include "symbols.h"

@@ -33,7 +33,7 @@ cudaError_t run_shared_stride(const Arguments& a);
 cudaError_t run_uninitialised(const Arguments& a);
 cudaError_t run_shape(const Arguments& a);
 
-// Primitives of Hopper, primitives_hopper.cu.
+// Primitives of Hopper, primitives_sm90.cu.
 cudaError_t run_tma_2d(const Arguments& a);
 cudaError_t run_tma_3d(const Arguments& a);
 cudaError_t run_tensor_map(const Arguments& a);

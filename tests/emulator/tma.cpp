@@ -4,7 +4,7 @@
 #include <cstring>
 #include <string>
 
-#include "../../csrc/cuda/tensor_map.h"
+#include "../../csrc/cuda/attention/tensor_map_sm90.h"
 #include "block.h"
 #include "instructions.h"
 

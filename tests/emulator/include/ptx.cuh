@@ -1,4 +1,4 @@
-// Stand-in for csrc/cuda/ptx.cuh: the same functions, checked and counted.
+// Stand-in for csrc/cuda/common/ptx.cuh: the same functions, checked and counted.
 #pragma once
 
 #include <cuda_bf16.h>

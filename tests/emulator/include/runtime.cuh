@@ -1,4 +1,4 @@
-// Stand-in for csrc/cuda/runtime.cuh.
+// Stand-in for csrc/cuda/common/runtime.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -4,9 +4,9 @@
 #pragma once
 
 #include <launch.cuh>
-#include <ptx_hopper.cuh>
+#include <ptx_sm90.cuh>
 
-#include "../../../../csrc/cuda/tensor_map.h"
+#include "../../../../csrc/cuda/attention/tensor_map_sm90.h"
 #include "../../test_kernels.h"
 
 namespace mistral::cuda {

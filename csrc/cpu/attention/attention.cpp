@@ -1,0 +1,229 @@
+// A task owns query rows of one key/value head of one sequence: row r is query head r mod G of
+// token r / G, so that the heads of a group share every key and value that is loaded. It walks the
+// keys that any of its rows sees: the history, which lies in the ring, then the chunk.
+//
+// Many rows, a prompt's, are divided among tasks. Few rows, those of one token or of some, are not:
+// instead the keys are, in segments, whose results are merged at the end. Where a segment begins
+// depends on its sequence alone, so neither the number of threads nor the rest of the batch changes
+// a bit.
+#include "../../attention.h"
+
+#include "../append.h"
+#include "../kernels.h"
+#include "../parallel.h"
+#include "decode.h"
+#include "prefill.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+namespace {
+
+constexpr int64_t kFewRows = DecodeRows<float>::kRows;
+constexpr int64_t kSegment = 1024;  // keys
+
+// What one sequence's work is divided into, for each key/value head.
+struct Division {
+  int64_t rows;      // query rows, all in one task if they are few
+  int64_t blocks;    // of rows
+  int64_t segments;  // of keys
+  int64_t partials;  // floats that the segments' results take, of all heads
+
+  Division(const AttentionParams& p, const Sequence& s) {
+    rows = s.count * (p.heads / p.kv_heads);
+    const int64_t keys = s.position + s.count - window_begin(s.position, p.window);
+    const bool few = rows <= kFewRows;
+    blocks = few ? mistral::min(rows, 1) : ceil_div(rows, PrefillRows<float>::kRows);
+    segments = few ? ceil_div(keys, kSegment) : 1;
+    partials = segments > 1 ? p.kv_heads * segments * blocks * rows * (p.head_dim + 2) : 0;
+  }
+};
+
+// The results of the segments, [Hkv, segments, rows, D + 2]: a row's weighted values, the total to
+// divide them by, and the maximum that both are relative to.
+float* partial_row(const AttentionParams& p, const Division& division, float* partials,
+                   int64_t kv_head, int64_t segment, int64_t row) {
+  const int64_t index = (kv_head * division.segments + segment) * division.rows + row;
+  return partials + index * (p.head_dim + 2);
+}
+
+template <class T>
+T* out_row(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t row) {
+  const int64_t group = p.heads / p.kv_heads;
+  return static_cast<T*>(p.out) + (s.first_token + row / group) * p.stride_out_token +
+         (kv_head * group + row % group) * p.stride_out_head;
+}
+
+// Where the keys and values of a sequence's key/value head are: in its ring those before the chunk,
+// the others in the packed tensors of the call.
+template <class T>
+class Source {
+ public:
+  Source(const AttentionParams& p, const Sequence& s, int64_t kv_head)
+      : s_(s), dim_(p.head_dim), stride_k_(p.stride_k_token), stride_v_(p.stride_v_token) {
+    const int64_t ring = (s.ring_row + kv_head * s.capacity) * dim_;
+    ring_ = {static_cast<const T*>(p.k_pool) + ring, static_cast<const T*>(p.v_pool) + ring};
+    chunk_ = {static_cast<const T*>(p.k) + s.first_token * stride_k_ + kv_head * p.stride_k_head,
+              static_cast<const T*>(p.v) + s.first_token * stride_v_ + kv_head * p.stride_v_head};
+  }
+
+  KeyValue<T> at(int64_t position) const {
+    const int64_t token = position - s_.position;
+    return token < 0 ? of_slot(ring_slot(s_, position)) : of_token(token);
+  }
+
+  // Calls f with the keys at positions [begin, end) in runs whose keys are equally far apart.
+  template <class F>
+  void for_each_run(int64_t begin, int64_t end, const F& f) const {
+    const int64_t history_end = mistral::min(end, s_.position);
+    for (int index = 0; index < 2 && begin < history_end; ++index) {
+      const Run run = ring_run(s_, begin, history_end, index);
+      const KeyValue<T> first = of_slot(run.slot);
+      f(Keys<T>{first.k, first.v, dim_, dim_, run.position, run.count});
+    }
+    const int64_t own = mistral::max(begin, s_.position);
+    const KeyValue<T> first = of_token(own - s_.position);
+    f(Keys<T>{first.k, first.v, stride_k_, stride_v_, own, end - own});
+  }
+
+ private:
+  KeyValue<T> of_slot(int64_t slot) const { return {ring_.k + slot * dim_, ring_.v + slot * dim_}; }
+  KeyValue<T> of_token(int64_t token) const {
+    return {chunk_.k + token * stride_k_, chunk_.v + token * stride_v_};
+  }
+
+  const Sequence& s_;
+  int64_t dim_, stride_k_, stride_v_;
+  KeyValue<T> ring_;   // of slot 0
+  KeyValue<T> chunk_;  // of the chunk's first token
+};
+
+template <class T, class Rows>
+void attend(const AttentionParams& p, const Sequence& s, const Division& division, float* partials,
+            int64_t kv_head, int64_t block, int64_t segment) {
+  const int64_t group = p.heads / p.kv_heads, dim = p.head_dim;
+  const int64_t first_row = block * Rows::kRows;
+  const int64_t count = mistral::min(Rows::kRows, division.rows - first_row);
+  // The last block of rows is filled up with repetitions of the last row.
+  const auto token_of = [&](int64_t row) {
+    return (first_row + mistral::min(row, count - 1)) / group;
+  };
+  const auto position_of = [&](int64_t row) { return s.position + token_of(row); };
+
+  Rows rows;
+  rows.rows = ceil_div(count, kRowBlock) * kRowBlock;
+  rows.clear(dim);
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const int64_t head = kv_head * group + (first_row + mistral::min(row, count - 1)) % group;
+    const T* q = static_cast<const T*>(p.q) + (s.first_token + token_of(row)) * p.stride_q_token +
+                 head * p.stride_q_head;
+    using A = typename Rows::Arithmetic;
+    for (int64_t d = 0; d < dim; d += kStep<A>)
+      A::store(rows.q + row * dim + d, A::load_row(q + d));
+  }
+
+  // What any row sees: [begin, end), of which the part before s.position is in the ring.
+  int64_t begin = window_begin(position_of(0), p.window);
+  int64_t end = position_of(count - 1) + 1;
+  if (division.segments > 1) {
+    begin += segment * kSegment;
+    end = mistral::min(end, begin + kSegment);
+  }
+  const Source<T> source(p, s, kv_head);
+  if constexpr (std::is_same_v<Rows, PrefillRows<T>>) {
+    const auto key_at = [&](int64_t position) { return source.at(position); };
+    rows.attend(begin, end, key_at, dim, p.window, p.scale, position_of);
+  } else {
+    source.for_each_run(begin, end, [&](const Keys<T>& keys) {
+      rows.attend(keys, dim, p.window, p.scale, position_of);
+    });
+  }
+
+  for (int64_t row = 0; row < count; ++row) {
+    const float* sums = rows.out + row * dim;
+    if (division.segments > 1) {
+      float* partial = partial_row(p, division, partials, kv_head, segment, row);
+      for (int64_t d = 0; d < dim; d += Vec::width) store(partial + d, load(sums + d));
+      partial[dim] = rows.total(row);
+      partial[dim + 1] = rows.maximum(row);
+    } else {
+      T* out = out_row<T>(p, s, kv_head, first_row + row);
+      const Vec inverse = broadcast(1.0f / rows.total(row));
+      for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(sums + d) * inverse);
+    }
+  }
+}
+
+template <class T>
+void merge_segments(const AttentionParams& p, const Sequence& s, const Division& division,
+                    float* partials, int64_t kv_head, int64_t row) {
+  const int64_t dim = p.head_dim;
+  const auto partial = [&](int64_t segment) {
+    return partial_row(p, division, partials, kv_head, segment, row);
+  };
+  float maximum = -INFINITY;
+  for (int64_t i = 0; i < division.segments; ++i) maximum = fmaxf(maximum, partial(i)[dim + 1]);
+  float sums[kMaxHeadDim] = {};
+  float total = 0.0f;
+  for (int64_t i = 0; i < division.segments; ++i) {
+    const float factor = expf(partial(i)[dim + 1] - maximum);
+    total += factor * partial(i)[dim];
+    for (int64_t d = 0; d < dim; d += Vec::width) {
+      store(sums + d, fma(broadcast(factor), load(partial(i) + d), load(sums + d)));
+    }
+  }
+  T* out = out_row<T>(p, s, kv_head, row);
+  const Vec inverse = broadcast(1.0f / total);
+  for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(sums + d) * inverse);
+}
+
+}  // namespace
+
+int64_t attention_scratch_bytes(const AttentionParams& p) {
+  int64_t floats = 0;
+  for (int64_t i = 0; i < p.num_sequences; ++i) floats += Division(p, p.sequences[i]).partials;
+  return floats * int64_t{sizeof(float)};
+}
+
+void attention(const AttentionParams& p, int threads) {
+  const auto tasks_of = [&](const Division& d) { return d.blocks * d.segments * p.kv_heads; };
+  int64_t tasks = 0;
+  for (int64_t i = 0; i < p.num_sequences; ++i) tasks += tasks_of(Division(p, p.sequences[i]));
+
+  with_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for(threads, tasks, [&](int64_t task) {
+      const Sequence* s = p.sequences;
+      Division division(p, *s);
+      float* partials = p.partials;
+      while (task >= tasks_of(division)) {
+        task -= tasks_of(division);
+        partials += division.partials;
+        division = Division(p, *++s);
+      }
+      const int64_t kv_head = task % p.kv_heads, part = task / p.kv_heads;
+      if (division.rows <= kFewRows) {
+        attend<T, DecodeRows<T>>(p, *s, division, partials, kv_head, 0, part);
+      } else {
+        attend<T, PrefillRows<T>>(p, *s, division, partials, kv_head, part, 0);
+      }
+    });
+    float* partials = p.partials;
+    for (int64_t i = 0; i < p.num_sequences; ++i) {
+      const Sequence& s = p.sequences[i];
+      const Division division(p, s);
+      if (division.partials > 0) {
+        for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head) {
+          for (int64_t row = 0; row < division.rows; ++row) {
+            merge_segments<T>(p, s, division, partials, kv_head, row);
+          }
+        }
+      }
+      partials += division.partials;
+      for (int64_t token = s.first_token; token < s.first_token + s.count; ++token) {
+        const int64_t position = s.position + token - s.first_token;
+        if (stored_after_attention(s, position, p.window)) append<T>(p, s, token);
+      }
+    }
+  });
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

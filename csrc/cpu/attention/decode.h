@@ -1,0 +1,171 @@
+// Attention of few query rows, those of one decoded token above all: reading the keys and values is
+// the limit. They are multiplied as they come from memory, in blocks that stay in the L1 cache,
+// while the next block is fetched.
+//
+// A vector holds the scores of kRowBlock rows x kGroup keys, [row][key], so that one softmax serves
+// all rows of a block.
+#pragma once
+
+#include "rows.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+template <class T>
+class DecodeRows {
+  using A = typename ArithmeticOf<T>::type;
+  using Element = typename A::Element;
+
+ public:
+  using Arithmetic = A;
+  static constexpr int64_t kRows = 16;
+
+  alignas(64) Element q[kRows * kMaxHeadDim];  // [rows, D]
+  alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], before division by the total
+  int64_t rows;                                // a multiple of kRowBlock
+
+  float maximum(int64_t row) const { return maximum_[row * kGroup]; }
+  float total(int64_t row) const {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < kGroup; ++j) sum += total_[row * kGroup + j];
+    return sum;
+  }
+
+  void clear(int64_t dim) {
+    for (int64_t i = 0; i < rows * dim; ++i) out[i] = 0.0f;
+    for (int64_t i = 0; i < rows * kGroup; ++i) {
+      maximum_[i] = -INFINITY;
+      total_[i] = 0.0f;
+    }
+  }
+
+  // Attends all rows, whose positions are position_of(row), to `keys`.
+  template <class PositionOf>
+  void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
+              const PositionOf& position_of) {
+    for (int64_t first = 0; first < keys.count; first += kKeys) {
+      const int64_t count = mistral::min(kKeys, keys.count - first);
+      const int64_t position = keys.position + first;
+      const T* k = keys.k + first * keys.stride_k;
+      const T* v = keys.v + first * keys.stride_v;
+      for (int64_t row = 0; row < rows; row += kRowBlock) {
+        score(k, keys.stride_k, count, row, dim);
+        for (int64_t r = 0; r < kRowBlock; ++r) {
+          const int64_t own = position_of(row + r);
+          hide(r, window_begin(own, window) - position, mistral::min(count, own + 1 - position));
+        }
+        fold(row, scale);
+        accumulate(v, keys.stride_v, count, row, dim);
+      }
+    }
+  }
+
+ private:
+  // Of a block: at D = 128 in bf16 a page each of keys and values. Larger ones were slower.
+  static constexpr int64_t kKeys = 16;
+  static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
+  static constexpr int64_t kLanes = kRowBlock * kGroup;
+
+  // Where row r's score or probability of a key is.
+  static int64_t index(int64_t r, int64_t key) {
+    return key / kGroup * kLanes + r * kGroup + key % kGroup;
+  }
+
+  // scores = q k^T. Keys past the last repeat it: their scores are hidden.
+  //
+  // The next block is fetched in the order of addresses, though rows are read side by side: the
+  // processor's own prefetchers then join in, which is worth 15 %. In a ring it follows this block;
+  // a chunk's keys may be further apart, but those that few rows can have make one block.
+  void score(const T* k, int64_t stride, int64_t count, int64_t row, int64_t dim) {
+    const T* next = k + kKeys * dim;
+    for (int64_t key = 0; key < count; key += kGroup) {
+      prefetch(next + key * dim, kGroup * dim);
+      const T* keys[kGroup];
+      for (int64_t j = 0; j < kGroup; ++j) keys[j] = k + mistral::min(key + j, count - 1) * stride;
+      Vec partial[kLanes];
+      for (Vec& lanes : partial) lanes = broadcast(0.0f);
+      for (int64_t d = 0; d < dim; d += kStep<A>) {
+        typename A::Operand x[kGroup];
+        for (int64_t j = 0; j < kGroup; ++j) x[j] = A::load_row(keys[j] + d);
+        for (int64_t r = 0; r < kRowBlock; ++r) {
+          const auto y = A::load(q + (row + r) * dim + d);
+          for (int64_t j = 0; j < kGroup; ++j) {
+            partial[r * kGroup + j] = A::multiply_add(x[j], y, partial[r * kGroup + j]);
+          }
+        }
+      }
+      for (int64_t i = 0; i < kLanes; i += Vec::width) {
+        store(scores_ + key * kRowBlock + i, sums(partial + i));
+      }
+    }
+  }
+
+  // Row r sees the keys [begin, end) of the block.
+  void hide(int64_t r, int64_t begin, int64_t end) {
+    for (int64_t key = 0; key < mistral::min(begin, kKeys); ++key) {
+      scores_[index(r, key)] = -INFINITY;
+    }
+    for (int64_t key = mistral::max(end, 0); key < kKeys; ++key) {
+      scores_[index(r, key)] = -INFINITY;
+    }
+  }
+
+  // Folds the scores into the running softmax. Leaves the probabilities, relative to the running
+  // maximum, and the factors that bring the rows' earlier sums to it.
+  void fold(int64_t row, float scale) {
+    for (int64_t i = 0; i < kLanes; i += Vec::width) {
+      float* maximum = maximum_ + row * kGroup + i;
+      float* total = total_ + row * kGroup + i;
+      const Vec before = load(maximum);
+      Vec highest = before;
+      for (int64_t j = i; j < kKeys * kRowBlock; j += kLanes) {
+        highest = vmax(highest, load(scores_ + j) * broadcast(scale));
+      }
+      highest = largest_of_quarter(highest);
+      const Vec base = finite(highest), factor = exp(before - base);
+      Vec sum = load(total) * factor;
+      for (int64_t j = i; j < kKeys * kRowBlock; j += A::kDepth * kLanes) {
+        Vec p[A::kDepth];
+        for (int64_t n = 0; n < A::kDepth; ++n) {
+          p[n] = exp(load(scores_ + j + n * kLanes) * broadcast(scale) - base);
+          sum = sum + p[n];
+        }
+        A::store(probabilities_ + j, A::convert(p));
+      }
+      store(maximum, highest);
+      store(total, sum);
+      store(factors_ + i, factor);
+    }
+  }
+
+  // out = factor * out + p v. An odd last value is paired with itself: the second probability is 0.
+  void accumulate(const T* v, int64_t stride, int64_t count, int64_t row, int64_t dim) {
+    const T* next = v + kKeys * dim;
+    add_weighted<A>(
+        count, dim,
+        [&](int64_t key, int64_t d, auto& columns) {
+          constexpr int64_t M = sizeof columns / sizeof columns[0];
+          prefetch(next, A::kDepth * M * Vec::width);
+          next += A::kDepth * M * Vec::width;
+          const T* values[A::kDepth];
+          for (int64_t i = 0; i < A::kDepth; ++i) {
+            values[i] = v + mistral::min(key + i, count - 1) * stride + d;
+          }
+          for (int64_t m = 0; m < M; m += A::kDepth) {
+            A::load_columns(values, columns + m);
+            for (const T*& value : values) value += kStep<A>;
+          }
+        },
+        [&](int64_t r, int64_t key) { return probabilities_ + index(r, key); },
+        [&](int64_t r) { return factors_[r * kGroup]; }, out + row * dim);
+  }
+
+  // One lane for each row and place in a group, like a vector of scores. Maxima and factors are the
+  // same in all lanes of a row, and its total is their sum.
+  alignas(64) float maximum_[kRows * kGroup];
+  alignas(64) float total_[kRows * kGroup];
+  alignas(64) float factors_[kLanes];
+  alignas(64) float scores_[kKeys * kRowBlock];
+  alignas(64) Element probabilities_[kKeys * kRowBlock];
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

@@ -1,0 +1,193 @@
+// Attention of many query rows: arithmetic is the limit. A tile of keys and values is rearranged
+// once for all rows, so that nothing is summed across the lanes of a vector: both products weight
+// rows of a matrix, the transposed keys or the values, with single numbers, those of q or the
+// probabilities.
+//
+// Tiles begin at multiples of kKeys, counted from position 0, wherever the chunk begins and whether
+// a key lies in the ring or in the chunk. A row's sums then have the same order however a prompt is
+// cut into chunks, and its result has the same bits.
+#pragma once
+
+#include "rows.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+template <class T>
+class PrefillRows {
+  using A = typename ArithmeticOf<T>::type;
+  using Element = typename A::Element;
+
+ public:
+  using Arithmetic = A;
+  static constexpr int64_t kRows = 64;
+
+  alignas(64) Element q[kRows * kMaxHeadDim];  // [rows, D]
+  alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], before division by the total
+  int64_t rows;                                // a multiple of kRowBlock
+
+  float maximum(int64_t row) const { return maximum_[row]; }
+  float total(int64_t row) const { return total_[row]; }
+
+  void clear(int64_t dim) {
+    for (int64_t i = 0; i < rows * dim; ++i) out[i] = 0.0f;
+    for (int64_t row = 0; row < rows; ++row) {
+      maximum_[row] = -INFINITY;
+      total_[row] = 0.0f;
+    }
+  }
+
+  // Attends all rows, whose positions are position_of(row), to the keys at positions [begin, end).
+  // key_at(position) points to a key and its value.
+  template <class KeyAt, class PositionOf>
+  void attend(int64_t begin, int64_t end, const KeyAt& key_at, int64_t dim, int64_t window,
+              float scale, const PositionOf& position_of) {
+    Tile tile, next;
+    const int64_t first = begin - begin % kKeys;
+    find_keys(first, begin, end, key_at, tile);
+    for (int64_t position = first; position < end; position += kKeys, tile = next) {
+      const int64_t count = mistral::min(kKeys, end - position);
+      find_keys(position + kKeys, begin, end, key_at, next);
+      pack_keys(tile, next, count, dim);
+      for (int64_t row = 0; row < rows; row += kRowBlock) score(row, count, dim);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t own = position_of(row);
+        hide(row, window_begin(own, window) - position, mistral::min(count, own + 1 - position));
+        fold(row, scale);
+      }
+      pack_values(tile, next, count, dim);
+      for (int64_t row = 0; row < rows; row += kRowBlock) accumulate(row, count, dim);
+    }
+  }
+
+ private:
+  static constexpr int64_t kKeys = 32 * A::kDepth;  // of a tile, which has to fit the L1 cache
+
+  struct Tile {
+    KeyValue<T> keys[kKeys];
+  };
+
+  // Positions outside [begin, end) stand for the nearest one inside: their scores are hidden.
+  template <class KeyAt>
+  static void find_keys(int64_t position, int64_t begin, int64_t end, const KeyAt& key_at,
+                        Tile& tile) {
+    for (int64_t i = 0; i < kKeys; ++i) {
+      tile.keys[i] = key_at(mistral::min(mistral::max(position + i, begin), end - 1));
+    }
+  }
+
+  // Packs the keys of a tile and fetches those of the next.
+  void pack_keys(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
+    for (int64_t key = 0; key < count; key += Vec::width) {
+      for (int64_t i = 0; i < Vec::width; ++i) prefetch(next.keys[key + i].k, dim);
+      for (int64_t d = 0; d < dim; d += kStep<A>) {
+        typename A::Operand square[Vec::width];
+        for (int64_t i = 0; i < Vec::width; ++i) square[i] = A::load_row(tile.keys[key + i].k + d);
+        transpose(square);
+        for (int64_t i = 0; i < Vec::width; ++i) {
+          A::store(k_ + (d + i * A::kDepth) * kKeys + key * A::kDepth, square[i]);
+        }
+      }
+    }
+  }
+
+  // An odd last value is paired with itself: the second probability is 0.
+  void pack_values(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
+    for (int64_t key = 0; key < count; key += A::kDepth) {
+      const T* values[A::kDepth];
+      for (int64_t i = 0; i < A::kDepth; ++i) {
+        values[i] = tile.keys[key + i].v;
+        prefetch(next.keys[key + i].v, dim);
+      }
+      for (int64_t d = 0; d < dim; d += kStep<A>) {
+        typename A::Operand columns[A::kDepth];
+        A::load_columns(values, columns);
+        for (int64_t i = 0; i < A::kDepth; ++i) {
+          A::store(v_ + key * dim + d * A::kDepth + i * kStep<A>, columns[i]);
+          values[i] += kStep<A>;
+        }
+      }
+    }
+  }
+
+  // scores = q k^T for kRowBlock rows
+  void score(int64_t row, int64_t count, int64_t dim) {
+    constexpr int64_t M = mistral::min(kKeys / Vec::width, kColumnVectors);
+    for (int64_t key = 0; key < count; key += M * Vec::width) {
+      Vec sums[kRowBlock][M];
+      for (auto& of_row : sums) {
+        for (Vec& sum : of_row) sum = broadcast(0.0f);
+      }
+      for (int64_t d = 0; d < dim; d += A::kDepth) {
+        typename A::Operand keys[M];
+        for (int64_t m = 0; m < M; ++m) {
+          keys[m] = A::load(k_ + d * kKeys + key * A::kDepth + m * kStep<A>);
+        }
+        for (int64_t r = 0; r < kRowBlock; ++r) {
+          const auto x = A::splat(q + (row + r) * dim + d);
+          for (int64_t m = 0; m < M; ++m) sums[r][m] = A::multiply_add(x, keys[m], sums[r][m]);
+        }
+      }
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        for (int64_t m = 0; m < M; ++m) {
+          store(scores_ + (row + r) * kKeys + key + m * Vec::width, sums[r][m]);
+        }
+      }
+    }
+  }
+
+  // The row sees the keys [begin, end) of the tile.
+  void hide(int64_t row, int64_t begin, int64_t end) {
+    float* scores = scores_ + row * kKeys;
+    for (int64_t j = 0; j < mistral::min(begin, kKeys); ++j) scores[j] = -INFINITY;
+    for (int64_t j = mistral::max(end, 0); j < kKeys; ++j) scores[j] = -INFINITY;
+  }
+
+  // Folds a row's scores into its running softmax. Leaves the probabilities, relative to the
+  // running maximum, and the factor that brings the row's earlier sums to it.
+  void fold(int64_t row, float scale) {
+    const float* scores = scores_ + row * kKeys;
+    Vec highest = broadcast(maximum_[row]);
+    for (int64_t j = 0; j < kKeys; j += Vec::width) {
+      highest = vmax(highest, load(scores + j) * broadcast(scale));
+    }
+    const float maximum = largest(highest);
+    const Vec base = finite(broadcast(maximum));
+    Vec total = broadcast(0.0f);
+    for (int64_t j = 0; j < kKeys; j += kStep<A>) {
+      Vec p[A::kDepth];
+      for (int64_t n = 0; n < A::kDepth; ++n) {
+        p[n] = exp(load(scores + j + n * Vec::width) * broadcast(scale) - base);
+        total = total + p[n];
+      }
+      A::store(probabilities_ + row * kKeys + j, A::convert(p));
+    }
+    factors_[row] = largest(exp(broadcast(maximum_[row]) - base));
+    maximum_[row] = maximum;
+    total_[row] = total_[row] * factors_[row] + sum(total);
+  }
+
+  // out = factor * out + p v for kRowBlock rows
+  void accumulate(int64_t row, int64_t count, int64_t dim) {
+    add_weighted<A>(
+        count, dim,
+        [&](int64_t key, int64_t d, auto& columns) {
+          const Element* values = v_ + key * dim + d * A::kDepth;
+          for (auto& column : columns) {
+            column = A::load(values);
+            values += kStep<A>;
+          }
+        },
+        [&](int64_t r, int64_t key) { return probabilities_ + (row + r) * kKeys + key; },
+        [&](int64_t r) { return factors_[row + r]; }, out + row * dim);
+  }
+
+  alignas(64) Element k_[kKeys * kMaxHeadDim];  // [D / kDepth, kKeys, kDepth]
+  alignas(64) Element v_[kKeys * kMaxHeadDim];  // [kKeys / kDepth, D, kDepth]
+  alignas(64) float scores_[kRows * kKeys];     // [rows, kKeys]
+  alignas(64) Element probabilities_[kRows * kKeys];
+  float maximum_[kRows];
+  float total_[kRows];
+  float factors_[kRows];
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

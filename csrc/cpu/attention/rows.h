@@ -1,0 +1,79 @@
+// What the attention kernels for few and for many query rows share.
+//
+// Both keep, for each row, the running maximum of its scores and, relative to it, the sums of the
+// probabilities and of the weighted values: the online softmax.
+#pragma once
+
+#include "../simd/arithmetic.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+constexpr int64_t kRowBlock = 4;  // query rows that are multiplied at once
+// Vectors of columns that are multiplied with them: as many sums as the registers hold.
+constexpr int64_t kColumnVectors = Vec::width == 16 ? 4 : 2;
+
+// A row that has seen no key yet has the maximum -inf. Any finite value in its place gives the
+// probability exp(-inf) = 0 where inf - inf would be NaN.
+MISTRAL_SIMD Vec finite(Vec maximum) { return vmax(maximum, broadcast(-3e38f)); }
+
+// Keys and values of consecutive positions, `stride` elements apart.
+template <class T>
+struct Keys {
+  const T* k;
+  const T* v;
+  int64_t stride_k;
+  int64_t stride_v;
+  int64_t position;  // of the first
+  int64_t count;
+};
+
+// One key and its value.
+template <class T>
+struct KeyValue {
+  const T* k;
+  const T* v;
+};
+
+template <class T>
+MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + i);
+}
+
+// out = factor * out + weights * values, for kRowBlock rows and M vectors of columns from d on.
+// weights(r, key) points to row r's weights of kDepth keys from this one on, values(key, d,
+// columns) loads M vectors of their values, factor(r) is the row's.
+template <int64_t M, class A, class Values, class Weights, class Factor>
+MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
+                                       const Weights& weights, const Factor& factor, float* out) {
+  Vec sums[kRowBlock][M];
+  for (int64_t r = 0; r < kRowBlock; ++r) {
+    for (int64_t m = 0; m < M; ++m) {
+      sums[r][m] = load(out + r * dim + d + m * Vec::width) * broadcast(factor(r));
+    }
+  }
+  for (int64_t key = 0; key < keys; key += A::kDepth) {
+    typename A::Operand columns[M];
+    values(key, d, columns);
+    for (int64_t r = 0; r < kRowBlock; ++r) {
+      const auto weight = A::splat(weights(r, key));
+      for (int64_t m = 0; m < M; ++m) sums[r][m] = A::multiply_add(weight, columns[m], sums[r][m]);
+    }
+  }
+  for (int64_t r = 0; r < kRowBlock; ++r) {
+    for (int64_t m = 0; m < M; ++m) store(out + r * dim + d + m * Vec::width, sums[r][m]);
+  }
+}
+
+// The same for all columns.
+template <class A, class Values, class Weights, class Factor>
+MISTRAL_SIMD void add_weighted(int64_t keys, int64_t dim, const Values& values,
+                               const Weights& weights, const Factor& factor, float* out) {
+  constexpr int64_t M = kColumnVectors;
+  int64_t d = 0;
+  for (; d + M * Vec::width <= dim; d += M * Vec::width) {
+    add_weighted_columns<M, A>(keys, dim, d, values, weights, factor, out);
+  }
+  if (d < dim) add_weighted_columns<M / 2, A>(keys, dim, d, values, weights, factor, out);
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

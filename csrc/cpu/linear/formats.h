@@ -1,0 +1,143 @@
+// How the linear kernels read weights of each format.
+#pragma once
+
+#include "../../linear.h"
+#include "../simd/arithmetic.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// Rows of activations and of unpacked weights are padded with zeros to a multiple of this, a whole
+// number of chunks of every format.
+constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
+constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
+
+// Consecutive rows of one part of the weights, in any format.
+struct WeightRows {
+  const char* values;
+  const bf16* scales;
+  int64_t inputs;      // K
+  int64_t row_bytes;   // of the values of a row
+  int64_t row_scales;  // scales of a row
+  int group_log2 = 7;  // of int4: of the values that share a scale, 5 to 7
+
+  WeightRows from(int64_t row) const {
+    WeightRows rows = *this;
+    rows.values += row * row_bytes;
+    if (scales) rows.scales += row * row_scales;
+    return rows;
+  }
+};
+
+// A chunk is what the kernel for few tokens takes of a row at a time: kValues values in kVectors
+// operands, which multiply activations in the order of k_at.
+
+template <class A, class T>
+struct PlainChunk {
+  using Arithmetic = A;
+  static constexpr int64_t kVectors = mistral::max(1, 64 / (kStep<A> * int64_t{sizeof(T)}));
+  static constexpr int64_t kValues = kVectors * kStep<A>;
+  static constexpr bool kGrouped = false;
+
+  static constexpr int64_t bytes(int64_t values) { return values * int64_t{sizeof(T)}; }
+  static int64_t k_at(int64_t position) { return position; }
+
+  void take(const char* values) { values_ = reinterpret_cast<const T*>(values); }
+  typename A::Operand operand(int64_t i) const { return load_as(values_ + i * kStep<A>, A{}); }
+
+ private:
+  static Vec load_as(const T* p, Fp32) { return load(p); }
+#if defined(__AVX512BF16__)
+  static Pairs load_as(const bf16* p, Bf16) { return load_pairs(p); }
+#endif
+
+  const T* values_;
+};
+
+template <class A>
+struct Int8Chunk {
+  using Arithmetic = A;
+  static constexpr int64_t kValues = 64;
+  static constexpr int64_t kVectors = kValues / kStep<A>;
+  static constexpr bool kGrouped = false;
+
+  static constexpr int64_t bytes(int64_t values) { return values; }
+  static int64_t k_at(int64_t position) { return position; }
+
+  void take(const char* values) { values_ = reinterpret_cast<const int8_t*>(values); }
+  typename A::Operand operand(int64_t i) const {
+    Vec x[A::kDepth];
+    for (int64_t d = 0; d < A::kDepth; ++d) x[d] = load(values_ + i * kStep<A> + d * Vec::width);
+    return A::convert(x);
+  }
+
+ private:
+  const int8_t* values_;
+};
+
+// A word in each lane; operand i holds value i of every word.
+struct Int4Chunk {
+  using Arithmetic = Fp32;
+  static constexpr int64_t kVectors = 8;
+  static constexpr int64_t kValues = 8 * Vec::width;
+  static constexpr bool kGrouped = true;
+
+  static constexpr int64_t bytes(int64_t values) { return values / 2; }
+  static int64_t k_at(int64_t position) {
+    const int64_t within = position % kValues;
+    return position - within + within % Vec::width * 8 + within / Vec::width;
+  }
+
+  void take(const char* words) { words_ = load_words(words); }
+  Vec operand(int64_t i) const { return int4_value(words_, static_cast<int>(i)); }
+
+ private:
+  Words words_;
+};
+
+#if defined(__AVX512BF16__)
+
+// Operand i holds the pair (2 i, 2 i + 1) of every word.
+struct Int4PairsChunk {
+  using Arithmetic = Bf16;
+  static constexpr int64_t kVectors = 4;
+  static constexpr int64_t kValues = 8 * Vec::width;
+  static constexpr bool kGrouped = true;
+
+  static constexpr int64_t bytes(int64_t values) { return values / 2; }
+  static int64_t k_at(int64_t position) {
+    const int64_t within = position % kValues, lane = within / 2 % Vec::width;
+    return position - within + 8 * lane + within / kStep<Bf16> * 2 + within % 2;
+  }
+
+  void take(const char* words) { words_ = load_words(words); }
+  Pairs operand(int64_t i) const { return int4_pair(words_, static_cast<int>(i)); }
+
+ private:
+  Words words_;
+};
+
+#endif
+
+// The chunks of a format for activations of type T.
+template <WeightFormat format, class T>
+struct ChunkOf;
+template <class T>
+struct ChunkOf<WeightFormat::plain, T> {
+  using type = PlainChunk<typename ArithmeticOf<T>::type, T>;
+};
+template <class T>
+struct ChunkOf<WeightFormat::int8, T> {
+  using type = Int8Chunk<typename ArithmeticOf<T>::type>;
+};
+template <class T>
+struct ChunkOf<WeightFormat::int4, T> {
+  using type = Int4Chunk;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct ChunkOf<WeightFormat::int4, bf16> {
+  using type = Int4PairsChunk;
+};
+#endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA

@@ -1,0 +1,108 @@
+// The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2
+// tiles. Unpacked weights are operand a as they are, packed activations operand b.
+//
+// Feeding the tiles is what limits it. A product takes 16 cycles and a load 8, from the L1 cache:
+// with 4 loads for 4 products, half of the time. So the weights of a block (24 KB) stay in L1, of
+// 48 KB, beside activations of two vectors (8 KB), and what comes next of these and of the sums is
+// fetched between the products. The activations of a block (128 KB) and the sums of a task (576 KB)
+// stay in L2, of 2 MB.
+#pragma once
+
+#include "../simd/amx.h"
+#include "formats.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+struct AmxTile {
+  using Element = bf16;
+  static constexpr int64_t kDepth = 2;
+  static constexpr int64_t kBlockDepth = 128;
+  // So many tokens that unpacking a block of weights is a small part of the work, and rows that
+  // fetching its activations is.
+  static constexpr int64_t kBlockTokens = 512;
+  static constexpr int64_t kBlockRows = 96;
+  static constexpr int64_t kTaskRows = 3 * kBlockRows;
+  static constexpr int64_t kVectors = 2;
+  static constexpr int rows(int) { return 2 * kTileRows; }
+
+  // While it lives, its thread may use tiles.
+  struct Setup {
+    Setup() {
+      static constexpr TileConfig config = whole_tiles();
+      tile_configure(config);
+    }
+    ~Setup() { tile_release(); }
+    Setup(const Setup&) = delete;
+    Setup& operator=(const Setup&) = delete;
+  };
+
+  // As VectorTile::multiply, but sums run over all blocks: an instruction adds 32 products that it
+  // has summed on their own. Not inlined: there, GCC 12 runs out of registers for addresses.
+  template <int R, int M>
+  [[gnu::noinline]] static void multiply(const bf16* all_weights, int64_t row, const bf16* x,
+                                         int64_t stride_x, int64_t depth, bool first,
+                                         float* all_sums) {
+    static_assert(R == 2 * kTileRows && Vec::width == kTileRows, "");
+    constexpr int64_t kTileDepth = kTileRowBytes / int64_t{sizeof(bf16)};
+    constexpr int64_t kStride = kBlockDepth * int64_t{sizeof(bf16)};  // of rows of weights
+    constexpr int64_t kTileSums = kTileRows * kTileRows;
+    constexpr int64_t kVectorSums = kTaskRows * kTileRows;
+    const bf16* weights = all_weights + row * kBlockDepth;
+    float* sums = all_sums + row * kTileRows;
+
+    // In each step along k is fetched a share of what comes next: of the next vectors, which are
+    // there once all rows are done, and of the sums of the next tile.
+    constexpr int64_t kSteps = kBlockDepth / kTileDepth;
+    constexpr int64_t kVectorLines = kBlockDepth * kTileRows * int64_t{sizeof(bf16)} / 64;
+    constexpr int64_t kLines = ceil_div(M * kVectorLines, kSteps * kBlockRows / R);
+    constexpr int64_t kSumLines = R / kSteps;
+    const char* next_x =
+        reinterpret_cast<const char*>(x + M * stride_x) + row / R * kSteps * kLines * 64;
+    const float* next_sums =
+        row + R < kBlockRows ? sums + R * kTileRows : all_sums + M * kVectorSums;
+
+    // Tiles 0 and 1 hold the sums of the first and the second rows with the first vector, tiles 2
+    // and 3 those with the second.
+    if (first) {
+      tile_zero<0>();
+      tile_zero<1>();
+      if (M == 2) tile_zero<2>();
+      if (M == 2) tile_zero<3>();
+    } else {
+      tile_load<0>(sums, kTileRowBytes);
+      tile_load<1>(sums + kTileSums, kTileRowBytes);
+      if (M == 2) tile_load<2>(sums + kVectorSums, kTileRowBytes);
+      if (M == 2) tile_load<3>(sums + kVectorSums + kTileSums, kTileRowBytes);
+    }
+    for (int64_t k = 0; k < depth; k += kTileDepth) {
+      tile_load<4>(x + k * kTileRows, kTileRowBytes);
+      tile_load<6>(weights + k, kStride);
+      tile_dot_bf16<0, 6, 4>();
+      tile_load<7>(weights + kTileRows * kBlockDepth + k, kStride);
+      tile_dot_bf16<1, 7, 4>();
+      if (M == 2) {
+        tile_load<5>(x + stride_x + k * kTileRows, kTileRowBytes);
+        tile_dot_bf16<2, 6, 5>();
+        tile_dot_bf16<3, 7, 5>();
+      }
+      fetch_lines<kLines>(next_x);
+      for (int m = 0; m < M; ++m) fetch_lines<kSumLines>(next_sums + m * kVectorSums);
+      next_x += kLines * 64;
+      next_sums += kSumLines * kTileRows;
+    }
+    tile_store<0>(sums, kTileRowBytes);
+    tile_store<1>(sums + kTileSums, kTileRowBytes);
+    if (M == 2) tile_store<2>(sums + kVectorSums, kTileRowBytes);
+    if (M == 2) tile_store<3>(sums + kVectorSums + kTileSums, kTileRowBytes);
+  }
+
+ private:
+  // Into the L1 cache.
+  template <int64_t lines>
+  MISTRAL_SIMD static void fetch_lines(const void* p) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(p) + i * 64);
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

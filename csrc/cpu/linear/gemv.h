@@ -1,0 +1,258 @@
+// The product of a few tokens with rows of a weight: reads the rows once from memory, several at a
+// time, for several tokens at a time; further tokens find the rows in the cache. What comes next is
+// fetched meanwhile: for one token in the order of addresses, which is what memory is fastest at,
+// for several in that of their blocks.
+//
+// What is added for an output, and in which order, does not depend on the number of tokens: a
+// sequence gets the same bits alone and in a batch.
+#pragma once
+
+#include "formats.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+constexpr int64_t kCacheLineBytes = 64;
+// How far ahead of its use memory is fetched: further than the processor's own prefetchers dare,
+// and across the ends of rows and pages, where they stop.
+constexpr int64_t kAheadBytes = 8192;
+
+// Rows and tokens that are multiplied at a time: of one token one row, a single stream through
+// memory; of more, rows that share the activations. Their sums have to stay in registers.
+constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
+constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
+// Rows that are multiplied with all tokens before the next ones, so that they are still in the
+// cache.
+constexpr int kGroupRows = 8;
+// Several tokens' activations of a block of values are multiplied with all rows of a group before
+// the next ones, as many as stay in the L1 cache beside the stream of weights: an activation that
+// has to be fetched waits behind lines that come from memory. They have `value_bytes` each.
+constexpr int64_t block_values(int tokens, int64_t value_bytes) {
+  constexpr int64_t kActivationBytes = 1 << 14;
+  int64_t values = 4096;
+  while (values * tokens * value_bytes > kActivationBytes) values /= 2;
+  return values;
+}
+// Bytes of a packed activation.
+template <class Chunk>
+constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
+// Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
+constexpr int kChains = 2;
+
+// To the L1 cache. With locality 0, that of weights, which are used once, it goes to no other from
+// there; with 3 to all.
+template <int locality>
+MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
+}
+
+// Calls f(chunk, i, values, scales) for the chunks of R rows from k = `begin` to `end`: i counts
+// the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
+// Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
+// on: for one token, of whole rows, in the order of addresses, else those of R rows side by side.
+template <class Chunk, int R, int N, class F>
+MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
+                                 const F& f) {
+  constexpr int64_t kValues = Chunk::kValues, kBytes = Chunk::bytes(kValues);
+  GroupScales::Loaded loaded[R];
+  const auto load_scales = [&](const GroupScales& groups, int64_t chunk) {
+    for (int r = 0; r < R && Chunk::kGrouped; ++r) {
+      loaded[r] = groups.load(w.scales + r * w.row_scales + (chunk * kValues >> w.group_log2));
+    }
+  };
+  const auto visit = [&](const GroupScales& groups, int64_t chunk, int i, auto values_of) {
+    const char* values[R];
+    Vec scales[R];
+    for (int r = 0; r < R; ++r) {
+      values[r] = values_of(r);
+      if (Chunk::kGrouped) scales[r] = groups.of_words(loaded[r], i);
+    }
+    f(chunk, i, values, scales);
+  };
+
+  // Counted in chunks, of which compilers know how to make addresses that go on by a constant.
+  int64_t chunk = begin / kValues;
+  next -= chunk * kBytes;
+  const GroupScales of_chains(w.group_log2, kChains * kValues);
+  for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
+    if (N == 1) {
+      fetch<0>(next + R * chunk * kBytes, R * kChains * kBytes);
+    } else {
+      for (int r = 0; r < R; ++r) {
+        fetch<0>(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+      }
+    }
+    load_scales(of_chains, chunk);
+#pragma GCC unroll 2
+    for (int i = 0; i < kChains; ++i) {
+      const int64_t offset = (chunk + i) * kBytes;
+      visit(of_chains, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
+    }
+  }
+  // The rest of a row: a whole chunk, and one that is padded with zeros.
+  for (; chunk * kValues < end; ++chunk) {
+    const int64_t there = mistral::min(kValues, end - chunk * kValues);
+    char rest[R][kBytes] = {};
+    for (int r = 0; r < R; ++r) {
+      memcpy(rest[r], w.values + r * w.row_bytes + chunk * kBytes, Chunk::bytes(there));
+    }
+    const GroupScales of_rest(w.group_log2, there);
+    load_scales(of_rest, chunk);
+    visit(of_rest, chunk, 0, [&](int r) { return rest[r]; });
+  }
+}
+
+// The products of the first R rows of `w` and N tokens, as far as K has been added. x is in the
+// order of Chunk::k_at, padded with zeros. All of it is inlined: sums are to stay in registers.
+// What begins and finishes sees x too, for the format that keeps something there
+// (gemv_int8.h).
+template <class Chunk, int R, int N>
+struct Product {
+  using A = typename Chunk::Arithmetic;
+  // Whether a chunk's products are summed on their own: int4 scales the sums, and one lane alone
+  // would lose digits over thousands of values.
+  static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
+  static constexpr int kTotals = kSumsChunks && Vec::width > 1 ? 1 : kChains;
+
+  Vec totals[kTotals][N][R];
+
+  MISTRAL_SIMD void start(const typename A::Element*, int64_t) {
+    for (auto& total : totals) {
+      for (int n = 0; n < N; ++n) {
+        for (int r = 0; r < R; ++r) total[n][r] = broadcast(0.0f);
+      }
+    }
+  }
+
+  MISTRAL_SIMD void add(const WeightRows& w, const typename A::Element* x, int64_t stride_x,
+                        int64_t begin, int64_t end, const char* next) {
+    Product sum = *this;
+    for_each_chunk<Chunk, R, N>(
+        w, begin, end, next,
+        [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&scales)[R]) {
+          Vec(&total)[N][R] = sum.totals[chain % kTotals];
+          Chunk chunks[R];
+          for (int r = 0; r < R; ++r) chunks[r].take(values[r]);
+          Vec sums[N][R];
+          for (int n = 0; n < N; ++n) {
+            for (int r = 0; r < R; ++r) sums[n][r] = kSumsChunks ? broadcast(0.0f) : total[n][r];
+          }
+#pragma GCC unroll 8
+          for (int64_t i = 0; i < Chunk::kVectors; ++i) {
+            typename A::Operand weights[R];
+            for (int r = 0; r < R; ++r) weights[r] = chunks[r].operand(i);
+            for (int n = 0; n < N; ++n) {
+              const auto activations =
+                  A::load(x + n * stride_x + chunk * Chunk::kValues + i * kStep<A>);
+              for (int r = 0; r < R; ++r) {
+                sums[n][r] = A::multiply_add(weights[r], activations, sums[n][r]);
+              }
+            }
+          }
+          for (int n = 0; n < N; ++n) {
+            for (int r = 0; r < R; ++r) {
+              const Vec factor = Chunk::kGrouped ? scales[r] : broadcast(1.0f);
+              total[n][r] = kSumsChunks ? fma(sums[n][r], factor, total[n][r]) : sums[n][r];
+            }
+          }
+        });
+    *this = sum;
+  }
+
+  MISTRAL_SIMD void finish(const WeightRows& w, const typename A::Element*, int64_t, float* out,
+                           int64_t stride_out) const {
+    for (int n = 0; n < N; ++n) {
+      for (int r = 0; r < R; ++r) {
+        const float factor = w.scales && !Chunk::kGrouped ? to_float(w.scales[r]) : 1.0f;
+        Vec total = totals[0][n][r];
+        for (int i = 1; i < kTotals; ++i) total = total + totals[i][n][r];
+        out[n * stride_out + r] = sum(total) * factor;
+      }
+    }
+  }
+};
+
+// Fetches the scales of the rows after the next ones.
+template <class Chunk>
+void fetch_next_scales(const WeightRows& w, int64_t rows) {
+  if (!Chunk::kGrouped) return;
+  const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
+  fetch<3>(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
+}
+
+// out[r]: the products of R rows and one token.
+template <class Chunk, int R>
+void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, float* out) {
+  fetch_next_scales<Chunk>(w, R);
+  Product<Chunk, R, 1> product;
+  product.start(x, 0);
+  product.add(w, x, 0, 0, w.inputs, w.values + kAheadBytes);
+  product.finish(w, x, 0, out, 0);
+}
+
+// out[n * stride_out + r]: the products of `count` rows, at most kGroupRows, and N tokens.
+template <class Chunk, int N>
+void multiply_group(const WeightRows& w, int64_t count,
+                    const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
+                    int64_t stride_out) {
+  constexpr int R = rows_at_a_time(N);
+  if constexpr (N == 1) {
+    // int4 takes the longest: short rows, of which several are in the cache, share the activations.
+    int64_t row = 0;
+    if (Chunk::kGrouped && 2 * w.row_bytes <= kAheadBytes) {
+      for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
+    }
+    for (; row < count; ++row) multiply_one<Chunk, 1>(w.from(row), x, out + row);
+  } else {
+    fetch_next_scales<Chunk>(w, count);
+    Product<Chunk, R, N> products[kGroupRows / R];
+    Product<Chunk, 1, N> last;
+    for (auto& product : products) product.start(x, stride_x);
+    last.start(x, stride_x);
+    constexpr int64_t kValues = block_values(N, kPackedBytes<Chunk>);
+    constexpr int64_t kAheadRows =
+        mistral::min(int64_t{kGroupRows}, R * ceil_div(kAheadBytes, R * Chunk::bytes(kValues)));
+    for (int64_t k = 0; k < w.inputs; k += kValues) {
+      const int64_t end = mistral::min(k + kValues, w.inputs);
+      // What is multiplied after kAheadRows rows: this block of later ones, the next block of the
+      // first ones, or the next group.
+      const auto next_of = [&](int64_t row) {
+        const int64_t ahead = row + kAheadRows;
+        if (ahead < count) return w.from(ahead).values + Chunk::bytes(k);
+        if (end < w.inputs) return w.from(ahead - count).values + Chunk::bytes(end);
+        return w.from(ahead).values;
+      };
+      int64_t row = 0;
+      for (; row + R <= count; row += R) {
+        products[row / R].add(w.from(row), x, stride_x, k, end, next_of(row));
+      }
+      if (row < count) last.add(w.from(row), x, stride_x, k, end, next_of(row));
+    }
+    int64_t row = 0;
+    for (; row + R <= count; row += R) {
+      products[row / R].finish(w.from(row), x, stride_x, out + row, stride_out);
+    }
+    if (row < count) last.finish(w.from(row), x, stride_x, out + row, stride_out);
+  }
+}
+
+// out[t * stride_out + r]: the products of `count` rows and all tokens.
+template <class Chunk>
+void multiply_few(const WeightRows& w, int64_t count, const typename Chunk::Arithmetic::Element* x,
+                  int64_t stride_x, int64_t tokens, float* out, int64_t stride_out) {
+  for (int64_t row = 0; row < count; row += kGroupRows) {
+    const WeightRows some = w.from(row);
+    const int64_t rows = mistral::min(int64_t{kGroupRows}, count - row);
+    for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
+      const auto* from = x + token * stride_x;
+      float* to = out + token * stride_out + row;
+      switch (mistral::min(int64_t{kTokensAtATime}, tokens - token)) {
+        case 4: multiply_group<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
+        case 3: multiply_group<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
+        case 2: multiply_group<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
+        default: multiply_group<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
+      }
+    }
+  }
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

@@ -1,0 +1,170 @@
+// The product of a few tokens with rows of 8 bits, in integers. To widen these to floating point
+// numbers takes longer than fast memory takes to bring them; VNNI multiplies them as they are.
+//
+// The activations of a token become integers of 16 bits in a unit of their own, the power of two
+// that makes the largest one use all of them. So a bf16 of at least 2^-7 times the largest stays
+// what it is, and none is off by more than 2^-15 times the largest. Instructions multiply unsigned
+// bytes with signed ones, so an activation is a signed high byte and an unsigned low one, and a
+// weight is taken as it is or, without a sign, 128 larger:
+//
+//   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
+//
+// These sums are exact, as rows have at most kMaxInt8Inputs: they may wrap around on the way, the
+// results fit. The second one is packed with the activations.
+#pragma once
+
+#include <type_traits>
+
+#include "../simd/integers.h"
+#include "gemv.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// For activations of 16 bits. A token's packed ones begin with a TokenHead; then comes a line for
+// each chunk: its high bytes, and its low ones.
+struct Int8InIntegers {
+  struct Arithmetic {
+    using Element = uint8_t;
+  };
+  static constexpr int64_t kValues = 64;
+  static constexpr bool kGrouped = false;
+  static constexpr int64_t kHeadBytes = 128;
+  static constexpr int64_t kLineBytes = 2 * kValues;
+
+  static constexpr int64_t bytes(int64_t values) { return values; }
+};
+
+template <>
+constexpr int64_t kPackedBytes<Int8InIntegers> = 2;
+
+// The chunk of a format that few tokens with activations of type T are multiplied with.
+template <WeightFormat format, class T>
+struct FewChunkOf : ChunkOf<format, T> {};
+
+// Elements of a token's packed activations, K of them.
+template <class Chunk>
+constexpr int64_t packed_elements(int64_t inputs) {
+  return std::is_same_v<Chunk, Int8InIntegers> ? Int8InIntegers::kHeadBytes + 2 * padded(inputs)
+                                               : padded(inputs);
+}
+
+// Packs them, at an address that is a multiple of 64.
+template <class T>
+void pack_integers(const T* x, int64_t inputs, uint8_t* out);
+
+#if defined(__AVX512VNNI__)
+
+template <>
+struct FewChunkOf<WeightFormat::int8, bf16> {
+  using type = Int8InIntegers;
+};
+template <>
+struct FewChunkOf<WeightFormat::int8, f16> {
+  using type = Int8InIntegers;
+};
+
+struct TokenHead {
+  Ints offset;  // -128 times the high bytes that each lane multiplies
+  alignas(64) float unit;
+
+  static const TokenHead& of(const uint8_t* x) { return *reinterpret_cast<const TokenHead*>(x); }
+};
+static_assert(sizeof(TokenHead) == Int8InIntegers::kHeadBytes);
+
+template <int R, int N>
+struct Product<Int8InIntegers, R, N> {
+  // A sum waits for the one before: one row and token have two of each.
+  static constexpr int kSums = R * N == 1 ? kChains : 1;
+
+  Ints high[kSums][N][R], low[kSums][N][R];
+
+  MISTRAL_SIMD void start(const uint8_t* x, int64_t stride_x) {
+    for (int i = 0; i < kSums; ++i) {
+      for (int n = 0; n < N; ++n) {
+        for (int r = 0; r < R; ++r) {
+          high[i][n][r] = i == 0 ? TokenHead::of(x + n * stride_x).offset : broadcast_int(0);
+          low[i][n][r] = broadcast_int(0);
+        }
+      }
+    }
+  }
+
+  MISTRAL_SIMD void add(const WeightRows& w, const uint8_t* x, int64_t stride_x, int64_t begin,
+                        int64_t end, const char* next) {
+    Product sum = *this;
+    for_each_chunk<Int8InIntegers, R, N>(
+        w, begin, end, next,
+        [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&)[R]) {
+          const int i = chain % kSums;
+          const uint8_t* line = x + Int8InIntegers::kHeadBytes + chunk * Int8InIntegers::kLineBytes;
+          Bytes weights[R];
+          for (int r = 0; r < R; ++r) weights[r] = load_bytes(values[r]);
+          for (int n = 0; n < N; ++n) {
+            const Bytes high_bytes = load_bytes(line + n * stride_x);
+            const Bytes low_bytes = load_bytes(line + n * stride_x + Int8InIntegers::kValues);
+            for (int r = 0; r < R; ++r) {
+              sum.high[i][n][r] = add_products(sum.high[i][n][r], add_128(weights[r]), high_bytes);
+              sum.low[i][n][r] = add_products(sum.low[i][n][r], low_bytes, weights[r]);
+            }
+          }
+        });
+    *this = sum;
+  }
+
+  MISTRAL_SIMD void finish(const WeightRows& w, const uint8_t* x, int64_t stride_x, float* out,
+                           int64_t stride_out) const {
+    for (int n = 0; n < N; ++n) {
+      const float unit = TokenHead::of(x + n * stride_x).unit;
+      for (int r = 0; r < R; ++r) {
+        Ints highs = high[0][n][r], lows = low[0][n][r];
+        for (int i = 1; i < kSums; ++i) {
+          highs = highs + high[i][n][r];
+          lows = lows + low[i][n][r];
+        }
+        const Vec total = fma(to_vec(highs), broadcast(256.0f), to_vec(lows));
+        out[n * stride_out + r] = sum(total) * unit * to_float(w.scales[r]);
+      }
+    }
+  }
+};
+
+template <class T>
+void pack_integers(const T* x, int64_t inputs, uint8_t* out) {
+  const auto values_at = [&](int64_t k) {
+    return k + Vec::width <= inputs ? load(x + k)
+                                    : load_first(x + k, mistral::max(int64_t{0}, inputs - k));
+  };
+  Ints magnitudes = broadcast_int(0);
+  for (int64_t k = 0; k < inputs; k += Vec::width) {
+    magnitudes = larger_magnitude(magnitudes, values_at(k));
+  }
+  // By exponents, in the place where a float has them. What is not finite makes all products NaN;
+  // what is so small that its unit would not be a normal number uses fewer bits.
+  constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
+  const int32_t exponent = largest(magnitudes) & kInfinite;
+  const int32_t unit_bits = mistral::max(exponent - 14 * kExponent, kExponent);
+  const int32_t inverse_bits = 254 * kExponent - unit_bits;
+  TokenHead head{broadcast_int(0), NAN};
+  float inverse = 0.0f;
+  if (exponent != kInfinite) {
+    memcpy(&head.unit, &unit_bits, sizeof head.unit);
+    memcpy(&inverse, &inverse_bits, sizeof inverse);
+  }
+
+  Ints sum = broadcast_int(0);
+  constexpr int64_t kValues = Int8InIntegers::kValues;
+  uint8_t* line = out + Int8InIntegers::kHeadBytes;
+  for (int64_t begin = 0; begin < padded(inputs); begin += kValues) {
+    for (int64_t i = 0; i < kValues; i += Vec::width) {
+      split_rounded(values_at(begin + i) * broadcast(inverse), line + i, line + kValues + i);
+    }
+    sum = add_products(sum, broadcast_byte(1), load_bytes(line));
+    line += Int8InIntegers::kLineBytes;
+  }
+  head.offset = broadcast_int(0) - (sum << 7);
+  memcpy(out, &head, sizeof head);
+}
+
+#endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA

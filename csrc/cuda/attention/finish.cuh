@@ -1,0 +1,37 @@
+// What happens when the last block of a sequence and key/value head is done: nobody reads the
+// history any more, and the tokens that had to wait for that are stored in the ring (ring.h).
+#pragma once
+
+#include <launch.cuh>
+
+#include "../../attention.h"
+#include "../append.cuh"
+#include "../common/arrival.cuh"
+#include "../common/vec.cuh"
+
+namespace mistral::cuda {
+
+__device__ __forceinline__ bool has_late_tokens(const AttentionParams& p, const Sequence& s) {
+  return stored_after_attention(s, s.position + s.count - 1, p.window);
+}
+
+// Stores one head of the late tokens, with `threads` threads.
+template <class T, int D>
+__device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head,
+                            unsigned thread, unsigned threads) {
+  constexpr int kChunks = D / kVec16<T>;
+  const int64_t first = max(s.position, s.position + s.count - s.capacity);
+  const int64_t items = (s.position + s.count - first) * kChunks;
+  for (int64_t item = thread; item < items; item += threads) {
+    const int64_t position = first + item / kChunks;
+    if (!stored_after_attention(s, position, p.window)) continue;
+    const int64_t token = s.first_token + position - s.position;
+    const int i = static_cast<int>(item % kChunks) * kVec16<T>;
+    const T* k = static_cast<const T*>(p.k) + token * p.stride_k_token + kv_head * p.stride_k_head;
+    const T* v = static_cast<const T*>(p.v) + token * p.stride_v_token + kv_head * p.stride_v_head;
+    store16(ring_address<T>(p.k_pool, p, s, kv_head, position) + i, load16(k + i));
+    store16(ring_address<T>(p.v_pool, p, s, kv_head, position) + i, load16(v + i));
+  }
+}
+
+}  // namespace mistral::cuda

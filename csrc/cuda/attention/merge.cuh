@@ -1,0 +1,63 @@
+// Results over parts of the keys, and how they become one.
+#pragma once
+
+#include "../common/vec.cuh"
+#include "rows.cuh"
+
+namespace mistral::cuda {
+
+// The result of a query row over a part of the keys: D unnormalised sums, the maximum, the total,
+// and two floats that keep the next row aligned.
+template <int D>
+constexpr int kPartialRow = D + 4;
+
+// 8 elements of a row, over several parts of the keys.
+struct Merged {
+  float sums[8];
+  float maximum;
+  float total;
+};
+
+// Merges elements d to d + 7 of `parts` results. row_of(i) is where the row begins in part i, and
+// read(address) loads 4 floats from there. Of 8 neighbouring lanes, 4 begin with the upper half of
+// their 8 elements: together they then read 128 bytes from all banks.
+template <int D, class RowOf, class Read>
+__device__ __forceinline__ Merged merge(int parts, int d, float scale, const RowOf& row_of,
+                                        const Read& read) {
+  Merged merged = {};
+  merged.maximum = -INFINITY;
+  for (int i = 0; i < parts; ++i) {
+    merged.maximum = fmaxf(merged.maximum, read(row_of(i) + D)[0]);
+  }
+  const bool upper_first = d / 8 % 8 >= 4;
+  const int first = upper_first ? 4 : 0, second = 4 - first;
+  // A row always sees itself, but none of its keys may be in these parts.
+  const float base = merged.maximum == -INFINITY ? 0.0f : merged.maximum * scale;
+#pragma unroll 8  // so many parts' loads are under way together
+  for (int i = 0; i < parts; ++i) {
+    const float* row = row_of(i);
+    const Vec16<float> state = read(row + D);
+    const Vec16<float> a = read(row + d + first), b = read(row + d + second);
+    const float factor = exp2_approx(state[0] * scale - base);
+    merged.total += factor * state[1];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      merged.sums[j] += factor * (upper_first ? b[j] : a[j]);
+      merged.sums[j + 4] += factor * (upper_first ? a[j] : b[j]);
+    }
+  }
+  return merged;
+}
+
+template <class T, int D>
+__device__ __forceinline__ void store_result(const AttentionParams& p, const QueryRows& rows,
+                                             int row, int d, const Merged& merged) {
+  const float inverse = 1.0f / merged.total;
+  float out[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) out[j] = merged.sums[j] * inverse;
+  T* global = static_cast<T*>(p.out) + rows.offset(row, p.stride_out_token, p.stride_out_head);
+  store16(global + d, round_to<T, 8>(out));
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,117 @@
+// Prefill: FlashAttention-2 (Dao 2023, arXiv:2307.08691) over a ring.
+//
+// Grid: (tiles of query rows, Hkv). A block of 4 warps owns 128 query rows of one sequence and
+// key/value head, each warp 32 of them, and walks the keys that any row sees in tiles of 64. While
+// it multiplies a tile's keys the tile's values are on their way, while it multiplies the values
+// the next tile's keys are. Tiles outside the window are never loaded; only those at its two
+// edges are masked.
+#pragma once
+
+#include "finish.cuh"
+#include "tile_sm80.cuh"
+
+namespace mistral::cuda {
+
+constexpr int kPrefillWarps = 4;
+static_assert(kPrefillRows == 32 * kPrefillWarps);
+constexpr int kPrefillKeys = 64;
+
+// Bytes of shared memory: queries, keys, values, and what the block knows of its keys.
+template <class T, int D>
+constexpr size_t kPrefillShared =
+    (kPrefillRows + 2 * kPrefillKeys) * D * sizeof(T) + sizeof(VisibleKeys);
+
+template <class T, int D>
+__global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
+    const __grid_constant__ AttentionParams p) {
+  constexpr int kThreads = kPrefillWarps * kWarp;
+  const int kv_head = blockIdx.y;
+  const int64_t group = p.heads / p.kv_heads;
+  // The last tiles see the most keys: begin with them.
+  const int64_t tile = gridDim.x - 1 - blockIdx.x;
+  const int64_t index = sequence_of_tile(p, group, tile);
+  const Sequence s = p.sequences[index];
+  const QueryRows rows(p, s, kv_head);
+  const int tile_row =
+      static_cast<int>(tile - first_tile(s.first_token, group, index)) * kPrefillRows;
+  if (tile_row >= rows.count || is_decode(s.count, group)) return;
+
+  const SharedTile<T, D> q_tile = {dynamic_shared<T>()};
+  const SharedTile<T, D> k_tile = {q_tile.elements + kPrefillRows * D};
+  const SharedTile<T, D> v_tile = {k_tile.elements + kPrefillKeys * D};
+
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const int last_row = static_cast<int>(min(tile_row + kPrefillRows, rows.count)) - 1;
+  const int64_t first_position = s.position + rows.token(tile_row);
+  const int64_t begin = window_begin(first_position, p.window);
+  const int64_t end = s.position + rows.token(last_row) + 1;
+  auto& keys = *reinterpret_cast<VisibleKeys*>(v_tile.elements + kPrefillKeys * D);
+  if (thread == 0) keys = VisibleKeys(s, kv_head, begin, end);
+  __syncthreads();
+  const int count = keys.count;
+
+  const auto copy_keys = [&](int first) {
+    copy_rows<kPrefillKeys, kThreads>(
+        k_tile, thread, [&](int row) { return keys.template k<T, D>(p, first + row); });
+    cp_async_commit();
+  };
+  const auto copy_values = [&](int first) {
+    copy_rows<kPrefillKeys, kThreads>(
+        v_tile, thread, [&](int row) { return keys.template v<T, D>(p, first + row); });
+    cp_async_commit();
+  };
+
+  copy_rows<kPrefillRows, kThreads>(q_tile, thread, [&](int row) -> const T* {
+    if (tile_row + row > last_row) return nullptr;
+    return static_cast<const T*>(p.q) +
+           rows.offset(tile_row + row, p.stride_q_token, p.stride_q_head);
+  });
+  copy_keys(0);
+
+  // Offsets of this lane's rows; those past the end repeat the last one and are not stored.
+  const int warp_row = 32 * warp;
+  const auto offset_of = [&](int row) {
+    return static_cast<int>(s.position + rows.token(min(tile_row + row, last_row)) - begin);
+  };
+  const int first_own = offset_of(0), last_own = count - 1, window = window_of(p);
+
+  float out[2][D / 8][4] = {};
+  Softmax<2> softmax(p.scale * kLog2e);
+  for (int first = 0; first < count; first += kPrefillKeys) {
+    cp_async_wait<0>();
+    __syncthreads();  // this tile's keys are there; all warps are done with the last values
+    copy_values(first);
+
+    float scores[2][kPrefillKeys / 8][4];
+    multiply_keys(scores, q_tile, warp_row, k_tile);
+    if (first + kPrefillKeys - 1 > first_own || first <= last_own - window) {
+      int own[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) own[r] = offset_of(warp_row + 8 * r + lane / 4);
+      mask(scores, own, first, window);
+    }
+    uint32_t probabilities[2][kPrefillKeys / 8][2];
+    softmax.fold<T>(scores, probabilities, out);
+
+    cp_async_wait<0>();
+    __syncthreads();  // the values are there; all warps are done with the keys
+    if (first + kPrefillKeys < count) copy_keys(first + kPrefillKeys);
+    multiply_values(out, probabilities, v_tile);
+  }
+
+  // A warp's rows of q_tile are read by that warp alone.
+  store_rows(q_tile, warp_row, out, softmax.total, [&](int row) -> T* {
+    if (tile_row + row > last_row) return nullptr;
+    return static_cast<T*>(p.out) +
+           rows.offset(tile_row + row, p.stride_out_token, p.stride_out_head);
+  });
+
+  if (has_late_tokens(p, s)) {
+    const auto blocks = static_cast<int>(ceil_div(rows.count, kPrefillRows));
+    if (arrives_last(p.counters + index * p.kv_heads + kv_head, blocks)) {
+      append_late<T, D>(p, s, kv_head, threadIdx.x, blockDim.x);
+    }
+  }
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,267 @@
+// Prefill for sm_90a: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) over a ring.
+//
+// Grid: a block for each multiprocessor, or fewer if there is less to do. A block takes one work
+// item after the other: a tile of 128 query rows of one sequence and key/value head, and the keys
+// that any row sees in tiles of 128. Items are claimed from a counter, the last tiles first, which
+// see the most keys: so the blocks end together.
+//
+// A block is three warpgroups. The first feeds the other two (this file): it claims the items and
+// fills two stages of keys and of values. The others (multiply_sm90.cuh) own 64 query
+// rows each; while one multiplies, the other one does its softmax.
+#pragma once
+
+#include <ptx_sm90.cuh>
+
+#include "prefill_sm90.h"
+#include "tile_sm80.cuh"
+
+namespace mistral::cuda {
+
+constexpr int kWarpgroup = 4 * kWarp;
+constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kHopperStages = 2;
+
+// Up to so many tokens, the keys and values of all of a call's heads fit the L2 cache.
+constexpr int kFewTokens = 4096;
+
+// Of a thread. All start with 168, the third part of what there is: these are the same sum.
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 224;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
+
+// Barriers 1 to 15 of the block. Each consumer has one for itself, and one on which it waits until
+// it is its turn to multiply.
+constexpr int kProducerBarrier = 1, kConsumerBarrier = 2, kTurnBarrier = 4;
+
+// A tile [kRows, D] as TMA writes it and wgmma reads it: columns of 64 elements one after the
+// other, each with rows of 128 bytes, in which chunk c of 16 bytes is in place c ^ (row % 8).
+template <class T, int D, int kRows>
+struct SwizzledTile {
+  static constexpr int kChunk = 8;  // elements
+  static constexpr int kChunks = D / kChunk;
+  static constexpr int kColumns = D / 64;
+  static constexpr int kColumn = 64 * kRows;  // elements
+  static constexpr int kBytes = kRows * D * sizeof(T);
+  T* elements;
+
+  __device__ __forceinline__ T* chunk(int row, int c) const {
+    return elements + c / 8 * kColumn + row * 64 + ((c ^ row) & 7) * kChunk;
+  }
+};
+
+// A tile of query rows, and the tiles of keys that it is to be multiplied with: those that it sees,
+// or a part of them.
+struct WorkItem {
+  Sequence sequence;
+  VisibleKeys keys;
+  int index;  // of the sequence
+  int kv_head;
+  int number;   // of the tile, among those of all heads
+  int row;      // first of the tile, of the sequence's
+  int end_row;  // after the last of the tile
+  int part, parts;
+  int first_key_tile;
+  int key_tiles;  // 0: there is no more work
+};
+
+// What a block has in shared memory.
+template <class T, int D>
+struct alignas(1024) HopperShared {
+  T q[kConsumers][kConsumerRows * D];
+  T k[kHopperStages][kHopperKeys * D];
+  T v[kHopperStages][kHopperKeys * D];
+  T out[kConsumers][kConsumerRows * D];
+  // Full: the producer has filled it. Empty: each warp of the consumers is done with it.
+  uint64_t k_full[kHopperStages], k_empty[kHopperStages];
+  uint64_t v_full[kHopperStages], v_empty[kHopperStages];
+  // Two, so that a consumer may begin with the next item while the other ends the last one.
+  uint64_t item_full[2], item_empty[2];
+  WorkItem items[2];
+  int last[kConsumers];  // of arrives_last
+};
+
+// The n-th use of a stage or item slot, counted from 0: which one, and the parity of its phase.
+__device__ __forceinline__ int stage_of(int n) { return n % 2; }
+__device__ __forceinline__ uint32_t parity_of(int n) { return n / 2 % 2; }
+static_assert(kHopperStages == 2);
+
+template <class T, int D>
+__device__ __forceinline__ void init_barriers(HopperShared<T, D>& shared) {
+  constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+  for (int i = 0; i < kHopperStages; ++i) {
+    mbarrier_init(&shared.k_full[i], 1);
+    mbarrier_init(&shared.v_full[i], 1);
+    mbarrier_init(&shared.k_empty[i], kConsumerWarps);
+    mbarrier_init(&shared.v_empty[i], kConsumerWarps);
+  }
+  for (int i = 0; i < 2; ++i) {
+    mbarrier_init(&shared.item_full[i], 1);
+    mbarrier_init(&shared.item_empty[i], kConsumers);
+  }
+  mbarrier_init_fence();
+}
+
+// What the copy engine has to know of the keys, and of the values.
+struct HopperMaps {
+  CUtensorMap k_pool, v_pool;  // [R, D], boxes of 128 rows and 64 columns
+  CUtensorMap k, v;            // [T, Hkv, D], boxes of 128 tokens, one head and 64 columns
+};
+
+// Claims work for a block. The counter follows those of late tokens, and is left at zero.
+class WorkQueue {
+ public:
+  __device__ explicit WorkQueue(const AttentionParams& p) : p_(p) {}
+
+  __device__ __forceinline__ void next(WorkItem& item) {
+    const int tiles = prefill_tiles(p_), group = static_cast<int>(p_.heads / p_.kv_heads);
+    const int items = tiles * static_cast<int>(p_.kv_heads) * p_.prefill_splits;
+    for (;;) {
+      const int claimed = claim();
+      if (claimed >= items) {
+        // Each block gets here once. The last one leaves the counter to the next launch.
+        if (claimed == items + static_cast<int>(gridDim.x) - 1) store_global(counter(), int32_t{0});
+        item.key_tiles = 0;
+        return;
+      }
+      // Few tokens: the longest items of all heads first, for the sake of the end. Many: one head
+      // after the other, because its keys fit the L2 cache, in which the blocks find them.
+      const int unit = claimed / p_.prefill_splits, heads = static_cast<int>(p_.kv_heads);
+      const bool few = p_.tokens <= kFewTokens;
+      const int tile = tiles - 1 - (few ? unit / heads : unit % tiles);
+      const int kv_head = few ? unit % heads : unit / tiles;
+      const auto index = static_cast<int>(sequence_of_tile(p_, group, tile));
+      const Sequence& s = p_.sequences[index];
+      const QueryRows rows(p_, s, kv_head);
+      const int row =
+          (tile - static_cast<int>(first_tile(s.first_token, group, index))) * kPrefillRows;
+      if (row >= rows.count || is_decode(s.count, group)) continue;
+      const int end_row = static_cast<int>(min(row + kPrefillRows, rows.count));
+      item.keys = VisibleKeys(s, kv_head, window_begin(s.position + rows.token(row), p_.window),
+                              s.position + rows.token(end_row - 1) + 1);
+      const auto key_tiles = static_cast<int>(ceil_div(item.keys.count, kHopperKeys));
+      item.part = claimed % p_.prefill_splits;
+      item.parts = static_cast<int>(max(min(p_.prefill_splits, key_tiles / kPartTiles), 1));
+      if (item.part >= item.parts) continue;
+      item.first_key_tile = key_tiles * item.part / item.parts;
+      item.key_tiles = key_tiles * (item.part + 1) / item.parts - item.first_key_tile;
+      item.sequence = s;
+      item.index = index;
+      item.kv_head = kv_head;
+      item.number = kv_head * tiles + tile;
+      item.row = row;
+      item.end_row = end_row;
+      return;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int32_t* counter() const {
+    return p_.counters + p_.num_sequences * p_.kv_heads;
+  }
+  // The first items without the counter, all others after those.
+  __device__ __forceinline__ int claim() {
+    if (begun_) return static_cast<int>(gridDim.x) + atomicAdd(counter(), 1);
+    begun_ = true;
+    return blockIdx.x;
+  }
+
+  const AttentionParams& p_;
+  bool begun_ = false;
+};
+
+// Where the rows of a tile of keys begin, if they are all in one place.
+struct TilePlace {
+  enum { apart, pool, chunk } kind;
+  int row;  // of the pool, or token of the chunk
+};
+
+__device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, const Sequence& s,
+                                                   const VisibleKeys& keys, int first) {
+  const int slot = keys.first_slot + first;
+  const bool wrapped = slot >= keys.capacity;
+  if (first + kHopperKeys <= keys.history && (wrapped || slot + kHopperKeys <= keys.capacity)) {
+    return {TilePlace::pool, static_cast<int>(keys.ring) + slot - (wrapped ? keys.capacity : 0)};
+  }
+  // Tokens of this sequence that these queries do not see may be read, those of another one may
+  // not: they could hold infinities, which times a probability of 0 is not 0. Past the last token
+  // of all the copy engine gives zeros.
+  const int64_t token = keys.token + first, end = s.first_token + s.count;
+  if (first >= keys.history && (token + kHopperKeys <= end || end == p.tokens)) {
+    return {TilePlace::chunk, static_cast<int>(token)};
+  }
+  return {TilePlace::apart, 0};
+}
+
+// Fills one stage of the keys or of the values with the tile at `place`, when it is empty. All
+// threads of the producer call it. row_at(row) is where a row is if they lie apart.
+template <class T, int D, class RowAt>
+__device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* empty,
+                                           uint32_t parity, TilePlace place,
+                                           const CUtensorMap* pool, const CUtensorMap* chunk,
+                                           int kv_head, const RowAt& row_at) {
+  const SwizzledTile<T, D, kHopperKeys> tile = {stage};
+  const int thread = threadIdx.x;
+  if (thread == 0) mbarrier_wait(empty, parity ^ 1);
+  if (place.kind == TilePlace::apart) {
+    __syncwarp();
+    named_barrier_sync(kProducerBarrier, kWarpgroup);
+    copy_rows<kHopperKeys, kWarpgroup>(tile, thread, row_at);
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();  // for wgmma
+    named_barrier_sync(kProducerBarrier, kWarpgroup);
+    if (thread == 0) mbarrier_arrive(full);
+  } else if (thread == 0) {
+    mbarrier_arrive_expect(full, tile.kBytes);
+    for (int column = 0; column < tile.kColumns; ++column) {
+      T* const shared = tile.elements + column * tile.kColumn;
+      if (place.kind == TilePlace::pool) {
+        tma_load_2d(shared, pool, full, 64 * column, place.row);
+      } else {
+        tma_load_3d(shared, chunk, full, 64 * column, kv_head, place.row);
+      }
+    }
+  }
+}
+
+// The producer: keys and values in the order in which they are needed.
+template <class T, int D>
+__device__ __forceinline__ void produce(const AttentionParams& p, const HopperMaps& maps,
+                                        HopperShared<T, D>& shared) {
+  const int thread = threadIdx.x;
+  WorkQueue queue(p);
+  int before = 0;  // tiles of the items before
+  for (int i = 0;; ++i) {
+    WorkItem& item = shared.items[stage_of(i)];
+    if (thread == 0) {
+      mbarrier_wait(&shared.item_empty[stage_of(i)], parity_of(i) ^ 1);
+      queue.next(item);
+      mbarrier_arrive(&shared.item_full[stage_of(i)]);
+    }
+    __syncwarp();
+    named_barrier_sync(kProducerBarrier, kWarpgroup);  // and all are done with the item before
+    const int tiles = item.key_tiles;
+    if (tiles == 0) return;
+    for (int tile = 0; tile <= tiles; ++tile) {  // a tile's values go after the next one's keys
+      if (tile < tiles) {
+        const int first = (item.first_key_tile + tile) * kHopperKeys;
+        const int use = before + tile, stage = stage_of(use);
+        fill_stage<T, D>(shared.k[stage], &shared.k_full[stage], &shared.k_empty[stage],
+                         parity_of(use), place_of_tile(p, item.sequence, item.keys, first),
+                         &maps.k_pool, &maps.k, item.kv_head,
+                         [&](int row) { return item.keys.template k<T, D>(p, first + row); });
+      }
+      if (tile > 0) {
+        const int first = (item.first_key_tile + tile - 1) * kHopperKeys;
+        const int use = before + tile - 1, stage = stage_of(use);
+        fill_stage<T, D>(shared.v[stage], &shared.v_full[stage], &shared.v_empty[stage],
+                         parity_of(use), place_of_tile(p, item.sequence, item.keys, first),
+                         &maps.v_pool, &maps.v, item.kv_head,
+                         [&](int row) { return item.keys.template v<T, D>(p, first + row); });
+      }
+    }
+    before += tiles;
+  }
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,72 @@
+// Which query rows are whose: those of a sequence and key/value head, which of them are decoded,
+// and the tiles of those that are prefilled.
+#pragma once
+
+#include <launch.cuh>
+
+#include "../../attention.h"
+
+namespace mistral::cuda {
+
+// The query rows of a sequence and key/value head: row r is query head r mod G of token r / G.
+struct QueryRows {
+  int64_t first_token;
+  int first_head;  // of the group
+  int group;
+  int count;  // tokens * G
+
+  __device__ QueryRows(const AttentionParams& p, const Sequence& s, int kv_head)
+      : first_token(s.first_token),
+        first_head(kv_head * static_cast<int>(p.heads / p.kv_heads)),
+        group(static_cast<int>(p.heads / p.kv_heads)),
+        count(static_cast<int>(s.count) * group) {}
+
+  __device__ __forceinline__ int token(int row) const { return row / group; }
+  // of a row in q or out, whose strides are given
+  __device__ __forceinline__ int64_t offset(int row, int64_t stride_token,
+                                            int64_t stride_head) const {
+    return (first_token + row / group) * stride_token + (first_head + row % group) * stride_head;
+  }
+};
+
+// Offsets and the window fit an int: no window is one that no offset reaches.
+__device__ __forceinline__ int window_of(const AttentionParams& p) {
+  return static_cast<int>(min(p.window, int64_t{1} << 30));
+}
+
+// Sequences of up to 16 query rows are decoded, all others prefilled.
+constexpr int kDecodeRows = 16;
+
+MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
+  return tokens * group <= kDecodeRows;
+}
+
+constexpr int kPrefillRows = 128;  // of a tile
+
+// Tiles are numbered without knowing the sequences' lengths on the host: sequence i, which begins
+// at packed row f, gets the numbers from f / 128 + i on, as many as it needs and sometimes one
+// too many (floor(f + c) - floor(f) + 1 >= ceil(c), in units of 128 rows).
+MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
+  return first_token * group / kPrefillRows + sequence;
+}
+
+// The tiles of all sequences, for one key/value head.
+MISTRAL_HOST_DEVICE int prefill_tiles(const AttentionParams& p) {
+  return static_cast<int>(p.tokens * (p.heads / p.kv_heads) / kPrefillRows + p.num_sequences);
+}
+
+__device__ __forceinline__ int64_t sequence_of_tile(const AttentionParams& p, int64_t group,
+                                                    int64_t tile) {
+  int64_t low = 0, high = p.num_sequences - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first_tile(p.sequences[middle].first_token, group, middle) <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,25 @@
+// Descriptions of tensors for the copy engine (tma_load_2d and its like in ptx_sm90.cuh), made on
+// the host and passed to kernels as a parameter, const __grid_constant__ CUtensorMap.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace mistral::cuda {
+
+// A tensor of 16-bit elements. Axis 0 is the one whose elements lie side by side.
+struct TensorMapShape {
+  int rank;                  // 2 to 5
+  uint64_t sizes[5];         // at least 1
+  uint64_t stride_bytes[5];  // multiples of 16; that of axis 0 is not looked at
+  uint32_t box[5];           // what one copy brings: 64 elements of axis 0, 1 to 256 of the others
+};
+
+// `base` is a multiple of 16. The rows of a box, 128 bytes, come to lie in shared memory one after
+// another, the 16 bytes i of row r at (i ^ r) % 8 (the 128-byte swizzle); what is outside the
+// tensor becomes zeros. Touches no memory of the device.
+cudaError_t make_tensor_map(CUtensorMap* map, const void* base, const TensorMapShape& shape);
+
+}  // namespace mistral::cuda

@@ -1,0 +1,275 @@
+// What the prefill and the decode kernel do with tiles: 16 query rows per m16n8k16 product, keys
+// and values in swizzled shared memory, the running softmax in registers.
+//
+// In a warp's 16 x 8 product lane l holds elements of row l / 4 (values 0 and 1) and of row
+// l / 4 + 8 (values 2 and 3), in columns 2 * (l % 4) and the next: a row's 4 lanes are neighbours.
+#pragma once
+
+#include <launch.cuh>
+#include <ptx.cuh>
+
+#include "../common/element.cuh"
+#include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "rows.cuh"
+
+namespace mistral::cuda {
+
+constexpr float kLog2e = 1.44269504f;
+
+// A tile [rows, D] in shared memory. ldmatrix reads the same 16-byte chunk of 8 rows at once, and
+// rows are a multiple of 128 bytes: chunk c of row r is therefore kept in place c ^ (r % 8), so
+// that the 8 lie in different banks.
+template <class T, int D>
+struct SharedTile {
+  static constexpr int kChunk = 16 / sizeof(T);  // elements
+  static constexpr int kChunks = D / kChunk;     // of a row
+  T* elements;
+
+  __device__ __forceinline__ T* chunk(int row, int c) const {
+    // Only the low 3 bits change: what is above them the compiler can fold into the address.
+    return elements + row * D + ((c & ~7) + ((c ^ row) & 7)) * kChunk;
+  }
+};
+
+// The keys and values of one sequence and head that a tile of queries sees, counted from the first
+// of them: offset o is position `begin` + o. The first `history` are in the ring, the others in
+// the chunk. The same for all threads of a block, which keep it in shared memory and the pointers
+// where the parameters are: registers are short.
+struct VisibleKeys {
+  int64_t ring;   // row of the head's slot 0 in the pools
+  int64_t token;  // packed token where offset 0 would be
+  int kv_head;
+  int history;
+  int count;
+  int first_slot;  // of offset 0
+  int capacity;
+
+  __device__ VisibleKeys(const Sequence& s, int kv_head, int64_t begin, int64_t end)
+      : ring(s.ring_row + kv_head * s.capacity),
+        token(s.first_token + begin - s.position),
+        kv_head(kv_head),
+        history(static_cast<int>(max(s.position - begin, 0))),
+        count(static_cast<int>(end - begin)),
+        first_slot(static_cast<int>(ring_slot(s, begin))),
+        capacity(static_cast<int>(s.capacity)) {}
+
+  // Row `offset` of the keys and of the values, null past the last.
+  template <class T, int D>
+  __device__ __forceinline__ const T* k(const AttentionParams& p, int offset) const {
+    return row<T, D>(p.k_pool, p.k, p.stride_k_token, p.stride_k_head, offset);
+  }
+  template <class T, int D>
+  __device__ __forceinline__ const T* v(const AttentionParams& p, int offset) const {
+    return row<T, D>(p.v_pool, p.v, p.stride_v_token, p.stride_v_head, offset);
+  }
+
+ private:
+  template <class T, int D>
+  __device__ __forceinline__ const T* row(const void* pool, const void* chunk, int64_t stride_token,
+                                          int64_t stride_head, int offset) const {
+    if (offset >= count) return nullptr;
+    if (offset >= history) {
+      return static_cast<const T*>(chunk) + (token + offset) * stride_token + kv_head * stride_head;
+    }
+    // At most C tokens of history are seen, so the ring wraps once.
+    const int slot = first_slot + offset;
+    return static_cast<const T*>(pool) + (ring + (slot < capacity ? slot : slot - capacity)) * D;
+  }
+};
+
+// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time; rows for
+// which `row_at` gives null become zeros.
+template <int kRows, int kThreads, class Tile, class RowAt>
+__device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& row_at) {
+  constexpr int kChunks = Tile::kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows * kChunks % kThreads == 0);
+  const int c = thread % kChunks;
+#pragma unroll 2
+  for (int row = thread / kChunks; row < kRows; row += kThreads / kChunks) {
+    const auto* global = row_at(row);
+    const bool valid = global != nullptr;
+    cp_async_16(tile.chunk(row, c), valid ? global + c * Tile::kChunk : global, valid);
+  }
+}
+
+// scores[m][n] = the product of query rows 16 m to 16 m + 15 with keys 8 n to 8 n + 7
+template <int kM, int kN, class T, int D>
+__device__ __forceinline__ void multiply_keys(float (&scores)[kM][kN][4], SharedTile<T, D> q,
+                                              int first_row, SharedTile<T, D> k) {
+  const int lane = threadIdx.x % kWarp, matrix = lane / 8, row = lane % 8;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
+    }
+  }
+  // With 32 rows a warp's registers do not suffice for the operands of more steps at once.
+  constexpr int kSteps = kM == 1 ? D / 16 : 2;
+#pragma unroll kSteps
+  for (int step = 0; step < D / 16; ++step) {  // 16 dimensions, 2 chunks
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      ldmatrix_x4(a[m],
+                  q.chunk(first_row + 16 * m + 8 * (matrix % 2) + row, 2 * step + matrix / 2));
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, k.chunk(8 * n + 8 * (matrix / 2) + row, 2 * step + matrix % 2));
+      const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        mma_m16n8k16<T>(scores[m][n], a[m], b0);
+        mma_m16n8k16<T>(scores[m][n + 1], a[m], b1);
+      }
+    }
+  }
+}
+
+// out += p v, with the probabilities as Softmax::fold gives them
+template <int kM, int kN, class T, int D>
+__device__ __forceinline__ void multiply_values(float (&out)[kM][D / 8][4],
+                                                const uint32_t (&p)[kM][kN][2],
+                                                SharedTile<T, D> v) {
+  const int lane = threadIdx.x % kWarp, matrix = lane / 8, row = lane % 8;
+#pragma unroll
+  for (int n = 0; n < kN; n += 2) {  // 16 keys
+#pragma unroll
+    for (int d = 0; d < D / 8; d += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_transposed(b, v.chunk(8 * n + 8 * (matrix % 2) + row, d + matrix / 2));
+      const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const uint32_t a[4] = {p[m][n][0], p[m][n][1], p[m][n + 1][0], p[m][n + 1][1]};
+        mma_m16n8k16<T>(out[m][d], a, b0);
+        mma_m16n8k16<T>(out[m][d + 1], a, b1);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// The running softmax of a lane's 2 * kM rows, in powers of two: `scale` is that of the scores
+// times log2(e). Index 2 m + h is row 16 m + 8 h + lane / 4.
+template <int kM>
+struct Softmax {
+  float scale;
+  float maximum[2 * kM];  // of the row so far, unscaled
+  float total[2 * kM];    // this lane's part of the sum of 2^(scale * (score - maximum))
+
+  __device__ explicit Softmax(float scale) : scale(scale) {
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r) {
+      maximum[r] = -INFINITY;
+      total[r] = 0.0f;
+    }
+  }
+
+  // What `highest`, the new maximum of row r, means for it: 2^(scale * score - base) are the
+  // probabilities from now on, those so far are to be multiplied by `factor`.
+  struct Rise {
+    float base, factor;
+  };
+  __device__ __forceinline__ Rise raise(int r, float highest) {
+    // A row that has seen no key yet has maximum -inf; any finite base then gives 2^-inf = 0.
+    const float base = highest == -INFINITY ? 0.0f : highest * scale;
+    const float factor = exp2_approx(maximum[r] * scale - base);
+    maximum[r] = highest;
+    return {base, factor};
+  }
+
+  // Turns scores into probabilities relative to the new maximum, and brings `out` to it. They come
+  // as the operand of the next product: p[m][n] are the pairs of elements 0, 1 and 2, 3.
+  template <class T, int kN, int kD8>
+  __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
+                                       float (&out)[kM][kD8][4]) {
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r) {
+      const int m = r / 2, i = 2 * (r % 2);
+      float highest = maximum[r];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        highest = fmaxf(highest, fmaxf(scores[m][n][i], scores[m][n][i + 1]));
+      }
+      highest = row_max(highest);
+      const auto [base, factor] = raise(r, highest);
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float low = exp2_approx(scores[m][n][i] * scale - base);
+        const float high = exp2_approx(scores[m][n][i + 1] * scale - base);
+        sum += low + high;
+        p[m][n][r % 2] = pack<T>(low, high);
+      }
+      total[r] = total[r] * factor + sum;
+#pragma unroll
+      for (int d = 0; d < kD8; ++d) {
+        out[m][d][i] *= factor;
+        out[m][d][i + 1] *= factor;
+      }
+    }
+  }
+};
+
+// Hides the scores of keys that a row does not see: those after it and those W or more before.
+// `own` are the offsets of the lane's rows, `first` that of the tile's first key.
+template <int kM, int kN>
+__device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
+                                     int first, int window) {
+  const int column = first + 2 * (threadIdx.x % 4);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int key = column + 8 * n + i % 2, query = own[2 * m + i / 2];
+        if (key > query || key <= query - window) scores[m][n][i] = -INFINITY;
+      }
+    }
+  }
+}
+
+// Stores a warp's results, 16 * kM rows of `out` from row `first` of the tile on, divided by their
+// totals. They go through these rows of shared memory, which the warp has for itself, to be written
+// 16 bytes at a time. row_at(row) is where a row goes, or null from the first that is not stored.
+template <int kM, class T, int D, class RowAt>
+__device__ __forceinline__ void store_rows(SharedTile<T, D> tile, int first,
+                                           const float (&out)[kM][D / 8][4],
+                                           const float (&totals)[2 * kM], const RowAt& row_at) {
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+    const float inverse = 1.0f / row_sum(totals[r]);
+    const int row = first + 8 * r + lane / 4, i = 2 * (r % 2);
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d) {
+      const uint32_t pair = pack<T>(out[r / 2][d][i] * inverse, out[r / 2][d][i + 1] * inverse);
+      memcpy(tile.chunk(row, d) + 2 * (lane % 4), &pair, sizeof pair);
+    }
+  }
+  __syncwarp();
+  constexpr int kChunks = SharedTile<T, D>::kChunks;
+  for (int item = lane; item < 16 * kM * kChunks; item += kWarp) {
+    const int row = first + item / kChunks, c = item % kChunks;
+    T* global = row_at(row);
+    if (global == nullptr) break;
+    store16(global + c * kVec16<T>, load_shared16(tile.chunk(row, c)));
+  }
+}
+
+}  // namespace mistral::cuda

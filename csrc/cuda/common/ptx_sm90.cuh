@@ -1,0 +1,276 @@
+// Instructions of sm_90 and sm_90a alone: barriers in shared memory, the copy engine (TMA), matrix
+// products by a warpgroup (wgmma) and the registers that it may have. One small function each, as
+// in the PTX ISA (section 9.7). For kernels that are compiled for sm_90a and nothing else. The
+// emulator replaces this file, like ptx.cuh.
+#pragma once
+
+#include <cuda.h>
+#include <ptx.cuh>
+
+#include <type_traits>
+
+namespace mistral::cuda {
+
+// ---- Barriers in shared memory (mbarrier): 8 bytes, 8-byte aligned. A phase is complete when all
+// arrivals and all the bytes that were expected have come; the next one then begins by itself.
+
+// The number of arrivals that complete a phase, those of cp_async_arrive among them.
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals,
+                                              Site = Site::here()) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+// Makes the barriers that this thread has initialised known to the copy engine; other threads need
+// __syncthreads after it.
+__device__ __forceinline__ void mbarrier_init_fence(Site = Site::here()) {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// What this thread did before is seen by those that then wait for the phase.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, Site = Site::here()) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives and has the phase wait for `bytes` more, which tma_load brings.
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes,
+                                                       Site = Site::here()) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase of that parity is complete: that of the first phase is 0, of the second 1,
+// and so on in turn. The phase before the first, of parity 1, counts as complete.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
+                                              Site = Site::here()) {
+  uint32_t complete;
+  do {  // the instruction itself waits for a while, not for ever
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!complete);
+}
+
+// Arrives, once, when all copies are there that this thread has started with cp_async_16 and
+// cp_async_4.
+__device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::here()) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// ---- Proxies. wgmma and TMA go another way to shared memory than loads, stores and cp.async.
+
+// Orders the accesses of the ordinary kind that this thread has made, or has seen completed, before
+// what wgmma and TMA do after it. What they are to see needs it: in the thread that has stored, for
+// cp.async when it is complete, and before the barrier; or after the barrier, in the threads that
+// start the wgmma or TMA, as where cp_async_arrive leaves no thread to wait.
+__device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- TMA: copies of boxes of a tensor, which the map describes (tensor_map_sm90.h), to shared
+// memory. One thread starts one for all. The map is a kernel's parameter, const __grid_constant__.
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Site = Site::here()) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Copies the box that begins at element x of row y, zeros for what is outside the tensor. `shared`
+// is a multiple of 1024, as the swizzle goes by the bits of addresses. Once there, the bytes of the
+// whole box, zeros too, are counted by `barrier`.
+__device__ __forceinline__ void tma_load_2d(void* shared, const CUtensorMap* map, uint64_t* barrier,
+                                            int32_t x, int32_t y, Site = Site::here()) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_load_3d(void* shared, const CUtensorMap* map, uint64_t* barrier,
+                                            int32_t x, int32_t y, int32_t z, Site = Site::here()) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+// ---- wgmma: products by a warpgroup, 4 warps of which the first is a multiple of 4. All their
+// threads call these together. The products are asynchronous: until wgmma_wait the registers of d
+// and a must not be touched, nor the operands in shared memory overwritten.
+
+// To be called after registers of d or a have been accessed, before the products that use them.
+__device__ __forceinline__ void wgmma_fence(Site = Site::here()) {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Makes the products since the last commit a group.
+__device__ __forceinline__ void wgmma_commit(Site = Site::here()) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most the `kPending` latest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// To be called on each d after the wait for it, before it is used: the compiler takes d for ready
+// as soon as wgmma_m64 is issued and could otherwise move its uses before the wait. And where d has
+// been set by other means, before the wgmma_fence of the products that add to it. No instruction.
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// To be called on an a in registers before the wgmma_fence of its products: the compiler could
+// otherwise compute it after that.
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+
+// Describes a matrix of 16-bit elements in shared memory with the 128-byte swizzle: rows of 128
+// bytes, in which the 16 bytes i of row r lie at (i ^ r) % 8; 8 rows, 1024 bytes with an address
+// that is a multiple of it, are an atom. `shared` is in row 0 of one.
+//   K-major, of 64 k a row: `stride_bytes` leads from 8 rows to the next 8; `leading_bytes` has no
+//   meaning. The next 16 k are 32 bytes further.
+//   MN-major, of 64 m or n a row: `stride_bytes` leads from 8 k to the next 8, `leading_bytes` from
+//   64 m or n to the next 64.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes,
+                                                     uint32_t stride_bytes, Site = Site::here()) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{stride_bytes >> 4} << 32 | uint64_t{leading_bytes >> 4} << 16 |
+         (shared_address(shared) & 0x3ffff) >> 4;
+}
+
+// Operands of asm: 8 or 32 registers of d, and the names that they get as the first operands.
+#define MISTRAL_D8(i)                                                                   \
+  "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
+      "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
+#define MISTRAL_D32(i) \
+  MISTRAL_D8(i), MISTRAL_D8((i) + 8), MISTRAL_D8((i) + 16), MISTRAL_D8((i) + 24)
+#define MISTRAL_NAMES_32                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, " \
+  "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MISTRAL_NAMES_64                                                               \
+  MISTRAL_NAMES_32                                                                     \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// The text: `accumulate` names an operand that is 0 or 1, `last` says which operands are
+// transposed.
+#define MISTRAL_WGMMA(shape, type, d, a, b, accumulate, last)                       \
+  "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " accumulate                  \
+  ", 0;\n"                                                                          \
+  "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" d "}, " a ", " b \
+  ", accumulate, 1, 1, " last ";\n}"
+
+// d = a * b, or d += a * b: a is [64, 16] in shared memory, K-major; b [N, 16] K-major or [16, N]
+// MN-major (kTransposeB) in shared memory. Warp w has rows 16 * w to 16 * w + 15 of d [64, N], and
+// d[4 * j .. 4 * j + 3] of a lane are the columns from 8 * j as in mma_m16n8k16.
+template <class T, int N, bool kTransposeB>
+__device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_t b,
+                                          bool accumulate, Site = Site::here()) {
+  static_assert(N == 64 || N == 128);
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  if constexpr (N == 64 && std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(MISTRAL_WGMMA("m64n64k16", "bf16", MISTRAL_NAMES_32, "%32", "%33", "%34", "0, %35")
+                 : MISTRAL_D32(0)
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposeB));
+  } else if constexpr (N == 64) {
+    asm volatile(MISTRAL_WGMMA("m64n64k16", "f16", MISTRAL_NAMES_32, "%32", "%33", "%34", "0, %35")
+                 : MISTRAL_D32(0)
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposeB));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(
+        MISTRAL_WGMMA("m64n128k16", "bf16", MISTRAL_NAMES_64, "%64", "%65", "%66", "0, %67")
+        : MISTRAL_D32(0), MISTRAL_D32(32)
+        : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposeB));
+  } else {
+    asm volatile(MISTRAL_WGMMA("m64n128k16", "f16", MISTRAL_NAMES_64, "%64", "%65", "%66", "0, %67")
+                 : MISTRAL_D32(0), MISTRAL_D32(32)
+                 : "l"(a), "l"(b), "r"(int(accumulate)), "n"(kTransposeB));
+  }
+}
+
+// The same with a in registers: warp w has rows 16 * w to 16 * w + 15, as in mma_m16n8k16.
+template <class T, int N, bool kTransposeB>
+__device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                                          bool accumulate, Site = Site::here()) {
+  static_assert(N == 64 || N == 128);
+  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
+  if constexpr (N == 64 && std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(MISTRAL_WGMMA("m64n64k16", "bf16", MISTRAL_NAMES_32, "{%32, %33, %34, %35}", "%36",
+                               "%37", "%38")
+                 : MISTRAL_D32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),
+                   "n"(kTransposeB));
+  } else if constexpr (N == 64) {
+    asm volatile(MISTRAL_WGMMA("m64n64k16", "f16", MISTRAL_NAMES_32, "{%32, %33, %34, %35}", "%36",
+                               "%37", "%38")
+                 : MISTRAL_D32(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),
+                   "n"(kTransposeB));
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm volatile(MISTRAL_WGMMA("m64n128k16", "bf16", MISTRAL_NAMES_64, "{%64, %65, %66, %67}",
+                               "%68", "%69", "%70")
+                 : MISTRAL_D32(0), MISTRAL_D32(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),
+                   "n"(kTransposeB));
+  } else {
+    asm volatile(MISTRAL_WGMMA("m64n128k16", "f16", MISTRAL_NAMES_64, "{%64, %65, %66, %67}", "%68",
+                               "%69", "%70")
+                 : MISTRAL_D32(0), MISTRAL_D32(32)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),
+                   "n"(kTransposeB));
+  }
+}
+
+#undef MISTRAL_WGMMA
+#undef MISTRAL_NAMES_64
+#undef MISTRAL_NAMES_32
+#undef MISTRAL_D32
+#undef MISTRAL_D8
+
+// ---- Registers of a warpgroup, all of whose threads call these together. A block starts with an
+// equal share for each thread, that of __launch_bounds__(threads, 1). A multiple of 8.
+
+// Waits until other warpgroups have given up enough.
+template <int kRegisters>
+__device__ __forceinline__ void registers_increase(Site = Site::here()) {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void registers_decrease(Site = Site::here()) {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// ---- Barriers 1 to 15 of a block, for some of its warps: `threads` is how many come, 32 for each.
+// (Barrier 0 is that of __syncthreads.)
+
+__device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Counts as having come, without waiting for the others.
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads, Site = Site::here()) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace mistral::cuda

@@ -1,0 +1,346 @@
+// Products of up to 64 tokens, limited by reading the weights once.
+//
+// Grid: as many blocks as run at the same time, or fewer. A block takes blocks of 16 kM outputs (8
+// kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share out the chunks of K; each streams its
+// chunks through stages of its own (weight_stream.cuh), multiplies 16 rows with 8 tokens at a time
+// on the tensor cores, and keeps the sums in registers. At the end of a block of outputs the warps'
+// sums are added through shared memory, in the order of the warps, while the next chunks are on
+// their way: the stream goes on from block to block without a gap.
+//
+// Bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
+// or 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages * 2 KB = 48 KB
+// (kM = 2: 8 * 1 * 4 KB = 32 KB), and two of them fit on a multiprocessor, unless one takes the
+// room for normalised rows of x: 16 of K = 4096 are 129 KB.
+//
+// Those rows pay for themselves, by reasoning, not by measurement. Each 16 outputs need all of x:
+// with 16 tokens that is as many bytes as 16 bits' weights have, and four times those of 4 bits.
+// From shared memory they come at 128 bytes a clock; from L2, and an L1 that is too small for them,
+// they would compete with the weights.
+//
+// K is not divided among blocks. With 16 rows to a block even the smallest matrix of Mistral 7B has
+// 256, nearly two for each of 132 multiprocessors, and as half of those have enough bytes under way
+// for all of the memory's bandwidth, an uneven last round costs little. So there are no partial
+// sums in global memory, and what a token gets depends on the row of x and the row of the weights
+// alone: not on the other tokens, the other parts, or the GPU.
+#pragma once
+
+#include <launch.cuh>
+#include <ptx.cuh>
+
+#include "gemv_argmax.cuh"
+#include "gemv_norm.cuh"
+#include "gemv_rope.cuh"
+#include "weight_stream.cuh"
+
+namespace mistral::cuda {
+
+// Tokens that a block can normalise for itself.
+constexpr int kNormTokens = 16;
+
+// Tokens to a row's sums that are added at a time, in 8s.
+template <int kN>
+constexpr int kRound = kN == 1 ? 1 : 2;
+
+// Elements of a row of normalised x in shared memory, with zeros up to a whole chunk.
+template <class W>
+MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
+  return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +
+         W::kRowPadding / static_cast<int>(sizeof(typename W::Element));
+}
+
+// Floats of a round's sums in shared memory, and bytes of all: the stages, two rounds in turn,
+// normalised rows of x, and with RoPE what is known of the tokens.
+template <int kN>
+constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
+template <class W, int kM, int kN>
+constexpr int kFixedShared = StageLayout<W::kFormat, kM>::kBytes + 2 * kRoundSums<kN> * 4;
+template <class W, int kM, int kN, bool kNorm>
+MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
+  if (!kNorm) return kFixedShared<W, kM, kN>;
+  return kFixedShared<W, kM, kN> +
+         p.tokens * normalised_row<W>(p.inputs) * int64_t{sizeof(typename W::Element)};
+}
+template <class W, int kM, int kN, bool kNorm>
+int64_t linear_shared_bytes(const LinearParams& p) {
+  const int64_t of_rope = p.epilogue == Epilogue::rope ? RopeFinish<W>::shared_bytes(p) : 0;
+  return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
+}
+
+// The outputs that a lane finishes: of 8 tokens and one tile, those of tokens 2 (lane % 4) and the
+// next and of rows lane / 4 and that + 8, in the order of the sums.
+template <class W>
+struct Outputs {
+  using T = typename W::Element;
+
+  const LinearParams& p;
+  int first_token;   // of sums 0 and 2
+  int first_column;  // of sums 0 and 1
+  T* address[4];     // null: there is none
+  float scales[2];
+  T before[4];
+
+  // Loads what will be needed. `output`: the first of the tile, `token`: of the 8.
+  __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock<false>& block,
+                                     int output, int64_t token)
+      : p(p) {
+    const int lane = threadIdx.x % kWarp;
+    first_token = static_cast<int>(token) + 2 * (lane % 4);
+    first_column = block.column + output + lane / 4;
+    const bool swiglu = p.epilogue == Epilogue::swiglu;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = block.row_of(output + lane / 4, half);
+      const bool inside = row < block.count;
+      if constexpr (W::kFormat == WeightFormat::int8) {
+        const bf16* of_part = p.parts[block.part_of(half)].scales + block.first;
+        scales[half] = inside && token < p.tokens ? to_float(load_global(of_part + row)) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t t = token + 2 * (lane % 4) + i;
+        const bool wanted = inside && t < p.tokens && !(swiglu && half == 1);
+        address[2 * half + i] =
+            wanted ? static_cast<T*>(p.out) + t * p.stride_out_token + block.column + row : nullptr;
+        if (wanted && p.epilogue == Epilogue::add) {
+          before[2 * half + i] = load_global(address[2 * half + i]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float (&sums)[4]) const {
+    if constexpr (W::kFormat == WeightFormat::int8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[i] *= scales[i / 2];
+    }
+    const bool argmax = p.epilogue == Epilogue::argmax;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      Rank best = 0;
+#pragma unroll
+      for (int i = j; i < 4; i += 2) {
+        if (!address[i]) continue;
+        float result = sums[i];
+        if (p.epilogue == Epilogue::add) result += to_float(before[i]);
+        if (p.epilogue == Epilogue::swiglu) result = result / (1.0f + expf(-result)) * sums[i + 2];
+        const T rounded = from_float<T>(result);
+        store_global(address[i], rounded);
+        const int id = first_column + i / 2 * 8;
+        if (argmax && id < p.limit) best = higher(best, rank_of(key_of(to_float(rounded)), id));
+      }
+      if (argmax) contribute(p, first_token + j, best);
+    }
+  }
+};
+
+// Finishes outputs by themselves. `begin` comes before a barrier, if it has anything to do (kRope);
+// `outputs` loads what will be needed.
+template <class W>
+struct StoreFinish {
+  static constexpr bool kRope = false;
+
+  const LinearParams& p;
+
+  __device__ __forceinline__ void begin(char*) {}
+  __device__ __forceinline__ Outputs<W> outputs(const OutputBlock<false>& block, int output,
+                                                int64_t token) const {
+    return {p, block, output, token};
+  }
+};
+
+template <class W, int kM, int kN, bool kNorm, class Finish>
+__device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
+  using T = typename W::Element;
+  using Layout = StageLayout<W::kFormat, kM>;
+  constexpr int kSteps = W::kUnits * W::kUnitSteps;
+  // Steps whose x is loaded together, as far as registers go.
+  constexpr int kBatch = kSteps * kN <= 8 ? kSteps : 8 / kN;
+  // With many tokens, registers do not suffice for the operands of more units at once.
+  [[maybe_unused]] constexpr int kUnroll =
+      kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1 : W::kUnits;
+  constexpr bool kGroups = W::kFormat == WeightFormat::int4;
+  static_assert(!kNorm || 8 * kN <= kNormTokens);
+
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int inputs = static_cast<int>(p.inputs), blocks = blocks_of_all<kM>(p);
+  const int chunks = (inputs + W::kValues - 1) / W::kValues,
+            tile_step = 1 << tile_step_log2<Finish::kRope>(p);
+
+  char* const shared = dynamic_shared<char>();
+  auto* const partial_sums = reinterpret_cast<float*>(shared + Layout::kBytes);
+  WeightStream<W, kM, Finish::kRope> stream(p, shared, blocks, chunks);
+  // Weights are constant: their first stages may be under way while the input is not there yet.
+  wait_for_earlier_kernels();
+  let_later_kernels_begin();
+  finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));
+
+  // The lane's row of x for each 8 tokens. Where there is no such token it is another one's, whose
+  // product is not stored. Counted in 16 bytes: registers are scarce.
+  const auto* x = static_cast<const uint4*>(p.x);
+  uint32_t rows_of_x[kN];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const auto token = static_cast<uint32_t>(min(8 * n + lane / 4, p.tokens - 1));
+    rows_of_x[n] = token * static_cast<uint32_t>(p.stride_x_token / 8);
+  }
+  if constexpr (kNorm) {
+    T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
+    const int stride = normalised_row<W>(p.inputs), count = static_cast<int>(p.tokens);
+    // 8 tokens at a time, as registers are scarce, each 8 with sums of their own: so no barrier is
+    // needed between.
+#pragma unroll 1
+    for (int n = 0; n < kN; ++n) {
+      normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), partial_sums + n * 8 * kLinearWarps,
+                           RowsInShared<T>{rows + 8 * n * stride, stride});
+    }
+    for (int i = warp; i < count; i += kLinearWarps) {
+      for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
+        store_shared16(rows + i * stride + k, Vec16<T>{});
+      }
+    }
+    x = reinterpret_cast<const uint4*>(rows);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      rows_of_x[n] = static_cast<uint32_t>(min(8 * n + lane / 4, count - 1) * stride / 8);
+    }
+  }
+  if constexpr (kNorm || Finish::kRope) __syncthreads();
+  const auto load_x = [&](uint4(&to)[kBatch][kN], int chunk, int first_step) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int k = chunk * W::kValues + W::k_at(first_step + i, lane % 4);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const uint4* const from = x + (rows_of_x[n] + static_cast<uint32_t>(k) / 8);
+        if constexpr (kNorm) {
+          to[i][n] = ld_shared_16(from);
+        } else {
+          to[i][n] = k < inputs ? ld_global_16(from) : uint4{};
+        }
+      }
+    }
+  };
+
+  // int4: of the steps that share a scale
+  const int steps_log2 = kGroups ? group_log2(p) - 5 : 0;
+  int round = 0;
+  for (int index = blockIdx.x; index < blocks; index += gridDim.x) {
+    const auto block = OutputBlock<Finish::kRope>::template at<kM>(p, index);
+    int skipped[kM][2];
+    if constexpr (kGroups) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t row = block.first + block.row_of(tile_step * m + lane / 4, half);
+          skipped[m][half] = skipped_scales(p.parts[block.part_of(half)].scales +
+                                            row * (p.inputs >> group_log2(p)));
+        }
+      }
+    }
+
+    float sums[kM][kN][4] = {}, group_sums[kM][kN][4] = {};
+    for (int chunk = warp; chunk < chunks; chunk += kLinearWarps) {
+      uint4 b[kBatch][kN];
+      load_x(b, chunk, 0);
+      stream.advance();
+      const bf16* scales[kM][2];  // of the next group, in the lane's two rows
+#pragma unroll
+      for (int m = 0; m < kM && kGroups; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          scales[m][half] = stream.scales(m, lane / 4 + 8 * half, skipped[m][half]);
+        }
+      }
+#pragma unroll kUnroll
+      for (int unit = 0; unit < W::kUnits; ++unit) {
+        StepOperands a[kM][W::kUnitSteps];
+#pragma unroll
+        for (int m = 0; m < kM; ++m) W::take(a[m], stream.tile(m), unit);
+#pragma unroll
+        for (int i = 0; i < W::kUnitSteps; ++i) {
+          const int step = unit * W::kUnitSteps + i;
+          if (step > 0 && step % kBatch == 0) load_x(b, chunk, step);
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+            const uint4 words = b[step % kBatch][n];
+            const uint32_t first[2] = {words.x, words.y}, second[2] = {words.z, words.w};
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+              float (&d)[4] = kGroups ? group_sums[m][n] : sums[m][n];
+              mma_m16n8k16<T>(d, a[m][i][0], first);
+              mma_m16n8k16<T>(d, a[m][i][1], second);
+            }
+          }
+          if constexpr (kGroups) {
+            // At the end of a group its sums get their scale.
+            if ((step + 1) & ((1 << steps_log2) - 1)) continue;
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+#pragma unroll
+              for (int half = 0; half < 2; ++half) {
+                const float scale = to_float(*scales[m][half]++);
+#pragma unroll
+                for (int n = 0; n < kN; ++n) {
+#pragma unroll
+                  for (int j = 2 * half; j < 2 * half + 2; ++j) {
+                    sums[m][n][j] += scale * group_sums[m][n][j];
+                    group_sums[m][n][j] = 0.0f;
+                  }
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+
+    // Rounds of the tiles and tokens: every warp leaves its sums, one or two of them add all up.
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; n += kRound<kN>) {
+        float* const of_round = partial_sums + round % 2 * kRoundSums<kN>;
+        const int turn = (warp + round * kRound<kN>) % kLinearWarps;
+        const auto place = [&](int i, int w) {
+          return of_round + ((i * kLinearWarps + w) * kWarp + lane) * 4;
+        };
+        const bool adds = turn < kRound<kN>;
+        const auto mine = finish.outputs(block, tile_step * m, adds ? 8 * (n + turn) : p.tokens);
+#pragma unroll
+        for (int i = 0; i < kRound<kN>; ++i) {
+          const float (&s)[4] = sums[m][n + i];
+          store_shared16(place(i, warp), Vec16<float>{{s[0], s[1], s[2], s[3]}});
+        }
+        __syncthreads();
+        ++round;
+        if (!adds) continue;
+        float total[4] = {};
+#pragma unroll
+        for (int w = 0; w < kLinearWarps; ++w) {
+          const Vec16<float> s = load_shared16(place(turn, w));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) total[j] += s[j];
+        }
+        mine.store(total);
+      }
+    }
+  }
+  cp_async_wait<0>();
+}
+
+template <class W, int kM, int kN, bool kNorm>
+__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
+    linear_kernel(const __grid_constant__ LinearParams p) {
+  multiply<W, kM, kN, kNorm>(p, StoreFinish<W>{p});
+  if (p.epilogue == Epilogue::argmax) choose_tokens(p);
+}
+
+template <class W, int kM, int kN, bool kNorm>
+__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
+    linear_rope_kernel(const __grid_constant__ LinearParams p,
+                       const __grid_constant__ RopeParams rope) {
+  multiply<W, kM, kN, kNorm>(p, RopeFinish<W>{p, rope, nullptr, nullptr});
+}
+
+}  // namespace mistral::cuda

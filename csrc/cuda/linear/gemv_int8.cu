@@ -1,0 +1,8 @@
+// The kernels of products with weights in 8 bits.
+#include "gemv_launch.cuh"
+
+namespace mistral::cuda {
+
+template struct LinearKernels<WeightFormat::int8>;
+
+}  // namespace mistral::cuda

@@ -1,0 +1,83 @@
+// Launches the kernels of a weight format: what linear_<format>.cu instantiates.
+#pragma once
+
+#include <launch.cuh>
+
+#include "../common/element.cuh"
+#include "gemv.cuh"
+#include "gemv_launch.h"
+
+namespace mistral::cuda {
+
+// The format as the kernels have it.
+template <WeightFormat kFormat, class T>
+using WeightsOf = std::conditional_t<
+    kFormat == WeightFormat::plain, PlainWeights<T>,
+    std::conditional_t<kFormat == WeightFormat::int8, Int8Weights<T>, Int4Weights<T>>>;
+
+// Calls f with it. dtype is bf16 or f16.
+template <WeightFormat kFormat, class F>
+auto with_weights(DType dtype, const F& f) {
+  return dtype == DType::bf16 ? f(WeightsOf<kFormat, __nv_bfloat16>{})
+                              : f(WeightsOf<kFormat, __half>{});
+}
+
+template <WeightFormat kFormat>
+bool LinearKernels<kFormat>::normalises_in_block(const LinearParams& p) {
+  if (!p.norm || p.tokens > kNormTokens) return false;
+  return with_weights<kFormat>(p.dtype, [&](auto weights) {
+    using W = decltype(weights);
+    const int64_t shared = p.tokens <= 8 ? linear_shared_bytes<W, 1, 1, true>(p)
+                                         : linear_shared_bytes<W, 1, 2, true>(p);
+    return shared <= shared_memory_size().of_block;
+  });
+}
+
+// `rope`: nothing, or RopeParams.
+template <class W, int kM, int kN, bool kNorm, class... Rope>
+cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope&... rope) {
+  constexpr int64_t kReservedShared = 1024;  // bytes that the runtime takes of a block's
+  const int64_t shared = linear_shared_bytes<W, kM, kN, kNorm>(p);
+  const bool two =
+      kM == 1 && 2 * (shared + kReservedShared) <= shared_memory_size().of_multiprocessor;
+  const int64_t at_once = multiprocessors() * (two ? 2 : 1);
+  const dim3 grid(static_cast<unsigned>(min(blocks_of_all<kM>(p), at_once)));
+  const auto start = [&](auto kernel) {
+    return launch_overlapping(kernel, grid, dim3(kLinearThreads), static_cast<size_t>(shared),
+                              stream, p, rope...);
+  };
+  if constexpr (sizeof...(Rope) > 0) {
+    return start(linear_rope_kernel<W, kM, kN, kNorm>);
+  } else {
+    return start(linear_kernel<W, kM, kN, kNorm>);
+  }
+}
+
+// With more tokens, more rows share what is read of x.
+template <class W, class... Rope>
+cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t stream,
+                          const Rope&... rope) {
+  if (in_block && p.tokens <= 8) return launch_linear<W, 1, 1, true>(p, stream, rope...);
+  if (in_block) return launch_linear<W, 1, 2, true>(p, stream, rope...);
+  if (p.tokens <= 8) return launch_linear<W, 1, 1, false>(p, stream, rope...);
+  if (p.tokens <= 16) return launch_linear<W, 1, 2, false>(p, stream, rope...);
+  if (p.tokens <= 32) return launch_linear<W, 2, 4, false>(p, stream, rope...);
+  return launch_linear<W, 2, 8, false>(p, stream, rope...);
+}
+
+template <WeightFormat kFormat>
+cudaError_t LinearKernels<kFormat>::launch(const LinearParams& p, bool in_block,
+                                           cudaStream_t stream) {
+  return with_weights<kFormat>(
+      p.dtype, [&](auto weights) { return launch_tokens<decltype(weights)>(p, in_block, stream); });
+}
+
+template <WeightFormat kFormat>
+cudaError_t LinearKernels<kFormat>::launch(const LinearParams& p, bool in_block,
+                                           cudaStream_t stream, const RopeParams& rope) {
+  return with_weights<kFormat>(p.dtype, [&](auto weights) {
+    return launch_tokens<decltype(weights)>(p, in_block, stream, rope);
+  });
+}
+
+}  // namespace mistral::cuda

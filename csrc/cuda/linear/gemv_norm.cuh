@@ -1,0 +1,99 @@
+// The RMSNorm of x before a product: by each block for itself, where the rows fit in its shared
+// memory, or before, to global memory; the same to the bit.
+#pragma once
+
+#include "../../linear.h"
+#include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "../norm.cuh"
+#include "weight_stream.cuh"
+
+namespace mistral::cuda {
+
+// Rows in shared memory. They wait there to be normalised in place, by the thread that put them
+// there: so every block reads x once, though all read all of it.
+template <class T>
+struct RowsInShared {
+  T* rows;
+  int stride;
+
+  __device__ __forceinline__ void keep(int i, int k, const Vec16<T>& v) const { store(i, k, v); }
+  __device__ __forceinline__ Vec16<T> kept(int i, int k) const {
+    return load_shared16(rows + i * stride + k);
+  }
+  __device__ __forceinline__ void store(int i, int k, const Vec16<T>& v) const {
+    store_shared16(rows + i * stride + k, v);
+  }
+};
+
+// A row in global memory, of any length, which is read twice.
+template <class T>
+struct RowInGlobal {
+  const T* x;
+  T* out;
+
+  __device__ __forceinline__ void keep(int, int, const Vec16<T>&) const {}
+  __device__ __forceinline__ Vec16<T> kept(int, int k) const { return load16(x + k); }
+  __device__ __forceinline__ void store(int, int k, const Vec16<T>& v) const {
+    store16(out + k, v);
+  }
+};
+
+// Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block.
+// `rows` keeps 8 elements from k on of the i-th for the second look at them, and stores the result.
+// `sums`: shared memory of kTokens * kLinearWarps floats. What is stored in shared memory needs a
+// barrier after it.
+template <class T, int kTokens, class Rows>
+__device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
+                                               float* sums, const Rows& rows) {
+  constexpr int kStep = kLinearThreads * kVec16<T>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int inputs = static_cast<int>(p.inputs), begin = threadIdx.x * kVec16<T>;
+  const T* x = static_cast<const T*>(p.x) + first * p.stride_x_token;
+
+  float squares[kTokens] = {}, factors[kTokens];
+  for (int k = begin; k < inputs; k += kStep) {
+    Vec16<T> h[kTokens];  // all tokens' loads are under way together
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      h[i] = i < count ? load16(x + i * p.stride_x_token + k) : Vec16<T>{};
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+#pragma unroll
+      for (int j = 0; j < kVec16<T>; ++j) squares[i] += h[i][j] * h[i][j];
+      if (i < count) rows.keep(i, k, h[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const float sum = warp_sum(squares[i]);
+    if (lane == 0) sums[i * kLinearWarps + warp] = sum;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kLinearWarps; ++w) sum += sums[i * kLinearWarps + w];
+    factors[i] = 1.0f / sqrtf(sum / static_cast<float>(p.inputs) + p.eps);
+  }
+  for (int k = begin; k < inputs; k += kStep) {
+    const Vec16<T> weight = load16(static_cast<const T*>(p.norm) + k);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i < count) rows.store(i, k, scaled(rows.kept(i, k), weight, factors[i]));
+    }
+  }
+}
+
+// Grid: one block per token. Normalised rows [T, K] go to p.scratch.
+template <class T>
+__global__ void __launch_bounds__(kLinearThreads)
+    linear_norm_kernel(const __grid_constant__ LinearParams p) {
+  const RowInGlobal<T> row = {static_cast<const T*>(p.x) + blockIdx.x * p.stride_x_token,
+                              static_cast<T*>(p.scratch) + blockIdx.x * p.inputs};
+  normalise_rows<T, 1>(p, blockIdx.x, 1, dynamic_shared<float>(), row);
+}
+
+}  // namespace mistral::cuda

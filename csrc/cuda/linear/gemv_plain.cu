@@ -1,0 +1,8 @@
+// The kernels of products with weights in 16 bits.
+#include "gemv_launch.cuh"
+
+namespace mistral::cuda {
+
+template struct LinearKernels<WeightFormat::plain>;
+
+}  // namespace mistral::cuda

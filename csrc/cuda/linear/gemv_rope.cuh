@@ -1,0 +1,122 @@
+// RoPE and the append to the rings behind the product of query, key and value, to the bit as rope
+// does it: sums are rounded before they are rotated.
+#pragma once
+
+#include "../../linear.h"
+#include "../append.cuh"
+#include "../common/vec.cuh"
+#include "../rotation.cuh"
+#include "weight_stream.cuh"
+
+namespace mistral::cuda {
+
+// What a block looks up of a token once, for all of its outputs.
+struct NewToken {
+  uint64_t position;
+  TokenRows rows;  // in the pools
+  bool stored;     // in its ring, by this kernel
+};
+
+// The outputs that a lane finishes, two pairs in a head: those of tokens 2 (lane % 4) and the next
+// and of rows lane / 4 and D/2 below.
+template <class W>
+struct RotatedOutputs {
+  using T = typename W::Element;
+
+  int half;        // D/2
+  bool rotated;    // else they are of the value
+  T* address[2];   // of the first of a pair; null: there is no such token
+  T* slot[2];      // the same in the ring; null: it is not stored
+  float2 turn[2];  // cosine and sine
+  float scales[2];
+
+  __device__ __forceinline__ RotatedOutputs(const LinearParams& p, const RopeParams& rope,
+                                            const uint64_t* angles, const NewToken* tokens,
+                                            const OutputBlock<true>& block, int output,
+                                            int64_t token)
+      : half(block.half_head), rotated(block.part < 2) {
+    const int lane = threadIdx.x % kWarp, row = block.row_of(output + lane / 4, 0);
+    const int in_part = block.first + row;
+    const int head = in_part / (2 * half), i = in_part % (2 * half);
+    if constexpr (W::kFormat == WeightFormat::int8) {
+      const bf16* of_part = p.parts[block.part].scales + in_part;
+      scales[0] = token < p.tokens ? to_float(load_global(of_part)) : 0.0f;
+      scales[1] = token < p.tokens ? to_float(load_global(of_part + half)) : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int64_t t = token + 2 * (lane % 4) + j;
+      address[j] = nullptr;
+      slot[j] = nullptr;
+      if (t >= p.tokens) continue;
+      const NewToken& found = tokens[t];
+      address[j] = static_cast<T*>(p.out) + t * p.stride_out_token + block.column + row;
+      if (found.stored && block.part > 0) {
+        void* const pool = block.part == 1 ? rope.k_pool : rope.v_pool;
+        slot[j] = static_cast<T*>(pool) + found.rows.row(head) * rope.head_dim + i;
+      }
+      if (rotated) turn[j] = cosine_and_sine(found.position * angles[i]);
+    }
+  }
+
+  __device__ __forceinline__ void store(float (&sums)[4]) const {
+    if constexpr (W::kFormat == WeightFormat::int8) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[j] *= scales[j / 2];
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!address[j]) continue;
+      T first = from_float<T>(sums[j]), second = from_float<T>(sums[j + 2]);
+      if (rotated) {
+        const float2 pair = rotate_pair(to_float(first), to_float(second), turn[j]);
+        first = from_float<T>(pair.x);
+        second = from_float<T>(pair.y);
+      }
+      store_global(address[j], first);
+      store_global(address[j] + half, second);
+      if (slot[j]) {
+        store_global(slot[j], first);
+        store_global(slot[j] + half, second);
+      }
+    }
+  }
+};
+
+// Finishes outputs with RoPE: see StoreFinish.
+template <class W>
+struct RopeFinish {
+  static constexpr bool kRope = true;
+
+  const LinearParams& p;
+  const RopeParams& rope;
+  const uint64_t* angles;  // [D/2], turns_per_position
+  const NewToken* tokens;  // [T]
+
+  // Of the shared memory that `begin` fills.
+  static int64_t shared_bytes(const LinearParams& p) {
+    return p.head_dim / 2 * int64_t{sizeof(uint64_t)} + p.tokens * int64_t{sizeof(NewToken)};
+  }
+  __device__ __forceinline__ void begin(char* shared) {
+    const int half = static_cast<int>(rope.head_dim) / 2;
+    auto* const turns = reinterpret_cast<uint64_t*>(shared);
+    for (int i = threadIdx.x; i < half; i += kLinearThreads) {
+      turns[i] = turns_per_position(load_global(rope.frequencies + i));
+    }
+    angles = turns;
+    auto* const found = reinterpret_cast<NewToken*>(turns + half);
+    for (int t = threadIdx.x; t < p.tokens; t += kLinearThreads) {
+      const Sequence s = rope.sequences[find_sequence(rope.sequences, rope.num_sequences, t)];
+      const int64_t position = s.position + t - s.first_token;
+      found[t] = {static_cast<uint64_t>(position), token_rows(s, position),
+                  stored_before_attention(s, position, rope.window)};
+    }
+    tokens = found;
+  }
+  __device__ __forceinline__ RotatedOutputs<W> outputs(const OutputBlock<true>& block, int output,
+                                                       int64_t token) const {
+    return {p, rope, angles, tokens, block, output, token};
+  }
+};
+
+}  // namespace mistral::cuda

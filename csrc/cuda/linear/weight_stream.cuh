@@ -1,0 +1,266 @@
+// How weights come to a warp: from global memory through stages of shared memory of its own,
+// without a barrier of the block.
+#pragma once
+
+#include <ptx.cuh>
+
+#include "formats.cuh"
+
+namespace mistral::cuda {
+
+// The 8 warps of a block share out the chunks of its rows: warp w takes chunks w, w + 8, ... Which
+// sums are added in which order then depends on K alone.
+constexpr int kLinearWarps = 8;
+constexpr int kLinearThreads = kLinearWarps * kWarp;
+
+// Outputs of a tile of 16 rows, as a power of two: with SwiGLU it has 8 rows of gate above 8 of up,
+// so that a lane gets both products of an output.
+MISTRAL_HOST_DEVICE int tile_outputs_log2(const LinearParams& p) {
+  return p.epilogue == Epilogue::swiglu ? 3 : 4;
+}
+
+// Rows from the beginning of a tile to that of the next in its block, as a power of two. With RoPE
+// a tile has 8 rows of the first half of a head above the 8 of its second half that they are paired
+// with, so that a lane gets both elements of a pair.
+template <bool kRope>
+__device__ __forceinline__ int tile_step_log2(const LinearParams& p) {
+  return kRope ? 3 : tile_outputs_log2(p);
+}
+
+// Blocks of kM tiles that the rows of a part are divided into.
+template <int kM>
+MISTRAL_HOST_DEVICE int blocks_of_part(const LinearParams& p, int part) {
+  static_assert(kM == 1 || kM == 2);
+  const int log2 = tile_outputs_log2(p) + kM - 1;
+  return static_cast<int>((p.parts[part].rows + (1 << log2) - 1) >> log2);
+}
+
+template <int kM>
+MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
+  int blocks = blocks_of_part<kM>(p, 0);  // with SwiGLU, of both parts together
+  if (p.epilogue == Epilogue::swiglu) return blocks;
+  for (int part = 1; part < p.num_parts; ++part) blocks += blocks_of_part<kM>(p, part);
+  return blocks;
+}
+
+// What a block of threads works on at a time: neighbouring outputs of one part.
+template <bool kRope>
+struct OutputBlock {
+  int part;
+  int count;
+  int first;   // in the part
+  int column;  // in the output
+  bool swiglu;
+  int half_head;  // D/2 with RoPE
+
+  template <int kM>
+  static __device__ __forceinline__ OutputBlock at(const LinearParams& p, int index) {
+    OutputBlock block = {};
+    block.swiglu = !kRope && p.epilogue == Epilogue::swiglu;
+    if (!block.swiglu) {
+      while (index >= blocks_of_part<kM>(p, block.part)) {
+        index -= blocks_of_part<kM>(p, block.part);
+        block.column += static_cast<int>(p.parts[block.part].rows);
+        ++block.part;
+      }
+    }
+    const int log2 = tile_outputs_log2(p) + kM - 1;
+    if constexpr (kRope) {
+      const int head_dim = static_cast<int>(p.head_dim), of_head = head_dim >> log2;
+      block.first = index / of_head * head_dim + index % of_head * (8 * kM);
+      block.count = head_dim;  // there is no row outside a head
+      block.half_head = head_dim / 2;
+    } else {
+      block.first = index << log2;
+      block.count = static_cast<int>(min(1 << log2, p.parts[block.part].rows - block.first));
+    }
+    block.column += block.first;
+    return block;
+  }
+
+  // The part that the upper or lower half of a tile is of, and the row there, counted from `first`,
+  // that is the lane's where the upper half has row `output`.
+  __device__ __forceinline__ int part_of(int half) const { return swiglu ? half : part; }
+  __device__ __forceinline__ int row_of(int output, int half) const {
+    if constexpr (kRope) return output + half * half_head;
+    return swiglu ? output : output + 8 * half;
+  }
+};
+
+// int4: the scales of a chunk of one row in shared memory. They are copied by words of 4 bytes; a
+// row whose scales begin within a word takes the last one of the row before along.
+constexpr int kScaleWords = 128 / 32 + 1;  // for the smallest groups
+constexpr int kTileScaleBytes = kTileRows * kScaleWords * 4;
+
+// The values that share a scale, as a power of two.
+__device__ __forceinline__ int group_log2(const LinearParams& p) {
+  return 31 - __clz(static_cast<int>(p.group));
+}
+
+// Scales before `begin` in its word. (Chunks begin where a word does, if the row does.)
+__device__ __forceinline__ int skipped_scales(const bf16* begin) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(begin) / 2 % 2);
+}
+
+template <WeightFormat format, int kM>
+struct StageLayout {
+  static constexpr int kStages = 4 / kM;
+  static constexpr int kValueBytes = kM * kTileBytes;
+  static constexpr int kScaleBytes = format == WeightFormat::int4 ? kM * kTileScaleBytes : 0;
+  static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
+};
+
+// The chunks of a warp, of one block of outputs after the other: with kM tiles of 16 rows each.
+template <class W, int kM, bool kRope>
+class WeightStream {
+  using Layout = StageLayout<W::kFormat, kM>;
+  static constexpr bool kScaled = W::kFormat == WeightFormat::int4;
+
+ public:
+  // `shared`: Layout::kBytes, all values before all scales.
+  __device__ WeightStream(const LinearParams& p, char* shared, int blocks, int chunks)
+      : p_(p), blocks_(blocks), chunks_(chunks), row_bytes_(static_cast<int>(W::bytes(p.inputs))) {
+    const int warp = threadIdx.x / kWarp;
+    values_ = shared + warp * Layout::kStages * Layout::kValueBytes;
+    scales_ = shared + kLinearWarps * Layout::kStages * Layout::kValueBytes +
+              warp * Layout::kStages * Layout::kScaleBytes;
+    // A warp for which there is no chunk never copies.
+    block_ = warp < chunks ? static_cast<int>(blockIdx.x) : blocks;
+    if (block_ < blocks_) begin_block();
+#pragma unroll
+    for (int i = 0; i < Layout::kStages - 1; ++i) copy_next();
+  }
+
+  // Makes the next chunk's stage the current one, and starts the copy of the chunk after those that
+  // are under way into the stage that was.
+  __device__ __forceinline__ void advance() {
+    cp_async_wait<Layout::kStages - 2>();
+    __syncwarp();  // all lanes' copies are there, and all lanes are done with the stage before
+    current_ = next_of(current_);
+    copy_next();
+  }
+
+  __device__ __forceinline__ WeightTile tile(int m) const {
+    return {values_ + current_ * Layout::kValueBytes + m * kTileBytes};
+  }
+  // int4: the scales of the chunk in row `row` of tile m, after those that were only copied along.
+  __device__ __forceinline__ const bf16* scales(int m, int row, int skipped) const {
+    return reinterpret_cast<const bf16*>(scales_ + current_ * Layout::kScaleBytes +
+                                         m * kTileScaleBytes + row * kScaleWords * 4) +
+           skipped;
+  }
+
+ private:
+  static __device__ __forceinline__ int next_of(int stage) {
+    return stage + 1 == Layout::kStages ? 0 : stage + 1;
+  }
+
+  __device__ __forceinline__ void begin_block() {
+    const int lane = threadIdx.x % kWarp;
+    const auto block = OutputBlock<kRope>::template at<kM>(p_, block_);
+    const int tile_step = 1 << tile_step_log2<kRope>(p_);
+    chunk_ = threadIdx.x / kWarp;
+    const int offset = chunk_ * kChunkBytes + 16 * (lane % 8);
+    bytes_left_ = row_bytes_ - offset;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = block.row_of(lane / 8, half);
+      rows_left_[half] = block.count - row;
+      rows_[half] = static_cast<const char*>(p_.parts[block.part_of(half)].values) +
+                    int64_t{block.first + row} * row_bytes_ + offset;
+    }
+    if constexpr (kScaled) {
+      const int log2 = group_log2(p_), first = chunk_ * (W::kValues >> log2), half = lane / 16;
+      const auto row_scales = static_cast<int>(p_.inputs >> log2);
+      scales_left_ = row_scales - first;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const int row = block.row_of(tile_step * m + lane / 2 % 8, half);
+        const bf16* const begin =
+            p_.parts[block.part_of(half)].scales + int64_t{block.first + row} * row_scales + first;
+        skipped_[m] = skipped_scales(begin);
+        scale_rows_[m] = kRope || row < block.count ? begin - skipped_[m] : nullptr;
+      }
+    }
+  }
+
+  // Into the stage before the current one.
+  __device__ __forceinline__ void copy_next() {
+    const int stage = filled_;
+    filled_ = next_of(filled_);
+    if (block_ < blocks_) {
+      copy_values(values_ + stage * Layout::kValueBytes);
+      if constexpr (kScaled) copy_scales(scales_ + stage * Layout::kScaleBytes);
+      chunk_ += kLinearWarps;
+      if (chunk_ >= chunks_) {
+        block_ += gridDim.x;
+        if (block_ < blocks_) begin_block();
+      }
+    }
+    cp_async_commit();
+  }
+
+  // 8 lanes copy the 128 bytes of a row: whole cache lines, of 4 rows in an instruction.
+  __device__ __forceinline__ void copy_values(char* to) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
+        const WeightTile tile = {to + m * kTileBytes};
+        // With RoPE, the lower half is in the same part: one pointer is enough.
+        const char* const begin =
+            kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
+        cp_async_16(tile.piece(4 * i + lane / 8, lane % 8), begin + int64_t{row} * row_bytes_,
+                    bytes_left_ > 0 && (kRope || row < rows_left_[half]));
+      }
+    }
+    rows_[0] += kLinearWarps * kChunkBytes;
+    rows_[1] += kLinearWarps * kChunkBytes;
+    bytes_left_ -= kLinearWarps * kChunkBytes;
+  }
+
+  // 2 lanes copy the scales of a row.
+  __device__ __forceinline__ void copy_scales(char* to) {
+    const int lane = threadIdx.x % kWarp, count = W::kValues >> group_log2(p_);  // of a row
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const int words = count / 2 + skipped_[m];
+      const int left = scale_rows_[m] ? scales_left_ + skipped_[m] : 0;
+#pragma unroll
+      for (int i = 0; i < (kScaleWords + 1) / 2; ++i) {
+        const int word = lane % 2 + 2 * i;
+        if (word >= words) continue;
+        const int scales = left - 2 * word;
+        cp_async_4(to + m * kTileScaleBytes + 4 * (lane / 2 * kScaleWords + word),
+                   scale_rows_[m] + 2 * word,
+                   scales >= 2   ? 4
+                   : scales == 1 ? 2
+                                 : 0);
+      }
+      if (scale_rows_[m]) scale_rows_[m] += kLinearWarps * count;
+    }
+    scales_left_ -= kLinearWarps * count;
+  }
+
+  const LinearParams& p_;
+  const int blocks_, chunks_, row_bytes_;
+  char* values_;  // this warp's stages
+  char* scales_;
+  int current_ = Layout::kStages - 1;  // the stage that is worked on
+  int filled_ = 0;                     // the one that is filled next
+
+  // What is copied next: of the lane, in the upper and the lower half of a tile.
+  int block_;
+  int chunk_ = 0;
+  const char* rows_[2];
+  int rows_left_[2];  // of the block, from that one on; with RoPE there are always enough
+  int bytes_left_;    // of the rows
+  // int4: of the lane, in each tile.
+  const bf16* scale_rows_[kM];  // whole words; null: there is none
+  int skipped_[kM];
+  int scales_left_;
+};
+
+}  // namespace mistral::cuda

@@ -1,8 +1,0 @@
-// The kernels of products with weights in 4 bits.
-#include "linear_launch.cuh"
-
-namespace mistral::cuda {
-
-template struct LinearKernels<WeightFormat::int4>;
-
-}  // namespace mistral::cuda

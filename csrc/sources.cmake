@@ -1,0 +1,48 @@
+# The files of csrc/ and python/, for every build of them: the extension, the emulator of CUDA
+# (tests/emulator) and that of AMX (tests/amx).
+get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
+
+# Kernels for the CPU: compiled once per instruction set, each time in a namespace of its own
+# (csrc/cpu/kernels.h).
+set(cpu_kernels
+  ${root}/csrc/cpu/attention/attention.cpp
+  ${root}/csrc/cpu/kernels.cpp
+  ${root}/csrc/cpu/linear/linear.cpp
+  ${root}/csrc/cpu/rms_norm.cpp
+  ${root}/csrc/cpu/rope.cpp
+  ${root}/csrc/cpu/swiglu.cpp)
+set(cpu_sources
+  ${root}/csrc/cpu/dispatch.cpp
+  ${root}/csrc/cpu/parallel.cpp
+  ${root}/csrc/cpu/sample.cpp)
+
+# Kernels for CUDA, of which those for Hopper use instructions of sm_90a.
+set(cuda_kernels
+  ${root}/csrc/cuda/attention/attention.cu
+  ${root}/csrc/cuda/linear/dequantize.cu
+  ${root}/csrc/cuda/linear/gemv_int4.cu
+  ${root}/csrc/cuda/linear/gemv_int8.cu
+  ${root}/csrc/cuda/linear/gemv_plain.cu
+  ${root}/csrc/cuda/linear/linear.cu
+  ${root}/csrc/cuda/rms_norm.cu
+  ${root}/csrc/cuda/rope.cu
+  ${root}/csrc/cuda/sample.cu
+  ${root}/csrc/cuda/swiglu.cu)
+set(cuda_kernels_sm90 ${root}/csrc/cuda/attention/prefill_sm90.cu)
+# What the emulator has its own of: the runtime's functions and headers.
+set(cuda_sources ${root}/csrc/cuda/common/device.cu)
+set(cuda_sources_sm90 ${root}/csrc/cuda/attention/tensor_map_sm90.cu)
+set(cuda_headers ${root}/csrc/cuda/common)
+
+set(bindings
+  ${root}/python/attention.cpp
+  ${root}/python/call.cpp
+  ${root}/python/device.cpp
+  ${root}/python/launch_failure.cpp
+  ${root}/python/linear.cpp
+  ${root}/python/rms_norm.cpp
+  ${root}/python/rope.cpp
+  ${root}/python/sample.cpp
+  ${root}/python/sequences.cpp
+  ${root}/python/swiglu.cpp
+  ${root}/python/tensor.cpp)
