@@ -1,9 +1,9 @@
-"""Writes tests/kernel_report.txt: what each CUDA kernel takes of a multiprocessor.
+"""Writes tests/cuda/kernel_report.txt: what each CUDA kernel takes of a multiprocessor.
 
     python tools/kernel_report.py
 
 Compiles the kernels in csrc/cuda with nvcc (CUDACXX, or the one on PATH) for every architecture.
-tests/test_kernel_report.py compares the file with the kernels as they are. Shared memory is what
+tests/cuda/test_kernel_report.py compares the file with the kernels as they are. Shared memory is what
 a kernel declares itself; what it is launched with comes on top. A report names the compiler,
 because another version allocates registers differently.
 """
@@ -24,7 +24,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REPORT = ROOT / "tests" / "kernel_report.txt"
+REPORT = ROOT / "tests" / "cuda" / "kernel_report.txt"
 CUBINS = ROOT / "build" / "cubins"
 HOPPER = "90a"  # the only architecture of files whose names end in _sm90
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{ROOT / 'csrc' / 'cuda' / 'common'}")

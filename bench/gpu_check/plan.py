@@ -129,8 +129,8 @@ def _sanitizer(tool: str, limit: int) -> Step:
     )
 
 
-_WHOLE = ("tests/test_cuda.py", "tests/test_whole_model.py")
-_ATTENTION = ("tests/test_attention_cuda.py", "tests/test_attention_hopper.py")
+_WHOLE = ("tests/cuda/test_cuda.py", "tests/engine/test_whole_model.py")
+_ATTENTION = ("tests/ops/test_attention_cuda.py", "tests/ops/test_attention_sm90.py")
 
 
 def _first() -> list[Stage]:

@@ -18,7 +18,7 @@ from checkpoints import TOKENIZERS, write_checkpoint
 import mistral_ext
 from mistral_ext.llm import DEMO_MODEL
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ONCE = "Once upon a time"
 
 

@@ -226,7 +226,7 @@ PLAIN += ("missing_wait", "past_shared", "reused_too_early", "wrong_wait")
 
 
 def test_every_planted_bug_is_tested():
-    files = (Path(__file__).parent / "emulator" / "planted").glob("*.cu")
+    files = (Path(__file__).parents[1] / "emulator" / "planted").glob("*.cu")
     assert sorted(PLANTED) == sorted(file.stem for file in files)
 
 

@@ -66,6 +66,6 @@ def test_all_names_of_cuda():
     """They are compared with the sources, which a build without CUDA leaves out."""
     stub = {node.name for node in ast.parse(STUB).body if isinstance(node, ast.FunctionDef)}
     bound: set[str] = set()
-    for file in (Path(__file__).parents[1] / "python").glob("*.cpp"):
+    for file in (Path(__file__).parents[2] / "python").glob("*.cpp"):
         bound |= set(re.findall(r'm\.def\(\s*"(\w+)"', file.read_text()))
     assert stub == bound

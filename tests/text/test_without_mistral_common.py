@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = "import sys; sys.modules['mistral_common'] = None\n"  # as if it were not installed
 
 
@@ -52,5 +52,5 @@ def test_every_test_file_is_collected():
     arguments = ["--collect-only", "-q", "-p", "no:cacheprovider"]
     result = run(f"import pytest; sys.exit(pytest.main({arguments}))")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "tests/test_generation.py: " in result.stdout
-    assert "tests/test_tokenizer.py: " not in result.stdout
+    assert "tests/engine/test_generation.py: " in result.stdout
+    assert "tests/text/test_tokenizer.py: " not in result.stdout

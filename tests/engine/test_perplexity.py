@@ -14,7 +14,7 @@ from mistral_ext import Mistral
 from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.llm import DEMO_MODEL
 
-HELD_OUT = (Path(__file__).parent / "data" / "held_out.txt").read_text()
+HELD_OUT = (Path(__file__).parents[1] / "data" / "held_out.txt").read_text()
 TEXTS = [HELD_OUT[:3000], HELD_OUT[30000:30500], HELD_OUT[40000:40010]]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import mistral_ext
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(mistral_ext.__file__).parent
 DOCS = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").glob("*.md"))
 

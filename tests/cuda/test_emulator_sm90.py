@@ -346,7 +346,7 @@ HARMLESS_IF_EARLY = ("missing_settle", "missing_wgmma_wait")
 
 
 def test_every_planted_bug_is_tested():
-    files = (Path(__file__).parent / "emulator" / "planted" / "hopper").glob("*.cu")
+    files = (Path(__file__).parents[1] / "emulator" / "planted" / "hopper").glob("*.cu")
     assert sorted(PLANTED) == sorted(file.stem for file in files)
 
 

@@ -20,7 +20,7 @@ from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.text.tokenizer import Tokenizer
 
-TEXT = Path(__file__).parent / "data/held_out.txt"
+TEXT = Path(__file__).parents[1] / "data/held_out.txt"
 
 
 @pytest.fixture(scope="module", params=["cpu", "cpu, ahead", GPU])

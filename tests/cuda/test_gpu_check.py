@@ -18,7 +18,7 @@ from gpu_check import each_test, plan, report
 from gpu_check.__main__ import failed_before, stand_in
 from gpu_check.runner import Check
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 
 
@@ -140,7 +140,7 @@ def test_a_killed_command_leaves_what_it_has_found(tmp_path):
     """On SIGTERM it ends its steps and writes down all; on SIGKILL it has written most."""
     program = f"""
 import sys, signal
-sys.path[:0] = [{str(ROOT / "bench")!r}, {str(ROOT / "tests")!r}]
+sys.path[:0] = [{str(ROOT / "bench")!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 from test_gpu_check import step, waits
 from gpu_check.runner import Check

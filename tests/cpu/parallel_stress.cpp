@@ -1,5 +1,5 @@
 // Loops of parallel_for one right after another, with threads that fall behind.
-// tests/test_threads.py builds this together with csrc/cpu/parallel.cpp, for ThreadSanitizer.
+// tests/cpu/test_threads.py builds this together with csrc/cpu/parallel.cpp, for ThreadSanitizer.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <unistd.h>
@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <random>
 
-#include "../csrc/cpu/parallel.h"
+#include "../../csrc/cpu/parallel.h"
 
 // Takes the place of the C library's: now and then the thread sleeps after it has let go of a
 // mutex. So a worker that has just joined a loop, or is about to leave it, misses what happens

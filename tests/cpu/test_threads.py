@@ -111,8 +111,8 @@ def test_a_worker_that_falls_behind_joins_no_loop_that_has_ended(tmp_path):
     """It would claim tasks of the next, by the counter, the function and the number of tasks of
     either loop: ThreadSanitizer sees that, and the program that a task runs twice or never."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or pytest.skip("no C++ compiler found")
-    tests, program = Path(__file__).parent, tmp_path / "stress"
-    sources = [tests / "parallel_stress.cpp", tests.parent / "csrc" / "cpu" / "parallel.cpp"]
+    here, program = Path(__file__).parent, tmp_path / "stress"
+    sources = [here / "parallel_stress.cpp", here.parents[1] / "csrc" / "cpu" / "parallel.cpp"]
     flags = ["-std=c++17", "-O1", "-g1", "-fsanitize=thread"]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
