@@ -8,23 +8,14 @@
 #endif
 
 #include "common.h"
+#include "formats.h"
 #include "rope.h"
 #include "sample.h"
 
 namespace mistral {
 
-// How a weight [N, K] is stored.
-//   plain  in the dtype of x
-//   int8   [N, K] int8; a scale for each row
-//   int4   [N, K / 8] words of 32 bits, each of 8 neighbouring values; a scale for each `group`
-//          neighbouring values. Value i of a word is in two's complement at bit int4_shift(i):
-//          (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1).
-enum class WeightFormat { plain, int8, int4 };
-
-// Rows of 8 bits are no longer, so that sums of integer products fit 32 bits.
+// Rows of int8 are no longer, so that sums of integer products fit 32 bits.
 constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
-
-MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
 // What becomes of the product.
 //   store   out = product
@@ -34,10 +25,13 @@ MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * 
 //   argmax  out = product, and token_ids = the greedy choice among it, as it is rounded
 enum class Epilogue { store, add, swiglu, rope, argmax };
 
+// A weight [rows, K]. Those of one call may have different formats.
 struct WeightPart {
-  const void* values;  // [rows, K] as its format has it, contiguous
-  const bf16* scales;  // [rows, K / group], contiguous; plain: null
+  const void* values;  // contiguous, as the format has them
+  const void* scales;  // [rows, K / group], contiguous; plain: null
   int64_t rows;
+  WeightFormat format;
+  int64_t group;  // values that share a scale: K for int8; plain: 0
 };
 
 // Parts that are multiplied in one pass: query, key and value; gate and up.
@@ -54,7 +48,6 @@ struct RunningArgmax {
 
 struct LinearParams {
   DType dtype;  // of x, norm, out and plain weights
-  WeightFormat format;
   Epilogue epilogue;
   const void* x;                // [T, K]
   const void* norm;             // [K], weights of an RMSNorm of x before the product; null: none
@@ -64,7 +57,6 @@ struct LinearParams {
   int64_t num_parts;
   int64_t tokens;    // T
   int64_t inputs;    // K
-  int64_t group;     // values that share a scale: K for int8; 32, 64 or 128 for int4
   int64_t head_dim;  // D, with rope
   int64_t stride_x_token;
   int64_t stride_out_token;
@@ -98,17 +90,18 @@ void linear_rope(const LinearRopeParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 
-// A weight in 8 or 4 bits as numbers of `dtype`, for products by other means.
+// A weight with scales as numbers of `dtype`, for products by other means.
 struct DequantizeParams {
   DType dtype;
-  WeightFormat format;
   WeightPart weight;
   void* out;       // [rows, K], contiguous
   int64_t inputs;  // K
-  int64_t group;
 };
 
 namespace cuda {
+
+// Of which K has to be a multiple, so that rows of all parts are read by 16 bytes.
+int64_t row_unit(const LinearParams& p);
 
 // K is a multiple of 8; 16-byte aligned rows of `out`, 8-byte aligned ones of the weight.
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);

@@ -28,19 +28,48 @@ Names names_of(Epilogue epilogue, size_t parts) {
           {"scales of weight[0]", "scales of weight[1]", "scales of weight[2]"}};
 }
 
-WeightFormat format_of(const py::list& values, const py::list& scales) {
-  if (scales.empty() || values.empty()) return WeightFormat::plain;
-  const py::object int8 = py::module_::import("torch").attr("int8");
-  return int8.is(values[0].attr("dtype")) ? WeightFormat::int8 : WeightFormat::int4;
+// Weights as the ops have them: of weight i its values, its scales (None: there are none) and the
+// name of its format.
+struct Weights {
+  py::list values, scales, formats;
+};
+
+// That a row of `inputs` values has whole groups of a size that the format allows.
+void expect_groups(const char* op, const char* name, int64_t inputs, int64_t groups,
+                   const WeightPart& part) {
+  const FormatInfo& format = info(part.format);
+  std::string sizes;
+  bool fits = false;
+  for (int64_t size = format.least_group; size <= format.most_group; size *= 2) {
+    const bool last = size == format.most_group;
+    sizes += (sizes.empty() ? "" : last ? " or " : ", ") + std::to_string(size);
+    fits = fits || (part.group == size && size * groups == inputs);
+  }
+  if (fits) return;
+  fail(op, std::string(name) + " has " + std::to_string(inputs) + " inputs and " +
+               std::to_string(groups) + " scales a row, expected groups of " + sizes +
+               " inputs with a scale each");
 }
 
-// Weight i as a part, after checks against x [T, K] and the parts before it.
-WeightPart part_of(const char* op, const Names& names, size_t i, const py::list& values_,
-                   const py::list& scales_, const Tensor& x, LinearParams& p) {
-  WeightPart part{};
+WeightFormat format_of(const char* op, const char* name, const py::handle& given) {
+  const auto wanted = given.cast<std::string>();
+  std::string names;
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (wanted == kFormats[i].name) return static_cast<WeightFormat>(i);
+    names += (i == 0 ? "" : ", ") + std::string(kFormats[i].name);
+  }
+  fail(op, "format of " + std::string(name) + " is '" + wanted + "', expected one of " + names);
+}
+
+// Weight i as a part, after checks against x [T, K].
+WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
+                   const Tensor& x) {
   const int64_t inputs = x.size(1);
-  if (p.format == WeightFormat::plain) {
-    const Tensor values(op, names.values[i], values_[i]);
+  WeightPart part{};
+  part.format = format_of(op, names.values[i], weights.formats[i]);
+  const FormatInfo& format = info(part.format);
+  if (!format.value_dtype) {
+    const Tensor values(op, names.values[i], weights.values[i]);
     values.expect_shape({-1, inputs});
     values.expect_like(x);
     values.expect_contiguous();
@@ -48,69 +77,61 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const py::list&
     part.rows = values.size(0);
     return part;
   }
-  const bool int4 = p.format == WeightFormat::int4;
-  const Table values(op, names.values[i], values_[i], int4 ? "int32" : "int8");
-  values.expect_shape({-1, int4 ? inputs / 8 : inputs});
+  const Table values(op, names.values[i], weights.values[i], format.value_dtype);
+  values.expect_shape({-1, inputs / format.element_values});
   values.expect_device_of(x);
   values.expect_contiguous();
-  const Table scales(op, names.scales[i], scales_[i], "bfloat16");
-  scales.expect_shape({values.size(0), int4 ? -1 : 1});
+  const Table scales(op, names.scales[i], weights.scales[i], format.scale_dtype);
+  scales.expect_shape({values.size(0), format.least_group ? -1 : 1});
   scales.expect_device_of(x);
-  const int64_t groups = scales.size(1);
-  const int64_t group = groups > 0 ? max(1, inputs / groups) : 0;
-  if (int4 && (group * groups != inputs || (group != 32 && group != 64 && group != 128))) {
-    fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) + " inputs and " +
-                 std::to_string(groups) +
-                 " scales a row, expected groups of 32, 64 or 128 inputs with a scale each");
-  }
-  if (p.format == WeightFormat::int8 && inputs > kMaxInt8Inputs) {
-    fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
-                 " inputs, expected at most " + std::to_string(kMaxInt8Inputs) + " in 8 bits");
-  }
   scales.expect_contiguous();
-  if (i > 0 && group != p.group) {
-    fail(op, std::string(names.values[i]) + " has groups of " + std::to_string(group) +
-                 ", expected " + std::to_string(p.group) + " like " + names.values[0]);
+  const int64_t groups = scales.size(1);
+  part.group = groups > 0 ? max(1, inputs / groups) : 0;
+  if (format.least_group) expect_groups(op, names.values[i], inputs, groups, part);
+  if (part.format == WeightFormat::int8 && inputs > kMaxInt8Inputs) {
+    fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
+                 " inputs, expected at most " + std::to_string(kMaxInt8Inputs) + " as int8");
   }
-  p.group = group;
   part.values = values.data();
-  part.scales = static_cast<const bf16*>(scales.data());
+  part.scales = scales.data();
   part.rows = values.size(0);
   return part;
 }
 
-LinearParams checked(const char* op, const Tensor& x, const py::list& values,
-                     const py::list& scales, const py::object& norm_, double eps,
-                     const py::object& out_, Epilogue epilogue) {
+LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
+                     const py::object& norm_, double eps, const py::object& out_,
+                     Epilogue epilogue) {
   x.expect_shape({-1, -1});
   x.expect_last_axis_contiguous();
   LinearParams p{};
   p.dtype = x.dtype();
-  p.format = format_of(values, scales);
   p.epilogue = epilogue;
   p.x = x.data();
   p.tokens = x.size(0);
   p.inputs = x.size(1);
   p.stride_x_token = x.stride(0);
   p.eps = static_cast<float>(eps);
-  if (values.empty() || values.size() > static_cast<size_t>(kMaxParts)) {
-    fail(op, "got " + std::to_string(values.size()) + " weights, expected 1 to " +
-                 std::to_string(kMaxParts));
+  const size_t count = weights.values.size();
+  if (count < 1 || count > static_cast<size_t>(kMaxParts)) {
+    fail(op,
+         "got " + std::to_string(count) + " weights, expected 1 to " + std::to_string(kMaxParts));
   }
-  if (epilogue == Epilogue::rope && values.size() != 3) {
-    fail(op, "got " + std::to_string(values.size()) +
-                 " weights, expected 3: those of query, key and value");
+  if (epilogue == Epilogue::rope && count != 3) {
+    fail(op,
+         "got " + std::to_string(count) + " weights, expected 3: those of query, key and value");
   }
-  if (!scales.empty() && scales.size() != values.size()) {
-    fail(op, "weights in 8 or 4 bits and others cannot be multiplied in one pass");
+  if (weights.scales.size() != count || weights.formats.size() != count) {
+    fail(op, "got " + std::to_string(weights.scales.size()) + " scales and " +
+                 std::to_string(weights.formats.size()) + " formats, expected " +
+                 std::to_string(count) + " of each like weights");
   }
-  const Names names = names_of(epilogue, values.size());
+  const Names names = names_of(epilogue, count);
   int64_t outputs = 0;
-  for (size_t i = 0; i < values.size(); ++i) {
-    p.parts[i] = part_of(op, names, i, values, scales, x, p);
+  for (size_t i = 0; i < count; ++i) {
+    p.parts[i] = part_of(op, names, i, weights, x);
     outputs += p.parts[i].rows;
   }
-  p.num_parts = static_cast<int64_t>(values.size());
+  p.num_parts = static_cast<int64_t>(count);
   if (epilogue == Epilogue::swiglu) {
     if (p.parts[0].rows != p.parts[1].rows) {
       fail(op, "up has " + std::to_string(p.parts[1].rows) + " outputs, expected " +
@@ -181,7 +202,7 @@ Op find_op(const std::string& name) {
 
 // What 16-byte accesses need.
 void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
-  const int64_t unit = p.format == WeightFormat::int8 ? 16 : 8;
+  const int64_t unit = cuda::row_unit(p);
   if (p.inputs % unit != 0) {
     fail(op, "x has " + std::to_string(p.inputs) + " inputs, expected a multiple of " +
                  std::to_string(unit) + " on a CUDA device");
@@ -216,16 +237,16 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
 
 // For the caller who then multiplies by other means. out may be None.
 void check_linear(const std::string& name, py::object x, py::list values, py::list scales,
-                  py::object norm, double eps, py::object out) {
+                  py::list formats, py::object norm, double eps, py::object out) {
   const Op op = find_op(name);
-  checked(op.name, Tensor(op.name, "x", x), values, scales, norm, eps, out, op.epilogue);
+  checked(op.name, Tensor(op.name, "x", x), {values, scales, formats}, norm, eps, out, op.epilogue);
 }
 
 Call linear(const std::string& name, py::object x_, py::list values, py::list scales,
-            py::object norm, double eps, py::object out) {
+            py::list formats, py::object norm, double eps, py::object out) {
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
-  LinearParams p = checked(op.name, x, values, scales, norm, eps, out, op.epilogue);
+  LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
   return {scratch_bytes(x, p), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
             p.scratch = workspace;
             run(x, lane, p, MISTRAL_KERNELS(linear));
@@ -233,20 +254,20 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
 }
 
 // For the caller who then multiplies by other means, and calls rope.
-void check_linear_rope(py::object x, py::list values, py::list scales, py::object norm, double eps,
-                       py::object k_pool) {
-  LinearParams p = checked(kLinearRope, Tensor(kLinearRope, "x", x), values, scales, norm, eps,
-                           py::none(), Epilogue::rope);
+void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
+                       py::object norm, double eps, py::object k_pool) {
+  LinearParams p = checked(kLinearRope, Tensor(kLinearRope, "x", x), {values, scales, formats},
+                           norm, eps, py::none(), Epilogue::rope);
   use_heads(kLinearRope, p, k_pool);
 }
 
-Call linear_rope(py::object x_, py::list values, py::list scales, py::object norm, double eps,
-                 py::object out, py::object k_pool, py::object v_pool, py::object sequences,
-                 py::object frequencies, std::optional<int64_t> window) {
+Call linear_rope(py::object x_, py::list values, py::list scales, py::list formats, py::object norm,
+                 double eps, py::object out, py::object k_pool, py::object v_pool,
+                 py::object sequences, py::object frequencies, std::optional<int64_t> window) {
   constexpr const char* op = kLinearRope;
   const Tensor x(op, "x", x_);
   LinearRopeParams p{};
-  p.linear = checked(op, x, values, scales, norm, eps, out, Epilogue::rope);
+  p.linear = checked(op, x, {values, scales, formats}, norm, eps, out, Epilogue::rope);
   use_heads(op, p.linear, k_pool);
 
   const int64_t dim = p.linear.head_dim, kv_heads = p.linear.parts[1].rows / dim;
@@ -264,10 +285,9 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::object nor
 }
 
 // limit: None for all outputs.
-LinearParams checked_argmax(const Tensor& x, const py::list& values, const py::list& scales,
-                            const py::object& norm, double eps, std::optional<int64_t> limit,
-                            const py::object& out) {
-  LinearParams p = checked(x.op(), x, values, scales, norm, eps, out, Epilogue::argmax);
+LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::object& norm,
+                            double eps, std::optional<int64_t> limit, const py::object& out) {
+  LinearParams p = checked(x.op(), x, weights, norm, eps, out, Epilogue::argmax);
   int64_t outputs = 0;
   for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
   p.limit = limit.value_or(outputs);
@@ -279,16 +299,18 @@ LinearParams checked_argmax(const Tensor& x, const py::list& values, const py::l
 }
 
 // For the caller who then multiplies by other means.
-void check_linear_argmax(py::object x, py::list values, py::list scales, py::object norm,
-                         double eps, std::optional<int64_t> limit) {
-  checked_argmax(Tensor(kLinearArgmax, "x", x), values, scales, norm, eps, limit, py::none());
+void check_linear_argmax(py::object x, py::list values, py::list scales, py::list formats,
+                         py::object norm, double eps, std::optional<int64_t> limit) {
+  checked_argmax(Tensor(kLinearArgmax, "x", x), {values, scales, formats}, norm, eps, limit,
+                 py::none());
 }
 
-Call linear_argmax(py::object x_, py::list values, py::list scales, py::object norm, double eps,
-                   std::optional<int64_t> limit, py::object out, py::object token_ids_) {
+Call linear_argmax(py::object x_, py::list values, py::list scales, py::list formats,
+                   py::object norm, double eps, std::optional<int64_t> limit, py::object out,
+                   py::object token_ids_) {
   constexpr const char* op = kLinearArgmax;
   const Tensor x(op, "x", x_);
-  LinearParams p = checked_argmax(x, values, scales, norm, eps, limit, out);
+  LinearParams p = checked_argmax(x, {values, scales, formats}, norm, eps, limit, out);
   const Table token_ids(op, "token_ids", token_ids_);
   token_ids.expect_shape({x.size(0)});
   token_ids.expect_device_of(x);
@@ -304,25 +326,26 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::object n
 
 #ifdef MISTRAL_CUDA
 
-// Of a checked weight: out[N, K] = values * scales, on a CUDA device.
-void dequantize(py::object values_, py::object scales_, py::object out_, Lane lane) {
+// out[N, K] = values * scales, on a CUDA device.
+void dequantize(py::object values, py::object scales, const std::string& format, py::object out_,
+                Lane lane) {
   constexpr const char* op = "dequantize";
   const Tensor out(op, "out", out_);
   out.expect_shape({-1, -1});
   out.expect_contiguous();
   out.expect_aligned_rows();
-  py::list values, scales;
-  values.append(values_);
-  scales.append(scales_);
-  LinearParams linear{};
-  linear.format = format_of(values, scales);
+  Weights weights;
+  weights.values.append(values);
+  weights.scales.append(scales);
+  weights.formats.append(format);
   DequantizeParams p{};
   p.dtype = out.dtype();
-  p.format = linear.format;
-  p.weight = part_of(op, names_of(Epilogue::store, 1), 0, values, scales, out, linear);
+  p.weight = part_of(op, names_of(Epilogue::store, 1), 0, weights, out);
   p.out = out.data();
   p.inputs = out.size(1);
-  p.group = linear.group;
+  if (p.weight.format == WeightFormat::plain) {
+    fail(op, "format of weight is 'plain', expected a format with scales");
+  }
   if (p.inputs % 8 != 0) {
     fail(op, "weight has " + std::to_string(p.inputs) +
                  " inputs, expected a multiple of 8 on a CUDA device");
@@ -336,27 +359,47 @@ void dequantize(py::object values_, py::object scales_, py::object out_, Lane la
 
 #endif
 
+// For Python: the rows of kFormats, by name.
+py::dict weight_formats() {
+  py::dict formats;
+  for (const FormatInfo& format : kFormats) {
+    py::dict facts;
+    facts["value_dtype"] = format.value_dtype;
+    facts["scale_dtype"] = format.scale_dtype;
+    facts["bits"] = format.bits;
+    facts["element_values"] = format.element_values;
+    facts["least_group"] = format.least_group;
+    facts["most_group"] = format.most_group;
+    formats[format.name] = facts;
+  }
+  return formats;
+}
+
 }  // namespace
 
 void bind_linear(py::module_& m) {
   m.def("check_linear", &check_linear, py::arg("op"), py::arg("x"), py::arg("values"),
-        py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("out").none(true));
+        py::arg("scales"), py::arg("formats"), py::arg("norm").none(true), py::arg("eps"),
+        py::arg("out").none(true));
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
-        py::arg("norm").none(true), py::arg("eps"), py::arg("out"));
+        py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("out"));
   m.def("check_linear_rope", &check_linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
-        py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
+        py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
   m.def("linear_rope", &linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
-        py::arg("norm").none(true), py::arg("eps"), py::arg("out"), py::arg("k_pool"),
-        py::arg("v_pool"), py::arg("sequences"), py::arg("frequencies"), py::arg("window"));
+        py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("out"),
+        py::arg("k_pool"), py::arg("v_pool"), py::arg("sequences"), py::arg("frequencies"),
+        py::arg("window"));
   m.def("check_linear_argmax", &check_linear_argmax, py::arg("x"), py::arg("values"),
-        py::arg("scales"), py::arg("norm").none(true), py::arg("eps"), py::arg("limit"));
+        py::arg("scales"), py::arg("formats"), py::arg("norm").none(true), py::arg("eps"),
+        py::arg("limit"));
   m.def("linear_argmax", &linear_argmax, py::arg("x"), py::arg("values"), py::arg("scales"),
-        py::arg("norm").none(true), py::arg("eps"), py::arg("limit"), py::arg("out"),
-        py::arg("token_ids"));
+        py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("limit"),
+        py::arg("out"), py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
-  m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("out"),
-        py::arg("lane"));
+  m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("formats"),
+        py::arg("out"), py::arg("lane"));
 #endif
+  m.def("weight_formats", &weight_formats);
   m.attr("few_tokens") = cpu::kFewTokens;
 }
 

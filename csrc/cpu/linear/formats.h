@@ -14,22 +14,39 @@ constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 // Consecutive rows of one part of the weights, in any format.
 struct WeightRows {
   const char* values;
-  const bf16* scales;
-  int64_t inputs;      // K
-  int64_t row_bytes;   // of the values of a row
-  int64_t row_scales;  // scales of a row
-  int group_log2 = 7;  // of int4: of the values that share a scale, 5 to 7
+  const char* scales;
+  int64_t inputs;       // K
+  int64_t row_bytes;    // of the values of a row
+  int64_t scale_bytes;  // of the scales of a row
+  int group_log2;       // of the values that share a scale, where they are part of a row
 
   WeightRows from(int64_t row) const {
     WeightRows rows = *this;
     rows.values += row * row_bytes;
-    if (scales) rows.scales += row * row_scales;
+    if (scales) rows.scales += row * scale_bytes;
     return rows;
   }
 };
 
-// A chunk is what the kernel for few tokens takes of a row at a time: kValues values in kVectors
-// operands, which multiply activations in the order of k_at.
+constexpr int64_t kScaleBytes = 2;  // of bf16 and fp16
+
+// Rows of a part from `first` on. T: the dtype of x
+template <class T>
+WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
+  const FormatInfo& format = info(part.format);
+  WeightRows w{};
+  w.values = static_cast<const char*>(part.values);
+  w.scales = static_cast<const char*>(part.scales);
+  w.inputs = inputs;
+  w.row_bytes = format.bits ? inputs * format.bits / 8 : inputs * int64_t{sizeof(T)};
+  if (part.scales) w.scale_bytes = inputs / part.group * kScaleBytes;
+  if (format.least_group) w.group_log2 = __builtin_ctzll(part.group);
+  return w.from(first);
+}
+
+// A chunk is what gemv.h takes of a row at a time: kValues values in kVectors operands, which
+// multiply activations in the order of k_at: kInOrder, that of memory. Where kGrouped is true,
+// Scales loads the factors of neighbouring chunks, and has those of each lane.
 
 template <class A, class T>
 struct PlainChunk {
@@ -37,6 +54,7 @@ struct PlainChunk {
   static constexpr int64_t kVectors = mistral::max(1, 64 / (kStep<A> * int64_t{sizeof(T)}));
   static constexpr int64_t kValues = kVectors * kStep<A>;
   static constexpr bool kGrouped = false;
+  static constexpr bool kInOrder = true;
 
   static constexpr int64_t bytes(int64_t values) { return values * int64_t{sizeof(T)}; }
   static int64_t k_at(int64_t position) { return position; }
@@ -59,6 +77,7 @@ struct Int8Chunk {
   static constexpr int64_t kValues = 64;
   static constexpr int64_t kVectors = kValues / kStep<A>;
   static constexpr bool kGrouped = false;
+  static constexpr bool kInOrder = true;
 
   static constexpr int64_t bytes(int64_t values) { return values; }
   static int64_t k_at(int64_t position) { return position; }
@@ -74,12 +93,32 @@ struct Int8Chunk {
   const int8_t* values_;
 };
 
+// A block of 32, whose scale is that of all lanes.
+template <class A>
+struct Q8Chunk : Int8Chunk<A> {
+  static constexpr int64_t kValues = 32;
+  static constexpr int64_t kVectors = kValues / kStep<A>;
+  static constexpr bool kGrouped = true;
+
+  struct Scales {
+    using Loaded = const f16*;
+
+    Scales(int, int64_t) {}
+    MISTRAL_SIMD Loaded load(const char* scales) const {
+      return reinterpret_cast<const f16*>(scales);
+    }
+    MISTRAL_SIMD Vec of_chunk(Loaded scales, int i) const { return broadcast(scales[i]); }
+  };
+};
+
 // A word in each lane; operand i holds value i of every word.
 struct Int4Chunk {
   using Arithmetic = Fp32;
+  using Scales = GroupScales;
   static constexpr int64_t kVectors = 8;
   static constexpr int64_t kValues = 8 * Vec::width;
   static constexpr bool kGrouped = true;
+  static constexpr bool kInOrder = false;
 
   static constexpr int64_t bytes(int64_t values) { return values / 2; }
   static int64_t k_at(int64_t position) {
@@ -99,9 +138,11 @@ struct Int4Chunk {
 // Operand i holds the pair (2 i, 2 i + 1) of every word.
 struct Int4PairsChunk {
   using Arithmetic = Bf16;
+  using Scales = GroupScales;
   static constexpr int64_t kVectors = 4;
   static constexpr int64_t kValues = 8 * Vec::width;
   static constexpr bool kGrouped = true;
+  static constexpr bool kInOrder = false;
 
   static constexpr int64_t bytes(int64_t values) { return values / 2; }
   static int64_t k_at(int64_t position) {
@@ -128,6 +169,10 @@ struct ChunkOf<WeightFormat::plain, T> {
 template <class T>
 struct ChunkOf<WeightFormat::int8, T> {
   using type = Int8Chunk<typename ArithmeticOf<T>::type>;
+};
+template <class T>
+struct ChunkOf<WeightFormat::q8_0, T> {
+  using type = Q8Chunk<typename ArithmeticOf<T>::type>;
 };
 template <class T>
 struct ChunkOf<WeightFormat::int4, T> {

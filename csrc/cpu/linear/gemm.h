@@ -134,13 +134,22 @@ MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
   if constexpr (format == WeightFormat::int4) {
     const Words words = load_words(values);
     const GroupScales groups(w.group_log2, mistral::min(kUnpacked, w.inputs - k));
-    const Vec scales = groups.of_words(groups.load(w.scales + (k >> w.group_log2)), 0);
+    const Vec scales =
+        groups.of_chunk(groups.load(w.scales + (k >> w.group_log2) * kScaleBytes), 0);
     for (int i = 0; i < 8; i += 2) {
       put(out + i * Vec::width, int4_value(words, i) * scales, int4_value(words, i + 1) * scales);
     }
+  } else if constexpr (format == WeightFormat::q8_0) {
+    const int8_t* x = reinterpret_cast<const int8_t*>(values);
+    const f16* scales = reinterpret_cast<const f16*>(w.scales);
+    const int64_t last = w.inputs / 32 - 1;  // past it, values are zeros
+    for (int i = 0; i < 8 * Vec::width; i += 2 * Vec::width) {
+      const Vec scale = broadcast(scales[mistral::min((k + i) / 32, last)]);
+      put(out + i, load(x + i) * scale, load(x + i + Vec::width) * scale);
+    }
   } else if constexpr (format == WeightFormat::int8) {
     const int8_t* x = reinterpret_cast<const int8_t*>(values);
-    const Vec scale = broadcast(to_float(*w.scales));
+    const Vec scale = broadcast(to_float(*reinterpret_cast<const bf16*>(w.scales)));
     for (int i = 0; i < 8 * Vec::width; i += 2 * Vec::width) {
       put(out + i, load(x + i) * scale, load(x + i + Vec::width) * scale);
     }
@@ -169,9 +178,11 @@ void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
 
 // Adds to (or, at the beginning of k, sets) the sums of a block: of the rows from first_row on and
 // the values from `begin` on, with all tokens of the task. x: those of its tokens.
+// first_sum: the row of the sums where those of `rows` begin
 template <WeightFormat format, class T, class Tile>
-void multiply_block(const TaskRows& rows, int64_t first_row, int64_t begin, int64_t depth,
-                    const typename Tile::Element* x, int64_t vectors, ManyBuffers<Tile>& buffers) {
+void multiply_block(const TaskRows& rows, int64_t first_row, int64_t first_sum, int64_t begin,
+                    int64_t depth, const typename Tile::Element* x, int64_t vectors,
+                    ManyBuffers<Tile>& buffers) {
   using Chunk = typename ChunkOf<format, T>::type;
   const int64_t count = mistral::min(Tile::kBlockRows, rows.count - first_row);
   for (int64_t row = 0; row < count; ++row) {
@@ -202,7 +213,7 @@ void multiply_block(const TaskRows& rows, int64_t first_row, int64_t begin, int6
       }
     };
     const auto* from = x + vector * stride_x;
-    float* sums = buffers.sums + (vector * Tile::kTaskRows + first_row) * Vec::width;
+    float* sums = buffers.sums + (vector * Tile::kTaskRows + first_sum + first_row) * Vec::width;
     const bool first = begin == 0;
     if (vector + Tile::kVectors <= vectors) {
       multiply_vectors<Tile, Tile::kVectors>(buffers.weights, count, from, stride_x, depth, first,
@@ -213,11 +224,13 @@ void multiply_block(const TaskRows& rows, int64_t first_row, int64_t begin, int6
   }
 }
 
-// buffers.sums = the products of up to kTaskRows rows and up to kBlockTokens tokens, which are
-// `vectors` of the packed x's all_vectors, from first_vector on.
+// buffers.sums, from row first_sum on, = the products of up to kTaskRows rows and up to
+// kBlockTokens tokens, which are `vectors` of the packed x's all_vectors, from first_vector on. The
+// rows of sums after them, as far as a tile goes, lose what they have.
 template <WeightFormat format, class T, class Tile>
-void multiply_many(const TaskRows& rows, const typename Tile::Element* x, int64_t all_vectors,
-                   int64_t first_vector, int64_t vectors, ManyBuffers<Tile>& buffers) {
+void multiply_many(const TaskRows& rows, int64_t first_sum, const typename Tile::Element* x,
+                   int64_t all_vectors, int64_t first_vector, int64_t vectors,
+                   ManyBuffers<Tile>& buffers) {
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
   if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets them
@@ -230,7 +243,7 @@ void multiply_many(const TaskRows& rows, const typename Tile::Element* x, int64_
     const int64_t depth = mistral::min(Tile::kBlockDepth, inputs - begin);
     const auto* block = x + (begin * all_vectors + first_vector * depth) * Vec::width;
     for (int64_t row = 0; row < rows.count; row += Tile::kBlockRows) {
-      multiply_block<format, T>(rows, row, begin, depth, block, vectors, buffers);
+      multiply_block<format, T>(rows, row, first_sum, begin, depth, block, vectors, buffers);
     }
   }
 }

@@ -45,6 +45,22 @@ MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
+// Chunk::Scales, where it has some.
+struct NoScales {
+  struct Loaded {};
+  NoScales(int, int64_t) {}
+  MISTRAL_SIMD Loaded load(const char*) const { return {}; }
+  MISTRAL_SIMD Vec of_chunk(Loaded, int) const { return broadcast(1.0f); }
+};
+template <class Chunk, bool kGrouped = Chunk::kGrouped>
+struct ScalesOf {
+  using type = NoScales;
+};
+template <class Chunk>
+struct ScalesOf<Chunk, true> {
+  using type = typename Chunk::Scales;
+};
+
 // Calls f(chunk, i, values, scales) for the chunks of R rows from k = `begin` to `end`: i counts
 // the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
 // Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
@@ -53,18 +69,20 @@ template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
   constexpr int64_t kValues = Chunk::kValues, kBytes = Chunk::bytes(kValues);
-  GroupScales::Loaded loaded[R];
-  const auto load_scales = [&](const GroupScales& groups, int64_t chunk) {
+  using Scales = typename ScalesOf<Chunk>::type;
+  typename Scales::Loaded loaded[R];
+  const auto load_scales = [&](const Scales& scales, int64_t chunk) {
+    const int64_t first = (chunk * kValues >> w.group_log2) * kScaleBytes;
     for (int r = 0; r < R && Chunk::kGrouped; ++r) {
-      loaded[r] = groups.load(w.scales + r * w.row_scales + (chunk * kValues >> w.group_log2));
+      loaded[r] = scales.load(w.scales + r * w.scale_bytes + first);
     }
   };
-  const auto visit = [&](const GroupScales& groups, int64_t chunk, int i, auto values_of) {
+  const auto visit = [&](const Scales& of_chunks, int64_t chunk, int i, auto values_of) {
     const char* values[R];
     Vec scales[R];
     for (int r = 0; r < R; ++r) {
       values[r] = values_of(r);
-      if (Chunk::kGrouped) scales[r] = groups.of_words(loaded[r], i);
+      if (Chunk::kGrouped) scales[r] = of_chunks.of_chunk(loaded[r], i);
     }
     f(chunk, i, values, scales);
   };
@@ -72,7 +90,7 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   // Counted in chunks, of which compilers know how to make addresses that go on by a constant.
   int64_t chunk = begin / kValues;
   next -= chunk * kBytes;
-  const GroupScales of_chains(w.group_log2, kChains * kValues);
+  const Scales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
     if (N == 1) {
       fetch<0>(next + R * chunk * kBytes, R * kChains * kBytes);
@@ -95,20 +113,27 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
     for (int r = 0; r < R; ++r) {
       memcpy(rest[r], w.values + r * w.row_bytes + chunk * kBytes, Chunk::bytes(there));
     }
-    const GroupScales of_rest(w.group_log2, there);
+    const Scales of_rest(w.group_log2, there);
     load_scales(of_rest, chunk);
     visit(of_rest, chunk, 0, [&](int r) { return rest[r]; });
   }
 }
 
+// The factor of a row as a whole.
+template <class Chunk>
+MISTRAL_SIMD float row_scale(const WeightRows& w, int row) {
+  if (Chunk::kGrouped || !w.scales) return 1.0f;
+  return to_float(reinterpret_cast<const bf16*>(w.scales)[row]);
+}
+
 // The products of the first R rows of `w` and N tokens, as far as K has been added. x is in the
 // order of Chunk::k_at, padded with zeros. All of it is inlined: sums are to stay in registers.
-// What begins and finishes sees x too, for the format that keeps something there
-// (gemv_int8.h).
+// What begins and finishes sees x too, for the formats that keep something there (gemv_int8.h,
+// gemv_int16.h).
 template <class Chunk, int R, int N>
 struct Product {
   using A = typename Chunk::Arithmetic;
-  // Whether a chunk's products are summed on their own: int4 scales the sums, and one lane alone
+  // Whether a chunk's products are summed on their own: groups scale the sums, and one lane alone
   // would lose digits over thousands of values.
   static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
   static constexpr int kTotals = kSumsChunks && Vec::width > 1 ? 1 : kChains;
@@ -162,10 +187,9 @@ struct Product {
                            int64_t stride_out) const {
     for (int n = 0; n < N; ++n) {
       for (int r = 0; r < R; ++r) {
-        const float factor = w.scales && !Chunk::kGrouped ? to_float(w.scales[r]) : 1.0f;
         Vec total = totals[0][n][r];
         for (int i = 1; i < kTotals; ++i) total = total + totals[i][n][r];
-        out[n * stride_out + r] = sum(total) * factor;
+        out[n * stride_out + r] = sum(total) * row_scale<Chunk>(w, r);
       }
     }
   }
@@ -175,8 +199,8 @@ struct Product {
 template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;
-  const int64_t bytes = rows * w.row_scales * int64_t{sizeof(bf16)};
-  fetch<3>(reinterpret_cast<const char*>(w.scales) + 2 * bytes, bytes);
+  const int64_t bytes = rows * w.scale_bytes;
+  fetch<3>(w.scales + 2 * bytes, bytes);
 }
 
 // out[r]: the products of R rows and one token.

@@ -1,11 +1,9 @@
 // The product of a few tokens with rows of 8 bits, in integers. To widen these to floating point
 // numbers takes longer than fast memory takes to bring them; VNNI multiplies them as they are.
 //
-// The activations of a token become integers of 16 bits in a unit of their own, the power of two
-// that makes the largest one use all of them. So a bf16 of at least 2^-7 times the largest stays
-// what it is, and none is off by more than 2^-15 times the largest. Instructions multiply unsigned
-// bytes with signed ones, so an activation is a signed high byte and an unsigned low one, and a
-// weight is taken as it is or, without a sign, 128 larger:
+// The activations of a token become integers of 16 bits in a unit of their own (unit_of in
+// integers.h). Instructions multiply unsigned bytes with signed ones, so an activation is a signed
+// high byte and an unsigned low one, and a weight is taken as it is or, without a sign, 128 larger:
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
@@ -37,31 +35,11 @@ struct Int8InIntegers {
 template <>
 constexpr int64_t kPackedBytes<Int8InIntegers> = 2;
 
-// The chunk of a format that few tokens with activations of type T are multiplied with.
-template <WeightFormat format, class T>
-struct FewChunkOf : ChunkOf<format, T> {};
-
-// Elements of a token's packed activations, K of them.
-template <class Chunk>
-constexpr int64_t packed_elements(int64_t inputs) {
-  return std::is_same_v<Chunk, Int8InIntegers> ? Int8InIntegers::kHeadBytes + 2 * padded(inputs)
-                                               : padded(inputs);
-}
-
-// Packs them, at an address that is a multiple of 64.
+// Packs the activations of a token, K of them, at an address that is a multiple of 64.
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
 #if defined(__AVX512VNNI__)
-
-template <>
-struct FewChunkOf<WeightFormat::int8, bf16> {
-  using type = Int8InIntegers;
-};
-template <>
-struct FewChunkOf<WeightFormat::int8, f16> {
-  using type = Int8InIntegers;
-};
 
 struct TokenHead {
   Ints offset;  // -128 times the high bytes that each lane multiplies
@@ -134,29 +112,15 @@ void pack_integers(const T* x, int64_t inputs, uint8_t* out) {
     return k + Vec::width <= inputs ? load(x + k)
                                     : load_first(x + k, mistral::max(int64_t{0}, inputs - k));
   };
-  Ints magnitudes = broadcast_int(0);
-  for (int64_t k = 0; k < inputs; k += Vec::width) {
-    magnitudes = larger_magnitude(magnitudes, values_at(k));
-  }
-  // By exponents, in the place where a float has them. What is not finite makes all products NaN;
-  // what is so small that its unit would not be a normal number uses fewer bits.
-  constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
-  const int32_t exponent = largest(magnitudes) & kInfinite;
-  const int32_t unit_bits = mistral::max(exponent - 14 * kExponent, kExponent);
-  const int32_t inverse_bits = 254 * kExponent - unit_bits;
-  TokenHead head{broadcast_int(0), NAN};
-  float inverse = 0.0f;
-  if (exponent != kInfinite) {
-    memcpy(&head.unit, &unit_bits, sizeof head.unit);
-    memcpy(&inverse, &inverse_bits, sizeof inverse);
-  }
+  const Unit unit = unit_of(largest_magnitude(x, inputs));
+  TokenHead head{broadcast_int(0), unit.value};
 
   Ints sum = broadcast_int(0);
   constexpr int64_t kValues = Int8InIntegers::kValues;
   uint8_t* line = out + Int8InIntegers::kHeadBytes;
   for (int64_t begin = 0; begin < padded(inputs); begin += kValues) {
     for (int64_t i = 0; i < kValues; i += Vec::width) {
-      split_rounded(values_at(begin + i) * broadcast(inverse), line + i, line + kValues + i);
+      split_rounded(values_at(begin + i) * broadcast(unit.inverse), line + i, line + kValues + i);
     }
     sum = add_products(sum, broadcast_byte(1), load_bytes(line));
     line += Int8InIntegers::kLineBytes;

@@ -1,4 +1,4 @@
-// Vectors of integers, whose products of bytes AVX-512 VNNI adds up.
+// Vectors of integers: bytes, whose products AVX-512 VNNI adds up, and pairs of 16 bits for AVX2.
 #pragma once
 
 #include "simd.h"
@@ -32,14 +32,6 @@ MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
   return sums;
 }
 
-// The largest magnitude of each lane, as bits: NaN is above infinity.
-MISTRAL_SIMD Ints larger_magnitude(Ints a, Vec b) {
-  const __m512i magnitude =
-      _mm512_and_si512(_mm512_castps_si512(b.v), _mm512_set1_epi32(0x7fffffff));
-  return {_mm512_max_epi32(a.v, magnitude)};
-}
-MISTRAL_SIMD int32_t largest(Ints x) { return _mm512_reduce_max_epi32(x.v); }
-
 // The nearest integers, of at most 16 bits: their signed high bytes and their unsigned low ones.
 MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
@@ -50,4 +42,94 @@ MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
 
 }  // namespace mistral::cpu::MISTRAL_ISA
 
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+struct Shorts {  // of 16 bits
+  static constexpr int64_t width = 16;
+  __m256i v;
+};
+struct Ints {  // 8 of 32 bits
+  __m256i v;
+};
+
+MISTRAL_SIMD Shorts load_shorts(const int16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {_mm256_set1_epi16(x)}; }
+MISTRAL_SIMD Shorts widen_bytes(const char* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// From two's complement to values that are 8 larger.
+MISTRAL_SIMD Words flip_int4_signs(Words w) {
+  return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
+}
+// The bits of the pair (2 i, 2 i + 1) of every word.
+MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
+  return {_mm256_and_si256(_mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi16(15))};
+}
+
+MISTRAL_SIMD Ints load_ints(const int16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+MISTRAL_SIMD void store_ints(int16_t* p, Ints x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.v);
+}
+MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm256_cvtepi32_ps(x.v)}; }
+// The products of each lane's two pairs of neighbours, added.
+MISTRAL_SIMD Ints add_pairs(Shorts a, Shorts b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+
+// The nearest integers, which have at most 16 bits.
+MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
+  const __m256i rounded = _mm256_cvtps_epi32(x.v);
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA
+
 #endif
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// What integers of 16 bits count in: a power of two, and its inverse.
+struct Unit {
+  float value;
+  float inverse;
+};
+
+// The unit in which the largest of some numbers uses all bits; so a bf16 of at least 2^-7 times the
+// largest stays what it is, and no number is off by more than 2^-15 times the largest. It is found
+// by exponents, in the place where a float has them. A magnitude that is not finite makes all
+// products NaN; where the unit would not be a normal number, fewer bits are used.
+// magnitude: the bits of the largest magnitude, as a float. NaN is above infinity.
+inline Unit unit_of(int32_t magnitude) {
+  constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
+  const int32_t exponent = magnitude & kInfinite;
+  if (exponent == kInfinite) return {NAN, 0.0f};
+  const int32_t value_bits = mistral::max(exponent - 14 * kExponent, kExponent);
+  const int32_t inverse_bits = 254 * kExponent - value_bits;
+  Unit unit;
+  memcpy(&unit.value, &value_bits, sizeof unit.value);
+  memcpy(&unit.inverse, &inverse_bits, sizeof unit.inverse);
+  return unit;
+}
+
+template <class T>
+int32_t largest_magnitude(const T* x, int64_t count) {
+  int32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = to_float(x[i]);
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

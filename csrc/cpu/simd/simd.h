@@ -90,6 +90,9 @@ struct Vec {
 };
 
 MISTRAL_SIMD Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+MISTRAL_SIMD Vec broadcast(f16 x) {
+  return {_mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(x.bits)))};
+}
 
 MISTRAL_SIMD Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 MISTRAL_SIMD Vec load(const bf16* p) {
@@ -183,10 +186,10 @@ struct GroupScales {
     const int64_t count = mistral::max(1, mistral::min(values, 16 * Vec::width) >> group_log2);
     there = static_cast<__mmask8>((1 << count) - 1);
   }
-  MISTRAL_SIMD Loaded load(const bf16* scales) const {
+  MISTRAL_SIMD Loaded load(const char* scales) const {
     return _mm512_castsi128_si512(_mm_maskz_loadu_epi16(there, scales));
   }
-  MISTRAL_SIMD Vec of_words(Loaded found, int i) const {
+  MISTRAL_SIMD Vec of_chunk(Loaded found, int i) const {
     return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index[i], found))};
   }
 };
@@ -232,6 +235,9 @@ struct Vec {
 };
 
 MISTRAL_SIMD Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+MISTRAL_SIMD Vec broadcast(f16 x) {
+  return {_mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(x.bits)))};
+}
 
 MISTRAL_SIMD Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 MISTRAL_SIMD Vec load(const bf16* p) {
@@ -320,8 +326,10 @@ struct GroupScales {
 
   GroupScales(int group_log2, int64_t values)
       : group_log2(group_log2), two(mistral::min(values, 8 * Vec::width) >> group_log2 > 1) {}
-  MISTRAL_SIMD Loaded load(const bf16* scales) const { return scales; }
-  MISTRAL_SIMD Vec of_words(Loaded scales, int i) const {
+  MISTRAL_SIMD Loaded load(const char* scales) const {
+    return reinterpret_cast<const bf16*>(scales);
+  }
+  MISTRAL_SIMD Vec of_chunk(Loaded scales, int i) const {
     scales += i * 8 * Vec::width >> group_log2;
     const __m128 first = _mm_set1_ps(to_float(scales[0]));
     return {_mm256_set_m128(two ? _mm_set1_ps(to_float(scales[1])) : first, first)};
@@ -336,6 +344,7 @@ struct Vec {
 };
 
 MISTRAL_SIMD Vec broadcast(float x) { return {x}; }
+MISTRAL_SIMD Vec broadcast(f16 x) { return {to_float(x)}; }
 
 template <class T>
 MISTRAL_SIMD Vec load(const T* p) {
@@ -374,8 +383,10 @@ struct GroupScales {
   using Loaded = const bf16*;
 
   GroupScales(int, int64_t) {}
-  MISTRAL_SIMD Loaded load(const bf16* scales) const { return scales; }
-  MISTRAL_SIMD Vec of_words(Loaded scales, int) const { return broadcast(to_float(scales[0])); }
+  MISTRAL_SIMD Loaded load(const char* scales) const {
+    return reinterpret_cast<const bf16*>(scales);
+  }
+  MISTRAL_SIMD Vec of_chunk(Loaded scales, int) const { return broadcast(to_float(scales[0])); }
 };
 
 #endif

@@ -1,0 +1,120 @@
+// How activations are packed: converted to what they are multiplied as, in the order of k that the
+// weights' format has.
+#pragma once
+
+#include <type_traits>
+
+#include "../norm.h"
+#include "gemv_int16.h"
+#include "gemv_int8.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// One token's activations, normalised if they are to be.
+template <class T>
+const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
+  const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
+  if (!p.norm) return x;
+  normalise<T>(x, nullptr, static_cast<const T*>(p.norm), normalised, p.inputs, p.eps);
+  return normalised;
+}
+
+// Packs the activations of a token, K of them, in Order's order of k and padded with zeros.
+template <class Order, class T, class Element>
+void pack_row(const T* x, int64_t inputs, Element* out) {
+  for (int64_t begin = 0; begin < inputs; begin += kPadding) {
+    const int64_t count = mistral::min(kPadding, inputs - begin);
+    Element natural[kPadding] = {};
+    Element* to = !Order::kInOrder || count < kPadding ? natural : out + begin;
+    if constexpr (sizeof(T) == sizeof(Element)) {
+      memcpy(to, x + begin, count * sizeof(T));
+    } else {
+      int64_t i = 0;
+      for (; i + Vec::width <= count; i += Vec::width) store(to + i, load(x + begin + i));
+      if (i < count) store_first(to + i, load_first(x + begin + i, count - i), count - i);
+    }
+    if (!Order::kInOrder) {
+      for (int64_t i = 0; i < kPadding; ++i) out[begin + i] = natural[Order::k_at(i)];
+    } else if (count < kPadding) {
+      memcpy(out + begin, natural, sizeof natural);
+    }
+  }
+}
+
+// Packed rows [width, padded K] of one vector of tokens to the layout of gemm.h.
+template <class Tile>
+void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
+                 int64_t vector, typename Tile::Element* out) {
+  // An element, or a pair of them, has 4 bytes and moves as a whole.
+  constexpr int64_t kUnits = 8;
+  static_assert(sizeof(typename Tile::Element) * Tile::kDepth == sizeof(uint32_t), "");
+  const int64_t all = padded(inputs);
+  for (int64_t begin = 0; begin < all; begin += Tile::kBlockDepth) {
+    const int64_t depth = mistral::min(Tile::kBlockDepth, all - begin);
+    auto* block = out + begin * vectors * Vec::width + vector * depth * Vec::width;
+    for (int64_t k = 0; k < depth; k += kUnits * Tile::kDepth) {
+      uint32_t units[Vec::width][kUnits];
+      for (int64_t lane = 0; lane < Vec::width; ++lane) {
+        memcpy(units[lane], rows + lane * all + begin + k, sizeof units[lane]);
+      }
+      for (int64_t unit = 0; unit < kUnits; ++unit) {
+        uint32_t lanes[Vec::width];
+        for (int64_t lane = 0; lane < Vec::width; ++lane) lanes[lane] = units[lane][unit];
+        memcpy(block + (k + unit * Tile::kDepth) * Vec::width, lanes, sizeof lanes);
+      }
+    }
+  }
+}
+
+// The chunk of a format that few tokens with activations of type T are multiplied with.
+template <WeightFormat format, class T>
+struct FewChunkOf {
+  // An fp32 has more bits than the integers.
+  static constexpr bool kInIntegers =
+      kHasInt16 && format != WeightFormat::plain && sizeof(T) == sizeof(int16_t);
+  using type =
+      std::conditional_t<kInIntegers, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
+};
+#if defined(__AVX512VNNI__)
+template <>
+struct FewChunkOf<WeightFormat::int8, bf16> {
+  using type = Int8InIntegers;
+};
+template <>
+struct FewChunkOf<WeightFormat::int8, f16> {
+  using type = Int8InIntegers;
+};
+#endif
+
+// The packed activations of a token, K of them, for a chunk.
+template <class Chunk>
+struct Packing {
+  static int64_t elements(int64_t inputs) { return padded(inputs); }
+  template <class T, class Element>
+  static void pack(const T* x, int64_t inputs, Element* out) {
+    pack_row<Chunk>(x, inputs, out);
+  }
+};
+template <WeightFormat format>
+struct Packing<Int16Chunk<format>> {
+  using Chunk = Int16Chunk<format>;
+  static int64_t elements(int64_t inputs) {
+    return Chunk::kHead + padded(inputs) / Chunk::kValues * Chunk::kLine;
+  }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, int16_t* out) {
+    pack_int16<Chunk>(x, inputs, out);
+  }
+};
+template <>
+struct Packing<Int8InIntegers> {
+  static int64_t elements(int64_t inputs) {
+    return Int8InIntegers::kHeadBytes + 2 * padded(inputs);
+  }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, uint8_t* out) {
+    pack_integers(x, inputs, out);
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

@@ -1,0 +1,190 @@
+// The product of a few tokens with rows of a packed format, in integers of 16 bits. AVX2 has no
+// instruction for bytes that neither saturates nor loses bits of the activations, and to widen
+// every weight to a float takes longer than memory takes to bring it. Pairs of 16-bit integers are
+// multiplied and added by one instruction, which is exact.
+//
+// The activations of a token become integers of 16 bits in a unit of their own (unit_of in
+// integers.h). A packed token begins with a head, which holds that unit; a line for each chunk
+// follows. Where a format has values without a sign, which are `kBias` too large, a line begins
+// with what that adds to each lane of the sums, negated.
+#pragma once
+
+#include "../simd/integers.h"
+#include "gemv.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+template <WeightFormat format>
+struct Int16Chunk;
+
+// Packs the activations of a token, K of them.
+template <class Chunk, class T>
+void pack_int16(const T* x, int64_t inputs, int16_t* out);
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+constexpr bool kHasInt16 = true;
+
+struct Int16Arithmetic {
+  using Element = int16_t;
+};
+
+struct Int16Layout {
+  using Arithmetic = Int16Arithmetic;
+  static constexpr int64_t kStep = Shorts::width;  // values of an operand
+  static constexpr int64_t kHead = 32;             // elements: 64 bytes
+};
+
+// Bytes with a sign, as they lie in memory.
+template <int64_t values>
+struct Int16Bytes : Int16Layout {
+  static constexpr int64_t kValues = values;
+  static constexpr int64_t kOperands = kValues / kStep;
+  static constexpr int64_t kBias = 0;
+  static constexpr int64_t kLine = kValues;
+
+  static constexpr int64_t bytes(int64_t count) { return count; }
+  static int64_t k_at(int64_t position) { return position; }
+
+  void take(const char* from) { values_ = from; }
+  Shorts operand(int64_t i) const { return widen_bytes(values_ + i * kStep); }
+
+ private:
+  const char* values_;
+};
+
+template <>
+struct Int16Chunk<WeightFormat::int8> : Int16Bytes<64> {
+  static constexpr bool kGrouped = false;
+};
+
+template <>
+struct Int16Chunk<WeightFormat::q8_0> : Int16Bytes<32> {
+  static constexpr bool kGrouped = true;
+  using Scales = Q8Chunk<Fp32>::Scales;
+};
+
+// 8 words. Operand i holds the pair (2 i, 2 i + 1) of every word, each 8 too large.
+template <>
+struct Int16Chunk<WeightFormat::int4> : Int16Layout {
+  static constexpr int64_t kValues = 8 * Vec::width;
+  static constexpr int64_t kOperands = 4;
+  static constexpr int64_t kBias = 8;
+  static constexpr int64_t kLine = kStep + kValues;
+  static constexpr bool kGrouped = true;
+  using Scales = GroupScales;
+
+  static constexpr int64_t bytes(int64_t count) { return count / 2; }
+  static int64_t k_at(int64_t position) {
+    const int64_t within = position % kValues;
+    return position - within + within % kStep / 2 * 8 + within / kStep * 2 + within % 2;
+  }
+
+  void take(const char* words) { words_ = flip_int4_signs(load_words(words)); }
+  Shorts operand(int64_t i) const { return int4_shorts(words_, static_cast<int>(i)); }
+
+ private:
+  Words words_;
+};
+
+template <WeightFormat format, int R, int N>
+struct Product<Int16Chunk<format>, R, N> {
+  using Chunk = Int16Chunk<format>;
+
+  Vec totals[kChains][N][R];
+
+  MISTRAL_SIMD void start(const int16_t*, int64_t) {
+    for (auto& total : totals) {
+      for (int n = 0; n < N; ++n) {
+        for (int r = 0; r < R; ++r) total[n][r] = broadcast(0.0f);
+      }
+    }
+  }
+
+  MISTRAL_SIMD void add(const WeightRows& w, const int16_t* x, int64_t stride_x, int64_t begin,
+                        int64_t end, const char* next) {
+    Product sum = *this;
+    for_each_chunk<Chunk, R, N>(
+        w, begin, end, next,
+        [&](int64_t chunk, int chain, const char* const(&values)[R], const Vec(&scales)[R]) {
+          const int16_t* line = x + Chunk::kHead + chunk * Chunk::kLine;
+          constexpr int64_t kBiases = Chunk::kLine - Chunk::kValues;
+          Chunk chunks[R];
+          for (int r = 0; r < R; ++r) chunks[r].take(values[r]);
+          Ints sums[N][R];
+          for (int n = 0; n < N; ++n) {
+            const Ints bias = kBiases ? load_ints(line + n * stride_x) : broadcast_int(0);
+            for (int r = 0; r < R; ++r) sums[n][r] = bias;
+          }
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < Chunk::kOperands; ++i) {
+            Shorts weights[R];
+            for (int r = 0; r < R; ++r) weights[r] = chunks[r].operand(i);
+            for (int n = 0; n < N; ++n) {
+              const Shorts activations =
+                  load_shorts(line + n * stride_x + kBiases + i * Chunk::kStep);
+              for (int r = 0; r < R; ++r) {
+                sums[n][r] = sums[n][r] + add_pairs(weights[r], activations);
+              }
+            }
+          }
+          Vec(&total)[N][R] = sum.totals[chain];
+          for (int n = 0; n < N; ++n) {
+            for (int r = 0; r < R; ++r) {
+              const Vec product = to_vec(sums[n][r]);
+              total[n][r] =
+                  Chunk::kGrouped ? fma(product, scales[r], total[n][r]) : total[n][r] + product;
+            }
+          }
+        });
+    *this = sum;
+  }
+
+  MISTRAL_SIMD void finish(const WeightRows& w, const int16_t* x, int64_t stride_x, float* out,
+                           int64_t stride_out) const {
+    for (int n = 0; n < N; ++n) {
+      float unit;
+      memcpy(&unit, x + n * stride_x, sizeof unit);
+      for (int r = 0; r < R; ++r) {
+        Vec total = totals[0][n][r];
+        for (int i = 1; i < kChains; ++i) total = total + totals[i][n][r];
+        out[n * stride_out + r] = sum(total) * unit * row_scale<Chunk>(w, r);
+      }
+    }
+  }
+};
+
+template <class Chunk, class T>
+void pack_int16(const T* x, int64_t inputs, int16_t* out) {
+  const Unit unit = unit_of(largest_magnitude(x, inputs));
+  memcpy(out, &unit.value, sizeof unit.value);
+  int16_t* line = out + Chunk::kHead;
+  constexpr int64_t kBiases = Chunk::kLine - Chunk::kValues;
+  for (int64_t begin = 0; begin < padded(inputs); begin += Chunk::kValues) {
+    int16_t natural[Chunk::kValues];
+    for (int64_t i = 0; i < Chunk::kValues; i += Vec::width) {
+      const int64_t there = mistral::max(int64_t{0}, inputs - begin - i);
+      const Vec values =
+          there >= Vec::width ? load(x + begin + i) : load_first(x + begin + i, there);
+      store_rounded(natural + i, values * broadcast(unit.inverse));
+    }
+    for (int64_t i = 0; i < Chunk::kValues; ++i) line[kBiases + i] = natural[Chunk::k_at(i)];
+    if (kBiases) {
+      Ints sums = broadcast_int(0);
+      for (int64_t i = 0; i < Chunk::kOperands; ++i) {
+        sums = sums + add_pairs(broadcast_short(-Chunk::kBias),
+                                load_shorts(line + kBiases + i * Chunk::kStep));
+      }
+      store_ints(line, sums);
+    }
+    line += Chunk::kLine;
+  }
+}
+
+#else
+
+constexpr bool kHasInt16 = false;
+
+#endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA
