@@ -144,7 +144,10 @@ class MistralConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that :meth:`from_hf` reads as this configuration."""
-        values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        values: dict[str, Any] = {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+        }
         for name, (key, _) in _HF_KEYS.items():
             values[key] = getattr(self, name)
         values["head_dim"] = self.head_dim
@@ -206,7 +209,7 @@ def _derived_head_dim(dim: Any, n_heads: Any) -> int:
             "without head_dim, dim (hidden_size) must be a multiple of n_heads "
             f"(num_attention_heads), got {dim!r} and {n_heads!r}"
         )
-    return dim // n_heads
+    return int(dim // n_heads)
 
 
 def _refuse_unless(values: dict[str, Any], key: str, expected: str, default: Any = None) -> None:
