@@ -43,9 +43,12 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
     """
     if device is None:
         return torch.device("cpu")
-    is_index = isinstance(device, int) and not isinstance(device, bool)
+    found: torch.device | None
     try:
-        found = torch.device("cuda", device) if is_index else torch.device(device)
+        if isinstance(device, int) and not isinstance(device, bool):
+            found = torch.device("cuda", device)
+        else:
+            found = torch.device(device)
     except (RuntimeError, TypeError):  # no device at all
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
@@ -125,12 +128,13 @@ def move_weights(weights: dict[str, Weight], device: torch.device) -> None:
         for names in _TOGETHER
     }
     for name in list(weights):
-        parts = [weights[part] for part in together.get(name, [])]
-        if parts and all(isinstance(part, Tensor) for part in parts):
+        names = together.get(name, [])
+        parts = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
+        if parts and len(parts) == len(names):
             joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), device=device)
             views = joined.split([len(part) for part in parts])
-            for part, view in zip(together[name], views, strict=True):
-                weights[part] = view.copy_(weights[part])
+            for name_of_part, part, view in zip(names, parts, views, strict=True):
+                weights[name_of_part] = view.copy_(part)
         elif same[name] != name:
             weights[name] = weights[same[name]]
         else:
