@@ -85,15 +85,14 @@ class Sampler:
         self._history[row, prompt[prompt < self.vocab_size]] = 1
         chosen = self._ids(completion_ids)
         self._history[row] += 2 * chosen.bincount(minlength=self.vocab_size).to(torch.int32)
-        if params.logit_bias and self._bias is None:
+        biases = params.logit_bias or {}
+        if biases and self._bias is None:
             with torch.inference_mode(False):
                 self._bias = torch.zeros_like(self._history, dtype=torch.float32)
         if self._bias is not None:
             self._bias[row] = 0
-            biases = torch.tensor(
-                list(params.logit_bias.values()), dtype=torch.float32, device="cpu"
-            )
-            self._bias[row, self._ids(list(params.logit_bias))] = biases.to(self._bias.device)
+            values = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
+            self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
     def _ids(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self._history.device)

@@ -47,37 +47,50 @@ class Sequence:
         self.seed = 0
         self._vocab_size = vocab_size
         self._eos_ids: tuple[int, ...] = ()
-        self._logprobs: list[TokenLogprob] | None = None
+        self._logprobs: list[TokenLogprob] = []
+        self._others: int | None = None  # tokens to report beside each; None: report nothing
         params = request.params
         if params is not None:
             params.check_vocabulary(vocab_size)
             self.seed = fresh_seed(params)
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
-            self._logprobs = None if params.logprobs is None else []
+            self._others = params.logprobs
         self._read = self._cached = 0
         self._started = self._first = self._last = 0.0
 
     @property
+    def place(self) -> Extent:
+        """Its extent, while it runs."""
+        assert self.extent is not None
+        return self.extent
+
+    @property
+    def sampler_row(self) -> int:
+        """Its row of the sampler, while it runs and is to generate."""
+        assert self.row is not None
+        return self.row
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether some of its prompt is not in the cache yet."""
-        return self.extent.length < self.prompt_length
+        return self.place.length < self.prompt_length
 
     @property
     def next_id(self) -> int:
         """The token that the next decode step reads."""
-        return self.ids[self.extent.length]
+        return self.ids[self.place.length]
 
     @property
     def generates(self) -> bool:
         """Whether the next decode step gives a token that is not known yet: not so while a
         sequence that was put back gets its generated tokens into the cache again."""
-        return self.extent.length >= len(self.ids) - 1
+        return self.place.length >= len(self.ids) - 1
 
     def note_read(self, count: int) -> None:
         """Counts prompt tokens as they are given to the model."""
         if not self._started:
             self._started = time.perf_counter()
-            self._cached = self.extent.length
+            self._cached = self.place.length
         if len(self.ids) == self.prompt_length:  # and not those that are read again
             self._read += count
 
@@ -87,9 +100,9 @@ class Sequence:
         if len(self.ids) == self.prompt_length:
             self._first = self._last
         self.ids.append(token_id)
-        if self._logprobs is not None:
-            count = self.request.params.logprobs
-            self._logprobs.append(token_logprob(logits[: self._vocab_size], token_id, count))
+        if self._others is not None:
+            logits = logits[: self._vocab_size]
+            self._logprobs.append(token_logprob(logits, token_id, self._others))
         if token_id in self._eos_ids:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_length:
@@ -103,17 +116,17 @@ class Sequence:
                 self.finish_reason = "stop"
         output = Output(self.request_id, piece, [token_id], finish_reason=self.finish_reason)
         if self.finish_reason:
-            output.completion = self._completion()
+            output.completion = self._completion(self.finish_reason)
         return output
 
-    def _completion(self) -> Completion:
+    def _completion(self, finish_reason: str) -> Completion:
         token_ids = self.ids[self.prompt_length :]
         text = self.request.text
         return Completion(
             text=text.text if text else None,
             token_ids=token_ids,
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs,
+            finish_reason=finish_reason,
+            logprobs=None if self._others is None else self._logprobs,
             timing=Timing(
                 prompt_tokens=self._read,
                 prompt_seconds=self._first - self._started,
