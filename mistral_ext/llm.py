@@ -146,7 +146,12 @@ class Mistral:
     @functools.cached_property
     def _engine(self) -> Engine:
         return Engine(
-            self.model, self._vocab_size, self.max_batch, self.prefill_chunk, self.cache_tokens
+            self.model,
+            self._vocab_size,
+            self.max_batch,
+            self.prefill_chunk,
+            self.cache_tokens,
+            self._holes,
         )
 
     @property
@@ -359,6 +364,11 @@ class Mistral:
         # token that was added without a row): only what is both is ever sampled.
         rows = self.config.vocab_size
         return min(self.tokenizer.vocab_size, rows) if self.tokenizer else rows
+
+    @property
+    def _holes(self) -> list[int]:
+        holes = self.tokenizer.holes if self.tokenizer else ()
+        return [token_id for token_id in holes if token_id < self._vocab_size]
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:

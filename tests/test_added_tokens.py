@@ -304,6 +304,20 @@ def test_more_tokens_than_rows(tmp_path):
         llm.generate("a", logit_bias={32000: 1.0})
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
+def test_a_hole_is_never_sampled(options, tmp_path):
+    """The model's favourite row is of an id between the added tokens that no token has."""
+    shutil.copy(TOKENIZERS["v1"], tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"near": 32001, "far": 32003}')
+    favour(write_checkpoint(tmp_path, vocab_size=32010), 32002).save_pretrained(tmp_path)
+    llm = Mistral.from_pretrained(tmp_path)
+    completion = llm.generate("a", max_tokens=3, logprobs=1, ignore_eos=True, **options)[0]
+    assert all(map(llm.tokenizer.known, completion.token_ids))
+    assert all(32002 not in token.top for token in completion.logprobs)
+    with pytest.raises(ValueError, match="logit_bias has token id 32000, which no token has"):
+        llm.generate("a", logit_bias={32000: 1.0})
+
+
 def test_more_ordinary_tokens_than_rows(tmp_path):
     shutil.copy(TOKENIZERS["v1"], tmp_path / "tokenizer.model")
     write_checkpoint(tmp_path, vocab_size=31999)

@@ -61,6 +61,7 @@ class Engine:
         max_batch: sequences that may generate at a time.
         prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
         cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
+        holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
         pool: cache memory.
@@ -75,6 +76,7 @@ class Engine:
         max_batch: int = 8,
         prefill_chunk: int = 512,
         cache_tokens: int | None = None,
+        holes: Collection[int] = (),
     ) -> None:
         if cache_tokens is None:
             cache_tokens = default_slots(
@@ -82,7 +84,8 @@ class Engine:
             )
         self.pool = SlotPool(model.config, cache_tokens, model.dtype, model.device)
         self._vocab_size = vocab_size
-        self._sampler = Sampler(max_batch, vocab_size, model.device)
+        self._holes = holes
+        self._sampler = Sampler(max_batch, vocab_size, model.device, holes)
         self.runner = make_runner(model, self.pool, self._sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
@@ -151,7 +154,7 @@ class Engine:
 
     def _add(self, request: Request, listens: bool) -> int:
         with self._lock:
-            sequence = Sequence(next(self._ids), request, self._vocab_size)
+            sequence = Sequence(next(self._ids), request, self._vocab_size, self._holes)
             self.scheduler.add(sequence)
             self._sequences[sequence.request_id] = sequence
             if listens:

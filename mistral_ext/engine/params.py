@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -72,13 +72,16 @@ class SamplingParams:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """ValueError if logit_bias has a token that is not among the first `vocab_size`."""
+    def check_vocabulary(self, vocab_size: int, holes: Collection[int] = ()) -> None:
+        """ValueError if logit_bias has a token that is not among the first `vocab_size`, or is one
+        of the holes between them."""
         for token_id in self.logit_bias or ():
             if token_id >= vocab_size:
                 raise ValueError(
                     f"logit_bias has token id {token_id}, expected less than {vocab_size}"
                 )
+            if token_id in holes:
+                raise ValueError(f"logit_bias has token id {token_id}, which no token has")
 
     def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

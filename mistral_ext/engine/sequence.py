@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -19,6 +20,7 @@ class Sequence:
         request_id: the engine's name for it; later requests have larger ones.
         request: as given to the engine.
         vocab_size: ids that may be sampled.
+        holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
         ids: the prompt, then what was generated.
@@ -32,7 +34,9 @@ class Sequence:
         is_aborted: nobody waits for it any more.
     """
 
-    def __init__(self, request_id: int, request: Request, vocab_size: int) -> None:
+    def __init__(
+        self, request_id: int, request: Request, vocab_size: int, holes: Collection[int] = ()
+    ) -> None:
         self.request_id = request_id
         self.request = request
         self.ids = list(request.prompt_ids)
@@ -46,12 +50,13 @@ class Sequence:
         self.is_aborted = False
         self.seed = 0
         self._vocab_size = vocab_size
+        self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
         self._logprobs: list[TokenLogprob] = []
         self._others: int | None = None  # tokens to report beside each; None: report nothing
         params = request.params
         if params is not None:
-            params.check_vocabulary(vocab_size)
+            params.check_vocabulary(vocab_size, holes)
             self.seed = fresh_seed(params)
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
             self._others = params.logprobs
@@ -102,7 +107,7 @@ class Sequence:
         self.ids.append(token_id)
         if self._others is not None:
             logits = logits[: self._vocab_size]
-            self._logprobs.append(token_logprob(logits, token_id, self._others))
+            self._logprobs.append(token_logprob(logits, token_id, self._others, self._holes))
         if token_id in self._eos_ids:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_length:

@@ -135,7 +135,7 @@ class Tokenizer:
         """Ids of the vocabulary, added tokens and holes in the numbering included.
 
         A model with fewer rows can neither read nor write the rest, one with more must not write
-        what has no token: it may sample the ids below both numbers that are `known`.
+        what has no token: it may sample the ids below both numbers that are no `holes`.
         """
         return len(self._token_bytes)
 
