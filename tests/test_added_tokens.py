@@ -291,6 +291,22 @@ def test_tokenizers_end_token_ends_a_text_too(tmp_path):
     assert Mistral.from_pretrained(tmp_path).generate("a", max_tokens=9)[0].token_ids == [32000]
 
 
+def test_an_ordinary_end_token_is_no_part_of_the_text(tmp_path):
+    """generation_config.json alone says that "zingle", a token like any other, ends a text."""
+    write_folder(tmp_path, "v1", eos_token="</s>")
+    zingle = 32000 + list(ADDED).index("zingle")
+    model = write_checkpoint(tmp_path, vocab_size=32000 + len(ADDED))
+    favour(model, zingle).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, zingle]}))
+    llm = Mistral.from_pretrained(tmp_path)
+    assert llm.tokenizer.token_bytes(zingle) == b"zingle"
+    completion = llm.generate("a", max_tokens=9)[0]
+    assert (completion.token_ids, completion.finish_reason) == ([zingle], "stop")
+    assert completion.text == ""
+    assert list(llm.stream("a", max_tokens=9)) == []
+    assert llm.generate("a", max_tokens=2, ignore_eos=True)[0].text == "zinglezingle"
+
+
 def test_more_tokens_than_rows(tmp_path):
     """A padding token without a row is no reason to refuse a model; it is never used."""
     write_folder(tmp_path, "v1", eos_token="</s>")

@@ -108,13 +108,15 @@ class Sequence:
         if self._others is not None:
             logits = logits[: self._vocab_size]
             self._logprobs.append(token_logprob(logits, token_id, self._others, self._holes))
-        if token_id in self._eos_ids:
+        is_end = token_id in self._eos_ids
+        if is_end:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_length:
             self.finish_reason = "length"
         piece, text = "", self.request.text
         if text:
-            piece = text.push(token_id)
+            # A token that ends a text is no part of it, not even where it is an ordinary token.
+            piece = "" if is_end else text.push(token_id)
             if self.finish_reason:
                 piece += text.finish()
             if text.stopped:
