@@ -37,6 +37,9 @@ _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidde
 # params.json says nothing about these; the three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
+# A cache has room for so many tokens at least, if a sequence can have so many.
+LEAST_CACHE_TOKENS = 4096
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -108,6 +111,10 @@ class MistralConfig:
             self.dtype is None or self.dtype in _DTYPES.values(),
             f"one of {', '.join(_DTYPES)}",
         )
+
+    def cache_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of a token, in all layers."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from mistral_ext import ops
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 from mistral_ext.ops import Weight
 
-_LEAST_CAPABILITY = (8, 0)  # as every op checks
-_LEAST_TOKENS = 4096  # that must fit beside the weights, if the model can have so many
+_LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call that failed
 
 # What is multiplied in one pass.
 _TOGETHER = (
@@ -103,12 +102,12 @@ def expect_runnable(
             f"{device} has compute capability {_dotted(gpu.capability)}, expected "
             f"{_dotted(_LEAST_CAPABILITY)} or more"
         )
-    tokens = min(config.sliding_window or config.max_positions, _LEAST_TOKENS)
-    of_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-    if weight_bytes + tokens * of_token > gpu.free_bytes:
+    tokens = min(config.sliding_window or config.max_positions, LEAST_CACHE_TOKENS)
+    cache_bytes = tokens * config.cache_bytes(dtype)
+    if weight_bytes + cache_bytes > gpu.free_bytes:
         raise ValueError(
             f"{device} has {gpu.free_bytes / 1e9:.2f} GB of memory free, expected "
-            f"{weight_bytes / 1e9:.2f} GB for the weights and {tokens * of_token / 1e9:.2f} GB for "
+            f"{weight_bytes / 1e9:.2f} GB for the weights and {cache_bytes / 1e9:.2f} GB for "
             f"the keys and values of {tokens} tokens; weights in 8 or 4 bits (quantize) take less"
         )
 
