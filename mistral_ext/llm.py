@@ -36,6 +36,8 @@ from mistral_ext.weights.hub import resolve
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
+DEFAULT_MAX_BATCH = 8
+
 Prompt = str | Sequence[int]
 
 
@@ -88,7 +90,7 @@ class Mistral:
         tokenizer: Tokenizer | None,
         folder: Path,
         prefill_chunk: int = 512,
-        max_batch: int = 8,
+        max_batch: int = DEFAULT_MAX_BATCH,
         cache_tokens: int | None = None,
     ) -> None:
         _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
@@ -108,7 +110,7 @@ class Mistral:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         prefill_chunk: int = 512,
-        max_batch: int = 8,
+        max_batch: int = DEFAULT_MAX_BATCH,
         progress: bool = True,
         quantize: str | None = None,
         cache_tokens: int | None = None,

@@ -21,6 +21,7 @@ def default_slots(
     device: torch.device,
     max_batch: int,
     weight_bytes: int,
+    loaded: bool = True,
 ) -> int:
     """Tokens that the cache has room for by default.
 
@@ -29,10 +30,12 @@ def default_slots(
     Args:
         weight_bytes: of the weights, which on the CPU may be mapped files: memory that the system
             counts as available, but that is in use.
+        loaded: the weights are on the device already, where a GPU counts their memory as used.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
-        available = _SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(device)[0]
+        available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
     # The least, whatever the memory: pages that no token is stored in take none.
