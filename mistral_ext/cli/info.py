@@ -1,4 +1,4 @@
-"""`mistral-ext info`: show the version, the instruction set and the devices."""
+"""`mistral-ext info`: show the version, the instruction set, the devices and the cache's size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "info",
-        parents=[options.common()],
-        help="show the version, the instruction set and the devices",
+        parents=[options.common(), options.model()],
+        help="show the version, the instruction set, the devices and the size of the cache",
     )
     parser.set_defaults(run=run)
 
@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         "instruction set": f"{ops.active_isa()} (of {', '.join(ops.supported_isas())})",
         "threads": str(torch.get_num_threads()),
         "demo model": str(DEMO_MODEL),
+        "cache": _cache_size(args),
     }
     found = _C.cuda_devices()
     if found is None:
@@ -50,6 +51,29 @@ def run(args: argparse.Namespace) -> int:
     for name, value in lines.items():
         print(f"{name:{width}}  {value}")
     return 0
+
+
+def _cache_size(args: argparse.Namespace) -> str:
+    """How many tokens the model's cache has room for; reads no weights."""
+    from mistral_ext.engine.memory import default_slots
+    from mistral_ext.llm import DEFAULT_MAX_BATCH, DEMO_MODEL
+    from mistral_ext.weights.checkpoint import Checkpoint
+    from mistral_ext.weights.device import find_device
+    from mistral_ext.weights.folder import read_folder
+    from mistral_ext.weights.hub import resolve
+    from mistral_ext.weights.quantize import Quantization
+
+    device = find_device(args.device)
+    folder = read_folder(resolve(args.model or DEMO_MODEL), **options.config_overrides(args))
+    quantization = Quantization.from_name(args.quantize) if args.quantize else None
+    weights = Checkpoint(folder, options.dtype_of(args), quantization)
+    of_model = folder.config, weights.dtype, device, DEFAULT_MAX_BATCH, weights.nbytes
+    tokens = args.cache_tokens or default_slots(*of_model, loaded=False)
+    mebibytes = tokens * folder.config.cache_bytes(weights.dtype) / 2**20
+    return (
+        f"{tokens} tokens, {mebibytes:.0f} MiB, for {args.model or 'the demo model'} on "
+        f"{device.type} (--cache-tokens changes it)"
+    )
 
 
 def _describe(device: _Device) -> str:

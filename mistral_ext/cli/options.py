@@ -46,7 +46,10 @@ def model() -> argparse.ArgumentParser:
         "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in one pass"
     )
     group.add_argument(
-        "--cache-tokens", type=int, metavar="N", help="tokens that the cache has room for"
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="tokens that the cache has room for; default: 'mistral-ext info' says how many",
     )
     return parser
 
@@ -64,11 +67,8 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     return dtype
 
 
-def load_model(args: argparse.Namespace) -> Mistral:
-    """The model that `model` options name; starts the command."""
-    start(args)
-    from mistral_ext.llm import DEMO_MODEL, Mistral
-
+def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `MistralConfig` that `model` options give."""
     overrides: dict[str, Any] = {}
     if args.sliding_window is not None:
         overrides["sliding_window"] = args.sliding_window or None
@@ -76,6 +76,14 @@ def load_model(args: argparse.Namespace) -> Mistral:
         overrides["rope_theta"] = args.rope_theta
     if args.max_positions is not None:
         overrides["max_positions"] = args.max_positions
+    return overrides
+
+
+def load_model(args: argparse.Namespace) -> Mistral:
+    """The model that `model` options name; starts the command."""
+    start(args)
+    from mistral_ext.llm import DEMO_MODEL, Mistral
+
     return Mistral.from_pretrained(
         args.model or DEMO_MODEL,
         device=args.device,
@@ -83,7 +91,7 @@ def load_model(args: argparse.Namespace) -> Mistral:
         prefill_chunk=args.prefill_chunk,
         quantize=args.quantize,
         cache_tokens=args.cache_tokens,
-        **overrides,
+        **config_overrides(args),
     )
 
 

@@ -7,20 +7,12 @@ from pathlib import Path
 import torch
 
 from mistral_ext.engine.slots import slots_needed
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 
 # Of the memory that is left when the weights have theirs. A GPU runs little else, but a pass over
 # a long prompt needs memory too; a computer has other programs.
 _SHARE_OF_GPU = 0.8
 _SHARE_OF_CPU = 0.5
-
-# The least cache, in tokens, whatever the memory: pages that no token is stored in take none.
-_LEAST_SLOTS = 4096
-
-
-def token_bytes(config: MistralConfig, dtype: torch.dtype) -> int:
-    """Bytes of cache that a token takes, in all layers."""
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
 
 def default_slots(
@@ -29,6 +21,7 @@ def default_slots(
     device: torch.device,
     max_batch: int,
     weight_bytes: int,
+    loaded: bool = True,
 ) -> int:
     """Tokens that the cache has room for by default.
 
@@ -37,13 +30,16 @@ def default_slots(
     Args:
         weight_bytes: of the weights, which on the CPU may be mapped files: memory that the system
             counts as available, but that is in use.
+        loaded: the weights are on the device already, where a GPU counts their memory as used.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
-        available = _SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]
+        free = torch.cuda.mem_get_info(device)[0]
+        available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    return min(wanted, max(_LEAST_SLOTS, int(available / token_bytes(config, dtype))))
+    # The least, whatever the memory: pages that no token is stored in take none.
+    return min(wanted, max(LEAST_CACHE_TOKENS, int(available / config.cache_bytes(dtype))))
 
 
 def available_memory() -> int:

@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from chat_templates import MISTRAL_V1
 from checkpoints import TOKENIZERS, write_checkpoint
 from children import child
 
 import mistral_ext
+from mistral_ext import Mistral
 from mistral_ext.cli import main
 from mistral_ext.cli.output import report
 from mistral_ext.evaluate.perplexity import perplexity
@@ -241,6 +243,25 @@ def test_info():
     assert re.search(r"instruction set +scalar \(of scalar", shown)
     assert re.search(r"threads +1\n", shown)
     assert re.search(r"CUDA +(built for|not in this build)", shown)
+
+
+def test_info_says_how_large_the_cache_is(instruct, capsys):
+    """The demo model has a window of 64, so a ring has 128 slots; a token of it takes 2 KiB."""
+
+    def shown(*args: str) -> str:
+        assert main(["info", *args]) == 0
+        return re.search(r"\ncache +(.*)\n", capsys.readouterr().out)[1]
+
+    how = "on cpu (--cache-tokens changes it)"
+    assert shown() == f"1024 tokens, 2 MiB, for the demo model {how}"
+    assert shown("--cache-tokens", "512") == f"512 tokens, 1 MiB, for the demo model {how}"
+    overrides = ("--sliding-window", "0", "--max-positions", "30000", "--dtype", "bfloat16")
+    llm = Mistral.from_pretrained(
+        instruct, sliding_window=None, max_positions=30000, dtype=torch.bfloat16
+    )
+    pool = llm.engine.pool
+    expected = f"{pool.slots} tokens, {pool.nbytes / 2**20:.0f} MiB, for {instruct} {how}"
+    assert shown("--model", instruct, *overrides) == expected
 
 
 def test_wrong_isa_is_one_line():
