@@ -1,7 +1,7 @@
 """The compiled module, for type checkers: python/*.cpp. Call it through `mistral_ext.ops`."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -40,7 +40,8 @@ def check_linear(
     op: str,
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     out: Tensor | None,
@@ -48,7 +49,8 @@ def check_linear(
 def check_linear_argmax(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     limit: int | None,
@@ -56,7 +58,8 @@ def check_linear_argmax(
 def check_linear_rope(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     k_pool: Tensor,
@@ -67,7 +70,8 @@ def linear(
     op: str,
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     out: Tensor,
@@ -75,7 +79,8 @@ def linear(
 def linear_argmax(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     limit: int | None,
@@ -85,7 +90,8 @@ def linear_argmax(
 def linear_rope(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     out: Tensor,
@@ -125,13 +131,14 @@ def sample(
 def select_isa(name: str) -> None: ...
 def supported_isas() -> list[str]: ...
 def swiglu(gate: Tensor, up: Tensor, out: Tensor, lane: int) -> None: ...
+def weight_formats() -> dict[str, dict[str, Any]]: ...
 
 # In a build with CUDA only.
 
 def active_attention() -> str: ...
 def attention_kernels() -> list[str]: ...
 def capture_id(lane: int) -> int: ...
-def dequantize(values: Tensor, scales: Tensor, out: Tensor, lane: int) -> None: ...
+def dequantize(values: Tensor, scales: Tensor, format: str, out: Tensor, lane: int) -> None: ...
 def overlap(wanted: bool) -> None: ...
 def overlapping() -> bool: ...
 def select_attention(name: str) -> None: ...

@@ -396,7 +396,7 @@ void bind_linear(py::module_& m) {
         py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("limit"),
         py::arg("out"), py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
-  m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("formats"),
+  m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("format"),
         py::arg("out"), py::arg("lane"));
 #endif
   m.def("weight_formats", &weight_formats);

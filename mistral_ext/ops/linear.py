@@ -11,10 +11,10 @@ from mistral_ext import _C
 from mistral_ext.ops import torch_products
 from mistral_ext.ops.library import fake_empty, register
 from mistral_ext.ops.routing import routed
-from mistral_ext.ops.weight import Quantized, Weight
+from mistral_ext.ops.weight import Quantized, Weight, parts_of
 from mistral_ext.ops.workspace import run
 
-_WEIGHTS = "Tensor[] values, Tensor[] scales"  # of plain weights there are no scales
+_WEIGHTS = "Tensor[] values, Tensor?[] scales, str[] formats"
 _NORM = "Tensor? norm=None, float eps=1e-05"
 
 
@@ -27,17 +27,18 @@ def linear(
     """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
 
     Few tokens are limited by reading the weights; up to 8 come out the same to the bit whatever
-    their number, on CUDA devices up to 64 of bfloat16 or float16. Weights in 8 or 4 bits are
-    widened as they are read, and the arithmetic is that of x; but up to 8 tokens of bfloat16 or
-    float16 are multiplied with 8 bits in integers where the processor can (AVX-512 VNNI), each x
-    rounded by at most 2^-15 of the largest of its token. With 8 bits K is at most 2^20. CUDA
+    their number, on CUDA devices up to 64 of bfloat16 or float16. Weights with scales are widened
+    as they are read, and the arithmetic is that of x; but up to 8 tokens of bfloat16 or float16 are
+    multiplied in integers where that is faster ("int8" with AVX-512 VNNI, all of them with AVX2),
+    each x rounded by at most 2^-15 of the largest of its token. With "int8" K is at most 2^20. CUDA
     devices read rows by 16 bytes: x, norm and the weights must be aligned to that, and K a multiple
-    of 8, or of 16 for 8 bits.
+    of 8, or of 16 for values of 8 bits.
 
     Args:
         x: [T, K].
         weight: [N, K], contiguous, of the dtype of x or `Quantized`; or up to 3 that are multiplied
-            in one pass as if one lay below the other, such as those of query, key and value.
+            in one pass as if one lay below the other, such as those of query, key and value. Each
+            may have a format of its own.
         norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product; None: none.
         eps: of the RMSNorm.
 
@@ -45,19 +46,20 @@ def linear(
         [T, N], with several weights N is the sum of theirs.
     """
     weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
-    out: Tensor = torch.ops.mistral_ext.linear(x, *_values_and_scales(weights), norm, eps)
+    out: Tensor = torch.ops.mistral_ext.linear(x, *parts_of(weights), norm, eps)
     return out
 
 
 def _run_linear(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     out = x.new_empty((len(x), sum(map(len, values))))
-    run(_C.linear("linear", x, values, scales, norm, eps, out), x)
+    run(_C.linear("linear", x, values, scales, formats, norm, eps, out), x)
     return out
 
 
@@ -84,13 +86,17 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
         weight: [N, K], as in `linear`.
         residual: [T, N], updated in place.
     """
-    torch.ops.mistral_ext.linear_residual(x, *_values_and_scales([weight]), residual)
+    torch.ops.mistral_ext.linear_residual(x, *parts_of([weight]), residual)
 
 
 def _run_linear_residual(
-    x: Tensor, values: list[Tensor], scales: list[Tensor], residual: Tensor
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
+    residual: Tensor
 ) -> None:
-    run(_C.linear("linear_residual", x, values, scales, None, 0.0, residual), x)
+    run(_C.linear("linear_residual", x, values, scales, formats, None, 0.0, residual), x)
 
 
 def _fake_linear_residual(*_: object) -> None:
@@ -134,14 +140,15 @@ def linear_rope(
         [T, (Hq + 2 Hkv) * D]: of each token the heads of q, then those of k, then those of v.
     """
     given = norm, eps, k_pool, v_pool, sequences, frequencies, window
-    out: Tensor = torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
+    out: Tensor = torch.ops.mistral_ext.linear_rope(x, *parts_of(weights), *given)
     return out
 
 
 def _run_linear_rope(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None,
     eps: float,
     k_pool: Tensor,
@@ -152,7 +159,7 @@ def _run_linear_rope(
 ) -> Tensor:
     rings = k_pool, v_pool, sequences, frequencies, window
     out = x.new_empty((len(x), sum(map(len, values))))
-    run(_C.linear_rope(x, values, scales, norm, eps, out, *rings), x)
+    run(_C.linear_rope(x, values, scales, formats, norm, eps, out, *rings), x)
     return out
 
 
@@ -188,7 +195,7 @@ def linear_argmax(
     """
     given = norm, eps, limit
     out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(
-        x, *_values_and_scales([weight]), *given
+        x, *parts_of([weight]), *given
     )
     return out
 
@@ -196,14 +203,15 @@ def linear_argmax(
 def _run_linear_argmax(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None = None,
     eps: float = 1e-5,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = x.new_empty((len(x), sum(map(len, values))))
     token_ids = x.new_empty(len(x), dtype=torch.int64)
-    run(_C.linear_argmax(x, values, scales, norm, eps, limit, out, token_ids), x)
+    run(_C.linear_argmax(x, values, scales, formats, norm, eps, limit, out, token_ids), x)
     return out, token_ids
 
 
@@ -239,12 +247,13 @@ def linear_swiglu(
 def _run_linear_swiglu(
     x: Tensor,
     values: list[Tensor],
-    scales: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
     norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     out = x.new_empty((len(x), len(values[0])))
-    run(_C.linear("linear_swiglu", x, values, scales, norm, eps, out), x)
+    run(_C.linear("linear_swiglu", x, values, scales, formats, norm, eps, out), x)
     return out
 
 
@@ -258,7 +267,3 @@ register(
     _fake_linear_swiglu,
 )
 
-
-def _values_and_scales(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor]]:
-    values = [w.values if isinstance(w, Quantized) else w for w in weights]
-    return values, [w.scales for w in weights if isinstance(w, Quantized)]

@@ -1,12 +1,12 @@
-// The product of a few tokens with rows of a packed format, in integers of 16 bits. AVX2 has no
-// instruction for bytes that neither saturates nor loses bits of the activations, and to widen
-// every weight to a float takes longer than memory takes to bring it. Pairs of 16-bit integers are
-// multiplied and added by one instruction, which is exact.
+// The product of a few tokens with rows of a packed format, in integers of 16 bits: to widen every
+// weight to a float takes longer than memory takes to bring it. One instruction multiplies 16-bit
+// integers and adds pairs of products, which is exact; AVX2 has none for bytes that neither
+// saturates nor loses bits of the activations.
 //
 // The activations of a token become integers of 16 bits in a unit of their own (unit_of in
 // integers.h). A packed token begins with a head, which holds that unit; a line for each chunk
-// follows. Where a format has values without a sign, which are `kBias` too large, a line begins
-// with what that adds to each lane of the sums, negated.
+// follows. Where the values of a format have no sign, and are kBias too large, a line begins with
+// what corrects each lane of the sums.
 #pragma once
 
 #include "../simd/integers.h"
@@ -21,7 +21,7 @@ struct Int16Chunk;
 template <class Chunk, class T>
 void pack_int16(const T* x, int64_t inputs, int16_t* out);
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 
 constexpr bool kHasInt16 = true;
 

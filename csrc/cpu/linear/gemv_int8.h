@@ -100,7 +100,7 @@ struct Product<Int8InIntegers, R, N> {
           lows = lows + low[i][n][r];
         }
         const Vec total = fma(to_vec(highs), broadcast(256.0f), to_vec(lows));
-        out[n * stride_out + r] = sum(total) * unit * to_float(w.scales[r]);
+        out[n * stride_out + r] = sum(total) * unit * row_scale<Int8InIntegers>(w, r);
       }
     }
   }

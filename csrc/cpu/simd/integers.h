@@ -1,16 +1,54 @@
-// Vectors of integers: bytes, whose products AVX-512 VNNI adds up, and pairs of 16 bits for AVX2.
+// Vectors of integers: of 16 bits, whose pairs are multiplied and added, and with VNNI of bytes.
 #pragma once
 
 #include "simd.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512F__)
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-struct Bytes {  // 64
+struct Shorts {  // of 16 bits
+  static constexpr int64_t width = 32;
   __m512i v;
 };
 struct Ints {  // 16 of 32 bits
+  __m512i v;
+};
+
+MISTRAL_SIMD Shorts load_shorts(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {_mm512_set1_epi16(x)}; }
+MISTRAL_SIMD Shorts widen_bytes(const char* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// From two's complement to values that are 8 larger.
+MISTRAL_SIMD Words flip_int4_signs(Words w) {
+  return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
+}
+// The pair (2 i, 2 i + 1) of every word.
+MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
+  return {_mm512_and_si512(_mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)),
+                           _mm512_set1_epi16(15))};
+}
+
+MISTRAL_SIMD Ints load_ints(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+MISTRAL_SIMD void store_ints(int16_t* p, Ints x) { _mm512_storeu_si512(p, x.v); }
+MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+MISTRAL_SIMD Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+MISTRAL_SIMD Ints operator<<(Ints x, int bits) { return {_mm512_slli_epi32(x.v, bits)}; }
+MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
+// The products of each lane's two pairs of neighbours, added.
+MISTRAL_SIMD Ints add_pairs(Shorts a, Shorts b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+
+// The nearest integers, which have at most 16 bits.
+MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
+}
+
+#if defined(__AVX512VNNI__)
+
+struct Bytes {  // 64
   __m512i v;
 };
 
@@ -18,12 +56,6 @@ MISTRAL_SIMD Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 MISTRAL_SIMD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
 // From signed to unsigned: 128 more.
 MISTRAL_SIMD Bytes add_128(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
-
-MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
-MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-MISTRAL_SIMD Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-MISTRAL_SIMD Ints operator<<(Ints x, int bits) { return {_mm512_slli_epi32(x.v, bits)}; }
-MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
 
 // Adds to each lane the products of 4 unsigned bytes with 4 signed ones. As an intrinsic, GCC 12
 // copies the sums to other registers and back in every turn of a loop that has many.
@@ -40,9 +72,11 @@ MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   _mm_storeu_si128(static_cast<__m128i*>(low), _mm512_cvtepi32_epi8(rounded));
 }
 
+#endif
+
 }  // namespace mistral::cpu::MISTRAL_ISA
 
-#elif defined(__AVX2__) && !defined(__AVX512F__)
+#elif defined(__AVX2__)
 
 namespace mistral::cpu::MISTRAL_ISA {
 
@@ -65,7 +99,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
-// The bits of the pair (2 i, 2 i + 1) of every word.
+// The pair (2 i, 2 i + 1) of every word.
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm256_and_si256(_mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi16(15))};
 }
