@@ -94,10 +94,10 @@ def op_checks() -> Iterator[Check]:
         for counts in ((1, 1, 1), (window // 8, 1, window // 2), (5, 2, 1)):
             batch.step(counts)
 
-    def linear(bits: int | None):
+    def linear(form: str | None):
         exact = torch.randn(DIM + 24, DIM, device=GPU) / 64
-        weight = exact.to(BF16) if bits is None else quantize(exact, bits)
-        wide = weight.float() if bits is None else weight.dequantize()
+        weight = exact.to(BF16) if form is None else quantize(exact, form)
+        wide = weight.float() if form is None else weight.dequantize()
         for tokens in (1, 16, 60, 200):
             x, norm = random(tokens, DIM), random(DIM)
             plain = wide.to(BF16)

@@ -70,10 +70,10 @@ from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import Quantized
-from mistral_ext.weights.quantize import quantize
+from mistral_ext.weights.quantize import NAMES, quantize
 
 PARTS = ("decode", "prefill", "linear")
-WEIGHTS = {"bf16": 16, "int8": 8, "int4": 4}
+WEIGHTS = ("bf16", "int8", "int4")
 OURS = "mistral_ext"
 
 BATCHES = (1, 4)
@@ -329,8 +329,7 @@ def model_table(options: argparse.Namespace) -> dict[str, Any]:
     report = {}
     try:
         for kind in options.weights:
-            bits = WEIGHTS[kind]
-            ours = weights if bits == 16 else quantized(weights, bits)
+            ours = weights if kind == "bf16" else quantized(weights, kind)
             makers = [functools.partial(Ours, config, ours)]
             if "transformers" in options.peers:
                 makers.append(functools.partial(Transformers, config, weights))
@@ -367,9 +366,9 @@ def linear_table(options: argparse.Namespace) -> list[dict[str, Any]]:
     for inputs, outputs in LINEAR_SHAPES:
         weight = random(outputs, inputs, dtype=torch.bfloat16).mul_(0.02)
         weights = {
-            kind: weight if bits == 16 else quantize(weight, bits)
-            for kind, bits in WEIGHTS.items()
-            if bits == 16 or kind in options.weights
+            kind: weight if kind == "bf16" else quantize(weight, NAMES[kind])
+            for kind in WEIGHTS
+            if kind == "bf16" or kind in options.weights
         }
         for tokens in LINEAR_TOKENS:
             x = random(tokens, inputs, dtype=torch.bfloat16)
@@ -415,7 +414,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=some_of(PARTS), default=list(PARTS), metavar="PARTS")
-    kinds = tuple(WEIGHTS)
+    kinds = WEIGHTS
     parser.add_argument("--weights", type=some_of(kinds), default=list(kinds), metavar="KINDS")
     parser.add_argument(
         "--peers",

@@ -12,7 +12,7 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.device import move_weights
-from mistral_ext.weights.quantize import DEFAULT_GROUP, Quantization, quantize
+from mistral_ext.weights.quantize import Quantization
 
 
 def mistral_7b(layers: int) -> MistralConfig:
@@ -34,29 +34,20 @@ def mistral_7b(layers: int) -> MistralConfig:
     )
 
 
-def random_weight(rows: int, size: int, bits: int | None, dtype: torch.dtype) -> Weight:
-    """On the GPU. Any bits will do for the time that they take, so none are quantised."""
-    if bits is None:
-        return random(rows, size, dtype=dtype, device=GPU) / 64
-    if bits == 8:
-        values = torch.randint(-127, 128, (rows, size), dtype=torch.int8, device=GPU)
-        scales = torch.full((rows, 1), 1e-4, dtype=torch.bfloat16, device=GPU)
-    else:
-        shape = (rows, size // 8)
-        values = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=GPU)
-        groups = size // DEFAULT_GROUP
-        scales = torch.full((rows, groups), 1e-3, dtype=torch.bfloat16, device=GPU)
-    return Quantized(values, scales)
-
-
 def random_weights_on_gpu(config: MistralConfig, name: str = "bf16") -> dict[str, Weight]:
-    """In "bf16", "int8" or "int4", where and as loading puts them."""
+    """In "bf16", "int8" or "int4", where and as loading puts them. Any bits will do for the time
+    that quantised ones take, so none are quantised."""
     quantization = None if name == "bf16" else Quantization.from_name(name)
-    weights = {}
+    weights: dict[str, Weight] = {}
     for tensor, shape in tensor_shapes(config).items():
-        bits = (quantization and len(shape) == 2 and quantization.bits_of(tensor)) or None
-        if len(shape) == 2:
-            weights[tensor] = random_weight(*shape, bits, torch.bfloat16)
+        parts = quantization.parts(tensor, shape) if quantization else None
+        if parts is not None:
+            integers = torch.iinfo(parts.values.dtype)
+            values = torch.empty_like(parts.values, device=GPU).random_(integers.min, integers.max)
+            scales = torch.full_like(parts.scales, 1e-3, device=GPU)
+            weights[tensor] = Quantized(values, scales, parts.format)
+        elif len(shape) == 2:
+            weights[tensor] = random(*shape, dtype=torch.bfloat16, device=GPU) / 64
         else:
             weights[tensor] = torch.ones(shape, dtype=torch.bfloat16, device=GPU)
     move_weights(weights, torch.device(GPU))
@@ -89,23 +80,24 @@ def random_weights(config: MistralConfig) -> dict[str, Tensor]:
     return weights
 
 
-def quantized(weights: dict[str, Tensor], bits: int) -> dict[str, Tensor | Quantized]:
-    """What loading `random_weights` with 8 or 4 bits would give.
+def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
+    """What loading `random_weights` as "int8" or "int4" would give.
 
     Only one tensor of each shape is quantised, because they are equal; the others are copies.
     """
-    quantization = Quantization(bits)
-    done: dict[tuple[torch.Size, int], Quantized] = {}
-    result: dict[str, Tensor | Quantized] = {}
-    for name, weight in weights.items():
-        bits_of_weight = quantization.bits_of(name)
-        if bits_of_weight is None:
-            result[name] = weight
+    quantization = Quantization.from_name(name)
+    done: dict[tuple[torch.Size, str], Quantized] = {}
+    result: dict[str, Weight] = {}
+    for tensor, weight in weights.items():
+        chosen = quantization.format_of(tensor)
+        if chosen is None:
+            result[tensor] = weight
             continue
-        key = weight.shape, bits_of_weight
+        key = weight.shape, chosen
         if key not in done:
-            done[key] = quantize(weight, bits_of_weight, name=name)
-        result[name] = Quantized(*map(on_large_pages, done[key]))
+            done[key] = quantization.quantize(tensor, weight, tensor)
+        values, scales, _ = done[key]
+        result[tensor] = Quantized(on_large_pages(values), on_large_pages(scales), chosen)
     return result
 
 

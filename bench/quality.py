@@ -81,17 +81,15 @@ def random_7b(layers: int, tokens: int) -> Subject:
 def quantized(weights: dict[str, Tensor], quantization: Quantization) -> Weights:
     made: Weights = dict(weights)
     for name, weight in weights.items():
-        bits = quantization.bits_of(name)
-        if bits is not None:
-            made[name] = quantize(weight, bits, quantization.group if bits == 4 else None, name)
+        made[name] = quantization.quantize(name, weight, name) or weight
     return made
 
 
 FORMATS: dict[str, Callable[[dict[str, Tensor]], Weights]] = {
     "fp32": lambda weights: {name: weight.float() for name, weight in weights.items()},
     "bf16": dict,
-    "int8": lambda weights: quantized(weights, Quantization(8)),
-    "int4": lambda weights: quantized(weights, Quantization(4)),
+    "int8": lambda weights: quantized(weights, Quantization.from_name("int8")),
+    "int4": lambda weights: quantized(weights, Quantization.from_name("int4")),
 }
 FEW = " by 8 tokens"
 FORMATS |= {name + FEW: FORMATS[name] for name in ("bf16", "int8", "int4")}
@@ -104,8 +102,8 @@ def e4m3(weight: Tensor, _: int) -> Tensor:
     return (weight.float() / scales).to(torch.float8_e4m3fn).float() * scales
 
 
-def int8(weight: Tensor, _: int) -> Tensor:
-    return quantize(weight, 8).dequantize()
+def eight_bits(weight: Tensor, group: int) -> Tensor:
+    return quantize(weight, "q8_0" if group == 32 else "int8").dequantize()
 
 
 def plain_rounding(weight: Tensor, group: int) -> Tensor:
@@ -116,7 +114,7 @@ def plain_rounding(weight: Tensor, group: int) -> Tensor:
 
 
 def searched(weight: Tensor, group: int) -> Tensor:
-    return quantize(weight, 4, group).dequantize()
+    return quantize(weight, "int4", group).dequantize()
 
 
 def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
@@ -125,7 +123,7 @@ def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
     def apply(method: Callable[[Tensor, int], Tensor], group: int) -> Weights:
         made: Weights = {}
         for name, weight in weights.items():
-            rounds = name != "output.weight" and Quantization(4).bits_of(name)
+            rounds = name != "output.weight" and Quantization("int4").format_of(name)
             # The demo's hidden dimension, 704, is no multiple of 128.
             fitting = math.gcd(group, weight.shape[-1])
             made[name] = method(weight, fitting) if rounds else weight.float()
@@ -136,7 +134,8 @@ def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
         for group in (32, 64, 128)
         for way, method in (("rounding", plain_rounding), ("scales searched", searched))
     }
-    ways |= {"int8, rows": (int8, 1), "e4m3, rows": (e4m3, 1)}
+    ways |= {"8 bits, rows": (eight_bits, 1), "8 bits, groups of 32": (eight_bits, 32)}
+    ways["e4m3, rows"] = (e4m3, 1)
     return {name: lambda how=how: apply(*how) for name, how in ways.items()}
 
 

@@ -239,7 +239,7 @@ def linear_swiglu(
     Returns:
         [T, F].
     """
-    weights = _values_and_scales([gate, up])
+    weights = parts_of([gate, up])
     out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *weights, norm, eps)
     return out
 

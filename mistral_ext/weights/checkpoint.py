@@ -7,7 +7,7 @@ Weights are mapped into memory, not read into it: their pages belong to the file
 held once, are shared between processes, and can be evicted instead of killing the process. Only
 tensors that must change (a permutation, another dtype, fewer bits) are copied, one at a time.
 
-Weights in 8 or 4 bits (mistral_ext/weights/quantize.py) are stored as two tensors: the values
+Weights with scales (mistral_ext/weights/quantize.py) are stored as two tensors: the values
 under the weight's name, the scales under that name and `_scale`. How they are quantised is in
 config.json.
 
@@ -36,7 +36,6 @@ from mistral_ext.weights.folder import (
     what_is_there,
 )
 from mistral_ext.weights.quantize import Quantization
-from mistral_ext.weights.quantize import quantize as quantize_weight
 from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
 
@@ -142,6 +141,7 @@ class Checkpoint:
                 f"the weights in {str(folder.path)!r} are quantised already, as {stored}, and "
                 f"cannot be made {quantization}: start from the original"
             )
+        self._stored = stored
         self._quantizes = quantization if stored is None else None
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
@@ -190,17 +190,19 @@ class Checkpoint:
         n_heads = self._heads_in_pairs.get(name.split(".")[-2])
         if n_heads is not None:
             tensors = [_pairs_to_halves(tensor, n_heads) for tensor in tensors]
-        if self._quantizes and (bits := self._quantizes.bits_of(name)):
-            group = self._quantizes.group if bits == 4 else None
+        if self._quantizes:
             try:
-                return quantize_weight(tensors[0], bits, group, parts[0].name)
+                quantized = self._quantizes.quantize(name, tensors[0], parts[0].name)
             except ValueError as error:
                 raise ValueError(f"{parts[0].file}: {error}") from error
+            if quantized is not None:
+                return quantized
         if self._dtype is not None and len(tensors) == 1:
             tensors = [tensors[0].to(self._dtype)]
         for tensor in tensors:
             _page_in(tensor)
-        return tensors[0] if len(tensors) == 1 else Quantized(*tensors)
+        stored_format = self._stored and self._stored.format_of(name)
+        return Quantized(*tensors, stored_format) if stored_format else tensors[0]
 
 
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:

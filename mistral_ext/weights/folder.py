@@ -194,8 +194,9 @@ def config_json(
     if quantization is not None:
         values["quantization_config"] = {
             "quant_method": _QUANT_METHOD,
-            "bits": quantization.bits,
+            "format": quantization.format,
             "group_size": quantization.group,
+            "output_format": quantization.output_format,
         }
     if instruct:
         values[_OWN_KEY] = {"instruct": True}
@@ -225,6 +226,18 @@ def _quantization(values: dict[str, Any]) -> Quantization | None:
             f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
         )
     try:
-        return Quantization(settings.get("bits"), settings.get("group_size"))
+        if "format" not in settings:  # a folder of version 0.1 or before
+            return _old_quantization(settings)
+        return Quantization(
+            settings["format"], settings.get("group_size"), settings.get("output_format", "q8_0")
+        )
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from error
+
+
+def _old_quantization(settings: dict[str, Any]) -> Quantization:
+    """Formats by their bits, those of 8 bits with a scale for each row."""
+    bits = settings.get("bits")
+    if bits not in (8, 4):
+        raise ValueError(f"bits is {bits!r}, expected 8 or 4")
+    return Quantization(f"int{bits}", settings.get("group_size"), "int8")

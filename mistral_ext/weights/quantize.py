@@ -1,13 +1,15 @@
-"""Weights in 8 or 4 bits: how their values and scales are chosen.
+"""Weights with scales: how their values and scales are chosen.
 
-A weight is its value times a scale. Which matrix gets how many bits is in `bits_of`: those of the
-layers as many as wanted; the output matrix 8 in any case, because a token is chosen by it;
-embeddings, of which a token reads one row, and norms stay as they are.
+A weight is its value times a scale. Which matrix gets which format (csrc/formats.h) is in
+`Quantization.format_of`: those of the layers the one that is wanted; the output matrix 8 bits in
+any case, because a token is chosen by it; embeddings, of which a token reads one row, and norms
+stay as they are.
 
-8 bits: one scale for each row, the largest magnitude over 127. Not floating point numbers (e4m3),
-although some GPUs multiply them: they take as many bytes, which is what limits a decode step, and
-leave 13 times the divergence on the demo (`bench/quality.py`), because weights need no more range
-than a scale gives them.
+8 bits: the scale is the largest magnitude over 127, of 32 neighbours in a row ("q8_0", 8.5 bits
+with the scales) or of the whole row ("int8", the format of folders that were made before). Not
+floating point numbers (e4m3), although some GPUs multiply them: they take as many bytes, which is
+what limits a decode step, and leave 13 times the divergence on the demo (`bench/quality.py`),
+because weights need no more range than a scale gives them.
 
 4 bits: one scale for each group of neighbours in a row. A group's largest magnitude becomes -8,
 the one value that is farther from zero than all others; so a scale may be negative. Then a few
@@ -15,8 +17,8 @@ smaller scales are tried, which cut off the largest weights and round all others
 with the least squared error is taken. On normally distributed weights that leaves an error of 9.0 %
 (root mean square) in groups of 64, where rounding to the largest magnitude over 7 leaves 10.8 %.
 
-Scales are rounded to bfloat16 before values are computed from them, so that no error of theirs is
-left in all values of a group alike.
+Scales are rounded as they are stored before values are computed from them, so that no error of
+theirs is left in all values of a group alike.
 """
 
 from __future__ import annotations
@@ -26,19 +28,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral_ext.ops.weight import VALUES_PER_WORD, Quantized, pack
+from mistral_ext.ops.weight import FORMATS, Quantized, pack
 
-GROUPS = (32, 64, 128)
-DEFAULT_GROUP = 64  # Mistral 7B takes 4.11 GB; groups of 32 are a little better and take 4.33 GB
+# What callers call the formats that they choose from.
+NAMES = {"int8": "q8_0", "int4": "int4"}
+# Mistral 7B takes 4.13 GB in groups of 64; groups of 32 are a little better and take 4.35 GB.
+_DEFAULT_GROUPS = {"int4": 64}
+_OUTPUT_FORMAT = "q8_0"
 
 # Scales to try, relative to that of the largest magnitude. Twice as many gain 0.3 % of the error.
 _TRIED = (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06)
 
 # Weights worked on at a time: what is computed from them stays in the caches.
 _BLOCK = 2**18
-
-# Smaller scales would have an infinite inverse; the weights below them count as zeros.
-_LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
 
 
 @dataclass(frozen=True)
@@ -49,35 +51,56 @@ class Quantization:
         ValueError: naming what is wrong.
     """
 
-    bits: int  # 8 or 4
-    group: int | None = None  # weights that share a scale; only for 4 bits: None means the default
+    format: str  # of the matrices of the layers: a key of FORMATS
+    group: int | None = None  # weights that share a scale; None: the format's, or its default
+    output_format: str = _OUTPUT_FORMAT
 
     def __post_init__(self) -> None:
-        if self.bits not in (8, 4):
-            raise ValueError(f"bits is {self.bits!r}, expected 8 or 4")
-        if self.bits == 4 and self.group is None:
-            object.__setattr__(self, "group", DEFAULT_GROUP)
-        if self.bits == 8 and self.group is not None:
-            raise ValueError(f"group is {self.group!r}, but 8-bit weights have one scale per row")
-        if self.bits == 4 and self.group not in GROUPS:
-            raise ValueError(f"group is {self.group!r}, expected 32, 64 or 128")
+        for name in (self.format, self.output_format):
+            if name not in FORMATS:
+                raise ValueError(f"format is {name!r}, expected one of {', '.join(FORMATS)}")
+        sizes = groups_of(self.format)
+        if self.group is None:
+            only = sizes[0] if len(sizes) == 1 else None
+            object.__setattr__(self, "group", _DEFAULT_GROUPS.get(self.format, only))
+        elif self.group not in sizes:
+            expected = ", ".join(map(str, sizes)) or "None: a row has one scale"
+            raise ValueError(
+                f"group is {self.group!r}, expected {expected}, with format {self.format!r}"
+            )
 
     @classmethod
     def from_name(cls, name: str) -> Quantization:
-        """Of what callers give as `quantize`: "int8" or "int4"."""
-        if name not in ("int8", "int4"):
+        """What callers give as `quantize`: "int8" or "int4"."""
+        if name not in NAMES:
             raise ValueError(f"quantize is {name!r}, expected 'int8', 'int4' or None")
-        return cls(int(name.removeprefix("int")))
+        return cls(NAMES[name])
+
+    @classmethod
+    def from_bits(cls, bits: int, group: int | None = None) -> Quantization:
+        """The formats by their bits: 8 or 4."""
+        if bits not in (8, 4):
+            raise ValueError(f"bits is {bits!r}, expected 8 or 4")
+        return cls(NAMES[f"int{bits}"], group)
+
+    @property
+    def bits(self) -> int:
+        """Of a value in the layers, without its share of a scale."""
+        return FORMATS[self.format].bits
 
     def __str__(self) -> str:
-        return f"int{self.bits}" if self.bits == 8 else f"int4 in groups of {self.group}"
+        whole_rows = not groups_of(self.format)
+        return self.format if whole_rows else f"{self.format} in groups of {self.group}"
 
-    def bits_of(self, name: str) -> int | None:
-        """Bits of a weight, by Mistral's name; None: it is not quantised."""
+    def format_of(self, name: str) -> str | None:
+        """The format of a weight, by Mistral's name; None: it is not quantised."""
         if name == "output.weight":
-            return 8
+            return self.output_format
         is_matrix = name.startswith("layers.") and not name.endswith("_norm.weight")
-        return self.bits if is_matrix else None
+        return self.format if is_matrix else None
+
+    def group_of(self, name: str) -> int | None:
+        return self.group if self.format_of(name) == self.format else None
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
         """What `quantize` would make of a weight, as tensors on the meta device, which have dtypes
@@ -86,29 +109,45 @@ class Quantization:
         Raises:
             ValueError: the weight does not divide into groups.
         """
-        bits = self.bits_of(name)
-        if bits is None:
+        chosen = self.format_of(name)
+        if chosen is None:
             return None
-        group = self.group if bits == 4 else None
-        return _empty(name, shape, group, torch.device("meta"))
+        return _empty(name, shape, chosen, self.group_of(name), torch.device("meta"))
+
+    def quantize(self, name: str, weight: Tensor, stored_name: str) -> Quantized | None:
+        """A weight of Mistral's name `name`; None: it is not quantised. See `quantize`."""
+        chosen = self.format_of(name)
+        if chosen is None:
+            return None
+        return quantize(weight, chosen, self.group_of(name), stored_name)
+
+
+def groups_of(name: str) -> tuple[int, ...]:
+    """Sizes of groups that a format allows; none: a row has one scale."""
+    size, sizes = FORMATS[name].least_group, []
+    while 0 < size <= FORMATS[name].most_group:
+        sizes.append(size)
+        size *= 2
+    return tuple(sizes)
 
 
 def quantize(
-    weight: Tensor, bits: int, group: int | None = None, name: str = "weight"
+    weight: Tensor, format: str, group: int | None = None, name: str = "weight"
 ) -> Quantized:
-    """Rounds a weight to 8 or 4 bits.
+    """Rounds a weight to a format.
 
     Args:
         weight: [N, K], float32, bfloat16 or float16.
-        bits: 8 or 4.
-        group: 32, 64 or 128, for 4 bits; None: 64.
+        format: "int8", "int4" or "q8_0", see `mistral_ext.ops.Quantized`.
+        group: weights that share a scale, 32, 64 or 128 for "int4"; None: the format's, or 64.
         name: for messages.
 
     Raises:
-        ValueError: K is no multiple of the group, or a weight is NaN or infinite.
+        ValueError: K is no multiple of the group, or a weight is NaN, infinite, or too large for
+            the scales.
     """
-    group = Quantization(bits, group).group
-    quantized = _empty(name, tuple(weight.shape), group, weight.device)
+    group = Quantization(format, group).group
+    quantized = _empty(name, tuple(weight.shape), format, group, weight.device)
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
     for block, values, scales in zip(
         weight.split(rows), quantized.values.split(rows), quantized.scales.split(rows), strict=True
@@ -117,38 +156,47 @@ def quantize(
         low, high = torch.aminmax(groups, dim=2, keepdim=True)
         if not (low.isfinite().all() and high.isfinite().all()):
             raise ValueError(f"tensor {name!r} holds NaN or infinity and cannot be quantised")
-        if bits == 8:
-            rounded_scales = _rounded(torch.maximum(-low, high) / 127)
-            values.copy_(_divide(groups, rounded_scales).clamp_(-127, 127).flatten(1))
+        if format == "int4":
+            chosen = _rounded(_best_scales(groups, low, high), scales.dtype)
+            pack(_divide(groups, chosen).clamp_(-8, 7).flatten(1), out=values)
         else:
-            rounded_scales = _rounded(_best_scales(groups, low, high))
-            pack(_divide(groups, rounded_scales).clamp_(-8, 7).flatten(1), out=values)
-        scales.copy_(rounded_scales.squeeze(2))
+            chosen = _rounded(torch.maximum(-low, high) / 127, scales.dtype)
+            values.copy_(_divide(groups, chosen).clamp_(-127, 127).flatten(1))
+        if not chosen.isfinite().all():
+            largest = torch.maximum(-low, high).max().item()
+            raise ValueError(
+                f"tensor {name!r} holds {largest:g}, whose scale {scales.dtype} cannot hold: it "
+                f"cannot be quantised to {format!r}"
+            )
+        scales.copy_(chosen.squeeze(2))
     return quantized
 
 
-def _empty(name: str, shape: tuple[int, ...], group: int | None, device: torch.device) -> Quantized:
-    """Memory for a weight in 4 bits; without a group, in 8."""
+def _empty(
+    name: str, shape: tuple[int, ...], format: str, group: int | None, device: torch.device
+) -> Quantized:
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"tensor {name!r} of shape {shape}: expected a matrix [N, K], K > 0")
     rows, columns = shape
-    if group is None:
-        values = torch.empty(shape, dtype=torch.int8, device=device)
-        return Quantized(values, torch.empty(rows, 1, dtype=torch.bfloat16, device=device))
-    if columns % group:
+    facts = FORMATS[format]
+    if group is not None and columns % group:
         raise ValueError(
-            f"tensor {name!r} of shape {shape} cannot be quantised to 4 bits in groups of {group}: "
-            f"its rows of {columns} are no multiple of that"
+            f"tensor {name!r} of shape {shape} cannot be quantised to {format!r} in groups of "
+            f"{group}: its rows of {columns} are no multiple of that"
         )
-    values = torch.empty(rows, columns // VALUES_PER_WORD, dtype=torch.int32, device=device)
-    scales = torch.empty(rows, columns // group, dtype=torch.bfloat16, device=device)
-    return Quantized(values, scales)
+    elements, groups = columns // facts.element_values, columns // (group or columns)
+    return Quantized(
+        torch.empty(rows, elements, dtype=facts.value_dtype, device=device),
+        torch.empty(rows, groups, dtype=facts.scale_dtype, device=device),
+        format,
+    )
 
 
-def _rounded(scales: Tensor) -> Tensor:
-    """As bfloat16 will hold them, still in fp32; those that are too small become 0."""
-    scales = scales.bfloat16().float()
-    return torch.where(scales.abs() < _LEAST_SCALE, 0, scales)
+def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `dtype` will hold them, still in fp32. Scales whose inverse would be infinite become 0, and
+    the weights below them count as zeros."""
+    scales = scales.to(dtype).float()
+    return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0, scales)
 
 
 def _divide(groups: Tensor, scales: Tensor) -> Tensor:
@@ -164,7 +212,7 @@ def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
     these values is u.q / q.q, and it leaves the squared error u.u - (u.q)^2 / q.q.
     """
     largest = torch.where(high > -low, high, low)
-    base = _rounded(largest / -8)
+    base = _rounded(largest / -8, torch.bfloat16)
     u = groups * torch.where(base == 0, 0, base.reciprocal())  # -8 to 8
     q, product = torch.empty_like(u), torch.empty_like(u)
     most_gained = torch.zeros_like(base)

@@ -36,7 +36,7 @@ def quantize_checkpoint(
     Args:
         source: a model folder, or a hub id.
         target: the folder to make; must not exist, or be empty.
-        bits: 8 or 4.
+        bits: 8 ("q8_0") or 4 ("int4").
         group: weights that share a scale, 32, 64 or 128, for 4 bits; None: 64.
         dtype: of embeddings and norms, which are not quantised; None: as stored.
         progress: show a progress bar if stderr is a terminal.
@@ -50,7 +50,7 @@ def quantize_checkpoint(
             argument; as :func:`mistral_ext.weights.checkpoint.load_weights`.
         OSError: for want of space, among others.
     """
-    quantization = Quantization(bits, group)
+    quantization = Quantization.from_bits(bits, group)
     target = Path(target)
     expect_free(target)
     original = read_folder(resolve(source))

@@ -11,30 +11,32 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized
 from mistral_ext.weights import quantize as quantize_module
 from mistral_ext.weights.checkpoint import tensor_shapes
-from mistral_ext.weights.quantize import DEFAULT_GROUP, GROUPS, Quantization, quantize
+from mistral_ext.weights.quantize import Quantization, groups_of, quantize
 
-FORMATS = [(8, None), *((4, group) for group in GROUPS)]
+GROUPS = [("int8", None), ("q8_0", 32), *(("int4", group) for group in (32, 64, 128))]
+FORMATS = ["int8", "q8_0", "int4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=FORMATS, ids=lambda f: f"{f[0]}-{f[1]}")
-def bits_and_group(request):
+@pytest.fixture(params=GROUPS, ids=lambda f: f"{f[0]}-{f[1]}")
+def form_and_group(request):
     return request.param
 
 
-def decode(quantized: Quantized, bits: int, group: int | None) -> list[list[float]]:
+def decode(quantized: Quantized, form: str, group: int | None) -> list[list[float]]:
     """The specification, a weight at a time."""
     rows = []
     for words, scales in zip(quantized.values.tolist(), quantized.scales.tolist(), strict=True):
         row = []
-        for k in range(len(words) * (1 if bits == 8 else 8)):
-            if bits == 8:
-                row.append(words[k] * scales[0])
+        for k in range(len(words) * (8 if form == "int4" else 1)):
+            scale = scales[k // group] if group else scales[0]
+            if form != "int4":
+                row.append(words[k] * scale)
                 continue
             i = k % 8
             nibble = ((words[k // 8] + 2**32) >> (4 * (i // 2) + 16 * (i % 2))) & 15
             value = nibble - 16 if nibble > 7 else nibble
-            row.append(value * scales[k // group])
+            row.append(value * scale)
         rows.append(row)
     return rows
 
@@ -46,52 +48,53 @@ def relative_error(quantized: Quantized, weight: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 7])
-def test_format(bits_and_group, rows, dtype, generator):
-    bits, group = bits_and_group
+def test_format(form_and_group, rows, dtype, generator):
+    form, group = form_and_group
     weight = torch.randn(rows, 384, generator=generator).to(dtype)
-    quantized = quantize(weight, bits, group)
-    assert quantized.bits == bits
+    quantized = quantize(weight, form, group)
+    int4 = form == "int4"
+    assert quantized.format == form
     assert quantized.shape == (rows, 384)
     assert quantized.group == (group or 384)
-    assert quantized.values.dtype == (torch.int8 if bits == 8 else torch.int32)
-    assert quantized.values.shape == ((rows, 384) if bits == 8 else (rows, 48))
-    assert quantized.scales.dtype == torch.bfloat16
+    assert quantized.values.dtype == (torch.int32 if int4 else torch.int8)
+    assert quantized.values.shape == ((rows, 48) if int4 else (rows, 384))
+    assert quantized.scales.dtype == (torch.float16 if form == "q8_0" else torch.bfloat16)
     assert quantized.scales.shape == (rows, 384 // (group or 384))
     assert quantized.values.is_contiguous()
     assert quantized.scales.is_contiguous()
-    assert quantized.nbytes == rows * 384 * bits // 8 + quantized.scales.numel() * 2
-    assert quantized.dequantize().tolist() == decode(quantized, bits, group)
+    assert quantized.nbytes == rows * 384 // (2 if int4 else 1) + quantized.scales.numel() * 2
+    assert quantized.dequantize().tolist() == decode(quantized, form, group)
     rounded = quantized.dequantize(torch.bfloat16)
     assert torch.equal(rounded, quantized.dequantize().bfloat16())
 
 
-def test_representable_weights_come_back_to_the_bit(bits_and_group, generator):
+def test_representable_weights_come_back_to_the_bit(form_and_group, generator):
     """Any value in any place, and any scale."""
-    bits, group = bits_and_group
-    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    form, group = form_and_group
+    low, high = (-8, 7) if form == "int4" else (-127, 127)
     shape = (33, 256 // (group or 256), group or 256)
     values = torch.randint(low, high + 1, shape, generator=generator)
     values[..., 5] = low  # as a scale is the largest magnitude over that
     scales = torch.randn(*shape[:2], 1, generator=generator).bfloat16().float()
-    if bits == 8:
+    if form != "int4":
         scales.abs_()
-    quantized = quantize((values * scales).flatten(1), bits, group)
+    quantized = quantize((values * scales).flatten(1), form, group)
     assert torch.equal(quantized.scales.float(), scales.squeeze(2))
     assert torch.equal(quantized.dequantize(), (values * scales).flatten(1))
-    again = quantize(quantized.dequantize(), bits, group)
+    again = quantize(quantized.dequantize(), form, group)
     assert torch.equal(again.values, quantized.values)
     assert torch.equal(again.scales, quantized.scales)
 
 
-def test_no_weight_is_off_by_more_than_half_a_step(bits_and_group, generator):
+def test_no_weight_is_off_by_more_than_half_a_step(form_and_group, generator):
     """But for those cut off on purpose, which have the outermost value."""
-    bits, group = bits_and_group
+    form, group = form_and_group
     weight = torch.randn(64, 512, generator=generator)
-    quantized = quantize(weight, bits, group)
+    quantized = quantize(weight, form, group)
     step = quantized.scales.float().abs().repeat_interleave(quantized.group, dim=1)
     error = (quantized.dequantize() - weight).abs() / step
     allowed = torch.full_like(error, 0.5 + 1e-4)
-    if bits == 4:
+    if form == "int4":
         value = quantized.dequantize() / quantized.scales.float().repeat_interleave(group, dim=1)
         allowed[(value == -8) | (value == 7)] = 8 * (1 / 0.7 - 1) + 1  # 0.7: the least scale tried
     assert (error <= allowed).all()
@@ -103,13 +106,13 @@ def test_search_leaves_less_error_than_rounding(generator):
     scale = (weight.unflatten(1, (-1, 64)).abs().amax(2, keepdim=True) / 7).bfloat16().float()
     plain = ((weight.unflatten(1, (-1, 64)) / scale).round().clamp(-8, 7) * scale).flatten(1)
     assert ((plain - weight).norm() / weight.norm()).item() == pytest.approx(0.108, abs=5e-4)
-    assert relative_error(quantize(weight, 4), weight) == pytest.approx(0.090, abs=5e-4)
+    assert relative_error(quantize(weight, "int4"), weight) == pytest.approx(0.090, abs=5e-4)
 
 
 def test_search_finds_the_best_scale_of_those_tried(generator):
     """Against every scale and value in turn, in double precision."""
     weight = torch.randn(8, 64, generator=generator)
-    quantized = quantize(weight, 4, 32)
+    quantized = quantize(weight, "int4", 32)
     for group, found in zip(
         weight.view(-1, 32).double(), quantized.dequantize().view(-1, 32).double(), strict=True
     ):
@@ -123,81 +126,97 @@ def test_search_finds_the_best_scale_of_those_tried(generator):
         assert (group - found).square().sum() <= min(errors) * 1.02
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_zeros(bits):
+@pytest.mark.parametrize("form", FORMATS)
+def test_zeros(form):
     weight = torch.zeros(3, 128)
     weight[1, 70] = 127 / 64
-    quantized = quantize(weight, bits)
+    quantized = quantize(weight, form)
     assert torch.equal(quantized.dequantize(), weight)
     assert quantized.scales[0].eq(0).all()
     assert quantized.values[0].eq(0).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("magnitude", [1e-45, 1e-39, 1e-37, 1e30, 1e38])
-def test_extreme_magnitudes_stay_finite(bits, magnitude, generator):
+EXTREMES = [
+    *((form, m) for form in ("int8", "int4") for m in (1e-45, 1e-39, 1e-37, 1e30, 1e38)),
+    *(("q8_0", m) for m in (1e-45, 1e-8, 1e-3, 1e6)),
+]
+
+
+@pytest.mark.parametrize(("form", "magnitude"), EXTREMES)
+def test_extreme_magnitudes_stay_finite(form, magnitude, generator):
     weight = torch.randn(4, 64, generator=generator).clamp(-3, 3) * magnitude
-    dequantized = quantize(weight, bits).dequantize()
+    dequantized = quantize(weight, form).dequantize()
     assert dequantized.isfinite().all()
-    if magnitude > 1e-36:
+    if magnitude > (1e-7 if form == "q8_0" else 1e-36):
         assert ((dequantized - weight) / magnitude).abs().max() < 0.4
 
 
+def test_scales_beyond_fp16_are_refused_by_name():
+    weight = torch.ones(4, 64)
+    weight[2, 5] = 1e7
+    with pytest.raises(ValueError, match=r"tensor 'layers.3.x' holds 1e\+07, whose scale"):
+        quantize(weight, "q8_0", name="layers.3.x")
+
+
 @pytest.mark.parametrize("shape", [(0, 128), (1, 128), (5, 128), (301, 384)])
-def test_blocks_do_not_matter(bits_and_group, shape, generator, monkeypatch):
-    bits, group = bits_and_group
+def test_blocks_do_not_matter(form_and_group, shape, generator, monkeypatch):
+    form, group = form_and_group
     weight = torch.randn(shape, generator=generator)
-    whole = quantize(weight, bits, group)
+    whole = quantize(weight, form, group)
     for block in (1, 1000):
         monkeypatch.setattr(quantize_module, "_BLOCK", block)
-        in_blocks = quantize(weight, bits, group)
+        in_blocks = quantize(weight, form, group)
         assert torch.equal(in_blocks.values, whole.values)
         assert torch.equal(in_blocks.scales, whole.scales)
 
 
 def test_any_strides_and_eight_bits_of_any_width(generator):
     weight = torch.randn(96, 64, generator=generator).T
-    assert torch.equal(quantize(weight, 4, 32).values, quantize(weight.contiguous(), 4, 32).values)
+    assert torch.equal(quantize(weight, "int4", 32).values, quantize(weight.contiguous(), "int4", 32).values)
     odd = torch.randn(5, 37, generator=generator)
-    assert relative_error(quantize(odd, 8), odd) < 0.01
+    assert relative_error(quantize(odd, "int8"), odd) < 0.01
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_is_refused_by_name(bits, value, dtype):
+def test_not_a_number_is_refused_by_name(form, value, dtype):
     weight = torch.ones(600, 1024, dtype=dtype)
     weight[517, 1001] = value
     with pytest.raises(ValueError, match=r"tensor 'layers.3.x' holds NaN or infinity"):
-        quantize(weight, bits, name="layers.3.x")
+        quantize(weight, form, name="layers.3.x")
 
 
 @pytest.mark.parametrize(
-    ("shape", "bits", "group", "message"),
+    ("shape", "form", "group", "message"),
     [
-        ((4, 96), 4, 64, r"tensor 'w' of shape \(4, 96\) cannot .* groups of 64: its rows of 96"),
-        ((4, 96), 4, None, "groups of 64"),
-        ((4, 64), 4, 48, "group is 48, expected 32, 64 or 128"),
-        ((4, 64), 8, 64, "group is 64, but 8-bit weights have one scale per row"),
-        ((4, 64), 3, None, "bits is 3, expected 8 or 4"),
-        ((64,), 8, None, r"tensor 'w' of shape \(64,\): expected a matrix"),
-        ((4, 0), 8, None, r"tensor 'w' of shape \(4, 0\): expected a matrix"),
+        ((4, 96), "int4", 64, r"tensor 'w' of shape \(4, 96\) cannot .* of 64: its rows of 96"),
+        ((4, 96), "int4", None, "groups of 64"),
+        ((4, 80), "q8_0", None, "groups of 32: its rows of 80"),
+        ((4, 64), "int4", 48, "group is 48, expected 32, 64, 128, with format 'int4'"),
+        ((4, 64), "int8", 64, "group is 64, expected None: a row has one scale, with format 'int8'"),
+        ((4, 64), "int3", None, "format is 'int3', expected one of int8, int4, q8_0"),
+        ((64,), "int8", None, r"tensor 'w' of shape \(64,\): expected a matrix"),
+        ((4, 0), "int8", None, r"tensor 'w' of shape \(4, 0\): expected a matrix"),
     ],
 )
-def test_bad_arguments_are_named(shape, bits, group, message):
+def test_bad_arguments_are_named(shape, form, group, message):
     with pytest.raises(ValueError, match=message):
-        quantize(torch.ones(shape), bits, group, "w")
+        quantize(torch.ones(shape), form, group, "w")
 
 
 def test_names():
-    assert Quantization.from_name("int8") == Quantization(8)
-    assert Quantization.from_name("int4") == Quantization(4, DEFAULT_GROUP)
+    assert Quantization.from_name("int8") == Quantization("q8_0") == Quantization.from_bits(8)
+    assert Quantization.from_name("int4") == Quantization("int4", 64) == Quantization.from_bits(4)
+    assert [groups_of(form) for form in FORMATS] == [(), (32,), (32, 64, 128)]
     with pytest.raises(ValueError, match="quantize is 'int5', expected 'int8', 'int4' or None"):
         Quantization.from_name("int5")
+    with pytest.raises(ValueError, match="bits is 3, expected 8 or 4"):
+        Quantization.from_bits(3)
 
 
-@pytest.mark.parametrize(("bits", "gigabytes"), [(8, 7.38), (4, 4.11)])
-def test_what_a_7b_takes(bits, gigabytes):
+@pytest.mark.parametrize(("name", "gigabytes"), [("int8", 7.82), ("int4", 4.12)])
+def test_what_a_7b_takes(name, gigabytes):
     config = MistralConfig(
         vocab_size=32768,
         dim=4096,
@@ -213,25 +232,26 @@ def test_what_a_7b_takes(bits, gigabytes):
         bos_id=1,
         eos_ids=(2,),
     )
-    quantization = Quantization(bits)
-    n_bytes, n_bits = 0, {}
-    for name, shape in tensor_shapes(config).items():
-        parts = quantization.parts(name, shape)
+    quantization = Quantization.from_name(name)
+    n_bytes, formats = 0, {}
+    for tensor, shape in tensor_shapes(config).items():
+        parts = quantization.parts(tensor, shape)
         n_bytes += parts.nbytes if parts else 2 * torch.Size(shape).numel()
-        in_layer = re.sub(r"layers\.\d+\.", "", name)
-        n_bits[in_layer] = parts.bits if parts else None
+        in_layer = re.sub(r"layers\.\d+\.", "", tensor)
+        formats[in_layer] = parts.format if parts else None
     assert n_bytes / 1e9 == pytest.approx(gigabytes, abs=0.01)
-    assert n_bits == {
+    of_layers = quantization.format
+    assert formats == {
         "tok_embeddings.weight": None,
         "attention_norm.weight": None,
-        "attention.wq.weight": bits,
-        "attention.wk.weight": bits,
-        "attention.wv.weight": bits,
-        "attention.wo.weight": bits,
+        "attention.wq.weight": of_layers,
+        "attention.wk.weight": of_layers,
+        "attention.wv.weight": of_layers,
+        "attention.wo.weight": of_layers,
         "ffn_norm.weight": None,
-        "feed_forward.w1.weight": bits,
-        "feed_forward.w2.weight": bits,
-        "feed_forward.w3.weight": bits,
+        "feed_forward.w1.weight": of_layers,
+        "feed_forward.w2.weight": of_layers,
+        "feed_forward.w3.weight": of_layers,
         "norm.weight": None,
-        "output.weight": 8,
+        "output.weight": "q8_0",
     }
