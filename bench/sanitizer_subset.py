@@ -22,7 +22,11 @@ def main() -> None:
             ops.swiglu(x, y)
         # Few tokens and more, rows and a K that end within a tile, a chunk and a row of scales.
         exact = torch.randn(70, 1120)
-        for weight in (exact.to(dtype), *(quantize(exact, form) for form in ("int8", "q8_0")), quantize(exact, "int4", 32)):
+        for weight in (
+            exact.to(dtype),
+            *(quantize(exact, form) for form in ("int8", "q8_0")),
+            quantize(exact, "int4", 32),
+        ):
             weight = weight.to(GPU)
             for tokens in (1, 13, 33, 70):
                 x = random(tokens, 1120, dtype=dtype, device=GPU)

@@ -1,7 +1,7 @@
 """Checks of a whole model on one device, against the same model in plain torch on that device.
 
-tests/engine/test_whole_model.py runs them on every device, bench/canary_cuda.py first of all on a CUDA
-machine. The yardstick is the model of reference.py in fp32, with the same weights as the model
+tests/engine/test_whole_model.py runs them on every device, bench/canary_cuda.py first of all on a
+CUDA machine. The yardstick is the model of reference.py in fp32, with the same weights as the model
 that is checked, and its error the one that plain torch has in the dtype of that model. Where a
 token is chosen, what rounds differently may decide between equals: a choice is right if nothing is
 better by more than the rounding of two logits.

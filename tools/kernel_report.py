@@ -3,8 +3,8 @@
     python tools/kernel_report.py
 
 Compiles the kernels in csrc/cuda with nvcc (CUDACXX, or the one on PATH) for every architecture.
-tests/cuda/test_kernel_report.py compares the file with the kernels as they are. Shared memory is what
-a kernel declares itself; what it is launched with comes on top. A report names the compiler,
+tests/cuda/test_kernel_report.py compares the file with the kernels as they are. Shared memory is
+what a kernel declares itself; what it is launched with comes on top. A report names the compiler,
 because another version allocates registers differently.
 """
 
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "cuda" / "kernel_report.txt"
 CUBINS = ROOT / "build" / "cubins"
 HOPPER = "90a"  # the only architecture of files whose names end in _sm90
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{ROOT / 'csrc' / 'cuda' / 'common'}")
+INCLUDES = ROOT / "csrc" / "cuda" / "common"
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{INCLUDES}")
 
 
 @dataclass(frozen=True, order=True)

@@ -94,7 +94,7 @@ def _run_linear_residual(
     values: list[Tensor],
     scales: list[Tensor | None],
     formats: list[str],
-    residual: Tensor
+    residual: Tensor,
 ) -> None:
     run(_C.linear("linear_residual", x, values, scales, formats, None, 0.0, residual), x)
 
@@ -194,9 +194,7 @@ def linear_argmax(
         ([T, N], [T] int64). -1 where there is no choice, because an output is NaN or all are -inf.
     """
     given = norm, eps, limit
-    out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(
-        x, *parts_of([weight]), *given
-    )
+    out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(x, *parts_of([weight]), *given)
     return out
 
 
@@ -266,4 +264,3 @@ register(
     routed(_run_linear_swiglu, torch_products.linear_swiglu),
     _fake_linear_swiglu,
 )
-

@@ -35,7 +35,7 @@ def linear_residual(
     values: list[Tensor],
     scales: list[Tensor | None],
     formats: list[str],
-    residual: Tensor
+    residual: Tensor,
 ) -> None:
     _C.check_linear("linear_residual", x, values, scales, formats, None, 0.0, residual)
     (weight,) = _plain_weights(values, scales, formats, x.dtype)
@@ -102,7 +102,8 @@ def _products(
     _C.check_linear(op, x, values, scales, formats, norm, eps, None)
     x = x if norm is None else rms_norm(x, norm, eps)
     return [
-        torch.nn.functional.linear(x, weight) for weight in _plain_weights(values, scales, formats, x.dtype)
+        torch.nn.functional.linear(x, weight)
+        for weight in _plain_weights(values, scales, formats, x.dtype)
     ]
 
 

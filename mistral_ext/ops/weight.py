@@ -114,8 +114,8 @@ def parts_of(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor | Non
     scales: list[Tensor | None] = []
     formats: list[str] = []
     for weight in weights:
-        quantized = isinstance(weight, Quantized)
-        values.append(weight.values if quantized else weight)
-        scales.append(weight.scales if quantized else None)
-        formats.append(weight.format if quantized else PLAIN)
+        plain = isinstance(weight, Tensor)
+        values.append(weight if plain else weight.values)
+        scales.append(None if plain else weight.scales)
+        formats.append(PLAIN if plain else weight.format)
     return values, scales, formats

@@ -141,12 +141,17 @@ class Checkpoint:
                 f"the weights in {str(folder.path)!r} are quantised already, as {stored}, and "
                 f"cannot be made {quantization}: start from the original"
             )
-        self._stored = stored
         self._quantizes = quantization if stored is None else None
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
         self._parts = _match(files, config, stored, dtype)
+        # The formats of the weights that are two tensors.
+        self._formats = {
+            name: stored.format_of(name)
+            for name, parts in self._parts.items()
+            if stored and len(parts) == 2
+        }
         self._dtype = dtype
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
@@ -201,8 +206,10 @@ class Checkpoint:
             tensors = [tensors[0].to(self._dtype)]
         for tensor in tensors:
             _page_in(tensor)
-        stored_format = self._stored and self._stored.format_of(name)
-        return Quantized(*tensors, stored_format) if stored_format else tensors[0]
+        if len(tensors) == 1:
+            return tensors[0]
+        values, scales = tensors
+        return Quantized(values, scales, self._formats[name])
 
 
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:

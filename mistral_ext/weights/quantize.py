@@ -100,7 +100,10 @@ class Quantization:
         return self.format if is_matrix else None
 
     def group_of(self, name: str) -> int | None:
-        return self.group if self.format_of(name) == self.format else None
+        """Weights that share a scale in a weight that is quantised; None: all of a row."""
+        if self.format_of(name) == self.format:
+            return self.group
+        return Quantization(self.output_format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
         """What `quantize` would make of a weight, as tensors on the meta device, which have dtypes

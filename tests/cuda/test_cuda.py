@@ -150,15 +150,15 @@ def test_attention_at_the_sizes_of_mistral_7b(dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64, 200])
-@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("form", [None, "int8", "q8_0", "int4"])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (4096, 28672), (14336, 4096)])
-def test_products_at_the_sizes_of_mistral_7b(size, rows, bits, tokens):
+def test_products_at_the_sizes_of_mistral_7b(size, rows, form, tokens):
     """The error of each element against that of a product in fp32 of the same weights."""
     generator = torch.Generator("cuda").manual_seed(size + rows + tokens)
     x = torch.randn(tokens, size, device="cuda", generator=generator).bfloat16()
     exact = torch.randn(rows, size, device="cuda", generator=generator)
-    weight = exact.bfloat16() if bits is None else quantize(exact, bits)
-    wide = weight.float() if bits is None else weight.dequantize()
+    weight = exact.bfloat16() if form is None else quantize(exact, form)
+    wide = weight.float() if form is None else weight.dequantize()
     expected = x.double() @ wide.double().T
     plain = (x @ wide.bfloat16().T).double()
     allowed = 2 * (plain - expected).abs().max() + 2**-9 * expected.abs().max()
@@ -327,7 +327,11 @@ def test_what_attention_cannot_do_on_a_gpu(given, error, message):
     ("x", "weight", "message"),
     [
         ((3, 12), (4, 12), "x has 12 inputs, expected a multiple of 8 on a CUDA device"),
-        ((3, 24), quantize(torch.ones(4, 24), 8), "x has 24 inputs, expected a multiple of 16"),
+        (
+            (3, 24),
+            quantize(torch.ones(4, 24), "int8"),
+            "x has 24 inputs, expected a multiple of 16",
+        ),
         (unaligned, (4, 64), "expected rows that begin at multiples of 16 bytes"),
         ((3, 64), unaligned, "weight begins at address"),
     ],

@@ -98,9 +98,9 @@ def test_a_quantised_folder(folder, elsewhere, tmp_path):
 
 def test_a_quantised_weight(elsewhere, generator):
     weight = torch.randn(3, 64, generator=generator)
-    for bits in (8, 4):
-        expected = quantize(weight, bits)
+    for form in ("int8", "q8_0", "int4"):
+        expected = quantize(weight, form)
         with elsewhere():
-            quantized = quantize(weight, bits)
+            quantized = quantize(weight, form)
             assert isinstance(quantized, Quantized)
             assert torch.equal(quantized.dequantize(), expected.dequantize())

@@ -21,8 +21,9 @@ def samples():
     batch = RaggedBatch([8, 8], 8, positions=[0, 9])
     table = batch.table((5, 1))
     q, k, v = (new.contiguous() for new in batch.inputs(6))
-    int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()])
+    int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()], ["int4"])
     heads = [random(64, 40), random(32, 40), random(32, 40)]
+    pools = random(2, 16, 32)
     two_rings = torch.tensor([[0, 2, 5, 0, 8], [2, 1, 0, 8, 8]])
     rows = torch.tensor([2, 0])
     options = torch.tensor([0.0, 0, 1, 0, 1, 0, 0]).double().repeat(3, 1)
@@ -39,17 +40,25 @@ def samples():
         ("attention", (*ring, 8), {}),
         ("attention", ring, {"window": 8, "scale": 0.5}),
         ("swiglu", (random(2, 7), random(2, 7)), {}),
-        ("linear", (x, [random(5, 40)], []), {}),
-        ("linear", (x, [random(5, 40), random(2, 40)], [], weight, 1e-5), {}),
-        ("linear", (random(3, 64), *int4), {}),
-        ("linear_residual", (x, [random(5, 40)], [], random(3, 5)), {}),
+        ("linear", (x, [random(5, 40)], [None], ["plain"]), {}),
         (
-            "linear_rope",
-            (x, heads, [], weight, 1e-5, *random(2, 16, 32), two_rings, frequencies, 8),
+            "linear",
+            (x, [random(5, 40), random(2, 40)], [None] * 2, ["plain"] * 2, weight, 1e-5),
             {},
         ),
-        ("linear_argmax", (x, [random(5, 40)], [], weight, 1e-5), {"limit": 4}),
-        ("linear_swiglu", (x, [random(5, 40), random(5, 40)], [], weight, 1e-5), {}),
+        ("linear", (random(3, 64), *int4), {}),
+        ("linear_residual", (x, [random(5, 40)], [None], ["plain"], random(3, 5)), {}),
+        (
+            "linear_rope",
+            (x, heads, [None] * 3, ["plain"] * 3, weight, 1e-5, *pools, two_rings, frequencies, 8),
+            {},
+        ),
+        ("linear_argmax", (x, [random(5, 40)], [None], ["plain"], weight, 1e-5), {"limit": 4}),
+        (
+            "linear_swiglu",
+            (x, [random(5, 40), random(5, 40)], [None] * 2, ["plain"] * 2, weight, 1e-5),
+            {},
+        ),
         ("sample", sampling, {}),
         ("sample", (*sampling, random(3, 7)), {}),
     ]

@@ -172,7 +172,9 @@ def test_blocks_do_not_matter(form_and_group, shape, generator, monkeypatch):
 
 def test_any_strides_and_eight_bits_of_any_width(generator):
     weight = torch.randn(96, 64, generator=generator).T
-    assert torch.equal(quantize(weight, "int4", 32).values, quantize(weight.contiguous(), "int4", 32).values)
+    assert torch.equal(
+        quantize(weight, "int4", 32).values, quantize(weight.contiguous(), "int4", 32).values
+    )
     odd = torch.randn(5, 37, generator=generator)
     assert relative_error(quantize(odd, "int8"), odd) < 0.01
 
@@ -194,7 +196,12 @@ def test_not_a_number_is_refused_by_name(form, value, dtype):
         ((4, 96), "int4", None, "groups of 64"),
         ((4, 80), "q8_0", None, "groups of 32: its rows of 80"),
         ((4, 64), "int4", 48, "group is 48, expected 32, 64, 128, with format 'int4'"),
-        ((4, 64), "int8", 64, "group is 64, expected None: a row has one scale, with format 'int8'"),
+        (
+            (4, 64),
+            "int8",
+            64,
+            "group is 64, expected None: a row has one scale, with format 'int8'",
+        ),
         ((4, 64), "int3", None, "format is 'int3', expected one of int8, int4, q8_0"),
         ((64,), "int8", None, r"tensor 'w' of shape \(64,\): expected a matrix"),
         ((4, 0), "int8", None, r"tensor 'w' of shape \(4, 0\): expected a matrix"),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops import Quantized
 from mistral_ext.weights import checkpoint, safetensors_file
-from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.checkpoint import hugging_face_name, load_weights
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.quantize import Quantization, quantize
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
@@ -73,7 +73,8 @@ def load(folder, **options) -> dict[str, torch.Tensor | Quantized]:
 
 def is_same(a: torch.Tensor | Quantized, b: torch.Tensor | Quantized) -> bool:
     if isinstance(a, Quantized) and isinstance(b, Quantized):
-        return is_same(a.values, b.values) and is_same(a.scales, b.scales)
+        same = is_same(a.values, b.values) and is_same(a.scales, b.scales)
+        return same and a.format == b.format
     return type(a) is type(b) and a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -86,13 +87,13 @@ def test_read_back_without_the_original(source, tmp_path, bits, group):
     shutil.rmtree(original)
 
     loaded = load(target)
-    quantization = Quantization(bits, group)
+    quantization = Quantization.from_bits(bits, group)
     assert list(loaded) == list(weights)
     for name, weight in weights.items():
-        n_bits = quantization.bits_of(name)
+        form = quantization.format_of(name)
         expected = weight
-        if n_bits is not None:
-            expected = quantize(weight, n_bits, quantization.group if n_bits == 4 else None)
+        if form is not None:
+            expected = quantize(weight, form, quantization.group if form == "int4" else None)
             assert loaded[name].values.is_contiguous()
             assert loaded[name].scales.is_contiguous()
         assert is_same(loaded[name], expected), name
@@ -113,11 +114,12 @@ def test_configuration_and_companions(source, tmp_path):
     before, after = read_folder(source), read_folder(target)
     dtype = load(source)["norm.weight"].dtype
     assert after.config == dataclasses.replace(before.config, dtype=dtype)
-    assert (before.quantization, after.quantization) == (None, Quantization(4, 32))
+    assert (before.quantization, after.quantization) == (None, Quantization("int4", 32))
     assert json.loads((target / "config.json").read_text())["quantization_config"] == {
         "quant_method": "mistral_ext",
-        "bits": 4,
+        "format": "int4",
         "group_size": 32,
+        "output_format": "q8_0",
     }
     companions = {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
     companions |= {"added_tokens.json"}
@@ -187,7 +189,27 @@ def test_tied_embeddings(tmp_path, bits):
     assert not read_folder(target).config.tie_word_embeddings
     for weights in (load(target), load(tmp_path / "tied", quantize=f"int{bits}")):
         assert is_same(weights["tok_embeddings.weight"], embeddings)
-        assert is_same(weights["output.weight"], quantize(embeddings, 8))
+        assert is_same(weights["output.weight"], quantize(embeddings, "q8_0"))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_folders_of_before_formats_had_names(hf_folder, tmp_path, bits):
+    """They say how many bits there are; those of 8 bits, the output's too, have a scale a row."""
+    target = quantize_checkpoint(hf_folder, tmp_path / "old", bits, 32 if bits == 4 else None)
+    file = target / "model.safetensors"
+    expected, tensors = load(hf_folder), load_file(file)
+    for name, weight in expected.items():
+        old = "int8" if name == "output.weight" or bits == 8 else "int4"
+        if f"{hugging_face_name(name)}_scale" in tensors:
+            expected[name] = quantize(weight, old, 32 if old == "int4" else None)
+            tensors |= checkpoint.named_parts(name, expected[name])
+    save_file(tensors, file)
+    settings = {"quant_method": "mistral_ext", "bits": bits}
+    settings["group_size"] = 32 if bits == 4 else None
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    loaded = load(target)
+    assert all(is_same(loaded[name], weight) for name, weight in expected.items())
 
 
 # Nothing is half-written
@@ -282,7 +304,7 @@ def test_already_quantised(quantized_folder, tmp_path):
     assert "are quantised already, as int4 in groups of 64" in message
     assert not (tmp_path / "x").exists()
     message = refusal(load, quantized_folder, quantize="int8")
-    assert "as int4 in groups of 64, and cannot be made int8" in message
+    assert "as int4 in groups of 64, and cannot be made q8_0 in groups of 32" in message
 
 
 def test_same_bits_in_other_groups(hf_folder, tmp_path):
@@ -347,6 +369,7 @@ def test_quantised_weights_with_the_configuration_of_the_original(quantized_fold
         ({"quant_method": "mistral_ext", "bits": 3}, "quantization_config: bits is 3"),
         ({"quant_method": "mistral_ext"}, "quantization_config: bits is None"),
         ({"quant_method": "mistral_ext", "bits": 4, "group_size": 5}, "group is 5, expected 32"),
+        ({"quant_method": "mistral_ext", "format": "q9"}, "format is 'q9', expected one of int8"),
     ],
 )
 def test_unknown_methods_are_refused_by_name(quantized_folder, settings, message):
