@@ -61,6 +61,8 @@ def render(source: str, **variables) -> str:
         "{{ strftime_now('%Y') }}{{ 'a' 'b' }}{{ 'a' if false }}{{ (messages | length) > 2 }}",
         "{% for a in range(3) %}{% for b in range(a) %}{{ a }}{{ b }} {% endfor %}{% endfor %}",
         "{% for a in [1, [2, [3]]] recursive %}{{ loop(a) if a is iterable else a }}{% endfor %}",
+        "{% for m in messages %}{% set r = m.role.replace('e', 'E') %}{{ '{}{n}'.format(r, n=1) }}"
+        "{% block b scoped %}{{ 'x'.replace('x', 'y') }}{% endblock %}{% endfor %}",
         "{% set a, b = 1, [2] %}{{ a }}{{ b }}{% with c = 3 %}{{ c }}{% endwith %}",
     ],
 )

@@ -60,6 +60,7 @@ _FILTERS = _TEXT_FILTERS | _words(
     "abs count d default dictsort first groupby items join last length list map max min reject "
     "rejectattr reverse round select selectattr sort sum unique"
 )
+_OWN_ARGUMENTS = ("_loop_vars", "_block_vars")
 _GLOBALS = ("range", "cycler", "joiner")
 
 
@@ -261,15 +262,17 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The names are jinja2's: keyword arguments of the template must not meet them.
         _METER.get().step()
-        _check_arguments(*args, *kwargs.values())
+        # In loops and blocks jinja2 adds arguments of its own, which it takes out again.
+        given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+        _check_arguments(*args, *given.values())
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             name = method.__name__
             if name == "replace":
-                _before_replace(text, *args, **kwargs)
+                _before_replace(text, *args, **given)
             elif name in ("format", "format_map"):
-                _before_format(text, [*args, *kwargs.values()])
+                _before_format(text, [*args, *given.values()])
             elif name == "join":
                 args = tuple(list(items) for items in args)
                 _before_join(text, *args)
