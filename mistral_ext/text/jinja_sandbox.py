@@ -4,8 +4,11 @@ Text is that of transformers' `apply_chat_template`: the same dialect of Jinja, 
 a template here can neither reach beyond its variables nor run for ever or fill the memory. jinja2's
 sandbox sees to the first. For the second, each turn of a loop, call, filter and operator is a step
 of a limited number, until a deadline; and what they make is measured, before it is made where a
-short expression can make much. Strings have no methods but those that only take them apart or
-replace something, and filters that pad or draw are missing: no template for chats needs them.
+short expression can make much. What has no such measure is missing: filters whose time may grow
+with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods that
+take a codec or a table (`encode`, `translate`). So is what draws (`random`, `lipsum`), as the same
+conversation is to have the same text, and what no template for chats needs: `attr`, `urlencode` and
+`xmlattr`.
 
 No thread, signal or process is involved, so that this works wherever it is called.
 """
@@ -49,16 +52,16 @@ _STRING_METHODS = _words(
     "strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix "
     "replace join format startswith endswith find rfind index rindex count lower upper title "
     "capitalize casefold swapcase isalnum isalpha isascii isdecimal isdigit isidentifier islower "
-    "isnumeric isprintable isspace istitle isupper"
+    "isnumeric isprintable isspace istitle isupper center ljust rjust zfill expandtabs format_map"
 )
 # Filters that write their first argument out as text.
 _TEXT_FILTERS = _words(
-    "capitalize e escape float format indent int lower replace safe string title trim truncate "
-    "upper wordcount"
+    "capitalize center e escape filesizeformat float forceescape format indent int lower replace "
+    "safe string title trim truncate upper wordcount"
 )
 _FILTERS = _TEXT_FILTERS | _words(
-    "abs count d default dictsort first groupby items join last length list map max min reject "
-    "rejectattr reverse round select selectattr sort sum unique"
+    "abs batch count d default dictsort first groupby items join last length list map max min "
+    "reject rejectattr reverse round select selectattr slice sort sum unique"
 )
 _OWN_ARGUMENTS = ("_loop_vars", "_block_vars")
 _GLOBALS = ("range", "cycler", "joiner")
@@ -226,6 +229,15 @@ def _before_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     _METER.get().made((text.count("\n") + 1) * width + text.count("\n"))
 
 
+def _before_tabs(text: str, tabsize: Any = 8) -> None:
+    _METER.get().made(text.count("\t") * max(0, tabsize))
+
+
+def _before_rows(*arguments: Any) -> None:
+    count = sum(abs(argument) for argument in arguments if isinstance(argument, int))
+    _METER.get().made(_ITEM * count)
+
+
 def _before_join(separator: str, items: list[Any]) -> None:
     _METER.get().made(len(separator) * len(items) + _text_size(items))
 
@@ -273,6 +285,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 _before_replace(text, *args, **given)
             elif name in ("format", "format_map"):
                 _before_format(text, [*args, *given.values()])
+            elif name == "expandtabs":
+                _before_tabs(text, *args, **given)
             elif name == "join":
                 args = tuple(list(items) for items in args)
                 _before_join(text, *args)
@@ -434,6 +448,10 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _before_indent(value, *rest, **kwargs)
         elif name == "format":
             _before_format(str(value), [*rest, *kwargs.values()])
+        elif name in ("batch", "slice"):
+            _before_rows(*rest, *kwargs.values())
+            # No generator, which would go unmeasured.
+            return _measured(list(function(*passed, value, *rest, **kwargs)))
         elif name == "join":
             value = list(value)
             _before_join(str(rest[0] if rest else kwargs.get("d", "")), value)
