@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -223,6 +224,13 @@ def _before_format(text: str, arguments: Any) -> None:
     _METER.get().made((text.count("{") + text.count("%")) * _text_size(arguments))
 
 
+def _before_fields(text: str, arguments: Any) -> None:
+    for _, field, _, _ in Formatter().parse(text):
+        if field and "." in field:
+            raise _LimitError("it formats an attribute")  # whose text has no measure
+    _before_format(text, arguments)
+
+
 def _before_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     text = str(text)
     width = len(width) if isinstance(width, str) else width
@@ -284,7 +292,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if name == "replace":
                 _before_replace(text, *args, **given)
             elif name in ("format", "format_map"):
-                _before_format(text, [*args, *given.values()])
+                _before_fields(text, [*args, *given.values()])
             elif name == "expandtabs":
                 _before_tabs(text, *args, **given)
             elif name == "join":
