@@ -4,8 +4,11 @@ Text is that of transformers' `apply_chat_template`: the same dialect of Jinja, 
 a template here can neither reach beyond its variables nor run for ever or fill the memory. jinja2's
 sandbox sees to the first. For the second, each turn of a loop, call, filter and operator is a step
 of a limited number, until a deadline; and what they make is measured, before it is made where a
-short expression can make much. Strings have no methods but those that only take them apart or
-replace something, and filters that pad or draw are missing: no template for chats needs them.
+short expression can make much. What has no such measure is missing: filters whose time may grow
+with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods that
+take a codec or a table (`encode`, `translate`). So is what draws (`random`, `lipsum`), as the same
+conversation is to have the same text, and what no template for chats needs: `attr`, `urlencode` and
+`xmlattr`.
 
 No thread, signal or process is involved, so that this works wherever it is called.
 """
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -49,17 +53,18 @@ _STRING_METHODS = _words(
     "strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix "
     "replace join format startswith endswith find rfind index rindex count lower upper title "
     "capitalize casefold swapcase isalnum isalpha isascii isdecimal isdigit isidentifier islower "
-    "isnumeric isprintable isspace istitle isupper"
+    "isnumeric isprintable isspace istitle isupper center ljust rjust zfill expandtabs format_map"
 )
 # Filters that write their first argument out as text.
 _TEXT_FILTERS = _words(
-    "capitalize e escape float format indent int lower replace safe string title trim truncate "
-    "upper wordcount"
+    "capitalize center e escape filesizeformat float forceescape format indent int lower replace "
+    "safe string title trim truncate upper wordcount"
 )
 _FILTERS = _TEXT_FILTERS | _words(
-    "abs count d default dictsort first groupby items join last length list map max min reject "
-    "rejectattr reverse round select selectattr sort sum unique"
+    "abs batch count d default dictsort first groupby items join last length list map max min "
+    "reject rejectattr reverse round select selectattr slice sort sum unique"
 )
+_OWN_ARGUMENTS = ("_loop_vars", "_block_vars")
 _GLOBALS = ("range", "cycler", "joiner")
 
 
@@ -219,10 +224,26 @@ def _before_format(text: str, arguments: Any) -> None:
     _METER.get().made((text.count("{") + text.count("%")) * _text_size(arguments))
 
 
+def _before_fields(text: str, arguments: Any) -> None:
+    for _, field, _, _ in Formatter().parse(text):
+        if field and "." in field:
+            raise _LimitError("it formats an attribute")  # whose text has no measure
+    _before_format(text, arguments)
+
+
 def _before_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     text = str(text)
     width = len(width) if isinstance(width, str) else width
     _METER.get().made((text.count("\n") + 1) * width + text.count("\n"))
+
+
+def _before_tabs(text: str, tabsize: Any = 8) -> None:
+    _METER.get().made(text.count("\t") * max(0, tabsize))
+
+
+def _before_rows(*arguments: Any) -> None:
+    count = sum(abs(argument) for argument in arguments if isinstance(argument, int))
+    _METER.get().made(_ITEM * count)
 
 
 def _before_join(separator: str, items: list[Any]) -> None:
@@ -261,15 +282,19 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # The names are jinja2's: keyword arguments of the template must not meet them.
         _METER.get().step()
-        _check_arguments(*args, *kwargs.values())
+        # In loops and blocks jinja2 adds arguments of its own, which it takes out again.
+        given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
+        _check_arguments(*args, *given.values())
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             name = method.__name__
             if name == "replace":
-                _before_replace(text, *args, **kwargs)
+                _before_replace(text, *args, **given)
             elif name in ("format", "format_map"):
-                _before_format(text, [*args, *kwargs.values()])
+                _before_fields(text, [*args, *given.values()])
+            elif name == "expandtabs":
+                _before_tabs(text, *args, **given)
             elif name == "join":
                 args = tuple(list(items) for items in args)
                 _before_join(text, *args)
@@ -431,6 +456,10 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _before_indent(value, *rest, **kwargs)
         elif name == "format":
             _before_format(str(value), [*rest, *kwargs.values()])
+        elif name in ("batch", "slice"):
+            _before_rows(*rest, *kwargs.values())
+            # No generator, which would go unmeasured.
+            return _measured(list(function(*passed, value, *rest, **kwargs)))
         elif name == "join":
             value = list(value)
             _before_join(str(rest[0] if rest else kwargs.get("d", "")), value)
