@@ -5,7 +5,7 @@ The formats are the rows of csrc/formats.h; what Python adds is how their values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -80,7 +80,7 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this stands for, [N, K]; computed in fp32, then rounded to `dtype`."""
-        values = _UNPACK.get(self.format, torch.Tensor.float)(self.values)
+        values = unpack(self.values) if self.format == "int4" else self.values
         groups = values.float().unflatten(1, (-1, self.group))
         return (groups * self.scales.float().unsqueeze(2)).flatten(1).to(dtype)
 
@@ -104,18 +104,18 @@ def unpack(words: Tensor) -> Tensor:
     return ((nibbles ^ 8) - 8).flatten(1)
 
 
-# From the values as they are stored to numbers [N, K], where these are not the same.
-_UNPACK: dict[str, Callable[[Tensor], Tensor]] = {"int4": unpack}
-
-
 def parts_of(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
     """Their values, scales (None: a plain one has none) and formats, as the ops take them."""
     values: list[Tensor] = []
     scales: list[Tensor | None] = []
     formats: list[str] = []
     for weight in weights:
-        plain = isinstance(weight, Tensor)
-        values.append(weight if plain else weight.values)
-        scales.append(None if plain else weight.scales)
-        formats.append(PLAIN if plain else weight.format)
+        if isinstance(weight, Quantized):
+            values.append(weight.values)
+            scales.append(weight.scales)
+            formats.append(weight.format)
+        else:
+            values.append(weight)
+            scales.append(None)
+            formats.append(PLAIN)
     return values, scales, formats

@@ -148,9 +148,9 @@ class Checkpoint:
         self._parts = _match(files, config, stored, dtype)
         # The formats of the weights that are two tensors.
         self._formats = {
-            name: stored.format_of(name)
-            for name, parts in self._parts.items()
-            if stored and len(parts) == 2
+            name: format
+            for name in self._parts
+            if stored and (format := stored.format_of(name)) is not None
         }
         self._dtype = dtype
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)

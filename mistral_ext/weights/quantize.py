@@ -196,8 +196,10 @@ def _empty(
 
 
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `dtype` will hold them, still in fp32. Scales whose inverse would be infinite become 0, and
-    the weights below them count as zeros."""
+    """As `dtype` will hold them, still in fp32.
+
+    Scales whose inverse would be infinite become 0, and the weights below them count as zeros.
+    """
     scales = scales.to(dtype).float()
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0, scales)
 
