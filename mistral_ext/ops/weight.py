@@ -82,7 +82,8 @@ class Quantized(NamedTuple):
         """The weight that this stands for, [N, K]; computed in fp32, then rounded to `dtype`."""
         values = unpack(self.values) if self.format == "int4" else self.values
         groups = values.float().unflatten(1, (-1, self.group))
-        return (groups * self.scales.float().unsqueeze(2)).flatten(1).to(dtype)
+        weight: Tensor = groups * self.scales.float().unsqueeze(2)
+        return weight.flatten(1).to(dtype)
 
     def to(self, device: torch.device | str) -> Quantized:
         return Quantized(self.values.to(device), self.scales.to(device), self.format)
