@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ Prompt = str | Sequence[int]
 
 
 def generate(
-    prompt: Prompt | Sequence[Prompt], model: str | Path | Mistral | None = None, **sampling
+    prompt: Prompt | Sequence[Prompt],
+    model: str | Path | Mistral | None = None,
+    **sampling: Any,
 ) -> str | list[str]:
     """Completes a prompt, or each of a list of prompts.
 
@@ -54,7 +57,7 @@ def generate(
     """
     llm = model if isinstance(model, Mistral) else _load(str(model or DEMO_MODEL))
     llm.require_tokenizer()
-    texts = [completion.text for completion in llm.generate(prompt, **sampling)]
+    texts = [completion.text or "" for completion in llm.generate(prompt, **sampling)]
     return texts[0] if _is_one(prompt) and len(texts) == 1 else texts
 
 
@@ -109,7 +112,7 @@ class Mistral:
         progress: bool = True,
         quantize: str | None = None,
         cache_tokens: int | None = None,
-        **config_overrides,
+        **config_overrides: Any,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, or a model of the hub.
 
@@ -137,13 +140,18 @@ class Mistral:
         # Before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
         weights = load_weights(folder, dtype, progress, quantize, device)
-        model = Transformer(config, weights)
-        return cls(config, model, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
+        transformer = Transformer(config, weights)
+        return cls(config, transformer, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
 
     @functools.cached_property
     def _engine(self) -> Engine:
         return Engine(
-            self.model, self._vocab_size, self.max_batch, self.prefill_chunk, self.cache_tokens
+            self.model,
+            self._vocab_size,
+            self.max_batch,
+            self.prefill_chunk,
+            self.cache_tokens,
+            self._holes,
         )
 
     @property
@@ -152,7 +160,7 @@ class Mistral:
         with self._making_engine:
             return self._engine
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling) -> list[Completion]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
         """Completes prompts, together where there are several.
 
         Args:
@@ -182,7 +190,7 @@ class Mistral:
                 completions[output.request_id] = output.completion
         return [completions[request_id] for request_id in outputs.request_ids]
 
-    def stream(self, prompt: Prompt, **sampling) -> Stream:
+    def stream(self, prompt: Prompt, **sampling: Any) -> Stream:
         """Completes one prompt, giving its text piece by piece as it is decoded.
 
         Returns:
@@ -198,7 +206,7 @@ class Mistral:
         return Stream(self.engine.outputs([request]))
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling
+        self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling: Any
     ) -> Completion:
         """Replies to a conversation with an Instruct model.
 
@@ -218,6 +226,7 @@ class Mistral:
         stream = self._stream(self._request(ids, params, starts_text=True))
         for _ in stream:
             pass
+        assert stream.completion is not None  # it has ended
         return stream.completion
 
     def encode_chat(
@@ -300,7 +309,8 @@ class Mistral:
             )
         encoded = []
         several = not _is_one(prompts)
-        for i, prompt in enumerate(prompts if several else [prompts]):
+        given: Sequence[Any] = prompts if several else [prompts]  # checked one by one
+        for i, prompt in enumerate(given):
             name = f"prompts[{i}]" if several else "prompt"
             if isinstance(prompt, str):
                 if not prompt:
@@ -318,7 +328,7 @@ class Mistral:
             )
         return list(ids)
 
-    def _params_of_one(self, sampling: Mapping[str, object]) -> SamplingParams:
+    def _params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
         params = SamplingParams.from_options(sampling)
         if params.n != 1:
             raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")
@@ -335,7 +345,7 @@ class Mistral:
         max_length = len(ids) + params.max_tokens
         text = None
         if self.tokenizer:
-            text = TextStream(self.tokenizer, params.stop, strip_first_space=starts_text)
+            text = TextStream(self.tokenizer, params.stop or (), strip_first_space=starts_text)
         elif params.stop:
             self.require_tokenizer()
         return Request(
@@ -354,6 +364,11 @@ class Mistral:
         # token that was added without a row): only what is both is ever sampled.
         rows = self.config.vocab_size
         return min(self.tokenizer.vocab_size, rows) if self.tokenizer else rows
+
+    @property
+    def _holes(self) -> list[int]:
+        holes = self.tokenizer.holes if self.tokenizer else ()
+        return [token_id for token_id in holes if token_id < self._vocab_size]
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:
@@ -420,7 +435,7 @@ class Chat:
         self._reply: Reply | None = None
         self._lock = threading.RLock()
 
-    def send(self, text: str, **sampling) -> Reply:
+    def send(self, text: str, **sampling: Any) -> Reply:
         """Says `text` and streams the reply. A reply that is broken off (closed, by Ctrl-C, or by
         the next turn) stays in the conversation as far as it came. A turn whose reply has no text
         is forgotten: templates have no empty replies.
@@ -529,8 +544,11 @@ def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path
 def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
     """TypeError or ValueError that begins with `name`, unless they are one or more token ids."""
     # Of bytes, each is an int to Python, and a bool is one too.
-    is_list = isinstance(ids, Sequence) and not isinstance(ids, bytes | bytearray | memoryview)
-    if not is_list or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
+    if (
+        not isinstance(ids, Sequence)
+        or isinstance(ids, bytes | bytearray | memoryview)
+        or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
+    ):
         raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
     if not ids:
         raise ValueError(f"{name} is empty, expected at least one token id")

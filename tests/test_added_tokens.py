@@ -291,6 +291,22 @@ def test_tokenizers_end_token_ends_a_text_too(tmp_path):
     assert Mistral.from_pretrained(tmp_path).generate("a", max_tokens=9)[0].token_ids == [32000]
 
 
+def test_an_ordinary_end_token_is_no_part_of_the_text(tmp_path):
+    """generation_config.json alone says that "zingle", a token like any other, ends a text."""
+    write_folder(tmp_path, "v1", eos_token="</s>")
+    zingle = 32000 + list(ADDED).index("zingle")
+    model = write_checkpoint(tmp_path, vocab_size=32000 + len(ADDED))
+    favour(model, zingle).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, zingle]}))
+    llm = Mistral.from_pretrained(tmp_path)
+    assert llm.tokenizer.token_bytes(zingle) == b"zingle"
+    completion = llm.generate("a", max_tokens=9)[0]
+    assert (completion.token_ids, completion.finish_reason) == ([zingle], "stop")
+    assert completion.text == ""
+    assert list(llm.stream("a", max_tokens=9)) == []
+    assert llm.generate("a", max_tokens=2, ignore_eos=True)[0].text == "zinglezingle"
+
+
 def test_more_tokens_than_rows(tmp_path):
     """A padding token without a row is no reason to refuse a model; it is never used."""
     write_folder(tmp_path, "v1", eos_token="</s>")
@@ -301,6 +317,20 @@ def test_more_tokens_than_rows(tmp_path):
     with pytest.raises(ValueError, match="token id 32000, expected 0 to 31999"):
         llm.generate([[32000]])
     with pytest.raises(ValueError, match="32000"):
+        llm.generate("a", logit_bias={32000: 1.0})
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}], ids=str)
+def test_a_hole_is_never_sampled(options, tmp_path):
+    """The model's favourite row is of an id between the added tokens that no token has."""
+    shutil.copy(TOKENIZERS["v1"], tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"near": 32001, "far": 32003}')
+    favour(write_checkpoint(tmp_path, vocab_size=32010), 32002).save_pretrained(tmp_path)
+    llm = Mistral.from_pretrained(tmp_path)
+    completion = llm.generate("a", max_tokens=3, logprobs=1, ignore_eos=True, **options)[0]
+    assert all(map(llm.tokenizer.known, completion.token_ids))
+    assert all(32002 not in token.top for token in completion.logprobs)
+    with pytest.raises(ValueError, match="logit_bias has token id 32000, which no token has"):
         llm.generate("a", logit_bias={32000: 1.0})
 
 

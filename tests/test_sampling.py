@@ -210,6 +210,30 @@ def test_columns_past_the_vocabulary_are_never_chosen():
     assert Completion(params, [0, VOCAB + 1]).next(logits) == 7
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"logit_bias": {5: 1.0}}], ids=str)
+def test_holes_are_never_chosen(options):
+    """Nor when their row of the sampler is another completion's next."""
+    logits = np.zeros((1, VOCAB), dtype=np.float32)
+    logits[0, [7, 30]] = 100
+    logits[0, 9] = 50
+    sampler = Sampler(1, VOCAB, holes=[7, 30])
+    for _ in range(2):
+        sampler.start(0, SamplingParams(**options), ())
+        assert not sampler.needs_no_draw([0])
+        assert sampler.sample([0], torch.from_numpy(logits)) == [9]
+    with pytest.raises(ValueError, match=r"logit_bias has token id 30, which no token has"):
+        sampler.start(0, SamplingParams(logit_bias={30: 1.0}), ())
+
+
+def test_holes_have_no_log_probability():
+    logits = torch.tensor([0.0, 9.0, 1.0, 9.0])
+    logprob = token_logprob(logits, 2, 4, holes=[1, 3])
+    expected = logits[[0, 2]].double().log_softmax(-1).tolist()
+    assert logprob.top == pytest.approx({2: expected[1], 0: expected[0]})
+    assert logprob.logprob == logprob.top[2]
+    assert logits.tolist() == [0.0, 9.0, 1.0, 9.0]
+
+
 def test_logprobs_are_of_the_unchanged_logits():
     best = int(LOGITS.argmax())
     token_id = draws(1, logit_bias={best: -100.0})[0]

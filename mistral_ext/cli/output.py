@@ -35,7 +35,7 @@ def _print_logprobs(llm: Mistral, completion: Completion) -> None:
     tokenizer = llm.require_tokenizer()
 
     def show(token_id: int, logprob: float) -> str:
-        if token_id >= tokenizer.vocab_size:  # a row of the model that belongs to no token
+        if not tokenizer.known(token_id):  # a row of the model that belongs to no token
             return f"<{token_id}> {logprob:.3f}"
         text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"

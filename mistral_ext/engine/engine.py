@@ -18,6 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -31,6 +33,8 @@ from mistral_ext.engine.scheduler import Scheduler
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool
 from mistral_ext.model.transformer import Transformer
+
+_T = TypeVar("_T")
 
 # Prompt tokens in a pass while others generate. On a CPU so many take about as long as a few
 # decode steps, on a GPU about as long as one.
@@ -57,6 +61,7 @@ class Engine:
         max_batch: sequences that may generate at a time.
         prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
         cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
+        holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
         pool: cache memory.
@@ -71,6 +76,7 @@ class Engine:
         max_batch: int = 8,
         prefill_chunk: int = 512,
         cache_tokens: int | None = None,
+        holes: Collection[int] = (),
     ) -> None:
         if cache_tokens is None:
             cache_tokens = default_slots(
@@ -78,7 +84,8 @@ class Engine:
             )
         self.pool = SlotPool(model.config, cache_tokens, model.dtype, model.device)
         self._vocab_size = vocab_size
-        self._sampler = Sampler(max_batch, vocab_size, model.device)
+        self._holes = holes
+        self._sampler = Sampler(max_batch, vocab_size, model.device, holes)
         self.runner = make_runner(model, self.pool, self._sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
@@ -147,7 +154,7 @@ class Engine:
 
     def _add(self, request: Request, listens: bool) -> int:
         with self._lock:
-            sequence = Sequence(next(self._ids), request, self._vocab_size)
+            sequence = Sequence(next(self._ids), request, self._vocab_size, self._holes)
             self.scheduler.add(sequence)
             self._sequences[sequence.request_id] = sequence
             if listens:
@@ -211,10 +218,8 @@ class Engine:
                 self._end(sequence, Output(sequence.request_id, finish_reason="stop"), outputs)
             elif len(sequence.ids) == sequence.prompt_length:  # else it was put back meanwhile
                 self._prepare_draw(sequence)
-                sampled = self._run(
-                    [sequence],
-                    lambda row=sequence.row, of=of_piece[-1:]: self._sampler.sample([row], of),
-                )
+                draw = partial(self._sampler.sample, [sequence.sampler_row], of_piece[-1:])
+                sampled = self._run([sequence], draw)
                 if isinstance(sampled, Exception):
                     outputs += self._fail([sequence], sampled)
                 else:
@@ -227,7 +232,7 @@ class Engine:
         with self._lock:
             sequences = self.scheduler.next_decode()
         # What must be the same for a step to go on from the tokens of the one before.
-        key = [(s.request_id, s.extent.first, s.extent.capacity) for s in sequences]
+        key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
         outputs: list[Output] = []
         goes_on = all(sequence.generates for sequence in sequences)
         if self._under_way and (self._under_way[-1].key != key or not goes_on):
@@ -239,12 +244,12 @@ class Engine:
         for sequence in sequences:
             if sequence.generates and not sequence.is_drawing:
                 self._prepare_draw(sequence)
-        rows, extents = [s.row for s in sequences], [s.extent for s in sequences]
+        rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         step = self._run(sequences, lambda: self.runner.launch(extents, rows, token_ids))
         if isinstance(step, Exception):
             return self._fail(sequences, step)
-        waiting = [(i, s, s.extent) for i, s in enumerate(sequences) if s.generates]
+        waiting = [(i, s, s.place) for i, s in enumerate(sequences) if s.generates]
         with self._lock:
             self.scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
@@ -287,9 +292,11 @@ class Engine:
         outputs.append(output)
 
     def _prepare_draw(self, sequence: Sequence) -> None:
+        params = sequence.request.params
+        assert params is not None  # it is to generate
         self._sampler.start(
-            sequence.row,
-            sequence.request.params,
+            sequence.sampler_row,
+            params,
             sequence.ids[: sequence.prompt_length],
             sequence.request.index,
             sequence.ids[sequence.prompt_length :],
@@ -297,7 +304,7 @@ class Engine:
         )
         sequence.is_drawing = True
 
-    def _run(self, sequences: Collection[Sequence], work: Callable):
+    def _run(self, sequences: Collection[Sequence], work: Callable[[], _T]) -> _T | Exception:
         """What `work` returns; the exception that it raises, for its requests to report. What ends
         the program instead, Ctrl-C above all, leaves the engine as if the pass had not been."""
         try:
@@ -364,10 +371,10 @@ class Outputs(Iterator[Output]):
 
 
 def _piece(sequence: Sequence, count: int) -> Piece:
-    begin = sequence.extent.length
+    begin = sequence.place.length
     is_end = begin + count == sequence.prompt_length and sequence.request.params is not None
     logits = "all" if sequence.request.prompt_logits else "last" if is_end else "none"
-    return Piece(sequence.extent, sequence.ids[begin : begin + count], logits)
+    return Piece(sequence.place, sequence.ids[begin : begin + count], logits)
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:

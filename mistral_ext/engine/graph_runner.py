@@ -99,7 +99,8 @@ class _Batch:
         self._sequences = torch.zeros(size, 5, dtype=torch.int64, device=device.name)
         vocab_size = model.output.shape[0]
         self._results = [_Results(size, vocab_size, device) for _ in range(GraphRunner.ahead + 1)]
-        self._sampled = self._logits = None  # of the last step
+        self._sampled: Tensor  # of the last step, as the logits
+        self._logits: Tensor
         self._runs = 0
         self._replay: Callable[[], None] | None = None
 

@@ -7,20 +7,12 @@ from pathlib import Path
 import torch
 
 from mistral_ext.engine.slots import slots_needed
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 
 # Of the memory that is left when the weights have theirs. A GPU runs little else, but a pass over
 # a long prompt needs memory too; a computer has other programs.
 _SHARE_OF_GPU = 0.8
 _SHARE_OF_CPU = 0.5
-
-# The least cache, in tokens, whatever the memory: pages that no token is stored in take none.
-_LEAST_SLOTS = 4096
-
-
-def token_bytes(config: MistralConfig, dtype: torch.dtype) -> int:
-    """Bytes of cache that a token takes, in all layers."""
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
 
 def default_slots(
@@ -43,7 +35,8 @@ def default_slots(
         available = _SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    return min(wanted, max(_LEAST_SLOTS, int(available / token_bytes(config, dtype))))
+    # The least, whatever the memory: pages that no token is stored in take none.
+    return min(wanted, max(LEAST_CACHE_TOKENS, int(available / config.cache_bytes(dtype))))
 
 
 def available_memory() -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SamplingParams:
     ignore_eos: bool = False  # do not end at the end-of-text token
 
     @classmethod
-    def from_options(cls, options: Mapping[str, object]) -> SamplingParams:
+    def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
         """From keyword arguments; TypeError for one that does not exist."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
@@ -59,11 +60,11 @@ class SamplingParams:
         if self.stop is None or isinstance(self.stop, str):
             object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
         self._check("stop", Sequence, "non-empty strings", lambda x: all(_is_text(s) for s in x))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
         if self.logit_bias is None:
             object.__setattr__(self, "logit_bias", {})
         self._check("logit_bias", Mapping, "a number for each token id", _is_bias)
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
 
     @property
     def plainly_greedy(self) -> bool:
@@ -71,15 +72,18 @@ class SamplingParams:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """ValueError if logit_bias has a token that is not among the first `vocab_size`."""
-        for token_id in self.logit_bias:
+    def check_vocabulary(self, vocab_size: int, holes: Collection[int] = ()) -> None:
+        """ValueError if logit_bias has a token that is not among the first `vocab_size`, or is one
+        of the holes between them."""
+        for token_id in self.logit_bias or ():
             if token_id >= vocab_size:
                 raise ValueError(
                     f"logit_bias has token id {token_id}, expected less than {vocab_size}"
                 )
+            if token_id in holes:
+                raise ValueError(f"logit_bias has token id {token_id}, which no token has")
 
-    def _check(self, name, kind, expected, valid) -> None:
+    def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{name} is {value!r}, expected {expected}")
@@ -91,12 +95,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _is_bias(bias: Mapping) -> bool:
+def _is_bias(bias: Mapping[Any, Any]) -> bool:
     # Minus infinity is useful: it bans a token.
     return all(
         isinstance(i, Integral)
         and not isinstance(i, bool)
-        and i >= 0
+        and int(i) >= 0
         and isinstance(b, Real)
         and not math.isnan(b)
         for i, b in bias.items()

@@ -62,7 +62,7 @@ class PrefixCache:
 
     def keep(self, sequence: Sequence) -> None:
         """Takes over the extent of a sequence that has ended; gives it back if it is of no use."""
-        extent, request = sequence.extent, sequence.request
+        extent, request = sequence.place, sequence.request
         if extent.length < LEAST_PIECE or request.prompt_logits:
             self._pool.release(extent)
             return
@@ -91,7 +91,7 @@ class PrefixCache:
             return None
         entries = [*self._entries]
         for other in running:
-            entries.append(_Entry(other.extent, other.ids, other.exact, other.request.salt))
+            entries.append(_Entry(other.place, other.ids, other.exact, other.request.salt))
         best, used = None, None
         for entry in entries:
             if entry.salt != request.salt:

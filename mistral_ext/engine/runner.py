@@ -72,10 +72,12 @@ class Runner:
             The logits of each piece, [n, V] fp32, with n = 0, 1 or the number of its tokens.
         """
         tokens = [token_id for piece in pieces for token_id in piece.token_ids]
-        rows, counts, end = [], [], 0
+        rows: list[int] = []
+        counts, end = [], 0
         for piece in pieces:
             begin, end = end, end + len(piece.token_ids)
-            wanted = {"none": [], "last": [end - 1], "all": range(begin, end)}[piece.logits]
+            first = {"none": end, "last": end - 1, "all": begin}[piece.logits]
+            wanted = range(first, end)
             rows += wanted
             counts.append(len(wanted))
         table = self._pool.table({piece.extent: len(piece.token_ids) for piece in pieces})
@@ -101,6 +103,8 @@ class Runner:
             rows: theirs of the sampler.
             token_ids: to read; None: those that the step before, of the same sequences, samples.
         """
+        if token_ids is None:
+            raise ValueError("token_ids is None, expected those to read: none are kept here")
         model, device = self._model, self._model.device
         h = model.step(
             _int64(token_ids, device),
@@ -110,8 +114,8 @@ class Runner:
         )
         greedy = self._sampler.needs_no_draw(rows)
         logits, sampled = choose(model, self._sampler, h, _int64(rows, device), greedy)
-        sampled = sampled.tolist()
-        return Step(lambda: sampled, logits.float())
+        chosen: list[int] = sampled.tolist()
+        return Step(lambda: chosen, logits.float())
 
 
 def choose(

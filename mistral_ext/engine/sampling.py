@@ -9,7 +9,7 @@ before.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -27,12 +27,19 @@ class Sampler:
         rows: completions at a time.
         vocab_size: V, ids that may be chosen.
         device: where the logits are.
+        holes: ids below V that no token has, and that are never chosen.
 
     Attributes:
         vocab_size: as given.
     """
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        rows: int,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        holes: Collection[int] = (),
+    ) -> None:
         self.vocab_size = vocab_size
         with torch.inference_mode(False):  # the state outlives the call
             self._options = torch.zeros(rows, 7, dtype=torch.float64, device=device)
@@ -40,6 +47,9 @@ class Sampler:
             self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # made when first needed
         self._plainly_greedy = [False] * rows
+        self._holes = tuple(holes)
+        if holes:
+            self._make_bias()
 
     def start(
         self,
@@ -63,7 +73,7 @@ class Sampler:
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.
         """
-        params.check_vocabulary(self.vocab_size)
+        params.check_vocabulary(self.vocab_size, self._holes)
         options = (
             params.temperature,
             min(params.top_k, self.vocab_size),
@@ -74,7 +84,7 @@ class Sampler:
             params.frequency_penalty,
         )
         self._options[row] = torch.tensor(options, dtype=torch.float64, device="cpu")
-        self._plainly_greedy[row] = params.plainly_greedy
+        self._plainly_greedy[row] = params.plainly_greedy and not self._holes
         if seed is None:
             seed = fresh_seed(params)
         signed_seed = seed - 2**64 if seed >= 2**63 else seed  # of the same 64 bits
@@ -85,22 +95,26 @@ class Sampler:
         self._history[row, prompt[prompt < self.vocab_size]] = 1
         chosen = self._ids(completion_ids)
         self._history[row] += 2 * chosen.bincount(minlength=self.vocab_size).to(torch.int32)
-        if params.logit_bias and self._bias is None:
-            with torch.inference_mode(False):
-                self._bias = torch.zeros_like(self._history, dtype=torch.float32)
+        biases = params.logit_bias or {}
+        if biases and self._bias is None:
+            self._make_bias()
         if self._bias is not None:
             self._bias[row] = 0
-            biases = torch.tensor(
-                list(params.logit_bias.values()), dtype=torch.float32, device="cpu"
-            )
-            self._bias[row, self._ids(list(params.logit_bias))] = biases.to(self._bias.device)
+            self._bias[row, self._ids(self._holes)] = -torch.inf
+            values = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
+            self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
+
+    @torch.inference_mode(False)  # it outlives the call
+    def _make_bias(self) -> None:
+        self._bias = torch.zeros_like(self._history, dtype=torch.float32)
 
     def _ids(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(token_ids, dtype=torch.int64, device=self._history.device)
 
     @property
     def biased(self) -> bool:
-        """Whether a completion has had a logit_bias: draws then read one for all."""
+        """Whether there are holes, or a completion has had a logit_bias: draws then read a bias for
+        all."""
         return self._bias is not None
 
     def needs_no_draw(self, rows: Sequence[int]) -> bool:
@@ -146,15 +160,21 @@ def fresh_seed(params: SamplingParams) -> int:
     return secrets.randbits(64) if params.seed is None else params.seed
 
 
-def token_logprob(logits: Tensor, token_id: int, count: int) -> TokenLogprob:
+def token_logprob(
+    logits: Tensor, token_id: int, count: int, holes: Collection[int] = ()
+) -> TokenLogprob:
     """The log-probability of a token.
 
     Args:
         logits: [V] fp32.
         token_id: the token.
         count: report this many of the most likely tokens too.
+        holes: ids that no token has: their probability is 0, and they are not reported.
     """
-    logprobs = logits.double().log_softmax(-1)
+    logits = logits.to(torch.float64, copy=True)
+    logits[list(holes)] = -torch.inf
+    count = min(count, len(logits) - len(holes))
+    logprobs = logits.log_softmax(-1)
     top = logprobs.sort(descending=True, stable=True)
     ids, values = top.indices[:count].tolist(), top.values[:count].tolist()
     return TokenLogprob(token_id, logprobs[token_id].item(), dict(zip(ids, values, strict=True)))

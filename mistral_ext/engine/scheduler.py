@@ -103,15 +103,15 @@ class Scheduler:
         budget = self._busy_chunk if self.decoding else self._chunk
         first = self.reading[0]
         if first.request.chunk is not None:
-            unread = first.prompt_length - first.extent.length
+            unread = first.prompt_length - first.place.length
             return [(first, min(unread, first.request.chunk))]
         if _is_read_alone(first):
             return [(first, first.prompt_length)]
-        pieces = []
+        pieces: list[tuple[Sequence, int]] = []
         for sequence in self.reading:
             if sequence.request.chunk is not None or (pieces and _is_read_alone(sequence)):
                 continue
-            count = _piece(sequence.prompt_length - sequence.extent.length, budget)
+            count = _piece(sequence.prompt_length - sequence.place.length, budget)
             if pieces and count > budget:
                 continue
             pieces.append((sequence, count))
@@ -123,9 +123,9 @@ class Scheduler:
     def note_read(self, sequence: Sequence, count: int) -> None:
         """Counts what was read of a prompt; one that is read as a whole goes on to generate."""
         may_share = sequence.request.chunk is None and sequence.prompt_length >= LEAST_PIECE
-        if may_share and sequence.exact == sequence.extent.length:
+        if may_share and sequence.exact == sequence.place.length:
             sequence.exact += count
-        self._pool.advance(sequence.extent, count)
+        self._pool.advance(sequence.place, count)
         self.reading.remove(sequence)
         if sequence.reads_prompt:
             self.reading.append(sequence)  # behind the others: they take turns
@@ -142,7 +142,7 @@ class Scheduler:
     def note_decoded(self, sequences: list[Sequence]) -> None:
         """Counts the token that each has read."""
         for sequence in sequences:
-            self._pool.advance(sequence.extent, 1)
+            self._pool.advance(sequence.place, 1)
 
     def release(self, sequence: Sequence, keep: bool = True) -> None:
         """Lets go of a sequence that has ended, wherever it is.
@@ -157,14 +157,14 @@ class Scheduler:
         if keep:
             self.prefixes.keep(sequence)
         else:
-            self._pool.release(sequence.extent)
+            self._pool.release(sequence.place)
         sequence.extent = None
 
     def put_back(self, sequence: Sequence) -> None:
         """Has a running sequence wait again, before all that came after it."""
         self.preemptions += 1
         self._forget(sequence)
-        self._pool.release(sequence.extent)
+        self._pool.release(sequence.place)
         sequence.extent = None
         sequence.is_drawing = False
         sequence.was_put_back = True
@@ -188,7 +188,7 @@ class Scheduler:
         if sequence.request.params is not None and not self._free_rows:
             return False
         # Enough to read for the next pass or two will do: who enters later finds more in the cache.
-        unread = sum(s.prompt_length - s.extent.length for s in self.reading)
+        unread = sum(s.prompt_length - s.place.length for s in self.reading)
         if unread >= 2 * self._chunk:
             return False
         return not any(self._is_worth_waiting_for(s, sequence) for s in self.reading)
@@ -201,7 +201,7 @@ class Scheduler:
             return False
         most = min(other.prompt_length, sequence.prompt_length - LEAST_PIECE)
         common = common_length(other.ids, sequence.ids, max(0, most))
-        return common >= other.extent.length + LEAST_PIECE
+        return common >= other.place.length + LEAST_PIECE
 
     def _extent_for(self, sequence: Sequence) -> tuple[Extent | None, int]:
         """Room for a prompt, perhaps with its beginning in it, and how much of that is exact."""
@@ -253,7 +253,7 @@ def _is_read_alone(sequence: Sequence) -> bool:
 def _goes_on(sequence: Sequence) -> bool:
     """Whether there is to be another token, as far as is known, after those under way."""
     is_open = sequence.finish_reason is None
-    return is_open and sequence.extent.length + 1 < sequence.request.max_length
+    return is_open and sequence.place.length + 1 < sequence.request.max_length
 
 
 def _piece(unread: int, budget: int) -> int:

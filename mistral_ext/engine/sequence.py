@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import torch
 
@@ -19,6 +20,7 @@ class Sequence:
         request_id: the engine's name for it; later requests have larger ones.
         request: as given to the engine.
         vocab_size: ids that may be sampled.
+        holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
         ids: the prompt, then what was generated.
@@ -32,7 +34,9 @@ class Sequence:
         is_aborted: nobody waits for it any more.
     """
 
-    def __init__(self, request_id: int, request: Request, vocab_size: int) -> None:
+    def __init__(
+        self, request_id: int, request: Request, vocab_size: int, holes: Collection[int] = ()
+    ) -> None:
         self.request_id = request_id
         self.request = request
         self.ids = list(request.prompt_ids)
@@ -46,38 +50,52 @@ class Sequence:
         self.is_aborted = False
         self.seed = 0
         self._vocab_size = vocab_size
+        self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
-        self._logprobs: list[TokenLogprob] | None = None
+        self._logprobs: list[TokenLogprob] = []
+        self._others: int | None = None  # tokens to report beside each; None: report nothing
         params = request.params
         if params is not None:
-            params.check_vocabulary(vocab_size)
+            params.check_vocabulary(vocab_size, holes)
             self.seed = fresh_seed(params)
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
-            self._logprobs = None if params.logprobs is None else []
+            self._others = params.logprobs
         self._read = self._cached = 0
         self._started = self._first = self._last = 0.0
 
     @property
+    def place(self) -> Extent:
+        """Its extent, while it runs."""
+        assert self.extent is not None
+        return self.extent
+
+    @property
+    def sampler_row(self) -> int:
+        """Its row of the sampler, while it runs and is to generate."""
+        assert self.row is not None
+        return self.row
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether some of its prompt is not in the cache yet."""
-        return self.extent.length < self.prompt_length
+        return self.place.length < self.prompt_length
 
     @property
     def next_id(self) -> int:
         """The token that the next decode step reads."""
-        return self.ids[self.extent.length]
+        return self.ids[self.place.length]
 
     @property
     def generates(self) -> bool:
         """Whether the next decode step gives a token that is not known yet: not so while a
         sequence that was put back gets its generated tokens into the cache again."""
-        return self.extent.length >= len(self.ids) - 1
+        return self.place.length >= len(self.ids) - 1
 
     def note_read(self, count: int) -> None:
         """Counts prompt tokens as they are given to the model."""
         if not self._started:
             self._started = time.perf_counter()
-            self._cached = self.extent.length
+            self._cached = self.place.length
         if len(self.ids) == self.prompt_length:  # and not those that are read again
             self._read += count
 
@@ -87,33 +105,35 @@ class Sequence:
         if len(self.ids) == self.prompt_length:
             self._first = self._last
         self.ids.append(token_id)
-        if self._logprobs is not None:
-            count = self.request.params.logprobs
-            self._logprobs.append(token_logprob(logits[: self._vocab_size], token_id, count))
-        if token_id in self._eos_ids:
+        if self._others is not None:
+            logits = logits[: self._vocab_size]
+            self._logprobs.append(token_logprob(logits, token_id, self._others, self._holes))
+        is_end = token_id in self._eos_ids
+        if is_end:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_length:
             self.finish_reason = "length"
         piece, text = "", self.request.text
         if text:
-            piece = text.push(token_id)
+            # A token that ends a text is no part of it, not even where it is an ordinary token.
+            piece = "" if is_end else text.push(token_id)
             if self.finish_reason:
                 piece += text.finish()
             if text.stopped:
                 self.finish_reason = "stop"
         output = Output(self.request_id, piece, [token_id], finish_reason=self.finish_reason)
         if self.finish_reason:
-            output.completion = self._completion()
+            output.completion = self._completion(self.finish_reason)
         return output
 
-    def _completion(self) -> Completion:
+    def _completion(self, finish_reason: str) -> Completion:
         token_ids = self.ids[self.prompt_length :]
         text = self.request.text
         return Completion(
             text=text.text if text else None,
             token_ids=token_ids,
-            finish_reason=self.finish_reason,
-            logprobs=self._logprobs,
+            finish_reason=finish_reason,
+            logprobs=None if self._others is None else self._logprobs,
             timing=Timing(
                 prompt_tokens=self._read,
                 prompt_seconds=self._first - self._started,

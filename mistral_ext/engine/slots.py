@@ -222,7 +222,8 @@ class SlotPool:
     def _view(self, pool: Tensor, extent: Extent) -> Tensor:
         """[Hkv, C, D], the slots of an extent."""
         first = self._heads * extent.first
-        return pool[first : first + self._heads * extent.capacity].unflatten(0, (self._heads, -1))
+        rows = pool[first : first + self._heads * extent.capacity]
+        return rows.view(self._heads, extent.capacity, -1)
 
 
 def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list[tuple[int, int]]]:

@@ -37,6 +37,9 @@ _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidde
 # params.json says nothing about these; the three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
+# A cache has room for so many tokens at least, if a sequence can have so many.
+LEAST_CACHE_TOKENS = 4096
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -109,6 +112,10 @@ class MistralConfig:
             f"one of {', '.join(_DTYPES)}",
         )
 
+    def cache_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of a token, in all layers."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
+
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             key = _HF_KEYS.get(name, (name,))[0]
@@ -144,7 +151,10 @@ class MistralConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that :meth:`from_hf` reads as this configuration."""
-        values = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        values: dict[str, Any] = {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+        }
         for name, (key, _) in _HF_KEYS.items():
             values[key] = getattr(self, name)
         values["head_dim"] = self.head_dim
@@ -206,7 +216,7 @@ def _derived_head_dim(dim: Any, n_heads: Any) -> int:
             "without head_dim, dim (hidden_size) must be a multiple of n_heads "
             f"(num_attention_heads), got {dim!r} and {n_heads!r}"
         )
-    return dim // n_heads
+    return int(dim // n_heads)
 
 
 def _refuse_unless(values: dict[str, Any], key: str, expected: str, default: Any = None) -> None:

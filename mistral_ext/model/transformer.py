@@ -6,6 +6,7 @@ dimension; Hq query and Hkv key/value heads; D head dimension; V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from mistral_ext import ops
 from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.ops import Weight
+from mistral_ext.ops import Quantized, Weight
 
 
 class Cache(Protocol):
@@ -49,10 +50,10 @@ class Transformer:
             but for the embeddings.
     """
 
-    def __init__(self, config: MistralConfig, weights: dict[str, Weight]):
+    def __init__(self, config: MistralConfig, weights: Mapping[str, Weight]):
         self.config = config
-        self.embeddings = weights["tok_embeddings.weight"]  # [V, E]
-        self.norm = weights["norm.weight"]  # [E]
+        self.embeddings = _plain(weights, "tok_embeddings.weight")  # [V, E]
+        self.norm = _plain(weights, "norm.weight")  # [E]
         self.output = weights["output.weight"]  # [V, E]
         self.frequencies = rope.frequencies(config.rope_theta, config.head_dim, self.device)
         self.layers = []
@@ -60,9 +61,9 @@ class Transformer:
             attention, feed_forward = f"layers.{i}.attention.", f"layers.{i}.feed_forward."
             self.layers.append(
                 Layer(
-                    attention_norm=weights[f"layers.{i}.attention_norm.weight"],
+                    attention_norm=_plain(weights, f"layers.{i}.attention_norm.weight"),
                     **{w: weights[f"{attention}{w}.weight"] for w in ("wq", "wk", "wv", "wo")},
-                    ffn_norm=weights[f"layers.{i}.ffn_norm.weight"],
+                    ffn_norm=_plain(weights, f"layers.{i}.ffn_norm.weight"),
                     **{w: weights[f"{feed_forward}{w}.weight"] for w in ("w1", "w2", "w3")},
                 )
             )
@@ -70,7 +71,7 @@ class Transformer:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights; those of the embeddings once, if the output shares them."""
-        weights = [self.embeddings, self.norm, self.output]
+        weights: list[Weight] = [self.embeddings, self.norm, self.output]
         for layer in self.layers:
             weights += vars(layer).values()
         return sum(weight.nbytes for weight in {id(weight): weight for weight in weights}.values())
@@ -152,3 +153,11 @@ class Transformer:
         """[N, V] logits in the model's dtype, and [N] the token ids of the largest ones among the
         first `vocab_size`, -1 where there is no choice: `ops.linear_argmax`."""
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
+
+
+def _plain(weights: Mapping[str, Weight], name: str) -> Tensor:
+    """A weight that may not be quantised."""
+    weight = weights[name]
+    if isinstance(weight, Quantized):
+        raise TypeError(f"{name} is quantised, expected a tensor")
+    return weight

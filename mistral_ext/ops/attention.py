@@ -44,9 +44,9 @@ def attention(
     Source: Jiang et al. 2023, arXiv:2310.06825, section 2; Milakov and Gimelshein 2018,
     arXiv:1805.02867 (online softmax).
     """
-    return torch.ops.mistral_ext.attention(
-        q, k, v, k_pool, v_pool, sequences, window, scale, max_count
-    )
+    given = q, k, v, k_pool, v_pool, sequences, window, scale, max_count
+    out: Tensor = torch.ops.mistral_ext.attention(*given)
+    return out
 
 
 _SCHEMA = (
@@ -55,14 +55,24 @@ _SCHEMA = (
 )
 
 
-def _run(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+    max_count: int | None = None,
+) -> Tensor:
     out = q.new_empty(q.shape)
     given = q, k, v, k_pool, v_pool, sequences, out
     run(_C.attention(*given, window, scale, max_count), q)
     return out
 
 
-def _fake(q, k, v, k_pool, v_pool, sequences, window=None, scale=None, max_count=None):
+def _fake(q: Tensor, *_: object) -> Tensor:
     return fake_empty(q, q.shape)
 
 

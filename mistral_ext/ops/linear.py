@@ -45,16 +45,23 @@ def linear(
         [T, N], with several weights N is the sum of theirs.
     """
     weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
-    return torch.ops.mistral_ext.linear(x, *_values_and_scales(weights), norm, eps)
+    out: Tensor = torch.ops.mistral_ext.linear(x, *_values_and_scales(weights), norm, eps)
+    return out
 
 
-def _run_linear(x, values, scales, norm=None, eps=1e-5):
+def _run_linear(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     out = x.new_empty((len(x), sum(map(len, values))))
     run(_C.linear("linear", x, values, scales, norm, eps, out), x)
     return out
 
 
-def _fake_linear(x, values, scales, norm=None, eps=1e-5):
+def _fake_linear(x: Tensor, values: list[Tensor], *_: object) -> Tensor:
     return fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
 
 
@@ -80,11 +87,13 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
     torch.ops.mistral_ext.linear_residual(x, *_values_and_scales([weight]), residual)
 
 
-def _run_linear_residual(x, values, scales, residual):
+def _run_linear_residual(
+    x: Tensor, values: list[Tensor], scales: list[Tensor], residual: Tensor
+) -> None:
     run(_C.linear("linear_residual", x, values, scales, None, 0.0, residual), x)
 
 
-def _fake_linear_residual(x, values, scales, residual):
+def _fake_linear_residual(*_: object) -> None:
     return None
 
 
@@ -125,29 +134,33 @@ def linear_rope(
         [T, (Hq + 2 Hkv) * D]: of each token the heads of q, then those of k, then those of v.
     """
     given = norm, eps, k_pool, v_pool, sequences, frequencies, window
-    return torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
+    out: Tensor = torch.ops.mistral_ext.linear_rope(x, *_values_and_scales(weights), *given)
+    return out
 
 
 def _run_linear_rope(
-    x, values, scales, norm, eps, k_pool, v_pool, sequences, frequencies, window=None
-):
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    frequencies: Tensor,
+    window: int | None = None,
+) -> Tensor:
     rings = k_pool, v_pool, sequences, frequencies, window
     out = x.new_empty((len(x), sum(map(len, values))))
     run(_C.linear_rope(x, values, scales, norm, eps, out, *rings), x)
     return out
 
 
-def _fake_linear_rope(
-    x, values, scales, norm, eps, k_pool, v_pool, sequences, frequencies, window=None
-):
-    return fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
-
-
 register(
     f"linear_rope(Tensor x, {_WEIGHTS}, Tensor? norm, float eps, Tensor(a!) k_pool, "
     "Tensor(b!) v_pool, Tensor sequences, Tensor frequencies, int? window=None) -> Tensor",
     routed(_run_linear_rope, torch_products.linear_rope),
-    _fake_linear_rope,
+    _fake_linear,
 )
 
 
@@ -173,19 +186,29 @@ def linear_argmax(
     Returns:
         ([T, N], [T] int64). -1 where there is no choice, because an output is NaN or all are -inf.
     """
-    return torch.ops.mistral_ext.linear_argmax(x, *_values_and_scales([weight]), norm, eps, limit)
+    given = norm, eps, limit
+    out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(
+        x, *_values_and_scales([weight]), *given
+    )
+    return out
 
 
-def _run_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
+def _run_linear_argmax(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
     out = x.new_empty((len(x), sum(map(len, values))))
     token_ids = x.new_empty(len(x), dtype=torch.int64)
     run(_C.linear_argmax(x, values, scales, norm, eps, limit, out, token_ids), x)
     return out, token_ids
 
 
-def _fake_linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
-    out = fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
-    return out, fake_empty(x, x.shape[0], dtype=torch.int64)
+def _fake_linear_argmax(x: Tensor, values: list[Tensor], *_: object) -> tuple[Tensor, Tensor]:
+    return _fake_linear(x, values), fake_empty(x, (x.shape[0],), dtype=torch.int64)
 
 
 register(
@@ -208,16 +231,24 @@ def linear_swiglu(
     Returns:
         [T, F].
     """
-    return torch.ops.mistral_ext.linear_swiglu(x, *_values_and_scales([gate, up]), norm, eps)
+    weights = _values_and_scales([gate, up])
+    out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *weights, norm, eps)
+    return out
 
 
-def _run_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
+def _run_linear_swiglu(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     out = x.new_empty((len(x), len(values[0])))
     run(_C.linear("linear_swiglu", x, values, scales, norm, eps, out), x)
     return out
 
 
-def _fake_linear_swiglu(x, values, scales, norm=None, eps=1e-5):
+def _fake_linear_swiglu(x: Tensor, values: list[Tensor], *_: object) -> Tensor:
     return fake_empty(x, (x.shape[0], values[0].shape[0]))
 
 

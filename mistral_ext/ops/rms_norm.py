@@ -30,19 +30,20 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4.
     """
-    return torch.ops.mistral_ext.rms_norm(x, weight, eps, residual)
+    out: Tensor = torch.ops.mistral_ext.rms_norm(x, weight, eps, residual)
+    return out
 
 
 _SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps=1e-05, Tensor(a!)? residual=None) -> Tensor"
 
 
-def _run(x, weight, eps=1e-5, residual=None):
+def _run(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None) -> Tensor:
     out = x.new_empty(x.shape)
     _C.rms_norm(x, weight, residual, out, eps, lane_of(x))
     return out
 
 
-def _fake(x, weight, eps=1e-5, residual=None):
+def _fake(x: Tensor, *_: object) -> Tensor:
     return fake_empty(x, x.shape)
 
 

@@ -50,11 +50,20 @@ _SCHEMA = (
 )
 
 
-def _run(q, k, v, k_pool, v_pool, sequences, frequencies, window=None):
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    frequencies: Tensor,
+    window: int | None = None,
+) -> None:
     _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(q))
 
 
-def _fake(q, k, v, k_pool, v_pool, sequences, frequencies, window=None):
+def _fake(*_: object) -> None:
     return None
 
 

@@ -50,7 +50,8 @@ def sample(
     (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Keskar et al. 2019, arXiv:1909.05858
     (repetition penalty).
     """
-    return torch.ops.mistral_ext.sample(logits, rows, options, noise, history, bias)
+    out: Tensor = torch.ops.mistral_ext.sample(logits, rows, options, noise, history, bias)
+    return out
 
 
 _SCHEMA = (
@@ -59,7 +60,14 @@ _SCHEMA = (
 )
 
 
-def _run(logits, rows, options, noise, history, bias=None):
+def _run(
+    logits: Tensor,
+    rows: Tensor,
+    options: Tensor,
+    noise: Tensor,
+    history: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
     out = rows.new_empty(rows.shape)
     keys = logits.new_empty(logits.shape, dtype=torch.int32)
     weights = logits.new_empty(logits.shape, dtype=torch.int64)
@@ -67,7 +75,7 @@ def _run(logits, rows, options, noise, history, bias=None):
     return out
 
 
-def _fake(logits, rows, options, noise, history, bias=None):
+def _fake(logits: Tensor, rows: Tensor, *_: object) -> Tensor:
     return fake_empty(rows, rows.shape)
 
 

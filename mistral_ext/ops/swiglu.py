@@ -21,19 +21,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, arXiv:2002.05202, equation 5.
     """
-    return torch.ops.mistral_ext.swiglu(gate, up)
+    out: Tensor = torch.ops.mistral_ext.swiglu(gate, up)
+    return out
 
 
 _SCHEMA = "swiglu(Tensor gate, Tensor up) -> Tensor"
 
 
-def _run(gate, up):
+def _run(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     _C.swiglu(gate, up, out, lane_of(gate))
     return out
 
 
-def _fake(gate, up):
+def _fake(gate: Tensor, up: Tensor) -> Tensor:
     return fake_empty(gate, gate.shape)
 
 

@@ -19,17 +19,36 @@ from mistral_ext.ops.weight import Quantized
 from mistral_ext.ops.workspace import lane_of
 
 
-def linear(x, values, scales, norm=None, eps=1e-5):
+def linear(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     return _side_by_side(_products("linear", x, values, scales, norm, eps))
 
 
-def linear_residual(x, values, scales, residual):
+def linear_residual(
+    x: Tensor, values: list[Tensor], scales: list[Tensor], residual: Tensor
+) -> None:
     _C.check_linear("linear_residual", x, values, scales, None, 0.0, residual)
     (weight,) = _plain_weights(values, scales, x.dtype)
     residual.addmm_(x, weight.T)
 
 
-def linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, frequencies, window=None):
+def linear_rope(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None,
+    eps: float,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    sequences: Tensor,
+    frequencies: Tensor,
+    window: int | None = None,
+) -> Tensor:
     _C.check_linear_rope(x, values, scales, norm, eps, k_pool)
     out = _side_by_side(_products("linear_rope", x, values, scales, norm, eps))
     heads = [len(weight) // k_pool.shape[1] for weight in values]
@@ -38,14 +57,27 @@ def linear_rope(x, values, scales, norm, eps, k_pool, v_pool, sequences, frequen
     return out
 
 
-def linear_argmax(x, values, scales, norm=None, eps=1e-5, limit=None):
+def linear_argmax(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
     _C.check_linear_argmax(x, values, scales, norm, eps, limit)
     out = _side_by_side(_products("linear_argmax", x, values, scales, norm, eps))
     largest, token_ids = out[:, :limit].max(dim=1)  # a NaN, if there is one
     return out, token_ids.where(largest > -torch.inf, -1)
 
 
-def linear_swiglu(x, values, scales, norm=None, eps=1e-5):
+def linear_swiglu(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor],
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     products = _products("linear_swiglu", x, values, scales, norm, eps)
     return swiglu(*(products if len(products) == 2 else products[0].chunk(2, dim=1)))
 

@@ -47,7 +47,7 @@ class Quantized(NamedTuple):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that this stands for, [N, K]; computed in fp32, then rounded to `dtype`."""
         values = self.values if self.bits == 8 else unpack(self.values)
-        groups = values.float().unflatten(1, (-1, self.group))
+        groups: Tensor = values.float().unflatten(1, (-1, self.group))
         return (groups * self.scales.float().unsqueeze(2)).flatten(1).to(dtype)
 
     def to(self, device: torch.device | str) -> Quantized:

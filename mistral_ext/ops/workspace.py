@@ -65,9 +65,9 @@ def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
     # A graph has its own, zeroed once in each replay: it may run at the same time as others.
     graph = _C.capture_id(lane)
     key = (device, lane, graph != 0)
-    known, counters = _counters.get(key, (None, None))
-    if known != graph or len(counters) < count:
+    kept = _counters.get(key)
+    if kept is None or kept[0] != graph or len(kept[1]) < count:
         # At least so many that those of a decode step are zeroed only once.
-        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-        _counters[key] = graph, counters
-    return counters
+        kept = graph, torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        _counters[key] = kept
+    return kept[1]

@@ -34,7 +34,7 @@ _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 # <|im_start|> and its like. Many files leave them unmarked, and they end turns all the same.
 _CONTROL_SHAPE = re.compile(r"<\|[^\s|]+\|>")
-_WHITE_SPACE = re.compile(r"\s*")
+_WHITE_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,16 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _listed(tokenizer: Mapping[str, Any]) -> Iterator[dict]:
+def _listed(tokenizer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield from tokenizer.get("added_tokens") or ()
 
 
-def _decoder(config: Mapping[str, Any]) -> Iterator[dict]:
+def _decoder(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for token_id, entry in (config.get("added_tokens_decoder") or {}).items():
         yield {**entry, "id": int(token_id)}
 
 
-def _plain(added: Mapping[str, int]) -> Iterator[dict]:
+def _plain(added: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     for content, token_id in added.items():
         yield {"content": content, "id": token_id}
 
@@ -171,7 +171,7 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "first" if config.get("legacy") is False else "all"
 
 
-def _parts(step: Any) -> list[dict]:
+def _parts(step: Any) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, which may be a sequence of them."""
     if not isinstance(step, dict):
         return []
@@ -199,12 +199,12 @@ class TokenFinder:
             before = text[start:begin]
             pieces += [before.rstrip() if token.lstrip else before, token.id]
             start = end
-            if token.rstrip:
-                start = _WHITE_SPACE.match(text, end).end()
+            if token.rstrip and (space := _WHITE_SPACE.match(text, end)):
+                start = space.end()
         pieces.append(text[start:])
         return [piece for piece in pieces if piece != ""]
 
-    def starts(self) -> re.Pattern:
+    def starts(self) -> re.Pattern[str]:
         """A pattern of one character: any at which a token begins, inside of others too."""
         return re.compile(f"(?=(?:{self._any})).", re.DOTALL)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,20 @@ from mistral_ext.text.jinja_sandbox import SandboxedTemplate
 from mistral_ext.text.tokenizer import Tokenizer, check_text
 
 if TYPE_CHECKING:
+    from mistral_common.protocol.instruct.messages import (
+        AssistantMessage,
+        SystemMessage,
+        ToolMessage,
+        UserMessage,
+    )
+    from mistral_common.tokens.tokenizers.base import Tokenized
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 TEMPLATES = ("v1", "v2", "v3")
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
 
 Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
 
 
 class JinjaTemplate:
@@ -50,8 +58,8 @@ class JinjaTemplate:
             name: SandboxedTemplate(source, str(path)) for name, source in sources.items()
         }
         name_of = {i: name for name, i in tokenizer.control_ids.items()}
-        names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        names = {key: name_of[i] for key, i in names.items() if i in name_of}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+        names: dict[str, str | None] = {key: name_of[i] for key, i in ids.items() if i in name_of}
         names |= tokenizer.names
         self._tokens = {key: name for key, name in names.items() if name is not None}
         self._tokenizer = tokenizer
@@ -59,16 +67,16 @@ class JinjaTemplate:
     def __str__(self) -> str:
         return str(self.path)
 
-    def source(self, tools: Sequence | None = None) -> str:
+    def source(self, tools: Tools | None = None) -> str:
         """The text of the template that is used, with or without tools."""
         return self._template(tools).source
 
-    def render(self, messages: Sequence[Message], tools: Sequence | None = None) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
         """The text of a conversation, as transformers' apply_chat_template writes it."""
         text, unmarked = self._render(messages, tools)
         return unmarked(text)
 
-    def encode(self, messages: Sequence[Message], tools: Sequence | None = None) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Its token ids. What stands in a message or tool is text, whatever it spells."""
         text, unmarked = self._render(messages, tools)
         pieces = self._tokenizer.split_control_tokens(text)
@@ -76,10 +84,12 @@ class JinjaTemplate:
             [unmarked(piece) if isinstance(piece, str) else piece for piece in pieces]
         )
 
-    def _template(self, tools: Sequence | None) -> SandboxedTemplate:
+    def _template(self, tools: Tools | None) -> SandboxedTemplate:
         return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
 
-    def _render(self, messages: Sequence[Message], tools: Sequence | None) -> tuple[str, Any]:
+    def _render(
+        self, messages: Sequence[Message], tools: Tools | None
+    ) -> tuple[str, Callable[[str], str]]:
         """The text with marks, and a function that takes them out.
 
         Where a message spells out a control token, the token's first character is replaced by a
@@ -161,7 +171,7 @@ def encode_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     template: ChatTemplate | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Tools | None = None,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model to reply.
 
@@ -189,7 +199,7 @@ def extend_chat(
     messages: Sequence[Message],
     cached_ids: Sequence[int],
     template: ChatTemplate | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Tools | None = None,
 ) -> list[int]:
     """encode_chat() for the next turn of a chat, that extends what the KV cache holds if it can.
 
@@ -289,7 +299,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _replaced(value: Any, replace: Any) -> Any:
+def _replaced(value: Any, replace: Callable[[str], str]) -> Any:
     """A copy in which every string is what `replace` makes of it."""
     if isinstance(value, str):
         return replace(value)
@@ -307,7 +317,7 @@ def _encode_with_mistral_common(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     template: str,
-    tools: Sequence[Mapping[str, Any]] | None,
+    tools: Tools | None,
 ) -> list[int]:
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct import messages as protocol
@@ -317,7 +327,7 @@ def _encode_with_mistral_common(
     encoder = _instruct_encoder(tokenizer, template)
     if tools and template == "v1":
         raise ValueError("tools: the chat template v1 takes none")
-    types = {
+    types: dict[str, type[SystemMessage | UserMessage | AssistantMessage]] = {
         "system": protocol.SystemMessage,
         "user": protocol.UserMessage,
         "assistant": protocol.AssistantMessage,
@@ -336,7 +346,9 @@ def _encode_with_mistral_common(
 
 
 @functools.lru_cache(maxsize=4)
-def _instruct_encoder(tokenizer: Tokenizer, template: str) -> MistralTokenizer:
+def _instruct_encoder(
+    tokenizer: Tokenizer, template: str
+) -> MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]:
     from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
     from mistral_common.protocol.instruct.validator import MistralRequestValidator
     from mistral_common.tokens.tokenizers import instruct

@@ -22,6 +22,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.sandbox
 import jinja2.utils
@@ -224,7 +225,7 @@ def _before_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     _METER.get().made((text.count("\n") + 1) * width + text.count("\n"))
 
 
-def _before_join(separator: str, items: list) -> None:
+def _before_join(separator: str, items: list[Any]) -> None:
     _METER.get().made(len(separator) * len(items) + _text_size(items))
 
 
@@ -241,7 +242,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = _metered("tojson", _tojson)
-        self.tests = {name: _stepped(test) for name, test in self.tests.items()}
+        tests: Mapping[str, Any] = self.tests  # to type checkers, mere functions
+        self.tests = {name: _stepped(test) for name, test in tests.items()}
         self.globals = {name: self.globals[name] for name in _GLOBALS} | {
             "dict": _make_dict,
             "namespace": _Namespace,
@@ -269,7 +271,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             elif name in ("format", "format_map"):
                 _before_format(text, [*args, *kwargs.values()])
             elif name == "join":
-                args = [list(items) for items in args]
+                args = tuple(list(items) for items in args)
                 _before_join(text, *args)
         return _measured(super().call(__context, __obj, *args, **kwargs))
 
@@ -314,7 +316,7 @@ class _Metering(NodeTransformer):
             node.test = nodes.And(_call("turn", [nodes.Const(0)], node.lineno), node.test)
         return node
 
-    def visit_Macro(self, node: Any) -> nodes.Node:
+    def visit_Macro(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
         data = sum(len(part.data) for part in node.find_all(nodes.TemplateData))
         turn = _call("turn", [nodes.Const(data)], node.lineno)
@@ -327,7 +329,7 @@ class _Metering(NodeTransformer):
         self.generic_visit(node)
         return _call("join_measured", node.nodes, node.lineno)
 
-    def visit_List(self, node: Any) -> nodes.Node:
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
         if getattr(node, "ctx", "load") != "load":  # {% for a, b in ... %}
             return node
@@ -336,7 +338,7 @@ class _Metering(NodeTransformer):
     visit_Tuple = visit_Dict = visit_List
 
 
-def _call(method: str, arguments: list, line: int) -> nodes.Call:
+def _call(method: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
     function = nodes.EnvironmentAttribute(method, lineno=line)
     return nodes.Call(function, arguments, [], None, None, lineno=line)
 
@@ -344,7 +346,7 @@ def _call(method: str, arguments: list, line: int) -> nodes.Call:
 class _Generation(jinja2.ext.Extension):
     """{% generation %}, with which templates mark what a model is to be trained on."""
 
-    tags = frozenset(("generation",))
+    tags = {"generation"}  # noqa: RUF012  as the base class has it
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -370,10 +372,10 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_attribute(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"namespace attribute {name!r} begins with '_'")
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} begins with '_'")
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict:
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     return dict(*args, **kwargs)
 
 
@@ -412,7 +414,7 @@ def _written(context: Any, value: Any) -> Any:
     return value
 
 
-def _metered(name: str, function: Callable) -> Callable:
+def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # where the filtered value stands
 
     @functools.wraps(function)  # with what tells jinja2 to pass its context
@@ -441,7 +443,7 @@ def _metered(name: str, function: Callable) -> Callable:
     return metered
 
 
-def _stepped(function: Callable) -> Callable:
+def _stepped(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def stepped(*args: Any, **kwargs: Any) -> Any:
         _METER.get().step()

@@ -19,10 +19,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _SPACE = "▁"  # U+2581
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -132,7 +135,7 @@ class Tokenizer:
         """Ids of the vocabulary, added tokens and holes in the numbering included.
 
         A model with fewer rows can neither read nor write the rest, one with more must not write
-        what has no token: it may sample the ids below both numbers that are `known`.
+        what has no token: it may sample the ids below both numbers that are no `holes`.
         """
         return len(self._token_bytes)
 
@@ -181,7 +184,7 @@ class Tokenizer:
                 ids += self._encode(piece) if i == 0 else self._encode_rest(piece)
         return ids
 
-    def control_token_starts(self) -> re.Pattern:
+    def control_token_starts(self) -> re.Pattern[str]:
         """A pattern of one character: any of a text at which it spells out a control token."""
         return self._control_finder.starts()
 
@@ -214,7 +217,8 @@ def _piece_bytes(piece: str) -> bytes:
 
 def _eos_id(added: AddedTokens, ids: Mapping[str, int], default: int) -> int:
     """The token that ends a text: what the files call eos_token, if it is a token."""
-    return ids.get(added.names.get("eos_token"), default)
+    name = added.names.get("eos_token")
+    return default if name is None else ids.get(name, default)
 
 
 # Protocol buffers may be appended to each other, and the last value of a field counts. These bytes
@@ -237,14 +241,14 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
     added = read_added_tokens(path.parent)
 
     def read_token(token_id: int) -> bytes:
-        piece = processor.id_to_piece(token_id)
         if processor.is_control(token_id):
             return b""
-        if processor.is_byte(token_id):
-            return bytes.fromhex(_BYTE_TOKEN.fullmatch(piece)[1])
         if processor.is_unknown(token_id):
-            return processor.decode([token_id]).encode("utf-8")
-        return _piece_bytes(piece)
+            text: str = processor.decode([token_id])
+            return text.encode("utf-8")
+        piece: str = processor.id_to_piece(token_id)
+        byte = _BYTE_TOKEN.fullmatch(piece) if processor.is_byte(token_id) else None
+        return bytes.fromhex(byte[1]) if byte else _piece_bytes(piece)
 
     ids = range(processor.vocab_size())
     token_bytes: list[bytes | None] = [read_token(i) for i in ids]
@@ -254,9 +258,9 @@ def _read_sentencepiece(path: Path) -> Tokenizer:
 
     def encode_rest(text: str) -> list[int]:
         spaced = text.startswith((" ", _SPACE))
-        if added.prefix == "first" or (added.prefix == "unspaced" and spaced):
-            return continuing.encode(text)
-        return processor.encode(text)
+        is_unspaced = added.prefix == "first" or (added.prefix == "unspaced" and spaced)
+        ids: list[int] = (continuing if is_unspaced else processor).encode(text)
+        return ids
 
     def encode(text: str, first: Callable[[str], list[int]]) -> list[int]:
         encoded = []
@@ -325,7 +329,9 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         entry["special"] = entry["content"] in control  # which some files do not say
     backend = _backend(data, path)
     names = backend.get_vocab(with_added_tokens=True)
-    control_ids = {name: names[name] for name in sorted(control & names.keys(), key=names.get)}
+    control_ids = {
+        name: names[name] for name in sorted(control & names.keys(), key=names.__getitem__)
+    }
     if "<s>" not in control_ids or "</s>" not in control_ids:
         raise ValueError(f"{path}: no <s> or no </s> among the special tokens; expected both")
 
@@ -352,7 +358,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
     )
 
 
-def _backend(data: dict[str, Any], path: Path) -> Any:
+def _backend(data: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
     import tokenizers
 
     try:

@@ -148,7 +148,7 @@ class Checkpoint:
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
         self._parts = _match(files, config, stored, dtype)
         self._dtype = dtype
-        self.dtype = dtype or self._parts["tok_embeddings.weight"][0].dtype
+        self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
         self._heads_in_pairs = {}  # of the weights whose rows are in Mistral's order
@@ -206,7 +206,7 @@ class Checkpoint:
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
     """The name (Mistral's) and shape of every weight of a model, in the order of their use."""
     c = config
-    shapes = {"tok_embeddings.weight": (c.vocab_size, c.dim)}
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (c.vocab_size, c.dim)}
     for i in range(c.n_layers):
         layer = f"layers.{i}"
         shapes[f"{layer}.attention_norm.weight"] = (c.dim,)
@@ -269,20 +269,20 @@ def _match(
         if parts is not None:
             values = _take(found, stored_name, parts.values.shape, weights)
             scales = _take(found, stored_name + _SCALE_SUFFIX, parts.scales.shape, weights)
-            _check_dtype(values, (parts.values.dtype,))
-            _check_dtype(scales, (parts.scales.dtype,))
+            _expect_dtype(values, (parts.values.dtype,))
+            _expect_dtype(scales, (parts.scales.dtype,))
             matched[name] = (values, scales)
             continue
         if name == "output.weight" and config.tie_word_embeddings and stored_name not in found:
             continue
         stored = _take(found, stored_name, shape, weights)
-        _check_dtype(stored, _DTYPES)
+        stored_dtype = _expect_dtype(stored, _DTYPES)
         matched[name] = (stored,)
         (first,) = matched["tok_embeddings.weight"]
-        if dtype is None and stored.dtype != first.dtype:
+        if dtype is None and stored_dtype != first.dtype:
             raise ValueError(
                 f"tensor {stored_name!r} in {stored.file}: expected dtype {first.dtype} like "
-                f"{first.name!r}, got {stored.dtype}; pass dtype to convert all weights to one"
+                f"{first.name!r}, got {stored_dtype}; pass dtype to convert all weights to one"
             )
     if found:
         extra = next(iter(found.values()))
@@ -325,12 +325,14 @@ def _take(
     return stored
 
 
-def _check_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> None:
-    if stored.dtype not in expected:
+def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> torch.dtype:
+    """The dtype of a tensor; refuses another than those expected."""
+    if isinstance(stored.dtype, str) or stored.dtype not in expected:
         raise ValueError(
             f"tensor {stored.name!r} in {stored.file}: expected dtype {_list(expected)}, "
             f"got {stored.dtype}"
         )
+    return stored.dtype
 
 
 def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:

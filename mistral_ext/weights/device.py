@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from mistral_ext import ops
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 from mistral_ext.ops import Weight
 
-_LEAST_CAPABILITY = (8, 0)  # as every op checks
-_LEAST_TOKENS = 4096  # that must fit beside the weights, if the model can have so many
+_LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call that failed
 
 # What is multiplied in one pass.
 _TOGETHER = (
@@ -43,9 +42,12 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
     """
     if device is None:
         return torch.device("cpu")
-    is_index = isinstance(device, int) and not isinstance(device, bool)
+    found: torch.device | None
     try:
-        found = torch.device("cuda", device) if is_index else torch.device(device)
+        if isinstance(device, int) and not isinstance(device, bool):
+            found = torch.device("cuda", device)
+        else:
+            found = torch.device(device)
     except (RuntimeError, TypeError):  # no device at all
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
@@ -100,12 +102,12 @@ def expect_runnable(
             f"{device} has compute capability {_dotted(gpu.capability)}, expected "
             f"{_dotted(_LEAST_CAPABILITY)} or more"
         )
-    tokens = min(config.sliding_window or config.max_positions, _LEAST_TOKENS)
-    of_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
-    if weight_bytes + tokens * of_token > gpu.free_bytes:
+    tokens = min(config.sliding_window or config.max_positions, LEAST_CACHE_TOKENS)
+    cache_bytes = tokens * config.cache_bytes(dtype)
+    if weight_bytes + cache_bytes > gpu.free_bytes:
         raise ValueError(
             f"{device} has {gpu.free_bytes / 1e9:.2f} GB of memory free, expected "
-            f"{weight_bytes / 1e9:.2f} GB for the weights and {tokens * of_token / 1e9:.2f} GB for "
+            f"{weight_bytes / 1e9:.2f} GB for the weights and {cache_bytes / 1e9:.2f} GB for "
             f"the keys and values of {tokens} tokens; weights in 8 or 4 bits (quantize) take less"
         )
 
@@ -125,12 +127,13 @@ def move_weights(weights: dict[str, Weight], device: torch.device) -> None:
         for names in _TOGETHER
     }
     for name in list(weights):
-        parts = [weights[part] for part in together.get(name, [])]
-        if parts and all(isinstance(part, Tensor) for part in parts):
+        names = together.get(name, [])
+        parts = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
+        if parts and len(parts) == len(names):
             joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), device=device)
             views = joined.split([len(part) for part in parts])
-            for part, view in zip(together[name], views, strict=True):
-                weights[part] = view.copy_(weights[part])
+            for name_of_part, part, view in zip(names, parts, views, strict=True):
+                weights[name_of_part] = view.copy_(part)
         elif same[name] != name:
             weights[name] = weights[same[name]]
         else:

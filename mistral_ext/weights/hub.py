@@ -37,7 +37,7 @@ def _download(hub_id: str) -> Path:
 
     patterns = [*CONFIGS, *COMPANIONS]
     try:
-        files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings]
+        files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings or ()]
     except Exception as error:  # no network, no access or no such model: the cache may have it
         return _cached(hub_id, error)
     layout = next((layout for layout in LAYOUTS if layout.file in files), None)

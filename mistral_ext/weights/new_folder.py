@@ -78,6 +78,10 @@ def _sync_folder(folder: Path) -> None:
 class _Ended(SystemExit):
     """Raised by a signal, so that what is being done is undone."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
 
 @contextmanager
 def _cleaning_up_first() -> Iterator[None]:
@@ -94,7 +98,7 @@ def _cleaning_up_first() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         for other in handled:
             signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the cleaning up
-        raise _Ended(128 + number)
+        raise _Ended(number)
 
     for number in handled:
         signal.signal(number, end)
@@ -102,7 +106,7 @@ def _cleaning_up_first() -> Iterator[None]:
     try:
         yield
     except _Ended as ended:
-        ended_by = ended.code - 128
+        ended_by = ended.number
         raise
     finally:
         for number in handled:

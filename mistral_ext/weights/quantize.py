@@ -90,7 +90,7 @@ class Quantization:
         if bits is None:
             return None
         group = self.group if bits == 4 else None
-        return _empty(name, shape, bits, group, torch.device("meta"))
+        return _empty(name, shape, group, torch.device("meta"))
 
 
 def quantize(
@@ -108,7 +108,7 @@ def quantize(
         ValueError: K is no multiple of the group, or a weight is NaN or infinite.
     """
     group = Quantization(bits, group).group
-    quantized = _empty(name, tuple(weight.shape), bits, group, weight.device)
+    quantized = _empty(name, tuple(weight.shape), group, weight.device)
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
     for block, values, scales in zip(
         weight.split(rows), quantized.values.split(rows), quantized.scales.split(rows), strict=True
@@ -127,13 +127,12 @@ def quantize(
     return quantized
 
 
-def _empty(
-    name: str, shape: tuple[int, ...], bits: int, group: int | None, device: torch.device
-) -> Quantized:
+def _empty(name: str, shape: tuple[int, ...], group: int | None, device: torch.device) -> Quantized:
+    """Memory for a weight in 4 bits; without a group, in 8."""
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"tensor {name!r} of shape {shape}: expected a matrix [N, K], K > 0")
     rows, columns = shape
-    if bits == 8:
+    if group is None:
         values = torch.empty(shape, dtype=torch.int8, device=device)
         return Quantized(values, torch.empty(rows, 1, dtype=torch.bfloat16, device=device))
     if columns % group:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Weight
 from mistral_ext.weights import checkpoint
 from mistral_ext.weights.folder import companions, config_json, read_folder
 from mistral_ext.weights.hub import resolve
@@ -52,20 +53,20 @@ def quantize_checkpoint(
     quantization = Quantization(bits, group)
     target = Path(target)
     expect_free(target)
-    source = read_folder(resolve(source))
-    if source.quantization is not None:
+    original = read_folder(resolve(source))
+    if original.quantization is not None:
         raise ValueError(
-            f"the weights in {str(source.path)!r} are quantised already, as {source.quantization}; "
-            "expected the original"
+            f"the weights in {str(original.path)!r} are quantised already, as "
+            f"{original.quantization}; expected the original"
         )
-    weights = checkpoint.Checkpoint(source, dtype, quantization)
+    weights = checkpoint.Checkpoint(original, dtype, quantization)
     # The output weights are stored in 8 bits, even if they were the embeddings before.
-    config = dataclasses.replace(source.config, dtype=weights.dtype, tie_word_embeddings=False)
+    config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
 
     with new_folder(target) as folder:
-        for file in companions(source.path):
+        for file in companions(original.path):
             shutil.copyfile(file, folder / file.name)
-        values = config_json(config, quantization, source.instruct)
+        values = config_json(config, quantization, original.instruct)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         _write_weights(folder / "model.safetensors", weights, config, quantization, progress)
     return target
@@ -80,10 +81,10 @@ def _write_weights(
 ) -> None:
     layout: dict[str, Tensor] = {}
     for name, shape in checkpoint.tensor_shapes(config).items():
-        parts = quantization.parts(name, shape)
-        if parts is None:
-            parts = torch.empty(shape, dtype=weights.dtype, device="meta")
-        layout |= checkpoint.named_parts(name, parts)
+        weight: Weight | None = quantization.parts(name, shape)
+        if weight is None:
+            weight = torch.empty(shape, dtype=weights.dtype, device="meta")
+        layout |= checkpoint.named_parts(name, weight)
     with Writer(file, layout) as writer:
         for name, weight in weights.weights(progress):
             for stored_name, tensor in checkpoint.named_parts(name, weight).items():

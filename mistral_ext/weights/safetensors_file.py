@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +37,8 @@ class StoredTensor:
     file: Path
     dtype: torch.dtype | str  # str: the file's name for a dtype that is not supported
     shape: tuple[int, ...]
+    nbytes: int
     read: Callable[[], Tensor]  # maps the tensor; reads no data yet
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 # Reading
@@ -80,7 +78,7 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
                 f"{math.prod(shape) * dtype.itemsize} bytes, the header gives it {end - begin}"
             )
         read = partial(_map, file, data_start + begin, dtype, shape)
-        yield StoredTensor(name, file, dtype, shape, read)
+        yield StoredTensor(name, file, dtype, shape, end - begin, read)
 
 
 def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
@@ -96,12 +94,14 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
     return sorted(entries, key=lambda entry: entry[-2:])
 
 
-def _map(file: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
     """A tensor over the file's own pages.
 
     Each tensor has a mapping of its own, which goes when the tensor does: the source of a copied
     tensor does not stay in memory.
     """
+    if isinstance(dtype, str):
+        raise ValueError(f"{file}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
     n_bytes = math.prod(shape) * dtype.itemsize
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     with file.open("rb") as f:
@@ -138,7 +138,7 @@ class Writer:
         # tensors of Mistral 7B all begin at a multiple of 64 bytes.
         by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
         names = {dtype: name for name, dtype in DTYPES.items()}
-        header: dict = {"__metadata__": {"format": "pt"}}
+        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
         begin = 0
         for name in by_size:
             tensor = tensors[name]
@@ -159,7 +159,7 @@ class Writer:
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes a tensor, which must be contiguous and on the CPU, to its place."""
         self._file.seek(self._data_start + self._header[name]["data_offsets"][0])
-        self._file.write(tensor.view(-1).view(torch.uint8).numpy())
+        self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> Writer:
         return self

@@ -51,10 +51,11 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
             raise ValueError(
                 f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
             )
-        yield StoredTensor(name, file, tensor.dtype, tuple(tensor.shape), tensor.contiguous)
+        shape = tuple(tensor.shape)
+        yield StoredTensor(name, file, tensor.dtype, shape, tensor.nbytes, tensor.contiguous)
 
 
 def _reason(error: Exception) -> str:
     """What torch found. It wraps that in advice to load the file in a way that may run code."""
-    is_wrapped = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
-    return summary(error.__context__ if is_wrapped else error)
+    wrapped = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+    return summary(wrapped or error)
