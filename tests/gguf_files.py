@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from mistral_ext.weights.gguf_blocks import BlockType
@@ -72,3 +76,97 @@ def file_bytes(
     header = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_entries)
     header += b"".join(entries) + b"".join(tensors)
     return header + b"\0" * (-len(header) % 32) + data
+
+
+# Models
+
+_MODULES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_model(
+    path: Path,
+    model: transformers.PreTrainedModel,
+    types: Mapping[str, str] | None = None,
+    metadata: Mapping[str, object] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Writes a transformers model as llama.cpp's converter does, and rounds its weights to what the
+    file holds.
+
+    Args:
+        types: of tensors, by a part of their names; F32 without.
+        metadata: more of it, or other values; a value None leaves a key out.
+        tensors: more of them.
+    """
+    config = model.config
+    values = {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+        "llama.rope.dimension_count": config.head_dim,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    } | dict(metadata or {})
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in values.items():
+        if isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_array(key, value)
+    for name, parameter in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        target = gguf_tensor_name(name)
+        kind = next((kind for part, kind in (types or {}).items() if part in target), "F32")
+        kind = gguf.GGMLQuantizationType[kind]
+        data = gguf.quants.quantize(parameter.float().numpy(), kind)
+        rounded = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
+        parameter.data.copy_(rounded.view(parameter.shape))
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        for module, n_heads in heads.items():
+            if module in target:  # pairs of rows that are rotated together stand together
+                halves = data.reshape(n_heads, 2, -1, data.shape[1])
+                data = halves.swapaxes(1, 2).reshape(data.shape)
+        writer.add_tensor(target, data, raw_dtype=kind)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_tensor_name(name: str) -> str:
+    """llama.cpp's name for one of transformers'."""
+    module = name.removesuffix(".weight")
+    prefix = ""
+    if module.startswith("model.layers."):
+        _, _, layer, module = module.split(".", 3)
+        prefix = f"blk.{layer}."
+    return f"{prefix}{_MODULES[module]}.weight"

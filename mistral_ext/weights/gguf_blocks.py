@@ -85,9 +85,9 @@ def _fields(data: Tensor, bits: int, run: int) -> Tensor:
     Every `run` bytes hold the lowest bits of one value each, then the next higher bits of as many
     values that follow, and so on.
     """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device).unsqueeze(1)
-    runs = data.reshape(len(data), -1, 1, run)
-    fields: Tensor = runs >> shifts & (2**bits - 1)
+    runs = data.reshape(len(data), -1, run)
+    # Not one shift by a tensor of several, which torch does value by value.
+    fields = torch.stack([runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)], dim=2)
     return fields.flatten(1)
 
 
@@ -119,6 +119,11 @@ def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def _looked_up(fields: Tensor) -> Tensor:
+    """[B, values] fp32 from the table of the IQ4 types."""
+    return _TABLE.to(fields.device).index_select(0, fields.flatten().int()).view(fields.shape)
+
+
 # Blocks of 32 values
 
 
@@ -148,7 +153,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * _TABLE[_fields(blocks[:, 2:], 4, 16).int()]
+    return _halves(blocks, 0) * _looked_up(_fields(blocks[:, 2:], 4, 16))
 
 
 # Blocks of 256 values
@@ -186,7 +191,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     scales = _fields(blocks[:, 4:8], 4, 1) | _fields(blocks[:, 2:4], 2, 1) << 4
-    values = _TABLE[_fields(blocks[:, 8:], 4, 16).int()]
+    values = _looked_up(_fields(blocks[:, 8:], 4, 16))
     return _scaled(values, _halves(blocks, 0) * (scales.float() - 32))
 
 

@@ -53,7 +53,6 @@ _NUMBERS: dict[int, np.dtype[Any]] = {  # of metadata, by the number that files 
 }
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_MAX_PARTS = 99999
 
 # A number, a text, or an array: of numbers in numpy's form, of texts as a list.
 Value = int | float | bool | str | np.ndarray[Any, Any] | list[str]
@@ -114,7 +113,7 @@ def read_gguf(path: str | Path) -> Gguf:
         ValueError: a file is damaged, truncated, of another format or version, or holds a type of
             data that is not supported; the message names the file and the field.
     """
-    parts = [read_part(part) for part in part_files(Path(path))]
+    parts = [read_part(part) for part in _part_files(Path(path))]
     first = parts[0]
     tensors: dict[str, GgufTensor] = {}
     for index, part in enumerate(parts):
@@ -131,19 +130,23 @@ def read_gguf(path: str | Path) -> Gguf:
     return Gguf(first.path, first.metadata, tensors)
 
 
-def part_files(path: Path) -> list[Path]:
-    """The files of a model, of which `path` is one: itself, or all parts in order."""
-    match = _PART.fullmatch(path.name)
-    if match is None:
-        return [path]
-    stem, number, count = match[1], int(match[2]), int(match[3])
-    if not 1 <= number <= count:
-        raise ValueError(f"{path}: part {number} of {count}, expected 1 to {count}")
-    parts = [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+def _part_files(path: Path) -> list[Path]:
+    parts = [path.with_name(name) for name in part_names(path.name)]
     for part in parts:
         if not part.is_file():
-            raise FileNotFoundError(f"{part} is missing; {path.name} is one of {count} parts")
+            raise FileNotFoundError(f"{part} is missing; {path.name} is one of {len(parts)} parts")
     return parts
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all files of a model, of which `name` is one."""
+    match = _PART.fullmatch(name)
+    if match is None:
+        return [name]
+    stem, number, count = match[1], int(match[2]), int(match[3])
+    if not 1 <= number <= count:
+        raise ValueError(f"{name} is part {number} of {count}, expected 1 to {count}")
+    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
 
 
 def read_part(path: Path) -> Gguf:
