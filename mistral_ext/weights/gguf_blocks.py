@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Values that are decoded at a time: what is computed from them stays in the caches.
-_AT_ONCE = 2**18
+# Values that are decoded at a time. What is computed from them stays in the caches, and torch does
+# not share so little among threads, which would wait for each other longer than they work.
+_AT_ONCE = 2**15 - 1
 
 _TABLE = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
