@@ -116,12 +116,14 @@ class Mistral:
         cache_tokens: int | None = None,
         **config_overrides: Any,
     ) -> Mistral:
-        """Loads a model folder, in Hugging Face's or Mistral's format, or a model of the hub.
+        """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
+        the hub.
 
         Weights are memory-mapped: they take memory as they are read, and once.
 
         Args:
-            model: a folder, or a hub id such as "mistralai/Mistral-7B-v0.1".
+            model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
+                "OWNER/NAME:FILE.gguf".
             device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
             dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
                 copies all weights but those in 8 or 4 bits.
@@ -138,7 +140,10 @@ class Mistral:
         device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
         config, path = folder.config, folder.path
-        tokenizer = Tokenizer.from_folder(path)
+        if folder.gguf is None:
+            tokenizer = Tokenizer.from_folder(path)
+        else:
+            tokenizer = Tokenizer.from_gguf(path, folder.gguf.metadata)
         # Before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
         weights = load_weights(folder, dtype, progress, quantize, device)

@@ -69,12 +69,14 @@ def perplexity(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
     sequences = []  # token ids; all but the first of each are predicted
-    bos_id = llm.tokenizer.bos_id if llm.tokenizer else llm.config.bos_id
+    start = llm.tokenizer.start if llm.tokenizer else [llm.config.bos_id]
     for i, text in enumerate([texts] if isinstance(texts, str) else texts):
         ids = _token_ids(llm, text, f"texts[{i}]")[:max_tokens]
+        if len(start) + len(ids) < 2:
+            raise ValueError(f"texts[{i}] has one token, expected more: nothing comes before it")
         longest = llm.max_length or len(ids)
         for first in range(0, len(ids), longest):
-            sequences.append([bos_id, *ids[first : first + longest]])
+            sequences.append([*start, *ids[first : first + longest]])
     if not sequences:
         raise ValueError("texts is empty, expected one or more")
 

@@ -1,9 +1,10 @@
 """The hyperparameters of a Mistral model, from the values of either of its two file formats.
 
-Hugging Face folders describe a model in ``config.json``, Mistral's own in ``params.json``;
-mistral_ext/weights/folder.py reads the files. The values of both become one
-:class:`MistralConfig`, with Mistral's names. A setting that would need arithmetic the model does
-not have (scaled RoPE, biases, experts) is refused, never ignored.
+A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
+3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own in
+``params.json``; mistral_ext/weights/folder.py reads the files. The values of both become
+one :class:`MistralConfig`, with Mistral's names. A setting that would need arithmetic the model
+does not have (biases, experts, other kinds of RoPE) is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from mistral_ext.model.rope_scaling import RopeScaling, Yarn, scaling_from_hf
 
 # Field -> key of config.json, and the value transformers' MistralConfig gives to a missing key.
 _HF_KEYS = {
@@ -31,6 +34,8 @@ _HF_KEYS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _HF_DEFAULT_ROPE_THETA = 1e4
+# Where transformers' LlamaConfig differs; n_kv_heads is n_heads there.
+_LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
 # Keys of params.json that have the field's own name and no default.
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
@@ -66,6 +71,7 @@ class MistralConfig:
     eos_ids: tuple[int, ...]  # any of them ends a text
     dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
     tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_ids, (int, list)):  # both occur in files
@@ -112,6 +118,13 @@ class MistralConfig:
             f"one of {', '.join(_DTYPES)}",
         )
 
+    @property
+    def attention_scale(self) -> float | None:
+        """The factor of the scores; None: 1 / sqrt(head_dim)."""
+        if not isinstance(self.rope_scaling, Yarn):
+            return None
+        return self.rope_scaling.attention_factor**2 / math.sqrt(self.head_dim)
+
     def cache_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of a token, in all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
@@ -129,7 +142,8 @@ class MistralConfig:
         A missing key takes the default of transformers' ``MistralConfig``, which is not always
         what Mistral 7B uses. So does null, save for ``sliding_window``, where it means none.
         """
-        _refuse_unless(values, "model_type", "mistral")
+        _refuse_unless(values, "model_type", "mistral", "llama")
+        is_llama = values["model_type"] == "llama"
         _refuse_unless(values, "hidden_act", "silu", default="silu")
         _refuse_if_set(values, "attention_bias", "mlp_bias")
         if len(set(map(str, values.get("layer_types") or ()))) > 1:
@@ -138,14 +152,23 @@ class MistralConfig:
                 f"got {values['layer_types']!r}"
             )
 
-        fields = {}
+        fields: dict[str, Any] = {}
         for name, (key, default) in _HF_KEYS.items():
-            value = values.get(key, default)
-            fields[name] = default if value is None and key != "sliding_window" else value
-        if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+            missing = _LLAMA_DEFAULTS.get(name, default) if is_llama else default
+            value = values.get(key, missing)
+            fields[name] = missing if value is None and key != "sliding_window" else value
+        if values.get("num_key_value_heads", fields["n_kv_heads"]) is None:
             fields["n_kv_heads"] = fields["n_heads"]
+        if is_llama:
+            fields["sliding_window"] = None
         fields["head_dim"] = values.get("head_dim")
-        fields["rope_theta"] = _hf_rope_theta(values)
+        rope = _hf_rope(values)
+        fields["rope_theta"] = rope.get(
+            "rope_theta", values.get("rope_theta", _HF_DEFAULT_ROPE_THETA)
+        )
+        fields["rope_scaling"] = scaling_from_hf(rope, fields["max_positions"])
+        if "dynamic" in rope.values() and fields["sliding_window"] is not None:
+            raise ValueError("rope_type 'dynamic' is not supported with a sliding_window")
         fields["dtype"] = _dtype(values)
         return cls._build(fields, overrides)
 
@@ -159,6 +182,8 @@ class MistralConfig:
             values[key] = getattr(self, name)
         values["head_dim"] = self.head_dim
         values["rope_theta"] = self.rope_theta
+        if self.rope_scaling is not None:
+            values["rope_scaling"] = self.rope_scaling.to_hf()
         if self.dtype is not None:
             values["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         return values
@@ -219,10 +244,10 @@ def _derived_head_dim(dim: Any, n_heads: Any) -> int:
     return int(dim // n_heads)
 
 
-def _refuse_unless(values: dict[str, Any], key: str, expected: str, default: Any = None) -> None:
+def _refuse_unless(values: dict[str, Any], key: str, *expected: str, default: Any = None) -> None:
     value = values.get(key, default)
-    if value != expected:
-        raise ValueError(f"{key} must be {expected!r}, got {value!r}")
+    if value not in expected:
+        raise ValueError(f"{key} must be {' or '.join(map(repr, expected))}, got {value!r}")
 
 
 def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
@@ -231,21 +256,18 @@ def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
             raise ValueError(f"{key} is not supported, got {values[key]!r}")
 
 
-def _hf_rope_theta(values: dict[str, Any]) -> Any:
-    """The base of RoPE, after checking that it is the plain kind.
+def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says about RoPE beside its base.
 
     transformers moved ``rope_theta`` and ``rope_scaling`` into one ``rope_parameters``.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters must be an object, got {rope!r}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"rope_type must be 'default' (no scaling), got {kind!r}")
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise ValueError(f"partial_rotary_factor must be 1, got {partial!r}")
-    return rope.get("rope_theta", values.get("rope_theta", _HF_DEFAULT_ROPE_THETA))
+    return rope
 
 
 def _dtype(values: dict[str, Any]) -> torch.dtype | None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mistral_ext.model.rope_scaling import RopeScaling
 
-def frequencies(theta: float, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """[D/2] float64, radians per position: theta^(-2i/D), the fastest first.
+
+def frequencies(
+    theta: float,
+    head_dim: int,
+    device: torch.device | str = "cpu",
+    scaling: RopeScaling | None = None,
+) -> Tensor:
+    """[D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
 
     Not float32, although other implementations round them to that: at position 10^5 the angles
     would be off by 0.003.
@@ -16,4 +23,5 @@ def frequencies(theta: float, head_dim: int, device: torch.device | str = "cpu")
     """
     half = head_dim // 2
     exponents = torch.arange(half, dtype=torch.float64, device=device) / half
-    return theta**-exponents
+    plain = theta**-exponents
+    return plain if scaling is None else scaling.scaled(plain, theta)

@@ -55,7 +55,9 @@ class Transformer:
         self.embeddings = _plain(weights, "tok_embeddings.weight")  # [V, E]
         self.norm = _plain(weights, "norm.weight")  # [E]
         self.output = weights["output.weight"]  # [V, E]
-        self.frequencies = rope.frequencies(config.rope_theta, config.head_dim, self.device)
+        self.frequencies = rope.frequencies(
+            config.rope_theta, config.head_dim, self.device, config.rope_scaling
+        )
         self.layers = []
         for i in range(config.n_layers):
             attention, feed_forward = f"layers.{i}.attention.", f"layers.{i}.feed_forward."
@@ -122,7 +124,7 @@ class Transformer:
             [N, E], the residual stream, for `logits` or `greedy`.
         """
         config = self.config
-        eps, window = config.norm_eps, config.sliding_window
+        eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
         # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the
         # CPU they then spin for milliseconds on the cores that ours need.
@@ -134,7 +136,7 @@ class Transformer:
             qkv = ops.linear_rope(h, weights, layer.attention_norm, eps, *rotated)
             qkv = qkv.unflatten(1, (-1, config.head_dim))  # [T, Hq + Hkv + Hkv, D]
             q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
-            x = ops.attention(q, k, v, *rings, window, max_count=max_count)  # [T, Hq, D]
+            x = ops.attention(q, k, v, *rings, window, scale, max_count)  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
                 # From here on tokens do not see each other: those without logits are done.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]

@@ -37,6 +37,11 @@ _CONTROL_SHAPE = re.compile(r"<\|[^\s|]+\|>")
 _WHITE_SPACE = re.compile(r"\s+")
 
 
+def has_control_shape(content: str) -> bool:
+    """Whether a token is written <|like this|>."""
+    return _CONTROL_SHAPE.fullmatch(content) is not None
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token that is found in a text as it is written.
@@ -138,9 +143,7 @@ def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
     return AddedToken(
         token_id,
         content,
-        control=bool(
-            entry.get("special") or content in special or _CONTROL_SHAPE.fullmatch(content)
-        ),
+        control=bool(entry.get("special") or content in special or has_control_shape(content)),
         lstrip=bool(entry.get("lstrip")),
         rstrip=bool(entry.get("rstrip")),
         single_word=bool(entry.get("single_word")),
@@ -160,10 +163,10 @@ def _merge(tokens: dict[int, AddedToken], more: Iterable[AddedToken]) -> None:
 
 
 def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    for part in _parts(tokenizer.get("normalizer")):
+    for part in parts(tokenizer.get("normalizer")):
         if part.get("type") == "Prepend":
             return "all"
-    for part in _parts(tokenizer.get("pre_tokenizer")):
+    for part in parts(tokenizer.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
             return "unspaced" if part.get("prepend_scheme", "always") == "always" else "first"
     # Without a tokenizer.json: tokenizers that are not "legacy" mended the spaces after added
@@ -171,7 +174,7 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "first" if config.get("legacy") is False else "all"
 
 
-def _parts(step: Any) -> list[dict[str, Any]]:
+def parts(step: Any) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, which may be a sequence of them."""
     if not isinstance(step, dict):
         return []

@@ -156,6 +156,8 @@ def chat_template_of(
     """
     folder = Path(folder)
     found = _read_templates(folder)
+    if tokenizer.chat_templates:
+        found = tokenizer.path, tokenizer.chat_templates
     if found is None:
         if is_instruct:
             return tokenizer.version

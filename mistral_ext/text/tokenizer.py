@@ -1,34 +1,32 @@
-"""Text to token ids and back, with the vocabularies of Mistral 7B.
+"""Text to token ids and back, with the vocabularies of Mistral 7B and of Llama models.
 
-Three vocabularies exist. v1 has 32000 tokens: <unk>, <s>, </s>, 256 bytes and ordinary pieces. v2
-and v3 have 32768: 768 more control tokens ([INST], [/INST], ...) come first and everything else
-moves up. All are SentencePiece BPE: a space is written "▁" inside a token, encoding puts one space
-before the text, and a character without a token of its own is spelled in byte tokens <0xNN>.
+Mistral 7B has three vocabularies. v1 has 32000 tokens: <unk>, <s>, </s>, 256 bytes and ordinary
+pieces. v2 and v3 have 32768: 768 more control tokens ([INST], [/INST], ...) come first and
+everything else moves up. All are SentencePiece BPE: a space is written "▁" inside a token,
+encoding puts one space before the text, and a character without a token of its own is spelled in
+byte tokens <0xNN>.
 
 Fine-tunes add tokens of their own (`added_tokens`). Those that are text are found in every text;
 control tokens only where they are asked for, so that nobody's text can end a turn of a chat.
 
+Llama 3 and SmolLM2 have byte-level BPE: no first space, and a token for each byte.
+
 Bytes, not strings, are what a token contributes: an emoji may be split over four tokens. So the
-only thing kept of either file format are encode functions and a table id -> bytes.
+only things kept of any file format are encode functions and a table id -> bytes (`vocabulary`).
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mistral_ext.files import refuse_lfs_pointer
-from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
-
-if TYPE_CHECKING:
-    import tokenizers
-
-_SPACE = "▁"  # U+2581
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder
+from mistral_ext.text.gguf_tokenizer import gguf_chat_templates, gguf_vocabulary
+from mistral_ext.text.sentencepiece_file import read_sentencepiece
+from mistral_ext.text.tokenizer_json import read_tokenizer_json
 
 UTF8_ERRORS = "mistral_ext.replace_bytes"
 
@@ -70,6 +68,8 @@ class Tokenizer:
         names: of tokens by their use, as far as files say: "bos_token", "pad_token", ...; None if
             they say that there is none.
         base_size: ids of the vocabulary without added tokens; a model must have as many rows.
+        adds_bos: a text begins with the beginning of text (true for Mistral's files).
+        chat_templates: by name, where the file holds them itself, as GGUF files do.
         adds_first_space: encoding puts a space before the text (true for Mistral's files).
 
     Args:
@@ -90,11 +90,15 @@ class Tokenizer:
         base_size: int | None = None,
         encode_rest: Callable[[str], list[int]] | None = None,
         added: AddedTokens | None = None,
+        adds_bos: bool = True,
+        chat_templates: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self.bos_id = bos_id
         self.eos_id = eos_id
         self.control_ids = dict(control_ids)
+        self.adds_bos = adds_bos
+        self.chat_templates = dict(chat_templates or {})
         self.names = dict(added.names) if added else {}
         self.base_size = len(token_bytes) if base_size is None else base_size
         self._encode = encode
@@ -118,17 +122,35 @@ class Tokenizer:
         names = {path.name for path in folder.iterdir()}
         versions = [int(m[1]) for n in names if (m := re.fullmatch(r"tokenizer\.model\.v(\d+)", n))]
         if "tokenizer.model" in names:
-            return _read_sentencepiece(folder / "tokenizer.model")
+            return cls._read(folder / "tokenizer.model")
         if versions:
-            return _read_sentencepiece(folder / f"tokenizer.model.v{max(versions)}")
+            return cls._read(folder / f"tokenizer.model.v{max(versions)}")
         if "tokenizer.json" in names:
-            return _read_tokenizer_json(folder / "tokenizer.json")
+            return cls._read(folder / "tokenizer.json")
         if "tekken.json" in names:
             raise ValueError(
                 f"{folder / 'tekken.json'}: a Tekken tokenizer, which no Mistral 7B uses; "
                 "expected tokenizer.model, tokenizer.model.vN or tokenizer.json"
             )
         return None
+
+    @classmethod
+    def _read(cls, path: Path) -> Tokenizer:
+        is_json = path.suffix == ".json"
+        vocabulary = read_tokenizer_json(path) if is_json else read_sentencepiece(path)
+        return cls(path, **vocabulary._asdict())
+
+    @classmethod
+    def from_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer | None:
+        """The tokenizer that the metadata of a GGUF file describe; None if they describe none.
+
+        Raises ValueError that names the file and what is wrong.
+        """
+        vocabulary = gguf_vocabulary(path, metadata)
+        if vocabulary is None:
+            return None
+        templates = gguf_chat_templates(path, metadata)
+        return cls(path, **vocabulary._asdict(), chat_templates=templates)
 
     @property
     def vocab_size(self) -> int:
@@ -161,14 +183,19 @@ class Tokenizer:
         return "v2" if self.path.suffix == ".v2" else "v3"
 
     def encode(self, text: str, bos: bool = True, special_tokens: bool = False) -> list[int]:
-        """Token ids of text, after <s> if bos.
+        """Token ids of text, after <s> if bos and if the model's texts begin so (`adds_bos`).
 
         Control tokens spelled out in text stay text, unless special_tokens: then they are those
         tokens, as in the text that a chat template writes.
         """
         check_text(text, "text")
         ids = self.encode_pieces(self.split_control_tokens(text) if special_tokens else [text])
-        return [self.bos_id, *ids] if bos else ids
+        return [*self.start, *ids] if bos else ids
+
+    @property
+    def start(self) -> list[int]:
+        """What a text begins with: <s>, or nothing."""
+        return [self.bos_id] if self.adds_bos else []
 
     def split_control_tokens(self, text: str) -> list[str | int]:
         """A text cut at the control tokens that it spells out: their ids, and the text between."""
@@ -209,173 +236,3 @@ class Tokenizer:
                 f"token id {token_id}: expected 0 to {self.vocab_size - 1} ({self.path.name})"
             )
         return self._token_bytes[token_id] or b""
-
-
-def _piece_bytes(piece: str) -> bytes:
-    return piece.replace(_SPACE, " ").encode("utf-8")
-
-
-def _eos_id(added: AddedTokens, ids: Mapping[str, int], default: int) -> int:
-    """The token that ends a text: what the files call eos_token, if it is a token."""
-    name = added.names.get("eos_token")
-    return default if name is None else ids.get(name, default)
-
-
-# Protocol buffers may be appended to each other, and the last value of a field counts. These bytes
-# are normalizer_spec { add_dummy_prefix: false }.
-_NO_FIRST_SPACE = b"\x1a\x02\x18\x00"
-
-
-def _read_sentencepiece(path: Path) -> Tokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    refuse_lfs_pointer(path)
-    try:
-        model = path.read_bytes()
-        processor = SentencePieceProcessor(model_file=str(path))
-        continuing = SentencePieceProcessor(model_proto=model + _NO_FIRST_SPACE)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable SentencePiece model ({error})") from error
-    if processor.bos_id() < 0 or processor.eos_id() < 0:
-        raise ValueError(f"{path}: no <s> or no </s> in the vocabulary; expected both")
-    added = read_added_tokens(path.parent)
-
-    def read_token(token_id: int) -> bytes:
-        if processor.is_control(token_id):
-            return b""
-        if processor.is_unknown(token_id):
-            text: str = processor.decode([token_id])
-            return text.encode("utf-8")
-        piece: str = processor.id_to_piece(token_id)
-        byte = _BYTE_TOKEN.fullmatch(piece) if processor.is_byte(token_id) else None
-        return bytes.fromhex(byte[1]) if byte else _piece_bytes(piece)
-
-    ids = range(processor.vocab_size())
-    token_bytes: list[bytes | None] = [read_token(i) for i in ids]
-    pieces = {i: processor.id_to_piece(i) for i in ids}
-    control = {i for i in ids if processor.is_control(i)}
-    finder = TokenFinder(_add(added, token_bytes, pieces, control))
-
-    def encode_rest(text: str) -> list[int]:
-        spaced = text.startswith((" ", _SPACE))
-        is_unspaced = added.prefix == "first" or (added.prefix == "unspaced" and spaced)
-        ids: list[int] = (continuing if is_unspaced else processor).encode(text)
-        return ids
-
-    def encode(text: str, first: Callable[[str], list[int]]) -> list[int]:
-        encoded = []
-        for i, piece in enumerate(finder.split(text)):
-            if isinstance(piece, int):
-                encoded.append(piece)
-            else:
-                encoded += first(piece) if i == 0 else encode_rest(piece)
-        return encoded
-
-    return Tokenizer(
-        path,
-        encode=lambda text: encode(text, processor.encode),
-        token_bytes=token_bytes,
-        control_ids={pieces[i]: i for i in sorted(control)},
-        bos_id=processor.bos_id(),
-        eos_id=_eos_id(added, {piece: i for i, piece in pieces.items()}, processor.eos_id()),
-        base_size=len(ids),
-        encode_rest=lambda text: encode(text, encode_rest),
-        added=added,
-    )
-
-
-def _add(
-    added: AddedTokens,
-    token_bytes: list[bytes | None],
-    pieces: dict[int, str],
-    control: set[int],
-) -> list[AddedToken]:
-    """Enters added tokens into a vocabulary's tables; returns those to be found in every text.
-
-    Some are of the base vocabulary, under the same name or (a reserved token put to use) a new one.
-    """
-    found = []
-    for i, token in added.tokens.items():
-        token_bytes += [None] * (i + 1 - len(token_bytes))
-        renamed = pieces.get(i) != token.content
-        pieces[i] = token.content
-        if token.control or (i in control and not renamed):
-            control.add(i)
-            token_bytes[i] = b""
-        else:
-            control.discard(i)
-            if renamed:
-                token_bytes[i] = token.content.encode("utf-8")
-            found.append(token)
-    return found
-
-
-def _read_tokenizer_json(path: Path) -> Tokenizer:
-    refuse_lfs_pointer(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        model = data["model"]
-        kind, byte_fallback = model.get("type"), model.get("byte_fallback")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
-    if kind != "BPE" or not byte_fallback:
-        raise ValueError(
-            f"{path}: expected BPE with byte_fallback, the kind Mistral 7B uses; got type "
-            f"{kind!r}, byte_fallback {byte_fallback!r}"
-        )
-    added = read_added_tokens(path.parent)
-    control = {token.content for token in added.tokens.values() if token.control}
-    for entry in data.get("added_tokens") or ():
-        entry["special"] = entry["content"] in control  # which some files do not say
-    backend = _backend(data, path)
-    names = backend.get_vocab(with_added_tokens=True)
-    control_ids = {
-        name: names[name] for name in sorted(control & names.keys(), key=names.__getitem__)
-    }
-    if "<s>" not in control_ids or "</s>" not in control_ids:
-        raise ValueError(f"{path}: no <s> or no </s> among the special tokens; expected both")
-
-    def read_token(token_id: int) -> bytes | None:
-        piece = backend.id_to_token(token_id)
-        if piece is None or piece in control_ids:
-            return None if piece is None else b""
-        if token_id in added.tokens:
-            return piece.encode("utf-8")
-        byte = _BYTE_TOKEN.fullmatch(piece)
-        return bytes.fromhex(byte[1]) if byte else _piece_bytes(piece)
-
-    continuing = _backend(_without_first_space(data), path) if added.prefix == "first" else backend
-    return Tokenizer(
-        path,
-        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
-        token_bytes=[read_token(i) for i in range(max(names.values()) + 1)],
-        control_ids=control_ids,
-        bos_id=control_ids["<s>"],
-        eos_id=_eos_id(added, names, control_ids["</s>"]),
-        base_size=max(model["vocab"].values()) + 1,
-        encode_rest=lambda text: continuing.encode(text, add_special_tokens=False).ids,
-        added=added,
-    )
-
-
-def _backend(data: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
-    import tokenizers
-
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
-        raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # that is: "</s>" in a text is encoded as text
-    return backend
-
-
-def _without_first_space(data: Any) -> Any:
-    """The contents of a tokenizer.json that puts no space before a text."""
-    if isinstance(data, list):
-        return [_without_first_space(item) for item in data]
-    if not isinstance(data, dict):
-        return data
-    changed = {"prepend_scheme": "never"} if data.get("type") == "Metaspace" else {}
-    return {key: _without_first_space(value) for key, value in data.items()} | changed

@@ -1,7 +1,7 @@
 """The weights in the files of a model folder.
 
-Hugging Face's and Mistral's files (mistral_ext/weights/folder.py) give one dict of tensors, with
-Mistral's names and Hugging Face's order of the query and key rows.
+Hugging Face's, Mistral's and GGUF files (mistral_ext/weights/folder.py) give one dict of tensors,
+with Mistral's names and Hugging Face's order of the query and key rows.
 
 Weights are mapped into memory, not read into it: their pages belong to the file, so they are
 held once, are shared between processes, and can be evicted instead of killing the process. Only
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -30,10 +30,17 @@ from mistral_ext.ops import Quantized
 from mistral_ext.weights.device import expect_runnable, move_weights
 from mistral_ext.weights.folder import (
     LAYOUTS,
+    Layout,
     ModelFolder,
     WeightFiles,
     find_weights,
     what_is_there,
+)
+from mistral_ext.weights.gguf_model import (
+    default_dtype,
+    gguf_name,
+    gguf_tensors,
+    say_what_is_decoded,
 )
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
@@ -128,7 +135,7 @@ class Checkpoint:
                 f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}"
             )
         config = folder.config
-        files = find_weights(folder.path)
+        files = _files(folder)
         if files is None:
             expected = ", ".join(layout.file for layout in LAYOUTS)
             found = what_is_there(entry.name for entry in folder.path.iterdir())
@@ -145,7 +152,14 @@ class Checkpoint:
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
-        self._parts = _match(files, config, stored, dtype)
+        tensors = _stored_tensors(files)
+        if folder.gguf is not None:
+            dtype = dtype or default_dtype(folder.gguf)
+            # What is rounded again is decoded exactly.
+            decoded = torch.float32 if self._quantizes else dtype
+            tensors = gguf_tensors(folder.gguf, decoded)
+            say_what_is_decoded(folder.gguf, str(quantization or _list((dtype,))))
+        self._parts = _match(tensors, files, config, stored, dtype)
         # The formats of the weights that are two tensors.
         self._formats = {
             name: format
@@ -157,7 +171,7 @@ class Checkpoint:
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
         self._heads_in_pairs = {}  # of the weights whose rows are in Mistral's order
-        if files.layout.format == "mistral":
+        if files.layout.format in ("mistral", "gguf"):
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
 
     @property
@@ -243,6 +257,12 @@ def hugging_face_name(name: str) -> str:
     return f"{prefix}{_HF_MODULES[module]}.weight"
 
 
+def _stored_name(name: str, layout: Layout) -> str:
+    if layout.format == "gguf":
+        return gguf_name(name)
+    return hugging_face_name(name) if layout.format == "hf" else name
+
+
 def named_parts(name: str, weight: Tensor | Quantized) -> dict[str, Tensor]:
     """The tensors of a weight by the names under which Hugging Face's format stores them."""
     name = hugging_face_name(name)
@@ -255,6 +275,7 @@ def named_parts(name: str, weight: Tensor | Quantized) -> dict[str, Tensor]:
 
 
 def _match(
+    tensors: Iterable[StoredTensor],
     weights: WeightFiles,
     config: MistralConfig,
     quantization: Quantization | None,
@@ -263,7 +284,7 @@ def _match(
     """The stored tensors of each weight, after checking that they are exactly those expected: one,
     or the values and the scales of a quantised weight."""
     found: dict[str, StoredTensor] = {}
-    for stored in _stored_tensors(weights):
+    for stored in tensors:
         if stored.name.endswith(_IGNORED_SUFFIX):
             continue
         twin = found.setdefault(stored.name, stored)
@@ -273,7 +294,7 @@ def _match(
     _expect_names(found, weights)
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
-        stored_name = hugging_face_name(name) if weights.layout.format == "hf" else name
+        stored_name = _stored_name(name, weights.layout)
         parts = quantization.parts(name, shape) if quantization else None
         if parts is not None:
             values = _take(found, stored_name, parts.values.shape, weights)
@@ -304,8 +325,7 @@ def _match(
 
 def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
     """Refuses tensors that are all named in another way, and says in which."""
-    ours = "tok_embeddings.weight"
-    expected = hugging_face_name(ours) if weights.layout.format == "hf" else ours
+    expected = _stored_name("tok_embeddings.weight", weights.layout)
     if expected in found:
         return
     last = expected.removeprefix("model.")
@@ -342,6 +362,12 @@ def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> to
             f"got {stored.dtype}"
         )
     return stored.dtype
+
+
+def _files(folder: ModelFolder) -> WeightFiles | None:
+    if folder.gguf is None:
+        return find_weights(folder.path)
+    return WeightFiles(Layout(folder.path.name, "gguf"), folder.path, (folder.path,))
 
 
 def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:

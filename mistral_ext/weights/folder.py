@@ -1,8 +1,8 @@
-"""Model folders: which files belong to a model, and what the small ones among them say.
+"""Model folders and GGUF files: which files belong to a model, and what they say beside weights.
 
 Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
 ``pytorch_model*.bin``; Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
-``consolidated.00.pth``. A folder may be of both.
+``consolidated.00.pth``. A folder may be of both. A GGUF file is a whole model by itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
+from mistral_ext.weights.gguf_model import gguf_config
 from mistral_ext.weights.quantize import Quantization
 
 
@@ -52,20 +54,19 @@ COMPANIONS = (
     "chat_template*",
 )
 
-GGUF = "GGUF files are not supported; expected the folder of the model that it was made from"
-
 _QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
 _OWN_KEY = "mistral_ext"  # in config.json: what no key of Hugging Face's says
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder, and what its small files say: see :func:`read_folder`."""
+    """A model's folder or file, and what it says beside the weights: see :func:`read_folder`."""
 
     path: Path
     config: MistralConfig  # with the end tokens of generation_config.json, too
     quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
     instruct: bool = False  # its name says so, or what quantize wrote down when it had that name
+    gguf: Gguf | None = None  # the file that `path` is
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,17 @@ class WeightFiles:
 
 
 def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
-    """Reads what a folder says about its model, but for the weights and the tokenizer.
+    """Reads what a folder or a GGUF file says about its model, but for weights and tokenizer.
 
     A folder may hold both formats. Then ``config.json`` is read, unless the only weights there are
     Mistral's: the configuration should come from whoever wrote the weights (early ``config.json``
-    files of v0.2 state a window that its ``params.json`` does not).
+    files of v0.2 state a window that its ``params.json`` does not). A folder without such weights,
+    but with one model in GGUF, stands for that.
 
     Args:
-        path: a local folder (see :func:`mistral_ext.weights.hub.resolve` for hub ids). The end
-            tokens of its ``generation_config.json`` join those of the configuration.
+        path: a local folder, or a GGUF file, in several parts or not (see
+            :func:`mistral_ext.weights.hub.resolve` for hub ids). The end tokens of a folder's
+            ``generation_config.json`` join those of the configuration.
         overrides: fields of `MistralConfig`, e.g. ``sliding_window=None``; they win over the file.
 
     Raises:
@@ -96,6 +99,11 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         TypeError: an override that is not a field.
     """
     path = Path(path)
+    gguf_file = find_gguf(path)
+    if gguf_file is not None:
+        gguf = read_gguf(gguf_file)
+        config = gguf_config(gguf, **overrides)
+        return ModelFolder(gguf.path, config, instruct=is_instruct(gguf.path), gguf=gguf)
     hf_file, params_file = (path / name for name in CONFIGS)
     weights = find_weights(path)
     mistral_weights = weights is not None and weights.layout.format == "mistral"
@@ -130,6 +138,26 @@ def find_weights(folder: str | Path) -> WeightFiles | None:
     return next(iter(complete + found), None)
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a model is in: the path itself, or the only one of a folder that holds no
+    other weights; of a model in several parts, the first. None: it is in none.
+
+    Raises:
+        ValueError: the folder holds several models in GGUF.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or find_weights(path) is not None:
+        return None
+    models = sorted({path / part_names(file.name)[0] for file in path.glob("*.gguf")})
+    if len(models) > 1:
+        raise ValueError(
+            f"{str(path)!r} holds {len(models)} models in GGUF, expected one; pass one of the "
+            f"files: {', '.join(model.name for model in models)}"
+        )
+    return next(iter(models), None)
+
+
 def is_instruct(path: Path) -> bool:
     """Whether a folder without a chat template is that of a Mistral Instruct model.
 
@@ -162,7 +190,7 @@ def what_is_there(names: Iterable[str]) -> str:
         )
     for name in names:
         if name.endswith(".gguf"):
-            return f"found {name}: {GGUF}"
+            return f"found {name}: of a GGUF file pass the file, as in OWNER/NAME:{name}"
     shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 9 else names
     return f"found {', '.join(shown) or 'nothing'}"
 

@@ -5,30 +5,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mistral_ext.weights.folder import COMPANIONS, CONFIGS, GGUF, LAYOUTS, summary, what_is_there
+from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, what_is_there
+from mistral_ext.weights.gguf_file import part_names
+
+_OWNER_AND_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a model: a folder as it is, a hub id (``owner/name``) downloaded.
+    """The local folder or GGUF file of a model: as it is, or downloaded from the hub.
 
-    Of a hub model, only the configuration, the tokenizer and one format of the weights are
-    downloaded, into huggingface_hub's cache; later calls work without a network.
+    On the hub a model is ``owner/name``, a GGUF file in it ``owner/name:file.gguf`` (of a file in
+    parts, any of them). Of a hub model, only the configuration, the tokenizer and one format of the
+    weights are downloaded, into huggingface_hub's cache; later calls work without a network.
 
     Raises:
-        FileNotFoundError: no such folder, and no such model on the hub or in its cache.
-        ValueError: the path is a file.
+        FileNotFoundError: no such folder or file, and none on the hub or in its cache.
+        ValueError: the path is a file of another kind.
     """
     path = Path(path_or_hub_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
-    if path.suffix == ".gguf" and path.exists():
-        raise ValueError(f"{str(path)!r}: {GGUF}")
     if path.exists():
-        raise ValueError(f"{str(path)!r} is a file; expected the folder that holds the model")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_id)):
+        raise ValueError(
+            f"{str(path)!r} is a file; expected the folder that holds the model, or a GGUF file"
+        )
+    if re.fullmatch(_OWNER_AND_NAME, str(path_or_hub_id)):
         return _download(str(path_or_hub_id))
+    if match := re.fullmatch(rf"({_OWNER_AND_NAME}):([^:]+\.gguf)", str(path_or_hub_id)):
+        return _download_gguf(match[1], match[2])
     raise FileNotFoundError(
-        f"{str(path_or_hub_id)!r} does not exist; expected a folder, or a hub id like 'owner/name'"
+        f"{str(path_or_hub_id)!r} does not exist; expected a folder, a GGUF file, or a hub id like "
+        "'owner/name' or 'owner/name:file.gguf'"
     )
 
 
@@ -52,6 +59,19 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
         raise _not_available(hub_id, error) from error
+
+
+def _download_gguf(hub_id: str, name: str) -> Path:
+    """The first part of a GGUF file. What is in the cache is not asked for again."""
+    from huggingface_hub import hf_hub_download
+
+    folder, _, file = name.rpartition("/")
+    parts = [f"{folder}/{part}".lstrip("/") for part in part_names(file)]
+    try:
+        paths = [Path(hf_hub_download(hub_id, part)) for part in parts]
+    except Exception as error:
+        raise _not_available(hub_id, error) from error
+    return paths[0]
 
 
 def _cached(hub_id: str, reason: Exception) -> Path:

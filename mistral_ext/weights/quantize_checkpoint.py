@@ -54,6 +54,11 @@ def quantize_checkpoint(
     target = Path(target)
     expect_free(target)
     original = read_folder(resolve(source))
+    if original.gguf is not None:
+        raise ValueError(
+            f"{str(original.path)!r} is a GGUF file; expected the folder of the original, or load "
+            "it with quantize="
+        )
     if original.quantization is not None:
         raise ValueError(
             f"the weights in {str(original.path)!r} are quantised already, as "

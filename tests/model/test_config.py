@@ -174,12 +174,14 @@ def test_unknown_override_lists_the_fields():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type must be 'mistral', got 'mixtral'"),
+        ({"model_type": "mixtral"}, "model_type must be 'mistral' or 'llama', got 'mixtral'"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"attention_bias": True}, "attention_bias is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type .* got 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type .* got 'yarn'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope_type .* got 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor of rope_scaling must .* got None"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of rope_sc.* got '2'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' is not .* sliding_window"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor .* got 0.5"),
         ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
         ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),

@@ -312,5 +312,5 @@ def test_tokenizer_json_of_another_family(model, tmp_path):
 def test_tokenizer_json_without_bos(tmp_path):
     model = tokenizers.models.BPE({"a": 0}, [], byte_fallback=True)
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="no <s> or no </s>"):
+    with pytest.raises(ValueError, match="no beginning or no end of text"):
         Tokenizer.from_folder(tmp_path)

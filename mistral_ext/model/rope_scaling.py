@@ -1,0 +1,187 @@
+"""How models change the frequencies of RoPE to read longer texts than they were first trained on.
+
+The kinds are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files), computed as
+transformers computes them, but in float64. Another comes from GGUF files, which hold the result:
+a divisor for each frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+_FACTORS = "factors"  # our own, for what GGUF files hold
+
+
+@dataclass(frozen=True)
+class Linear:
+    """All frequencies divided by one factor: positions lie closer together.
+
+    Source: Chen et al. 2023, arXiv:2306.15595.
+    """
+
+    factor: float
+
+    def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
+        return frequencies / self.factor
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"rope_type": "linear", "factor": self.factor}
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Low frequencies divided by a factor, high ones kept, and a smooth passage between.
+
+    Source: Llama 3.1, as transformers has it (`rope_type: llama3`).
+    """
+
+    factor: float
+    low: float  # turns within the original positions below which a frequency is divided
+    high: float  # and above which it is kept
+    original_positions: int
+
+    def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
+        turns = self.original_positions * frequencies / (2 * math.pi)
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return torch.lerp(frequencies / self.factor, frequencies, kept)
+
+    def to_hf(self) -> dict[str, Any]:
+        return {
+            "rope_type": "llama3",
+            "factor": self.factor,
+            "low_freq_factor": self.low,
+            "high_freq_factor": self.high,
+            "original_max_position_embeddings": self.original_positions,
+        }
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Low frequencies divided, high ones kept, with a linear passage over the dimensions between;
+    queries and keys both grow by `attention_factor`.
+
+    Source: Peng et al. 2023, arXiv:2309.00071.
+    """
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float = 32  # turns within the original positions above which a frequency is kept
+    beta_slow: float = 1  # and below which it is divided
+    truncate: bool = True  # the passage begins and ends at whole dimensions
+
+    def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
+        half = len(frequencies)
+        turns = self.beta_fast, self.beta_slow
+        begin, end = (self._dimension(some, half, theta) for some in turns)
+        if self.truncate:
+            begin, end = math.floor(begin), math.ceil(end)
+        begin, end = max(begin, 0), min(end, 2 * half - 1)
+        dimensions = torch.arange(half, dtype=torch.float64, device=frequencies.device)
+        divided = ((dimensions - begin) / max(end - begin, 0.001)).clamp(0, 1)
+        return torch.lerp(frequencies, frequencies / self.factor, divided)
+
+    def _dimension(self, turns: float, half: int, theta: float) -> float:
+        """Which of the dimensions turns so often within the original positions."""
+        positions = self.original_positions / (turns * 2 * math.pi)
+        return half * math.log(positions) / math.log(theta)
+
+    def to_hf(self) -> dict[str, Any]:
+        return {
+            "rope_type": "yarn",
+            "factor": self.factor,
+            "original_max_position_embeddings": self.original_positions,
+            "attention_factor": self.attention_factor,
+            "beta_fast": self.beta_fast,
+            "beta_slow": self.beta_slow,
+            "truncate": self.truncate,
+        }
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Each frequency divided by a factor of its own: `rope_freqs.weight` of GGUF files."""
+
+    factors: tuple[float, ...]  # D/2
+
+    def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
+        return frequencies / torch.tensor(self.factors, dtype=torch.float64).to(frequencies.device)
+
+    def to_hf(self) -> dict[str, Any]:
+        return {"rope_type": _FACTORS, _FACTORS: list(self.factors)}
+
+
+RopeScaling: TypeAlias = Linear | Llama3 | Yarn | Factors
+
+
+def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | None:
+    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``; None: RoPE is not scaled.
+
+    Dynamic scaling is none: it begins after `max_positions`, and the engine ends there.
+
+    Args:
+        rope: the object.
+        max_positions: of the model, the original ones if the object does not say.
+
+    Raises:
+        ValueError: a kind that is not supported, or a number that is missing or impossible.
+    """
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in (None, "default", "dynamic"):
+        return None
+    if kind == _FACTORS:
+        factors = rope.get(_FACTORS)
+        if not isinstance(factors, list) or not all(_is_positive(factor) for factor in factors):
+            raise ValueError(f"rope_scaling factors must be positive numbers, got {factors!r:.60}")
+        return Factors(tuple(map(float, factors)))
+    if kind not in _KINDS:
+        raise ValueError(f"rope_type must be one of {', '.join(_KINDS)}, got {kind!r}")
+    if kind == "linear":
+        return Linear(_number(rope, "factor"))
+    original = int(_number(rope, "original_max_position_embeddings", max_positions))
+    if kind == "yarn":
+        return _yarn(rope, original)
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    if high <= low:
+        raise ValueError(f"high_freq_factor must be above low_freq_factor, got {high} and {low}")
+    return Llama3(_number(rope, "factor"), low, high, original)
+
+
+def _yarn(rope: dict[str, Any], original: int) -> Yarn:
+    factor = _number(rope, "factor")
+    default = _attention_factor(factor)
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        default = _attention_factor(factor, _number(rope, "mscale"))
+        default /= _attention_factor(factor, _number(rope, "mscale_all_dim"))
+    return Yarn(
+        factor,
+        original,
+        _number(rope, "attention_factor", default),
+        # transformers takes a zero for the default, too.
+        _number(rope, "beta_fast", 32) if rope.get("beta_fast") else 32,
+        _number(rope, "beta_slow", 1) if rope.get("beta_slow") else 1,
+        bool(rope.get("truncate", True)),
+    )
+
+
+def _attention_factor(factor: float, scale: float = 1) -> float:
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _number(rope: dict[str, Any], key: str, default: float | None = None) -> float:
+    value: Any = rope.get(key)
+    value = default if value is None else value
+    if not _is_positive(value):
+        raise ValueError(f"{key} of rope_scaling must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0

@@ -1,0 +1,239 @@
+"""Tokenizers from the metadata of GGUF files.
+
+Two kinds are read: "llama" is SentencePiece, of which a model is put together in memory, so that
+the library itself encodes; "gpt2" is byte-level BPE, of which a tokenizer.json is. How the latter
+cuts a text into words before it merges bytes is known by name only (`tokenizer.ggml.pre`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mistral_ext.text.added_tokens import AddedToken, AddedTokens, has_control_shape
+from mistral_ext.text.sentencepiece_file import sentencepiece_vocabulary
+from mistral_ext.text.tokenizer_json import json_vocabulary
+from mistral_ext.text.vocabulary import Vocabulary
+
+# Types of tokens; SentencePiece has the same numbers.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+
+
+class _Words(NamedTuple):
+    """How texts are cut into words, in the form of tokenizer.json."""
+
+    steps: list[dict[str, Any]]
+    ignore_merges: bool = False  # a word that is a token is not merged
+    adds_bos: bool = False
+
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_GPT_2 = _Words([_BYTES | {"use_regex": True}])
+_DIGITS_APART = _Words([{"type": "Digits", "individual_digits": True}, *_GPT_2.steps])
+_LLAMA_3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA_3 = _Words(
+    [
+        {
+            "type": "Split",
+            "pattern": {"Regex": _LLAMA_3_WORDS},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        _BYTES | {"use_regex": False},
+    ],
+    ignore_merges=True,
+    adds_bos=True,
+)
+_PRE = {
+    "gpt-2": _GPT_2,
+    "smollm": _DIGITS_APART,
+    "starcoder": _DIGITS_APART,
+    "llama-bpe": _LLAMA_3,
+    "llama3": _LLAMA_3,
+    "llama-v3": _LLAMA_3,
+}
+
+
+def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | None:
+    """The vocabulary of a GGUF file; None: it has none.
+
+    Args:
+        path: the file, for errors.
+        metadata: of the file.
+
+    Raises:
+        ValueError: a kind of tokenizer that is not supported, by name; or tokens that are damaged.
+    """
+    kind = metadata.get("tokenizer.ggml.model", "none")
+    if kind in ("none", "no_vocab"):
+        return None
+    readers = {"llama": _sentencepiece, "gpt2": _byte_level}
+    if kind not in readers:
+        raise ValueError(
+            f"{path}: tokenizer.ggml.model is {kind!r:.60}, expected {' or '.join(readers)}"
+        )
+    return readers[kind](_Tokens(path, metadata))
+
+
+def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a GGUF file by name, "default" the first; empty without any."""
+    key = "tokenizer.chat_template"
+    templates = {
+        "default" if name == key else name.removeprefix(f"{key}."): text
+        for name, text in metadata.items()
+        if name == key or name.startswith(f"{key}.")
+    }
+    for name, text in templates.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: chat template {name!r} is {text!r:.60}, expected a text")
+    return templates
+
+
+class _Tokens:
+    """The tokens of a file: texts, types, and those with a use."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.path = path
+        self._metadata = metadata
+        self.texts: Sequence[str] = self.values("tokens", str)
+        n_tokens = len(self.texts)
+        self.types: Sequence[int] = self.values("token_type", int, [_NORMAL] * n_tokens, n_tokens)
+
+    def values(
+        self, key: str, kind: type, default: Sequence[Any] | None = None, length: int | None = None
+    ) -> Sequence[Any]:
+        """An array of texts or numbers, as a list."""
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        values = value if isinstance(value, list) else getattr(value, "tolist", list)()
+        if value is None or not values or not isinstance(values[0], kind):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, expected a list of "
+                f"{'texts' if kind is str else 'numbers'}"
+            )
+        if length is not None and len(values) != length:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.{key} has {len(values)} values, expected {length}, "
+                "one for each token"
+            )
+        return values
+
+    def id_of(self, name: str, default: int | None = None) -> int | None:
+        """The token with a use, such as "eos"."""
+        value = self._metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+        if value is not None and not (isinstance(value, int) and 0 <= value < len(self.texts)):
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.{name}_token_id is {value!r:.60}, expected 0 to "
+                f"{len(self.texts) - 1}"
+            )
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, expected a bool")
+        return value
+
+    def text(self, key: str) -> str:
+        value = self._metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(value, str):
+            raise ValueError(f"{self.path}: tokenizer.ggml.{key} is {value!r:.60}, expected a text")
+        return value
+
+    def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
+        """The tokens of some types as added ones, and the names of those with a use."""
+        tokens = {}
+        for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
+            if kind in types and text:
+                is_control = kind == _CONTROL or has_control_shape(text)
+                tokens[i] = AddedToken(i, text, is_control)
+        names = {
+            f"{use}_token": None if token_id is None else self.texts[token_id]
+            for use, token_id in ids.items()
+        }
+        # llama.cpp puts a space before what follows each added token, too.
+        return AddedTokens(tokens, names, prefix="all")
+
+
+# SentencePiece
+
+
+def _sentencepiece(tokens: _Tokens) -> Vocabulary:
+    scores = tokens.values("scores", float, length=len(tokens.texts))
+    ids = {"bos": tokens.id_of("bos", 1), "eos": tokens.id_of("eos", 2)}
+    pieces = zip(tokens.texts, scores, tokens.types, strict=True)
+    model = _model_proto(pieces, tokens.flag("add_space_prefix", True))
+    added = tokens.added((_USER_DEFINED,), ids)
+    vocabulary = sentencepiece_vocabulary(tokens.path, model, added, ids["bos"])
+    return vocabulary._replace(adds_bos=tokens.flag("add_bos_token", True))
+
+
+def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: bool) -> bytes:
+    """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto): BPE with bytes for
+    characters without a token, and texts taken as they are."""
+    proto = bytearray()
+    for text, score, kind in pieces:
+        if kind == _USER_DEFINED and has_control_shape(text):
+            kind = _CONTROL
+        data = text.encode("utf-8", "surrogateescape")
+        piece = _field(1, data) + b"\x15" + struct.pack("<f", score) + _number(3, kind)
+        proto += _field(1, piece)
+    bpe_with_bytes = _number(3, 2) + _number(35, 1)
+    spaces = _number(3, adds_first_space) + _number(4, 0) + _number(5, 1)
+    proto += _field(2, bpe_with_bytes) + _field(3, _field(1, b"identity") + spaces)
+    return bytes(proto)
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _number(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+# Byte-level BPE
+
+
+def _byte_level(tokens: _Tokens) -> Vocabulary:
+    pre = tokens.text("pre")
+    if pre not in _PRE:
+        raise ValueError(
+            f"{tokens.path}: tokenizer.ggml.pre is {pre!r:.60}, expected one of {', '.join(_PRE)}: "
+            "another would give other tokens"
+        )
+    eos_id = tokens.id_of("eos")
+    added = tokens.added(
+        (_UNKNOWN, _CONTROL, _USER_DEFINED), {"bos": tokens.id_of("bos", eos_id), "eos": eos_id}
+    )
+    data = {
+        "added_tokens": [_added_entry(token) for token in added.tokens.values()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _PRE[pre].steps},
+        "decoder": _BYTES | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            # Of tokens that are there twice the first counts.
+            "vocab": {text: i for i, text in reversed(list(enumerate(tokens.texts)))},
+            "merges": list(tokens.values("merges", str)),
+            "ignore_merges": _PRE[pre].ignore_merges,
+        },
+    }
+    adds_bos = tokens.flag("add_bos_token", _PRE[pre].adds_bos)
+    return json_vocabulary(tokens.path, data, added, adds_bos)
+
+
+def _added_entry(token: AddedToken) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token.id, "content": token.content, "special": token.control, **flags}

@@ -1,0 +1,117 @@
+"""SentencePiece models: the file ``tokenizer.model``, and the like from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mistral_ext.files import refuse_lfs_pointer
+from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
+from mistral_ext.text.vocabulary import BYTE_TOKEN, SPACE, Vocabulary, named_id, piece_bytes
+
+# Protocol buffers may be appended to each other, and the last value of a field counts. These bytes
+# are normalizer_spec { add_dummy_prefix: false }.
+_NO_FIRST_SPACE = b"\x1a\x02\x18\x00"
+
+
+def read_sentencepiece(path: Path) -> Vocabulary:
+    """Reads a ``tokenizer.model`` and the tokens that files beside it add.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    refuse_lfs_pointer(path)
+    return sentencepiece_vocabulary(path, path.read_bytes(), read_added_tokens(path.parent))
+
+
+def sentencepiece_vocabulary(
+    path: Path, model: bytes, added: AddedTokens, bos_id: int | None = None
+) -> Vocabulary:
+    """A vocabulary from the bytes of a SentencePiece model.
+
+    Args:
+        path: for errors.
+        model: its protocol buffer.
+        added: tokens that are not for SentencePiece to find; they may be of the model, too.
+        bos_id: the beginning of a text; None: as the model says.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_proto=model)
+        continuing = SentencePieceProcessor(model_proto=model + _NO_FIRST_SPACE)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable SentencePiece model ({error})") from error
+    pieces = {i: processor.id_to_piece(i) for i in range(processor.vocab_size())}
+    bos_id = processor.bos_id() if bos_id is None else bos_id
+
+    def read_token(token_id: int) -> bytes:
+        if processor.is_control(token_id):
+            return b""
+        if processor.is_unknown(token_id):
+            text: str = processor.decode([token_id])
+            return text.encode("utf-8")
+        piece: str = processor.id_to_piece(token_id)
+        byte = BYTE_TOKEN.fullmatch(piece) if processor.is_byte(token_id) else None
+        return bytes.fromhex(byte[1]) if byte else piece_bytes(piece)
+
+    base_size = len(pieces)
+    token_bytes: list[bytes | None] = [read_token(i) for i in pieces]
+    control = {i for i in pieces if processor.is_control(i)}
+    finder = TokenFinder(_add(added, token_bytes, pieces, control))
+    names = {piece: i for i, piece in pieces.items()}
+    eos_id = named_id(added, "eos_token", names, processor.eos_id())
+    if bos_id < 0 or eos_id is None or eos_id < 0:
+        raise ValueError(f"{path}: no <s> or no </s> in the vocabulary; expected both")
+
+    def encode_rest(text: str) -> list[int]:
+        spaced = text.startswith((" ", SPACE))
+        is_unspaced = added.prefix == "first" or (added.prefix == "unspaced" and spaced)
+        ids: list[int] = (continuing if is_unspaced else processor).encode(text)
+        return ids
+
+    def encode(text: str, first: Callable[[str], list[int]]) -> list[int]:
+        encoded = []
+        for i, piece in enumerate(finder.split(text)):
+            if isinstance(piece, int):
+                encoded.append(piece)
+            else:
+                encoded += first(piece) if i == 0 else encode_rest(piece)
+        return encoded
+
+    return Vocabulary(
+        encode=lambda text: encode(text, processor.encode),
+        token_bytes=token_bytes,
+        control_ids={pieces[i]: i for i in sorted(control)},
+        bos_id=bos_id,
+        eos_id=eos_id,
+        base_size=base_size,
+        encode_rest=lambda text: encode(text, encode_rest),
+        added=added,
+    )
+
+
+def _add(
+    added: AddedTokens,
+    token_bytes: list[bytes | None],
+    pieces: dict[int, str],
+    control: set[int],
+) -> list[AddedToken]:
+    """Enters added tokens into a vocabulary's tables; returns those to be found in every text.
+
+    Some are of the base vocabulary, under the same name or (a reserved token put to use) a new one.
+    """
+    found = []
+    for i, token in added.tokens.items():
+        token_bytes += [None] * (i + 1 - len(token_bytes))
+        renamed = pieces.get(i) != token.content
+        pieces[i] = token.content
+        if token.control or (i in control and not renamed):
+            control.add(i)
+            token_bytes[i] = b""
+        else:
+            control.discard(i)
+            if renamed:
+                token_bytes[i] = token.content.encode("utf-8")
+            found.append(token)
+    return found

@@ -1,0 +1,243 @@
+"""The blocks in which GGUF files store weights, and what they stand for.
+
+A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values, each with scales of its
+own. Types with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) store scale * q - minimum or + minimum, the
+others scale * (q - offset); IQ4_NL and IQ4_XS have a table of 16 values in place of q - offset. K
+types and IQ4_XS scale in two levels: 6 or 4 bits for each 16 or 32 values, fp16 for the block.
+
+Decoding is exact: values, scales and their products are computed in fp32, in the order of ggml.
+
+Source: ggml's ggml-quants.c (MIT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Values that are decoded at a time. What is computed from them stays in the caches, and torch does
+# not share so little among threads, which would wait for each other longer than they work.
+_AT_ONCE = 2**15 - 1
+
+_TABLE = torch.tensor(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+    dtype=torch.float32,
+    device="cpu",
+)
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One type of tensor data.
+
+    Attributes:
+        name: ggml's.
+        values: in a block; the length of a row is a multiple of it.
+        nbytes: of a block.
+        dtype: torch's for a type that is not quantised; None: quantised.
+        decode: [B, nbytes] uint8 to [B, values] fp32.
+    """
+
+    name: str
+    values: int
+    nbytes: int
+    decode: Callable[[Tensor], Tensor]
+    dtype: torch.dtype | None = None
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of so many values, a multiple of `values`."""
+        return columns // self.values * self.nbytes
+
+
+def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decodes a matrix, a few rows at a time.
+
+    Args:
+        rows: [N, bytes of a row] uint8, contiguous.
+        block_type: of its blocks.
+        dtype: of the result; values are computed in fp32 and rounded to it.
+
+    Returns:
+        [N, K], contiguous.
+    """
+    n_rows, n_bytes = rows.shape
+    columns = n_bytes // block_type.nbytes * block_type.values
+    decoded = torch.empty(n_rows, columns, dtype=dtype, device=rows.device)
+    step = max(1, _AT_ONCE // max(1, columns))
+    for block, out in zip(torch.split(rows, step), torch.split(decoded, step), strict=True):
+        out.copy_(block_type.decode(block.view(-1, block_type.nbytes)).view(out.shape))
+    return decoded
+
+
+# Parts of blocks. B blocks, each a row of bytes.
+
+
+def _halves(blocks: Tensor, begin: int) -> Tensor:
+    """[B, 1] fp32, of the fp16 at byte `begin` of each block."""
+    return blocks[:, begin : begin + 2].contiguous().view(torch.float16).float()
+
+
+def _fields(data: Tensor, bits: int, run: int) -> Tensor:
+    """[B, 8 / bits * bytes] uint8: values of 1, 2 or 4 bits.
+
+    Every `run` bytes hold the lowest bits of one value each, then the next higher bits of as many
+    values that follow, and so on.
+    """
+    runs = data.reshape(len(data), -1, run)
+    # Not one shift by a tensor of several, which torch does value by value.
+    fields = torch.stack([runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)], dim=2)
+    return fields.flatten(1)
+
+
+def _groups(values: Tensor, scales: Tensor) -> Tensor:
+    """[B, groups, values of a group] fp32, for as many groups as there are scales [B, groups]."""
+    return values.float().view(len(values), scales.shape[1], -1)
+
+
+def _scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
+    """[B, values] fp32: scale * value - minimum, with one of each for every group."""
+    scaled = _groups(values, scales).mul_(scales.unsqueeze(2))
+    if minima is not None:
+        scaled.sub_(minima.unsqueeze(2))
+    return scaled.flatten(1)
+
+
+def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 8] each, 0 to 63, from the 12 bytes of Q4_K and Q5_K.
+
+    Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
+    other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
+    """
+    first_scales, first_minima, low = torch.split(packed, 4, dim=1)
+    last_scales = low & 15 | (first_scales >> 6) << 4
+    last_minima = low >> 4 | (first_minima >> 6) << 4
+    return (
+        torch.cat([first_scales & 63, last_scales], dim=1),
+        torch.cat([first_minima & 63, last_minima], dim=1),
+    )
+
+
+def _looked_up(fields: Tensor) -> Tensor:
+    """[B, values] fp32 from the table of the IQ4 types."""
+    return _TABLE.to(fields.device).index_select(0, fields.flatten().int()).view(fields.shape)
+
+
+# Blocks of 32 values
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * (_fields(blocks[:, 2:], 4, 16).float() - 8)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * _fields(blocks[:, 4:], 4, 16) + _halves(blocks, 2)
+
+
+def _five_bits(high: Tensor, low: Tensor) -> Tensor:
+    return _fields(low, 4, 16) | _fields(high, 1, 1) << 4
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * (_five_bits(blocks[:, 2:6], blocks[:, 6:]).float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    values = _five_bits(blocks[:, 4:8], blocks[:, 8:])
+    return _halves(blocks, 0) * values + _halves(blocks, 2)
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
+
+
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    return _halves(blocks, 0) * _looked_up(_fields(blocks[:, 2:], 4, 16))
+
+
+# Blocks of 256 values
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    packed, d, dmin = blocks[:, :16], _halves(blocks, 80), _halves(blocks, 82)
+    return _scaled(_fields(blocks[:, 16:80], 2, 32), d * (packed & 15), dmin * (packed >> 4))
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    scales = _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
+    values = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
+    return _scaled(values.float() - 4, _halves(blocks, 108) * (scales.float() - 32))
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    d, dmin = _halves(blocks, 0), _halves(blocks, 2)
+    return _scaled(_fields(blocks[:, 16:], 4, 32), d * scales, dmin * minima)
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    d, dmin = _halves(blocks, 0), _halves(blocks, 2)
+    values = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
+    return _scaled(values, d * scales, dmin * minima)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    values = _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
+    scales = blocks[:, 192:208].view(torch.int8)
+    return _scaled(values.float() - 32, _halves(blocks, 208) * scales)
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    scales = _fields(blocks[:, 4:8], 4, 1) | _fields(blocks[:, 2:4], 2, 1) << 4
+    values = _looked_up(_fields(blocks[:, 8:], 4, 16))
+    return _scaled(values, _halves(blocks, 0) * (scales.float() - 32))
+
+
+def _plain(name: str, dtype: torch.dtype) -> BlockType:
+    return BlockType(name, 1, dtype.itemsize, lambda blocks: blocks.view(dtype).float(), dtype)
+
+
+# By the numbers that files have for them.
+BLOCK_TYPES = {
+    0: _plain("F32", torch.float32),
+    1: _plain("F16", torch.float16),
+    2: BlockType("Q4_0", 32, 18, _q4_0),
+    3: BlockType("Q4_1", 32, 20, _q4_1),
+    6: BlockType("Q5_0", 32, 22, _q5_0),
+    7: BlockType("Q5_1", 32, 24, _q5_1),
+    8: BlockType("Q8_0", 32, 34, _q8_0),
+    10: BlockType("Q2_K", 256, 84, _q2_k),
+    11: BlockType("Q3_K", 256, 110, _q3_k),
+    12: BlockType("Q4_K", 256, 144, _q4_k),
+    13: BlockType("Q5_K", 256, 176, _q5_k),
+    14: BlockType("Q6_K", 256, 210, _q6_k),
+    20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
+    23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
+    30: _plain("BF16", torch.bfloat16),
+}
+
+# Types that are not read, for messages.
+OTHER_TYPES = {
+    9: "Q8_1",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+}

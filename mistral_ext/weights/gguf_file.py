@@ -1,0 +1,311 @@
+"""The GGUF format, versions 2 and 3, mapped into memory.
+
+A file is the magic bytes, u32 version, u64 number of tensors, u64 number of metadata entries, these
+entries (key, u32 type, value), the tensors' descriptions (name, u32 number of dimensions, u64
+dimensions, u32 type, u64 offset) and, from the next multiple of `general.alignment` on, their data.
+All numbers are little-endian; a string is its u64 length and that many bytes.
+
+Files come from anywhere, so nothing that one says is used before it is checked: no length makes
+this reader allocate more than a few times the file's bytes, and no tensor lies outside of the file
+or in another.
+
+Source: ggml's docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mistral_ext.files import refuse_lfs_pointer
+from mistral_ext.weights.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, BlockType
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_DIMENSIONS = 4
+_MAX_SIZE = 2**63 - 1  # of a tensor, in values and in bytes
+_LEAST_ENTRY = 8 + 4 + 1  # bytes of a metadata entry: an empty key, its type, a bool
+_LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's description: an empty name, no dimensions
+
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_NUMBERS: dict[int, np.dtype[Any]] = {  # of metadata, by the number that files have for a type
+    0: np.dtype("<u1"),
+    1: np.dtype("<i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    _BOOL: np.dtype("?"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+# A number, a text, or an array: of numbers in numpy's form, of texts as a list.
+Value = int | float | bool | str | np.ndarray[Any, Any] | list[str]
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor in a file.
+
+    Attributes:
+        shape: as torch has it: the length of a row is last.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    type: BlockType
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) // self.type.values * self.type.nbytes
+
+    def rows(self) -> Tensor:
+        """[rows, bytes of a row] uint8, over the file's own pages; a vector is one row.
+
+        The mapping is the tensor's own and goes with it.
+        """
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        skipped = self.offset - start
+        with self.file.open("rb") as f:
+            # Private pages: torch has no read-only tensors, and the file must not be written to.
+            pages = mmap.mmap(
+                f.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=start
+            )
+        data = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=skipped)
+        return data.view(-1, self.type.row_bytes(self.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """What a model's file says, or its several parts together: see :func:`read_gguf`."""
+
+    path: Path  # the first part
+    metadata: Mapping[str, Value]  # of the first part
+    tensors: Mapping[str, GgufTensor]
+
+
+def read_gguf(path: str | Path) -> Gguf:
+    """Reads the metadata of a model and where its tensors are, after checking both.
+
+    Args:
+        path: the file; of a model in several (``NAME-00001-of-00003.gguf``), any of them.
+
+    Raises:
+        FileNotFoundError: the file, or one of the parts, is missing.
+        ValueError: a file is damaged, truncated, of another format or version, or holds a type of
+            data that is not supported; the message names the file and the field.
+    """
+    parts = [read_part(part) for part in _part_files(Path(path))]
+    first = parts[0]
+    tensors: dict[str, GgufTensor] = {}
+    for index, part in enumerate(parts):
+        if len(parts) > 1:
+            _expect_value(part, "split.no", index)
+            _expect_value(part, "split.count", len(parts))
+        for name, tensor in part.tensors.items():
+            twin = tensors.setdefault(name, tensor)
+            if twin is not tensor:
+                raise ValueError(f"tensor {name!r} is in both {twin.file} and {tensor.file}")
+    if len(parts) > 1 or first.metadata.get("split.count", 1) not in (0, 1):
+        _expect_value(first, "split.count", len(parts))
+        _expect_value(first, "split.tensors.count", len(tensors))
+    return Gguf(first.path, first.metadata, tensors)
+
+
+def _part_files(path: Path) -> list[Path]:
+    parts = [path.with_name(name) for name in part_names(path.name)]
+    for part in parts:
+        if not part.is_file():
+            raise FileNotFoundError(f"{part} is missing; {path.name} is one of {len(parts)} parts")
+    return parts
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all files of a model, of which `name` is one."""
+    match = _PART.fullmatch(name)
+    if match is None:
+        return [name]
+    stem, number, count = match[1], int(match[2]), int(match[3])
+    if not 1 <= number <= count:
+        raise ValueError(f"{name} is part {number} of {count}, expected 1 to {count}")
+    return [f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
+
+
+def read_part(path: Path) -> Gguf:
+    """Reads one file by itself, as :func:`read_gguf`."""
+    refuse_lfs_pointer(path)
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        if size < len(_MAGIC):
+            raise ValueError(f"{path} has {size} bytes, expected a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(path, data).read()
+
+
+def _expect_value(part: Gguf, key: str, expected: int) -> None:
+    value = part.metadata.get(key)
+    if value != expected:
+        raise ValueError(f"{part.path}: {key} is {value!r}, expected {expected}")
+
+
+class _Header:
+    """Reads what comes before the data of one file, from its first byte on."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self._path = path
+        self._data = data
+        self._size = len(data)
+        self._position = 0
+
+    def read(self) -> Gguf:
+        magic = self._take(len(_MAGIC), "the magic bytes")
+        if magic != _MAGIC:
+            raise self._error(f"the magic bytes are {magic!r}, expected {_MAGIC!r}")
+        version = self._uint32("the version")
+        if version not in _VERSIONS:
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
+            order = ", in big-endian order," if swapped else ""
+            raise self._error(f"the version is {version}{order} expected 2 or 3, little-endian")
+        n_tensors = self._count("the number of tensors", _LEAST_TENSOR)
+        n_entries = self._count("the number of metadata entries", _LEAST_ENTRY)
+        metadata: dict[str, Value] = {}
+        for i in range(n_entries):
+            key = self._string(f"the key of metadata entry {i}")
+            if key in metadata:
+                raise self._error(f"the metadata has {key!r} twice")
+            metadata[key] = self._value(key)
+        described = [self._tensor(i) for i in range(n_tensors)]
+        tensors = self._placed(described, self._alignment(metadata))
+        return Gguf(self._path, metadata, tensors)
+
+    # Values
+
+    def _value(self, key: str) -> Value:
+        kind = self._uint32(f"the type of {key!r}")
+        if kind == _STRING:
+            return self._string(key)
+        if kind != _ARRAY:
+            number: int | float | bool = self._numbers(kind, 1, key)[0].item()
+            return number
+        kind = self._uint32(f"the type of the values of {key!r}")
+        if kind == _STRING:
+            count = self._count(f"the length of {key!r}", 8)
+            return [self._string(key) for _ in range(count)]
+        least = _NUMBERS[kind].itemsize if kind in _NUMBERS else 1
+        return self._numbers(kind, self._count(f"the length of {key!r}", least), key)
+
+    def _numbers(self, kind: int, count: int, key: str) -> np.ndarray[Any, Any]:
+        if kind not in _NUMBERS:
+            raise self._error(f"the type of {key!r} is {kind}, expected a number or text (0 to 12)")
+        dtype = _NUMBERS[kind]
+        data = self._take(count * dtype.itemsize, key)
+        if kind == _BOOL and data.strip(b"\0\1"):
+            raise self._error(f"{key} is no bool, expected 0 or 1 in each byte")
+        return np.frombuffer(data, dtype)
+
+    def _string(self, what: str) -> str:
+        data = self._take(self._uint64(what), what)
+        # Some vocabularies hold pieces that are not UTF-8; a lone byte must not end the reading.
+        return data.decode("utf-8", "surrogateescape")
+
+    def _count(self, what: str, least: int) -> int:
+        """A number of things of at least as many bytes each, all of them yet to come."""
+        count = self._uint64(what)
+        left = self._size - self._position
+        if count > left // least:
+            raise self._error(f"{what} is {count}, but {left} bytes are left in the file")
+        return count
+
+    def _uint32(self, what: str) -> int:
+        return int.from_bytes(self._take(4, what), "little")
+
+    def _uint64(self, what: str) -> int:
+        return int.from_bytes(self._take(8, what), "little")
+
+    def _take(self, count: int, what: str) -> bytes:
+        end = self._position + count
+        if end > self._size:
+            raise self._error(
+                f"{what} should end at byte {end}, the file ends at byte {self._size}: truncated, "
+                "or damaged"
+            )
+        data = self._data[self._position : end]
+        self._position = end
+        return data
+
+    # Tensors
+
+    def _tensor(self, index: int) -> GgufTensor:
+        """A tensor's description; its offset still counts from the beginning of the data."""
+        name = self._string(f"the name of tensor {index}")
+        n_dims = self._uint32(f"the number of dimensions of tensor {name!r}")
+        if not 1 <= n_dims <= _MAX_DIMENSIONS:
+            raise self._error(f"tensor {name!r} has {n_dims} dimensions, expected 1 to 4")
+        dims = struct.unpack(f"<{n_dims}Q", self._take(8 * n_dims, f"the shape of tensor {name!r}"))
+        number = self._uint32(f"the type of tensor {name!r}")
+        if number not in BLOCK_TYPES:
+            raise self._error(
+                f"tensor {name!r} has type {OTHER_TYPES.get(number, number)}, expected one of "
+                f"{', '.join(known.name for known in BLOCK_TYPES.values())}"
+            )
+        block_type = BLOCK_TYPES[number]
+        if 0 in dims or math.prod(dims) * block_type.nbytes > _MAX_SIZE:
+            raise self._error(f"tensor {name!r} has the impossible shape {dims[::-1]}")
+        if dims[0] % block_type.values:
+            raise self._error(
+                f"tensor {name!r} has rows of {dims[0]} values, expected a multiple of "
+                f"{block_type.values}, the values in a block of {block_type.name}"
+            )
+        offset = self._uint64(f"the offset of tensor {name!r}")
+        return GgufTensor(name, self._path, dims[::-1], block_type, offset)
+
+    def _alignment(self, metadata: Mapping[str, Value]) -> int:
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._error(f"general.alignment is {alignment!r}, expected a power of two")
+        return alignment
+
+    def _placed(self, described: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:
+        """The tensors by name and in the order of their data, at their places in the file."""
+        start = -(-self._position // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        end = 0  # of the tensor before, from the start of the data
+        for tensor in sorted(described, key=lambda tensor: tensor.offset):
+            name, offset = tensor.name, tensor.offset
+            if name in tensors:
+                raise self._error(f"tensor {name!r} is there twice")
+            if offset % alignment:
+                raise self._error(
+                    f"tensor {name!r} is at offset {offset}, expected a multiple of {alignment}"
+                )
+            if offset < end:
+                raise self._error(f"tensor {name!r} at offset {offset} lies in the one before it")
+            end = offset + tensor.nbytes
+            if start + end > self._size:
+                raise self._error(
+                    f"tensor {name!r} should end at byte {start + end}, the file ends at byte "
+                    f"{self._size}: truncated, or damaged"
+                )
+            tensors[name] = GgufTensor(name, self._path, tensor.shape, tensor.type, start + offset)
+        return tensors
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"{self._path}: {problem}")

@@ -1,0 +1,236 @@
+"""A model in a GGUF file: its configuration from the metadata, and its tensors.
+
+Tensors are stored under names of their own, in blocks (gguf_blocks.py), and with the query and key
+rows in Mistral's order. They are decoded as they are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.gguf_blocks import decode
+from mistral_ext.weights.gguf_file import Gguf, GgufTensor
+from mistral_ext.weights.safetensors_file import StoredTensor
+
+_log = logging.getLogger("mistral_ext")
+
+ARCHITECTURES = ("llama", "mistral")
+
+_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "attention_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
+}
+_FREQUENCY_FACTORS = "rope_freqs.weight"  # belongs to the configuration
+
+# dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. Files do not say that v0.1 and its
+# fine-tunes have a window; v0.2 and later have none, and another base of RoPE.
+_MISTRAL_7B = (4096, 32, 32, 8, 14336)
+_THETA_WITH_WINDOW = 1e4
+_WINDOW = 4096
+
+# Tokens that end a turn, where a file names the end of text alone.
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+
+
+def gguf_name(name: str) -> str:
+    """The file's name for a weight: layers.0.attention.wq.weight is blk.0.attn_q.weight."""
+    module = name.removesuffix(".weight")
+    if not module.startswith("layers."):
+        return f"{_NAMES[module]}.weight"
+    _, layer, module = module.split(".", 2)
+    return f"blk.{layer}.{_NAMES[module]}.weight"
+
+
+def gguf_tensors(file: Gguf, dtype: torch.dtype) -> Iterator[StoredTensor]:
+    """The weights of a file, each decoded to `dtype` when it is read."""
+    for name, tensor in file.tensors.items():
+        if name != _FREQUENCY_FACTORS:
+            read = partial(_read, tensor, dtype)
+            yield StoredTensor(name, tensor.file, dtype, tensor.shape, tensor.nbytes, read)
+
+
+def default_dtype(file: Gguf) -> torch.dtype:
+    """What to compute in: the dtype of the embeddings, or bfloat16 if they are quantised."""
+    embeddings = file.tensors.get(gguf_name("tok_embeddings.weight"))
+    return (embeddings and embeddings.type.dtype) or torch.bfloat16
+
+
+def say_what_is_decoded(file: Gguf, target: str) -> None:
+    """Logs which types of a file are not run as they are, and what becomes of them."""
+    types = {tensor.type for tensor in file.tensors.values()}
+    if names := sorted(block_type.name for block_type in types if block_type.dtype is None):
+        _log.warning("%s: %s become %s as they are read", file.path, ", ".join(names), target)
+
+
+def _read(tensor: GgufTensor, dtype: torch.dtype) -> Tensor:
+    rows = tensor.rows()
+    if tensor.type.dtype != dtype:
+        return decode(rows, tensor.type, dtype).view(tensor.shape)
+    if rows.data_ptr() % dtype.itemsize:  # a file may have any alignment
+        rows = rows.clone()
+    return rows.view(dtype).view(tensor.shape)
+
+
+# The configuration
+
+
+def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
+    """Reads the configuration of a model.
+
+    Args:
+        overrides: fields of `MistralConfig`; they win over the file.
+
+    Raises:
+        ValueError: the file describes another kind of model, or lacks what describes one; names
+            the file and the key.
+        TypeError: an override that is not a field.
+    """
+    return _Metadata(file).config(overrides)
+
+
+class _Metadata:
+    """Reads checked values out of a file's metadata."""
+
+    def __init__(self, file: Gguf) -> None:
+        self._file = file
+        self._prefix = self._text("general.architecture")
+        if self._prefix not in ARCHITECTURES:
+            raise self._error(
+                f"general.architecture is {self._prefix!r}, expected {' or '.join(ARCHITECTURES)}"
+            )
+
+    def config(self, overrides: dict[str, Any]) -> MistralConfig:
+        if self._int("expert_count", 0):
+            raise self._error(f"{self._prefix}.expert_count: experts are not supported")
+        embeddings = self._file.tensors.get(gguf_name("tok_embeddings.weight"))
+        if embeddings is None:
+            raise self._error("tensor 'token_embd.weight' is missing")
+        n_heads = self._int("attention.head_count")
+        dim = self._int("embedding_length")
+        head_dim = self._int("attention.key_length", dim // max(1, n_heads))
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if self._int(key, head_dim) != head_dim:
+                raise self._error(
+                    f"{self._prefix}.{key} is {self._int(key)}, expected {head_dim} as of the keys"
+                )
+        eos_ids = self._eos_ids()
+        values = {
+            "model_type": "mistral",
+            "vocab_size": embeddings.shape[0],
+            "hidden_size": dim,
+            "num_hidden_layers": self._int("block_count"),
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": self._int("attention.head_count_kv", n_heads),
+            "intermediate_size": self._int("feed_forward_length"),
+            "head_dim": head_dim,
+            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self._number("rope.freq_base", 1e4),
+            "max_position_embeddings": self._int("context_length"),
+            "bos_token_id": self._token("bos", eos_ids[0]),
+            "eos_token_id": eos_ids,
+            "tie_word_embeddings": gguf_name("output.weight") not in self._file.tensors,
+            "rope_scaling": self._rope_scaling(head_dim),
+        }
+        if "sliding_window" not in overrides:
+            values["sliding_window"] = self._window(values)
+        try:
+            return MistralConfig.from_hf(values, **overrides)
+        except ValueError as error:
+            raise self._error(str(error)) from error
+
+    def _window(self, values: dict[str, Any]) -> int | None:
+        if stated := self._int("attention.sliding_window", 0):
+            return stated
+        keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        if tuple(values[key] for key in (*keys, "intermediate_size")) != _MISTRAL_7B:
+            return None
+        window = _WINDOW if values["rope_theta"] == _THETA_WITH_WINDOW else None
+        _log.warning(
+            "%s does not say whether the model has a sliding window; its shape and its base of "
+            "RoPE, %g, are those of a Mistral 7B with %s (sliding_window overrides that)",
+            self._file.path,
+            values["rope_theta"],
+            f"a window of {window}" if window else "none",
+        )
+        return window
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
+        kind = self._text(f"{self._prefix}.rope.scaling.type", "none")
+        factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
+        if factor and f"{self._prefix}.rope.scaling.type" not in self._file.metadata:
+            kind = "linear"  # of old files
+        scaling: dict[str, Any] | None = None
+        if kind == "linear":
+            scaling = {"rope_type": "linear", "factor": factor or 1.0}
+        elif kind == "yarn":
+            scaling = {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": self._int(
+                    "rope.scaling.original_context_length", self._int("context_length")
+                ),
+            }
+        elif kind != "none":
+            raise self._error(
+                f"{self._prefix}.rope.scaling.type is {kind!r}, expected none, linear or yarn"
+            )
+        factors = self._file.tensors.get(_FREQUENCY_FACTORS)
+        if factors is None:
+            return scaling
+        if factors.shape != (head_dim // 2,) or scaling is not None:
+            raise self._error(
+                f"tensor {_FREQUENCY_FACTORS!r} of shape {factors.shape} with RoPE scaling "
+                f"{kind!r}, expected shape {(head_dim // 2,)} and no other scaling"
+            )
+        return {"rope_type": "factors", "factors": decode(factors.rows(), factors.type)[0].tolist()}
+
+    def _eos_ids(self) -> list[int]:
+        """The end of text, and the end of a turn if it is another token."""
+        ids = [self._token("eos", 2)]
+        ids += [self._token(name, ids[0]) for name in ("eot", "eom")]
+        tokens = self._file.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, list) and "tokenizer.ggml.eot_token_id" not in self._file.metadata:
+            ids += [tokens.index(name) for name in _TURN_ENDS if name in tokens]
+        return list(dict.fromkeys(ids))
+
+    # Values by key
+
+    def _token(self, name: str, default: int) -> int:
+        return int(self._value(f"tokenizer.ggml.{name}_token_id", (int,), "a token id", default))
+
+    def _int(self, key: str, default: int | None = None) -> int:
+        return int(self._value(f"{self._prefix}.{key}", (int,), "an integer", default))
+
+    def _number(self, key: str, default: float | None = None) -> float:
+        return float(self._value(f"{self._prefix}.{key}", (int, float), "a number", default))
+
+    def _text(self, key: str, default: str | None = None) -> str:
+        return str(self._value(key, (str,), "a text", default))
+
+    def _value(self, key: str, kinds: tuple[type, ...], expected: str, default: Any) -> Any:
+        value = self._file.metadata.get(key, default)
+        if value is None:
+            raise self._error(f"{key} is missing, expected {expected}")
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise self._error(f"{key} is {value!r:.60}, expected {expected}")
+        return value
+
+    def _error(self, problem: str) -> ValueError:
+        return ValueError(f"{self._file.path}: {problem}")
