@@ -55,6 +55,7 @@ class Sequence:
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
             self._logprobs = None if params.logprobs is None else []
         self._read = self._cached = 0
+        self._added = time.perf_counter()
         self._started = self._first = self._last = 0.0
 
     @property
@@ -101,7 +102,13 @@ class Sequence:
                 piece += text.finish()
             if text.stopped:
                 self.finish_reason = "stop"
-        output = Output(self.request_id, piece, [token_id], finish_reason=self.finish_reason)
+        output = Output(
+            self.request_id,
+            piece,
+            [token_id],
+            logprobs=self._logprobs[-1:] if self._logprobs is not None else None,
+            finish_reason=self.finish_reason,
+        )
         if self.finish_reason:
             output.completion = self._completion()
         return output
@@ -120,5 +127,6 @@ class Sequence:
                 decode_tokens=len(token_ids) - 1,
                 decode_seconds=self._last - self._first,
                 cached_tokens=self._cached,
+                queue_seconds=self._started - self._added,
             ),
         )
