@@ -64,8 +64,13 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
     return dtype
 
 
-def load_model(args: argparse.Namespace) -> Mistral:
-    """The model that `model` options name; starts the command."""
+def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
+    """The model that `model` options name; starts the command.
+
+    Args:
+        args: has the options.
+        more: arguments of `Mistral.from_pretrained`.
+    """
     start(args)
     from mistral_ext.llm import DEMO_MODEL, Mistral
 
@@ -83,6 +88,7 @@ def load_model(args: argparse.Namespace) -> Mistral:
         prefill_chunk=args.prefill_chunk,
         quantize=args.quantize,
         cache_tokens=args.cache_tokens,
+        **more,
         **overrides,
     )
 
