@@ -183,7 +183,7 @@ class Mistral:
         """
         params = SamplingParams.from_options(sampling)
         requests = [
-            self._request(ids, params, index)
+            self.request(ids, params, index)
             for ids in self._encode_all(prompts)
             for index in range(params.n)
         ]
@@ -207,7 +207,7 @@ class Mistral:
         self.require_tokenizer()
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
-        return self._stream(self._request(self._encode_all(prompt)[0], params))
+        return self._stream(self.request(self._encode_all(prompt)[0], params))
 
     def _stream(self, request: Request) -> Stream:
         return Stream(self.engine.outputs([request]))
@@ -230,7 +230,7 @@ class Mistral:
         """
         params = self._params_of_one(sampling)
         ids = self._check_ids(self.encode_chat(messages, template=template), "conversation")
-        stream = self._stream(self._request(ids, params, starts_text=True))
+        stream = self._stream(self.request(ids, params, starts_text=True))
         for _ in stream:
             pass
         assert stream.completion is not None  # it has ended
@@ -240,7 +240,7 @@ class Mistral:
         self,
         messages: Sequence[Mapping[str, str]],
         tools: Sequence[Mapping[str, object]] | None = None,
-        template: str | None = None,
+        template: ChatTemplate | None = None,
     ) -> list[int]:
         """The token ids that `chat` would have the model reply to.
 
@@ -293,7 +293,7 @@ class Mistral:
             )
         return self.tokenizer
 
-    def chat_template(self, template: str | None = None) -> ChatTemplate:
+    def chat_template(self, template: ChatTemplate | None = None) -> ChatTemplate:
         """The chat template to use; ValueError if the model is a base model."""
         if template:
             return template
@@ -341,14 +341,26 @@ class Mistral:
             raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")
         return params
 
-    def _request(
+    def request(
         self,
         ids: list[int],
         params: SamplingParams,
         index: int = 0,
         starts_text: bool = False,
         reuse_completions: bool = False,
+        salt: str | None = None,
+        stop_token_ids: Sequence[int] = (),
     ) -> Request:
+        """A request to `engine`, for callers that step it themselves.
+
+        Args:
+            ids: the prompt, token ids of the model.
+            params: the options.
+            index: which of the prompt's n completions it is.
+            starts_text: the completion begins a text (a reply) and does not continue one.
+            reuse_completions, salt: see `Request`.
+            stop_token_ids: tokens that end the completion, besides the model's own.
+        """
         max_length = len(ids) + params.max_tokens
         text = None
         if self.tokenizer:
@@ -359,10 +371,11 @@ class Mistral:
             ids,
             params,
             max_length=min(max_length, self.max_length or max_length),
-            eos_ids=self._eos_ids,
+            eos_ids=(*self._eos_ids, *stop_token_ids),
             index=index,
             text=text,
             reuse_completions=reuse_completions,
+            salt=salt,
         )
 
     @property
@@ -461,7 +474,7 @@ class Chat:
             params = llm._params_of_one(sampling)
             messages = [*self.messages, {"role": "user", "content": text}]
             ids = extend_chat(llm.require_tokenizer(), messages, self.ids, self._template)
-            request = llm._request(
+            request = llm.request(
                 llm._check_ids(ids, "conversation"),
                 params,
                 starts_text=True,

@@ -79,8 +79,13 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
-def load_model(args: argparse.Namespace) -> Mistral:
-    """The model that `model` options name; starts the command."""
+def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
+    """The model that `model` options name; starts the command.
+
+    Args:
+        args: has the options.
+        more: arguments of `Mistral.from_pretrained`.
+    """
     start(args)
     from mistral_ext.llm import DEMO_MODEL, Mistral
 
@@ -91,6 +96,7 @@ def load_model(args: argparse.Namespace) -> Mistral:
         prefill_chunk=args.prefill_chunk,
         quantize=args.quantize,
         cache_tokens=args.cache_tokens,
+        **more,
         **config_overrides(args),
     )
 

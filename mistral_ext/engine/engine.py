@@ -42,6 +42,16 @@ _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 
 @dataclass(frozen=True)
+class Load:
+    """What an engine has to do."""
+
+    running: int  # sequences that are read or generate
+    waiting: int  # that wait for room
+    preemptions: int  # times that one was put back, so far
+    cache_share: float  # of the cache's slots, that running sequences own
+
+
+@dataclass(frozen=True)
 class _UnderWay:
     """A decode step whose tokens are not read yet."""
 
@@ -96,7 +106,7 @@ class Engine:
         self._lock = threading.RLock()
         self._sequences: dict[int, Sequence] = {}  # all that have not ended
         self._aborted: list[Sequence] = []
-        self._listeners: dict[int, deque[Output]] = {}
+        self._listeners: dict[int, Callable[[Output], object]] = {}
         self._stepping = threading.Lock()
         self._stepped = threading.Condition(self._lock)
 
@@ -106,8 +116,25 @@ class Engine:
         with self._lock:
             return bool(self._sequences or self._aborted)
 
-    def add(self, request: Request) -> int:
+    @property
+    def load(self) -> Load:
+        """What the engine has to do, and how much of its memory that takes."""
+        with self._lock:
+            running = list(self.scheduler.running())
+            return Load(
+                running=len(running),
+                waiting=len(self.scheduler.waiting),
+                preemptions=self.scheduler.preemptions,
+                cache_share=sum(s.place.capacity for s in running) / self.pool.slots,
+            )
+
+    def add(self, request: Request, listener: Callable[[Output], object] | None = None) -> int:
         """Queues a request.
+
+        Args:
+            request: what to do.
+            listener: is called with each of the request's outputs, by the thread that makes the
+                step. It must be quick, and may call `abort`.
 
         Returns:
             Its id.
@@ -116,12 +143,19 @@ class Engine:
             ValueError: it can never fit into the cache, or its logit_bias has a token that may not
                 be sampled.
         """
-        return self._add(request, listens=False)
+        with self._lock:
+            sequence = Sequence(next(self._ids), request, self._vocab_size, self._holes)
+            self.scheduler.add(sequence)
+            self._sequences[sequence.request_id] = sequence
+            if listener is not None:
+                self._listeners[sequence.request_id] = listener
+            return sequence.request_id
 
     def abort(self, request_id: int) -> None:
         """Ends a request at the next step, whatever it is doing; nothing more comes of it. One that
         has ended, or is not known, is left alone."""
         with self._lock:
+            self._listeners.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
                 sequence.is_aborted = True
@@ -134,14 +168,14 @@ class Engine:
         Raises:
             ValueError: as `add`; then none of the requests stays.
         """
-        ids: list[int] = []
+        outputs = Outputs(self)
         try:
             for request in requests:
-                ids.append(self._add(request, listens=True))
+                outputs.add(request)
         except BaseException:
-            self._end_listening(ids)
+            outputs.close()
             raise
-        return Outputs(self, ids)
+        return outputs
 
     def step(self) -> list[Output]:
         """Brings all requests on.
@@ -151,22 +185,6 @@ class Engine:
         """
         self._stepping.acquire()
         return self._step_and_let_go()
-
-    def _add(self, request: Request, listens: bool) -> int:
-        with self._lock:
-            sequence = Sequence(next(self._ids), request, self._vocab_size, self._holes)
-            self.scheduler.add(sequence)
-            self._sequences[sequence.request_id] = sequence
-            if listens:
-                self._listeners[sequence.request_id] = deque()
-            return sequence.request_id
-
-    def _end_listening(self, ids: Collection[int]) -> None:
-        for request_id in ids:
-            self.abort(request_id)
-        with self._lock:
-            for request_id in ids:
-                self._listeners.pop(request_id, None)
 
     def _step_and_let_go(self) -> list[Output]:
         """A step, by the thread that holds `_stepping`; then it is another one's turn."""
@@ -186,13 +204,13 @@ class Engine:
             self.scheduler.admit()
         outputs = [*self._read(), *self._decode()]
         with self._lock:
-            ended = [output.request_id for output in outputs if output.is_last]
-            for request_id in ended:
-                self._sequences.pop(request_id, None)
             for output in outputs:
                 listener = self._listeners.get(output.request_id)
+                if output.is_last:
+                    self._sequences.pop(output.request_id, None)
+                    self._listeners.pop(output.request_id, None)
                 if listener is not None:
-                    listener.append(output)
+                    listener(output)
         return outputs
 
     def _read(self) -> list[Output]:
@@ -338,21 +356,28 @@ class Outputs(Iterator[Output]):
         request_ids: of the requests, in their order.
     """
 
-    def __init__(self, engine: Engine, request_ids: list[int]) -> None:
-        self.request_ids = request_ids
+    def __init__(self, engine: Engine) -> None:
+        self.request_ids: list[int] = []
         self._engine = engine
-        self._open = set(request_ids)
+        self._open: dict[int, deque[Output]] = {}  # what has come of those that have not ended
+
+    def add(self, request: Request) -> None:
+        """Adds a request to those whose outputs come."""
+        come: deque[Output] = deque()
+        with self._engine._lock:
+            request_id = self._engine.add(request, come.append)
+            self._open[request_id] = come
+            self.request_ids.append(request_id)
 
     def __next__(self) -> Output:
         engine = self._engine
         while self._open:
             with engine._stepped:
-                for request_id in self._open:
-                    if engine._listeners[request_id]:
-                        output = engine._listeners[request_id].popleft()
+                for request_id, come in self._open.items():
+                    if come:
+                        output = come.popleft()
                         if output.is_last:
-                            self._open.remove(request_id)
-                            del engine._listeners[request_id]
+                            del self._open[request_id]
                         return output
                 if not engine._stepping.acquire(blocking=False):
                     engine._stepped.wait()  # another thread steps for us
@@ -362,8 +387,8 @@ class Outputs(Iterator[Output]):
 
     def close(self) -> None:
         """Ends the requests that have not ended."""
-        self._engine._end_listening(self._open)
-        self._open = set()
+        while self._open:
+            self._engine.abort(self._open.popitem()[0])
 
     def __del__(self) -> None:
         if self._open:

@@ -20,6 +20,7 @@ class Timing:
     decode_tokens: int  # generated after the first
     decode_seconds: float
     cached_tokens: int = 0  # of the prompt, that the cache had
+    queue_seconds: float = 0.0  # from its arrival to its first step
 
     @property
     def prompt_rate(self) -> float:
@@ -85,6 +86,7 @@ class Output:
     request_id: int
     text: str = ""  # what became final of the completion's text
     token_ids: list[int] = field(default_factory=list)  # new ones
+    logprobs: list[TokenLogprob] | None = None  # of them, if asked for
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
     finish_reason: str | None = None
     error: Exception | None = None

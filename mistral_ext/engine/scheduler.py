@@ -252,7 +252,7 @@ def _is_read_alone(sequence: Sequence) -> bool:
 
 def _goes_on(sequence: Sequence) -> bool:
     """Whether there is to be another token, as far as is known, after those under way."""
-    is_open = sequence.finish_reason is None
+    is_open = sequence.finish_reason is None and not sequence.is_aborted
     return is_open and sequence.place.length + 1 < sequence.request.max_length
 
 

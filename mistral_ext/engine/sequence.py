@@ -61,6 +61,7 @@ class Sequence:
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
             self._others = params.logprobs
         self._read = self._cached = 0
+        self._added = time.perf_counter()
         self._started = self._first = self._last = 0.0
 
     @property
@@ -121,7 +122,13 @@ class Sequence:
                 piece += text.finish()
             if text.stopped:
                 self.finish_reason = "stop"
-        output = Output(self.request_id, piece, [token_id], finish_reason=self.finish_reason)
+        output = Output(
+            self.request_id,
+            piece,
+            [token_id],
+            logprobs=self._logprobs[-1:] if self._logprobs is not None else None,
+            finish_reason=self.finish_reason,
+        )
         if self.finish_reason:
             output.completion = self._completion(self.finish_reason)
         return output
@@ -140,5 +147,6 @@ class Sequence:
                 decode_tokens=len(token_ids) - 1,
                 decode_seconds=self._last - self._first,
                 cached_tokens=self._cached,
+                queue_seconds=self._started - self._added,
             ),
         )

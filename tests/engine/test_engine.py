@@ -159,6 +159,45 @@ def test_abort_frees_at_the_next_step(models, phase):
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("work", ["read", "launch"])
+def test_abort_while_a_pass_is_made(models, work, monkeypatch):
+    """Another thread may do so at any time."""
+    engine = engine_of(models[None])
+    kept = engine.add(request(prompt(40), 20))
+    victim = engine.add(request(prompt(50, 1), 20))
+    do = getattr(engine.runner, work)
+
+    def abort_and_do(*args):
+        engine.abort(victim)
+        return do(*args)
+
+    monkeypatch.setattr(engine.runner, work, abort_and_do)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert outputs[-1].request_id == kept
+    (expected,) = alone(models[None], request(prompt(40), 20))
+    assert content(outputs[-1].completion) == expected
+    assert_empty(engine)
+
+
+def test_a_listener_hears_all_of_its_request_and_may_abort_another(models):
+    engine = engine_of(models[None])
+    heard, steps = [], []
+    engine.add(request(prompt(40), 6), heard.append)
+    victim = engine.add(request(prompt(50, 1), 20), lambda output: engine.abort(victim))
+    while engine.has_work:
+        assert engine.load.running + engine.load.waiting <= 2
+        steps += engine.step()
+    assert [token for output in heard for token in output.token_ids] == (
+        heard[-1].completion.token_ids
+    )
+    assert [output.logprobs[0] for output in heard] == heard[-1].completion.logprobs
+    assert all(output in steps for output in heard)
+    assert engine.load.running == engine.load.waiting == 0
+    assert_empty(engine)
+
+
 def test_what_can_never_fit_is_refused(models):
     engine = engine_of(models[None], cache_tokens=500)
     message = r"needs 501 tokens of cache \(400 of prompt, 501 with its completion\).* are 500"

@@ -130,7 +130,7 @@ def test_a_conversation_goes_on_after_an_end(llm, ahead, monkeypatch):
     (reply,) = llm.generate(PROMPTS[1], max_tokens=60)
     assert reply.finish_reason == "stop"
     following = [*llm.tokenizer.encode(PROMPTS[1]), *reply.token_ids, *range(5, 50)]
-    request = llm._request(following, SamplingParams(max_tokens=8), reuse_completions=True)
+    request = llm.request(following, SamplingParams(max_tokens=8), reuse_completions=True)
     (*_, last) = llm.engine.outputs([request])
     assert last.completion.timing.cached_tokens > len(reply.token_ids)
     assert (

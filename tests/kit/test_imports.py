@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "weights": {"ops", "model.config", "files"},
     "engine": {"model", "text", "ops"},
     "llm": _MODELS,
-    "serve": {"llm"} | _MODELS - {"model"},
+    "serve": {"llm", ""} | _MODELS - {"model"},
     "finetune": {"llm", "files"} | _MODELS - {"engine"},
     "evaluate": {"llm", "files"} | _MODELS,
     "integrations": {"llm"} | _MODELS,

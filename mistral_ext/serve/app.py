@@ -1,0 +1,130 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mistral_ext.serve import asgi
+from mistral_ext.serve.asgi import send_bytes, send_error, send_json
+from mistral_ext.serve.auth import KeyCheck
+from mistral_ext.serve.completions import Completions
+from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.openapi import description
+from mistral_ext.serve.protocol import context_length
+from mistral_ext.serve.service import Service
+from mistral_ext.serve.tokens import Tokens
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+_Answer: TypeAlias = Callable[[asgi.Scope, asgi.Send], Awaitable[None]]
+
+
+def build_app(service: Service) -> asgi.App:
+    """The ASGI application of a service. Whoever runs it starts and stops the service."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
+    from starlette.routing import Route
+
+    settings = service.settings
+    middleware = []
+    if settings.cors_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            )
+        )
+    if settings.api_keys:
+        middleware.append(Middleware(KeyCheck, keys=settings.api_keys))
+    plain = _Plain(service)
+    routes = [
+        Route("/v1/chat/completions", Completions(service, is_chat=True), methods=["POST"]),
+        Route("/v1/completions", Completions(service, is_chat=False), methods=["POST"]),
+        Route("/v1/models", _Get(plain.models), methods=["GET"]),
+        Route("/v1/models/{model:path}", _Get(plain.model), methods=["GET"]),
+        Route("/tokenize", Tokens(service, backwards=False), methods=["POST"]),
+        Route("/detokenize", Tokens(service, backwards=True), methods=["POST"]),
+        Route("/health", _Get(plain.health), methods=["GET"]),
+        Route("/metrics", _Get(plain.metrics), methods=["GET"]),
+        Route("/openapi.json", _Get(plain.openapi), methods=["GET"]),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={HTTPException: _no_route, Exception: _bug},
+    )
+
+
+class _Plain:
+    """What is answered at once, without the engine."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._created = int(time.time())
+
+    async def models(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        await send_json(send, {"object": "list", "data": [self._model()]})
+
+    async def model(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        self._service.check_model(scope["path_params"]["model"])
+        await send_json(send, self._model())
+
+    async def health(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        status = self._service.status
+        await send_json(send, {"status": status}, 200 if status == "ok" else 503)
+
+    async def metrics(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        await send_bytes(send, *self._service.metrics.render())
+
+    async def openapi(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        await send_json(send, description())
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._service.settings.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "mistral_ext",
+            "max_model_len": context_length(self._service.llm),
+        }
+
+
+class _Get:
+    """An endpoint that answers without reading anything, an ASGI application."""
+
+    def __init__(self, answer: _Answer) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        try:
+            await self._answer(scope, send)
+        except ApiError as error:
+            await send_error(send, error)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    from starlette.exceptions import HTTPException
+
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    text = {404: f"there is no {path}", 405: f"{request.method} is not for {path}"}
+    wrong = ApiError(error.status_code, text.get(error.status_code, error.detail))
+    return _response(wrong, error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return _response(ApiError(500, "the server failed, its log says where", code="bug"), None)
+
+
+def _response(error: ApiError, headers: Mapping[str, str] | None) -> Response:
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(error.body(), error.status, headers)

@@ -1,0 +1,191 @@
+"""HTTP by ASGI: bodies in, JSON and event streams out, and who hangs up meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+from mistral_ext.serve.errors import ApiError, bad_request
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+T = TypeVar("T")
+
+# A body that comes more slowly than this is given up.
+_BODY_SECONDS = 60.0
+
+
+class DisconnectedError(Exception):
+    """The client has hung up."""
+
+
+class SlowReaderError(Exception):
+    """The client does not read what it is sent."""
+
+
+def header(scope: Scope, name: str) -> str | None:
+    """A header of the request; None if it has none of this name."""
+    wanted = name.encode()
+    return next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), None)
+
+
+async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, Any]:
+    """The JSON object that is the body of a request.
+
+    Args:
+        most: bytes of the body.
+
+    Raises:
+        ApiError: 413 if it is larger, 408 if it comes too slowly, 400 if it is no JSON object.
+        DisconnectedError: the client hung up before its end.
+    """
+    _check_content_type(scope)
+    try:
+        data = await asyncio.wait_for(_read_body(scope, receive, most), _BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body took longer than {_BODY_SECONDS:g} s") from None
+    try:
+        body = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise bad_request(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise bad_request(f"the body is {_short(body)}, expected a JSON object")
+    return body
+
+
+def _check_content_type(scope: Scope) -> None:
+    """400 for a body that says that it is no JSON.
+
+    `curl -d` calls every body a form. A web page of another site can send a form too, without
+    being asked whether it may, so from a browser, which names the origin, a form is refused.
+    """
+    kind = (header(scope, "content-type") or "application/json").partition(";")[0].strip().lower()
+    is_form = kind == "application/x-www-form-urlencoded" and header(scope, "origin") is None
+    is_json = kind == "application/json" or kind.endswith("+json")
+    if not (is_json or is_form):
+        raise bad_request(f"content-type is {kind}, expected application/json")
+
+
+async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes:
+    too_large = ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
+    length = header(scope, "content-length") or "0"
+    if length.isdigit() and int(length) > most:
+        raise too_large
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise DisconnectedError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            raise too_large
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _short(value: object) -> str:
+    return f"{json.dumps(value):.40}"
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; cancels it as soon as the client hangs up. The body has been read.
+
+    Raises:
+        DisconnectedError: the client hung up.
+        SlowReaderError: somebody else has cancelled the work.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise DisconnectedError
+        if task.cancelled():
+            raise SlowReaderError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_bytes(
+    send: Send, data: bytes, content_type: str, status: int = 200, **headers: str
+) -> None:
+    """A whole answer; `headers` by their names with underscores."""
+    fields = {"content-type": content_type, "content-length": str(len(data))}
+    fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+    await send({"type": "http.response.start", "status": status, "headers": _encoded(fields)})
+    await send({"type": "http.response.body", "body": data})
+
+
+async def send_json(send: Send, body: Mapping[str, Any], status: int = 200, **headers: str) -> None:
+    """A JSON object as an answer."""
+    await send_bytes(send, json.dumps(body).encode(), "application/json", status, **headers)
+
+
+async def send_error(send: Send, error: ApiError, **headers: str) -> None:
+    """An error as an answer."""
+    await send_json(send, error.body(), error.status, **{**error.headers, **headers})
+
+
+class EventStream:
+    """Server-sent events as an answer, which begins with the first of them.
+
+    Attributes:
+        has_begun: the status, 200, has been sent.
+    """
+
+    def __init__(self, send: Send, **headers: str) -> None:
+        self.has_begun = False
+        self._send = send
+        self._headers = headers
+
+    async def data(self, body: Mapping[str, Any]) -> None:
+        """An event."""
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        await self._write(f"data: {text}\n\n")
+
+    async def ping(self) -> None:
+        """A comment, which clients ignore and proxies take for a sign of life."""
+        await self._write(": ping\n\n")
+
+    async def end(self) -> None:
+        """The last event."""
+        await self._write("data: [DONE]\n\n", more=False)
+
+    async def fail(self, error: ApiError) -> None:
+        """An error after others, in place of what was to come."""
+        await self._write(f"data: {json.dumps(error.body())}\n\n")
+        await self.end()
+
+    async def _write(self, text: str, more: bool = True) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            fields = {"content-type": "text/event-stream; charset=utf-8"}
+            fields |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            fields |= {name.replace("_", "-"): value for name, value in self._headers.items()}
+            await self._send(
+                {"type": "http.response.start", "status": 200, "headers": _encoded(fields)}
+            )
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+
+def _encoded(fields: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]

@@ -1,0 +1,163 @@
+"""POST /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from mistral_ext.engine.request import Completion
+from mistral_ext.serve import asgi
+from mistral_ext.serve.asgi import DisconnectedError, EventStream, SlowReaderError
+from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.generation import Generation
+from mistral_ext.serve.log import Record
+from mistral_ext.serve.protocol import Job, chat_job, completion_job, requests_of
+from mistral_ext.serve.responses import Answer, new_id
+from mistral_ext.serve.service import Service
+
+_CLOSED = 499  # what nginx writes into its log for a client that hung up
+
+
+class Completions:
+    """The endpoint, an ASGI application.
+
+    Args:
+        service: what requests share.
+        is_chat: prompts are conversations.
+    """
+
+    def __init__(self, service: Service, is_chat: bool) -> None:
+        self._service = service
+        self._is_chat = is_chat
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        call = _Call(self._service, self._is_chat, scope["path"], send)
+        record = call.record
+        try:
+            await call.answer(scope, receive)
+        except ApiError as error:
+            record.status, record.reason = error.status, error.code or "invalid"
+            await call.fail(error)
+        except DisconnectedError:
+            record.status, record.reason = _CLOSED, "disconnected"
+        except SlowReaderError:
+            record.status, record.reason = _CLOSED, "slow_reader"
+        except BaseException:
+            record.status, record.reason = 500, "error"
+            raise
+        finally:
+            call.note()
+
+
+class _Call:
+    """One request to the endpoint."""
+
+    def __init__(self, service: Service, is_chat: bool, path: str, send: asgi.Send) -> None:
+        self.record = Record(new_id(is_chat), path)
+        self._service = service
+        self._is_chat = is_chat
+        self._send = send
+        self._events = EventStream(send, x_request_id=self.record.request_id)
+        self._generation: Generation | None = None
+
+    async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
+        """Reads the request and sends its answer."""
+        service, settings = self._service, self._service.settings
+        body = await asgi.read_object(scope, receive, settings.body_bytes)
+        self.record.body = body
+        job = chat_job(body, settings.max_tokens) if self._is_chat else completion_job(body)
+        service.check_model(body.get("model"))
+        with service.places(job.count):
+            await asgi.until_disconnect(receive, self._complete(job))
+
+    async def fail(self, error: ApiError) -> None:
+        """Sends an error, in the stream if that has begun."""
+        if self._events.has_begun:
+            await self._events.fail(error)
+        else:
+            await asgi.send_error(self._send, error, x_request_id=self.record.request_id)
+
+    def note(self) -> None:
+        """Counts the request, and writes its line."""
+        record, metrics, generation = self.record, self._service.metrics, self._generation
+        metrics.answered(record.path, record.status)
+        if record.status == _CLOSED:
+            metrics.broken_off(record.reason)
+        if generation:
+            firsts = [p.first for p in generation.progress if p.first is not None]
+            if firsts:
+                record.first_token_seconds = min(firsts) - record.began
+            record.completion_tokens = sum(p.tokens for p in generation.progress)
+        self._service.log.write(record)
+
+    async def _complete(self, job: Job) -> None:
+        service = self._service
+        prompts = [await service.encode(prompt, self._is_chat) for prompt in job.prompts]
+        self.record.prompt_tokens = sum(map(len, prompts))
+        task = asyncio.current_task()
+        assert task
+        generation = self._generation = Generation(
+            service.engine,
+            requests_of(job, prompts, service.llm),
+            service.metrics,
+            job.stream,
+            service.settings.max_unread,
+            on_overflow=task.cancel,
+        )
+        answer = Answer(
+            job, prompts, service.settings.model_name, service.tokenizer, self.record.request_id
+        )
+        with service.running(generation):
+            if job.stream:
+                await self._stream(answer, generation)
+            else:
+                await self._collect(generation)
+        completions = _completions(generation)
+        self._note_completions(job, prompts, completions)
+        if not job.stream:
+            whole = answer.whole(completions)
+            await asgi.send_json(self._send, whole, x_request_id=self.record.request_id)
+
+    async def _collect(self, generation: Generation) -> None:
+        """Waits until all completions have ended."""
+        left = len(generation.progress)
+        while left:
+            if await generation.next(self._service.settings.ping_seconds):
+                left -= 1
+
+    async def _stream(self, answer: Answer, generation: Generation) -> None:
+        """Sends all completions as they come."""
+        events, left, has_text = self._events, len(generation.progress), False
+        while left:
+            come = await generation.next(self._service.settings.ping_seconds)
+            if come is None:
+                await events.ping()
+                continue
+            if not has_text:
+                has_text = True
+                for chunk in answer.first_chunks():
+                    await events.data(chunk)
+            for chunk in answer.chunks(*come):
+                await events.data(chunk)
+            left -= come[1].is_last
+        for chunk in answer.last_chunks(_completions(generation)):
+            await events.data(chunk)
+        await events.end()
+
+    def _note_completions(
+        self, job: Job, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
+    ) -> None:
+        record, generation = self.record, self._generation
+        assert generation
+        record.reason = ",".join(completion.finish_reason for completion in completions)
+        record.texts = [completion.text for completion in completions]
+        for i, completion in enumerate(completions):
+            seconds = generation.progress[i].last - generation.started
+            length = len(prompts[i // job.params.n])
+            self._service.metrics.ended(completion, length, seconds)
+            if i % job.params.n == 0:
+                record.cached_tokens += completion.timing.cached_tokens
+
+
+def _completions(generation: Generation) -> list[Completion]:
+    return [progress.completion for progress in generation.progress if progress.completion]

@@ -1,0 +1,102 @@
+"""The thread that steps the engine."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+import torch
+
+from mistral_ext.engine.engine import Engine
+from mistral_ext.engine.request import Output, Request
+from mistral_ext.serve.errors import out_of_order
+
+_log = logging.getLogger("mistral_ext.serve")
+
+
+class EngineThread:
+    """Steps an engine while there is work. Other threads add and abort.
+
+    A pass that fails costs its own requests. When a step itself fails, or the device does not work
+    any more after a pass, the thread ends, and nothing is taken any more.
+
+    Args:
+        engine: the engine.
+        device: of its model.
+        on_death: is called by the thread when it ends so.
+    """
+
+    def __init__(
+        self, engine: Engine, device: torch.device, on_death: Callable[[], object]
+    ) -> None:
+        self.engine = engine
+        self._device = device
+        self._on_death = on_death
+        self._wake = threading.Condition()
+        self._is_stopping = False
+        self._is_dead = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def is_dead(self) -> bool:
+        """It has ended by a failure."""
+        return self._is_dead
+
+    def start(self) -> None:
+        """Begins to step."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the step that is being made."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def add(self, request: Request, listener: Callable[[Output], object]) -> int:
+        """Adds a request; see `Engine.add`.
+
+        Raises:
+            ApiError: 503 if the thread has died.
+            ValueError: as `Engine.add`.
+        """
+        if self._is_dead:
+            raise out_of_order()
+        request_id = self.engine.add(request, listener)
+        self._notify()
+        return request_id
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """Ends requests at the next step."""
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                errors = [output.error for output in self.engine.step() if output.error]
+                for error in errors:
+                    _log.error("a pass failed: %s", error, exc_info=error)
+                if errors:
+                    self._check_device()
+            except Exception as error:
+                _log.critical("the engine has failed: %s", error, exc_info=error)
+                self._is_dead = True
+                self._on_death()
+                return
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while not (self._is_stopping or self.engine.has_work):
+                self._wake.wait()
+            return not self._is_stopping
+
+    def _check_device(self) -> None:
+        """Raises if the device can compute nothing any more, as a GPU after a bad access."""
+        torch.ones(1, device=self._device).sum().item()

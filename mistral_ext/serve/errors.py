@@ -1,0 +1,96 @@
+"""Errors as OpenAI's API reports them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer other than 200.
+
+    Args:
+        status: of HTTP.
+        message: for people.
+        param: the field of the request that is wrong.
+        code: for programs.
+        headers: more of them.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        error = {
+            "message": self.message,
+            "type": _TYPES.get(self.status, "invalid_request_error"),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
+
+# Has OpenAI's clients not try again: the next try would fail like this one.
+_NO_RETRY = {"x-should-retry": "false"}
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that can never be answered."""
+    return ApiError(400, message, param, code)
+
+
+def unsupported(name: str) -> ApiError:
+    """A field that asks for what this server does not have."""
+    return ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
+
+
+def too_busy() -> ApiError:
+    """The queue is full."""
+    message = "the queue is full, try again later"
+    return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
+
+
+def shutting_down() -> ApiError:
+    """The server finishes what it has, and takes nothing new."""
+    message = "the server is shutting down"
+    headers = {"retry-after": "5", "connection": "close"}
+    return ApiError(503, message, code="shutting_down", headers=headers)
+
+
+def out_of_order() -> ApiError:
+    """The engine has died."""
+    message = "the engine has failed and needs a restart"
+    return ApiError(503, message, code="engine_dead", headers=_NO_RETRY)
+
+
+def out_of_time(seconds: float) -> ApiError:
+    """The request took too long."""
+    message = f"the request took longer than {seconds:g} s"
+    return ApiError(504, message, code="timeout", headers=_NO_RETRY)
+
+
+def failed(error: Exception) -> ApiError:
+    """The engine could not do what a request asked for."""
+    message = f"the model failed: {' '.join(str(error).split()) or type(error).__name__}"
+    return ApiError(500, message, code="engine_error", headers=_NO_RETRY)

@@ -1,0 +1,176 @@
+"""The fields of requests, as JSON Schema: what is checked is what /openapi.json says.
+
+A field may be null, which is as if it were not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mistral_ext.serve.schema import Schema
+
+# More alternatives than OpenAI's API gives, none can want.
+MOST_LOGPROBS = 20
+
+_FLAG = {"type": "boolean"}
+_TEXT = {"type": "string"}
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": 256}
+_TOKEN_ID = {"type": "integer", "minimum": 0}
+_TOKEN_IDS = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
+_PENALTY = {"type": "number", "minimum": -2, "maximum": 2}
+_MODEL = {"type": "string", "description": "a model that /v1/models names; it may be left out"}
+_MAX_TOKENS = {"type": "integer", "minimum": 1, "maximum": 2**31}
+
+_SAMPLING: dict[str, Schema] = {
+    "model": _MODEL,
+    "max_tokens": _MAX_TOKENS,
+    "temperature": {"type": "number", "minimum": 0, "maximum": 100, "default": 1},
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
+    "top_k": {"type": "integer", "minimum": -1, "maximum": 2**31, "default": 0},
+    "min_p": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+    "repetition_penalty": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": 100,
+        "default": 1,
+    },
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "seed": {"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1},
+    "stop": {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": 16}]},
+    "stop_token_ids": {"type": "array", "items": _TOKEN_ID, "maxItems": 64},
+    "logit_bias": {
+        "type": "object",
+        "description": "token id -> what is added to its logit",
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        "maxProperties": 1024,
+    },
+    "n": {"type": "integer", "minimum": 1, "maximum": 128, "default": 1},
+    "ignore_eos": _FLAG,
+    "stream": _FLAG,
+    "stream_options": {
+        "type": "object",
+        "properties": {"include_usage": _FLAG, "include_obfuscation": _FLAG},
+        "additionalProperties": False,
+    },
+    "cache_salt": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": 1024,
+        "description": "only requests of the same salt share what is cached of their prompts",
+    },
+}
+
+_PART = {
+    "type": "object",
+    "properties": {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT},
+    "required": ["type", "text"],
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
+        "content": {"anyOf": [{"type": "null"}, _TEXT, {"type": "array", "items": _PART}]},
+        "tool_calls": {"type": ["array", "null"], "maxItems": 0},
+        "function_call": {"type": "null"},
+    },
+    "required": ["role"],
+}
+MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4096}
+
+_PROMPT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        _TOKEN_IDS,
+        {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+    ]
+}
+
+CHAT: dict[str, Schema] = {
+    "messages": MESSAGES,
+    **_SAMPLING,
+    "max_completion_tokens": _MAX_TOKENS,
+    "logprobs": _FLAG,
+    "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
+}
+
+COMPLETION: dict[str, Schema] = {
+    "prompt": _PROMPT,
+    **_SAMPLING,
+    "logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
+    "echo": _FLAG,
+}
+
+TOKENIZE: dict[str, Schema] = {
+    "model": _MODEL,
+    "prompt": {"type": "string"},
+    "add_special_tokens": _FLAG,
+    "messages": MESSAGES,
+}
+
+DETOKENIZE: dict[str, Schema] = {
+    "model": _MODEL,
+    "tokens": {"type": "array", "items": _TOKEN_ID},
+}
+
+# Fields that OpenAI's clients send, and that change nothing of the text.
+IGNORED = (
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+    "prediction",
+    "reasoning_effort",
+    "verbosity",
+)
+
+# Fields that would change it, and that are not supported: name -> the values that ask for nothing.
+# Whatever else they hold is refused, so that nobody takes an unconstrained text for another.
+NEUTRAL: dict[str, Schema] = {
+    "tools": {"type": "array", "maxItems": 0},
+    "tool_choice": {"type": "string", "enum": ["none", "auto"]},
+    "functions": {"type": "array", "maxItems": 0},
+    "function_call": {"type": "string", "enum": ["none", "auto"]},
+    "response_format": {
+        "type": "object",
+        "properties": {"type": {"type": "string", "enum": ["text"]}},
+        "required": ["type"],
+    },
+    "modalities": {"type": "array", "items": {"type": "string", "enum": ["text"]}},
+    "audio": {"type": "null"},
+    "web_search_options": {"type": "null"},
+    "suffix": {"type": "string", "maxLength": 0},
+    "best_of": {"type": "integer", "enum": [1]},
+    "min_tokens": {"type": "integer", "enum": [0]},
+    "guided_json": {"type": "null"},
+    "guided_regex": {"type": "null"},
+    "guided_choice": {"type": "null"},
+    "guided_grammar": {"type": "null"},
+    "structured_outputs": {"type": "null"},
+    "use_beam_search": {"type": "boolean", "enum": [False]},
+    "skip_special_tokens": {"type": "boolean", "enum": [True]},
+    "include_stop_str_in_output": {"type": "boolean", "enum": [False]},
+    "add_generation_prompt": {"type": "boolean", "enum": [True]},
+    "continue_final_message": {"type": "boolean", "enum": [False]},
+}
+
+
+def request_schema(fields: Mapping[str, Schema], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The schema of a request with these fields, and with those that are ignored or neutral."""
+    properties: dict[str, Any] = {
+        name: schema if name in required else {"anyOf": [schema, {"type": "null"}]}
+        for name, schema in {**NEUTRAL, **fields}.items()
+    }
+    properties |= {name: {"description": "accepted, without effect"} for name in IGNORED}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }

@@ -1,0 +1,143 @@
+"""The completions of one HTTP request, on their way from the engine's thread to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from mistral_ext.engine.request import Completion, Output, Request
+from mistral_ext.serve.engine_thread import EngineThread
+from mistral_ext.serve.errors import ApiError, bad_request, failed
+from mistral_ext.serve.metrics import Metrics
+
+
+@dataclass
+class Progress:
+    """How far a completion is. Times are of `time.perf_counter`."""
+
+    tokens: int = 0
+    first: float | None = None  # when its first token came
+    last: float = 0.0
+    completion: Completion | None = None
+
+
+class Generation:
+    """Runs completions, and gives their outputs in order.
+
+    Outputs wait here until the event loop takes them: all of them for a stream, only the last ones
+    otherwise. Methods are the event loop's, but for `_take`, which the engine's thread calls.
+
+    Args:
+        engine: the thread.
+        requests: of the completions.
+        metrics: counts tokens and times.
+        is_stream: outputs are wanted as they come.
+        max_unread: outputs of a stream that may wait. If there are more, the completions end, and
+            `on_overflow` is called.
+
+    Attributes:
+        progress: of each completion.
+    """
+
+    def __init__(
+        self,
+        engine: EngineThread,
+        requests: Sequence[Request],
+        metrics: Metrics,
+        is_stream: bool,
+        max_unread: int,
+        on_overflow: Callable[[], object],
+    ) -> None:
+        self.started = time.perf_counter()
+        self.progress = [Progress() for _ in requests]
+        self._engine = engine
+        self._requests = requests
+        self._metrics = metrics
+        self._is_stream = is_stream
+        self._max_unread = max_unread
+        self._on_overflow = on_overflow
+        self._loop = asyncio.get_running_loop()
+        self._ids: list[int] = []
+        self._come: deque[tuple[int, Output]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: ApiError | None = None
+
+    def start(self) -> None:
+        """Queues the completions.
+
+        Raises:
+            ApiError: 400 if one can never run; then none of them stays. 503 if the engine is dead.
+        """
+        try:
+            for index, request in enumerate(self._requests):
+                self._ids.append(self._engine.add(request, partial(self._take, index)))
+        except ValueError as error:
+            raise bad_request(str(error)) from error
+
+    async def next(self, seconds: float) -> tuple[int, Output] | None:
+        """The next output, with the number of its completion; None if none comes for so long.
+
+        Raises:
+            ApiError: a completion has failed, or `fail` was called.
+        """
+        deadline = self._loop.time() + seconds
+        while not (self._come or self._error):
+            if self._loop.time() >= deadline:
+                return None
+            await self._wait_until(deadline)
+        if self._error:
+            raise self._error
+        index, output = self._come.popleft()
+        if output.error:
+            raise failed(output.error)
+        return index, output
+
+    def fail(self, error: ApiError) -> None:
+        """Ends all with an error."""
+        self._error = self._error or error
+        self.close()
+        self._wake()
+
+    def close(self) -> None:
+        """Ends the completions that have not ended; their memory is free within a step."""
+        self._engine.abort(self._ids)
+
+    async def _wait_until(self, deadline: float) -> None:
+        self._waiter = self._loop.create_future()
+        timer = self._loop.call_at(deadline, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _take(self, index: int, output: Output) -> None:
+        if output.token_ids:
+            self._note(index, output)
+        if not (self._is_stream or output.is_last):
+            return
+        self._come.append((index, output))
+        if len(self._come) == 1:
+            self._loop.call_soon_threadsafe(self._wake)
+        elif len(self._come) == self._max_unread and self._is_stream:
+            for request_id in self._ids:  # here, not in the loop: at once, and it may be busy
+                self._engine.engine.abort(request_id)
+            self._loop.call_soon_threadsafe(self._on_overflow)
+
+    def _note(self, index: int, output: Output) -> None:
+        progress, now = self.progress[index], time.perf_counter()
+        if progress.first is None:
+            progress.first = now
+            self._metrics.first_token(now - self.started)
+        else:
+            self._metrics.next_token(now - progress.last)
+        progress.last = now
+        progress.tokens += len(output.token_ids)
+        progress.completion = output.completion

@@ -1,0 +1,89 @@
+"""One line for each request; and, if asked for, what it said and what it got."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("mistral_ext.serve")
+
+_FILE_BYTES = 64 * 2**20
+_FILES = 8  # older ones are deleted
+
+
+@dataclass
+class Record:
+    """What is known of a request. Times are of `time.perf_counter`."""
+
+    request_id: str
+    path: str
+    began: float = field(default_factory=time.perf_counter)
+    status: int = 200
+    reason: str = "-"  # how it ended: finish reasons, an error's code, or who broke it off
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    first_token_seconds: float | None = None
+    body: dict[str, Any] | None = None
+    texts: list[str | None] = field(default_factory=list)
+
+
+class RequestLog:
+    """Writes records.
+
+    Args:
+        file: gets a JSON object for each request, prompts and completions included. It is moved
+            aside when it is large. None: texts are written nowhere.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file: RotatingFileHandler | None = None
+        if file is not None:
+            os.close(os.open(file, os.O_CREAT | os.O_APPEND, 0o600))  # it is for nobody else
+            self._file = RotatingFileHandler(
+                file, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8"
+            )
+
+    def write(self, record: Record) -> None:
+        """Writes the line of a request that has ended."""
+        seconds = time.perf_counter() - record.began
+        first = record.first_token_seconds
+        _log.info(
+            "%s %s %d %s prompt=%d cached=%d completion=%d first=%s total=%.3fs",
+            record.request_id,
+            record.path,
+            record.status,
+            record.reason,
+            record.prompt_tokens,
+            record.cached_tokens,
+            record.completion_tokens,
+            "-" if first is None else f"{first:.3f}s",
+            seconds,
+        )
+        if self._file and record.body is not None:
+            line = {
+                "id": record.request_id,
+                "time": time.time(),
+                "path": record.path,
+                "status": record.status,
+                "reason": record.reason,
+                "request": record.body,
+                "texts": record.texts,
+                "prompt_tokens": record.prompt_tokens,
+                "cached_tokens": record.cached_tokens,
+                "completion_tokens": record.completion_tokens,
+                "first_token_seconds": first,
+                "seconds": seconds,
+            }
+            self._file.emit(logging.makeLogRecord({"msg": json.dumps(line)}))
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file:
+            self._file.close()

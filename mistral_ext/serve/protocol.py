@@ -1,0 +1,240 @@
+"""From the JSON of a request to requests of the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.request import Request
+from mistral_ext.llm import Mistral, expect_token_ids
+from mistral_ext.serve import fields
+from mistral_ext.serve.errors import ApiError, bad_request, unsupported
+from mistral_ext.serve.schema import Schema, check
+from mistral_ext.text.chat_template import ChatTemplate
+
+_CHAT = fields.request_schema(fields.CHAT, ("messages",))
+_COMPLETION = fields.request_schema(fields.COMPLETION, ("prompt",))
+
+# Fields that have the same name and meaning in the engine.
+_SAME = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "ignore_eos",
+)
+
+_COMPLETION_TOKENS = 16  # OpenAI's default for completions
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request asks for: `params.n` completions of each prompt.
+
+    Attributes:
+        is_chat: it is a conversation, and the completions are replies.
+        prompts: conversations, texts or token ids.
+        params: but for max_tokens, which depends on the prompt's length.
+        max_tokens: as asked for; None: all that fit.
+        stream, include_usage, echo: as asked for.
+        salt, stop_token_ids: see `Mistral.request`.
+    """
+
+    is_chat: bool
+    prompts: Sequence[Any]
+    params: SamplingParams
+    max_tokens: int | None
+    stream: bool
+    include_usage: bool
+    echo: bool
+    salt: str | None
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Completions in all."""
+        return len(self.prompts) * self.params.n
+
+
+def check_fields(body: dict[str, Any], schema: Schema) -> dict[str, Any]:
+    """The fields of a request that are not null.
+
+    Raises:
+        ApiError: 400, for a field that is wrong, not known or not supported.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, neutral in fields.NEUTRAL.items():
+        if name in given and name in schema["properties"]:
+            try:
+                check(given[name], neutral, name)
+            except ApiError:
+                raise unsupported(name) from None
+    check(given, schema, "")
+    return given
+
+
+def chat_job(body: dict[str, Any], default_tokens: int | None) -> Job:
+    """The job of a request to /v1/chat/completions.
+
+    Args:
+        body: as it came.
+        default_tokens: of a reply, if the body says none; None: all that fit.
+
+    Raises:
+        ApiError: 400, for a field that is wrong.
+    """
+    given = check_fields(body, _CHAT)
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise bad_request("top_logprobs is given without logprobs: true", "top_logprobs")
+    logprobs = int(given.get("top_logprobs", 0)) if given.get("logprobs") else None
+    asked = given.get("max_completion_tokens", given.get("max_tokens", default_tokens))
+    return _job(given, [messages_of(given["messages"])], logprobs, asked, is_chat=True)
+
+
+def completion_job(body: dict[str, Any]) -> Job:
+    """The job of a request to /v1/completions; errors as `chat_job`."""
+    given = check_fields(body, _COMPLETION)
+    logprobs = int(given["logprobs"]) if "logprobs" in given else None
+    if given.get("echo") and logprobs is not None:
+        raise bad_request("echo together with logprobs is not supported", "echo")
+    prompt = given["prompt"]
+    is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
+    prompts = [prompt] if is_one else prompt
+    asked = given.get("max_tokens", _COMPLETION_TOKENS)
+    return _job(given, prompts, logprobs, asked, is_chat=False)
+
+
+def _job(
+    given: dict[str, Any],
+    prompts: Sequence[Any],
+    logprobs: int | None,
+    max_tokens: float | None,
+    is_chat: bool,
+) -> Job:
+    options = given.get("stream_options")
+    if options is not None and not given.get("stream"):
+        raise bad_request("stream_options is given without stream: true", "stream_options")
+    stop_token_ids = tuple(map(int, given.get("stop_token_ids", ())))
+    if stop_token_ids and given.get("ignore_eos"):
+        text = "stop_token_ids is given with ignore_eos, expected one of them"
+        raise bad_request(text, "stop_token_ids")
+    return Job(
+        is_chat=is_chat,
+        prompts=prompts,
+        params=_params(given, logprobs),
+        max_tokens=None if max_tokens is None else int(max_tokens),
+        stream=given.get("stream", False),
+        include_usage=bool((options or {}).get("include_usage")),
+        echo=given.get("echo", False),
+        salt=given.get("cache_salt"),
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def _params(given: Mapping[str, Any], logprobs: int | None) -> SamplingParams:
+    options = {name: given[name] for name in _SAME if name in given}
+    options["temperature"] = given.get("temperature", 1.0)
+    options["top_k"] = max(0, int(given.get("top_k", 0)))  # vLLM's -1 means all, too
+    options["n"] = int(given.get("n", 1))
+    options["logprobs"] = logprobs
+    if "seed" in given:
+        options["seed"] = int(given["seed"]) % 2**64
+    if "logit_bias" in given:
+        options["logit_bias"] = {_token_id(k): b for k, b in given["logit_bias"].items()}
+    return SamplingParams(**options)
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 10):
+        raise bad_request(f"logit_bias has key {key!r:.40}, expected a token id", "logit_bias")
+    return int(key)
+
+
+def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Messages as `Mistral.chat` takes them, of OpenAI's."""
+    roles = {"developer": "system"}
+    plain = [
+        {"role": roles.get(m["role"], m["role"]), "content": _text(m.get("content"))}
+        for m in messages
+    ]
+    # A reply that was broken off before it had a word. Templates have no empty replies.
+    return [m for m in plain if m["content"] or m["role"] != "assistant"]
+
+
+def _text(content: str | Sequence[Mapping[str, str]] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(part["text"] for part in content)
+
+
+def context_length(llm: Mistral) -> int:
+    """Tokens of prompt and completion together that a request may have."""
+    positions: int = llm.config.max_positions
+    return positions if llm.max_length is None else min(positions, llm.engine.pool.slots)
+
+
+def encode(
+    llm: Mistral, prompt: Any, template: ChatTemplate | None, is_chat: bool = False
+) -> list[int]:
+    """Token ids of a prompt of a job.
+
+    Raises:
+        ApiError: 400 for text that is not Unicode, ids that the model lacks, or messages that are
+            no conversation.
+    """
+    param = "messages" if is_chat else "prompt"
+    try:
+        if is_chat:
+            return llm.encode_chat(prompt, template=template)
+        if isinstance(prompt, str):
+            return llm.require_tokenizer().encode(prompt)
+        ids = [int(i) for i in prompt]
+        expect_token_ids(ids, llm.config.vocab_size, param)
+    except ValueError as error:
+        raise bad_request(str(error), param) from error
+    return ids
+
+
+def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Request]:
+    """A job's requests to the engine, n for each prompt.
+
+    Args:
+        prompts: their token ids.
+
+    Raises:
+        ApiError: 400 for a prompt that is too long.
+    """
+    context = context_length(llm)
+    requests = []
+    for ids in prompts:
+        _check_length(len(ids), job.max_tokens, context, "messages" if job.is_chat else "prompt")
+        max_tokens = job.max_tokens or context - len(ids)
+        params = dataclasses.replace(job.params, max_tokens=max_tokens)
+        for index in range(params.n):
+            requests.append(
+                llm.request(
+                    ids,
+                    params,
+                    index,
+                    starts_text=job.is_chat,
+                    salt=job.salt,
+                    stop_token_ids=job.stop_token_ids,
+                )
+            )
+    return requests
+
+
+def _check_length(prompt: int, max_tokens: int | None, context: int, param: str) -> None:
+    needed = prompt + (max_tokens or 1)
+    if needed <= context:
+        return
+    text = f"the model's context has {context} tokens, but the prompt has {prompt}"
+    if max_tokens is not None:
+        text += f" and max_tokens is {max_tokens}, {needed} together"
+    raise bad_request(text, param, "context_length_exceeded")

@@ -1,0 +1,133 @@
+"""From outputs of the engine to the JSON of answers."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mistral_ext.engine.request import Completion, Output
+from mistral_ext.serve.logprobs import LogprobWriter
+from mistral_ext.serve.protocol import Job
+from mistral_ext.text.tokenizer import Tokenizer
+
+
+class Answer:
+    """Writes the answer to one job, whole or in chunks.
+
+    Args:
+        job: what was asked for.
+        prompts: token ids of its prompts.
+        model: its name.
+        tokenizer: the model's.
+        answer_id: the id of the answer and of all its chunks.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        prompts: Sequence[Sequence[int]],
+        model: str,
+        tokenizer: Tokenizer,
+        answer_id: str,
+    ) -> None:
+        self._answer_id = answer_id
+        self._job = job
+        self._prompts = prompts
+        self._model = model
+        self._created = int(time.time())
+        self._echo = [_echo(job, i, prompts, tokenizer) for i in range(job.count)]
+        self._logprobs = [LogprobWriter(tokenizer, job.is_chat, len(e)) for e in self._echo]
+
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """All in one."""
+        kind = "chat.completion" if self._job.is_chat else "text_completion"
+        choices = [self._whole_choice(i, c) for i, c in enumerate(completions)]
+        return {**self._head(kind), "choices": choices, "usage": self._usage(completions)}
+
+    def first_chunks(self) -> Iterator[dict[str, Any]]:
+        """What comes before any text, in the order of the completions."""
+        for index in range(self._job.count):
+            if self._job.is_chat:
+                yield self._chunk(index, delta={"role": "assistant", "content": ""})
+            elif self._echo[index]:
+                yield self._chunk(index, text=self._echo[index])
+
+    def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
+        """Those of an output: none if it brings nothing that can be shown yet."""
+        logprobs = None
+        if output.logprobs:
+            writer = self._logprobs[index]
+            write = writer.chat if self._job.is_chat else writer.text
+            logprobs = write(output.logprobs)
+        if output.text or logprobs:
+            yield self._chunk(index, logprobs=logprobs, **self._shown(output.text))
+        if output.finish_reason:
+            yield self._chunk(index, finish_reason=output.finish_reason, **self._shown(""))
+
+    def last_chunks(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
+        """What comes after all text."""
+        if self._job.include_usage:
+            head = self._head(self._chunk_kind)
+            yield {**head, "choices": [], "usage": self._usage(completions)}
+
+    def _shown(self, text: str) -> dict[str, Any]:
+        if not self._job.is_chat:
+            return {"text": text}
+        return {"delta": {"content": text} if text else {}}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self._job.is_chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._answer_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+        }
+
+    def _chunk(self, index: int, **choice: Any) -> dict[str, Any]:
+        whole = {"index": index, "logprobs": None, "finish_reason": None, **choice}
+        chunk = {**self._head(self._chunk_kind), "choices": [whole]}
+        return {**chunk, "usage": None} if self._job.include_usage else chunk
+
+    def _whole_choice(self, index: int, completion: Completion) -> dict[str, Any]:
+        text = completion.text or ""
+        writer = self._logprobs[index]
+        choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason}
+        tokens = completion.logprobs
+        if self._job.is_chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice["logprobs"] = None if tokens is None else writer.chat(tokens)
+        else:
+            choice["text"] = self._echo[index] + text
+            choice["logprobs"] = None if tokens is None else writer.text(tokens)
+        return choice
+
+    def _usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        prompt = sum(map(len, self._prompts))
+        generated = sum(len(completion.token_ids) for completion in completions)
+        # A prompt counts once, and so does what was cached of it before its first completion.
+        cached = sum(c.timing.cached_tokens for c in completions[:: self._job.params.n])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def new_id(is_chat: bool) -> str:
+    """An id that no other answer has."""
+    return f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+
+
+def _echo(job: Job, index: int, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> str:
+    """The prompt's text, if it is to stand before the completion's."""
+    if not job.echo:
+        return ""
+    prompt = job.prompts[index // job.params.n]
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompts[index // job.params.n])

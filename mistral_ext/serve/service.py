@@ -1,0 +1,152 @@
+"""What all requests to a server share: the model, the queue, the figures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mistral_ext.llm import Mistral
+from mistral_ext.serve import errors
+from mistral_ext.serve.engine_thread import EngineThread
+from mistral_ext.serve.errors import ApiError, bad_request
+from mistral_ext.serve.generation import Generation
+from mistral_ext.serve.log import RequestLog
+from mistral_ext.serve.metrics import Metrics
+from mistral_ext.serve.protocol import encode
+from mistral_ext.serve.settings import Settings
+from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
+from mistral_ext.text.tokenizer import Tokenizer
+
+# Messages one after another, for a model that goes on with a text and knows no turns.
+_PLAIN = "{{ bos_token }} {{ messages | map(attribute='content') | join('\\n\\n') }}"
+
+
+class Service:
+    """Serves a model. But for `start`, and what the engine's thread does, the event loop's alone.
+
+    Args:
+        llm: the model, with a tokenizer.
+        settings: the options.
+        log: where requests are written.
+
+    Attributes:
+        llm, settings, tokenizer, engine, metrics, log: what requests need.
+        is_draining: nothing new is taken.
+    """
+
+    def __init__(self, llm: Mistral, settings: Settings, log: RequestLog) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.tokenizer: Tokenizer = llm.require_tokenizer()
+        self.engine = EngineThread(llm.engine, llm.model.device, self._on_death)
+        self.metrics = Metrics(lambda: llm.engine.load)
+        self.log = log
+        self._template = _template(settings.template, self.tokenizer)
+        self.is_draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._places = llm.max_batch + settings.max_queue
+        self._taken = 0
+        self._live: set[Generation] = set()
+        self._idle = asyncio.Event()
+        # One text at a time: a long one may take a while, and the loop has others to serve.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    def start(self) -> None:
+        """Begins to serve, in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    def stop(self) -> None:
+        """Ends what is left."""
+        self.engine.stop()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def status(self) -> str:
+        """In a word: "ok", "ending" or "failed"."""
+        if self.engine.is_dead:
+            return "failed"
+        return "ending" if self.is_draining else "ok"
+
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Keeps room in the queue for so many completions.
+
+        Raises:
+            ApiError: 503 if nothing new is taken, 429 if there is no room now, 400 if there never
+                is.
+        """
+        if self.engine.is_dead:
+            raise errors.out_of_order()
+        if self.is_draining:
+            raise errors.shutting_down()
+        if count > self._places:
+            raise bad_request(f"n is {count} in all, expected at most {self._places}", "n")
+        if self._taken + count > self._places:
+            raise errors.too_busy()
+        self._taken += count
+        try:
+            yield
+        finally:
+            self._taken -= count
+            if not self._taken:
+                self._idle.set()
+
+    @contextmanager
+    def running(self, generation: Generation) -> Iterator[None]:
+        """Starts completions, and sees to it that they end with the block, or in time."""
+        assert self._loop
+        self._live.add(generation)
+        seconds = self.settings.request_seconds
+        timer = self._loop.call_later(seconds, generation.fail, errors.out_of_time(seconds))
+        try:
+            generation.start()
+            yield
+        finally:
+            timer.cancel()
+            self._live.discard(generation)
+            generation.close()
+
+    async def encode(self, prompt: Any, is_chat: bool) -> list[int]:
+        """Token ids of a prompt; see `protocol.encode`."""
+        assert self._loop
+        return await self._loop.run_in_executor(
+            self._tokenizing, encode, self.llm, prompt, self._template, is_chat
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError 404 if a request is for another model."""
+        if name is not None and name != self.settings.model_name:
+            text = f"model is {name!r:.200}, expected {self.settings.model_name!r}"
+            raise ApiError(404, text, "model", "model_not_found")
+
+    async def drain(self) -> None:
+        """Takes nothing new, and waits for what there is; ends that when its time is over."""
+        self.is_draining = True
+        if not self._taken:
+            return
+        self._idle.clear()
+        try:
+            await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
+        except asyncio.TimeoutError:
+            self.end_all(errors.shutting_down())
+            await self._idle.wait()
+
+    def end_all(self, error: ApiError) -> None:
+        """Ends all requests with an error."""
+        for generation in list(self._live):
+            generation.fail(error)
+
+    def _on_death(self) -> None:
+        assert self._loop
+        self._loop.call_soon_threadsafe(self.end_all, errors.out_of_order())
+
+
+def _template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if name == "plain":
+        return JinjaTemplate(Path("plain"), {"default": _PLAIN}, tokenizer)
+    return name

@@ -1,0 +1,61 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mistral_ext.serve import asgi, fields
+from mistral_ext.serve.errors import ApiError, bad_request
+from mistral_ext.serve.protocol import check_fields, context_length, messages_of
+from mistral_ext.serve.service import Service
+
+_TOKENIZE = fields.request_schema(fields.TOKENIZE)
+_DETOKENIZE = fields.request_schema(fields.DETOKENIZE, ("tokens",))
+
+
+class Tokens:
+    """Both endpoints, an ASGI application.
+
+    Args:
+        service: what requests share.
+        backwards: from tokens to text.
+    """
+
+    def __init__(self, service: Service, backwards: bool) -> None:
+        self._service = service
+        self._answer = self._detokenize if backwards else self._tokenize
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        status = 200
+        try:
+            body = await asgi.read_object(scope, receive, self._service.settings.body_bytes)
+            await asgi.send_json(send, await self._answer(body))
+        except ApiError as error:
+            status = error.status
+            await asgi.send_error(send, error)
+        except asgi.DisconnectedError:
+            pass
+        finally:
+            self._service.metrics.answered(scope["path"], status)
+
+    async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        given = check_fields(body, _TOKENIZE)
+        self._service.check_model(given.get("model"))
+        if ("prompt" in given) == ("messages" in given):
+            raise bad_request("expected either prompt or messages", "prompt")
+        if "messages" in given:
+            ids = await self._service.encode(messages_of(given["messages"]), is_chat=True)
+        else:
+            ids = await self._service.encode(given["prompt"], is_chat=False)
+            ids = ids if given.get("add_special_tokens", True) else ids[1:]
+        length = context_length(self._service.llm)
+        return {"count": len(ids), "max_model_len": length, "tokens": ids}
+
+    async def _detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        given = check_fields(body, _DETOKENIZE)
+        self._service.check_model(given.get("model"))
+        try:
+            text = self._service.tokenizer.decode(map(int, given["tokens"]))
+        except ValueError as error:
+            raise bad_request(str(error), "tokens") from error
+        return {"prompt": text}
