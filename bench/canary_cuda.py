@@ -115,7 +115,7 @@ def op_checks() -> Iterator[Check]:
             assert torch.equal(token_ids, out[:, :DIM].argmax(1))
             gate = x.float() @ wide.T
             assert_close(
-                ops.linear_swiglu(x, weight, weight),
+                ops.linear_swiglu(x, [weight, weight]),
                 reference.swiglu(gate, gate).double(),
                 reference.swiglu(x @ plain.T, x @ plain.T),
             )

@@ -102,7 +102,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         if name.endswith("residual"):
             return ops.linear_residual(given.x, given.weights[0], given.residual)
         if name.endswith("swiglu"):
-            return ops.linear_swiglu(given.x, *given.weights, given.norm, EPS)
+            return ops.linear_swiglu(given.x, given.weights, given.norm, EPS)
         if name.endswith("append"):
             rings, turns = given.rings.arguments()[3:], frequencies(GPU)
             return ops.linear_rope(given.x, given.weights, given.norm, EPS, *rings, turns, WINDOW)

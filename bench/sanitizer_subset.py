@@ -32,7 +32,7 @@ def main() -> None:
                 x = random(tokens, 1120, dtype=dtype, device=GPU)
                 ops.linear(x, [weight, weight], x[0].clone())
                 ops.linear_residual(x, weight, random(tokens, 70, dtype=dtype, device=GPU))
-                ops.linear_swiglu(x, weight, weight)
+                ops.linear_swiglu(x, [weight, weight])
                 ops.linear_argmax(x, weight, limit=69)
                 rings = Rings(1, tokens, 0, tokens, dtype, GPU).arguments()[3:]
                 heads = [

@@ -28,5 +28,5 @@ for position in range(len(tokens)):
     q, k, v = qkv.unflatten(1, (-1, D)).split(HEADS, dim=1)
     x = ops.attention(q, k, v, *rings, window=WINDOW)
     ops.linear_residual(x.flatten(1), wo, h)  # h += x @ wo.T
-    ops.linear_residual(ops.linear_swiglu(h, gate, up, norm), down, h)
+    ops.linear_residual(ops.linear_swiglu(h, [gate, up], norm), down, h)
 print("last token:", [round(value, 3) for value in h[0, :4].tolist()])

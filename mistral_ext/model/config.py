@@ -42,6 +42,10 @@ _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidde
 # params.json says nothing about these; the three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
+# The names of weights that are multiplied in one pass, where a layer has them joined.
+JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
+JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
+
 # A cache has room for so many tokens at least, if a sequence can have so many.
 LEAST_CACHE_TOKENS = 4096
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mistral_ext import ops
 from mistral_ext.model import rope
-from mistral_ext.model.config import MistralConfig
-from mistral_ext.ops import Quantized, Weight
+from mistral_ext.model.config import JOINED_GATE_UP, JOINED_QKV, MistralConfig
+from mistral_ext.ops import JoinedWeight, Weight, Weights
 
 
 class Cache(Protocol):
@@ -31,14 +31,11 @@ class Layer:
     """Weights of one block, named as in Mistral's own checkpoints."""
 
     attention_norm: Tensor  # [E]
-    wq: Weight  # [Hq * D, E]
-    wk: Weight  # [Hkv * D, E]
-    wv: Weight  # [Hkv * D, E]
+    qkv: Weights  # wq [Hq * D, E], wk [Hkv * D, E], wv [Hkv * D, E]
     wo: Weight  # [E, Hq * D]
     ffn_norm: Tensor  # [E]
-    w1: Weight  # [F, E], gate
+    gate_up: Weights  # w1 [F, E], w3 [F, E]
     w2: Weight  # [E, F], down
-    w3: Weight  # [F, E], up
 
 
 class Transformer:
@@ -50,11 +47,11 @@ class Transformer:
             but for the embeddings.
     """
 
-    def __init__(self, config: MistralConfig, weights: Mapping[str, Weight]):
+    def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
         self.config = config
         self.embeddings = _plain(weights, "tok_embeddings.weight")  # [V, E]
         self.norm = _plain(weights, "norm.weight")  # [E]
-        self.output = weights["output.weight"]  # [V, E]
+        self.output = _matrix(weights, "output.weight")  # [V, E]
         self.frequencies = rope.frequencies(
             config.rope_theta, config.head_dim, self.device, config.rope_scaling
         )
@@ -64,18 +61,21 @@ class Transformer:
             self.layers.append(
                 Layer(
                     attention_norm=_plain(weights, f"layers.{i}.attention_norm.weight"),
-                    **{w: weights[f"{attention}{w}.weight"] for w in ("wq", "wk", "wv", "wo")},
+                    qkv=_together(weights, JOINED_QKV.format(i), attention, "wq", "wk", "wv"),
+                    wo=_matrix(weights, f"{attention}wo.weight"),
                     ffn_norm=_plain(weights, f"layers.{i}.ffn_norm.weight"),
-                    **{w: weights[f"{feed_forward}{w}.weight"] for w in ("w1", "w2", "w3")},
+                    gate_up=_together(weights, JOINED_GATE_UP.format(i), feed_forward, "w1", "w3"),
+                    w2=_matrix(weights, f"{feed_forward}w2.weight"),
                 )
             )
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights; those of the embeddings once, if the output shares them."""
-        weights: list[Weight] = [self.embeddings, self.norm, self.output]
+        weights: list[Weight | JoinedWeight] = [self.embeddings, self.norm, self.output]
         for layer in self.layers:
-            weights += vars(layer).values()
+            for weight in vars(layer).values():
+                weights += weight if isinstance(weight, list) else [weight]
         return sum(weight.nbytes for weight in {id(weight): weight for weight in weights}.values())
 
     @property
@@ -131,9 +131,9 @@ class Transformer:
         h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
-            weights, rings = (layer.wq, layer.wk, layer.wv), (k_pool, v_pool, sequences)
+            rings = k_pool, v_pool, sequences
             rotated = *rings, self.frequencies, window
-            qkv = ops.linear_rope(h, weights, layer.attention_norm, eps, *rotated)
+            qkv = ops.linear_rope(h, layer.qkv, layer.attention_norm, eps, *rotated)
             qkv = qkv.unflatten(1, (-1, config.head_dim))  # [T, Hq + Hkv + Hkv, D]
             q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
             x = ops.attention(q, k, v, *rings, window, scale, max_count)  # [T, Hq, D]
@@ -141,7 +141,7 @@ class Transformer:
                 # From here on tokens do not see each other: those without logits are done.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
             ops.linear_residual(x.flatten(1), layer.wo, h)
-            x = ops.linear_swiglu(h, layer.w1, layer.w3, layer.ffn_norm, eps)  # [T, F]
+            x = ops.linear_swiglu(h, layer.gate_up, layer.ffn_norm, eps)  # [T, F]
             ops.linear_residual(x, layer.w2, h)
         return h
 
@@ -157,9 +157,25 @@ class Transformer:
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
 
 
-def _plain(weights: Mapping[str, Weight], name: str) -> Tensor:
+def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
     """A weight that may not be quantised."""
     weight = weights[name]
-    if isinstance(weight, Quantized):
+    if not isinstance(weight, Tensor):
         raise TypeError(f"{name} is quantised, expected a tensor")
     return weight
+
+
+def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
+    weight = weights[name]
+    assert not isinstance(weight, JoinedWeight)  # these have names of their own
+    return weight
+
+
+def _together(
+    weights: Mapping[str, Weight | JoinedWeight], joined: str, prefix: str, *names: str
+) -> Weights:
+    """Weights that are multiplied in one pass, joined or not."""
+    whole = weights.get(joined)
+    if isinstance(whole, JoinedWeight):
+        return whole
+    return [_matrix(weights, f"{prefix}{name}.weight") for name in names]

@@ -39,11 +39,13 @@ from mistral_ext.ops.rms_norm import rms_norm
 from mistral_ext.ops.rope import rope
 from mistral_ext.ops.sample import sample
 from mistral_ext.ops.swiglu import swiglu
-from mistral_ext.ops.weight import Quantized, Weight
+from mistral_ext.ops.weight import JoinedWeight, Quantized, Weight, Weights
 
 __all__ = [
+    "JoinedWeight",
     "Quantized",
     "Weight",
+    "Weights",
     "active_isa",
     "attention",
     "head_dims",

@@ -40,7 +40,8 @@ def _guard(name: str) -> Callable[..., Any]:
             for argument, value in given:
                 tensors = value if isinstance(value, list) else [value]
                 if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-                    shown = "weight" if argument.name == "values" else argument.name
+                    is_weight = argument.name in ("values", "whole")
+                    shown = "weight" if is_weight else argument.name
                     raise RuntimeError(
                         f"{name}: {shown} requires a gradient, but the op has none: call it in "
                         "torch.no_grad() or torch.inference_mode(), or detach the tensor"

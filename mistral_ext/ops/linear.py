@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -11,16 +9,16 @@ from mistral_ext import _C
 from mistral_ext.ops import torch_products
 from mistral_ext.ops.library import fake_empty, register
 from mistral_ext.ops.routing import routed
-from mistral_ext.ops.weight import Quantized, Weight, parts_of
+from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, parts_of
 from mistral_ext.ops.workspace import run
 
-_WEIGHTS = "Tensor[] values, Tensor?[] scales, str[] formats"
+_WEIGHTS = "Tensor[] values, Tensor?[] scales, str[] formats, Tensor? whole"
 _NORM = "Tensor? norm=None, float eps=1e-05"
 
 
 def linear(
     x: Tensor,
-    weight: Weight | Sequence[Weight],
+    weight: Weight | Weights,
     norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
@@ -38,28 +36,26 @@ def linear(
         x: [T, K].
         weight: [N, K], contiguous, of the dtype of x or `Quantized`; or up to 3 that are multiplied
             in one pass as if one lay below the other, such as those of query, key and value. Each
-            may have a format of its own.
+            may have a format of its own. Or a `JoinedWeight`, which torch multiplies as one.
         norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product; None: none.
         eps: of the RMSNorm.
 
     Returns:
         [T, N], with several weights N is the sum of theirs.
     """
-    weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
+    weights: Weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
     out: Tensor = torch.ops.mistral_ext.linear(x, *parts_of(weights), norm, eps)
     return out
 
 
 def _run_linear(
     x: Tensor,
-    values: list[Tensor],
-    scales: list[Tensor | None],
-    formats: list[str],
+    parts: Parts,
     norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    out = x.new_empty((len(x), sum(map(len, values))))
-    run(_C.linear("linear", x, values, scales, formats, norm, eps, out), x)
+    out = x.new_empty((len(x), parts.outputs))
+    run(_C.linear("linear", x, *parts[:3], norm, eps, out), x)
     return out
 
 
@@ -91,12 +87,10 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
 
 def _run_linear_residual(
     x: Tensor,
-    values: list[Tensor],
-    scales: list[Tensor | None],
-    formats: list[str],
+    parts: Parts,
     residual: Tensor,
 ) -> None:
-    run(_C.linear("linear_residual", x, values, scales, formats, None, 0.0, residual), x)
+    run(_C.linear("linear_residual", x, *parts[:3], None, 0.0, residual), x)
 
 
 def _fake_linear_residual(*_: object) -> None:
@@ -112,7 +106,7 @@ register(
 
 def linear_rope(
     x: Tensor,
-    weights: Sequence[Weight],
+    weights: Weights,
     norm: Tensor | None,
     eps: float,
     k_pool: Tensor,
@@ -146,9 +140,7 @@ def linear_rope(
 
 def _run_linear_rope(
     x: Tensor,
-    values: list[Tensor],
-    scales: list[Tensor | None],
-    formats: list[str],
+    parts: Parts,
     norm: Tensor | None,
     eps: float,
     k_pool: Tensor,
@@ -157,9 +149,12 @@ def _run_linear_rope(
     frequencies: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    rings = k_pool, v_pool, sequences, frequencies, window
-    out = x.new_empty((len(x), sum(map(len, values))))
-    run(_C.linear_rope(x, values, scales, formats, norm, eps, out, *rings), x)
+    out = x.new_empty((len(x), parts.outputs))
+    weights = parts[:3]
+    call = _C.linear_rope(
+        x, *weights, norm, eps, out, k_pool, v_pool, sequences, frequencies, window
+    )
+    run(call, x)
     return out
 
 
@@ -200,16 +195,14 @@ def linear_argmax(
 
 def _run_linear_argmax(
     x: Tensor,
-    values: list[Tensor],
-    scales: list[Tensor | None],
-    formats: list[str],
+    parts: Parts,
     norm: Tensor | None = None,
     eps: float = 1e-5,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty((len(x), sum(map(len, values))))
+    out = x.new_empty((len(x), parts.outputs))
     token_ids = x.new_empty(len(x), dtype=torch.int64)
-    run(_C.linear_argmax(x, values, scales, formats, norm, eps, limit, out, token_ids), x)
+    run(_C.linear_argmax(x, *parts[:3], norm, eps, limit, out, token_ids), x)
     return out, token_ids
 
 
@@ -225,33 +218,30 @@ register(
 
 
 def linear_swiglu(
-    x: Tensor, gate: Weight, up: Weight, norm: Tensor | None = None, eps: float = 1e-5
+    x: Tensor, weights: Weights, norm: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """silu(x @ gate.T) * (x @ up.T), after an optional RMSNorm of x: see `linear` and `swiglu`.
 
     Args:
         x: [T, K].
-        gate, up: [F, K], as in `linear`.
+        weights: (gate, up), [F, K] each, as in `linear`.
         norm, eps: as in `linear`.
 
     Returns:
         [T, F].
     """
-    weights = parts_of([gate, up])
-    out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *weights, norm, eps)
+    out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *parts_of(weights), norm, eps)
     return out
 
 
 def _run_linear_swiglu(
     x: Tensor,
-    values: list[Tensor],
-    scales: list[Tensor | None],
-    formats: list[str],
+    parts: Parts,
     norm: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    out = x.new_empty((len(x), len(values[0])))
-    run(_C.linear("linear_swiglu", x, values, scales, formats, norm, eps, out), x)
+    out = x.new_empty((len(x), len(parts.values[0])))
+    run(_C.linear("linear_swiglu", x, *parts[:3], norm, eps, out), x)
     return out
 
 

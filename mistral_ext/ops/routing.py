@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_ext.ops.weight import Parts
+
 # Our products on a CUDA device are made for few tokens, which reading the weights limits; those of
 # more, and of float32, are torch's.
 MOST_TOKENS_ON_CUDA = 64
@@ -18,9 +20,20 @@ def _is_for_torch(x: Tensor) -> bool:
 
 
 def routed(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """An op that multiplies x, its first argument, with our kernels or with torch's."""
+    """An op that multiplies x with weights, by our kernels or by torch's.
 
-    def run(x: Tensor, *arguments: Any) -> Any:
-        return (theirs if _is_for_torch(x) else ours)(x, *arguments)
+    Either takes x, the weights as `Parts`, and what the op's schema has after them.
+    """
+
+    def run(
+        x: Tensor,
+        values: list[Tensor],
+        scales: list[Tensor | None],
+        formats: list[str],
+        whole: Tensor | None,
+        *arguments: Any,
+    ) -> Any:
+        parts = Parts(values, scales, formats, whole)
+        return (theirs if _is_for_torch(x) else ours)(x, parts, *arguments)
 
     return run

@@ -92,6 +92,31 @@ class Quantized(NamedTuple):
 Weight: TypeAlias = Tensor | Quantized
 
 
+class JoinedWeight(NamedTuple):
+    """Plain weights that lie one below the other, so that torch multiplies them as one."""
+
+    whole: Tensor  # [N, K], contiguous
+    parts: tuple[Tensor, ...]  # [N of the part, K], views of it
+
+    @classmethod
+    def join(cls, weights: Sequence[Tensor], device: torch.device) -> JoinedWeight:
+        """Copies weights [N of each, K] of one dtype to a device."""
+        rows = [len(weight) for weight in weights]
+        whole = weights[0].new_empty((sum(rows), weights[0].shape[1]), device=device)
+        parts = whole.split(rows)
+        for part, weight in zip(parts, weights, strict=True):
+            part.copy_(weight)
+        return cls(whole, parts)
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes
+
+
+# What is multiplied in one pass, as if the weights lay one below the other.
+Weights: TypeAlias = Sequence[Weight] | JoinedWeight
+
+
 def pack(values: Tensor, out: Tensor) -> None:
     """[N, K] integers -8 to 7, in any dtype, to [N, K / 8] words."""
     nibbles = values.to(torch.int32).bitwise_and_(15).unflatten(1, (-1, VALUES_PER_WORD))
@@ -105,18 +130,33 @@ def unpack(words: Tensor) -> Tensor:
     return ((nibbles ^ 8) - 8).flatten(1)
 
 
-def parts_of(weights: Sequence[Weight]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
-    """Their values, scales (None: a plain one has none) and formats, as the ops take them."""
-    values: list[Tensor] = []
-    scales: list[Tensor | None] = []
-    formats: list[str] = []
+class Parts(NamedTuple):
+    """Weights as the ops' schemas have them: of each its values, its scales (None: a plain one has
+    none) and its format; and the whole that they are parts of, if they are parts of one."""
+
+    values: list[Tensor]
+    scales: list[Tensor | None]
+    formats: list[str]
+    whole: Tensor | None
+
+    @property
+    def outputs(self) -> int:
+        """The rows of all."""
+        return sum(map(len, self.values))
+
+
+def parts_of(weights: Weights) -> Parts:
+    if isinstance(weights, JoinedWeight):
+        count = len(weights.parts)
+        return Parts(list(weights.parts), [None] * count, [PLAIN] * count, weights.whole)
+    parts = Parts([], [], [], None)
     for weight in weights:
-        if isinstance(weight, Quantized):
-            values.append(weight.values)
-            scales.append(weight.scales)
-            formats.append(weight.format)
+        if isinstance(weight, Tensor):
+            parts.values.append(weight)
+            parts.scales.append(None)
+            parts.formats.append(PLAIN)
         else:
-            values.append(weight)
-            scales.append(None)
-            formats.append(PLAIN)
-    return values, scales, formats
+            parts.values.append(weight.values)
+            parts.scales.append(weight.scales)
+            parts.formats.append(weight.format)
+    return parts

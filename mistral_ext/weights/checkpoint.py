@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.ops import Quantized
+from mistral_ext.ops import JoinedWeight, Quantized, Weight
 from mistral_ext.weights.device import expect_runnable, move_weights
 from mistral_ext.weights.folder import (
     LAYOUTS,
@@ -73,7 +73,7 @@ def load_weights(
     progress: bool = True,
     quantize: str | None = None,
     device: torch.device | None = None,
-) -> dict[str, Tensor | Quantized]:
+) -> dict[str, Weight | JoinedWeight]:
     """Load all weights of a model.
 
     The pages are read here, in order, so that the first token does not wait for the disk; the
@@ -91,7 +91,8 @@ def load_weights(
             are read; those of others are moved there. None: they are read, for any purpose.
 
     Returns:
-        Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. The
+        Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`; on a GPU
+        those that are multiplied in one pass are joined (`move_weights`). The
         rows of ``wq`` and ``wk`` are in Hugging Face's order: RoPE rotates (i, i + head_dim / 2).
         Do not write to them.
 
@@ -105,7 +106,7 @@ def load_weights(
     checkpoint = Checkpoint(folder, dtype, quantization)
     if device is not None:
         expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
-    loaded = dict(checkpoint.weights(progress))
+    loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
     if device is not None and device.type != "cpu":
@@ -179,7 +180,7 @@ class Checkpoint:
         """Bytes of the weights that `weights` gives."""
         return sum(self._nbytes(name, parts) for name, parts in self._parts.items())
 
-    def weights(self, progress: bool = True) -> Iterator[tuple[str, Tensor | Quantized]]:
+    def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
         """Reads the weights; gives the name (Mistral's) and the weight of one after another.
 
         Without "output.weight" if that is tied to the embeddings, and neither is quantised.
@@ -204,7 +205,7 @@ class Checkpoint:
             return math.prod(parts[0].shape) * self._dtype.itemsize
         return sum(part.nbytes for part in parts)
 
-    def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Tensor | Quantized:
+    def _read(self, name: str, parts: tuple[StoredTensor, ...]) -> Weight:
         tensors = [part.read() for part in parts]
         n_heads = self._heads_in_pairs.get(name.split(".")[-2])
         if n_heads is not None:
@@ -263,7 +264,7 @@ def _stored_name(name: str, layout: Layout) -> str:
     return hugging_face_name(name) if layout.format == "hf" else name
 
 
-def named_parts(name: str, weight: Tensor | Quantized) -> dict[str, Tensor]:
+def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
     """The tensors of a weight by the names under which Hugging Face's format stores them."""
     name = hugging_face_name(name)
     if isinstance(weight, Quantized):

@@ -8,16 +8,21 @@ import torch
 from torch import Tensor
 
 from mistral_ext import ops
-from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
-from mistral_ext.ops import Weight
+from mistral_ext.model.config import (
+    JOINED_GATE_UP,
+    JOINED_QKV,
+    LEAST_CACHE_TOKENS,
+    MistralConfig,
+)
+from mistral_ext.ops import JoinedWeight, Weight
 
 _LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call that failed
 
 # What is multiplied in one pass.
-_TOGETHER = (
-    ("attention.wq", "attention.wk", "attention.wv"),
-    ("feed_forward.w1", "feed_forward.w3"),
-)
+_TOGETHER = {
+    JOINED_QKV: ("attention.wq", "attention.wk", "attention.wv"),
+    JOINED_GATE_UP: ("feed_forward.w1", "feed_forward.w3"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,32 +117,27 @@ def expect_runnable(
         )
 
 
-def move_weights(weights: dict[str, Weight], device: torch.device) -> None:
+def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:
     """Replaces the weights of a model by copies on a device.
 
     One at a time: the pages of its file are let go as it is copied. A weight of two names (tied
-    embeddings) is copied once. Those that are multiplied in one pass come to lie one below the
-    other, which makes their products with many tokens one (`ops.linear`).
+    embeddings) is copied once. Plain ones that are multiplied in one pass are joined, under a name
+    of their own (`JOINED_QKV`, `JOINED_GATE_UP`), which makes their products with many tokens one.
     """
+    for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
+        for joined, parts in _TOGETHER.items():
+            names = [f"layers.{i}.{part}.weight" for part in parts]
+            plain = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
+            if len(plain) == len(names):
+                weights[joined.format(i)] = JoinedWeight.join(plain, device)
+                for name in names:
+                    del weights[name]
     first_name = {id(weight): name for name, weight in reversed(weights.items())}
     same = {name: first_name[id(weight)] for name, weight in weights.items()}
-    together = {
-        f"layers.{i}.{names[0]}.weight": [f"layers.{i}.{name}.weight" for name in names]
-        for i in range(sum(name.endswith(".attention_norm.weight") for name in weights))
-        for names in _TOGETHER
-    }
-    for name in list(weights):
-        names = together.get(name, [])
-        parts = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
-        if parts and len(parts) == len(names):
-            joined = parts[0].new_empty((sum(map(len, parts)), parts[0].shape[1]), device=device)
-            views = joined.split([len(part) for part in parts])
-            for name_of_part, part, view in zip(names, parts, views, strict=True):
-                weights[name_of_part] = view.copy_(part)
-        elif same[name] != name:
-            weights[name] = weights[same[name]]
-        else:
-            weights[name] = weights[name].to(device)
+    for name, weight in list(weights.items()):
+        if isinstance(weight, JoinedWeight):
+            continue
+        weights[name] = weight.to(device) if same[name] == name else weights[same[name]]
 
 
 def _dotted(capability: tuple[int, int]) -> str:

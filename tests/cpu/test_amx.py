@@ -104,7 +104,7 @@ def test_swiglu_of_several_blocks(isa, amx, generator):
     gate, up = torch.randn(2, 400, 256, generator=generator).bfloat16()
     exact = reference.swiglu(x.double() @ gate.double().T, x.double() @ up.double().T)
     plain = reference.swiglu(x @ gate.T, x @ up.T)
-    assert_close(ops.linear_swiglu(x, gate, up), exact, plain)
+    assert_close(ops.linear_swiglu(x, [gate, up]), exact, plain)
     assert amx.take_counts()["configured"] == 5  # tasks of 96 rows of each
 
 

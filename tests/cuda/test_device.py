@@ -12,7 +12,7 @@ from test_checkpoint import CONFIG
 
 from mistral_ext import _C, Mistral, ops
 from mistral_ext.model.rope import frequencies
-from mistral_ext.ops import Quantized
+from mistral_ext.ops import JoinedWeight, Quantized
 from mistral_ext.weights import device as module
 from mistral_ext.weights.checkpoint import Checkpoint, load_weights
 from mistral_ext.weights.device import Gpu, expect_runnable, find_device, move_weights
@@ -220,14 +220,33 @@ def test_bytes_are_known_before_the_weights_are_read(tmp_path, dtype, quantize, 
 def test_tied_embeddings_are_copied_once(tmp_path):
     write_checkpoint(tmp_path, tie_word_embeddings=True)
     weights = load_weights(read_folder(tmp_path))
-    names, shapes = list(weights), [weight.shape for weight in weights.values()]
+    shapes = {name: weight.shape for name, weight in weights.items()}
     move_weights(weights, torch.device("meta"))
     assert weights["output.weight"] is weights["tok_embeddings.weight"]
-    assert list(weights) == names
-    assert [weight.shape for weight in weights.values()] == shapes
-    assert {weight.device.type for weight in weights.values()} == {"meta"}
-    storages = {weight.untyped_storage()._cdata for weight in weights.values()}
-    assert len(storages) == len(weights) - 1 - 3 * 2  # wq, wk, wv and w1, w3 of two layers
+    tensors = {name: w for name, w in weights.items() if not isinstance(w, JoinedWeight)}
+    assert {name: weight.shape for name, weight in tensors.items()}.items() <= shapes.items()
+    assert {weight.device.type for weight in tensors.values()} == {"meta"}
+    assert len({id(weight) for weight in tensors.values()}) == len(tensors) - 1
+
+
+def test_what_is_multiplied_in_one_pass_is_joined(tmp_path):
+    write_checkpoint(tmp_path)
+    weights = load_weights(read_folder(tmp_path))
+    before = dict(weights)
+    move_weights(weights, torch.device("cpu"))
+    assert len(weights) == len(before) - 2 * (2 + 1)  # three and two weights of two layers
+    for i in range(2):
+        for joined, names in (
+            (f"layers.{i}.attention.wqkv.weight", ("wq", "wk", "wv")),
+            (f"layers.{i}.feed_forward.w13.weight", ("w1", "w3")),
+        ):
+            folder = joined.rsplit(".", 2)[0]
+            parts = [before[f"{folder}.{name}.weight"] for name in names]
+            assert not any(f"{folder}.{name}.weight" in weights for name in names)
+            assert torch.equal(weights[joined].whole, torch.cat(parts))
+            assert all(map(torch.equal, weights[joined].parts, parts))
+            storages = {part.untyped_storage().data_ptr() for part in weights[joined].parts}
+            assert storages == {weights[joined].whole.untyped_storage().data_ptr()}
 
 
 def test_weights_of_different_names_stay_different(tmp_path):

@@ -178,7 +178,6 @@ def test_products_of_a_long_prompt_on_a_cuda_device(tmp_path, monkeypatch):
     weights = load_weights(read_folder(tmp_path), None, progress=False)
     moved = dict(weights)
     move_weights(moved, torch.device("cpu"))
-    assert all(torch.equal(moved[name], weight) for name, weight in weights.items())
     for made, products in ((weights, 7), (moved, 4)):
         ours = Mistral(ours.config, Transformer(ours.config, made), None, tmp_path)
         with torch.profiler.profile() as profile:

@@ -21,7 +21,7 @@ def samples():
     batch = RaggedBatch([8, 8], 8, positions=[0, 9])
     table = batch.table((5, 1))
     q, k, v = (new.contiguous() for new in batch.inputs(6))
-    int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()], ["int4"])
+    int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()], ["int4"], None)
     heads = [random(64, 40), random(32, 40), random(32, 40)]
     pools = random(2, 16, 32)
     two_rings = torch.tensor([[0, 2, 5, 0, 8], [2, 1, 0, 8, 8]])
@@ -40,23 +40,39 @@ def samples():
         ("attention", (*ring, 8), {}),
         ("attention", ring, {"window": 8, "scale": 0.5}),
         ("swiglu", (random(2, 7), random(2, 7)), {}),
-        ("linear", (x, [random(5, 40)], [None], ["plain"]), {}),
+        ("linear", (x, [random(5, 40)], [None], ["plain"], None), {}),
         (
             "linear",
-            (x, [random(5, 40), random(2, 40)], [None] * 2, ["plain"] * 2, weight, 1e-5),
+            (x, [random(5, 40), random(2, 40)], [None] * 2, ["plain"] * 2, None, weight, 1e-5),
             {},
         ),
         ("linear", (random(3, 64), *int4), {}),
-        ("linear_residual", (x, [random(5, 40)], [None], ["plain"], random(3, 5)), {}),
+        ("linear_residual", (x, [random(5, 40)], [None], ["plain"], None, random(3, 5)), {}),
         (
             "linear_rope",
-            (x, heads, [None] * 3, ["plain"] * 3, weight, 1e-5, *pools, two_rings, frequencies, 8),
+            (
+                x,
+                heads,
+                [None] * 3,
+                ["plain"] * 3,
+                None,
+                weight,
+                1e-5,
+                *pools,
+                two_rings,
+                frequencies,
+                8,
+            ),
             {},
         ),
-        ("linear_argmax", (x, [random(5, 40)], [None], ["plain"], weight, 1e-5), {"limit": 4}),
+        (
+            "linear_argmax",
+            (x, [random(5, 40)], [None], ["plain"], None, weight, 1e-5),
+            {"limit": 4},
+        ),
         (
             "linear_swiglu",
-            (x, [random(5, 40), random(5, 40)], [None] * 2, ["plain"] * 2, weight, 1e-5),
+            (x, [random(5, 40), random(5, 40)], [None] * 2, ["plain"] * 2, None, weight, 1e-5),
             {},
         ),
         ("sample", sampling, {}),
@@ -81,7 +97,7 @@ def block(x, weight, residual, w, k_pool, v_pool, table, frequencies, sampling):
     ops.linear_residual(x, w[:64], residual)
     rings = k_pool, v_pool, table + torch.tensor([0, 0, 6, 0, 0]), frequencies, 8
     qkv = ops.linear_rope(residual, w.split([64, 32, 32]), weight, 1e-5, *rings)
-    x = ops.swiglu(x, ops.linear_swiglu(residual, w[:64], w[64:], weight)) + qkv[:, :64]
+    x = ops.swiglu(x, ops.linear_swiglu(residual, [w[:64], w[64:]], weight)) + qkv[:, :64]
     logits, greedy = ops.linear_argmax(x, w)
     return logits, greedy, ops.sample(logits[:2], *sampling)
 
@@ -130,7 +146,7 @@ def test_fake_tensors_get_shapes_without_running():
     assert ops.linear(x, matrix).shape == (6, 9)
     assert ops.linear(x, [matrix, matrix], weight).shape == (6, 18)
     assert [out.shape for out in ops.linear_argmax(x, matrix)] == [(6, 9), (6,)]
-    assert ops.linear_swiglu(x, matrix, matrix).shape == (6, 9)
+    assert ops.linear_swiglu(x, [matrix, matrix]).shape == (6, 9)
     assert ops.swiglu(x, x).shape == (6, 40)
     assert ops.linear_rope(x, [matrix] * 3, weight, 1e-5, x, x, x, x).shape == (6, 27)
     q = torch.empty(6, 4, 32, device="meta")

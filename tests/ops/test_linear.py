@@ -163,7 +163,7 @@ def test_weights_of_a_pass_may_have_different_formats(backend, tokens, dtype, ge
         gate, up = parts[1:]
         exact = reference.swiglu(*(x.double() @ exact_weight(w).T for w in (gate, up)))
         rounded = [ops.linear(x, weight) for weight in (gate, up)]
-        assert_close(ops.linear_swiglu(x, gate, up), exact, reference.swiglu(*rounded))
+        assert_close(ops.linear_swiglu(x, [gate, up]), exact, reference.swiglu(*rounded))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,10 +209,10 @@ def test_linear_swiglu(backend, tokens, dtype, generator):
         exact_gate, exact_up = exact_weight(gate), exact_weight(up)
         exact = reference.swiglu(x.double() @ exact_gate.T, x.double() @ exact_up.T)
         plain = reference.swiglu(x @ exact_gate.to(dtype).T, x @ exact_up.to(dtype).T)
-        assert_close(ops.linear_swiglu(x, gate, up), exact, plain)
+        assert_close(ops.linear_swiglu(x, [gate, up]), exact, plain)
         normalised = normalised_by(backend, x, norm)
-        fused = ops.linear_swiglu(x, gate, up, norm, 1e-3)
-        assert torch.equal(fused, ops.linear_swiglu(normalised, gate, up))
+        fused = ops.linear_swiglu(x, [gate, up], norm, 1e-3)
+        assert torch.equal(fused, ops.linear_swiglu(normalised, [gate, up]))
 
 
 @pytest.mark.parametrize("tokens", [3, 30])
@@ -224,7 +224,9 @@ def test_any_number_of_threads_gives_the_same_bits(isa, tokens, generator):
             torch.set_num_threads(threads)
             residual = torch.ones(tokens, 300, dtype=torch.bfloat16)
             ops.linear_residual(x, weight, residual)
-            results.append((ops.linear(x, weight), ops.linear_swiglu(x, weight, weight), residual))
+            results.append(
+                (ops.linear(x, weight), ops.linear_swiglu(x, [weight, weight]), residual)
+            )
         for result in results[1:]:
             assert all(map(torch.equal, result, results[0]))
 
@@ -418,6 +420,6 @@ def test_checks_of_the_other_arguments():
     with pytest.raises(TypeError, match=r"linear_residual: residual has dtype torch.bfloat16"):
         ops.linear_residual(x, weight, torch.zeros(3, 4).bfloat16())
     with pytest.raises(ValueError, match=r"linear_swiglu: up has 5 outputs, expected 4 like gate"):
-        ops.linear_swiglu(x, weight, torch.zeros(5, 8))
+        ops.linear_swiglu(x, [weight, torch.zeros(5, 8)])
     with pytest.raises(ValueError, match=r"linear_swiglu: gate has shape \[4, 9\]"):
-        ops.linear_swiglu(x, torch.zeros(4, 9), weight)
+        ops.linear_swiglu(x, [torch.zeros(4, 9), weight])
