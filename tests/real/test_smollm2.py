@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,11 @@ def test_stop(llm):
     assert completion.finish_reason == "stop"
 
 
+@pytest.mark.timeout(900)  # two minutes of one core
 def test_a_prompt_of_eight_thousand_tokens(smollm2):
     """Nearly all the positions that the model knows: what stands at the beginning is gone on with
     at the end."""
+    torch.set_num_threads(os.cpu_count() or 1)
     llm = mistral_ext.Mistral.from_pretrained(smollm2, progress=False)
     ids = llm.tokenizer.encode(TEXT)
     passage, filler = ids[:100], (ids[100:] * 3)[:7800]
