@@ -31,7 +31,9 @@ def model() -> argparse.ArgumentParser:
     """Options of a command that loads a model."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH_OR_ID", help="folder or hub id; default: the demo")
+    group.add_argument(
+        "--model", metavar="PATH_OR_ID", help="folder, GGUF file or hub id; default: the demo"
+    )
     group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     add_dtype(group, "default: as stored")
     group.add_argument(

@@ -62,7 +62,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _download_gguf(hub_id: str, name: str) -> Path:
-    """The first part of a GGUF file. What is in the cache is not asked for again."""
+    """The first part of a GGUF file; without a network, from the library's cache."""
     from huggingface_hub import hf_hub_download
 
     folder, _, file = name.rpartition("/")

@@ -140,7 +140,6 @@ def test_lfs_pointers_are_recognised(tmp_path, name):
     ("names", "seen"),
     [
         (["adapter_config.json", "adapter_model.safetensors"], "LoRA adapter"),
-        (["README.md", "model.Q4_K_M.gguf"], "model.Q4_K_M.gguf: GGUF files are not supported"),
         (["blobs", "refs", "snapshots"], "found blobs, refs, snapshots"),
         ([f"{i}.txt" for i in range(20)], r"found 0.txt, .*, 12 more"),
         ([], "found nothing"),
@@ -156,7 +155,4 @@ def test_the_message_says_what_is_there(tmp_path, names, seen):
 def test_without_weights_the_message_says_what_is_there(tmp_path):
     write(tmp_path, config=HF_V1)
     with pytest.raises(FileNotFoundError, match=r"no weights in .*; found config\.json$"):
-        load_weights(read_folder(tmp_path))
-    (tmp_path / "ggml-model-f16.gguf").touch()
-    with pytest.raises(FileNotFoundError, match=r"found ggml-model-f16\.gguf: GGUF files are not"):
         load_weights(read_folder(tmp_path))

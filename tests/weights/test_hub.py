@@ -28,8 +28,39 @@ def test_resolve_file(tmp_path):
     with pytest.raises(ValueError, match="is a file; expected the folder"):
         resolve(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ValueError, match=r"model\.gguf': GGUF files are not supported"):
-        resolve(tmp_path / "model.gguf")
+    assert resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.gguf", ["model.gguf"]),
+        ("Q4/m.gguf", ["Q4/m.gguf"]),
+        (
+            "Q4/m-00002-of-00002.gguf",
+            ["Q4/m-00001-of-00002.gguf", "Q4/m-00002-of-00002.gguf"],
+        ),
+    ],
+)
+def test_a_gguf_file_of_the_hub(name, expected, tmp_path, monkeypatch):
+    asked = []
+
+    def download(hub_id, file):
+        asked.append((hub_id, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve(f"owner/name:{name}") == tmp_path / expected[0]
+    assert asked == [("owner/name", file) for file in expected]
+
+
+def test_a_gguf_file_that_cannot_be_had(monkeypatch):
+    def download(hub_id, file):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"'owner/name' is not a local .*no network"):
+        resolve("owner/name:model.gguf")
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./a/b", "/nowhere/model", "a/b/c", "../x"])
@@ -118,7 +149,7 @@ def test_download_takes_one_format_and_the_companions(tmp_path, monkeypatch, ava
     [
         (["README.md"], r"found README\.md"),
         (["adapter_config.json", "adapter_model.safetensors"], "a LoRA adapter"),
-        (["README.md", "x.Q4_0.gguf", "x.Q8_0.gguf"], r"found x\.Q4_0\.gguf: GGUF files"),
+        (["README.md", "x.Q4_0.gguf", "x.Q8_0.gguf"], r"found x\.Q4_0\.gguf: .* OWNER/NAME:x"),
     ],
 )
 def test_download_without_weights(monkeypatch, files, seen):
