@@ -22,7 +22,8 @@ constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second)
 //   rope    out = product, of which linear_rope rotates query and key and stores key and value
-//   argmax  out = product, and token_ids = the greedy choice among it, as it is rounded
+//   argmax  out = product, and token_ids = the greedy choice among it, as it is rounded; on CUDA
+//           devices, of parts of one format and group
 enum class Epilogue { store, add, swiglu, rope, argmax };
 
 // A weight [rows, K]. Those of one call may have different formats.
@@ -109,11 +110,11 @@ cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
 int64_t linear_scratch_bytes(const LinearParams& p);
 
 // bf16 and fp16; 16-byte aligned rows of x, norm and the weights, scales aligned to 4. Made for up
-// to 64 tokens: more are multiplied 64 at a time. What a token gets does not depend on the others,
-// to the bit.
+// to 64 tokens: more are multiplied 64 at a time. Neighbouring parts of the same format and group
+// are multiplied in one pass. What a token gets does not depend on the others, to the bit.
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
-// Of up to 64 tokens in the same pass; of more, linear and then rope.
+// Of up to 64 tokens and parts of one format and group in the same pass; else linear and then rope.
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream);
 
 }  // namespace cuda

@@ -23,6 +23,7 @@ set(cuda_kernels
   ${root}/csrc/cuda/linear/gemv_int4.cu
   ${root}/csrc/cuda/linear/gemv_int8.cu
   ${root}/csrc/cuda/linear/gemv_plain.cu
+  ${root}/csrc/cuda/linear/gemv_q8_0.cu
   ${root}/csrc/cuda/linear/linear.cu
   ${root}/csrc/cuda/rms_norm.cu
   ${root}/csrc/cuda/rope.cu

@@ -28,9 +28,9 @@ OPS = (*WITH_MEMORY, "rms_norm", "rope", "sample", "swiglu")
 # The arguments that are constant (values, scales, the weights of a norm, frequencies): no kernel
 # writes them, so one may read them before the kernels ahead of it are done.
 CONSTANTS = {
-    "linear": (2, 3, 4),
-    "linear_argmax": (1, 2, 3),
-    "linear_rope": (1, 2, 3, 9),
+    "linear": (2, 3, 5),
+    "linear_argmax": (1, 2, 4),
+    "linear_rope": (1, 2, 4, 10),
     "rope": (6,),
 }
 

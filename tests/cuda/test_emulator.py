@@ -314,6 +314,17 @@ def test_bank_conflicts(emulator, stride, conflicts):
     assert (launch["shared_requests"], launch["shared_conflicts"]) == (1, conflicts)
 
 
+@pytest.mark.parametrize(
+    ("stride", "conflicts"), [(0, 0), (8, 0), (16, 2), (24, 0), (32, 6), (64, 14), (128, 30)]
+)
+def test_bank_conflicts_of_8_bytes(emulator, stride, conflicts):
+    """The same of 8 bytes, 16 lanes at a time."""
+    emulator.take_launches()
+    run(emulator, "shared_stride_8", torch.zeros(1), torch.zeros(32), stride)
+    (launch,) = emulator.take_launches()
+    assert (launch["shared_requests"], launch["shared_conflicts"]) == (1, conflicts)
+
+
 # What the kernels move.
 
 

@@ -101,7 +101,7 @@ def test_hopper_attention_is_made_of_warpgroup_products(disassembly, dtype, head
 
 
 @pytest.mark.parametrize("kernel", ["linear_kernel", "linear_rope_kernel"])
-@pytest.mark.parametrize("form", ["Plain", "Int8", "Int4"])
+@pytest.mark.parametrize("form", ["Plain", "Int8", "Int4", "Q8"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(
     "shape",
@@ -109,15 +109,15 @@ def test_hopper_attention_is_made_of_warpgroup_products(disassembly, dtype, head
 )
 def test_linear_streams_weights_to_the_tensor_cores(kernels, kernel, form, dtype, shape):
     """Through shared memory, by asynchronous 16-byte copies that bypass L1, and nothing else does:
-    the scales of 4-bit weights go by 4 bytes and through L1."""
+    the scales of groups go by 4 bytes and through L1."""
     code = kernels[f"{kernel}<{form}Weights<{dtype}>, {shape}>"]
     product = "HMMA.16816.F32" + (".BF16" if dtype == "bf16" else "")
     assert code[product] == count(code, "HMMA") > 0
     assert code["LDGSTS.E.BYPASS.128"] > 0
     others = count(code, "LDGSTS") - code["LDGSTS.E.BYPASS.128"]
-    assert (others > 0) == (form == "Int4")
-    # Weights come from shared memory by 16 bytes, those of 4 bits by ldmatrix.
-    assert code["LDSM.16.M88.4" if form == "Int4" else "LDS.128"] > 0
+    assert (others > 0) == (form in ("Int4", "Q8"))
+    # Weights come from shared memory by 16 bytes, those of 4 bits by ldmatrix, of Q8_0 by 8 bytes.
+    assert code[{"Int4": "LDSM.16.M88.4", "Q8": "LDS.64"}.get(form, "LDS.128")] > 0
     # x comes by 16 bytes; scales, the residual and the results by 2; the sequence table by 8.
     assert code["LDG.E.128"] > 0
     table = count(code, "LDG.E.64")
@@ -145,9 +145,9 @@ def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("form", "load"), [(1, "LDG.E.64"), (2, "LDG.E")])  # int8, int4
+@pytest.mark.parametrize(("form", "load"), [(1, "LDG.E.64"), (2, "LDG.E"), (3, "LDG.E.64")])
 def test_dequantised_values_are_moved_together(kernels, dtype, form, load):
-    """8 values are a load; their scale is of 2 bytes."""
+    """Of int8, int4 and q8_0: 8 values are a load; their scale is of 2 bytes."""
     code = kernels[f"dequantize_kernel<{dtype}, {form}>"]
     assert count(code, "LDG.") == code[load] + code["LDG.E.U16"] == 2
     assert count(code, "STG.") == code["STG.E.128"] == (2 if dtype == "fp32" else 1)

@@ -32,23 +32,24 @@ void Counters::add(const Counters& other) {
   tma_bytes += other.tma_bytes;
 }
 
-uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes) {
+uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes, uint32_t bytes) {
   uint64_t conflicts = 0;
-  for (int first = 0; first < 32; first += 8) {
-    // A 16-byte row covers 4 of the 32 banks, so there are 8 places for a row; rows at the same
-    // place collide unless they are the same row.
-    uintptr_t rows[8][8];
-    int count[8] = {};
-    for (int lane = first; lane < first + 8; ++lane) {
+  // The 32 banks have 128 bytes, so as many lanes are served together, and have as many places for
+  // what they access; accesses in the same place collide unless they are of the same bytes.
+  const int together = static_cast<int>(128 / bytes);
+  for (int first = 0; first < 32; first += together) {
+    uintptr_t rows[16][16];
+    int count[16] = {};
+    for (int lane = first; lane < first + together; ++lane) {
       if (!(lanes >> lane & 1)) continue;
-      const uintptr_t row = addresses[lane] / 16;
-      const size_t place = row % 8;
+      const uintptr_t row = addresses[lane] / bytes;
+      const size_t place = row % (128 / bytes);
       const auto* end = rows[place] + count[place];
       if (std::find(rows[place], rows[place] + count[place], row) == end) {
         rows[place][count[place]++] = row;
       }
     }
-    conflicts += static_cast<uint64_t>(std::max(1, *std::max_element(count, count + 8)) - 1);
+    conflicts += static_cast<uint64_t>(std::max(1, *std::max_element(count, count + 16)) - 1);
   }
   return conflicts;
 }
@@ -87,7 +88,7 @@ void Requests::count_into(Counters& counters) {
         break;
       case Access::shared:
         counters.shared_requests += 1;
-        counters.shared_conflicts += bank_conflicts(r.address, r.lanes);
+        counters.shared_conflicts += bank_conflicts(r.address, r.lanes, r.bytes);
         break;
     }
   }

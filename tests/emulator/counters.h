@@ -47,8 +47,8 @@ class Requests {
   size_t next_[32] = {};  // of each lane: the requests before this one are done with
 };
 
-// Passes over the 32 banks of 4 bytes that the lanes' 16-byte accesses need beyond one for each 8
-// lanes, which is what fills all banks.
-uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes);
+// Passes over the 32 banks of 4 bytes that the lanes' accesses, of 16 or 8 bytes, need beyond one
+// for each 128 bytes, which is what fills all banks.
+uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes, uint32_t bytes);
 
 }  // namespace emulator

@@ -76,7 +76,7 @@ void combine_ldmatrix(Site site, void* const* operands, uint32_t) {
   current->block->load_shared_together(site, addresses);
   Counters& counters = current->block->counters();
   counters.shared_requests += 1;
-  counters.shared_conflicts += bank_conflicts(addresses, kAllLanes);
+  counters.shared_conflicts += bank_conflicts(addresses, kAllLanes, 16);
   for (int lane = 0; lane < 32; ++lane) {
     const auto* operand = static_cast<const Ldmatrix*>(operands[lane]);
     const int row = lane / 4, column = 2 * (lane % 4);
@@ -182,13 +182,16 @@ void access_global(Site site, Access access, const void* address, size_t bytes) 
 
 void wait_for_earlier_kernels() { current->waited = true; }
 
-uint4 load_shared(Site site, const void* address) {
+template <class T>
+T load_shared(Site site, const void* address) {
   current->latest = site;
-  check_shared(site, "access to shared memory", address, 16);
-  current->warp->requests().add(current->lane, site, Access::shared, address, 16);
-  current->block->load_shared(site, address, 16);
-  return *static_cast<const uint4*>(address);
+  check_shared(site, "access to shared memory", address, sizeof(T));
+  current->warp->requests().add(current->lane, site, Access::shared, address, sizeof(T));
+  current->block->load_shared(site, address, sizeof(T));
+  return *static_cast<const T*>(address);
 }
+template uint4 load_shared<uint4>(Site site, const void* address);
+template uint2 load_shared<uint2>(Site site, const void* address);
 
 void store_shared(Site site, void* address, uint4 value) {
   current->latest = site;

@@ -14,9 +14,10 @@ namespace emulator {
 // Check an access of the running thread and count it.
 void access_global(Site site, Access access, const void* address, size_t bytes);
 
-// The accesses of 16 bytes to shared memory. They are done here, not in the kernels' code, where
-// they would be seen once more as plain ones (plain_accesses.cpp).
-uint4 load_shared(Site site, const void* address);
+// The accesses of 16 bytes (uint4) and 8 (uint2) to shared memory. They are done here, not in the
+// kernels' code, where they would be seen once more as plain ones (plain_accesses.cpp).
+template <class T>
+T load_shared(Site site, const void* address);
 void store_shared(Site site, void* address, uint4 value);
 
 uint32_t shared_offset(const void* address);

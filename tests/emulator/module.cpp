@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 
@@ -37,6 +38,7 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"indices", &cuda::run_indices},
     {"strided_copy", &cuda::run_strided_copy},
     {"shared_stride", &cuda::run_shared_stride},
+    {"shared_stride_8", &cuda::run_shared_stride_8},
     {"uninitialised", &cuda::run_uninitialised},
     {"shape", &cuda::run_shape},
     {"tma_2d", &cuda::run_tma_2d},
@@ -145,18 +147,19 @@ int run_test_kernel(const std::string& name, uintptr_t in, uintptr_t out, int64_
       {reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n});
 }
 
-// Of tensors' addresses, bits 8 or 4: a build without CUDA has no binding of it.
-int dequantize(const std::string& dtype, int bits, uintptr_t values, uintptr_t scales,
-               uintptr_t out, int64_t rows, int64_t inputs, int64_t group) {
+// Of tensors' addresses: a build without CUDA has no binding of it.
+int dequantize(const std::string& dtype, const std::string& format, uintptr_t values,
+               uintptr_t scales, uintptr_t out, int64_t rows, int64_t inputs, int64_t group) {
   const std::map<std::string, DType> dtypes = {
       {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
+  const auto named = [&](const FormatInfo& one) { return one.name == format; };
+  const auto index = std::find_if(kFormats, kFormats + kNumFormats, named) - kFormats;
   DequantizeParams p{};
   p.dtype = dtypes.at(dtype);
-  p.format = bits == 8 ? WeightFormat::int8 : WeightFormat::int4;
-  p.weight = {reinterpret_cast<const void*>(values), reinterpret_cast<const bf16*>(scales), rows};
+  p.weight = {reinterpret_cast<const void*>(values), reinterpret_cast<const void*>(scales), rows,
+              static_cast<WeightFormat>(index), group};
   p.out = reinterpret_cast<void*>(out);
   p.inputs = inputs;
-  p.group = group;
   const py::gil_scoped_release release;
   return cuda::dequantize(p, nullptr);
 }

@@ -139,9 +139,13 @@ __global__ void strided_copy(const float* in, float* out, int64_t n) {
   st_global(out + threadIdx.x * n, ld_global(in + threadIdx.x * n));
 }
 
-// Lane i reads the 16 bytes at n * i of shared memory.
+// Lane i reads the 16 or 8 bytes at n * i of shared memory.
 __global__ void shared_stride(float* out, int64_t n) {
   const uint4 v = ld_shared_16(dynamic_shared<uint8_t>() + threadIdx.x * n);
+  st_global(out + threadIdx.x, __uint_as_float(v.x));
+}
+__global__ void shared_stride_8(float* out, int64_t n) {
+  const uint2 v = ld_shared_8(dynamic_shared<uint8_t>() + threadIdx.x * n);
   st_global(out + threadIdx.x, __uint_as_float(v.x));
 }
 
@@ -224,6 +228,10 @@ cudaError_t run_strided_copy(const Arguments& a) {
 
 cudaError_t run_shared_stride(const Arguments& a) {
   return launch(shared_stride, 1, 32, 31 * a.n + 16, nullptr, static_cast<float*>(a.out), a.n);
+}
+
+cudaError_t run_shared_stride_8(const Arguments& a) {
+  return launch(shared_stride_8, 1, 32, 31 * a.n + 8, nullptr, static_cast<float*>(a.out), a.n);
 }
 
 cudaError_t run_uninitialised(const Arguments& a) {

@@ -30,6 +30,7 @@ cudaError_t run_atomics(const Arguments& a);
 cudaError_t run_indices(const Arguments& a);
 cudaError_t run_strided_copy(const Arguments& a);
 cudaError_t run_shared_stride(const Arguments& a);
+cudaError_t run_shared_stride_8(const Arguments& a);
 cudaError_t run_uninitialised(const Arguments& a);
 cudaError_t run_shape(const Arguments& a);
 

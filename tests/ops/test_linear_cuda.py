@@ -14,19 +14,21 @@ from torch.nn import functional
 
 from mistral_ext import ops
 from mistral_ext.ops import Quantized
+from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.quantize import quantize
 
-GROUPS = {"int4, groups of 32": 32, "int4, groups of 64": 64, "int4, groups of 128": 128}
+INT4 = {"int4, groups of 32": 32, "int4, groups of 64": 64, "int4, groups of 128": 128}
+GROUPS = INT4 | {"q8_0": 32}
 FORMATS = ["plain", "int8", *GROUPS]
-VALUES = {"plain": 64, "int8": 128} | dict.fromkeys(GROUPS, 256)  # of a chunk of 128 bytes
-STORED = {"plain": 2, "int8": 1} | dict.fromkeys(GROUPS, 0.5)  # bytes of a value
+STORED = {"plain": 2, "int8": 1, "q8_0": 1} | dict.fromkeys(INT4, 0.5)  # bytes of a value
+VALUES = {form: int(128 / stored) for form, stored in STORED.items()}  # of a chunk of 128 bytes
 
 
 def make_weight(form, rows, size, generator, dtype=torch.bfloat16):
     exact = torch.randn(rows, size, generator=generator)
     if form == "plain":
         return exact.to(dtype)
-    return quantize(exact, 8) if form == "int8" else quantize(exact, 4, GROUPS[form])
+    return quantize(exact, form.partition(",")[0], GROUPS.get(form))
 
 
 def make_x(tokens, size, generator, dtype=torch.bfloat16):
@@ -181,28 +183,90 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, form, tokens, genera
         assert all(map(torch.equal, result, results[0]))
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("size", [128, 384, 640, 1152])
-def test_any_number_of_scales(emulator, group, size, generator):
+@pytest.mark.parametrize(
+    ("form", "size"),
+    [(form, size) for form in INT4 for size in (128, 384, 640, 1152)]
+    + [("q8_0", size) for size in (32, 96, 160, 1120)],
+)
+def test_any_number_of_scales(emulator, form, size, generator):
     """If it is odd, every other row of scales begins within a word of 4 bytes."""
-    weight, x = quantize(torch.randn(37, size), 4, group), make_x(2, size, generator)
-    around = torch.full((weight.scales.numel() + 4,), float("nan"), dtype=torch.bfloat16)
+    weight, x = make_weight(form, 37, size, generator), make_x(2, size, generator)
+    around = torch.full((weight.scales.numel() + 4,), float("nan"), dtype=weight.scales.dtype)
     scales = around[2:-2].view(weight.scales.shape).copy_(weight.scales)
     with use(emulator):
-        out = ops.linear(x, Quantized(weight.values, scales))
+        out = ops.linear(x, weight._replace(scales=scales))
     wide = weight.dequantize(torch.float64)
     plain = functional.linear(x, wide.bfloat16())
     assert_close(out, functional.linear(x.double(), wide), plain)
 
 
-def test_int8_of_every_value_and_place(emulator):
+@pytest.mark.parametrize(("form", "scales"), [("int8", torch.bfloat16), ("q8_0", torch.float16)])
+def test_8_bits_of_every_value_and_place(emulator, form, scales):
     """-128 too, though `quantize` makes none."""
-    values = torch.arange(-128, 128).repeat(16).view(16, 256).T.roll(3, 1).contiguous()
-    weight = Quantized(values.to(torch.int8), torch.full((256, 1), 0.5, dtype=torch.bfloat16))
+    values = torch.arange(-128, 128).repeat(32).view(32, 256).T.roll(3, 1).contiguous()
+    half = torch.full((256, 1), 0.5, dtype=scales)
+    weight = Quantized(values.to(torch.int8), half, form)
     for dtype in (torch.bfloat16, torch.float16):
         with use(emulator):
-            out = ops.linear(torch.eye(16, dtype=dtype), weight)
+            out = ops.linear(torch.eye(32, dtype=dtype), weight)
         assert torch.equal(out.float(), values.T * 0.5)
+
+
+# Weights of one call, by their formats, and the launches that multiply them: neighbours of the same
+# format and group share a launch.
+MIXED = [
+    (("q8_0", "int4, groups of 64", "int4, groups of 64"), 2),
+    (("int8", "int8", "plain"), 2),
+    (("int4, groups of 32", "int4, groups of 128", "int4, groups of 32"), 3),
+    (("plain", "q8_0"), 2),
+]
+
+
+@pytest.mark.parametrize(("forms", "launches"), MIXED)
+@pytest.mark.parametrize(("tokens", "capability"), [(1, 89), (9, 89), (9, 90), (17, 90), (65, 90)])
+def test_formats_of_a_call_may_differ(emulator, forms, launches, tokens, capability, generator):
+    """To the bit what each weight alone comes to; x is normalised before if any launch needs it:
+    in 99 KB of shared memory, 9 rows of x find no room beside what int4 streams."""
+    emulator.configure(capability=capability)
+    x, norm = make_x(tokens, 384, generator), make_x(1, 384, generator)[0]
+    rows = (40, 7, 33)[: len(forms)]
+    made = [make_weight(*of, 384, generator) for of in zip(forms, rows, strict=True)]
+    with use(emulator):
+        apart = torch.cat([ops.linear(x, weight) for weight in made], dim=1)
+        normalised = torch.cat([ops.linear(x, weight, norm) for weight in made], dim=1)
+        emulator.take_launches()
+        assert torch.equal(ops.linear(x, made), apart)
+        passes = math.ceil(tokens / 64)
+        assert len(emulator.take_launches()) == passes * launches
+        assert torch.equal(ops.linear(x, made, norm), normalised)
+    # The second pass of 65 has a single token.
+    norms = tokens > 9 or (capability == 89 and tokens == 9 and not INT4.keys().isdisjoint(forms))
+    assert len(emulator.take_launches()) == passes * launches + norms
+
+
+@pytest.mark.parametrize(
+    "forms", [("q8_0", "int4, groups of 64"), ("plain", "int8"), tuple(INT4)[:2]]
+)
+@pytest.mark.parametrize("rows", [40, 33])  # of scratch memory, rows aligned to 16 bytes or not
+@pytest.mark.parametrize("tokens", [1, 17, 65])
+def test_swiglu_of_two_formats(emulator, forms, rows, tokens, generator):
+    """To the bit what two products and `swiglu` come to."""
+    x, norm = make_x(tokens, 128, generator) / 8, make_x(1, 128, generator)[0]
+    gate, up = (make_weight(form, rows, 128, generator) for form in forms)
+    passes = math.ceil(tokens / 64)
+    with use(emulator):
+        for weight, norms in ((None, 0), (norm, tokens > 16)):
+            parts = [ops.linear(x, part, weight) for part in (gate, up)]
+            expected = ops.swiglu(*parts)
+            emulator.take_launches()
+            assert torch.equal(ops.linear_swiglu(x, gate, up, weight), expected)
+            assert len(emulator.take_launches()) == 3 * passes + norms
+
+
+def test_an_argmax_of_two_formats_is_refused(emulator, generator):
+    parts = [make_weight(form, 8, 64, generator) for form in ("plain", "q8_0")]
+    with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
+        torch.ops.mistral_ext.linear_argmax(make_x(2, 64, generator), *parts_of(parts))
 
 
 def test_swiglu_of_extreme_gates(emulator):
@@ -218,13 +282,24 @@ def test_swiglu_of_extreme_gates(emulator):
 
 @pytest.mark.parametrize(
     ("size", "form", "dtype"),
-    [(12, "plain", torch.bfloat16), (24, "int8", torch.float16), (64, "plain", torch.float32)],
+    [
+        (12, "plain", torch.bfloat16),
+        (24, "int8", torch.float16),
+        (64, "plain", torch.float32),
+        (64, "q8_0", torch.float32),
+    ],
 )
 def test_what_has_no_kernel_is_refused(emulator, size, form, dtype, generator):
     """Here by the launch; on a GPU the bindings say why."""
     weight = make_weight(form, 4, size, generator, dtype)
     with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
         ops.linear(make_x(2, size, generator, dtype), weight)
+
+
+def test_rows_of_every_part_are_read_by_16_bytes(emulator, generator):
+    parts = [make_weight(form, 4, 24, generator) for form in ("plain", "int8")]
+    with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
+        ops.linear(make_x(2, 24, generator), parts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -237,7 +312,7 @@ def test_widened_weights_are_those_of_quantize(emulator, form, dtype, generator)
     with registered(emulator, **given):
         addresses = [tensor.data_ptr() for tensor in given.values()]
         name = str(dtype).removeprefix("torch.")
-        assert emulator.dequantize(name, weight.bits, *addresses, 13, 384, weight.group) == 0
+        assert emulator.dequantize(name, weight.format, *addresses, 13, 384, weight.group) == 0
     assert torch.equal(out, weight.dequantize(dtype))
     record = only_launch(emulator)
     assert record["stored_bytes"] == out.nbytes

@@ -16,7 +16,8 @@ from mistral_ext.ops import Quantized
 from mistral_ext.weights.quantize import quantize
 
 INPUTS, EPS = 160, 1e-3
-FORMATS = ["plain", "int8", "int4"]
+FORMATS = ["plain", "int8", "int4", "q8_0"]
+MIXED = ("q8_0", "int4", "int4")  # of query, key and value
 # (capacities, window, positions, new tokens of each sequence)
 BATCHES = {
     "nothing": ([4], 4, [2], [0]),
@@ -64,12 +65,13 @@ def make(batch, generator, form="plain", dtype=torch.bfloat16, dim=64, norm=True
     capacities, window, positions, counts = BATCHES[batch]
     batch = RaggedBatch(capacities, window, dim=dim, dtype=dtype, positions=positions)
     weights = []
-    for heads in (batch.heads, batch.kv_heads, batch.kv_heads):
-        exact = torch.randn(heads * dim, inputs, generator=generator) / 8
-        if form == "plain":
+    heads = batch.heads, batch.kv_heads, batch.kv_heads
+    for count, one in zip(heads, (form,) * 3 if isinstance(form, str) else form, strict=True):
+        exact = torch.randn(count * dim, inputs, generator=generator) / 8
+        if one == "plain":
             weights.append(exact.to(dtype))
         else:
-            weights.append(quantize(exact, 8) if form == "int8" else quantize(exact, 4, 32))
+            weights.append(quantize(exact, one, 32 if one == "int4" else None))
     x = torch.randn(sum(counts) + 1, inputs, generator=generator).to(dtype)[1:]
     weight = torch.randn(inputs, generator=generator).to(dtype) if norm else None
     return Given(x, weights, weight, batch, batch.table(counts))
@@ -88,7 +90,7 @@ def skip_without_kernel(backend, dtype):
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, MIXED], ids=str)
 def test_is_linear_and_then_rope(backend, batch, form, generator):
     check(make(batch, generator, form))
 
@@ -137,20 +139,27 @@ def test_one_launch_that_reads_what_the_product_does(emulator, batch, form, gene
 
 
 def test_the_launches_of_a_call(emulator, generator):
-    """One more where x has to be normalised before; of more than 64 tokens, those of two ops."""
-    launches = {}
-    for batch in ("nothing", "12 tokens", "17 tokens", "more than a pass"):
-        given = make(batch, generator)
+    """One more where x has to be normalised before; of more than 64 tokens, and of weights of
+    different formats, those of two ops."""
+
+    def launches_of(batch, form="plain"):
+        given = make(batch, generator, form)
         with use(emulator):
             given.linear_rope()
         names = [record["kernel"] for record in emulator.take_launches()]
-        launches[batch] = [name.split("<")[0].split("::")[-1] for name in names]
-    assert launches == {
+        return [name.split("<")[0].split("::")[-1] for name in names]
+
+    batches = ("nothing", "12 tokens", "17 tokens", "more than a pass")
+    assert {batch: launches_of(batch) for batch in batches} == {
         "nothing": [],
         "12 tokens": ["linear_rope_kernel"],
         "17 tokens": ["linear_norm_kernel", "linear_rope_kernel"],
         "more than a pass": ["linear_norm_kernel", *["linear_kernel"] * 2, "rope_kernel"],
     }
+    assert launches_of("nothing", MIXED) == []
+    assert launches_of("12 tokens", MIXED) == [*["linear_kernel"] * 2, "rope_kernel"]
+    before = ["linear_norm_kernel"]
+    assert launches_of("17 tokens", MIXED) == [*before, *["linear_kernel"] * 2, "rope_kernel"]
 
 
 @pytest.mark.parametrize("batch", ["one token", "12 tokens", "17 tokens", "more than a pass"])

@@ -50,6 +50,10 @@ __device__ __forceinline__ uint4 ld_shared_16(const void* shared, Site = Site::h
   return *static_cast<const uint4*>(shared);
 }
 
+__device__ __forceinline__ uint2 ld_shared_8(const void* shared, Site = Site::here()) {
+  return *static_cast<const uint2*>(shared);
+}
+
 __device__ __forceinline__ void st_shared_16(void* shared, uint4 value, Site = Site::here()) {
   *static_cast<uint4*>(shared) = value;
 }

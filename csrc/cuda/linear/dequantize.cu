@@ -4,6 +4,7 @@
 #include "../../linear.h"
 #include "../common/element.cuh"
 #include "../common/vec.cuh"
+#include "formats.cuh"
 
 namespace mistral::cuda {
 namespace {
@@ -12,9 +13,9 @@ constexpr int kThreads = 256;
 constexpr int kValues = 8;
 
 // 8 values from k on of the row that begins at `row`.
-template <WeightFormat format>
+template <class W>
 __device__ __forceinline__ void read_values(const void* row, int64_t k, float (&values)[kValues]) {
-  if constexpr (format == WeightFormat::int4) {
+  if constexpr (W::bytes(kValues) == 4) {
     const uint32_t word = load_global(static_cast<const uint32_t*>(row) + k / kValues);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
@@ -36,11 +37,13 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kValues;
   if (i >= p.weight.rows * p.inputs) return;
   const int64_t row = i / p.inputs, k = i % p.inputs;
-  const int64_t row_bytes = format == WeightFormat::int4 ? p.inputs / 2 : p.inputs;
+  using W = typename WeightsOf<format, T>::type;
+  using Scale = typename W::Scale;
   float values[kValues];
-  read_values<format>(static_cast<const char*>(p.weight.values) + row * row_bytes, k, values);
-  const bf16* scales = p.weight.scales + row * (p.inputs / p.group);
-  const float scale = to_float(load_global(scales + k / p.group));
+  read_values<W>(static_cast<const char*>(p.weight.values) + row * W::bytes(p.inputs), k, values);
+  const int64_t group = p.weight.group;
+  const auto* const scales = static_cast<const Scale*>(p.weight.scales) + row * (p.inputs / group);
+  const float scale = to_float(load_global(scales + k / group));
   constexpr int kWide = kVec16<T>;
 #pragma unroll
   for (int first = 0; first < kValues; first += kWide) {
@@ -54,15 +57,17 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
 }  // namespace
 
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream) {
-  if (p.inputs % kValues != 0 || p.format == WeightFormat::plain) return cudaErrorInvalidValue;
+  if (p.inputs % kValues != 0) return cudaErrorInvalidValue;
   const int64_t blocks = ceil_div(p.weight.rows * p.inputs, int64_t{kThreads} * kValues);
   return with_element(p.dtype, [&](auto element) {
-    using T = decltype(element);
-    const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-    if (p.format == WeightFormat::int4) {
-      return launch(dequantize_kernel<T, WeightFormat::int4>, grid, block, 0, stream, p);
-    }
-    return launch(dequantize_kernel<T, WeightFormat::int8>, grid, block, 0, stream, p);
+    return with_format(p.weight.format, [&](auto format) {
+      if constexpr (format.value == WeightFormat::plain) {
+        return cudaErrorInvalidValue;
+      } else {
+        return launch(dequantize_kernel<decltype(element), format.value>,
+                      dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, p);
+      }
+    });
   });
 }
 

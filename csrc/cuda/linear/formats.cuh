@@ -1,9 +1,9 @@
 // Weights of each format from shared memory to the operand of m16n8k16, the widening included.
 //
 // A chunk is 128 bytes of a row: a cache line, 64, 128 or 256 values. A dot product does not care
-// about the order of k, so a lane multiplies neighbouring values that lie in one register or 16
-// bytes as they are stored: in every step of 32 values of k it has 8 neighbours, those from k_at
-// on, of two rows of the weights and, in the same order, of each token.
+// about the order of k, so a lane multiplies neighbouring values that lie in 4, 8 or 16 bytes as
+// they are stored: in every step of 32 values of k it has 8 neighbours, those from k_at on, of two
+// rows of the weights and, in the same order, of each token.
 //
 // Values of 8 and 4 bits become floating-point numbers without a table or a conversion: their bits
 // are put below a power of two, in a mantissa whose unit is 1, and the power is subtracted, which
@@ -25,14 +25,19 @@ constexpr int kTileRows = 16;
 constexpr int kTileBytes = kTileRows * kChunkBytes;
 
 // A chunk of 16 rows in shared memory. Piece i (16 bytes) of a row is kept in a place that depends
-// on the row, so that neither the same piece of 8 rows nor 4 pieces of 2 neighbours collide.
+// on the row, as the format turns it, so that pieces that are read together do not collide.
+template <class W>
 struct WeightTile {
   char* bytes;
 
   __device__ __forceinline__ char* piece(int row, int i) const {
-    const int turned = (row & 1) << 2 | (row >> 1 & 3);
-    return bytes + row * kChunkBytes + 16 * (i ^ turned);
+    return bytes + row * kChunkBytes + 16 * (i ^ W::turned(row));
   }
+};
+
+// For formats that read the same piece of 8 rows together, or 4 pieces of 2 neighbours.
+struct Pieces {
+  static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
 
 // The operands of a step: two products of 16 rows with 16 values each.
@@ -92,12 +97,14 @@ __device__ __forceinline__ void widen_int4(uint32_t word, uint32_t* pairs) {
   }
 }
 
-// A format takes a unit of 1 or 2 steps from shared memory at a time.
+// A format takes a unit of 1 or 2 steps from shared memory at a time. A scale is of a whole row
+// (kRowScaled), or of a group of 2^group_log2 values, a whole number of steps (kGrouped).
 
 template <class T>
-struct PlainWeights {
+struct PlainWeights : Pieces {
   using Element = T;
-  static constexpr WeightFormat kFormat = WeightFormat::plain;
+  using Scale = void;
+  static constexpr bool kRowScaled = false, kGrouped = false;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return 2 * values; }
   static constexpr int kValues = 64;  // of a chunk
   static constexpr int kUnits = 2;
@@ -109,7 +116,8 @@ struct PlainWeights {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile tile, int unit) {
+  static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<PlainWeights> tile,
+                                              int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
     const uint4 top = ld_shared_16(tile.piece(row, 4 * unit + column));
     const uint4 bottom = ld_shared_16(tile.piece(row + 8, 4 * unit + column));
@@ -120,9 +128,10 @@ struct PlainWeights {
 };
 
 template <class T>
-struct Int8Weights {
+struct Int8Weights : Pieces {
   using Element = T;
-  static constexpr WeightFormat kFormat = WeightFormat::int8;
+  using Scale = bf16;
+  static constexpr bool kRowScaled = true, kGrouped = false;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values; }
   static constexpr int kValues = 128;
   static constexpr int kUnits = 2;
@@ -133,7 +142,8 @@ struct Int8Weights {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 64 * (step / 2) + 16 * column + 8 * (step % 2);
   }
-  static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile tile, int unit) {
+  static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile<Int8Weights> tile,
+                                              int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
     const uint4 top = ld_shared_16(tile.piece(row, 4 * unit + column));
     const uint4 bottom = ld_shared_16(tile.piece(row + 8, 4 * unit + column));
@@ -151,21 +161,26 @@ struct Int8Weights {
 };
 
 template <class T>
-struct Int4Weights {
+struct Int4Weights : Pieces {
   using Element = T;
-  static constexpr WeightFormat kFormat = WeightFormat::int4;
+  using Scale = bf16;
+  static constexpr bool kRowScaled = false, kGrouped = true;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 2; }
   static constexpr int kValues = 256;
   static constexpr int kUnits = 4;
   static constexpr int kUnitSteps = 2;
   static constexpr int kRowPadding = 64;
 
+  static __device__ __forceinline__ int group_log2(const LinearParams& p) {
+    return 31 - __clz(static_cast<int>(p.parts[0].group));
+  }
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
   // A lane's values of a step are a word: ldmatrix deals out words. (A step of 32 values is then
   // never of two groups.)
-  static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile tile, int unit) {
+  static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile<Int4Weights> tile,
+                                              int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
     uint32_t words[4];
     ldmatrix_x4(words, tile.piece(row + 8 * (matrix % 2), 2 * unit + matrix / 2));
@@ -177,6 +192,59 @@ struct Int4Weights {
       arrange(a[step], pairs[0], pairs[1]);
     }
   }
+};
+
+template <class T>
+struct Q8Weights {
+  using Element = T;
+  using Scale = __half;
+  static constexpr bool kRowScaled = false, kGrouped = true;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values; }
+  static constexpr int kValues = 128;
+  static constexpr int kUnits = 4;
+  static constexpr int kUnitSteps = 1;
+  static constexpr int kRowPadding = 64;
+
+  static __device__ __forceinline__ int group_log2(const LinearParams&) { return 5; }
+  static __device__ __forceinline__ int k_at(int step, int column) {
+    return 32 * step + 8 * column;
+  }
+  // 2 pieces of 4 neighbours are read together.
+  static __device__ __forceinline__ int turned(int row) { return 2 * (row & 3); }
+  // A step is a group, so a lane has half a piece of it.
+  static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q8Weights> tile,
+                                              int unit) {
+    const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
+    uint32_t pairs[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const char* const piece = tile.piece(row + 8 * half, 2 * unit + column / 2);
+      const uint2 words = ld_shared_8(piece + 8 * (column % 2));
+      widen_int8<T>(words.x, pairs[half]);
+      widen_int8<T>(words.y, pairs[half] + 2);
+    }
+    arrange(a[0], pairs[0], pairs[1]);
+  }
+};
+
+// The traits of a format.
+template <WeightFormat format, class T>
+struct WeightsOf;
+template <class T>
+struct WeightsOf<WeightFormat::plain, T> {
+  using type = PlainWeights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::int8, T> {
+  using type = Int8Weights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::int4, T> {
+  using type = Int4Weights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q8_0, T> {
+  using type = Q8Weights<T>;
 };
 
 }  // namespace mistral::cuda

@@ -53,7 +53,7 @@ MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
-constexpr int kFixedShared = StageLayout<W::kFormat, kM>::kBytes + 2 * kRoundSums<kN> * 4;
+constexpr int kFixedShared = StageLayout<W, kM>::kBytes + 2 * kRoundSums<kN> * 4;
 template <class W, int kM, int kN, bool kNorm>
 MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
   if (!kNorm) return kFixedShared<W, kM, kN>;
@@ -91,8 +91,10 @@ struct Outputs {
     for (int half = 0; half < 2; ++half) {
       const int row = block.row_of(output + lane / 4, half);
       const bool inside = row < block.count;
-      if constexpr (W::kFormat == WeightFormat::int8) {
-        const bf16* of_part = p.parts[block.part_of(half)].scales + block.first;
+      if constexpr (W::kRowScaled) {
+        const auto* const of_part =
+            static_cast<const typename W::Scale*>(p.parts[block.part_of(half)].scales) +
+            block.first;
         scales[half] = inside && token < p.tokens ? to_float(load_global(of_part + row)) : 0.0f;
       }
 #pragma unroll
@@ -109,7 +111,7 @@ struct Outputs {
   }
 
   __device__ __forceinline__ void store(float (&sums)[4]) const {
-    if constexpr (W::kFormat == WeightFormat::int8) {
+    if constexpr (W::kRowScaled) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i] *= scales[i / 2];
     }
@@ -151,14 +153,13 @@ struct StoreFinish {
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   using T = typename W::Element;
-  using Layout = StageLayout<W::kFormat, kM>;
+  using Layout = StageLayout<W, kM>;
   constexpr int kSteps = W::kUnits * W::kUnitSteps;
   // Steps whose x is loaded together, as far as registers go.
   constexpr int kBatch = kSteps * kN <= 8 ? kSteps : 8 / kN;
   // With many tokens, registers do not suffice for the operands of more units at once.
   [[maybe_unused]] constexpr int kUnroll =
       kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1 : W::kUnits;
-  constexpr bool kGroups = W::kFormat == WeightFormat::int4;
   static_assert(!kNorm || 8 * kN <= kNormTokens);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -221,20 +222,21 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
     }
   };
 
-  // int4: of the steps that share a scale
-  const int steps_log2 = kGroups ? group_log2(p) - 5 : 0;
+  int steps_log2 = 0;  // of the steps that share a scale
+  if constexpr (W::kGrouped) steps_log2 = W::group_log2(p) - 5;
   int round = 0;
   for (int index = blockIdx.x; index < blocks; index += gridDim.x) {
     const auto block = OutputBlock<Finish::kRope>::template at<kM>(p, index);
     int skipped[kM][2];
-    if constexpr (kGroups) {
+    if constexpr (W::kGrouped) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int64_t row = block.first + block.row_of(tile_step * m + lane / 4, half);
-          skipped[m][half] = skipped_scales(p.parts[block.part_of(half)].scales +
-                                            row * (p.inputs >> group_log2(p)));
+          const auto* const of_part =
+              static_cast<const typename W::Scale*>(p.parts[block.part_of(half)].scales);
+          skipped[m][half] = skipped_scales(of_part + row * (p.inputs >> W::group_log2(p)));
         }
       }
     }
@@ -244,12 +246,14 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
       uint4 b[kBatch][kN];
       load_x(b, chunk, 0);
       stream.advance();
-      const bf16* scales[kM][2];  // of the next group, in the lane's two rows
+      const typename W::Scale* scales[kM][2];  // of the next group, in the lane's two rows
+      if constexpr (W::kGrouped) {
 #pragma unroll
-      for (int m = 0; m < kM && kGroups; ++m) {
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          scales[m][half] = stream.scales(m, lane / 4 + 8 * half, skipped[m][half]);
+          for (int half = 0; half < 2; ++half) {
+            scales[m][half] = stream.scales(m, lane / 4 + 8 * half, skipped[m][half]);
+          }
         }
       }
 #pragma unroll kUnroll
@@ -267,12 +271,12 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
             const uint32_t first[2] = {words.x, words.y}, second[2] = {words.z, words.w};
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
-              float (&d)[4] = kGroups ? group_sums[m][n] : sums[m][n];
+              float (&d)[4] = W::kGrouped ? group_sums[m][n] : sums[m][n];
               mma_m16n8k16<T>(d, a[m][i][0], first);
               mma_m16n8k16<T>(d, a[m][i][1], second);
             }
           }
-          if constexpr (kGroups) {
+          if constexpr (W::kGrouped) {
             // At the end of a group its sums get their scale.
             if ((step + 1) & ((1 << steps_log2) - 1)) continue;
 #pragma unroll

@@ -1,4 +1,4 @@
-// Launches the kernels of a weight format: what linear_<format>.cu instantiates.
+// Launches the kernels of a weight format: what gemv_<format>.cu instantiates.
 #pragma once
 
 #include <launch.cuh>
@@ -9,17 +9,11 @@
 
 namespace mistral::cuda {
 
-// The format as the kernels have it.
-template <WeightFormat kFormat, class T>
-using WeightsOf = std::conditional_t<
-    kFormat == WeightFormat::plain, PlainWeights<T>,
-    std::conditional_t<kFormat == WeightFormat::int8, Int8Weights<T>, Int4Weights<T>>>;
-
-// Calls f with it. dtype is bf16 or f16.
+// Calls f with the traits of the format. dtype is bf16 or f16.
 template <WeightFormat kFormat, class F>
 auto with_weights(DType dtype, const F& f) {
-  return dtype == DType::bf16 ? f(WeightsOf<kFormat, __nv_bfloat16>{})
-                              : f(WeightsOf<kFormat, __half>{});
+  return dtype == DType::bf16 ? f(typename WeightsOf<kFormat, __nv_bfloat16>::type{})
+                              : f(typename WeightsOf<kFormat, __half>::type{});
 }
 
 template <WeightFormat kFormat>

@@ -1,5 +1,5 @@
 // The kernels of a weight format, for linear.cu, which chooses between formats. Each format has a
-// file of its own, linear_<format>.cu, so that they are compiled at the same time: together they
+// file of its own, gemv_<format>.cu, so that they are compiled at the same time: together they
 // take as long as everything else.
 #pragma once
 

@@ -38,8 +38,9 @@ struct RotatedOutputs {
     const int lane = threadIdx.x % kWarp, row = block.row_of(output + lane / 4, 0);
     const int in_part = block.first + row;
     const int head = in_part / (2 * half), i = in_part % (2 * half);
-    if constexpr (W::kFormat == WeightFormat::int8) {
-      const bf16* of_part = p.parts[block.part].scales + in_part;
+    if constexpr (W::kRowScaled) {
+      const auto* const of_part =
+          static_cast<const typename W::Scale*>(p.parts[block.part].scales) + in_part;
       scales[0] = token < p.tokens ? to_float(load_global(of_part)) : 0.0f;
       scales[1] = token < p.tokens ? to_float(load_global(of_part + half)) : 0.0f;
     }
@@ -60,7 +61,7 @@ struct RotatedOutputs {
   }
 
   __device__ __forceinline__ void store(float (&sums)[4]) const {
-    if constexpr (W::kFormat == WeightFormat::int8) {
+    if constexpr (W::kRowScaled) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[j] *= scales[j / 2];
     }

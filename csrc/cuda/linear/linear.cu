@@ -1,8 +1,11 @@
-// Chooses between the kernels, which are in linear_<format>.cu.
+// Chooses between the kernels, which are in gemv_<format>.cu.
 #include "../../linear.h"
 
 #include <launch.cuh>
 
+#include <algorithm>
+
+#include "../../swiglu.h"
 #include "../common/element.cuh"
 #include "gemv_launch.h"
 #include "gemv_norm.cuh"
@@ -10,24 +13,64 @@
 namespace mistral::cuda {
 namespace {
 
-// Calls f with the kernels of the weights' format.
+using Element16 = uint16_t;  // either dtype that has kernels has 2 bytes
+
+// Calls f with the kernels of the first part's format.
 template <class F>
 auto with_kernels(const LinearParams& p, const F& f) {
-  switch (p.format) {
-    case WeightFormat::plain: break;
-    case WeightFormat::int8: return f(LinearKernels<WeightFormat::int8>{});
-    case WeightFormat::int4: return f(LinearKernels<WeightFormat::int4>{});
+  return with_format(p.parts[0].format,
+                     [&](auto format) { return f(LinearKernels<format.value>{}); });
+}
+
+// The first parts, as far as a launch multiplies them: of the same format and group.
+int64_t parts_alike(const LinearParams& p) {
+  int64_t count = 1;
+  while (count < p.num_parts && p.parts[count].format == p.parts[0].format &&
+         p.parts[count].group == p.parts[0].group) {
+    ++count;
   }
-  return f(LinearKernels<WeightFormat::plain>{});
+  return count;
+}
+bool is_mixed(const LinearParams& p) { return parts_alike(p) < p.num_parts; }
+
+// Calls f with the params of each launch, until a status is not that of success.
+template <class F>
+cudaError_t for_each_launch(LinearParams left, const F& f) {
+  cudaError_t status = cudaSuccess;
+  while (left.num_parts > 0 && status == cudaSuccess) {
+    LinearParams launched = left;
+    launched.num_parts = parts_alike(left);
+    status = f(launched);
+    for (int64_t i = 0; i < launched.num_parts; ++i) {
+      left.out = static_cast<Element16*>(left.out) + left.parts[i].rows;
+    }
+    left.num_parts -= launched.num_parts;
+    std::copy_n(launched.parts + launched.num_parts, left.num_parts, left.parts);
+  }
+  return status;
 }
 
 // Rows are read by 16 bytes; places in them, in what is read of x, and outputs are counted in 32
-// bits. There is no tensor core product of fp32's precision.
+// bits. There is no tensor core product of fp32's precision. An argmax is of one launch.
 bool has_kernel(const LinearParams& p) {
-  const int64_t row_unit = p.format == WeightFormat::int8 ? 16 : 8;
   int64_t longest = max(p.inputs, p.stride_x_token);
   for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
-  return p.dtype != DType::f32 && p.inputs % row_unit == 0 && longest <= INT32_MAX / 4;
+  return p.dtype != DType::f32 && p.inputs % row_unit(p) == 0 && longest <= INT32_MAX / 4 &&
+         !(p.epilogue == Epilogue::argmax && is_mixed(p));
+}
+
+// Bytes of the normalised rows of a pass in scratch memory; 0: there are none, or each block
+// normalises them for itself.
+int64_t normalised_bytes(const LinearParams& p) {
+  if (!p.norm) return 0;
+  bool in_blocks = true;
+  for_each_launch(p, [&](const LinearParams& launched) {
+    in_blocks = in_blocks && with_kernels(launched, [&](auto kernels) {
+                  return kernels.normalises_in_block(launched);
+                });
+    return cudaSuccess;
+  });
+  return in_blocks ? 0 : min(p.tokens, kMostTokens) * p.inputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
@@ -42,51 +85,87 @@ cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
 // Of up to kMostTokens. `rope`: nothing, or RopeParams.
 template <class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
-  return with_kernels(p, [&](auto kernels) {
-    const bool in_block = kernels.normalises_in_block(p);
-    if (p.norm && !in_block) {
-      const cudaError_t status = launch_norm(p, stream);
-      if (status != cudaSuccess) return status;
-      p.x = p.scratch;
-      p.stride_x_token = p.inputs;
-    }
-    return kernels.launch(p, in_block, stream, rope...);
+  const bool before = normalised_bytes(p) > 0, in_block = p.norm && !before;
+  if (before) {
+    const cudaError_t status = launch_norm(p, stream);
+    if (status != cudaSuccess) return status;
+    p.x = p.scratch;
+    p.stride_x_token = p.inputs;
+  }
+  return for_each_launch(p, [&](const LinearParams& launched) {
+    return with_kernels(launched, [&](auto kernels) {
+      return kernels.launch(launched, in_block, stream, rope...);
+    });
   });
+}
+
+// Gate and up of different formats: their products go to scratch memory.
+bool swiglu_is_apart(const LinearParams& p) {
+  return p.epilogue == Epilogue::swiglu && is_mixed(p);
+}
+
+// Of up to kMostTokens.
+cudaError_t launch_swiglu_apart(const LinearParams& p, cudaStream_t stream) {
+  const int64_t dim = p.parts[0].rows;
+  LinearParams products = p;
+  products.epilogue = Epilogue::store;
+  products.out = static_cast<char*>(p.scratch) + normalised_bytes(p);
+  products.stride_out_token = 2 * dim;
+  const cudaError_t status = launch_tokens(products, stream);
+  if (status != cudaSuccess) return status;
+
+  SwigluParams s{};
+  s.dtype = p.dtype;
+  s.gate = products.out;
+  s.up = static_cast<const Element16*>(products.out) + dim;
+  s.out = p.out;
+  s.tokens = p.tokens;
+  s.dim = dim;
+  s.stride_gate_token = s.stride_up_token = products.stride_out_token;
+  s.stride_out_token = p.stride_out_token;
+  return swiglu(s, stream);
 }
 
 }  // namespace
 
+int64_t row_unit(const LinearParams& p) {
+  int64_t unit = 8;
+  for (int64_t i = 0; i < p.num_parts; ++i) {
+    if (info(p.parts[i].format).bits == 8) unit = 16;
+  }
+  return unit;
+}
+
 int64_t linear_scratch_bytes(const LinearParams& p) {
-  if (!p.norm || !has_kernel(p)) return 0;
-  const bool in_block =
-      with_kernels(p, [&](auto kernels) { return kernels.normalises_in_block(p); });
-  return in_block ? 0 : min(p.tokens, kMostTokens) * p.inputs * 2;
+  if (!has_kernel(p)) return 0;
+  const int64_t outputs = swiglu_is_apart(p) ? 2 * p.parts[0].rows : 0;
+  return normalised_bytes(p) + min(p.tokens, kMostTokens) * outputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
   if (!has_kernel(given)) return cudaErrorInvalidValue;
   LinearParams p = given;
   for (int64_t first = 0; first < given.tokens; first += kMostTokens) {
-    using Element = uint16_t;  // either dtype has 2 bytes
-    p.x = static_cast<const Element*>(given.x) + first * p.stride_x_token;
-    p.out = static_cast<Element*>(given.out) + first * p.stride_out_token;
+    p.x = static_cast<const Element16*>(given.x) + first * p.stride_x_token;
+    p.out = static_cast<Element16*>(given.out) + first * p.stride_out_token;
     if (given.token_ids) p.token_ids = given.token_ids + first;
     p.tokens = min(given.tokens - first, kMostTokens);
-    const cudaError_t status = launch_tokens(p, stream);
+    const cudaError_t status =
+        swiglu_is_apart(p) ? launch_swiglu_apart(p, stream) : launch_tokens(p, stream);
     if (status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }
 
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream) {
-  if (p.linear.tokens > kMostTokens) {
+  if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
+  if (p.linear.tokens == 0) return cudaSuccess;
+  if (p.linear.tokens > kMostTokens || is_mixed(p.linear)) {
     LinearParams product = p.linear;
     product.epilogue = Epilogue::store;
     const cudaError_t status = linear(product, stream);
     return status == cudaSuccess ? rope(p.rope, stream) : status;
   }
-  if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
-  if (p.linear.tokens == 0) return cudaSuccess;
   return launch_tokens(p.linear, stream, p.rope);
 }
 

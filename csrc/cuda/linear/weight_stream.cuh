@@ -87,34 +87,32 @@ struct OutputBlock {
   }
 };
 
-// int4: the scales of a chunk of one row in shared memory. They are copied by words of 4 bytes; a
-// row whose scales begin within a word takes the last one of the row before along.
-constexpr int kScaleWords = 128 / 32 + 1;  // for the smallest groups
-constexpr int kTileScaleBytes = kTileRows * kScaleWords * 4;
-
-// The values that share a scale, as a power of two.
-__device__ __forceinline__ int group_log2(const LinearParams& p) {
-  return 31 - __clz(static_cast<int>(p.group));
-}
+// Scales of groups: those of a chunk of one row in shared memory. They are copied by words of 4
+// bytes, two scales; a row whose scales begin within a word takes the last one of the row before
+// along.
+template <class W>
+constexpr int kScaleWords = W::kValues / 32 / 2 + 1;  // for the smallest groups
+template <class W>
+constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
 // Scales before `begin` in its word. (Chunks begin where a word does, if the row does.)
-__device__ __forceinline__ int skipped_scales(const bf16* begin) {
+__device__ __forceinline__ int skipped_scales(const void* begin) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(begin) / 2 % 2);
 }
 
-template <WeightFormat format, int kM>
+template <class W, int kM>
 struct StageLayout {
   static constexpr int kStages = 4 / kM;
   static constexpr int kValueBytes = kM * kTileBytes;
-  static constexpr int kScaleBytes = format == WeightFormat::int4 ? kM * kTileScaleBytes : 0;
+  static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
 // The chunks of a warp, of one block of outputs after the other: with kM tiles of 16 rows each.
 template <class W, int kM, bool kRope>
 class WeightStream {
-  using Layout = StageLayout<W::kFormat, kM>;
-  static constexpr bool kScaled = W::kFormat == WeightFormat::int4;
+  using Layout = StageLayout<W, kM>;
+  using Scale = typename W::Scale;
 
  public:
   // `shared`: Layout::kBytes, all values before all scales.
@@ -140,13 +138,14 @@ class WeightStream {
     copy_next();
   }
 
-  __device__ __forceinline__ WeightTile tile(int m) const {
+  __device__ __forceinline__ WeightTile<W> tile(int m) const {
     return {values_ + current_ * Layout::kValueBytes + m * kTileBytes};
   }
-  // int4: the scales of the chunk in row `row` of tile m, after those that were only copied along.
-  __device__ __forceinline__ const bf16* scales(int m, int row, int skipped) const {
-    return reinterpret_cast<const bf16*>(scales_ + current_ * Layout::kScaleBytes +
-                                         m * kTileScaleBytes + row * kScaleWords * 4) +
+  // The scales of the chunk's groups in row `row` of tile m, after those that were only copied
+  // along.
+  __device__ __forceinline__ const Scale* scales(int m, int row, int skipped) const {
+    return reinterpret_cast<const Scale*>(scales_ + current_ * Layout::kScaleBytes +
+                                          m * kTileScaleBytes<W> + row * kScaleWords<W> * 4) +
            skipped;
   }
 
@@ -169,15 +168,15 @@ class WeightStream {
       rows_[half] = static_cast<const char*>(p_.parts[block.part_of(half)].values) +
                     int64_t{block.first + row} * row_bytes_ + offset;
     }
-    if constexpr (kScaled) {
-      const int log2 = group_log2(p_), first = chunk_ * (W::kValues >> log2), half = lane / 16;
+    if constexpr (W::kGrouped) {
+      const int log2 = W::group_log2(p_), first = chunk_ * (W::kValues >> log2), half = lane / 16;
       const auto row_scales = static_cast<int>(p_.inputs >> log2);
       scales_left_ = row_scales - first;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         const int row = block.row_of(tile_step * m + lane / 2 % 8, half);
-        const bf16* const begin =
-            p_.parts[block.part_of(half)].scales + int64_t{block.first + row} * row_scales + first;
+        const auto* const of_part = static_cast<const Scale*>(p_.parts[block.part_of(half)].scales);
+        const Scale* const begin = of_part + int64_t{block.first + row} * row_scales + first;
         skipped_[m] = skipped_scales(begin);
         scale_rows_[m] = kRope || row < block.count ? begin - skipped_[m] : nullptr;
       }
@@ -190,7 +189,7 @@ class WeightStream {
     filled_ = next_of(filled_);
     if (block_ < blocks_) {
       copy_values(values_ + stage * Layout::kValueBytes);
-      if constexpr (kScaled) copy_scales(scales_ + stage * Layout::kScaleBytes);
+      if constexpr (W::kGrouped) copy_scales(scales_ + stage * Layout::kScaleBytes);
       chunk_ += kLinearWarps;
       if (chunk_ >= chunks_) {
         block_ += gridDim.x;
@@ -208,7 +207,7 @@ class WeightStream {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
-        const WeightTile tile = {to + m * kTileBytes};
+        const WeightTile<W> tile = {to + m * kTileBytes};
         // With RoPE, the lower half is in the same part: one pointer is enough.
         const char* const begin =
             kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
@@ -223,17 +222,17 @@ class WeightStream {
 
   // 2 lanes copy the scales of a row.
   __device__ __forceinline__ void copy_scales(char* to) {
-    const int lane = threadIdx.x % kWarp, count = W::kValues >> group_log2(p_);  // of a row
+    const int lane = threadIdx.x % kWarp, count = W::kValues >> W::group_log2(p_);  // of a row
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       const int words = count / 2 + skipped_[m];
       const int left = scale_rows_[m] ? scales_left_ + skipped_[m] : 0;
 #pragma unroll
-      for (int i = 0; i < (kScaleWords + 1) / 2; ++i) {
+      for (int i = 0; i < (kScaleWords<W> + 1) / 2; ++i) {
         const int word = lane % 2 + 2 * i;
         if (word >= words) continue;
         const int scales = left - 2 * word;
-        cp_async_4(to + m * kTileScaleBytes + 4 * (lane / 2 * kScaleWords + word),
+        cp_async_4(to + m * kTileScaleBytes<W> + 4 * (lane / 2 * kScaleWords<W> + word),
                    scale_rows_[m] + 2 * word,
                    scales >= 2   ? 4
                    : scales == 1 ? 2
@@ -257,8 +256,8 @@ class WeightStream {
   const char* rows_[2];
   int rows_left_[2];  // of the block, from that one on; with RoPE there are always enough
   int bytes_left_;    // of the rows
-  // int4: of the lane, in each tile.
-  const bf16* scale_rows_[kM];  // whole words; null: there is none
+  // Scales of groups: of the lane, in each tile.
+  const Scale* scale_rows_[kM];  // whole words; null: there is none
   int skipped_[kM];
   int scales_left_;
 };

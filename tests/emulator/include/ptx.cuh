@@ -37,7 +37,11 @@ void st_global(T* global, T value, Site site = Site::here()) {
 }
 
 inline uint4 ld_shared_16(const void* shared, Site site = Site::here()) {
-  return emulator::load_shared(site, shared);
+  return emulator::load_shared<uint4>(site, shared);
+}
+
+inline uint2 ld_shared_8(const void* shared, Site site = Site::here()) {
+  return emulator::load_shared<uint2>(site, shared);
 }
 
 inline void st_shared_16(void* shared, uint4 value, Site site = Site::here()) {
