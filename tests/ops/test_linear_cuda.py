@@ -259,7 +259,7 @@ def test_swiglu_of_two_formats(emulator, forms, rows, tokens, generator):
             parts = [ops.linear(x, part, weight) for part in (gate, up)]
             expected = ops.swiglu(*parts)
             emulator.take_launches()
-            assert torch.equal(ops.linear_swiglu(x, gate, up, weight), expected)
+            assert torch.equal(ops.linear_swiglu(x, [gate, up], weight), expected)
             assert len(emulator.take_launches()) == 3 * passes + norms
 
 
@@ -275,7 +275,7 @@ def test_swiglu_of_extreme_gates(emulator):
     up = torch.full_like(padded, 0.5)
     x = torch.eye(8, dtype=torch.bfloat16)[:1]
     with use(emulator):
-        out = ops.linear_swiglu(x, padded, up)
+        out = ops.linear_swiglu(x, [padded, up])
     expected = reference.swiglu(gate.float(), torch.tensor(0.5)).bfloat16().T
     torch.testing.assert_close(out, expected, equal_nan=True)
 
