@@ -177,7 +177,7 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, form, tokens, genera
         with use(emulator):
             ops.linear_residual(x, gate, residual)
             results.append(
-                (ops.linear(x, [gate, up], norm), ops.linear_swiglu(x, gate, up), residual)
+                (ops.linear(x, [gate, up], norm), ops.linear_swiglu(x, [gate, up]), residual)
             )
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
