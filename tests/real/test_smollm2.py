@@ -56,15 +56,13 @@ def test_stop(llm):
     assert completion.finish_reason == "stop"
 
 
-@pytest.mark.timeout(900)  # two minutes of one core
-def test_a_prompt_of_eight_thousand_tokens(smollm2):
-    """Nearly all the positions that the model knows: what stands at the beginning is gone on with
-    at the end."""
+@pytest.mark.timeout(900)  # half a minute of one core
+def test_a_long_prompt(smollm2):
+    """What stands at the beginning of 3,160 tokens is gone on with at the end."""
     torch.set_num_threads(os.cpu_count() or 1)
     llm = mistral_ext.Mistral.from_pretrained(smollm2, progress=False)
     ids = llm.tokenizer.encode(TEXT)
-    passage, filler = ids[:100], (ids[100:] * 3)[:7800]
-    assert len(filler) == 7800
+    passage, filler = ids[:100], ids[100:3100]
     (completion,) = llm.generate([[*passage, *filler, *passage[:60]]], max_tokens=12)
     assert completion.token_ids == passage[60:72]
 

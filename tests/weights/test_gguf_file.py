@@ -92,6 +92,7 @@ DAMAGED = [
     (file_bytes(version=1), "version is 1 expected 2 or 3"),
     (b"GGUF\0\0\0\3" + bytes(16), "version is 50331648, in big-endian order, expected 2 or 3"),
     (file_bytes()[:17], "number of metadata entries should end at byte 24"),
+    (file_bytes(n_entries=1), "number of metadata entries is 1, but 8 bytes are left"),
     (file_bytes(n_entries=2**63), r"number of metadata entries is 9223372036854775808, but 8"),
     (file_bytes(n_tensors=2**63), r"number of tensors is 9223372036854775808, but 16 bytes"),
     (file_bytes([HUGE + bytes(99)]), "key of metadata entry 0 should end at byte 184467440737"),
