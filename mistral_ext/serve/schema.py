@@ -35,7 +35,7 @@ def check(value: Any, schema: Schema, name: str) -> None:
         _check_object(value, schema, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_between(value, value, schema, name, "minimum", "maximum")
-        if value <= schema.get("exclusiveMinimum", value - 1):
+        if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
             raise _wrong(value, schema, name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ class Server:
 
     Attributes:
         url: its address.
+        http: a client that speaks to it.
         lines: of its stderr, so far.
     """
 
@@ -34,6 +36,7 @@ class Server:
         assert self._has_begun.wait(100)
         (address,) = (m for line in self.lines if (m := re.search(r"at (http://\S+)", line)))
         self.url = address[1]
+        self.http = httpx.Client(base_url=self.url, timeout=200)
 
     def _read(self) -> None:
         for line in self.process.stderr:
@@ -47,8 +50,10 @@ class Server:
         options = {"api_key": "none", "max_retries": 0, "timeout": 200, **options}
         return kind(base_url=f"{self.url}/v1", **options)
 
-    def post(self, path: str, body=None, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=200, **options)
+    def post(self, path: str, body) -> httpx.Response:
+        # In ASCII, as lone surrogates have no other form.
+        headers = {"content-type": "application/json"}
+        return self.http.post(path, content=json.dumps(body), headers=headers)
 
     def chat(self, text: str = "Once upon a time", **fields) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": text}], **fields}
@@ -56,7 +61,7 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """A figure of /metrics, summed over the labels that are not given."""
-        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        text = self.http.get("/metrics").text
         total = 0.0
         for found in re.finditer(rf"^mistral_ext_{name}(\{{.*?\}})? (\S+)$", text, re.M):
             if all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
