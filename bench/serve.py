@@ -123,9 +123,10 @@ async def measure(args: argparse.Namespace, target: Target, pid: int) -> list[di
             rows.append({"load": f"{size} {kind}", **row, "resident_mib": resident_mib(pid)})
             show(rows[-1])
         if args.long_prompt:
-            row = await gap_beside_long_prompt(client, target, args.long_prompt, 16 * args.tokens)
+            row = await gap_beside_long_prompt(client, target, args.long_prompt)
             rows.append({"load": "long prompt", **row})
-            print("  " + ", ".join(f"{name} {value:.4f} s" for name, value in row.items()))
+            shown = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in row.items())
+            print(f"  {rows[-1]['load']:>16} {shown}")
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -14,6 +15,8 @@ from typing import Any
 import httpx
 
 WORDS = "the king had a daughter who lived in a tower by the sea and sang of gold".split()  # noqa: SIM905
+
+_ENDLESS = 2048  # tokens; the context of a peer may be no longer
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Call:
     @property
     def gaps(self) -> list[float]:
         """Seconds between tokens."""
-        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(self.times)]
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,11 @@ def prompt(words: int, seed: int) -> str:
     return " ".join(choose.choices(WORDS, k=words))
 
 
-async def complete(client: httpx.AsyncClient, target: Target, text: str, tokens: int) -> Call:
-    """Streams one completion."""
-    call = Call()
+async def complete(
+    client: httpx.AsyncClient, target: Target, text: str, tokens: int, call: Call | None = None
+) -> Call:
+    """Streams one completion, and notes in `call` what comes."""
+    call = call or Call()
     body = {
         "prompt": text,
         "max_tokens": tokens,
@@ -145,24 +150,23 @@ def summary(calls: Sequence[Call], seconds: float, most_first: float, most_gap: 
 
 
 async def gap_beside_long_prompt(
-    client: httpx.AsyncClient, target: Target, words: int, tokens: int
+    client: httpx.AsyncClient, target: Target, words: int
 ) -> dict[str, float]:
     """Gaps of a stream, alone and while another client's long prompt is read.
 
     Args:
         words: of the long prompt.
-        tokens: of the stream; it has to last longer than the prompt takes.
     """
-    stream = asyncio.ensure_future(complete(client, target, prompt(8, -1), tokens))
-    await asyncio.sleep(1)
+    call = Call()
+    stream = asyncio.ensure_future(complete(client, target, prompt(8, -1), _ENDLESS, call))
+    await _wait_for_tokens(call, 32)
     long = await complete(client, target, prompt(words, -2), 1)
-    call = await stream
-    if call.error or long.error:
-        raise RuntimeError(call.error or long.error)
-    if call.times[-1] < long.times[0]:
-        raise RuntimeError("the stream ended before the prompt was read: ask for more tokens")
+    await _wait_for_tokens(call, len(call.times) + 32)
+    stream.cancel()
+    if long.error:
+        raise RuntimeError(long.error)
     begin, end = long.began, long.times[0]
-    pairs = list(zip(call.times, call.times[1:], strict=False))
+    pairs = list(itertools.pairwise(call.times))
     during = [b - a for a, b in pairs if b > begin and a < end]
     alone = [b - a for a, b in pairs if b <= begin or a >= end]
     return {
@@ -170,3 +174,10 @@ async def gap_beside_long_prompt(
         "median_gap_alone": statistics.median(alone),
         "p99_gap_beside": percentiles(during)["p99"],
     }
+
+
+async def _wait_for_tokens(call: Call, count: int) -> None:
+    while len(call.times) < count:
+        if call.error:
+            raise RuntimeError(call.error)
+        await asyncio.sleep(0.001)

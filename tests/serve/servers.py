@@ -32,7 +32,8 @@ class Server:
         self.process = process
         self.lines: list[str] = []
         self._has_begun = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         assert self._has_begun.wait(100)
         (address,) = (m for line in self.lines if (m := re.search(r"at (http://\S+)", line)))
         self.url = address[1]
@@ -80,6 +81,11 @@ class Server:
     def log_lines(self, path: str = "/v1/") -> list[str]:
         return [line for line in self.lines if path in line]
 
+    def end(self) -> None:
+        self.http.close()
+        self.process.kill()
+        self._reader.join()
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ends it, and returns its status."""
         self.process.send_signal(number)
@@ -97,4 +103,8 @@ def serving(*args: str, command=CLI, **options) -> Iterator[Server]:
     """Runs a server for the time of the block."""
     command = [*command, "--port", "0", "--threads", "1", *args]
     with child(command, seconds=900, stderr=subprocess.PIPE, text=True, **options) as process:
-        yield Server(process)
+        server = Server(process)
+        try:
+            yield server
+        finally:
+            server.end()

@@ -53,7 +53,9 @@ def test_other_origins_are_let_in_only_if_asked_for(demo):
 def test_requests_are_written_only_if_asked_for(tmp_path):
     file = tmp_path / "requests.jsonl"
     with serving("--log-requests", str(file)) as server:
-        texts = [server.chat("A secret \N{SNOWMAN}", max_tokens=3, n=2, stream=s) for s in (0, 1)]
+        texts = [
+            server.chat("A secret \N{SNOWMAN}", max_tokens=3, n=2, stream=s) for s in (False, True)
+        ]
         assert server.chat("A secret", n=0).status_code == 400
         assert server.stop() == 0
         assert "secret" not in "".join(server.lines)
