@@ -198,7 +198,6 @@ def test_a_listener_hears_all_of_its_request_and_may_abort_another(models):
     assert_empty(engine)
 
 
-
 def test_what_can_never_fit_is_refused(models):
     engine = engine_of(models[None], cache_tokens=500)
     message = r"needs 501 tokens of cache \(400 of prompt, 501 with its completion\).* are 500"
