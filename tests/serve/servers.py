@@ -78,8 +78,11 @@ class Server:
         """Waits until so many completions run and wait."""
         wait_until(lambda: self.load == (running, waiting))
 
-    def log_lines(self, path: str = "/v1/") -> list[str]:
-        return [line for line in self.lines if path in line]
+    def next_line(self, seen: int, words: str) -> str:
+        """The first line with these words after so many lines, once it has come: it is written when
+        the answer is on its way already."""
+        wait_until(lambda: any(words in line for line in self.lines[seen:]))
+        return next(line for line in self.lines[seen:] if words in line)
 
     def end(self) -> None:
         self.http.close()

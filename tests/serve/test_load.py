@@ -60,6 +60,7 @@ def test_10_clients_that_come_again_get_their_turn(narrow):
 
 
 def test_11_a_reader_that_stalls_loses_its_request(narrow):
+    seen = len(narrow.lines)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = urlsplit(narrow.url).netloc.split(":")
@@ -73,10 +74,9 @@ def test_11_a_reader_that_stalls_loses_its_request(narrow):
         )
         narrow.wait_for_load(1)
         narrow.wait_for_load(0)
-        wait_until(lambda: "499 slow_reader" in narrow.log_lines()[-1])
+        line = narrow.next_line(seen, "499 slow_reader")
         assert narrow.chat(max_tokens=2).status_code == 200
-        completion = int(narrow.log_lines()[-2].partition("completion=")[2].split()[0])
-        assert completion < 2000
+        assert int(line.partition("completion=")[2].split()[0]) < 2000
 
 
 def test_11_a_body_over_the_limit(narrow):
@@ -164,7 +164,7 @@ def test_13_what_does_not_finish_in_time_is_ended(twice):
         server.wait_for_load(1)
         server.process.send_signal(signal.SIGTERM)
         if twice:
-            wait_until(lambda: "ending" in server.lines[-1])
+            server.next_line(0, "ending")
             server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
         thread.join()

@@ -93,11 +93,11 @@ def test_metrics_count_what_happens(demo):
 
 def test_each_request_has_a_line_without_its_text(demo):
     reply = demo.chat("Once upon a secret time", max_tokens=5, ignore_eos=True)
-    (line,) = (line for line in demo.lines if reply.json()["id"] in line)
+    line = demo.next_line(0, reply.json()["id"])
     assert "/v1/chat/completions 200 length" in line
     assert "completion=5" in line
-    demo.chat(messages=[], max_tokens=5)
-    assert "400 invalid" in demo.log_lines()[-1]
+    wrong = demo.chat(messages=[], max_tokens=5)
+    assert "400 invalid" in demo.next_line(0, wrong.headers["x-request-id"])
     assert "secret" not in "".join(demo.lines)
 
 

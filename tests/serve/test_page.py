@@ -143,16 +143,24 @@ def test_edit_and_retry(tab):
 
 
 def test_system_prompt_and_errors(tab, demo):
+    seen = len(demo.lines)
+
+    def prompt_tokens() -> int:
+        """Of the next request."""
+        nonlocal seen
+        line = demo.next_line(seen, "completion=4")
+        seen = len(demo.lines)
+        return int(line.partition("prompt=")[2].split()[0])
+
     set_option(tab, "System prompt", "Speak of kings.")
     set_option(tab, "Longest reply", "4")
     say(tab, "Once")
     wait_for_replies(tab, 1)
-    (line,) = (line for line in demo.log_lines()[-1:] if "completion=4" in line)
-    with_system = int(line.partition("prompt=")[2].split()[0])
+    with_system = prompt_tokens()
     set_option(tab, "System prompt", "")
     tab.get_by_role("button", name="Retry").click()
     wait_for_replies(tab, 1)
-    assert int(demo.log_lines()[-1].partition("prompt=")[2].split()[0]) < with_system
+    assert prompt_tokens() < with_system
     tab.evaluate(
         'fetch = async () => new Response(\'{"error": {"message": "no"}}\', {status: 500})'
     )
