@@ -123,7 +123,7 @@ def _expect_extra() -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name, least in (("max_queue", 0), ("max_unread", 1), ("max_body", 1), ("max_tokens", 1)):
+    for name, least in (("max_queue", 0), ("max_unread", 2), ("max_body", 1), ("max_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")

@@ -387,8 +387,9 @@ class Outputs(Iterator[Output]):
 
     def close(self) -> None:
         """Ends the requests that have not ended."""
-        while self._open:
-            self._engine.abort(self._open.popitem()[0])
+        with self._engine._lock:
+            while self._open:
+                self._engine.abort(self._open.popitem()[0])
 
     def __del__(self) -> None:
         if self._open:

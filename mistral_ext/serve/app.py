@@ -12,6 +12,7 @@ from mistral_ext.serve.auth import KeyCheck
 from mistral_ext.serve.completions import Completions
 from mistral_ext.serve.errors import ApiError
 from mistral_ext.serve.openapi import description
+from mistral_ext.serve.page_files import Page
 from mistral_ext.serve.protocol import context_length
 from mistral_ext.serve.service import Service
 from mistral_ext.serve.tokens import Tokens
@@ -44,7 +45,7 @@ def build_app(service: Service) -> asgi.App:
         )
     if settings.api_keys:
         middleware.append(Middleware(KeyCheck, keys=settings.api_keys))
-    plain = _Plain(service)
+    plain, page = _Plain(service), Page()
     routes = [
         Route("/v1/chat/completions", Completions(service, is_chat=True), methods=["POST"]),
         Route("/v1/completions", Completions(service, is_chat=False), methods=["POST"]),
@@ -55,6 +56,8 @@ def build_app(service: Service) -> asgi.App:
         Route("/health", _Get(plain.health), methods=["GET"]),
         Route("/metrics", _Get(plain.metrics), methods=["GET"]),
         Route("/openapi.json", _Get(plain.openapi), methods=["GET"]),
+        Route("/", _Get(page.index), methods=["GET"]),
+        Route("/page/{name}", _Get(page.file), methods=["GET"]),
     ]
     return Starlette(
         routes=routes,

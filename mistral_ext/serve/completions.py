@@ -99,6 +99,7 @@ class _Call:
         generation = self._generation = Generation(
             service.engine,
             requests_of(job, prompts, service.llm),
+            self.record.began,
             service.metrics,
             job.stream,
             service.settings.max_unread,
@@ -152,7 +153,7 @@ class _Call:
         record.reason = ",".join(completion.finish_reason for completion in completions)
         record.texts = [completion.text for completion in completions]
         for i, completion in enumerate(completions):
-            seconds = generation.progress[i].last - generation.started
+            seconds = generation.progress[i].last - record.began
             length = len(prompts[i // job.params.n])
             self._service.metrics.ended(completion, length, seconds)
             if i % job.params.n == 0:

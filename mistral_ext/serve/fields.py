@@ -10,7 +10,7 @@ from typing import Any
 
 from mistral_ext.serve.schema import Schema
 
-# More alternatives than OpenAI's API gives, none can want.
+# Alternatives of a token, at most: OpenAI's limit.
 MOST_LOGPROBS = 20
 
 _FLAG = {"type": "boolean"}

@@ -34,6 +34,7 @@ class Generation:
     Args:
         engine: the thread.
         requests: of the completions.
+        began: when they were asked for, of `time.perf_counter`.
         metrics: counts tokens and times.
         is_stream: outputs are wanted as they come.
         max_unread: outputs of a stream that may wait. If there are more, the completions end, and
@@ -47,15 +48,16 @@ class Generation:
         self,
         engine: EngineThread,
         requests: Sequence[Request],
+        began: float,
         metrics: Metrics,
         is_stream: bool,
         max_unread: int,
         on_overflow: Callable[[], object],
     ) -> None:
-        self.started = time.perf_counter()
         self.progress = [Progress() for _ in requests]
         self._engine = engine
         self._requests = requests
+        self._began = began
         self._metrics = metrics
         self._is_stream = is_stream
         self._max_unread = max_unread
@@ -135,7 +137,7 @@ class Generation:
         progress, now = self.progress[index], time.perf_counter()
         if progress.first is None:
             progress.first = now
-            self._metrics.first_token(now - self.started)
+            self._metrics.first_token(now - self._began)
         else:
             self._metrics.next_token(now - progress.last)
         progress.last = now

@@ -28,25 +28,34 @@ def check(value: Any, schema: Schema, name: str) -> None:
         _check_between(value, len(value), schema, name, "minLength", "maxLength")
     elif isinstance(value, list):
         _check_between(value, len(value), schema, name, "minItems", "maxItems")
-        if "items" in schema:
+        if "items" in schema and not _are_integers(value, schema["items"]):
             for i, item in enumerate(value):
                 check(item, schema["items"], f"{name}[{i}]")
     elif isinstance(value, dict):
         _check_object(value, schema, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         _check_between(value, value, schema, name, "minimum", "maximum")
-        if value <= schema.get("exclusiveMinimum", value - 1):
+        if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
             raise _wrong(value, schema, name)
+
+
+def _are_integers(values: list[Any], schema: Schema) -> bool:
+    """Whether they are good integers, of which there may be a million: looked at in one go."""
+    if schema.get("type") != "integer" or {*map(type, values)} != {int}:
+        return False
+    least, most = min(values), max(values)
+    return bool(schema.get("minimum", least) <= least and most <= schema.get("maximum", most))
 
 
 def _check_any(value: Any, schema: Schema, name: str) -> None:
     errors = []
     for option in schema["anyOf"]:
+        if "type" in option and not any(_is_a(value, kind) for kind in _types(option)):
+            continue
         try:
             return check(value, option, name)
         except ApiError as error:
-            if "type" not in option or any(_is_a(value, kind) for kind in _types(option)):
-                errors.append(error)
+            errors.append(error)
     # Of the right type, but wrong inside: say where.
     raise errors[0] if len(errors) == 1 else _wrong(value, schema, name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from mistral_ext.serve.protocol import encode
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
+
+# That clients get to hear that their requests have ended.
+_LAST_SECONDS = 5.0
 
 # Messages one after another, for a model that goes on with a text and knows no turns.
 _PLAIN = "{{ bos_token }} {{ messages | map(attribute='content') | join('\\n\\n') }}"
@@ -134,7 +137,8 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
         except asyncio.TimeoutError:
             self.end_all(errors.shutting_down())
-            await self._idle.wait()
+            with suppress(asyncio.TimeoutError):  # a client that does not read is not waited for
+                await asyncio.wait_for(self._idle.wait(), _LAST_SECONDS)
 
     def end_all(self, error: ApiError) -> None:
         """Ends all requests with an error."""

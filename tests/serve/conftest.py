@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from checkpoints import TOKENIZERS, write_checkpoint
 from servers import serving
 
 
@@ -17,6 +16,8 @@ def demo():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random Instruct model without a window, with the vocabulary v3."""
+    from checkpoints import TOKENIZERS, write_checkpoint  # which import transformers
+
     folder = tmp_path_factory.mktemp("models") / "tiny-Instruct"
     write_checkpoint(
         folder, vocab_size=32768, sliding_window=None, max_position_embeddings=8192, hidden_size=64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -23,6 +24,7 @@ class Server:
 
     Attributes:
         url: its address.
+        http: a client that speaks to it.
         lines: of its stderr, so far.
     """
 
@@ -30,10 +32,12 @@ class Server:
         self.process = process
         self.lines: list[str] = []
         self._has_begun = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         assert self._has_begun.wait(100)
         (address,) = (m for line in self.lines if (m := re.search(r"at (http://\S+)", line)))
         self.url = address[1]
+        self.http = httpx.Client(base_url=self.url, timeout=200)
 
     def _read(self) -> None:
         for line in self.process.stderr:
@@ -47,8 +51,10 @@ class Server:
         options = {"api_key": "none", "max_retries": 0, "timeout": 200, **options}
         return kind(base_url=f"{self.url}/v1", **options)
 
-    def post(self, path: str, body=None, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=200, **options)
+    def post(self, path: str, body) -> httpx.Response:
+        # In ASCII, as lone surrogates have no other form.
+        headers = {"content-type": "application/json"}
+        return self.http.post(path, content=json.dumps(body), headers=headers)
 
     def chat(self, text: str = "Once upon a time", **fields) -> httpx.Response:
         body = {"messages": [{"role": "user", "content": text}], **fields}
@@ -56,7 +62,7 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """A figure of /metrics, summed over the labels that are not given."""
-        text = httpx.get(f"{self.url}/metrics", timeout=60).text
+        text = self.http.get("/metrics").text
         total = 0.0
         for found in re.finditer(rf"^mistral_ext_{name}(\{{.*?\}})? (\S+)$", text, re.M):
             if all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
@@ -72,8 +78,16 @@ class Server:
         """Waits until so many completions run and wait."""
         wait_until(lambda: self.load == (running, waiting))
 
-    def log_lines(self, path: str = "/v1/") -> list[str]:
-        return [line for line in self.lines if path in line]
+    def next_line(self, seen: int, words: str) -> str:
+        """The first line with these words after so many lines, once it has come: it is written when
+        the answer is on its way already."""
+        wait_until(lambda: any(words in line for line in self.lines[seen:]))
+        return next(line for line in self.lines[seen:] if words in line)
+
+    def end(self) -> None:
+        self.http.close()
+        self.process.kill()
+        self._reader.join()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Ends it, and returns its status."""
@@ -92,4 +106,8 @@ def serving(*args: str, command=CLI, **options) -> Iterator[Server]:
     """Runs a server for the time of the block."""
     command = [*command, "--port", "0", "--threads", "1", *args]
     with child(command, seconds=900, stderr=subprocess.PIPE, text=True, **options) as process:
-        yield Server(process)
+        server = Server(process)
+        try:
+            yield server
+        finally:
+            server.end()

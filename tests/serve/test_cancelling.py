@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import openai
 import pytest
 from servers import serving, wait_until
@@ -55,12 +54,13 @@ def works(server) -> bool:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
 def test_1_hang_up_while_decoding(small, stream, n):
+    seen = len(small.lines)
     with hanging_request(small, **LONG, stream=stream, n=n) as connection:
         wait_until(lambda: small.load[0] == n)
         if stream:
             connection.recv(10)
     small.wait_for_load(0)
-    assert "499 disconnected" in small.log_lines()[-1]
+    assert small.next_line(seen, "499 disconnected")
     assert works(small)
 
 
@@ -76,7 +76,7 @@ def test_1_hang_up_while_queued(small, stream):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_1_hang_up_while_the_prompt_is_read(small, stream):
-    prompt = long_prompt(30000)
+    prompt = long_prompt(20000)
     body = {"prompt": prompt, "max_tokens": 2, "stream": stream}
     started = small.metric("time_to_first_token_seconds_count")
     with hanging_request(small, "/v1/completions", **body):
@@ -95,12 +95,13 @@ def test_2_cancelling_at_once_leaves_nothing(small):
 
 
 def test_2_hang_up_in_the_middle_of_the_body(small):
+    seen = len(small.lines)
     host, port = urlsplit(small.url).netloc.split(":")
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
         )
-    wait_until(lambda: "/v1/completions 499 disconnected" in small.log_lines()[-1])
+    assert small.next_line(seen, "/v1/completions 499 disconnected")
     assert works(small)
 
 
@@ -124,7 +125,7 @@ def test_3_cancelling_a_queued_request_leaves_the_active_ones(small):
 
 
 def test_4_abort_a_stream_while_another_prompt_is_read(small):
-    body = {"prompt": long_prompt(3000), "max_tokens": 4, "temperature": 0}
+    body = {"prompt": long_prompt(1500), "max_tokens": 4, "temperature": 0}
     alone = small.post("/v1/completions", body).json()["choices"][0]["text"]
     found = []
     with hanging_request(small, **LONG, stream=True) as connection:
@@ -133,7 +134,7 @@ def test_4_abort_a_stream_while_another_prompt_is_read(small):
             target=lambda: found.append(small.post("/v1/completions", body).json())
         )
         thread.start()
-        wait_until(lambda: small.load[0] == 2)
+        wait_until(lambda: small.load[0] == 2 or not thread.is_alive())
     thread.join()
     assert found[0]["choices"][0]["text"] == alone
     small.wait_for_load(0)
@@ -167,9 +168,8 @@ def test_6_with_middleware_that_wraps_requests():
 
 
 def test_a_client_that_goes_away_in_the_middle_of_a_stream_costs_no_error(small):
-    with httpx.stream(
-        "POST", f"{small.url}/v1/chat/completions", json={"messages": ONCE, "stream": True, **LONG}
-    ) as response:
+    body = {"messages": ONCE, "stream": True, **LONG}
+    with small.http.stream("POST", "/v1/chat/completions", json=body) as response:
         next(response.iter_lines())
     small.wait_for_load(0)
     assert not [line for line in small.lines if "Traceback" in line]

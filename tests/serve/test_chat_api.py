@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 
-import httpx
 import openai
 import pytest
 
@@ -60,7 +59,7 @@ def test_stream_is_the_reply_in_pieces(demo):
 
 def test_frames_of_a_stream(demo):
     body = {**OPTIONS, "stream": True, "stream_options": {"include_usage": True}}
-    with httpx.stream("POST", f"{demo.url}/v1/chat/completions", json=body) as response:
+    with demo.http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         text = response.read().decode()
     *frames, end, nothing = text.split("\n\n")

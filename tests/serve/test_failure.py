@@ -6,7 +6,6 @@ import sys
 import threading
 from pathlib import Path
 
-import httpx
 import pytest
 from servers import serving
 
@@ -31,7 +30,7 @@ def test_7_a_failed_pass_costs_its_requests(faulty, n):
     assert response.headers["x-should-retry"] == "false"
     assert response.json()["error"]["message"] == "the model failed: a planted fault"
     assert ask(faulty, "Once upon a time", temperature=0).json()["choices"] == good
-    assert httpx.get(f"{faulty.url}/health").status_code == 200
+    assert faulty.http.get("/health").status_code == 200
     faulty.wait_for_load(0)
 
 
@@ -56,7 +55,7 @@ def test_7_beyond_repair_is_said_at_once(word):
         assert ask(server, word).status_code in (500, 503)
         waits.join()
         assert others[0].status_code in (500, 503)
-        response = httpx.get(f"{server.url}/health")
+        response = server.http.get("/health")
         assert (response.status_code, response.json()) == (503, {"status": "failed"})
         refused = ask(server, "Once upon a time")
         assert refused.status_code == 503

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 
 import httpx
 import pytest
@@ -84,7 +83,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_14_bad_fields_are_named(demo, name):
     (path, body), words = WRONG[name]
-    response = demo.post(path, content=None, body=body)
+    response = demo.post(path, body)
     assert response.status_code == 400
     error = response.json()["error"]
     assert words in error["message"]
@@ -111,7 +110,7 @@ def test_14_bad_fields_are_named(demo, name):
 )
 def test_14_bodies_that_are_no_object(demo, body):
     headers = {"content-type": "application/json"}
-    response = httpx.post(f"{demo.url}/v1/completions", content=body, headers=headers)
+    response = demo.http.post("/v1/completions", content=body, headers=headers)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
@@ -172,16 +171,16 @@ def test_16_bytes_that_are_no_text_yet(tiny, data):
     options = {
         "model": "tiny",
         "messages": [USER],
-        "max_tokens": 60,
+        "max_tokens": 24,
         "logit_bias": {str(i): 100 for i in byte_ids},
         "logprobs": True,
     }
     client = tiny.client().chat.completions
-    for seed in random.Random(0).sample(range(1000), 5):
+    for seed in (1, 2):
         (choice,) = client.create(**options, seed=seed).choices
         written = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
         assert {*written} <= {*data}
-        assert len(written) == 60
+        assert len(written) == 24
         chunks = list(client.create(**options, seed=seed, stream=True))
         pieces = [c.choices[0].delta.content or "" for c in chunks]
         assert "".join(pieces) == choice.message.content

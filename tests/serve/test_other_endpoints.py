@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
@@ -56,7 +60,7 @@ def test_wrong_tokens(demo, path, body):
 
 
 def test_health(demo):
-    response = httpx.get(f"{demo.url}/health")
+    response = demo.http.get("/health")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
@@ -89,9 +93,22 @@ def test_metrics_count_what_happens(demo):
 
 def test_each_request_has_a_line_without_its_text(demo):
     reply = demo.chat("Once upon a secret time", max_tokens=5, ignore_eos=True)
-    (line,) = (line for line in demo.lines if reply.json()["id"] in line)
+    line = demo.next_line(0, reply.json()["id"])
     assert "/v1/chat/completions 200 length" in line
     assert "completion=5" in line
-    demo.chat(messages=[], max_tokens=5)
-    assert "400 invalid" in demo.log_lines()[-1]
+    wrong = demo.chat(messages=[], max_tokens=5)
+    assert "400 invalid" in demo.next_line(0, wrong.headers["x-request-id"])
     assert "secret" not in "".join(demo.lines)
+
+
+def test_the_dashboard_asks_for_figures_that_there_are(demo):
+    dashboard = json.loads((Path(__file__).parents[2] / "examples/grafana.json").read_text())
+    demo.chat(max_tokens=2)
+    demo.chat(n=0)
+    shown = demo.http.get("/metrics").text
+    there_are = {*re.findall(r"^# TYPE (\S+)", shown, re.M), *re.findall(r"^(\w+)", shown, re.M)}
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"mistral_ext_\w+", query)}
+    assert len(asked) > 10
+    # No request has been broken off yet, perhaps: then this figure has no sample.
+    assert asked - there_are <= {"mistral_ext_request_aborts_total"}

@@ -1,0 +1,195 @@
+"""Load on the server, which runs in a process of its own, and on others with the same weights.
+
+    python bench/serve.py                             # the demo model
+    python bench/serve.py --model FOLDER --tokens 64
+    python bench/serve.py --gguf FILE --peers llama.cpp
+    python bench/serve.py --soak 10000
+
+For each number of clients, and each rate of a Poisson process, a line: tokens per second, requests
+per second that meet the limits (goodput), p50/p90/p99 of the time to the first token and between
+two tokens, errors, and the server's resident memory. `--long-prompt` then measures the gap between
+tokens of a stream while another client's long prompt is read. Servers take turns: the same load
+goes to one after the other. Machines are noisy: compare the ratios of one run.
+
+`--soak N` instead sends N requests of all kinds, a third of which hang up at a random time, and
+says what was not as it should be: errors, memory that grows, slots that are lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+from measure import machine, print_machine, write_json
+from serve_load import (
+    Call,
+    Target,
+    closed_loop,
+    complete,
+    gap_beside_long_prompt,
+    poisson,
+    prompt,
+    summary,
+)
+from serve_soak import soak
+
+OURS = "mistral_ext"
+
+
+def commands(args: argparse.Namespace) -> dict[str, list[str]]:
+    """How to start each server: name -> command, with {port} in it."""
+    model = args.gguf or args.model
+    ours = [sys.executable, "-m", "mistral_ext.cli", "serve", "--port", "{port}"]
+    ours += ["--max-batch", str(args.max_batch), "--max-queue", "256", *shlex.split(args.options)]
+    found = {OURS: [*ours, "--model", model] if model else ours}
+    if args.peers == "llama.cpp":
+        found["llama.cpp"] = llama_cpp(args)
+    for text in args.peer:
+        name, _, command = text.partition("=")
+        found[name] = shlex.split(command)
+    return found
+
+
+def llama_cpp(args: argparse.Namespace) -> list[str]:
+    """llama.cpp's server, or if there is only that, the one of llama-cpp-python."""
+    if not args.gguf:
+        raise SystemExit("--peers llama.cpp needs --gguf FILE, the weights that both can read")
+    context = str(args.max_batch * args.context)
+    if program := shutil.which("llama-server"):
+        slots = ["-np", str(args.max_batch)]
+        return [program, "-m", args.gguf, "--port", "{port}", "-c", context, *slots]
+    if importlib.util.find_spec("llama_cpp"):
+        module = [sys.executable, "-m", "llama_cpp.server", "--model", args.gguf]
+        return [*module, "--port", "{port}", "--n_ctx", context]
+    raise SystemExit("--peers llama.cpp: neither llama-server nor llama_cpp.server is installed")
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path) -> Iterator[tuple[str, int]]:
+    """Starts a server, and gives its address and process id once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [part.replace("{port}", str(port)) for part in command]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            while True:
+                if process.poll() is not None:
+                    raise SystemExit(f"{command[0]} ended with {process.returncode}: see {log}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/v1/models").is_success:
+                        break
+                time.sleep(0.2)
+            yield url, process.pid
+        finally:
+            process.terminate()
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of a process, in MiB, mapped weights included."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+async def measure(args: argparse.Namespace, target: Target, pid: int) -> list[dict]:
+    """All loads on one server, a line each."""
+    rows = []
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+
+        async def ask(number: int) -> Call:
+            return await complete(client, target, prompt(args.prompt, number), args.tokens)
+
+        await closed_loop(2, 4, ask)  # warm-up
+        loads = [("clients", clients) for clients in args.clients]
+        loads += [("requests/s", rate) for rate in args.rates]
+        for kind, size in loads:
+            run, began = closed_loop if kind == "clients" else poisson, time.perf_counter()
+            calls = await run(size, args.requests, ask)
+            row = summary(calls, time.perf_counter() - began, args.most_first, args.most_gap)
+            rows.append({"load": f"{size} {kind}", **row, "resident_mib": resident_mib(pid)})
+            show(rows[-1])
+        if args.long_prompt:
+            row = await gap_beside_long_prompt(client, target, args.long_prompt)
+            rows.append({"load": "long prompt", **row})
+            shown = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in row.items())
+            print(f"  {rows[-1]['load']:>16} {shown}")
+    return rows
+
+
+def show(row: dict) -> None:
+    """Prints a line."""
+
+    def milliseconds(name: str) -> str:
+        return "/".join(f"{1000 * value:.0f}" for value in row[name].values()) or "-"
+
+    print(
+        f"  {row['load']:>16} {row['tokens_per_second']:8.1f} tokens/s "
+        f"{row['good_per_second']:6.2f} good/s  first {milliseconds('first')} ms  "
+        f"gap {milliseconds('gap')} ms  {row['failed']} failed  {row['resident_mib']:.0f} MiB",
+        flush=True,
+    )
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder or hub id; default: the demo model")
+    parser.add_argument("--gguf", help="the same as a GGUF file, which llama.cpp reads too")
+    parser.add_argument("--options", default="", help="more options of our server")
+    parser.add_argument("--peers", choices=["llama.cpp"], help="other servers to measure")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="another server with OpenAI's API; {port} in its command is replaced",
+    )
+    parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rates", type=numbers, default=[1, 2, 4], help="requests per second")
+    parser.add_argument("--requests", type=int, default=48, help="of each load")
+    parser.add_argument("--prompt", type=int, default=64, help="words")
+    parser.add_argument("--tokens", type=int, default=32, help="of a completion")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of a slot of a peer")
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--long-prompt", type=int, default=0, metavar="WORDS")
+    parser.add_argument("--most-first", type=float, default=2, help="seconds, for goodput")
+    parser.add_argument("--most-gap", type=float, default=0.2, help="seconds, for goodput")
+    parser.add_argument("--soak", type=int, metavar="N", help="requests with random aborts")
+    parser.add_argument("--log", type=Path, default=Path("/tmp"), help="folder of servers' output")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args()
+    facts, results = machine(), {}
+    print_machine(facts)
+    for name, command in commands(args).items():
+        print(name)
+        with running(command, args.log / f"serve-{name}.log") as (url, pid):
+            if args.soak and name == OURS:
+                results[name] = asyncio.run(soak(url, args.soak, lambda pid=pid: resident_mib(pid)))
+            elif not args.soak:
+                fields = {"ignore_eos": True} if name == OURS else {"logit_bias": {"2": -100}}
+                results[name] = asyncio.run(measure(args, Target(url, fields), pid))
+    if args.json:
+        write_json(args.json, {"machine": facts, "servers": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""GET / and /page/...: the chat page, a few files of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mistral_ext.serve import asgi
+from mistral_ext.serve.errors import ApiError
+
+_FOLDER = Path(__file__).parent / "page"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Scripts and styles of these files alone, and no other server: whatever a model writes, it is text.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Page:
+    """The files, read once."""
+
+    def __init__(self) -> None:
+        self._files = {
+            path.name: (path.read_bytes(), _TYPES[path.suffix])
+            for path in _FOLDER.iterdir()
+            if path.suffix in _TYPES
+        }
+
+    async def index(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        """The page itself."""
+        await self._send("index.html", send)
+
+    async def file(self, scope: asgi.Scope, send: asgi.Send) -> None:
+        """One of the files that it needs."""
+        await self._send(scope["path_params"]["name"], send)
+
+    async def _send(self, name: str, send: asgi.Send) -> None:
+        if name not in self._files:
+            raise ApiError(404, f"there is no /page/{name}")
+        data, kind = self._files[name]
+        await asgi.send_bytes(
+            send,
+            data,
+            kind,
+            cache_control="no-cache",
+            content_security_policy=_POLICY,
+            x_content_type_options="nosniff",
+            referrer_policy="no-referrer",
+        )
