@@ -69,10 +69,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = py::none();
 #endif
   python::bind_call(m);
-  python::bind_attention(m);
-  python::bind_linear(m);
-  python::bind_rms_norm(m);
-  python::bind_rope(m);
-  python::bind_sample(m);
-  python::bind_swiglu(m);
+  python::bind_ops(m);
 }
