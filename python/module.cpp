@@ -8,6 +8,7 @@
 #ifdef MISTRAL_CUDA
 #include "../csrc/attention.h"
 #include "../csrc/cuda/common/device.h"
+#include "../csrc/cuda/selection.h"
 #endif
 
 namespace py = pybind11;

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../csrc/attention.h"
+#include "../../csrc/cuda/selection.h"
 #include "../../csrc/linear.h"
 #include "../../python/device.h"
 #include "../../python/ops.h"
