@@ -8,9 +8,6 @@
 
 #ifdef MISTRAL_CUDA
 #include <cuda_runtime_api.h>
-
-#include <string>
-#include <vector>
 #endif
 
 #include "common.h"
@@ -75,19 +72,6 @@ AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 // bf16 and fp16, few head dimensions; every row of 16-byte aligned q, k and v.
 cudaError_t attention(const AttentionParams& p, cudaStream_t stream);
 
-// The kernel that prefills: that of sm_80, which all devices run, or that of sm_90a.
-enum class Prefill { sm80, sm90 };
-const char* name(Prefill prefill);
-
-std::vector<Prefill> built_prefills();  // those of this build
-
-// The one in use: the one that the environment variable MISTRAL_EXT_ATTENTION names, else sm80: the
-// other one has not run on hardware yet. Throws std::invalid_argument, as `attention` does, if it
-// names none of this build's.
-Prefill active_prefill();
-
-// Throws std::invalid_argument for a name that is none of this build's.
-void select_prefill(const std::string& name);
 }  // namespace cuda
 #endif
 

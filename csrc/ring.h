@@ -59,6 +59,16 @@ MISTRAL_HOST_DEVICE int64_t ring_slot(const Sequence& s, int64_t position) {
   return position % s.capacity;
 }
 
+// The slot that lies at most C after slot 0, without a division.
+MISTRAL_HOST_DEVICE int wrapped_slot(int slot, int capacity) {
+  return slot < capacity ? slot : slot - capacity;
+}
+
+// The row of a head's slot 0.
+MISTRAL_HOST_DEVICE int64_t head_row(const Sequence& s, int64_t head) {
+  return s.ring_row + head * s.capacity;
+}
+
 // The rows of one token, of all heads.
 struct TokenRows {
   int64_t first;  // of head 0
@@ -78,6 +88,11 @@ MISTRAL_HOST_DEVICE int64_t ring_row(const Sequence& s, int64_t head, int64_t po
 // The first position that a query at `position` sees.
 MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
   return max(0, position - window + 1);
+}
+
+// The first position of a chunk that is stored: later ones take the slots of those before it.
+MISTRAL_HOST_DEVICE int64_t first_stored(const Sequence& s) {
+  return max(s.position, s.position + s.count - s.capacity);
 }
 
 MISTRAL_HOST_DEVICE bool stored(const Sequence& s, int64_t position) {

@@ -1,4 +1,7 @@
 #include "../csrc/attention.h"
+#ifdef MISTRAL_CUDA
+#include "../csrc/cuda/selection.h"
+#endif
 
 #include <pybind11/stl.h>
 

@@ -8,6 +8,7 @@
 #ifdef MISTRAL_CUDA
 #include "../csrc/attention.h"
 #include "../csrc/cuda/common/device.h"
+#include "../csrc/cuda/selection.h"
 #endif
 
 namespace py = pybind11;
@@ -69,10 +70,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = py::none();
 #endif
   python::bind_call(m);
-  python::bind_attention(m);
-  python::bind_linear(m);
-  python::bind_rms_norm(m);
-  python::bind_rope(m);
-  python::bind_sample(m);
-  python::bind_swiglu(m);
+  python::bind_ops(m);
 }

@@ -6,11 +6,14 @@
 namespace mistral::python {
 
 void bind_call(pybind11::module_& m);  // what attention and linear return
-void bind_attention(pybind11::module_& m);
-void bind_linear(pybind11::module_& m);
-void bind_rms_norm(pybind11::module_& m);
-void bind_rope(pybind11::module_& m);
-void bind_sample(pybind11::module_& m);
-void bind_swiglu(pybind11::module_& m);
+#define OP(op, Params) void bind_##op(pybind11::module_& m);
+#define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
+#include "../csrc/ops.def"
+
+inline void bind_ops(pybind11::module_& m) {
+#define OP(op, Params) bind_##op(m);
+#define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
+#include "../csrc/ops.def"
+}
 
 }  // namespace mistral::python

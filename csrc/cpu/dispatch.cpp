@@ -153,20 +153,16 @@ void select_isa(const std::string& wanted) {
   active() = Active{isa, table(isa)};
 }
 
-void attention(const AttentionParams& p, int threads) { active().kernels->attention(p, threads); }
-int64_t attention_scratch_bytes(const AttentionParams& p) {
-  return active().kernels->attention_scratch_bytes(p);
-}
-void linear(const LinearParams& p, int threads) { active().kernels->linear(p, threads); }
+#define OP(op, Params) \
+  void op(const Params& p, int threads) { active().kernels->op(p, threads); }
+#define OP_WITH_SCRATCH(op, Params)                                           \
+  void op(const Params& p, int threads) { active().kernels->op(p, threads); } \
+  int64_t op##_scratch_bytes(const Params& p) { return active().kernels->op##_scratch_bytes(p); }
+#include "../ops.def"
+
 void linear_rope(const LinearRopeParams& p, int threads) {
   linear(p.linear, threads);
   rope(p.rope, threads);
 }
-int64_t linear_scratch_bytes(const LinearParams& p) {
-  return active().kernels->linear_scratch_bytes(p);
-}
-void rms_norm(const RmsNormParams& p, int threads) { active().kernels->rms_norm(p, threads); }
-void rope(const RopeParams& p, int threads) { active().kernels->rope(p, threads); }
-void swiglu(const SwigluParams& p, int threads) { active().kernels->swiglu(p, threads); }
 
 }  // namespace mistral::cpu

@@ -4,7 +4,9 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    &attention, &attention_scratch_bytes, &linear, &linear_scratch_bytes, &rms_norm, &rope,
-    &swiglu};
+#define OP(op, Params) &op,
+#define OP_WITH_SCRATCH(op, Params) &op, &op##_scratch_bytes,
+#include "../ops.def"
+};
 
 }  // namespace mistral::cpu::MISTRAL_ISA

@@ -6,34 +6,26 @@
 // linker keeps one copy of those, and it could be one that the processor cannot run.
 #pragma once
 
-#include "../attention.h"
-#include "../linear.h"
-#include "../rms_norm.h"
-#include "../rope.h"
-#include "../swiglu.h"
+#include "../ops.h"
 
 namespace mistral::cpu {
 
 struct Kernels {
-  void (*attention)(const AttentionParams&, int threads);
-  int64_t (*attention_scratch_bytes)(const AttentionParams&);
-  void (*linear)(const LinearParams&, int threads);
-  int64_t (*linear_scratch_bytes)(const LinearParams&);
-  void (*rms_norm)(const RmsNormParams&, int threads);
-  void (*rope)(const RopeParams&, int threads);
-  void (*swiglu)(const SwigluParams&, int threads);
+#define OP(op, Params) void (*op)(const Params&, int threads);
+#define OP_WITH_SCRATCH(op, Params)       \
+  void (*op)(const Params&, int threads); \
+  int64_t (*op##_scratch_bytes)(const Params&);
+#include "../ops.def"
 };
 
 }  // namespace mistral::cpu
 
 #ifdef MISTRAL_ISA
 namespace mistral::cpu::MISTRAL_ISA {
-void attention(const AttentionParams& p, int threads);
-int64_t attention_scratch_bytes(const AttentionParams& p);
-void linear(const LinearParams& p, int threads);
-int64_t linear_scratch_bytes(const LinearParams& p);
-void rms_norm(const RmsNormParams& p, int threads);
-void rope(const RopeParams& p, int threads);
-void swiglu(const SwigluParams& p, int threads);
+#define OP(op, Params) void op(const Params& p, int threads);
+#define OP_WITH_SCRATCH(op, Params)      \
+  void op(const Params& p, int threads); \
+  int64_t op##_scratch_bytes(const Params& p);
+#include "../ops.def"
 }  // namespace mistral::cpu::MISTRAL_ISA
 #endif

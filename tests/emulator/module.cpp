@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../../csrc/attention.h"
+#include "../../csrc/cuda/selection.h"
 #include "../../csrc/linear.h"
 #include "../../python/device.h"
 #include "../../python/ops.h"
@@ -190,10 +191,5 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("select_attention", &cuda::select_prefill, py::arg("name"));
   m.def("dequantize", &dequantize);
   python::bind_call(m);
-  python::bind_attention(m);
-  python::bind_linear(m);
-  python::bind_rms_norm(m);
-  python::bind_rope(m);
-  python::bind_sample(m);
-  python::bind_swiglu(m);
+  python::bind_ops(m);
 }

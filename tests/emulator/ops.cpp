@@ -7,12 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/attention.h"
-#include "../../csrc/linear.h"
-#include "../../csrc/rms_norm.h"
-#include "../../csrc/rope.h"
-#include "../../csrc/sample.h"
-#include "../../csrc/swiglu.h"
+#include "../../csrc/ops.h"
 #include "memory.h"
 
 namespace mistral::cpu {
@@ -75,9 +70,10 @@ void linear_rope(const LinearRopeParams& p, int) {
   add_scratch(p.linear);
   check("linear_rope", cuda::linear_rope(p, nullptr));
 }
-void rms_norm(const RmsNormParams& p, int) { check("rms_norm", cuda::rms_norm(p, nullptr)); }
-void rope(const RopeParams& p, int) { check("rope", cuda::rope(p, nullptr)); }
-void sample(const SampleParams& p, int) { check("sample", cuda::sample(p, nullptr)); }
-void swiglu(const SwigluParams& p, int) { check("swiglu", cuda::swiglu(p, nullptr)); }
+#define OP(op, Params) \
+  void op(const Params& p, int) { check(#op, cuda::op(p, nullptr)); }
+#define OP_WITH_SCRATCH(op, Params)  // above
+#define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
+#include "../../csrc/ops.def"
 
 }  // namespace mistral::cpu

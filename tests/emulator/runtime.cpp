@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../../csrc/cuda/common/device.h"
+#include "../../csrc/cuda/selection.h"
 #include "error.h"
 #include "run.h"
 #include "symbols.h"

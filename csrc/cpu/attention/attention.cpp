@@ -59,7 +59,7 @@ class Source {
  public:
   Source(const AttentionParams& p, const Sequence& s, int64_t kv_head)
       : s_(s), dim_(p.head_dim), stride_k_(p.stride_k_token), stride_v_(p.stride_v_token) {
-    const int64_t ring = (s.ring_row + kv_head * s.capacity) * dim_;
+    const int64_t ring = head_row(s, kv_head) * dim_;
     ring_ = {static_cast<const T*>(p.k_pool) + ring, static_cast<const T*>(p.v_pool) + ring};
     chunk_ = {static_cast<const T*>(p.k) + s.first_token * stride_k_ + kv_head * p.stride_k_head,
               static_cast<const T*>(p.v) + s.first_token * stride_v_ + kv_head * p.stride_v_head};

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "../common/element.cuh"
+#include "../selection.h"
 #include "decode.cuh"
 #include "prefill_sm80.cuh"
 #include "prefill_sm90.h"

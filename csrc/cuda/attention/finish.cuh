@@ -20,7 +20,7 @@ template <class T, int D>
 __device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head,
                             unsigned thread, unsigned threads) {
   constexpr int kChunks = D / kVec16<T>;
-  const int64_t first = max(s.position, s.position + s.count - s.capacity);
+  const int64_t first = first_stored(s);
   const int64_t items = (s.position + s.count - first) * kChunks;
   for (int64_t item = thread; item < items; item += threads) {
     const int64_t position = first + item / kChunks;

@@ -177,10 +177,9 @@ struct TilePlace {
 
 __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, const Sequence& s,
                                                    const VisibleKeys& keys, int first) {
-  const int slot = keys.first_slot + first;
-  const bool wrapped = slot >= keys.capacity;
-  if (first + kHopperKeys <= keys.history && (wrapped || slot + kHopperKeys <= keys.capacity)) {
-    return {TilePlace::pool, static_cast<int>(keys.ring) + slot - (wrapped ? keys.capacity : 0)};
+  const int slot = wrapped_slot(keys.first_slot + first, keys.capacity);
+  if (first + kHopperKeys <= keys.history && slot + kHopperKeys <= keys.capacity) {
+    return {TilePlace::pool, static_cast<int>(keys.ring) + slot};
   }
   // Tokens of this sequence that these queries do not see may be read, those of another one may
   // not: they could hold infinities, which times a probability of 0 is not 0. Past the last token

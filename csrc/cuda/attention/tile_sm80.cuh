@@ -46,7 +46,7 @@ struct VisibleKeys {
   int capacity;
 
   __device__ VisibleKeys(const Sequence& s, int kv_head, int64_t begin, int64_t end)
-      : ring(s.ring_row + kv_head * s.capacity),
+      : ring(head_row(s, kv_head)),
         token(s.first_token + begin - s.position),
         kv_head(kv_head),
         history(static_cast<int>(max(s.position - begin, 0))),
@@ -73,8 +73,7 @@ struct VisibleKeys {
       return static_cast<const T*>(chunk) + (token + offset) * stride_token + kv_head * stride_head;
     }
     // At most C tokens of history are seen, so the ring wraps once.
-    const int slot = first_slot + offset;
-    return static_cast<const T*>(pool) + (ring + (slot < capacity ? slot : slot - capacity)) * D;
+    return static_cast<const T*>(pool) + (ring + wrapped_slot(first_slot + offset, capacity)) * D;
   }
 };
 

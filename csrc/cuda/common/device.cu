@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "../selection.h"
 #include "status.h"
 
 namespace mistral::cuda {

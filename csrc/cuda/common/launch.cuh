@@ -3,7 +3,7 @@
 
 #include <runtime.cuh>
 
-#include "device.h"
+#include "../selection.h"
 #include "status.h"
 
 namespace mistral::cuda {

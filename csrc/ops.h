@@ -1,0 +1,9 @@
+// The params structs and entries of all ops, in the order of ops.def.
+#pragma once
+
+#include "attention.h"
+#include "linear.h"
+#include "rms_norm.h"
+#include "rope.h"
+#include "sample.h"
+#include "swiglu.h"
