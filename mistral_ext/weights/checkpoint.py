@@ -40,10 +40,11 @@ from mistral_ext.weights.gguf_model import (
     default_dtype,
     gguf_name,
     gguf_tensors,
+    kept_format,
     say_what_is_decoded,
 )
 from mistral_ext.weights.quantize import Quantization
-from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
+from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
 
 _HF_MODULES = {
@@ -60,7 +61,6 @@ _HF_MODULES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight
 # Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -158,15 +158,17 @@ class Checkpoint:
             dtype = dtype or default_dtype(folder.gguf)
             # What is rounded again is decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
-            tensors = gguf_tensors(folder.gguf, decoded)
-            say_what_is_decoded(folder.gguf, str(quantization or _list((dtype,))))
-        self._parts = _match(tensors, files, config, stored, dtype)
-        # The formats of the weights that are two tensors.
-        self._formats = {
-            name: format
-            for name in self._parts
-            if stored and (format := stored.format_of(name)) is not None
+            keep = quantization is None
+            tensors = gguf_tensors(folder.gguf, decoded, keep)
+            say_what_is_decoded(folder.gguf, str(quantization or _list((dtype,))), keep)
+        # The weights that are stored as two tensors.
+        quantized = {
+            name: parts
+            for name, shape in tensor_shapes(config).items()
+            if (parts := _stored_parts(folder, self._quantizes, name, shape)) is not None
         }
+        self._formats = {name: parts.format for name, parts in quantized.items()}
+        self._parts = _match(tensors, files, config, quantized, dtype)
         self._dtype = dtype
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
@@ -268,22 +270,34 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
     """The tensors of a weight by the names under which Hugging Face's format stores them."""
     name = hugging_face_name(name)
     if isinstance(weight, Quantized):
-        return {name: weight.values, name + _SCALE_SUFFIX: weight.scales}
+        return {name: weight.values, name + SCALE_SUFFIX: weight.scales}
     return {name: weight}
 
 
 # What the files hold
 
 
+def _stored_parts(
+    folder: ModelFolder, quantizes: Quantization | None, name: str, shape: tuple[int, ...]
+) -> Quantized | None:
+    """How a weight is stored that has scales, as tensors on the meta device."""
+    if folder.quantization is not None:
+        return folder.quantization.parts(name, shape)
+    if folder.gguf is None or quantizes is not None:
+        return None
+    kept = kept_format(folder.gguf, name)
+    return Quantization(kept).parts(name, shape) if kept else None
+
+
 def _match(
     tensors: Iterable[StoredTensor],
     weights: WeightFiles,
     config: MistralConfig,
-    quantization: Quantization | None,
+    quantized: Mapping[str, Quantized],
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """The stored tensors of each weight, after checking that they are exactly those expected: one,
-    or the values and the scales of a quantised weight."""
+    or the values and the scales of a quantised weight, which are like those of `quantized`."""
     found: dict[str, StoredTensor] = {}
     for stored in tensors:
         if stored.name.endswith(_IGNORED_SUFFIX):
@@ -296,10 +310,9 @@ def _match(
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         stored_name = _stored_name(name, weights.layout)
-        parts = quantization.parts(name, shape) if quantization else None
-        if parts is not None:
+        if (parts := quantized.get(name)) is not None:
             values = _take(found, stored_name, parts.values.shape, weights)
-            scales = _take(found, stored_name + _SCALE_SUFFIX, parts.scales.shape, weights)
+            scales = _take(found, stored_name + SCALE_SUFFIX, parts.scales.shape, weights)
             _expect_dtype(values, (parts.values.dtype,))
             _expect_dtype(scales, (parts.scales.dtype,))
             matched[name] = (values, scales)

@@ -72,6 +72,16 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     return decoded
 
 
+def q8_0_values(rows: Tensor) -> Tensor:
+    """[N, K] int8: the values of a matrix in Q8_0, given as [N, bytes of a row]."""
+    return rows.view(len(rows), -1, 34)[:, :, 2:].reshape(len(rows), -1).view(torch.int8)
+
+
+def q8_0_scales(rows: Tensor) -> Tensor:
+    """[N, K / 32] float16: the scales of a matrix in Q8_0, given as [N, bytes of a row]."""
+    return rows.view(len(rows), -1, 34)[:, :, :2].reshape(len(rows), -1).view(torch.float16)
+
+
 # Parts of blocks. B blocks, each a row of bytes.
 
 

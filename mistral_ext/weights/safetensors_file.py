@@ -29,9 +29,12 @@ DTYPES = {
 _ALIGNMENT = 64  # bytes: a cache line
 
 
+SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight, in the name of its scales
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file."""
+    """A tensor in a file. A quantised weight is two, its values and its scales."""
 
     name: str
     file: Path

@@ -56,7 +56,21 @@ def test_weights_have_the_names_and_rows_of_other_formats(model, tmp_path):
     weights = load_weights(read_folder(path), dtype=torch.float32)
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        assert torch.equal(weight, expected[name]), name
+        kept = isinstance(weight, Quantized)
+        assert torch.equal(weight.dequantize() if kept else weight, expected[name]), name
+
+
+def test_matrices_in_q8_0_keep_their_bits(model, tmp_path):
+    """The embeddings do not: their rows are looked up."""
+    path = written(tmp_path, model, dict.fromkeys(("embd", "attn_q", "ffn_down"), "Q8_0"))
+    weights = load_weights(read_folder(path))
+    assert weights["tok_embeddings.weight"].dtype == torch.bfloat16
+    kept = {name for name, weight in weights.items() if isinstance(weight, Quantized)}
+    suffixes = ("attention.wq", "feed_forward.w2")
+    assert kept == {f"layers.{i}.{suffix}.weight" for i in range(2) for suffix in suffixes}
+    assert {weights[name].format for name in kept} == {"q8_0"}
+    quantized = load_weights(read_folder(path), quantize="int4")
+    assert quantized["layers.0.attention.wq.weight"].format == "int4"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,8 @@ def test_weights_have_the_names_and_rows_of_other_formats(model, tmp_path):
 )
 def test_dtype(types, dtype, expected, model, tmp_path):
     weights = load_weights(read_folder(written(tmp_path, model, types)), dtype=dtype)
-    assert {weight.dtype for weight in weights.values()} == {expected}
+    plain = [weight for weight in weights.values() if isinstance(weight, torch.Tensor)]
+    assert {weight.dtype for weight in plain} == {expected}
 
 
 def is_same(ours: Weight, theirs: Weight) -> bool:
