@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     from mistral_ext.cli.parser import parse
-    from mistral_ext.cli.start import check_threads
+    from mistral_ext.cli.threads import check_threads
 
     if sys.stderr is None:  # closed: print would write to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115

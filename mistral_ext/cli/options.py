@@ -22,7 +22,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def common() -> argparse.ArgumentParser:
     """Options of every command."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to use")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to use; default: one per core, of a container its share",
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 

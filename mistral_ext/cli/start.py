@@ -6,6 +6,8 @@ import argparse
 import os
 import signal
 
+from mistral_ext.cli.threads import container_cores
+
 
 def end_on_ctrl_c() -> None:
     """Has Ctrl-C end this process at once, until `start` has imported what a command needs.
@@ -30,12 +32,7 @@ def start(args: argparse.Namespace) -> None:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    elif (cores := container_cores()) is not None and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def check_threads(threads: int | None) -> None:
-    """ValueError for a number of threads that would only get in each other's way."""
-    most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
-    if threads is not None and not 1 <= threads <= most:
-        raise ValueError(f"--threads is {threads}, expected 1 to {most}")
