@@ -27,6 +27,7 @@ from mistral_ext.text.chat_template import (
     encode_chat,
     extend_chat,
 )
+from mistral_ext.text.grammar import Grammar, GrammarCompiler
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
@@ -102,6 +103,7 @@ class Mistral:
         self.max_batch = max_batch
         self.cache_tokens = cache_tokens
         self._making_engine = threading.Lock()
+        self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
 
     @classmethod
     def from_pretrained(
@@ -376,7 +378,24 @@ class Mistral:
             text=text,
             reuse_completions=reuse_completions,
             salt=salt,
+            grammar=self.grammar(params, starts_text),
         )
+
+    def grammar(self, params: SamplingParams, starts_text: bool = False) -> Grammar | None:
+        """What the options have completions match, compiled; None: nothing. The last ones are kept.
+
+        Args:
+            params, starts_text: as in `request`.
+
+        Raises:
+            ValueError: it does not compile.
+            ImportError: llguidance is missing.
+        """
+        if params.constraint is None:
+            return None
+        self.require_tokenizer()
+        assert self._grammars is not None
+        return self._grammars.compile(params.constraint, starts_text)
 
     @property
     def _vocab_size(self) -> int:

@@ -260,7 +260,7 @@ class Engine:
         if not sequences:
             return outputs
         for sequence in sequences:
-            if sequence.generates and not sequence.is_drawing:
+            if sequence.generates:
                 self._prepare_draw(sequence)
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
@@ -271,7 +271,9 @@ class Engine:
         with self._lock:
             self.scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        if len(self._under_way) > self.runner.ahead:
+        # What may come next is not known before the token is.
+        is_free = all(sequence.matcher is None for sequence in sequences)
+        while len(self._under_way) > (self.runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
         return outputs
 
@@ -310,17 +312,21 @@ class Engine:
         outputs.append(output)
 
     def _prepare_draw(self, sequence: Sequence) -> None:
-        params = sequence.request.params
-        assert params is not None  # it is to generate
-        self._sampler.start(
-            sequence.sampler_row,
-            params,
-            sequence.ids[: sequence.prompt_length],
-            sequence.request.index,
-            sequence.ids[sequence.prompt_length :],
-            sequence.seed,
-        )
-        sequence.is_drawing = True
+        """Brings the sampler's row into the state that the next draw needs."""
+        if not sequence.is_drawing:
+            params = sequence.request.params
+            assert params is not None  # it is to generate
+            self._sampler.start(
+                sequence.sampler_row,
+                params,
+                sequence.ids[: sequence.prompt_length],
+                sequence.request.index,
+                sequence.ids[sequence.prompt_length :],
+                sequence.seed,
+            )
+            sequence.is_drawing = True
+        if sequence.matcher is not None:
+            self._sampler.restrict(sequence.sampler_row, sequence.matcher.allowed)
 
     def _run(self, sequences: Collection[Sequence], work: Callable[[], _T]) -> _T | Exception:
         """What `work` returns; the exception that it raises, for its requests to report. What ends

@@ -44,6 +44,7 @@ class GraphRunner(Runner):
         super().__init__(model, pool, sampler)
         self._device = device or CudaGraphs(model.device)
         self._batches: dict[tuple[int, bool, bool], _Batch] = {}
+        self._last: _Batch  # that ran
 
     def launch(
         self, extents: Sequence[Extent], rows: Sequence[int], token_ids: Sequence[int] | None
@@ -55,8 +56,11 @@ class GraphRunner(Runner):
                 len(rows), greedy, self._model, self._pool, self._sampler, self._device
             )
         batch = self._batches[kind]
-        if token_ids is not None:
+        if token_ids is None:
+            batch.follow(self._last)
+        else:
             batch.start(rows, token_ids, self._pool.table(dict.fromkeys(extents, 1)))
+        self._last = batch
         results = batch.run()
         return Step(results.token_ids, results.logits)
 
@@ -108,6 +112,14 @@ class _Batch:
         self._rows.copy_(torch.tensor(rows, device="cpu"))
         self._tokens.copy_(torch.tensor(token_ids, device="cpu"))
         self._sequences.copy_(sequences)
+
+    def follow(self, last: _Batch) -> None:
+        """Goes on where the last step ended, which was perhaps of another kind: a bias is read from
+        the moment on when any completion has had one."""
+        if last is not self:
+            self._rows.copy_(last._rows)
+            self._tokens.copy_(last._tokens)
+            self._sequences.copy_(last._sequences)
 
     def run(self) -> _Results:
         # The first step also loads the kernels, which a capture may not.

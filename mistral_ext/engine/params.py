@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
+
+from mistral_ext.text.constraint import Constraint, schema_text
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class SamplingParams:
     logprobs: int | None = None  # report the log-probability of each token and this many others
     n: int = 1  # completions of each prompt, >= 1
     ignore_eos: bool = False  # do not end at the end-of-text token
+    schema: object = None  # JSON schema of the completion: a dict, JSON text or a pydantic model
+    regex: str | None = None  # what it matches as a whole, in the syntax of Rust's regex crate
+    grammar: str | None = None  # of the completion, in Lark; one of these three at most
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
@@ -65,6 +71,16 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", {})
         self._check("logit_bias", Mapping, "a number for each token id", _is_bias)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_text(self.schema))
+        self._check_constraints()
+
+    @functools.cached_property
+    def constraint(self) -> Constraint | None:
+        """What the completion has to match; None: nothing."""
+        texts = {"schema": self.schema, "regex": self.regex, "grammar": self.grammar}
+        given = [Constraint(kind, str(text)) for kind, text in texts.items() if text is not None]
+        return given[0] if given else None
 
     @property
     def plainly_greedy(self) -> bool:
@@ -82,6 +98,15 @@ class SamplingParams:
                 )
             if token_id in holes:
                 raise ValueError(f"logit_bias has token id {token_id}, which no token has")
+
+    def _check_constraints(self) -> None:
+        """All texts are, and there is one at most."""
+        given = [x for x in ("schema", "regex", "grammar") if getattr(self, x) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, expected one of them")
+        for name in given:
+            self._check(name, str, "text", lambda x: True)
+        _ = self.constraint  # its size
 
     def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
+from mistral_ext.text.grammar import Grammar
 from mistral_ext.text.text_stream import TextStream
 
 
@@ -39,7 +40,7 @@ class Completion:
 
     text: str | None  # None: the model has no tokenizer
     token_ids: list[int]  # as sampled, an end-of-text token included
-    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens or the limit
+    finish_reason: str  # "stop": its end, or a stop string; "length": max_tokens or the limit
     logprobs: list[TokenLogprob] | None  # one per token id, if asked for
     timing: Timing
 
@@ -62,6 +63,7 @@ class Request:
             prompts did. That saves reading a conversation's replies again. But a generated token
             is computed otherwise than a token of a prompt, so the text may then depend, in its
             last bits, on what is still in the cache.
+        grammar: what the completion has to match; None: nothing.
     """
 
     prompt_ids: Sequence[int]
@@ -74,6 +76,7 @@ class Request:
     chunk: int | None = None
     salt: str | None = None
     reuse_completions: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass

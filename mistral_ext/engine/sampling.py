@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mistral_ext import ops
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Sampler:
@@ -47,6 +52,7 @@ class Sampler:
             self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # made when first needed
         self._plainly_greedy = [False] * rows
+        self._unrestricted: dict[int, Tensor] = {}  # bias of rows that `restrict` changes
         self._holes = tuple(holes)
         if holes:
             self._make_bias()
@@ -95,6 +101,7 @@ class Sampler:
         self._history[row, prompt[prompt < self.vocab_size]] = 1
         chosen = self._ids(completion_ids)
         self._history[row] += 2 * chosen.bincount(minlength=self.vocab_size).to(torch.int32)
+        self._unrestricted.pop(row, None)
         biases = params.logit_bias or {}
         if biases and self._bias is None:
             self._make_bias()
@@ -103,6 +110,23 @@ class Sampler:
             self._bias[row, self._ids(self._holes)] = -torch.inf
             values = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
+
+    def restrict(self, row: int, allowed: NDArray[np.bool_]) -> None:
+        """Has a row choose among some tokens only, until the next call of this or of `start`.
+
+        Args:
+            row: as in `start`, which comes before.
+            allowed: [V or more], whether a token may be chosen.
+        """
+        if self._bias is None:
+            self._make_bias()
+        assert self._bias is not None
+        if row not in self._unrestricted:
+            self._unrestricted[row] = self._bias[row].clone()
+            self._plainly_greedy[row] = False
+        given = torch.from_numpy(allowed[: self.vocab_size]).to(self._bias.device)
+        banned = self._bias.new_full((), -torch.inf)
+        torch.where(given, self._unrestricted[row], banned, out=self._bias[row])
 
     @torch.inference_mode(False)  # it outlives the call
     def _make_bias(self) -> None:
@@ -113,8 +137,8 @@ class Sampler:
 
     @property
     def biased(self) -> bool:
-        """Whether there are holes, or a completion has had a logit_bias: draws then read a bias for
-        all."""
+        """Whether there are holes, or a completion has had a logit_bias or a restriction: draws
+        then read a bias for all."""
         return self._bias is not None
 
     def needs_no_draw(self, rows: Sequence[int]) -> bool:
@@ -152,7 +176,9 @@ class Sampler:
         """
         if logits[: self.vocab_size].isnan().any():
             return ValueError("the model's logits are NaN: its weights may be damaged")
-        return ValueError("all logits are -inf, with logit_bias: no token is left to choose")
+        return ValueError(
+            "all logits are -inf, with logit_bias and what has to match: no token is left to choose"
+        )
 
 
 def fresh_seed(params: SamplingParams) -> int:

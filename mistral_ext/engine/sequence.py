@@ -11,6 +11,7 @@ from mistral_ext.engine.params import TokenLogprob
 from mistral_ext.engine.request import Completion, Output, Request, Timing
 from mistral_ext.engine.sampling import fresh_seed, token_logprob
 from mistral_ext.engine.slots import Extent
+from mistral_ext.text.grammar import Matcher
 
 
 class Sequence:
@@ -32,6 +33,7 @@ class Sequence:
         was_put_back: it ran before, and lost its place.
         finish_reason: None while it goes on.
         is_aborted: nobody waits for it any more.
+        matcher: says which tokens may come next; None: all.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.is_aborted = False
         self.seed = 0
+        self.matcher: Matcher | None = None
         self._vocab_size = vocab_size
         self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
@@ -60,6 +63,8 @@ class Sequence:
             self.seed = fresh_seed(params)
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
             self._others = params.logprobs
+            if request.grammar is not None:
+                self.matcher = request.grammar.matcher(request.eos_ids, not params.ignore_eos)
         self._read = self._cached = 0
         self._added = time.perf_counter()
         self._started = self._first = self._last = 0.0
@@ -110,7 +115,9 @@ class Sequence:
             logits = logits[: self._vocab_size]
             self._logprobs.append(token_logprob(logits, token_id, self._others, self._holes))
         is_end = token_id in self._eos_ids
-        if is_end:
+        if self.matcher and not is_end:
+            self.matcher.consume(token_id)
+        if is_end or (self.matcher and self.matcher.is_finished):
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_length:
             self.finish_reason = "length"

@@ -92,6 +92,7 @@ class _Call:
 
     async def _complete(self, job: Job) -> None:
         service = self._service
+        await service.compile(job)
         prompts = [await service.encode(prompt, self._is_chat) for prompt in job.prompts]
         self.record.prompt_tokens = sum(map(len, prompts))
         task = asyncio.current_task()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mistral_ext.serve import structure
 from mistral_ext.serve.schema import Schema
 
 # Alternatives of a token, at most: OpenAI's limit.
@@ -60,6 +61,7 @@ _SAMPLING: dict[str, Schema] = {
         "maxLength": 1024,
         "description": "only requests of the same salt share what is cached of their prompts",
     },
+    **structure.FIELDS,
 }
 
 _PART = {
@@ -131,28 +133,18 @@ IGNORED = (
 )
 
 # Fields that would change it, and that are not supported: name -> the values that ask for nothing.
-# Whatever else they hold is refused, so that nobody takes an unconstrained text for another.
+# Whatever else they hold is refused.
 NEUTRAL: dict[str, Schema] = {
     "tools": {"type": "array", "maxItems": 0},
     "tool_choice": {"type": "string", "enum": ["none", "auto"]},
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},
-    "response_format": {
-        "type": "object",
-        "properties": {"type": {"type": "string", "enum": ["text"]}},
-        "required": ["type"],
-    },
     "modalities": {"type": "array", "items": {"type": "string", "enum": ["text"]}},
     "audio": {"type": "null"},
     "web_search_options": {"type": "null"},
     "suffix": {"type": "string", "maxLength": 0},
     "best_of": {"type": "integer", "enum": [1]},
     "min_tokens": {"type": "integer", "enum": [0]},
-    "guided_json": {"type": "null"},
-    "guided_regex": {"type": "null"},
-    "guided_choice": {"type": "null"},
-    "guided_grammar": {"type": "null"},
-    "structured_outputs": {"type": "null"},
     "use_beam_search": {"type": "boolean", "enum": [False]},
     "skip_special_tokens": {"type": "boolean", "enum": [True]},
     "include_stop_str_in_output": {"type": "boolean", "enum": [False]},

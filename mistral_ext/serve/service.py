@@ -16,7 +16,7 @@ from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
-from mistral_ext.serve.protocol import encode
+from mistral_ext.serve.protocol import Job, compile_structure, encode
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # One text at a time: a long one may take a while, and the loop has others to serve.
+        # One text or grammar at a time: it may take a while, and the loop has others to serve.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:
@@ -120,6 +120,12 @@ class Service:
         return await self._loop.run_in_executor(
             self._tokenizing, encode, self.llm, prompt, self._template, is_chat
         )
+
+    async def compile(self, job: Job) -> None:
+        """Compiles what a job's completions have to match; see `protocol.compile_structure`."""
+        assert self._loop
+        if job.structure:
+            await self._loop.run_in_executor(self._tokenizing, compile_structure, self.llm, job)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request is for another model."""

@@ -147,6 +147,10 @@ def pre(request) -> str:
 
 @pytest.fixture(scope="module")
 def trained(pre) -> tokenizers.Tokenizer:
+    return train(pre)
+
+
+def train(pre: str) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = WORDS["gpt-2"]  # so that merges cross what others cut apart
     backend.decoder = decoders.ByteLevel()
