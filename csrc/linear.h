@@ -38,13 +38,14 @@ struct WeightPart {
 // Parts that are multiplied in one pass: query, key and value; gate and up.
 constexpr int64_t kMaxParts = 3;
 
-// Tokens of a pass over the weights on a CUDA device: a block keeps the sums of all in registers.
-constexpr int64_t kMostTokens = 64;
+// The most tokens of one pass over the weights on a CUDA device: a block keeps the sums of all of
+// them in registers.
+constexpr int64_t kMaxPassTokens = 64;
 
 // The argmax of a pass, while the blocks of a CUDA device contribute to it. Zero before and after.
 struct RunningArgmax {
-  int32_t arrived;                       // blocks that are done
-  unsigned long long best[kMostTokens];  // Ranks, as atomic functions want them
+  int32_t arrived;                          // blocks that are done
+  unsigned long long best[kMaxPassTokens];  // Ranks, as atomic functions want them
 };
 
 struct LinearParams {
@@ -78,8 +79,9 @@ struct LinearRopeParams {
 
 namespace cpu {
 
-// Up to this many tokens, what one gets does not depend on the others, to the bit.
-constexpr int64_t kFewTokens = 8;
+// Up to this many tokens are multiplied by gemv.h. The result of a token then has the same bits
+// whatever the other tokens are.
+constexpr int64_t kGemvTokens = 8;
 
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);

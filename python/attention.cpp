@@ -87,10 +87,11 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
     counters = scratch.counters;
   }
 #endif
-  return {workspace_bytes, counters, [p, q](void* workspace, int32_t* zeros, Lane lane) mutable {
+  return {workspace_bytes, counters,
+          [p, q](void* workspace, int32_t* zeros, ExecutionTarget target) mutable {
             p.partials = static_cast<float*>(workspace);
             p.counters = zeros;
-            run(q, lane, p, MISTRAL_KERNELS(attention));
+            run(q, target, p, MISTRAL_KERNELS(attention));
           }};
 }
 

@@ -14,7 +14,7 @@ class Call {
  public:
   // Starts the kernel. workspace: the address of that many bytes, a multiple of 64. counters: that
   // of so many ints.
-  using Start = std::function<void(void* workspace, int32_t* counters, Lane lane)>;
+  using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
   // Knows the addresses of the tensors but does not own them: they have to outlive it.
   Call(int64_t workspace_bytes, int64_t counters, Start start)
@@ -23,9 +23,9 @@ class Call {
   const int64_t workspace_bytes;  // on the device of the tensors
   const int64_t counters;         // zeros on a CUDA device, left zeros; on the CPU there are none
 
-  void run(uintptr_t workspace_address, uintptr_t counters_address, Lane lane) const {
+  void run(uintptr_t workspace_address, uintptr_t counters_address, ExecutionTarget target) const {
     start_(reinterpret_cast<void*>(workspace_address), reinterpret_cast<int32_t*>(counters_address),
-           lane);
+           target);
   }
 
  private:

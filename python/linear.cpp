@@ -247,9 +247,10 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
   LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
-  return {scratch_bytes(x, p), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
+  return {scratch_bytes(x, p), 0,
+          [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.scratch = workspace;
-            run(x, lane, p, MISTRAL_KERNELS(linear));
+            run(x, target, p, MISTRAL_KERNELS(linear));
           }};
 }
 
@@ -278,9 +279,10 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
                           sequences, window);
   batch.fill(p.rope);
   p.rope.frequencies = checked_frequencies(batch.q, frequencies);
-  return {scratch_bytes(x, p.linear), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
+  return {scratch_bytes(x, p.linear), 0,
+          [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.linear.scratch = workspace;
-            run(x, lane, p, MISTRAL_KERNELS(linear_rope));
+            run(x, target, p, MISTRAL_KERNELS(linear_rope));
           }};
 }
 
@@ -317,10 +319,10 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
   p.token_ids = static_cast<int64_t*>(token_ids.data());
   const auto counters = x.is_cuda() ? int64_t{sizeof(RunningArgmax) / sizeof(int32_t)} : 0;
   return {scratch_bytes(x, p), counters,
-          [x, p](void* workspace, int32_t* zeros, Lane lane) mutable {
+          [x, p](void* workspace, int32_t* zeros, ExecutionTarget target) mutable {
             p.scratch = workspace;
             p.running = reinterpret_cast<RunningArgmax*>(zeros);
-            run(x, lane, p, MISTRAL_KERNELS(linear));
+            run(x, target, p, MISTRAL_KERNELS(linear));
           }};
 }
 
@@ -328,7 +330,7 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 // out[N, K] = values * scales, on a CUDA device.
 void dequantize(py::object values, py::object scales, const std::string& format, py::object out_,
-                Lane lane) {
+                ExecutionTarget target) {
   constexpr const char* op = "dequantize";
   const Tensor out(op, "out", out_);
   out.expect_shape({-1, -1});
@@ -354,7 +356,7 @@ void dequantize(py::object values, py::object scales, const std::string& format,
     fail(op, "out has " + std::to_string(out.size(0)) + " rows, expected " +
                  std::to_string(p.weight.rows) + " like weight");
   }
-  run<DequantizeParams>(out, lane, p, nullptr, &cuda::dequantize);
+  run<DequantizeParams>(out, target, p, nullptr, &cuda::dequantize);
 }
 
 #endif
@@ -397,10 +399,10 @@ void bind_linear(py::module_& m) {
         py::arg("out"), py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("format"),
-        py::arg("out"), py::arg("lane"));
+        py::arg("out"), py::arg("target"));
 #endif
   m.def("weight_formats", &weight_formats);
-  m.attr("few_tokens") = cpu::kFewTokens;
+  m.attr("gemv_tokens") = cpu::kGemvTokens;
 }
 
 }  // namespace mistral::python

@@ -83,7 +83,7 @@ def test_any_order_of_threads(emulator, seed, copies):
 
 @hopper
 def test_many_tokens(backend):
-    """More than kFewTokens: one head after the other."""
+    """More than kTokensInL2: one head after the other."""
     batch = RaggedBatch([40, 40], 40, 4, 2, 64, torch.bfloat16)
     q, k, v = batch.inputs(4100 + 17)
     given = q, k, v, batch.k_pool, batch.v_pool, batch.table((4100, 17))

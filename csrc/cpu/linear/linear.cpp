@@ -1,6 +1,6 @@
 // First each token's activations are packed: normalised if asked to, converted to what they are
 // multiplied as, in the order of k that the weights' format has. Then each thread multiplies blocks
-// of rows of the weights, with up to kFewTokens tokens (gemv.h, gemv_int8.h, gemv_int16.h) or more
+// of rows of the weights, with up to kGemvTokens tokens (gemv.h, gemv_int8.h, gemv_int16.h) or more
 // (gemm.h), and writes the outputs.
 #include "../../linear.h"
 
@@ -96,7 +96,7 @@ struct Scratch {
       next += ceil_div(size, 64) * 64;
       return begin;
     };
-    const bool many = p.tokens > kFewTokens;
+    const bool many = p.tokens > kGemvTokens;
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
     rows = take(many ? many_bytes(p) : 0);
     for (int64_t part = 0; part < p.num_parts; ++part) {
@@ -147,7 +147,7 @@ void linear_few(const LinearParams& p, int threads) {
   parallel_ranges(threads, all_rows, kGroupRows, least, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const RowBlock block = block_from(p, begin, mistral::min(kMostRows, end - begin));
-      float product[kFewTokens][kMostRows], up[kFewTokens][kMostRows];
+      float product[kGemvTokens][kMostRows], up[kGemvTokens][kMostRows];
       const auto multiply = [&](int64_t part, float* out) {
         with_chunk(part, [&](auto chunk, const auto* packed, int64_t stride_x) {
           multiply_few<decltype(chunk)>(rows_of<T>(p.parts[part], p.inputs, block.first),
@@ -277,7 +277,7 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 void linear(const LinearParams& p, int threads) {
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (p.tokens <= kFewTokens) {
+    if (p.tokens <= kGemvTokens) {
       linear_few<T>(p, threads);
     } else {
       linear_many<T>(p, threads);

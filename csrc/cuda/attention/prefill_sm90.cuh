@@ -21,8 +21,8 @@ constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
-// Up to so many tokens, the keys and values of all of a call's heads fit the L2 cache.
-constexpr int kFewTokens = 4096;
+// Up to this many tokens, the keys and values of all heads of a call fit the L2 cache.
+constexpr int kTokensInL2 = 4096;
 
 // Of a thread. All start with 168, the third part of what there is: these are the same sum.
 constexpr int kProducerRegisters = 56;
@@ -123,12 +123,13 @@ class WorkQueue {
         item.key_tiles = 0;
         return;
       }
-      // Few tokens: the longest items of all heads first, for the sake of the end. Many: one head
-      // after the other, because its keys fit the L2 cache, in which the blocks find them.
+      // If all heads fit the L2 cache, the longest items of all heads come first, so that the
+      // blocks end at about the same time. Otherwise the heads come one after another, so that the
+      // blocks find the keys of their head in the L2 cache.
       const int unit = claimed / p_.prefill_splits, heads = static_cast<int>(p_.kv_heads);
-      const bool few = p_.tokens <= kFewTokens;
-      const int tile = tiles - 1 - (few ? unit / heads : unit % tiles);
-      const int kv_head = few ? unit % heads : unit / tiles;
+      const bool fits_l2 = p_.tokens <= kTokensInL2;
+      const int tile = tiles - 1 - (fits_l2 ? unit / heads : unit % tiles);
+      const int kv_head = fits_l2 ? unit % heads : unit / tiles;
       const auto index = static_cast<int>(sequence_of_tile(p_, group, tile));
       const Sequence& s = p_.sequences[index];
       const QueryRows rows(p_, s, kv_head);

@@ -13,7 +13,7 @@ struct LinearKernels {
   // True if each block is to normalise x for itself.
   static bool normalises_in_block(const LinearParams& p);
 
-  // Of up to kMostTokens. Without a norm in the block x is multiplied as it is.
+  // Of up to kMaxPassTokens. Without a norm in the block x is multiplied as it is.
   static cudaError_t launch(const LinearParams& p, bool in_block, cudaStream_t stream);
   static cudaError_t launch(const LinearParams& p, bool in_block, cudaStream_t stream,
                             const RopeParams& rope);

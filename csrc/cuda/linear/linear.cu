@@ -70,7 +70,7 @@ int64_t normalised_bytes(const LinearParams& p) {
                 });
     return cudaSuccess;
   });
-  return in_blocks ? 0 : min(p.tokens, kMostTokens) * p.inputs * int64_t{sizeof(Element16)};
+  return in_blocks ? 0 : min(p.tokens, kMaxPassTokens) * p.inputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
@@ -82,7 +82,7 @@ cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
                                 : start(linear_norm_kernel<__half>);
 }
 
-// Of up to kMostTokens. `rope`: nothing, or RopeParams.
+// Of up to kMaxPassTokens. `rope`: nothing, or RopeParams.
 template <class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   const bool before = normalised_bytes(p) > 0, in_block = p.norm && !before;
@@ -104,7 +104,7 @@ bool swiglu_is_apart(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu && is_mixed(p);
 }
 
-// Of up to kMostTokens.
+// Of up to kMaxPassTokens.
 cudaError_t launch_swiglu_apart(const LinearParams& p, cudaStream_t stream) {
   const int64_t dim = p.parts[0].rows;
   LinearParams products = p;
@@ -139,17 +139,17 @@ int64_t row_unit(const LinearParams& p) {
 int64_t linear_scratch_bytes(const LinearParams& p) {
   if (!has_kernel(p)) return 0;
   const int64_t outputs = swiglu_is_apart(p) ? 2 * p.parts[0].rows : 0;
-  return normalised_bytes(p) + min(p.tokens, kMostTokens) * outputs * int64_t{sizeof(Element16)};
+  return normalised_bytes(p) + min(p.tokens, kMaxPassTokens) * outputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
   if (!has_kernel(given)) return cudaErrorInvalidValue;
   LinearParams p = given;
-  for (int64_t first = 0; first < given.tokens; first += kMostTokens) {
+  for (int64_t first = 0; first < given.tokens; first += kMaxPassTokens) {
     p.x = static_cast<const Element16*>(given.x) + first * p.stride_x_token;
     p.out = static_cast<Element16*>(given.out) + first * p.stride_out_token;
     if (given.token_ids) p.token_ids = given.token_ids + first;
-    p.tokens = min(given.tokens - first, kMostTokens);
+    p.tokens = min(given.tokens - first, kMaxPassTokens);
     const cudaError_t status =
         swiglu_is_apart(p) ? launch_swiglu_apart(p, stream) : launch_tokens(p, stream);
     if (status != cudaSuccess) return status;
@@ -160,7 +160,7 @@ cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream) {
   if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
   if (p.linear.tokens == 0) return cudaSuccess;
-  if (p.linear.tokens > kMostTokens || is_mixed(p.linear)) {
+  if (p.linear.tokens > kMaxPassTokens || is_mixed(p.linear)) {
     LinearParams product = p.linear;
     product.epilogue = Epilogue::store;
     const cudaError_t status = linear(product, stream);
