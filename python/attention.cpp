@@ -24,9 +24,8 @@ void expect_prefill_kernel(const char* op, int device) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) {
-    fail(op, "attention kernel is 'sm90', but cuda:" + std::to_string(device) +
-                 " has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-                 ", expected 9.0");
+    fail(op, "cuda:" + std::to_string(device) + " has compute capability " + std::to_string(major) +
+                 "." + std::to_string(minor) + ", expected 9.0 for attention kernel 'sm90'");
   }
 }
 
@@ -95,7 +94,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
           }};
 }
 
-// Those that all ops take on a kind of device.
+// The head dimensions that all ops take on a kind of device.
 std::vector<int64_t> head_dims(const std::string& device_type) {
   const auto taken = [&](int64_t dim) {
     if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);

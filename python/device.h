@@ -76,8 +76,8 @@ void run(const Tensor& x, ExecutionTarget target, const Params& p,
          void (*cpu)(const Params&, int)) {
   if (x.is_cuda()) {
     fail(x.op(),
-         "x is on a CUDA device, but this build of mistral_ext has no CUDA kernels: install it "
-         "again with nvcc on PATH and MISTRAL_EXT_CUDA=on");
+         "tensors are on a CUDA device, expected cpu: this build of mistral_ext has no CUDA "
+         "kernels. Install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on");
   }
   const py::gil_scoped_release release;
   cpu(p, static_cast<int>(target));

@@ -28,13 +28,13 @@ Names names_of(Epilogue epilogue, size_t parts) {
           {"scales of weight[0]", "scales of weight[1]", "scales of weight[2]"}};
 }
 
-// Weights as the ops have them: of weight i its values, its scales (None: there are none) and the
-// name of its format.
+// The weights of a call: the values of each, its scales (None if it has none) and the name of its
+// format.
 struct Weights {
   py::list values, scales, formats;
 };
 
-// That a row of `inputs` values has whole groups of a size that the format allows.
+// Checks that a row of `inputs` values consists of whole groups of a size that the format allows.
 void expect_groups(const char* op, const char* name, int64_t inputs, int64_t groups,
                    const WeightPart& part) {
   const FormatInfo& format = info(part.format);
@@ -61,7 +61,7 @@ WeightFormat format_of(const char* op, const char* name, const py::handle& given
   fail(op, "format of " + std::string(name) + " is '" + wanted + "', expected one of " + names);
 }
 
-// Weight i as a part, after checks against x [T, K].
+// Checks weight i against x [T, K] and returns it as a part.
 WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
                    const Tensor& x) {
   const int64_t inputs = x.size(1);
@@ -113,17 +113,17 @@ LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
   p.eps = static_cast<float>(eps);
   const size_t count = weights.values.size();
   if (count < 1 || count > static_cast<size_t>(kMaxParts)) {
-    fail(op,
-         "got " + std::to_string(count) + " weights, expected 1 to " + std::to_string(kMaxParts));
+    fail(op, "number of weights is " + std::to_string(count) + ", expected 1 to " +
+                 std::to_string(kMaxParts));
   }
   if (epilogue == Epilogue::rope && count != 3) {
     fail(op,
-         "got " + std::to_string(count) + " weights, expected 3: those of query, key and value");
+         "number of weights is " + std::to_string(count) + ", expected 3: query, key and value");
   }
   if (weights.scales.size() != count || weights.formats.size() != count) {
-    fail(op, "got " + std::to_string(weights.scales.size()) + " scales and " +
-                 std::to_string(weights.formats.size()) + " formats, expected " +
-                 std::to_string(count) + " of each like weights");
+    fail(op, "number of scales is " + std::to_string(weights.scales.size()) + " and of formats " +
+                 std::to_string(weights.formats.size()) + ", expected " + std::to_string(count) +
+                 " like weights");
   }
   const Names names = names_of(epilogue, count);
   int64_t outputs = 0;
@@ -158,8 +158,8 @@ LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
   return p;
 }
 
-// linear_rope: sets the head dimension, which is that of the pool, and checks that the weights have
-// whole heads.
+// For linear_rope: takes the head dimension from the pool, and checks that the weights have whole
+// heads.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
@@ -200,7 +200,7 @@ Op find_op(const std::string& name) {
 
 #ifdef MISTRAL_CUDA
 
-// What 16-byte accesses need.
+// Checks what 16-byte accesses need.
 void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
   const int64_t unit = cuda::row_unit(p);
   if (p.inputs % unit != 0) {
@@ -235,7 +235,7 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
   return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
 }
 
-// For the caller who then multiplies by other means. out may be None.
+// Only checks, for a caller that multiplies with torch. out may be None.
 void check_linear(const std::string& name, py::object x, py::list values, py::list scales,
                   py::list formats, py::object norm, double eps, py::object out) {
   const Op op = find_op(name);
@@ -254,7 +254,7 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
           }};
 }
 
-// For the caller who then multiplies by other means, and calls rope.
+// Only checks, for a caller that multiplies with torch and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
                        py::object norm, double eps, py::object k_pool) {
   LinearParams p = checked(kLinearRope, Tensor(kLinearRope, "x", x), {values, scales, formats},
@@ -300,7 +300,7 @@ LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::o
   return p;
 }
 
-// For the caller who then multiplies by other means.
+// Only checks, for a caller that multiplies with torch.
 void check_linear_argmax(py::object x, py::list values, py::list scales, py::list formats,
                          py::object norm, double eps, std::optional<int64_t> limit) {
   checked_argmax(Tensor(kLinearArgmax, "x", x), {values, scales, formats}, norm, eps, limit,

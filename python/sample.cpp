@@ -37,7 +37,7 @@ void check_options(int64_t row, const SamplingOptions& o) {
   check("frequency_penalty", o.frequency_penalty, std::isfinite(o.frequency_penalty), "a number");
 }
 
-// Each row of the tables may serve one row of logits: its state changes.
+// A row of the tables may serve only one row of logits, because its state changes.
 void check_rows(const SampleParams& p, int64_t table_rows) {
   std::vector<int64_t> rows(p.rows, p.rows + p.num_rows);
   for (const int64_t row : rows) {
