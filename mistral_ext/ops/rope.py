@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import register
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def rope(
@@ -60,7 +60,7 @@ def _run(
     frequencies: Tensor,
     window: int | None = None,
 ) -> None:
-    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(q))
+    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, execution_target(q))
 
 
 def _fake(*_: object) -> None:

@@ -15,7 +15,7 @@ from mistral_ext import _C
 from mistral_ext.ops.rms_norm import rms_norm
 from mistral_ext.ops.swiglu import swiglu
 from mistral_ext.ops.weight import Parts, Quantized
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def linear(
@@ -52,7 +52,7 @@ def linear_rope(
     out = _side_by_side(_products("linear_rope", x, parts, norm, eps))
     heads = [len(weight) // k_pool.shape[1] for weight in parts.values]
     q, k, v = out.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
-    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(x))
+    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, execution_target(x))
     return out
 
 
@@ -109,5 +109,5 @@ def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def _dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    _C.dequantize(*weight, out, lane_of(out))
+    _C.dequantize(*weight, out, execution_target(out))
     return out

@@ -10,8 +10,8 @@ from torch import Tensor
 from mistral_ext import _C
 
 
-def lane_of(x: Tensor) -> int:
-    """Where a kernel on x runs: how many threads on the CPU, on which stream on a GPU."""
+def execution_target(x: Tensor) -> int:
+    """What a kernel on x runs on: the number of threads on the CPU, the current stream on a GPU."""
     if x.is_cuda:
         return torch.cuda.current_stream(x.device).cuda_stream
     return torch.get_num_threads()
@@ -22,14 +22,14 @@ def run(call: _C.Call, x: Tensor) -> None:
 
     The caller holds all tensors of the call.
     """
-    lane = lane_of(x)
+    target = execution_target(x)
     if not x.is_cuda:
-        call.run(_memory_on_cpu(call.workspace_bytes), 0, lane)
+        call.run(_memory_on_cpu(call.workspace_bytes), 0, target)
         return
     # Held until the launch: what is freed before could be given to another call.
     memory = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=x.device)
-    counters = _zeroed_counters(x.device, lane, call.counters) if call.counters else None
-    call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), lane)
+    counters = _zeroed_counters(x.device, target, call.counters) if call.counters else None
+    call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), target)
 
 
 class _MemoryOfThread(threading.local):
@@ -61,10 +61,10 @@ def _memory_on_cpu(nbytes: int) -> int:
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
-def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
+def _zeroed_counters(device: torch.device, target: int, count: int) -> Tensor:
     # A graph has its own, zeroed once in each replay: it may run at the same time as others.
-    graph = _C.capture_id(lane)
-    key = (device, lane, graph != 0)
+    graph = _C.capture_id(target)
+    key = (device, target, graph != 0)
     kept = _counters.get(key)
     if kept is None or kept[0] != graph or len(kept[1]) < count:
         # At least so many that those of a decode step are zeroed only once.

@@ -313,7 +313,7 @@ INT64_MAX = 2**63 - 1
         (
             {"sequences": torch.zeros(0, 5).long()},
             ValueError,
-            "sequences has no rows, but q has 5 tokens",
+            "sequences has 0 rows, expected 1 or more for the 5 tokens of q",
         ),
         ({"window": 0}, ValueError, "window is 0, expected 1 or more or None"),
         (
@@ -323,7 +323,7 @@ INT64_MAX = 2**63 - 1
         ),
         (table(count=-1), ValueError, "sequences[1].count is -1, expected 0"),
         (table(count=3), ValueError, "q has 5"),
-        (table(count=1), ValueError, "4 new tokens in all, but q has 5"),
+        (table(count=1), ValueError, "sequences has 4 new tokens, expected 5 like q"),
         (table(position=-1), ValueError, "sequences[1].position is -1, expected 0"),
         (table(capacity=0), ValueError, "sequences[1].capacity is 0, expected 1 or more"),
         (
@@ -338,7 +338,11 @@ INT64_MAX = 2**63 - 1
         ),
         (table(ring_row=-1), ValueError, "sequences[1].ring_row is -1 and its"),
         (table(ring_row=17), ValueError, "sequences[1].ring_row is 17 and its"),
-        (table(ring_row=15), ValueError, "the ring at row 15 overlaps the ring at row 0"),
+        (
+            table(ring_row=15),
+            ValueError,
+            "a ring at row 15, expected 16 or more: the ring at row 0 ends there",
+        ),
         # Sums that do not fit an int64 are no way around the checks.
         (table(capacity=2**62), ValueError, "sequences[1].ring_row is 16 and its"),
         (table(ring_row=INT64_MAX), ValueError, f"sequences[1].ring_row is {INT64_MAX} and its"),
