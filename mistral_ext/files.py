@@ -44,9 +44,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object, not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON, expected a JSON object: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
 
 

@@ -104,7 +104,7 @@ class MistralConfig:
             self.n_heads % self.n_kv_heads == 0,
             f"a divisor of n_heads ({self.n_heads})",
         )
-        self._check("head_dim", self.head_dim % 2 == 0, "even: RoPE rotates pairs")
+        self._check("head_dim", self.head_dim % 2 == 0, "an even number: RoPE rotates pairs")
         self._check(
             "bos_id",
             _is_int(self.bos_id) and self.bos_id < self.vocab_size,
@@ -137,7 +137,7 @@ class MistralConfig:
         if not valid:
             key = _HF_KEYS.get(name, (name,))[0]
             label = name if key == name else f"{name} ({key})"
-            raise ValueError(f"{label} must be {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{label} is {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
@@ -152,8 +152,8 @@ class MistralConfig:
         _refuse_if_set(values, "attention_bias", "mlp_bias")
         if len(set(map(str, values.get("layer_types") or ()))) > 1:
             raise ValueError(
-                "layer_types mixes kinds of attention; every layer must have the same, "
-                f"got {values['layer_types']!r}"
+                f"layer_types is {values['layer_types']!r}, expected the same kind of attention in "
+                "every layer"
             )
 
         fields: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class MistralConfig:
         )
         fields["rope_scaling"] = scaling_from_hf(rope, fields["max_positions"])
         if "dynamic" in rope.values() and fields["sliding_window"] is not None:
-            raise ValueError("rope_type 'dynamic' is not supported with a sliding_window")
+            raise ValueError("rope_type is 'dynamic', expected another kind with a sliding_window")
         fields["dtype"] = _dtype(values)
         return cls._build(fields, overrides)
 
@@ -222,7 +222,7 @@ class MistralConfig:
         unknown = [name for name in overrides if name not in names]
         if unknown:
             raise TypeError(
-                f"unknown configuration field {unknown[0]!r}; expected one of: {', '.join(names)}"
+                f"unknown configuration field {unknown[0]!r}, expected one of {', '.join(names)}"
             )
         fields = fields | overrides
         if fields["head_dim"] is None:
@@ -242,8 +242,8 @@ def _is_positive_number(value: Any) -> bool:
 def _derived_head_dim(dim: Any, n_heads: Any) -> int:
     if not (_is_int(dim, minimum=1) and _is_int(n_heads, minimum=1) and dim % n_heads == 0):
         raise ValueError(
-            "without head_dim, dim (hidden_size) must be a multiple of n_heads "
-            f"(num_attention_heads), got {dim!r} and {n_heads!r}"
+            f"dim (hidden_size) is {dim!r}, expected a multiple of n_heads (num_attention_heads), "
+            f"which is {n_heads!r}: head_dim is missing"
         )
     return int(dim // n_heads)
 
@@ -251,13 +251,13 @@ def _derived_head_dim(dim: Any, n_heads: Any) -> int:
 def _refuse_unless(values: dict[str, Any], key: str, *expected: str, default: Any = None) -> None:
     value = values.get(key, default)
     if value not in expected:
-        raise ValueError(f"{key} must be {' or '.join(map(repr, expected))}, got {value!r}")
+        raise ValueError(f"{key} is {value!r}, expected {' or '.join(map(repr, expected))}")
 
 
 def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
     for key in keys:
         if values.get(key):
-            raise ValueError(f"{key} is not supported, got {values[key]!r}")
+            raise ValueError(f"{key} is {values[key]!r}, expected none: it is not supported")
 
 
 def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -267,10 +267,10 @@ def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
+        raise ValueError(f"rope_parameters is {rope!r}, expected an object")
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        raise ValueError(f"partial_rotary_factor must be 1, got {partial!r}")
+        raise ValueError(f"partial_rotary_factor is {partial!r}, expected 1")
     return rope
 
 
@@ -280,5 +280,5 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     if name is None:
         return None
     if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -138,10 +138,12 @@ def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | N
     if kind == _FACTORS:
         factors = rope.get(_FACTORS)
         if not isinstance(factors, list) or not all(_is_positive(factor) for factor in factors):
-            raise ValueError(f"rope_scaling factors must be positive numbers, got {factors!r:.60}")
+            raise ValueError(
+                f"factors of rope_scaling is {factors!r:.60}, expected positive numbers"
+            )
         return Factors(tuple(map(float, factors)))
     if kind not in _KINDS:
-        raise ValueError(f"rope_type must be one of {', '.join(_KINDS)}, got {kind!r}")
+        raise ValueError(f"rope_type is {kind!r}, expected one of {', '.join(_KINDS)}")
     if kind == "linear":
         return Linear(_number(rope, "factor"))
     original = int(_number(rope, "original_max_position_embeddings", max_positions))
@@ -149,7 +151,7 @@ def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | N
         return _yarn(rope, original)
     low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
     if high <= low:
-        raise ValueError(f"high_freq_factor must be above low_freq_factor, got {high} and {low}")
+        raise ValueError(f"high_freq_factor is {high}, expected more than low_freq_factor, {low}")
     return Llama3(_number(rope, "factor"), low, high, original)
 
 
@@ -178,7 +180,7 @@ def _number(rope: dict[str, Any], key: str, default: float | None = None) -> flo
     value: Any = rope.get(key)
     value = default if value is None else value
     if not _is_positive(value):
-        raise ValueError(f"{key} of rope_scaling must be a positive number, got {value!r}")
+        raise ValueError(f"{key} of rope_scaling is {value!r}, expected a positive number")
     return float(value)
 
 

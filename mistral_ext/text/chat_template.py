@@ -51,7 +51,8 @@ class JinjaTemplate:
     def __init__(self, path: Path, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
         if "default" not in sources:
             raise ValueError(
-                f"{path}: chat templates {', '.join(sorted(sources))}; expected one called default"
+                f"{path} has chat templates {', '.join(sorted(sources))}, expected one of the name "
+                "default"
             )
         self.path = path
         self._templates = {
@@ -242,8 +243,8 @@ def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
     """Raises unless messages are a conversation; more: with all that templates may take."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
-            "messages: expected a list of dicts {'role': ..., 'content': ...}, "
-            f"got {type(messages).__name__} {messages!r:.60}"
+            f"messages is {messages!r:.60}, expected a list of dicts "
+            "{'role': ..., 'content': ...}"
         )
     roles = ["system", "user", "assistant", *(["tool"] if more else [])]
     for i, message in enumerate(messages):
@@ -251,17 +252,17 @@ def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
         if not {"role", "content"} <= message.keys() | ({"content"} if calls_tools else set()) or (
             not more and len(message) > 2
         ):
-            raise ValueError(f"messages[{i}]: expected keys role and content, got {list(message)}")
+            raise ValueError(f"messages[{i}] has keys {list(message)}, expected role and content")
         if message["role"] not in roles:
             raise ValueError(
-                f"messages[{i}]: role {message['role']!r}; expected {', '.join(roles[:-1])} or "
+                f"messages[{i}] has role {message['role']!r}, expected {', '.join(roles[:-1])} or "
                 f"{roles[-1]}"
             )
         if not (calls_tools and message.get("content") is None):
             check_text(message["content"], f"messages[{i}]['content']")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        last = f"one of role {messages[-1]['role']}" if messages else "no message"
-        raise ValueError(f"messages: expected the last to be the user's, got {last}")
+        last = f"ends with role {messages[-1]['role']!r}" if messages else "is empty"
+        raise ValueError(f"messages {last}, expected the user's message at the end")
 
 
 def _check_tools(tools: Any) -> None:
@@ -270,7 +271,7 @@ def _check_tools(tools: Any) -> None:
         or not isinstance(tools, Sequence)
         or not all(isinstance(tool, Mapping) for tool in tools)
     ):
-        raise TypeError(f"tools: expected a list of dicts, got {tools!r:.60}")
+        raise TypeError(f"tools is {tools!r:.60}, expected a list of dicts")
 
 
 # A model's own template
@@ -288,7 +289,7 @@ def _plain(value: Any, name: str) -> Any:
         return {_plain(key, name): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{name}: expected text, numbers, lists and dicts, got {type(value).__name__}")
+    raise TypeError(f"{name} is a {type(value).__name__}, expected text, numbers, lists and dicts")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -328,7 +329,7 @@ def _encode_with_mistral_common(
 
     encoder = _instruct_encoder(tokenizer, template)
     if tools and template == "v1":
-        raise ValueError("tools: the chat template v1 takes none")
+        raise ValueError(f"tools has {len(tools)} tools, expected none: the chat template is v1")
     types: dict[str, type[SystemMessage | UserMessage | AssistantMessage]] = {
         "system": protocol.SystemMessage,
         "user": protocol.UserMessage,
@@ -358,11 +359,11 @@ def _instruct_encoder(
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     if template not in TEMPLATES:
-        raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
+        raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
     if template != "v1" and "[INST]" not in tokenizer.control_ids:
         raise ValueError(
-            f"template {template!r} needs the control token [INST], which "
-            f"{tokenizer.path} lacks; expected 'v1'"
+            f"template is {template!r}, expected 'v1': {tokenizer.path} lacks the control token "
+            "[INST]"
         )
     # MistralTokenizer.from_file() would infer the version from the file's name, and a Hugging Face
     # folder's tokenizer.model may be of any version. So it is put together here.
@@ -454,7 +455,8 @@ def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
             templates = {}
         if not templates or not all(isinstance(text, str) for text in templates.values()):
             raise ValueError(
-                f"{path}: chat_template is neither a text nor a list of a name and a template each"
+                f"{path}: chat_template has another form, expected a text, or a list of objects "
+                "with a name and a template"
             )
         return path, templates
     return None

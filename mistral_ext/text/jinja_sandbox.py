@@ -84,7 +84,7 @@ class SandboxedTemplate:
         self.name = name
         if len(source) > MAX_SOURCE:
             raise ValueError(
-                f"{name}: a chat template of {len(source)} characters, expected at most "
+                f"{name}: the chat template has {len(source)} characters, expected at most "
                 f"{MAX_SOURCE}"
             )
         try:

@@ -62,7 +62,7 @@ def sentencepiece_vocabulary(
     names = {piece: i for i, piece in pieces.items()}
     eos_id = named_id(added, "eos_token", names, processor.eos_id())
     if bos_id < 0 or eos_id is None or eos_id < 0:
-        raise ValueError(f"{path}: no <s> or no </s> in the vocabulary; expected both")
+        raise ValueError(f"{path} has no <s> or no </s> in the vocabulary, expected both")
 
     def encode_rest(text: str) -> list[int]:
         spaced = text.startswith((" ", SPACE))

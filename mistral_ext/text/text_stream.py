@@ -34,9 +34,9 @@ class TextStream:
         self, tokenizer: Tokenizer, stop: Sequence[str] = (), strip_first_space: bool = False
     ) -> None:
         if isinstance(stop, str):
-            raise TypeError(f"stop: expected a sequence of strings, got the string {stop!r}")
+            raise TypeError(f"stop is the string {stop!r}, expected a sequence of strings")
         if not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop: expected non-empty strings, got {list(stop)!r}")
+            raise ValueError(f"stop is {list(stop)!r}, expected non-empty strings")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)

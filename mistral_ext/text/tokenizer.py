@@ -45,13 +45,13 @@ codecs.register_error(UTF8_ERRORS, _replace_bytes)
 def check_text(text: str, name: str) -> None:
     """Raise TypeError or ValueError, naming the argument, unless text is a str of valid Unicode."""
     if not isinstance(text, str):
-        raise TypeError(f"{name}: expected str, got {type(text).__name__}")
+        raise TypeError(f"{name} is {text!r:.60}, expected a str")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # e.g. a command line argument that is not UTF-8
         raise ValueError(
-            f"{name}: expected valid Unicode, got a lone surrogate "
-            f"{text[error.start]!r} at index {error.start}"
+            f"{name} has a lone surrogate {text[error.start]!r} at index {error.start}, expected "
+            "valid Unicode"
         ) from None
 
 
@@ -129,8 +129,8 @@ class Tokenizer:
             return cls._read(folder / "tokenizer.json")
         if "tekken.json" in names:
             raise ValueError(
-                f"{folder / 'tekken.json'}: a Tekken tokenizer, which no Mistral 7B uses; "
-                "expected tokenizer.model, tokenizer.model.vN or tokenizer.json"
+                f"{folder / 'tekken.json'} is a Tekken tokenizer, expected tokenizer.model, "
+                "tokenizer.model.vN or tokenizer.json: no Mistral 7B uses Tekken"
             )
         return None
 
@@ -233,6 +233,6 @@ class Tokenizer:
         """
         if not 0 <= token_id < len(self._token_bytes):
             raise ValueError(
-                f"token id {token_id}: expected 0 to {self.vocab_size - 1} ({self.path.name})"
+                f"token id is {token_id}, expected 0 to {self.vocab_size - 1} ({self.path.name})"
             )
         return self._token_bytes[token_id] or b""

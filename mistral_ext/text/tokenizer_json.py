@@ -59,8 +59,8 @@ def json_vocabulary(
     is_byte_level = not byte_fallback and any(step.get("type") == "ByteLevel" for step in steps)
     if kind != "BPE" or not (byte_fallback or is_byte_level):
         raise ValueError(
-            f"{path}: expected BPE with byte_fallback or of bytes (ByteLevel), as Mistral and "
-            f"Llama have it; got type {kind!r}, byte_fallback {byte_fallback!r}"
+            f"{path} has type {kind!r} and byte_fallback {byte_fallback!r}, expected BPE with "
+            "byte_fallback or of bytes (ByteLevel), as Mistral and Llama have it"
         )
     control = {token.content for token in added.tokens.values() if token.control}
     for entry in data.get("added_tokens") or ():
@@ -76,7 +76,7 @@ def json_vocabulary(
     )
     if bos_id is None or eos_id is None:
         raise ValueError(
-            f"{path}: no beginning or no end of text (<s>, </s>) among the special tokens, "
+            f"{path} has no beginning or no end of text (<s>, </s>) among the special tokens, "
             "expected both"
         )
     if adds_bos is None:

@@ -133,7 +133,7 @@ class Checkpoint:
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(
-                f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}"
+                f"dtype is {dtype!r}, expected one of torch's {_list(_DTYPES)}, or None"
             )
         config = folder.config
         files = _files(folder)
@@ -312,8 +312,8 @@ def _match(
         (first,) = matched["tok_embeddings.weight"]
         if dtype is None and stored_dtype != first.dtype:
             raise ValueError(
-                f"tensor {stored_name!r} in {stored.file}: expected dtype {first.dtype} like "
-                f"{first.name!r}, got {stored_dtype}; pass dtype to convert all weights to one"
+                f"tensor {stored_name!r} in {stored.file} has dtype {stored_dtype}, expected "
+                f"{first.dtype} like {first.name!r}: pass dtype to convert all weights to one"
             )
     if found:
         extra = next(iter(found.values()))
@@ -334,7 +334,7 @@ def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> No
     if other == last:
         raise ValueError(
             f"{weights.file} names its tensors without 'model.', as {last!r}: that is an embedding "
-            "model (MistralModel), which does not write text; expected a MistralForCausalLM"
+            "model (MistralModel), which does not write text, expected a MistralForCausalLM"
         )
     names = ", ".join(map(repr, [other] if other else list(found)[:3]))
     raise ValueError(f"tensor {expected!r} is missing from {weights.file}; found {names or 'none'}")
@@ -347,10 +347,10 @@ def _take(
     shape = tuple(shape)
     stored = found.pop(name, None)
     if stored is None:
-        raise ValueError(f"tensor {name!r} is missing from {weights.file}; expected shape {shape}")
+        raise ValueError(f"tensor {name!r} is missing from {weights.file}, expected shape {shape}")
     if stored.shape != shape:
         raise ValueError(
-            f"tensor {name!r} in {stored.file}: expected shape {shape}, got {stored.shape}"
+            f"tensor {name!r} in {stored.file} has shape {stored.shape}, expected {shape}"
         )
     return stored
 
@@ -359,8 +359,8 @@ def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> to
     """The dtype of a tensor; refuses another than those expected."""
     if isinstance(stored.dtype, str) or stored.dtype not in expected:
         raise ValueError(
-            f"tensor {stored.name!r} in {stored.file}: expected dtype {_list(expected)}, "
-            f"got {stored.dtype}"
+            f"tensor {stored.name!r} in {stored.file} has dtype {stored.dtype}, expected "
+            f"{_list(expected)}"
         )
     return stored.dtype
 

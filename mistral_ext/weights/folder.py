@@ -237,7 +237,9 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
         return WeightFiles(layout, file, (file,))
     shard_of = read_json_object(file).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
+        raise ValueError(
+            f"{file}: weight_map is {shard_of!r:.60}, expected an object from tensor names to files"
+        )
     names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
     return WeightFiles(layout, file, tuple(folder / name for name in names))
 
@@ -250,8 +252,8 @@ def _quantization(values: dict[str, Any]) -> Quantization | None:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method != _QUANT_METHOD:
         raise ValueError(
-            f"quantization_config is not supported: quant_method is {method!r}, expected "
-            f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
+            f"quantization_config: quant_method is {method!r}, expected {_QUANT_METHOD!r}: "
+            "'mistral-ext quantize' makes such weights from the original ones"
         )
     try:
         if "format" not in settings:  # a folder of version 0.1 or before

@@ -182,8 +182,8 @@ class _Header:
         version = self._uint32("the version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
-            order = ", in big-endian order," if swapped else ""
-            raise self._error(f"the version is {version}{order} expected 2 or 3, little-endian")
+            order = " in big-endian order" if swapped else ""
+            raise self._error(f"the version is {version}{order}, expected 2 or 3, little-endian")
         n_tensors = self._count("the number of tensors", _LEAST_TENSOR)
         n_entries = self._count("the number of metadata entries", _LEAST_ENTRY)
         metadata: dict[str, Value] = {}

@@ -27,14 +27,14 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         return path
     if path.exists():
         raise ValueError(
-            f"{str(path)!r} is a file; expected the folder that holds the model, or a GGUF file"
+            f"{str(path)!r} is a file, expected the folder that holds the model, or a GGUF file"
         )
     if re.fullmatch(_OWNER_AND_NAME, str(path_or_hub_id)):
         return _download(str(path_or_hub_id))
     if match := re.fullmatch(rf"({_OWNER_AND_NAME}):([^:]+\.gguf)", str(path_or_hub_id)):
         return _download_gguf(match[1], match[2])
     raise FileNotFoundError(
-        f"{str(path_or_hub_id)!r} does not exist; expected a folder, a GGUF file, or a hub id like "
+        f"{str(path_or_hub_id)!r} does not exist, expected a folder, a GGUF file, or a hub id like "
         "'owner/name' or 'owner/name:file.gguf'"
     )
 

@@ -21,7 +21,7 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 def expect_free(target: Path) -> None:
     """Raises FileExistsError unless a folder can be made there."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{str(target)!r} exists; expected a new or an empty folder")
+        raise FileExistsError(f"{str(target)!r} exists, expected a new or an empty folder")
 
 
 @contextmanager

@@ -179,13 +179,13 @@ def _empty(
     name: str, shape: tuple[int, ...], format: str, group: int | None, device: torch.device
 ) -> Quantized:
     if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"tensor {name!r} of shape {shape}: expected a matrix [N, K], K > 0")
+        raise ValueError(f"tensor {name!r} has shape {shape}, expected a matrix [N, K], K > 0")
     rows, columns = shape
     facts = FORMATS[format]
     if group is not None and columns % group:
         raise ValueError(
-            f"tensor {name!r} of shape {shape} cannot be quantised to {format!r} in groups of "
-            f"{group}: its rows of {columns} are no multiple of that"
+            f"tensor {name!r} of shape {shape} has rows of {columns}, expected a multiple of "
+            f"{group} to quantise it to {format!r} in groups of {group}"
         )
     elements, groups = columns // facts.element_values, columns // (group or columns)
     return Quantized(

@@ -56,13 +56,13 @@ def quantize_checkpoint(
     original = read_folder(resolve(source))
     if original.gguf is not None:
         raise ValueError(
-            f"{str(original.path)!r} is a GGUF file; expected the folder of the original, or load "
+            f"{str(original.path)!r} is a GGUF file, expected the folder of the original, or load "
             "it with quantize="
         )
     if original.quantization is not None:
         raise ValueError(
             f"the weights in {str(original.path)!r} are quantised already, as "
-            f"{original.quantization}; expected the original"
+            f"{original.quantization}, expected the original"
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
     # The output weights are stored in 8 bits, even if they were the embeddings before.

@@ -101,7 +101,7 @@ def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ..
     tensor does not stay in memory.
     """
     if isinstance(dtype, str):
-        raise ValueError(f"{file}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
     n_bytes = math.prod(shape) * dtype.itemsize
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     with file.open("rb") as f:

@@ -31,8 +31,8 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
         parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
         if len(parts) > 1:
             raise ValueError(
-                f"{file.parent}: weights split for model parallelism ({', '.join(parts)}) are not "
-                "supported; expected consolidated.00.pth alone"
+                f"{file.parent} holds weights split for model parallelism ({', '.join(parts)}), "
+                "expected consolidated.00.pth alone"
             )
     with file.open("rb") as f:
         is_zip = f.read(len(_ZIP)) == _ZIP
@@ -45,11 +45,11 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
             f"{file} is truncated, or not a checkpoint written by torch.save: {_reason(error)}"
         ) from error
     if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: expected a dict of tensors, got {type(tensors).__name__}")
+        raise ValueError(f"{file} holds a {type(tensors).__name__}, expected a dict of tensors")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
+                f"{file} holds a {type(tensor).__name__} as {name!r}, expected a dict of tensors"
             )
         shape = tuple(tensor.shape)
         yield StoredTensor(name, file, tensor.dtype, shape, tensor.nbytes, tensor.contiguous)
