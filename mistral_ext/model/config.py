@@ -3,8 +3,8 @@
 A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
 3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own in
 ``params.json``; mistral_ext/weights/folder.py reads the files. The values of both become
-one :class:`MistralConfig`, with Mistral's names. A setting that would need arithmetic the model
-does not have (biases, experts, other kinds of RoPE) is refused, never ignored.
+one :class:`MistralConfig`, with Mistral's names. A setting that needs arithmetic which the
+model does not have (biases, experts, other kinds of RoPE) is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HF_KEYS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _HF_DEFAULT_ROPE_THETA = 1e4
-# Where transformers' LlamaConfig differs; n_kv_heads is n_heads there.
+# Defaults of transformers' LlamaConfig that differ; its default n_kv_heads is n_heads.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
 # Keys of params.json that have the field's own name and no default.
@@ -46,7 +46,7 @@ _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
-# A cache has room for so many tokens at least, if a sequence can have so many.
+# A cache has room for at least this many tokens, if a sequence can have as many.
 LEAST_CACHE_TOKENS = 4096
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,7 +57,8 @@ class MistralConfig:
     """Shapes and constants of one model.
 
     Raises:
-        ValueError: naming the field (and its key in config.json), its value and what was expected.
+        ValueError: a field is wrong; the message names it (and its key in config.json), its value
+            and what was expected.
     """
 
     vocab_size: int
@@ -72,7 +73,7 @@ class MistralConfig:
     sliding_window: int | None  # W: keys a query sees, itself included; None: all
     max_positions: int  # positions the model was trained for; a limit only without a window
     bos_id: int
-    eos_ids: tuple[int, ...]  # any of them ends a text
+    eos_ids: tuple[int, ...]  # each of them ends a text
     dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
     tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
     rope_scaling: RopeScaling | None = None
@@ -124,13 +125,13 @@ class MistralConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """The factor of the scores; None: 1 / sqrt(head_dim)."""
+        """The factor of attention's scores; None: 1 / sqrt(head_dim)."""
         if not isinstance(self.rope_scaling, Yarn):
             return None
         return self.rope_scaling.attention_factor**2 / math.sqrt(self.head_dim)
 
     def cache_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values of a token, in all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
@@ -143,8 +144,8 @@ class MistralConfig:
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
         """Read the contents of a Hugging Face ``config.json``, of any transformers version.
 
-        A missing key takes the default of transformers' ``MistralConfig``, which is not always
-        what Mistral 7B uses. So does null, save for ``sliding_window``, where it means none.
+        A missing key takes the default of transformers' ``MistralConfig``, which is not always the
+        value of Mistral 7B. null does too, except for ``sliding_window``: there it means no window.
         """
         _refuse_unless(values, "model_type", "mistral", "llama")
         is_llama = values["model_type"] == "llama"
@@ -261,7 +262,7 @@ def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
 
 
 def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """What a ``config.json`` says about RoPE beside its base.
+    """The settings of RoPE in a ``config.json``, without its base.
 
     transformers moved ``rope_theta`` and ``rope_scaling`` into one ``rope_parameters``.
     """
