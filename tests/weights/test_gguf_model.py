@@ -242,7 +242,7 @@ def test_factors_of_frequencies(model, tmp_path):
         ({"llama.expert_count": 8}, "expert_count: experts are not supported"),
         ({"llama.attention.head_count_kv": [1, 2]}, "head_count_kv is .*, expected an integer"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope', expected none, linear or yarn"),
-        ({"llama.rope.scaling.type": "yarn"}, "factor of rope_scaling is None, expected a pos"),
+        ({"llama.rope.scaling.type": "yarn"}, "factor of rope_scaling is 0.0, expected a pos"),
         ({"tokenizer.ggml.eos_token_id": 131}, "eos_ids .* is .*, expected token ids below vocab"),
         (
             {"llama.feed_forward_length": 96},
