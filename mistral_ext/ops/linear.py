@@ -28,10 +28,10 @@ def linear(
     does not depend, to the bit, on the number of tokens in the call up to 8 tokens; on CUDA devices
     up to 64 tokens of bfloat16 or float16.
 
-    Weights with scales are unpacked as they are read, and multiplied in the arithmetic of x. There
-    is an exception on CPUs for up to 8 tokens of bfloat16 or float16: where it is faster ("int8"
-    with AVX-512 VNNI, all quantised formats with AVX2) x is rounded to 16-bit integers, by at most
-    2^-15 of the largest magnitude of its token, and multiplied as such. With "int8" K is at most
+    Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There is
+    an exception for up to 8 tokens of bfloat16 or float16 on CPUs with AVX2: x is rounded to 16-bit
+    integers, by at most 2^-15 of the largest magnitude of its token, and the product is computed in
+    integers. ("int4" with bfloat16 is not, where the CPU has AVX512_BF16.) With "int8" K is at most
     2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
