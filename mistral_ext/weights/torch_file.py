@@ -24,8 +24,8 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
     """The tensors of a file. Code in it is not run.
 
     Raises:
-        ValueError: naming the file, if it is damaged, holds anything else, or only a part of the
-            weights.
+        ValueError: the file is damaged, holds anything else, or holds only a part of the weights;
+            the message names the file.
     """
     if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
         parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
@@ -56,6 +56,6 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
 
 
 def _reason(error: Exception) -> str:
-    """What torch found. It wraps that in advice to load the file in a way that may run code."""
+    """Torch's finding, without its advice to load the file in a way that may run code."""
     wrapped = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
     return summary(wrapped or error)
