@@ -1,4 +1,4 @@
-"""The first seconds of a command, most of which importing torch takes."""
+"""The start of a command. Importing torch takes most of its time."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import signal
 
 
 def end_on_ctrl_c() -> None:
-    """Has Ctrl-C end this process at once, until `start` has imported what a command needs.
+    """Makes Ctrl-C end this process at once, until `start` has imported the command's modules.
 
-    A KeyboardInterrupt does not do while modules are imported: some swallow it, others print it.
-    Nothing has begun yet that would have to be ended in order.
+    A KeyboardInterrupt would not work during imports: some modules swallow it, others print it.
+    Nothing is under way yet that would need an orderly end.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
@@ -35,7 +35,7 @@ def start(args: argparse.Namespace) -> None:
 
 
 def check_threads(threads: int | None) -> None:
-    """ValueError for a number of threads that would only get in each other's way."""
+    """ValueError for a number of threads below 1, or far above the number of processors."""
     most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
     if threads is not None and not 1 <= threads <= most:
         raise ValueError(f"--threads is {threads}, expected 1 to {most}")
