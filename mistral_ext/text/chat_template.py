@@ -6,8 +6,8 @@ v3 write it as a control token and put the system prompt before the last user tu
 they are the same). Fine-tunes bring a template of their own, a Jinja program, which `jinja_sandbox`
 renders.
 
-The control tokens that a template writes are encoded as such. The same text in a message is not:
-whoever writes <|im_end|> or </s> into a chat must not be able to end a turn with it.
+Control tokens that a template writes are encoded as control tokens. The same text in a message is
+encoded as text: a user who writes <|im_end|> or </s> must not be able to end a turn with it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class JinjaTemplate:
     """The chat template of a fine-tune.
 
     Args:
-        path: the file it is from, for errors.
-        sources: its text by name; "default" is used, "tool_use" where there are tools.
+        path: its file, for errors.
+        sources: templates by name; "default" is used, or "tool_use" if there are tools.
         tokenizer: names the tokens that the template may write.
     """
 
@@ -78,7 +78,7 @@ class JinjaTemplate:
         return unmarked(text)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """Its token ids. What stands in a message or tool is text, whatever it spells."""
+        """The token ids of a conversation. Messages and tools are text, whatever they spell."""
         text, unmarked = self._render(messages, tools)
         pieces = self._tokenizer.split_control_tokens(text)
         return self._tokenizer.encode_pieces(
@@ -93,9 +93,9 @@ class JinjaTemplate:
     ) -> tuple[str, Callable[[str], str]]:
         """The text with marks, and a function that takes them out.
 
-        Where a message spells out a control token, the token's first character is replaced by a
-        mark, a character that occurs nowhere else. A template can cut, join and measure what it is
-        given, and whatever it does, the control tokens in its text are its own.
+        Where a message spells out a control token, a mark replaces the token's first character. The
+        mark is a character that occurs nowhere else. A template may cut, join and measure its
+        input; any control token in its output is then the template's own.
         """
         template = self._template(tools)
         messages = _plain(list(messages), "messages")
@@ -143,9 +143,9 @@ def chat_template_of(
 ) -> ChatTemplate:
     """The chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its own.
 
-    A folder's template is taken for one of Mistral's if both write the same conversation, but for
-    white space: Mistral's published templates and mistral-common differ in that, and the latter is
-    right.
+    A folder's template counts as one of Mistral's if both write the same conversation, apart from
+    white space. Mistral's published templates and mistral-common differ in white space, and
+    mistral-common is right.
 
     Args:
         folder: of the model.
@@ -153,7 +153,8 @@ def chat_template_of(
         is_instruct: a folder without a template is that of a Mistral Instruct model.
 
     Raises:
-        ValueError: a base model; or a damaged file, or template, by name.
+        ValueError: the model is a base model, or a file or template is damaged; the message names
+            it.
     """
     folder = Path(folder)
     found = _read_templates(folder)
@@ -181,8 +182,7 @@ def encode_chat(
     Args:
         messages: dicts {"role": "system" | "user" | "assistant", "content": str}; the last one is
             the user's. With Mistral's templates, neighbours of the same role are joined by an empty
-            line; another may refuse them. It may take messages of the role "tool", too, and more
-            keys.
+            line; a model's own template may refuse them, or take the role "tool" and more keys.
         template: "v1", "v2" or "v3", or a model's own; None: the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
 
@@ -204,17 +204,19 @@ def extend_chat(
     template: ChatTemplate | None = None,
     tools: Tools | None = None,
 ) -> list[int]:
-    """encode_chat() for the next turn of a chat, that extends what the KV cache holds if it can.
+    """encode_chat() for the next turn of a chat; extends the ids in the KV cache if possible.
 
-    cached_ids are the ids of the turn before: its prompt and the reply as the model produced it,
-    with or without the end of its turn. The model may spell a reply in other tokens than the
-    tokenizer would; the result then keeps the model's, so that nothing is read again. Where the
-    text of cached_ids is not the beginning of the conversation's (a reply cut at a stop string; a
-    system prompt, which v2 and v3 move to the new turn; a template that trims replies), the result
-    is encode_chat(), and only a common prefix with cached_ids can be reused.
+    cached_ids are the ids of the last turn: its prompt and the reply as the model produced it, with
+    or without the end of the turn. The model may spell a reply in other tokens than the tokenizer
+    would. The result then keeps the model's tokens, so that nothing is read again.
+
+    If the text of cached_ids is not the beginning of the conversation's text, the result is that of
+    encode_chat(), and only a common prefix with cached_ids can be reused. Examples are a reply cut
+    at a stop string, a system prompt (v2 and v3 move it to the new turn), and a template that trims
+    replies.
     """
     ids = encode_chat(tokenizer, messages, template, tools)
-    # The end that the model wrote may not be what the template writes between turns.
+    # The model may end a turn with another token than the template writes between turns.
     for cached in (list(cached_ids), list(cached_ids)[:-1]):
         known = _length_of(tokenizer, ids, _transcript(tokenizer, cached))
         if known is not None:
@@ -223,7 +225,7 @@ def extend_chat(
 
 
 def _length_of(tokenizer: Tokenizer, ids: Sequence[int], transcript: bytes) -> int | None:
-    """How many of the ids have this transcript; None: it ends within a token, or differs."""
+    """How many of the ids make up this transcript; None: it ends within a token, or differs."""
     if not _transcript(tokenizer, ids).startswith(transcript):
         return None
     length = 0
@@ -235,12 +237,12 @@ def _length_of(tokenizer: Tokenizer, ids: Sequence[int], transcript: bytes) -> i
 
 
 def _transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The text of ids with control tokens kept apart by 0xFF, which no UTF-8 text contains."""
+    """The text of ids. Each control token is marked by 0xFF, which no UTF-8 text contains."""
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 
 def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
-    """Raises unless messages are a conversation; more: with all that templates may take."""
+    """Raises unless messages are a conversation; more: allow tools and more keys."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
             f"messages is {messages!r:.60}, expected a list of dicts "
@@ -278,8 +280,8 @@ def _check_tools(tools: Any) -> None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy of plain lists, dicts, strings and numbers: other objects have methods, which a
-    template could call."""
+    """A copy of plain lists, dicts, strings and numbers. Other objects are refused: a template
+    could call their methods."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -303,7 +305,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _replaced(value: Any, replace: Callable[[str], str]) -> Any:
-    """A copy in which every string is what `replace` makes of it."""
+    """A copy with `replace` applied to every string."""
     if isinstance(value, str):
         return replace(value)
     if isinstance(value, dict):
@@ -401,7 +403,7 @@ class _TextTokenizer:
         return self._tokenizer.control_ids.get(s, 0)
 
 
-# Which template is it?
+# Recognising Mistral's templates
 
 _PROBE = [
     {"role": "user", "content": "one"},
@@ -421,8 +423,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
         try:
             ids = template.encode(probe)
         except ValueError:
-            # Mistral's first template refuses system prompts. Where they go is then left to
-            # mistral-common, if all else agrees.
+            # Mistral's first template refuses system prompts. If all else agrees, mistral-common
+            # decides where they go.
             if probe is _SYSTEM_PROBE:
                 continue
             return False
