@@ -134,7 +134,7 @@ class Mistral:
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: the message names the file, tensor or argument.
+            FileNotFoundError, ValueError, TypeError: the message names the file, tensor or option.
         """
         device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
