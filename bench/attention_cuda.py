@@ -32,7 +32,7 @@ def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
     group = HEADS // KV_HEADS
 
     def plain(rings):
-        # Heads of a group as queries of one head: what torch does with enable_gqa, or better.
+        # The heads of a group become queries of one head, at least as fast as enable_gqa.
         q = rings.q.view(-1, KV_HEADS, group, HEAD_DIM)
         return functional.scaled_dot_product_attention(q, rings.k_cache, rings.v_cache)
 

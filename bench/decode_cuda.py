@@ -48,7 +48,7 @@ STEPS, RUNS = scaled(32), 5
 
 
 def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]:
-    """Launches a step, and waits for the one before. The one place here that knows the engine."""
+    """Launches a step, and waits for the step before. Only this function knows the engine."""
     config = model.config
     capacity = min(config.sliding_window, history + 4 * STEPS * (RUNS + 2))
     cache = SlotPool(config, capacity * batch, model.dtype, GPU)

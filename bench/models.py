@@ -35,8 +35,8 @@ def mistral_7b(layers: int) -> MistralConfig:
 
 
 def random_weights_on_gpu(config: MistralConfig, name: str = "bf16") -> dict[str, Weight]:
-    """In "bf16", "int8" or "int4", where and as loading puts them. Any bits will do for the time
-    that quantised ones take, so none are quantised."""
+    """Weights in "bf16", "int8" or "int4", as loading moves them to the GPU. Quantised weights have
+    random bits, which take the same time."""
     quantization = None if name == "bf16" else Quantization.from_name(name)
     weights: dict[str, Weight] = {}
     for tensor, shape in tensor_shapes(config).items():

@@ -1,4 +1,4 @@
-"""The limits of this machine, measured by peaks.cpp: what the shares in the benchmarks are of.
+"""Measures the limits of this machine with peaks.cpp. Shares in the benchmarks refer to them.
 
     python bench/peaks.py [--threads N]
 
