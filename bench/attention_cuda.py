@@ -161,7 +161,7 @@ class Chunk:
         return call
 
     def flash_attention(self, module: str) -> Call:
-        """Of version 2 or 3. Its last query is the last key's."""
+        """FlashAttention 2 or 3. Its last query has the position of the last key."""
         attend = importlib.import_module(module).flash_attn_func
 
         def call(given):

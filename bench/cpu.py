@@ -176,7 +176,7 @@ def summarize(
     n_flops: Callable[[int], int],
     work: Callable[[Any, int], float],
 ) -> dict[str, dict[str, Any]]:
-    """What take_turns has measured.
+    """Reports the measurements of take_turns.
 
     Args:
         what: "decode" or "prefill".

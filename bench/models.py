@@ -81,7 +81,7 @@ def random_weights(config: MistralConfig) -> dict[str, Tensor]:
 
 
 def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
-    """What loading `random_weights` as "int8" or "int4" would give.
+    """The weights that loading `random_weights` as "int8" or "int4" would give.
 
     Only one tensor of each shape is quantised, because they are equal; the others are copies.
     """

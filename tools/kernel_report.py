@@ -33,7 +33,7 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{INCLUDES}")
 
 @dataclass(frozen=True, order=True)
 class Usage:
-    """One kernel on one architecture; memory in bytes, of a thread but for `shared`."""
+    """The usage of a kernel on an architecture; memory in bytes of a thread (`shared`: a block)."""
 
     kernel: str
     arch: str

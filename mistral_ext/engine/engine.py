@@ -43,7 +43,7 @@ _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do."""
+    """The present work of an engine."""
 
     running: int  # sequences that read their prompt or generate
     waiting: int  # sequences that wait for room
@@ -118,7 +118,7 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        """What the engine has to do, and how much of its memory that takes."""
+        """The present work of the engine, and how much of its memory the work takes."""
         with self._lock:
             running = list(self.scheduler.running())
             return Load(

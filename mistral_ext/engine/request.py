@@ -35,7 +35,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt."""
+    """The model's continuation of a prompt."""
 
     text: str | None  # None: the model has no tokenizer
     token_ids: list[int]  # as sampled, an end-of-text token included
