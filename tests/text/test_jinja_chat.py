@@ -318,14 +318,14 @@ def test_the_newest_file_is_asked_first(tmp_path):
 )
 def test_bad_template(template, message, tmp_path):
     folder = write_folder(tmp_path, template)
-    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: .*{message}"):
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json.*{message}"):
         chat_template_of(folder, Tokenizer.from_folder(folder))
 
 
 @pytest.mark.parametrize(
     ("messages", "error", "message"),
     [
-        ([user("a"), assistant("b")], ValueError, "expected the last to be the user's"),
+        ([user("a"), assistant("b")], ValueError, "ends with role 'assistant'"),
         (
             [{"role": "robot", "content": "x"}],
             ValueError,
@@ -347,7 +347,7 @@ def test_bad_tools(tokenizer):
         with pytest.raises(TypeError, match=r"tools is .*, expected a list of dicts"):
             encode_chat(tokenizer, [user("a")], template, {"type": "function"})
     with pytest.raises(
-        ValueError, match="tools has 1 tools, expected none: the chat template is v1"
+        ValueError, match="tools has 2 tools, expected none: the chat template is v1"
     ):
         encode_chat(tokenizer, [user("a")], "v1", TOOLS)
 
