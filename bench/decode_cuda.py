@@ -48,7 +48,7 @@ STEPS, RUNS = scaled(32), 5
 
 
 def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]:
-    """Launches a step, and waits for the one before. The one place here that knows the engine."""
+    """Launches a step, and waits for the step before. Only this function knows the engine."""
     config = model.config
     capacity = min(config.sliding_window, history + 4 * STEPS * (RUNS + 2))
     cache = SlotPool(config, capacity * batch, model.dtype, GPU)
@@ -73,7 +73,7 @@ def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]
 
 
 def seconds_of(step: Callable[[], None]) -> float:
-    """Of one of many, the median of several runs."""
+    """Seconds of a step among many: the median of several runs."""
     samples = []
     for run in range(1 + RUNS):
         torch.cuda.synchronize()
@@ -87,7 +87,7 @@ def seconds_of(step: Callable[[], None]) -> float:
 
 
 def kernel_seconds(step: Callable[[], None], launches: int) -> list[float] | None:
-    """Of each kernel of ours in a step, in order; None if a step does not have that many."""
+    """Seconds of each of our kernels in a step, in order; None if a step has fewer kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -114,7 +114,7 @@ def torch_products() -> Iterator[None]:
 def measure(
     model: Transformer, name: str, batch: int, history: int, bandwidth: float, matrix: float
 ) -> dict[str, Any]:
-    """One of CASES, shown and for the report."""
+    """Measures one of CASES, prints it, and returns it for the report."""
     launches = list(decode_step(model.config, BITS[name], batch, history))
     floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
     step = our_step(model, batch, history)

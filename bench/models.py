@@ -35,8 +35,8 @@ def mistral_7b(layers: int) -> MistralConfig:
 
 
 def random_weights_on_gpu(config: MistralConfig, name: str = "bf16") -> dict[str, Weight]:
-    """In "bf16", "int8" or "int4", where and as loading puts them. Any bits will do for the time
-    that quantised ones take, so none are quantised."""
+    """Weights in "bf16", "int8" or "int4", as loading moves them to the GPU. Quantised weights have
+    random bits, which take the same time."""
     quantization = None if name == "bf16" else Quantization.from_name(name)
     weights: dict[str, Weight] = {}
     for tensor, shape in tensor_shapes(config).items():
@@ -81,7 +81,7 @@ def random_weights(config: MistralConfig) -> dict[str, Tensor]:
 
 
 def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
-    """What loading `random_weights` as "int8" or "int4" would give.
+    """The weights that loading `random_weights` as "int8" or "int4" would give.
 
     Only one tensor of each shape is quantised, because they are equal; the others are copies.
     """

@@ -1,4 +1,4 @@
-"""What every launch of a decode step has to move and compute, and how long that must take.
+"""The bytes and operations of every launch of a decode step, and the time they must take.
 
     python bench/roofline.py [--weights bf16|int8|int4] [--batch N] [--history N] [--layers 32]
                              [--bandwidth GB/s] [--matrix TFLOP/s] [--measured FILE]
@@ -59,7 +59,7 @@ class Launch:
 
 
 def weight_bytes(rows: int, columns: int, bits: int) -> int:
-    """Of a matrix as it is stored, its scales of 2 bytes included."""
+    """Bytes of a stored matrix, including its scales of 2 bytes."""
     scales = {16: 0, 8: 2 * rows, 4: 2 * rows * (columns // DEFAULT_GROUP)}[bits]
     return rows * columns * bits // 8 + scales
 

@@ -1,4 +1,4 @@
-"""What several commands take: their options, and what follows from them."""
+"""Options that several commands share, and the values that follow from them."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
-    """The model that `model` options name; starts the command.
+    """Starts the command, and loads the model that `model` options name.
 
     Args:
-        args: has the options.
+        args: the parsed options.
         more: arguments of `Mistral.from_pretrained`.
     """
     start(args)

@@ -1,4 +1,4 @@
-"""The first seconds of a command, most of which importing torch takes."""
+"""The start of a command. Importing torch takes most of its time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mistral_ext.cli.threads import container_cores
 
 
 def end_on_ctrl_c() -> None:
-    """Has Ctrl-C end this process at once, until `start` has imported what a command needs.
+    """Makes Ctrl-C end this process at once, until `start` has imported the command's modules.
 
-    A KeyboardInterrupt does not do while modules are imported: some swallow it, others print it.
-    Nothing has begun yet that would have to be ended in order.
+    A KeyboardInterrupt would not work during imports: some modules swallow it, others print it.
+    Nothing is under way yet that would need an orderly end.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -11,7 +11,7 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def check_threads(threads: int | None) -> None:
-    """ValueError for a number of threads that would only get in each other's way."""
+    """ValueError for a number of threads below 1, or far above the number of processors."""
     most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
     if threads is not None and not 1 <= threads <= most:
         raise ValueError(f"--threads is {threads}, expected 1 to {most}")

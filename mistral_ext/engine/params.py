@@ -18,7 +18,8 @@ class SamplingParams:
     """How to choose tokens, and when to stop: names and meanings of the OpenAI API and vLLM.
 
     Raises:
-        TypeError, ValueError: naming the option, its value and what was expected.
+        TypeError, ValueError: an option is wrong; the message names it, its value and what was
+            expected.
     """
 
     max_tokens: int = 128  # generated at most, >= 1
@@ -41,7 +42,7 @@ class SamplingParams:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """From keyword arguments; TypeError for one that does not exist."""
+        """Makes the options from keyword arguments; TypeError for a name that does not exist."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
@@ -89,15 +90,15 @@ class SamplingParams:
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
     def check_vocabulary(self, vocab_size: int, holes: Collection[int] = ()) -> None:
-        """ValueError if logit_bias has a token that is not among the first `vocab_size`, or is one
-        of the holes between them."""
+        """ValueError if logit_bias has an id that is not below `vocab_size`, or that is a hole: an
+        id that no token has."""
         for token_id in self.logit_bias or ():
             if token_id >= vocab_size:
                 raise ValueError(
                     f"logit_bias has token id {token_id}, expected less than {vocab_size}"
                 )
             if token_id in holes:
-                raise ValueError(f"logit_bias has token id {token_id}, which no token has")
+                raise ValueError(f"logit_bias has token id {token_id}, expected the id of a token")
 
     def _check_constraints(self) -> None:
         """All texts are, and there is one at most."""
@@ -121,7 +122,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_bias(bias: Mapping[Any, Any]) -> bool:
-    # Minus infinity is useful: it bans a token.
+    # Minus infinity is allowed: it bans a token.
     return all(
         isinstance(i, Integral)
         and not isinstance(i, bool)

@@ -1,9 +1,8 @@
-"""From logits to the next token: the options, and the state that `ops.sample` works on.
+"""Sampling: keeps the options and the state of completions, from which `ops.sample` chooses tokens.
 
-The order of the steps is that of vLLM: logit bias, penalties, temperature, min_p, top_k, top_p.
-The noise of a draw is a pure function of (seed, index of the completion, step, token), so a
-completion depends on its own seed alone: not on what else is in the batch, nor on what was drawn
-before.
+The steps have vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p. The noise of a
+draw is a pure function of (seed, index of the completion, step, token). So a completion depends on
+its own seed alone, neither on the rest of the batch nor on earlier draws.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Chooses the tokens of several completions, all that a step needs in one call.
+    """Chooses the next tokens of several completions in one call.
 
-    The state of each is a row of a few tensors on the device: see `ops.sample`.
+    The state of a completion is a row of a few tensors on the device: see `ops.sample`.
 
     Args:
         rows: completions at a time.
-        vocab_size: V, ids that may be chosen.
+        vocab_size: V, the number of ids that may be chosen.
         device: where the logits are.
         holes: ids below V that no token has, and that are never chosen.
 
@@ -74,7 +73,7 @@ class Sampler:
             prompt_ids: tokens of the prompt, for the repetition penalty.
             index: which of the prompt's n completions this is.
             completion_ids: tokens that were drawn already.
-            seed: of the draws, [0, 2^64); None: that of the options, or a fresh one.
+            seed: seed of the draws, [0, 2^64); None: the options' seed, or a fresh one.
 
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.
@@ -93,7 +92,7 @@ class Sampler:
         self._plainly_greedy[row] = params.plainly_greedy and not self._holes
         if seed is None:
             seed = fresh_seed(params)
-        signed_seed = seed - 2**64 if seed >= 2**63 else seed  # of the same 64 bits
+        signed_seed = seed - 2**64 if seed >= 2**63 else seed  # int64 with the same 64 bits
         step = len(completion_ids)
         self._noise[row] = torch.tensor([signed_seed, index, step], device="cpu")
         self._history[row] = 0
@@ -137,26 +136,26 @@ class Sampler:
 
     @property
     def biased(self) -> bool:
-        """Whether there are holes, or a completion has had a logit_bias or a restriction: draws
-        then read a bias for all."""
+        """Whether draws add a bias. They do, for all rows, as soon as the vocabulary has holes or
+        any completion so far had a logit_bias or a restriction."""
         return self._bias is not None
 
     def needs_no_draw(self, rows: Sequence[int]) -> bool:
-        """Whether for all these completions the largest logit will do, and no state."""
+        """Whether all these completions take the largest logit, which needs no state."""
         return all(self._plainly_greedy[row] for row in rows)
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
         """Chooses the next token of some of the completions.
 
         Args:
-            rows: N of them.
+            rows: [N], the completions' rows.
             logits: [N, V or more] fp32, not changed; columns past V are never chosen.
 
         Returns:
             The N token ids.
 
         Raises:
-            ValueError: there is nothing to choose from.
+            ValueError: no token can be chosen, because a logit is NaN or all are -inf.
         """
         token_ids = self.draw(self._ids(rows), logits).tolist()
         if -1 in token_ids:
@@ -164,15 +163,15 @@ class Sampler:
         return token_ids
 
     def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """The same for rows on the device, without waiting for it; -1 where `sample` raises."""
+        """`sample` for rows on the device, without waiting for it; -1 where `sample` raises."""
         logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
 
     def problem(self, logits: Tensor) -> ValueError:
-        """Why there was nothing to choose from.
+        """The error that says why no token could be chosen.
 
         Args:
-            logits: [V or more], of the completion.
+            logits: [V or more], the completion's logits.
         """
         if logits[: self.vocab_size].isnan().any():
             return ValueError("the model's logits are NaN: its weights may be damaged")
@@ -182,7 +181,7 @@ class Sampler:
 
 
 def fresh_seed(params: SamplingParams) -> int:
-    """The seed of the options; another one each time if they have none."""
+    """The seed of the options; without it a new random seed for each call."""
     return secrets.randbits(64) if params.seed is None else params.seed
 
 
@@ -195,7 +194,7 @@ def token_logprob(
         logits: [V] fp32.
         token_id: the token.
         count: report this many of the most likely tokens too.
-        holes: ids that no token has: their probability is 0, and they are not reported.
+        holes: ids that no token has; their probability is 0, and they are not reported.
     """
     logits = logits.to(torch.float64, copy=True)
     logits[list(holes)] = -torch.inf

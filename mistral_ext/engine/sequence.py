@@ -20,19 +20,19 @@ class Sequence:
     Args:
         request_id: the engine's name for it; later requests have larger ones.
         request: as given to the engine.
-        vocab_size: ids that may be sampled.
+        vocab_size: number of ids that may be sampled.
         holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
         ids: the prompt, then what was generated.
-        seed: of its draws.
+        seed: the seed of its draws.
         extent: its slots of the cache; None while it waits.
         row: its row of the sampler; None while it waits.
         exact: tokens at the beginning of the extent that were read as parts of a prompt.
         is_drawing: the sampler's row is in the state that the next draw needs.
         was_put_back: it ran before, and lost its place.
-        finish_reason: None while it goes on.
-        is_aborted: nobody waits for it any more.
+        finish_reason: why it has ended; None while it goes on.
+        is_aborted: nobody waits for its outputs any more.
         matcher: says which tokens may come next; None: all.
     """
 
@@ -93,8 +93,8 @@ class Sequence:
 
     @property
     def generates(self) -> bool:
-        """Whether the next decode step gives a token that is not known yet: not so while a
-        sequence that was put back gets its generated tokens into the cache again."""
+        """Whether the next decode step gives a new token. A sequence that was put back first reads
+        the tokens that it had generated again, and those steps give none."""
         return self.place.length >= len(self.ids) - 1
 
     def note_read(self, count: int) -> None:
@@ -102,7 +102,7 @@ class Sequence:
         if not self._started:
             self._started = time.perf_counter()
             self._cached = self.place.length
-        if len(self.ids) == self.prompt_length:  # and not those that are read again
+        if len(self.ids) == self.prompt_length:  # not for tokens that are read again
             self._read += count
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
@@ -123,7 +123,7 @@ class Sequence:
             self.finish_reason = "length"
         piece, text = "", self.request.text
         if text:
-            # A token that ends a text is no part of it, not even where it is an ordinary token.
+            # A token that ends a text is no part of the text, even if it is an ordinary token.
             piece = "" if is_end else text.push(token_id)
             if self.finish_reason:
                 piece += text.finish()

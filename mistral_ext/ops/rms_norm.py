@@ -15,9 +15,9 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm over the last axis, with an optional residual add before it.
 
-    With a residual, `residual += x` in place (rounded to the dtype) and the sum is normalised;
-    without, x is. The normalised value is rounded to the dtype before it is multiplied by weight,
-    as Mistral was trained.
+    With a residual the op computes `residual += x` in place, rounded to the dtype, and normalises
+    the sum. Without, it normalises x. The normalised value is rounded to the dtype before it is
+    multiplied by weight, because Mistral was trained so.
 
     Args:
         x: [T, E].

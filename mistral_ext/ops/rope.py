@@ -22,13 +22,15 @@ def rope(
 ) -> None:
     """Rotates q and k in place, and appends k and v to the rings.
 
-    Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i]: the order of
-    Hugging Face checkpoints. A token whose slot still holds what a query of the same chunk
-    attends to is appended by `attention` instead; call both, in this order, with the same table
-    and window, and all new tokens are in the rings.
+    Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i] (the order of
+    Hugging Face checkpoints).
 
-    A model with a longer context has frequencies of its own. Where it also multiplies cosine and
-    sine by a factor m, as YaRN does, leave that to `attention`, with scale = m^2 / sqrt(D).
+    A token is not appended here if a query of the same chunk still attends to the position in its
+    slot. `attention` appends it instead. Call `rope` and then `attention` with the same table and
+    window, and all new tokens are in the rings.
+
+    Scaled RoPE is a matter of the frequencies. If a model also multiplies cosine and sine by a
+    factor m, as YaRN does, give `attention` the scale m^2 / sqrt(D).
 
     Args:
         q: [T, Hq, D], rotated in place.

@@ -1,7 +1,7 @@
-"""The ops of linear.py with products of torch: see routing.py.
+"""The ops of linear.py, with torch's products: see routing.py.
 
-Weights with scales are widened for them, one after the other: of many tokens that costs less
-than products slower than the vendor's would.
+Quantised weights are dequantised first, one after the other. For many tokens that costs less than a
+product of our own that is slower than the vendor's.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def linear_argmax(
 ) -> tuple[Tensor, Tensor]:
     _C.check_linear_argmax(x, *parts[:3], norm, eps, limit)
     out = _side_by_side(_products("linear_argmax", x, parts, norm, eps))
-    largest, token_ids = out[:, :limit].max(dim=1)  # a NaN, if there is one
+    largest, token_ids = out[:, :limit].max(dim=1)  # a NaN counts as the largest
     return out, token_ids.where(largest > -torch.inf, -1)
 
 
@@ -96,9 +96,9 @@ def _side_by_side(products: list[Tensor]) -> Tensor:
 
 
 def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weights in a dtype; those that are parts of a whole come as that.
+    """The weights in a dtype; parts of a `JoinedWeight` come as the whole.
 
-    One after the other, so that no two widened ones take memory.
+    They come one after the other, so that only one dequantised weight takes memory at a time.
     """
     if parts.whole is not None:
         yield parts.whole

@@ -1,6 +1,6 @@
-"""The fields of requests, as JSON Schema: what is checked is what /openapi.json says.
+"""The fields of requests, as JSON Schema. Requests are checked by it, and /openapi.json shows it.
 
-A field may be null, which is as if it were not there.
+A field that is null counts as missing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from mistral_ext.serve import structure
 from mistral_ext.serve.schema import Schema
 
-# Alternatives of a token, at most: OpenAI's limit.
+# Alternatives of a token, at most (OpenAI's limit).
 MOST_LOGPROBS = 20
 
 _FLAG = {"type": "boolean"}
@@ -117,7 +117,7 @@ DETOKENIZE: dict[str, Schema] = {
     "tokens": {"type": "array", "items": _TOKEN_ID},
 }
 
-# Fields that OpenAI's clients send, and that change nothing of the text.
+# Fields that OpenAI's clients send, and that do not change the text.
 IGNORED = (
     "user",
     "store",
@@ -132,8 +132,8 @@ IGNORED = (
     "verbosity",
 )
 
-# Fields that would change it, and that are not supported: name -> the values that ask for nothing.
-# Whatever else they hold is refused.
+# Unsupported fields that would change the text: name -> the values without effect. Other values are
+# refused.
 NEUTRAL: dict[str, Schema] = {
     "tools": {"type": "array", "maxItems": 0},
     "tool_choice": {"type": "string", "enum": ["none", "auto"]},

@@ -36,12 +36,12 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks for: `params.n` completions of each prompt.
+    """The work of a request: `params.n` completions of each prompt.
 
     Attributes:
-        is_chat: it is a conversation, and the completions are replies.
+        is_chat: the prompt is a conversation, and the completions are replies.
         prompts: conversations, texts or token ids.
-        params: but for max_tokens, which depends on the prompt's length.
+        params: all but max_tokens, which depends on the prompt's length.
         max_tokens: as asked for; None: all that fit.
         stream, include_usage, echo: as asked for.
         salt, stop_token_ids: see `Mistral.request`.
@@ -61,7 +61,7 @@ class Job:
 
     @property
     def count(self) -> int:
-        """Completions in all."""
+        """The number of completions of all prompts."""
         return len(self.prompts) * self.params.n
 
 
@@ -87,7 +87,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None) -> Job:
 
     Args:
         body: as it came.
-        default_tokens: of a reply, if the body says none; None: all that fit.
+        default_tokens: max_tokens if the body has none; None: all that fit.
 
     Raises:
         ApiError: 400, for a field that is wrong.
@@ -147,7 +147,7 @@ def _params(
 ) -> SamplingParams:
     options = {name: given[name] for name in _SAME if name in given}
     options["temperature"] = given.get("temperature", 1.0)
-    options["top_k"] = max(0, int(given.get("top_k", 0)))  # vLLM's -1 means all, too
+    options["top_k"] = max(0, int(given.get("top_k", 0)))  # -1 means all, as in vLLM
     options["n"] = int(given.get("n", 1))
     options["logprobs"] = logprobs
     if "seed" in given:
@@ -170,13 +170,13 @@ def _token_id(key: str) -> int:
 
 
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Messages as `Mistral.chat` takes them, of OpenAI's."""
+    """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
     plain = [
         {"role": roles.get(m["role"], m["role"]), "content": _text(m.get("content"))}
         for m in messages
     ]
-    # A reply that was broken off before it had a word. Templates have no empty replies.
+    # Drops replies that were ended before their first word: templates have no empty replies.
     return [m for m in plain if m["content"] or m["role"] != "assistant"]
 
 
@@ -230,7 +230,7 @@ def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Re
     """A job's requests to the engine, n for each prompt.
 
     Args:
-        prompts: their token ids.
+        prompts: token ids of the prompts.
 
     Raises:
         ApiError: 400 for a prompt that is too long.

@@ -40,13 +40,13 @@ _NAMES = {
 }
 _FREQUENCY_FACTORS = "rope_freqs.weight"  # belongs to the configuration
 
-# dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. Files do not say that v0.1 and its
-# fine-tunes have a window; v0.2 and later have none, and another base of RoPE.
+# dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
+# window, which GGUF files do not mention; v0.2 and later have none, and another base of RoPE.
 _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
 
-# Tokens that end a turn, where a file names the end of text alone.
+# Tokens that end a turn; some files name only the end of text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
@@ -108,13 +108,13 @@ def _is_kept(name: str, tensor: GgufTensor) -> bool:
 
 
 def default_dtype(file: Gguf) -> torch.dtype:
-    """What to compute in: the dtype of the embeddings, or bfloat16 if they are quantised."""
+    """The dtype to compute in: that of the embeddings, or bfloat16 if they are quantised."""
     embeddings = file.tensors.get(gguf_name("tok_embeddings.weight"))
     return (embeddings and embeddings.type.dtype) or torch.bfloat16
 
 
 def say_what_is_decoded(file: Gguf, target: str, keep: bool) -> None:
-    """Logs which types of a file are not run as they are, and what becomes of them."""
+    """Logs which types of a file are decoded, and to what."""
     types = {
         tensor.type
         for name, tensor in file.tensors.items()

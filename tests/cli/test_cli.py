@@ -169,7 +169,7 @@ def test_logprobs_of_rows_without_tokens(capsys):
         (["perplexity", "--file", "no-such-file"], "no-such-file: No such file or directory"),
         (["perplexity", "--file", "-"], "texts[0] is empty"),
         (["quantize", "no/such/folder", "out", "--bits", "4"], "no/such/folder"),
-        (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists; expected a new"),
+        (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists, expected a new"),
     ],
 )
 def test_errors_are_one_line(args, message, tmp_path):

@@ -142,7 +142,7 @@ def test_other_weights_of_a_folder_come_first(model, tmp_path):
 
 def test_quantize_into_a_folder_is_refused(model, tmp_path):
     path = written(tmp_path, model)
-    with pytest.raises(ValueError, match=r"model\.gguf' is a GGUF file; expected the folder"):
+    with pytest.raises(ValueError, match=r"model\.gguf' is a GGUF file, expected the folder"):
         quantize_checkpoint(path, tmp_path / "new", 8)
     assert not (tmp_path / "new").exists()
 
@@ -251,17 +251,17 @@ def test_factors_of_frequencies(model, tmp_path):
         ({"llama.block_count": 3}, "tensor 'blk.2.attn_norm.weight' is missing"),
         ({"llama.block_count": 1}, "unknown tensor 'blk.1"),
         ({"llama.embedding_length": "x"}, "llama.embedding_length is 'x', expected an integer"),
-        ({"llama.attention.head_count": 0}, "n_heads .* must be a positive integer, got 0"),
+        ({"llama.attention.head_count": 0}, "n_heads .* is 0, expected a positive integer"),
         ({"llama.attention.value_length": 32}, "value_length is 32, expected 64"),
         ({"llama.rope.dimension_count": 32}, "dimension_count is 32, expected 64"),
         ({"llama.expert_count": 8}, "expert_count: experts are not supported"),
         ({"llama.attention.head_count_kv": [1, 2]}, "head_count_kv is .*, expected an integer"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope', expected none, linear or yarn"),
-        ({"llama.rope.scaling.type": "yarn"}, "factor of rope_scaling must be a positive number"),
-        ({"tokenizer.ggml.eos_token_id": 131}, "eos_ids .* must be token ids below vocab_size"),
+        ({"llama.rope.scaling.type": "yarn"}, "factor of rope_scaling is 0.0, expected a pos"),
+        ({"tokenizer.ggml.eos_token_id": 131}, "eos_ids .* is .*, expected token ids below vocab"),
         (
             {"llama.feed_forward_length": 96},
-            r"'blk.0.ffn_gate.weight' .* expected shape \(96, 128\)",
+            r"'blk.0.ffn_gate.weight' .* has shape .*, expected \(96, 128\)",
         ),
     ],
 )
