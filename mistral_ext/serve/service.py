@@ -55,8 +55,7 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # Texts and grammars are prepared outside the event loop, one at a time: a long one may take a
-        # while.
+        # Texts and grammars are prepared outside the event loop, one at a time: some take a while.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:

@@ -295,8 +295,10 @@ def _match(
     quantized: Mapping[str, Quantized],
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """The stored tensors of each weight: one, or values and scales like those of `quantized`. Raises
-    ValueError unless the files hold exactly the tensors that are expected."""
+    """The stored tensors of each weight: one, or values and scales like those of `quantized`.
+
+    Raises ValueError unless the files hold exactly the tensors that are expected.
+    """
     found: dict[str, StoredTensor] = {}
     for stored in tensors:
         if stored.name.endswith(_IGNORED_SUFFIX):
