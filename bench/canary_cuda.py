@@ -151,8 +151,8 @@ def op_checks() -> Iterator[Check]:
     yield "rms_norm", rms_norm
     yield "swiglu", swiglu
     yield "rope, attention", rope_and_attention
-    for bits in (None, 8, 4):
-        yield f"linear, {bits or 16} bits", lambda bits=bits: linear(bits)
+    for form in (None, "q8_0", "int4"):
+        yield f"linear, {form or 'plain'}", lambda form=form: linear(form)
     yield "linear_rope", linear_rope
     yield "sample", sample
 

@@ -29,7 +29,7 @@ from measure import write_json
 from measure_cuda import ceilings
 from models import mistral_7b, random_weights_on_gpu
 from peers import Transformers
-from roofline import BITS, decode_step, print_table
+from roofline import KINDS, decode_step, print_table
 from shapes import GPU, scaled
 
 from mistral_ext import _C
@@ -42,7 +42,7 @@ from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import routing
 
 # (weights, sequences, tokens that each has seen)
-CASES = [(name, batch, 128) for name in BITS for batch in (1, 8, 16, 32)]
+CASES = [(name, batch, 128) for name in KINDS for batch in (1, 8, 16, 32)]
 CASES.insert(1, ("bf16", 1, 4096))
 STEPS, RUNS = scaled(32), 5
 
@@ -115,7 +115,7 @@ def measure(
     model: Transformer, name: str, batch: int, history: int, bandwidth: float, matrix: float
 ) -> dict[str, Any]:
     """Measures one of CASES, prints it, and returns it for the report."""
-    launches = list(decode_step(model.config, BITS[name], batch, history))
+    launches = list(decode_step(model.config, name, batch, history))
     floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
     step = our_step(model, batch, history)
     seconds = seconds_of(step)
@@ -164,7 +164,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--weights", nargs="+", choices=("none", *BITS), default=list(BITS))
+    parser.add_argument("--weights", nargs="+", choices=("none", *KINDS), default=list(KINDS))
     parser.add_argument("--peers", choices=("none", "torch", "transformers", "all"), default="all")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
@@ -189,7 +189,7 @@ def main() -> None:
         if args.json:
             write_json(args.json, report)
 
-    for name in (name for name in BITS if name in args.weights):
+    for name in (name for name in KINDS if name in args.weights):
         model = Transformer(config, random_weights_on_gpu(config, name))
         for case in (case for case in CASES if case[0] == name):
             report["cases"].append(measure(model, *case, bandwidth, matrix))
