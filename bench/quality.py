@@ -1,6 +1,6 @@
 """Measures what 8- and 4-bit weights cost: perplexity, and the distance of logits from fp32.
 
-    python bench/quality.py [--layers 2] [--tokens 128] [--threads N] [--json FILE]
+    python bench/quality.py [--layers 2] [--tokens 128] [--model MODEL] [--threads N] [--json FILE]
 
 For the demo model on text that it has never seen, and for a model of Mistral 7B's shape with random
 weights, few layers and random tokens. Weights are bfloat16 to begin with: `fp32` rounds nothing
@@ -13,7 +13,8 @@ Then other ways to get 8 and 4 bits, on the demo in fp32, so that nothing but th
 rounded. Its perplexity is no measure to tell them apart: the demo is overfitted, and noise can help
 it. KL is. e4m3 are floating point numbers of 8 bits, which some GPUs know.
 
-Takes a minute or two and 8 GB.
+Takes a minute or two and 8 GB. `--model` measures another model instead, a folder or a GGUF file, on
+the first `--tokens` tokens of the same text; its weights are taken as they decode to bfloat16.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from mistral_ext.ops import Quantized
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights, tensor_shapes
 from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.quantize import Quantization, quantize
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "held_out.txt"
@@ -66,6 +68,17 @@ def demo() -> Subject:
     tokenizer, text = Tokenizer.from_folder(DEMO_MODEL), HELD_OUT.read_text()
     weights = load_weights(folder)
     return Subject(folder.config, weights, tokenizer.encode(text)[:4096], tokenizer, text)
+
+
+def real(model: str, tokens: int) -> Subject:
+    folder = read_folder(resolve(model))
+    weights = {
+        name: weight.dequantize(torch.bfloat16) if isinstance(weight, Quantized) else weight
+        for name, weight in load_weights(folder, torch.bfloat16).items()
+    }
+    llm = Mistral.from_pretrained(model, torch.bfloat16)
+    ids = llm.require_tokenizer().encode(HELD_OUT.read_text())
+    return Subject(folder.config, weights, ids[:tokens])
 
 
 def random_7b(layers: int, tokens: int) -> Subject:
@@ -188,7 +201,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=2, help="of the random model")
-    parser.add_argument("--tokens", type=int, default=128, help="read by the random model")
+    parser.add_argument("--tokens", type=int, default=128, help="read by it, or by MODEL")
+    parser.add_argument("--model", help="folder or GGUF file, to be measured instead")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args()
@@ -198,10 +212,11 @@ def main() -> None:
     print_machine(facts)
     report: dict = {"machine": facts}
 
-    for title, subject in (
-        ("demo", demo()),
-        ("random_7b", random_7b(args.layers, args.tokens)),
-    ):
+    if args.model:
+        subjects = {"model": real(args.model, args.tokens)}
+    else:
+        subjects = {"demo": demo(), "random_7b": random_7b(args.layers, args.tokens)}
+    for title, subject in subjects.items():
         exact = subject.llm(FORMATS["fp32"](subject.weights)).logits(subject.ids, chunk=512)
         print(
             f"\n{title}: {subject.config.n_layers} layers; {len(subject.ids)} tokens compared, "
