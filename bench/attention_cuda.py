@@ -32,7 +32,7 @@ def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
     group = HEADS // KV_HEADS
 
     def plain(rings):
-        # Heads of a group as queries of one head: what torch does with enable_gqa, or better.
+        # The heads of a group become queries of one head, at least as fast as enable_gqa.
         q = rings.q.view(-1, KV_HEADS, group, HEAD_DIM)
         return functional.scaled_dot_product_attention(q, rings.k_cache, rings.v_cache)
 
@@ -161,7 +161,7 @@ class Chunk:
         return call
 
     def flash_attention(self, module: str) -> Call:
-        """Of version 2 or 3. Its last query is the last key's."""
+        """FlashAttention 2 or 3. Its last query has the position of the last key."""
         attend = importlib.import_module(module).flash_attn_func
 
         def call(given):

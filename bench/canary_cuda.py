@@ -1,11 +1,12 @@
-"""Whether anything works at all on a GPU, in half a minute: the first thing to run on a new one.
+"""Checks in half a minute that the CUDA kernels work: the first program to run on a new GPU.
 
     python bench/canary_cuda.py [--models bf16 int8 int4 demo] [--json FILE]
 
-Every op once, against plain torch in fp32 on the device; then the checks of tests/model_checks.py
-on a model of two layers, half as wide as Mistral 7B's, in bf16, 8 and 4 bits, and on the demo
-model. Each check is shown as it ends, with what was wrong; one that fails does not stop the others.
-Exits with 1 if one has failed, and at once if the device is lost, because nothing can work then.
+It compares every op once with plain torch in fp32 on the device. Then it runs the checks of
+tests/model_checks.py on the demo model, and in bf16, 8 and 4 bits on a model of two layers that is
+half as wide as Mistral 7B. The result of each check is printed as it ends; a failed check does not
+stop the others. The exit status is 1 if a check has failed. If the device is lost, the program ends
+at once, because nothing can work then.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def op_checks() -> Iterator[Check]:
     yield "rms_norm", rms_norm
     yield "swiglu", swiglu
     yield "rope, attention", rope_and_attention
-    for bits in (None, 8, 4):
-        yield f"linear, {bits or 16} bits", lambda bits=bits: linear(bits)
+    for form in (None, "q8_0", "int4"):
+        yield f"linear, {form or 'plain'}", lambda form=form: linear(form)
     yield "linear_rope", linear_rope
     yield "sample", sample
 

@@ -1,4 +1,4 @@
-"""The CPU path beside the limits of the machine and beside other engines.
+"""Measures the CPU path, and compares it with the limits of the machine and with other engines.
 
     python bench/cpu.py --out bench/results
     python bench/cpu.py [--only decode,prefill,linear] [--weights bf16,int8,int4] [--peers NAMES]
@@ -176,7 +176,7 @@ def summarize(
     n_flops: Callable[[int], int],
     work: Callable[[Any, int], float],
 ) -> dict[str, dict[str, Any]]:
-    """What take_turns has measured.
+    """Reports the measurements of take_turns.
 
     Args:
         what: "decode" or "prefill".

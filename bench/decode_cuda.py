@@ -29,7 +29,7 @@ from measure import write_json
 from measure_cuda import ceilings
 from models import mistral_7b, random_weights_on_gpu
 from peers import Transformers
-from roofline import BITS, decode_step, print_table
+from roofline import KINDS, decode_step, print_table
 from shapes import GPU, scaled
 
 from mistral_ext import _C
@@ -42,13 +42,13 @@ from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import routing
 
 # (weights, sequences, tokens that each has seen)
-CASES = [(name, batch, 128) for name in BITS for batch in (1, 8, 16, 32)]
+CASES = [(name, batch, 128) for name in KINDS for batch in (1, 8, 16, 32)]
 CASES.insert(1, ("bf16", 1, 4096))
 STEPS, RUNS = scaled(32), 5
 
 
 def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]:
-    """Launches a step, and waits for the one before. The one place here that knows the engine."""
+    """Launches a step, and waits for the step before. Only this function knows the engine."""
     config = model.config
     capacity = min(config.sliding_window, history + 4 * STEPS * (RUNS + 2))
     cache = SlotPool(config, capacity * batch, model.dtype, GPU)
@@ -73,7 +73,7 @@ def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]
 
 
 def seconds_of(step: Callable[[], None]) -> float:
-    """Of one of many, the median of several runs."""
+    """Seconds of a step among many: the median of several runs."""
     samples = []
     for run in range(1 + RUNS):
         torch.cuda.synchronize()
@@ -87,7 +87,7 @@ def seconds_of(step: Callable[[], None]) -> float:
 
 
 def kernel_seconds(step: Callable[[], None], launches: int) -> list[float] | None:
-    """Of each kernel of ours in a step, in order; None if a step does not have that many."""
+    """Seconds of each of our kernels in a step, in order; None if a step has fewer kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -114,8 +114,8 @@ def torch_products() -> Iterator[None]:
 def measure(
     model: Transformer, name: str, batch: int, history: int, bandwidth: float, matrix: float
 ) -> dict[str, Any]:
-    """One of CASES, shown and for the report."""
-    launches = list(decode_step(model.config, BITS[name], batch, history))
+    """Measures one of CASES, prints it, and returns it for the report."""
+    launches = list(decode_step(model.config, name, batch, history))
     floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
     step = our_step(model, batch, history)
     seconds = seconds_of(step)
@@ -164,7 +164,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--weights", nargs="+", choices=("none", *BITS), default=list(BITS))
+    parser.add_argument("--weights", nargs="+", choices=("none", *KINDS), default=list(KINDS))
     parser.add_argument("--peers", choices=("none", "torch", "transformers", "all"), default="all")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
@@ -189,7 +189,7 @@ def main() -> None:
         if args.json:
             write_json(args.json, report)
 
-    for name in (name for name in BITS if name in args.weights):
+    for name in (name for name in KINDS if name in args.weights):
         model = Transformer(config, random_weights_on_gpu(config, name))
         for case in (case for case in CASES if case[0] == name):
             report["cases"].append(measure(model, *case, bandwidth, matrix))

@@ -84,7 +84,7 @@ def keep_freed_memory() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures of a run depend on, for the head of a report."""
+    """The facts that the figures of a run depend on, for the head of a report."""
     return {
         "date": date.today().isoformat(),
         "commit": _commit(),
@@ -99,7 +99,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the sources beside this file, if they are a git checkout."""
+    """The commit of the sources beside this file; None: they are not a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()

@@ -46,7 +46,7 @@ class Case:
 
 
 def capture(call: Call, inputs: list[Any]) -> Callable[[], None]:
-    """What runs the call on each of the inputs, as one CUDA graph."""
+    """Captures the call on all inputs as one CUDA graph; returns a function to replay it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, loads and plans what happens once
@@ -121,7 +121,7 @@ def measure(case: Case, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, and the ceilings, per second."""
+    """The facts that figures depend on, and the machine's ceilings per second."""
     device = torch.cuda.get_device_properties(GPU)
     return {
         "gpu": device.name,

@@ -34,20 +34,25 @@ def mistral_7b(layers: int) -> MistralConfig:
     )
 
 
+def random_weight(rows: int, size: int, form: str | None, dtype: torch.dtype) -> Weight:
+    """On the GPU, in a format or, with None, plain. The values of a quantised weight do not matter
+    for the time that it takes, so they are random bits."""
+    if form is None:
+        return random(rows, size, dtype=dtype, device=GPU) / 64
+    parts = Quantization(form).parts("layers.0.weight", (rows, size))
+    integers = torch.iinfo(parts.values.dtype)
+    values = torch.empty_like(parts.values, device=GPU).random_(integers.min, integers.max)
+    return Quantized(values, torch.full_like(parts.scales, 1e-3, device=GPU), form)
+
+
 def random_weights_on_gpu(config: MistralConfig, name: str = "bf16") -> dict[str, Weight]:
-    """In "bf16", "int8" or "int4", where and as loading puts them. Any bits will do for the time
-    that quantised ones take, so none are quantised."""
+    """In "bf16", "int8" or "int4", where and as loading puts them."""
     quantization = None if name == "bf16" else Quantization.from_name(name)
     weights: dict[str, Weight] = {}
     for tensor, shape in tensor_shapes(config).items():
-        parts = quantization.parts(tensor, shape) if quantization else None
-        if parts is not None:
-            integers = torch.iinfo(parts.values.dtype)
-            values = torch.empty_like(parts.values, device=GPU).random_(integers.min, integers.max)
-            scales = torch.full_like(parts.scales, 1e-3, device=GPU)
-            weights[tensor] = Quantized(values, scales, parts.format)
-        elif len(shape) == 2:
-            weights[tensor] = random(*shape, dtype=torch.bfloat16, device=GPU) / 64
+        if len(shape) == 2:
+            form = quantization.format_of(tensor) if quantization else None
+            weights[tensor] = random_weight(*shape, form, torch.bfloat16)
         else:
             weights[tensor] = torch.ones(shape, dtype=torch.bfloat16, device=GPU)
     move_weights(weights, torch.device(GPU))
@@ -81,7 +86,7 @@ def random_weights(config: MistralConfig) -> dict[str, Tensor]:
 
 
 def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
-    """What loading `random_weights` as "int8" or "int4" would give.
+    """The weights that loading `random_weights` as "int8" or "int4" would give.
 
     Only one tensor of each shape is quantised, because they are equal; the others are copies.
     """

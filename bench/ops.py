@@ -49,14 +49,14 @@ from mistral_ext import ops
 
 @dataclass
 class Case:
-    """One row of the table: two functions that do the same, and how much that is."""
+    """A row of the table: two functions with the same result, and their bytes and operations."""
 
     op: str
     shape: str
     ours: Callable[[], Any]
     torch: Callable[[], Any]
     nbytes: int
-    flops: int = 0  # given where they and not the bytes are the limit
+    flops: int = 0  # given if operations are the limit, not bytes
 
 
 def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:

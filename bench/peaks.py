@@ -1,4 +1,4 @@
-"""The limits of this machine, measured by peaks.cpp: what the shares in the benchmarks are of.
+"""Measures the limits of this machine with peaks.cpp. Shares in the benchmarks refer to them.
 
     python bench/peaks.py [--threads N]
 
@@ -75,7 +75,7 @@ def _read(passes: int, loop: int) -> float:
 
 @functools.cache
 def _faster_loop() -> int:
-    """Of those in peaks.cpp, by the best of passes that take turns."""
+    """The faster of the loops in peaks.cpp, by the best of passes that take turns."""
     found = [(_read(1, loop), loop) for _ in range(PASSES) for loop in (0, 1)]
     return max(found)[1]
 

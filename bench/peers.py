@@ -136,8 +136,8 @@ def _llama_cpp():
 
 
 def llama_cpp_build() -> str:
-    """What llama.cpp was compiled for: "AVX2 AVX512 ...". It knows only what it has, not the
-    processor."""
+    """The instruction sets that llama.cpp was compiled for: "AVX2 AVX512 ...". The processor may
+    have others."""
     info = _llama_cpp().llama_print_system_info().decode()
     return " ".join(part.split("=")[0].split(":")[-1].strip() for part in info.split("|")[:-1])
 

@@ -35,9 +35,9 @@ PEAK_NAMES = {
 
 
 def points(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of the model: weights, engine, what was measured, FLOPs per byte, limit and share of it.
+    """The model's points: weights, engine, figure, FLOPs per byte, limit and share of the limit.
 
-    transformers is there once: its weights are bf16, whichever it was compared with.
+    transformers has one point, because its weights are bf16 in every comparison.
     """
     found = []
     seen = set()

@@ -1,4 +1,4 @@
-"""What every launch of a decode step has to move and compute, and how long that must take.
+"""The bytes and operations of every launch of a decode step, and the time they must take.
 
     python bench/roofline.py [--weights bf16|int8|int4] [--batch N] [--history N] [--layers 32]
                              [--bandwidth GB/s] [--matrix TFLOP/s] [--measured FILE]
@@ -25,9 +25,9 @@ from measure import print_header, print_row
 from models import mistral_7b
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.weights.quantize import DEFAULT_GROUP
+from mistral_ext.weights.quantize import Quantization
 
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+KINDS = ("bf16", "int8", "int4")
 ELEMENT = 2  # bytes of an activation, key or value
 NORMALISED_BY_PRODUCTS = 16  # tokens: kNormTokens of csrc/cuda/linear/gemv.cuh
 H200_BANDWIDTH = 4.3e12  # bytes/s of a copy, read and written
@@ -58,26 +58,29 @@ class Launch:
         return max(self.nbytes / bandwidth, self.flops / matrix)
 
 
-def weight_bytes(rows: int, columns: int, bits: int) -> int:
-    """Of a matrix as it is stored, its scales of 2 bytes included."""
-    scales = {16: 0, 8: 2 * rows, 4: 2 * rows * (columns // DEFAULT_GROUP)}[bits]
-    return rows * columns * bits // 8 + scales
+def weight_bytes(rows: int, columns: int, kind: str, name: str) -> int:
+    """Bytes of a stored matrix, its scales included. name: Mistral's."""
+    if kind == "bf16":
+        return rows * columns * ELEMENT
+    return Quantization.from_name(kind).parts(name, (rows, columns)).nbytes
 
 
-def decode_step(config: MistralConfig, bits: int, batch: int, history: int) -> Iterator[Launch]:
+def decode_step(config: MistralConfig, kind: str, batch: int, history: int) -> Iterator[Launch]:
     """The launches of our kernels in a step, in their order.
 
     Args:
         config: the model's shape.
-        bits: of the layers' matrices; the output matrix has 8 if they have 4.
+        kind: of the weights, one of KINDS.
         batch: sequences, a token each.
         history: tokens that each has seen.
     """
 
-    def product(name: str, rows: int, columns: int, bits: int, outputs: int, also: int = 0):
+    def product(
+        name: str, rows: int, columns: int, outputs: int, also: int = 0, weight: str = "layers.0"
+    ):
         return Launch(
             name,
-            weights=weight_bytes(rows, columns, bits),
+            weights=weight_bytes(rows, columns, kind, f"{weight}.weight"),
             activations=batch * ELEMENT * (columns + outputs + also),
             flops=2 * batch * rows * columns,
         )
@@ -91,19 +94,19 @@ def decode_step(config: MistralConfig, bits: int, batch: int, history: int) -> I
     seen = min(history + 1, config.sliding_window or history + 1)
     for _ in range(config.n_layers):
         yield from norm()
-        yield product("qkv, rope, append", queries + 2 * kv, dim, bits, queries + 4 * kv)
+        yield product("qkv, rope, append", queries + 2 * kv, dim, queries + 4 * kv)
         yield Launch(
             "attention",
             cache=batch * (seen - 1) * 2 * kv * ELEMENT,
             activations=batch * ELEMENT * (2 * queries + 2 * kv),
             flops=4 * batch * seen * queries,
         )
-        yield product("wo, residual", dim, queries, bits, dim, also=dim)
+        yield product("wo, residual", dim, queries, dim, also=dim)
         yield from norm()
-        yield product("gate, up, swiglu", 2 * hidden, dim, bits, hidden)
-        yield product("down, residual", dim, hidden, bits, dim, also=dim)
+        yield product("gate, up, swiglu", 2 * hidden, dim, hidden)
+        yield product("down, residual", dim, hidden, dim, also=dim)
     yield from norm()
-    yield product("logits, argmax", config.vocab_size, dim, max(bits, 8), config.vocab_size)
+    yield product("logits, argmax", config.vocab_size, dim, config.vocab_size, weight="output")
 
 
 def print_table(
@@ -141,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", choices=BITS, default="bf16")
+    parser.add_argument("--weights", choices=KINDS, default="bf16")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences")
     parser.add_argument("--history", type=int, default=128, metavar="N", help="tokens seen so far")
     parser.add_argument("--layers", type=int, default=32)
@@ -160,7 +163,7 @@ def main() -> None:
         bandwidth, matrix = report["copy_bandwidth"], report["matrix_rate"]
     for case in cases:
         config = mistral_7b(case["layers"])
-        launches = list(decode_step(config, BITS[case["weights"]], case["batch"], case["history"]))
+        launches = list(decode_step(config, case["weights"], case["batch"], case["history"]))
         floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
         print(
             f"\n{case['weights']}, {case['batch']} sequences after {case['history']} tokens, "

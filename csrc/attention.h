@@ -36,16 +36,17 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for the results of parts of the keys. CPU: attention_scratch_bytes(p). CUDA: of decodes
-  // [S, Hkv, splits, 16, D + 4], then of tiles of prefill [Hkv * tiles * 2, prefill_splits, 64,
-  // D + 4] in the same place, or null with one split of each.
+  // Scratch for partial results, each over a part of the keys. CPU: attention_scratch_bytes(p).
+  // CUDA: null if neither a decode nor a tile of prefill is split; otherwise decodes use [S, Hkv,
+  // splits, 16, D + 4], and prefill then reuses the memory as [Hkv * tiles * 2, prefill_splits, 64,
+  // D + 4].
   float* partials;
 
   // CUDA only
   int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
   int32_t splits;     // blocks among which the keys of a decode are divided
-  int32_t prefill_splits;  // those of a tile of prefill, for the kernel of sm_90a
-  int32_t* counters;  // scratch: zeros, and left zeros. The first [S, Hkv] are for late tokens.
+  int32_t prefill_splits;  // the same for a tile of prefill, in the kernel of sm_90a
+  int32_t* counters;  // scratch, zero before and after. The first [S, Hkv] are for late tokens.
 };
 
 namespace cpu {
@@ -54,7 +55,7 @@ void attention(const AttentionParams& p, int threads);
 }  // namespace cpu
 
 namespace cuda {
-// Of those that `is_head_dim` allows.
+// A subset of what `is_head_dim` allows.
 constexpr bool attention_takes_head_dim(int64_t dim) { return dim == 64 || dim == 128; }
 }  // namespace cuda
 
@@ -65,11 +66,12 @@ struct AttentionScratch {
   int64_t partials;  // floats
   int64_t counters;  // ints
 };
-// What `attention` needs for p, all of which but the scratch is set, and for sequences that see at
-// most `longest` keys.
+// The scratch that `attention` needs for p if no sequence sees more than `longest` keys. Every
+// field of p but the scratch must be set.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
-// bf16 and fp16, few head dimensions; every row of 16-byte aligned q, k and v.
+// Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k and v
+// must be 16-byte aligned.
 cudaError_t attention(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace cuda

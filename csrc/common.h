@@ -1,5 +1,4 @@
-// What every kernel and every params struct shares: the glossary of shape letters and the
-// element types.
+// Shared by every kernel and params struct: the glossary of shape letters and the element types.
 //
 //   T    new tokens of a call, all sequences packed one after another
 //   S    sequences of a call
@@ -54,8 +53,8 @@ template <class F>
   }
 }
 
-// Head dimensions are multiples of 32 (a half, the unit of rotation, is then a whole number of
-// 16-lane vectors) up to this.
+// The largest head dimension. All are multiples of 32, so that half a head, the unit of rotation,
+// is a whole number of 16-lane vectors.
 constexpr int64_t kMaxHeadDim = 256;
 constexpr bool is_head_dim(int64_t dim) { return dim >= 32 && dim % 32 == 0 && dim <= kMaxHeadDim; }
 

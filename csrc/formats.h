@@ -1,6 +1,6 @@
-// How weights are stored: the one list of formats. What differs between them is here, in the traits
-// of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for Python, in
-// mistral_ext/ops/weight.py.
+// The one list of weight formats, and how each is stored. Everything that differs between formats
+// is here, in the traits of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for
+// Python, in mistral_ext/ops/weight.py.
 #pragma once
 
 #include "common.h"
@@ -13,19 +13,21 @@ namespace mistral {
 //   int4   [N, K / 8] words of 32 bits, each of 8 neighbouring values; a bf16 scale for each 32, 64
 //          or 128 neighbouring values. Value i of a word is in two's complement at bit
 //          int4_shift(i): (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1).
-//   q8_0   [N, K] int8; an fp16 scale for each 32 neighbouring values: GGUF's Q8_0, with its values
-//          and its scales apart, so that rows are read by 16 bytes
+//   q8_0   [N, K] int8; an fp16 scale for each 32 neighbouring values: GGUF's Q8_0, but with values
+//   and
+//          scales in separate arrays, so that a row is read in accesses of 16 bytes
 enum class WeightFormat { plain, int8, int4, q8_0 };
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
 struct FormatInfo {
   const char* name;
-  const char* value_dtype;  // torch's name for an element of the values; null: that of x
+  const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
   const char* scale_dtype;  // null: there are no scales
-  int64_t bits;             // of a value; 0: those of the dtype of x
+  int64_t bits;             // bits of a value; 0: as many as the dtype of x has
   int64_t element_values;   // values in an element
-  // Neighbouring values that share a scale, a power of two. 0: all of a row.
+  // The fewest and the most neighbouring values that share a scale, powers of two. 0: the whole row
+  // shares a scale.
   int64_t least_group;
   int64_t most_group;
 };

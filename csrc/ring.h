@@ -59,7 +59,7 @@ MISTRAL_HOST_DEVICE int64_t ring_slot(const Sequence& s, int64_t position) {
   return position % s.capacity;
 }
 
-// The slot that lies at most C after slot 0, without a division.
+// slot mod C for a slot below 2 C, without a division.
 MISTRAL_HOST_DEVICE int wrapped_slot(int slot, int capacity) {
   return slot < capacity ? slot : slot - capacity;
 }
@@ -90,7 +90,8 @@ MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
   return max(0, position - window + 1);
 }
 
-// The first position of a chunk that is stored: later ones take the slots of those before it.
+// The first position of a chunk that is stored. Earlier tokens of the chunk would lose their slots
+// to later ones.
 MISTRAL_HOST_DEVICE int64_t first_stored(const Sequence& s) {
   return max(s.position, s.position + s.count - s.capacity);
 }

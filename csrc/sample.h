@@ -1,19 +1,19 @@
-// From logits to the next token, for every row of a batch by options of its own.
+// Chooses the next token from logits. Every row of a batch has its own options.
 //
 //   x      = logit + bias, then the repetition penalty (tokens of prompt and completion), then the
 //            presence and frequency penalties (tokens of the completion), rounded to fp32
 //   choice = the largest x                                                  at temperature 0, else
 //            the largest x / temperature + g   of those that min_p, top_k and top_p leave, in turn
 //
-// and of equals the lower id. g = -log(-log(u)) is Gumbel noise, which makes this a draw from the
+// The lower id wins a tie. g = -log(-log(u)) is Gumbel noise, which makes this a draw from the
 // softmax of what is left (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). u is a pure
 // function of (seed, index, step, token): the word number token % 4 of Philox with the key (seed,
 // index) and the counter (token / 4 + 1, step, 0, 0), its upper 53 bits as a fraction. These are
 // the numbers of numpy's Generator(Philox(key=[seed, index], counter=[0, step, 0, 0])).random(V).
 //
-// The functions below are that definition, for both devices. What has to be the same on both is
-// computed in double, or in integers: sums of probabilities above all, which are in fixed point so
-// that their order does not matter.
+// The functions below are that definition, for both devices. Results that must agree between
+// devices are computed in double or in integers. Sums of probabilities are in fixed point, so that
+// their order does not matter.
 #pragma once
 
 #include <cmath>
@@ -51,11 +51,11 @@ struct NoiseState {
 constexpr int64_t kNoiseFields = 3;
 static_assert(sizeof(NoiseState) == kNoiseFields * sizeof(int64_t));
 
-// N rows of logits, each sampled with the state in one of the M rows of the tables: another one
-// each. `history` is 2 * (times that the token was chosen) + (1 if it is in the prompt).
+// N rows of logits. Row n uses row rows[n] of the tables, and no two rows of logits use the same
+// row. `history` is 2 * (times that the token was chosen) + (1 if it is in the prompt).
 struct SampleParams {
   const float* logits;             // [N, V]
-  const int64_t* rows;             // [N], of the tables
+  const int64_t* rows;             // [N], rows of the tables
   const SamplingOptions* options;  // [M]
   NoiseState* noise;               // [M]
   int32_t* history;                // [M, V]; the chosen token is counted
@@ -96,8 +96,8 @@ MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingO
   return static_cast<float>(x);
 }
 
-// ---- Keys and ranks: x as an integer of the same order, and with the id below it, so that no two
-// tokens are equal.
+// ---- Keys and ranks. A key is x as an integer of the same order. A rank has the key in its high
+// bits and the id in its low bits, so that no two tokens are equal.
 
 constexpr uint32_t kNanKey = 0xffffffff;  // above all others: the maximum finds it
 
@@ -135,21 +135,21 @@ MISTRAL_HOST_DEVICE int64_t id_of_rank(Rank rank) {
 
 MISTRAL_HOST_DEVICE Rank higher(Rank a, Rank b) { return a > b ? a : b; }
 
-// ---- What is left: the tokens whose rank is a threshold or above.
+// ---- Filters: a filter leaves the tokens whose rank is at or above a threshold.
 
 // False if there is nothing to choose from: a NaN, or -inf everywhere.
 MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
   return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
 }
 
-// Its token; -1 if there is nothing to choose from.
+// The token of this rank; -1 if there is nothing to choose from.
 MISTRAL_HOST_DEVICE int64_t greedy_choice(Rank best) {
   return can_choose(best) ? id_of_rank(best) : -1;
 }
 
-// x / temperature, less that of the most likely token: log of the relative probability.
+// The log of a token's probability relative to that of the most likely token.
 MISTRAL_HOST_DEVICE double scaled(float x, float largest, double temperature) {
-  if (x == largest) return 0;  // infinite ones too
+  if (x == largest) return 0;  // also if both are infinite
   return (static_cast<double>(x) - static_cast<double>(largest)) / temperature;
 }
 
@@ -166,7 +166,7 @@ MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o
 }
 
 // The probabilities of a row relative to the largest, in units so small that a sum over the
-// vocabulary just fits 63 bits: 2^-47 for 32768 tokens. What is less than half a unit is 0.
+// vocabulary just fits 63 bits: 2^-47 for 32768 tokens. Probabilities below half a unit become 0.
 struct Weights {
   float largest;
   double temperature;
@@ -184,8 +184,8 @@ MISTRAL_HOST_DEVICE double weight_scale(int64_t vocab_size) {
   return scale;
 }
 
-// What is summed over the tokens from the most likely down, and when it is enough. `measure` is
-// that of one token.
+// A filter that sums a measure over the tokens, from the most likely down, until the sum is enough.
+// `measure` is the amount of one token.
 struct TopK {
   double k;
   MISTRAL_HOST_DEVICE uint64_t measure(uint32_t) const { return 1; }
@@ -194,7 +194,7 @@ struct TopK {
 
 struct TopP {
   Weights weights;
-  uint64_t total;  // of what min_p and top_k leave
+  uint64_t total;  // the sum over the tokens that min_p and top_k leave
   double p;
   MISTRAL_HOST_DEVICE uint64_t measure(uint32_t key) const { return weights(key); }
   MISTRAL_HOST_DEVICE bool reached(uint64_t mass) const {

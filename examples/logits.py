@@ -1,4 +1,4 @@
-"""What the model thinks comes next: the logits of a prompt, without generating."""
+"""Compute the logits of a prompt, without generating."""
 
 import mistral_ext
 from mistral_ext.llm import DEMO_MODEL

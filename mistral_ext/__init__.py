@@ -1,7 +1,7 @@
 """A small engine for Mistral 7B: hand-written kernels, a ring cache, and text.
 
-Names are imported when they are first used: torch takes seconds, and `mistral-ext --help` needs
-none of it.
+Names are imported when they are first used: importing torch takes seconds, and `mistral-ext --help`
+does not need it.
 """
 
 from importlib import import_module

@@ -22,8 +22,8 @@ def read_text_file(path: str | Path) -> str:
 def decode_text(data: bytes, name: str) -> str:
     """Text from the bytes of a file called `name`.
 
-    Windows' programs begin a text with a byte order mark and end lines in CR LF. Neither is meant
-    as part of the text, and both would change its tokens: the mark is dropped, CR LF becomes LF.
+    Programs of Windows begin a text with a byte order mark and end lines with CR LF. Both would
+    change the text's tokens, so the mark is dropped and CR LF becomes LF.
     """
     try:
         text = data.decode("utf-8")
@@ -38,25 +38,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: naming the file, if it holds anything else.
+        ValueError: the file holds anything else; the message names the file.
     """
     refuse_lfs_pointer(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object, not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON, expected a JSON object: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file holds, in place of its content, where git-lfs would get the content from."""
+    """Whether a file is a git-lfs pointer: it only says where its content is."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raise ValueError if the file only says where git-lfs has the real one."""
+    """Raises ValueError if the file is a git-lfs pointer."""
     if is_lfs_pointer(path):
         raise ValueError(f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull'")

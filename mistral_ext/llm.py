@@ -1,7 +1,6 @@
 """Text from a model: load it, complete prompts, stream, chat.
 
-Everything here is a request to the engine (`mistral_ext.engine.engine`), and a loop over what
-comes of it.
+All functions here send requests to the engine (`mistral_ext.engine.engine`) and read its outputs.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from mistral_ext.text.chat_template import (
     encode_chat,
     extend_chat,
 )
+from mistral_ext.text.grammar import Grammar, GrammarCompiler
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
@@ -49,7 +49,7 @@ def generate(
     """Completes a prompt, or each of a list of prompts.
 
     Args:
-        prompt: text or token ids, or a list of those.
+        prompt: text, token ids, or a list of prompts.
         model: a Mistral, a model folder or a hub id; None: the small demo model of this package.
             The last folder or id stays loaded.
         sampling: fields of `SamplingParams`.
@@ -75,12 +75,12 @@ class Mistral:
         config: the model's shape and constants.
         model: the transformer.
         tokenizer: None if the folder had none; prompts are then lists of token ids.
-        prefill_chunk: prompt tokens read in one pass, at least 32; more is faster and takes more
-            memory.
+        prefill_chunk: prompt tokens read in one pass, at least 32. A larger chunk is faster and
+            takes more memory.
         max_batch: completions generated at once. On the CPU, up to 8 do not change each other's
             text; with more, products round differently.
-        cache_tokens: tokens that the cache has room for, of all completions and of prompts that
-            may come again; None: see `engine.memory.default_slots`.
+        cache_tokens: tokens that the cache has room for: those of running completions, and those
+            kept for later prompts. None: see `engine.memory.default_slots`.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Mistral:
         self.max_batch = max_batch
         self.cache_tokens = cache_tokens
         self._making_engine = threading.Lock()
+        self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
 
     @classmethod
     def from_pretrained(
@@ -119,23 +120,23 @@ class Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
         the hub.
 
-        Weights are memory-mapped: they take memory as they are read, and once.
+        Weights are memory-mapped: they take memory when they are read, and only once.
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
                 "OWNER/NAME:FILE.gguf".
             device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
-            dtype: float32, bfloat16 or float16; None: as stored. Another than the stored one
-                copies all weights but those in 8 or 4 bits.
+            dtype: float32, bfloat16 or float16; None: as stored. Another dtype than the stored one
+                copies all weights except quantised ones.
             prefill_chunk, max_batch, cache_tokens: see `Mistral`.
             progress: show a progress bar if stderr is a terminal.
-            quantize: "int8" or "int4": round the weights to as many bits while they are read, see
-                `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` does it once
-                for all.
+            quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
+                `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` writes the
+                result to a folder.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: naming the file, tensor or argument.
+            FileNotFoundError, ValueError, TypeError: the message names the file, tensor or option.
         """
         device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
@@ -144,7 +145,7 @@ class Mistral:
             tokenizer = Tokenizer.from_folder(path)
         else:
             tokenizer = Tokenizer.from_gguf(path, folder.gguf.metadata)
-        # Before 14 GB are read.
+        # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
@@ -163,7 +164,7 @@ class Mistral:
 
     @property
     def engine(self) -> Engine:
-        """What completes all requests to this model, from all threads; made when first needed."""
+        """The engine, which completes all requests of all threads; made when first needed."""
         with self._making_engine:
             return self._engine
 
@@ -171,15 +172,15 @@ class Mistral:
         """Completes prompts, together where there are several.
 
         Args:
-            prompts: text or token ids, or a list of those. Text is tokenized with a
-                beginning-of-text token; token ids are taken as they are.
+            prompts: text, token ids, or a list of prompts. Text is tokenized with a
+                beginning-of-text token; token ids are not changed.
             sampling: fields of `SamplingParams`.
 
         Returns:
             The completions, n of them for each prompt, in the order of the prompts.
 
         Raises:
-            ValueError, TypeError: naming the prompt or option that is wrong.
+            ValueError, TypeError: the message names the prompt or option that is wrong.
         """
         params = SamplingParams.from_options(sampling)
         requests = [
@@ -242,7 +243,7 @@ class Mistral:
         tools: Sequence[Mapping[str, object]] | None = None,
         template: ChatTemplate | None = None,
     ) -> list[int]:
-        """The token ids that `chat` would have the model reply to.
+        """The token ids of the prompt that `chat` makes of a conversation.
 
         Args:
             messages: as in `chat`.
@@ -304,8 +305,8 @@ class Mistral:
     def max_length(self) -> int | None:
         """Tokens of prompt and completion together, at most; None: no limit.
 
-        A model with a window sees W tokens wherever it is and goes on for ever; without one it
-        knows the positions it was trained for.
+        A model with a window sees W tokens at any position, so it has no limit. A model without a
+        window is limited to the positions it was trained for.
         """
         return None if self.config.sliding_window else self.config.max_positions
 
@@ -351,13 +352,13 @@ class Mistral:
         salt: str | None = None,
         stop_token_ids: Sequence[int] = (),
     ) -> Request:
-        """A request to `engine`, for callers that step it themselves.
+        """Makes a request to `engine`, for callers that step the engine themselves.
 
         Args:
             ids: the prompt, token ids of the model.
             params: the options.
-            index: which of the prompt's n completions it is.
-            starts_text: the completion begins a text (a reply) and does not continue one.
+            index: which of the prompt's n completions to make.
+            starts_text: the completion begins a text, as a reply does; else it continues a text.
             reuse_completions, salt: see `Request`.
             stop_token_ids: tokens that end the completion, besides the model's own.
         """
@@ -376,12 +377,29 @@ class Mistral:
             text=text,
             reuse_completions=reuse_completions,
             salt=salt,
+            grammar=self.grammar(params, starts_text),
         )
+
+    def grammar(self, params: SamplingParams, starts_text: bool = False) -> Grammar | None:
+        """What the options have completions match, compiled; None: nothing. The last ones are kept.
+
+        Args:
+            params, starts_text: as in `request`.
+
+        Raises:
+            ValueError: it does not compile.
+            ImportError: llguidance is missing.
+        """
+        if params.constraint is None:
+            return None
+        self.require_tokenizer()
+        assert self._grammars is not None
+        return self._grammars.compile(params.constraint, starts_text)
 
     @property
     def _vocab_size(self) -> int:
         # A model may have more rows than the tokenizer has tokens (padding), or fewer (a padding
-        # token that was added without a row): only what is both is ever sampled.
+        # token that was added without a row). Only ids that have both are sampled.
         rows = self.config.vocab_size
         return min(self.tokenizer.vocab_size, rows) if self.tokenizer else rows
 
@@ -392,8 +410,7 @@ class Mistral:
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:
-        # Fine-tunes that end turns with a token of their own may say so in the tokenizer's files
-        # alone.
+        # A fine-tune may name its own token for the end of a turn only in the tokenizer's files.
         eos_ids = self.config.eos_ids
         return (*eos_ids, self.tokenizer.eos_id) if self.tokenizer else eos_ids
 
@@ -402,8 +419,8 @@ class Stream:
     """Iterator over the text of one completion.
 
     Attributes:
-        token_ids: what was generated so far.
-        completion: the whole of it, once the iteration has ended; None before.
+        token_ids: the tokens generated so far.
+        completion: the whole completion, once the iteration has ended; None before.
     """
 
     def __init__(self, outputs: Outputs) -> None:
@@ -425,22 +442,22 @@ class Stream:
         raise StopIteration
 
     def close(self) -> None:
-        """Breaks the completion off, if it has not ended; what it holds is free at once."""
+        """Aborts the completion, if it has not ended, and frees its memory."""
         self._outputs.close()
 
 
 class Chat:
     """A conversation with an Instruct model.
 
-    The engine keeps what has been read and written in its cache, so a turn costs its own tokens
-    only, however long the conversation, unless others needed the memory meanwhile. Any thread may
-    use it: a turn ends the reply before, wherever that is.
+    The engine keeps the conversation's tokens in its cache, so a turn reads only its own tokens,
+    unless other requests needed the memory meanwhile. Any thread may use a Chat: a new turn ends a
+    reply that is still being written.
 
     Attributes:
         messages: the conversation so far, as `Mistral.chat` takes it.
         ids: its tokens, as the model read and wrote them.
-        prompt_ids: those of them that the last reply answers.
-        completion: the last reply, if it was not broken off.
+        prompt_ids: the tokens that the last reply answers.
+        completion: the last reply; None if it was closed before its end.
     """
 
     def __init__(self, llm: Mistral, system: str | None, template: ChatTemplate) -> None:
@@ -456,9 +473,11 @@ class Chat:
         self._lock = threading.RLock()
 
     def send(self, text: str, **sampling: Any) -> Reply:
-        """Says `text` and streams the reply. A reply that is broken off (closed, by Ctrl-C, or by
-        the next turn) stays in the conversation as far as it came. A turn whose reply has no text
-        is forgotten: templates have no empty replies.
+        """Sends a message and streams the reply.
+
+        A reply that is interrupted (by `close`, Ctrl-C or the next turn) stays in the conversation
+        as far as it was written. A turn whose reply has no text is dropped, because templates have
+        no empty replies.
 
         Args:
             text: the user's message.
@@ -513,8 +532,7 @@ class Reply(Iterator[str]):
             return piece
 
     def close(self) -> None:
-        """Breaks the reply off, if it has not ended; what it says so far stays in the
-        conversation."""
+        """Aborts the reply, if it has not ended; its text so far stays in the conversation."""
         with self._chat._lock:
             if not self._is_open:
                 return
@@ -562,8 +580,8 @@ def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path
 
 
 def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
-    """TypeError or ValueError that begins with `name`, unless they are one or more token ids."""
-    # Of bytes, each is an int to Python, and a bool is one too.
+    """Raises TypeError or ValueError, which names `name`, unless ids are one or more token ids."""
+    # To Python, each element of a bytes object is an int, and so is a bool.
     if (
         not isinstance(ids, Sequence)
         or isinstance(ids, bytes | bytearray | memoryview)
@@ -578,7 +596,7 @@ def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """Whether it is one prompt, text or token ids, rather than a list of prompts."""
+    """Whether `prompt` is a single prompt (text or token ids), not a list of prompts."""
     return isinstance(prompt, str) or (
         isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Integral)
     )

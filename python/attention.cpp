@@ -24,9 +24,8 @@ void expect_prefill_kernel(const char* op, int device) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) {
-    fail(op, "attention kernel is 'sm90', but cuda:" + std::to_string(device) +
-                 " has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-                 ", expected 9.0");
+    fail(op, "cuda:" + std::to_string(device) + " has compute capability " + std::to_string(major) +
+                 "." + std::to_string(minor) + ", expected 9.0 for attention kernel 'sm90'");
   }
 }
 
@@ -87,14 +86,15 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
     counters = scratch.counters;
   }
 #endif
-  return {workspace_bytes, counters, [p, q](void* workspace, int32_t* zeros, Lane lane) mutable {
+  return {workspace_bytes, counters,
+          [p, q](void* workspace, int32_t* zeros, ExecutionTarget target) mutable {
             p.partials = static_cast<float*>(workspace);
             p.counters = zeros;
-            run(q, lane, p, MISTRAL_KERNELS(attention));
+            run(q, target, p, MISTRAL_KERNELS(attention));
           }};
 }
 
-// Those that all ops take on a kind of device.
+// The head dimensions that all ops take on a kind of device.
 std::vector<int64_t> head_dims(const std::string& device_type) {
   const auto taken = [&](int64_t dim) {
     if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);

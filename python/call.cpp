@@ -9,7 +9,7 @@ void bind_call(py::module_& m) {
   py::class_<Call>(m, "Call", py::module_local())
       .def_readonly("workspace_bytes", &Call::workspace_bytes)
       .def_readonly("counters", &Call::counters)
-      .def("run", &Call::run, py::arg("workspace"), py::arg("counters"), py::arg("lane"));
+      .def("run", &Call::run, py::arg("workspace"), py::arg("counters"), py::arg("target"));
 }
 
 }  // namespace mistral::python

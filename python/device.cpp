@@ -4,10 +4,10 @@ namespace mistral::python {
 
 #ifdef MISTRAL_CUDA
 
-uint64_t capture_id(Lane lane) {
+uint64_t capture_id(ExecutionTarget target) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
-  cuda::checked(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(lane), &status, &id));
+  cuda::checked(cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(target), &status, &id));
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 

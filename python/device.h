@@ -16,12 +16,12 @@ namespace mistral::python {
 #define MISTRAL_KERNELS(op) &cpu::op
 #endif
 
-// Where a call runs: on the CPU the number of threads, on a CUDA device the stream's handle.
-using Lane = int64_t;
+// What a call runs on: the number of threads on the CPU, the handle of a stream on a CUDA device.
+using ExecutionTarget = int64_t;
 
 #ifdef MISTRAL_CUDA
 
-// Makes a device current for the time of a call.
+// Makes a device current for its own lifetime.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index) {
@@ -36,7 +36,7 @@ class CurrentDevice {
     if (changed_) cuda::checked(cudaSetDevice(before_));
   }
 
-  // Whether it is current.
+  // cudaSuccess if the device is current.
   cudaError_t status() const { return status_; }
 
  private:
@@ -45,26 +45,26 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// Of the CUDA graph that a stream is being captured into; 0: of none. No two graphs have the same.
-uint64_t capture_id(Lane lane);
+// The id of the CUDA graph that a stream is being captured into, or 0. No two graphs share an id.
+uint64_t capture_id(ExecutionTarget target);
 
-// Throws ValueError for a device that is older than the kernels' instructions, for any other cause
-// RuntimeError with the runtime's own words.
+// Throws ValueError if the device is older than the kernels' instructions, and otherwise
+// RuntimeError with the message of the CUDA runtime.
 [[noreturn]] void fail_launch(const char* op, int index, cudaError_t status);
 
 template <class Params>
-void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&, int),
+void run(const Tensor& x, ExecutionTarget target, const Params& p, void (*cpu)(const Params&, int),
          cudaError_t (*cuda)(const Params&, cudaStream_t)) {
   if (!x.is_cuda()) {
     const py::gil_scoped_release release;
-    return cpu(p, static_cast<int>(lane));
+    return cpu(p, static_cast<int>(target));
   }
   cudaError_t status;
   {
     const py::gil_scoped_release release;
     const CurrentDevice device(x.device_index());
     status = device.status();
-    if (status == cudaSuccess) status = cuda(p, reinterpret_cast<cudaStream_t>(lane));
+    if (status == cudaSuccess) status = cuda(p, reinterpret_cast<cudaStream_t>(target));
   }
   if (status != cudaSuccess) fail_launch(x.op(), x.device_index(), status);
 }
@@ -72,14 +72,15 @@ void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&,
 #else
 
 template <class Params>
-void run(const Tensor& x, Lane lane, const Params& p, void (*cpu)(const Params&, int)) {
+void run(const Tensor& x, ExecutionTarget target, const Params& p,
+         void (*cpu)(const Params&, int)) {
   if (x.is_cuda()) {
     fail(x.op(),
-         "x is on a CUDA device, but this build of mistral_ext has no CUDA kernels: install it "
-         "again with nvcc on PATH and MISTRAL_EXT_CUDA=on");
+         "tensors are on a CUDA device, expected cpu: this build of mistral_ext has no CUDA "
+         "kernels. Install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on");
   }
   const py::gil_scoped_release release;
-  cpu(p, static_cast<int>(lane));
+  cpu(p, static_cast<int>(target));
 }
 
 #endif

@@ -1,4 +1,4 @@
-// What a launch that failed becomes in Python.
+// Turns a failed launch into a Python exception.
 #include <stdexcept>
 
 #include "device.h"

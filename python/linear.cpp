@@ -28,13 +28,13 @@ Names names_of(Epilogue epilogue, size_t parts) {
           {"scales of weight[0]", "scales of weight[1]", "scales of weight[2]"}};
 }
 
-// Weights as the ops have them: of weight i its values, its scales (None: there are none) and the
-// name of its format.
+// The weights of a call: the values of each, its scales (None if it has none) and the name of its
+// format.
 struct Weights {
   py::list values, scales, formats;
 };
 
-// That a row of `inputs` values has whole groups of a size that the format allows.
+// Checks that a row of `inputs` values consists of whole groups of a size that the format allows.
 void expect_groups(const char* op, const char* name, int64_t inputs, int64_t groups,
                    const WeightPart& part) {
   const FormatInfo& format = info(part.format);
@@ -61,7 +61,7 @@ WeightFormat format_of(const char* op, const char* name, const py::handle& given
   fail(op, "format of " + std::string(name) + " is '" + wanted + "', expected one of " + names);
 }
 
-// Weight i as a part, after checks against x [T, K].
+// Checks weight i against x [T, K] and returns it as a part.
 WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
                    const Tensor& x) {
   const int64_t inputs = x.size(1);
@@ -113,17 +113,17 @@ LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
   p.eps = static_cast<float>(eps);
   const size_t count = weights.values.size();
   if (count < 1 || count > static_cast<size_t>(kMaxParts)) {
-    fail(op,
-         "got " + std::to_string(count) + " weights, expected 1 to " + std::to_string(kMaxParts));
+    fail(op, "number of weights is " + std::to_string(count) + ", expected 1 to " +
+                 std::to_string(kMaxParts));
   }
   if (epilogue == Epilogue::rope && count != 3) {
     fail(op,
-         "got " + std::to_string(count) + " weights, expected 3: those of query, key and value");
+         "number of weights is " + std::to_string(count) + ", expected 3: query, key and value");
   }
   if (weights.scales.size() != count || weights.formats.size() != count) {
-    fail(op, "got " + std::to_string(weights.scales.size()) + " scales and " +
-                 std::to_string(weights.formats.size()) + " formats, expected " +
-                 std::to_string(count) + " of each like weights");
+    fail(op, "number of scales is " + std::to_string(weights.scales.size()) + " and of formats " +
+                 std::to_string(weights.formats.size()) + ", expected " + std::to_string(count) +
+                 " like weights");
   }
   const Names names = names_of(epilogue, count);
   int64_t outputs = 0;
@@ -158,8 +158,8 @@ LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
   return p;
 }
 
-// linear_rope: sets the head dimension, which is that of the pool, and checks that the weights have
-// whole heads.
+// For linear_rope: takes the head dimension from the pool, and checks that the weights have whole
+// heads.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
@@ -200,7 +200,7 @@ Op find_op(const std::string& name) {
 
 #ifdef MISTRAL_CUDA
 
-// What 16-byte accesses need.
+// Checks what 16-byte accesses need.
 void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
   const int64_t unit = cuda::row_unit(p);
   if (p.inputs % unit != 0) {
@@ -235,7 +235,7 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
   return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
 }
 
-// For the caller who then multiplies by other means. out may be None.
+// Only checks, for a caller that multiplies with torch. out may be None.
 void check_linear(const std::string& name, py::object x, py::list values, py::list scales,
                   py::list formats, py::object norm, double eps, py::object out) {
   const Op op = find_op(name);
@@ -247,13 +247,14 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
   LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
-  return {scratch_bytes(x, p), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
+  return {scratch_bytes(x, p), 0,
+          [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.scratch = workspace;
-            run(x, lane, p, MISTRAL_KERNELS(linear));
+            run(x, target, p, MISTRAL_KERNELS(linear));
           }};
 }
 
-// For the caller who then multiplies by other means, and calls rope.
+// Only checks, for a caller that multiplies with torch and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
                        py::object norm, double eps, py::object k_pool) {
   LinearParams p = checked(kLinearRope, Tensor(kLinearRope, "x", x), {values, scales, formats},
@@ -278,9 +279,10 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
                           sequences, window);
   batch.fill(p.rope);
   p.rope.frequencies = checked_frequencies(batch.q, frequencies);
-  return {scratch_bytes(x, p.linear), 0, [x, p](void* workspace, int32_t*, Lane lane) mutable {
+  return {scratch_bytes(x, p.linear), 0,
+          [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.linear.scratch = workspace;
-            run(x, lane, p, MISTRAL_KERNELS(linear_rope));
+            run(x, target, p, MISTRAL_KERNELS(linear_rope));
           }};
 }
 
@@ -298,7 +300,7 @@ LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::o
   return p;
 }
 
-// For the caller who then multiplies by other means.
+// Only checks, for a caller that multiplies with torch.
 void check_linear_argmax(py::object x, py::list values, py::list scales, py::list formats,
                          py::object norm, double eps, std::optional<int64_t> limit) {
   checked_argmax(Tensor(kLinearArgmax, "x", x), {values, scales, formats}, norm, eps, limit,
@@ -317,10 +319,10 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
   p.token_ids = static_cast<int64_t*>(token_ids.data());
   const auto counters = x.is_cuda() ? int64_t{sizeof(RunningArgmax) / sizeof(int32_t)} : 0;
   return {scratch_bytes(x, p), counters,
-          [x, p](void* workspace, int32_t* zeros, Lane lane) mutable {
+          [x, p](void* workspace, int32_t* zeros, ExecutionTarget target) mutable {
             p.scratch = workspace;
             p.running = reinterpret_cast<RunningArgmax*>(zeros);
-            run(x, lane, p, MISTRAL_KERNELS(linear));
+            run(x, target, p, MISTRAL_KERNELS(linear));
           }};
 }
 
@@ -328,7 +330,7 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 // out[N, K] = values * scales, on a CUDA device.
 void dequantize(py::object values, py::object scales, const std::string& format, py::object out_,
-                Lane lane) {
+                ExecutionTarget target) {
   constexpr const char* op = "dequantize";
   const Tensor out(op, "out", out_);
   out.expect_shape({-1, -1});
@@ -354,7 +356,7 @@ void dequantize(py::object values, py::object scales, const std::string& format,
     fail(op, "out has " + std::to_string(out.size(0)) + " rows, expected " +
                  std::to_string(p.weight.rows) + " like weight");
   }
-  run<DequantizeParams>(out, lane, p, nullptr, &cuda::dequantize);
+  run<DequantizeParams>(out, target, p, nullptr, &cuda::dequantize);
 }
 
 #endif
@@ -397,10 +399,10 @@ void bind_linear(py::module_& m) {
         py::arg("out"), py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("format"),
-        py::arg("out"), py::arg("lane"));
+        py::arg("out"), py::arg("target"));
 #endif
   m.def("weight_formats", &weight_formats);
-  m.attr("few_tokens") = cpu::kFewTokens;
+  m.attr("gemv_tokens") = cpu::kGemvTokens;
 }
 
 }  // namespace mistral::python

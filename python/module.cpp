@@ -62,7 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = MISTRAL_CUDA;
   m.def("overlapping", &cuda::overlapping);
   m.def("overlap", &cuda::overlap, py::arg("wanted"));
-  m.def("capture_id", &python::capture_id, py::arg("lane"));
+  m.def("capture_id", &python::capture_id, py::arg("target"));
   m.def("attention_kernels", &attention_kernels);
   m.def("active_attention", [] { return cuda::name(cuda::active_prefill()); });
   m.def("select_attention", &cuda::select_prefill, py::arg("name"));

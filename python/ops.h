@@ -1,4 +1,4 @@
-// The bindings, one file per op: checks its arguments and fills its params struct.
+// The bindings, one file per op. A binding checks the arguments and fills the params struct.
 #pragma once
 
 #include <pybind11/pybind11.h>

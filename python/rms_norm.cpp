@@ -8,7 +8,7 @@ namespace mistral::python {
 namespace {
 
 void rms_norm(py::object x_, py::object weight_, py::object residual_, py::object out_, float eps,
-              Lane lane) {
+              ExecutionTarget target) {
   constexpr const char* op = "rms_norm";
   const Tensor x(op, "x", x_), weight(op, "weight", weight_), out(op, "out", out_);
   x.expect_shape({-1, -1});
@@ -36,14 +36,14 @@ void rms_norm(py::object x_, py::object weight_, py::object residual_, py::objec
     p.residual = residual.data();
     p.stride_residual_token = residual.stride(0);
   }
-  run(x, lane, p, MISTRAL_KERNELS(rms_norm));
+  run(x, target, p, MISTRAL_KERNELS(rms_norm));
 }
 
 }  // namespace
 
 void bind_rms_norm(py::module_& m) {
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("residual").none(true),
-        py::arg("out"), py::arg("eps"), py::arg("lane"));
+        py::arg("out"), py::arg("eps"), py::arg("target"));
 }
 
 }  // namespace mistral::python

@@ -10,14 +10,15 @@ namespace mistral::python {
 namespace {
 
 void rope(py::object q, py::object k, py::object v, py::object k_pool, py::object v_pool,
-          py::object sequences, py::object frequencies, std::optional<int64_t> window, Lane lane) {
+          py::object sequences, py::object frequencies, std::optional<int64_t> window,
+          ExecutionTarget target) {
   constexpr const char* op = "rope";
   const RaggedBatch batch(op, Tensor(op, "q", q), Tensor(op, "k", k), Tensor(op, "v", v), k_pool,
                           v_pool, sequences, window);
   RopeParams p{};
   batch.fill(p);
   p.frequencies = checked_frequencies(batch.q, frequencies);
-  run(batch.q, lane, p, MISTRAL_KERNELS(rope));
+  run(batch.q, target, p, MISTRAL_KERNELS(rope));
 }
 
 }  // namespace
@@ -25,7 +26,7 @@ void rope(py::object q, py::object k, py::object v, py::object k_pool, py::objec
 void bind_rope(py::module_& m) {
   m.def("rope", &rope, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("frequencies"), py::arg("window"),
-        py::arg("lane"));
+        py::arg("target"));
 }
 
 }  // namespace mistral::python

@@ -37,7 +37,7 @@ void check_options(int64_t row, const SamplingOptions& o) {
   check("frequency_penalty", o.frequency_penalty, std::isfinite(o.frequency_penalty), "a number");
 }
 
-// Each row of the tables may serve one row of logits: its state changes.
+// A row of the tables may serve only one row of logits, because its state changes.
 void check_rows(const SampleParams& p, int64_t table_rows) {
   std::vector<int64_t> rows(p.rows, p.rows + p.num_rows);
   for (const int64_t row : rows) {
@@ -56,7 +56,7 @@ void check_rows(const SampleParams& p, int64_t table_rows) {
 
 void sample(py::object logits_, py::object rows_, py::object options_, py::object noise_,
             py::object history_, py::object bias_, py::object keys_, py::object weights_,
-            py::object out_, Lane lane) {
+            py::object out_, ExecutionTarget target) {
   const Table logits(op, "logits", logits_, "float32"), rows(op, "rows", rows_);
   const Table options(op, "options", options_, "float64"), noise(op, "noise", noise_);
   const Table history(op, "history", history_, "int32"), keys(op, "keys", keys_, "int32");
@@ -98,7 +98,7 @@ void sample(py::object logits_, py::object rows_, py::object options_, py::objec
   p.stride_logits_row = logits.stride(0);
   // Tables in the memory of a GPU are not read back: that would make every call wait.
   if (!logits.is_cuda()) check_rows(p, options.size(0));
-  run(logits, lane, p, MISTRAL_KERNELS(sample));
+  run(logits, target, p, MISTRAL_KERNELS(sample));
 }
 
 }  // namespace
@@ -106,7 +106,7 @@ void sample(py::object logits_, py::object rows_, py::object options_, py::objec
 void bind_sample(py::module_& m) {
   m.def("sample", &sample, py::arg("logits"), py::arg("rows"), py::arg("options"), py::arg("noise"),
         py::arg("history"), py::arg("bias").none(true), py::arg("keys"), py::arg("weights"),
-        py::arg("out"), py::arg("lane"));
+        py::arg("out"), py::arg("target"));
   m.def(
       "philox",
       [](std::array<uint64_t, 2> key, std::array<uint64_t, 4> counter) {

@@ -49,14 +49,15 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
     rings.emplace_back(s.ring_row, s.ring_row + kv_heads * s.capacity);
   }
   if (packed != tokens) {
-    fail(op, "sequences have " + std::to_string(packed) + " new tokens in all, but q has " +
-                 std::to_string(tokens));
+    fail(op, "sequences has " + std::to_string(packed) + " new tokens, expected " +
+                 std::to_string(tokens) + " like q");
   }
   std::sort(rings.begin(), rings.end());
   for (size_t i = 1; i < rings.size(); ++i) {
     if (rings[i].first < rings[i - 1].second) {
-      fail(op, "the ring at row " + std::to_string(rings[i].first) + " overlaps the ring at row " +
-                   std::to_string(rings[i - 1].first));
+      fail(op, "sequences has a ring at row " + std::to_string(rings[i].first) + ", expected " +
+                   std::to_string(rings[i - 1].second) + " or more: the ring at row " +
+                   std::to_string(rings[i - 1].first) + " ends there");
     }
   }
 }
@@ -96,7 +97,8 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
   table.expect_contiguous();
   table.expect_device_of(q);
   if (table.size(0) == 0 && tokens > 0) {
-    fail(op, "sequences has no rows, but q has " + std::to_string(tokens) + " tokens");
+    fail(op, "sequences has 0 rows, expected 1 or more for the " + std::to_string(tokens) +
+                 " tokens of q");
   }
   // A table in the memory of a GPU is not read back: that would make every call wait.
   if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
@@ -108,7 +110,7 @@ const double* checked_frequencies(const Tensor& q, py::handle frequencies_) {
   frequencies.expect_contiguous();
   frequencies.expect_device_of(q);
   const auto* values = static_cast<const double*>(frequencies.data());
-  // As with the table, those in the memory of a GPU are not read back.
+  // Like the table, frequencies in the memory of a GPU are not read back.
   for (int64_t i = 0; !q.is_cuda() && i < frequencies.size(0); ++i) {
     if (values[i] >= 0 && values[i] <= kMaxFrequency) continue;
     fail(q.op(), "frequencies[" + std::to_string(i) + "] is " + std::to_string(values[i]) +

@@ -46,7 +46,7 @@ struct RaggedBatch {
   }
 };
 
-// The frequencies of RoPE [D/2] for the heads of q, if they can be that.
+// Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.
 const double* checked_frequencies(const Tensor& q, py::handle frequencies);
 
 }  // namespace mistral::python

@@ -7,7 +7,7 @@
 namespace mistral::python {
 namespace {
 
-void swiglu(py::object gate_, py::object up_, py::object out_, Lane lane) {
+void swiglu(py::object gate_, py::object up_, py::object out_, ExecutionTarget target) {
   constexpr const char* op = "swiglu";
   const Tensor gate(op, "gate", gate_), up(op, "up", up_), out(op, "out", out_);
   gate.expect_shape({-1, -1});
@@ -26,13 +26,13 @@ void swiglu(py::object gate_, py::object up_, py::object out_, Lane lane) {
   p.stride_gate_token = gate.stride(0);
   p.stride_up_token = up.stride(0);
   p.stride_out_token = out.stride(0);
-  run(gate, lane, p, MISTRAL_KERNELS(swiglu));
+  run(gate, target, p, MISTRAL_KERNELS(swiglu));
 }
 
 }  // namespace
 
 void bind_swiglu(py::module_& m) {
-  m.def("swiglu", &swiglu, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("lane"));
+  m.def("swiglu", &swiglu, py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("target"));
 }
 
 }  // namespace mistral::python

@@ -153,7 +153,7 @@ void Tensor::expect_last_axis_contiguous() const {
 
 void Tensor::expect_contiguous() const {
   for (const int64_t size : shape_) {
-    if (size == 0) return;  // of no elements, torch makes the strides up
+    if (size == 0) return;  // strides mean nothing without elements
   }
   int64_t step = 1;
   for (int64_t axis = dims() - 1; axis >= 0; --axis) {

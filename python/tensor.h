@@ -1,6 +1,6 @@
-// A torch tensor as the bindings see it: where its elements are and how they are laid out, read
-// through torch's Python attributes, so that this module needs no torch headers and no libtorch.
-// The checks name the op, the argument, and what was expected and given.
+// A torch tensor as the bindings see it: the address and the layout of its elements, read through
+// torch's Python attributes, so that this module needs no torch headers and no libtorch. The checks
+// name the op, the argument, and what was expected and given.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -40,11 +40,12 @@ class Tensor {
   void expect_like(const Tensor& other) const;  // of the same dtype and device
   void expect_last_axis_contiguous() const;     // elements of a row are neighbours
   void expect_contiguous() const;
-  // What 16-byte accesses of CUDA kernels need: every row begins at a multiple of that.
+  // Every row begins at a multiple of 16 bytes, as 16-byte accesses of CUDA kernels need.
   void expect_aligned_rows() const;
 
  protected:
-  // `dtype`: the name in torch of the only one that will do; null: one that the kernels know.
+  // `dtype`: the only dtype that is accepted, by its name in torch; null: any that the kernels
+  // know.
   Tensor(const char* op, const char* name, py::handle object, const char* dtype);
 
   [[noreturn]] void fail(const std::string& problem) const;
@@ -57,7 +58,7 @@ class Tensor {
   int device_index_ = -1;
 };
 
-// Numbers of one given dtype, such as the int64 sequence table.
+// A tensor of one given dtype, such as the int64 sequence table.
 class Table : public Tensor {
  public:
   Table(const char* op, const char* name, py::handle object, const char* dtype = "int64")

@@ -3,8 +3,8 @@
     python tools/kernel_report.py
 
 Compiles the kernels in csrc/cuda with nvcc (CUDACXX, or the one on PATH) for every architecture.
-tests/cuda/test_kernel_report.py compares the file with the kernels as they are. Shared memory is
-what a kernel declares itself; what it is launched with comes on top. A report names the compiler,
+tests/cuda/test_kernel_report.py compares the file with the kernels. Shared memory is the static
+part that a kernel declares; launches add dynamic shared memory. A report names the compiler,
 because another version allocates registers differently.
 """
 
@@ -33,7 +33,7 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{INCLUDES}")
 
 @dataclass(frozen=True, order=True)
 class Usage:
-    """One kernel on one architecture; memory in bytes, of a thread but for `shared`."""
+    """The usage of a kernel on an architecture; memory in bytes of a thread (`shared`: a block)."""
 
     kernel: str
     arch: str
@@ -50,8 +50,8 @@ class Cubin:
 
     arch: str  # sm_80
     path: Path
-    ptx: Path  # what it is assembled from
-    log: str  # what the assembler says about its kernels
+    ptx: Path  # the source of the assembler
+    log: str  # the assembler's report about its kernels
 
 
 def find_nvcc() -> str | None:
@@ -66,7 +66,7 @@ def nvcc_version(nvcc: str) -> str:
 
 
 def architectures() -> list[str]:
-    """Those that a build for every GPU makes machine code for: ["80", "89", "90a"]."""
+    """The architectures of a build for every GPU: ["80", "89", "90a"]."""
     text = (ROOT / "cmake" / "cuda.cmake").read_text()
     every = re.search(r"set\(every_architecture ([^)]*)\)", text)[1]
     return re.findall(r"(\w+)-real", every)
@@ -133,7 +133,7 @@ def reassemble(cubins: list[Cubin], ptxas: str, ptx_version: str) -> list[Cubin]
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Within it, no other process makes cubins: it would make the same ones."""
+    """A lock: in the block, no other process makes cubins, which would be the same."""
     CUBINS.mkdir(parents=True, exist_ok=True)
     with open(CUBINS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -192,7 +192,7 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def usages(cubins: list[Cubin]) -> list[Usage]:
-    """Of all kernels, in the order of the report."""
+    """The usage of all kernels, in the order of the report."""
     found = []
     for cubin in cubins:
         parts = re.split(r"(?=Compiling entry function)", cubin.log)[1:]

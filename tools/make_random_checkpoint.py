@@ -6,7 +6,7 @@ layout and setting is that of the real thing; only the text it generates is nois
 
     python tools/make_random_checkpoint.py --version v0.1 --tokenizer tokenizer.model OUT
 
-Tensors are made and written one by one (about 1 GB of memory); OUT is there when it is complete.
+Tensors are made and written one by one (about 1 GB of memory). OUT appears when it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mistral_ext.weights.checkpoint import hugging_face_name, tensor_shapes
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import Writer
 
-# What sets the releases apart: vocabulary, RoPE base, window.
+# The differences between the releases: vocabulary, RoPE base, window.
 VERSIONS = {
     "v0.1": {"vocab_size": 32000, "rope_theta": 1e4, "sliding_window": 4096},
     "v0.2": {"vocab_size": 32000, "rope_theta": 1e6, "sliding_window": None},

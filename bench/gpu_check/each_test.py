@@ -93,7 +93,7 @@ class _Results:
 
 
 def lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Of a file of results; none if there is no file yet. A line cut short is left out."""
+    """The lines of a file of results; none if there is no file. An incomplete line is left out."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:

@@ -1,4 +1,4 @@
-"""What a machine has, as a JSON of facts; before that, makes the extension importable.
+"""Makes the extension importable, and writes the facts of the machine as JSON.
 
     python -m gpu_check.machine FILE [--build FOLDER] [--compile] [--stand-in]
 
@@ -86,7 +86,7 @@ def compile_extension() -> None:
 
 
 def versions() -> dict[str, Any]:
-    """Of what figures depend on; None where it cannot be found out."""
+    """The versions that figures depend on; None if a version cannot be found."""
     nvcc = re.search(r", (V[\d.]+)", output_of("nvcc", "--version") or "")
     torch = ask("import json, torch; print(json.dumps([torch.__version__, torch.version.cuda]))")
     return {

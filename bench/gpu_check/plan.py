@@ -73,7 +73,7 @@ def check(command: str, stages: Sequence[Stage]) -> None:
 
 
 def stages(command: str, build: Path | None = None) -> list[Stage]:
-    """Those of "first" or "second"; build: a folder with the built extension."""
+    """The stages of "first" or "second"; build: a folder with the built extension."""
     planned = [*_ready(build), *(_first() if command == "first" else _second())]
     check(command, planned)
     return planned

@@ -62,7 +62,7 @@ class Running:
         elif self.seconds > self.limit - GRACE and not self._asked:
             self._asked = True
             self._signal(signal.SIGTERM)
-        # One that even so does not go is left behind: the others have their own limits.
+        # A process that survives its signals is left behind: the others have limits of their own.
         return self._killed and self.seconds > self.limit + 1
 
     def kill(self) -> None:
@@ -140,7 +140,7 @@ class Check:
         return int(any(result["status"] not in healthy for result in self._results))
 
     def _scale(self, left: Sequence[plan.Stage]) -> float:
-        """Of limits: less than 1 if something that the plan does not count has taken time."""
+        """The factor for limits: below 1 if something outside the plan has taken time."""
         planned = sum(map(plan.seconds_of, left))
         passed = (time.monotonic() - self._begin) / self._patience
         remaining = max(self._limit - plan.RESERVE - passed, 0)

@@ -33,8 +33,8 @@ extern const Kernels kernels;
 
 namespace {
 
-// Whether the processor has AMX with bf16, and the kernel lets this process use it: tiles are 8 KB
-// more to save for a thread, which a process has to ask for.
+// Whether the processor has AMX with bf16, and the operating system lets this process use it. A
+// process must ask, because tiles add 8 KB to what is saved of each thread.
 bool amx_permitted() {
 #if defined(MISTRAL_X86) && defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
@@ -91,7 +91,7 @@ Isa find_supported(const std::string& wanted) {
                               "', expected one that this processor runs: " + names);
 }
 
-// Not amx: on hardware, it has neither been tested nor measured yet, only in an emulation.
+// Leaves out amx: it has been tested in an emulation, but neither tested nor measured on hardware.
 Isa fastest_isa() {
   Isa fastest = Isa::scalar;
   for (Isa isa : supported_isas()) {
@@ -116,7 +116,7 @@ struct Active {
   const Kernels* kernels;
 };
 
-// Made at the first use, not when the module is loaded: an error then reaches the caller as one.
+// Initialised at the first use, not when the module is loaded, so that an error reaches the caller.
 Active& active() {
   static Active instance = [] {
     const Isa isa = initial_isa();

@@ -14,9 +14,9 @@
 namespace mistral::cpu {
 namespace {
 
-// How long a thread watches for what comes next before it sleeps: longer than it takes Python to
-// get from one op to the next, so that the threads stay awake for all of a decode step. Waking one
-// up takes about as long as a small op.
+// How long a thread spins for the next loop before it sleeps. Python takes less time from one op to
+// the next, so the threads stay awake for a whole decode step. Waking a thread takes about as long
+// as a small op.
 constexpr std::chrono::microseconds kWatch{100};
 
 // A caller may ask for any number of threads; more than a few for each processor only take turns.
@@ -31,7 +31,7 @@ void pause() {
 #endif
 }
 
-// Whether `happened` comes to return true within kWatch.
+// Whether `happened` returns true within kWatch.
 template <class F>
 bool watch(const F& happened) {
   const auto stop = std::chrono::steady_clock::now() + kWatch;
@@ -44,9 +44,9 @@ bool watch(const F& happened) {
   return false;
 }
 
-// Workers sleep between loops. A loop is published under `mutex` by bumping `loop`; a worker
-// joins it if it is wanted there, and the caller leaves when nobody is in it any more. The tasks
-// themselves are claimed with one atomic counter. `loop` and `inside` are atomic for those who
+// Workers sleep between loops. A loop is published under `mutex` by bumping `loop`; a worker joins
+// it if it is wanted there, and the caller leaves when nobody is in it any more. The tasks
+// themselves are claimed with one atomic counter. `loop` and `inside` are atomic because threads
 // watch them without the lock.
 class Pool {
  public:
@@ -79,7 +79,8 @@ class Pool {
   }
 
  private:
-  // Makes workers until there are `wanted`, or the system gives no more: the others do their work.
+  // Starts workers until there are `wanted`. If the system refuses more, the existing workers do
+  // the work.
   int have_workers(int wanted) {
     try {
       while (static_cast<int>(workers_.size()) < wanted) {

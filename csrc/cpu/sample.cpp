@@ -17,7 +17,7 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
   const float* bias = p.bias ? p.bias + p.rows[n] * p.vocab_size : nullptr;
   const int32_t* history = has_penalty(options) ? p.history + p.rows[n] * p.vocab_size : nullptr;
   uint32_t highest = 0;
-  int64_t first = 0;  // token that has it
+  int64_t first = 0;  // the first token with this key
   for (int64_t id = 0; id < p.vocab_size; ++id) {
     float x = logits[id];
     if (bias) x += bias[id];
@@ -31,10 +31,12 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
   return rank_of(highest, first);
 }
 
-// Of the ranks at or above `threshold`, the highest one down to which the measures, summed from the
-// highest, are enough; `threshold` if all are not. It is found digit by digit, from the front: a
-// histogram of the next digit, over the ranks that begin with the digits found, tells how far the
-// sum gets with each. `measures` [V] are those of the tokens at or above the threshold; null: 1.
+// Returns the lowest rank that the filter leaves. Measures are summed from the highest rank down
+// until the filter is satisfied; if all ranks at or above `threshold` are not enough, the result is
+// `threshold`. The rank is found digit by digit, from the front: a histogram of the next digit,
+// over the ranks that begin with the digits found so far, tells how far the sum gets with each
+// digit. `measures` [V] holds the measures of the tokens at or above the threshold; null: each is
+// 1.
 template <class Top>
 Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int64_t vocab_size,
             Rank threshold) {

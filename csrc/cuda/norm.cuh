@@ -1,4 +1,5 @@
-// What every kernel that normalises does to an element, so that all of them agree.
+// The last step of RMSNorm, which every kernel that normalises shares, so that all agree to the
+// bit.
 #pragma once
 
 #include "common/vec.cuh"

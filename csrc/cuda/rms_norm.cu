@@ -1,7 +1,8 @@
 // Grid: one block per row. A thread owns every blockDim-th access (16 bytes, or one element where
 // rows are not aligned) of its row, and keeps up to kHeld of them in registers from the sum of
-// squares to the scaling, so that each element is read once and written once. Rows longer than
-// the block's registers hold are worked on in parts, and all but the last part is read again.
+// squares to the scaling, so that each element is read once and written once. A row that is longer
+// than the registers of a block hold is processed in parts, and every part but the last is read
+// again.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -26,7 +27,7 @@ __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& re
   return round_to<T>(sum);
 }
 
-// 64 registers, so that 1024 threads of a multiprocessor have their loads under way.
+// At most 64 registers a thread, so that 1024 threads of a multiprocessor have loads under way.
 template <class T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormParams p) {
   const int64_t token = blockIdx.x;

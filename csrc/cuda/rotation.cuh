@@ -1,5 +1,4 @@
-// The arithmetic of RoPE: rope and the product of query, key and value with rope behind it give the
-// same to the bit.
+// The arithmetic of RoPE, which rope and linear_rope share, so that both give the same bits.
 #pragma once
 
 #include <cmath>
@@ -8,11 +7,11 @@
 
 namespace mistral::cuda {
 
-// The angle per position as a 64-bit fraction of a turn: what a position's angle has beyond whole
-// turns is then position * fraction in plain unsigned arithmetic. That is exact, however far the
-// position.
+// The angle per position as a 64-bit fraction of a turn. Its product with a position, in unsigned
+// arithmetic that wraps around, is the angle of the position without whole turns. This is exact
+// however large the position is.
 __device__ __forceinline__ uint64_t turns_per_position(double radians) {
-  // 1 / (2 pi) as the sum of two doubles: to 2^-64 of a turn is more than one has.
+  // 1 / (2 pi) as the sum of two doubles, because one double is not exact to 2^-64 of a turn.
   constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;
   const double turns = radians * kInverse;
   const double rest = fma(radians, kInverse, -turns) + radians * kInverseRest;
@@ -23,7 +22,8 @@ __device__ __forceinline__ uint64_t turns_per_position(double radians) {
 
 // Cosine and sine of an angle that is a 64-bit fraction of a turn.
 __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
-  // The nearest quarter turn, and the rest of at most an eighth, of which a float keeps 24 bits.
+  // Splits the angle into the nearest quarter turn and a rest of at most an eighth, of which a
+  // float keeps 24 bits.
   const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
   const auto rest = static_cast<int64_t>(turns - (quarter << 62));
   float sine, cosine;
@@ -33,8 +33,8 @@ __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
   return {quarter == 1 || quarter == 2 ? -c : c, quarter == 2 || quarter == 3 ? -s : s};
 }
 
-// A pair, turned. Which product is fused with the sum is said here: left to the compiler, it could
-// be another one in another kernel.
+// Rotates a pair. The fused multiply-add is explicit, because the compiler could fuse a different
+// product in another kernel.
 __device__ __forceinline__ float2 rotate_pair(float first, float second, float2 turn) {
   return {fmaf(first, turn.x, -(second * turn.y)), fmaf(second, turn.x, first * turn.y)};
 }

@@ -2,7 +2,7 @@
 // share a block of Philox, from the first pass over the row to the last; so what it writes to the
 // scratch in one pass it reads in the next without a barrier.
 //
-// Results do not depend on the order in which threads come: what is added up is integers.
+// Results do not depend on the order of the threads, because only integers are added up.
 #include "../sample.h"
 
 #include <launch.cuh>
@@ -26,8 +26,8 @@ struct Shared {
   uint64_t sums[kBins];            // of the bins; of warps, in block_reduce
 };
 
-// ---- Groups of four, by 16 bytes if kWide. Past the end of a row, loads give 0: a key of 0 is
-// below every threshold.
+// ---- Groups of four, in accesses of 16 bytes if kWide. Loads past the end of a row give 0; a key
+// of 0 is below every threshold.
 
 template <bool kWide, class T>
 __device__ __forceinline__ void load_group(T (&values)[kGroup], const T* row, int first,
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_group(T* row, const T (&values)[kGroup], i
   }
 }
 
-// A row of a table, by 8 bytes.
+// Loads a row of a table, 8 bytes at a time.
 template <class T>
 __device__ __forceinline__ T load_row(const T* row) {
   static_assert(sizeof(T) % sizeof(uint64_t) == 0);
@@ -91,12 +91,12 @@ __device__ __forceinline__ uint64_t warp_reduce(uint64_t value, const Combine& c
   return value;
 }
 
-// Every thread gets the result. 0 has to be neutral.
+// Every thread gets the result. 0 must be neutral for `combine`.
 template <class Combine>
 __device__ __forceinline__ uint64_t block_reduce(uint64_t value, Shared* shared,
                                                  const Combine& combine) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // whoever used the sums before is done
+  __syncthreads();  // the sums of an earlier call are no longer in use
   value = warp_reduce(value, combine);
   if (lane == 0) shared->sums[warp] = value;
   __syncthreads();
@@ -152,11 +152,12 @@ struct Row {
     return block_reduce(best, shared, Larger());
   }
 
-  // Of the ranks at or above `threshold`, the highest one down to which the measures, summed from
-  // the highest, are enough; `threshold` if all are not. It is found digit by digit, from the
-  // front: a histogram of the next digit, over the ranks that begin with the digits found, tells
-  // how far the sum gets with each. `measures` [V] are those of the tokens at or above the
-  // threshold; null: 1.
+  // Returns the lowest rank that the filter leaves. Measures are summed from the highest rank down
+  // until the filter is satisfied; if all ranks at or above `threshold` are not enough, the result
+  // is `threshold`. The rank is found digit by digit, from the front: a histogram of the next
+  // digit, over the ranks that begin with the digits found so far, tells how far the sum gets with
+  // each digit. `measures` [V] holds the measures of the tokens at or above the threshold; null:
+  // each is 1.
   template <class Top>
   __device__ Rank select(const Top& top, const uint64_t* measures, Rank threshold,
                          Rank best) const {
@@ -237,7 +238,7 @@ struct Row {
         }
       }
     });
-    // Scores as integers of the same order, then the lowest id of those that have the highest.
+    // Finds the highest score, as an integer of the same order, then the lowest id that has it.
     uint64_t bits;
     memcpy(&bits, &highest, sizeof bits);
     bits = bits >> 63 ? ~bits : bits | uint64_t{1} << 63;

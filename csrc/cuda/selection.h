@@ -1,4 +1,4 @@
-// Which kernels run where there are several, and how.
+// Selects among kernels for the same op, and whether kernels overlap.
 #pragma once
 
 #include <string>
@@ -6,23 +6,23 @@
 
 namespace mistral::cuda {
 
-// The kernel that prefills: that of sm_80, which all devices run, or that of sm_90a.
+// The prefill kernel: sm80, which all devices run, or sm90, for sm_90a alone.
 enum class Prefill { sm80, sm90 };
 const char* name(Prefill prefill);
 
-std::vector<Prefill> built_prefills();  // those of this build
+std::vector<Prefill> built_prefills();  // the kernels of this build
 
-// The one in use: the one that the environment variable MISTRAL_EXT_ATTENTION names, else sm80: the
-// other one has not run on hardware yet. Throws std::invalid_argument, as `attention` does, if it
-// names none of this build's.
+// The kernel in use: the kernel that the environment variable MISTRAL_EXT_ATTENTION names, else
+// sm80, because sm90 has not run on hardware yet. Throws std::invalid_argument, as `attention`
+// does, if this build does not have the named kernel.
 Prefill active_prefill();
 
-// Throws std::invalid_argument for a name that is none of this build's.
+// Throws std::invalid_argument if this build does not have the kernel.
 void select_prefill(const std::string& name);
 
-// Whether the kernels of a decode step may overlap: each then fetches its first weights while the
-// one before it ends, so that weights must not be what that one computes. Set by the environment
-// variable MISTRAL_EXT_OVERLAP, 0 or 1, or by `overlap`.
+// Whether the kernels of a decode step may overlap. A kernel then fetches its first weights while
+// the kernel before it ends, so those weights must not be an output of that kernel. Set by the
+// environment variable MISTRAL_EXT_OVERLAP, 0 or 1, or by `overlap`.
 bool overlapping();
 void overlap(bool wanted);
 

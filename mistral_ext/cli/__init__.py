@@ -3,8 +3,8 @@
 Text goes to stdout, timings and errors to stderr. An error is one line and exit status 1 (2 for
 wrong usage, 130 for Ctrl-C); --traceback shows where it came from.
 
-Each command has a file, with `add_to`, which describes it, and `run`. Only `run` imports torch, by
-`start`: to show help, or what is wrong with the arguments, takes none of its seconds.
+Each command has a file with two functions: `add_to` describes the command, `run` runs it. Only
+`run` imports torch, by `start`, so help and errors of usage come at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     from mistral_ext.cli.parser import parse
-    from mistral_ext.cli.start import check_threads
+    from mistral_ext.cli.threads import check_threads
 
     if sys.stderr is None:  # closed: print would write to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
@@ -62,7 +62,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _drop_unwritten() -> None:
-    """Forgets text that nobody can take any more: Python would complain once more at exit."""
+    """Discards unwritten text, because nobody reads it. Python would report it again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

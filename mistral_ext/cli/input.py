@@ -1,4 +1,4 @@
-"""What several commands read."""
+"""Input of several commands: stdin and text files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def stdin() -> TextIO:
 
 
 def read_text(file: str) -> str:
-    """The text of a file; of stdin, if it is called '-'."""
+    """The text of a file, or of stdin if the name is '-'."""
     if file == "-":
         return decode_text(stdin().buffer.read(), "stdin")
     return read_text_file(file)

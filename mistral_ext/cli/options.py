@@ -1,4 +1,4 @@
-"""What several commands take: their options, and what follows from them."""
+"""Options that several commands share, and the values that follow from them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.cli.start import start
 from mistral_ext.engine.params import SamplingParams
+from mistral_ext.files import read_text_file
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,12 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def common() -> argparse.ArgumentParser:
     """Options of every command."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to use")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads to use; default: one per core, of a container its share",
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser
 
@@ -82,10 +88,10 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
-    """The model that `model` options name; starts the command.
+    """Starts the command, and loads the model that `model` options name.
 
     Args:
-        args: has the options.
+        args: the parsed options.
         more: arguments of `Mistral.from_pretrained`.
     """
     start(args)
@@ -139,6 +145,12 @@ def sampling() -> argparse.ArgumentParser:
         help="add X to the logit of token ID; may be repeated",
     )
     group.add_argument("--ignore-eos", action="store_true", help="do not end at the end of text")
+    for name, text in (
+        ("--schema", "write JSON that matches the JSON schema in FILE"),
+        ("--grammar", "write what matches the Lark grammar in FILE"),
+    ):
+        group.add_argument(name, type=_contents, metavar="FILE", help=text)
+    group.add_argument("--regex", metavar="REGEX", help="write what matches as a whole")
     return parser
 
 
@@ -147,6 +159,13 @@ def sampling_of(args: argparse.Namespace) -> dict[str, object]:
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
     fields["logit_bias"] = dict(args.logit_bias)
     return fields
+
+
+def _contents(path: str) -> str:
+    try:
+        return read_text_file(path)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _token_bias(text: str) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Output of several commands: timings and log-probabilities."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def report(llm: Mistral, completion: Completion | None) -> None:
-    """The timing of a completion, and log-probabilities if asked for, to stderr."""
-    if completion is None:  # it was broken off
+    """Prints the timing of a completion, and log-probabilities if asked for, to stderr."""
+    if completion is None:  # it was interrupted
         return
     print_timing(completion)
     if completion.logprobs is not None:
@@ -20,7 +20,7 @@ def report(llm: Mistral, completion: Completion | None) -> None:
 
 
 def print_timing(completion: Completion) -> None:
-    """The timing of a completion, to stderr."""
+    """Prints the timing of a completion to stderr."""
     timing = completion.timing
     line = (
         f"[prompt {timing.prompt_tokens} tokens, {timing.prompt_rate:.1f} tokens/s; "
@@ -35,7 +35,7 @@ def _print_logprobs(llm: Mistral, completion: Completion) -> None:
     tokenizer = llm.require_tokenizer()
 
     def show(token_id: int, logprob: float) -> str:
-        if not tokenizer.known(token_id):  # a row of the model that belongs to no token
+        if not tokenizer.known(token_id):  # a row of the model without a token
             return f"<{token_id}> {logprob:.3f}"
         text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"

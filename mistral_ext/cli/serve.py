@@ -16,7 +16,7 @@ from mistral_ext.files import read_text_file
 
 _KEY_VARIABLE = "MISTRAL_EXT_API_KEY"
 _DEMO_NAME = "demo"
-_DEMO_TOKENS = 256  # of a reply: the demo model's tales have no end
+_DEMO_TOKENS = 256  # default length of a reply: the demo model's tales have no end
 
 
 def add_to(commands: options.Commands) -> None:

@@ -1,4 +1,4 @@
-"""The first seconds of a command, most of which importing torch takes."""
+"""The start of a command. Importing torch takes most of its time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import os
 import signal
 
+from mistral_ext.cli.threads import container_cores
+
 
 def end_on_ctrl_c() -> None:
-    """Has Ctrl-C end this process at once, until `start` has imported what a command needs.
+    """Makes Ctrl-C end this process at once, until `start` has imported the command's modules.
 
-    A KeyboardInterrupt does not do while modules are imported: some swallow it, others print it.
-    Nothing has begun yet that would have to be ended in order.
+    A KeyboardInterrupt would not work during imports: some modules swallow it, others print it.
+    Nothing is under way yet that would need an orderly end.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
@@ -30,12 +32,7 @@ def start(args: argparse.Namespace) -> None:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    elif (cores := container_cores()) is not None and cores < torch.get_num_threads():
+        torch.set_num_threads(cores)
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def check_threads(threads: int | None) -> None:
-    """ValueError for a number of threads that would only get in each other's way."""
-    most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
-    if threads is not None and not 1 <= threads <= most:
-        raise ValueError(f"--threads is {threads}, expected 1 to {most}")

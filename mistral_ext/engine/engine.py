@@ -5,9 +5,9 @@
         for output in engine.step():
             ...
 
-`scheduler` decides what a step does, `runner` does it, `slots` has the memory. A step is one pass
-over the weights for the next pieces of prompts, and one for the next token of every sequence that
-has read its prompt.
+`scheduler` decides what a step does, `runner` does it, `slots` has the memory. A step makes up to
+two passes over the weights. The first reads the next pieces of prompts. The second computes the
+next token of every sequence whose prompt has been read.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from mistral_ext.model.transformer import Transformer
 
 _T = TypeVar("_T")
 
-# Prompt tokens in a pass while others generate. On a CPU so many take about as long as a few
-# decode steps, on a GPU about as long as one.
+# Prompt tokens in a pass while other sequences generate. Such a pass takes about as long as a few
+# decode steps on a CPU, and as one decode step on a GPU.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do."""
+    """The present work of an engine."""
 
-    running: int  # sequences that are read or generate
-    waiting: int  # that wait for room
-    preemptions: int  # times that one was put back, so far
-    cache_share: float  # of the cache's slots, that running sequences own
+    running: int  # sequences that read their prompt or generate
+    waiting: int  # sequences that wait for room
+    preemptions: int  # how often a sequence was put back, so far
+    cache_share: float  # part of the cache's slots that running sequences own, 0 to 1
 
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A decode step whose tokens are not read yet."""
+    """A decode step that was launched, and whose tokens have not been read."""
 
-    key: list[tuple[int, int, int]]  # of its sequences, with their places in the cache
-    waiting: list[tuple[int, Sequence, Extent]]  # those that get a new token: row, place
+    key: list[tuple[int, int, int]]  # for each sequence: request id, first slot, capacity
+    waiting: list[tuple[int, Sequence, Extent]]  # row, sequence and place of each new token
     step: Step
 
 
 class Engine:
     """Completes requests, as many at a time as there is room for.
 
-    `add`, `abort` and `outputs` may be called by any thread; steps are made by one at a time.
+    Any thread may call `add`, `abort` and `outputs`; one thread at a time makes steps.
 
     Args:
         model: the weights.
-        vocab_size: ids that may be sampled.
+        vocab_size: number of ids that may be sampled.
         max_batch: sequences that may generate at a time.
         prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
         cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
@@ -101,8 +101,8 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
         self._under_way: deque[_UnderWay] = deque()
         self._ids = itertools.count()
-        # Of the three below. Reentrant, as garbage may be collected while it is held: an iterator
-        # over outputs that nobody reads any more aborts its requests.
+        # Guards the three attributes below. The lock is reentrant because garbage may be collected
+        # while it is held: an iterator over outputs that nobody reads any more aborts its requests.
         self._lock = threading.RLock()
         self._sequences: dict[int, Sequence] = {}  # all that have not ended
         self._aborted: list[Sequence] = []
@@ -118,7 +118,7 @@ class Engine:
 
     @property
     def load(self) -> Load:
-        """What the engine has to do, and how much of its memory that takes."""
+        """The present work of the engine, and how much of its memory the work takes."""
         with self._lock:
             running = list(self.scheduler.running())
             return Load(
@@ -152,8 +152,8 @@ class Engine:
             return sequence.request_id
 
     def abort(self, request_id: int) -> None:
-        """Ends a request at the next step, whatever it is doing; nothing more comes of it. One that
-        has ended, or is not known, is left alone."""
+        """Ends a request at the next step, whatever it is doing; it has no more outputs. A request
+        that has ended, or that is not known, is left alone."""
         with self._lock:
             self._listeners.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)
@@ -162,7 +162,7 @@ class Engine:
                 self._aborted.append(sequence)
 
     def outputs(self, requests: Collection[Request]) -> Outputs:
-        """Adds requests, and gives what comes of them as it comes; steps the engine meanwhile,
+        """Adds requests, and returns an iterator over their outputs. The iterator steps the engine,
         unless another thread does.
 
         Raises:
@@ -181,13 +181,13 @@ class Engine:
         """Brings all requests on.
 
         Returns:
-            What has become known: of each request its outputs in order.
+            The new outputs of all requests; the outputs of each request are in order.
         """
         self._stepping.acquire()
         return self._step_and_let_go()
 
     def _step_and_let_go(self) -> list[Output]:
-        """A step, by the thread that holds `_stepping`; then it is another one's turn."""
+        """Makes a step, and then releases `_stepping`, which the calling thread holds."""
         try:
             return self._step()
         finally:
@@ -245,11 +245,15 @@ class Engine:
         return outputs
 
     def _decode(self) -> list[Output]:
-        """Launches the next decode step, or, if it is of other sequences than the last one, waits
-        for that first; reads what has been waited for long enough."""
+        """Launches the next decode step, and reads the oldest one if enough steps are under way.
+
+        A step continues on the device from the tokens of the step before. It cannot if the
+        sequences or their places have changed, or if a sequence reads known tokens again. Then
+        this call reads the results of all steps under way, and launches none.
+        """
         with self._lock:
             sequences = self.scheduler.next_decode()
-        # What must be the same for a step to go on from the tokens of the one before.
+        # A step can continue from the tokens of the step before only if this key is the same.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
         outputs: list[Output] = []
         goes_on = all(sequence.generates for sequence in sequences)
@@ -260,7 +264,7 @@ class Engine:
         if not sequences:
             return outputs
         for sequence in sequences:
-            if sequence.generates and not sequence.is_drawing:
+            if sequence.generates:
                 self._prepare_draw(sequence)
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
@@ -271,12 +275,14 @@ class Engine:
         with self._lock:
             self.scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        if len(self._under_way) > self.runner.ahead:
+        # What may come next is not known before the token is.
+        is_free = all(sequence.matcher is None for sequence in sequences)
+        while len(self._under_way) > (self.runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
         return outputs
 
     def _finish(self, launched: _UnderWay, outputs: list[Output]) -> None:
-        """Takes the tokens of a step, of those sequences that are still where they were."""
+        """Reads the tokens of a step, for the sequences whose places have not changed since."""
         waiting = [(i, s) for i, s, extent in launched.waiting if s.extent is extent]
         sequences = [sequence for _, sequence in waiting]
         token_ids = self._run(sequences, launched.step.token_ids)
@@ -310,21 +316,26 @@ class Engine:
         outputs.append(output)
 
     def _prepare_draw(self, sequence: Sequence) -> None:
-        params = sequence.request.params
-        assert params is not None  # it is to generate
-        self._sampler.start(
-            sequence.sampler_row,
-            params,
-            sequence.ids[: sequence.prompt_length],
-            sequence.request.index,
-            sequence.ids[sequence.prompt_length :],
-            sequence.seed,
-        )
-        sequence.is_drawing = True
+        """Brings the sampler's row into the state that the next draw needs."""
+        if not sequence.is_drawing:
+            params = sequence.request.params
+            assert params is not None  # it is to generate
+            self._sampler.start(
+                sequence.sampler_row,
+                params,
+                sequence.ids[: sequence.prompt_length],
+                sequence.request.index,
+                sequence.ids[sequence.prompt_length :],
+                sequence.seed,
+            )
+            sequence.is_drawing = True
+        if sequence.matcher is not None:
+            self._sampler.restrict(sequence.sampler_row, sequence.matcher.allowed)
 
     def _run(self, sequences: Collection[Sequence], work: Callable[[], _T]) -> _T | Exception:
-        """What `work` returns; the exception that it raises, for its requests to report. What ends
-        the program instead, Ctrl-C above all, leaves the engine as if the pass had not been."""
+        """Calls `work`; returns its result, or an exception that it raised, for the requests to
+        report. Exceptions that end the program (Ctrl-C above all) pass through, and leave the
+        engine as if the pass had not begun."""
         try:
             return work()
         except Exception as error:
@@ -350,19 +361,19 @@ class Engine:
 
 
 class Outputs(Iterator[Output]):
-    """What comes of some requests, as it comes: see `Engine.outputs`.
+    """Iterator over the outputs of some requests: see `Engine.outputs`.
 
     Attributes:
-        request_ids: of the requests, in their order.
+        request_ids: the ids of the requests, in their order.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.request_ids: list[int] = []
         self._engine = engine
-        self._open: dict[int, deque[Output]] = {}  # what has come of those that have not ended
+        self._open: dict[int, deque[Output]] = {}  # unread outputs of requests that have not ended
 
     def add(self, request: Request) -> None:
-        """Adds a request to those whose outputs come."""
+        """Adds a request, whose outputs this iterator then gives too."""
         come: deque[Output] = deque()
         with self._engine._lock:
             request_id = self._engine.add(request, come.append)

@@ -1,10 +1,10 @@
 """The runner for a CUDA device: decode steps as CUDA graphs.
 
-A GPU finishes a step faster than Python can tell it what to do. So the step of each batch size, and
-way to choose tokens, is captured as a CUDA graph and replayed. Everything that differs from step to
-step is in the memory of the device, which brings it up to date by itself: tokens and positions
-here, the state of sampling in `Sampler`. So the next step can be launched before the tokens of the
-last one are known to the host, and the GPU never waits for it.
+A GPU finishes a step faster than Python can launch its kernels. So a step is captured as a CUDA
+graph and replayed. There is a graph for each batch size and each way to choose tokens. All that
+differs from step to step is in device memory, and the graph itself updates it: tokens and positions
+here, the state of sampling in `Sampler`. So the host launches the next step before it knows the
+tokens of the last step, and the GPU never waits for the host.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mistral_ext.model.transformer import Transformer
 class GraphRunner(Runner):
     """Queues a decode step on a CUDA device and returns at once.
 
-    There is a graph for each number of sequences and way to choose their tokens, captured at its
-    second step: it lasts as long as the runner. Filling up to the next of fewer sizes would cost
-    every step something, and a capture costs about as much as one step launched by Python.
+    There is a graph for each number of sequences and each way to choose their tokens. The second
+    such step captures it, and it lasts as long as the runner. Fewer sizes with padded batches would
+    slow every step; a capture takes about as long as one step that Python launches.
 
     Args:
-        model, pool, sampler: as above, on the device.
-        device: how work is captured and read there.
+        model, pool, sampler: as for `Runner`, on the device.
+        device: captures work, and copies results to the host.
     """
 
     ahead = 1
@@ -44,6 +44,7 @@ class GraphRunner(Runner):
         super().__init__(model, pool, sampler)
         self._device = device or CudaGraphs(model.device)
         self._batches: dict[tuple[int, bool, bool], _Batch] = {}
+        self._last: _Batch  # that ran
 
     def launch(
         self, extents: Sequence[Extent], rows: Sequence[int], token_ids: Sequence[int] | None
@@ -55,14 +56,17 @@ class GraphRunner(Runner):
                 len(rows), greedy, self._model, self._pool, self._sampler, self._device
             )
         batch = self._batches[kind]
-        if token_ids is not None:
+        if token_ids is None:
+            batch.follow(self._last)
+        else:
             batch.start(rows, token_ids, self._pool.table(dict.fromkeys(extents, 1)))
+        self._last = batch
         results = batch.run()
         return Step(results.token_ids, results.logits)
 
 
 class _Results:
-    """What one step leaves for the host, while the next one overwrites the graph's own memory."""
+    """Copies of the results of one step; the next step overwrites the graph's own memory."""
 
     def __init__(self, size: int, vocab_size: int, device: CudaGraphs) -> None:
         self.logits = torch.empty(size, vocab_size, dtype=torch.float32, device=device.name)
@@ -77,7 +81,7 @@ class _Results:
 
 
 class _Batch:
-    """The step of a number of sequences, and its state on the device."""
+    """A step for a fixed number of sequences, and its state on the device."""
 
     @torch.inference_mode(False)  # the state outlives the call
     def __init__(
@@ -99,7 +103,7 @@ class _Batch:
         self._sequences = torch.zeros(size, 5, dtype=torch.int64, device=device.name)
         vocab_size = model.output.shape[0]
         self._results = [_Results(size, vocab_size, device) for _ in range(GraphRunner.ahead + 1)]
-        self._sampled: Tensor  # of the last step, as the logits
+        self._sampled: Tensor  # token ids of the last step
         self._logits: Tensor
         self._runs = 0
         self._replay: Callable[[], None] | None = None
@@ -109,8 +113,16 @@ class _Batch:
         self._tokens.copy_(torch.tensor(token_ids, device="cpu"))
         self._sequences.copy_(sequences)
 
+    def follow(self, last: _Batch) -> None:
+        """Goes on where the last step ended, which was perhaps of another kind: a bias is read from
+        the moment on when any completion has had one."""
+        if last is not self:
+            self._rows.copy_(last._rows)
+            self._tokens.copy_(last._tokens)
+            self._sequences.copy_(last._sequences)
+
     def run(self) -> _Results:
-        # The first step also loads the kernels, which a capture may not.
+        # The first step also loads the kernels, which is not allowed during a capture.
         if self._runs == 0:
             self.step()
         else:
@@ -124,17 +136,19 @@ class _Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Nothing in it depends on a value, waits for the device, or lies elsewhere next time."""
+        """The work to capture: it depends on no value, never waits, and uses the same memory each
+        time."""
         model, sampler = self._model, self._sampler
         h = model.step(self._tokens, self._sequences, self._pool, max_count=1)
         self._logits, self._sampled = choose(model, sampler, h, self._rows, self._greedy)
-        # -1, where there was nothing to choose from, is an error that the host sees too late.
+        # The id -1 means that no token could be chosen. The host reports this later; the next step,
+        # which may be under way by then, needs an id that exists.
         torch.clamp(self._sampled, min=0, out=self._tokens)
         self._sequences[:, 2].add_(1)
 
 
 class CudaGraphs:
-    """How a CUDA device repeats work, and how the host reads its results later.
+    """Captures work of a CUDA device as graphs, and copies results to the host.
 
     Args:
         name: the device.
@@ -142,15 +156,15 @@ class CudaGraphs:
 
     def __init__(self, name: torch.device) -> None:
         self.name = name
-        # Graphs never run at the same time, so they may use the same memory: that of one stream.
+        # All graphs run on one stream, never at the same time, so they may share memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(name)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the work, as a graph; it is not done now."""
+        """Captures the work without doing it; returns a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # Not torch.cuda.graph: it also collects garbage and gives all unused memory back. Other
-        # threads of the process may go on allocating.
+        # torch.cuda.graph would also collect garbage and give all unused memory back. Other threads
+        # of the process may go on allocating.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -164,7 +178,7 @@ class CudaGraphs:
 
 
 class _HostCopy:
-    """int64s, copied to the host behind what the device has to do until then."""
+    """A copy of int64 values to the host, queued behind the device's earlier work."""
 
     def __init__(self, size: int) -> None:
         self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)

@@ -1,4 +1,4 @@
-"""How much cache there is, if nobody says."""
+"""The default size of the cache, by the memory that is free."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from mistral_ext.engine.slots import slots_needed
 from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 
-# Of the memory that is left when the weights have theirs. A GPU runs little else, but a pass over
-# a long prompt needs memory too; a computer has other programs.
+# The share of the memory left beside the weights that the cache may take. A GPU runs little else,
+# but a pass over a long prompt needs memory too. A computer runs other programs.
 _SHARE_OF_GPU = 0.8
 _SHARE_OF_CPU = 0.5
 
@@ -25,12 +25,12 @@ def default_slots(
 ) -> int:
     """Tokens that the cache has room for by default.
 
-    As many as `max_batch` sequences can need, if there is memory for them.
+    The cache has room for all that `max_batch` sequences can need, if there is memory for it.
 
     Args:
-        weight_bytes: of the weights, which on the CPU may be mapped files: memory that the system
-            counts as available, but that is in use.
-        loaded: the weights are on the device already, where a GPU counts their memory as used.
+        weight_bytes: size of the weights. On the CPU they may be mapped files, whose memory the
+            system counts as available although it is in use.
+        loaded: the weights are on the device already. A GPU then counts their memory as used.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
@@ -38,12 +38,12 @@ def default_slots(
         available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    # The least, whatever the memory: pages that no token is stored in take none.
+    # The lower bound holds whatever the memory: pages in which no token is stored take none.
     return min(wanted, max(LEAST_CACHE_TOKENS, int(available / config.cache_bytes(dtype))))
 
 
 def available_memory() -> int:
-    """Bytes that this process may still use, as the system or its container says."""
+    """Bytes that this process may still use, as its system or container reports."""
     available = _meminfo("MemAvailable")
     limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
@@ -62,7 +62,7 @@ def _meminfo(name: str) -> int:
 
 
 def _cgroup(name: str) -> int | None:
-    """A number of this process' control group (version 2); None: it has none."""
+    """A number that this process' control group (version 2) sets; None: it sets none."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
         text = Path("/sys/fs/cgroup", group.lstrip("/"), name).read_text().strip()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
+
+from mistral_ext.text.constraint import Constraint, schema_text
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class SamplingParams:
     """How to choose tokens, and when to stop: names and meanings of the OpenAI API and vLLM.
 
     Raises:
-        TypeError, ValueError: naming the option, its value and what was expected.
+        TypeError, ValueError: an option is wrong; the message names it, its value and what was
+            expected.
     """
 
     max_tokens: int = 128  # generated at most, >= 1
@@ -32,10 +36,13 @@ class SamplingParams:
     logprobs: int | None = None  # report the log-probability of each token and this many others
     n: int = 1  # completions of each prompt, >= 1
     ignore_eos: bool = False  # do not end at the end-of-text token
+    schema: object = None  # JSON schema of the completion: a dict, JSON text or a pydantic model
+    regex: str | None = None  # what it matches as a whole, in the syntax of Rust's regex crate
+    grammar: str | None = None  # of the completion, in Lark; one of these three at most
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """From keyword arguments; TypeError for one that does not exist."""
+        """Makes the options from keyword arguments; TypeError for a name that does not exist."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
@@ -65,6 +72,16 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", {})
         self._check("logit_bias", Mapping, "a number for each token id", _is_bias)
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        if self.schema is not None:
+            object.__setattr__(self, "schema", schema_text(self.schema))
+        self._check_constraints()
+
+    @functools.cached_property
+    def constraint(self) -> Constraint | None:
+        """What the completion has to match; None: nothing."""
+        texts = {"schema": self.schema, "regex": self.regex, "grammar": self.grammar}
+        given = [Constraint(kind, str(text)) for kind, text in texts.items() if text is not None]
+        return given[0] if given else None
 
     @property
     def plainly_greedy(self) -> bool:
@@ -73,15 +90,24 @@ class SamplingParams:
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
     def check_vocabulary(self, vocab_size: int, holes: Collection[int] = ()) -> None:
-        """ValueError if logit_bias has a token that is not among the first `vocab_size`, or is one
-        of the holes between them."""
+        """ValueError if logit_bias has an id that is not below `vocab_size`, or that is a hole: an
+        id that no token has."""
         for token_id in self.logit_bias or ():
             if token_id >= vocab_size:
                 raise ValueError(
                     f"logit_bias has token id {token_id}, expected less than {vocab_size}"
                 )
             if token_id in holes:
-                raise ValueError(f"logit_bias has token id {token_id}, which no token has")
+                raise ValueError(f"logit_bias has token id {token_id}, expected the id of a token")
+
+    def _check_constraints(self) -> None:
+        """All texts are, and there is one at most."""
+        given = [x for x in ("schema", "regex", "grammar") if getattr(self, x) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given, expected one of them")
+        for name in given:
+            self._check(name, str, "text", lambda x: True)
+        _ = self.constraint  # its size
 
     def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
@@ -96,7 +122,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_bias(bias: Mapping[Any, Any]) -> bool:
-    # Minus infinity is useful: it bans a token.
+    # Minus infinity is allowed: it bans a token.
     return all(
         isinstance(i, Integral)
         and not isinstance(i, bool)

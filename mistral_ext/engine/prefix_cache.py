@@ -1,9 +1,9 @@
-"""What ended requests have left in the cache, for requests that begin alike.
+"""Keys and values of ended requests, kept for requests that begin with the same tokens.
 
-The tokens of a prompt get the same keys and values, to the bit on the CPU, in whatever prompt they
-stand and however it was cut (`ops.attention`); so a prompt may go on from any token that another
-one has in common with it. Generated tokens are computed otherwise, and count only for a request
-that asks for them. Only requests of the same salt share anything.
+Equal beginnings of prompts have equal keys and values (to the bit on the CPU), however the prompts
+are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning that it
+shares with an earlier prompt. Generated tokens are computed by other kernels; they count only for a
+request that asks for them. Only requests with the same salt share anything.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool
 
-# Tokens of the least piece that a prompt is cut into. Fewer would be multiplied otherwise (up to 8
-# tokens by the kernel for few tokens, attention up to 16 rows), and get other bits.
+# The least number of tokens in a piece of a prompt. Smaller pieces use other kernels, and round
+# differently: gemv for up to 8 tokens, and attention's kernel for up to 16 rows.
 LEAST_PIECE = 32
 
 
@@ -24,9 +24,9 @@ class Match:
     """The beginning of a prompt, somewhere in the cache.
 
     Attributes:
-        extent: where.
+        extent: the slots that hold it.
         length: tokens of the prompt that need not be read.
-        exact: of them, those that were read as parts of a prompt.
+        exact: how many of these tokens were read as parts of a prompt.
         is_kept: the extent belongs to the cache, not to a sequence that is running.
         is_all: the extent has nothing more to offer to others.
     """
@@ -41,8 +41,8 @@ class Match:
 @dataclass(frozen=True, eq=False)
 class _Entry:
     extent: Extent
-    ids: list[int]  # of the tokens stored
-    exact: int  # of them, those that were read as parts of a prompt
+    ids: list[int]  # the tokens stored
+    exact: int  # how many of them were read as parts of a prompt
     salt: str | None
 
 
@@ -61,7 +61,7 @@ class PrefixCache:
         return len(self._entries)
 
     def keep(self, sequence: Sequence) -> None:
-        """Takes over the extent of a sequence that has ended; gives it back if it is of no use."""
+        """Takes over the extent of a sequence that has ended, or releases it if it has no use."""
         extent, request = sequence.place, sequence.request
         if extent.length < LEAST_PIECE or request.prompt_logits:
             self._pool.release(extent)
@@ -84,7 +84,7 @@ class PrefixCache:
         self._entries = [entry for entry in self._entries if entry.extent is not extent]
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
-        """The longest beginning of a sequence's prompt, among what is kept and what is running."""
+        """The longest beginning of a sequence's prompt that a kept or running extent holds."""
         request = sequence.request
         most = sequence.prompt_length - LEAST_PIECE
         if most < LEAST_PIECE or request.prompt_logits or request.chunk is not None:

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers."""
+"""Requests to an engine, and its answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
+from mistral_ext.text.grammar import Grammar
 from mistral_ext.text.text_stream import TextStream
 
 
@@ -19,7 +20,7 @@ class Timing:
     prompt_seconds: float  # from its first step to its first token
     decode_tokens: int  # generated after the first
     decode_seconds: float
-    cached_tokens: int = 0  # of the prompt, that the cache had
+    cached_tokens: int = 0  # tokens of the prompt that were in the cache
     queue_seconds: float = 0.0  # from its arrival to its first step
 
     @property
@@ -35,18 +36,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt."""
+    """The model's continuation of a prompt."""
 
     text: str | None  # None: the model has no tokenizer
     token_ids: list[int]  # as sampled, an end-of-text token included
-    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens or the limit
+    finish_reason: str  # "stop": its end, or a stop string; "length": max_tokens or the limit
     logprobs: list[TokenLogprob] | None  # one per token id, if asked for
     timing: Timing
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt, and what to do with it.
+    """A prompt, and how to complete it.
 
     Args:
         prompt_ids: at least one token id.
@@ -58,10 +59,11 @@ class Request:
         prompt_logits: also give the logits that follow each token of the prompt.
         chunk: tokens of the prompt to read in one pass, exactly; None: as many as the engine likes.
         salt: a cached prefix serves only requests of the same salt.
-        reuse_completions: go on from what completions left in the cache too, not only from what
-            prompts did. That saves reading a conversation's replies again. But a generated token
-            is computed otherwise than a token of a prompt, so the text may then depend, in its
-            last bits, on what is still in the cache.
+        reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
+            conversation then need not read its replies again. But the keys and values of a
+            generated token differ in their last bits from those of a prompt's token, so the text
+            may depend on what is still in the cache.
+        grammar: what the completion has to match; None: nothing.
     """
 
     prompt_ids: Sequence[int]
@@ -74,23 +76,24 @@ class Request:
     chunk: int | None = None
     salt: str | None = None
     reuse_completions: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass
 class Output:
-    """What a step has brought for a request.
+    """New results of a request.
 
     The last output of a request has a `finish_reason` or an `error`.
     """
 
     request_id: int
-    text: str = ""  # what became final of the completion's text
+    text: str = ""  # the part of the completion's text that became final
     token_ids: list[int] = field(default_factory=list)  # new ones
-    logprobs: list[TokenLogprob] | None = None  # of them, if asked for
+    logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if asked for
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
     finish_reason: str | None = None
     error: Exception | None = None
-    completion: Completion | None = None  # the whole, with the finish_reason
+    completion: Completion | None = None  # all of it, with the finish_reason
 
     @property
     def is_last(self) -> bool:

@@ -23,7 +23,7 @@ class Piece:
     Attributes:
         extent: where its keys and values go.
         token_ids: the tokens.
-        logits: of which of them logits are wanted: "none", "last" or "all".
+        logits: which tokens to compute logits for: "none", "last" or "all".
     """
 
     extent: Extent
@@ -36,10 +36,10 @@ class Step:
     """A decode step that was launched.
 
     Attributes:
-        token_ids: waits for the step; the N tokens that it sampled, -1 where there was nothing to
-            choose from.
-        logits: [N, V] fp32, from which they were, for as long as at most `ahead` later steps of as
-            many sequences have been launched.
+        token_ids: waits for the step, and returns the N tokens that it sampled; -1 where no token
+            could be chosen.
+        logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
+            `ahead` later steps of N sequences have been launched.
     """
 
     token_ids: Callable[[], list[int]]
@@ -99,12 +99,13 @@ class Runner:
         """Starts the step that reads one token of each of N sequences and samples the next.
 
         Args:
-            extents: of the sequences.
-            rows: theirs of the sampler.
-            token_ids: to read; None: those that the step before, of the same sequences, samples.
+            extents: the sequences' places in the cache.
+            rows: the sequences' rows of the sampler.
+            token_ids: the N tokens to read; None: the tokens that the step before samples, which
+                must have the same sequences.
         """
         if token_ids is None:
-            raise ValueError("token_ids is None, expected those to read: none are kept here")
+            raise ValueError("token_ids is None, expected the ids to read: this runner keeps none")
         model, device = self._model, self._model.device
         h = model.step(
             _int64(token_ids, device),
@@ -121,7 +122,7 @@ class Runner:
 def choose(
     model: Transformer, sampler: Sampler, h: Tensor, rows: Tensor, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """(logits [N, V], token ids [N]) of a step; greedy: what `sampler` says about the rows."""
+    """(logits [N, V], token ids [N]) of a step; greedy: no row needs a draw of `sampler`."""
     if greedy:
         return model.greedy(h, sampler.vocab_size)
     logits = model.logits(h)

@@ -1,15 +1,15 @@
-"""From logits to the next token: the options, and the state that `ops.sample` works on.
+"""Sampling: keeps the options and the state of completions, from which `ops.sample` chooses tokens.
 
-The order of the steps is that of vLLM: logit bias, penalties, temperature, min_p, top_k, top_p.
-The noise of a draw is a pure function of (seed, index of the completion, step, token), so a
-completion depends on its own seed alone: not on what else is in the batch, nor on what was drawn
-before.
+The steps have vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p. The noise of a
+draw is a pure function of (seed, index of the completion, step, token). So a completion depends on
+its own seed alone, neither on the rest of the batch nor on earlier draws.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,15 +17,19 @@ from torch import Tensor
 from mistral_ext import ops
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 class Sampler:
-    """Chooses the tokens of several completions, all that a step needs in one call.
+    """Chooses the next tokens of several completions in one call.
 
-    The state of each is a row of a few tensors on the device: see `ops.sample`.
+    The state of a completion is a row of a few tensors on the device: see `ops.sample`.
 
     Args:
         rows: completions at a time.
-        vocab_size: V, ids that may be chosen.
+        vocab_size: V, the number of ids that may be chosen.
         device: where the logits are.
         holes: ids below V that no token has, and that are never chosen.
 
@@ -47,6 +51,7 @@ class Sampler:
             self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # made when first needed
         self._plainly_greedy = [False] * rows
+        self._unrestricted: dict[int, Tensor] = {}  # bias of rows that `restrict` changes
         self._holes = tuple(holes)
         if holes:
             self._make_bias()
@@ -68,7 +73,7 @@ class Sampler:
             prompt_ids: tokens of the prompt, for the repetition penalty.
             index: which of the prompt's n completions this is.
             completion_ids: tokens that were drawn already.
-            seed: of the draws, [0, 2^64); None: that of the options, or a fresh one.
+            seed: seed of the draws, [0, 2^64); None: the options' seed, or a fresh one.
 
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.
@@ -87,7 +92,7 @@ class Sampler:
         self._plainly_greedy[row] = params.plainly_greedy and not self._holes
         if seed is None:
             seed = fresh_seed(params)
-        signed_seed = seed - 2**64 if seed >= 2**63 else seed  # of the same 64 bits
+        signed_seed = seed - 2**64 if seed >= 2**63 else seed  # int64 with the same 64 bits
         step = len(completion_ids)
         self._noise[row] = torch.tensor([signed_seed, index, step], device="cpu")
         self._history[row] = 0
@@ -95,6 +100,7 @@ class Sampler:
         self._history[row, prompt[prompt < self.vocab_size]] = 1
         chosen = self._ids(completion_ids)
         self._history[row] += 2 * chosen.bincount(minlength=self.vocab_size).to(torch.int32)
+        self._unrestricted.pop(row, None)
         biases = params.logit_bias or {}
         if biases and self._bias is None:
             self._make_bias()
@@ -103,6 +109,23 @@ class Sampler:
             self._bias[row, self._ids(self._holes)] = -torch.inf
             values = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
+
+    def restrict(self, row: int, allowed: NDArray[np.bool_]) -> None:
+        """Has a row choose among some tokens only, until the next call of this or of `start`.
+
+        Args:
+            row: as in `start`, which comes before.
+            allowed: [V or more], whether a token may be chosen.
+        """
+        if self._bias is None:
+            self._make_bias()
+        assert self._bias is not None
+        if row not in self._unrestricted:
+            self._unrestricted[row] = self._bias[row].clone()
+            self._plainly_greedy[row] = False
+        given = torch.from_numpy(allowed[: self.vocab_size]).to(self._bias.device)
+        banned = self._bias.new_full((), -torch.inf)
+        torch.where(given, self._unrestricted[row], banned, out=self._bias[row])
 
     @torch.inference_mode(False)  # it outlives the call
     def _make_bias(self) -> None:
@@ -113,26 +136,26 @@ class Sampler:
 
     @property
     def biased(self) -> bool:
-        """Whether there are holes, or a completion has had a logit_bias: draws then read a bias for
-        all."""
+        """Whether draws add a bias. They do, for all rows, as soon as the vocabulary has holes or
+        any completion so far had a logit_bias or a restriction."""
         return self._bias is not None
 
     def needs_no_draw(self, rows: Sequence[int]) -> bool:
-        """Whether for all these completions the largest logit will do, and no state."""
+        """Whether all these completions take the largest logit, which needs no state."""
         return all(self._plainly_greedy[row] for row in rows)
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
         """Chooses the next token of some of the completions.
 
         Args:
-            rows: N of them.
+            rows: [N], the completions' rows.
             logits: [N, V or more] fp32, not changed; columns past V are never chosen.
 
         Returns:
             The N token ids.
 
         Raises:
-            ValueError: there is nothing to choose from.
+            ValueError: no token can be chosen, because a logit is NaN or all are -inf.
         """
         token_ids = self.draw(self._ids(rows), logits).tolist()
         if -1 in token_ids:
@@ -140,23 +163,25 @@ class Sampler:
         return token_ids
 
     def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """The same for rows on the device, without waiting for it; -1 where `sample` raises."""
+        """`sample` for rows on the device, without waiting for it; -1 where `sample` raises."""
         logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
 
     def problem(self, logits: Tensor) -> ValueError:
-        """Why there was nothing to choose from.
+        """The error that says why no token could be chosen.
 
         Args:
-            logits: [V or more], of the completion.
+            logits: [V or more], the completion's logits.
         """
         if logits[: self.vocab_size].isnan().any():
             return ValueError("the model's logits are NaN: its weights may be damaged")
-        return ValueError("all logits are -inf, with logit_bias: no token is left to choose")
+        return ValueError(
+            "all logits are -inf, with logit_bias and what has to match: no token is left to choose"
+        )
 
 
 def fresh_seed(params: SamplingParams) -> int:
-    """The seed of the options; another one each time if they have none."""
+    """The seed of the options; without it a new random seed for each call."""
     return secrets.randbits(64) if params.seed is None else params.seed
 
 
@@ -169,7 +194,7 @@ def token_logprob(
         logits: [V] fp32.
         token_id: the token.
         count: report this many of the most likely tokens too.
-        holes: ids that no token has: their probability is 0, and they are not reported.
+        holes: ids that no token has; their probability is 0, and they are not reported.
     """
     logits = logits.to(torch.float64, copy=True)
     logits[list(holes)] = -torch.inf

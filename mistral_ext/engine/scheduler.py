@@ -1,19 +1,19 @@
-"""The policy of the engine: whom to admit, what to read next, and whom to put back.
+"""The policy of the engine: which requests to admit, which tokens to read, which to put back.
 
 Nothing here touches a tensor of the model.
 
 A request waits until there is a row of the sampler for it and room in the cache for its prompt.
-Then its prompt is read, piece by piece. While others generate, pieces are small, so that a long
-prompt holds nobody up for long; prompts that are being read take turns. Prompts and generated
-tokens are not read in one pass: sums of floating point numbers depend on how many tokens a product
-has, and so would the text, on what else is in the batch. As it is, the bits of a prompt's token do
-not depend on how the prompt is cut (pieces have at least `LEAST_PIECE` tokens), nor on other
-prompts in the same pass, and the products of up to 8 generated tokens do not depend on their
-number.
+Then its prompt is read, piece by piece. Pieces are small while other sequences generate, so that a
+long prompt delays them little. Prompts that are being read take turns.
 
-When a sequence has to grow and there is no room, the cache of ended requests goes first, then the
-sequence that came last is put back. It waits again, its prompt is read again, and the tokens that
-it had generated are computed again one by one, with the same bits as before.
+Prompts and generated tokens are read in separate passes. The rounding of a product depends on its
+number of tokens, so in a common pass a text would depend on the rest of the batch. In separate
+passes it does not: pieces of prompts have at least `LEAST_PIECE` tokens, from where on a token's
+bits do not depend on the number of tokens, and neither do they for up to 8 generated tokens.
+
+When a sequence has to grow and there is no room, extents of ended requests are released first. Then
+the sequence that came last is put back: it waits, its prompt is read again, and the tokens that it
+had generated are computed again one by one, with the same bits as before.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from mistral_ext.engine.prefix_cache import LEAST_PIECE, PrefixCache, common_len
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 
-# Prompts of up to so many tokens are multiplied by the kernel for few tokens (`ops.linear`): they
-# are read alone, or others in the pass would change their bits.
+# The gemv kernels multiply passes of up to this many tokens (`ops.linear`). A prompt this short is
+# read alone: with other prompts in its pass, gemm would multiply it, and round differently.
 _FEW_TOKENS = 8
 
 
@@ -40,10 +40,10 @@ class Scheduler:
         busy_chunk: the same while somebody does.
 
     Attributes:
-        waiting: what is not admitted yet, in the order of service.
-        reading: whose prompts are being read, in the order of service.
-        decoding: that generate, in the order of admission.
-        prefixes: what ended requests have left.
+        waiting: sequences that are not admitted yet, in the order of service.
+        reading: sequences whose prompts are being read, in the order of service.
+        decoding: sequences that generate, in the order of admission.
+        prefixes: extents that ended requests have left.
         preemptions: how often a sequence was put back.
     """
 
@@ -63,15 +63,15 @@ class Scheduler:
         return bool(self.waiting or self.reading or self.decoding)
 
     def running(self) -> Iterator[Sequence]:
-        """All that own an extent."""
+        """All sequences that own an extent."""
         yield from self.reading
         yield from self.decoding
 
     def add(self, sequence: Sequence) -> None:
-        """Has a sequence wait.
+        """Queues a sequence.
 
         Raises:
-            ValueError: it can never fit.
+            ValueError: it can never fit into the cache.
         """
         needed = self._needed(sequence)
         if needed > self._pool.slots:
@@ -83,7 +83,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> None:
-        """Lets those in that have room, in their order."""
+        """Admits waiting sequences in their order, as long as there is room."""
         while self.waiting and self._may_enter(self.waiting[0]):
             sequence = self.waiting[0]
             extent, exact = self._extent_for(sequence)
@@ -97,7 +97,7 @@ class Scheduler:
             self.reading.append(sequence)
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """Which tokens of prompts to read in the next pass: sequences, and how many of each."""
+        """The prompt tokens to read in the next pass: sequences, and how many tokens of each."""
         if not self.reading:
             return []
         budget = self._busy_chunk if self.decoding else self._chunk
@@ -121,26 +121,26 @@ class Scheduler:
         return pieces
 
     def note_read(self, sequence: Sequence, count: int) -> None:
-        """Counts what was read of a prompt; one that is read as a whole goes on to generate."""
+        """Counts prompt tokens that were read; after the last of them the sequence generates."""
         may_share = sequence.request.chunk is None and sequence.prompt_length >= LEAST_PIECE
         if may_share and sequence.exact == sequence.place.length:
             sequence.exact += count
         self._pool.advance(sequence.place, count)
         self.reading.remove(sequence)
         if sequence.reads_prompt:
-            self.reading.append(sequence)  # behind the others: they take turns
+            self.reading.append(sequence)  # at the end: prompts take turns
         elif sequence.request.params is not None:
             self.decoding.append(sequence)
 
     def next_decode(self) -> list[Sequence]:
         """The sequences of the next decode step, each with room for its token."""
         for sequence in list(self.decoding):
-            if sequence.extent is not None and _goes_on(sequence):  # not put back meanwhile
+            if sequence.extent is not None and _goes_on(sequence):  # not put back by this loop
                 self._make_room(sequence)
         return [sequence for sequence in self.decoding if _goes_on(sequence)]
 
     def note_decoded(self, sequences: list[Sequence]) -> None:
-        """Counts the token that each has read."""
+        """Counts the token that each sequence has read."""
         for sequence in sequences:
             self._pool.advance(sequence.place, 1)
 
@@ -148,7 +148,7 @@ class Scheduler:
         """Lets go of a sequence that has ended, wherever it is.
 
         Args:
-            keep: what it has stored is sound, and may serve others.
+            keep: its keys and values are sound, and other requests may use them.
         """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -161,7 +161,7 @@ class Scheduler:
         sequence.extent = None
 
     def put_back(self, sequence: Sequence) -> None:
-        """Has a running sequence wait again, before all that came after it."""
+        """Makes a running sequence wait again, ahead of all sequences that came after it."""
         self.preemptions += 1
         self._forget(sequence)
         self._pool.release(sequence.place)
@@ -187,14 +187,14 @@ class Scheduler:
     def _may_enter(self, sequence: Sequence) -> bool:
         if sequence.request.params is not None and not self._free_rows:
             return False
-        # Enough to read for the next pass or two will do: who enters later finds more in the cache.
+        # Prompts for the next pass or two are enough: a later request finds more in the cache.
         unread = sum(s.prompt_length - s.place.length for s in self.reading)
         if unread >= 2 * self._chunk:
             return False
         return not any(self._is_worth_waiting_for(s, sequence) for s in self.reading)
 
     def _is_worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
-        """Whether another one is just reading what this one would have to read as well."""
+        """Whether another sequence is reading tokens that this one would have to read as well."""
         if other.request.salt != sequence.request.salt or other.request.chunk is not None:
             return False
         if sequence.request.chunk is not None or sequence.request.prompt_logits:
@@ -204,9 +204,10 @@ class Scheduler:
         return common >= other.place.length + LEAST_PIECE
 
     def _extent_for(self, sequence: Sequence) -> tuple[Extent | None, int]:
-        """Room for a prompt, perhaps with its beginning in it, and how much of that is exact."""
+        """An extent for a prompt, and how many of the tokens in it are exact (see `Match`). The
+        extent may hold the beginning of the prompt."""
         most = self._needed(sequence)
-        # A sequence that was put back gets all that it can need, or it might be again.
+        # A sequence that was put back gets all slots that it can need, so that it never is again.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
         if match is None:
@@ -227,21 +228,21 @@ class Scheduler:
         return extent, match.exact
 
     def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
-        """Room, for which what ended requests have left goes, but not `spare`."""
+        """An extent; releases extents of ended requests, but not `spare`, until there is room."""
         while (extent := self._pool.allocate(length, most)) is None:
             if not self.prefixes.drop_oldest(spare):
                 return None
         return extent
 
     def _grow(self, extent: Extent, count: int) -> bool:
-        """The same for an extent that is to take `count` more tokens."""
+        """Makes an extent grow for `count` more tokens, as `_allocate` makes room."""
         while not self._pool.has_room(extent, count) and not self._pool.grow(extent, count):
             if not self.prefixes.drop_oldest():
                 return False
         return True
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Has an extent grow for one more token; at worst the sequence itself is put back."""
+        """Gives a sequence room for one more token; at worst the sequence itself is put back."""
         while sequence.extent is not None and not self._grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
 
@@ -251,13 +252,13 @@ def _is_read_alone(sequence: Sequence) -> bool:
 
 
 def _goes_on(sequence: Sequence) -> bool:
-    """Whether there is to be another token, as far as is known, after those under way."""
+    """Whether the sequence needs another token after those under way, as far as is known."""
     is_open = sequence.finish_reason is None and not sequence.is_aborted
     return is_open and sequence.place.length + 1 < sequence.request.max_length
 
 
 def _piece(unread: int, budget: int) -> int:
-    """Tokens of a prompt to read next. Neither they nor what remains are fewer than LEAST_PIECE,
-    which may take a little more than the budget."""
+    """Tokens of a prompt to read next. Neither they nor the remaining tokens are fewer than
+    LEAST_PIECE, so they may exceed the budget a little."""
     count = min(budget, unread - LEAST_PIECE)
     return count if count >= LEAST_PIECE and unread > budget else unread

@@ -11,6 +11,7 @@ from mistral_ext.engine.params import TokenLogprob
 from mistral_ext.engine.request import Completion, Output, Request, Timing
 from mistral_ext.engine.sampling import fresh_seed, token_logprob
 from mistral_ext.engine.slots import Extent
+from mistral_ext.text.grammar import Matcher
 
 
 class Sequence:
@@ -19,19 +20,20 @@ class Sequence:
     Args:
         request_id: the engine's name for it; later requests have larger ones.
         request: as given to the engine.
-        vocab_size: ids that may be sampled.
+        vocab_size: number of ids that may be sampled.
         holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
         ids: the prompt, then what was generated.
-        seed: of its draws.
+        seed: the seed of its draws.
         extent: its slots of the cache; None while it waits.
         row: its row of the sampler; None while it waits.
         exact: tokens at the beginning of the extent that were read as parts of a prompt.
         is_drawing: the sampler's row is in the state that the next draw needs.
         was_put_back: it ran before, and lost its place.
-        finish_reason: None while it goes on.
-        is_aborted: nobody waits for it any more.
+        finish_reason: why it has ended; None while it goes on.
+        is_aborted: nobody waits for its outputs any more.
+        matcher: says which tokens may come next; None: all.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Sequence:
         self.finish_reason: str | None = None
         self.is_aborted = False
         self.seed = 0
+        self.matcher: Matcher | None = None
         self._vocab_size = vocab_size
         self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
@@ -60,6 +63,8 @@ class Sequence:
             self.seed = fresh_seed(params)
             self._eos_ids = () if params.ignore_eos else tuple(request.eos_ids)
             self._others = params.logprobs
+            if request.grammar is not None:
+                self.matcher = request.grammar.matcher(request.eos_ids, not params.ignore_eos)
         self._read = self._cached = 0
         self._added = time.perf_counter()
         self._started = self._first = self._last = 0.0
@@ -88,8 +93,8 @@ class Sequence:
 
     @property
     def generates(self) -> bool:
-        """Whether the next decode step gives a token that is not known yet: not so while a
-        sequence that was put back gets its generated tokens into the cache again."""
+        """Whether the next decode step gives a new token. A sequence that was put back first reads
+        the tokens that it had generated again, and those steps give none."""
         return self.place.length >= len(self.ids) - 1
 
     def note_read(self, count: int) -> None:
@@ -97,7 +102,7 @@ class Sequence:
         if not self._started:
             self._started = time.perf_counter()
             self._cached = self.place.length
-        if len(self.ids) == self.prompt_length:  # and not those that are read again
+        if len(self.ids) == self.prompt_length:  # not for tokens that are read again
             self._read += count
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
@@ -110,13 +115,15 @@ class Sequence:
             logits = logits[: self._vocab_size]
             self._logprobs.append(token_logprob(logits, token_id, self._others, self._holes))
         is_end = token_id in self._eos_ids
-        if is_end:
+        if self.matcher and not is_end:
+            self.matcher.consume(token_id)
+        if is_end or (self.matcher and self.matcher.is_finished):
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_length:
             self.finish_reason = "length"
         piece, text = "", self.request.text
         if text:
-            # A token that ends a text is no part of it, not even where it is an ordinary token.
+            # A token that ends a text is no part of the text, even if it is an ordinary token.
             piece = "" if is_end else text.push(token_id)
             if self.finish_reason:
                 piece += text.finish()

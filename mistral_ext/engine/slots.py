@@ -13,11 +13,11 @@ is read in chunks: a chunk of two tokens, 6 and 7, takes slots 2 and 3; but quer
 position 3, so token 7 is stored only when attention is done (csrc/ring.h has the rule). A chunk
 longer than the ring stores only its last C tokens.
 
-A ring here has some slots more than the window, its *slack*: so many tokens can be taken back
-(`rewind`) before something is missing that the next query sees.
+A ring here has more slots than the window. The additional slots are its *slack*: so many tokens can
+be taken back (`rewind`), and the next query still finds all keys that it sees.
 
-An extent begins small and grows when it is full, to twice its size, up to what its sequence can
-need: the ring, or without a window its longest length. To grow is to move: one copy.
+An extent begins small. When it is full it grows to twice its size, up to the most that its sequence
+can need: a ring, or without a window its longest length. To grow, an extent is copied once.
 
 Mistral 7B takes 131,072 bytes a token in bfloat16, over its 32 layers.
 """
@@ -53,9 +53,9 @@ class Extent:
     Attributes:
         first: its first slot in the pool.
         capacity: C, its slots.
-        most: the slots that it may grow to.
+        most: slots that it may grow to.
         length: tokens of the sequence that have been stored.
-        oldest: the first position that no later token has taken the slot of.
+        oldest: the first position whose slot no later token has taken.
     """
 
     first: int
@@ -70,7 +70,7 @@ class SlotPool:
 
     Args:
         config: gives the layers, key/value heads, head dimension and window.
-        slots: of the pool.
+        slots: size of the pool.
         dtype, device: of the keys and values.
 
     Attributes:
@@ -90,7 +90,7 @@ class SlotPool:
         self.slots = slots
         self.window = config.sliding_window
         self._heads = config.n_kv_heads
-        self._free = [(0, slots)]  # (first slot, slots) of what is free, in order
+        self._free = [(0, slots)]  # (first slot, slots) of each free range, in order
         shape = (self._heads * slots, config.head_dim)
         with torch.inference_mode(False):  # they outlive the call
             # Not zeroed: untouched pages cost no memory until a token is stored in them.
@@ -110,14 +110,14 @@ class SlotPool:
         return sum(count for _, count in self._free)
 
     def allocate(self, length: int, most: int) -> Extent | None:
-        """An empty extent.
+        """Allocates an empty extent.
 
         Args:
             length: tokens that it has to have slots for at once.
             most: slots that it may grow to.
 
         Returns:
-            None if there is no room.
+            The extent, or None if there is no room.
         """
         capacity = min(most, -(-length // _STEP) * _STEP)
         first, free = _take(self._free, capacity)
@@ -127,7 +127,7 @@ class SlotPool:
         return Extent(first, capacity, most)
 
     def release(self, extent: Extent) -> None:
-        """Takes the slots of an extent back."""
+        """Frees the slots of an extent."""
         self._free = _give_back(self._free, extent)
 
     def has_room(self, extent: Extent, count: int) -> bool:
@@ -135,8 +135,8 @@ class SlotPool:
         return extent.capacity == extent.most or extent.length + count <= extent.capacity
 
     def grow(self, extent: Extent, count: int) -> bool:
-        """Moves an extent to where `count` more tokens have room, and its tokens with it. It gets
-        twice as many slots, or if there are not so many, what it needs.
+        """Moves an extent and its tokens to where `count` more tokens have room. It gets twice as
+        many slots, or only as many as it needs if there are no more.
 
         Returns:
             Whether there was room; if not, nothing has changed.
@@ -153,8 +153,8 @@ class SlotPool:
         return False
 
     def copy(self, source: Extent, target: Extent, length: int) -> None:
-        """Gives an empty extent the first `length` tokens of another, which can be rewound to them
-        and has room for them."""
+        """Copies the first `length` tokens of an extent to an empty one, which has room for them.
+        `can_rewind(source, length)` must hold."""
         target.oldest = self._copy(source, target, length)
         target.length = length
 
@@ -162,8 +162,8 @@ class SlotPool:
         """The sequence table of a call that stores new tokens: see `mistral_ext.ops`.
 
         Args:
-            counts: extent -> its new tokens, in the order in which the tokens are packed. Each has
-                room for them.
+            counts: extent -> number of its new tokens, in the order in which the tokens are packed.
+                Every extent has room for its new tokens.
 
         Returns:
             [S, 5] int64 on the CPU.
@@ -176,7 +176,7 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def append(self, counts: Mapping[Extent, int]) -> Tensor:
-        """`table`, for a call that is about to be made: the new tokens count as stored."""
+        """Returns `table`, and counts the new tokens as stored: for a call that is made next."""
         table = self.table(counts)
         for extent, count in counts.items():
             self.advance(extent, count)
@@ -190,8 +190,8 @@ class SlotPool:
     def can_rewind(self, extent: Extent, length: int) -> bool:
         """Whether an extent still holds all that a token at position `length` sees.
 
-        That token sees the positions length - W + 1 and up; once a later token has taken the slot
-        of one of them, there is no way back.
+        That token sees the positions from length - W + 1 on. Once a later token has taken the slot
+        of one of these positions, the extent cannot be rewound.
         """
         oldest_seen = max(0, length - self.window + 1) if self.window else 0
         return length <= extent.length and oldest_seen >= min(length, extent.oldest)
@@ -202,8 +202,8 @@ class SlotPool:
         extent.oldest = min(extent.oldest, length)
 
     def _copy(self, source: Extent, target: Extent, length: int) -> int:
-        """Copies the tokens before `length` that the source still has and the target has room for;
-        returns the position of the first."""
+        """Copies tokens before `length`: the last ones that the source still has and the target has
+        room for. Returns the position of the first."""
         begin = max(source.oldest, length - target.capacity)
         overlap = (
             source.first < target.first + target.capacity
@@ -220,14 +220,14 @@ class SlotPool:
         return begin
 
     def _view(self, pool: Tensor, extent: Extent) -> Tensor:
-        """[Hkv, C, D], the slots of an extent."""
+        """The slots of an extent, [Hkv, C, D]."""
         first = self._heads * extent.first
         rows = pool[first : first + self._heads * extent.capacity]
         return rows.view(self._heads, extent.capacity, -1)
 
 
 def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list[tuple[int, int]]]:
-    """The first of `count` consecutive free slots, lowest first, and what is free then."""
+    """(first of `count` consecutive free slots, the lowest there are; the free ranges then)."""
     for i, (first, available) in enumerate(free):
         if available >= count:
             rest = [(first + count, available - count)] if available > count else []
@@ -236,7 +236,7 @@ def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list
 
 
 def _give_back(free: Sequence[tuple[int, int]], extent: Extent) -> list[tuple[int, int]]:
-    """What is free when an extent is too; neighbours become one."""
+    """The free ranges after an extent is freed; neighbouring ranges are merged."""
     merged: list[tuple[int, int]] = []
     for first, count in sorted([*free, (extent.first, extent.capacity)]):
         if merged and sum(merged[-1]) == first:

@@ -6,8 +6,8 @@ so every token sees its whole window, wherever a chunk begins. There are no stri
 restarts that would have to predict with a short context. Perplexities compare between models with
 the same tokenizer only.
 
-A model without a window knows `max_positions` positions. A longer text is cut into segments of
-as many tokens, and each begins anew after a beginning-of-text token of its own.
+A model without a window knows `max_positions` positions. A longer text is cut into segments of that
+length. Each segment starts with its own beginning-of-text token, and does not see the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mistral_ext.llm import Mistral, expect_token_ids
 class Perplexity:
     """The result for one or several texts together."""
 
-    tokens: int  # that were predicted: all but the beginning of a text
+    tokens: int  # predicted tokens: all but the beginning-of-text tokens
     segments: int  # sequences read; as many as texts if none had to be cut
     nll: float  # mean negative log-likelihood of a token, in nats
     seconds: float  # wall clock
@@ -36,7 +36,7 @@ class Perplexity:
     @property
     def value(self) -> float:
         """The perplexity, exp(nll)."""
-        # Infinity where it is too large, not an OverflowError as of math.exp.
+        # Too large a value becomes infinity; math.exp would raise OverflowError.
         return torch.tensor(self.nll, dtype=torch.float64, device="cpu").exp().item()
 
     @property
@@ -52,7 +52,7 @@ def perplexity(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> Perplexity:
-    """Measures a model on texts. Where there are several, they fill up each other's passes.
+    """Measures a model on texts. Several texts are read in common passes.
 
     Logits take llm.prefill_chunk * vocabulary * 4 bytes.
 
@@ -106,7 +106,7 @@ def perplexity(
 
 
 def _token_ids(llm: Mistral, text: str | Sequence[int], name: str) -> list[int]:
-    """Without a beginning-of-text token."""
+    """Token ids of a text, without a beginning-of-text token."""
     if text == "":
         raise ValueError(f"{name} is empty, expected some text")
     ids = llm.require_tokenizer().encode(text, bos=False) if isinstance(text, str) else text

@@ -3,8 +3,8 @@
 A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
 3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own in
 ``params.json``; mistral_ext/weights/folder.py reads the files. The values of both become
-one :class:`MistralConfig`, with Mistral's names. A setting that would need arithmetic the model
-does not have (biases, experts, other kinds of RoPE) is refused, never ignored.
+one :class:`MistralConfig`, with Mistral's names. A setting that needs arithmetic which the
+model does not have (biases, experts, other kinds of RoPE) is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HF_KEYS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _HF_DEFAULT_ROPE_THETA = 1e4
-# Where transformers' LlamaConfig differs; n_kv_heads is n_heads there.
+# Defaults of transformers' LlamaConfig that differ; its default n_kv_heads is n_heads.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
 # Keys of params.json that have the field's own name and no default.
@@ -46,7 +46,7 @@ _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
-# A cache has room for so many tokens at least, if a sequence can have so many.
+# A cache has room for at least this many tokens, if a sequence can have as many.
 LEAST_CACHE_TOKENS = 4096
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,7 +57,8 @@ class MistralConfig:
     """Shapes and constants of one model.
 
     Raises:
-        ValueError: naming the field (and its key in config.json), its value and what was expected.
+        ValueError: a field is wrong; the message names it (and its key in config.json), its value
+            and what was expected.
     """
 
     vocab_size: int
@@ -72,7 +73,7 @@ class MistralConfig:
     sliding_window: int | None  # W: keys a query sees, itself included; None: all
     max_positions: int  # positions the model was trained for; a limit only without a window
     bos_id: int
-    eos_ids: tuple[int, ...]  # any of them ends a text
+    eos_ids: tuple[int, ...]  # each of them ends a text
     dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
     tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
     rope_scaling: RopeScaling | None = None
@@ -104,7 +105,7 @@ class MistralConfig:
             self.n_heads % self.n_kv_heads == 0,
             f"a divisor of n_heads ({self.n_heads})",
         )
-        self._check("head_dim", self.head_dim % 2 == 0, "even: RoPE rotates pairs")
+        self._check("head_dim", self.head_dim % 2 == 0, "an even number: RoPE rotates pairs")
         self._check(
             "bos_id",
             _is_int(self.bos_id) and self.bos_id < self.vocab_size,
@@ -124,27 +125,27 @@ class MistralConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """The factor of the scores; None: 1 / sqrt(head_dim)."""
+        """The factor of attention's scores; None: 1 / sqrt(head_dim)."""
         if not isinstance(self.rope_scaling, Yarn):
             return None
         return self.rope_scaling.attention_factor**2 / math.sqrt(self.head_dim)
 
     def cache_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values of a token, in all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             key = _HF_KEYS.get(name, (name,))[0]
             label = name if key == name else f"{name} ({key})"
-            raise ValueError(f"{label} must be {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{label} is {getattr(self, name)!r}, expected {expected}")
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
         """Read the contents of a Hugging Face ``config.json``, of any transformers version.
 
-        A missing key takes the default of transformers' ``MistralConfig``, which is not always
-        what Mistral 7B uses. So does null, save for ``sliding_window``, where it means none.
+        A missing key takes the default of transformers' ``MistralConfig``, which is not always the
+        value of Mistral 7B. null does too, except for ``sliding_window``: there it means no window.
         """
         _refuse_unless(values, "model_type", "mistral", "llama")
         is_llama = values["model_type"] == "llama"
@@ -152,8 +153,8 @@ class MistralConfig:
         _refuse_if_set(values, "attention_bias", "mlp_bias")
         if len(set(map(str, values.get("layer_types") or ()))) > 1:
             raise ValueError(
-                "layer_types mixes kinds of attention; every layer must have the same, "
-                f"got {values['layer_types']!r}"
+                f"layer_types is {values['layer_types']!r}, expected the same kind of attention in "
+                "every layer"
             )
 
         fields: dict[str, Any] = {}
@@ -172,7 +173,7 @@ class MistralConfig:
         )
         fields["rope_scaling"] = scaling_from_hf(rope, fields["max_positions"])
         if "dynamic" in rope.values() and fields["sliding_window"] is not None:
-            raise ValueError("rope_type 'dynamic' is not supported with a sliding_window")
+            raise ValueError("rope_type is 'dynamic', expected another kind with a sliding_window")
         fields["dtype"] = _dtype(values)
         return cls._build(fields, overrides)
 
@@ -222,7 +223,7 @@ class MistralConfig:
         unknown = [name for name in overrides if name not in names]
         if unknown:
             raise TypeError(
-                f"unknown configuration field {unknown[0]!r}; expected one of: {', '.join(names)}"
+                f"unknown configuration field {unknown[0]!r}, expected one of {', '.join(names)}"
             )
         fields = fields | overrides
         if fields["head_dim"] is None:
@@ -242,8 +243,8 @@ def _is_positive_number(value: Any) -> bool:
 def _derived_head_dim(dim: Any, n_heads: Any) -> int:
     if not (_is_int(dim, minimum=1) and _is_int(n_heads, minimum=1) and dim % n_heads == 0):
         raise ValueError(
-            "without head_dim, dim (hidden_size) must be a multiple of n_heads "
-            f"(num_attention_heads), got {dim!r} and {n_heads!r}"
+            f"dim (hidden_size) is {dim!r}, expected a multiple of n_heads (num_attention_heads), "
+            f"which is {n_heads!r}: head_dim is missing"
         )
     return int(dim // n_heads)
 
@@ -251,26 +252,26 @@ def _derived_head_dim(dim: Any, n_heads: Any) -> int:
 def _refuse_unless(values: dict[str, Any], key: str, *expected: str, default: Any = None) -> None:
     value = values.get(key, default)
     if value not in expected:
-        raise ValueError(f"{key} must be {' or '.join(map(repr, expected))}, got {value!r}")
+        raise ValueError(f"{key} is {value!r}, expected {' or '.join(map(repr, expected))}")
 
 
 def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
     for key in keys:
         if values.get(key):
-            raise ValueError(f"{key} is not supported, got {values[key]!r}")
+            raise ValueError(f"{key} is {values[key]!r}, expected none: it is not supported")
 
 
 def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """What a ``config.json`` says about RoPE beside its base.
+    """The settings of RoPE in a ``config.json``, without its base.
 
     transformers moved ``rope_theta`` and ``rope_scaling`` into one ``rope_parameters``.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_parameters must be an object, got {rope!r}")
+        raise ValueError(f"rope_parameters is {rope!r}, expected an object")
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if partial not in (None, 1):
-        raise ValueError(f"partial_rotary_factor must be 1, got {partial!r}")
+        raise ValueError(f"partial_rotary_factor is {partial!r}, expected 1")
     return rope
 
 
@@ -280,5 +281,5 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     if name is None:
         return None
     if not isinstance(name, str) or name not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(_DTYPES)}")
     return _DTYPES[name]

@@ -1,4 +1,4 @@
-"""The frequencies of RoPE: what a model turns its queries and keys by, as data of `ops.rope`."""
+"""The frequencies of RoPE, by which `ops.rope` rotates queries and keys."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def frequencies(
 ) -> Tensor:
     """[D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
 
-    Not float32, although other implementations round them to that: at position 10^5 the angles
-    would be off by 0.003.
+    Other implementations round them to float32, which makes an error of 0.003 in the angles at
+    position 10^5.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 15.
     """

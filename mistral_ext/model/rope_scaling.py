@@ -1,8 +1,8 @@
-"""How models change the frequencies of RoPE to read longer texts than they were first trained on.
+"""Scaled RoPE: changed frequencies, with which models read longer texts than at first.
 
 The kinds are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files), computed as
-transformers computes them, but in float64. Another comes from GGUF files, which hold the result:
-a divisor for each frequency.
+transformers computes them, but in float64. A further kind comes from GGUF files, which hold the
+result: a divisor for each frequency.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-_FACTORS = "factors"  # our own, for what GGUF files hold
+_FACTORS = "factors"  # our own name, for the divisors in GGUF files
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Low frequencies divided by a factor, high ones kept, and a smooth passage between.
+    """Low frequencies divided by a factor, high frequencies kept, a smooth passage between.
 
     Source: Llama 3.1, as transformers has it (`rope_type: llama3`).
     """
 
     factor: float
-    low: float  # turns within the original positions below which a frequency is divided
-    high: float  # and above which it is kept
+    low: float  # a frequency with fewer turns within the original positions is divided
+    high: float  # a frequency with more turns is kept
     original_positions: int
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
@@ -63,7 +63,7 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Low frequencies divided, high ones kept, with a linear passage over the dimensions between;
+    """Low frequencies divided, high frequencies kept, a linear passage over the dimensions between;
     queries and keys both grow by `attention_factor`.
 
     Source: Peng et al. 2023, arXiv:2309.00071.
@@ -72,8 +72,8 @@ class Yarn:
     factor: float
     original_positions: int
     attention_factor: float
-    beta_fast: float = 32  # turns within the original positions above which a frequency is kept
-    beta_slow: float = 1  # and below which it is divided
+    beta_fast: float = 32  # a frequency with more turns within the original positions is kept
+    beta_slow: float = 1  # a frequency with fewer turns is divided
     truncate: bool = True  # the passage begins and ends at whole dimensions
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
@@ -88,7 +88,7 @@ class Yarn:
         return torch.lerp(frequencies, frequencies / self.factor, divided)
 
     def _dimension(self, turns: float, half: int, theta: float) -> float:
-        """Which of the dimensions turns so often within the original positions."""
+        """The dimension that makes this many turns within the original positions."""
         positions = self.original_positions / (turns * 2 * math.pi)
         return half * math.log(positions) / math.log(theta)
 
@@ -123,11 +123,11 @@ RopeScaling: TypeAlias = Linear | Llama3 | Yarn | Factors
 def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | None:
     """Reads `rope_scaling` or `rope_parameters` of a ``config.json``; None: RoPE is not scaled.
 
-    Dynamic scaling is none: it begins after `max_positions`, and the engine ends there.
+    Dynamic scaling counts as none: it begins after `max_positions`, where the engine ends.
 
     Args:
         rope: the object.
-        max_positions: of the model, the original ones if the object does not say.
+        max_positions: of the model; the original positions, if the object does not name them.
 
     Raises:
         ValueError: a kind that is not supported, or a number that is missing or impossible.
@@ -138,10 +138,12 @@ def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | N
     if kind == _FACTORS:
         factors = rope.get(_FACTORS)
         if not isinstance(factors, list) or not all(_is_positive(factor) for factor in factors):
-            raise ValueError(f"rope_scaling factors must be positive numbers, got {factors!r:.60}")
+            raise ValueError(
+                f"factors of rope_scaling is {factors!r:.60}, expected positive numbers"
+            )
         return Factors(tuple(map(float, factors)))
     if kind not in _KINDS:
-        raise ValueError(f"rope_type must be one of {', '.join(_KINDS)}, got {kind!r}")
+        raise ValueError(f"rope_type is {kind!r}, expected one of {', '.join(_KINDS)}")
     if kind == "linear":
         return Linear(_number(rope, "factor"))
     original = int(_number(rope, "original_max_position_embeddings", max_positions))
@@ -149,7 +151,7 @@ def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | N
         return _yarn(rope, original)
     low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
     if high <= low:
-        raise ValueError(f"high_freq_factor must be above low_freq_factor, got {high} and {low}")
+        raise ValueError(f"high_freq_factor is {high}, expected more than low_freq_factor, {low}")
     return Llama3(_number(rope, "factor"), low, high, original)
 
 
@@ -178,7 +180,7 @@ def _number(rope: dict[str, Any], key: str, default: float | None = None) -> flo
     value: Any = rope.get(key)
     value = default if value is None else value
     if not _is_positive(value):
-        raise ValueError(f"{key} of rope_scaling must be a positive number, got {value!r}")
+        raise ValueError(f"{key} of rope_scaling is {value!r}, expected a positive number")
     return float(value)
 
 

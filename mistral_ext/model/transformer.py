@@ -20,7 +20,7 @@ from mistral_ext.ops import JoinedWeight, Weight, Weights
 
 
 class Cache(Protocol):
-    """Where keys and values are: a pool [R, D] for each layer, keys in `k` and values in `v`."""
+    """The memory of keys (`k`) and values (`v`): a pool [R, D] for each layer."""
 
     k: list[Tensor]
     v: list[Tensor]
@@ -43,8 +43,8 @@ class Transformer:
 
     Args:
         config: its shape and constants.
-        weights: from `checkpoint.load_weights`, kept and not copied. Matrices may be `Quantized`,
-            but for the embeddings.
+        weights: from `checkpoint.load_weights`; they are not copied. Matrices other than the
+            embeddings may be `Quantized`.
     """
 
     def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
@@ -71,7 +71,7 @@ class Transformer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights; those of the embeddings once, if the output shares them."""
+        """Bytes of the weights; embeddings that the output shares count once."""
         weights: list[Weight | JoinedWeight] = [self.embeddings, self.norm, self.output]
         for layer in self.layers:
             for weight in vars(layer).values():
@@ -114,11 +114,11 @@ class Transformer:
         max_count: int,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """`forward` up to the logits, with tensors that are on the model's device already. Does not
+        """The part of `forward` before the logits, with tensors on the model's device. It does not
         wait for the device.
 
         Args:
-            max_count: no sequence has more new tokens than this.
+            max_count: upper bound of the new tokens of any sequence.
 
         Returns:
             [N, E], the residual stream, for `logits` or `greedy`.
@@ -126,8 +126,8 @@ class Transformer:
         config = self.config
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
-        # Not embeddings[token_ids]: for that torch wakes its threads even for one row, and on the
-        # CPU they then spin for milliseconds on the cores that ours need.
+        # For embeddings[token_ids] torch would wake its threads even for one row; on the CPU they
+        # then spin for milliseconds on the cores that our threads need.
         h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
@@ -138,7 +138,7 @@ class Transformer:
             q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
             x = ops.attention(q, k, v, *rings, window, scale, max_count)  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
-                # From here on tokens do not see each other: those without logits are done.
+                # From here on tokens do not see each other: tokens without logits are done.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
             ops.linear_residual(x.flatten(1), layer.wo, h)
             x = ops.linear_swiglu(h, layer.gate_up, layer.ffn_norm, eps)  # [T, F]
@@ -152,8 +152,8 @@ class Transformer:
 
     @torch.inference_mode()
     def greedy(self, h: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """[N, V] logits in the model's dtype, and [N] the token ids of the largest ones among the
-        first `vocab_size`, -1 where there is no choice: `ops.linear_argmax`."""
+        """[N, V] logits in the model's dtype, and [N] token ids of the largest of the first
+        `vocab_size` logits; -1 where there is none (see `ops.linear_argmax`)."""
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
 
 
@@ -167,7 +167,7 @@ def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
 
 def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
-    assert not isinstance(weight, JoinedWeight)  # these have names of their own
+    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has a name of its own
     return weight
 
 

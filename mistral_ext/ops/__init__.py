@@ -1,12 +1,15 @@
 """The kernels as functions on torch tensors, and as `torch.ops.mistral_ext.*`.
 
-Inference only: no op has a gradient, and where torch records them, an argument that requires one
-is a RuntimeError. Tensors are float32, bfloat16 or float16, all arguments of
-a call of one dtype; arithmetic is done in float32 (in both, `sample` is different). Nothing is
-copied or made contiguous behind the caller's back: the last axis must have stride 1 (the weights,
-pools and tables must be contiguous), other strides are free, so q, k and v may be slices of one
-matrix. Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices,
-not a tensor) with the op, the argument, what was expected and what was given.
+The ops are for inference: none has a gradient, and an argument that requires a gradient raises
+RuntimeError where torch records gradients.
+
+Tensors are float32, bfloat16 or float16; all tensors of a call have the same dtype. Kernels compute
+in float32. (`sample` has other dtypes.) No op copies an argument or makes it contiguous: the last
+axis must have stride 1, and weights, pools and tables must be contiguous. Other strides are free:
+q, k and v may be slices of one matrix.
+
+Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices, not a
+tensor). The message has the op, the argument, its value and what was expected.
 
 Shape letters: T new tokens of all sequences, packed one after another; S sequences; E model
 dimension; F hidden dimension; Hq query heads; Hkv key/value heads, a divisor of Hq; D head
@@ -23,7 +26,7 @@ ring is (`mistral_ext.engine.slots.SlotPool` makes it; csrc/ring.h defines it):
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
-What a table holds is checked on the CPU only: to read it back from a GPU would make a call wait.
+The values in a table are checked on the CPU only: reading them from a GPU would make a call wait.
 """
 
 from mistral_ext.ops.attention import attention

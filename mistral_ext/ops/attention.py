@@ -23,9 +23,9 @@ def attention(
 ) -> Tensor:
     """Causal sliding-window grouped-query attention of a ragged batch over ring caches.
 
-    The query at position p attends to positions p - W + 1 to p: those before the chunk in its
-    sequence's ring, the others in k and v. Query head h reads key/value head h * Hkv // Hq. Then
-    the tokens that `rope` had to leave out are appended to the rings.
+    The query at position p attends to positions p - W + 1 to p. Positions before the chunk are read
+    from its sequence's ring, positions of the chunk from k and v. Query head h reads key/value head
+    h * Hkv // Hq. At the end the op appends the tokens that `rope` had to leave out to the rings.
 
     Args:
         q: [T, Hq, D], rotated.
@@ -35,8 +35,8 @@ def attention(
         sequences: [S, 5] int64, the sequence table.
         window: W, keys that a query sees, itself included; None: all.
         scale: factor of the scores; None: 1 / sqrt(D).
-        max_count: no sequence has more new tokens than this; None: nothing is known. It spares
-            CUDA a launch when all sequences decode.
+        max_count: upper bound of the new tokens of any sequence; None: not known. It saves a
+            launch on CUDA devices when all sequences decode.
 
     Returns:
         [T, Hq, D].

@@ -11,10 +11,11 @@ def supported_isas() -> list[str]:
 
 
 def active_isa() -> str:
-    """The one that they use: what `select_isa` or MISTRAL_EXT_ISA asked for, else the fastest.
+    """The instruction set that the CPU kernels use.
 
-    But for amx, which has to be asked for: on hardware, it has not been tested or measured yet.
-    ValueError, as from every op, if the environment variable names one that this machine lacks.
+    It is the one that `select_isa` or MISTRAL_EXT_ISA named, else the fastest. amx is never the
+    default: it has not been tested or measured on hardware. If the environment variable names an
+    instruction set that this machine lacks, this function and every op raise ValueError.
     """
     return _C.active_isa()
 
@@ -25,7 +26,7 @@ def select_isa(name: str) -> None:
 
 
 def head_dims(device_type: str) -> list[int]:
-    """The head dimensions that all ops take on a "cpu" or "cuda" device; none where this build has
-    no kernels for it."""
+    """The head dimensions that all ops take on a "cpu" or "cuda" device; empty if this build has no
+    kernels for the device."""
     has_kernels = device_type != "cuda" or _C.cuda_architectures is not None
     return _C.head_dims(device_type) if has_kernels else []

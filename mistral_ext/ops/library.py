@@ -1,4 +1,4 @@
-"""How every op becomes a torch operator, `torch.ops.mistral_ext.<name>`."""
+"""Registers every op as a torch operator, `torch.ops.mistral_ext.<name>`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DEVICES = ("cpu", "cuda")
 
 
 def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Makes an op of torch.library.
+    """Registers an op with torch.library.
 
     Args:
         schema: name, arguments, and which of them the op changes.
@@ -27,10 +27,10 @@ def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> 
 
 
 def _guard(name: str) -> Callable[..., Any]:
-    """The op where torch records gradients, which it does not in inference mode.
+    """The implementation that torch calls where it records gradients; it refuses to.
 
-    Without it, the op's would be missing from `backward` without a word, and those of other
-    operations would be wrong that need what it has changed.
+    Otherwise `backward` would silently leave out this op's gradient. Gradients of other operations
+    that need tensors which this op has changed in place would be wrong.
     """
 
     def run(*arguments: Any) -> Any:
@@ -57,9 +57,9 @@ def _guard(name: str) -> Callable[..., Any]:
 
 
 def fake_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """What a fake returns: a tensor on the device of another, and of its dtype if none is given.
+    """A result for a fake: an empty tensor with the device (and by default the dtype) of `like`.
 
-    Not `like.new_empty`: torch.compile takes what that makes of a constant argument, such as
-    `torch.tensor([0])`, for a constant too, and its uninitialised memory for the values.
+    `like.new_empty` would not do: if `like` is a constant, such as `torch.tensor([0])`,
+    torch.compile takes the new tensor for a constant too, with its uninitialised memory as values.
     """
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Products with weights, and what the model does next to them."""
+"""Products with weights, fused with the operations before and after them in the model."""
 
 from __future__ import annotations
 
@@ -24,24 +24,30 @@ def linear(
 ) -> Tensor:
     """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
 
-    Few tokens are limited by reading the weights; up to 8 come out the same to the bit whatever
-    their number, on CUDA devices up to 64 of bfloat16 or float16. Weights with scales are widened
-    as they are read, and the arithmetic is that of x; but up to 8 tokens of bfloat16 or float16 are
-    multiplied in integers where that is faster ("int8" with AVX-512 VNNI, all of them with AVX2),
-    each x rounded by at most 2^-15 of the largest of its token. With "int8" K is at most 2^20. CUDA
-    devices read rows by 16 bytes: x, norm and the weights must be aligned to that, and K a multiple
-    of 8, or of 16 for values of 8 bits.
+    A product of few tokens takes as long as reading the weights (gemv kernels). A token's result
+    does not depend, to the bit, on the number of tokens in the call up to 8 tokens; on CUDA devices
+    up to 64 tokens of bfloat16 or float16.
+
+    Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There is
+    an exception for up to 8 tokens of bfloat16 or float16 on CPUs with AVX2: x is rounded to 16-bit
+    integers, by at most 2^-15 of the largest magnitude of its token, and the product is computed in
+    integers. ("int4" with bfloat16 is not, where the CPU has AVX512_BF16.) With "int8" K is at most
+    2^20.
+
+    CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
+    and K must be a multiple of 8, or of 16 for 8-bit values.
 
     Args:
         x: [T, K].
-        weight: [N, K], contiguous, of the dtype of x or `Quantized`; or up to 3 that are multiplied
-            in one pass as if one lay below the other, such as those of query, key and value. Each
-            may have a format of its own. Or a `JoinedWeight`, which torch multiplies as one.
+        weight: [N, K], contiguous, with the dtype of x, or `Quantized`. Or up to 3 weights, such as
+            those of query, key and value: they are multiplied in one pass, as if they lay one below
+            the other, and each may have its own format. Or a `JoinedWeight`, which torch multiplies
+            as one matrix.
         norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product; None: none.
-        eps: of the RMSNorm.
+        eps: epsilon of the RMSNorm.
 
     Returns:
-        [T, N], with several weights N is the sum of theirs.
+        [T, N]; with several weights N is the sum of their rows.
     """
     weights: Weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
     out: Tensor = torch.ops.mistral_ext.linear(x, *parts_of(weights), norm, eps)
@@ -73,9 +79,9 @@ register(
 def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
     """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
 
-    The sum is rounded to the dtype once. Where something comes between the product and the sum, an
-    adapter or a sum over devices, call `linear` and then `rms_norm` with the residual, which adds
-    the one to the other and normalises: the same but for the rounding of the product.
+    The sum is rounded to the dtype once. If something comes between the product and the sum (an
+    adapter, a sum over devices), call `linear` and then `rms_norm` with the residual, which adds
+    and normalises. The result differs only in that the product is rounded as well.
 
     Args:
         x: [T, K].
@@ -115,23 +121,23 @@ def linear_rope(
     frequencies: Tensor,
     window: int | None = None,
 ) -> Tensor:
-    """Query, key and value of x, q and k rotated, k and v appended to the rings.
+    """Computes query, key and value of x, rotates q and k, and appends k and v to the rings.
 
-    The same to the bit as `linear` and then `rope`, which see; up to 64 tokens, CUDA devices do it
-    in one launch. What `rope` leaves to `attention` to append, this does too.
+    The result is that of `linear` followed by `rope`, to the bit. On CUDA devices it takes one
+    launch for up to 64 tokens. Like `rope`, it leaves some tokens for `attention` to append.
 
     Args:
         x: [T, K].
         weights: (wq, wk, wv), [Hq * D, K], [Hkv * D, K] and [Hkv * D, K], as in `linear`.
         norm: [K], the weight of an RMSNorm of x before the product; None: none.
-        eps: of the RMSNorm.
+        eps: epsilon of the RMSNorm.
         k_pool, v_pool: [R, D], the rings of all sequences.
         sequences: [S, 5] int64, the sequence table.
         frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
         window: W, keys that a query sees, itself included; None: all.
 
     Returns:
-        [T, (Hq + 2 Hkv) * D]: of each token the heads of q, then those of k, then those of v.
+        [T, (Hq + 2 Hkv) * D]: for each token the heads of q, then of k, then of v.
     """
     given = norm, eps, k_pool, v_pool, sequences, frequencies, window
     out: Tensor = torch.ops.mistral_ext.linear_rope(x, *parts_of(weights), *given)
@@ -173,20 +179,20 @@ def linear_argmax(
     eps: float = 1e-5,
     limit: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear`, and which of a token's outputs is the largest: logits and the greedy next token.
+    """`linear`, and the index of each token's largest output: logits and the greedy next token.
 
-    Outputs are compared as they are rounded to the dtype, and of equals the first is taken: what
-    `sample` chooses from the same logits at temperature 0. Up to 64 tokens, CUDA devices
-    find it without a launch more than those of `linear`.
+    Outputs are compared after they are rounded to the dtype; among equal outputs the first wins.
+    `sample` chooses the same token from the same logits at temperature 0. On CUDA devices, up to 64
+    tokens take no more launches than `linear`.
 
     Args:
         x: [T, K].
         weight: [N, K], as in `linear`.
         norm, eps: as in `linear`.
-        limit: outputs to choose from, the first ones, up to 2^24; None: all.
+        limit: number of outputs to choose from, the first ones, up to 2^24; None: all.
 
     Returns:
-        ([T, N], [T] int64). -1 where there is no choice, because an output is NaN or all are -inf.
+        ([T, N] outputs, [T] int64 indices). The index is -1 if an output is NaN or all are -inf.
     """
     given = norm, eps, limit
     out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(x, *parts_of([weight]), *given)

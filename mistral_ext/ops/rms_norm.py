@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import fake_empty, register
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def rms_norm(
@@ -15,9 +15,9 @@ def rms_norm(
 ) -> Tensor:
     """RMSNorm over the last axis, with an optional residual add before it.
 
-    With a residual, `residual += x` in place (rounded to the dtype) and the sum is normalised;
-    without, x is. The normalised value is rounded to the dtype before it is multiplied by weight,
-    as Mistral was trained.
+    With a residual the op computes `residual += x` in place, rounded to the dtype, and normalises
+    the sum. Without, it normalises x. The normalised value is rounded to the dtype before it is
+    multiplied by weight, because Mistral was trained so.
 
     Args:
         x: [T, E].
@@ -39,7 +39,7 @@ _SCHEMA = "rms_norm(Tensor x, Tensor weight, float eps=1e-05, Tensor(a!)? residu
 
 def _run(x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None) -> Tensor:
     out = x.new_empty(x.shape)
-    _C.rms_norm(x, weight, residual, out, eps, lane_of(x))
+    _C.rms_norm(x, weight, residual, out, eps, execution_target(x))
     return out
 
 

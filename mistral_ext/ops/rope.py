@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import register
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def rope(
@@ -22,13 +22,15 @@ def rope(
 ) -> None:
     """Rotates q and k in place, and appends k and v to the rings.
 
-    Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i]: the order of
-    Hugging Face checkpoints. A token whose slot still holds what a query of the same chunk
-    attends to is appended by `attention` instead; call both, in this order, with the same table
-    and window, and all new tokens are in the rings.
+    Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i] (the order of
+    Hugging Face checkpoints).
 
-    A model with a longer context has frequencies of its own. Where it also multiplies cosine and
-    sine by a factor m, as YaRN does, leave that to `attention`, with scale = m^2 / sqrt(D).
+    A token is not appended here if a query of the same chunk still attends to the position in its
+    slot. `attention` appends it instead. Call `rope` and then `attention` with the same table and
+    window, and all new tokens are in the rings.
+
+    Scaled RoPE is a matter of the frequencies. If a model also multiplies cosine and sine by a
+    factor m, as YaRN does, give `attention` the scale m^2 / sqrt(D).
 
     Args:
         q: [T, Hq, D], rotated in place.
@@ -60,7 +62,7 @@ def _run(
     frequencies: Tensor,
     window: int | None = None,
 ) -> None:
-    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(q))
+    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, execution_target(q))
 
 
 def _fake(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Which products are ours, and which are torch's."""
+"""Decides which products run in our kernels, and which in torch's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mistral_ext.ops.weight import Parts
 
-# Our products on a CUDA device are made for few tokens, which reading the weights limits; those of
-# more, and of float32, are torch's.
+# Our CUDA kernels for products (gemv) are made for few tokens, whose time is that of reading the
+# weights. Torch multiplies more tokens, and float32.
 MOST_TOKENS_ON_CUDA = 64
 
 
@@ -22,7 +22,7 @@ def _is_for_torch(x: Tensor) -> bool:
 def routed(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
     """An op that multiplies x with weights, by our kernels or by torch's.
 
-    Either takes x, the weights as `Parts`, and what the op's schema has after them.
+    Both functions take x, the weights as `Parts`, and the later arguments of the op's schema.
     """
 
     def run(

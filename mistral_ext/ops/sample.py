@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import fake_empty, register
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def sample(
@@ -18,17 +18,18 @@ def sample(
     history: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Chooses the next token of each row of logits, by options and state of its own.
+    """Chooses the next token of each row of logits, by the options and state of its completion.
 
-    The steps, in this order: bias, repetition penalty, presence and frequency penalties (the result
-    is rounded to float32), temperature, min_p, top_k, top_p, and a draw by the Gumbel-max rule with
-    noise that is a pure function of (seed, index, step, token). A temperature of 0 takes the
-    largest. Of equals the lower id comes first. The same arguments give the same tokens on every
-    device, and what else is in the batch does not matter (csrc/sample.h has all of the definition).
+    The steps are, in this order: bias, repetition penalty, presence and frequency penalties (whose
+    result is rounded to float32), temperature, min_p, top_k, top_p, and a draw by the Gumbel-max
+    rule, with noise that is a pure function of (seed, index, step, token). A temperature of 0 takes
+    the largest logit. Among equal logits the lowest id comes first. The same arguments give the
+    same tokens on every device, whatever else is in the batch. csrc/sample.h has the full
+    definition.
 
-    Options and state are tables with a row for each completion, on the device of the logits: a
-    decode loop needs nothing from the host. `mistral_ext.engine.sampling.Sampler` keeps them. The
-    columns:
+    Options and state are tables with a row for each completion. They are on the device of the
+    logits, so a decode loop needs nothing from the host. `mistral_ext.engine.sampling.Sampler`
+    keeps them. The columns:
 
         options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
                  frequency_penalty
@@ -36,15 +37,15 @@ def sample(
 
     Args:
         logits: [N, V] float32, V up to 2^24.
-        rows: [N] int64, the row of the tables that each row of logits goes with; none twice.
+        rows: [N] int64, the row of the tables for each row of logits; all different.
         options: [M, 7] float64.
-        noise: [M, 3] int64; step grows by one.
-        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt); the choice is counted.
-        bias: [M, V] float32, added to the logits; None: nothing is.
+        noise: [M, 3] int64; the op adds 1 to step.
+        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt); the op counts the choice.
+        bias: [M, V] float32, added to the logits; None: no bias.
 
     Returns:
-        [N] int64. -1 where there is no choice, because a logit is NaN or all are -inf; the state of
-        these rows stays as it is.
+        [N] int64 token ids. The id is -1 if a logit is NaN or all are -inf; the state of such a row
+        does not change.
 
     Source: Gumbel 1954 and Maddison et al. 2014, arXiv:1411.0030 (Gumbel-max); Salmon et al. 2011
     (Philox); Holtzman et al. 2020, arXiv:1904.09751 (top_p); Keskar et al. 2019, arXiv:1909.05858
@@ -71,7 +72,9 @@ def _run(
     out = rows.new_empty(rows.shape)
     keys = logits.new_empty(logits.shape, dtype=torch.int32)
     weights = logits.new_empty(logits.shape, dtype=torch.int64)
-    _C.sample(logits, rows, options, noise, history, bias, keys, weights, out, lane_of(logits))
+    _C.sample(
+        logits, rows, options, noise, history, bias, keys, weights, out, execution_target(logits)
+    )
     return out
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.library import fake_empty, register
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ _SCHEMA = "swiglu(Tensor gate, Tensor up) -> Tensor"
 
 def _run(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
-    _C.swiglu(gate, up, out, lane_of(gate))
+    _C.swiglu(gate, up, out, execution_target(gate))
     return out
 
 

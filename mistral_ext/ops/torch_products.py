@@ -1,7 +1,7 @@
-"""The ops of linear.py with products of torch: see routing.py.
+"""The ops of linear.py, with torch's products: see routing.py.
 
-Weights with scales are widened for them, one after the other: of many tokens that costs less
-than products slower than the vendor's would.
+Quantised weights are dequantised first, one after the other. For many tokens that costs less than a
+product of our own that is slower than the vendor's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mistral_ext import _C
 from mistral_ext.ops.rms_norm import rms_norm
 from mistral_ext.ops.swiglu import swiglu
 from mistral_ext.ops.weight import Parts, Quantized
-from mistral_ext.ops.workspace import lane_of
+from mistral_ext.ops.workspace import execution_target
 
 
 def linear(
@@ -52,7 +52,7 @@ def linear_rope(
     out = _side_by_side(_products("linear_rope", x, parts, norm, eps))
     heads = [len(weight) // k_pool.shape[1] for weight in parts.values]
     q, k, v = out.unflatten(1, (sum(heads), -1)).split(heads, dim=1)
-    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, lane_of(x))
+    _C.rope(q, k, v, k_pool, v_pool, sequences, frequencies, window, execution_target(x))
     return out
 
 
@@ -65,7 +65,7 @@ def linear_argmax(
 ) -> tuple[Tensor, Tensor]:
     _C.check_linear_argmax(x, *parts[:3], norm, eps, limit)
     out = _side_by_side(_products("linear_argmax", x, parts, norm, eps))
-    largest, token_ids = out[:, :limit].max(dim=1)  # a NaN, if there is one
+    largest, token_ids = out[:, :limit].max(dim=1)  # a NaN counts as the largest
     return out, token_ids.where(largest > -torch.inf, -1)
 
 
@@ -96,9 +96,9 @@ def _side_by_side(products: list[Tensor]) -> Tensor:
 
 
 def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weights in a dtype; those that are parts of a whole come as that.
+    """The weights in a dtype; parts of a `JoinedWeight` come as the whole.
 
-    One after the other, so that no two widened ones take memory.
+    They come one after the other, so that only one dequantised weight takes memory at a time.
     """
     if parts.whole is not None:
         yield parts.whole
@@ -109,5 +109,5 @@ def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def _dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    _C.dequantize(*weight, out, lane_of(out))
+    _C.dequantize(*weight, out, execution_target(out))
     return out

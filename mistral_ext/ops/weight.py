@@ -1,6 +1,6 @@
-"""Weights as the products take them: plain tensors, and `Quantized` ones, whose format has a name.
+"""Weights for products: plain tensors, and `Quantized` weights, which name their format.
 
-The formats are the rows of csrc/formats.h; what Python adds is how their values are unpacked.
+csrc/formats.h lists the formats. This file adds how Python unpacks their values.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from mistral_ext import _C
 
 VALUES_PER_WORD = 8  # 4-bit values in an int32
-# Value i of a word is at bit 4 * (i // 2) + 16 * (i % 2): a shift by 4 j and the mask 0x000f000f
-# give the pair 2 j, 2 j + 1, each in a half of its own.
+# Value i of a word begins at bit 4 * (i // 2) + 16 * (i % 2). A shift by 4 j and the mask
+# 0x000f000f then give values 2 j and 2 j + 1, one in each half of the word.
 _SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device="cpu")
 
 
@@ -24,10 +24,10 @@ class Format(NamedTuple):
 
     value_dtype: torch.dtype
     scale_dtype: torch.dtype
-    bits: int  # of a value
+    bits: int  # bits of a value
     element_values: int  # values in an element
     least_group: int  # values that share a scale: powers of two from here ...
-    most_group: int  # ... to here; 0: all of a row
+    most_group: int  # ... to here; 0: a whole row
 
 
 def _formats() -> dict[str, Format]:
@@ -56,7 +56,8 @@ class Quantized(NamedTuple):
     "int4": values int32 [N, K / 8]; scales bfloat16 [N, K / group], of either sign. Value k of a
     row, -8 to 7 in two's complement, is in word k // 8 at bit 4 * (i // 2) + 16 * (i % 2) with
     i = k % 8. Groups of 32, 64 or 128.
-    "q8_0": values int8 [N, K]; scales float16 [N, K / 32]. GGUF's Q8_0, values and scales apart.
+    "q8_0": values int8 [N, K]; scales float16 [N, K / 32]: groups of 32. The numbers are those of
+    GGUF's Q8_0, with values and scales in separate tensors.
     """
 
     values: Tensor
@@ -65,13 +66,13 @@ class Quantized(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """[N, K], of the weight."""
+        """[N, K], the shape of the weight."""
         rows, elements = self.values.shape
         return torch.Size((rows, elements * FORMATS[self.format].element_values))
 
     @property
     def group(self) -> int:
-        """Weights that share a scale: K for "int8"."""
+        """Number of values that share a scale; K for "int8"."""
         return self.shape[1] // self.scales.shape[1]
 
     @property
@@ -79,7 +80,7 @@ class Quantized(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that this stands for, [N, K]; computed in fp32, then rounded to `dtype`."""
+        """The weight as a tensor [N, K]: values times scales in fp32, then rounded to `dtype`."""
         values = unpack(self.values) if self.format == "int4" else self.values
         groups = values.float().unflatten(1, (-1, self.group))
         weight: Tensor = groups * self.scales.float().unsqueeze(2)
@@ -96,11 +97,11 @@ class JoinedWeight(NamedTuple):
     """Plain weights that lie one below the other, so that torch multiplies them as one."""
 
     whole: Tensor  # [N, K], contiguous
-    parts: tuple[Tensor, ...]  # [N of the part, K], views of it
+    parts: tuple[Tensor, ...]  # [rows of the part, K], views of `whole`
 
     @classmethod
     def join(cls, weights: Sequence[Tensor], device: torch.device) -> JoinedWeight:
-        """Copies weights [N of each, K] of one dtype to a device."""
+        """Copies weights [rows, K] of the same dtype to a device, one below the other."""
         rows = [len(weight) for weight in weights]
         whole = weights[0].new_empty((sum(rows), weights[0].shape[1]), device=device)
         parts = whole.split(rows)
@@ -113,26 +114,26 @@ class JoinedWeight(NamedTuple):
         return self.whole.nbytes
 
 
-# What is multiplied in one pass, as if the weights lay one below the other.
+# Weights that are multiplied in one pass, as if they lay one below the other.
 Weights: TypeAlias = Sequence[Weight] | JoinedWeight
 
 
 def pack(values: Tensor, out: Tensor) -> None:
-    """[N, K] integers -8 to 7, in any dtype, to [N, K / 8] words."""
+    """Packs [N, K] integers from -8 to 7, of any dtype, into [N, K / 8] words."""
     nibbles = values.to(torch.int32).bitwise_and_(15).unflatten(1, (-1, VALUES_PER_WORD))
-    # No two have a bit in common, so the sum is their union.
+    # The shifted values have no bit in common, so their sum is their union.
     torch.sum(nibbles << _SHIFTS.to(out.device), dim=2, dtype=torch.int32, out=out)
 
 
 def unpack(words: Tensor) -> Tensor:
-    """[N, K / 8] words to [N, K] int32, -8 to 7."""
+    """Unpacks [N, K / 8] words into [N, K] int32, -8 to 7."""
     nibbles = (words.unsqueeze(2) >> _SHIFTS.to(words.device)) & 15
     return ((nibbles ^ 8) - 8).flatten(1)
 
 
 class Parts(NamedTuple):
-    """Weights as the ops' schemas have them: of each its values, its scales (None: a plain one has
-    none) and its format; and the whole that they are parts of, if they are parts of one."""
+    """Weights in the form of the ops' schemas: for each weight its values, its scales (None for a
+    plain weight) and its format; and the whole, if they are the parts of a `JoinedWeight`."""
 
     values: list[Tensor]
     scales: list[Tensor | None]
@@ -141,7 +142,7 @@ class Parts(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """The rows of all."""
+        """Rows of all weights together."""
         return sum(map(len, self.values))
 
 

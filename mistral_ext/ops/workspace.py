@@ -1,4 +1,4 @@
-"""Where a kernel runs, and memory for what it computes in between."""
+"""The stream or threads of a kernel, and memory for its intermediate results."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch import Tensor
 from mistral_ext import _C
 
 
-def lane_of(x: Tensor) -> int:
-    """Where a kernel on x runs: how many threads on the CPU, on which stream on a GPU."""
+def execution_target(x: Tensor) -> int:
+    """What a kernel on x runs on: the number of threads on the CPU, the current stream on a GPU."""
     if x.is_cuda:
         return torch.cuda.current_stream(x.device).cuda_stream
     return torch.get_num_threads()
 
 
 def run(call: _C.Call, x: Tensor) -> None:
-    """Runs a checked call on the device of x, its first argument, with the memory that it asks for.
+    """Runs a checked call on the device of x, its first argument, with the workspace that it needs.
 
-    The caller holds all tensors of the call.
+    The caller keeps all tensors of the call alive.
     """
-    lane = lane_of(x)
+    target = execution_target(x)
     if not x.is_cuda:
-        call.run(_memory_on_cpu(call.workspace_bytes), 0, lane)
+        call.run(_memory_on_cpu(call.workspace_bytes), 0, target)
         return
-    # Held until the launch: what is freed before could be given to another call.
+    # This reference is held until the launch: memory freed earlier could go to another call.
     memory = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=x.device)
-    counters = _zeroed_counters(x.device, lane, call.counters) if call.counters else None
-    call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), lane)
+    counters = _zeroed_counters(x.device, target, call.counters) if call.counters else None
+    call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), target)
 
 
 class _MemoryOfThread(threading.local):
-    """What a thread's calls use one after another, as large as the largest has needed: fresh pages
-    would cost every call time."""
+    """The workspace of a thread's calls, as large as the largest call so far has needed. New pages
+    for every call would cost time."""
 
     def __init__(self) -> None:
         self.grow(0)
@@ -42,32 +42,32 @@ class _MemoryOfThread(threading.local):
     def grow(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._tensor = torch.empty(nbytes + 64, dtype=torch.uint8, device="cpu")
-        self.address = -(-self._tensor.data_ptr() // 64) * 64  # of a cache line
+        self.address = -(-self._tensor.data_ptr() // 64) * 64  # the start of a cache line
 
 
 _memory_of_thread = _MemoryOfThread()
 
 
 def _memory_on_cpu(nbytes: int) -> int:
-    """The address of that many bytes."""
+    """The address of a workspace of that many bytes."""
     memory = _memory_of_thread
     if memory.nbytes < nbytes:
         memory.grow(nbytes)
     return memory.address
 
 
-# (device, stream, whether it is being captured) -> the graph (0: none), and zeroed counters for the
-# blocks of a call, which leave them zeroed.
+# (device, stream, whether the stream is being captured) -> the graph (0: none) and zeroed counters
+# for the blocks of a call. A call leaves its counters zeroed.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
-def _zeroed_counters(device: torch.device, lane: int, count: int) -> Tensor:
-    # A graph has its own, zeroed once in each replay: it may run at the same time as others.
-    graph = _C.capture_id(lane)
-    key = (device, lane, graph != 0)
+def _zeroed_counters(device: torch.device, target: int, count: int) -> Tensor:
+    # A graph has its own counters, zeroed once in each replay: graphs may run at the same time.
+    graph = _C.capture_id(target)
+    key = (device, target, graph != 0)
     kept = _counters.get(key)
     if kept is None or kept[0] != graph or len(kept[1]) < count:
-        # At least so many that those of a decode step are zeroed only once.
+        # 1024 are enough for a decode step, so that its counters are allocated only once.
         kept = graph, torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
         _counters[key] = kept
     return kept[1]

@@ -25,7 +25,7 @@ _Answer: TypeAlias = Callable[[asgi.Scope, asgi.Send], Awaitable[None]]
 
 
 def build_app(service: Service) -> asgi.App:
-    """The ASGI application of a service. Whoever runs it starts and stops the service."""
+    """The ASGI application of a service. Its caller starts and stops the service."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
@@ -67,7 +67,7 @@ def build_app(service: Service) -> asgi.App:
 
 
 class _Plain:
-    """What is answered at once, without the engine."""
+    """Endpoints that answer at once, without the engine."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

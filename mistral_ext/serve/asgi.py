@@ -1,4 +1,4 @@
-"""HTTP by ASGI: bodies in, JSON and event streams out, and who hangs up meanwhile."""
+"""HTTP over ASGI: reads bodies, sends JSON and event streams, notices clients that hang up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
 
-# A body that comes more slowly than this is given up.
+# A body that takes longer than this is refused.
 _BODY_SECONDS = 60.0
 
 
@@ -26,11 +26,11 @@ class DisconnectedError(Exception):
 
 
 class SlowReaderError(Exception):
-    """The client does not read what it is sent."""
+    """The client does not read its answer."""
 
 
 def header(scope: Scope, name: str) -> str | None:
-    """A header of the request; None if it has none of this name."""
+    """The value of a header of the request; None: it has no such header."""
     wanted = name.encode()
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), None)
 
@@ -39,10 +39,10 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
     """The JSON object that is the body of a request.
 
     Args:
-        most: bytes of the body.
+        most: bytes of the body, at most.
 
     Raises:
-        ApiError: 413 if it is larger, 408 if it comes too slowly, 400 if it is no JSON object.
+        ApiError: 413 if it is larger, 408 if it comes too slowly, 400 if it is not a JSON object.
         DisconnectedError: the client hung up before its end.
     """
     _check_content_type(scope)
@@ -60,10 +60,10 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
 
 
 def _check_content_type(scope: Scope) -> None:
-    """400 for a body that says that it is no JSON.
+    """Raises ApiError 400 for a body with a content type other than JSON.
 
-    `curl -d` calls every body a form. A web page of another site can send a form too, without
-    being asked whether it may, so from a browser, which names the origin, a form is refused.
+    A form is allowed, because `curl -d` calls every body a form. But it is refused from a browser,
+    which sends an Origin header: a page of another site could send a form without permission.
     """
     kind = (header(scope, "content-type") or "application/json").partition(";")[0].strip().lower()
     is_form = kind == "application/x-www-form-urlencoded" and header(scope, "origin") is None
@@ -99,11 +99,12 @@ def _short(value: object) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; cancels it as soon as the client hangs up. The body has been read.
+    """Returns the result of `work`, or cancels it when the client hangs up. The body must have been
+    read.
 
     Raises:
         DisconnectedError: the client hung up.
-        SlowReaderError: somebody else has cancelled the work.
+        SlowReaderError: the work was cancelled for another reason.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -128,7 +129,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 async def send_bytes(
     send: Send, data: bytes, content_type: str, status: int = 200, **headers: str
 ) -> None:
-    """A whole answer; `headers` by their names with underscores."""
+    """Sends a whole answer; names of `headers` have underscores for hyphens."""
     fields = {"content-type": content_type, "content-length": str(len(data))}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     await send({"type": "http.response.start", "status": status, "headers": _encoded(fields)})
@@ -136,17 +137,17 @@ async def send_bytes(
 
 
 async def send_json(send: Send, body: Mapping[str, Any], status: int = 200, **headers: str) -> None:
-    """A JSON object as an answer."""
+    """Sends a JSON object as an answer."""
     await send_bytes(send, json.dumps(body).encode(), "application/json", status, **headers)
 
 
 async def send_error(send: Send, error: ApiError, **headers: str) -> None:
-    """An error as an answer."""
+    """Sends an error as an answer."""
     await send_json(send, error.body(), error.status, **{**error.headers, **headers})
 
 
 class EventStream:
-    """Server-sent events as an answer, which begins with the first of them.
+    """An answer of server-sent events. It begins with the first event.
 
     Attributes:
         has_begun: the status, 200, has been sent.
@@ -158,20 +159,20 @@ class EventStream:
         self._headers = headers
 
     async def data(self, body: Mapping[str, Any]) -> None:
-        """An event."""
+        """Sends an event."""
         text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
         await self._write(f"data: {text}\n\n")
 
     async def ping(self) -> None:
-        """A comment, which clients ignore and proxies take for a sign of life."""
+        """Sends a comment: clients ignore it, and proxies keep the connection open."""
         await self._write(": ping\n\n")
 
     async def end(self) -> None:
-        """The last event."""
+        """Sends the last event."""
         await self._write("data: [DONE]\n\n", more=False)
 
     async def fail(self, error: ApiError) -> None:
-        """An error after others, in place of what was to come."""
+        """Sends an error in place of the remaining events."""
         await self._write(f"data: {json.dumps(error.body())}\n\n")
         await self.end()
 

@@ -9,17 +9,17 @@ from hashlib import sha256
 from mistral_ext.serve import asgi
 from mistral_ext.serve.errors import ApiError
 
-# What a browser or a load balancer asks for, without a key.
+# Paths that browsers and load balancers request without a key.
 _OPEN = ("/", "/health", "/openapi.json")
 _OPEN_FOLDER = "/page/"
 
 
 class KeyCheck:
-    """Lets requests through to an application that have one of the keys.
+    """Passes requests with a valid key on to an application.
 
     Args:
         app: the application.
-        keys: of them any will do.
+        keys: the valid keys.
     """
 
     def __init__(self, app: asgi.App, keys: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ class KeyCheck:
     def _has_key(self, scope: asgi.Scope) -> bool:
         scheme, _, key = (asgi.header(scope, "authorization") or "").partition(" ")
         digest = _digest(key.strip())
-        # All are compared, and digests of one length: the time tells nothing of the keys.
+        # All keys are compared, as digests of equal length: the time reveals nothing about them.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 

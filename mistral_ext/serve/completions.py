@@ -22,7 +22,7 @@ class Completions:
     """The endpoint, an ASGI application.
 
     Args:
-        service: what requests share.
+        service: the state that requests share.
         is_chat: prompts are conversations.
     """
 
@@ -78,7 +78,7 @@ class _Call:
             await asgi.send_error(self._send, error, x_request_id=self.record.request_id)
 
     def note(self) -> None:
-        """Counts the request, and writes its line."""
+        """Counts the request, and writes its line of the log."""
         record, metrics, generation = self.record, self._service.metrics, self._generation
         metrics.answered(record.path, record.status)
         if record.status == _CLOSED:
@@ -92,6 +92,7 @@ class _Call:
 
     async def _complete(self, job: Job) -> None:
         service = self._service
+        await service.compile(job)
         prompts = [await service.encode(prompt, self._is_chat) for prompt in job.prompts]
         self.record.prompt_tokens = sum(map(len, prompts))
         task = asyncio.current_task()
@@ -127,7 +128,7 @@ class _Call:
                 left -= 1
 
     async def _stream(self, answer: Answer, generation: Generation) -> None:
-        """Sends all completions as they come."""
+        """Sends the outputs of all completions as they come."""
         events, left, has_text = self._events, len(generation.progress), False
         while left:
             come = await generation.next(self._service.settings.ping_seconds)

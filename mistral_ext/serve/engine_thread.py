@@ -16,15 +16,15 @@ _log = logging.getLogger("mistral_ext.serve")
 
 
 class EngineThread:
-    """Steps an engine while there is work. Other threads add and abort.
+    """Steps an engine while there is work. Other threads add and abort requests.
 
-    A pass that fails costs its own requests. When a step itself fails, or the device does not work
-    any more after a pass, the thread ends, and nothing is taken any more.
+    A pass that fails ends its own requests with an error. If a step itself fails, or the device no
+    longer works after a pass, the thread ends, and refuses new requests.
 
     Args:
         engine: the engine.
         device: of its model.
-        on_death: is called by the thread when it ends so.
+        on_death: the thread calls this when it ends after a failure.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class EngineThread:
 
     @property
     def is_dead(self) -> bool:
-        """It has ended by a failure."""
+        """Whether the thread has ended after a failure."""
         return self._is_dead
 
     def start(self) -> None:
@@ -48,7 +48,7 @@ class EngineThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends after the step that is being made."""
+        """Ends the thread after its current step."""
         with self._wake:
             self._is_stopping = True
             self._wake.notify()
@@ -98,5 +98,5 @@ class EngineThread:
             return not self._is_stopping
 
     def _check_device(self) -> None:
-        """Raises if the device can compute nothing any more, as a GPU after a bad access."""
+        """Raises if the device can no longer compute, for instance a GPU after a bad access."""
         torch.ones(1, device=self._device).sum().item()

@@ -10,11 +10,11 @@ class ApiError(Exception):
     """An answer other than 200.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: for people.
         param: the field of the request that is wrong.
-        code: for programs.
-        headers: more of them.
+        code: a name of the error, for programs.
+        headers: further headers of the answer.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ _TYPES = {
     504: "server_error",
 }
 
-# Has OpenAI's clients not try again: the next try would fail like this one.
+# Keeps OpenAI's clients from retrying: the next try would fail as well.
 _NO_RETRY = {"x-should-retry": "false"}
 
 
@@ -61,7 +61,7 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def unsupported(name: str) -> ApiError:
-    """A field that asks for what this server does not have."""
+    """A field asks for a function that this server does not have."""
     return ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
 
 

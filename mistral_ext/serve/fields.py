@@ -1,6 +1,6 @@
-"""The fields of requests, as JSON Schema: what is checked is what /openapi.json says.
+"""The fields of requests, as JSON Schema. Requests are checked by it, and /openapi.json shows it.
 
-A field may be null, which is as if it were not there.
+A field that is null counts as missing.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mistral_ext.serve import structure
 from mistral_ext.serve.schema import Schema
 
-# Alternatives of a token, at most: OpenAI's limit.
+# Alternatives of a token, at most (OpenAI's limit).
 MOST_LOGPROBS = 20
 
 _FLAG = {"type": "boolean"}
@@ -60,6 +61,7 @@ _SAMPLING: dict[str, Schema] = {
         "maxLength": 1024,
         "description": "only requests of the same salt share what is cached of their prompts",
     },
+    **structure.FIELDS,
 }
 
 _PART = {
@@ -115,7 +117,7 @@ DETOKENIZE: dict[str, Schema] = {
     "tokens": {"type": "array", "items": _TOKEN_ID},
 }
 
-# Fields that OpenAI's clients send, and that change nothing of the text.
+# Fields that OpenAI's clients send, and that do not change the text.
 IGNORED = (
     "user",
     "store",
@@ -130,29 +132,19 @@ IGNORED = (
     "verbosity",
 )
 
-# Fields that would change it, and that are not supported: name -> the values that ask for nothing.
-# Whatever else they hold is refused, so that nobody takes an unconstrained text for another.
+# Unsupported fields that would change the text: name -> the values without effect. Other values are
+# refused.
 NEUTRAL: dict[str, Schema] = {
     "tools": {"type": "array", "maxItems": 0},
     "tool_choice": {"type": "string", "enum": ["none", "auto"]},
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},
-    "response_format": {
-        "type": "object",
-        "properties": {"type": {"type": "string", "enum": ["text"]}},
-        "required": ["type"],
-    },
     "modalities": {"type": "array", "items": {"type": "string", "enum": ["text"]}},
     "audio": {"type": "null"},
     "web_search_options": {"type": "null"},
     "suffix": {"type": "string", "maxLength": 0},
     "best_of": {"type": "integer", "enum": [1]},
     "min_tokens": {"type": "integer", "enum": [0]},
-    "guided_json": {"type": "null"},
-    "guided_regex": {"type": "null"},
-    "guided_choice": {"type": "null"},
-    "guided_grammar": {"type": "null"},
-    "structured_outputs": {"type": "null"},
     "use_beam_search": {"type": "boolean", "enum": [False]},
     "skip_special_tokens": {"type": "boolean", "enum": [True]},
     "include_stop_str_in_output": {"type": "boolean", "enum": [False]},

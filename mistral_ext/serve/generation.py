@@ -28,20 +28,21 @@ class Progress:
 class Generation:
     """Runs completions, and gives their outputs in order.
 
-    Outputs wait here until the event loop takes them: all of them for a stream, only the last ones
-    otherwise. Methods are the event loop's, but for `_take`, which the engine's thread calls.
+    Outputs wait here until the event loop takes them: for a stream all outputs, otherwise only the
+    last output of each completion. The event loop calls all methods except `_take`, which the
+    engine's thread calls.
 
     Args:
         engine: the thread.
-        requests: of the completions.
-        began: when they were asked for, of `time.perf_counter`.
+        requests: the completions' requests.
+        began: when the HTTP request arrived, a time of `time.perf_counter`.
         metrics: counts tokens and times.
-        is_stream: outputs are wanted as they come.
+        is_stream: the outputs are sent as they come.
         max_unread: outputs of a stream that may wait. If there are more, the completions end, and
             `on_overflow` is called.
 
     Attributes:
-        progress: of each completion.
+        progress: the progress of each completion.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Generation:
         """Queues the completions.
 
         Raises:
-            ApiError: 400 if one can never run; then none of them stays. 503 if the engine is dead.
+            ApiError: 400 if one can never run; then none is queued. 503 if the engine is dead.
         """
         try:
             for index, request in enumerate(self._requests):
@@ -81,7 +82,7 @@ class Generation:
             raise bad_request(str(error)) from error
 
     async def next(self, seconds: float) -> tuple[int, Output] | None:
-        """The next output, with the number of its completion; None if none comes for so long.
+        """The next output, with the number of its completion; None: timeout.
 
         Raises:
             ApiError: a completion has failed, or `fail` was called.
@@ -99,7 +100,7 @@ class Generation:
         return index, output
 
     def fail(self, error: ApiError) -> None:
-        """Ends all with an error."""
+        """Ends all completions with an error."""
         self._error = self._error or error
         self.close()
         self._wake()
@@ -129,7 +130,7 @@ class Generation:
         if len(self._come) == 1:
             self._loop.call_soon_threadsafe(self._wake)
         elif len(self._come) == self._max_unread and self._is_stream:
-            for request_id in self._ids:  # here, not in the loop: at once, and it may be busy
+            for request_id in self._ids:  # here, because the event loop may be busy
                 self._engine.engine.abort(request_id)
             self._loop.call_soon_threadsafe(self._on_overflow)
 

@@ -1,4 +1,4 @@
-"""One line for each request; and, if asked for, what it said and what it got."""
+"""Logs a line for each request and, if asked for, its prompts and completions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FILES = 8  # older ones are deleted
 
 @dataclass
 class Record:
-    """What is known of a request. Times are of `time.perf_counter`."""
+    """Facts about a request. Times are of `time.perf_counter`."""
 
     request_id: str
     path: str
     began: float = field(default_factory=time.perf_counter)
     status: int = 200
-    reason: str = "-"  # how it ended: finish reasons, an error's code, or who broke it off
+    reason: str = "-"  # how it ended: finish reasons, an error's code, or who ended it
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -45,7 +45,7 @@ class RequestLog:
     def __init__(self, file: Path | None) -> None:
         self._file: RotatingFileHandler | None = None
         if file is not None:
-            os.close(os.open(file, os.O_CREAT | os.O_APPEND, 0o600))  # it is for nobody else
+            os.close(os.open(file, os.O_CREAT | os.O_APPEND, 0o600))  # readable by its owner only
             self._file = RotatingFileHandler(
                 file, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8"
             )

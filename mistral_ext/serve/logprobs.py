@@ -62,7 +62,7 @@ class LogprobWriter:
         }
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id >= self._tokenizer.vocab_size:  # a row of the model that no token has
+        if token_id >= self._tokenizer.vocab_size:  # a row of the model without a token
             return b""
         data = self._tokenizer.token_bytes(token_id)
         return data.removeprefix(b" ") if self._strips else data
@@ -82,5 +82,5 @@ class LogprobWriter:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI writes this for tokens that cannot come."""
+    """A number for JSON, which has no infinity: OpenAI writes -9999.0 for impossible tokens."""
     return max(logprob, -9999.0)

@@ -19,7 +19,7 @@ class Metrics:
     """Counts what happens. Any thread may call it.
 
     Args:
-        load: what the engine has to do now.
+        load: gives the present load of the engine.
     """
 
     def __init__(self, load: Callable[[], Load]) -> None:
@@ -49,17 +49,17 @@ class Metrics:
         self._length = histogram("request_generation_tokens", "Completion's length", _TOKENS)
 
     def first_token(self, seconds: float) -> None:
-        """A completion has its first token, so long after it arrived."""
+        """A completion has its first token, `seconds` after it arrived."""
         self._first.observe(seconds)
         self._generated.inc()
 
     def next_token(self, seconds: float) -> None:
-        """A completion has another token, so long after the last."""
+        """A completion has another token, `seconds` after its last token."""
         self._next.observe(seconds)
         self._generated.inc()
 
     def ended(self, completion: Completion, prompt_tokens: int, seconds: float) -> None:
-        """A completion is whole."""
+        """A completion has ended."""
         self._success.labels(completion.finish_reason).inc()
         self._prompt_tokens.inc(prompt_tokens)
         self._queries.inc(prompt_tokens)
@@ -85,7 +85,7 @@ class Metrics:
 
 
 class _LoadCollector:
-    """Asks the engine when Prometheus asks."""
+    """Reads the load of the engine when Prometheus reads the figures."""
 
     def __init__(self, load: Callable[[], Load]) -> None:
         self._load = load

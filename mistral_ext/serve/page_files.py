@@ -1,4 +1,4 @@
-"""GET / and /page/...: the chat page, a few files of the package."""
+"""GET / and /page/...: the chat page, files of the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Scripts and styles of these files alone, and no other server: whatever a model writes, it is text.
+# Only scripts and styles of these files run, and no other server is used. So whatever a model
+# writes stays text.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,7 +37,7 @@ class Page:
         await self._send("index.html", send)
 
     async def file(self, scope: asgi.Scope, send: asgi.Send) -> None:
-        """One of the files that it needs."""
+        """A file of the page."""
         await self._send(scope["path_params"]["name"], send)
 
     async def _send(self, name: str, send: asgi.Send) -> None:

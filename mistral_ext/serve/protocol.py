@@ -13,6 +13,7 @@ from mistral_ext.llm import Mistral, expect_token_ids
 from mistral_ext.serve import fields
 from mistral_ext.serve.errors import ApiError, bad_request, unsupported
 from mistral_ext.serve.schema import Schema, check
+from mistral_ext.serve.structure import Structure, structure_of
 from mistral_ext.text.chat_template import ChatTemplate
 
 _CHAT = fields.request_schema(fields.CHAT, ("messages",))
@@ -35,15 +36,16 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks for: `params.n` completions of each prompt.
+    """The work of a request: `params.n` completions of each prompt.
 
     Attributes:
-        is_chat: it is a conversation, and the completions are replies.
+        is_chat: the prompt is a conversation, and the completions are replies.
         prompts: conversations, texts or token ids.
-        params: but for max_tokens, which depends on the prompt's length.
+        params: all but max_tokens, which depends on the prompt's length.
         max_tokens: as asked for; None: all that fit.
         stream, include_usage, echo: as asked for.
         salt, stop_token_ids: see `Mistral.request`.
+        structure: which field says what completions have to match; None: they are free.
     """
 
     is_chat: bool
@@ -55,10 +57,11 @@ class Job:
     echo: bool
     salt: str | None
     stop_token_ids: tuple[int, ...]
+    structure: str | None
 
     @property
     def count(self) -> int:
-        """Completions in all."""
+        """The number of completions of all prompts."""
         return len(self.prompts) * self.params.n
 
 
@@ -84,7 +87,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None) -> Job:
 
     Args:
         body: as it came.
-        default_tokens: of a reply, if the body says none; None: all that fit.
+        default_tokens: max_tokens if the body has none; None: all that fit.
 
     Raises:
         ApiError: 400, for a field that is wrong.
@@ -124,30 +127,40 @@ def _job(
     if stop_token_ids and given.get("ignore_eos"):
         text = "stop_token_ids is given with ignore_eos, expected one of them"
         raise bad_request(text, "stop_token_ids")
+    structure = structure_of(given)
     return Job(
         is_chat=is_chat,
         prompts=prompts,
-        params=_params(given, logprobs),
+        params=_params(given, logprobs, structure),
         max_tokens=None if max_tokens is None else int(max_tokens),
         stream=given.get("stream", False),
         include_usage=bool((options or {}).get("include_usage")),
         echo=given.get("echo", False),
         salt=given.get("cache_salt"),
         stop_token_ids=stop_token_ids,
+        structure=structure.field if structure else None,
     )
 
 
-def _params(given: Mapping[str, Any], logprobs: int | None) -> SamplingParams:
+def _params(
+    given: Mapping[str, Any], logprobs: int | None, structure: Structure | None
+) -> SamplingParams:
     options = {name: given[name] for name in _SAME if name in given}
     options["temperature"] = given.get("temperature", 1.0)
-    options["top_k"] = max(0, int(given.get("top_k", 0)))  # vLLM's -1 means all, too
+    options["top_k"] = max(0, int(given.get("top_k", 0)))  # -1 means all, as in vLLM
     options["n"] = int(given.get("n", 1))
     options["logprobs"] = logprobs
     if "seed" in given:
         options["seed"] = int(given["seed"]) % 2**64
     if "logit_bias" in given:
         options["logit_bias"] = {_token_id(k): b for k, b in given["logit_bias"].items()}
-    return SamplingParams(**options)
+    if structure is None:
+        return SamplingParams(**options)
+    options[structure.option] = structure.value
+    try:
+        return SamplingParams(**options)
+    except (TypeError, ValueError) as error:  # all else is checked
+        raise bad_request(str(error), structure.field) from error
 
 
 def _token_id(key: str) -> int:
@@ -157,13 +170,13 @@ def _token_id(key: str) -> int:
 
 
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Messages as `Mistral.chat` takes them, of OpenAI's."""
+    """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
     plain = [
         {"role": roles.get(m["role"], m["role"]), "content": _text(m.get("content"))}
         for m in messages
     ]
-    # A reply that was broken off before it had a word. Templates have no empty replies.
+    # Drops replies that were ended before their first word: templates have no empty replies.
     return [m for m in plain if m["content"] or m["role"] != "assistant"]
 
 
@@ -201,11 +214,23 @@ def encode(
     return ids
 
 
+def compile_structure(llm: Mistral, job: Job) -> None:
+    """Compiles what a job's completions have to match, for `requests_of`, which finds it there.
+
+    Raises:
+        ApiError: 400 if that cannot be: nobody gets a free text instead.
+    """
+    try:
+        llm.grammar(job.params, starts_text=job.is_chat)
+    except (ValueError, ImportError) as error:
+        raise bad_request(str(error), job.structure) from error
+
+
 def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Request]:
     """A job's requests to the engine, n for each prompt.
 
     Args:
-        prompts: their token ids.
+        prompts: token ids of the prompts.
 
     Raises:
         ApiError: 400 for a prompt that is too long.

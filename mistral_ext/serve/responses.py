@@ -17,7 +17,7 @@ class Answer:
     """Writes the answer to one job, whole or in chunks.
 
     Args:
-        job: what was asked for.
+        job: the request's job.
         prompts: token ids of its prompts.
         model: its name.
         tokenizer: the model's.
@@ -41,13 +41,13 @@ class Answer:
         self._logprobs = [LogprobWriter(tokenizer, job.is_chat, len(e)) for e in self._echo]
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """All in one."""
+        """The whole answer."""
         kind = "chat.completion" if self._job.is_chat else "text_completion"
         choices = [self._whole_choice(i, c) for i, c in enumerate(completions)]
         return {**self._head(kind), "choices": choices, "usage": self._usage(completions)}
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
-        """What comes before any text, in the order of the completions."""
+        """The chunks before any text, in the order of the completions."""
         for index in range(self._job.count):
             if self._job.is_chat:
                 yield self._chunk(index, delta={"role": "assistant", "content": ""})
@@ -55,7 +55,7 @@ class Answer:
                 yield self._chunk(index, text=self._echo[index])
 
     def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
-        """Those of an output: none if it brings nothing that can be shown yet."""
+        """The chunks of an output; none if it has nothing to show yet."""
         logprobs = None
         if output.logprobs:
             writer = self._logprobs[index]
@@ -67,7 +67,7 @@ class Answer:
             yield self._chunk(index, finish_reason=output.finish_reason, **self._shown(""))
 
     def last_chunks(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
-        """What comes after all text."""
+        """The chunks after all text."""
         if self._job.include_usage:
             head = self._head(self._chunk_kind)
             yield {**head, "choices": [], "usage": self._usage(completions)}
@@ -110,7 +110,7 @@ class Answer:
     def _usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
         prompt = sum(map(len, self._prompts))
         generated = sum(len(completion.token_ids) for completion in completions)
-        # A prompt counts once, and so does what was cached of it before its first completion.
+        # Each prompt counts once; so do its cached tokens, as its first completion found them.
         cached = sum(c.timing.cached_tokens for c in completions[:: self._job.params.n])
         return {
             "prompt_tokens": prompt,

@@ -16,7 +16,7 @@ Schema: TypeAlias = Mapping[str, Any]
 
 
 def check(value: Any, schema: Schema, name: str) -> None:
-    """Raises ApiError 400, which names the field and what was expected, unless a value is good."""
+    """Raises ApiError 400 unless a value fits the schema; names the field and what was expected."""
     if "anyOf" in schema:
         _check_any(value, schema, name)
         return
@@ -40,7 +40,7 @@ def check(value: Any, schema: Schema, name: str) -> None:
 
 
 def _are_integers(values: list[Any], schema: Schema) -> bool:
-    """Whether they are good integers, of which there may be a million: looked at in one go."""
+    """Whether all values are valid integers. There may be a million: they are checked at once."""
     if schema.get("type") != "integer" or {*map(type, values)} != {int}:
         return False
     least, most = min(values), max(values)
@@ -56,7 +56,7 @@ def _check_any(value: Any, schema: Schema, name: str) -> None:
             return check(value, option, name)
         except ApiError as error:
             errors.append(error)
-    # Of the right type, but wrong inside: say where.
+    # The type is right but the content is not: report the place inside.
     raise errors[0] if len(errors) == 1 else _wrong(value, schema, name)
 
 
@@ -104,7 +104,7 @@ def _wrong(value: Any, schema: Schema, name: str) -> ApiError:
 
 
 def describe(schema: Schema) -> str:
-    """What a schema expects, in words."""
+    """Describes in words what a schema expects."""
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"])
     if "enum" in schema:

@@ -19,19 +19,19 @@ from mistral_ext.serve.settings import Settings
 
 _log = logging.getLogger("mistral_ext.serve")
 
-# What the system holds for a client that does not read, in bytes, and for how long, in ms.
+# Bytes that the system buffers for a client that does not read, and for how long in ms.
 _UNSENT_BYTES = 2**16
 _UNSENT_MS = 60_000
 
 
 class Server:
-    """Has the address and the log, before there is a model.
+    """Binds the address and opens the log, before a model is loaded.
 
     Args:
         settings: the options.
 
     Raises:
-        OSError: the address or the log cannot be had.
+        OSError: the address cannot be bound, or the log cannot be opened.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -47,7 +47,7 @@ class Server:
         self._log.close()
 
     def run(self, llm: Mistral) -> int:
-        """Serves until SIGTERM or SIGINT, and finishes what it has then, unless a second comes.
+        """Serves until SIGTERM or SIGINT, then finishes its requests; a second signal ends them.
 
         Args:
             llm: the model, with a tokenizer.
@@ -65,7 +65,7 @@ async def _serve(service: Service, listener: socket.socket) -> int:
     class UvicornServer(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # ours are below: uvicorn would close the socket before requests have ended
+            yield  # we handle signals below: uvicorn would close the socket before requests end
 
     settings = service.settings
     config = uvicorn.Config(
@@ -109,10 +109,10 @@ async def _serve(service: Service, listener: socket.socket) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of an address, which does not listen yet.
+    """Binds a socket, which does not listen yet.
 
     Raises:
-        OSError: naming the address.
+        OSError: it cannot be bound; the message names the address.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -123,7 +123,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen at {host}: {error.strerror}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit these. Where there is no such option, the system's own limits hold.
+        # Connections inherit these options. Systems without them have limits of their own.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_MS)

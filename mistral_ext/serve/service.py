@@ -1,4 +1,4 @@
-"""What all requests to a server share: the model, the queue, the figures."""
+"""The state that all requests to a server share: the model, the queue, the figures."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
-from mistral_ext.serve.protocol import encode
+from mistral_ext.serve.protocol import Job, compile_structure, encode
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
 
-# That clients get to hear that their requests have ended.
+# Time for clients to receive the end of their requests.
 _LAST_SECONDS = 5.0
 
-# Messages one after another, for a model that goes on with a text and knows no turns.
+# Joins messages one after another, for a base model, which continues a text and has no turns.
 _PLAIN = "{{ bos_token }} {{ messages | map(attribute='content') | join('\\n\\n') }}"
 
 
 class Service:
-    """Serves a model. But for `start`, and what the engine's thread does, the event loop's alone.
+    """Serves a model. Only the event loop uses it, except for callbacks of the engine's thread.
 
     Args:
         llm: the model, with a tokenizer.
         settings: the options.
-        log: where requests are written.
+        log: the log of requests.
 
     Attributes:
-        llm, settings, tokenizer, engine, metrics, log: what requests need.
-        is_draining: nothing new is taken.
+        llm, settings, tokenizer, engine, metrics, log: shared by requests.
+        is_draining: new requests are refused.
     """
 
     def __init__(self, llm: Mistral, settings: Settings, log: RequestLog) -> None:
@@ -55,7 +55,7 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # One text at a time: a long one may take a while, and the loop has others to serve.
+        # Texts and grammars are prepared outside the event loop, one at a time: some take a while.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:
@@ -64,24 +64,24 @@ class Service:
         self.engine.start()
 
     def stop(self) -> None:
-        """Ends what is left."""
+        """Ends the remaining requests and the engine's thread."""
         self.engine.stop()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     @property
     def status(self) -> str:
-        """In a word: "ok", "ending" or "failed"."""
+        """The state of the server: "ok", "ending" or "failed"."""
         if self.engine.is_dead:
             return "failed"
         return "ending" if self.is_draining else "ok"
 
     @contextmanager
     def places(self, count: int) -> Iterator[None]:
-        """Keeps room in the queue for so many completions.
+        """Reserves places in the queue for `count` completions.
 
         Raises:
-            ApiError: 503 if nothing new is taken, 429 if there is no room now, 400 if there never
-                is.
+            ApiError: 503 if new requests are refused, 429 if there is no room now, 400 if there can
+                never be.
         """
         if self.engine.is_dead:
             raise errors.out_of_order()
@@ -101,7 +101,7 @@ class Service:
 
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
-        """Starts completions, and sees to it that they end with the block, or in time."""
+        """Starts completions, and ends them when the block ends or their time is over."""
         assert self._loop
         self._live.add(generation)
         seconds = self.settings.request_seconds
@@ -121,6 +121,12 @@ class Service:
             self._tokenizing, encode, self.llm, prompt, self._template, is_chat
         )
 
+    async def compile(self, job: Job) -> None:
+        """Compiles what a job's completions have to match; see `protocol.compile_structure`."""
+        assert self._loop
+        if job.structure:
+            await self._loop.run_in_executor(self._tokenizing, compile_structure, self.llm, job)
+
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request is for another model."""
         if name is not None and name != self.settings.model_name:
@@ -128,7 +134,7 @@ class Service:
             raise ApiError(404, text, "model", "model_not_found")
 
     async def drain(self) -> None:
-        """Takes nothing new, and waits for what there is; ends that when its time is over."""
+        """Refuses new requests, and waits for the running ones; ends them when the time is over."""
         self.is_draining = True
         if not self._taken:
             return
@@ -137,7 +143,7 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
         except asyncio.TimeoutError:
             self.end_all(errors.shutting_down())
-            with suppress(asyncio.TimeoutError):  # a client that does not read is not waited for
+            with suppress(asyncio.TimeoutError):  # do not wait for a client that does not read
                 await asyncio.wait_for(self._idle.wait(), _LAST_SECONDS)
 
     def end_all(self, error: ApiError) -> None:

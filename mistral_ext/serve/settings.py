@@ -1,4 +1,4 @@
-"""How a server is set up, and the limits of what it takes."""
+"""The options of a server, and the limits of its requests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     template: str | None = None  # of chats: v1, v2, v3 or plain; None: the model's own
-    max_tokens: int | None = None  # of a reply, if the request says none; None: all that fit
+    max_tokens: int | None = None  # of a reply if the request has no limit; None: all that fit
     max_queue: int = 64  # completions that may wait, beyond those that run
     max_unread: int = 1024  # tokens that a client may leave unread
     body_bytes: int = 4 * 2**20
     request_seconds: float = 600.0  # from a request's arrival to its last token
-    ping_seconds: float = 10.0  # of silence, after which a stream says that it lives
+    ping_seconds: float = 10.0  # silence after which a stream sends a comment
     drain_seconds: float = 30.0  # that requests get to end when the server is told to stop
     api_keys: tuple[str, ...] = ()  # any of which opens the server; none: it is open
     cors_origins: tuple[str, ...] = ()  # of web pages that may call it, "*" for all

@@ -1,8 +1,8 @@
 """Tokens that a fine-tune added to its base model's vocabulary.
 
-They stand in up to three files: `tokenizer.json`, `tokenizer_config.json` ("added_tokens_decoder")
-and `added_tokens.json`. A text is first cut at the added tokens that it spells out; what is between
-them goes to the vocabulary's own algorithm.
+Up to three files list them: `tokenizer.json`, `tokenizer_config.json` ("added_tokens_decoder") and
+`added_tokens.json`. A text is first cut at the added tokens that it spells out. The vocabulary's
+own algorithm encodes the pieces between them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from mistral_ext.files import read_json_object
 
-# A damaged file must not make a table of a thousand million entries.
+# The bound keeps a damaged file from making a table of a thousand million entries.
 _MAX_ID = 2**20
 
 # The keys under which tokenizer_config.json and special_tokens_map.json name special tokens.
@@ -32,7 +32,7 @@ _SPECIAL_KEYS = (
 )
 _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
-# <|im_start|> and its like. Many files leave them unmarked, and they end turns all the same.
+# Tokens such as <|im_start|>. Many files do not mark them special, although they end turns.
 _CONTROL_SHAPE = re.compile(r"<\|[^\s|]+\|>")
 _WHITE_SPACE = re.compile(r"\s+")
 
@@ -47,9 +47,10 @@ class AddedToken:
     """A token that is found in a text as it is written.
 
     Attributes:
-        control: it is a sign and not text: marked special in any file, or written <|like this|>.
-        lstrip, rstrip: white space to its left, right belongs to it.
-        single_word: it is not found inside a word.
+        control: the token is a signal, not text: a file marks it special, or it is written
+            <|like this|>.
+        lstrip, rstrip: white space on its left or right side belongs to the token.
+        single_word: the token is not found inside a word.
     """
 
     id: int
@@ -62,13 +63,14 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """What the files of a folder say beyond the base vocabulary.
+    """The tokens and names of tokens that the files of a folder add to the base vocabulary.
 
     Attributes:
-        tokens: by id; some may be of the base vocabulary.
-        names: "bos_token", "eos_token" and so on, as far as they are named; None: said to be none.
-        prefix: which piece of a text that is cut at added tokens gets the space that encoding
-            puts before a text: "first", "all", or "unspaced", those that begin with none.
+        tokens: by id; some may belong to the base vocabulary.
+        names: the content of "bos_token", "eos_token" and so on, if a file names them; None: a file
+            says that there is no such token.
+        prefix: encoding puts a space before a text. This says which pieces of a text that was cut
+            at added tokens get it: "first", "all", or "unspaced" (pieces that begin with none).
     """
 
     tokens: dict[int, AddedToken]
@@ -80,7 +82,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
     """Reads the files of a model folder, as many as there are.
 
     Raises:
-        ValueError: naming the damaged file.
+        ValueError: a file is damaged; the message names it.
     """
     data = {
         name: read_json_object(folder / name) if (folder / name).is_file() else {}
@@ -115,7 +117,7 @@ def read_added_tokens(folder: Path) -> AddedTokens:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token, which files give as it is or among its flags; None: none given."""
+    """The text of a token, which files give by itself or in an object; None: not given."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -151,7 +153,7 @@ def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
 
 
 def _merge(tokens: dict[int, AddedToken], more: Iterable[AddedToken]) -> None:
-    """Adds tokens of a file that is asked after those before: they win, but for `control`."""
+    """Adds tokens of the next file. They replace earlier tokens, except that `control` stays."""
     by_content = {token.content: token.id for token in tokens.values()}
     for token in more:
         token_id = by_content.get(token.content, token.id)
@@ -169,13 +171,13 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for part in parts(tokenizer.get("pre_tokenizer")):
         if part.get("type") == "Metaspace":
             return "unspaced" if part.get("prepend_scheme", "always") == "always" else "first"
-    # Without a tokenizer.json: tokenizers that are not "legacy" mended the spaces after added
-    # tokens, and say so; older files do not have the key.
+    # Without a tokenizer.json the key "legacy" decides: false means that no space follows an added
+    # token. Older files do not have the key.
     return "first" if config.get("legacy") is False else "all"
 
 
 def parts(step: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, which may be a sequence of them."""
+    """The steps of a normalizer or pre-tokenizer: itself, or the members of a sequence."""
     if not isinstance(step, dict):
         return []
     inner = step.get("normalizers") or step.get("pretokenizers") or [step]
@@ -183,7 +185,7 @@ def parts(step: Any) -> list[dict[str, Any]]:
 
 
 class TokenFinder:
-    """Cuts texts at the tokens that they spell out, the longest where several begin."""
+    """Cuts texts at the tokens that they spell out; at each place the longest token wins."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.content: token for token in tokens}
@@ -208,13 +210,13 @@ class TokenFinder:
         return [piece for piece in pieces if piece != ""]
 
     def starts(self) -> re.Pattern[str]:
-        """A pattern of one character: any at which a token begins, inside of others too."""
+        """A pattern that matches one character: any at which a token begins, even in another."""
         return re.compile(f"(?=(?:{self._any})).", re.DOTALL)
 
 
 def _longest_of(words: list[str]) -> str:
-    """A pattern that matches the longest of some words, in the form of a tree: trying the hundreds
-    of control tokens of v3 one by one at each bracket of a text would take seconds."""
+    """A pattern that matches the longest of some words. It has the form of a tree, because trying
+    the hundreds of control tokens of v3 one by one at each bracket of a text would take seconds."""
     start = commonprefix(words)  # noqa: RUF071  character by character is what is wanted
     rest = sorted(word[len(start) :] for word in words)
     branches = [_longest_of(list(some)) for _, some in groupby(filter(None, rest), lambda w: w[0])]

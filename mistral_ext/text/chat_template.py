@@ -6,8 +6,8 @@ v3 write it as a control token and put the system prompt before the last user tu
 they are the same). Fine-tunes bring a template of their own, a Jinja program, which `jinja_sandbox`
 renders.
 
-The control tokens that a template writes are encoded as such. The same text in a message is not:
-whoever writes <|im_end|> or </s> into a chat must not be able to end a turn with it.
+Control tokens that a template writes are encoded as control tokens. The same text in a message is
+encoded as text: a user who writes <|im_end|> or </s> must not be able to end a turn with it.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ class JinjaTemplate:
     """The chat template of a fine-tune.
 
     Args:
-        path: the file it is from, for errors.
-        sources: its text by name; "default" is used, "tool_use" where there are tools.
+        path: its file, for errors.
+        sources: templates by name; "default" is used, or "tool_use" if there are tools.
         tokenizer: names the tokens that the template may write.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
         if "default" not in sources:
             raise ValueError(
-                f"{path}: chat templates {', '.join(sorted(sources))}; expected one called default"
+                f"{path} has chat templates {', '.join(sorted(sources))}, expected one of the name "
+                "default"
             )
         self.path = path
         self._templates = {
@@ -77,7 +78,7 @@ class JinjaTemplate:
         return unmarked(text)
 
     def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """Its token ids. What stands in a message or tool is text, whatever it spells."""
+        """The token ids of a conversation. Messages and tools are text, whatever they spell."""
         text, unmarked = self._render(messages, tools)
         pieces = self._tokenizer.split_control_tokens(text)
         return self._tokenizer.encode_pieces(
@@ -92,9 +93,9 @@ class JinjaTemplate:
     ) -> tuple[str, Callable[[str], str]]:
         """The text with marks, and a function that takes them out.
 
-        Where a message spells out a control token, the token's first character is replaced by a
-        mark, a character that occurs nowhere else. A template can cut, join and measure what it is
-        given, and whatever it does, the control tokens in its text are its own.
+        Where a message spells out a control token, a mark replaces the token's first character. The
+        mark is a character that occurs nowhere else. A template may cut, join and measure its
+        input; any control token in its output is then the template's own.
         """
         template = self._template(tools)
         messages = _plain(list(messages), "messages")
@@ -142,9 +143,9 @@ def chat_template_of(
 ) -> ChatTemplate:
     """The chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its own.
 
-    A folder's template is taken for one of Mistral's if both write the same conversation, but for
-    white space: Mistral's published templates and mistral-common differ in that, and the latter is
-    right.
+    A folder's template counts as one of Mistral's if both write the same conversation, apart from
+    white space. Mistral's published templates and mistral-common differ in white space, and
+    mistral-common is right.
 
     Args:
         folder: of the model.
@@ -152,7 +153,8 @@ def chat_template_of(
         is_instruct: a folder without a template is that of a Mistral Instruct model.
 
     Raises:
-        ValueError: a base model; or a damaged file, or template, by name.
+        ValueError: the model is a base model, or a file or template is damaged; the message names
+            it.
     """
     folder = Path(folder)
     found = _read_templates(folder)
@@ -180,8 +182,7 @@ def encode_chat(
     Args:
         messages: dicts {"role": "system" | "user" | "assistant", "content": str}; the last one is
             the user's. With Mistral's templates, neighbours of the same role are joined by an empty
-            line; another may refuse them. It may take messages of the role "tool", too, and more
-            keys.
+            line; a model's own template may refuse them, or take the role "tool" and more keys.
         template: "v1", "v2" or "v3", or a model's own; None: the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
 
@@ -203,17 +204,19 @@ def extend_chat(
     template: ChatTemplate | None = None,
     tools: Tools | None = None,
 ) -> list[int]:
-    """encode_chat() for the next turn of a chat, that extends what the KV cache holds if it can.
+    """encode_chat() for the next turn of a chat; extends the ids in the KV cache if possible.
 
-    cached_ids are the ids of the turn before: its prompt and the reply as the model produced it,
-    with or without the end of its turn. The model may spell a reply in other tokens than the
-    tokenizer would; the result then keeps the model's, so that nothing is read again. Where the
-    text of cached_ids is not the beginning of the conversation's (a reply cut at a stop string; a
-    system prompt, which v2 and v3 move to the new turn; a template that trims replies), the result
-    is encode_chat(), and only a common prefix with cached_ids can be reused.
+    cached_ids are the ids of the last turn: its prompt and the reply as the model produced it, with
+    or without the end of the turn. The model may spell a reply in other tokens than the tokenizer
+    would. The result then keeps the model's tokens, so that nothing is read again.
+
+    If the text of cached_ids is not the beginning of the conversation's text, the result is that of
+    encode_chat(), and only a common prefix with cached_ids can be reused. Examples are a reply cut
+    at a stop string, a system prompt (v2 and v3 move it to the new turn), and a template that trims
+    replies.
     """
     ids = encode_chat(tokenizer, messages, template, tools)
-    # The end that the model wrote may not be what the template writes between turns.
+    # The model may end a turn with another token than the template writes between turns.
     for cached in (list(cached_ids), list(cached_ids)[:-1]):
         known = _length_of(tokenizer, ids, _transcript(tokenizer, cached))
         if known is not None:
@@ -222,7 +225,7 @@ def extend_chat(
 
 
 def _length_of(tokenizer: Tokenizer, ids: Sequence[int], transcript: bytes) -> int | None:
-    """How many of the ids have this transcript; None: it ends within a token, or differs."""
+    """How many of the ids make up this transcript; None: it ends within a token, or differs."""
     if not _transcript(tokenizer, ids).startswith(transcript):
         return None
     length = 0
@@ -234,16 +237,16 @@ def _length_of(tokenizer: Tokenizer, ids: Sequence[int], transcript: bytes) -> i
 
 
 def _transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The text of ids with control tokens kept apart by 0xFF, which no UTF-8 text contains."""
+    """The text of ids. Each control token is marked by 0xFF, which no UTF-8 text contains."""
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 
 def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
-    """Raises unless messages are a conversation; more: with all that templates may take."""
+    """Raises unless messages are a conversation; more: allow tools and more keys."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
-            "messages: expected a list of dicts {'role': ..., 'content': ...}, "
-            f"got {type(messages).__name__} {messages!r:.60}"
+            f"messages is {messages!r:.60}, expected a list of dicts "
+            "{'role': ..., 'content': ...}"
         )
     roles = ["system", "user", "assistant", *(["tool"] if more else [])]
     for i, message in enumerate(messages):
@@ -251,17 +254,17 @@ def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
         if not {"role", "content"} <= message.keys() | ({"content"} if calls_tools else set()) or (
             not more and len(message) > 2
         ):
-            raise ValueError(f"messages[{i}]: expected keys role and content, got {list(message)}")
+            raise ValueError(f"messages[{i}] has keys {list(message)}, expected role and content")
         if message["role"] not in roles:
             raise ValueError(
-                f"messages[{i}]: role {message['role']!r}; expected {', '.join(roles[:-1])} or "
+                f"messages[{i}] has role {message['role']!r}, expected {', '.join(roles[:-1])} or "
                 f"{roles[-1]}"
             )
         if not (calls_tools and message.get("content") is None):
             check_text(message["content"], f"messages[{i}]['content']")
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        last = f"one of role {messages[-1]['role']}" if messages else "no message"
-        raise ValueError(f"messages: expected the last to be the user's, got {last}")
+        last = f"ends with role {messages[-1]['role']!r}" if messages else "is empty"
+        raise ValueError(f"messages {last}, expected the user's message at the end")
 
 
 def _check_tools(tools: Any) -> None:
@@ -270,15 +273,15 @@ def _check_tools(tools: Any) -> None:
         or not isinstance(tools, Sequence)
         or not all(isinstance(tool, Mapping) for tool in tools)
     ):
-        raise TypeError(f"tools: expected a list of dicts, got {tools!r:.60}")
+        raise TypeError(f"tools is {tools!r:.60}, expected a list of dicts")
 
 
 # A model's own template
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy of plain lists, dicts, strings and numbers: other objects have methods, which a
-    template could call."""
+    """A copy of plain lists, dicts, strings and numbers. Other objects are refused: a template
+    could call their methods."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -288,7 +291,7 @@ def _plain(value: Any, name: str) -> Any:
         return {_plain(key, name): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{name}: expected text, numbers, lists and dicts, got {type(value).__name__}")
+    raise TypeError(f"{name} is a {type(value).__name__}, expected text, numbers, lists and dicts")
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -302,7 +305,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _replaced(value: Any, replace: Callable[[str], str]) -> Any:
-    """A copy in which every string is what `replace` makes of it."""
+    """A copy with `replace` applied to every string."""
     if isinstance(value, str):
         return replace(value)
     if isinstance(value, dict):
@@ -328,7 +331,7 @@ def _encode_with_mistral_common(
 
     encoder = _instruct_encoder(tokenizer, template)
     if tools and template == "v1":
-        raise ValueError("tools: the chat template v1 takes none")
+        raise ValueError(f"tools has {len(tools)} tools, expected none: the chat template is v1")
     types: dict[str, type[SystemMessage | UserMessage | AssistantMessage]] = {
         "system": protocol.SystemMessage,
         "user": protocol.UserMessage,
@@ -358,11 +361,11 @@ def _instruct_encoder(
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
     if template not in TEMPLATES:
-        raise ValueError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
+        raise ValueError(f"template is {template!r}, expected one of {', '.join(TEMPLATES)}")
     if template != "v1" and "[INST]" not in tokenizer.control_ids:
         raise ValueError(
-            f"template {template!r} needs the control token [INST], which "
-            f"{tokenizer.path} lacks; expected 'v1'"
+            f"template is {template!r}, expected 'v1': {tokenizer.path} lacks the control token "
+            "[INST]"
         )
     # MistralTokenizer.from_file() would infer the version from the file's name, and a Hugging Face
     # folder's tokenizer.model may be of any version. So it is put together here.
@@ -400,7 +403,7 @@ class _TextTokenizer:
         return self._tokenizer.control_ids.get(s, 0)
 
 
-# Which template is it?
+# Recognising Mistral's templates
 
 _PROBE = [
     {"role": "user", "content": "one"},
@@ -420,8 +423,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
         try:
             ids = template.encode(probe)
         except ValueError:
-            # Mistral's first template refuses system prompts. Where they go is then left to
-            # mistral-common, if all else agrees.
+            # Mistral's first template refuses system prompts. If all else agrees, mistral-common
+            # decides where they go.
             if probe is _SYSTEM_PROBE:
                 continue
             return False
@@ -454,7 +457,8 @@ def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
             templates = {}
         if not templates or not all(isinstance(text, str) for text in templates.values()):
             raise ValueError(
-                f"{path}: chat_template is neither a text nor a list of a name and a template each"
+                f"{path}: chat_template has another form, expected a text, or a list of objects "
+                "with a name and a template"
             )
         return path, templates
     return None

@@ -1,8 +1,9 @@
 """Tokenizers from the metadata of GGUF files.
 
-Two kinds are read: "llama" is SentencePiece, of which a model is put together in memory, so that
-the library itself encodes; "gpt2" is byte-level BPE, of which a tokenizer.json is. How the latter
-cuts a text into words before it merges bytes is known by name only (`tokenizer.ggml.pre`).
+Two kinds are read. "llama" is SentencePiece: a model of that library is made in memory, and the
+library encodes with it. "gpt2" is byte-level BPE: a tokenizer.json is made in memory. Files only
+name the way in which byte-level BPE cuts a text into words before it merges bytes
+(`tokenizer.ggml.pre`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 class _Words(NamedTuple):
-    """How texts are cut into words, in the form of tokenizer.json."""
+    """Rules for cutting a text into words, in the form of tokenizer.json."""
 
     steps: list[dict[str, Any]]
-    ignore_merges: bool = False  # a word that is a token is not merged
+    ignore_merges: bool = False  # a word that is a token is taken as it is, without merges
     adds_bos: bool = False
 
 
@@ -67,7 +68,7 @@ def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | Non
         metadata: of the file.
 
     Raises:
-        ValueError: a kind of tokenizer that is not supported, by name; or tokens that are damaged.
+        ValueError: the kind of tokenizer is not supported, or its tokens are damaged.
     """
     kind = metadata.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab"):
@@ -95,7 +96,7 @@ def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, st
 
 
 class _Tokens:
-    """The tokens of a file: texts, types, and those with a use."""
+    """The tokens of a file: texts, types, and ids of special uses."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
@@ -123,7 +124,7 @@ class _Tokens:
         return values
 
     def id_of(self, name: str, default: int | None = None) -> int | None:
-        """The token with a use, such as "eos"."""
+        """The id of the token with a special use, such as "eos"."""
         value = self._metadata.get(f"tokenizer.ggml.{name}_token_id", default)
         if value is not None and not (isinstance(value, int) and 0 <= value < len(self.texts)):
             raise ValueError(
@@ -145,7 +146,7 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """The tokens of some types as added ones, and the names of those with a use."""
+        """The tokens of some types as added tokens, and the names of tokens with a special use."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
             if kind in types and text:
@@ -155,7 +156,7 @@ class _Tokens:
             f"{use}_token": None if token_id is None else self.texts[token_id]
             for use, token_id in ids.items()
         }
-        # llama.cpp puts a space before what follows each added token, too.
+        # llama.cpp also puts a space before the piece after each added token.
         return AddedTokens(tokens, names, prefix="all")
 
 
@@ -224,7 +225,7 @@ def _byte_level(tokens: _Tokens) -> Vocabulary:
         "decoder": _BYTES | {"use_regex": True},
         "model": {
             "type": "BPE",
-            # Of tokens that are there twice the first counts.
+            # If a token is there twice, the first one counts.
             "vocab": {text: i for i, text in reversed(list(enumerate(tokens.texts)))},
             "merges": list(tokens.values("merges", str)),
             "ignore_merges": _PRE[pre].ignore_merges,

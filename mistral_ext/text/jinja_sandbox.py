@@ -1,16 +1,20 @@
-"""Renders Jinja templates that came with a model, which are programs by strangers.
+"""Renders Jinja templates that come with a model. They are programs by strangers.
 
-Text is that of transformers' `apply_chat_template`: the same dialect of Jinja, the same extras. But
-a template here can neither reach beyond its variables nor run for ever or fill the memory. jinja2's
-sandbox sees to the first. For the second, each turn of a loop, call, filter and operator is a step
-of a limited number, until a deadline; and what they make is measured, before it is made where a
-short expression can make much. What has no such measure is missing: filters whose time may grow
-with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods that
-take a codec or a table (`encode`, `translate`). So is what draws (`random`, `lipsum`), as the same
-conversation is to have the same text, and what no template for chats needs: `attr`, `urlencode` and
-`xmlattr`.
+The text is that of transformers' `apply_chat_template`: the same dialect of Jinja, the same extras.
+But a template can neither reach beyond its variables, nor run for ever, nor fill the memory.
 
-No thread, signal or process is involved, so that this works wherever it is called.
+- jinja2's sandbox keeps it to its variables.
+- Each turn of a loop, call, filter and operator is a step. The number of steps is limited, and so
+  is the time.
+- The size of each result is counted. If a short expression can make a large result, the size is
+  counted before the result is made.
+
+Some functions are left out. The size or time of some cannot be measured: filters whose time may
+grow with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods
+that take a codec or a table (`encode`, `translate`). Random functions (`random`, `lipsum`) would
+give the same conversation different texts. No chat template needs `attr`, `urlencode` or `xmlattr`.
+
+The limits need no thread, signal or process, so rendering works in any thread.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from jinja2.visitor import NodeTransformer
 MAX_SOURCE = 2**18  # characters of a template; the longest published ones have 2**15
 MAX_STEPS = 300_000
 MAX_SECONDS = 10.0
-# Characters that a template may make: so many, and so many for each that it is given.
+# Characters that a template may make: a constant, and some for each character of its input.
 MAX_MADE = 2**24
 MAX_MADE_PER_CHARACTER = 64
 
@@ -73,7 +77,7 @@ class SandboxedTemplate:
 
     Args:
         source: the text of the template.
-        name: what errors call it, a file.
+        name: its file, for errors.
 
     Raises:
         ValueError: it is not Jinja, or longer than `MAX_SOURCE`.
@@ -84,7 +88,7 @@ class SandboxedTemplate:
         self.name = name
         if len(source) > MAX_SOURCE:
             raise ValueError(
-                f"{name}: a chat template of {len(source)} characters, expected at most "
+                f"{name}: the chat template has {len(source)} characters, expected at most "
                 f"{MAX_SOURCE}"
             )
         try:
@@ -108,18 +112,18 @@ class SandboxedTemplate:
         """The text that the template writes.
 
         Args:
-            variables: of strings, numbers, None, lists and dicts alone.
+            variables: strings, numbers, None, lists and dicts only.
 
         Raises:
-            ValueError: with the template's own message, where it raises an exception; or it fails,
-                or goes beyond a limit.
+            ValueError: the template raises an exception, whose message is given; or it fails, or
+                exceeds a limit.
         """
         token = _METER.set(_Meter(_text_size(variables)))
         try:
             return self._template.render(variables)
         except _Raised as error:
             raise ValueError(f"{self.name}: {error.message}") from error
-        except Exception as error:  # whatever a program may run into
+        except Exception as error:  # a program may raise anything
             raise ValueError(
                 f"{self.name}: the chat template failed: {str(error) or type(error).__name__}"
             ) from error
@@ -136,7 +140,7 @@ class _LimitError(jinja2.TemplateError):
 
 
 class _Meter:
-    """What a rendering has left."""
+    """The steps, time and characters that a rendering has left."""
 
     def __init__(self, given: int) -> None:
         self._steps = MAX_STEPS
@@ -160,9 +164,10 @@ _METER: ContextVar[_Meter] = ContextVar("meter")
 
 
 def _text_size(value: Any) -> int:
-    """About how many characters str(value) has; raises where that is beyond all limits.
+    """About how many characters str(value) has; raises if they exceed the limit.
 
-    A list may contain another twice, and that a third: what is small in memory is endless text.
+    A list may contain a list twice, which contains a third list twice, and so on. Such a value is
+    small in memory, and its text is endless.
     """
     if isinstance(value, str):
         return len(value)
@@ -184,7 +189,7 @@ def _text_size(value: Any) -> int:
 
 
 def _measured(value: Any) -> Any:
-    """What a template has made, counted."""
+    """Counts the size of a result, and returns the result."""
     meter = _METER.get()
     if isinstance(value, str):
         meter.made(len(value))
@@ -209,7 +214,7 @@ def _check_arguments(*arguments: Any) -> None:
             raise _LimitError(f"it passes a number above {_MAX_ARGUMENT}")
 
 
-# Where little text makes much: before it is made
+# Checks before a short expression makes a large result
 
 
 def _before_replace(text: Any, old: Any = "", new: Any = "", count: Any = None) -> None:
@@ -258,7 +263,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            optimized=False,  # no expression is tried when it is compiled: nothing measures there
+            optimized=False,  # evaluates nothing at compile time, where nothing is measured
             finalize=_written,
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
@@ -280,9 +285,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        # The names are jinja2's: keyword arguments of the template must not meet them.
+        # Names that begin with __ do not collide with keyword arguments of the template.
         _METER.get().step()
-        # In loops and blocks jinja2 adds arguments of its own, which it takes out again.
+        # In loops and blocks jinja2 adds arguments of its own, and removes them later.
         given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         _check_arguments(*args, *given.values())
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
@@ -316,11 +321,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _before_format(left, right)
         return _measured(super().call_binop(context, operator, left, right))
 
-    # What _Metering puts into a template
+    # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
-        """A loop turns, a macro begins, that writes so many characters whatever happens. It is a
-        step like any call."""
+        """Counts a step for a turn of a loop or a start of a macro, and the characters of its
+        constant text."""
         _METER.get().made(characters)
         return True
 
@@ -333,11 +338,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Puts a step into loops and macros, and measures what is made without a call."""
+    """Inserts a step into loops and macros, and measures results that come without a call."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.visit_Macro(node)
-        if node.test is not None:  # {% for a in ... if ... %}: the body does not see all turns
+        if node.test is not None:  # {% for a in ... if ... %}: the body does not run at each turn
             node.test = nodes.And(_call("turn", [nodes.Const(0)], node.lineno), node.test)
         return node
 
@@ -369,7 +374,7 @@ def _call(method: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}, with which templates mark what a model is to be trained on."""
+    """{% generation %}: templates mark the text that a model is trained on."""
 
     tags = {"generation"}  # noqa: RUF012  as the base class has it
 
@@ -392,7 +397,7 @@ class _Namespace(jinja2.utils.Namespace):
         jinja2.utils.Namespace.__setitem__(self, name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # its contents have no measure
+        return "<Namespace>"  # its contents cannot be measured
 
 
 def _check_attribute(name: Any) -> None:
@@ -434,15 +439,15 @@ def _tojson(
 
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> Any:
-    """Called with whatever a template puts out."""
+    """Called with each value that a template writes."""
     _METER.get().made(_text_size(value))
     return value
 
 
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # where the filtered value stands
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # position of the filtered value
 
-    @functools.wraps(function)  # with what tells jinja2 to pass its context
+    @functools.wraps(function)  # keeps the attribute that makes jinja2 pass its context
     def metered(*args: Any, **kwargs: Any) -> Any:
         meter = _METER.get()
         meter.step()
@@ -458,7 +463,7 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _before_format(str(value), [*rest, *kwargs.values()])
         elif name in ("batch", "slice"):
             _before_rows(*rest, *kwargs.values())
-            # No generator, which would go unmeasured.
+            # A list, because a generator could not be measured.
             return _measured(list(function(*passed, value, *rest, **kwargs)))
         elif name == "join":
             value = list(value)

@@ -1,4 +1,4 @@
-"""SentencePiece models: the file ``tokenizer.model``, and the like from elsewhere."""
+"""SentencePiece models, from the file ``tokenizer.model`` or from bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
 from mistral_ext.text.vocabulary import BYTE_TOKEN, SPACE, Vocabulary, named_id, piece_bytes
 
-# Protocol buffers may be appended to each other, and the last value of a field counts. These bytes
+# Protocol buffers may be appended to each other; then the last value of a field counts. These bytes
 # are normalizer_spec { add_dummy_prefix: false }.
 _NO_FIRST_SPACE = b"\x1a\x02\x18\x00"
 
@@ -32,8 +32,8 @@ def sentencepiece_vocabulary(
     Args:
         path: for errors.
         model: its protocol buffer.
-        added: tokens that are not for SentencePiece to find; they may be of the model, too.
-        bos_id: the beginning of a text; None: as the model says.
+        added: tokens that SentencePiece must not find by itself; the model may have them too.
+        bos_id: the beginning-of-text token; None: the model's.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -62,7 +62,7 @@ def sentencepiece_vocabulary(
     names = {piece: i for i, piece in pieces.items()}
     eos_id = named_id(added, "eos_token", names, processor.eos_id())
     if bos_id < 0 or eos_id is None or eos_id < 0:
-        raise ValueError(f"{path}: no <s> or no </s> in the vocabulary; expected both")
+        raise ValueError(f"{path} has no <s> or no </s> in the vocabulary, expected both")
 
     def encode_rest(text: str) -> list[int]:
         spaced = text.startswith((" ", SPACE))
@@ -97,9 +97,10 @@ def _add(
     pieces: dict[int, str],
     control: set[int],
 ) -> list[AddedToken]:
-    """Enters added tokens into a vocabulary's tables; returns those to be found in every text.
+    """Enters added tokens into a vocabulary's tables; returns the tokens to find in every text.
 
-    Some are of the base vocabulary, under the same name or (a reserved token put to use) a new one.
+    Some belong to the base vocabulary, under the same name or under a new name (a reserved token
+    that is put to use).
     """
     found = []
     for i, token in added.tokens.items():

@@ -34,16 +34,16 @@ class TextStream:
         self, tokenizer: Tokenizer, stop: Sequence[str] = (), strip_first_space: bool = False
     ) -> None:
         if isinstance(stop, str):
-            raise TypeError(f"stop: expected a sequence of strings, got the string {stop!r}")
+            raise TypeError(f"stop is the string {stop!r}, expected a sequence of strings")
         if not all(isinstance(s, str) and s for s in stop):
-            raise ValueError(f"stop: expected non-empty strings, got {list(stop)!r}")
+            raise ValueError(f"stop is {list(stop)!r}, expected non-empty strings")
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._longest_stop = max(map(len, self._stop), default=0)
         self._at_stripped_start = strip_first_space and tokenizer.adds_first_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(UTF8_ERRORS)
-        self._held = ""  # decoded, but perhaps (part of) a stop string
+        self._held = ""  # decoded text that may be a stop string, or part of one
         self._pieces: list[str] = []
 
     @property
@@ -72,7 +72,7 @@ class TextStream:
         held = self._held + new
         begins = [i for s in self._stop if (i := held.find(s)) >= 0]
         cut = min(begins, default=len(held))
-        # A stop string that has only begun may begin before one that is complete.
+        # An incomplete stop string may begin before a complete one.
         partial = len(held) if final else self._partial_stop(held)
         if cut <= partial and begins:
             self.stopped = True
@@ -85,7 +85,7 @@ class TextStream:
         return held[:cut]
 
     def _partial_stop(self, held: str) -> int:
-        """Where the longest end of held that begins a stop string starts; len(held): nowhere."""
+        """Start of the longest end of `held` that a stop string begins with; len(held): none."""
         for start in range(max(0, len(held) - self._longest_stop + 1), len(held)):
             tail = held[start:]
             if any(s.startswith(tail) for s in self._stop):

@@ -6,13 +6,13 @@ everything else moves up. All are SentencePiece BPE: a space is written "▁" in
 encoding puts one space before the text, and a character without a token of its own is spelled in
 byte tokens <0xNN>.
 
-Fine-tunes add tokens of their own (`added_tokens`). Those that are text are found in every text;
-control tokens only where they are asked for, so that nobody's text can end a turn of a chat.
+Fine-tunes add tokens of their own (`added_tokens`). Added tokens that are text are found in every
+text. Control tokens are found only on request, so that nobody's text can end a turn of a chat.
 
 Llama 3 and SmolLM2 have byte-level BPE: no first space, and a token for each byte.
 
-Bytes, not strings, are what a token contributes: an emoji may be split over four tokens. So the
-only things kept of any file format are encode functions and a table id -> bytes (`vocabulary`).
+A token stands for bytes, not for a string: an emoji may be split over four tokens. So every file
+format is reduced to encode functions and a table id -> bytes (`vocabulary`).
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ codecs.register_error(UTF8_ERRORS, _replace_bytes)
 
 
 def check_text(text: str, name: str) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless text is a str of valid Unicode."""
+    """Raises TypeError or ValueError, which names the argument, unless text is valid Unicode."""
     if not isinstance(text, str):
-        raise TypeError(f"{name}: expected str, got {type(text).__name__}")
+        raise TypeError(f"{name} is {text!r:.60}, expected a str")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:  # e.g. a command line argument that is not UTF-8
         raise ValueError(
-            f"{name}: expected valid Unicode, got a lone surrogate "
-            f"{text[error.start]!r} at index {error.start}"
+            f"{name} has a lone surrogate {text[error.start]!r} at index {error.start}, expected "
+            "valid Unicode"
         ) from None
 
 
@@ -59,23 +59,23 @@ class Tokenizer:
     """Encodes text to token ids and decodes ids to text.
 
     Attributes:
-        path: the file it was read from.
-        bos_id, eos_id: ids of <s> and </s>; eos_id may be another that the model's files name.
+        path: the file that holds the tokenizer.
+        bos_id, eos_id: ids of <s> and </s>; eos_id may be another token that the files name.
         control_ids: name -> id of every control token, e.g. {"<s>": 1, "[INST]": 3, ...}. Text
-            never encodes to one of them unless that is asked for, and they decode to nothing.
-            An added token is one if any file marks it special, or if it is written <|so|>: many
-            fine-tunes leave <|im_start|> and <|im_end|> unmarked.
-        names: of tokens by their use, as far as files say: "bos_token", "pad_token", ...; None if
-            they say that there is none.
-        base_size: ids of the vocabulary without added tokens; a model must have as many rows.
-        adds_bos: a text begins with the beginning of text (true for Mistral's files).
-        chat_templates: by name, where the file holds them itself, as GGUF files do.
+            encodes to a control token only on request, and control tokens decode to nothing. An
+            added token is a control token if any file marks it special, or if it is written <|so|>:
+            many fine-tunes do not mark <|im_start|> and <|im_end|>.
+        names: tokens by their use ("bos_token", "pad_token", ...), if the files name them; None if
+            the files say that there is no such token.
+        base_size: number of ids without added tokens; a model must have at least as many rows.
+        adds_bos: encoding begins with the beginning-of-text token (true for Mistral's files).
+        chat_templates: templates by name, if the file itself holds them, as GGUF files do.
         adds_first_space: encoding puts a space before the text (true for Mistral's files).
 
     Args:
-        encode: ids of a text.
-        token_bytes: of each id; None where the numbering has a hole.
-        encode_rest: ids of a text that follows a control token; None: as at the beginning.
+        encode: returns the ids of a text.
+        token_bytes: bytes of each id; None if no token has the id.
+        encode_rest: returns the ids of a text after a control token; None: `encode`.
         added: tokens beyond the base vocabulary; their flags count for control tokens.
     """
 
@@ -115,8 +115,8 @@ class Tokenizer:
         """Read the tokenizer of a model folder; None when the folder has no tokenizer file.
 
         Takes `tokenizer.model`, else `tokenizer.model.vN` with the highest N, else
-        `tokenizer.json`; and added tokens from wherever they stand. Raises ValueError that names a
-        damaged or unsuitable file.
+        `tokenizer.json`, and adds the tokens of other files. Raises ValueError if a file is damaged
+        or unsuitable; the message names it.
         """
         folder = Path(folder)
         names = {path.name for path in folder.iterdir()}
@@ -129,8 +129,8 @@ class Tokenizer:
             return cls._read(folder / "tokenizer.json")
         if "tekken.json" in names:
             raise ValueError(
-                f"{folder / 'tekken.json'}: a Tekken tokenizer, which no Mistral 7B uses; "
-                "expected tokenizer.model, tokenizer.model.vN or tokenizer.json"
+                f"{folder / 'tekken.json'} is a Tekken tokenizer, expected tokenizer.model, "
+                "tokenizer.model.vN or tokenizer.json: no Mistral 7B uses Tekken"
             )
         return None
 
@@ -144,7 +144,7 @@ class Tokenizer:
     def from_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer | None:
         """The tokenizer that the metadata of a GGUF file describe; None if they describe none.
 
-        Raises ValueError that names the file and what is wrong.
+        Raises ValueError if they are wrong; the message names the file.
         """
         vocabulary = gguf_vocabulary(path, metadata)
         if vocabulary is None:
@@ -154,10 +154,10 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the vocabulary, added tokens and holes in the numbering included.
+        """Number of ids in the vocabulary, including added tokens and holes in the numbering.
 
-        A model with fewer rows can neither read nor write the rest, one with more must not write
-        what has no token: it may sample the ids below both numbers that are no `holes`.
+        A model may have fewer or more rows. It may sample the ids below both numbers, except
+        `holes`.
         """
         return len(self._token_bytes)
 
@@ -174,9 +174,9 @@ class Tokenizer:
     def version(self) -> str:
         """Mistral's tokenizer version, "v1", "v2" or "v3": the chat template to use by default.
 
-        v1 is told by its vocabulary, which lacks [INST]. v2 and v3 are not: the file released as
-        `tokenizer.model.v3` with Mistral 7B v0.3 is byte for byte the v2 file of mistral-common.
-        Their templates differ in tool use only, so a file not named `.v2` counts as v3.
+        v1 is recognised by its vocabulary, which lacks [INST]. v2 and v3 have the same vocabulary:
+        the `tokenizer.model.v3` of Mistral 7B v0.3 is byte for byte the v2 file of mistral-common.
+        Their templates differ only in the use of tools, so a file not named `.v2` counts as v3.
         """
         if self.control_ids.get("[INST]", self.base_size) >= self.base_size:
             return "v1"
@@ -194,7 +194,7 @@ class Tokenizer:
 
     @property
     def start(self) -> list[int]:
-        """What a text begins with: <s>, or nothing."""
+        """The ids that every text begins with: <s>, or none."""
         return [self.bos_id] if self.adds_bos else []
 
     def split_control_tokens(self, text: str) -> list[str | int]:
@@ -233,6 +233,6 @@ class Tokenizer:
         """
         if not 0 <= token_id < len(self._token_bytes):
             raise ValueError(
-                f"token id {token_id}: expected 0 to {self.vocab_size - 1} ({self.path.name})"
+                f"token id is {token_id}, expected 0 to {self.vocab_size - 1} ({self.path.name})"
             )
         return self._token_bytes[token_id] or b""

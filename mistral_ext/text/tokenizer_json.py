@@ -1,7 +1,7 @@
 """The file ``tokenizer.json``, of the library `tokenizers`: BPE of two kinds.
 
-Those with byte_fallback are SentencePiece models in another form. Byte-level BPE (Llama 3, SmolLM2)
-works on bytes, each written as a character: printable ones as they are in Latin-1, the others from
+BPE with byte_fallback is a SentencePiece model in another form. Byte-level BPE (Llama 3, SmolLM2)
+works on bytes, and writes each byte as a character: printable bytes as in Latin-1, the others from
 U+0100 on.
 """
 
@@ -29,7 +29,7 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     """Reads a ``tokenizer.json`` and the tokens that files beside it add.
 
     Raises:
-        ValueError: the file is damaged, or of another kind.
+        ValueError: the file is damaged, or has another kind of tokenizer.
     """
     refuse_lfs_pointer(path)
     try:
@@ -46,9 +46,9 @@ def json_vocabulary(
 
     Args:
         path: for errors.
-        data: the contents; its added tokens are marked as `added` has them.
+        data: the contents; the marks of its added tokens are changed to those of `added`.
         added: tokens, and the names of the beginning and the end of a text.
-        adds_bos: a text begins with the beginning of text; None: as the contents say.
+        adds_bos: encoding begins with the beginning-of-text token; None: as the contents say.
     """
     try:
         model = data["model"]
@@ -59,12 +59,12 @@ def json_vocabulary(
     is_byte_level = not byte_fallback and any(step.get("type") == "ByteLevel" for step in steps)
     if kind != "BPE" or not (byte_fallback or is_byte_level):
         raise ValueError(
-            f"{path}: expected BPE with byte_fallback or of bytes (ByteLevel), as Mistral and "
-            f"Llama have it; got type {kind!r}, byte_fallback {byte_fallback!r}"
+            f"{path} has type {kind!r} and byte_fallback {byte_fallback!r}, expected BPE with "
+            "byte_fallback or of bytes (ByteLevel), as Mistral and Llama have it"
         )
     control = {token.content for token in added.tokens.values() if token.control}
     for entry in data.get("added_tokens") or ():
-        entry["special"] = entry["content"] in control  # which some files do not say
+        entry["special"] = entry["content"] in control  # some files do not mark it
     backend = _backend(data, path)
     names = backend.get_vocab(with_added_tokens=True)
     control_ids = {
@@ -76,11 +76,11 @@ def json_vocabulary(
     )
     if bos_id is None or eos_id is None:
         raise ValueError(
-            f"{path}: no beginning or no end of text (<s>, </s>) among the special tokens, "
+            f"{path} has no beginning or no end of text (<s>, </s>) among the special tokens, "
             "expected both"
         )
     if adds_bos is None:
-        # Those of Llama 2 and Mistral say it elsewhere, or not at all.
+        # Files of Llama 2 and Mistral say this elsewhere, or not at all.
         adds_bos = not is_byte_level or bos_id in backend.encode("a").ids
 
     def read_token(token_id: int) -> bytes | None:

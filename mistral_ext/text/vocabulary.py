@@ -1,4 +1,4 @@
-"""What the readers of tokenizer files make: encode functions, and a table id -> bytes."""
+"""The result of reading a tokenizer file: encode functions, and a table id -> bytes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Vocabulary(NamedTuple):
 
 
 def piece_bytes(piece: str) -> bytes:
-    """What a SentencePiece token of the ordinary kind stands for."""
+    """The bytes of an ordinary SentencePiece token."""
     return piece.replace(SPACE, " ").encode("utf-8")
 
 
 def named_id(
     added: AddedTokens, key: str, ids: Mapping[str, int], default: int | None
 ) -> int | None:
-    """The token that the files call by a name such as eos_token, if it is a token."""
+    """The id of the token that the files name, for instance as eos_token; None: it has none."""
     name = added.names.get(key)
     return default if name is None else ids.get(name, default)

@@ -1,17 +1,16 @@
 """The weights in the files of a model folder.
 
-Hugging Face's, Mistral's and GGUF files (mistral_ext/weights/folder.py) give one dict of tensors,
-with Mistral's names and Hugging Face's order of the query and key rows.
+Files in Hugging Face's, Mistral's and GGUF's formats (mistral_ext/weights/folder.py) are read into
+one dict of tensors, with Mistral's names and Hugging Face's order of the query and key rows.
 
-Weights are mapped into memory, not read into it: their pages belong to the file, so they are
-held once, are shared between processes, and can be evicted instead of killing the process. Only
+Weights are mapped into memory, not read into it. Their pages belong to the file: they are held
+once, processes share them, and the system can evict them instead of killing the process. Only
 tensors that must change (a permutation, another dtype, fewer bits) are copied, one at a time.
 
-Weights with scales (mistral_ext/weights/quantize.py) are stored as two tensors: the values
-under the weight's name, the scales under that name and `_scale`. How they are quantised is in
-config.json.
+A quantised weight (mistral_ext/weights/quantize.py) is stored as two tensors: the values under the
+weight's name, the scales under the name with `_scale`. config.json holds the format.
 
-Everything a file says about its tensors is checked before the first of them is read.
+All that a file says about its tensors is checked before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -40,10 +39,11 @@ from mistral_ext.weights.gguf_model import (
     default_dtype,
     gguf_name,
     gguf_tensors,
+    kept_format,
     say_what_is_decoded,
 )
 from mistral_ext.weights.quantize import Quantization
-from mistral_ext.weights.safetensors_file import StoredTensor, stored_tensors
+from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
 
 _HF_MODULES = {
@@ -60,7 +60,6 @@ _HF_MODULES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight
 # Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -80,21 +79,21 @@ def load_weights(
     operating system may evict them again, since they belong to the file.
 
     Args:
-        folder: from :func:`mistral_ext.weights.folder.read_folder`. Of several formats in it, the
-            first of its `LAYOUTS` that is complete is used.
-        dtype: convert to bfloat16, float16 or float32. None keeps the stored one, copying nothing.
-            Quantised weights have none.
+        folder: from :func:`mistral_ext.weights.folder.read_folder`. If it holds several formats,
+            the first of `LAYOUTS` that is complete is used.
+        dtype: convert to bfloat16, float16 or float32. None keeps the stored dtype and copies
+            nothing. Quantised weights are not converted.
         progress: show a progress bar if stderr is a terminal.
         quantize: "int8" or "int4": quantise the weights, one after another, unless they are stored
             so; None: as stored.
-        device: where the model is to run. One that cannot run there is refused before its weights
-            are read; those of others are moved there. None: they are read, for any purpose.
+        device: where the model is to run. A model that cannot run there is refused before its
+            weights are read; otherwise they are moved there. None: they are only read.
 
     Returns:
-        Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`; on a GPU
-        those that are multiplied in one pass are joined (`move_weights`). The
-        rows of ``wq`` and ``wk`` are in Hugging Face's order: RoPE rotates (i, i + head_dim / 2).
-        Do not write to them.
+        Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. On a GPU
+        the weights that are multiplied in one pass are joined (`move_weights`). The rows of ``wq``
+        and ``wk`` are in Hugging Face's order: RoPE rotates (i, i + head_dim / 2). Do not write to
+        the tensors.
 
     Raises:
         FileNotFoundError: no weights, or a file named by the index is missing.
@@ -122,7 +121,7 @@ class Checkpoint:
         quantization: how to quantise the weights; None: as they are stored.
 
     Attributes:
-        dtype: of the weights that are not quantised.
+        dtype: the dtype of the weights that are not quantised.
     """
 
     def __init__(
@@ -133,7 +132,7 @@ class Checkpoint:
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(
-                f"dtype must be one of torch's {_list(_DTYPES)}, or None, got {dtype!r}"
+                f"dtype is {dtype!r}, expected one of torch's {_list(_DTYPES)}, or None"
             )
         config = folder.config
         files = _files(folder)
@@ -156,22 +155,24 @@ class Checkpoint:
         tensors = _stored_tensors(files)
         if folder.gguf is not None:
             dtype = dtype or default_dtype(folder.gguf)
-            # What is rounded again is decoded exactly.
+            # Weights that are rounded again are first decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
-            tensors = gguf_tensors(folder.gguf, decoded)
-            say_what_is_decoded(folder.gguf, str(quantization or _list((dtype,))))
-        self._parts = _match(tensors, files, config, stored, dtype)
-        # The formats of the weights that are two tensors.
-        self._formats = {
-            name: format
-            for name in self._parts
-            if stored and (format := stored.format_of(name)) is not None
+            keep = quantization is None
+            tensors = gguf_tensors(folder.gguf, decoded, keep)
+            say_what_is_decoded(folder.gguf, str(quantization or _list((dtype,))), keep)
+        # The weights that are stored as two tensors.
+        quantized = {
+            name: parts
+            for name, shape in tensor_shapes(config).items()
+            if (parts := _stored_parts(folder, self._quantizes, name, shape)) is not None
         }
+        self._formats = {name: parts.format for name, parts in quantized.items()}
+        self._parts = _match(tensors, files, config, quantized, dtype)
         self._dtype = dtype
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        self._heads_in_pairs = {}  # of the weights whose rows are in Mistral's order
+        self._heads_in_pairs = {}  # number of heads of each weight with rows in Mistral's order
         if files.layout.format in ("mistral", "gguf"):
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
 
@@ -181,9 +182,9 @@ class Checkpoint:
         return sum(self._nbytes(name, parts) for name, parts in self._parts.items())
 
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
-        """Reads the weights; gives the name (Mistral's) and the weight of one after another.
+        """Reads one weight after another; yields Mistral's name and the weight.
 
-        Without "output.weight" if that is tied to the embeddings, and neither is quantised.
+        "output.weight" is left out if it is tied to the embeddings and not quantised.
         """
         n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
         with tqdm(
@@ -268,22 +269,36 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
     """The tensors of a weight by the names under which Hugging Face's format stores them."""
     name = hugging_face_name(name)
     if isinstance(weight, Quantized):
-        return {name: weight.values, name + _SCALE_SUFFIX: weight.scales}
+        return {name: weight.values, name + SCALE_SUFFIX: weight.scales}
     return {name: weight}
 
 
-# What the files hold
+# Which tensors the files hold
+
+
+def _stored_parts(
+    folder: ModelFolder, quantizes: Quantization | None, name: str, shape: tuple[int, ...]
+) -> Quantized | None:
+    """How a weight is stored that has scales, as tensors on the meta device."""
+    if folder.quantization is not None:
+        return folder.quantization.parts(name, shape)
+    if folder.gguf is None or quantizes is not None:
+        return None
+    kept = kept_format(folder.gguf, name)
+    return Quantization(kept).parts(name, shape) if kept else None
 
 
 def _match(
     tensors: Iterable[StoredTensor],
     weights: WeightFiles,
     config: MistralConfig,
-    quantization: Quantization | None,
+    quantized: Mapping[str, Quantized],
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """The stored tensors of each weight, after checking that they are exactly those expected: one,
-    or the values and the scales of a quantised weight."""
+    """The stored tensors of each weight: one, or values and scales like those of `quantized`.
+
+    Raises ValueError unless the files hold exactly the tensors that are expected.
+    """
     found: dict[str, StoredTensor] = {}
     for stored in tensors:
         if stored.name.endswith(_IGNORED_SUFFIX):
@@ -296,10 +311,9 @@ def _match(
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
         stored_name = _stored_name(name, weights.layout)
-        parts = quantization.parts(name, shape) if quantization else None
-        if parts is not None:
+        if (parts := quantized.get(name)) is not None:
             values = _take(found, stored_name, parts.values.shape, weights)
-            scales = _take(found, stored_name + _SCALE_SUFFIX, parts.scales.shape, weights)
+            scales = _take(found, stored_name + SCALE_SUFFIX, parts.scales.shape, weights)
             _expect_dtype(values, (parts.values.dtype,))
             _expect_dtype(scales, (parts.scales.dtype,))
             matched[name] = (values, scales)
@@ -312,8 +326,8 @@ def _match(
         (first,) = matched["tok_embeddings.weight"]
         if dtype is None and stored_dtype != first.dtype:
             raise ValueError(
-                f"tensor {stored_name!r} in {stored.file}: expected dtype {first.dtype} like "
-                f"{first.name!r}, got {stored_dtype}; pass dtype to convert all weights to one"
+                f"tensor {stored_name!r} in {stored.file} has dtype {stored_dtype}, expected "
+                f"{first.dtype} like {first.name!r}: pass dtype to convert all weights to one"
             )
     if found:
         extra = next(iter(found.values()))
@@ -325,7 +339,7 @@ def _match(
 
 
 def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
-    """Refuses tensors that are all named in another way, and says in which."""
+    """Refuses files whose tensors all have names of another kind, and shows the names."""
     expected = _stored_name("tok_embeddings.weight", weights.layout)
     if expected in found:
         return
@@ -334,7 +348,7 @@ def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> No
     if other == last:
         raise ValueError(
             f"{weights.file} names its tensors without 'model.', as {last!r}: that is an embedding "
-            "model (MistralModel), which does not write text; expected a MistralForCausalLM"
+            "model (MistralModel), which does not write text, expected a MistralForCausalLM"
         )
     names = ", ".join(map(repr, [other] if other else list(found)[:3]))
     raise ValueError(f"tensor {expected!r} is missing from {weights.file}; found {names or 'none'}")
@@ -343,24 +357,24 @@ def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> No
 def _take(
     found: dict[str, StoredTensor], name: str, shape: tuple[int, ...], weights: WeightFiles
 ) -> StoredTensor:
-    """Removes the tensor from `found`; refuses one that is missing or has another shape."""
+    """Removes the tensor from `found`; refuses a missing tensor or another shape."""
     shape = tuple(shape)
     stored = found.pop(name, None)
     if stored is None:
-        raise ValueError(f"tensor {name!r} is missing from {weights.file}; expected shape {shape}")
+        raise ValueError(f"tensor {name!r} is missing from {weights.file}, expected shape {shape}")
     if stored.shape != shape:
         raise ValueError(
-            f"tensor {name!r} in {stored.file}: expected shape {shape}, got {stored.shape}"
+            f"tensor {name!r} in {stored.file} has shape {stored.shape}, expected {shape}"
         )
     return stored
 
 
 def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> torch.dtype:
-    """The dtype of a tensor; refuses another than those expected."""
+    """The dtype of a tensor; refuses a dtype that is not expected."""
     if isinstance(stored.dtype, str) or stored.dtype not in expected:
         raise ValueError(
-            f"tensor {stored.name!r} in {stored.file}: expected dtype {_list(expected)}, "
-            f"got {stored.dtype}"
+            f"tensor {stored.name!r} in {stored.file} has dtype {stored.dtype}, expected "
+            f"{_list(expected)}"
         )
     return stored.dtype
 
@@ -382,7 +396,7 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
             yield from torch_tensors(file)
 
 
-# What is done to a tensor
+# Changes to a tensor
 
 
 def _pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The device of a model: which one is meant, whether the model can run there, and the move."""
+"""The device of a model: finding it, checking that the model can run there, moving weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mistral_ext.ops import JoinedWeight, Weight
 
 _LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call that failed
 
-# What is multiplied in one pass.
+# Weights that are multiplied in one pass, by the name of the joined weight.
 _TOGETHER = {
     JOINED_QKV: ("attention.wq", "attention.wk", "attention.wv"),
     JOINED_GATE_UP: ("feed_forward.w1", "feed_forward.w3"),
@@ -27,7 +27,7 @@ _TOGETHER = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a model needs to know of a CUDA device."""
+    """The properties of a CUDA device that decide whether a model can run there."""
 
     capability: tuple[int, int]
     free_bytes: int
@@ -40,7 +40,7 @@ def find_gpu(device: torch.device) -> Gpu:
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:
-    """The device that a caller means: None is the CPU, a number a CUDA device.
+    """The device that a caller names: None is the CPU, a number a CUDA device.
 
     Raises:
         ValueError: there is no such device, or this build has no kernels for it.
@@ -82,11 +82,11 @@ def expect_runnable(
     """Refuses a model that cannot run on a device, before its weights are read.
 
     Args:
-        dtype: of the weights that are not quantised, and so of the keys and values.
-        weight_bytes: that the weights will take.
+        dtype: the dtype of the weights that are not quantised, and of keys and values.
+        weight_bytes: memory that the weights will take.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: the model cannot run there; the message names what does not fit.
     """
     head_dims = ops.head_dims(device.type)
     if config.head_dim not in head_dims:
@@ -120,9 +120,10 @@ def expect_runnable(
 def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:
     """Replaces the weights of a model by copies on a device.
 
-    One at a time: the pages of its file are let go as it is copied. A weight of two names (tied
-    embeddings) is copied once. Plain ones that are multiplied in one pass are joined, under a name
-    of their own (`JOINED_QKV`, `JOINED_GATE_UP`), which makes their products with many tokens one.
+    Weights are copied one at a time, and the pages of each weight's file are released then. A
+    weight with two names (tied embeddings) is copied once. Plain weights that are multiplied in one
+    pass are joined under a new name (`JOINED_QKV`, `JOINED_GATE_UP`): torch then multiplies them
+    with many tokens in one product.
     """
     for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
         for joined, parts in _TOGETHER.items():

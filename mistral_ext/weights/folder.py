@@ -1,8 +1,8 @@
-"""Model folders and GGUF files: which files belong to a model, and what they say beside weights.
+"""Model folders and GGUF files: the files of a model, and their contents other than weights.
 
 Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
 ``pytorch_model*.bin``; Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
-``consolidated.00.pth``. A folder may be of both. A GGUF file is a whole model by itself.
+``consolidated.00.pth``. A folder may hold both. A GGUF file is a whole model by itself.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAYOUTS = (
 
 CONFIGS = ("config.json", "params.json")  # Hugging Face's, Mistral's
 
-# What belongs to a model beside its configuration and weights.
+# Other files of a model, besides its configuration and weights.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -55,18 +55,18 @@ COMPANIONS = (
 )
 
 _QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
-_OWN_KEY = "mistral_ext"  # in config.json: what no key of Hugging Face's says
+_OWN_KEY = "mistral_ext"  # a key of config.json for facts that Hugging Face has no key for
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder or file, and what it says beside the weights: see :func:`read_folder`."""
+    """A model's folder or file, and its contents other than weights: see :func:`read_folder`."""
 
     path: Path
     config: MistralConfig  # with the end tokens of generation_config.json, too
     quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
-    instruct: bool = False  # its name says so, or what quantize wrote down when it had that name
-    gguf: Gguf | None = None  # the file that `path` is
+    instruct: bool = False  # the name says so, or `quantize` noted it from the original's name
+    gguf: Gguf | None = None  # the contents, if `path` is a GGUF file
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class WeightFiles:
 
 
 def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
-    """Reads what a folder or a GGUF file says about its model, but for weights and tokenizer.
+    """Reads a folder or a GGUF file, except weights and tokenizer.
 
     A folder may hold both formats. Then ``config.json`` is read, unless the only weights there are
     Mistral's: the configuration should come from whoever wrote the weights (early ``config.json``
-    files of v0.2 state a window that its ``params.json`` does not). A folder without such weights,
-    but with one model in GGUF, stands for that.
+    files of v0.2 state a window that its ``params.json`` does not). A folder without such weights
+    that holds one GGUF model is read as that model.
 
     Args:
         path: a local folder, or a GGUF file, in several parts or not (see
@@ -96,7 +96,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         FileNotFoundError: the folder has neither file.
         ValueError: a file is damaged, or describes a model that this engine cannot compute; the
             message names the file.
-        TypeError: an override that is not a field.
+        TypeError: an override is not a field.
     """
     path = Path(path)
     gguf_file = find_gguf(path)
@@ -139,8 +139,8 @@ def find_weights(folder: str | Path) -> WeightFiles | None:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a model is in: the path itself, or the only one of a folder that holds no
-    other weights; of a model in several parts, the first. None: it is in none.
+    """The GGUF file of a model: the path itself, or the only GGUF model in a folder without other
+    weights. If the model has several parts, it is the first. None: there is no such file.
 
     Raises:
         ValueError: the folder holds several models in GGUF.
@@ -180,8 +180,8 @@ def companions(folder: Path) -> list[Path]:
 
 
 def what_is_there(names: Iterable[str]) -> str:
-    """For messages, of a folder or hub model that lacks what a model needs: what its files' names
-    say that it is."""
+    """A hint for messages about an incomplete folder or hub model: what the names of its files
+    suggest that it is."""
     names = sorted(names)
     if "adapter_config.json" in names:
         return (
@@ -202,7 +202,8 @@ def summary(error: BaseException) -> str:
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
-    """Fine-tunes often name the token that ends a turn in ``generation_config.json`` alone."""
+    """Adds the end tokens of ``generation_config.json``: fine-tunes often name the token that ends
+    a turn only there."""
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
     if ids is None:
         return config
@@ -237,21 +238,23 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
         return WeightFiles(layout, file, (file,))
     shard_of = read_json_object(file).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
-        raise ValueError(f"{file}: expected a 'weight_map' from tensor names to file names")
+        raise ValueError(
+            f"{file}: weight_map is {shard_of!r:.60}, expected an object from tensor names to files"
+        )
     names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
     return WeightFiles(layout, file, tuple(folder / name for name in names))
 
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:
-    """How the weights are stored, by a ``config.json``."""
+    """The format of the weights, according to a ``config.json``."""
     settings = values.get("quantization_config")
     if not settings:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method != _QUANT_METHOD:
         raise ValueError(
-            f"quantization_config is not supported: quant_method is {method!r}, expected "
-            f"{_QUANT_METHOD!r}: 'mistral-ext quantize' makes it of the original weights"
+            f"quantization_config: quant_method is {method!r}, expected {_QUANT_METHOD!r}: "
+            "'mistral-ext quantize' makes such weights from the original ones"
         )
     try:
         if "format" not in settings:  # a folder of version 0.1 or before
@@ -264,7 +267,7 @@ def _quantization(values: dict[str, Any]) -> Quantization | None:
 
 
 def _old_quantization(settings: dict[str, Any]) -> Quantization:
-    """Formats by their bits, those of 8 bits with a scale for each row."""
+    """The format of an older folder, which has `bits` instead: 8 bits have a scale for each row."""
     bits = settings.get("bits")
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits!r}, expected 8 or 4")

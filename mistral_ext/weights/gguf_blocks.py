@@ -1,4 +1,4 @@
-"""The blocks in which GGUF files store weights, and what they stand for.
+"""Decodes the blocks in which GGUF files store weights.
 
 A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values, each with scales of its
 own. Types with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) store scale * q - minimum or + minimum, the
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Values that are decoded at a time. What is computed from them stays in the caches, and torch does
-# not share so little among threads, which would wait for each other longer than they work.
+# Values that are decoded at a time. Intermediate results of so few values stay in the caches, and
+# torch does not split them among threads, which would wait for each other longer than they work.
 _AT_ONCE = 2**15 - 1
 
 _TABLE = torch.tensor(
@@ -35,9 +35,9 @@ class BlockType:
 
     Attributes:
         name: ggml's.
-        values: in a block; the length of a row is a multiple of it.
-        nbytes: of a block.
-        dtype: torch's for a type that is not quantised; None: quantised.
+        values: values in a block; the length of a row is a multiple of it.
+        nbytes: bytes of a block.
+        dtype: torch's dtype of a type that is not quantised; None: quantised.
         decode: [B, nbytes] uint8 to [B, values] fp32.
     """
 
@@ -48,7 +48,7 @@ class BlockType:
     dtype: torch.dtype | None = None
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of so many values, a multiple of `values`."""
+        """Bytes of a row of `columns` values, a multiple of `values`."""
         return columns // self.values * self.nbytes
 
 
@@ -57,8 +57,8 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
 
     Args:
         rows: [N, bytes of a row] uint8, contiguous.
-        block_type: of its blocks.
-        dtype: of the result; values are computed in fp32 and rounded to it.
+        block_type: the type of its blocks.
+        dtype: the dtype of the result; values are computed in fp32 and rounded to it.
 
     Returns:
         [N, K], contiguous.
@@ -70,6 +70,16 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     for block, out in zip(torch.split(rows, step), torch.split(decoded, step), strict=True):
         out.copy_(block_type.decode(block.view(-1, block_type.nbytes)).view(out.shape))
     return decoded
+
+
+def q8_0_values(rows: Tensor) -> Tensor:
+    """[N, K] int8: the values of a matrix in Q8_0, given as [N, bytes of a row]."""
+    return rows.view(len(rows), -1, 34)[:, :, 2:].reshape(len(rows), -1).view(torch.int8)
+
+
+def q8_0_scales(rows: Tensor) -> Tensor:
+    """[N, K / 32] float16: the scales of a matrix in Q8_0, given as [N, bytes of a row]."""
+    return rows.view(len(rows), -1, 34)[:, :, :2].reshape(len(rows), -1).view(torch.float16)
 
 
 # Parts of blocks. B blocks, each a row of bytes.
@@ -87,7 +97,7 @@ def _fields(data: Tensor, bits: int, run: int) -> Tensor:
     values that follow, and so on.
     """
     runs = data.reshape(len(data), -1, run)
-    # Not one shift by a tensor of several, which torch does value by value.
+    # One shift by a tensor of shifts would be slower: torch does it value by value.
     fields = torch.stack([runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)], dim=2)
     return fields.flatten(1)
 
@@ -200,7 +210,7 @@ def _plain(name: str, dtype: torch.dtype) -> BlockType:
     return BlockType(name, 1, dtype.itemsize, lambda blocks: blocks.view(dtype).float(), dtype)
 
 
-# By the numbers that files have for them.
+# By their numbers in files.
 BLOCK_TYPES = {
     0: _plain("F32", torch.float32),
     1: _plain("F16", torch.float16),

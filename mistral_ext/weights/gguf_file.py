@@ -33,12 +33,12 @@ from mistral_ext.weights.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, BlockType
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
-_MAX_SIZE = 2**63 - 1  # of a tensor, in values and in bytes
+_MAX_SIZE = 2**63 - 1  # largest size of a tensor, in values and in bytes
 _LEAST_ENTRY = 8 + 4 + 1  # bytes of a metadata entry: an empty key, its type, a bool
 _LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's description: an empty name, no dimensions
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS: dict[int, np.dtype[Any]] = {  # of metadata, by the number that files have for a type
+_NUMBERS: dict[int, np.dtype[Any]] = {  # dtypes of metadata, by the type's number in files
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -64,7 +64,7 @@ class GgufTensor:
 
     Attributes:
         shape: as torch has it: the length of a row is last.
-        offset: of its first byte in the file.
+        offset: its first byte in the file.
     """
 
     name: str
@@ -80,7 +80,7 @@ class GgufTensor:
     def rows(self) -> Tensor:
         """[rows, bytes of a row] uint8, over the file's own pages; a vector is one row.
 
-        The mapping is the tensor's own and goes with it.
+        The tensor has a mapping of its own, which is closed with it.
         """
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         skipped = self.offset - start
@@ -95,7 +95,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class Gguf:
-    """What a model's file says, or its several parts together: see :func:`read_gguf`."""
+    """The contents of a model's file, or of all its parts: see :func:`read_gguf`."""
 
     path: Path  # the first part
     metadata: Mapping[str, Value]  # of the first part
@@ -106,7 +106,7 @@ def read_gguf(path: str | Path) -> Gguf:
     """Reads the metadata of a model and where its tensors are, after checking both.
 
     Args:
-        path: the file; of a model in several (``NAME-00001-of-00003.gguf``), any of them.
+        path: the file, or any part of a model in several files (``NAME-00001-of-00003.gguf``).
 
     Raises:
         FileNotFoundError: the file, or one of the parts, is missing.
@@ -167,7 +167,7 @@ def _expect_value(part: Gguf, key: str, expected: int) -> None:
 
 
 class _Header:
-    """Reads what comes before the data of one file, from its first byte on."""
+    """Reads the header of one file: all that comes before the data."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
@@ -182,8 +182,8 @@ class _Header:
         version = self._uint32("the version")
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
-            order = ", in big-endian order," if swapped else ""
-            raise self._error(f"the version is {version}{order} expected 2 or 3, little-endian")
+            order = " in big-endian order" if swapped else ""
+            raise self._error(f"the version is {version}{order}, expected 2 or 3, little-endian")
         n_tensors = self._count("the number of tensors", _LEAST_TENSOR)
         n_entries = self._count("the number of metadata entries", _LEAST_ENTRY)
         metadata: dict[str, Value] = {}
@@ -227,7 +227,7 @@ class _Header:
         return data.decode("utf-8", "surrogateescape")
 
     def _count(self, what: str, least: int) -> int:
-        """A number of things of at least as many bytes each, all of them yet to come."""
+        """Reads the number of items that follow, each at least `least` bytes long."""
         count = self._uint64(what)
         left = self._size - self._position
         if count > left // least:

@@ -1,13 +1,14 @@
 """A model in a GGUF file: its configuration from the metadata, and its tensors.
 
 Tensors are stored under names of their own, in blocks (gguf_blocks.py), and with the query and key
-rows in Mistral's order. They are decoded as they are read.
+rows in Mistral's order. Matrices in Q8_0 keep their bits, with values and scales apart, as our
+kernels read them ("q8_0"); all other tensors are decoded as they are read.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.weights.gguf_blocks import decode
+from mistral_ext.weights.gguf_blocks import decode, q8_0_scales, q8_0_values
 from mistral_ext.weights.gguf_file import Gguf, GgufTensor
-from mistral_ext.weights.safetensors_file import StoredTensor
+from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor
 
 _log = logging.getLogger("mistral_ext")
 
@@ -39,13 +40,13 @@ _NAMES = {
 }
 _FREQUENCY_FACTORS = "rope_freqs.weight"  # belongs to the configuration
 
-# dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. Files do not say that v0.1 and its
-# fine-tunes have a window; v0.2 and later have none, and another base of RoPE.
+# dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
+# window, which GGUF files do not mention; v0.2 and later have none, and another base of RoPE.
 _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
 
-# Tokens that end a turn, where a file names the end of text alone.
+# Tokens that end a turn; some files name only the end of text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
@@ -58,23 +59,67 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[module]}.weight"
 
 
-def gguf_tensors(file: Gguf, dtype: torch.dtype) -> Iterator[StoredTensor]:
-    """The weights of a file, each decoded to `dtype` when it is read."""
+def gguf_tensors(file: Gguf, dtype: torch.dtype, keep: bool) -> Iterator[StoredTensor]:
+    """The weights of a file, each decoded to `dtype` when it is read.
+
+    Args:
+        file: from `read_gguf`.
+        dtype: what to decode to.
+        keep: give a matrix in Q8_0 as two tensors, its values and, under its name and
+            `SCALE_SUFFIX`, its scales.
+    """
     for name, tensor in file.tensors.items():
-        if name != _FREQUENCY_FACTORS:
+        if name == _FREQUENCY_FACTORS:
+            continue
+        if keep and _is_kept(name, tensor):
+            yield from _q8_0_parts(name, tensor)
+        else:
             read = partial(_read, tensor, dtype)
             yield StoredTensor(name, tensor.file, dtype, tensor.shape, tensor.nbytes, read)
 
 
+def kept_format(file: Gguf, name: str) -> str | None:
+    """The format in which a weight keeps its bits, by Mistral's name; None: it is decoded."""
+    tensor = file.tensors.get(gguf_name(name))
+    return "q8_0" if tensor is not None and _is_kept(gguf_name(name), tensor) else None
+
+
+def _q8_0_parts(name: str, tensor: GgufTensor) -> Iterator[StoredTensor]:
+    rows, columns = tensor.shape
+    for suffix, dtype, part_columns, part in (
+        ("", torch.int8, columns, q8_0_values),
+        (SCALE_SUFFIX, torch.float16, columns // 32, q8_0_scales),
+    ):
+        nbytes = rows * part_columns * dtype.itemsize
+        shape = rows, part_columns
+        yield StoredTensor(
+            name + suffix, tensor.file, dtype, shape, nbytes, partial(_read_part, tensor, part)
+        )
+
+
+def _read_part(tensor: GgufTensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    return part(tensor.rows())
+
+
+def _is_kept(name: str, tensor: GgufTensor) -> bool:
+    # Rows of the embeddings are looked up, not multiplied.
+    is_matrix = len(tensor.shape) == 2 and name != gguf_name("tok_embeddings.weight")
+    return is_matrix and tensor.type.name == "Q8_0"
+
+
 def default_dtype(file: Gguf) -> torch.dtype:
-    """What to compute in: the dtype of the embeddings, or bfloat16 if they are quantised."""
+    """The dtype to compute in: that of the embeddings, or bfloat16 if they are quantised."""
     embeddings = file.tensors.get(gguf_name("tok_embeddings.weight"))
     return (embeddings and embeddings.type.dtype) or torch.bfloat16
 
 
-def say_what_is_decoded(file: Gguf, target: str) -> None:
-    """Logs which types of a file are not run as they are, and what becomes of them."""
-    types = {tensor.type for tensor in file.tensors.values()}
+def say_what_is_decoded(file: Gguf, target: str, keep: bool) -> None:
+    """Logs which types of a file are decoded, and to what."""
+    types = {
+        tensor.type
+        for name, tensor in file.tensors.items()
+        if not (keep and _is_kept(name, tensor))
+    }
     if names := sorted(block_type.name for block_type in types if block_type.dtype is None):
         _log.warning("%s: %s become %s as they are read", file.path, ", ".join(names), target)
 

@@ -1,4 +1,4 @@
-"""Models by name: a local folder as it is, a model of the Hugging Face hub downloaded."""
+"""Finds a model by name: a local path, or a model of the Hugging Face hub, which is downloaded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _OWNER_AND_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder or GGUF file of a model: as it is, or downloaded from the hub.
+    """The local folder or GGUF file of a model: the path itself, or a download from the hub.
 
-    On the hub a model is ``owner/name``, a GGUF file in it ``owner/name:file.gguf`` (of a file in
-    parts, any of them). Of a hub model, only the configuration, the tokenizer and one format of the
-    weights are downloaded, into huggingface_hub's cache; later calls work without a network.
+    A model of the hub is ``owner/name``, a GGUF file in it ``owner/name:file.gguf`` (any part, if
+    the file is split). Only the configuration, the tokenizer and one format of the weights are
+    downloaded, into huggingface_hub's cache; later calls work without a network.
 
     Raises:
         FileNotFoundError: no such folder or file, and none on the hub or in its cache.
@@ -27,14 +27,14 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         return path
     if path.exists():
         raise ValueError(
-            f"{str(path)!r} is a file; expected the folder that holds the model, or a GGUF file"
+            f"{str(path)!r} is a file, expected the folder that holds the model, or a GGUF file"
         )
     if re.fullmatch(_OWNER_AND_NAME, str(path_or_hub_id)):
         return _download(str(path_or_hub_id))
     if match := re.fullmatch(rf"({_OWNER_AND_NAME}):([^:]+\.gguf)", str(path_or_hub_id)):
         return _download_gguf(match[1], match[2])
     raise FileNotFoundError(
-        f"{str(path_or_hub_id)!r} does not exist; expected a folder, a GGUF file, or a hub id like "
+        f"{str(path_or_hub_id)!r} does not exist, expected a folder, a GGUF file, or a hub id like "
         "'owner/name' or 'owner/name:file.gguf'"
     )
 
@@ -78,7 +78,7 @@ def _cached(hub_id: str, reason: Exception) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # No patterns: whether the files are complete is for their readers to find out.
+        # No patterns are given: the readers of the files find out whether these are complete.
         return Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))
     except Exception:
         raise _not_available(hub_id, reason) from reason

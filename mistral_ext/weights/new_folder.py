@@ -1,4 +1,4 @@
-"""Folders that are complete or not there, whatever ends the process that writes them."""
+"""New folders that are either complete or absent, however the writing process ends."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 def expect_free(target: Path) -> None:
     """Raises FileExistsError unless a folder can be made there."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{str(target)!r} exists; expected a new or an empty folder")
+        raise FileExistsError(f"{str(target)!r} exists, expected a new or an empty folder")
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write files into, which is renamed to `target` when the block ends.
+    """Makes a folder to write files into, and renames it to `target` when the block ends.
 
     Until then it lies beside `target` under another name. After an error, Ctrl-C, SIGTERM or SIGHUP
     nothing is left. All its files are on the disk before it gets its name, so not even a power cut
@@ -37,7 +37,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
-        OSError: for want of space, among others.
+        OSError: no space is left, or another failure of the system.
     """
     expect_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Ended(SystemExit):
-    """Raised by a signal, so that what is being done is undone."""
+    """Raised by a signal, so that the block is unwound and cleaned up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -87,8 +87,8 @@ class _Ended(SystemExit):
 def _cleaning_up_first() -> Iterator[None]:
     """Lets SIGTERM and SIGHUP unwind the block before they end the process.
 
-    Where they do anything but end it, because they are handled or ignored, nothing changes; nor in
-    other threads than the main one, which alone may handle signals.
+    Nothing changes for signals that are handled or ignored already, nor in threads other than the
+    main thread, the only one that may handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

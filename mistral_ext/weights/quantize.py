@@ -1,24 +1,24 @@
-"""Weights with scales: how their values and scales are chosen.
+"""Quantises weights: chooses their values and scales.
 
-A weight is its value times a scale. Which matrix gets which format (csrc/formats.h) is in
-`Quantization.format_of`: those of the layers the one that is wanted; the output matrix 8 bits in
-any case, because a token is chosen by it; embeddings, of which a token reads one row, and norms
-stay as they are.
+A weight is its value times a scale. `Quantization.format_of` says which matrix gets which format
+(csrc/formats.h). Matrices of the layers get the format that the caller wants. The output matrix
+always gets 8 bits, because it decides which token is chosen. Embeddings (a token reads only one
+row) and norms are not quantised.
 
 8 bits: the scale is the largest magnitude over 127, of 32 neighbours in a row ("q8_0", 8.5 bits
-with the scales) or of the whole row ("int8", the format of folders that were made before). Not
-floating point numbers (e4m3), although some GPUs multiply them: they take as many bytes, which is
-what limits a decode step, and leave 13 times the divergence on the demo (`bench/quality.py`),
-because weights need no more range than a scale gives them.
+with the scales) or of the whole row ("int8", the format of older folders). Floating point numbers
+(e4m3), which some GPUs multiply, would be no better: they take as many bytes, which limit a decode
+step, and leave 13 times the divergence on the demo (`bench/quality.py`), because weights need no
+more range than a scale gives them.
 
-4 bits: one scale for each group of neighbours in a row. A group's largest magnitude becomes -8,
-the one value that is farther from zero than all others; so a scale may be negative. Then a few
-smaller scales are tried, which cut off the largest weights and round all others finer, and the one
-with the least squared error is taken. On normally distributed weights that leaves an error of 9.0 %
+4 bits: one scale for each group of neighbours in a row. A group's largest magnitude becomes -8, the
+value with the largest magnitude; so a scale may be negative. Then a few other scales are tried:
+smaller scales cut off the largest weights and round all others finer. The scale with the least
+squared error is taken. On normally distributed weights that leaves an error of 9.0 %
 (root mean square) in groups of 64, where rounding to the largest magnitude over 7 leaves 10.8 %.
 
-Scales are rounded as they are stored before values are computed from them, so that no error of
-theirs is left in all values of a group alike.
+Scales are rounded to their stored dtype before values are computed from them. So the rounding of a
+scale does not shift all values of its group.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mistral_ext.ops.weight import FORMATS, Quantized, pack
 
-# What callers call the formats that they choose from.
+# The names by which callers choose a format.
 NAMES = {"int8": "q8_0", "int4": "int4"}
 # Mistral 7B takes 4.13 GB in groups of 64; groups of 32 are a little better and take 4.35 GB.
 _DEFAULT_GROUPS = {"int4": 64}
@@ -39,7 +39,7 @@ _OUTPUT_FORMAT = "q8_0"
 # Scales to try, relative to that of the largest magnitude. Twice as many gain 0.3 % of the error.
 _TRIED = (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06)
 
-# Weights worked on at a time: what is computed from them stays in the caches.
+# Weights worked on at a time: intermediate results of so few stay in the caches.
 _BLOCK = 2**18
 
 
@@ -48,11 +48,11 @@ class Quantization:
     """How the weights of a model are quantised.
 
     Raises:
-        ValueError: naming what is wrong.
+        ValueError: a field is wrong; the message names it.
     """
 
-    format: str  # of the matrices of the layers: a key of FORMATS
-    group: int | None = None  # weights that share a scale; None: the format's, or its default
+    format: str  # the format of the layers' matrices, a key of FORMATS
+    group: int | None = None  # weights that share a scale; None: the only or default size
     output_format: str = _OUTPUT_FORMAT
 
     def __post_init__(self) -> None:
@@ -71,21 +71,21 @@ class Quantization:
 
     @classmethod
     def from_name(cls, name: str) -> Quantization:
-        """What callers give as `quantize`: "int8" or "int4"."""
+        """From a caller's `quantize`: "int8" or "int4"."""
         if name not in NAMES:
             raise ValueError(f"quantize is {name!r}, expected 'int8', 'int4' or None")
         return cls(NAMES[name])
 
     @classmethod
     def from_bits(cls, bits: int, group: int | None = None) -> Quantization:
-        """The formats by their bits: 8 or 4."""
+        """From a number of bits: 8 or 4."""
         if bits not in (8, 4):
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
         return cls(NAMES[f"int{bits}"], group)
 
     @property
     def bits(self) -> int:
-        """Of a value in the layers, without its share of a scale."""
+        """Bits of a value in the layers, without its share of a scale."""
         return FORMATS[self.format].bits
 
     def __str__(self) -> str:
@@ -106,8 +106,8 @@ class Quantization:
         return Quantization(self.output_format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
-        """What `quantize` would make of a weight, as tensors on the meta device, which have dtypes
-        and shapes only. None: it is not quantised.
+        """The result that `quantize` would have, as tensors on the meta device (dtypes and shapes
+        only). None: the weight is not quantised.
 
         Raises:
             ValueError: the weight does not divide into groups.
@@ -118,7 +118,7 @@ class Quantization:
         return _empty(name, shape, chosen, self.group_of(name), torch.device("meta"))
 
     def quantize(self, name: str, weight: Tensor, stored_name: str) -> Quantized | None:
-        """A weight of Mistral's name `name`; None: it is not quantised. See `quantize`."""
+        """Quantises the weight with Mistral's name `name`; None: it is not quantised."""
         chosen = self.format_of(name)
         if chosen is None:
             return None
@@ -126,7 +126,7 @@ class Quantization:
 
 
 def groups_of(name: str) -> tuple[int, ...]:
-    """Sizes of groups that a format allows; none: a row has one scale."""
+    """Sizes of groups that a format allows; empty: a row has one scale."""
     size, sizes = FORMATS[name].least_group, []
     while 0 < size <= FORMATS[name].most_group:
         sizes.append(size)
@@ -179,13 +179,13 @@ def _empty(
     name: str, shape: tuple[int, ...], format: str, group: int | None, device: torch.device
 ) -> Quantized:
     if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"tensor {name!r} of shape {shape}: expected a matrix [N, K], K > 0")
+        raise ValueError(f"tensor {name!r} has shape {shape}, expected a matrix [N, K], K > 0")
     rows, columns = shape
     facts = FORMATS[format]
     if group is not None and columns % group:
         raise ValueError(
-            f"tensor {name!r} of shape {shape} cannot be quantised to {format!r} in groups of "
-            f"{group}: its rows of {columns} are no multiple of that"
+            f"tensor {name!r} of shape {shape} has rows of {columns}, expected a multiple of "
+            f"{group} to quantise it to {format!r} in groups of {group}"
         )
     elements, groups = columns // facts.element_values, columns // (group or columns)
     return Quantized(
@@ -196,7 +196,7 @@ def _empty(
 
 
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `dtype` will hold them, still in fp32.
+    """The scales rounded to `dtype`, still in fp32.
 
     Scales whose inverse would be infinite become 0, and the weights below them count as zeros.
     """
@@ -211,7 +211,7 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 
 
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[..., 1] scales for 4 bits, with the least squared error of those tried.
+    """[..., 1] scales for 4 bits: among the scales tried, those with the least squared error.
 
     With u the weights of a group and q the values that a tried scale gives, the best scale for
     these values is u.q / q.q, and it leaves the squared error u.u - (u.q)^2 / q.q.

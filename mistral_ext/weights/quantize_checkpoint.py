@@ -30,15 +30,15 @@ def quantize_checkpoint(
 ) -> Path:
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
-    The folder is complete or not there (`new_folder`): after an error or an interruption nothing is
-    left, and it can be begun again.
+    The folder is either complete or absent (`new_folder`): after an error or an interruption
+    nothing is left, and the call can be repeated.
 
     Args:
         source: a model folder, or a hub id.
         target: the folder to make; must not exist, or be empty.
         bits: 8 ("q8_0") or 4 ("int4").
         group: weights that share a scale, 32, 64 or 128, for 4 bits; None: 64.
-        dtype: of embeddings and norms, which are not quantised; None: as stored.
+        dtype: dtype of embeddings and norms, which are not quantised; None: as stored.
         progress: show a progress bar if stderr is a terminal.
 
     Returns:
@@ -48,7 +48,7 @@ def quantize_checkpoint(
         FileExistsError: `target` is a file, or a folder with something in it.
         FileNotFoundError, ValueError: naming what is wrong with the source, the tensor or the
             argument; as :func:`mistral_ext.weights.checkpoint.load_weights`.
-        OSError: for want of space, among others.
+        OSError: no space is left, or another failure of the system.
     """
     quantization = Quantization.from_bits(bits, group)
     target = Path(target)
@@ -56,13 +56,13 @@ def quantize_checkpoint(
     original = read_folder(resolve(source))
     if original.gguf is not None:
         raise ValueError(
-            f"{str(original.path)!r} is a GGUF file; expected the folder of the original, or load "
+            f"{str(original.path)!r} is a GGUF file, expected the folder of the original, or load "
             "it with quantize="
         )
     if original.quantization is not None:
         raise ValueError(
             f"the weights in {str(original.path)!r} are quantised already, as "
-            f"{original.quantization}; expected the original"
+            f"{original.quantization}, expected the original"
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
     # The output weights are stored in 8 bits, even if they were the embeddings before.

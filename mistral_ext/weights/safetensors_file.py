@@ -29,9 +29,12 @@ DTYPES = {
 _ALIGNMENT = 64  # bytes: a cache line
 
 
+SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight, in the name of its scales
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file."""
+    """A tensor in a file. A quantised weight is two, its values and its scales."""
 
     name: str
     file: Path
@@ -101,7 +104,7 @@ def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ..
     tensor does not stay in memory.
     """
     if isinstance(dtype, str):
-        raise ValueError(f"{file}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
     n_bytes = math.prod(shape) * dtype.itemsize
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     with file.open("rb") as f:
@@ -130,12 +133,12 @@ class Writer:
         tensors: name to a tensor of its dtype and shape (on the meta device, for instance).
 
     Raises:
-        OSError: for want of space, among others.
+        OSError: no space is left, or another failure of the system.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
-        # Largest elements first: then each tensor is aligned to its own, whatever the shapes. The
-        # tensors of Mistral 7B all begin at a multiple of 64 bytes.
+        # Tensors with the largest elements come first: then each tensor is aligned to its elements,
+        # whatever the shapes. The tensors of Mistral 7B all begin at a multiple of 64 bytes.
         by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
         names = {dtype: name for name, dtype in DTYPES.items()}
         header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}

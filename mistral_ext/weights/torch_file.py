@@ -24,15 +24,15 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
     """The tensors of a file. Code in it is not run.
 
     Raises:
-        ValueError: naming the file, if it is damaged, holds anything else, or only a part of the
-            weights.
+        ValueError: the file is damaged, holds anything else, or holds only a part of the weights;
+            the message names the file.
     """
     if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
         parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
         if len(parts) > 1:
             raise ValueError(
-                f"{file.parent}: weights split for model parallelism ({', '.join(parts)}) are not "
-                "supported; expected consolidated.00.pth alone"
+                f"{file.parent} holds weights split for model parallelism ({', '.join(parts)}), "
+                "expected consolidated.00.pth alone"
             )
     with file.open("rb") as f:
         is_zip = f.read(len(_ZIP)) == _ZIP
@@ -45,17 +45,17 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
             f"{file} is truncated, or not a checkpoint written by torch.save: {_reason(error)}"
         ) from error
     if not isinstance(tensors, dict):
-        raise ValueError(f"{file}: expected a dict of tensors, got {type(tensors).__name__}")
+        raise ValueError(f"{file} holds a {type(tensors).__name__}, expected a dict of tensors")
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"{file}: expected a dict of tensors, got {type(tensor).__name__} for {name!r}"
+                f"{file} holds a {type(tensor).__name__} as {name!r}, expected a dict of tensors"
             )
         shape = tuple(tensor.shape)
         yield StoredTensor(name, file, tensor.dtype, shape, tensor.nbytes, tensor.contiguous)
 
 
 def _reason(error: Exception) -> str:
-    """What torch found. It wraps that in advice to load the file in a way that may run code."""
+    """Torch's finding, without its advice to load the file in a way that may run code."""
     wrapped = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
     return summary(wrapped or error)

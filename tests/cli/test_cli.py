@@ -114,6 +114,22 @@ def test_sampling_options_arrive():
     assert printed[0]["finish_reason"] == "length"
 
 
+def test_what_a_completion_has_to_match(tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "a.lark"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}')
+    grammar.write_text('start: "a" ("b" | "c")')
+    by_schema = run("generate", ONCE, "--schema", str(schema), "--max-tokens", "60")
+    assert [value in (1, 2) for value in json.loads(by_schema.stdout)] == [True, True]
+    assert run("generate", ONCE, "--grammar", str(grammar)).stdout in (b"ab\n", b"ac\n")
+    assert re.fullmatch(rb"[0-9]{4}\n", run("generate", ONCE, "--regex", "[0-9]{4}").stdout)
+    assert "unclosed" in one_line_error(run("generate", ONCE, "--regex", "("))
+    both = run("generate", ONCE, "--regex", "a", "--schema", str(schema))
+    assert "schema and regex are given" in one_line_error(both)
+    missing = run("generate", ONCE, "--schema", str(tmp_path / "b.json"))
+    assert missing.returncode == 2
+    assert b"b.json" in missing.stderr
+
+
 def test_logprobs_are_shown():
     process = run("generate", "--max-tokens", "3", "--logprobs", "2", ONCE)
     lines = process.stderr.decode().splitlines()[1:]
@@ -153,7 +169,7 @@ def test_logprobs_of_rows_without_tokens(capsys):
         (["perplexity", "--file", "no-such-file"], "no-such-file: No such file or directory"),
         (["perplexity", "--file", "-"], "texts[0] is empty"),
         (["quantize", "no/such/folder", "out", "--bits", "4"], "no/such/folder"),
-        (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists; expected a new"),
+        (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists, expected a new"),
     ],
 )
 def test_errors_are_one_line(args, message, tmp_path):

@@ -12,7 +12,7 @@
 namespace emulator {
 namespace {
 
-// Unwinds a thread that is not to run on.
+// Unwinds a thread that must not run on.
 struct Abandoned {};
 
 }  // namespace
@@ -216,7 +216,7 @@ void Block::note_plain_access(const void* address, size_t bytes, bool store) noe
       if (store) return store_shared(current->latest, address, inside);
       return load_shared(current->latest, address, inside);
     }
-    // What else there may be, parameters for instance, is nobody's concern.
+    // Other memory, such as parameters, is not checked.
     if (allocations().find(address)) {
       check_global(current->latest, store ? "plain store" : "plain load",
                    store ? Use::store : Use::load, address, bytes);
@@ -288,7 +288,7 @@ size_t Block::choose_warp() {
   return best;
 }
 
-// As no thread can run, what was started on its own cannot come any later.
+// No thread can run, so the copies in flight must arrive now.
 void Block::deliver_something() {
   const InFlight::Operation operation = hopper_->in_flight.take(random());
   current = operation.thread;

@@ -23,7 +23,7 @@
 
 namespace emulator {
 
-// What the blocks of a launch have in common.
+// A launch: the data that its blocks share.
 struct Launch {
   std::string kernel;
   dim3 grid, block;
@@ -34,7 +34,7 @@ struct Launch {
   GlobalStores& stores;
   AtomicWords& atomics;
   int capability;  // of the device
-  bool overlaps;   // with earlier ones, until its threads wait for them
+  bool overlaps;   // with earlier launches, until its threads wait for them
 };
 
 // A CUDA thread.
@@ -48,12 +48,12 @@ struct Thread {
   boost::context::stack_context stack = {};
   boost::context::fiber fiber = {};
   void* sanitizer_state = nullptr;
-  Knowledge fenced = {};             // what it had done and knew at its last __threadfence
-  Knowledge seen = {};               // at atomic words, since then
+  Knowledge fenced = {};             // what it had done and learnt until its last __threadfence
+  Knowledge seen = {};               // what it has learnt at atomic words since then
   uint64_t proxy_fence = 0;          // when it last called fence_proxy_async: SharedChunks
   const char* waiting_at = nullptr;  // the instruction that it waits or last waited at
   Site site = {};
-  Site latest = {};  // of what it has called; null at its start
+  Site latest = {};  // of the latest call; null at its start
   bool exited = false;
   bool waited = false;  // for earlier kernels
 };
@@ -69,17 +69,17 @@ class Block {
   Block(const Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
         Stacks& stacks);
 
-  // Runs all threads to their end. Throws the first error; then the others do not run on.
+  // Runs all threads to their end. Throws the first error; the other threads then stop.
   void run();
 
   // For the running thread: __syncthreads, and waiting for whatever wakes its lane.
   void barrier(Site site);
   void suspend(const char* instruction, Site site);
 
-  // For the running thread, which has just allowed others to run on: it may now fall behind them.
+  // For the running thread, which has just allowed other threads to run: they may now overtake it.
   void yield();
 
-  // For the running thread: it accesses shared memory, or its cp.async writes there.
+  // For the running thread, which accesses shared memory itself or by cp.async.
   void load_shared(Site site, const void* address, size_t bytes);
   // For its warp: lane i loads 16 bytes at addresses[i], for all lanes.
   void load_shared_together(Site site, const uintptr_t (&addresses)[32]);
@@ -87,11 +87,11 @@ class Block {
   void store_shared(Site site, const void* address, size_t bytes);
   void begin_copy(Site site, const void* address, size_t bytes);
   void finish_copy(Site site, const void* address, size_t bytes, Time time);
-  // The same without the checks of `Site` and bounds that functions have: an access of the
-  // compiler's. It cannot throw: an error ends the block later.
+  // The same for an access that the compiler has reported, without a Site and without a check of
+  // bounds. It cannot throw, so an error ends the block later.
   void note_plain_access(const void* address, size_t bytes, bool store) noexcept;
 
-  // For the running thread: what it does to global memory, as other threads may see it.
+  // For the running thread: records its accesses of global memory, for the checks of visibility.
   void note_load(Site site, const void* address, size_t bytes);
   void note_store(Site site, const void* address, size_t bytes);
   void note_atomic(const void* address);  // with the lock of launch().atomics
@@ -106,7 +106,7 @@ class Block {
   SharedAccesses& accesses() { return accesses_; }
   size_t number(const Warp& warp) const { return static_cast<size_t>(&warp - warps_.data()); }
   Agent first_thread(const Warp& warp) const { return static_cast<Agent>(32 * number(warp)); }
-  // Of what is no thread: the copies that report to barrier i, and the products of a warp.
+  // Agents that are no threads: the copies that report to barrier i, and the products of a warp.
   Agent copies(size_t i) const { return static_cast<Agent>(threads_.size() + i); }
   Agent products(const Warp& warp) const {
     return static_cast<Agent>(threads_.size() + kMostMbarriers + number(warp));

@@ -26,8 +26,8 @@ class Copies {
   void commit();
   void wait(size_t pending_groups);
 
-  // How many have been started, and delivery of the first `count` of them, which others may count
-  // on with what the thread had done until then.
+  // The number of copies that have been started; and the delivery of the first `count` of them,
+  // after which other threads may rely on them and on what this thread had done until then.
   uint64_t started() const { return delivered_ + waiting_.size(); }
   void deliver_until(uint64_t count, Time until);
 
@@ -43,7 +43,7 @@ class Copies {
   Delivery delivery_;
   uint64_t delivered_ = 0;
   std::deque<Copy> waiting_;
-  std::deque<uint64_t> groups_;  // how many had been started when each was committed
+  std::deque<uint64_t> groups_;  // the number of copies started when each group was committed
 };
 
 }  // namespace emulator

@@ -1,4 +1,4 @@
-// What a launch did to memory, counted as the hardware's profiler counts it.
+// The memory traffic of a launch, counted as the hardware's profiler counts it.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct Counters {
 
 enum class Access { global_load, global_store, shared };
 
-// Lanes run one after another, so the accesses of one instruction arrive apart. They are put
-// together by source line, each lane's in their order.
+// Lanes run one after another, so the accesses of one instruction arrive at different times. They
+// are grouped by source line, in the order of each lane.
 class Requests {
  public:
   void add(int lane, Site site, Access access, const void* address, uint32_t bytes);
@@ -44,11 +44,11 @@ class Requests {
     uintptr_t address[32];
   };
   std::vector<Request> requests_;
-  size_t next_[32] = {};  // of each lane: the requests before this one are done with
+  size_t next_[32] = {};  // of each lane: earlier requests are complete
 };
 
-// Passes over the 32 banks of 4 bytes that the lanes' accesses, of 16 or 8 bytes, need beyond one
-// for each 128 bytes, which is what fills all banks.
+// Bank conflicts: the passes over the 32 banks of 4 bytes that the accesses of the lanes need,
+// beyond one pass for each 128 bytes. An access has 16 or 8 bytes.
 uint64_t bank_conflicts(const uintptr_t (&addresses)[32], uint32_t lanes, uint32_t bytes);
 
 }  // namespace emulator

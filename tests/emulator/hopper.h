@@ -1,4 +1,4 @@
-// What a block has on compute capability 9.0 beyond that of others, and the instructions behind the
+// The state of a block that only compute capability 9.0 has, and the instructions behind the
 // emulator's ptx_sm90.cuh that are not in a file of their own.
 #pragma once
 
@@ -22,7 +22,7 @@ struct Hopper {
   Hopper(size_t shared_bytes, size_t threads)
       : chunks(shared_bytes), registers((threads + 31) / 32, threads), warpgroups(threads / 128) {}
 
-  // Empty, or what is left undone at the end of the block.
+  // Empty, or a description of what the block has left undone at its end.
   std::string problem_at_the_end() const;
 
   SharedChunks chunks;
@@ -33,7 +33,8 @@ struct Hopper {
   std::vector<Warpgroup> warpgroups;
 };
 
-// Of the running thread's block; throws if the device is none.
+// The state of the running thread's block. Throws if the device does not have compute capability
+// 9.0.
 Hopper& hopper(Site site);
 
 // The running thread's warp comes to an instruction of its warpgroup.

@@ -1,6 +1,6 @@
-// What the hardware does on its own and reports to a barrier in shared memory: TMA, and cp.async
-// after cp_async_arrive. It may come at any moment and in any order. Delivered late, it comes when
-// no thread of the block can run without it.
+// Copies that the hardware makes on its own and reports to a barrier in shared memory: TMA, and
+// cp.async after cp_async_arrive. They may complete at any moment and in any order. With late
+// delivery they complete only when no thread of the block can run without them.
 #pragma once
 
 #include <functional>

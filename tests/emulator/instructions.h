@@ -36,8 +36,8 @@ enum class Half { bf16, f16 };
 void mma_m16n8k16(Site site, Half type, float (&d)[4], const uint32_t (&a)[4],
                   const uint32_t (&b)[2]);
 
-// In a launch that overlaps with those before it: until then a thread may do no more in global
-// memory than read what no kernel writes (Allocations::add).
+// Waits for the earlier kernels. In a launch that overlaps with them, a thread may before this only
+// read global memory that no kernel writes (Allocations::add).
 void wait_for_earlier_kernels();
 
 float exp2_approx(float x);

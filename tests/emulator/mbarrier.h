@@ -17,16 +17,16 @@ class Mbarriers {
   // For the running thread.
   void init(Site site, uint64_t* barrier, uint32_t arrivals);
   void fence_inits();
-  // `done`: what those that wait for the phase may then count on. True: the last to come.
+  // `done`: what threads that wait for the phase may then rely on. True: this arrival is the last.
   bool arrive(Site site, uint64_t* barrier, uint32_t expected_bytes, const Clock& done);
   void wait(Site site, uint64_t* barrier, uint32_t parity);
 
-  // For TMA: that it may report to the barrier, and what it has brought.
+  // For TMA: checks that it may report to the barrier, and counts what it has brought.
   void check_for_tma(Site site, uint64_t* barrier);
   void complete(Site site, uint64_t* barrier, uint32_t bytes);
   Agent copies(Site site, uint64_t* barrier);  // as which it accesses shared memory
 
-  // Empty, or what is wrong with the barriers that the block leaves behind.
+  // Empty, or a description of what is wrong with the barriers at the end of the block.
   std::string problem_at_the_end() const;
 
  private:
@@ -40,7 +40,7 @@ class Mbarriers {
     std::vector<Thread*> waiting;  // for this phase
     size_t resuming;               // those that have waited and have not run since
     Agent copies;
-    Clock arriving;  // what those have done that have come in this phase
+    Clock arriving;  // what the threads that arrived in this phase have done
     Clock complete;  // in the one before
   };
   Mbarrier& find(Site site, uint64_t* barrier);

@@ -76,7 +76,7 @@ std::string SharedMemory::problem(const void* address, size_t bytes) const {
 void SharedMemory::poison() { memset(data_, kPoison, bytes_); }
 
 bool SharedMemory::guards_intact() const {
-  if (kSanitized) return true;  // else it would have been said, and they may not be looked at
+  if (kSanitized) return true;  // AddressSanitizer has reported it, and forbids reading the guards
   const auto poisoned = [](unsigned char byte) { return byte == kPoison; };
   return std::all_of(data_ - kGuard, data_, poisoned) &&
          std::all_of(data_ + bytes_, data_ + bytes_ + kGuard, poisoned);

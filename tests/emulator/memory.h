@@ -14,14 +14,14 @@ namespace emulator {
 // The global memory that a launch may access. While nothing is registered, everything is allowed.
 class Allocations {
  public:
-  // Constant: written by no kernel, so that one may read it before wait_for_earlier_kernels.
+  // Constant: no kernel writes it, so a kernel may read it before wait_for_earlier_kernels.
   void add(const void* begin, size_t bytes, const std::string& name, bool constant = false);
   void clear() { ranges_.clear(); }
 
-  // Empty if [address, address + bytes) lies in one allocation, else what is wrong with it.
+  // Empty if [address, address + bytes) lies in one allocation, else a description of the error.
   std::string problem(const void* address, size_t bytes) const;
 
-  // What has the address; null if nothing does.
+  // The allocation that has the address, or null.
   struct Range {
     uintptr_t begin, end;
     std::string name;

@@ -1,7 +1,6 @@
-// What the threads of a block may count on: which accesses of others come before what a thread does
-// now, by the barriers between them alone (the happens-before relation, kept in vector clocks:
-// Flanagan and Freund 2009, "FastTrack"). It does not depend on the order in which threads happened
-// to run.
+// The happens-before relation of a block: which accesses of other threads are ordered before what a
+// thread does now, by barriers alone. It is kept in vector clocks (Flanagan and Freund 2009,
+// "FastTrack") and does not depend on the order in which threads happened to run.
 #pragma once
 
 #include <cstddef>
@@ -11,13 +10,13 @@
 
 namespace emulator {
 
-// Whoever accesses memory: a thread, by its number in the block, or what works on its own. These
-// have numbers after the threads': the copies that report to a barrier, the products of a warp.
+// An agent accesses memory: a thread, with its number in the block; or, with the numbers after the
+// threads, the copies that report to a barrier and the products of a warp.
 using Agent = uint32_t;
 
-// Of an agent: how often it has told others what it did so far.
+// The time of an agent: how often it has told other agents what it did so far.
 using Time = uint32_t;
-constexpr Time kUnfinished = UINT32_MAX;  // of an access that is under way: nobody may count on it
+constexpr Time kUnfinished = UINT32_MAX;  // of an access that is under way: no agent may rely on it
 
 // For each agent, the time up to which its accesses are known. Copies share memory until they
 // change. For one thread of the process.
@@ -60,15 +59,15 @@ class Ordering {
   size_t agents() const { return agents_; }
   Time now(Agent agent) const { return times_[agent]; }
 
-  // Whether the thread may count on an access of the agent.
+  // Whether the thread may rely on an access of the agent.
   bool knows(Agent thread, Agent agent, Time time) const {
     return time != kUnfinished && (agent == thread || clocks_[thread].at(agent) >= time);
   }
 
-  // What a thread may count on but for what it has done itself.
+  // What a thread may rely on, apart from its own accesses.
   const Clock& clock(Agent thread) const { return clocks_[thread]; }
 
-  // What all lanes of the warp that begins at thread `first` may count on.
+  // What all lanes of the warp that begins at thread `first` may rely on.
   const Clock& common(Agent first, uint32_t lanes);
 
   // These lanes learn of all that any of them has done: __syncwarp.
@@ -76,8 +75,8 @@ class Ordering {
   // All threads do: __syncthreads.
   void synchronise();
 
-  // What an agent, or lanes of a warp, have done and know so far, to be learnt from `into`; and
-  // learning it.
+  // Publishes what an agent, or the lanes of a warp, have done and know so far, in `into`; and
+  // learns it from there.
   void release(Agent agent, Clock& into);
   void release(Agent first, uint32_t lanes, Clock& into);
   void acquire(Agent thread, const Clock& from);
@@ -85,7 +84,7 @@ class Ordering {
   // Lanes of a warp learn of what an agent that works on its own has done so far.
   void learn(Agent first, uint32_t lanes, Agent agent);
 
-  // What a thread has done and knows so far, for other blocks.
+  // What a thread has done and knows so far, published for other blocks.
   std::shared_ptr<const std::vector<Time>> publish(Agent thread);
 
  private:

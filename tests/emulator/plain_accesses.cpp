@@ -1,6 +1,7 @@
-// What kernels do to memory without the functions of ptx.cuh: shared[i] = x, p.sequences[i]. Their
-// code is compiled as for ThreadSanitizer (CMakeLists.txt), so before each access that may concern
-// others it calls one of the functions below; they are here in the place of that sanitizer's own.
+// Accesses of kernels that do not go through the functions of ptx.cuh: shared[i] = x,
+// p.sequences[i]. Their code is compiled as for ThreadSanitizer (CMakeLists.txt), so before each
+// access that may concern others it calls one of the functions below; they are here in the place of
+// that sanitizer's own.
 #include <cstddef>
 #include <cstdint>
 

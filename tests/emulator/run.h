@@ -21,7 +21,7 @@ struct Settings {
 };
 Settings& settings();
 
-// That a block can have.
+// The shared memory that a block can have.
 int max_shared_bytes();
 
 struct Record {
@@ -32,12 +32,12 @@ struct Record {
 };
 std::vector<Record>& records();  // of the launches since they were last cleared
 
-// Runs all blocks, in random order. Returns what CUDA would say of the shape of the launch; throws
-// Error for what a thread does. overlaps: see wait_for_earlier_kernels.
+// Runs all blocks, in random order. Returns the status that CUDA would give for the shape of the
+// launch. Throws Error if a thread does something wrong. overlaps: see wait_for_earlier_kernels.
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                 std::function<void()> body, bool overlaps = false);
 
-// Of the block that is running.
+// The shared memory of the running block.
 void* shared_memory();
 
 }  // namespace emulator

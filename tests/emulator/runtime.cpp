@@ -32,7 +32,7 @@ cudaError_t keep(cudaError_t status) {
   return status;
 }
 
-// What a call comes to that has nothing else to complain of.
+// The status of a call without an error of its own.
 cudaError_t outcome(const std::string& function) {
   const std::lock_guard lock(state().mutex);
   const auto found = state().failing.find(function);
@@ -64,7 +64,7 @@ cudaError_t start(const cudaLaunchConfig_t& config, const void* kernel,
 
 namespace mistral::cuda {
 
-// Kernels that can, do, so that what they touch too early is found.
+// Kernels that can overlap do, so that accesses that come too early are found.
 bool overlapping() { return true; }
 
 }  // namespace mistral::cuda

@@ -1,4 +1,4 @@
-// Stand-ins for what the kernels' host side calls of the CUDA runtime.
+// Stand-ins for the functions of the CUDA runtime that the host side of the kernels calls.
 //
 // As in the real one, each thread keeps the error of its last call that failed until it asks for
 // it, and a kernel may be launched with more than 48 KB of shared memory only if that is its limit.

@@ -1,6 +1,6 @@
-// Who has accessed which bytes of a block's shared memory, and whether the next access is ordered
-// after them by barriers (ordering.h). If it is not, and one of the two is a store, that is a race:
-// an error, also where the order of this run happens to be a good one.
+// Finds races in a block's shared memory: two accesses of the same bytes, one of them a store, that
+// no barrier orders (ordering.h). A race is an error even if the order of this run happens to be
+// harmless.
 #pragma once
 
 #include <cstddef>
@@ -15,10 +15,10 @@ namespace emulator {
 
 class SharedAccesses {
  public:
-  // Whoever accesses, and what it may count on: a thread, or all lanes of a warp together.
+  // The agent of an access, and what it may rely on: a thread, or all lanes of a warp together.
   struct Observer {
     const Ordering& ordering;
-    Agent agent;          // that the access is of
+    Agent agent;          // that makes the access
     Agent thread;         // whose knowledge counts, unless it is
     const Clock* common;  // that of all lanes
     const Clock& clock() const { return common ? *common : ordering.clock(thread); }

@@ -1,9 +1,9 @@
-// Who is using which 16 bytes of shared memory, where wgmma and TMA take part: they are
-// asynchronous, and they see what threads have stored only after a fence_proxy_async.
+// The users of each 16 bytes of shared memory that wgmma or TMA access. Both are asynchronous, and
+// they see what threads have stored only after a fence_proxy_async.
 //
 // A store of a thread is seen once this thread has called the fence, or those that start the wgmma
-// or TMA have. That they have also come to know of the store is for barriers to see to, and shows
-// by other means.
+// or TMA have. The fence does not order the store before them; barriers do, and ordering.h checks
+// those.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ class SharedChunks {
   void begin_tma(Site site, uint32_t offset);
   void end_tma(uint32_t offset) { at(offset).filling = false; }
 
-  // The moment that now is. Each call is one.
+  // The current moment. Each call is a new moment.
   uint64_t moment() { return ++moment_; }
 
  private:

@@ -14,13 +14,13 @@ namespace {
 constexpr uint32_t kRow = 128;  // bytes, of a box: as long as the swizzle
 constexpr uint64_t kIsMap = 0x70616d726f736e74;
 
-// What the 128 bytes of a map hold here.
+// The contents of the 128 bytes of a map, in the emulator.
 struct Map {
   uint64_t is_map;
   const char* base;
   uint64_t sizes[5];
   uint64_t strides[4];  // in bytes, of axes 1 to 4
-  uint32_t box[5];      // 1 for the axes that there are not
+  uint32_t box[5];      // 1 for axes past the rank
   int32_t rank;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
@@ -55,7 +55,7 @@ const char* find_row(const Load& load, uint32_t i) {
   return row;
 }
 
-// What of a row of the box is inside the tensor: elements [begin, end) of axis 0.
+// The part of a row of the box that is inside the tensor: elements [begin, end) of axis 0.
 struct Inside {
   const char* source;  // element 0
   int64_t begin, end;

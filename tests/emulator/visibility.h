@@ -1,8 +1,8 @@
-// Which blocks may count on what has been stored to global memory. Blocks run one after another
-// here, so every store is seen by all; on a GPU another block may see it late or never. It may
-// count on a store if the storing thread, or one that met it at a barrier since, has called
-// __threadfence and then an atomic function of a word, and the loading thread, or one that it met
-// at a barrier since, an atomic function of this word and then __threadfence.
+// Which blocks may rely on a store to global memory. Blocks run one after another here, so every
+// store is seen by all; on a GPU another block may see it late or never. It may rely on a store if
+// the storing thread, or one that met it at a barrier since, has called __threadfence and then an
+// atomic function of a word, and the loading thread, or one that it met at a barrier since, an
+// atomic function of this word and then __threadfence.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Warpgroups: that their warps do the same, and the registers that they have.
+// Warpgroups: the check that their warps issue the same instructions, and their registers.
 #pragma once
 
 #include <cstddef>

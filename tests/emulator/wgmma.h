@@ -42,10 +42,10 @@ void wgmma_wait(Site site, size_t pending_groups);
 void wgmma_settle(Site site, float* d, int count);
 void wgmma_settle(Site site, const uint32_t* a);  // 4 registers
 
-// What a warp has under way.
+// The products that a warp has under way.
 class WgmmaQueue {
  public:
-  // By the last lane to come; operands[i] is what lane i brings.
+  // Called for the last lane to arrive; operands[i] is what lane i brings.
   void start(Site site, const Wgmma* const (&operands)[32]);
   void fence();
   void commit();
@@ -57,7 +57,7 @@ class WgmmaQueue {
   void check_exit(int lane) const;
 
  private:
-  // Where the first was started that has not been waited for; null if there is none.
+  // The place where the first product without a wait was started; null if there is none.
   const Site* first_under_way() const;
 
   // The registers of d of the warp: where they are and what they will be.

@@ -221,7 +221,7 @@ def test_holes_are_never_chosen(options):
         sampler.start(0, SamplingParams(**options), ())
         assert not sampler.needs_no_draw([0])
         assert sampler.sample([0], torch.from_numpy(logits)) == [9]
-    with pytest.raises(ValueError, match=r"logit_bias has token id 30, which no token has"):
+    with pytest.raises(ValueError, match=r"logit_bias has token id 30, expected the id of"):
         sampler.start(0, SamplingParams(logit_bias={30: 1.0}), ())
 
 

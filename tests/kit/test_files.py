@@ -66,7 +66,7 @@ def test_commands_read_the_same_text(tmp_path, capsys):
 def test_not_a_json_object(content, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object"):
+    with pytest.raises(ValueError, match=r"config\.json .*, expected a JSON object"):
         read_json_object(path)
     path.write_text(json.dumps({"a": 1}))
     assert read_json_object(path) == {"a": 1}

@@ -104,7 +104,7 @@ def test_few_tokens_and_many_keys(isa, dtype, dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_a_prompt_of_thousands_of_tokens_without_a_window(isa, dim, dtype):
-    """Sums of so many values that one after another they would be rounded too often."""
+    """The values of so many keys must not be added to one number one by one: rounding adds up."""
     batch = RaggedBatch([9000], None, 2, 1, dim, dtype, theta=1e5, positions=[8150])
     for counts in ((70,), (1,)):
         batch.step(counts)
@@ -322,7 +322,7 @@ INT64_MAX = 2**63 - 1
         (
             {"sequences": torch.zeros(0, 5).long()},
             ValueError,
-            "sequences has no rows, but q has 5 tokens",
+            "sequences has 0 rows, expected 1 or more for the 5 tokens of q",
         ),
         ({"window": 0}, ValueError, "window is 0, expected 1 or more or None"),
         (
@@ -332,7 +332,7 @@ INT64_MAX = 2**63 - 1
         ),
         (table(count=-1), ValueError, "sequences[1].count is -1, expected 0"),
         (table(count=3), ValueError, "q has 5"),
-        (table(count=1), ValueError, "4 new tokens in all, but q has 5"),
+        (table(count=1), ValueError, "sequences has 4 new tokens, expected 5 like q"),
         (table(position=-1), ValueError, "sequences[1].position is -1, expected 0"),
         (table(capacity=0), ValueError, "sequences[1].capacity is 0, expected 1 or more"),
         (
@@ -347,7 +347,11 @@ INT64_MAX = 2**63 - 1
         ),
         (table(ring_row=-1), ValueError, "sequences[1].ring_row is -1 and its"),
         (table(ring_row=17), ValueError, "sequences[1].ring_row is 17 and its"),
-        (table(ring_row=15), ValueError, "the ring at row 15 overlaps the ring at row 0"),
+        (
+            table(ring_row=15),
+            ValueError,
+            "a ring at row 15, expected 16 or more: the ring at row 0 ends there",
+        ),
         # Sums that do not fit an int64 are no way around the checks.
         (table(capacity=2**62), ValueError, "sequences[1].ring_row is 16 and its"),
         (table(ring_row=INT64_MAX), ValueError, f"sequences[1].ring_row is {INT64_MAX} and its"),

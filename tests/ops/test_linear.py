@@ -318,8 +318,8 @@ def test_a_sum_of_nothing_is_zero(isa, tokens):
             TypeError,
             "weight has dtype torch.float16, expected torch.float32 like x",
         ),
-        ([torch.zeros(4, 8)] * 4, ValueError, "got 4 weights, expected 1 to 3"),
-        ([], ValueError, "got 0 weights, expected 1 to 3"),
+        ([torch.zeros(4, 8)] * 4, ValueError, "number of weights is 4, expected 1 to 3"),
+        ([], ValueError, "number of weights is 0, expected 1 to 3"),
         (
             [torch.zeros(4, 8), torch.zeros(4, 7)],
             ValueError,

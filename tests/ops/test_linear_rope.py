@@ -182,7 +182,7 @@ def test_any_order_of_threads_gives_the_same_bits(emulator, batch, generator):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"weights": 2}, ValueError, "got 2 weights, expected 3: those of query, key and value"),
+        ({"weights": 2}, ValueError, "number of weights is 2, expected 3: query, key and value"),
         ({"wq": 250}, ValueError, "wq has 250 outputs, expected a multiple of the head dim"),
         ({"wk": 100}, ValueError, "wk has 100 outputs, expected a multiple of the head dim"),
         ({"wv": 64}, ValueError, "wv has 64 outputs, expected 128 like wk"),

@@ -58,10 +58,10 @@ def test_stop(llm):
 
 @pytest.mark.timeout(900)  # a minute of one core
 def test_a_long_prompt(smollm2):
-    """What stands at the beginning of 4,160 tokens is gone on with at the end.
+    """The model continues at the end of 4,160 tokens a passage from their beginning.
 
-    Not of 8,000, although the model has 8,192 positions: from about 5,000 on it does not always
-    copy. After 7,960 transformers chooses the same wrong tokens.
+    The model has 8,192 positions, but from about 5,000 on it does not always copy. After 7,960
+    tokens transformers chooses the same wrong tokens.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     llm = mistral_ext.Mistral.from_pretrained(smollm2, progress=False)

@@ -222,7 +222,7 @@ def test_a_hole_in_the_numbering(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("added_tokens.json", "[]", "expected a JSON object, got list"),
+        ("added_tokens.json", "[]", "holds a list, expected a JSON object"),
         ("added_tokens.json", '{"x": -1}', "id is -1, expected 0 to"),
         ("added_tokens.json", '{"x": 1e12}', "id is 1000000000000.0, expected 0 to"),
         ("added_tokens.json", '{"": 32000}', "content of id 32000 is '', expected some text"),
@@ -330,7 +330,7 @@ def test_a_hole_is_never_sampled(options, tmp_path):
     completion = llm.generate("a", max_tokens=3, logprobs=1, ignore_eos=True, **options)[0]
     assert all(map(llm.tokenizer.known, completion.token_ids))
     assert all(32002 not in token.top for token in completion.logprobs)
-    with pytest.raises(ValueError, match="logit_bias has token id 32000, which no token has"):
+    with pytest.raises(ValueError, match="logit_bias has token id 32000, expected the id of"):
         llm.generate("a", logit_bias={32000: 1.0})
 
 

@@ -147,6 +147,10 @@ def pre(request) -> str:
 
 @pytest.fixture(scope="module")
 def trained(pre) -> tokenizers.Tokenizer:
+    return train(pre)
+
+
+def train(pre: str) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = WORDS["gpt-2"]  # so that merges cross what others cut apart
     backend.decoder = decoders.ByteLevel()
@@ -231,7 +235,7 @@ def test_byte_level_tokenizer_json(adds_bos, trained, tmp_path):
 
 def test_byte_level_tokenizer_json_without_an_end(trained, tmp_path):
     trained.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: no beginning or no end of text"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no beginning or no end of text"):
         Tokenizer.from_folder(tmp_path)
 
 

@@ -180,9 +180,9 @@ def test_stop_string_of_stripped_space():
 
 
 def test_bad_arguments(tokenizer):
-    with pytest.raises(TypeError, match="stop: expected a sequence of strings"):
+    with pytest.raises(TypeError, match=r"stop is the string '.*', expected a sequence"):
         TextStream(tokenizer, stop="END")
-    with pytest.raises(ValueError, match="stop: expected non-empty strings"):
+    with pytest.raises(ValueError, match=r"stop is \[.*\], expected non-empty strings"):
         TextStream(tokenizer, stop=["END", ""])
-    with pytest.raises(ValueError, match="token id 99999"):
+    with pytest.raises(ValueError, match="token id is 99999"):
         TextStream(tokenizer).push(99999)

@@ -89,8 +89,8 @@ HUGE = struct.pack("<Q", 2**64 - 1)
 DAMAGED = [
     (b"", "has 0 bytes, expected a GGUF file"),
     (b"GGML" + bytes(60), r"magic bytes are b'GGML', expected b'GGUF'"),
-    (file_bytes(version=1), "version is 1 expected 2 or 3"),
-    (b"GGUF\0\0\0\3" + bytes(16), "version is 50331648, in big-endian order, expected 2 or 3"),
+    (file_bytes(version=1), "version is 1, expected 2 or 3"),
+    (b"GGUF\0\0\0\3" + bytes(16), "version is 50331648 in big-endian order, expected 2 or 3"),
     (file_bytes()[:17], "number of metadata entries should end at byte 24"),
     (file_bytes(n_entries=1), "number of metadata entries is 1, but 8 bytes are left"),
     (file_bytes(n_entries=2**63), r"number of metadata entries is 9223372036854775808, but 8"),

@@ -25,7 +25,7 @@ def test_resolve_folder(tmp_path, monkeypatch):
 
 def test_resolve_file(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a file; expected the folder"):
+    with pytest.raises(ValueError, match="is a file, expected the folder"):
         resolve(tmp_path / "model.safetensors")
     (tmp_path / "model.gguf").touch()
     assert resolve(tmp_path / "model.gguf") == tmp_path / "model.gguf"

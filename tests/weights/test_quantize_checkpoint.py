@@ -283,7 +283,7 @@ def test_existing_targets(hf_folder, tmp_path):
     for target in (full, file, hf_folder):
         with pytest.raises(FileExistsError) as caught:
             quantize_checkpoint(hf_folder, target, 8)
-        assert str(caught.value) == f"{str(target)!r} exists; expected a new or an empty folder"
+        assert str(caught.value) == f"{str(target)!r} exists, expected a new or an empty folder"
     assert load(quantize_checkpoint(hf_folder, empty, 8))
     assert empty.stat().st_mode == full.stat().st_mode
     assert {entry.name for entry in tmp_path.iterdir()} == {"full", "file", "empty"}
@@ -318,7 +318,7 @@ def test_missing_tensor(quantized_folder, suffix):
     tensors = load_file(file)
     shape = tuple(tensors.pop(Q0 + suffix).shape)
     save_file(tensors, file)
-    expected = f"tensor '{Q0 + suffix}' is missing from {file}; expected shape {shape}"
+    expected = f"tensor '{Q0 + suffix}' is missing from {file}, expected shape {shape}"
     assert refusal(load, quantized_folder) == expected
 
 
@@ -329,14 +329,14 @@ def test_misshaped_tensor(quantized_folder, suffix):
     tensors[Q0 + suffix] = tensors[Q0 + suffix][:, 1:].contiguous()
     save_file(tensors, file)
     message = refusal(load, quantized_folder)
-    assert message.startswith(f"tensor '{Q0 + suffix}' in {file}: expected shape (256, ")
+    assert message.startswith(f"tensor '{Q0 + suffix}' in {file} has shape (256, ")
 
 
 @pytest.mark.parametrize(
     ("suffix", "dtype", "message"),
     [
-        ("", torch.float32, "expected dtype int32, got torch.float32"),
-        ("_scale", torch.float16, "expected dtype bfloat16, got torch.float16"),
+        ("", torch.float32, "has dtype torch.float32, expected int32"),
+        ("_scale", torch.float16, "has dtype torch.float16, expected bfloat16"),
     ],
 )
 def test_wrong_dtype(quantized_folder, suffix, dtype, message):
@@ -344,7 +344,7 @@ def test_wrong_dtype(quantized_folder, suffix, dtype, message):
     tensors = load_file(file)
     tensors[Q0 + suffix] = tensors[Q0 + suffix].to(dtype)
     save_file(tensors, file)
-    assert refusal(load, quantized_folder) == f"tensor '{Q0 + suffix}' in {file}: {message}"
+    assert refusal(load, quantized_folder) == f"tensor '{Q0 + suffix}' in {file} {message}"
 
 
 def test_unknown_tensor(quantized_folder):

@@ -2,10 +2,10 @@
 // token r / G, so that the heads of a group share every key and value that is loaded. It walks the
 // keys that any of its rows sees: the history, which lies in the ring, then the chunk.
 //
-// Many rows, a prompt's, are divided among tasks. Few rows, those of one token or of some, are not:
-// instead the keys are, in segments, whose results are merged at the end. Where a segment begins
-// depends on its sequence alone, so neither the number of threads nor the rest of the batch changes
-// a bit.
+// In prefill the rows are divided among tasks. In decode there are too few rows, so the keys are
+// divided into segments, whose results are merged at the end. The start of a segment depends on its
+// sequence alone, so neither the number of threads nor the rest of the batch changes a bit of the
+// results.
 #include "../../attention.h"
 
 #include "../append.h"
@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kFewRows = DecodeRows<float>::kRows;
 constexpr int64_t kSegment = 1024;  // keys
 
-// What one sequence's work is divided into, for each key/value head.
+// How the work of one sequence is divided, for each key/value head.
 struct Division {
   int64_t rows;      // query rows, all in one task if they are few
   int64_t blocks;    // of rows
@@ -52,8 +52,8 @@ T* out_row(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t
          (kv_head * group + row % group) * p.stride_out_head;
 }
 
-// Where the keys and values of a sequence's key/value head are: in its ring those before the chunk,
-// the others in the packed tensors of the call.
+// Finds the keys and values of one key/value head of a sequence. Tokens before the chunk are in the
+// ring, tokens of the chunk in the packed tensors of the call.
 template <class T>
 class Source {
  public:
@@ -120,7 +120,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
       A::store(rows.q + row * dim + d, A::load_row(q + d));
   }
 
-  // What any row sees: [begin, end), of which the part before s.position is in the ring.
+  // The rows together see positions [begin, end). Positions before s.position are in the ring.
   int64_t begin = window_begin(position_of(0), p.window);
   int64_t end = position_of(count - 1) + 1;
   if (division.segments > 1) {

@@ -1,6 +1,6 @@
-// Attention of few query rows, those of one decoded token above all: reading the keys and values is
-// the limit. They are multiplied as they come from memory, in blocks that stay in the L1 cache,
-// while the next block is fetched.
+// Attention with few query rows, as in decode: reading the keys and values limits the speed. Keys
+// and values are multiplied as they come from memory, in blocks that stay in the L1 cache, while
+// the next block is fetched.
 //
 // A vector holds the scores of kRowBlock rows x kGroup keys, [row][key], so that one softmax serves
 // all rows of a block.
@@ -60,21 +60,22 @@ class DecodeRows {
   }
 
  private:
-  // Of a block: at D = 128 in bf16 a page each of keys and values. Larger ones were slower.
+  // Keys of a block: at D = 128 in bf16, a page of keys and a page of values. Larger blocks were
+  // slower.
   static constexpr int64_t kKeys = 16;
   static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
   static constexpr int64_t kLanes = kRowBlock * kGroup;
 
-  // Where row r's score or probability of a key is.
+  // The index of row r's score or probability of a key.
   static int64_t index(int64_t r, int64_t key) {
     return key / kGroup * kLanes + r * kGroup + key % kGroup;
   }
 
-  // scores = q k^T. Keys past the last repeat it: their scores are hidden.
+  // scores = q k^T. Keys past the last repeat the last key; their scores are hidden.
   //
-  // The next block is fetched in the order of addresses, though rows are read side by side: the
-  // processor's own prefetchers then join in, which is worth 15 %. In a ring it follows this block;
-  // a chunk's keys may be further apart, but those that few rows can have make one block.
+  // The next block is fetched in the order of addresses, although rows are read side by side: the
+  // hardware prefetchers then join in, which is worth 15 %. In a ring the next block follows this
+  // one. The keys of a chunk may be further apart, but with few rows a chunk has only one block.
   void score(const T* k, int64_t stride, int64_t count, int64_t row, int64_t dim) {
     const T* next = k + kKeys * dim;
     for (int64_t key = 0; key < count; key += kGroup) {
@@ -109,8 +110,8 @@ class DecodeRows {
     }
   }
 
-  // Folds the scores into the running softmax. Leaves the probabilities, relative to the running
-  // maximum, and the factors that bring the rows' earlier sums to it.
+  // Folds the scores into the running softmax. Writes the probabilities relative to the new
+  // maximum, and the factors that rescale the earlier sums of the rows to it.
   void fold(int64_t row, float scale) {
     for (int64_t i = 0; i < kLanes; i += Vec::width) {
       float* maximum = maximum_ + row * kGroup + i;
@@ -159,8 +160,8 @@ class DecodeRows {
         [&](int64_t r) { return factors_[r * kGroup]; }, out + row * dim);
   }
 
-  // One lane for each row and place in a group, like a vector of scores. Maxima and factors are the
-  // same in all lanes of a row, and its total is their sum.
+  // Arranged like a vector of scores, with a lane for each row and key of a group. All lanes of a
+  // row hold the same maximum and factor. The total of a row is the sum of its lanes.
   alignas(64) float maximum_[kRows * kGroup];
   alignas(64) float total_[kRows * kGroup];
   alignas(64) float factors_[kLanes];

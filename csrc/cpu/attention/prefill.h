@@ -1,7 +1,7 @@
-// Attention of many query rows: arithmetic is the limit. A tile of keys and values is rearranged
-// once for all rows, so that nothing is summed across the lanes of a vector: both products weight
-// rows of a matrix, the transposed keys or the values, with single numbers, those of q or the
-// probabilities.
+// Attention with many query rows, as in prefill: arithmetic limits the speed. The keys of a tile
+// are transposed once for all rows. Both products then add up rows of a matrix, each multiplied by
+// one number: rows of the transposed keys by elements of q, rows of values by probabilities. So no
+// sum runs across the lanes of a vector.
 //
 // Tiles begin at multiples of kKeys, counted from position 0, wherever the chunk begins and whether
 // a key lies in the ring or in the chunk. A row's sums then have the same order however a prompt is
@@ -60,13 +60,13 @@ class PrefillRows {
   }
 
  private:
-  static constexpr int64_t kKeys = 32 * A::kDepth;  // of a tile, which has to fit the L1 cache
+  static constexpr int64_t kKeys = 32 * A::kDepth;  // keys of a tile, which must fit the L1 cache
 
   struct Tile {
     KeyValue<T> keys[kKeys];
   };
 
-  // Positions outside [begin, end) stand for the nearest one inside: their scores are hidden.
+  // Positions outside [begin, end) get the nearest key inside; their scores are hidden.
   template <class KeyAt>
   static void find_keys(int64_t position, int64_t begin, int64_t end, const KeyAt& key_at,
                         Tile& tile) {
@@ -142,8 +142,8 @@ class PrefillRows {
     for (int64_t j = mistral::max(end, 0); j < kKeys; ++j) scores[j] = -INFINITY;
   }
 
-  // Folds a row's scores into its running softmax. Leaves the probabilities, relative to the
-  // running maximum, and the factor that brings the row's earlier sums to it.
+  // Folds a row's scores into its running softmax. Writes the probabilities relative to the new
+  // maximum, and the factor that rescales the earlier sums of the row to it.
   void fold(int64_t row, float scale) {
     const float* scores = scores_ + row * kKeys;
     Vec highest = broadcast(maximum_[row]);

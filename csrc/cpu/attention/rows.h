@@ -1,4 +1,4 @@
-// What the attention kernels for few and for many query rows share.
+// Shared by the attention kernels for few and for many query rows.
 //
 // Both keep, for each row, the running maximum of its scores and, relative to it, the sums of the
 // probabilities and of the weighted values: the online softmax.
@@ -40,11 +40,11 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 }
 
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns from d on.
-// weights(r, key) points to row r's weights of kDepth keys from this one on, values(key, d,
-// columns) loads M vectors of their values, factor(r) is the row's.
+// weights(r, key) points to the weights of row r for kDepth keys from `key` on. values(key, d,
+// columns) loads M vectors of the values of these keys. factor(r) is the factor of row r.
 //
-// The new sums begin at zero and are added to `out` as a whole: to add thousands of keys one by one
-// to the same number would round it as often.
+// The new sums begin at zero and join `out` as a whole. Were thousands of keys added to `out` one
+// by one, each addition would round the large number.
 template <int64_t M, class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {

@@ -1,5 +1,5 @@
-// How activations are packed: converted to what they are multiplied as, in the order of k that the
-// weights' format has.
+// Packs activations: converts them to the type in which they are multiplied, and puts them in the
+// order of k of the weight format.
 #pragma once
 
 #include <type_traits>
@@ -10,7 +10,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// One token's activations, normalised if they are to be.
+// The activations of one token, normalised if there is a norm.
 template <class T>
 const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
@@ -19,7 +19,7 @@ const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   return normalised;
 }
 
-// Packs the activations of a token, K of them, in Order's order of k and padded with zeros.
+// Packs the K activations of a token in the order of k that Order defines, padded with zeros.
 template <class Order, class T, class Element>
 void pack_row(const T* x, int64_t inputs, Element* out) {
   for (int64_t begin = 0; begin < inputs; begin += kPadding) {
@@ -41,7 +41,7 @@ void pack_row(const T* x, int64_t inputs, Element* out) {
   }
 }
 
-// Packed rows [width, padded K] of one vector of tokens to the layout of gemm.h.
+// Rearranges the packed rows [width, padded K] of one vector of tokens into the layout of gemm.h.
 template <class Tile>
 void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
                  int64_t vector, typename Tile::Element* out) {
@@ -66,10 +66,11 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
   }
 }
 
-// The chunk of a format that few tokens with activations of type T are multiplied with.
+// The chunk type of the gemv kernels for a format and activations of type T.
 template <WeightFormat format, class T>
 struct FewChunkOf {
-  // An fp32 has more bits than the integers. Pairs of bf16 are as fast as these, but for blocks.
+  // Whether to multiply in 16-bit integers. fp32 has more bits than they hold. Pairs of bf16 are as
+  // fast as integers, except for q8_0.
   static constexpr bool kInIntegers =
       kHasInt16 && format != WeightFormat::plain && sizeof(T) == sizeof(int16_t) &&
       (std::is_same_v<typename ArithmeticOf<T>::type, Fp32> || format == WeightFormat::q8_0);
@@ -87,7 +88,7 @@ struct FewChunkOf<WeightFormat::int8, f16> {
 };
 #endif
 
-// The packed activations of a token, K of them, for a chunk.
+// How the K activations of a token are packed for a chunk type.
 template <class Chunk>
 struct Packing {
   static int64_t elements(int64_t inputs) { return padded(inputs); }

@@ -18,7 +18,7 @@ struct WeightRows {
   int64_t inputs;       // K
   int64_t row_bytes;    // of the values of a row
   int64_t scale_bytes;  // of the scales of a row
-  int group_log2;       // of the values that share a scale, where they are part of a row
+  int group_log2;       // log2 of the values that share a scale, in formats with groups
 
   WeightRows from(int64_t row) const {
     WeightRows rows = *this;
@@ -44,9 +44,10 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   return w.from(first);
 }
 
-// A chunk is what gemv.h takes of a row at a time: kValues values in kVectors operands, which
-// multiply activations in the order of k_at: kInOrder, that of memory. Where kGrouped is true,
-// Scales loads the factors of neighbouring chunks, and has those of each lane.
+// A chunk is the part of a row that gemv.h reads at a time: kValues values, which unpack to
+// kVectors operands. Position i of the operands holds value k_at(i) of the row, so activations are
+// packed in the same order; kInOrder says that this is the order of memory. If kGrouped, Scales
+// loads the scales of neighbouring chunks and gives each lane its factor.
 
 template <class A, class T>
 struct PlainChunk {
@@ -93,7 +94,7 @@ struct Int8Chunk {
   const int8_t* values_;
 };
 
-// A block of 32, whose scale is that of all lanes.
+// A block of 32 values, whose scale serves all lanes.
 template <class A>
 struct Q8Chunk : Int8Chunk<A> {
   static constexpr int64_t kValues = 32;
@@ -111,7 +112,7 @@ struct Q8Chunk : Int8Chunk<A> {
   };
 };
 
-// A word in each lane; operand i holds value i of every word.
+// Each lane holds a word; operand i holds value i of every word.
 struct Int4Chunk {
   using Arithmetic = Fp32;
   using Scales = GroupScales;

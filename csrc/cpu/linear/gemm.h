@@ -5,13 +5,13 @@
 //     for each M vectors of tokens
 //       for each R rows: multiply, with the R x M sums in registers
 //
-// The lanes of a vector are tokens; a value of a weight is broadcast to all of them. So weights
-// need no other order than that of their file, and only activations are packed:
+// The lanes of a vector are tokens, and each value of a weight is broadcast to all lanes. So
+// weights stay in the order of their file, and only activations are packed:
 //
 //   x [K / kBlockDepth, T / width, kBlockDepth / kDepth, width, kDepth]
 //
-// How R rows and M vectors are multiplied, and the sizes of the blocks, are a class of their own:
-// VectorTile, or AmxTile in gemm_amx.h.
+// A tile class multiplies R rows by M vectors and sets the sizes of the blocks: VectorTile here,
+// AmxTile in gemm_amx.h.
 #pragma once
 
 #if defined(__AMX_BF16__)
@@ -21,21 +21,23 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// With vectors. The weights of a block stay in the L2 cache, its activations of M vectors in L1.
+// Multiplies with vector instructions. The weights of a block stay in the L2 cache, the activations
+// of M vectors in L1.
 template <class A>
 struct VectorTile {
   using Element = typename A::Element;
   static constexpr int64_t kDepth = A::kDepth;
-  // A block has 256 words of 4 bytes of each token or row.
+  // A block holds 256 words of 4 bytes of each token or row.
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
-  // Rows of a task, a multiple of kBlockRows. A block of activations comes into the L2 cache once
-  // for all of them: those of all tokens may not fit into the last-level cache.
+  // Rows of a task, a multiple of kBlockRows. A block of activations is brought into the L2 cache
+  // once for all of these rows, because the activations of all tokens may not fit the last-level
+  // cache.
   static constexpr int64_t kTaskRows = 2 * kBlockRows;
 
-  // Vectors of tokens that are multiplied at a time, and the rows that go with them: as many as
-  // leave the sums, the vectors and a broadcast value in registers.
+  // The vectors of tokens and the rows that are multiplied at a time: as many as leave room in the
+  // registers for the sums, the vectors and a broadcast value.
   static constexpr int64_t kVectors = Vec::width == 1 ? 1 : 2;
   static constexpr int rows(int vectors) {
     return Vec::width == 1 ? 4 : Vec::width == 8 && vectors == 2 ? 6 : 12;
@@ -43,9 +45,10 @@ struct VectorTile {
 
   struct Setup {};
 
-  // sums [M, R of kTaskRows, width] = (or, if not the first block of k, +=) products over `depth`
-  // values, which are summed on their own: one running sum over thousands of values would lose
-  // digits. `weights` and `sums` are those of all rows of a block, of which R begin at `row`.
+  // sums [M, R of kTaskRows, width] = the products over `depth` values, or += if this is not the
+  // first block of k. A block is summed on its own, because one running sum over thousands of
+  // values would lose digits. `weights` and `sums` belong to all rows of a block; the R rows begin
+  // at `row`.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {
@@ -70,7 +73,7 @@ struct VectorTile {
   }
 };
 
-// For activations of type T.
+// The tile class for activations of type T.
 template <class T>
 struct TileOf {
   using type = VectorTile<typename ArithmeticOf<T>::type>;
@@ -85,12 +88,12 @@ struct TileOf<bf16> {
 // One task's sums, and the weights of a block.
 template <class Tile>
 struct ManyBuffers {
-  // [tokens / width, rows, width], so that those of a tile are neighbours
+  // [tokens / width, rows, width], so that the sums of a tile are neighbours
   alignas(64) float sums[Tile::kBlockTokens * Tile::kTaskRows];
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
-// Two vectors of values, in order.
+// Stores two vectors of values, in order.
 MISTRAL_SIMD void put(float* out, Vec first, Vec second) {
   store(out, first);
   store(out + Vec::width, second);
@@ -101,7 +104,7 @@ MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
 }
 #endif
 
-// The rows that a task multiplies: those of one part of the weights, with SwiGLU of two.
+// The rows that a task multiplies: rows of one part of the weights, with SwiGLU of two parts.
 struct TaskRows {
   WeightRows first, second;
   int64_t count;        // of all
@@ -112,9 +115,9 @@ struct TaskRows {
   }
 };
 
-constexpr int64_t kUnpacked = 8 * Vec::width;  // values of a row at a time
+constexpr int64_t kUnpacked = 8 * Vec::width;  // values that are unpacked at a time
 
-// Unpacks kUnpacked values of the first row from k on; those past K are 0. Those of int4 come in
+// Unpacks kUnpacked values of the first row, from k on. Values past K are 0. int4 values come in
 // the order of Int4Chunk::k_at.
 template <WeightFormat format, class T, class Element>
 MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
@@ -163,7 +166,8 @@ MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
   }
 }
 
-// All rows of a block, M vectors of tokens. Calls before_tile(row, rows) before each tile.
+// Multiplies all rows of a block by M vectors of tokens. Calls before_tile(row, rows) before each
+// tile.
 template <class Tile, int M, class BeforeTile>
 void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
                       const typename Tile::Element* x, int64_t stride_x, int64_t depth, bool first,
@@ -176,9 +180,9 @@ void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
   }
 }
 
-// Adds to (or, at the beginning of k, sets) the sums of a block: of the rows from first_row on and
-// the values from `begin` on, with all tokens of the task. x: those of its tokens.
-// first_sum: the row of the sums where those of `rows` begin
+// Multiplies one block, the rows from first_row on and the values from `begin` on, by all tokens of
+// the task. Adds to the sums, or sets them if `begin` is 0. x: the packed activations of the block.
+// first_sum: the row of buffers.sums where the sums of `rows` begin.
 template <WeightFormat format, class T, class Tile>
 void multiply_block(const TaskRows& rows, int64_t first_row, int64_t first_sum, int64_t begin,
                     int64_t depth, const typename Tile::Element* x, int64_t vectors,
@@ -192,8 +196,8 @@ void multiply_block(const TaskRows& rows, int64_t first_row, int64_t first_sum, 
     }
   }
 
-  // The next values of these rows are fetched a little before each tile, because rows are too far
-  // apart and what is read of them too short for the processor to see what is coming.
+  // Before each tile, a share of the next values of these rows is prefetched. The hardware does not
+  // prefetch them, because rows are far apart and a block reads few bytes of each.
   const int64_t next = Chunk::bytes(begin + depth);
   const int64_t next_bytes =
       mistral::min(Chunk::bytes(Tile::kBlockDepth), rows.first.row_bytes - next);
@@ -224,9 +228,9 @@ void multiply_block(const TaskRows& rows, int64_t first_row, int64_t first_sum, 
   }
 }
 
-// buffers.sums, from row first_sum on, = the products of up to kTaskRows rows and up to
-// kBlockTokens tokens, which are `vectors` of the packed x's all_vectors, from first_vector on. The
-// rows of sums after them, as far as a tile goes, lose what they have.
+// Multiplies up to kTaskRows rows by up to kBlockTokens tokens: `vectors` vectors from first_vector
+// on, of the all_vectors in the packed x. Writes buffers.sums from row first_sum on. The last tile
+// may overwrite rows of the sums past `rows`.
 template <WeightFormat format, class T, class Tile>
 void multiply_many(const TaskRows& rows, int64_t first_sum, const typename Tile::Element* x,
                    int64_t all_vectors, int64_t first_vector, int64_t vectors,
@@ -234,7 +238,7 @@ void multiply_many(const TaskRows& rows, int64_t first_sum, const typename Tile:
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
   if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets them
-  // The last tile of rows may go beyond them.
+  // The last tile may reach past the rows; it multiplies zeros there.
   for (int64_t row = rows.count; row < Tile::kBlockRows; ++row) {
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
            Tile::kBlockDepth * sizeof(typename Tile::Element));

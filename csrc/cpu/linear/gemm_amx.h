@@ -1,11 +1,11 @@
 // The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2
 // tiles. Unpacked weights are operand a as they are, packed activations operand b.
 //
-// Feeding the tiles is what limits it. A product takes 16 cycles and a load 8, from the L1 cache:
-// with 4 loads for 4 products, half of the time. So the weights of a block (24 KB) stay in L1, of
-// 48 KB, beside activations of two vectors (8 KB), and what comes next of these and of the sums is
-// fetched between the products. The activations of a block (128 KB) and the sums of a task (576 KB)
-// stay in L2, of 2 MB.
+// Loading the tiles limits the speed. A product takes 16 cycles and a load from the L1 cache 8, so
+// 4 loads for 4 products take half of their time. The weights of a block (24 KB) therefore stay in
+// L1 (48 KB), beside the activations of two vectors (8 KB), and the next activations and sums are
+// prefetched between the products. The activations of a block (128 KB) and the sums of a task (576
+// KB) stay in L2 (2 MB).
 #pragma once
 
 #include "../simd/amx.h"
@@ -17,8 +17,8 @@ struct AmxTile {
   using Element = bf16;
   static constexpr int64_t kDepth = 2;
   static constexpr int64_t kBlockDepth = 128;
-  // So many tokens that unpacking a block of weights is a small part of the work, and rows that
-  // fetching its activations is.
+  // Enough tokens that unpacking a block of weights is a small part of the work, and enough rows
+  // that fetching a block of activations is.
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kTaskRows = 3 * kBlockRows;
@@ -36,8 +36,9 @@ struct AmxTile {
     Setup& operator=(const Setup&) = delete;
   };
 
-  // As VectorTile::multiply, but sums run over all blocks: an instruction adds 32 products that it
-  // has summed on their own. Not inlined: there, GCC 12 runs out of registers for addresses.
+  // Like VectorTile::multiply, but a sum runs over all blocks, because the instruction itself sums
+  // 32 products before it adds them. Not inlined, because GCC 12 would run out of registers for
+  // addresses.
   template <int R, int M>
   [[gnu::noinline]] static void multiply(const bf16* all_weights, int64_t row, const bf16* x,
                                          int64_t stride_x, int64_t depth, bool first,
@@ -50,8 +51,8 @@ struct AmxTile {
     const bf16* weights = all_weights + row * kBlockDepth;
     float* sums = all_sums + row * kTileRows;
 
-    // In each step along k is fetched a share of what comes next: of the next vectors, which are
-    // there once all rows are done, and of the sums of the next tile.
+    // Each step along k prefetches a share of the next data: of the next vectors, which must be
+    // there when all rows are done, and of the sums of the next tile.
     constexpr int64_t kSteps = kBlockDepth / kTileDepth;
     constexpr int64_t kVectorLines = kBlockDepth * kTileRows * int64_t{sizeof(bf16)} / 64;
     constexpr int64_t kLines = ceil_div(M * kVectorLines, kSteps * kBlockRows / R);
@@ -61,8 +62,8 @@ struct AmxTile {
     const float* next_sums =
         row + R < kBlockRows ? sums + R * kTileRows : all_sums + M * kVectorSums;
 
-    // Tiles 0 and 1 hold the sums of the first and the second rows with the first vector, tiles 2
-    // and 3 those with the second.
+    // Tiles 0 and 1 hold the sums of the first and the second 16 rows with the first vector, tiles
+    // 2 and 3 their sums with the second vector.
     if (first) {
       tile_zero<0>();
       tile_zero<1>();
@@ -97,7 +98,7 @@ struct AmxTile {
   }
 
  private:
-  // Into the L1 cache.
+  // Prefetches into the L1 cache.
   template <int64_t lines>
   MISTRAL_SIMD static void fetch_lines(const void* p) {
 #pragma GCC unroll 16

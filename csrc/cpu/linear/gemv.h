@@ -1,9 +1,9 @@
-// The product of a few tokens with rows of a weight: reads the rows once from memory, several at a
-// time, for several tokens at a time; further tokens find the rows in the cache. What comes next is
-// fetched meanwhile: for one token in the order of addresses, which is what memory is fastest at,
-// for several in that of their blocks.
+// The product of few tokens with rows of a weight. The rows are read from memory once: each group
+// of rows is multiplied by several tokens at a time, and further tokens find the group in the
+// cache. Meanwhile the next weights are prefetched: with one token in the order of addresses, which
+// memory delivers fastest, with several tokens in the order of their blocks.
 //
-// What is added for an output, and in which order, does not depend on the number of tokens: a
+// The additions behind an output, and their order, do not depend on the number of tokens. A
 // sequence gets the same bits alone and in a batch.
 #pragma once
 
@@ -12,20 +12,22 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kCacheLineBytes = 64;
-// How far ahead of its use memory is fetched: further than the processor's own prefetchers dare,
-// and across the ends of rows and pages, where they stop.
+// How far ahead of its use memory is prefetched. This is further than the hardware prefetchers go,
+// and it crosses the ends of rows and pages, where they stop.
 constexpr int64_t kAheadBytes = 8192;
 
-// Rows and tokens that are multiplied at a time: of one token one row, a single stream through
-// memory; of more, rows that share the activations. Their sums have to stay in registers.
+// Rows and tokens that are multiplied at a time. One token takes one row, a single stream through
+// memory. More tokens take two rows, which share the loads of activations. All sums must stay in
+// registers.
 constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
 constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
-// Rows that are multiplied with all tokens before the next ones, so that they are still in the
-// cache.
+// The rows of a group. All tokens are multiplied by one group before the next, while its rows are
+// in the cache.
 constexpr int kGroupRows = 8;
-// Several tokens' activations of a block of values are multiplied with all rows of a group before
-// the next ones, as many as stay in the L1 cache beside the stream of weights: an activation that
-// has to be fetched waits behind lines that come from memory. They have `value_bytes` each.
+// The values of a block. With several tokens, all rows of a group are multiplied in one block of k
+// before the next block. The activations of a block fit the L1 cache beside the stream of weights,
+// because an activation that has to be fetched waits behind cache lines that come from memory. An
+// activation has `value_bytes` bytes.
 constexpr int64_t block_values(int tokens, int64_t value_bytes) {
   constexpr int64_t kActivationBytes = 1 << 14;
   int64_t values = 4096;
@@ -35,17 +37,18 @@ constexpr int64_t block_values(int tokens, int64_t value_bytes) {
 // Bytes of a packed activation.
 template <class Chunk>
 constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
-// Neighbouring chunks of a row that are taken side by side: a sum waits for the one before.
+// The independent sums of a row. Neighbouring chunks go to different sums, because an addition
+// waits for the previous addition to the same sum.
 constexpr int kChains = 2;
 
-// To the L1 cache. With locality 0, that of weights, which are used once, it goes to no other from
-// there; with 3 to all.
+// Prefetches into the L1 cache. Weights, which are used once, have locality 0: no other cache keeps
+// them. With locality 3, all caches keep them.
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
-// Chunk::Scales, where it has some.
+// Chunk::Scales, or NoScales if the format has no groups.
 struct NoScales {
   struct Loaded {};
   NoScales(int, int64_t) {}
@@ -61,10 +64,11 @@ struct ScalesOf<Chunk, true> {
   using type = typename Chunk::Scales;
 };
 
-// Calls f(chunk, i, values, scales) for the chunks of R rows from k = `begin` to `end`: i counts
-// the chains, values[r] is where a row's chunk is, and scales[r] are its factors, if it is
-// Chunk::kGrouped. `end` is K or a multiple of kChains chunks. Fetches as many bytes from `next`
-// on: for one token, of whole rows, in the order of addresses, else those of R rows side by side.
+// Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. `chain`
+// says to which of the kChains sums the chunk goes, values[r] points to the chunk of row r, and
+// scales[r] are its factors if the format has groups. `end` must be K or a multiple of kChains
+// chunks. Prefetches as many bytes from `next` on: with one token in the order of addresses, across
+// whole rows, with more tokens from R rows side by side.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
@@ -87,7 +91,7 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
     f(chunk, i, values, scales);
   };
 
-  // Counted in chunks, of which compilers know how to make addresses that go on by a constant.
+  // The loop counts chunks, so that the compiler advances every address by a constant.
   int64_t chunk = begin / kValues;
   next -= chunk * kBytes;
   const Scales of_chains(w.group_log2, kChains * kValues);
@@ -106,7 +110,7 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
       visit(of_chains, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
     }
   }
-  // The rest of a row: a whole chunk, and one that is padded with zeros.
+  // The rest of a row: a whole chunk, and a chunk that is padded with zeros.
   for (; chunk * kValues < end; ++chunk) {
     const int64_t there = mistral::min(kValues, end - chunk * kValues);
     char rest[R][kBytes] = {};
@@ -119,22 +123,22 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   }
 }
 
-// The factor of a row as a whole.
+// The scale of a whole row; 1 if the format has none.
 template <class Chunk>
 MISTRAL_SIMD float row_scale(const WeightRows& w, int row) {
   if (Chunk::kGrouped || !w.scales) return 1.0f;
   return to_float(reinterpret_cast<const bf16*>(w.scales)[row]);
 }
 
-// The products of the first R rows of `w` and N tokens, as far as K has been added. x is in the
-// order of Chunk::k_at, padded with zeros. All of it is inlined: sums are to stay in registers.
-// What begins and finishes sees x too, for the formats that keep something there (gemv_int8.h,
+// The running products of the first R rows of `w` and N tokens. x is packed in the order of
+// Chunk::k_at and padded with zeros. All functions are inlined, so that the sums stay in registers.
+// start and finish get x too, because some formats keep a unit or an offset in it (gemv_int8.h,
 // gemv_int16.h).
 template <class Chunk, int R, int N>
 struct Product {
   using A = typename Chunk::Arithmetic;
-  // Whether a chunk's products are summed on their own: groups scale the sums, and one lane alone
-  // would lose digits over thousands of values.
+  // Whether the products of a chunk are summed on their own: a group needs its own sum to scale it,
+  // and a single lane would lose digits over thousands of values.
   static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
   static constexpr int kTotals = kSumsChunks && Vec::width > 1 ? 1 : kChains;
 
@@ -195,7 +199,7 @@ struct Product {
   }
 };
 
-// Fetches the scales of the rows after the next ones.
+// Prefetches the scales of the rows after the next rows.
 template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;
@@ -220,7 +224,8 @@ void multiply_group(const WeightRows& w, int64_t count,
                     int64_t stride_out) {
   constexpr int R = rows_at_a_time(N);
   if constexpr (N == 1) {
-    // int4 takes the longest: short rows, of which several are in the cache, share the activations.
+    // Formats with groups take the longest to unpack. Two of their rows, if short enough that the
+    // prefetch has both in the cache, share the loads of activations.
     int64_t row = 0;
     if (Chunk::kGrouped && 2 * w.row_bytes <= kAheadBytes) {
       for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
@@ -237,8 +242,8 @@ void multiply_group(const WeightRows& w, int64_t count,
         mistral::min(int64_t{kGroupRows}, R * ceil_div(kAheadBytes, R * Chunk::bytes(kValues)));
     for (int64_t k = 0; k < w.inputs; k += kValues) {
       const int64_t end = mistral::min(k + kValues, w.inputs);
-      // What is multiplied after kAheadRows rows: this block of later ones, the next block of the
-      // first ones, or the next group.
+      // The values that are multiplied kAheadRows rows later: the same block of a later row, the
+      // next block of the first rows, or the next group.
       const auto next_of = [&](int64_t row) {
         const int64_t ahead = row + kAheadRows;
         if (ahead < count) return w.from(ahead).values + Chunk::bytes(k);

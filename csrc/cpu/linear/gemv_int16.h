@@ -1,12 +1,12 @@
-// The product of a few tokens with rows of a packed format, in integers of 16 bits: to widen every
-// weight to a float takes longer than memory takes to bring it. One instruction multiplies 16-bit
-// integers and adds pairs of products, which is exact; AVX2 has none for bytes that neither
-// saturates nor loses bits of the activations.
+// gemv for weights of 8 and 4 bits, in 16-bit integers: widening every weight to a float would take
+// longer than reading it from memory. One instruction multiplies 16-bit integers and adds pairs of
+// products, which is exact. AVX2 has no instruction for bytes that neither saturates nor loses bits
+// of the activations.
 //
-// The activations of a token become integers of 16 bits in a unit of their own (unit_of in
-// integers.h). A packed token begins with a head, which holds that unit; a line for each chunk
-// follows. Where the values of a format have no sign, and are kBias too large, a line begins with
-// what corrects each lane of the sums.
+// The activations of a token become 16-bit integers, in a unit that is chosen for the token
+// (unit_of in integers.h). A packed token is a head, which holds the unit, and a line for each
+// chunk. If a format unpacks to unsigned values, kBias too large, a line begins with the correction
+// for each lane of the sums.
 #pragma once
 
 #include "../simd/integers.h"
@@ -17,7 +17,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <WeightFormat format>
 struct Int16Chunk;
 
-// Packs the activations of a token, K of them.
+// Packs the K activations of a token.
 template <class Chunk, class T>
 void pack_int16(const T* x, int64_t inputs, int16_t* out);
 
@@ -35,7 +35,7 @@ struct Int16Layout {
   static constexpr int64_t kHead = 32;             // elements: 64 bytes
 };
 
-// Bytes with a sign, as they lie in memory.
+// Signed bytes, in the order of memory.
 template <int64_t values>
 struct Int16Bytes : Int16Layout {
   static constexpr int64_t kValues = values;
@@ -64,7 +64,7 @@ struct Int16Chunk<WeightFormat::q8_0> : Int16Bytes<32> {
   using Scales = Q8Chunk<Fp32>::Scales;
 };
 
-// 8 words. Operand i holds the pair (2 i, 2 i + 1) of every word, each 8 too large.
+// A vector of words. Operand i holds values 2 i and 2 i + 1 of every word, each 8 too large.
 template <>
 struct Int16Chunk<WeightFormat::int4> : Int16Layout {
   static constexpr int64_t kValues = 8 * Vec::width;

@@ -1,14 +1,15 @@
-// The product of a few tokens with rows of 8 bits, in integers. To widen these to floating point
-// numbers takes longer than fast memory takes to bring them; VNNI multiplies them as they are.
+// gemv for weights of 8 bits, in integers: widening them to floats would take longer than fast
+// memory takes to bring them. VNNI multiplies bytes as they are.
 //
-// The activations of a token become integers of 16 bits in a unit of their own (unit_of in
-// integers.h). Instructions multiply unsigned bytes with signed ones, so an activation is a signed
-// high byte and an unsigned low one, and a weight is taken as it is or, without a sign, 128 larger:
+// The activations of a token become 16-bit integers, in a unit that is chosen for the token
+// (unit_of in integers.h). An instruction multiplies unsigned bytes by signed bytes, so an
+// activation is split into a signed high byte and an unsigned low byte. Low bytes are multiplied by
+// the signed weight, high bytes by the weight as an unsigned byte, which is 128 larger:
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
-// These sums are exact, as rows have at most kMaxInt8Inputs: they may wrap around on the way, the
-// results fit. The second one is packed with the activations.
+// The sums are exact for rows of up to kMaxInt8Inputs values: they may wrap around on the way, but
+// the results fit. The second sum is packed with the activations.
 #pragma once
 
 #include <type_traits>
@@ -18,8 +19,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// For activations of 16 bits. A token's packed ones begin with a TokenHead; then comes a line for
-// each chunk: its high bytes, and its low ones.
+// Packed activations of a token: a TokenHead, then for each chunk a line of its high bytes and its
+// low bytes.
 struct Int8InIntegers {
   struct Arithmetic {
     using Element = uint8_t;
@@ -35,14 +36,14 @@ struct Int8InIntegers {
 template <>
 constexpr int64_t kPackedBytes<Int8InIntegers> = 2;
 
-// Packs the activations of a token, K of them, at an address that is a multiple of 64.
+// Packs the K activations of a token, at an address that is a multiple of 64.
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
 #if defined(__AVX512VNNI__)
 
 struct TokenHead {
-  Ints offset;  // -128 times the high bytes that each lane multiplies
+  Ints offset;  // in each lane: -128 times the sum of its high bytes
   alignas(64) float unit;
 
   static const TokenHead& of(const uint8_t* x) { return *reinterpret_cast<const TokenHead*>(x); }
@@ -51,7 +52,7 @@ static_assert(sizeof(TokenHead) == Int8InIntegers::kHeadBytes);
 
 template <int R, int N>
 struct Product<Int8InIntegers, R, N> {
-  // A sum waits for the one before: one row and token have two of each.
+  // An addition waits for the previous addition to the same sum, so one row and token use two sums.
   static constexpr int kSums = R * N == 1 ? kChains : 1;
 
   Ints high[kSums][N][R], low[kSums][N][R];

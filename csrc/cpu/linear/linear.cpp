@@ -1,7 +1,7 @@
-// First each token's activations are packed: normalised if asked to, converted to what they are
-// multiplied as, in the order of k that the weights' format has. Then each thread multiplies blocks
-// of rows of the weights, with up to kFewTokens tokens (gemv.h, gemv_int8.h, gemv_int16.h) or more
-// (gemm.h), and writes the outputs.
+// First the activations of each token are packed: normalised if there is a norm, converted, and put
+// in the order of k of the weight format (activations.h). Then each thread multiplies blocks of
+// rows of the weights and writes the outputs: up to kGemvTokens tokens with gemv.h, gemv_int8.h or
+// gemv_int16.h, more tokens with gemm.h.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -12,13 +12,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The least that a thread takes of few tokens' weights at a time (with SwiGLU twice that): more
-// than what it begins to fetch too late.
+// The fewest bytes of weights that a thread takes at a time in gemv, with SwiGLU of each part. The
+// prefetch comes too late for the first bytes of a range, so ranges must be much longer.
 constexpr int64_t kLeastBytes = 1 << 16;
-constexpr int64_t kMostRows = 512;  // whose outputs are written together
+constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
 
-// Rows that are multiplied before their outputs are written, of one part; with SwiGLU of gate and
-// up alike.
+// Neighbouring rows of one part, or with SwiGLU of both gate and up, whose outputs are written
+// together.
 struct RowBlock {
   int64_t part;
   int64_t first;
@@ -37,7 +37,7 @@ int64_t count_blocks(const LinearParams& p, int64_t rows) {
   return count;
 }
 
-// Rows from `row` of all parts on, at most `most`.
+// At most `most` rows of one part, from row `row` of all parts together on.
 RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
   int64_t part = 0, first = row;
   while (first >= p.parts[part].rows) first -= p.parts[part++].rows;
@@ -74,7 +74,7 @@ void finish(const LinearParams& p, int64_t token, int64_t column, const float* p
   }
 }
 
-// The first part that has the format of this one.
+// The first part with the same format.
 int64_t first_like(const LinearParams& p, int64_t part) {
   int64_t first = 0;
   while (p.parts[first].format != p.parts[part].format) ++first;
@@ -85,8 +85,8 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 template <class T>
 struct Scratch {
   T* normalised;            // [T, K]
-  char* rows;               // of many tokens: one format's packed rows, before pack_vector
-  char* packed[kMaxParts];  // for each part; those of one format share them
+  char* rows;               // gemm: the packed rows of one format, before pack_vector
+  char* packed[kMaxParts];  // for each part; parts of one format share them
   int64_t bytes;
 
   explicit Scratch(const LinearParams& p) {
@@ -96,7 +96,7 @@ struct Scratch {
       next += ceil_div(size, 64) * 64;
       return begin;
     };
-    const bool many = p.tokens > kFewTokens;
+    const bool many = p.tokens > kGemvTokens;
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
     rows = take(many ? many_bytes(p) : 0);
     for (int64_t part = 0; part < p.num_parts; ++part) {
@@ -123,7 +123,8 @@ struct Scratch {
 template <class T>
 void linear_few(const LinearParams& p, int threads) {
   const Scratch<T> scratch(p);
-  // Calls f with the part's chunk, its packed activations and the elements of a token of them.
+  // Calls f with the chunk type of the part, its packed activations and their elements for each
+  // token.
   const auto with_chunk = [&](int64_t part, const auto& f) {
     with_format(p.parts[part].format, [&](auto format) {
       using Chunk = typename FewChunkOf<format.value, T>::type;
@@ -147,7 +148,7 @@ void linear_few(const LinearParams& p, int threads) {
   parallel_ranges(threads, all_rows, kGroupRows, least, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const RowBlock block = block_from(p, begin, mistral::min(kMostRows, end - begin));
-      float product[kFewTokens][kMostRows], up[kFewTokens][kMostRows];
+      float product[kGemvTokens][kMostRows], up[kGemvTokens][kMostRows];
       const auto multiply = [&](int64_t part, float* out) {
         with_chunk(part, [&](auto chunk, const auto* packed, int64_t stride_x) {
           multiply_few<decltype(chunk)>(rows_of<T>(p.parts[part], p.inputs, block.first),
@@ -200,20 +201,20 @@ void linear_many(const LinearParams& p, int threads) {
 
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
-  const int64_t parts = swiglu ? 2 : 1;  // whose rows go together
+  const int64_t parts = swiglu ? 2 : 1;  // parts whose rows go together
   // As many rows as leave enough tasks to share out.
   int64_t rows_per_task = Tile::kTaskRows / parts;
   while (rows_per_task > Tile::kBlockRows / parts &&
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
     rows_per_task -= Tile::kBlockRows / parts;
   }
-  // Blocks of tokens come first, while the rows are in the cache.
+  // Consecutive tasks take the blocks of tokens of the same rows, while these are in the cache.
   parallel_for(threads, count_blocks(p, rows_per_task) * token_blocks, [&](int64_t task) {
     const RowBlock block = block_at(p, rows_per_task, task / token_blocks);
     const int64_t first_token = task % token_blocks * Tile::kBlockTokens;
     const int64_t tokens = mistral::min(Tile::kBlockTokens, p.tokens - first_token);
     ManyBuffers<Tile> buffers;
-    // The sums begin at first_row of the buffer.
+    // The sums of `rows` begin at row first_row of the buffer.
     const auto multiply = [&](int64_t part, const TaskRows& rows, int64_t first_row) {
       with_format(p.parts[part].format, [&](auto format) {
         multiply_many<format.value, T>(
@@ -224,7 +225,7 @@ void linear_many(const LinearParams& p, int threads) {
     const WeightRows first = rows_of<T>(p.parts[block.part], p.inputs, block.first);
     TaskRows rows = {first, {}, block.count, block.count};
     const bool mixed = swiglu && first_like(p, 1) != 0;
-    if (swiglu && !mixed) {  // in one, so that they share the activations in the cache
+    if (swiglu && !mixed) {  // in one call, so that both share the activations in the cache
       rows.second = rows_of<T>(p.parts[1], p.inputs, block.first);
       rows.count += block.count;
     }
@@ -234,7 +235,7 @@ void linear_many(const LinearParams& p, int threads) {
       multiply(1, {up, {}, block.count, block.count}, block.count);
     }
 
-    // From rows of tokens to rows of outputs, one vector of tokens at a time.
+    // Transposes rows of tokens to rows of outputs, one vector of tokens at a time.
     const int64_t count = parts * block.count;
     for (int64_t first = 0; first < tokens; first += Vec::width) {
       float outputs[Vec::width][Tile::kTaskRows];
@@ -277,7 +278,7 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 void linear(const LinearParams& p, int threads) {
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (p.tokens <= kFewTokens) {
+    if (p.tokens <= kGemvTokens) {
       linear_few<T>(p, threads);
     } else {
       linear_many<T>(p, threads);

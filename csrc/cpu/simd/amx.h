@@ -10,7 +10,7 @@ constexpr int kTiles = 8;
 constexpr int kTileRows = 16;
 constexpr int kTileRowBytes = 64;
 
-// What ldtilecfg reads.
+// The operand of ldtilecfg.
 struct TileConfig {
   uint8_t palette;
   uint8_t start_row;  // where an interrupted load or store goes on
@@ -20,7 +20,7 @@ struct TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64, "");
 
-// Every tile has all of its rows.
+// A configuration in which every tile has all of its rows.
 constexpr TileConfig whole_tiles() {
   TileConfig config{};
   config.palette = 1;
@@ -31,14 +31,14 @@ constexpr TileConfig whole_tiles() {
   return config;
 }
 
-// Of this thread, and sets all tiles to zero. The compiler's own intrinsics are not used here:
-// GCC 12's for this one declares 8 of the 64 bytes as read, and those that load and store tiles
-// declare no memory at all, so that it may drop or move what the program writes there.
+// Configures the tiles of this thread and sets them to zero. The compiler's intrinsics are not used
+// here: in GCC 12 this one declares only 8 of the 64 bytes as read, and those that load and store
+// tiles declare no memory at all, so the compiler may drop or move writes to that memory.
 [[gnu::always_inline]] inline void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
-// Back to the state before tile_configure, in which a switch of threads has no tiles to save.
+// Returns to the state before tile_configure, in which a switch of threads has no tiles to save.
 [[gnu::always_inline]] inline void tile_release() { asm volatile("tilerelease"); }
 
 template <int tile>
@@ -46,7 +46,7 @@ template <int tile>
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// Its rows lie `stride` bytes apart.
+// Loads or stores a tile, whose rows lie `stride` bytes apart.
 template <int tile>
 [[gnu::always_inline]] inline void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");

@@ -1,7 +1,8 @@
-// How products are computed: in fp32, or of pairs of bf16 where the instruction set has that.
+// The two ways to compute products: in fp32, or in pairs of bf16 where the instruction set has
+// them.
 //
-// Element is what the factors are when they are multiplied, Operand a vector of them. Each of its
-// lanes holds kDepth neighbours along the sum.
+// Element is the type of the factors, Operand a vector of them. Each lane of an operand holds
+// kDepth neighbours along the sum.
 #pragma once
 
 #include "simd.h"
@@ -53,7 +54,7 @@ struct Bf16 {
 
 #endif
 
-// For activations of type T.
+// The arithmetic for activations of type T.
 template <class T>
 struct ArithmeticOf {
   using type = Fp32;

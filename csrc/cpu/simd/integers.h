@@ -1,4 +1,4 @@
-// Vectors of integers: of 16 bits, whose pairs are multiplied and added, and with VNNI of bytes.
+// Vectors of integers: of 16 bits, whose products are added in pairs, and with VNNI also of bytes.
 #pragma once
 
 #include "simd.h"
@@ -20,7 +20,7 @@ MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {_mm512_set1_epi16(x)}; 
 MISTRAL_SIMD Shorts widen_bytes(const char* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// From two's complement to values that are 8 larger.
+// Turns two's complement into unsigned values that are 8 larger.
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
 }
@@ -37,10 +37,10 @@ MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)
 MISTRAL_SIMD Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 MISTRAL_SIMD Ints operator<<(Ints x, int bits) { return {_mm512_slli_epi32(x.v, bits)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
-// The products of each lane's two pairs of neighbours, added.
+// Lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
 MISTRAL_SIMD Ints add_pairs(Shorts a, Shorts b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 
-// The nearest integers, which have at most 16 bits.
+// Stores the nearest integers, which must fit 16 bits.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
@@ -54,17 +54,19 @@ struct Bytes {  // 64
 
 MISTRAL_SIMD Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 MISTRAL_SIMD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
-// From signed to unsigned: 128 more.
+// Turns signed bytes into unsigned bytes that are 128 larger.
 MISTRAL_SIMD Bytes add_128(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
 
-// Adds to each lane the products of 4 unsigned bytes with 4 signed ones. As an intrinsic, GCC 12
-// copies the sums to other registers and back in every turn of a loop that has many.
+// Adds to each lane the products of 4 unsigned bytes and 4 signed bytes. Written as asm, because
+// with the intrinsic GCC 12 copies the sums to other registers and back in every iteration of a
+// loop with many sums.
 MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(without_sign.v), "vm"(with_sign.v));
   return sums;
 }
 
-// The nearest integers, of at most 16 bits: their signed high bytes and their unsigned low ones.
+// Rounds to integers, which must fit 16 bits, and stores their signed high bytes and unsigned low
+// bytes.
 MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
   _mm_storeu_si128(static_cast<__m128i*>(high),
@@ -95,7 +97,7 @@ MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {_mm256_set1_epi16(x)}; 
 MISTRAL_SIMD Shorts widen_bytes(const char* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-// From two's complement to values that are 8 larger.
+// Turns two's complement into unsigned values that are 8 larger.
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
@@ -113,10 +115,10 @@ MISTRAL_SIMD void store_ints(int16_t* p, Ints x) {
 MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm256_cvtepi32_ps(x.v)}; }
-// The products of each lane's two pairs of neighbours, added.
+// Lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
 MISTRAL_SIMD Ints add_pairs(Shorts a, Shorts b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 
-// The nearest integers, which have at most 16 bits.
+// Stores the nearest integers, which must fit 16 bits.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
   const __m256i rounded = _mm256_cvtps_epi32(x.v);
   const __m128i halves =
@@ -130,16 +132,16 @@ MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// What integers of 16 bits count in: a power of two, and its inverse.
+// The unit in which 16-bit integers count: a power of two, and its inverse.
 struct Unit {
   float value;
   float inverse;
 };
 
-// The unit in which the largest of some numbers uses all bits; so a bf16 of at least 2^-7 times the
-// largest stays what it is, and no number is off by more than 2^-15 times the largest. It is found
-// by exponents, in the place where a float has them. A magnitude that is not finite makes all
-// products NaN; where the unit would not be a normal number, fewer bits are used.
+// The unit in which the largest of some numbers uses all bits of an integer. A bf16 of at least
+// 2^-7 times the largest is then exact, and no number is off by more than 2^-15 times the largest.
+// The unit is computed from the exponent bits of a float. If the largest magnitude is not finite,
+// all products become NaN. If the unit would not be a normal number, fewer bits are used.
 // magnitude: the bits of the largest magnitude, as a float. NaN is above infinity.
 inline Unit unit_of(int32_t magnitude) {
   constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;

@@ -18,7 +18,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Scalar conversions: the whole of the scalar set, and the last few elements of the others.
+// Scalar conversions: all that the scalar set uses. The other sets use them for the last few
+// elements of a row.
 
 MISTRAL_SIMD float to_float(float x) { return x; }
 MISTRAL_SIMD float to_float(int8_t x) { return x; }
@@ -158,7 +159,7 @@ struct Words {
 };
 MISTRAL_SIMD Words load_words(const void* p) {
   __m512i words = _mm512_loadu_si512(p);
-  asm("" : "+v"(words));  // in a register: GCC would load it again for each of its values
+  asm("" : "+v"(words));  // in a register: GCC would load it again for each value
   return {words};
 }
 // value i of every word
@@ -167,12 +168,12 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, int4_shift(i)), values)};
 }
-// Loads the scales of the values of one or two Words, in groups of 2^group_log2: 8 values go with
-// each lane.
+// Loads the scales of one or two Words, whose values share scales in groups of 2^group_log2. Each
+// lane has 8 values.
 struct GroupScales {
-  // Of the scale of each lane, in its high half: a bf16 is the high half of a float.
+  // The index of each lane's scale, in the high half: a bf16 is the high half of a float.
   __m512i index[2];
-  __mmask8 there;  // scales that are there
+  __mmask8 there;  // mask of the scales that exist
 
   using Loaded = __m512i;
 
@@ -216,8 +217,8 @@ MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
 }
 // values 2 i and 2 i + 1 of every word
 MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
-  // The look-up takes 5 bits of each half word, of which the highest belongs to another value:
-  // the table holds each of the 16 values twice.
+  // The look-up takes 5 bits of each half word. The highest belongs to another value, so the table
+  // holds each of the 16 values twice.
   const __m512i values = _mm512_broadcast_i64x4(
       _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                         int16_t(0xc100), int16_t(0xc0e0), int16_t(0xc0c0), int16_t(0xc0a0),
@@ -468,10 +469,11 @@ MISTRAL_SIMD void interleave(Pairs a, Pairs b, Pairs out[2]) {
   interleave(Vec{_mm512_castsi512_ps(a.v)}, Vec{_mm512_castsi512_ps(b.v)}, halves);
   for (int i = 0; i < 2; ++i) out[i] = {_mm512_castps_si512(halves[i].v)};
 }
-// Pairs of a value of `a` and one of `b`: of their first halves, then of their second halves.
+// Pairs value i of `a` with value i of `b`: first the values of the lower halves, then those of the
+// upper halves.
 MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  // In each lane the index of a value of a, and above it that of the same one of b.
+  // Each lane holds the index of a value of a and, above it, the index of the same value of b.
   const __m512i low = _mm512_or_si512(_mm512_slli_epi32(lane, 16),
                                       _mm512_or_si512(lane, _mm512_set1_epi32(32 << 16)));
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
@@ -480,9 +482,9 @@ MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
 }
 #endif
 
-// Transposes a square of lanes. Each round takes the highest bit of an element's row to the lowest
-// of its column, and the highest of its column to the lowest of its row; after as many rounds as
-// there are bits the two have changed places.
+// Transposes a square of lanes. Each round moves the highest bit of an element's row number to the
+// lowest bit of its column number, and the highest bit of the column number to the lowest bit of
+// the row number. After as many rounds as there are bits, row and column have changed places.
 template <class Lanes>
 MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   for (int round = Vec::width; round > 1; round /= 2) {
@@ -494,7 +496,8 @@ MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   }
 }
 
-// Lane i is the sum of a[i]: the sum of the rows of the transpose, added as early as may be.
+// Lane i is the sum of the lanes of a[i]. This is the sum of the rows of the transpose, added while
+// transposing.
 MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   Vec left[Vec::width];
   for (int i = 0; i < Vec::width; ++i) left[i] = a[i];
@@ -508,7 +511,8 @@ MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   return left[0];
 }
 
-// In each lane the largest of its quarter of the lanes; with one lane, that one.
+// Each lane gets the largest value of its quarter of the vector. A vector of one lane stays as it
+// is.
 #if defined(__AVX512F__)
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
   a = vmax(a, Vec{_mm512_permute_ps(a.v, 0b10110001)});

@@ -113,7 +113,7 @@ cudaError_t attention(const AttentionParams& p, cudaStream_t stream) {
   switch (p.dtype) {
     case DType::bf16: return launch_attention<__nv_bfloat16>(p, stream);
     case DType::f16: return launch_attention<__half>(p, stream);
-    case DType::f32: return cudaErrorInvalidValue;  // has no tensor core product of this precision
+    case DType::f32: return cudaErrorInvalidValue;  // tensor cores have no product in fp32
   }
   return cudaErrorInvalidValue;
 }

@@ -2,10 +2,10 @@
 //
 // Grid: (splits, Hkv, S). The query rows of one sequence and key/value head, at most 16 (all heads
 // of the group for 1 token, or for a few), are one operand of the products, so each key and value
-// is loaded once for all of them. The keys that they see are divided among `splits` blocks and
-// in a block among 4 warps, which take tiles of 16 in turn. Each warp has two stages of shared
-// memory of its own, fills both before it begins, and then works on one while the other is on its
-// way: no barrier of the block until the warps' results are merged. With several splits each block
+// is loaded once for all of them. The keys that they see are divided among `splits` blocks and in a
+// block among 4 warps, which take tiles of 16 in turn. Each warp has two stages of shared memory of
+// its own, fills both before it begins, and then works on one while the other is on its way: so the
+// block needs no barrier until the results of its warps are merged. With several splits each block
 // leaves its result in `partials`, and the last one to arrive merges them.
 #pragma once
 
@@ -73,7 +73,7 @@ __global__ __launch_bounds__(kDecodeWarps* kWarp,
   cp_async_wait<1>();
   __syncthreads();  // the queries are there, for all warps
 
-  // Offsets of this lane's two rows; those past the end repeat the last one and are not stored.
+  // Offsets of this lane's two rows. Rows past the end repeat the last row and are not stored.
   int own[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

@@ -1,5 +1,5 @@
-// What happens when the last block of a sequence and key/value head is done: nobody reads the
-// history any more, and the tokens that had to wait for that are stored in the ring (ring.h).
+// Late tokens: the new tokens that may be stored in the ring only when no block reads the history
+// any more (ring.h). The last block of a sequence and key/value head stores them.
 #pragma once
 
 #include <launch.cuh>

@@ -1,4 +1,4 @@
-// Results over parts of the keys, and how they become one.
+// Partial results, each over a part of the keys, and their merge.
 #pragma once
 
 #include "../common/vec.cuh"
@@ -19,8 +19,8 @@ struct Merged {
 };
 
 // Merges elements d to d + 7 of `parts` results. row_of(i) is where the row begins in part i, and
-// read(address) loads 4 floats from there. Of 8 neighbouring lanes, 4 begin with the upper half of
-// their 8 elements: together they then read 128 bytes from all banks.
+// read(address) loads 4 floats from there. Among 8 neighbouring lanes, 4 begin with the upper half
+// of their 8 elements, so that the 8 lanes together read 128 bytes from all banks.
 template <int D, class RowOf, class Read>
 __device__ __forceinline__ Merged merge(int parts, int d, float scale, const RowOf& row_of,
                                         const Read& read) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ Merged merge(int parts, int d, float scale, const Row
   }
   const bool upper_first = d / 8 % 8 >= 4;
   const int first = upper_first ? 4 : 0, second = 4 - first;
-  // A row always sees itself, but none of its keys may be in these parts.
+  // A row always sees itself, but it may see none of the keys of these parts.
   const float base = merged.maximum == -INFINITY ? 0.0f : merged.maximum * scale;
 #pragma unroll 8  // so many parts' loads are under way together
   for (int i = 0; i < parts; ++i) {

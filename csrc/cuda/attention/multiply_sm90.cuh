@@ -1,9 +1,9 @@
 // The consumers of prefill_sm90.cuh: a warpgroup's 64 query rows times the keys, the softmax in
 // registers, and the probabilities times the values.
 //
-// The products of a tile's keys and of the values of the tile before are issued together, and the
-// softmax of the former runs while the latter are under way. Meanwhile it is the turn of the other
-// warpgroup to multiply.
+// A consumer issues the product with the keys of a tile together with the product with the values
+// of the tile before. The softmax of the scores runs while the product with the values is under
+// way. Meanwhile the other consumer has its turn to multiply.
 #pragma once
 
 #include "finish.cuh"
@@ -12,13 +12,13 @@
 
 namespace mistral::cuda {
 
-// Registers of a product as the mma functions of tile_sm80.cuh have them.
+// Views the registers of a product in the layout of the mma functions of tile_sm80.cuh.
 template <int kCount>
 __device__ __forceinline__ auto& as_fragments(float (&product)[kCount]) {
   return reinterpret_cast<float (&)[1][kCount / 4][4]>(product);
 }
 
-// The descriptor of what lies `bytes` after the start of a matrix.
+// The descriptor of the place that lies `bytes` after the start of a matrix.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor + bytes / 16;
 }
@@ -58,8 +58,8 @@ __device__ __forceinline__ void issue_out(float (&out)[D / 2],
   wgmma_commit();
 }
 
-// Turns scores into probabilities relative to the new maximum; the results so far are to be
-// multiplied by factors[r] for the lane's row r.
+// Turns scores into probabilities relative to the new maximum; The results so far of the lane's row
+// r must be multiplied by factors[r].
 template <int kCount>
 __device__ __forceinline__ void exponentiate(Softmax<1>& softmax, float (&scores)[kCount],
                                              float (&factors)[2]) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&fact
   for (int i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
 }
 
-// As the A operand of the product with the values, 16 keys in each.
+// Packs the probabilities as A operands of the product with the values, 16 keys in each.
 template <class T, int kCount>
 __device__ __forceinline__ void pack_rows(const float (&scores)[kCount],
                                           uint32_t (&probabilities)[kCount / 8][4]) {
@@ -119,7 +119,7 @@ class Consumer {
       multiply(item, before, i);
       before += item.key_tiles;
     }
-    if (number_ == 0) await_turn();  // that which the other one has passed on at the end
+    if (number_ == 0) await_turn();  // the turn that the other consumer passes on at its end
   }
 
  private:
@@ -137,7 +137,7 @@ class Consumer {
   __device__ __forceinline__ void pass_turn() const {
     named_barrier_arrive(kTurnBarrier + 1 - number_, kConsumers * kWarpgroup);
   }
-  // The warp is done with a stage.
+  // Reports that this warp is done with a stage.
   __device__ __forceinline__ void release(uint64_t* empty) const {
     if (lane() == 0) mbarrier_arrive(empty);
   }
@@ -250,8 +250,8 @@ class Consumer {
     });
   }
 
-  // Leaves the results over a part of the keys to the warpgroup that is the last to do so for these
-  // rows, which stores what they come to and gets true.
+  // Writes the partial results to `partials`. Returns true in the last warpgroup to do so for these
+  // rows, after it has merged and stored them.
   __device__ __forceinline__ bool merge_parts(const WorkItem& item, const QueryRows& rows,
                                               float (&out)[D / 2], const Softmax<1>& softmax) {
     const int64_t rows_before = int64_t{item.number} * kConsumers + number_;

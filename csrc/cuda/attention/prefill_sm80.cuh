@@ -1,10 +1,10 @@
 // Prefill: FlashAttention-2 (Dao 2023, arXiv:2307.08691) over a ring.
 //
 // Grid: (tiles of query rows, Hkv). A block of 4 warps owns 128 query rows of one sequence and
-// key/value head, each warp 32 of them, and walks the keys that any row sees in tiles of 64. While
-// it multiplies a tile's keys the tile's values are on their way, while it multiplies the values
-// the next tile's keys are. Tiles outside the window are never loaded; only those at its two
-// edges are masked.
+// key/value head, each warp 32 of them, and walks the keys that any row sees in tiles of 64. The
+// values of a tile are copied while its keys are multiplied, and the keys of the next tile while
+// its values are multiplied. Tiles outside the window are never loaded; only those at its two edges
+// are masked.
 #pragma once
 
 #include "finish.cuh"
@@ -16,7 +16,7 @@ constexpr int kPrefillWarps = 4;
 static_assert(kPrefillRows == 32 * kPrefillWarps);
 constexpr int kPrefillKeys = 64;
 
-// Bytes of shared memory: queries, keys, values, and what the block knows of its keys.
+// Bytes of shared memory: queries, keys, values, and the VisibleKeys of the block.
 template <class T, int D>
 constexpr size_t kPrefillShared =
     (kPrefillRows + 2 * kPrefillKeys) * D * sizeof(T) + sizeof(VisibleKeys);
@@ -68,7 +68,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   });
   copy_keys(0);
 
-  // Offsets of this lane's rows; those past the end repeat the last one and are not stored.
+  // Offsets of this lane's rows. Rows past the end repeat the last row and are not stored.
   const int warp_row = 32 * warp;
   const auto offset_of = [&](int row) {
     return static_cast<int>(s.position + rows.token(min(tile_row + row, last_row)) - begin);

@@ -2,8 +2,8 @@
 //
 // Grid: a block for each multiprocessor, or fewer if there is less to do. A block takes one work
 // item after the other: a tile of 128 query rows of one sequence and key/value head, and the keys
-// that any row sees in tiles of 128. Items are claimed from a counter, the last tiles first, which
-// see the most keys: so the blocks end together.
+// that any row sees in tiles of 128. Items are claimed from a counter, the last tiles first,
+// because they see the most keys, so that the blocks end together.
 //
 // A block is three warpgroups. The first feeds the other two (this file): it claims the items and
 // fills two stages of keys and of values. The others (multiply_sm90.cuh) own 64 query
@@ -21,16 +21,17 @@ constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
-// Up to so many tokens, the keys and values of all of a call's heads fit the L2 cache.
-constexpr int kFewTokens = 4096;
+// Up to this many tokens, the keys and values of all heads of a call fit the L2 cache.
+constexpr int kTokensInL2 = 4096;
 
-// Of a thread. All start with 168, the third part of what there is: these are the same sum.
+// Registers of a thread after they are redistributed. Every thread starts with 168, the most that
+// three warpgroups can have alike. The sum over the warpgroups stays the same.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
 
-// Barriers 1 to 15 of the block. Each consumer has one for itself, and one on which it waits until
-// it is its turn to multiply.
+// Barriers 1 to 15 of the block. Each consumer has a barrier of its own threads, and a barrier on
+// which it waits for its turn to multiply.
 constexpr int kProducerBarrier = 1, kConsumerBarrier = 2, kTurnBarrier = 4;
 
 // A tile [kRows, D] as TMA writes it and wgmma reads it: columns of 64 elements one after the
@@ -49,16 +50,16 @@ struct SwizzledTile {
   }
 };
 
-// A tile of query rows, and the tiles of keys that it is to be multiplied with: those that it sees,
-// or a part of them.
+// A tile of query rows, and the tiles of keys to multiply it with: all that it sees, or a part of
+// them.
 struct WorkItem {
   Sequence sequence;
   VisibleKeys keys;
   int index;  // of the sequence
   int kv_head;
   int number;   // of the tile, among those of all heads
-  int row;      // first of the tile, of the sequence's
-  int end_row;  // after the last of the tile
+  int row;      // the tile's first, among the rows of the sequence
+  int end_row;  // after the tile's last row
   int part, parts;
   int first_key_tile;
   int key_tiles;  // 0: there is no more work
@@ -71,16 +72,16 @@ struct alignas(1024) HopperShared {
   T k[kHopperStages][kHopperKeys * D];
   T v[kHopperStages][kHopperKeys * D];
   T out[kConsumers][kConsumerRows * D];
-  // Full: the producer has filled it. Empty: each warp of the consumers is done with it.
+  // Full: the producer has filled the stage. Empty: every warp of the consumers is done with it.
   uint64_t k_full[kHopperStages], k_empty[kHopperStages];
   uint64_t v_full[kHopperStages], v_empty[kHopperStages];
-  // Two, so that a consumer may begin with the next item while the other ends the last one.
+  // Two items, so that a consumer may begin the next item while the other ends the last.
   uint64_t item_full[2], item_empty[2];
   WorkItem items[2];
   int last[kConsumers];  // of arrives_last
 };
 
-// The n-th use of a stage or item slot, counted from 0: which one, and the parity of its phase.
+// For use n of the stages or item slots, counted from 0: the slot, and the parity of its phase.
 __device__ __forceinline__ int stage_of(int n) { return n % 2; }
 __device__ __forceinline__ uint32_t parity_of(int n) { return n / 2 % 2; }
 static_assert(kHopperStages == 2);
@@ -101,13 +102,14 @@ __device__ __forceinline__ void init_barriers(HopperShared<T, D>& shared) {
   mbarrier_init_fence();
 }
 
-// What the copy engine has to know of the keys, and of the values.
+// The maps by which the copy engine finds keys and values.
 struct HopperMaps {
   CUtensorMap k_pool, v_pool;  // [R, D], boxes of 128 rows and 64 columns
   CUtensorMap k, v;            // [T, Hkv, D], boxes of 128 tokens, one head and 64 columns
 };
 
-// Claims work for a block. The counter follows those of late tokens, and is left at zero.
+// Claims work for a block. Its counter lies after the counters of late tokens, and is zero before
+// and after the launch.
 class WorkQueue {
  public:
   __device__ explicit WorkQueue(const AttentionParams& p) : p_(p) {}
@@ -123,12 +125,13 @@ class WorkQueue {
         item.key_tiles = 0;
         return;
       }
-      // Few tokens: the longest items of all heads first, for the sake of the end. Many: one head
-      // after the other, because its keys fit the L2 cache, in which the blocks find them.
+      // If all heads fit the L2 cache, the longest items of all heads come first, so that the
+      // blocks end at about the same time. Otherwise the heads come one after another, so that the
+      // blocks find the keys of their head in the L2 cache.
       const int unit = claimed / p_.prefill_splits, heads = static_cast<int>(p_.kv_heads);
-      const bool few = p_.tokens <= kFewTokens;
-      const int tile = tiles - 1 - (few ? unit / heads : unit % tiles);
-      const int kv_head = few ? unit % heads : unit / tiles;
+      const bool fits_l2 = p_.tokens <= kTokensInL2;
+      const int tile = tiles - 1 - (fits_l2 ? unit / heads : unit % tiles);
+      const int kv_head = fits_l2 ? unit % heads : unit / tiles;
       const auto index = static_cast<int>(sequence_of_tile(p_, group, tile));
       const Sequence& s = p_.sequences[index];
       const QueryRows rows(p_, s, kv_head);
@@ -158,7 +161,7 @@ class WorkQueue {
   __device__ __forceinline__ int32_t* counter() const {
     return p_.counters + p_.num_sequences * p_.kv_heads;
   }
-  // The first items without the counter, all others after those.
+  // A block claims its first item by its index, and all later items with the counter.
   __device__ __forceinline__ int claim() {
     if (begun_) return static_cast<int>(gridDim.x) + atomicAdd(counter(), 1);
     begun_ = true;
@@ -169,7 +172,7 @@ class WorkQueue {
   bool begun_ = false;
 };
 
-// Where the rows of a tile of keys begin, if they are all in one place.
+// Where the rows of a tile of keys begin, if they are contiguous.
 struct TilePlace {
   enum { apart, pool, chunk } kind;
   int row;  // of the pool, or token of the chunk
@@ -181,9 +184,9 @@ __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, con
   if (first + kHopperKeys <= keys.history && slot + kHopperKeys <= keys.capacity) {
     return {TilePlace::pool, static_cast<int>(keys.ring) + slot};
   }
-  // Tokens of this sequence that these queries do not see may be read, those of another one may
-  // not: they could hold infinities, which times a probability of 0 is not 0. Past the last token
-  // of all the copy engine gives zeros.
+  // The tile may include later tokens of this sequence, which are masked, but no tokens of another
+  // sequence: these could hold infinities, and an infinity times a probability of 0 is not 0. Past
+  // the last token of the batch the copy engine gives zeros.
   const int64_t token = keys.token + first, end = s.first_token + s.count;
   if (first >= keys.history && (token + kHopperKeys <= end || end == p.tokens)) {
     return {TilePlace::chunk, static_cast<int>(token)};
@@ -191,8 +194,8 @@ __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, con
   return {TilePlace::apart, 0};
 }
 
-// Fills one stage of the keys or of the values with the tile at `place`, when it is empty. All
-// threads of the producer call it. row_at(row) is where a row is if they lie apart.
+// Waits until a stage of keys or of values is empty, then fills it with the tile at `place`. All
+// threads of the producer call this. row_at(row) is the address of a row if the rows lie apart.
 template <class T, int D, class RowAt>
 __device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* empty,
                                            uint32_t parity, TilePlace place,
@@ -223,7 +226,7 @@ __device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* e
   }
 }
 
-// The producer: keys and values in the order in which they are needed.
+// The producer: loads keys and values in the order in which the consumers need them.
 template <class T, int D>
 __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMaps& maps,
                                         HopperShared<T, D>& shared) {
@@ -238,10 +241,10 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMa
       mbarrier_arrive(&shared.item_full[stage_of(i)]);
     }
     __syncwarp();
-    named_barrier_sync(kProducerBarrier, kWarpgroup);  // and all are done with the item before
+    named_barrier_sync(kProducerBarrier, kWarpgroup);  // no thread still uses the last item
     const int tiles = item.key_tiles;
     if (tiles == 0) return;
-    for (int tile = 0; tile <= tiles; ++tile) {  // a tile's values go after the next one's keys
+    for (int tile = 0; tile <= tiles; ++tile) {  // the next tile's keys come before a tile's values
       if (tile < tiles) {
         const int first = (item.first_key_tile + tile) * kHopperKeys;
         const int use = before + tile, stage = stage_of(use);

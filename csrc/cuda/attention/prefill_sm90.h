@@ -1,5 +1,5 @@
-// The prefill kernel of sm_90a, for those who launch it. A build has it if it is for that
-// architecture too.
+// The interface of the prefill kernel of sm_90a. A build has the kernel if sm_90a is among its
+// architectures.
 #pragma once
 
 #include <launch.cuh>
@@ -8,19 +8,20 @@
 
 namespace mistral::cuda {
 
-constexpr int kHopperKeys = 128;  // of a tile
+constexpr int kHopperKeys = 128;  // keys of a tile
 constexpr int kConsumers = 2;     // warpgroups, each with its share of a tile's query rows
 constexpr int kConsumerRows = kPrefillRows / kConsumers;
-constexpr int kPartTiles = 4;  // of keys, the least that a part of them is worth its merging
+constexpr int kPartTiles = 4;  // the fewest tiles of keys for which a part is worth its merge
 
-// Prefills the sequences that attention_decode leaves. What it wants of p is what `attention` does.
+// Prefills the sequences that attention_decode leaves. Needs the same of p as `attention`.
 cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 
-// Adds what it needs, for sequences that see at most `longest` keys. Its counters follow those of
-// the late tokens: the work queue's, then one for each consumer's rows if keys are divided.
+// Adds the scratch that attention_hopper needs if no sequence sees more than `longest` keys. Its
+// counters lie after those of the late tokens: one for the work queue and, if keys are divided, one
+// for the rows of each consumer.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
-  // As many parts as blocks fit the machine at once, as long as they are worth it.
+  // As many parts as give every multiprocessor a block, as long as a part is worth its merge.
   const int64_t group = p.heads / p.kv_heads;
   const int64_t tiles = ceil_div(p.tokens * group, kPrefillRows) * p.kv_heads;
   const int64_t wanted = multiprocessors() / max(tiles, 1);

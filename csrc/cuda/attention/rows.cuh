@@ -1,5 +1,5 @@
-// Which query rows are whose: those of a sequence and key/value head, which of them are decoded,
-// and the tiles of those that are prefilled.
+// The query rows of a sequence and key/value head, which sequences are decoded and which prefilled,
+// and the tiles of prefill.
 #pragma once
 
 #include <launch.cuh>
@@ -22,14 +22,14 @@ struct QueryRows {
         count(static_cast<int>(s.count) * group) {}
 
   __device__ __forceinline__ int token(int row) const { return row / group; }
-  // of a row in q or out, whose strides are given
+  // The offset of a row in q or out, whose strides are given.
   __device__ __forceinline__ int64_t offset(int row, int64_t stride_token,
                                             int64_t stride_head) const {
     return (first_token + row / group) * stride_token + (first_head + row % group) * stride_head;
   }
 };
 
-// Offsets and the window fit an int: no window is one that no offset reaches.
+// The window as an int, which offsets fit too. kNoWindow becomes a window that no offset reaches.
 __device__ __forceinline__ int window_of(const AttentionParams& p) {
   return static_cast<int>(min(p.window, int64_t{1} << 30));
 }

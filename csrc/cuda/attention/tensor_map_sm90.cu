@@ -5,17 +5,17 @@
 namespace mistral::cuda {
 namespace {
 
-// The one function that is needed of the driver. Taken from the runtime, so that nothing has to be
-// linked against the driver: the extension also loads on machines without one.
+// Finds the one function of the driver that is needed. The runtime gives its address, so nothing is
+// linked against the driver and the extension also loads on machines without a driver.
 cudaError_t find_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
   constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
-  // CUDA 12.5 brought the function that is told a version, CUDA 13 took the other away.
+  // CUDA 12.5 added the function that takes a version, CUDA 13 removed the other.
 #if CUDART_VERSION < 12050
   cudaError_t status = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
 #else
-  constexpr unsigned kSince = 12000;  // the version of CUDA that brought it
+  constexpr unsigned kSince = 12000;  // the version of CUDA that added the encoder
   cudaError_t status =
       cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
 #endif

@@ -13,13 +13,13 @@ namespace mistral::cuda {
 struct TensorMapShape {
   int rank;                  // 2 to 5
   uint64_t sizes[5];         // at least 1
-  uint64_t stride_bytes[5];  // multiples of 16; that of axis 0 is not looked at
+  uint64_t stride_bytes[5];  // multiples of 16; axis 0 is ignored
   uint32_t box[5];           // what one copy brings: 64 elements of axis 0, 1 to 256 of the others
 };
 
-// `base` is a multiple of 16. The rows of a box, 128 bytes, come to lie in shared memory one after
-// another, the 16 bytes i of row r at (i ^ r) % 8 (the 128-byte swizzle); what is outside the
-// tensor becomes zeros. Touches no memory of the device.
+// `base` is a multiple of 16. A copy puts the rows of a box, 128 bytes each, into shared memory one
+// after another, with piece i of 16 bytes of row r in place (i ^ r) % 8 (the 128-byte swizzle).
+// Elements outside the tensor become zeros. Making a map touches no memory of the device.
 cudaError_t make_tensor_map(CUtensorMap* map, const void* base, const TensorMapShape& shape);
 
 }  // namespace mistral::cuda

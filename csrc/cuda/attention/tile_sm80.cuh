@@ -1,5 +1,5 @@
-// What the prefill and the decode kernel do with tiles: 16 query rows per m16n8k16 product, keys
-// and values in swizzled shared memory, the running softmax in registers.
+// Operations on tiles that the prefill and the decode kernel share: 16 query rows per m16n8k16
+// product, keys and values in swizzled shared memory, the running softmax in registers.
 //
 // In a warp's 16 x 8 product lane l holds elements of row l / 4 (values 0 and 1) and of row
 // l / 4 + 8 (values 2 and 3), in columns 2 * (l % 4) and the next: a row's 4 lanes are neighbours.
@@ -27,15 +27,16 @@ struct SharedTile {
   T* elements;
 
   __device__ __forceinline__ T* chunk(int row, int c) const {
-    // Only the low 3 bits change: what is above them the compiler can fold into the address.
+    // Only the low 3 bits depend on the row, so the compiler can fold the higher bits into the
+    // address.
     return elements + row * D + ((c & ~7) + ((c ^ row) & 7)) * kChunk;
   }
 };
 
 // The keys and values of one sequence and head that a tile of queries sees, counted from the first
-// of them: offset o is position `begin` + o. The first `history` are in the ring, the others in
-// the chunk. The same for all threads of a block, which keep it in shared memory and the pointers
-// where the parameters are: registers are short.
+// of them: offset o is position `begin` + o. The first `history` are in the ring, the others in the
+// chunk. All threads of a block use the same keys. Registers are scarce, so the block keeps this
+// struct in shared memory and reads the pointers from the params.
 struct VisibleKeys {
   int64_t ring;   // row of the head's slot 0 in the pools
   int64_t token;  // packed token where offset 0 would be
@@ -77,7 +78,7 @@ struct VisibleKeys {
   }
 };
 
-// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time; rows for
+// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time; Rows for
 // which `row_at` gives null become zeros.
 template <int kRows, int kThreads, class Tile, class RowAt>
 __device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& row_at) {
@@ -161,7 +162,7 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The running softmax of a lane's 2 * kM rows, in powers of two: `scale` is that of the scores
+// The running softmax of a lane's 2 * kM rows, in powers of two: `scale` is the scale of the scores
 // times log2(e). Index 2 m + h is row 16 m + 8 h + lane / 4.
 template <int kM>
 struct Softmax {
@@ -177,8 +178,8 @@ struct Softmax {
     }
   }
 
-  // What `highest`, the new maximum of row r, means for it: 2^(scale * score - base) are the
-  // probabilities from now on, those so far are to be multiplied by `factor`.
+  // The effect of a new maximum on row r: probabilities are 2^(scale * score - base) from now on,
+  // and earlier probabilities and sums must be multiplied by `factor`.
   struct Rise {
     float base, factor;
   };
@@ -190,8 +191,9 @@ struct Softmax {
     return {base, factor};
   }
 
-  // Turns scores into probabilities relative to the new maximum, and brings `out` to it. They come
-  // as the operand of the next product: p[m][n] are the pairs of elements 0, 1 and 2, 3.
+  // Turns scores into probabilities relative to the new maximum, and rescales `out` to it. p has
+  // the layout of an operand of the next product: p[m][n] holds the pairs of elements 0, 1 and 2,
+  // 3.
   template <class T, int kN, int kD8>
   __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&out)[kM][kD8][4]) {
@@ -223,8 +225,9 @@ struct Softmax {
   }
 };
 
-// Hides the scores of keys that a row does not see: those after it and those W or more before.
-// `own` are the offsets of the lane's rows, `first` that of the tile's first key.
+// Hides the scores of keys that a row does not see: keys after the row, and keys W or more
+// positions before it. `own` are the offsets of the lane's rows, `first` that of the tile's first
+// key.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
                                      int first, int window) {
@@ -243,8 +246,9 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
 }
 
 // Stores a warp's results, 16 * kM rows of `out` from row `first` of the tile on, divided by their
-// totals. They go through these rows of shared memory, which the warp has for itself, to be written
-// 16 bytes at a time. row_at(row) is where a row goes, or null from the first that is not stored.
+// totals. The results pass through the same rows of the tile in shared memory, which only this warp
+// uses, so that they are written 16 bytes at a time. row_at(row) is the destination of a row; null
+// from the first row on that is not stored.
 template <int kM, class T, int D, class RowAt>
 __device__ __forceinline__ void store_rows(SharedTile<T, D> tile, int first,
                                            const float (&out)[kM][D / 8][4],

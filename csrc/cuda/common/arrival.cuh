@@ -1,4 +1,4 @@
-// Which of several blocks is the last one to be done, and may use what all have left.
+// Finds the last of several blocks to finish, which may then use the results of all.
 #pragma once
 
 #include <launch.cuh>
@@ -7,15 +7,16 @@
 
 namespace mistral::cuda {
 
-// True in the last of `parties` to get here, for all its threads; what the others wrote and read
-// before is then done. Leaves the counter at zero, as it found it. A party is a block or a
-// warpgroup: `sync` is a barrier of its threads, `last` a word of its shared memory.
+// Returns true to all threads of the last party to arrive. The other parties' reads and writes
+// before their arrival are then complete. The counter is zero before and after. A party is a block
+// or a warpgroup: `sync` is a barrier of its threads, `last` a word of its shared memory.
 template <class Sync>
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int thread, int* last,
                                              const Sync& sync) {
   sync();
   if (thread == 0) {
-    // One thread's fences do for all: barriers order the others' accesses before and after them.
+    // The fences of one thread suffice, because the barriers order the accesses of the other
+    // threads around them.
     __threadfence();
     *last = atomicAdd(counter, 1) == parties - 1;
     __threadfence();

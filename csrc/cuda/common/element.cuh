@@ -47,8 +47,8 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// Two values rounded to T in one register, as fragments of mma hold them; `low` comes first in
-// memory.
+// Rounds two values to T and packs them into one register, as mma fragments hold them. `low` comes
+// first in memory.
 template <class T>
 __device__ uint32_t pack(float low, float high);
 template <>

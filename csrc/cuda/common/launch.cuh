@@ -1,4 +1,4 @@
-// How kernels are launched, and what of the device decides how.
+// Launches kernels, and reads the properties of the device on which a launch depends.
 #pragma once
 
 #include <runtime.cuh>
@@ -16,9 +16,9 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   return checked(cudaDeviceGetAttribute(value, attribute, device));
 }
 
-// More than 48 KB of shared memory have to be asked for. What is asked for is the kernel's limit
-// from then on, so it is always all that a block can have: with less, a launch of another thread
-// could lower the limit between this call and the launch that it is for.
+// A kernel must ask for more than 48 KB of shared memory, and the amount is its limit from then on.
+// So this asks for all that a block can have: with less, another thread could lower the limit
+// between this call and its launch.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
   int most = 0;
@@ -57,18 +57,18 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return launch(kernel, launch_config(grid, block, shared_bytes, stream), arguments...);
 }
 
-// Whether the kernel's code has the instruction behind wait_for_earlier_kernels: code for older
-// devices, which newer ones run too, does not wait.
+// Whether the code of the kernel has the instruction of wait_for_earlier_kernels. Code for older
+// devices, which newer devices run too, does not wait.
 inline bool waits(const void* kernel) {
   cudaFuncAttributes attributes{};
   return checked(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess &&
          attributes.ptxVersion >= 90;
 }
 
-// The same for a kernel that may begin before those ahead of it on the stream are done, where that
-// is asked for (device.h) and its code is for devices that can do it: programmatic dependent
-// launch. All its threads call wait_for_earlier_kernels (ptx.cuh), and touch nothing before that
-// but what the kernel just ahead does not write, such as weights.
+// Launches a kernel that may begin before the earlier kernels of the stream are done (programmatic
+// dependent launch), if overlap is wanted (selection.h) and the code of the kernel supports it. All
+// threads of the kernel must call wait_for_earlier_kernels (ptx.cuh). Before that they may touch
+// only memory that the kernel just ahead does not write, such as weights.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
@@ -90,9 +90,9 @@ inline int multiprocessors() {
   return count;
 }
 
-// Bytes of shared memory, with those that the runtime keeps for itself.
+// Bytes of shared memory, including the bytes that the runtime keeps for itself.
 struct SharedMemorySize {
-  int of_block = 48 * 1024;  // the most that one can have
+  int of_block = 48 * 1024;  // the most that a block can have
   int of_multiprocessor = 48 * 1024;
 };
 inline SharedMemorySize shared_memory_size() {

@@ -1,4 +1,4 @@
-// The machine's instructions that C++ has no word for, one small function each, as in the PTX ISA
+// Machine instructions without a C++ equivalent, one small function each, as in the PTX ISA
 // (section 9.7 of its manual). The emulator replaces this file: see runtime.cuh.
 #pragma once
 
@@ -9,9 +9,8 @@
 
 namespace mistral::cuda {
 
-// The place in the source that a memory access comes from: nothing here, file and line in the
-// emulator, which reports errors with it and counts what the lanes of a warp access there as one
-// request.
+// The place in the source of a memory access. It is empty here. In the emulator it is a file and a
+// line, which appear in error messages; accesses of a warp from one place count as one request.
 struct Site {
   __device__ static constexpr Site here() { return {}; }
 };
@@ -19,8 +18,8 @@ struct Site {
 // ---- Memory. Addresses must be multiples of the access.
 
 __device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::here()) {
-  // Spelled out: of a pointer that is chosen among several the compiler may forget that it is
-  // global, and take a generic load.
+  // Written as asm: if a pointer is chosen among several, the compiler may not know that it is
+  // global, and use a generic load.
   uint4 value;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -30,7 +29,7 @@ __device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::h
 }
 
 __device__ __forceinline__ void st_global_16(void* global, uint4 value, Site = Site::here()) {
-  // Spelled out: of a plain assignment the compiler may make four stores.
+  // Written as asm: the compiler may turn a plain assignment into four stores.
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
                "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
@@ -58,15 +57,15 @@ __device__ __forceinline__ void st_shared_16(void* shared, uint4 value, Site = S
   *static_cast<uint4*>(shared) = value;
 }
 
-// An address as the shared-memory instructions below want it.
+// An address in the form that the shared-memory instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
 // ---- Asynchronous copies from global to shared memory.
 
-// Starts a copy of 16 bytes, through L2 only; writes zeros and reads nothing if not `valid`. What
-// is written may be read by this thread after cp_async_wait, by others after a barrier too.
+// Starts a copy of 16 bytes, through L2 only; writes zeros and reads nothing if not `valid`. This
+// thread may read the result after cp_async_wait, other threads after a barrier too.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
                                             Site = Site::here()) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -75,7 +74,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
 }
 
 // The same for 4 bytes, of which the first `bytes` are read and the others become zeros; through
-// L1, for neighbours that are soon copied too.
+// L1, because neighbours are copied soon.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
                                            Site = Site::here()) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
@@ -83,7 +82,7 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
                : "memory");
 }
 
-// Makes this thread's copies since the last commit a group.
+// Makes one group of this thread's copies since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
@@ -142,7 +141,7 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- Kernels that overlap (launch_overlapping), of capability 9.0 on; elsewhere they do not.
+// ---- Overlap of kernels (launch_overlapping), from capability 9.0 on. Elsewhere these do nothing.
 
 // Waits until all kernels before this one are done and what they wrote can be read.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
@@ -160,7 +159,7 @@ __device__ __forceinline__ void let_later_kernels_begin() {
 
 // ---- Arithmetic.
 
-// (x & mask) ^ flip. Spelled out: with two constants the compiler makes two instructions of it.
+// (x & mask) ^ flip. Written as asm: with two constants the compiler emits two instructions.
 __device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));

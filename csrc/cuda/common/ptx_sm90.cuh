@@ -14,7 +14,7 @@ namespace mistral::cuda {
 // ---- Barriers in shared memory (mbarrier): 8 bytes, 8-byte aligned. A phase is complete when all
 // arrivals and all the bytes that were expected have come; the next one then begins by itself.
 
-// The number of arrivals that complete a phase, those of cp_async_arrive among them.
+// Sets the number of arrivals that complete a phase, including those of cp_async_arrive.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals,
                                               Site = Site::here()) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -22,19 +22,19 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arriva
                : "memory");
 }
 
-// Makes the barriers that this thread has initialised known to the copy engine; other threads need
-// __syncthreads after it.
+// Makes the barriers that this thread has initialised visible to the copy engine. Other threads see
+// them after a __syncthreads.
 __device__ __forceinline__ void mbarrier_init_fence(Site = Site::here()) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// What this thread did before is seen by those that then wait for the phase.
+// Arrives. Threads that wait for the phase see what this thread wrote before.
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, Site = Site::here()) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// Arrives and has the phase wait for `bytes` more, which tma_load brings.
+// Arrives, and makes the phase wait for `bytes` more bytes, which tma_load brings.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes,
                                                        Site = Site::here()) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -43,8 +43,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
                : "memory");
 }
 
-// Waits until the phase of that parity is complete: that of the first phase is 0, of the second 1,
-// and so on in turn. The phase before the first, of parity 1, counts as complete.
+// Waits until the phase of this parity is complete. The first phase has parity 0, the second 1, the
+// third 0, and so on. The phase before the first, of parity 1, counts as complete.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
                                               Site = Site::here()) {
   uint32_t complete;
@@ -61,33 +61,35 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   } while (!complete);
 }
 
-// Arrives, once, when all copies are there that this thread has started with cp_async_16 and
-// cp_async_4.
+// Arrives once, when all earlier copies of this thread with cp_async_16 and cp_async_4 are
+// complete.
 __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::here()) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// ---- Proxies. wgmma and TMA go another way to shared memory than loads, stores and cp.async.
+// ---- Proxies: wgmma and TMA access shared memory by another path than loads, stores and cp.async.
 
-// Orders the accesses of the ordinary kind that this thread has made, or has seen completed, before
-// what wgmma and TMA do after it. What they are to see needs it: in the thread that has stored, for
-// cp.async when it is complete, and before the barrier; or after the barrier, in the threads that
-// start the wgmma or TMA, as where cp_async_arrive leaves no thread to wait.
+// Orders the ordinary accesses that this thread has made, or has seen complete, before later
+// accesses of wgmma and TMA. It is needed before wgmma or TMA read what stores or cp.async have
+// written. Either the thread that has written calls it, after the stores or completed copies and
+// before the barrier; or the thread that starts the wgmma or TMA calls it after the barrier, as
+// where cp_async_arrive leaves no thread to wait.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- TMA: copies of boxes of a tensor, which the map describes (tensor_map_sm90.h), to shared
-// memory. One thread starts one for all. The map is a kernel's parameter, const __grid_constant__.
+// memory. One thread starts a copy for all. The map must be a kernel parameter, const
+// __grid_constant__.
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Site = Site::here()) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Copies the box that begins at element x of row y, zeros for what is outside the tensor. `shared`
-// is a multiple of 1024, as the swizzle goes by the bits of addresses. Once there, the bytes of the
-// whole box, zeros too, are counted by `barrier`.
+// Copies the box that begins at element x of row y. Elements outside the tensor become zeros.
+// `shared` must be a multiple of 1024, because the swizzle depends on the bits of the address. When
+// the box has arrived, `barrier` counts its bytes, including zeros.
 __device__ __forceinline__ void tma_load_2d(void* shared, const CUtensorMap* map, uint64_t* barrier,
                                             int32_t x, int32_t y, Site = Site::here()) {
   asm volatile(
@@ -110,12 +112,13 @@ __device__ __forceinline__ void tma_load_3d(void* shared, const CUtensorMap* map
 // threads call these together. The products are asynchronous: until wgmma_wait the registers of d
 // and a must not be touched, nor the operands in shared memory overwritten.
 
-// To be called after registers of d or a have been accessed, before the products that use them.
+// Must be called after registers of d or a have been accessed and before the products that use
+// them.
 __device__ __forceinline__ void wgmma_fence(Site = Site::here()) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Makes the products since the last commit a group.
+// Makes one group of the products since the last commit.
 __device__ __forceinline__ void wgmma_commit(Site = Site::here()) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -126,17 +129,18 @@ __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// To be called on each d after the wait for it, before it is used: the compiler takes d for ready
-// as soon as wgmma_m64 is issued and could otherwise move its uses before the wait. And where d has
-// been set by other means, before the wgmma_fence of the products that add to it. No instruction.
+// Must be called on each d after the wait for it and before its use: the compiler takes d for ready
+// as soon as wgmma_m64 is issued, and could move uses of d before the wait. Must also be called
+// after other code has set d, before the wgmma_fence of the products that add to it. Emits no
+// instruction.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// To be called on an a in registers before the wgmma_fence of its products: the compiler could
-// otherwise compute it after that.
+// Must be called on an operand a in registers before the wgmma_fence of its products: the compiler
+// could otherwise compute it after the fence.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 #pragma unroll
@@ -144,8 +148,8 @@ __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 }
 
 // Describes a matrix of 16-bit elements in shared memory with the 128-byte swizzle: rows of 128
-// bytes, in which the 16 bytes i of row r lie at (i ^ r) % 8; 8 rows, 1024 bytes with an address
-// that is a multiple of it, are an atom. `shared` is in row 0 of one.
+// bytes, in which piece i of 16 bytes of row r lies in place (i ^ r) % 8. An atom is 8 rows, 1024
+// bytes at an address that is a multiple of 1024. `shared` must lie in row 0 of an atom.
 //   K-major, of 64 k a row: `stride_bytes` leads from 8 rows to the next 8; `leading_bytes` has no
 //   meaning. The next 16 k are 32 bytes further.
 //   MN-major, of 64 m or n a row: `stride_bytes` leads from 8 k to the next 8, `leading_bytes` from
@@ -245,8 +249,9 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)
 #undef MISTRAL_D32
 #undef MISTRAL_D8
 
-// ---- Registers of a warpgroup, all of whose threads call these together. A block starts with an
-// equal share for each thread, that of __launch_bounds__(threads, 1). A multiple of 8.
+// ---- Registers of a warpgroup, whose threads all call these together. Every thread starts with
+// the equal share of __launch_bounds__(threads, 1). kRegisters counts those of a thread, a multiple
+// of 8.
 
 // Waits until other warpgroups have given up enough.
 template <int kRegisters>
@@ -261,14 +266,14 @@ __device__ __forceinline__ void registers_decrease(Site = Site::here()) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Barriers 1 to 15 of a block, for some of its warps: `threads` is how many come, 32 for each.
-// (Barrier 0 is that of __syncthreads.)
+// ---- Barriers 1 to 15 of a block, for some of its warps: `threads` counts the participants, 32
+// for each warp. (Barrier 0 is that of __syncthreads.)
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Counts as having come, without waiting for the others.
+// Arrives without waiting for the others.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads, Site = Site::here()) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

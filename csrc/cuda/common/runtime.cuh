@@ -1,8 +1,8 @@
-// The start of a kernel and its shared memory: what takes a CUDA compiler or a device.
+// The launch of a kernel and its shared memory, which need a CUDA compiler and a device.
 //
 // It is included in angle brackets, as ptx.cuh is: the emulator (tests/emulator) compiles kernels
-// with the host compiler and has headers of these names earlier on its include path. What else the
-// kernels' host side calls of the runtime, the emulator defines.
+// with the host compiler and has headers of these names earlier on its include path. The emulator
+// defines the other functions of the runtime that the host side of the kernels calls.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -7,15 +7,17 @@
 
 namespace mistral::cuda {
 
-// What a call of the runtime returned. The runtime also keeps the error of a call that failed, for
-// cudaGetLastError: whoever asks next, torch after a launch of its own for instance, would take it
-// for an error of theirs. So each call that may fail goes through here, which takes it back.
+// Returns the status of a call of the runtime. The runtime also keeps the error of a failed call
+// for cudaGetLastError, and the next code that asks, for instance torch after a launch of its own,
+// would take the error for its own. So each call that may fail goes through here, which clears the
+// error.
 inline cudaError_t checked(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }
 
-// In the runtime's words, with the two versions that many an error comes from.
+// Describes an error in the words of the runtime, with the versions of runtime and driver, whose
+// mismatch is a common cause.
 inline std::string describe(cudaError_t status) {
   const auto version = [](cudaError_t (*get)(int*)) {
     int number = 0;  // 13000 for 13.0; a driver that is not there has 0

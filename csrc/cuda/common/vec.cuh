@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_shared16(T* shared, const Vec16<T>& v,
   st_shared_16(shared, detail::to_bits(v), site);
 }
 
-// For kernels that are written once for both widths.
+// Loads N elements, for kernels that are written once for both widths.
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* global, Site site = Site::here()) {
   if constexpr (N == 1) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void store(T* global, const Vec<T, N>& v, Site site =
   }
 }
 
-// Rounded to nearest even, two at a time where T has 16 bits.
+// Rounds to nearest even, two values at a time where T has 16 bits.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> round_to(const float (&values)[N]) {
   Vec<T, N> v;
@@ -107,8 +107,8 @@ __device__ __forceinline__ Vec<T, N> round_to(const float (&values)[N]) {
   return v;
 }
 
-// True if rows that start at `rows` and are `strides` elements of T apart may be accessed by 16
-// bytes; null pointers are no rows.
+// True if rows that start at `rows` and are `strides` elements of T apart may be accessed 16 bytes
+// at a time. Null pointers are ignored.
 template <class T>
 bool fit_vec16(std::initializer_list<const void*> rows, std::initializer_list<int64_t> strides) {
   bool fit = true;

@@ -1,13 +1,14 @@
-// Weights of each format from shared memory to the operand of m16n8k16, the widening included.
+// Loads weights of each format from shared memory, widens them and arranges them as operands of
+// m16n8k16.
 //
-// A chunk is 128 bytes of a row: a cache line, 64, 128 or 256 values. A dot product does not care
-// about the order of k, so a lane multiplies neighbouring values that lie in 4, 8 or 16 bytes as
-// they are stored: in every step of 32 values of k it has 8 neighbours, those from k_at on, of two
+// A chunk is 128 bytes of a row: a cache line, which holds 64, 128 or 256 values. A dot product
+// does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of values
+// as they are stored. In every step of 32 values of k a lane has 8 neighbours, from k_at on, of two
 // rows of the weights and, in the same order, of each token.
 //
 // Values of 8 and 4 bits become floating-point numbers without a table or a conversion: their bits
-// are put below a power of two, in a mantissa whose unit is 1, and the power is subtracted, which
-// is exact. Their scales are applied to the sums, in fp32.
+// become the low mantissa bits of a power of two whose mantissa unit is 1, and subtracting the
+// power is exact. Scales are applied to the sums, in fp32.
 #pragma once
 
 #include <ptx.cuh>
@@ -24,8 +25,9 @@ constexpr int kChunkBytes = 128;
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = kTileRows * kChunkBytes;
 
-// A chunk of 16 rows in shared memory. Piece i (16 bytes) of a row is kept in a place that depends
-// on the row, as the format turns it, so that pieces that are read together do not collide.
+// The chunks of 16 rows in shared memory. The place of piece i (16 bytes) of a row depends on the
+// row, by the swizzle of the format (`turned`), so that pieces that are read together lie in
+// different banks.
 template <class W>
 struct WeightTile {
   char* bytes;
@@ -35,7 +37,8 @@ struct WeightTile {
   }
 };
 
-// For formats that read the same piece of 8 rows together, or 4 pieces of 2 neighbours.
+// The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of 2 neighbouring
+// rows.
 struct Pieces {
   static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
@@ -43,7 +46,7 @@ struct Pieces {
 // The operands of a step: two products of 16 rows with 16 values each.
 using StepOperands = uint32_t[2][4];
 
-// From the lane's 4 pairs of the row lane / 4 and of the row 8 below.
+// Arranges the lane's 4 pairs of row lane / 4 (top) and of the row 8 below (bottom).
 __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
                                         const uint32_t* bottom) {
 #pragma unroll
@@ -55,7 +58,7 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
   }
 }
 
-// Both halves of a register.
+// Subtracts both halves of a register.
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
@@ -67,18 +70,18 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   return a;
 }
 
-// 4 bytes, first the lowest, to 2 pairs.
+// Widens 4 bytes, the lowest first, to 2 pairs.
 template <class T>
 __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if constexpr (std::is_same_v<T, __half>) {
-      // 1024 + (v + 128), less 1152
+      // 1024 + (v + 128) - 1152
       const uint32_t offset = word ^ 0x80808080u;
       pairs[i] = subtract_pairs<T>(__byte_perm(offset, 0x64646464u, i == 0 ? 0x4140 : 0x4342),
                                    0x64806480u);
     } else {
-      // The mantissa has room for 7 bits: 128 + the low ones, less 128 or, if v < 0, 256.
+      // The mantissa has room for 7 bits: 128 + the low 7 bits, minus 128 or, if v < 0, minus 256.
       const uint32_t bytes = __byte_perm(word, 0u, i == 0 ? 0x4140 : 0x4342);
       pairs[i] = subtract_pairs<T>(and_xor(bytes, 0x007f007fu, 0x43004300u),
                                    and_xor(bytes, 0x00800080u, 0x43004300u));
@@ -86,10 +89,10 @@ __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
   }
 }
 
-// 8 values as int4_shift has them to 4 pairs.
+// Widens 8 values, in the order of int4_shift, to 4 pairs.
 template <class T>
 __device__ __forceinline__ void widen_int4(uint32_t word, uint32_t* pairs) {
-  // 1024 or 128, and 8, which two's complement with its sign bit inverted is too large by
+  // 1024 or 128, plus 8, by which two's complement with an inverted sign bit is too large
   constexpr uint32_t kOffset = std::is_same_v<T, __half> ? 0x64086408u : 0x43084308u;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -97,8 +100,9 @@ __device__ __forceinline__ void widen_int4(uint32_t word, uint32_t* pairs) {
   }
 }
 
-// A format takes a unit of 1 or 2 steps from shared memory at a time. A scale is of a whole row
-// (kRowScaled), or of a group of 2^group_log2 values, a whole number of steps (kGrouped).
+// The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
+// to a whole row (kRowScaled), or to a group of 2^group_log2 values, a whole number of steps
+// (kGrouped).
 
 template <class T>
 struct PlainWeights : Pieces {
@@ -109,8 +113,8 @@ struct PlainWeights : Pieces {
   static constexpr int kValues = 64;  // of a chunk
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 1;
-  // A row of x in shared memory is longer by this than a multiple of 128 bytes: so 4 lanes' 16
-  // bytes at k_at, and those 4 of the next token, are in different banks.
+  // The bytes by which a row of x in shared memory is longer than a multiple of 128. The 16-byte
+  // reads at k_at of 4 lanes, and of the 4 lanes of the next token, are then in different banks.
   static constexpr int kRowPadding = 64;
 
   static __device__ __forceinline__ int k_at(int step, int column) {
@@ -138,7 +142,7 @@ struct Int8Weights : Pieces {
   static constexpr int kUnitSteps = 2;
   static constexpr int kRowPadding = 16;
 
-  // 16 neighbours of a lane's are for two steps.
+  // The 16 neighbours of a lane are for two steps.
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 64 * (step / 2) + 16 * column + 8 * (step % 2);
   }
@@ -177,8 +181,8 @@ struct Int4Weights : Pieces {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // A lane's values of a step are a word: ldmatrix deals out words. (A step of 32 values is then
-  // never of two groups.)
+  // The values of a lane in a step are one word, and ldmatrix gives each lane a word. (A step of 32
+  // values lies in one group.)
   static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile<Int4Weights> tile,
                                               int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
@@ -209,9 +213,9 @@ struct Q8Weights {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // 2 pieces of 4 neighbours are read together.
+  // The swizzle: 2 pieces of 4 neighbouring rows are read together.
   static __device__ __forceinline__ int turned(int row) { return 2 * (row & 3); }
-  // A step is a group, so a lane has half a piece of it.
+  // A step is a group, of which a lane has half a piece.
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q8Weights> tile,
                                               int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;

@@ -1,4 +1,4 @@
-// Products of up to 64 tokens, limited by reading the weights once.
+// gemv: products of up to 64 tokens, limited by reading the weights once.
 //
 // Grid: as many blocks as run at the same time, or fewer. A block takes blocks of 16 kM outputs (8
 // kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share out the chunks of K; each streams its
@@ -12,16 +12,16 @@
 // (kM = 2: 8 * 1 * 4 KB = 32 KB), and two of them fit on a multiprocessor, unless one takes the
 // room for normalised rows of x: 16 of K = 4096 are 129 KB.
 //
-// Those rows pay for themselves, by reasoning, not by measurement. Each 16 outputs need all of x:
-// with 16 tokens that is as many bytes as 16 bits' weights have, and four times those of 4 bits.
-// From shared memory they come at 128 bytes a clock; from L2, and an L1 that is too small for them,
-// they would compete with the weights.
+// Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
+// need all of x: with 16 tokens, x has as many bytes as the weights have in 16 bits, and four times
+// as many as in 4 bits. Shared memory delivers 128 bytes a clock. Without it, x would come from L2
+// and compete with the weights, because L1 is too small for it.
 //
-// K is not divided among blocks. With 16 rows to a block even the smallest matrix of Mistral 7B has
-// 256, nearly two for each of 132 multiprocessors, and as half of those have enough bytes under way
-// for all of the memory's bandwidth, an uneven last round costs little. So there are no partial
-// sums in global memory, and what a token gets depends on the row of x and the row of the weights
-// alone: not on the other tokens, the other parts, or the GPU.
+// K is not divided among blocks. With 16 rows a block, even the smallest matrix of Mistral 7B has
+// 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have enough
+// bytes under way for the full bandwidth of the memory, so an uneven last round costs little. There
+// are no partial sums in global memory, and the result of a token depends on its row of x and the
+// row of the weights alone: not on the other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -34,10 +34,10 @@
 
 namespace mistral::cuda {
 
-// Tokens that a block can normalise for itself.
+// The most tokens that a block can normalise itself.
 constexpr int kNormTokens = 16;
 
-// Tokens to a row's sums that are added at a time, in 8s.
+// Groups of 8 tokens whose sums are added up in one round.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
@@ -48,8 +48,8 @@ MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
          W::kRowPadding / static_cast<int>(sizeof(typename W::Element));
 }
 
-// Floats of a round's sums in shared memory, and bytes of all: the stages, two rounds in turn,
-// normalised rows of x, and with RoPE what is known of the tokens.
+// Sizes of shared memory: the floats of the sums of a round; the bytes of the stages and of two
+// alternating rounds; these with the normalised rows of x; and these with the tokens of RopeFinish.
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
@@ -66,8 +66,8 @@ int64_t linear_shared_bytes(const LinearParams& p) {
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
-// The outputs that a lane finishes: of 8 tokens and one tile, those of tokens 2 (lane % 4) and the
-// next and of rows lane / 4 and that + 8, in the order of the sums.
+// The outputs that a lane finishes among 8 tokens and one tile: those of tokens 2 (lane % 4) and
+// the next, in rows lane / 4 and lane / 4 + 8, in the order of the sums.
 template <class W>
 struct Outputs {
   using T = typename W::Element;
@@ -79,7 +79,8 @@ struct Outputs {
   float scales[2];
   T before[4];
 
-  // Loads what will be needed. `output`: the first of the tile, `token`: of the 8.
+  // Loads scales and residual ahead of their use. `output`: the first output of the tile. `token`:
+  // the first of the 8 tokens.
   __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock<false>& block,
                                      int output, int64_t token)
       : p(p) {
@@ -135,8 +136,8 @@ struct Outputs {
   }
 };
 
-// Finishes outputs by themselves. `begin` comes before a barrier, if it has anything to do (kRope);
-// `outputs` loads what will be needed.
+// Finishes each output on its own. A barrier follows `begin` if kRope; otherwise `begin` does
+// nothing. `outputs` loads ahead of time what the end of a round needs.
 template <class W>
 struct StoreFinish {
   static constexpr bool kRope = false;
@@ -155,7 +156,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   using T = typename W::Element;
   using Layout = StageLayout<W, kM>;
   constexpr int kSteps = W::kUnits * W::kUnitSteps;
-  // Steps whose x is loaded together, as far as registers go.
+  // Steps whose x is loaded together: as many as the registers hold.
   constexpr int kBatch = kSteps * kN <= 8 ? kSteps : 8 / kN;
   // With many tokens, registers do not suffice for the operands of more units at once.
   [[maybe_unused]] constexpr int kUnroll =
@@ -170,13 +171,13 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + Layout::kBytes);
   WeightStream<W, kM, Finish::kRope> stream(p, shared, blocks, chunks);
-  // Weights are constant: their first stages may be under way while the input is not there yet.
+  // Weights are constant, so their first stages are already under way before the input is there.
   wait_for_earlier_kernels();
   let_later_kernels_begin();
   finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));
 
-  // The lane's row of x for each 8 tokens. Where there is no such token it is another one's, whose
-  // product is not stored. Counted in 16 bytes: registers are scarce.
+  // The lane's row of x in each 8 tokens, as an offset in units of 16 bytes, because registers are
+  // scarce. Past the last token it is the row of the last token, whose product is not stored.
   const auto* x = static_cast<const uint4*>(p.x);
   uint32_t rows_of_x[kN];
 #pragma unroll
@@ -187,8 +188,8 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   if constexpr (kNorm) {
     T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
     const int stride = normalised_row<W>(p.inputs), count = static_cast<int>(p.tokens);
-    // 8 tokens at a time, as registers are scarce, each 8 with sums of their own: so no barrier is
-    // needed between.
+    // 8 tokens at a time, because registers are scarce. Each 8 have sums of their own, so no
+    // barrier is needed in between.
 #pragma unroll 1
     for (int n = 0; n < kN; ++n) {
       normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), partial_sums + n * 8 * kLinearWarps,
@@ -277,7 +278,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
             }
           }
           if constexpr (W::kGrouped) {
-            // At the end of a group its sums get their scale.
+            // At the end of a group, its sums are multiplied by the scale.
             if ((step + 1) & ((1 << steps_log2) - 1)) continue;
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
@@ -299,7 +300,8 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
       }
     }
 
-    // Rounds of the tiles and tokens: every warp leaves its sums, one or two of them add all up.
+    // Rounds over the tiles and tokens: every warp stores its sums, and one or two warps add them
+    // up.
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -1,4 +1,5 @@
-// The largest output of each token, found behind the product: no second pass over the logits.
+// Finds the largest output of each token in the kernel of the product, without a second pass over
+// the logits.
 //
 // Outputs are compared by their ranks (sample.h), integers of which no two are equal, so neither
 // the order of blocks nor that of warps matters.
@@ -11,8 +12,8 @@
 
 namespace mistral::cuda {
 
-// With all lanes of a warp, of which those 4 apart have outputs of the same token, and each knows
-// the highest rank of its own (0: it has none).
+// Called by all lanes of a warp. `best` is the highest rank among a lane's own outputs; 0: it has
+// none. Lanes that are 4 apart have outputs of the same token.
 __device__ __forceinline__ void contribute(const LinearParams& p, int token, Rank best) {
 #pragma unroll
   for (int distance = 4; distance < kWarp; distance *= 2) {
@@ -23,7 +24,7 @@ __device__ __forceinline__ void contribute(const LinearParams& p, int token, Ran
   }
 }
 
-// At the end of the kernel, with all threads of a block: the last block writes the tokens.
+// Called by all threads at the end of the kernel. The last block writes the tokens.
 __device__ __forceinline__ void choose_tokens(const LinearParams& p) {
   if (!arrives_last(&p.running->arrived, gridDim.x) || threadIdx.x >= p.tokens) return;
   const Rank best = atomicExch(&p.running->best[threadIdx.x], 0ull);

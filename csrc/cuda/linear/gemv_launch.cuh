@@ -47,7 +47,7 @@ cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope
   }
 }
 
-// With more tokens, more rows share what is read of x.
+// With more tokens, a block takes more rows, which share the loads of x.
 template <class W, class... Rope>
 cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t stream,
                           const Rope&... rope) {

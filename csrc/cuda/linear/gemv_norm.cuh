@@ -1,5 +1,6 @@
-// The RMSNorm of x before a product: by each block for itself, where the rows fit in its shared
-// memory, or before, to global memory; the same to the bit.
+// The RMSNorm of x before a product. Each block normalises the rows itself if they fit its shared
+// memory. Otherwise an earlier kernel writes normalised rows to global memory. Both give the same
+// bits.
 #pragma once
 
 #include "../../linear.h"
@@ -10,8 +11,8 @@
 
 namespace mistral::cuda {
 
-// Rows in shared memory. They wait there to be normalised in place, by the thread that put them
-// there: so every block reads x once, though all read all of it.
+// Rows in shared memory. A thread keeps its elements there and later normalises them in place, so a
+// block reads x from global memory only once.
 template <class T>
 struct RowsInShared {
   T* rows;
@@ -40,9 +41,9 @@ struct RowInGlobal {
 };
 
 // Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block.
-// `rows` keeps 8 elements from k on of the i-th for the second look at them, and stores the result.
-// `sums`: shared memory of kTokens * kLinearWarps floats. What is stored in shared memory needs a
-// barrier after it.
+// `rows` keeps 8 elements of row i, from k on, for the second pass, and stores the result. `sums`:
+// shared memory of kTokens * kLinearWarps floats. Results in shared memory need a barrier after the
+// call.
 template <class T, int kTokens, class Rows>
 __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
                                                float* sums, const Rows& rows) {

@@ -1,5 +1,5 @@
-// RoPE and the append to the rings behind the product of query, key and value, to the bit as rope
-// does it: sums are rounded before they are rotated.
+// RoPE and the append to the rings in the kernel of the product of query, key and value. Sums are
+// rounded before they are rotated, so the results have the same bits as those of rope.
 #pragma once
 
 #include "../../linear.h"
@@ -10,15 +10,15 @@
 
 namespace mistral::cuda {
 
-// What a block looks up of a token once, for all of its outputs.
+// The facts about a token, which a block looks up once for all of its outputs.
 struct NewToken {
   uint64_t position;
   TokenRows rows;  // in the pools
   bool stored;     // in its ring, by this kernel
 };
 
-// The outputs that a lane finishes, two pairs in a head: those of tokens 2 (lane % 4) and the next
-// and of rows lane / 4 and D/2 below.
+// The outputs that a lane finishes: for tokens 2 (lane % 4) and the next, the pair of rows lane / 4
+// and D/2 below.
 template <class W>
 struct RotatedOutputs {
   using T = typename W::Element;
@@ -94,7 +94,7 @@ struct RopeFinish {
   const uint64_t* angles;  // [D/2], turns_per_position
   const NewToken* tokens;  // [T]
 
-  // Of the shared memory that `begin` fills.
+  // The size of the shared memory that `begin` fills.
   static int64_t shared_bytes(const LinearParams& p) {
     return p.head_dim / 2 * int64_t{sizeof(uint64_t)} + p.tokens * int64_t{sizeof(NewToken)};
   }

@@ -22,7 +22,7 @@ auto with_kernels(const LinearParams& p, const F& f) {
                      [&](auto format) { return f(LinearKernels<format.value>{}); });
 }
 
-// The first parts, as far as a launch multiplies them: of the same format and group.
+// The number of first parts that one launch multiplies: parts of the same format and group.
 int64_t parts_alike(const LinearParams& p) {
   int64_t count = 1;
   while (count < p.num_parts && p.parts[count].format == p.parts[0].format &&
@@ -33,7 +33,7 @@ int64_t parts_alike(const LinearParams& p) {
 }
 bool is_mixed(const LinearParams& p) { return parts_alike(p) < p.num_parts; }
 
-// Calls f with the params of each launch, until a status is not that of success.
+// Calls f with the params of each launch, until one fails.
 template <class F>
 cudaError_t for_each_launch(LinearParams left, const F& f) {
   cudaError_t status = cudaSuccess;
@@ -50,8 +50,8 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
   return status;
 }
 
-// Rows are read by 16 bytes; places in them, in what is read of x, and outputs are counted in 32
-// bits. There is no tensor core product of fp32's precision. An argmax is of one launch.
+// Rows are read 16 bytes at a time. Offsets in rows, in x and in the outputs are counted in 32
+// bits. Tensor cores have no product of fp32 precision. An argmax takes a single launch.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
   for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
@@ -60,7 +60,7 @@ bool has_kernel(const LinearParams& p) {
 }
 
 // Bytes of the normalised rows of a pass in scratch memory; 0: there are none, or each block
-// normalises them for itself.
+// normalises the rows itself.
 int64_t normalised_bytes(const LinearParams& p) {
   if (!p.norm) return 0;
   bool in_blocks = true;
@@ -70,7 +70,7 @@ int64_t normalised_bytes(const LinearParams& p) {
                 });
     return cudaSuccess;
   });
-  return in_blocks ? 0 : min(p.tokens, kMostTokens) * p.inputs * int64_t{sizeof(Element16)};
+  return in_blocks ? 0 : min(p.tokens, kMaxPassTokens) * p.inputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
@@ -82,7 +82,7 @@ cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
                                 : start(linear_norm_kernel<__half>);
 }
 
-// Of up to kMostTokens. `rope`: nothing, or RopeParams.
+// Launches the kernels for up to kMaxPassTokens tokens. `rope`: nothing, or RopeParams.
 template <class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   const bool before = normalised_bytes(p) > 0, in_block = p.norm && !before;
@@ -99,12 +99,12 @@ cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... ro
   });
 }
 
-// Gate and up of different formats: their products go to scratch memory.
+// Whether gate and up have different formats. Their products then go to scratch memory.
 bool swiglu_is_apart(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu && is_mixed(p);
 }
 
-// Of up to kMostTokens.
+// For up to kMaxPassTokens tokens.
 cudaError_t launch_swiglu_apart(const LinearParams& p, cudaStream_t stream) {
   const int64_t dim = p.parts[0].rows;
   LinearParams products = p;
@@ -139,17 +139,17 @@ int64_t row_unit(const LinearParams& p) {
 int64_t linear_scratch_bytes(const LinearParams& p) {
   if (!has_kernel(p)) return 0;
   const int64_t outputs = swiglu_is_apart(p) ? 2 * p.parts[0].rows : 0;
-  return normalised_bytes(p) + min(p.tokens, kMostTokens) * outputs * int64_t{sizeof(Element16)};
+  return normalised_bytes(p) + min(p.tokens, kMaxPassTokens) * outputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
   if (!has_kernel(given)) return cudaErrorInvalidValue;
   LinearParams p = given;
-  for (int64_t first = 0; first < given.tokens; first += kMostTokens) {
+  for (int64_t first = 0; first < given.tokens; first += kMaxPassTokens) {
     p.x = static_cast<const Element16*>(given.x) + first * p.stride_x_token;
     p.out = static_cast<Element16*>(given.out) + first * p.stride_out_token;
     if (given.token_ids) p.token_ids = given.token_ids + first;
-    p.tokens = min(given.tokens - first, kMostTokens);
+    p.tokens = min(given.tokens - first, kMaxPassTokens);
     const cudaError_t status =
         swiglu_is_apart(p) ? launch_swiglu_apart(p, stream) : launch_tokens(p, stream);
     if (status != cudaSuccess) return status;
@@ -160,7 +160,7 @@ cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream) {
   if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
   if (p.linear.tokens == 0) return cudaSuccess;
-  if (p.linear.tokens > kMostTokens || is_mixed(p.linear)) {
+  if (p.linear.tokens > kMaxPassTokens || is_mixed(p.linear)) {
     LinearParams product = p.linear;
     product.epilogue = Epilogue::store;
     const cudaError_t status = linear(product, stream);

@@ -1,5 +1,5 @@
-// How weights come to a warp: from global memory through stages of shared memory of its own,
-// without a barrier of the block.
+// Streams weights from global memory to a warp, through stages of shared memory that belong to this
+// warp alone, so that no barrier of the block is needed.
 #pragma once
 
 #include <ptx.cuh>
@@ -8,20 +8,20 @@
 
 namespace mistral::cuda {
 
-// The 8 warps of a block share out the chunks of its rows: warp w takes chunks w, w + 8, ... Which
-// sums are added in which order then depends on K alone.
+// The 8 warps of a block share out the chunks of its rows: warp w takes chunks w, w + 8, ... The
+// order of the additions then depends on K alone.
 constexpr int kLinearWarps = 8;
 constexpr int kLinearThreads = kLinearWarps * kWarp;
 
-// Outputs of a tile of 16 rows, as a power of two: with SwiGLU it has 8 rows of gate above 8 of up,
-// so that a lane gets both products of an output.
+// The outputs of a tile of 16 rows, as a power of two. With SwiGLU a tile has 8 rows of gate above
+// 8 rows of up, so that a lane gets both products of an output.
 MISTRAL_HOST_DEVICE int tile_outputs_log2(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 3 : 4;
 }
 
-// Rows from the beginning of a tile to that of the next in its block, as a power of two. With RoPE
-// a tile has 8 rows of the first half of a head above the 8 of its second half that they are paired
-// with, so that a lane gets both elements of a pair.
+// The rows from the beginning of a tile to the beginning of the next tile in its block, as a power
+// of two. With RoPE a tile has 8 rows of the first half of a head above the 8 rows of its second
+// half that form pairs with them, so that a lane gets both elements of a pair.
 template <bool kRope>
 __device__ __forceinline__ int tile_step_log2(const LinearParams& p) {
   return kRope ? 3 : tile_outputs_log2(p);
@@ -78,8 +78,8 @@ struct OutputBlock {
     return block;
   }
 
-  // The part that the upper or lower half of a tile is of, and the row there, counted from `first`,
-  // that is the lane's where the upper half has row `output`.
+  // part_of: the part of the upper (0) or lower (1) half of a tile. row_of: the row in that half,
+  // counted from `first`, that belongs to row `output` of the upper half.
   __device__ __forceinline__ int part_of(int half) const { return swiglu ? half : part; }
   __device__ __forceinline__ int row_of(int output, int half) const {
     if constexpr (kRope) return output + half * half_head;
@@ -87,15 +87,16 @@ struct OutputBlock {
   }
 };
 
-// Scales of groups: those of a chunk of one row in shared memory. They are copied by words of 4
-// bytes, two scales; a row whose scales begin within a word takes the last one of the row before
-// along.
+// Scales of groups: the words in shared memory for the scales of a chunk of one row. Scales are
+// copied in words of 4 bytes, two scales each. If the scales of a row begin within a word, the last
+// scale of the row before is copied too.
 template <class W>
 constexpr int kScaleWords = W::kValues / 32 / 2 + 1;  // for the smallest groups
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// Scales before `begin` in its word. (Chunks begin where a word does, if the row does.)
+// The scales that lie before `begin` in its word. (If a row begins at a word, all of its chunks
+// do.)
 __device__ __forceinline__ int skipped_scales(const void* begin) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(begin) / 2 % 2);
 }
@@ -108,7 +109,8 @@ struct StageLayout {
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
-// The chunks of a warp, of one block of outputs after the other: with kM tiles of 16 rows each.
+// The chunks of a warp, through one block of outputs after the other. A stage holds a chunk of kM
+// tiles of 16 rows.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
@@ -129,8 +131,8 @@ class WeightStream {
     for (int i = 0; i < Layout::kStages - 1; ++i) copy_next();
   }
 
-  // Makes the next chunk's stage the current one, and starts the copy of the chunk after those that
-  // are under way into the stage that was.
+  // Makes the stage of the next chunk current, and starts the copy of a further chunk into the
+  // stage that was current.
   __device__ __forceinline__ void advance() {
     cp_async_wait<Layout::kStages - 2>();
     __syncwarp();  // all lanes' copies are there, and all lanes are done with the stage before
@@ -141,8 +143,8 @@ class WeightStream {
   __device__ __forceinline__ WeightTile<W> tile(int m) const {
     return {values_ + current_ * Layout::kValueBytes + m * kTileBytes};
   }
-  // The scales of the chunk's groups in row `row` of tile m, after those that were only copied
-  // along.
+  // The scales of the current chunk in row `row` of tile m, after the `skipped` scales of the row
+  // before.
   __device__ __forceinline__ const Scale* scales(int m, int row, int skipped) const {
     return reinterpret_cast<const Scale*>(scales_ + current_ * Layout::kScaleBytes +
                                           m * kTileScaleBytes<W> + row * kScaleWords<W> * 4) +
@@ -183,7 +185,7 @@ class WeightStream {
     }
   }
 
-  // Into the stage before the current one.
+  // Starts the copy of the next chunk, into the stage before the current one.
   __device__ __forceinline__ void copy_next() {
     const int stage = filled_;
     filled_ = next_of(filled_);
@@ -199,7 +201,7 @@ class WeightStream {
     cp_async_commit();
   }
 
-  // 8 lanes copy the 128 bytes of a row: whole cache lines, of 4 rows in an instruction.
+  // 8 lanes copy the 128 bytes of a row, so that an instruction copies whole cache lines of 4 rows.
   __device__ __forceinline__ void copy_values(char* to) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -248,15 +250,15 @@ class WeightStream {
   char* values_;  // this warp's stages
   char* scales_;
   int current_ = Layout::kStages - 1;  // the stage that is worked on
-  int filled_ = 0;                     // the one that is filled next
+  int filled_ = 0;                     // the stage that is filled next
 
-  // What is copied next: of the lane, in the upper and the lower half of a tile.
+  // What this lane copies next, in the upper and the lower half of a tile.
   int block_;
   int chunk_ = 0;
   const char* rows_[2];
-  int rows_left_[2];  // of the block, from that one on; with RoPE there are always enough
-  int bytes_left_;    // of the rows
-  // Scales of groups: of the lane, in each tile.
+  int rows_left_[2];  // of the block, from this row on; with RoPE always enough
+  int bytes_left_;    // of these rows
+  // The scales that this lane copies next, in each tile.
   const Scale* scale_rows_[kM];  // whole words; null: there is none
   int skipped_[kM];
   int scales_left_;

@@ -1,6 +1,5 @@
-// Has ldmatrix read what cp.async of other lanes has brought, which each lane has waited for,
-// without
-// __syncwarp between: it is no barrier, though all lanes come to it.
+// Has ldmatrix read what cp.async of other lanes has brought, without __syncwarp in between. Each
+// lane has waited for its own copies, but ldmatrix is no barrier, although all lanes come to it.
 #include "planted.h"
 
 namespace mistral::cuda {

@@ -1,0 +1,87 @@
+"""What a completion has to match: a JSON schema, a regular expression or a Lark grammar.
+
+`grammar` compiles it. Nothing here takes long to import.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MOST_BYTES = 2**16  # of a schema, regular expression or grammar
+MOST_LEVELS = 64  # of what is nested in it
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a completion has to match.
+
+    Args:
+        kind: "schema", "regex" or "grammar".
+        text: JSON, a regular expression in the syntax of Rust's regex crate, or Lark.
+
+    Raises:
+        ValueError: it is too long, too deep or no Unicode.
+    """
+
+    kind: str
+    text: str
+
+    def __post_init__(self) -> None:
+        try:
+            size, levels = len(self.text.encode()), _levels(self.text)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{self.kind} is not valid Unicode: {error}") from None
+        if size > MOST_BYTES:
+            raise ValueError(f"{self.kind} has {size} bytes, expected at most {MOST_BYTES}")
+        if levels > MOST_LEVELS:
+            raise ValueError(f"{self.kind} has {levels} levels, expected at most {MOST_LEVELS}")
+
+
+def schema_text(schema: object) -> str:
+    """A JSON schema as JSON text.
+
+    Args:
+        schema: a dict, JSON text, or a pydantic model. The objects of a model that says nothing of
+            other properties have none: it would ignore them, and they need not end.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    if hasattr(schema, "model_json_schema"):
+        schema = _closed(schema.model_json_schema())
+    try:
+        if isinstance(schema, str):
+            # Too deep a text would end the parser with an error of another kind.
+            schema = json.loads(Constraint("schema", schema).text)
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"schema is not JSON: {error}") from error
+    if not isinstance(schema, Mapping):
+        raise TypeError(f"schema is {text:.60}, expected an object, its JSON or a pydantic model")
+    return text
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no other properties, unless it says which."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    is_object = schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
+    return {"additionalProperties": False, **closed} if is_object else closed
+
+
+def _levels(text: str) -> int:
+    """How deep brackets are nested; those in strings and behind backslashes count too, at worst."""
+    depth = deepest = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}":
+            depth = max(0, depth - 1)
+    return deepest

@@ -1,0 +1,254 @@
+"""Grammars that say which tokens may come next in a completion that has to match something.
+
+`GrammarCompiler` makes a `Grammar` of a `Constraint` for a tokenizer, with the library llguidance
+(extra `[structure]`), and a `Matcher` follows one completion. All of it fails closed: what is not
+understood is an error, never a completion without a constraint.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mistral_ext.text.constraint import Constraint
+from mistral_ext.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from numpy.typing import NDArray
+
+# Between the tokens of JSON. Without an end a model may write white space up to max_tokens.
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
+
+# Work that llguidance does at most; what needs more is an error. These bound a compilation by about
+# a second, and a step by some tens of milliseconds.
+_LIMITS: dict[str, Any] = {
+    "max_grammar_size": 20_000,
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 50_000,
+}
+
+_CACHED = 32  # grammars that a compiler keeps
+
+_NO_TEXT = "no text matches it"
+
+
+class GrammarCompiler:
+    """Makes grammars for a tokenizer, and keeps the last ones. Any thread may use it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[Constraint, bool], Grammar] = OrderedDict()
+
+    def compile(self, constraint: Constraint, starts_text: bool = False) -> Grammar:
+        """The grammar of a constraint.
+
+        Args:
+            constraint: what completions have to match.
+            starts_text: completions begin a text and do not continue one, so that a space which
+                encoding would put first is no part of what has to match.
+
+        Raises:
+            ValueError: it does not compile, or nothing matches it.
+            ImportError: llguidance is missing.
+        """
+        key = constraint, starts_text and self._tokenizer.adds_first_space
+        with self._lock:
+            grammar = self._kept.pop(key, None)
+            if grammar is None or grammar.is_spent:
+                grammar = Grammar(self._vocabulary, *key)
+            self._kept[key] = grammar
+            if len(self._kept) > _CACHED:
+                self._kept.popitem(last=False)
+        return grammar
+
+    @functools.cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        if find_spec("llguidance") is None:
+            raise ImportError(
+                "schema, regex and grammar need llguidance: pip install 'mistral_ext[structure]'"
+            )
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        vocabulary = _Vocabulary(self._tokenizer)
+        return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=len(vocabulary.tokens))
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        names = {token_id: name.encode() for name, token_id in tokenizer.control_ids.items()}
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [
+            names.get(i) or tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+        ]
+        self.special_token_ids = sorted({*names, tokenizer.eos_id})
+        self._tokenizer = tokenizer
+        # Behind another character no space is put before a text.
+        self._before = "\N{WHITE SMILING FACE}" if tokenizer.adds_first_space else ""
+        self._count = len(self._encode(""))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(self._before + text, bos=False)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode()
+        return self._encode(text)[self._count :]
+
+
+class Grammar:
+    """A constraint, compiled for a tokenizer.
+
+    Args:
+        vocabulary: of the tokenizer.
+        constraint: what completions have to match.
+        is_spaced: a space comes before it: needed before text, possible before JSON.
+
+    Attributes:
+        is_spent: its automaton, which grows with use, has reached its limits: compile it anew.
+
+    Raises:
+        ValueError: it does not compile, or nothing matches it.
+    """
+
+    def __init__(self, vocabulary: LLTokenizer, constraint: Constraint, is_spaced: bool) -> None:
+        from llguidance import LLMatcher
+
+        self.is_spent = False
+        self._vocabulary = vocabulary
+        self._name = constraint.kind
+        try:
+            source = _source(constraint, is_spaced)
+        except ValueError as error:
+            raise self._problem(str(error)) from error
+        self._prototype = LLMatcher(vocabulary, source, log_level=0, limits=_limits())
+        if self._prototype.is_error():
+            raise self._problem(self._prototype.get_error())
+        self._first = self.allowed(self._prototype)
+        if constraint.kind == "schema" or is_spaced:
+            # A space may come first even where nothing can follow it.
+            behind = self._prototype.deep_copy()
+            behind.consume_tokens(vocabulary.greedy_tokenize(" "))
+            self.allowed(behind)
+
+    def matcher(self, end_ids: Sequence[int] = (), may_end: bool = True) -> Matcher:
+        """What follows a new completion; see `Matcher`."""
+        return Matcher(self, self._prototype.deep_copy(), self._first, end_ids, may_end)
+
+    def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
+        """Which tokens may come next in a state, but for the end.
+
+        Raises:
+            ValueError: that is too much work; or nothing may come, and the text is not whole.
+        """
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        # With an error the mask is of the end alone, as at a good end.
+        if matcher.is_error():
+            self.is_spent = True
+            reason = matcher.get_error()
+            raise self._problem(_NO_TEXT if "NoExtension" in reason else reason)
+        size = self._vocabulary.vocab_size
+        allowed = np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
+        allowed[self._vocabulary.eos_token] = False
+        if not (allowed.any() or matcher.is_accepting()):
+            raise self._problem(_NO_TEXT)
+        return allowed
+
+    def _problem(self, reason: str) -> ValueError:
+        words = " ".join(reason.replace("<non-verbose/>", "").split())
+        return ValueError(f"{self._name} cannot be used: {words:.300}")
+
+
+class Matcher:
+    """Follows one completion.
+
+    Args:
+        grammar: what it has to match.
+        state: the library's, before the first token.
+        first: which tokens may come first.
+        end_ids: tokens that end the completion.
+        may_end: whether they may be chosen; otherwise it goes on as long as the grammar does.
+
+    Attributes:
+        allowed: [V] of the tokenizer's ids, which may come next. End tokens may when the text is
+            whole.
+        is_finished: the text is whole, and nothing else can follow.
+    """
+
+    def __init__(
+        self,
+        grammar: Grammar,
+        state: LLMatcher,
+        first: NDArray[np.bool_],
+        end_ids: Sequence[int],
+        may_end: bool,
+    ) -> None:
+        self._grammar = grammar
+        self._state = state
+        self._end_ids = [i for i in end_ids if i < len(first)]
+        self._may_end = may_end
+        self.is_finished = False
+        self._update(first.copy())
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the text so far is whole."""
+        return self._state.is_accepting()
+
+    def consume(self, token_id: int) -> None:
+        """Takes the next token.
+
+        Raises:
+            ValueError: it may not come here, or what may come next is too much work to know.
+        """
+        if not self.allowed[token_id]:
+            raise ValueError(f"token {token_id} does not match what a completion has to match")
+        self._state.consume_token(token_id)  # an error shows in what follows
+        self._update(self._grammar.allowed(self._state))
+
+    def _update(self, allowed: NDArray[np.bool_]) -> None:
+        allowed[self._end_ids] = False
+        is_whole = self.is_accepting
+        self.is_finished = is_whole and not allowed.any()
+        allowed[self._end_ids] = is_whole and self._may_end
+        self.allowed = allowed
+
+
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(verbose_errors=False, **_LIMITS)
+
+
+def _source(constraint: Constraint, is_spaced: bool) -> str:
+    """A constraint in llguidance's own format."""
+    from llguidance import LLMatcher
+
+    body: dict[str, Any] = {"name": "body"}
+    if constraint.kind == "schema":
+        # A schema may have options of its own, which would relax it: they are replaced.
+        options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
+        body["json_schema"] = json.loads(constraint.text) | {"x-guidance": options}
+        space = '" "?'  # models like to begin with one, and to JSON it is nothing
+    else:
+        is_regex = constraint.kind == "regex"
+        body["lark_grammar"] = constraint.text
+        if is_regex:
+            source = json.loads(LLMatcher.grammar_from_regex(constraint.text))
+            body["lark_grammar"] = source["grammars"][0]["lark_grammar"]
+        space = '" "' if is_spaced else ""
+    start = {"lark_grammar": f"start: {space} @body"}
+    return json.dumps({"grammars": [start, body]})

@@ -1,0 +1,42 @@
+"""mistral_ext.cli.threads: the limits of control groups, in files as Linux has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mistral_ext.cli.threads import container_cores
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 2),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "100000 100000"}, 1),
+        ("0::/a", {"a/cpu.max": "800000 100000", "cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "300000 100000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000"}, None),
+        ("0::/a/b", {}, None),
+        ("0::/a", {"a/cpu.max": "nonsense"}, None),
+        (
+            "5:memory:/x\n3:cpu,cpuacct:/a",
+            {"cpu/a/cpu.cfs_quota_us": "250000", "cpu/a/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            "3:cpu:/a",
+            {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"},
+            None,
+        ),
+    ],
+)
+def test_cores_of_a_control_group(tmp_path, own, files, cores):
+    for name, text in files.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    assert container_cores(tmp_path / "cgroup", tmp_path / "own") == cores
+
+
+def test_another_system_has_no_control_groups(tmp_path):
+    assert container_cores(tmp_path, tmp_path / "missing") is None
