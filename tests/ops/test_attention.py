@@ -101,6 +101,15 @@ def test_few_tokens_and_many_keys(isa, dtype, dim):
         batch.step(counts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_prompt_of_thousands_of_tokens_without_a_window(isa, dim, dtype):
+    """The values of so many keys must not be added to one number one by one: rounding adds up."""
+    batch = RaggedBatch([9000], None, 2, 1, dim, dtype, theta=1e5, positions=[8150])
+    for counts in ((70,), (1,)):
+        batch.step(counts)
+
+
 def test_divided_keys_give_the_same_bits_alone_and_on_any_number_of_threads(isa):
     positions = [5000, 3333, 1200]
     together = RaggedBatch([4096, 4096, 4096], 4096, positions=positions)

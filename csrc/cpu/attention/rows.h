@@ -42,14 +42,15 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns from d on.
 // weights(r, key) points to the weights of row r for kDepth keys from `key` on. values(key, d,
 // columns) loads M vectors of the values of these keys. factor(r) is the factor of row r.
+//
+// The new sums begin at zero and join `out` as a whole. Were thousands of keys added to `out` one
+// by one, each addition would round the large number.
 template <int64_t M, class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {
   Vec sums[kRowBlock][M];
-  for (int64_t r = 0; r < kRowBlock; ++r) {
-    for (int64_t m = 0; m < M; ++m) {
-      sums[r][m] = load(out + r * dim + d + m * Vec::width) * broadcast(factor(r));
-    }
+  for (auto& of_row : sums) {
+    for (Vec& sum : of_row) sum = broadcast(0.0f);
   }
   for (int64_t key = 0; key < keys; key += A::kDepth) {
     typename A::Operand columns[M];
@@ -60,7 +61,10 @@ MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, con
     }
   }
   for (int64_t r = 0; r < kRowBlock; ++r) {
-    for (int64_t m = 0; m < M; ++m) store(out + r * dim + d + m * Vec::width, sums[r][m]);
+    for (int64_t m = 0; m < M; ++m) {
+      float* total = out + r * dim + d + m * Vec::width;
+      store(total, fma(load(total), broadcast(factor(r)), sums[r][m]));
+    }
   }
 }
 
