@@ -13,8 +13,8 @@ Then other ways to get 8 and 4 bits, on the demo in fp32, so that nothing but th
 rounded. Its perplexity is no measure to tell them apart: the demo is overfitted, and noise can help
 it. KL is. e4m3 are floating point numbers of 8 bits, which some GPUs know.
 
-Takes a minute or two and 8 GB. `--model` measures another model instead, a folder or a GGUF file, on
-the first `--tokens` tokens of the same text; its weights are taken as they decode to bfloat16.
+Takes a minute or two and 8 GB. `--model` measures another model instead, a folder or a GGUF file,
+on the first `--tokens` tokens of the same text; its weights are taken as they decode to bfloat16.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def real(model: str, tokens: int) -> Subject:
         name: weight.dequantize(torch.bfloat16) if isinstance(weight, Quantized) else weight
         for name, weight in load_weights(folder, torch.bfloat16).items()
     }
-    llm = Mistral.from_pretrained(model, torch.bfloat16)
+    llm = Mistral.from_pretrained(model, dtype=torch.bfloat16)
     ids = llm.require_tokenizer().encode(HELD_OUT.read_text())
     return Subject(folder.config, weights, ids[:tokens])
 
