@@ -39,7 +39,9 @@ constexpr FormatInfo kFormats[kNumFormats] = {
     {"int4", "int32", "bfloat16", 4, 8, 32, 128},
     {"q8_0", "int8", "float16", 8, 1, 32, 32},
 };
-constexpr const FormatInfo& info(WeightFormat format) { return kFormats[static_cast<int>(format)]; }
+[[gnu::always_inline]] inline constexpr const FormatInfo& info(WeightFormat format) {
+  return kFormats[static_cast<int>(format)];
+}
 
 // Calls f with the format as a constant: with_format(format, [&](auto f) { ... f.value ... }).
 template <WeightFormat value_>

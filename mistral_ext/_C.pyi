@@ -21,7 +21,6 @@ class _Device(TypedDict):
     memory_bytes: int
 
 cuda_architectures: str | None  # None: a build without CUDA
-gemv_tokens: int
 
 def active_isa() -> str: ...
 def attention(

@@ -402,7 +402,6 @@ void bind_linear(py::module_& m) {
         py::arg("out"), py::arg("target"));
 #endif
   m.def("weight_formats", &weight_formats);
-  m.attr("gemv_tokens") = cpu::kGemvTokens;
 }
 
 }  // namespace mistral::python
