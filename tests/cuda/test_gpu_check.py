@@ -336,6 +336,7 @@ def test_stand_ins_take_the_place_of_every_step():
             assert replaced.environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
+@pytest.mark.timeout(1200)  # it starts some forty processes, most of which import torch
 def test_dry_run(tmp_path):
     result = subprocess.run(
         [ROOT / "bench/gpu_check.sh", "--dry-run", tmp_path],

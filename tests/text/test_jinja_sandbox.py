@@ -253,7 +253,7 @@ def test_what_templates_may_not_do(source, reason, monkeypatch):
 
 @pytest.mark.parametrize("source", ["x" * 300_000, "{# " + "x" * 300_000 + " #}"])
 def test_a_template_that_is_too_long(source):
-    with pytest.raises(ValueError, match=r"file\.jinja: a chat template of 3000.. characters"):
+    with pytest.raises(ValueError, match=r"file\.jinja: the chat template has 3000.. characters"):
         SandboxedTemplate(source, "file.jinja")
 
 
