@@ -9,7 +9,7 @@ from shapes import GPU, random
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.ops import Quantized, Weight
+from mistral_ext.ops import JoinedWeight, Quantized, Weight
 from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.device import move_weights
 from mistral_ext.weights.quantize import Quantization
@@ -45,10 +45,12 @@ def random_weight(rows: int, size: int, form: str | None, dtype: torch.dtype) ->
     return Quantized(values, torch.full_like(parts.scales, 1e-3, device=GPU), form)
 
 
-def random_weights_on_gpu(config: MistralConfig, name: str = "bf16") -> dict[str, Weight]:
+def random_weights_on_gpu(
+    config: MistralConfig, name: str = "bf16"
+) -> dict[str, Weight | JoinedWeight]:
     """In "bf16", "int8" or "int4", where and as loading puts them."""
     quantization = None if name == "bf16" else Quantization.from_name(name)
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight | JoinedWeight] = {}
     for tensor, shape in tensor_shapes(config).items():
         if len(shape) == 2:
             form = quantization.format_of(tensor) if quantization else None
@@ -103,6 +105,20 @@ def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
             done[key] = quantization.quantize(tensor, weight, tensor)
         values, scales, _ = done[key]
         result[tensor] = Quantized(on_large_pages(values), on_large_pages(scales), chosen)
+    return result
+
+
+def separated(weights: dict[str, Weight | JoinedWeight]) -> dict[str, Weight]:
+    """The same weights under Mistral's names, those that are joined as views of the whole."""
+    names = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
+    result: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, JoinedWeight):
+            module, joined, suffix = name.rsplit(".", 2)
+            parts = zip(names[joined], weight.parts, strict=True)
+            result |= {f"{module}.{part}.{suffix}": view for part, view in parts}
+        else:
+            result[name] = weight
     return result
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import step_bytes
+from models import separated, step_bytes
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
@@ -69,6 +69,7 @@ class Transformers:
                     rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
                 )
             )
+        weights = separated(weights)
         state = {hugging_face_name(name): weight for name, weight in weights.items()}
         model.load_state_dict(state, assign=True)
         # The one buffer, which is no part of the state, has to be made for real.
