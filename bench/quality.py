@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mistral_ext import Mistral
 from mistral_ext.evaluate.perplexity import perplexity
-from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.llm import DEMO_MODEL, read_tokenizer
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import Quantized
@@ -76,8 +76,7 @@ def real(model: str, tokens: int) -> Subject:
         name: weight.dequantize(torch.bfloat16) if isinstance(weight, Quantized) else weight
         for name, weight in load_weights(folder, torch.bfloat16).items()
     }
-    llm = Mistral.from_pretrained(model, dtype=torch.bfloat16)
-    ids = llm.require_tokenizer().encode(HELD_OUT.read_text())
+    ids = read_tokenizer(folder).encode(HELD_OUT.read_text())
     return Subject(folder.config, weights, ids[:tokens])
 
 

@@ -31,7 +31,7 @@ from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
-from mistral_ext.weights.folder import is_instruct, read_folder
+from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
 from mistral_ext.weights.hub import resolve
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -66,6 +66,13 @@ def generate(
 @functools.lru_cache(maxsize=1)
 def _load(model: str) -> Mistral:
     return Mistral.from_pretrained(model)
+
+
+def read_tokenizer(folder: ModelFolder) -> Tokenizer | None:
+    """The tokenizer of a model folder or a GGUF file; None: it has none."""
+    if folder.gguf is None:
+        return Tokenizer.from_folder(folder.path)
+    return Tokenizer.from_gguf(folder.path, folder.gguf.metadata)
 
 
 class Mistral:
@@ -141,10 +148,7 @@ class Mistral:
         device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
         config, path = folder.config, folder.path
-        if folder.gguf is None:
-            tokenizer = Tokenizer.from_folder(path)
-        else:
-            tokenizer = Tokenizer.from_gguf(path, folder.gguf.metadata)
+        tokenizer = read_tokenizer(folder)
         # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
         weights = load_weights(folder, dtype, progress, quantize, device)
