@@ -25,10 +25,13 @@ from mistral_ext.text.chat_template import (
     chat_template_of,
     encode_chat,
     extend_chat,
+    tool_format,
 )
 from mistral_ext.text.grammar import Grammar, GrammarCompiler
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.text.tool_calls import ToolFormat, ToolUse
+from mistral_ext.text.tool_parser import ToolParser
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
 from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
@@ -218,33 +221,52 @@ class Mistral:
         return Stream(self.engine.outputs([request]))
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], template: str | None = None, **sampling: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template: ChatTemplate | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        **sampling: Any,
     ) -> Completion:
         """Replies to a conversation with an Instruct model.
 
         Args:
-            messages: dicts with "role" ("system", "user" or "assistant") and "content".
+            messages: dicts with "role" ("system", "user", "assistant" or "tool") and "content"; an
+                assistant's may have "tool_calls", and a tool's has "tool_call_id", as OpenAI's.
             template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
+            tools: functions that the model may call, in OpenAI's format.
+            tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
             sampling: fields of `SamplingParams`.
 
         Returns:
-            The reply, a `Completion`.
+            The reply, a `Completion`; the functions that it calls are its `tool_calls`.
 
         Raises:
-            ValueError: the model is a base model, or the messages are not a conversation.
+            ValueError: the model is a base model or takes no tools, the messages are not a
+                conversation, or a tool is wrong.
+            ImportError: tools are given, and llguidance is missing.
         """
         params = self._params_of_one(sampling)
-        ids = self._check_ids(self.encode_chat(messages, template=template), "conversation")
-        stream = self._stream(self.request(ids, params, starts_text=True))
-        for _ in stream:
-            pass
-        assert stream.completion is not None  # it has ended
-        return stream.completion
+        form = self.tool_format(template) if tools else None
+        use = ToolUse.of(form, tools, tool_choice, parallel_tool_calls)
+        ids = self.encode_chat(messages, use.tools if use else None, template)
+        ids = self._check_ids(ids, "conversation")
+        parser = ToolParser(use.form) if use else None
+        request = self.request(ids, params, starts_text=True, tools=use)
+        for output in self.engine.outputs([request]):
+            if output.error:
+                raise output.error
+            if parser:
+                list(parser.push(output.token_ids, output.text, output.is_last))
+            completion = output.completion
+        assert completion is not None  # it has ended
+        return completion.divided(parser) if parser else completion
 
     def encode_chat(
         self,
-        messages: Sequence[Mapping[str, str]],
-        tools: Sequence[Mapping[str, object]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         template: ChatTemplate | None = None,
     ) -> list[int]:
         """The token ids of the prompt that `chat` makes of a conversation.
@@ -255,6 +277,14 @@ class Mistral:
             template: as in `chat`.
         """
         return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
+
+    def tool_format(self, template: ChatTemplate | None = None) -> ToolFormat | None:
+        """How the model writes calls of tools; None: it takes no tools.
+
+        Args:
+            template: as in `chat`.
+        """
+        return tool_format(self.require_tokenizer(), self.chat_template(template))
 
     def start_chat(self, system: str | None = None, template: str | None = None) -> Chat:
         """A conversation that keeps its cache between turns; see `Chat`."""
@@ -355,6 +385,7 @@ class Mistral:
         reuse_completions: bool = False,
         salt: str | None = None,
         stop_token_ids: Sequence[int] = (),
+        tools: ToolUse | None = None,
     ) -> Request:
         """Makes a request to `engine`, for callers that step the engine themselves.
 
@@ -365,6 +396,7 @@ class Mistral:
             starts_text: the completion begins a text, as a reply does; else it continues a text.
             reuse_completions, salt: see `Request`.
             stop_token_ids: tokens that end the completion, besides the model's own.
+            tools: functions that the completion may call.
         """
         max_length = len(ids) + params.max_tokens
         text = None
@@ -381,24 +413,27 @@ class Mistral:
             text=text,
             reuse_completions=reuse_completions,
             salt=salt,
-            grammar=self.grammar(params, starts_text),
+            grammar=self.grammar(params, starts_text, tools),
         )
 
-    def grammar(self, params: SamplingParams, starts_text: bool = False) -> Grammar | None:
+    def grammar(
+        self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
+    ) -> Grammar | None:
         """What the options have completions match, compiled; None: nothing. The last ones are kept.
 
         Args:
-            params, starts_text: as in `request`.
+            params, starts_text, tools: as in `request`.
 
         Raises:
             ValueError: it does not compile.
             ImportError: llguidance is missing.
         """
-        if params.constraint is None:
+        constraint = tools.constraint(params.constraint) if tools else params.constraint
+        if constraint is None:
             return None
         self.require_tokenizer()
         assert self._grammars is not None
-        return self._grammars.compile(params.constraint, starts_text)
+        return self._grammars.compile(constraint, starts_text)
 
     @property
     def _vocab_size(self) -> int:

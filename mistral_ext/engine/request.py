@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
 from mistral_ext.text.grammar import Grammar
 from mistral_ext.text.text_stream import TextStream
+from mistral_ext.text.tool_calls import ToolCall
+from mistral_ext.text.tool_parser import ToolParser
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,18 @@ class Completion:
 
     text: str | None  # None: the model has no tokenizer
     token_ids: list[int]  # as sampled, an end-of-text token included
-    finish_reason: str  # "stop": its end, or a stop string; "length": max_tokens or the limit
+    finish_reason: str  # "stop": its end, or a stop string; "length": max_tokens or the limit;
+    # "tool_calls": its end, after calls
     logprobs: list[TokenLogprob] | None  # one per token id, if asked for
     timing: Timing
+    tool_calls: Sequence[ToolCall] = ()
+
+    def divided(self, parser: ToolParser) -> Completion:
+        """The completion, whose outputs a parser has taken, with its calls apart from its text."""
+        reason = parser.reason(self.finish_reason)
+        return dataclasses.replace(
+            self, text=parser.content, finish_reason=reason, tool_calls=parser.calls
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from mistral_ext.files import read_json_object, read_text_file
 from mistral_ext.text.jinja_sandbox import SandboxedTemplate
 from mistral_ext.text.tokenizer import Tokenizer, check_text
+from mistral_ext.text.tool_calls import ToolFormat
+from mistral_ext.text.tool_messages import mistral_messages, with_parsed_arguments
 
 if TYPE_CHECKING:
     from mistral_common.protocol.instruct.messages import (
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 TEMPLATES = ("v1", "v2", "v3")
 _OVERRIDE = "; if it was trained with Mistral's chat format, pass template='v1', 'v2' or 'v3'"
+
+_TOOL_CALLS = "[TOOL_CALLS]"  # Mistral's control token before calls
+_TOOL_KEYS = ("tool_calls", "tool_call_id", "name")  # of messages
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -180,21 +185,42 @@ def encode_chat(
     """Token ids of a conversation, ready for the model to reply.
 
     Args:
-        messages: dicts {"role": "system" | "user" | "assistant", "content": str}; the last one is
-            the user's. With Mistral's templates, neighbours of the same role are joined by an empty
-            line; a model's own template may refuse them, or take the role "tool" and more keys.
+        messages: dicts {"role": "system" | "user" | "assistant" | "tool", "content": str}, an
+            assistant's with "tool_calls" and a tool's with "tool_call_id" in OpenAI's format; the
+            last one is the user's or a tool's. With Mistral's templates, neighbours of the same
+            role are joined by an empty line; a model's own template may refuse them, or take more
+            keys.
         template: "v1", "v2" or "v3", or a model's own; None: the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
 
     Raises ValueError that says which message, or which order of roles, is wrong.
     """
     if isinstance(template, JinjaTemplate):
-        _check_messages(messages, more=True)
+        _check_messages(messages, template)
         _check_tools(tools)
-        return template.encode(messages, tools)
-    _check_messages(messages)
+        return template.encode(with_parsed_arguments(messages), tools)
+    template = template or tokenizer.version
+    _check_messages(messages, template)
     _check_tools(tools)
-    return _encode_with_mistral_common(tokenizer, messages, template or tokenizer.version, tools)
+    return _encode_with_mistral_common(tokenizer, messages, template, tools)
+
+
+def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | None:
+    """How a model with this chat template writes calls of tools; None: its template takes no tools,
+    or writes calls in a format that is not known."""
+    control_ids = tokenizer.control_ids
+    if isinstance(template, JinjaTemplate):
+        source = template.source([{}])
+    else:
+        source = "" if template == "v1" else f"tools {_TOOL_CALLS}"
+    if "tools" not in source:
+        return None
+    if _TOOL_CALLS in source and _TOOL_CALLS in control_ids:
+        return ToolFormat(control_ids[_TOOL_CALLS])
+    if "<tool_call>" in source:
+        begin, end = "<tool_call>", "</tool_call>"
+        return ToolFormat(control_ids.get(begin, begin), control_ids.get(end, end))
+    return None
 
 
 def extend_chat(
@@ -241,19 +267,21 @@ def _transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 
-def _check_messages(messages: Sequence[Message], more: bool = False) -> None:
-    """Raises unless messages are a conversation; more: allow tools and more keys."""
+def _check_messages(messages: Sequence[Message], template: ChatTemplate) -> None:
+    """Raises unless messages are a conversation that a template may take."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
             f"messages is {messages!r:.60}, expected a list of dicts "
             "{'role': ..., 'content': ...}"
         )
-    roles = ["system", "user", "assistant", *(["tool"] if more else [])]
+    takes_tools = template != "v1"
+    roles = ["system", "user", "assistant", *(["tool"] if takes_tools else [])]
+    known = {"role", "content", *(_TOOL_KEYS if takes_tools else ())}
     for i, message in enumerate(messages):
-        calls_tools = more and message.get("tool_calls")
-        if not {"role", "content"} <= message.keys() | ({"content"} if calls_tools else set()) or (
-            not more and len(message) > 2
-        ):
+        calls_tools = takes_tools and message.get("tool_calls")
+        needed = {"role"} if calls_tools else {"role", "content"}
+        is_open = isinstance(template, JinjaTemplate)
+        if not needed <= message.keys() or not (is_open or message.keys() <= known):
             raise ValueError(f"messages[{i}] has keys {list(message)}, expected role and content")
         if message["role"] not in roles:
             raise ValueError(
@@ -325,24 +353,19 @@ def _encode_with_mistral_common(
     tools: Tools | None,
 ) -> list[int]:
     from mistral_common.exceptions import MistralCommonException
-    from mistral_common.protocol.instruct import messages as protocol
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.tool_calls import Tool
 
     encoder = _instruct_encoder(tokenizer, template)
     if tools and template == "v1":
         raise ValueError(f"tools has {len(tools)} tools, expected none: the chat template is v1")
-    types: dict[str, type[SystemMessage | UserMessage | AssistantMessage]] = {
-        "system": protocol.SystemMessage,
-        "user": protocol.UserMessage,
-        "assistant": protocol.AssistantMessage,
-    }
+    converted = mistral_messages(messages)
     try:
         request = ChatCompletionRequest(
-            messages=[types[message["role"]](content=message["content"]) for message in messages],
-            tools=[Tool.model_validate(dict(tool)) for tool in tools] if tools else None,
+            messages=converted,
+            tools=[Tool.from_openai(dict(tool)) for tool in tools] if tools else None,
         )
-    except ValueError as error:  # pydantic's
+    except (ValueError, KeyError) as error:  # pydantic's
         raise ValueError(f"tools: not in OpenAI's format: {error}") from error
     try:
         return encoder.encode_chat_completion(request).tokens

@@ -13,14 +13,18 @@ from typing import Any
 MOST_BYTES = 2**16  # of a schema, regular expression or grammar
 MOST_LEVELS = 64  # of what is nested in it
 
+# Between the tokens of JSON. Without an end a model may write white space up to max_tokens.
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
+
 
 @dataclass(frozen=True)
 class Constraint:
     """What a completion has to match.
 
     Args:
-        kind: "schema", "regex" or "grammar".
+        kind: "schema", "regex", "grammar" or "tools".
         text: JSON, a regular expression in the syntax of Rust's regex crate, or Lark.
+        content: with "tools", what @content in the text is; None: there is none.
 
     Raises:
         ValueError: it is too long, too deep or no Unicode.
@@ -28,6 +32,7 @@ class Constraint:
 
     kind: str
     text: str
+    content: Constraint | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -51,7 +56,7 @@ def schema_text(schema: object) -> str:
         TypeError, ValueError: it is something else.
     """
     if hasattr(schema, "model_json_schema"):
-        schema = _closed(schema.model_json_schema())
+        schema = closed(schema.model_json_schema())
     try:
         if isinstance(schema, str):
             # Too deep a text would end the parser with an error of another kind.
@@ -64,15 +69,22 @@ def schema_text(schema: object) -> str:
     return text
 
 
-def _closed(schema: Any) -> Any:
+def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema with llguidance's options. Options of the schema's own would relax it: they are
+    replaced."""
+    options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
+    return {**schema, "x-guidance": options}
+
+
+def closed(schema: Any) -> Any:
     """A schema whose objects have no other properties, unless it says which."""
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
+    copy = {key: closed(value) for key, value in schema.items()}
     is_object = schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
-    return {"additionalProperties": False, **closed} if is_object else closed
+    return {"additionalProperties": False, **copy} if is_object else copy
 
 
 def _levels(text: str) -> int:

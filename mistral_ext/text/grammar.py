@@ -17,15 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mistral_ext.text.constraint import Constraint
+from mistral_ext.text.constraint import Constraint, guided
 from mistral_ext.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from numpy.typing import NDArray
-
-# Between the tokens of JSON. Without an end a model may write white space up to max_tokens.
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 
 # Work that llguidance does at most; what needs more is an error. These bound a compilation by about
 # a second, and a step by some tens of milliseconds.
@@ -76,7 +73,8 @@ class GrammarCompiler:
     def _vocabulary(self) -> LLTokenizer:
         if find_spec("llguidance") is None:
             raise ImportError(
-                "schema, regex and grammar need llguidance: pip install 'mistral_ext[structure]'"
+                "schema, regex, grammar and tools need llguidance: "
+                "pip install 'mistral_ext[structure]'"
             )
         from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -138,7 +136,7 @@ class Grammar:
         if self._prototype.is_error():
             raise self._problem(self._prototype.get_error())
         self._first = self.allowed(self._prototype)
-        if constraint.kind == "schema" or is_spaced:
+        if constraint.kind != "tools" and (constraint.kind == "schema" or is_spaced):
             # A space may come first even where nothing can follow it.
             behind = self._prototype.deep_copy()
             behind.consume_tokens(vocabulary.greedy_tokenize(" "))
@@ -235,13 +233,22 @@ def _limits() -> LLParserLimits:
 
 def _source(constraint: Constraint, is_spaced: bool) -> str:
     """A constraint in llguidance's own format."""
+    if constraint.kind != "tools":
+        return json.dumps({"grammars": _grammars(constraint, is_spaced)})
+    grammars: list[dict[str, Any]] = [{"lark_grammar": constraint.text}]
+    if constraint.content:
+        first, body = _grammars(constraint.content, is_spaced)
+        grammars += [{**first, "name": "content"}, body]
+    return json.dumps({"grammars": grammars})
+
+
+def _grammars(constraint: Constraint, is_spaced: bool) -> list[dict[str, Any]]:
+    """A grammar of the space before a text, and another one of the text."""
     from llguidance import LLMatcher
 
     body: dict[str, Any] = {"name": "body"}
     if constraint.kind == "schema":
-        # A schema may have options of its own, which would relax it: they are replaced.
-        options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
-        body["json_schema"] = json.loads(constraint.text) | {"x-guidance": options}
+        body["json_schema"] = guided(json.loads(constraint.text))
         space = '" "?'  # models like to begin with one, and to JSON it is nothing
     else:
         is_regex = constraint.kind == "regex"
@@ -250,5 +257,4 @@ def _source(constraint: Constraint, is_spaced: bool) -> str:
             source = json.loads(LLMatcher.grammar_from_regex(constraint.text))
             body["lark_grammar"] = source["grammars"][0]["lark_grammar"]
         space = '" "' if is_spaced else ""
-    start = {"lark_grammar": f"start: {space} @body"}
-    return json.dumps({"grammars": [start, body]})
+    return [{"lark_grammar": f"start: {space} @body"}, body]

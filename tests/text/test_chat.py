@@ -138,7 +138,7 @@ def test_tokenizer_json_alone(messages, version, tokenizers, tmp_path):
         (
             [{"role": "tool", "content": "x"}],
             ValueError,
-            r"messages\[0\] has role 'tool', expected",
+            r"messages\[0\] has tool_call_id None, expected text",
         ),
         (
             [user("a"), {"role": "user"}],

@@ -1,0 +1,239 @@
+"""Tools: the functions that a model may call, and the calls that it writes.
+
+A model writes calls in the format that it was trained with: after Mistral's control token
+[TOOL_CALLS] a JSON list of all calls, or each call between <tool_call> and </tool_call>, as the
+Hermes models do. A completion with tools always has a grammar (`ToolUse.constraint`), so calls are
+valid JSON, name functions that exist, and match their parameters. `tool_parser` relies on that.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_ext.text.constraint import Constraint, closed, guided
+
+MOST_TOOLS = 128  # OpenAI's limit
+ID_LENGTH = 9  # of Mistral's ids
+ID_CHARACTERS = string.ascii_letters + string.digits
+
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+HEAD = '{{"name": {}, "arguments": '  # how a call begins
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a function.
+
+    Attributes:
+        call_id: 9 letters and digits.
+        name: of the function.
+        arguments: a JSON object. It is incomplete if `max_tokens` or a stop string cut it off.
+    """
+
+    call_id: str
+    name: str
+    arguments: str
+
+    def as_message(self) -> dict[str, Any]:
+        """The call in OpenAI's format, as an assistant's message has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.call_id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True)
+class ToolDelta:
+    """New text of a call: first its id and name, then pieces of its arguments."""
+
+    index: int  # which call of the completion
+    call: ToolCall | None = None  # with empty arguments, where the call begins
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a model writes calls.
+
+    Attributes:
+        begin: what comes before calls: the id of a control token, or text.
+        end: what comes after each call; None: one list has all calls, and nothing comes after it.
+    """
+
+    begin: int | str
+    end: int | str | None = None
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The functions that a completion may or must call.
+
+    Attributes:
+        form: how the model writes calls.
+        tools: in OpenAI's format, for the chat template.
+        must_call: the completion is calls, and no text.
+        names: the functions that may be called.
+        parallel: a completion may have several calls.
+    """
+
+    form: ToolFormat
+    tools: Sequence[Mapping[str, Any]]
+    must_call: bool
+    names: Sequence[str]
+    parallel: bool
+
+    @classmethod
+    def of(
+        cls,
+        form: ToolFormat | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        choice: str | Mapping[str, Any] = "auto",
+        parallel: bool = True,
+    ) -> ToolUse | None:
+        """The use of tools that a conversation asks for; None: none.
+
+        Args:
+            form: how the model writes calls; None: it takes no tools.
+            tools: functions in OpenAI's format.
+            choice: "none"; "auto", the model decides; "required", it calls a function; or
+                {"type": "function", "function": {"name": ...}}, it calls this function.
+            parallel: it may make several calls.
+
+        Raises:
+            ValueError, TypeError: the message names the tool or option.
+        """
+        tools = tools or ()
+        names = check_tools(tools)
+        must_call = choice not in ("none", "auto")
+        if must_call and choice != "required":
+            name = _chosen(choice)
+            if name not in names:
+                given = ", ".join(names) or "none"
+                raise ValueError(f"tool_choice is {name!r}, expected one of the tools: {given}")
+            names = [name]
+        if must_call and not tools:
+            raise ValueError(f"tool_choice is {choice!r}, expected tools to choose from")
+        if not tools or choice == "none":
+            return None
+        if form is None:
+            raise ValueError(
+                f"tools has {len(tools)} tools, expected none: the model's chat template takes no "
+                "tools, or writes calls in a format that is not known"
+            )
+        return cls(form, tools, must_call, names, parallel)
+
+    def constraint(self, content: Constraint | None) -> Constraint:
+        """What a completion has to match: calls, or text unless it must call.
+
+        Args:
+            content: what the text has to match; None: nothing.
+
+        Raises:
+            ValueError: text that matches could not be told from calls.
+        """
+        if content and self.form.end is not None and not self.must_call:
+            raise ValueError(
+                "tools are given with a constraint of the text, expected one of them: this model "
+                "marks calls by text, which could be a part of both"
+            )
+        text = None if self.must_call else content
+        return Constraint("tools", self._grammar(content is None), text)
+
+    def _grammar(self, is_free: bool) -> str:
+        """In llguidance's Lark; @content is the constraint of the text, unless the text is free."""
+        form, start, text = self.form, "start: calls", ["content: @content"]
+        begin, end = _in_lark(form.begin), _in_lark(form.end or "")
+        free = "(?s:.*)"
+        if form.end is None:
+            more = ' (", " call)*' if self.parallel else ""
+            rules = [f'calls: {begin} " "? "[" call{more} "]"']
+        else:
+            more = f" (SPACE {begin} body)*" if self.parallel else ""
+            rules = [
+                f"calls: SPACE {begin} body{more}",
+                f"body: SPACE call SPACE {end}",
+                r"SPACE: /[ \n]{0,8}/",
+            ]
+            if not self.must_call:  # there may be text before calls
+                rules[0] = f"calls: lead body{more}"
+                is_text = isinstance(form.begin, str)
+                rules.append(
+                    f"lead[lazy]: /{free}{form.begin}/" if is_text else f"lead: FREE {begin}"
+                )
+        if not self.must_call:
+            start = "start: content | calls"
+            if is_free:
+                text = ["content: FREE", f"FREE: /{free}/"]
+                if form.end is not None and isinstance(form.begin, str):
+                    text[1] += f" & ~/{free}{form.begin}{free}/"
+            rules += text
+        rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(self.names))))
+        for i, name in enumerate(self.names):
+            head = json.dumps(HEAD.format(json.dumps(name)))
+            parameters = json.dumps(self._parameters(name), ensure_ascii=False)
+            rules += [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {parameters}"]
+        return "\n".join([start, *rules])
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        """The JSON schema of a function's arguments."""
+        function = next(t["function"] for t in self.tools if t["function"]["name"] == name)
+        if function.get("strict") is False:
+            return guided({"type": "object"})
+        # A function has no other parameters than it says, and they need not end.
+        parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
+        return guided(closed(parameters))
+
+
+def check_tools(tools: object) -> list[str]:
+    """The names of functions in OpenAI's format.
+
+    Raises:
+        ValueError, TypeError: the message names the tool that is wrong.
+    """
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise TypeError(f"tools is {tools!r:.60}, expected a list of dicts")
+    if len(tools) > MOST_TOOLS:
+        raise ValueError(f"tools has {len(tools)} tools, expected at most {MOST_TOOLS}")
+    names: list[str] = []
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or tool.get("type") != "function":
+            raise ValueError(
+                f"tools[{i}] is {tool!r:.60}, expected "
+                "{'type': 'function', 'function': {'name': ..., 'parameters': ...}}"
+            )
+        name, parameters = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in names:
+            raise ValueError(
+                f"tools[{i}] has name {name!r:.80}, expected a new name of 1 to 64 letters, "
+                "digits, _ and -"
+            )
+        if parameters is not None and not isinstance(parameters, Mapping):
+            raise ValueError(f"tools[{i}] has parameters {parameters!r:.60}, expected a schema")
+        names.append(name)
+    return names
+
+
+def new_call_id() -> str:
+    """A fresh id of a call, in Mistral's form."""
+    return "".join(secrets.choice(ID_CHARACTERS) for _ in range(ID_LENGTH))
+
+
+def _chosen(choice: object) -> str:
+    """The name in a choice of a function."""
+    if isinstance(choice, Mapping) and choice.get("type") == "function":
+        function = choice.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            return str(function["name"])
+    raise ValueError(
+        f"tool_choice is {choice!r:.80}, expected none, auto, required or "
+        "{'type': 'function', 'function': {'name': ...}}"
+    )
+
+
+def _in_lark(mark: int | str) -> str:
+    return f"<[{mark}]>" if isinstance(mark, int) else json.dumps(mark)

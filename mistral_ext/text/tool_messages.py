@@ -1,0 +1,116 @@
+"""Messages with calls of tools, from OpenAI's format to that of chat templates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mistral_ext.text.tool_calls import ID_CHARACTERS, ID_LENGTH
+
+if TYPE_CHECKING:
+    from mistral_common.protocol.instruct.messages import ChatMessage
+
+_ID = re.compile(f"[{ID_CHARACTERS}]{{{ID_LENGTH}}}")
+
+Message = Mapping[str, Any]
+
+
+def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
+    """Messages as mistral-common takes them.
+
+    Ids of calls that are not in Mistral's form get another id, always the same. The text beside
+    calls is dropped, as Mistral's templates have no place for it.
+
+    Raises:
+        ValueError: a message is wrong; the message names it.
+    """
+    from mistral_common.protocol.instruct import messages as protocol
+    from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
+
+    names: dict[str, str] = {}  # of the functions that were called, by id
+    converted: list[ChatMessage] = []
+    for i, message in enumerate(messages):
+        content = message.get("content") or ""
+        if message["role"] == "system":
+            converted.append(protocol.SystemMessage(content=content))
+        elif message["role"] == "user":
+            converted.append(protocol.UserMessage(content=content))
+        elif message["role"] == "tool":
+            given = _text(message, "tool_call_id", f"messages[{i}]")
+            if given not in names:
+                raise ValueError(
+                    f"messages[{i}] has tool_call_id {given!r:.60}, expected the id of a call "
+                    "before it"
+                )
+            converted.append(
+                protocol.ToolMessage(content=content, tool_call_id=_id(given), name=names[given])
+            )
+        elif message.get("tool_calls"):
+            calls = []
+            for j, call in enumerate(message["tool_calls"]):
+                place = f"messages[{i}]['tool_calls'][{j}]"
+                given, name, arguments = _call(call, place)
+                names[given] = name
+                function = FunctionCall(name=name, arguments=arguments)
+                calls.append(ToolCall(id=_id(given), function=function))
+            converted.append(protocol.AssistantMessage(content=None, tool_calls=calls))
+        else:
+            converted.append(protocol.AssistantMessage(content=content))
+    return converted
+
+
+def with_parsed_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose calls have arguments as objects, not as JSON: templates write them as JSON."""
+    return [
+        {**message, "tool_calls": [_parsed(call) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), Sequence)
+        else message
+        for message in messages
+    ]
+
+
+def _parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:  # a call that was cut off
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _call(call: Any, place: str) -> tuple[str, str, str]:
+    """Id, name and arguments of a call in OpenAI's format."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise ValueError(
+            f"{place} is {call!r:.60}, expected {{'id': ..., 'type': 'function', 'function': "
+            "{'name': ..., 'arguments': ...}}"
+        )
+    arguments = function.get("arguments", "{}")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return _text(call, "id", place), _text(function, "name", place), arguments
+
+
+def _text(values: Mapping[str, Any], key: str, place: str) -> str:
+    value = values.get(key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{place} has {key} {value!r:.60}, expected text")
+    return value
+
+
+def _id(given: str) -> str:
+    """An id in Mistral's form: the given one, or one that is made of it."""
+    if _ID.fullmatch(given):
+        return given
+    number = int.from_bytes(hashlib.sha256(given.encode()).digest(), "big")
+    characters = []
+    for _ in range(ID_LENGTH):
+        number, digit = divmod(number, len(ID_CHARACTERS))
+        characters.append(ID_CHARACTERS[digit])
+    return "".join(characters)
