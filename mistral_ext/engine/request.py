@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -52,9 +51,7 @@ class Completion:
     def divided(self, parser: ToolParser) -> Completion:
         """The completion, whose outputs a parser has taken, with its calls apart from its text."""
         reason = parser.reason(self.finish_reason)
-        return dataclasses.replace(
-            self, text=parser.content, finish_reason=reason, tool_calls=parser.calls
-        )
+        return replace(self, text=parser.content, finish_reason=reason, tool_calls=parser.calls)
 
 
 @dataclass(frozen=True, eq=False)

@@ -211,11 +211,13 @@ def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | No
     control_ids = tokenizer.control_ids
     if isinstance(template, JinjaTemplate):
         source = template.source([{}])
+        takes_tools, writes_mistral = "tools" in source, _TOOL_CALLS in source
     else:
-        source = "" if template == "v1" else f"tools {_TOOL_CALLS}"
-    if "tools" not in source:
+        source = ""
+        takes_tools = writes_mistral = template != "v1"
+    if not takes_tools:
         return None
-    if _TOOL_CALLS in source and _TOOL_CALLS in control_ids:
+    if writes_mistral and _TOOL_CALLS in control_ids:
         return ToolFormat(control_ids[_TOOL_CALLS])
     if "<tool_call>" in source:
         begin, end = "<tool_call>", "</tool_call>"
@@ -275,12 +277,12 @@ def _check_messages(messages: Sequence[Message], template: ChatTemplate) -> None
             "{'role': ..., 'content': ...}"
         )
     takes_tools = template != "v1"
+    is_open = isinstance(template, JinjaTemplate)
     roles = ["system", "user", "assistant", *(["tool"] if takes_tools else [])]
     known = {"role", "content", *(_TOOL_KEYS if takes_tools else ())}
     for i, message in enumerate(messages):
         calls_tools = takes_tools and message.get("tool_calls")
         needed = {"role"} if calls_tools else {"role", "content"}
-        is_open = isinstance(template, JinjaTemplate)
         if not needed <= message.keys() or not (is_open or message.keys() <= known):
             raise ValueError(f"messages[{i}] has keys {list(message)}, expected role and content")
         if message["role"] not in roles:
