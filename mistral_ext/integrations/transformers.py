@@ -1,0 +1,303 @@
+"""transformers' models on our kernels (extra `[transformers]`).
+
+    from mistral_ext.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mistral_ext")
+
+`register` adds the attention function "mistral_ext" and its mask function. They serve causal models
+with grouped-query attention, whose head dimension is one of `ops.head_dims(device)`, with or
+without a sliding window: Mistral, Llama and their like. Padding may be anywhere, sequences may be
+packed (transformers recognises them by position_ids that start again), and caches may be dynamic,
+static or sliding. As in FlashAttention 2, a window counts tokens and not the padding between them,
+and the outputs of padding are arbitrary.
+
+The kernels have no gradients: a tensor that requires one raises RuntimeError, so call models in
+`torch.no_grad()` or `torch.inference_mode()`. The lengths of sequences are read from the mask, so
+`torch.compile(fullgraph=True)` is not possible (of `generate` with a static cache on a GPU:
+`disable_compile=True`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
+
+NAME = "mistral_ext"
+
+# A sequence in a row of the batch: the keys [begin, end).
+Span = tuple[int, int]
+
+
+def register() -> None:
+    """Adds the attention function "mistral_ext" and its mask function to transformers.
+
+    Raises:
+        ImportError: transformers is missing.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, document_mask)
+
+
+def document_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: object,
+) -> Tensor | None:
+    """The mask function of transformers: which sequence each key belongs to.
+
+    Args:
+        batch_size: B.
+        q_length: T, new tokens in each row of the batch.
+        kv_length: keys that the attention function is given; a static cache has room for more than
+            there are.
+        q_offset, kv_offset: position of the first new token, and of the first key.
+        mask_function: says whether a query sees a key, by (row, head, query, key).
+        attention_mask: [B, keys] bool, False at padding; None: there is none.
+        use_vmap: mask_function has parts that the caller of the model has added.
+        device: where the mask shall be.
+
+    Returns:
+        [B, K] int64, for each key up to the last new token the number of its sequence, from 1 on,
+        and 0 at padding. None: each row is one sequence of kv_length keys.
+
+    Raises:
+        ValueError: the mask is neither causal nor causal within packed sequences.
+    """
+    offset = int(q_offset)
+    keys = offset - kv_offset + q_length
+    if use_vmap:
+        raise ValueError(f"attn_implementation={NAME!r}: the model's mask is a function of its own")
+    documents = None
+    if mask_function is not None and q_length > 1:
+        documents = _documents(mask_function, batch_size, q_length, offset, device)
+    if attention_mask is not None:
+        # A mask may reach beyond the new tokens, or lack keys that have left a sliding window.
+        attention_mask = attention_mask[:, : offset + q_length][:, -keys:]
+        if not attention_mask.all():
+            return attention_mask.long()
+    if documents is not None and offset == 0:
+        return documents
+    if keys == kv_length:
+        return None
+    return torch.ones(batch_size, keys, dtype=torch.int64, device=device)
+
+
+def _documents(
+    mask_function: Callable[..., Tensor],
+    batch_size: int,
+    count: int,
+    offset: int,
+    device: torch.device | str,
+) -> Tensor | None:
+    """[B, T] numbers of packed sequences, from 1 on; None: there is one in each row.
+
+    A token that does not see the token before it begins a sequence.
+    """
+    rows = torch.arange(batch_size, device=device).unsqueeze(1)
+    tokens = torch.arange(offset + 1, offset + count, device=device)
+    head = torch.zeros((), dtype=torch.int64, device=device)
+
+    def sees(queries: Tensor, keys: Tensor) -> Tensor:
+        return mask_function(rows, head, queries, keys).expand(batch_size, count - 1)
+
+    if sees(tokens - 1, tokens).any():
+        raise ValueError(f"attn_implementation={NAME!r}: a token sees a later one, expected none")
+    begins = ~sees(tokens, tokens - 1)
+    if not begins.any():
+        return None
+    return 1 + torch.nn.functional.pad(begins.long(), (1, 0)).cumsum(1)
+
+
+class _Layout(NamedTuple):
+    """Where the sequences of a batch are.
+
+    key_order [B, K] and query_order [B, T] put padding before the tokens of its row; they are None
+    if no sequence has padding between its tokens.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]  # for each row; runs of padding count as sequences, too
+    key_order: Tensor | None = None
+    query_order: Tensor | None = None
+
+
+def _layout_of_mask(mask: Tensor, count: int) -> _Layout:
+    """The layout of a mask of `document_mask`, with `count` new tokens in each row."""
+    rows = mask.tolist()
+    spans = tuple(_runs(row) for row in rows)
+    numbers = [[row[begin] for begin, _ in runs] for row, runs in zip(rows, spans, strict=True)]
+    if all(len([n for n in of_row if n]) == len({*of_row} - {0}) for of_row in numbers):
+        return _Layout(spans)
+    is_token = (mask > 0).byte()
+    key_order = is_token.argsort(dim=1, stable=True)
+    query_order = is_token[:, -count:].argsort(dim=1, stable=True)
+    ordered = mask.gather(1, key_order).tolist()
+    return _Layout(tuple(_runs(row) for row in ordered), key_order, query_order)
+
+
+def _runs(values: list[int]) -> tuple[Span, ...]:
+    """[begin, end) of each run of equal values."""
+    begins = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+    return tuple(zip(begins, [*begins[1:], len(values)], strict=True))
+
+
+class _LastLayout:
+    """Keeps the layout of the last mask, because all layers of a model have the same. To read a
+    mask from a GPU makes a call wait."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, int, _Layout] | None = None
+
+    def of(self, mask: Tensor, count: int) -> _Layout:
+        last = self._last
+        if last and last[0] is mask and last[1] == count:
+            return last[2]
+        layout = _layout_of_mask(mask, count)
+        self._last = mask, count, layout
+        return layout
+
+
+_last_layout = _LastLayout()
+
+
+@functools.lru_cache(maxsize=64)
+def _table(
+    spans: tuple[tuple[Span, ...], ...],
+    count: int,
+    kv_heads: int,
+    capacity: int,
+    device: torch.device,
+) -> tuple[Tensor, int]:
+    """The sequence table (see `mistral_ext.ops`), and the most new tokens of a sequence.
+
+    A key/value head of a sequence is a sequence of the table: so a sequence may begin anywhere in
+    its row of the keys [B, Hkv, C, D], without a copy.
+
+    Args:
+        spans: the sequences in each row of the batch.
+        count: T, new tokens in each row.
+        kv_heads, capacity: Hkv and C.
+        device: of the table.
+    """
+    table, token = [], 0
+    for row, of_row in enumerate(spans):
+        first_new = of_row[-1][1] - count
+        for head in range(kv_heads):
+            for begin, end in of_row:
+                if end > first_new:
+                    first = max(begin, first_new)
+                    ring = (row * kv_heads + head) * capacity + begin
+                    table.append((token, end - first, first - begin, ring, end - begin))
+                    token += end - first
+    most = max(row[1] for row in table)
+    return torch.tensor(table, dtype=torch.int64, device="cpu").to(device), most
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers, by `ops.attention`.
+
+    Args:
+        module: the attention layer.
+        query: [B, Hq, T, D], rotated.
+        key, value: [B, Hkv, K, D], the cache and the new tokens, at the end or, in a static cache,
+            where the mask ends.
+        attention_mask: from `document_mask`, or None.
+        dropout: 0.
+        scaling: factor of the scores; None: 1 / sqrt(D).
+        sliding_window: keys that a query sees, itself included; None: all.
+        kwargs: what else transformers passes; what would change the result raises ValueError.
+
+    Returns:
+        ([B, T, Hq, D], None).
+
+    Raises:
+        ValueError: an argument asks for what the kernel does not do.
+        RuntimeError: a tensor requires a gradient.
+    """
+    _expect_supported(module, dropout, attention_mask, kwargs)
+    count = query.shape[2]
+    if attention_mask is None:
+        layout = _Layout((((0, key.shape[2]),),) * len(query))
+    else:
+        layout = _last_layout.of(attention_mask, count)
+    if layout.key_order is None or layout.query_order is None:
+        return _attention(query, key, value, layout.spans, scaling, sliding_window), None
+    key, value = (_reorder(x, layout.key_order) for x in (key, value))
+    query = _reorder(query, layout.query_order)
+    out = _attention(query, key, value, layout.spans, scaling, sliding_window)
+    back = layout.query_order.argsort(dim=1)
+    return out.gather(1, back[:, :, None, None].expand_as(out)), None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: tuple[tuple[Span, ...], ...],
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """[B, T, Hq, D], of the arguments of `attention_forward`."""
+    batch, heads, count, dim = query.shape
+    kv_heads, end = key.shape[1], spans[0][-1][1]
+    table, most = _table(spans, count, kv_heads, key.shape[2], query.device)
+    # [B * Hkv * T, heads of a group, D]
+    q = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(-1, heads // kv_heads, dim)
+    k, v = (x[:, :, end - count : end].reshape(-1, 1, dim) for x in (key, value))
+    k_pool, v_pool = (x.contiguous().view(-1, dim) for x in (key, value))
+    out = ops.attention(q, k, v, k_pool, v_pool, table, window, scale, most)
+    return out.view(batch, kv_heads, count, -1, dim).transpose(1, 2).flatten(2, 3)
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    """x [B, H, n or more, D], with the first n of its third axis in another order [B, n]."""
+    x = x[:, :, : order.shape[1]]
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _expect_supported(
+    module: torch.nn.Module, dropout: float, mask: Tensor | None, given: dict[str, Any]
+) -> None:
+    wrong = {name: given[name] for name in ("softcap", "s_aux") if given.get(name) is not None}
+    if dropout:
+        wrong["dropout"] = dropout
+    config = getattr(module, "config", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None:
+        wrong["attention_chunk_size"] = chunk
+    is_causal = given.get("is_causal")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        wrong["is_causal"] = False
+    for name, value in wrong.items():
+        expected = {"dropout": "0", "is_causal": "True"}.get(name, "None")
+        raise ValueError(f"{name} is {value!r:.40}, expected {expected} with {NAME!r} attention")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has shape {list(mask.shape)}, expected [batch, keys] or None with "
+            f"{NAME!r} attention: a mask of queries by keys is not possible"
+        )

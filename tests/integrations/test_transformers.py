@@ -1,0 +1,270 @@
+"""transformers' models with attn_implementation="mistral_ext", against sdpa."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+from mistral_ext.integrations import transformers as integration
+
+VOCABULARY, WINDOW = 131, 16
+MISTRAL = (transformers.MistralConfig, transformers.MistralForCausalLM)
+LLAMA = (transformers.LlamaConfig, transformers.LlamaForCausalLM)
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    integration.register()
+
+
+def make_pair(kind=MISTRAL, **changes):
+    """A random model with sdpa, and the same with our attention."""
+    config_type, model_type = kind
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    if kind is MISTRAL:
+        settings["sliding_window"] = WINDOW
+    settings |= changes
+    torch.manual_seed(0)
+    theirs = model_type(config_type(**settings, attn_implementation="sdpa")).eval()
+    for parameter in theirs.parameters():
+        # As initialised, logits hardly differ and attention hardly matters.
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.08)
+    ours = model_type(config_type(**settings, attn_implementation="mistral_ext")).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def pair():
+    integration.register()
+    return make_pair()
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    integration.register()
+    return make_pair(LLAMA)
+
+
+def random_ids(batch: int, count: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randint(1, VOCABULARY, (batch, count))
+
+
+def padding_mask(side: str, padding: list[int], count: int) -> torch.Tensor:
+    mask = torch.ones(len(padding), count, dtype=torch.int64)
+    for row, n in zip(mask, padding, strict=True):
+        row[slice(0, n) if side == "left" else slice(count - n, None)] = 0
+    return mask
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def run_chunks(model, ids, cache, mask, sizes, positions):
+    """The logits of ids, read in chunks over a cache."""
+    out, begin = [], 0
+    for size in sizes:
+        end = begin + size
+        given = None if mask is None else mask[:, :end]
+        chunk = ids[:, begin:end]
+        result = model(
+            chunk,
+            attention_mask=given,
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        out.append(result.logits)
+        begin = end
+    return torch.cat(out, dim=1)
+
+
+def make_cache(kind: str, model):
+    if kind == "static":
+        return StaticCache(config=model.config, max_cache_len=64)
+    return DynamicCache(config=model.config) if kind == "sliding" else DynamicCache()
+
+
+@pytest.mark.parametrize("count", [1, 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 1])
+@torch.no_grad()
+def test_lengths_around_the_window(pair, count):
+    theirs, ours = pair
+    ids = random_ids(2, count)
+    for use_cache in (False, True):
+        got = ours(ids, use_cache=use_cache).logits
+        assert_same(got, theirs(ids, use_cache=use_cache).logits)
+
+
+@pytest.mark.parametrize("models", ["pair", "llamas"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding(request, models, side):
+    theirs, ours = request.getfixturevalue(models)
+    ids = random_ids(3, 40)
+    mask = padding_mask(side, [0, 7, 39], 40)
+    expected = theirs(ids, attention_mask=mask).logits
+    got = ours(ids, attention_mask=mask).logits
+    assert_same(got[mask.bool()], expected[mask.bool()])
+    assert got.isfinite().all()
+
+
+# "plain" keeps all keys, "sliding" the window's, "static" has room for more than there are.
+@pytest.mark.parametrize("kind", ["plain", "sliding", "static"])
+@pytest.mark.parametrize("models", ["pair", "llamas"])
+@pytest.mark.parametrize("padding", [None, [0, 3, 9]])
+@pytest.mark.parametrize("sizes", [(40, 1, 1), (1, 10, 5, 1, 20, 1), (15, 1, 1, 16, 17)])
+def test_caches(request, kind, models, padding, sizes):
+    theirs, ours = request.getfixturevalue(models)
+    count = sum(sizes)
+    ids = random_ids(3, count)
+    mask = None if padding is None else padding_mask("left", padding, count)
+    positions = torch.arange(count).expand(3, -1)
+    given = mask, sizes, positions
+    expected = run_chunks(theirs, ids, make_cache(kind, theirs), *given)
+    got = run_chunks(ours, ids, make_cache(kind, ours), *given)
+    seen = torch.ones(3, count, dtype=torch.bool) if mask is None else mask.bool()
+    assert_same(got[seen], expected[seen])
+
+
+@torch.inference_mode()
+def test_a_mask_of_all_positions_of_a_static_cache(llamas):
+    """Its tokens beyond the new ones do not count."""
+    theirs, ours = llamas
+    ids, mask = random_ids(2, 20), padding_mask("left", [0, 5], 64)
+    for model, out in ((theirs, expected := []), (ours, got := [])):
+        cache = make_cache("static", model)
+        for chunk in ids.split(10, dim=1):
+            out.append(model(chunk, attention_mask=mask, past_key_values=cache).logits)
+    seen = mask[:, :20].bool()
+    assert_same(torch.cat(got, dim=1)[seen], torch.cat(expected, dim=1)[seen])
+
+
+def test_one_mask_for_calls_with_different_numbers_of_tokens():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 2, 6, 64)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    whole, _ = integration.attention_forward(torch.nn.Identity(), q, k, v, mask)
+    last, _ = integration.attention_forward(torch.nn.Identity(), q[:, :, 5:], k, v, mask)
+    assert_same(last, whole[:, 5:])
+
+
+def test_padding_between_tokens(llamas):
+    """Right-padded prompts that go on: the padding stays in the cache."""
+    theirs, ours = llamas
+    ids = random_ids(3, 20)
+    mask = torch.cat([padding_mask("right", [0, 4, 11], 12), torch.ones(3, 8).long()], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = mask, (12, 5, 1, 2), positions
+    expected = run_chunks(theirs, ids, DynamicCache(), *given)
+    got = run_chunks(ours, ids, DynamicCache(), *given)
+    assert_same(got[mask.bool()], expected[mask.bool()])
+    # One chunk that holds the gap itself.
+    given = mask, (20,), positions
+    assert_same(run_chunks(ours, ids, DynamicCache(), *given)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize("lengths", [[11, 1, 28], [1, 1, 38], [20, 20]])
+@torch.no_grad()
+def test_packed_sequences(pair, lengths):
+    theirs, ours = pair
+    ids = random_ids(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    got = ours(ids, position_ids=positions, use_cache=False).logits
+    assert_same(got, theirs(ids, position_ids=positions, use_cache=False).logits)
+    alone = [theirs(part, use_cache=False).logits for part in ids.split(lengths, dim=1)]
+    assert_same(got, torch.cat(alone, dim=1))
+
+
+@torch.no_grad()
+def test_rows_packed_in_different_ways(pair):
+    theirs, ours = pair
+    ids = random_ids(2, 12)
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
+    got = ours(ids, position_ids=positions, use_cache=False).logits
+    assert_same(got, theirs(ids, position_ids=positions, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}])
+def test_generate(pair, options):
+    """Left-padded prompts, past the window."""
+    theirs, ours = pair
+    ids, mask = random_ids(3, 12), padding_mask("left", [0, 4, 9], 12)
+    more = {"do_sample": False, "max_new_tokens": 2 * WINDOW, "attention_mask": mask}
+    expected = theirs.generate(ids, **more, **options)
+    assert torch.equal(ours.generate(ids, **more, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_halves_are_as_exact_as_sdpa(dtype):
+    theirs, ours = make_pair()
+    ids = random_ids(2, 40)
+    exact = theirs(ids).logits
+    errors = [
+        (model.to(dtype)(ids).logits.float() - exact).square().mean() for model in (ours, theirs)
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+@torch.no_grad()
+def test_group_of_one_head_and_head_dim_128():
+    theirs, ours = make_pair(LLAMA, num_key_value_heads=6, head_dim=128)
+    ids = random_ids(2, 19)
+    assert_same(ours(ids).logits, theirs(ids).logits)
+
+
+def test_gradients_are_refused(pair):
+    with pytest.raises(RuntimeError, match="attention: q requires a gradient"):
+        pair[1](random_ids(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 0.1}, "dropout is 0.1, expected 0 with 'mistral_ext' attention"),
+        ({"softcap": 30.0}, "softcap is 30.0, expected None"),
+        ({"is_causal": False}, "is_causal is False, expected True"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, r"attention_mask has shape \[1, 1, 4, 4\]"),
+    ],
+)
+def test_what_the_kernel_does_not_do_is_refused(options, message):
+    q, k = torch.randn(1, 4, 4, 64), torch.randn(1, 2, 4, 64)
+    given = {"attention_mask": None} | options
+    with pytest.raises(ValueError, match=message):
+        integration.attention_forward(torch.nn.Identity(), q, k, k, **given)
+
+
+def test_attention_in_chunks_is_refused():
+    """A decode step has no mask that would show the chunks."""
+    layer = torch.nn.Identity()
+    layer.config = transformers.Llama4TextConfig(attention_chunk_size=8)
+    q, k = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 12, 64)
+    with pytest.raises(ValueError, match="attention_chunk_size is 8, expected None"):
+        integration.attention_forward(layer, q, k, k, None)
+
+
+def test_masks_of_other_kinds_are_refused():
+    def all_see_all(row, head, query, key):
+        return query >= 0 * key
+
+    with pytest.raises(ValueError, match="a token sees a later one"):
+        integration.document_mask(1, 4, 4, mask_function=all_see_all)
+    with pytest.raises(ValueError, match="the model's mask is a function of its own"):
+        integration.document_mask(1, 4, 4, use_vmap=True)
