@@ -1,9 +1,10 @@
 """transformers' models on our kernels (extra `[transformers]`).
 
-    from mistral_ext.integrations.transformers import register
+    from mistral_ext.integrations.transformers import accelerate_model, register
 
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mistral_ext")
+    accelerate_model(model)  # optional: norms, feed-forward blocks and projections as well
 
 `register` adds the attention function "mistral_ext" and its mask function. They serve causal models
 with grouped-query attention, whose head dimension is one of `ops.head_dims(device)`, with or
@@ -22,12 +23,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mistral_ext import ops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "mistral_ext"
 
@@ -301,3 +305,69 @@ def _expect_supported(
             f"attention_mask has shape {list(mask.shape)}, expected [batch, keys] or None with "
             f"{NAME!r} attention: a mask of queries by keys is not possible"
         )
+
+
+def accelerate_model(model: PreTrainedModel) -> int:
+    """Has the modules of a loaded model compute with our kernels, where that pays.
+
+    Its RMSNorms change, and in bfloat16 and float16 its feed-forward blocks, projections and output
+    matrix, as far as they are plain `torch.nn.Linear` without a bias. Quantised layers and adapters
+    stay. In float32 torch's products are faster, for one token and for prompts. docs/performance.md
+    has figures.
+
+    The parameters stay the model's own, and the modules in their places, so `state_dict` and saving
+    are as before. The kernels have no gradients: a tensor that requires one raises RuntimeError.
+
+    Args:
+        model: a Mistral or Llama of transformers, in the dtype in which it will run.
+
+    Returns:
+        How many modules have changed.
+
+    Raises:
+        ValueError: the model is of another type.
+    """
+    config = model.config
+    if config.model_type not in ("mistral", "llama"):
+        raise ValueError(f"model is of type {config.model_type!r}, expected mistral or llama")
+    if config.hidden_act != "silu":
+        raise ValueError(f"model has hidden_act {config.hidden_act!r}, expected silu")
+    changed = 0
+    for module in model.modules():
+        forward = _replacement(module)
+        if forward is not None:
+            module.forward = functools.partial(forward, module)
+            changed += 1
+    return changed
+
+
+def _replacement(module: torch.nn.Module) -> Callable[..., Tensor] | None:
+    """The function to take the place of a module's `forward`; None: there is none."""
+    name = type(module).__name__
+    if name in ("MistralRMSNorm", "LlamaRMSNorm"):
+        return _rms_norm
+    if name in ("MistralMLP", "LlamaMLP"):
+        parts = module.gate_proj, module.up_proj, module.down_proj
+        return _feed_forward if all(map(_is_taken, parts)) else None
+    return _linear if _is_taken(module) else None
+
+
+def _is_taken(module: object) -> bool:
+    """Whether a module is a projection that our kernels multiply faster than torch."""
+    if type(module) is not torch.nn.Linear or module.bias is not None:
+        return False
+    return module.weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    return ops.rms_norm(x.flatten(0, -2), module.weight, module.variance_epsilon).view(x.shape)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    return ops.linear(x.flatten(0, -2), module.weight).view(*x.shape[:-1], -1)
+
+
+def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    weights = [module.gate_proj.weight, module.up_proj.weight]
+    hidden = ops.linear_swiglu(x.flatten(0, -2), weights)
+    return ops.linear(hidden, module.down_proj.weight).view(x.shape)

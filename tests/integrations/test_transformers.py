@@ -268,3 +268,60 @@ def test_masks_of_other_kinds_are_refused():
         integration.document_mask(1, 4, 4, mask_function=all_see_all)
     with pytest.raises(ValueError, match="the model's mask is a function of its own"):
         integration.document_mask(1, 4, 4, use_vmap=True)
+
+
+@pytest.mark.parametrize("kind", [MISTRAL, LLAMA])
+@torch.no_grad()
+def test_accelerated_models_compute_the_same(kind):
+    theirs, model = make_pair(kind)
+    ids = random_ids(2, 21)
+    exact = theirs(ids).logits
+    assert integration.accelerate_model(model) == 2 * 2 + 1  # the norms
+    assert_same(model(ids).logits, exact)
+    theirs, model = theirs.bfloat16(), make_pair(kind)[1].bfloat16()
+    # In each of two layers: two norms, four projections, the feed-forward block and its three.
+    assert integration.accelerate_model(model) == 2 * 10 + 2
+    errors = [(each(ids).logits.float() - exact).square().mean() for each in (model, theirs)]
+    assert errors[0] <= 2 * errors[1]
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+
+
+@torch.no_grad()
+def test_accelerated_models_call_hooks_and_own_their_parameters():
+    model = make_pair()[1].bfloat16()
+    integration.accelerate_model(model)
+    called = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *given: called.append(given))
+    assert model(random_ids(1, 3)).logits.any()
+    assert len(called) == 1
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert not model(random_ids(1, 3)).logits.any()
+
+
+def test_accelerated_models_have_no_gradients(pair):
+    model = MISTRAL[1](pair[1].config)
+    integration.accelerate_model(model)
+    with pytest.raises(RuntimeError, match="requires a gradient"):
+        model(random_ids(1, 4))
+
+
+def test_projections_with_a_bias_or_an_adapter_stay():
+    model = make_pair(LLAMA, mlp_bias=True, attention_bias=True)[1].bfloat16()
+    assert integration.accelerate_model(model) == 2 * 2 + 2  # norms and the output matrix
+    model = make_pair(LLAMA)[1].bfloat16()
+    block = model.model.layers[0].mlp
+    block.up_proj = torch.nn.Sequential(block.up_proj)  # an adapter wraps it like this
+    assert integration.accelerate_model(model) == 2 * 10 + 2 - 1
+    assert not isinstance(vars(block).get("forward"), functools.partial)
+
+
+def test_other_models_are_not_accelerated(pair):
+    gpt2 = transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1))
+    with pytest.raises(ValueError, match="model is of type 'gpt2', expected mistral or llama"):
+        integration.accelerate_model(gpt2)
+    model = MISTRAL[1](
+        transformers.MistralConfig(**pair[0].config.to_dict() | {"hidden_act": "gelu"})
+    )
+    with pytest.raises(ValueError, match="model has hidden_act 'gelu', expected silu"):
+        integration.accelerate_model(model)
