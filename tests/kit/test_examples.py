@@ -102,6 +102,19 @@ def test_ops_in_your_model(run):
     torch.testing.assert_close(given["h"], h[-1:], rtol=1e-4, atol=1e-4)
 
 
+def test_transformers_attention(run):
+    out, variables = run("transformers_attention")
+    assert out.startswith("[42 modules of MistralForCausalLM run on mistral_ext]\n" + ONCE)
+    # Each token is sdpa's choice too, or as good as that in bfloat16.
+    model, batch, out = variables["model"], variables["batch"], variables["out"]
+    model.set_attn_implementation("sdpa")
+    padding = torch.nn.functional.pad(batch["attention_mask"], (0, 30), value=1)
+    with torch.no_grad():
+        logits = model(out[:, :-1], attention_mask=padding[:, :-1]).logits[:, -30:].float()
+    chosen = logits.gather(2, out[:, -30:, None]).squeeze(2)
+    assert (logits.amax(2) - chosen <= 0.25).all()
+
+
 def test_quantize_and_load(run, tmp_path):
     out, _ = run("quantize_and_load", str(tmp_path / "int4"))
     sizes = [float(size) for size in re.findall(r"^([\d.]+) MB: ", out, re.MULTILINE)]
