@@ -35,6 +35,7 @@ from mistral_ext.text.tool_parser import ToolParser
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
 from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
+from mistral_ext.weights.generation_config import generation_config_file, sampling_defaults
 from mistral_ext.weights.hub import resolve
 
 DEMO_MODEL = Path(__file__).parent / "demo"
@@ -47,6 +48,7 @@ Prompt = str | Sequence[int]
 def generate(
     prompt: Prompt | Sequence[Prompt],
     model: str | Path | Mistral | None = None,
+    special_tokens: bool = False,
     **sampling: Any,
 ) -> str | list[str]:
     """Completes a prompt, or each of a list of prompts.
@@ -55,6 +57,7 @@ def generate(
         prompt: text, token ids, or a list of prompts.
         model: a Mistral, a model folder or a hub id; None: the small demo model of this package.
             The last folder or id stays loaded.
+        special_tokens: see `Mistral.generate`.
         sampling: fields of `SamplingParams`.
 
     Returns:
@@ -62,7 +65,9 @@ def generate(
     """
     llm = model if isinstance(model, Mistral) else _load(str(model or DEMO_MODEL))
     llm.require_tokenizer()
-    texts = [completion.text or "" for completion in llm.generate(prompt, **sampling)]
+    texts = [
+        completion.text or "" for completion in llm.generate(prompt, special_tokens, **sampling)
+    ]
     return texts[0] if _is_one(prompt) and len(texts) == 1 else texts
 
 
@@ -91,6 +96,7 @@ class Mistral:
             text; with more, products round differently.
         cache_tokens: tokens that the cache has room for: those of running completions, and those
             kept for later prompts. None: see `engine.memory.default_slots`.
+        sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class Mistral:
         prefill_chunk: int = 512,
         max_batch: int = DEFAULT_MAX_BATCH,
         cache_tokens: int | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
         _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
         self.config = config
@@ -111,6 +118,7 @@ class Mistral:
         self.prefill_chunk = prefill_chunk
         self.max_batch = max_batch
         self.cache_tokens = cache_tokens
+        self.sampling_defaults = dict(sampling_defaults or {})
         self._making_engine = threading.Lock()
         self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
 
@@ -125,6 +133,7 @@ class Mistral:
         progress: bool = True,
         quantize: str | None = None,
         cache_tokens: int | None = None,
+        generation_config: str | Path | None = None,
         **config_overrides: Any,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
@@ -143,6 +152,8 @@ class Mistral:
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
                 `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` writes the
                 result to a folder.
+            generation_config: where the defaults of sampling come from. "auto": the model's own
+                ``generation_config.json``; else another folder or file; None: `SamplingParams`.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -151,12 +162,14 @@ class Mistral:
         device = find_device(device)
         folder = read_folder(resolve(model), **config_overrides)
         config, path = folder.config, folder.path
+        defaults = _sampling_defaults(path, generation_config) if generation_config else None
         tokenizer = read_tokenizer(folder)
         # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
-        return cls(config, transformer, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
+        sizes = prefill_chunk, max_batch, cache_tokens
+        return cls(config, transformer, tokenizer, path, *sizes, defaults)
 
     @functools.cached_property
     def _engine(self) -> Engine:
@@ -175,12 +188,19 @@ class Mistral:
         with self._making_engine:
             return self._engine
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], **sampling: Any) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        special_tokens: bool = False,
+        **sampling: Any,
+    ) -> list[Completion]:
         """Completes prompts, together where there are several.
 
         Args:
             prompts: text, token ids, or a list of prompts. Text is tokenized with a
                 beginning-of-text token; token ids are not changed.
+            special_tokens: control tokens that a text spells out, such as "[INST]", are those
+                tokens; else they are text.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -189,10 +209,10 @@ class Mistral:
         Raises:
             ValueError, TypeError: the message names the prompt or option that is wrong.
         """
-        params = SamplingParams.from_options(sampling)
+        params = self._params(sampling)
         requests = [
             self.request(ids, params, index)
-            for ids in self._encode_all(prompts)
+            for ids in self._encode_all(prompts, special_tokens)
             for index in range(params.n)
         ]
         outputs = self.engine.outputs(requests)
@@ -205,8 +225,11 @@ class Mistral:
                 completions[output.request_id] = output.completion
         return [completions[request_id] for request_id in outputs.request_ids]
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> Stream:
+    def stream(self, prompt: Prompt, special_tokens: bool = False, **sampling: Any) -> Stream:
         """Completes one prompt, giving its text piece by piece as it is decoded.
+
+        Args:
+            prompt, special_tokens, sampling: as for `generate`.
 
         Returns:
             An iterator over pieces of text; its `completion` is set when it ends.
@@ -215,7 +238,7 @@ class Mistral:
         self.require_tokenizer()
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
-        return self._stream(self.request(self._encode_all(prompt)[0], params))
+        return self._stream(self.request(self._encode_all(prompt, special_tokens)[0], params))
 
     def _stream(self, request: Request) -> Stream:
         return Stream(self.engine.outputs([request]))
@@ -344,7 +367,9 @@ class Mistral:
         """
         return None if self.config.sliding_window else self.config.max_positions
 
-    def _encode_all(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+    def _encode_all(
+        self, prompts: Prompt | Sequence[Prompt], special_tokens: bool
+    ) -> list[list[int]]:
         if not isinstance(prompts, Sequence):
             raise TypeError(
                 f"prompts is {prompts!r:.60}, expected text, token ids, or a list of those"
@@ -357,7 +382,7 @@ class Mistral:
             if isinstance(prompt, str):
                 if not prompt:
                     raise ValueError(f"{name} is empty, expected some text")
-                prompt = self.require_tokenizer().encode(prompt)
+                prompt = self.require_tokenizer().encode(prompt, special_tokens=special_tokens)
             encoded.append(self._check_ids(prompt, name))
         return encoded
 
@@ -370,8 +395,11 @@ class Mistral:
             )
         return list(ids)
 
+    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        return SamplingParams.from_options({**self.sampling_defaults, **sampling})
+
     def _params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        params = SamplingParams.from_options(sampling)
+        params = self._params(sampling)
         if params.n != 1:
             raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")
         return params
@@ -583,6 +611,16 @@ class Reply(Iterator[str]):
                 chat.messages.append({"role": "assistant", "content": self._text})
             else:
                 chat.messages.pop()
+
+
+def _sampling_defaults(model: Path, source: str | Path) -> dict[str, Any]:
+    file = generation_config_file(model, source)
+    defaults = sampling_defaults(file)
+    try:
+        SamplingParams.from_options(defaults)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    return defaults
 
 
 def _expect_usable(

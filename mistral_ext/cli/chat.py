@@ -21,7 +21,7 @@ def add_to(commands: options.Commands) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
-    parser.set_defaults(run=run, n=1)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

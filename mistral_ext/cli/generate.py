@@ -24,6 +24,9 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--file", metavar="PATH", help="read the prompt, but for a last newline, from a file"
     )
+    parser.add_argument(
+        "--special", action="store_true", help="read control tokens that the prompt spells out"
+    )
     parser.add_argument("--echo", action="store_true", help="print the prompt, too")
     parser.add_argument("--json", action="store_true", help="print a JSON object per completion")
     parser.add_argument("--n", type=int, default=1, help="number of completions")
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     SamplingParams.from_options(sampling)  # complain before the model is loaded
     llm = load_model(args)
     if args.json or args.n > 1:
-        for completion in llm.generate(prompt, **sampling):
+        for completion in llm.generate(prompt, args.special, **sampling):
             if args.json:
                 print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
                 print_timing(completion)
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 print(prompt if args.echo else "", completion.text, sep="")
                 report(llm, completion)
         return 0
-    stream = llm.stream(prompt, **sampling)
+    stream = llm.stream(prompt, args.special, **sampling)
     if args.echo:
         print(prompt, end="")
     for piece in stream:

@@ -54,6 +54,11 @@ def model() -> argparse.ArgumentParser:
         "--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens in one pass"
     )
     group.add_argument(
+        "--generation-config",
+        metavar="auto|PATH",
+        help="take sampling defaults from the model's generation_config.json, or that in PATH",
+    )
+    group.add_argument(
         "--cache-tokens",
         type=int,
         metavar="N",
@@ -104,6 +109,7 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
         prefill_chunk=args.prefill_chunk,
         quantize=args.quantize,
         cache_tokens=args.cache_tokens,
+        generation_config=args.generation_config,
         **more,
         **config_overrides(args),
     )
@@ -129,7 +135,6 @@ def sampling() -> argparse.ArgumentParser:
         group.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
-            default=default,
             metavar="N" if kind is int else "X",
             help=text if default is None else f"{text} (default {default})",
         )
@@ -156,9 +161,10 @@ def sampling() -> argparse.ArgumentParser:
 
 def sampling_of(args: argparse.Namespace) -> dict[str, object]:
     """The fields of `SamplingParams` that `sampling` options give."""
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
-    fields["logit_bias"] = dict(args.logit_bias)
-    return fields
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    given["logit_bias"] = dict(args.logit_bias)
+    return given
 
 
 def _contents(path: str) -> str:

@@ -47,7 +47,8 @@ class Tokens:
             ids = await self._service.encode(messages_of(given["messages"]), is_chat=True)
         else:
             ids = await self._service.encode(given["prompt"], is_chat=False)
-            ids = ids if given.get("add_special_tokens", True) else ids[1:]
+            if not given.get("add_special_tokens", True):
+                ids = ids[len(self._service.tokenizer.start) :]
         length = context_length(self._service.llm)
         return {"count": len(ids), "max_model_len": length, "tokens": ids}
 

@@ -186,11 +186,12 @@ class Tokenizer:
         """Token ids of text, after <s> if bos and if the model's texts begin so (`adds_bos`).
 
         Control tokens spelled out in text stay text, unless special_tokens: then they are those
-        tokens, as in the text that a chat template writes.
+        tokens, as in the text that a chat template writes. A text that spells out <s> at its
+        start gets no second <s>.
         """
         check_text(text, "text")
         ids = self.encode_pieces(self.split_control_tokens(text) if special_tokens else [text])
-        return [*self.start, *ids] if bos else ids
+        return [*self.start, *ids] if bos and ids[:1] != [self.bos_id] else ids
 
     @property
     def start(self) -> list[int]:

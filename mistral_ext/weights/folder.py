@@ -16,6 +16,7 @@ from typing import Any
 
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights import generation_config
 from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
 from mistral_ext.weights.quantize import Quantization
@@ -44,7 +45,7 @@ CONFIGS = ("config.json", "params.json")  # Hugging Face's, Mistral's
 
 # Other files of a model, besides its configuration and weights.
 COMPANIONS = (
-    "generation_config.json",
+    generation_config.NAME,
     "tokenizer*",
     "tekken.json",
     "added_tokens.json",
@@ -125,7 +126,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:
-        config = _with_end_tokens(config, path / "generation_config.json")
+        config = _with_end_tokens(config, path / generation_config.NAME)
     return ModelFolder(path, config, quantization, is_instruct(path))
 
 

@@ -262,6 +262,23 @@ def test_module_level_generate(folder, llm):
     assert len(mistral_ext.generate("Once", model=llm, n=2, **options)) == 2
 
 
+@pytest.mark.parametrize("prompt", ["<s>Once</s>", "Once</s>"])
+def test_control_tokens_of_a_prompt_are_text_unless_asked_for(llm, prompt):
+    """And <s> stands once at the beginning, whoever wrote it."""
+    options = {"max_tokens": 5, "ignore_eos": True}
+    tokenizer = llm.tokenizer
+    once, bos, eos = tokenizer.encode("Once", bos=False), tokenizer.bos_id, tokenizer.eos_id
+    once = once if prompt.startswith("Once") else tokenizer.encode_pieces([bos, "Once"])[1:]
+    expected = llm.generate([[bos, *once, eos]], **options)[0].token_ids
+    assert llm.generate(prompt, special_tokens=True, **options)[0].token_ids == expected
+    stream = llm.stream(prompt, special_tokens=True, **options)
+    list(stream)
+    assert stream.completion.token_ids == expected
+    as_text = llm.generate([tokenizer.encode(prompt)], **options)[0].token_ids
+    assert llm.generate(prompt, **options)[0].token_ids == as_text
+    assert tokenizer.encode(prompt).count(eos) == 0
+
+
 def test_no_prompts_no_completions(llm):
     assert llm.generate([]) == []
 
