@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral_ext.engine.engine import Engine, Outputs
 from mistral_ext.engine.params import SamplingParams
-from mistral_ext.engine.request import Completion, Request
+from mistral_ext.engine.request import Completion, Output, Request
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.text.chat_template import (
@@ -240,8 +240,8 @@ class Mistral:
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
         return self._stream(self.request(self._encode_all(prompt, special_tokens)[0], params))
 
-    def _stream(self, request: Request) -> Stream:
-        return Stream(self.engine.outputs([request]))
+    def _stream(self, request: Request, parser: ToolParser | None = None) -> Stream:
+        return Stream(self.engine.outputs([request]), parser)
 
     def chat(
         self,
@@ -276,15 +276,11 @@ class Mistral:
         ids = self.encode_chat(messages, use.tools if use else None, template)
         ids = self._check_ids(ids, "conversation")
         parser = ToolParser(use.form) if use else None
-        request = self.request(ids, params, starts_text=True, tools=use)
-        for output in self.engine.outputs([request]):
-            if output.error:
-                raise output.error
-            if parser:
-                list(parser.push(output.token_ids, output.text, output.is_last))
-            completion = output.completion
-        assert completion is not None  # it has ended
-        return completion.divided(parser) if parser else completion
+        stream = self._stream(self.request(ids, params, starts_text=True, tools=use), parser)
+        for _ in stream:
+            pass
+        assert stream.completion is not None  # it has ended
+        return stream.completion
 
     def encode_chat(
         self,
@@ -429,7 +425,12 @@ class Mistral:
         max_length = len(ids) + params.max_tokens
         text = None
         if self.tokenizer:
-            text = TextStream(self.tokenizer, params.stop or (), strip_first_space=starts_text)
+            text = TextStream(
+                self.tokenizer,
+                params.stop or (),
+                strip_first_space=starts_text,
+                divider=tools.divider if tools else None,
+            )
         elif params.stop:
             self.require_tokenizer()
         return Request(
@@ -485,15 +486,20 @@ class Mistral:
 class Stream:
     """Iterator over the text of one completion.
 
+    Args:
+        outputs: of the engine, for this completion alone.
+        parser: takes calls of tools out of the text; None: there are none.
+
     Attributes:
         token_ids: the tokens generated so far.
         completion: the whole completion, once the iteration has ended; None before.
     """
 
-    def __init__(self, outputs: Outputs) -> None:
+    def __init__(self, outputs: Outputs, parser: ToolParser | None = None) -> None:
         self.token_ids: list[int] = []
         self.completion: Completion | None = None
         self._outputs = outputs
+        self._parser = parser
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -504,9 +510,18 @@ class Stream:
                 raise output.error
             self.token_ids += output.token_ids
             self.completion = output.completion
-            if output.text:
-                return output.text
+            if text := self._text(output):
+                return text
         raise StopIteration
+
+    def _text(self, output: Output) -> str:
+        """What an output adds to the text."""
+        if self._parser is None:
+            return output.text
+        pieces = list(self._parser.push(output.token_ids, output.text, output.is_last))
+        if output.completion:
+            self.completion = output.completion.divided(self._parser)
+        return "".join(piece for piece in pieces if isinstance(piece, str))
 
     def close(self) -> None:
         """Aborts the completion, if it has not ended, and frees its memory."""

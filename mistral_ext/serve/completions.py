@@ -65,7 +65,10 @@ class _Call:
         service, settings = self._service, self._service.settings
         body = await asgi.read_object(scope, receive, settings.body_bytes)
         self.record.body = body
-        job = chat_job(body, settings.max_tokens) if self._is_chat else completion_job(body)
+        if self._is_chat:
+            job = chat_job(body, settings.max_tokens, service.tool_format)
+        else:
+            job = completion_job(body)
         service.check_model(body.get("model"))
         with service.places(job.count):
             await asgi.until_disconnect(receive, self._complete(job))
@@ -93,7 +96,8 @@ class _Call:
     async def _complete(self, job: Job) -> None:
         service = self._service
         await service.compile(job)
-        prompts = [await service.encode(prompt, self._is_chat) for prompt in job.prompts]
+        tools = job.tools.tools if job.tools else None
+        prompts = [await service.encode(prompt, self._is_chat, tools) for prompt in job.prompts]
         self.record.prompt_tokens = sum(map(len, prompts))
         task = asyncio.current_task()
         assert task
@@ -102,8 +106,7 @@ class _Call:
             requests_of(job, prompts, service.llm),
             self.record.began,
             service.metrics,
-            job.stream,
-            service.settings.max_unread,
+            service.settings.max_unread if job.stream else None,
             on_overflow=task.cancel,
         )
         answer = Answer(
@@ -113,19 +116,21 @@ class _Call:
             if job.stream:
                 await self._stream(answer, generation)
             else:
-                await self._collect(generation)
-        completions = _completions(generation)
+                await self._collect(answer, generation)
+        completions = answer.divided(_completions(generation))
         self._note_completions(job, prompts, completions)
         if not job.stream:
             whole = answer.whole(completions)
             await asgi.send_json(self._send, whole, x_request_id=self.record.request_id)
 
-    async def _collect(self, generation: Generation) -> None:
+    async def _collect(self, answer: Answer, generation: Generation) -> None:
         """Waits until all completions have ended."""
         left = len(generation.progress)
         while left:
-            if await generation.next(self._service.settings.ping_seconds):
-                left -= 1
+            come = await generation.next(self._service.settings.ping_seconds)
+            if come is not None:
+                answer.take(*come)
+                left -= come[1].is_last
 
     async def _stream(self, answer: Answer, generation: Generation) -> None:
         """Sends the outputs of all completions as they come."""
@@ -152,7 +157,7 @@ class _Call:
         record, generation = self.record, self._generation
         assert generation
         record.reason = ",".join(completion.finish_reason for completion in completions)
-        record.texts = [completion.text for completion in completions]
+        record.texts = [p.completion.text for p in generation.progress if p.completion]
         for i, completion in enumerate(completions):
             seconds = generation.progress[i].last - record.began
             length = len(prompts[i // job.params.n])

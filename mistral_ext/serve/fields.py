@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mistral_ext.serve import structure
+from mistral_ext.serve import structure, tools
 from mistral_ext.serve.schema import Schema
 
 # Alternatives of a token, at most (OpenAI's limit).
@@ -72,10 +72,10 @@ _PART = {
 _MESSAGE = {
     "type": "object",
     "properties": {
-        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
         "content": {"anyOf": [{"type": "null"}, _TEXT, {"type": "array", "items": _PART}]},
-        "tool_calls": {"type": ["array", "null"], "maxItems": 0},
         "function_call": {"type": "null"},
+        **tools.OF_MESSAGE,
     },
     "required": ["role"],
 }
@@ -93,6 +93,7 @@ _PROMPT = {
 CHAT: dict[str, Schema] = {
     "messages": MESSAGES,
     **_SAMPLING,
+    **tools.FIELDS,
     "max_completion_tokens": _MAX_TOKENS,
     "logprobs": _FLAG,
     "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
@@ -110,6 +111,7 @@ TOKENIZE: dict[str, Schema] = {
     "prompt": {"type": "string"},
     "add_special_tokens": _FLAG,
     "messages": MESSAGES,
+    "tools": tools.TOOLS,
 }
 
 DETOKENIZE: dict[str, Schema] = {
@@ -126,7 +128,6 @@ IGNORED = (
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "parallel_tool_calls",
     "prediction",
     "reasoning_effort",
     "verbosity",
@@ -135,8 +136,6 @@ IGNORED = (
 # Unsupported fields that would change the text: name -> the values without effect. Other values are
 # refused.
 NEUTRAL: dict[str, Schema] = {
-    "tools": {"type": "array", "maxItems": 0},
-    "tool_choice": {"type": "string", "enum": ["none", "auto"]},
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},
     "modalities": {"type": "array", "items": {"type": "string", "enum": ["text"]}},

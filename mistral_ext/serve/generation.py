@@ -28,18 +28,16 @@ class Progress:
 class Generation:
     """Runs completions, and gives their outputs in order.
 
-    Outputs wait here until the event loop takes them: for a stream all outputs, otherwise only the
-    last output of each completion. The event loop calls all methods except `_take`, which the
-    engine's thread calls.
+    Outputs wait here until the event loop takes them. The event loop calls all methods except
+    `_take`, which the engine's thread calls.
 
     Args:
         engine: the thread.
         requests: the completions' requests.
         began: when the HTTP request arrived, a time of `time.perf_counter`.
         metrics: counts tokens and times.
-        is_stream: the outputs are sent as they come.
-        max_unread: outputs of a stream that may wait. If there are more, the completions end, and
-            `on_overflow` is called.
+        max_unread: outputs that may wait. If there are more, the completions end, and `on_overflow`
+            is called. None: any number, because no client has to read them first.
 
     Attributes:
         progress: the progress of each completion.
@@ -51,8 +49,7 @@ class Generation:
         requests: Sequence[Request],
         began: float,
         metrics: Metrics,
-        is_stream: bool,
-        max_unread: int,
+        max_unread: int | None,
         on_overflow: Callable[[], object],
     ) -> None:
         self.progress = [Progress() for _ in requests]
@@ -60,7 +57,6 @@ class Generation:
         self._requests = requests
         self._began = began
         self._metrics = metrics
-        self._is_stream = is_stream
         self._max_unread = max_unread
         self._on_overflow = on_overflow
         self._loop = asyncio.get_running_loop()
@@ -124,12 +120,10 @@ class Generation:
     def _take(self, index: int, output: Output) -> None:
         if output.token_ids:
             self._note(index, output)
-        if not (self._is_stream or output.is_last):
-            return
         self._come.append((index, output))
         if len(self._come) == 1:
             self._loop.call_soon_threadsafe(self._wake)
-        elif len(self._come) == self._max_unread and self._is_stream:
+        elif len(self._come) == self._max_unread:
             for request_id in self._ids:  # here, because the event loop may be busy
                 self._engine.engine.abort(request_id)
             self._loop.call_soon_threadsafe(self._on_overflow)

@@ -10,11 +10,13 @@ from typing import Any
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral, expect_token_ids
-from mistral_ext.serve import fields
+from mistral_ext.serve import fields, tools
 from mistral_ext.serve.errors import ApiError, bad_request, unsupported
 from mistral_ext.serve.schema import Schema, check
 from mistral_ext.serve.structure import Structure, structure_of
+from mistral_ext.serve.tools import tool_use_of
 from mistral_ext.text.chat_template import ChatTemplate
+from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 
 _CHAT = fields.request_schema(fields.CHAT, ("messages",))
 _COMPLETION = fields.request_schema(fields.COMPLETION, ("prompt",))
@@ -46,6 +48,7 @@ class Job:
         stream, include_usage, echo: as asked for.
         salt, stop_token_ids: see `Mistral.request`.
         structure: which field says what completions have to match; None: they are free.
+        tools: functions that completions may call; None: none.
     """
 
     is_chat: bool
@@ -58,6 +61,7 @@ class Job:
     salt: str | None
     stop_token_ids: tuple[int, ...]
     structure: str | None
+    tools: ToolUse | None
 
     @property
     def count(self) -> int:
@@ -82,12 +86,13 @@ def check_fields(body: dict[str, Any], schema: Schema) -> dict[str, Any]:
     return given
 
 
-def chat_job(body: dict[str, Any], default_tokens: int | None) -> Job:
+def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat | None) -> Job:
     """The job of a request to /v1/chat/completions.
 
     Args:
         body: as it came.
         default_tokens: max_tokens if the body has none; None: all that fit.
+        form: how the model writes calls of tools; None: it takes no tools.
 
     Raises:
         ApiError: 400, for a field that is wrong.
@@ -97,7 +102,8 @@ def chat_job(body: dict[str, Any], default_tokens: int | None) -> Job:
         raise bad_request("top_logprobs is given without logprobs: true", "top_logprobs")
     logprobs = int(given.get("top_logprobs", 0)) if given.get("logprobs") else None
     asked = given.get("max_completion_tokens", given.get("max_tokens", default_tokens))
-    return _job(given, [messages_of(given["messages"])], logprobs, asked, is_chat=True)
+    use, messages = tool_use_of(given, form), messages_of(given["messages"])
+    return _job(given, [messages], logprobs, asked, is_chat=True, use=use)
 
 
 def completion_job(body: dict[str, Any]) -> Job:
@@ -119,6 +125,7 @@ def _job(
     logprobs: int | None,
     max_tokens: float | None,
     is_chat: bool,
+    use: ToolUse | None = None,
 ) -> Job:
     options = given.get("stream_options")
     if options is not None and not given.get("stream"):
@@ -139,6 +146,7 @@ def _job(
         salt=given.get("cache_salt"),
         stop_token_ids=stop_token_ids,
         structure=structure.field if structure else None,
+        tools=use,
     )
 
 
@@ -169,15 +177,19 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
     plain = [
-        {"role": roles.get(m["role"], m["role"]), "content": _text(m.get("content"))}
+        {
+            "role": roles.get(m["role"], m["role"]),
+            "content": _text(m.get("content")),
+            **{key: m[key] for key in tools.OF_MESSAGE if m.get(key)},
+        }
         for m in messages
     ]
     # Drops replies that were ended before their first word: templates have no empty replies.
-    return [m for m in plain if m["content"] or m["role"] != "assistant"]
+    return [m for m in plain if m["content"] or m["role"] != "assistant" or "tool_calls" in m]
 
 
 def _text(content: str | Sequence[Mapping[str, str]] | None) -> str:
@@ -193,9 +205,19 @@ def context_length(llm: Mistral) -> int:
 
 
 def encode(
-    llm: Mistral, prompt: Any, template: ChatTemplate | None, is_chat: bool = False
+    llm: Mistral,
+    prompt: Any,
+    template: ChatTemplate | None,
+    is_chat: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a prompt of a job.
+
+    Args:
+        prompt: a conversation, text or token ids.
+        template: of conversations; None: the model's own.
+        is_chat: the prompt is a conversation.
+        tools: functions that a reply may call.
 
     Raises:
         ApiError: 400 for text that is not Unicode, ids that the model lacks, or messages that are
@@ -204,7 +226,7 @@ def encode(
     param = "messages" if is_chat else "prompt"
     try:
         if is_chat:
-            return llm.encode_chat(prompt, template=template)
+            return llm.encode_chat(prompt, tools, template)
         if isinstance(prompt, str):
             return llm.require_tokenizer().encode(prompt)
         ids = [int(i) for i in prompt]
@@ -214,16 +236,16 @@ def encode(
     return ids
 
 
-def compile_structure(llm: Mistral, job: Job) -> None:
+def compile_grammar(llm: Mistral, job: Job) -> None:
     """Compiles what a job's completions have to match, for `requests_of`, which finds it there.
 
     Raises:
         ApiError: 400 if that cannot be: nobody gets a free text instead.
     """
     try:
-        llm.grammar(job.params, starts_text=job.is_chat)
+        llm.grammar(job.params, starts_text=job.is_chat, tools=job.tools)
     except (ValueError, ImportError) as error:
-        raise bad_request(str(error), job.structure) from error
+        raise bad_request(str(error), "tools" if job.tools else job.structure) from error
 
 
 def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Request]:
@@ -250,6 +272,7 @@ def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Re
                     starts_text=job.is_chat,
                     salt=job.salt,
                     stop_token_ids=job.stop_token_ids,
+                    tools=job.tools,
                 )
             )
     return requests

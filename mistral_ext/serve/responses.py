@@ -10,7 +10,9 @@ from typing import Any
 from mistral_ext.engine.request import Completion, Output
 from mistral_ext.serve.logprobs import LogprobWriter
 from mistral_ext.serve.protocol import Job
+from mistral_ext.serve.tools import delta_of
 from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.text.tool_parser import ToolParser
 
 
 class Answer:
@@ -39,6 +41,18 @@ class Answer:
         self._created = int(time.time())
         self._echo = [_echo(job, i, prompts, tokenizer) for i in range(job.count)]
         self._logprobs = [LogprobWriter(tokenizer, job.is_chat, len(e)) for e in self._echo]
+        forms = [job.tools.form] * job.count if job.tools else []
+        self._parsers = [ToolParser(form) for form in forms]  # one for each completion
+
+    def take(self, index: int, output: Output) -> None:
+        """Takes an output whose completion is sent as a whole."""
+        self._deltas(index, output)
+
+    def divided(self, completions: Sequence[Completion]) -> list[Completion]:
+        """The completions, all of whose outputs were taken, with calls apart from texts."""
+        if not self._parsers:
+            return list(completions)
+        return [c.divided(parser) for c, parser in zip(completions, self._parsers, strict=True)]
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The whole answer."""
@@ -50,7 +64,8 @@ class Answer:
         """The chunks before any text, in the order of the completions."""
         for index in range(self._job.count):
             if self._job.is_chat:
-                yield self._chunk(index, delta={"role": "assistant", "content": ""})
+                content = None if self._parsers else ""  # it may have calls in place of a text
+                yield self._chunk(index, delta={"role": "assistant", "content": content})
             elif self._echo[index]:
                 yield self._chunk(index, text=self._echo[index])
 
@@ -61,16 +76,35 @@ class Answer:
             writer = self._logprobs[index]
             write = writer.chat if self._job.is_chat else writer.text
             logprobs = write(output.logprobs)
-        if output.text or logprobs:
-            yield self._chunk(index, logprobs=logprobs, **self._shown(output.text))
-        if output.finish_reason:
-            yield self._chunk(index, finish_reason=output.finish_reason, **self._shown(""))
+        deltas = self._deltas(index, output)
+        if logprobs and not deltas:
+            deltas = [self._shown("")]
+        for delta in deltas:
+            yield self._chunk(index, logprobs=logprobs, **delta)
+            logprobs = None  # they come once
+        reason = output.finish_reason
+        if reason:
+            if self._parsers:
+                reason = self._parsers[index].reason(reason)
+            yield self._chunk(index, finish_reason=reason, **self._shown(""))
 
     def last_chunks(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
         """The chunks after all text."""
         if self._job.include_usage:
             head = self._head(self._chunk_kind)
             yield {**head, "choices": [], "usage": self._usage(completions)}
+
+    def _deltas(self, index: int, output: Output) -> list[dict[str, Any]]:
+        """What an output adds to its completion."""
+        if not self._parsers:
+            return [self._shown(output.text)] if output.text else []
+        pieces = self._parsers[index].push(output.token_ids, output.text, output.is_last)
+        return [
+            self._shown(piece)
+            if isinstance(piece, str)
+            else {"delta": {"tool_calls": [delta_of(piece)]}}
+            for piece in pieces
+        ]
 
     def _shown(self, text: str) -> dict[str, Any]:
         if not self._job.is_chat:
@@ -101,6 +135,9 @@ class Answer:
         tokens = completion.logprobs
         if self._job.is_chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            if completion.tool_calls:
+                calls = [call.as_message() for call in completion.tool_calls]
+                choice["message"] |= {"content": text or None, "tool_calls": calls}
             choice["logprobs"] = None if tokens is None else writer.chat(tokens)
         else:
             choice["text"] = self._echo[index] + text

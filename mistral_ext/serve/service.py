@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
-from mistral_ext.serve.protocol import Job, compile_structure, encode
+from mistral_ext.serve.protocol import Job, compile_grammar, encode
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class Service:
 
     Attributes:
         llm, settings, tokenizer, engine, metrics, log: shared by requests.
+        tool_format: how the model writes calls of tools; None: it takes no tools.
         is_draining: new requests are refused.
     """
 
@@ -48,7 +49,8 @@ class Service:
         self.engine = EngineThread(llm.engine, llm.model.device, self._on_death)
         self.metrics = Metrics(lambda: llm.engine.load)
         self.log = log
-        self._template = _template(settings.template, self.tokenizer)
+        self._template = _template(settings.template, llm)
+        self.tool_format = llm.tool_format(self._template) if self._template else None
         self.is_draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._places = llm.max_batch + settings.max_queue
@@ -114,18 +116,20 @@ class Service:
             self._live.discard(generation)
             generation.close()
 
-    async def encode(self, prompt: Any, is_chat: bool) -> list[int]:
+    async def encode(
+        self, prompt: Any, is_chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of a prompt; see `protocol.encode`."""
         assert self._loop
         return await self._loop.run_in_executor(
-            self._tokenizing, encode, self.llm, prompt, self._template, is_chat
+            self._tokenizing, encode, self.llm, prompt, self._template, is_chat, tools
         )
 
     async def compile(self, job: Job) -> None:
-        """Compiles what a job's completions have to match; see `protocol.compile_structure`."""
+        """Compiles what a job's completions have to match; see `protocol.compile_grammar`."""
         assert self._loop
-        if job.structure:
-            await self._loop.run_in_executor(self._tokenizing, compile_structure, self.llm, job)
+        if job.structure or job.tools:
+            await self._loop.run_in_executor(self._tokenizing, compile_grammar, self.llm, job)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request is for another model."""
@@ -156,7 +160,10 @@ class Service:
         self._loop.call_soon_threadsafe(self.end_all, errors.out_of_order())
 
 
-def _template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+def _template(name: str | None, llm: Mistral) -> ChatTemplate | None:
+    """The chat template; None: the model has none, and each conversation is told so."""
     if name == "plain":
-        return JinjaTemplate(Path("plain"), {"default": _PLAIN}, tokenizer)
-    return name
+        return JinjaTemplate(Path("plain"), {"default": _PLAIN}, llm.require_tokenizer())
+    with suppress(ValueError):
+        return llm.chat_template(name)
+    return None

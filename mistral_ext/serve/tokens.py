@@ -44,7 +44,8 @@ class Tokens:
         if ("prompt" in given) == ("messages" in given):
             raise bad_request("expected either prompt or messages", "prompt")
         if "messages" in given:
-            ids = await self._service.encode(messages_of(given["messages"]), is_chat=True)
+            messages = messages_of(given["messages"])
+            ids = await self._service.encode(messages, is_chat=True, tools=given.get("tools"))
         else:
             ids = await self._service.encode(given["prompt"], is_chat=False)
             if not given.get("add_special_tokens", True):

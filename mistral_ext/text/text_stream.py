@@ -25,13 +25,19 @@ class TextStream:
         stop: strings that end the text; they are not part of it.
         strip_first_space: the ids start a text (a chat reply, or a completion of nothing), so the
             space that encoding puts there is dropped; False: they continue a text.
+        divider: the id of a control token that divides the text: stop strings and characters do
+            not reach across it, so what was held back is final when it comes. None: no token does.
 
     Attributes:
         stopped: a stop string has been found; later ids add nothing.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), strip_first_space: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        strip_first_space: bool = False,
+        divider: int | None = None,
     ) -> None:
         if isinstance(stop, str):
             raise TypeError(f"stop is the string {stop!r}, expected a sequence of strings")
@@ -41,6 +47,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._longest_stop = max(map(len, self._stop), default=0)
+        self._divider = divider
         self._at_stripped_start = strip_first_space and tokenizer.adds_first_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(UTF8_ERRORS)
         self._held = ""  # decoded text that may be a stop string, or part of one
@@ -60,7 +67,8 @@ class TextStream:
         if self._at_stripped_start and data:
             data = data.removeprefix(b" ")
             self._at_stripped_start = False
-        return self._release(self._decoder.decode(data), final=False)
+        final = token_id == self._divider
+        return self._release(self._decoder.decode(data, final), final)
 
     def finish(self) -> str:
         """Return what was held back; an incomplete character becomes U+FFFD."""

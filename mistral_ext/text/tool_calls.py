@@ -126,6 +126,11 @@ class ToolUse:
             )
         return cls(form, tools, must_call, names, parallel)
 
+    @property
+    def divider(self) -> int | None:
+        """The control token between text and calls; None: text divides them."""
+        return self.form.begin if isinstance(self.form.begin, int) else None
+
     def constraint(self, content: Constraint | None) -> Constraint:
         """What a completion has to match: calls, or text unless it must call.
 

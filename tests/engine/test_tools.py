@@ -10,6 +10,9 @@ import pytest
 from checkpoints import TOKENIZERS, write_checkpoint
 
 from mistral_ext import Mistral
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.text.tool_calls import ToolFormat, ToolUse
+from mistral_ext.text.tool_parser import ToolParser
 
 pytest.importorskip("llguidance")
 
@@ -120,3 +123,26 @@ def test_models_that_take_none(llm):
         llm.chat(MESSAGES, template="v1", tools=TOOLS)
     with pytest.raises(ValueError, match="tool_choice is 'x', expected none, auto"):
         llm.chat(MESSAGES, tools=TOOLS, tool_choice="x")
+
+
+def test_text_that_a_stop_string_holds_back_before_a_call(llm):
+    """It is final when the control token comes, and no part of the call."""
+    begin, end = 5, 6  # two of the control tokens of v3
+    use = ToolUse.of(ToolFormat(begin, end), TOOLS[1:])
+    letters = [llm.tokenizer.encode(letter, bos=False)[-1] for letter in "abc"]
+    params = SamplingParams(
+        max_tokens=200,
+        temperature=1.0,
+        seed=1,
+        logit_bias={begin: 39.0, **dict.fromkeys(letters, 40.0)},
+        stop=[f"{letter}\0" for letter in "abc"],
+    )
+    prompt = llm.encode_chat(MESSAGES, use.tools)
+    request = llm.request(prompt, params, starts_text=True, tools=use)
+    parser = ToolParser(use.form)
+    for output in llm.engine.outputs([request]):
+        list(parser.push(output.token_ids, output.text, output.is_last))
+    ids = output.completion.token_ids
+    lead = llm.tokenizer.decode(ids[: ids.index(begin)])
+    assert lead.strip()[-1] in "abc"
+    assert (parser.content, parser.calls[0].name) == (lead.strip(), "now")

@@ -186,3 +186,12 @@ def test_bad_arguments(tokenizer):
         TextStream(tokenizer, stop=["END", ""])
     with pytest.raises(ValueError, match="token id is 99999"):
         TextStream(tokenizer).push(99999)
+
+
+def test_nothing_is_held_back_across_the_divider():
+    chunks = [b"a\xf0\x9f", b"b STO", b"", b"P STOP"]
+    stream = TextStream(Chunks(chunks), ["STOP"], divider=2)
+    assert [stream.push(i) for i in range(4)] == ["a", "\ufffd\ufffdb ", "STO", "P "]
+    assert stream.stopped
+    stream = TextStream(Chunks([b"a\xf0\x9f", b"", b"\x98\x80"]), divider=1)
+    assert run(stream, range(3)) == "a" + "\ufffd" * 4
