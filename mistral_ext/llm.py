@@ -186,8 +186,9 @@ class Mistral:
             return self._engine
 
     def load_adapter(self, path: str | Path, name: str) -> None:
-        """Loads a LoRA adapter, which prompts then use by its name. The model's weights, of whatever
-        format, stay as they are, and requests that run go on.
+        """Loads a LoRA adapter, which prompts then use by its name.
+
+        The model's weights, of whatever format, stay as they are, and requests that run go on.
 
         Args:
             path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file.
@@ -247,7 +248,9 @@ class Mistral:
         encoded = self._encode_all(prompts)
         given = [adapter] * len(encoded) if adapter is None or isinstance(adapter, str) else adapter
         if len(given) != len(encoded):
-            raise ValueError(f"adapter has {len(given)} names, expected {len(encoded)} like prompts")
+            raise ValueError(
+                f"adapter has {len(given)} names, expected {len(encoded)} like prompts"
+            )
         requests = [
             self.request(ids, params, index, adapter=name)
             for ids, name in zip(encoded, given, strict=True)
@@ -350,8 +353,8 @@ class Mistral:
     def start_chat(
         self, system: str | None = None, template: str | None = None, adapter: str | None = None
     ) -> Chat:
-        """A conversation that keeps its cache between turns; see `Chat`. Its replies use the adapter
-        of that name."""
+        """A conversation that keeps its cache between turns, with the adapter of that name; see
+        `Chat`."""
         self._adapter(adapter)
         return Chat(self, system, self.chat_template(template), adapter)
 

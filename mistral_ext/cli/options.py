@@ -154,7 +154,7 @@ def sampling() -> argparse.ArgumentParser:
     return parser
 
 
-def sampling_of(args: argparse.Namespace) -> dict[str, object]:
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `SamplingParams` that `sampling` options give."""
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
     fields["logit_bias"] = dict(args.logit_bias)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mistral_ext import ops
 from mistral_ext.ops import LowRank
 
-# The weights that are multiplied with the same input, by Mistral's names. The keys are the fields of
+# The weights that are multiplied with the same input, by Mistral's names. The keys are fields of
 # `transformer.Layer`.
 GROUPS = {
     "qkv": ("attention.wq", "attention.wk", "attention.wv"),
@@ -36,9 +36,7 @@ class Stack:
     parts: Sequence[int]
 
     @classmethod
-    def empty(
-        cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor
-    ) -> Stack:
+    def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:
         """Without adapters, with the dtype and device of `like`, for weights of these shapes."""
         parts = [outputs for outputs, _ in shapes]
         _, inputs = shapes[0]
@@ -77,7 +75,6 @@ class Stack:
                 columns[part][:rank] = update.b.T
                 self.scales[slot, part] = update.scale
             self.ranks[slot, part] = rank
-
 
 
 class LayerAdapters:
@@ -156,7 +153,7 @@ class Adapters:
 
     def of_layer(self, layer: int, slots: Tensor | None) -> LayerAdapters:
         """What tokens with adapters in these slots [T] add to a layer; None: nothing."""
-        return LayerAdapters({}, None) if slots is None else LayerAdapters(self.layers[layer], slots)
+        return LayerAdapters({} if slots is None else self.layers[layer], slots)
 
     def clear(self) -> None:
         """Forgets all adapters, and frees their memory."""

@@ -354,4 +354,3 @@ def _peft_settings(adapter: Adapter, base: str) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": False,
     }
-

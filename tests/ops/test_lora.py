@@ -217,5 +217,3 @@ def test_checks_of_what_linear_swiglu_adds(added, error, message):
     with pytest.raises(error) as caught:
         ops.linear_swiglu(torch.zeros(2, 4), weights, added=added)
     assert f"linear_swiglu: {message}" in str(caught.value)
-
-

@@ -149,7 +149,7 @@ def test_gguf(llm, adapter, tmp_path):
 
 def test_a_model_in_a_gguf_file_is_no_adapter(llm, adapter, tmp_path):
     file = write_gguf(llm, adapter, tmp_path / "model.gguf", kind="model")
-    with pytest.raises(ValueError, match="general.type is 'model', expected 'adapter'"):
+    with pytest.raises(ValueError, match=r"general.type is 'model', expected 'adapter'"):
         read_adapter(file, llm.config)
 
 
@@ -245,13 +245,13 @@ def test_tensors_that_are_refused(llm, adapter, tmp_path, change, message):
 
 
 def test_where_there_is_no_adapter(llm, tmp_path, adapter):
-    with pytest.raises(FileNotFoundError, match="no adapter in .* expected adapter_model.safe"):
+    with pytest.raises(FileNotFoundError, match=r"no adapter in .* expected adapter_model.safe"):
         read_adapter(tmp_path, llm.config)
     shutil.copy(adapter / "adapter_model.safetensors", tmp_path)
-    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config.json is missing"):
         read_adapter(tmp_path, llm.config)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="notes.txt is no adapter"):
+    with pytest.raises(ValueError, match=r"notes.txt is no adapter"):
         read_adapter(tmp_path / "notes.txt", llm.config)
 
 
