@@ -1,11 +1,9 @@
 """The runner for a CUDA device: decode steps as CUDA graphs.
 
 A GPU finishes a step faster than Python can launch its kernels. So a step is captured as a CUDA
-graph and replayed. There is a graph for each batch size and each way to choose tokens, and for
-batches with adapters. All that
-differs from step to step is in device memory, and the graph itself updates it: tokens and positions
-here, the state of sampling in `Sampler`. So the host launches the next step before it knows the
-tokens of the last step, and the GPU never waits for the host.
+graph and replayed. All that differs from step to step is in device memory, and the graph itself
+updates it: tokens and positions here, the state of sampling in `Sampler`. So the host launches the
+next step before it knows the tokens of the last step, and the GPU never waits for the host.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ class GraphRunner(Runner):
     """Queues a decode step on a CUDA device and returns at once.
 
     There is a graph for each number of sequences and each way to choose their tokens, with and
-    without adapters. The second
-    such step captures it, and it lasts as long as the runner. Fewer sizes with padded batches would
-    slow every step; a capture takes about as long as one step that Python launches.
+    without adapters. The second such step captures it, and it lasts as long as the runner, or with
+    adapters as long as their stacks. Fewer sizes with padded batches would slow every step; a
+    capture takes about as long as one step that Python launches.
 
     Args:
         model, pool, sampler: as for `Runner`, on the device.

@@ -162,8 +162,21 @@ def _expect_supported(settings: Mapping[str, Any], file: Path) -> None:
         )
     for name in ("r", "lora_alpha"):
         value = settings.get(name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        if not _is_positive(value):
             raise ValueError(f"{file}: {name} is {value!r}, expected a positive number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+            raise ValueError(f"{file}: {name} is {patterns!r}, expected patterns with numbers")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{file}: {name} has {pattern!r}: {error}") from error
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

@@ -191,6 +191,8 @@ def test_a_written_adapter_loads_in_peft_and_here(base, llm, tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
         ({"r": 8}, "lora_A of 'model.layers.0.* has rank 4, expected 8"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a positive number"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern is .*, expected patterns with numbers"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\(': missing \), unterminated"),
     ],
 )
 def test_settings_that_are_refused(llm, adapter, tmp_path, settings, message):
