@@ -193,6 +193,25 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
             yield Case("linear", shape, ours, plain, nbytes, flops)
 
 
+def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """One adapter of rank 16 on the largest matrix."""
+    rank, scale = 16, 0.5
+    a, b = random(rank, DIM, dtype=dtype), random(rank, HIDDEN, dtype=dtype)
+    stack = a[None, None], b[None], torch.tensor([[scale]]), torch.tensor([[rank]]).int()
+    for tokens in (1, 8, 256):
+        x, out = random(tokens, DIM, dtype=dtype), random(tokens, HIDDEN, dtype=dtype)
+        adapters = torch.zeros(tokens, dtype=torch.int32)
+
+        def plain(x=x, out=out):
+            out.addmm_(x @ a.T, b, alpha=scale)
+
+        def ours(x=x, out=out, adapters=adapters):
+            ops.lora(x, *stack, adapters, [HIDDEN], out)
+
+        nbytes = a.nbytes + b.nbytes + x.nbytes + 2 * out.nbytes
+        yield Case("lora", f"{tokens} x {DIM} x {rank} x {HIDDEN}", ours, plain, nbytes)
+
+
 def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
     for rows in (1, 8):
         logits = 3 * torch.randn(rows, VOCABULARY)
@@ -228,6 +247,7 @@ CASES = (
     prefill_cases,
     swiglu_cases,
     linear_cases,
+    lora_cases,
     sample_cases,
 )
 

@@ -54,6 +54,8 @@ struct LinearParams {
   const void* x;                // [T, K]
   const void* norm;             // [K], weights of an RMSNorm of x before the product; null: none
   void* out;                    // [T, N]; N: the rows of all parts, with swiglu of one part
+  const float* added;           // [T, rows of all parts], added to the products first, with store
+                                // and swiglu; null: nothing
   void* scratch;                // linear_scratch_bytes(p), aligned to 64
   WeightPart parts[kMaxParts];  // in the order of their outputs
   int64_t num_parts;
@@ -62,6 +64,7 @@ struct LinearParams {
   int64_t head_dim;  // D, with rope
   int64_t stride_x_token;
   int64_t stride_out_token;
+  int64_t stride_added_token;
   float eps;  // of the RMSNorm
 
   // With argmax.

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "lora.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "sample.h"

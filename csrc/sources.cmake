@@ -8,6 +8,7 @@ set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
   ${root}/csrc/cpu/kernels.cpp
   ${root}/csrc/cpu/linear/linear.cpp
+  ${root}/csrc/cpu/lora.cpp
   ${root}/csrc/cpu/rms_norm.cpp
   ${root}/csrc/cpu/rope.cpp
   ${root}/csrc/cpu/swiglu.cpp)
@@ -25,6 +26,7 @@ set(cuda_kernels
   ${root}/csrc/cuda/linear/gemv_plain.cu
   ${root}/csrc/cuda/linear/gemv_q8_0.cu
   ${root}/csrc/cuda/linear/linear.cu
+  ${root}/csrc/cuda/lora.cu
   ${root}/csrc/cuda/rms_norm.cu
   ${root}/csrc/cuda/rope.cu
   ${root}/csrc/cuda/sample.cu
@@ -41,6 +43,7 @@ set(bindings
   ${root}/python/device.cpp
   ${root}/python/launch_failure.cpp
   ${root}/python/linear.cpp
+  ${root}/python/lora.cpp
   ${root}/python/rms_norm.cpp
   ${root}/python/rope.cpp
   ${root}/python/sample.cpp

@@ -74,6 +74,7 @@ def linear(
     norm: Tensor | None,
     eps: float,
     out: Tensor,
+    added: Tensor | None = None,
 ) -> Call: ...
 def linear_argmax(
     x: Tensor,
@@ -100,6 +101,18 @@ def linear_rope(
     frequencies: Tensor,
     window: int | None,
 ) -> Call: ...
+def lora(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    ranks: Tensor,
+    adapters: Tensor,
+    parts: list[int],
+    hidden: Tensor,
+    out: Tensor,
+    target: int,
+) -> None: ...
 def philox(key: Sequence[int], counter: Sequence[int]) -> list[int]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, target: int

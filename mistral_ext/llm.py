@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
 from mistral_ext.engine.engine import Engine, Outputs
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Completion, Output, Request
@@ -32,6 +33,7 @@ from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
+from mistral_ext.weights.adapters import read_adapter
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
 from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
@@ -97,6 +99,7 @@ class Mistral:
         cache_tokens: tokens that the cache has room for: those of running completions, and those
             kept for later prompts. None: see `engine.memory.default_slots`.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
+        adapters: the loaded adapters: `load_adapter` adds to them.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Mistral:
         self.max_batch = max_batch
         self.cache_tokens = cache_tokens
         self.sampling_defaults = dict(sampling_defaults or {})
+        self.adapters = AdapterTable(model.adapters)
         self._making_engine = threading.Lock()
         self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
 
@@ -134,6 +138,7 @@ class Mistral:
         quantize: str | None = None,
         cache_tokens: int | None = None,
         generation_config: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         **config_overrides: Any,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
@@ -154,6 +159,7 @@ class Mistral:
                 result to a folder.
             generation_config: where the defaults of sampling come from. "auto": the model's own
                 ``generation_config.json``; else another folder or file; None: `SamplingParams`.
+            adapters: names, and the adapters that get them, as for `load_adapter`.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -166,10 +172,14 @@ class Mistral:
         tokenizer = read_tokenizer(folder)
         # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
+        read = {name: read_adapter(given, config) for name, given in (adapters or {}).items()}
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
-        return cls(config, transformer, tokenizer, path, *sizes, defaults)
+        llm = cls(config, transformer, tokenizer, path, *sizes, defaults)
+        for name, adapter in read.items():
+            llm.adapters.load(name, adapter, ())
+        return llm
 
     @functools.cached_property
     def _engine(self) -> Engine:
@@ -188,10 +198,50 @@ class Mistral:
         with self._making_engine:
             return self._engine
 
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Loads a LoRA adapter, which prompts then use by its name.
+
+        The model's weights, of whatever format, stay as they are, and requests that run go on.
+
+        Args:
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file.
+            name: a new name.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is damaged, belongs to another model or needs
+                something that is not supported; or the name is taken.
+        """
+        self.adapters.expect_new(name)
+        weights = read_adapter(path, self.config)
+        self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
+
+    def unload_adapter(self, name: str) -> None:
+        """Removes an adapter. Requests that use it go on to their end.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
+
+    def _change_adapters(self, change: Callable[[], None]) -> None:
+        # Without an engine there are no requests, and the engine, when it is made, sees how much
+        # memory is left.
+        with self._making_engine:
+            engine = self.__dict__.get("_engine")
+            if engine is None:
+                change()
+                return
+        engine.between_steps(change)
+
+    def _adapters_in_use(self) -> list[LoadedAdapter]:
+        engine = self.__dict__.get("_engine")
+        return [] if engine is None else engine.adapters_in_use()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         special_tokens: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Completes prompts, together where there are several.
@@ -201,6 +251,7 @@ class Mistral:
                 beginning-of-text token; token ids are not changed.
             special_tokens: control tokens that a text spells out, such as "[INST]", are those
                 tokens; else they are text.
+            adapter: the name of a loaded adapter; None: none. Or a list with one for each prompt.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -210,9 +261,15 @@ class Mistral:
             ValueError, TypeError: the message names the prompt or option that is wrong.
         """
         params = self._params(sampling)
+        encoded = self._encode_all(prompts, special_tokens)
+        given = [adapter] * len(encoded) if adapter is None or isinstance(adapter, str) else adapter
+        if len(given) != len(encoded):
+            raise ValueError(
+                f"adapter has {len(given)} names, expected {len(encoded)} like prompts"
+            )
         requests = [
-            self.request(ids, params, index)
-            for ids in self._encode_all(prompts, special_tokens)
+            self.request(ids, params, index, adapter=name)
+            for ids, name in zip(encoded, given, strict=True)
             for index in range(params.n)
         ]
         outputs = self.engine.outputs(requests)
@@ -225,11 +282,17 @@ class Mistral:
                 completions[output.request_id] = output.completion
         return [completions[request_id] for request_id in outputs.request_ids]
 
-    def stream(self, prompt: Prompt, special_tokens: bool = False, **sampling: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        special_tokens: bool = False,
+        adapter: str | None = None,
+        **sampling: Any,
+    ) -> Stream:
         """Completes one prompt, giving its text piece by piece as it is decoded.
 
         Args:
-            prompt, special_tokens, sampling: as for `generate`.
+            prompt, special_tokens, adapter, sampling: as for `generate`.
 
         Returns:
             An iterator over pieces of text; its `completion` is set when it ends.
@@ -238,7 +301,8 @@ class Mistral:
         self.require_tokenizer()
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
-        return self._stream(self.request(self._encode_all(prompt, special_tokens)[0], params))
+        ids = self._encode_all(prompt, special_tokens)[0]
+        return self._stream(self.request(ids, params, adapter=adapter))
 
     def _stream(self, request: Request, parser: ToolParser | None = None) -> Stream:
         return Stream(self.engine.outputs([request]), parser)
@@ -250,6 +314,7 @@ class Mistral:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Completion:
         """Replies to a conversation with an Instruct model.
@@ -260,6 +325,7 @@ class Mistral:
             template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
             tools: functions that the model may call, in OpenAI's format.
             tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
+            adapter: the name of a loaded adapter; None: none.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -275,8 +341,8 @@ class Mistral:
         use = ToolUse.of(form, tools, tool_choice, parallel_tool_calls)
         ids = self.encode_chat(messages, use.tools if use else None, template)
         ids = self._check_ids(ids, "conversation")
-        parser = ToolParser(use.form) if use else None
-        stream = self._stream(self.request(ids, params, starts_text=True, tools=use), parser)
+        request = self.request(ids, params, starts_text=True, tools=use, adapter=adapter)
+        stream = self._stream(request, ToolParser(use.form) if use else None)
         for _ in stream:
             pass
         assert stream.completion is not None  # it has ended
@@ -305,16 +371,26 @@ class Mistral:
         """
         return tool_format(self.require_tokenizer(), self.chat_template(template))
 
-    def start_chat(self, system: str | None = None, template: str | None = None) -> Chat:
-        """A conversation that keeps its cache between turns; see `Chat`."""
-        return Chat(self, system, self.chat_template(template))
+    def start_chat(
+        self, system: str | None = None, template: str | None = None, adapter: str | None = None
+    ) -> Chat:
+        """A conversation that keeps its cache between turns, with the adapter of that name; see
+        `Chat`."""
+        self._adapter(adapter)
+        return Chat(self, system, self.chat_template(template), adapter)
 
-    def logits(self, token_ids: Sequence[int] | Tensor, chunk: int | None = None) -> Tensor:
+    def logits(
+        self,
+        token_ids: Sequence[int] | Tensor,
+        chunk: int | None = None,
+        adapter: str | None = None,
+    ) -> Tensor:
         """The model's logits after each token of one sequence.
 
         Args:
             token_ids: [T] ints.
             chunk: tokens read in one pass; None: all.
+            adapter: the name of a loaded adapter; None: none.
 
         Returns:
             [T, V] fp32, an ordinary tensor: it may be changed, and used in a loss.
@@ -324,7 +400,14 @@ class Mistral:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
         ids = self._check_ids(token_ids, "token_ids")
-        request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk or len(ids))
+        request = Request(
+            ids,
+            None,
+            len(ids),
+            prompt_logits=True,
+            chunk=chunk or len(ids),
+            adapter=self._adapter(adapter),
+        )
         with torch.inference_mode(False):
             size = len(ids), self.config.vocab_size
             logits = torch.empty(size, dtype=torch.float32, device=self.model.device)
@@ -410,6 +493,7 @@ class Mistral:
         salt: str | None = None,
         stop_token_ids: Sequence[int] = (),
         tools: ToolUse | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Makes a request to `engine`, for callers that step the engine themselves.
 
@@ -421,6 +505,7 @@ class Mistral:
             reuse_completions, salt: see `Request`.
             stop_token_ids: tokens that end the completion, besides the model's own.
             tools: functions that the completion may call.
+            adapter: the name of a loaded adapter; None: none.
         """
         max_length = len(ids) + params.max_tokens
         text = None
@@ -443,7 +528,11 @@ class Mistral:
             reuse_completions=reuse_completions,
             salt=salt,
             grammar=self.grammar(params, starts_text, tools),
+            adapter=self._adapter(adapter),
         )
+
+    def _adapter(self, name: str | None) -> LoadedAdapter | None:
+        return None if name is None else self.adapters.find(name)
 
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
@@ -542,7 +631,13 @@ class Chat:
         completion: the last reply; None if it was closed before its end.
     """
 
-    def __init__(self, llm: Mistral, system: str | None, template: ChatTemplate) -> None:
+    def __init__(
+        self,
+        llm: Mistral,
+        system: str | None,
+        template: ChatTemplate,
+        adapter: str | None = None,
+    ) -> None:
         self.messages: list[dict[str, str]] = []
         if system:
             self.messages.append({"role": "system", "content": system})
@@ -551,6 +646,7 @@ class Chat:
         self.prompt_ids: list[int] = []
         self._llm = llm
         self._template = template
+        self._adapter = adapter
         self._reply: Reply | None = None
         self._lock = threading.RLock()
 
@@ -580,6 +676,7 @@ class Chat:
                 params,
                 starts_text=True,
                 reuse_completions=True,
+                adapter=self._adapter,
             )
             stream = llm._stream(request)
             self.messages, self.prompt_ids = messages, ids

@@ -181,6 +181,18 @@ void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   }
 }
 
+void use_added(const Tensor& x, LinearParams& p, const py::object& added_) {
+  if (added_.is_none()) return;
+  const Table added(x.op(), "added", added_, "float32");
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
+  added.expect_shape({x.size(0), outputs});
+  added.expect_device_of(x);
+  added.expect_last_axis_contiguous();
+  p.added = static_cast<const float*>(added.data());
+  p.stride_added_token = added.stride(0);
+}
+
 struct Op {
   const char* name;
   Epilogue epilogue;
@@ -243,10 +255,11 @@ void check_linear(const std::string& name, py::object x, py::list values, py::li
 }
 
 Call linear(const std::string& name, py::object x_, py::list values, py::list scales,
-            py::list formats, py::object norm, double eps, py::object out) {
+            py::list formats, py::object norm, double eps, py::object out, py::object added) {
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
   LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
+  use_added(x, p, added);
   return {scratch_bytes(x, p), 0,
           [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.scratch = workspace;
@@ -384,7 +397,8 @@ void bind_linear(py::module_& m) {
         py::arg("scales"), py::arg("formats"), py::arg("norm").none(true), py::arg("eps"),
         py::arg("out").none(true));
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
-        py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("out"));
+        py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("out"),
+        py::arg("added") = py::none());
   m.def("check_linear_rope", &check_linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
   m.def("linear_rope", &linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),

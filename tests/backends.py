@@ -24,7 +24,7 @@ SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
 # The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
 WITH_MEMORY = ("attention", "linear", "linear_argmax", "linear_rope")
-OPS = (*WITH_MEMORY, "rms_norm", "rope", "sample", "swiglu")
+OPS = (*WITH_MEMORY, "lora", "rms_norm", "rope", "sample", "swiglu")
 # The arguments that are constant (values, scales, the weights of a norm, frequencies): no kernel
 # writes them, so one may read them before the kernels ahead of it are done.
 CONSTANTS = {

@@ -55,6 +55,22 @@ def attention(
     return torch.einsum("hqk,khd->qhd", wide.softmax(-1).to(q.dtype), v)
 
 
+def lora(
+    x: Tensor, a: Tensor, b: Tensor, scales: Tensor, ranks: Tensor, adapters: Tensor, parts: list
+) -> Tensor:
+    """What `ops.lora` adds: [T, N]. a: [A, P, R, K], b: [A, R, N], scales, ranks: [A, P]."""
+    added = x.new_zeros(len(x), b.shape[2])
+    for token, adapter in enumerate(adapters.tolist()):
+        if adapter < 0:
+            continue
+        columns = added[token].split(parts)
+        for part, of_part in enumerate(b[adapter].split(parts, dim=1)):
+            rank = int(ranks[adapter, part])
+            hidden = a[adapter, part, :rank] @ x[token]
+            columns[part].copy_(scales[adapter, part].to(x.dtype) * (hidden @ of_part[:rank]))
+    return added
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 

@@ -159,7 +159,7 @@ def sampling() -> argparse.ArgumentParser:
     return parser
 
 
-def sampling_of(args: argparse.Namespace) -> dict[str, object]:
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `SamplingParams` that `sampling` options give."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 import torch
 
+from mistral_ext.engine.adapters import LoadedAdapter
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.memory import default_slots
 from mistral_ext.engine.prefix_cache import LEAST_PIECE
@@ -39,6 +40,9 @@ _T = TypeVar("_T")
 # Prompt tokens in a pass while other sequences generate. Such a pass takes about as long as a few
 # decode steps on a CPU, and as one decode step on a GPU.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
+
+# How often a thread that waits for a step to end looks whether its work was done meanwhile.
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,13 @@ class Engine:
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
         self._under_way: deque[_UnderWay] = deque()
         self._ids = itertools.count()
-        # Guards the three attributes below. The lock is reentrant because garbage may be collected
+        # Guards the four attributes below. The lock is reentrant because garbage may be collected
         # while it is held: an iterator over outputs that nobody reads any more aborts its requests.
         self._lock = threading.RLock()
         self._sequences: dict[int, Sequence] = {}  # all that have not ended
         self._aborted: list[Sequence] = []
         self._listeners: dict[int, Callable[[Output], object]] = {}
+        self._between: deque[Callable[[], object]] = deque()
         self._stepping = threading.Lock()
         self._stepped = threading.Condition(self._lock)
 
@@ -141,9 +146,11 @@ class Engine:
 
         Raises:
             ValueError: it can never fit into the cache, or its logit_bias has a token that may not
-                be sampled.
+                be sampled, or its adapter was removed.
         """
         with self._lock:
+            if request.adapter is not None and not request.adapter.is_loaded:
+                raise ValueError(f"adapter {request.adapter.name!r} was removed")
             sequence = Sequence(next(self._ids), request, self._vocab_size, self._holes)
             self.scheduler.add(sequence)
             self._sequences[sequence.request_id] = sequence
@@ -186,6 +193,41 @@ class Engine:
         self._stepping.acquire()
         return self._step_and_let_go()
 
+    def between_steps(self, work: Callable[[], object]) -> None:
+        """Calls `work` while no step is under way and no request is added, and waits for it."""
+        done = threading.Event()
+        problem: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                problem.append(error)
+            done.set()
+
+        with self._lock:
+            self._between.append(run)
+        # A thread that steps without a pause hardly ever leaves the lock to others, but it does the
+        # work itself when a step begins.
+        while not done.is_set():
+            if self._stepping.acquire(timeout=_POLL_SECONDS):
+                with self._stepped:
+                    self._work_between()
+                    self._stepping.release()
+                    self._stepped.notify_all()
+        if problem:
+            raise problem[0]
+
+    def adapters_in_use(self) -> list[LoadedAdapter]:
+        """The adapters of the requests that have not ended."""
+        with self._lock:
+            given = [sequence.request.adapter for sequence in self._sequences.values()]
+        return [adapter for adapter in given if adapter is not None]
+
+    def _work_between(self) -> None:
+        while self._between:
+            self._between.popleft()()
+
     def _step_and_let_go(self) -> list[Output]:
         """Makes a step, and then releases `_stepping`, which the calling thread holds."""
         try:
@@ -197,6 +239,7 @@ class Engine:
 
     def _step(self) -> list[Output]:
         with self._lock:
+            self._work_between()
             while self._aborted:
                 sequence = self._aborted.pop()
                 if sequence.finish_reason is None:
@@ -268,7 +311,8 @@ class Engine:
                 self._prepare_draw(sequence)
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
-        step = self._run(sequences, lambda: self.runner.launch(extents, rows, token_ids))
+        given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
+        step = self._run(sequences, lambda: self.runner.launch(*given))
         if isinstance(step, Exception):
             return self._fail(sequences, step)
         waiting = [(i, s, s.place) for i, s in enumerate(sequences) if s.generates]
@@ -411,7 +455,8 @@ def _piece(sequence: Sequence, count: int) -> Piece:
     begin = sequence.place.length
     is_end = begin + count == sequence.prompt_length and sequence.request.params is not None
     logits = "all" if sequence.request.prompt_logits else "last" if is_end else "none"
-    return Piece(sequence.place, sequence.ids[begin : begin + count], logits)
+    ids = sequence.ids[begin : begin + count]
+    return Piece(sequence.place, ids, logits, sequence.request.adapter_slot)
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:

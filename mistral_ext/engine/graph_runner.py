@@ -1,10 +1,9 @@
 """The runner for a CUDA device: decode steps as CUDA graphs.
 
 A GPU finishes a step faster than Python can launch its kernels. So a step is captured as a CUDA
-graph and replayed. There is a graph for each batch size and each way to choose tokens. All that
-differs from step to step is in device memory, and the graph itself updates it: tokens and positions
-here, the state of sampling in `Sampler`. So the host launches the next step before it knows the
-tokens of the last step, and the GPU never waits for the host.
+graph and replayed. All that differs from step to step is in device memory, and the graph itself
+updates it: tokens and positions here, the state of sampling in `Sampler`. So the host launches the
+next step before it knows the tokens of the last step, and the GPU never waits for the host.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from mistral_ext.model.transformer import Transformer
 class GraphRunner(Runner):
     """Queues a decode step on a CUDA device and returns at once.
 
-    There is a graph for each number of sequences and each way to choose their tokens. The second
-    such step captures it, and it lasts as long as the runner. Fewer sizes with padded batches would
-    slow every step; a capture takes about as long as one step that Python launches.
+    There is a graph for each number of sequences and each way to choose their tokens, with and
+    without adapters. The second such step captures it, and it lasts as long as the runner, or with
+    adapters as long as their stacks. Fewer sizes with padded batches would slow every step; a
+    capture takes about as long as one step that Python launches.
 
     Args:
         model, pool, sampler: as for `Runner`, on the device.
@@ -43,23 +43,33 @@ class GraphRunner(Runner):
     ) -> None:
         super().__init__(model, pool, sampler)
         self._device = device or CudaGraphs(model.device)
-        self._batches: dict[tuple[int, bool, bool], _Batch] = {}
+        self._batches: dict[tuple[int, bool, bool, bool], _Batch] = {}
         self._last: _Batch  # that ran
+        self._generation = model.adapters.generation
 
     def launch(
-        self, extents: Sequence[Extent], rows: Sequence[int], token_ids: Sequence[int] | None
+        self,
+        extents: Sequence[Extent],
+        rows: Sequence[int],
+        token_ids: Sequence[int] | None,
+        adapters: Sequence[int] = (),
     ) -> Step:
-        greedy = self._sampler.needs_no_draw(rows)
-        kind = len(rows), greedy, not greedy and self._sampler.biased
+        if self._generation != self._model.adapters.generation:
+            self._generation = self._model.adapters.generation
+            for old in [kind for kind in self._batches if kind[-1]]:
+                del self._batches[old]  # its graph reads stacks that are gone
+        greedy, adapted = self._sampler.needs_no_draw(rows), max(adapters, default=-1) >= 0
+        kind = len(rows), greedy, not greedy and self._sampler.biased, adapted
         if kind not in self._batches:
             self._batches[kind] = _Batch(
-                len(rows), greedy, self._model, self._pool, self._sampler, self._device
+                len(rows), greedy, adapted, self._model, self._pool, self._sampler, self._device
             )
         batch = self._batches[kind]
         if token_ids is None:
             batch.follow(self._last)
         else:
-            batch.start(rows, token_ids, self._pool.table(dict.fromkeys(extents, 1)))
+            table = self._pool.table(dict.fromkeys(extents, 1))
+            batch.start(rows, token_ids, table, adapters)
         self._last = batch
         results = batch.run()
         return Step(results.token_ids, results.logits)
@@ -88,12 +98,14 @@ class _Batch:
         self,
         size: int,
         greedy: bool,
+        adapted: bool,
         model: Transformer,
         pool: SlotPool,
         sampler: Sampler,
         device: CudaGraphs,
     ) -> None:
         self._greedy = greedy
+        self._adapted = adapted
         self._model = model
         self._pool = pool
         self._sampler = sampler
@@ -101,6 +113,7 @@ class _Batch:
         self._tokens = torch.zeros(size, dtype=torch.int64, device=device.name)
         self._rows = torch.zeros_like(self._tokens)
         self._sequences = torch.zeros(size, 5, dtype=torch.int64, device=device.name)
+        self._adapters = torch.full_like(self._tokens, -1, dtype=torch.int32)
         vocab_size = model.output.shape[0]
         self._results = [_Results(size, vocab_size, device) for _ in range(GraphRunner.ahead + 1)]
         self._sampled: Tensor  # token ids of the last step
@@ -108,10 +121,18 @@ class _Batch:
         self._runs = 0
         self._replay: Callable[[], None] | None = None
 
-    def start(self, rows: Sequence[int], token_ids: Sequence[int], sequences: Tensor) -> None:
+    def start(
+        self,
+        rows: Sequence[int],
+        token_ids: Sequence[int],
+        sequences: Tensor,
+        adapters: Sequence[int],
+    ) -> None:
         self._rows.copy_(torch.tensor(rows, device="cpu"))
         self._tokens.copy_(torch.tensor(token_ids, device="cpu"))
         self._sequences.copy_(sequences)
+        if self._adapted:
+            self._adapters.copy_(torch.tensor(adapters, dtype=torch.int32, device="cpu"))
 
     def follow(self, last: _Batch) -> None:
         """Goes on where the last step ended, which was perhaps of another kind: a bias is read from
@@ -120,6 +141,7 @@ class _Batch:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)
             self._sequences.copy_(last._sequences)
+            self._adapters.copy_(last._adapters)
 
     def run(self) -> _Results:
         # The first step also loads the kernels, which is not allowed during a capture.
@@ -139,7 +161,8 @@ class _Batch:
         """The work to capture: it depends on no value, never waits, and uses the same memory each
         time."""
         model, sampler = self._model, self._sampler
-        h = model.step(self._tokens, self._sequences, self._pool, max_count=1)
+        adapters = self._adapters if self._adapted else None
+        h = model.step(self._tokens, self._sequences, self._pool, max_count=1, adapters=adapters)
         self._logits, self._sampled = choose(model, sampler, h, self._rows, self._greedy)
         # The id -1 means that no token could be chosen. The host reports this later; the next step,
         # which may be under way by then, needs an id that exists.

@@ -3,7 +3,7 @@
 Equal beginnings of prompts have equal keys and values (to the bit on the CPU), however the prompts
 are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning that it
 shares with an earlier prompt. Generated tokens are computed by other kernels; they count only for a
-request that asks for them. Only requests with the same salt share anything.
+request that asks for them. Only requests with the same salt and adapter share anything.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Entry:
     extent: Extent
     ids: list[int]  # the tokens stored
     exact: int  # how many of them were read as parts of a prompt
-    salt: str | None
+    owner: object  # `Request.prefix_owner`
 
 
 class PrefixCache:
@@ -67,7 +67,7 @@ class PrefixCache:
             self._pool.release(extent)
             return
         ids = sequence.ids[: extent.length]
-        self._entries.append(_Entry(extent, ids, sequence.exact, request.salt))
+        self._entries.append(_Entry(extent, ids, sequence.exact, request.prefix_owner))
 
     def drop_oldest(self, spare: Extent | None = None) -> bool:
         """Gives the least recently used extent back to the pool, but not `spare`; False: there is
@@ -91,10 +91,11 @@ class PrefixCache:
             return None
         entries = [*self._entries]
         for other in running:
-            entries.append(_Entry(other.place, other.ids, other.exact, other.request.salt))
+            owner = other.request.prefix_owner
+            entries.append(_Entry(other.place, other.ids, other.exact, owner))
         best, used = None, None
         for entry in entries:
-            if entry.salt != request.salt:
+            if entry.owner != request.prefix_owner:
                 continue
             reusable = entry.extent.length if request.reuse_completions else entry.exact
             common = common_length(entry.ids, sequence.ids, min(reusable, sequence.prompt_length))

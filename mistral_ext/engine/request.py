@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from mistral_ext.engine.adapters import LoadedAdapter
 from mistral_ext.engine.params import SamplingParams, TokenLogprob
 from mistral_ext.text.grammar import Grammar
 from mistral_ext.text.text_stream import TextStream
@@ -73,6 +74,7 @@ class Request:
             generated token differ in their last bits from those of a prompt's token, so the text
             may depend on what is still in the cache.
         grammar: what the completion has to match; None: nothing.
+        adapter: what is added to the model's weights; None: nothing.
     """
 
     prompt_ids: Sequence[int]
@@ -86,6 +88,17 @@ class Request:
     salt: str | None = None
     reuse_completions: bool = False
     grammar: Grammar | None = None
+    adapter: LoadedAdapter | None = None
+
+    @property
+    def adapter_slot(self) -> int:
+        """The slot of its adapter; -1: it has none."""
+        return -1 if self.adapter is None else self.adapter.slot
+
+    @property
+    def prefix_owner(self) -> tuple[str | None, LoadedAdapter | None]:
+        """What requests must have in common to share a cached prefix."""
+        return self.salt, self.adapter
 
 
 @dataclass

@@ -24,11 +24,13 @@ class Piece:
         extent: where its keys and values go.
         token_ids: the tokens.
         logits: which tokens to compute logits for: "none", "last" or "all".
+        adapter: the slot of its adapter; -1: none.
     """
 
     extent: Extent
     token_ids: Sequence[int]
     logits: str
+    adapter: int = -1
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Runner:
             rows += wanted
             counts.append(len(wanted))
         table = self._pool.table({piece.extent: len(piece.token_ids) for piece in pieces})
+        adapters = [piece.adapter for piece in pieces for _ in piece.token_ids]
         device = self._model.device
         h = self._model.step(
             _int64(tokens, device),
@@ -88,13 +91,18 @@ class Runner:
             self._pool,
             max_count=max(len(piece.token_ids) for piece in pieces),
             rows=None if len(rows) == len(tokens) else _int64(rows, device),
+            adapters=_slots(adapters, device),
         )
         if not rows:
             return [h.new_empty(0, self._model.output.shape[0], dtype=torch.float32)] * len(pieces)
         return list(self._model.logits(h).split(counts))
 
     def launch(
-        self, extents: Sequence[Extent], rows: Sequence[int], token_ids: Sequence[int] | None
+        self,
+        extents: Sequence[Extent],
+        rows: Sequence[int],
+        token_ids: Sequence[int] | None,
+        adapters: Sequence[int] = (),
     ) -> Step:
         """Starts the step that reads one token of each of N sequences and samples the next.
 
@@ -103,6 +111,8 @@ class Runner:
             rows: the sequences' rows of the sampler.
             token_ids: the N tokens to read; None: the tokens that the step before samples, which
                 must have the same sequences.
+            adapters: the slots of the sequences' adapters, or -1; empty: no sequence has an
+                adapter.
         """
         if token_ids is None:
             raise ValueError("token_ids is None, expected the ids to read: this runner keeps none")
@@ -112,6 +122,7 @@ class Runner:
             self._pool.table(dict.fromkeys(extents, 1)).to(device),
             self._pool,
             max_count=1,
+            adapters=_slots(adapters, device),
         )
         greedy = self._sampler.needs_no_draw(rows)
         logits, sampled = choose(model, self._sampler, h, _int64(rows, device), greedy)
@@ -127,6 +138,13 @@ def choose(
         return model.greedy(h, sampler.vocab_size)
     logits = model.logits(h)
     return logits, sampler.draw(rows, logits)
+
+
+def _slots(adapters: Sequence[int], device: torch.device) -> Tensor | None:
+    """The adapters of a pass as `Transformer.step` takes them."""
+    if max(adapters, default=-1) < 0:
+        return None
+    return torch.tensor(adapters, dtype=torch.int32, device=device)
 
 
 def _int64(values: Sequence[int], device: torch.device) -> Tensor:

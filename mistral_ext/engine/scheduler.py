@@ -195,7 +195,9 @@ class Scheduler:
 
     def _is_worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
         """Whether another sequence is reading tokens that this one would have to read as well."""
-        if other.request.salt != sequence.request.salt or other.request.chunk is not None:
+        if other.request.prefix_owner != sequence.request.prefix_owner:
+            return False
+        if other.request.chunk is not None:
             return False
         if sequence.request.chunk is not None or sequence.request.prompt_logits:
             return False

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mistral_ext import ops
 from mistral_ext.model import rope
+from mistral_ext.model.adapters import GROUPS, Adapters, LayerAdapters
 from mistral_ext.model.config import JOINED_GATE_UP, JOINED_QKV, MistralConfig
 from mistral_ext.ops import JoinedWeight, Weight, Weights
 
@@ -45,6 +46,9 @@ class Transformer:
         config: its shape and constants.
         weights: from `checkpoint.load_weights`; they are not copied. Matrices other than the
             embeddings may be `Quantized`.
+
+    Attributes:
+        adapters: what a pass may add to the weights of the layers; none at first.
     """
 
     def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
@@ -55,7 +59,7 @@ class Transformer:
         self.frequencies = rope.frequencies(
             config.rope_theta, config.head_dim, self.device, config.rope_scaling
         )
-        self.layers = []
+        self.layers: list[Layer] = []
         for i in range(config.n_layers):
             attention, feed_forward = f"layers.{i}.attention.", f"layers.{i}.feed_forward."
             self.layers.append(
@@ -68,15 +72,18 @@ class Transformer:
                     w2=_matrix(weights, f"{feed_forward}w2.weight"),
                 )
             )
+        shapes = {group: _shapes(getattr(self.layers[0], group)) for group in GROUPS}
+        self.adapters = Adapters(config.n_layers, shapes, self.embeddings)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights; embeddings that the output shares count once."""
+        """Bytes of the weights and adapters; embeddings that the output shares count once."""
         weights: list[Weight | JoinedWeight] = [self.embeddings, self.norm, self.output]
         for layer in self.layers:
             for weight in vars(layer).values():
                 weights += weight if isinstance(weight, list) else [weight]
-        return sum(weight.nbytes for weight in {id(weight): weight for weight in weights}.values())
+        each = {id(weight): weight for weight in weights}.values()
+        return self.adapters.nbytes + sum(weight.nbytes for weight in each)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,12 +120,15 @@ class Transformer:
         cache: Cache,
         max_count: int,
         rows: Tensor | None = None,
+        adapters: Tensor | None = None,
     ) -> Tensor:
         """The part of `forward` before the logits, with tensors on the model's device. It does not
         wait for the device.
 
         Args:
             max_count: upper bound of the new tokens of any sequence.
+            adapters: [T] int32, the slot of each token's adapter in `adapters`, or -1; None: no
+                token has an adapter. It does not change the bits of a token without.
 
         Returns:
             [N, E], the residual stream, for `logits` or `greedy`.
@@ -130,20 +140,42 @@ class Transformer:
         # then spin for milliseconds on the cores that our threads need.
         h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        for layer, k_pool, v_pool in zip(self.layers, cache.k, cache.v, strict=True):
-            rings = k_pool, v_pool, sequences
+        for i, layer in enumerate(self.layers):
+            rings = cache.k[i], cache.v[i], sequences
             rotated = *rings, self.frequencies, window
-            qkv = ops.linear_rope(h, layer.qkv, layer.attention_norm, eps, *rotated)
+            adapted = self.adapters.of_layer(i, adapters)
+            if "qkv" in adapted:  # comes before RoPE
+                x = ops.rms_norm(h, layer.attention_norm, eps)
+                qkv = ops.linear(x, layer.qkv)
+                adapted.add("qkv", x, qkv)
+            else:
+                qkv = ops.linear_rope(h, layer.qkv, layer.attention_norm, eps, *rotated)
             qkv = qkv.unflatten(1, (-1, config.head_dim))  # [T, Hq + Hkv + Hkv, D]
             q, k, v = qkv.split(heads, dim=1)  # [T, Hq, D], [T, Hkv, D], [T, Hkv, D]
+            if "qkv" in adapted:
+                ops.rope(q, k, v, *rotated)
             x = ops.attention(q, k, v, *rings, window, scale, max_count)  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
                 # From here on tokens do not see each other: tokens without logits are done.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
-            ops.linear_residual(x.flatten(1), layer.wo, h)
-            x = ops.linear_swiglu(h, layer.gate_up, layer.ffn_norm, eps)  # [T, F]
+                adapted = adapted.of_tokens(rows)
+            x = x.flatten(1)
+            adapted.add("wo", x, h)
+            ops.linear_residual(x, layer.wo, h)
+            x = self._swiglu(layer, h, adapted)  # [T, F]
+            adapted.add("w2", x, h)
             ops.linear_residual(x, layer.w2, h)
         return h
+
+    def _swiglu(self, layer: Layer, h: Tensor, adapted: LayerAdapters) -> Tensor:
+        eps = self.config.norm_eps
+        if "gate_up" not in adapted:
+            return ops.linear_swiglu(h, layer.gate_up, layer.ffn_norm, eps)
+        x = ops.rms_norm(h, layer.ffn_norm, eps)
+        # Adding -0.0 leaves every number as it is, for tokens without an adapter.
+        added = x.new_full((len(x), 2 * self.config.hidden_dim), -0.0, dtype=torch.float32)
+        adapted.add("gate_up", x, added)
+        return ops.linear_swiglu(x, layer.gate_up, added=added)
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
@@ -155,6 +187,13 @@ class Transformer:
         """[N, V] logits in the model's dtype, and [N] token ids of the largest of the first
         `vocab_size` logits; -1 where there is none (see `ops.linear_argmax`)."""
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
+
+
+def _shapes(weights: Weight | Weights) -> list[torch.Size]:
+    """The shapes [N, K] of weights that are multiplied in one pass."""
+    if isinstance(weights, JoinedWeight):
+        return [part.shape for part in weights.parts]
+    return [weight.shape for weight in ([weights] if isinstance(weights, Weight) else weights)]
 
 
 def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:

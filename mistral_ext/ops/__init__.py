@@ -38,6 +38,7 @@ from mistral_ext.ops.linear import (
     linear_rope,
     linear_swiglu,
 )
+from mistral_ext.ops.lora import LowRank, lora
 from mistral_ext.ops.rms_norm import rms_norm
 from mistral_ext.ops.rope import rope
 from mistral_ext.ops.sample import sample
@@ -46,6 +47,7 @@ from mistral_ext.ops.weight import JoinedWeight, Quantized, Weight, Weights
 
 __all__ = [
     "JoinedWeight",
+    "LowRank",
     "Quantized",
     "Weight",
     "Weights",
@@ -57,6 +59,7 @@ __all__ = [
     "linear_residual",
     "linear_rope",
     "linear_swiglu",
+    "lora",
     "rms_norm",
     "rope",
     "sample",

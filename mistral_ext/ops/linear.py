@@ -224,7 +224,11 @@ register(
 
 
 def linear_swiglu(
-    x: Tensor, weights: Weights, norm: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weights: Weights,
+    norm: Tensor | None = None,
+    eps: float = 1e-5,
+    added: Tensor | None = None,
 ) -> Tensor:
     """silu(x @ gate.T) * (x @ up.T), after an optional RMSNorm of x: see `linear` and `swiglu`.
 
@@ -232,11 +236,13 @@ def linear_swiglu(
         x: [T, K].
         weights: (gate, up), [F, K] each, as in `linear`.
         norm, eps: as in `linear`.
+        added: [T, 2 F] float32, added to the products with gate and up before they are rounded, as
+            `lora` computes it; None: nothing.
 
     Returns:
         [T, F].
     """
-    out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *parts_of(weights), norm, eps)
+    out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *parts_of(weights), norm, eps, added)
     return out
 
 
@@ -245,9 +251,10 @@ def _run_linear_swiglu(
     parts: Parts,
     norm: Tensor | None = None,
     eps: float = 1e-5,
+    added: Tensor | None = None,
 ) -> Tensor:
     out = x.new_empty((len(x), len(parts.values[0])))
-    run(_C.linear("linear_swiglu", x, *parts[:3], norm, eps, out), x)
+    run(_C.linear("linear_swiglu", x, *parts[:3], norm, eps, out, added), x)
     return out
 
 
@@ -256,7 +263,7 @@ def _fake_linear_swiglu(x: Tensor, values: list[Tensor], *_: object) -> Tensor:
 
 
 register(
-    f"linear_swiglu(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor",
+    f"linear_swiglu(Tensor x, {_WEIGHTS}, {_NORM}, Tensor? added=None) -> Tensor",
     routed(_run_linear_swiglu, torch_products.linear_swiglu),
     _fake_linear_swiglu,
 )

@@ -74,9 +74,14 @@ def linear_swiglu(
     parts: Parts,
     norm: Tensor | None = None,
     eps: float = 1e-5,
+    added: Tensor | None = None,
 ) -> Tensor:
     products = _products("linear_swiglu", x, parts, norm, eps)
-    return swiglu(*(products if len(products) == 2 else products[0].chunk(2, dim=1)))
+    gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
+    if added is not None:
+        half = gate.shape[1]
+        gate, up = gate.add_(added[:, :half]), up.add_(added[:, half:])
+    return swiglu(gate, up)
 
 
 def _products(

@@ -210,7 +210,7 @@ class Checkpoint:
         tensors = [part.read() for part in parts]
         n_heads = self._heads_in_pairs.get(name.split(".")[-2])
         if n_heads is not None:
-            tensors = [_pairs_to_halves(tensor, n_heads) for tensor in tensors]
+            tensors = [pairs_to_halves(tensor, n_heads) for tensor in tensors]
         if self._quantizes:
             try:
                 quantized = self._quantizes.quantize(name, tensors[0], parts[0].name)
@@ -399,7 +399,7 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
 # Changes to a tensor
 
 
-def _pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
+def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
     """Reorder the rows of wq or wk from Mistral's order to Hugging Face's.
 
     Within each head, Mistral's RoPE rotates the rows (2i, 2i + 1) as a pair, ours the rows

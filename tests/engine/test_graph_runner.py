@@ -31,9 +31,9 @@ class Counted(GraphRunner):
 
     launched: list[tuple[int, bool]]
 
-    def launch(self, extents, rows, token_ids):
+    def launch(self, extents, rows, token_ids, adapters=()):
         self.launched.append((len(rows), token_ids is not None))
-        return super().launch(extents, rows, token_ids)
+        return super().launch(extents, rows, token_ids, adapters)
 
 
 @pytest.fixture

@@ -40,6 +40,20 @@ def samples():
         ("attention", (*ring, 8), {}),
         ("attention", ring, {"window": 8, "scale": 0.5}),
         ("swiglu", (random(2, 7), random(2, 7)), {}),
+        (
+            "lora",
+            (
+                x,
+                random(2, 1, 3, 40),
+                random(2, 3, 5),
+                random(2, 1),
+                torch.tensor([[3], [1]], dtype=torch.int32),
+                torch.tensor([1, -1, 0], dtype=torch.int32),
+                [5],
+                random(3, 5),
+            ),
+            {},
+        ),
         ("linear", (x, [random(5, 40)], [None], ["plain"], None), {}),
         (
             "linear",

@@ -58,9 +58,15 @@ template <class T>
 void finish(const LinearParams& p, int64_t token, int64_t column, const float* product,
             const float* up, int64_t count) {
   T* out = static_cast<T*>(p.out) + token * p.stride_out_token + column;
+  const float* added = p.added ? p.added + token * p.stride_added_token + column : nullptr;
   const auto finish_vector = [&](auto load_at, auto store_at, int64_t i) {
     Vec y = load_at(product + i);
-    if (p.epilogue == Epilogue::swiglu) y = silu(y) * load_at(up + i);
+    if (added) y = y + load_at(added + i);
+    if (p.epilogue == Epilogue::swiglu) {
+      Vec factor = load_at(up + i);
+      if (added) factor = factor + load_at(added + p.parts[0].rows + i);
+      y = silu(y) * factor;
+    }
     if (p.epilogue == Epilogue::add) y = y + load_at(out + i);
     store_at(out + i, y);
   };

@@ -125,7 +125,13 @@ struct Outputs {
         if (!address[i]) continue;
         float result = sums[i];
         if (p.epilogue == Epilogue::add) result += to_float(before[i]);
-        if (p.epilogue == Epilogue::swiglu) result = result / (1.0f + expf(-result)) * sums[i + 2];
+        const float* added = p.added ? added_to(address[i], first_token + j) : nullptr;
+        if (added) result += load_global(added);
+        if (p.epilogue == Epilogue::swiglu) {
+          float up = sums[i + 2];
+          if (added) up += load_global(added + p.parts[0].rows);
+          result = result / (1.0f + expf(-result)) * up;
+        }
         const T rounded = from_float<T>(result);
         store_global(address[i], rounded);
         const int id = first_column + i / 2 * 8;
@@ -133,6 +139,13 @@ struct Outputs {
       }
       if (argmax) contribute(p, first_token + j, best);
     }
+  }
+
+ private:
+  // What is added to the product whose output is at `output`.
+  __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
+    const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
+    return p.added + token * p.stride_added_token + column;
   }
 };
 

@@ -43,6 +43,7 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
     status = f(launched);
     for (int64_t i = 0; i < launched.num_parts; ++i) {
       left.out = static_cast<Element16*>(left.out) + left.parts[i].rows;
+      if (left.added) left.added += left.parts[i].rows;
     }
     left.num_parts -= launched.num_parts;
     std::copy_n(launched.parts + launched.num_parts, left.num_parts, left.parts);
@@ -148,6 +149,7 @@ cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
   for (int64_t first = 0; first < given.tokens; first += kMaxPassTokens) {
     p.x = static_cast<const Element16*>(given.x) + first * p.stride_x_token;
     p.out = static_cast<Element16*>(given.out) + first * p.stride_out_token;
+    if (given.added) p.added = given.added + first * p.stride_added_token;
     if (given.token_ids) p.token_ids = given.token_ids + first;
     p.tokens = min(given.tokens - first, kMaxPassTokens);
     const cudaError_t status =

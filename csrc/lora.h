@@ -1,0 +1,55 @@
+// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685), chosen token by token.
+//
+//   hidden = scale * (x A^T)     in fp32
+//   out   += hidden B
+//
+// Adapters lie one behind another in stacked tensors, padded to the largest rank. Weights that are
+// multiplied with the same x, such as query, key and value, are parts of one call, whose outputs
+// lie side by side.
+#pragma once
+
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "common.h"
+
+namespace mistral {
+
+// The most parts of a call: query, key and value.
+constexpr int64_t kMaxLoraParts = 3;
+
+struct LoraParams {
+  DType dtype;              // of x, a and b
+  DType out_dtype;          // of out: dtype or f32
+  const void* x;            // [T, K]
+  const void* a;            // [adapters, parts, max_rank, K], contiguous
+  const void* b;            // [adapters, max_rank, N], contiguous
+  const float* scales;      // [adapters, parts]
+  const int32_t* ranks;     // [adapters, parts], 0 to max_rank; what lies beyond is not read
+  const int32_t* adapters;  // [T], which adapter a token uses; negative: none
+  float* hidden;            // [T, parts, max_rank], scratch
+  void* out;                // [T, N], updated in place
+  int64_t part_outputs[kMaxLoraParts];
+  int64_t num_parts;
+  int64_t tokens;    // T
+  int64_t inputs;    // K
+  int64_t outputs;   // N, of all parts
+  int64_t max_rank;  // padded
+  int64_t stride_x_token;
+  int64_t stride_out_token;
+};
+
+namespace cpu {
+// The result of a token has the same bits whatever the other tokens and adapters are.
+void lora(const LoraParams& p, int threads);
+}  // namespace cpu
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+// The result of a token has the same bits whatever the other tokens and adapters are.
+cudaError_t lora(const LoraParams& p, cudaStream_t stream);
+}  // namespace cuda
+#endif
+
+}  // namespace mistral

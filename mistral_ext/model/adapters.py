@@ -1,0 +1,175 @@
+"""Adapters of a model's linear layers, stacked so that one pass serves several of them.
+
+An adapter has a slot, its index in the stacks, and a token of a pass names the slot of its adapter.
+So which adapter a sequence uses is data: a captured graph serves any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
+from mistral_ext.ops import LowRank
+
+# The weights that are multiplied with the same input, by Mistral's names. The keys are fields of
+# `transformer.Layer`.
+GROUPS = {
+    "qkv": ("attention.wq", "attention.wk", "attention.wv"),
+    "wo": ("attention.wo",),
+    "gate_up": ("feed_forward.w1", "feed_forward.w3"),
+    "w2": ("feed_forward.w2",),
+}
+
+
+@dataclass
+class Stack:
+    """The adapters of one group of weights of one layer: the arguments of `ops.lora`."""
+
+    a: Tensor  # [slots, parts, max_rank, K]
+    b: Tensor  # [slots, max_rank, N]
+    scales: Tensor  # [slots, parts]
+    ranks: Tensor  # [slots, parts]
+    parts: Sequence[int]
+
+    @classmethod
+    def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:
+        """Without adapters, with the dtype and device of `like`, for weights of these shapes."""
+        parts = [outputs for outputs, _ in shapes]
+        _, inputs = shapes[0]
+        zeros = torch.zeros(slots, len(parts), device=like.device)
+        a = like.new_zeros((slots, len(parts), max_rank, inputs))
+        b = like.new_zeros((slots, max_rank, sum(parts)))
+        return cls(a, b, zeros, zeros.int(), parts)
+
+    @property
+    def slots(self) -> int:
+        return len(self.a)
+
+    @property
+    def max_rank(self) -> int:
+        return self.a.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+    def take(self, other: Stack) -> None:
+        """Copies the adapters of a stack that is not larger."""
+        self.a[: other.slots, :, : other.max_rank] = other.a
+        self.b[: other.slots, : other.max_rank] = other.b
+        self.scales[: other.slots] = other.scales
+        self.ranks[: other.slots] = other.ranks
+
+    def put(self, slot: int, updates: Sequence[LowRank | None]) -> None:
+        """Sets the adapter of a slot: what it adds to each part."""
+        columns = self.b[slot].split(list(self.parts), dim=1)
+        for part, update in enumerate(updates):
+            rank = 0
+            if update is not None:
+                rank = len(update.a)
+                self.a[slot, part, :rank] = update.a
+                columns[part][:rank] = update.b.T
+                self.scales[slot, part] = update.scale
+            self.ranks[slot, part] = rank
+
+
+class LayerAdapters:
+    """What the tokens of a pass add to the weights of a layer.
+
+    Args:
+        stacks: the adapters of the layer.
+        slots: [T] int32, the slot of each token's adapter, or -1; None: no token has an adapter.
+    """
+
+    def __init__(self, stacks: Mapping[str, Stack], slots: Tensor | None) -> None:
+        self._stacks = stacks
+        self._slots = slots
+
+    def __contains__(self, group: str) -> bool:
+        return group in self._stacks
+
+    def of_tokens(self, rows: Tensor) -> LayerAdapters:
+        """For some of the tokens only."""
+        slots = None if self._slots is None else self._slots.index_select(0, rows)
+        return LayerAdapters(self._stacks, slots)
+
+    def add(self, group: str, x: Tensor, out: Tensor) -> None:
+        """Adds to the products of x [T, K] with the weights of a group: out [T, N]."""
+        stack = self._stacks.get(group)
+        if stack is not None:
+            assert self._slots is not None
+            given = stack.a, stack.b, stack.scales, stack.ranks, self._slots, stack.parts
+            ops.lora(x, *given, out)
+
+
+class Adapters:
+    """The adapters of a model, by their slots.
+
+    Args:
+        n_layers: of the model.
+        shapes: the shapes [N, K] of the weights in each of `GROUPS`.
+        like: a tensor with the model's dtype and device.
+
+    Attributes:
+        layers: for each layer the stacks of `GROUPS`; a group that no adapter changes has none.
+        generation: counts how often stacks were replaced. A graph that was captured before then
+            reads memory that has been freed.
+    """
+
+    def __init__(
+        self, n_layers: int, shapes: Mapping[str, Sequence[torch.Size]], like: Tensor
+    ) -> None:
+        self.layers: list[dict[str, Stack]] = [{} for _ in range(n_layers)]
+        self.generation = 0
+        self._shapes = shapes
+        self._like = like
+        self._slots = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stack.nbytes for layer in self.layers for stack in layer.values())
+
+    @torch.inference_mode(False)  # the stacks outlive the call
+    @torch.no_grad()
+    def put(self, slot: int, adapter: Mapping[str, LowRank]) -> None:
+        """Sets the adapter of a slot.
+
+        Args:
+            slot: its index, 0 or more.
+            adapter: what it adds to weights, by names such as "layers.0.attention.wq".
+        """
+        self._slots = max(self._slots, slot + 1)
+        for i, layer in enumerate(self.layers):
+            for group, names in GROUPS.items():
+                updates = [adapter.get(f"layers.{i}.{name}") for name in names]
+                rank = max(len(update.a) if update else 0 for update in updates)
+                if rank or group in layer:
+                    self._make_room(layer, group, rank)
+                    layer[group].put(slot, updates)
+
+    def of_layer(self, layer: int, slots: Tensor | None) -> LayerAdapters:
+        """What tokens with adapters in these slots [T] add to a layer; None: nothing."""
+        return LayerAdapters({} if slots is None else self.layers[layer], slots)
+
+    def clear(self) -> None:
+        """Forgets all adapters, and frees their memory."""
+        for layer in self.layers:
+            layer.clear()
+        self.generation += 1
+        self._slots = 0
+
+    def _make_room(self, layer: dict[str, Stack], group: str, rank: int) -> None:
+        """Has the group of a layer hold all slots, with this rank at least."""
+        before = layer.get(group)
+        if before is not None:
+            if before.slots >= self._slots and before.max_rank >= rank:
+                return
+            rank = max(rank, before.max_rank)
+        layer[group] = Stack.empty(self._slots, rank, self._shapes[group], self._like)
+        if before is not None:
+            layer[group].take(before)
+        self.generation += 1

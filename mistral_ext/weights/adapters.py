@@ -1,0 +1,369 @@
+"""LoRA adapters in files: peft's, Mistral's own and GGUF's.
+
+All of them become the same: what is added to each weight (`LowRank`), by Mistral's names without
+".weight", as "layers.0.attention.wq". The rows of b of wq and wk are in Hugging Face's order, as
+those of the weights are (`checkpoint`).
+
+Nothing is ignored: a setting that changes the arithmetic and is not supported, or a tensor that
+belongs to no weight of the model, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext.files import read_json_object, refuse_lfs_pointer
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import LowRank
+from mistral_ext.weights.checkpoint import hugging_face_name, pairs_to_halves, tensor_shapes
+from mistral_ext.weights.gguf_file import read_gguf
+from mistral_ext.weights.gguf_model import gguf_name, gguf_tensors
+from mistral_ext.weights.new_folder import new_folder
+from mistral_ext.weights.safetensors_file import StoredTensor, Writer, stored_tensors
+from mistral_ext.weights.torch_file import torch_tensors
+
+_log = logging.getLogger("mistral_ext")
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_PEFT_FILES = (PEFT_WEIGHTS, "adapter_model.bin")
+_PEFT_PREFIX = "base_model.model."
+MISTRAL_FILE = "lora.safetensors"
+_MISTRAL_SCALE = 2.0  # mistral-finetune's default, which its files do not hold
+
+# Settings of peft that change what an adapter computes, and that must not be set.
+_UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "kasa_config",
+    "loftq_config",
+    "lora_ga_config",
+    "monteclora_config",
+    "velora_config",
+)
+# Initialisations that leave the model's weights as they are; others (PiSSA, OLoRA) change them, and
+# the adapter then belongs to the changed weights.
+_SOUND_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Adapter = Mapping[str, LowRank]
+
+
+def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
+    """Reads an adapter.
+
+    Args:
+        path: a folder of peft (adapter_config.json and its weights) or of Mistral
+            (lora.safetensors), one of these files of weights, or a GGUF file.
+        config: of the model that the adapter is for.
+
+    Returns:
+        What is added to each weight that the adapter changes. The tensors are mapped into memory.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: the adapter is damaged, is for another model, or needs what is not supported.
+    """
+    file = _find(Path(path))
+    refuse_lfs_pointer(file)
+    if file.suffix == ".gguf":
+        return _read_gguf(file, config)
+    if file.name in _PEFT_FILES:
+        return _read_peft(file, config)
+    return _read_mistral(file, config)
+
+
+def _find(path: Path) -> Path:
+    """The file of an adapter's weights."""
+    if path.is_file():
+        if path.name == PEFT_CONFIG:
+            return _find(path.parent)
+        if path.name in _PEFT_FILES or path.suffix in (".gguf", ".safetensors"):
+            return path
+        raise ValueError(f"{path} is no adapter, expected a .safetensors or .gguf file")
+    names = (*_PEFT_FILES, MISTRAL_FILE)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return found[0]
+    raise FileNotFoundError(
+        f"no adapter in {str(path)!r}: expected {', '.join(names)} or one GGUF file"
+    )
+
+
+# peft
+
+
+def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
+    settings_file = file.parent / PEFT_CONFIG
+    if not settings_file.is_file():
+        raise FileNotFoundError(f"{settings_file} is missing: it holds the scale of {file.name}")
+    settings = read_json_object(settings_file)
+    _expect_supported(settings, settings_file)
+    names = {hugging_face_name(f"{name}.weight"): name for name in _module_shapes(config)}
+    stored = torch_tensors(file) if file.suffix == ".bin" else stored_tensors(file)
+    pairs = _Pairs(file, config)
+    for tensor in stored:
+        # Older files, and states that were saved by hand, name the adapter too.
+        key = tensor.name.removeprefix(_PEFT_PREFIX).replace(".default.", ".")
+        module, _, matrix = key.removesuffix(".weight").rpartition(".")
+        pairs.add(names.get(f"{module}.weight"), matrix, ("lora_A", "lora_B"), tensor)
+
+    def scale(name: str, rank: int) -> float:
+        module = hugging_face_name(f"{name}.weight").removesuffix(".weight")
+        expected = _by_pattern(settings.get("rank_pattern"), module, settings["r"])
+        if rank != expected:
+            raise ValueError(
+                f"{file}: lora_A of {module!r} has rank {rank}, expected {expected} as in "
+                f"{settings_file.name}"
+            )
+        alpha = _by_pattern(settings.get("alpha_pattern"), module, settings["lora_alpha"])
+        return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+    return {name: LowRank(a, b, scale(name, len(a))) for name, (a, b) in pairs.matched().items()}
+
+
+def _expect_supported(settings: Mapping[str, Any], file: Path) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {settings.get('peft_type')!r}, expected 'LORA'")
+    for name in _UNSUPPORTED:
+        if settings.get(name):
+            raise ValueError(
+                f"{file}: {name} is {settings[name]!r}, expected none: it is not supported"
+            )
+    if settings.get("bias", "none") != "none":
+        raise ValueError(f"{file}: bias is {settings['bias']!r}, expected 'none'")
+    if settings.get("init_lora_weights") not in _SOUND_INITS:
+        raise ValueError(
+            f"{file}: init_lora_weights is {settings['init_lora_weights']!r}, which changes the "
+            "model's own weights: expected an adapter that was converted for the original weights"
+        )
+    for name in ("r", "lora_alpha"):
+        value = settings.get(name)
+        if not _is_positive(value):
+            raise ValueError(f"{file}: {name} is {value!r}, expected a positive number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+            raise ValueError(f"{file}: {name} is {patterns!r}, expected patterns with numbers")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{file}: {name} has {pattern!r}: {error}") from error
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches a module, as peft chooses it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+# Mistral and GGUF, whose query and key rows are in Mistral's order
+
+
+def _read_mistral(file: Path, config: MistralConfig) -> dict[str, LowRank]:
+    pairs = _Pairs(file, config)
+    for tensor in stored_tensors(file):
+        module, _, matrix = tensor.name.removesuffix(".weight").rpartition(".")
+        pairs.add(module, matrix, ("lora_A", "lora_B"), tensor)
+    matched = pairs.matched()
+    scale = _mistral_scale(file)
+    return {
+        name: LowRank(a, _in_halves(name, b, config), scale) for name, (a, b) in matched.items()
+    }
+
+
+def _mistral_scale(file: Path) -> float:
+    params = file.parent / "params.json"
+    settings = read_json_object(params).get("lora") if params.is_file() else None
+    if isinstance(settings, dict) and isinstance(settings.get("scaling"), (int, float)):
+        return float(settings["scaling"])
+    _log.warning(
+        "%s does not say its scaling; it is taken to be %g, the default of mistral-finetune (a "
+        'params.json beside it may say another: {"lora": {"scaling": 4.0}})',
+        file,
+        _MISTRAL_SCALE,
+    )
+    return _MISTRAL_SCALE
+
+
+def _read_gguf(file: Path, config: MistralConfig) -> dict[str, LowRank]:
+    gguf = read_gguf(file)
+    for key, expected in (("general.type", "adapter"), ("adapter.type", "lora")):
+        if gguf.metadata.get(key) != expected:
+            raise ValueError(f"{file}: {key} is {gguf.metadata.get(key)!r}, expected {expected!r}")
+    alpha = gguf.metadata.get("adapter.lora.alpha")
+    if not isinstance(alpha, float) or not alpha > 0:
+        raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}, expected a positive number")
+    names = {gguf_name(f"{name}.weight"): name for name in _module_shapes(config)}
+    pairs = _Pairs(file, config)
+    for tensor in gguf_tensors(gguf, torch.float32, keep=False):
+        module, _, matrix = tensor.name.rpartition(".")
+        pairs.add(names.get(module), matrix, ("lora_a", "lora_b"), tensor)
+    return {
+        name: LowRank(a, _in_halves(name, b, config), alpha / len(a))
+        for name, (a, b) in pairs.matched().items()
+    }
+
+
+def _in_halves(name: str, b: Tensor, config: MistralConfig) -> Tensor:
+    heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
+    return b if heads is None else pairs_to_halves(b, heads)
+
+
+# The tensors of an adapter
+
+
+def _module_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
+    """The shape [N, K] of each weight that an adapter may change."""
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in tensor_shapes(config).items()
+        if name.startswith("layers.") and len(shape) == 2
+    }
+
+
+class _Pairs:
+    """Finds the two matrices of each weight.
+
+    Args:
+        file: for messages.
+        config: of the model.
+    """
+
+    def __init__(self, file: Path, config: MistralConfig) -> None:
+        self._file = file
+        self._shapes = _module_shapes(config)
+        self._n_layers = config.n_layers
+        self._found: dict[str, dict[int, StoredTensor]] = {}
+
+    def add(
+        self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
+    ) -> None:
+        """Takes a tensor: one of `matrices`, a and b, of the weight `name`, if that exists."""
+        if name not in self._shapes or matrix not in matrices:
+            raise ValueError(
+                f"tensor {stored.name!r} in {self._file} is not supported: expected "
+                f"{' and '.join(matrices)} of the linear layers of a model with "
+                f"n_layers={self._n_layers}"
+            )
+        if stored.dtype not in _DTYPES:
+            raise ValueError(
+                f"tensor {stored.name!r} in {self._file} has dtype {stored.dtype}, expected "
+                "float32, bfloat16 or float16"
+            )
+        which = matrices.index(matrix)
+        if which in self._found.setdefault(name, {}):
+            raise ValueError(f"{self._file}: {matrix} of {name!r} is there twice")
+        self._found[name][which] = stored
+
+    def matched(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """a [rank, K] and b [N, rank] of each weight."""
+        if not self._found:
+            raise ValueError(f"{self._file} has no tensors, expected those of an adapter")
+        return {name: self._read(name, given) for name, given in self._found.items()}
+
+    def _read(self, name: str, given: Mapping[int, StoredTensor]) -> tuple[Tensor, Tensor]:
+        if len(given) == 1:
+            (stored,) = given.values()
+            raise ValueError(
+                f"{self._file} has {stored.name!r} without its other matrix, expected two"
+            )
+        outputs, inputs = self._shapes[name]
+        rank = given[0].shape[0] if given[0].shape else 0
+        for stored, expected in ((given[0], (max(1, rank), inputs)), (given[1], (outputs, rank))):
+            if stored.shape != expected:
+                raise ValueError(
+                    f"tensor {stored.name!r} in {self._file} has shape {stored.shape}, expected "
+                    f"{expected} for this model"
+                )
+        return given[0].read(), given[1].read()
+
+
+# Writing
+
+
+def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
+    """Writes an adapter in peft's format, as a folder that is either complete or absent.
+
+    Args:
+        target: the folder to make; must not exist, or be empty.
+        adapter: as `read_adapter` gives it; float32, bfloat16 or float16, on any device.
+        base: the name of the model, for readers.
+
+    Returns:
+        `target`.
+
+    Raises:
+        FileExistsError: `target` is a file, or a folder with something in it.
+        ValueError: the adapter changes nothing.
+    """
+    if not adapter:
+        raise ValueError("adapter is empty, expected what is added to one weight or more")
+    target = Path(target)
+    tensors: dict[str, Tensor] = {}
+    for name, update in adapter.items():
+        module = _PEFT_PREFIX + hugging_face_name(f"{name}.weight").removesuffix(".weight")
+        tensors[f"{module}.lora_A.weight"] = update.a
+        tensors[f"{module}.lora_B.weight"] = update.b
+    with new_folder(target) as folder:
+        settings = json.dumps(_peft_settings(adapter, base), indent=2)
+        (folder / PEFT_CONFIG).write_text(settings + "\n", encoding="utf-8")
+        with Writer(folder / PEFT_WEIGHTS, tensors) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor.detach().cpu().contiguous())
+    return target
+
+
+def _peft_settings(adapter: Adapter, base: str) -> dict[str, Any]:
+    modules = {
+        hugging_face_name(f"{name}.weight").removesuffix(".weight"): (
+            len(update.a),
+            update.scale * len(update.a),
+        )
+        for name, update in adapter.items()
+    }
+    rank, alpha = next(iter(modules.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(m): r for m, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {re.escape(m): x for m, (_, x) in modules.items() if x != alpha},
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "bias": "none",
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }

@@ -1,0 +1,195 @@
+"""Adapters in the engine: mixed batches, caches, and changes while requests run."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from adapters import write_peft
+from checkpoints import write_checkpoint
+from replays import Replays
+
+import mistral_ext.engine.engine as engine_module
+from mistral_ext import Mistral
+from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.params import SamplingParams
+
+GENERATOR = torch.Generator().manual_seed(7)
+PROMPTS = [torch.randint(3, 131, (n,), generator=GENERATOR).tolist() for n in (5, 40, 3, 70, 9)]
+NAMES = ["a", None, "b", "a", None]
+OPTIONS = {"max_tokens": 20, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, intermediate_size=256)
+    for name, settings in {"a": {}, "b": {"r": 9, "target_modules": ["v_proj", "up_proj"]}}.items():
+        write_peft(
+            write_checkpoint(folder / "base", intermediate_size=256),
+            folder / name,
+            seed=ord(name),
+            **settings,
+        )
+    return folder
+
+
+def load(folder, dtype=torch.bfloat16, names="ab", **options):
+    given = {name: folder / name for name in names}
+    return Mistral.from_pretrained(folder, dtype=dtype, adapters=given, **options)
+
+
+def ids_of(completions):
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Each prompt by itself, those without an adapter in a model that has none."""
+    completions = []
+    for prompt, name in zip(PROMPTS, NAMES, strict=True):
+        llm = load(folder, names=name or "")
+        completions += ids_of(llm.generate([prompt], adapter=name, **OPTIONS))
+    return completions
+
+
+def test_adapters_change_the_text(folder, alone):
+    without = ids_of(load(folder).generate(PROMPTS, **OPTIONS))
+    same = [x == y for x, y in zip(without, alone, strict=True)]
+    assert same == [name is None for name in NAMES]
+
+
+@pytest.mark.parametrize("max_batch", [8, 2])
+def test_a_mixed_batch_is_each_alone(folder, alone, max_batch):
+    llm = load(folder, max_batch=max_batch)
+    assert ids_of(llm.generate(PROMPTS, adapter=NAMES, **OPTIONS)) == alone
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_a_mixed_pass_has_the_bits_of_each_alone(folder, tokens, quantize):
+    """Over weights of any format, with few tokens and with many. Without an adapter the bits are
+    those of a pass in which no token has one."""
+    llm = load(folder, quantize=quantize)
+    pool, ids = llm.engine.pool, torch.tensor(PROMPTS[3][:tokens])
+    slots = [-1, *(llm.adapters.find(name).slot for name in "ab")]
+
+    def run(slots):
+        extents = [pool.allocate(tokens, 128) for _ in slots]
+        table = pool.append(dict.fromkeys(extents, tokens))
+        adapters = torch.tensor(slots, dtype=torch.int32).repeat_interleave(tokens)
+        given = adapters if max(slots) >= 0 else None
+        h = llm.model.step(ids.repeat(len(slots)), table, pool, tokens, adapters=given)
+        for extent in extents:
+            pool.release(extent)
+        return h.split(tokens)
+
+    mixed, alone = run(slots), [run([slot])[0] for slot in slots]
+    assert all(map(torch.equal, mixed, alone))
+    assert not torch.equal(alone[0], alone[1])
+    assert not torch.equal(alone[1], alone[2])
+
+
+def test_captured_graphs_serve_any_adapter(folder, alone, monkeypatch):
+    """Also after stacks were replaced, whose memory an old graph would read."""
+    monkeypatch.setattr(engine_module, "make_runner", lambda *given: GraphRunner(*given, Replays()))
+    llm = load(folder, names="a")
+    first = llm.generate(
+        PROMPTS, adapter=["a" if name == "a" else None for name in NAMES], **OPTIONS
+    )
+    assert ids_of(first)[0] == alone[0]
+    llm.load_adapter(folder / "b", "b")
+    assert ids_of(llm.generate(PROMPTS, adapter=NAMES, **OPTIONS)) == alone
+    assert ids_of(llm.generate(PROMPTS, adapter=NAMES, **OPTIONS)) == alone
+
+
+def test_a_cached_prefix_belongs_to_its_adapter(folder):
+    llm = load(folder)
+    cached = []
+    for name in (None, "a", None, "a", "b"):
+        (completion,) = llm.generate([PROMPTS[3]], adapter=name, **OPTIONS)
+        cached.append(completion.timing.cached_tokens > 0)
+    assert cached == [False, False, True, True, False]
+
+
+def test_another_adapter_of_the_same_name_finds_no_prefix_of_the_first(folder):
+    llm = load(folder, names="a")
+    llm.generate([PROMPTS[3]], adapter="a", **OPTIONS)
+    llm.unload_adapter("a")
+    llm.load_adapter(folder / "b", "a")
+    (completion,) = llm.generate([PROMPTS[3]], adapter="a", **OPTIONS)
+    assert completion.timing.cached_tokens == 0
+    expected = load(folder).generate([PROMPTS[3]], adapter="b", **OPTIONS)
+    assert completion.token_ids == expected[0].token_ids
+
+
+def test_a_removed_adapter_serves_its_requests_to_the_end(folder, alone):
+    llm = load(folder, names="a")
+    engine = llm.engine
+    params = SamplingParams(**OPTIONS)
+    outputs = engine.outputs([llm.request(PROMPTS[0], params, adapter="a")])
+    next(outputs)
+    llm.unload_adapter("a")
+    llm.load_adapter(folder / "b", "b")  # must not take the slot
+    assert [o.completion.token_ids for o in outputs if o.completion] == [alone[0]]
+    with pytest.raises(ValueError, match="adapter is 'a', expected one of b"):
+        llm.generate([PROMPTS[0]], adapter="a")
+    assert ids_of(llm.generate([PROMPTS[2]], adapter="b", **OPTIONS)) == [alone[2]]
+
+
+def test_a_request_whose_adapter_was_removed_before_it_came_is_refused(folder):
+    llm = load(folder, names="a")
+    request = llm.request(PROMPTS[0], SamplingParams(), adapter="a")
+    llm.unload_adapter("a")
+    with pytest.raises(ValueError, match="adapter 'a' was removed"):
+        llm.engine.add(request)
+
+
+def test_adapters_come_and_go_while_another_thread_steps(folder, alone):
+    llm = load(folder, names="a")
+    engine, stop = llm.engine, threading.Event()
+
+    def work():
+        while not stop.is_set():
+            assert ids_of(llm.generate([PROMPTS[0]], adapter="a", **OPTIONS)) == [alone[0]]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(5):
+            llm.load_adapter(folder / "b", "b")
+            assert ids_of(llm.generate([PROMPTS[2]], adapter="b", **OPTIONS)) == [alone[2]]
+            llm.unload_adapter("b")
+    finally:
+        stop.set()
+        thread.join()
+    assert not engine.has_work
+
+
+def test_memory_is_free_when_the_last_adapter_goes(folder):
+    llm = load(folder)
+    nbytes = llm.model.nbytes
+    llm.unload_adapter("a")
+    llm.unload_adapter("b")
+    assert llm.model.adapters.nbytes == 0
+    assert llm.model.nbytes < nbytes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("c", "adapter is 'c', expected one of a, b"),
+        (["a"], "adapter has 1 names, expected 5 like prompts"),
+    ],
+)
+def test_wrong_names(folder, given, message):
+    with pytest.raises(ValueError, match=message):
+        load(folder).generate(PROMPTS, adapter=given)
+
+
+@pytest.mark.parametrize("name", ["a", "", 5])
+def test_wrong_new_names(folder, name):
+    llm = load(folder, names="a")
+    with pytest.raises(ValueError, match=r"is loaded already|expected some text"):
+        llm.load_adapter(folder / "b", name)
