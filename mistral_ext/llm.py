@@ -28,6 +28,7 @@ from mistral_ext.text.chat_template import (
     tool_format,
 )
 from mistral_ext.text.grammar import Grammar, GrammarCompiler
+from mistral_ext.text.guardrails import Moderation, label_ids, question, with_safe_prompt
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
@@ -227,6 +228,7 @@ class Mistral:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
+        safe_prompt: bool = False,
         **sampling: Any,
     ) -> Completion:
         """Replies to a conversation with an Instruct model.
@@ -237,6 +239,7 @@ class Mistral:
             template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
             tools: functions that the model may call, in OpenAI's format.
             tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
+            safe_prompt: begin with the system prompt `mistral_ext.text.guardrails.SAFE_PROMPT`.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -250,14 +253,12 @@ class Mistral:
         params = self._params_of_one(sampling)
         form = self.tool_format(template) if tools else None
         use = ToolUse.of(form, tools, tool_choice, parallel_tool_calls)
+        messages = with_safe_prompt(messages) if safe_prompt else messages
         ids = self.encode_chat(messages, use.tools if use else None, template)
         ids = self._check_ids(ids, "conversation")
         parser = ToolParser(use.form) if use else None
-        stream = self._stream(self.request(ids, params, starts_text=True, tools=use), parser)
-        for _ in stream:
-            pass
-        assert stream.completion is not None  # it has ended
-        return stream.completion
+        request = self.request(ids, params, starts_text=True, tools=use)
+        return self._stream(request, parser).read()
 
     def encode_chat(
         self,
@@ -282,9 +283,45 @@ class Mistral:
         """
         return tool_format(self.require_tokenizer(), self.chat_template(template))
 
-    def start_chat(self, system: str | None = None, template: str | None = None) -> Chat:
-        """A conversation that keeps its cache between turns; see `Chat`."""
-        return Chat(self, system, self.chat_template(template))
+    def start_chat(
+        self, system: str | None = None, template: str | None = None, safe_prompt: bool = False
+    ) -> Chat:
+        """A conversation that keeps its cache between turns; see `Chat`. The system prompt begins
+        with `SAFE_PROMPT` if asked for."""
+        chat = Chat(self, system, self.chat_template(template))
+        if safe_prompt:
+            chat.messages = with_safe_prompt(chat.messages)
+        return chat
+
+    def moderate(
+        self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
+    ) -> Moderation:
+        """Has the model say whether a content is acceptable; see `mistral_ext.text.guardrails`.
+
+        Args:
+            content: a text; or messages, the last of which is meant.
+            template: as in `chat`.
+
+        Raises:
+            ValueError: the model is a base model, or the content is too long.
+        """
+        request = self.moderation_request(content, template)
+        return self.moderation_of(self._stream(request).read())
+
+    def moderation_request(
+        self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
+    ) -> Request:
+        """The request to `engine` that `moderate` makes, for `moderation_of`."""
+        begin, _ = label_ids(self.require_tokenizer())
+        ids = self.encode_chat(question(content), template=template) + begin
+        params = SamplingParams(max_tokens=1, logprobs=self._vocab_size)
+        return Request(self._check_ids(ids, "content"), params, len(ids) + 1)
+
+    def moderation_of(self, completion: Completion) -> Moderation:
+        """What the completion of a `moderation_request` says."""
+        assert completion.logprobs
+        _, following = label_ids(self.require_tokenizer())
+        return Moderation.of(following, completion.logprobs[0].top)
 
     def logits(self, token_ids: Sequence[int] | Tensor, chunk: int | None = None) -> Tensor:
         """The model's logits after each token of one sequence.
@@ -495,6 +532,13 @@ class Stream:
             self.completion = output.completion.divided(self._parser)
         return "".join(piece for piece in pieces if isinstance(piece, str))
 
+    def read(self) -> Completion:
+        """Reads all of the text, and returns the completion."""
+        for _ in self:
+            pass
+        assert self.completion is not None  # it has ended
+        return self.completion
+
     def close(self) -> None:
         """Aborts the completion, if it has not ended, and frees its memory."""
         self._outputs.close()
@@ -515,7 +559,7 @@ class Chat:
     """
 
     def __init__(self, llm: Mistral, system: str | None, template: ChatTemplate) -> None:
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Mapping[str, Any]] = []
         if system:
             self.messages.append({"role": "system", "content": system})
         self.completion: Completion | None = None
