@@ -29,6 +29,7 @@ from mistral_ext.text.chat_template import (
     tool_format,
 )
 from mistral_ext.text.grammar import Grammar, GrammarCompiler
+from mistral_ext.text.guardrails import Moderation, label_ids, question, with_safe_prompt
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
@@ -315,6 +316,7 @@ class Mistral:
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
         adapter: str | None = None,
+        safe_prompt: bool = False,
         **sampling: Any,
     ) -> Completion:
         """Replies to a conversation with an Instruct model.
@@ -326,6 +328,7 @@ class Mistral:
             tools: functions that the model may call, in OpenAI's format.
             tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
             adapter: the name of a loaded adapter; None: none.
+            safe_prompt: begin with the system prompt `mistral_ext.text.guardrails.SAFE_PROMPT`.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -339,14 +342,12 @@ class Mistral:
         params = self._params_of_one(sampling)
         form = self.tool_format(template) if tools else None
         use = ToolUse.of(form, tools, tool_choice, parallel_tool_calls)
+        messages = with_safe_prompt(messages) if safe_prompt else messages
         ids = self.encode_chat(messages, use.tools if use else None, template)
         ids = self._check_ids(ids, "conversation")
+        parser = ToolParser(use.form) if use else None
         request = self.request(ids, params, starts_text=True, tools=use, adapter=adapter)
-        stream = self._stream(request, ToolParser(use.form) if use else None)
-        for _ in stream:
-            pass
-        assert stream.completion is not None  # it has ended
-        return stream.completion
+        return self._stream(request, parser).read()
 
     def encode_chat(
         self,
@@ -372,12 +373,53 @@ class Mistral:
         return tool_format(self.require_tokenizer(), self.chat_template(template))
 
     def start_chat(
-        self, system: str | None = None, template: str | None = None, adapter: str | None = None
+        self,
+        system: str | None = None,
+        template: str | None = None,
+        safe_prompt: bool = False,
+        adapter: str | None = None,
     ) -> Chat:
-        """A conversation that keeps its cache between turns, with the adapter of that name; see
-        `Chat`."""
+        """A conversation that keeps its cache between turns; see `Chat`.
+
+        Args:
+            system: the system prompt.
+            template, safe_prompt, adapter: as in `chat`.
+        """
         self._adapter(adapter)
-        return Chat(self, system, self.chat_template(template), adapter)
+        chat = Chat(self, system, self.chat_template(template), adapter)
+        if safe_prompt:
+            chat.messages = with_safe_prompt(chat.messages)
+        return chat
+
+    def moderate(
+        self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
+    ) -> Moderation:
+        """Has the model say whether a content is acceptable; see `mistral_ext.text.guardrails`.
+
+        Args:
+            content: a text; or messages, the last of which is meant.
+            template: as in `chat`.
+
+        Raises:
+            ValueError: the model is a base model, or the content is too long.
+        """
+        request = self.moderation_request(content, template)
+        return self.moderation_of(self._stream(request).read())
+
+    def moderation_request(
+        self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
+    ) -> Request:
+        """The request to `engine` that `moderate` makes, for `moderation_of`."""
+        begin, _ = label_ids(self.require_tokenizer())
+        ids = self.encode_chat(question(content), template=template) + begin
+        params = SamplingParams(max_tokens=1, logprobs=self._vocab_size)
+        return Request(self._check_ids(ids, "content"), params, len(ids) + 1)
+
+    def moderation_of(self, completion: Completion) -> Moderation:
+        """What the completion of a `moderation_request` says."""
+        assert completion.logprobs
+        _, following = label_ids(self.require_tokenizer())
+        return Moderation.of(following, completion.logprobs[0].top)
 
     def logits(
         self,
@@ -612,6 +654,13 @@ class Stream:
             self.completion = output.completion.divided(self._parser)
         return "".join(piece for piece in pieces if isinstance(piece, str))
 
+    def read(self) -> Completion:
+        """Reads all of the text, and returns the completion."""
+        for _ in self:
+            pass
+        assert self.completion is not None  # it has ended
+        return self.completion
+
     def close(self) -> None:
         """Aborts the completion, if it has not ended, and frees its memory."""
         self._outputs.close()
@@ -638,7 +687,7 @@ class Chat:
         template: ChatTemplate,
         adapter: str | None = None,
     ) -> None:
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Mapping[str, Any]] = []
         if system:
             self.messages.append({"role": "system", "content": system})
         self.completion: Completion | None = None

@@ -20,6 +20,9 @@ def add_to(commands: options.Commands) -> None:
         description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
     )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument(
+        "--safe-prompt", action="store_true", help="begin with a system prompt of guardrails"
+    )
     parser.add_argument("--template", choices=("v1", "v2", "v3"), help="chat template to use")
     parser.set_defaults(run=run)
 
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     SamplingParams.from_options(sampling)
     interactive = stdin().isatty()
     llm = load_model(args)
-    chat = llm.start_chat(system=args.system, template=args.template)
+    chat = llm.start_chat(args.system, args.template, args.safe_prompt)
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
 

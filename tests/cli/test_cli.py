@@ -373,11 +373,11 @@ def test_help_and_wrong_arguments_need_no_torch(args, status):
 
 
 def test_chat_over_several_turns(instruct):
-    options = ["--max-tokens", "6", "--seed", "1", "--temperature", "1"]
+    options = ["--max-tokens", "6", "--seed", "1", "--temperature", "1", "--safe-prompt"]
     process = run("chat", "--model", instruct, *options, stdin="Hello\n\nAnd then?\n")
     assert process.returncode == 0, process.stderr
     llm = mistral_ext.Mistral.from_pretrained(instruct)
-    chat = llm.start_chat()
+    chat = llm.start_chat(safe_prompt=True)
     replies = [
         "".join(chat.send(turn, max_tokens=6, seed=1, temperature=1.0))
         for turn in ("Hello", "And then?")

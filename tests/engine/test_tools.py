@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import jsonschema
 import pytest
-from checkpoints import TOKENIZERS, write_checkpoint
 
-from mistral_ext import Mistral
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
@@ -31,13 +28,10 @@ OPTIONS = {"max_tokens": 300, "temperature": 1.0}
 ONE = {"type": "function", "function": {"name": "weather"}}
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    """A random model, which writes whatever its grammar permits."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-Instruct"
-    write_checkpoint(folder, vocab_size=32768, sliding_window=None, max_position_embeddings=4096)
-    shutil.copy(TOKENIZERS["v3"], folder / "tokenizer.model.v3")
-    return Mistral.from_pretrained(folder)
+@pytest.fixture
+def llm(instruct_llm):
+    """It writes whatever its grammar permits."""
+    return instruct_llm
 
 
 @pytest.mark.parametrize("choice", ["required", ONE])
