@@ -65,6 +65,8 @@ class _Call:
         service, settings = self._service, self._service.settings
         body = await asgi.read_object(scope, receive, settings.body_bytes)
         self.record.body = body
+        given = {name: value for name, value in body.items() if value is not None}
+        body = {**service.llm.sampling_defaults, **given}
         if self._is_chat:
             job = chat_job(body, settings.max_tokens, service.tool_format)
         else:

@@ -221,6 +221,25 @@ def test_a_reply_may_fill_the_context(tiny_folder):
         assert reply["choices"][0]["finish_reason"] == "length"
 
 
+def test_sampling_defaults_of_the_model(demo, tmp_path):
+    from servers import serving
+
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"temperature": 0.8, "top_k": 3, "max_new_tokens": 7}')
+    with serving("--generation-config", str(file)) as server:
+        reply, asked = (
+            each.chat(seed=1, ignore_eos=True, **fields).json()
+            for each, fields in (
+                (server, {"temperature": None}),
+                (demo, {"temperature": 0.8, "top_k": 3, "max_tokens": 7}),
+            )
+        )
+        assert reply["usage"]["completion_tokens"] == 7
+        assert reply["choices"] == asked["choices"]
+        wins = server.chat(seed=1, ignore_eos=True, max_completion_tokens=2, temperature=0).json()
+        assert wins["usage"]["completion_tokens"] == 2
+
+
 def test_options_change_the_reply(demo):
     client = demo.client().chat.completions
     plain = client.create(**OPTIONS).choices[0].message.content
