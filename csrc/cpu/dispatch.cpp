@@ -91,7 +91,7 @@ Isa find_supported(const std::string& wanted) {
                               "', expected one that this processor runs: " + names);
 }
 
-// Leaves out amx: it has been tested in an emulation, but neither tested nor measured on hardware.
+// Leaves out amx: it was tested in an emulator only, and never run or measured on hardware.
 Isa fastest_isa() {
   Isa fastest = Isa::scalar;
   for (Isa isa : supported_isas()) {

@@ -1,4 +1,4 @@
-// One task rotates all heads of one token and appends it.
+// A task rotates all heads of a token, and writes its keys and values to the ring.
 #include "../rope.h"
 
 #include "append.h"

@@ -18,7 +18,7 @@ namespace {
 constexpr int kHeld = 4;
 constexpr int kMaxThreads = 512;
 
-// h = x + residual, rounded to T as the plain computation would, so that fused and unfused agree
+// x + residual, rounded to T as a separate addition is, so that both give the same result
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& residual) {
   float sum[N];

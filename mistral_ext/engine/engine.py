@@ -408,7 +408,7 @@ class Outputs(Iterator[Output]):
     """Iterator over the outputs of some requests: see `Engine.outputs`.
 
     Attributes:
-        request_ids: the ids of the requests, in their order.
+        request_ids: the ids of the requests, in the order in which they were given.
     """
 
     def __init__(self, engine: Engine) -> None:

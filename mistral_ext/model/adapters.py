@@ -78,7 +78,7 @@ class Stack:
 
 
 class LayerAdapters:
-    """What the tokens of a pass add to the weights of a layer.
+    """The adapters of a layer, for the tokens of a pass.
 
     Args:
         stacks: the adapters of the layer.
@@ -152,7 +152,12 @@ class Adapters:
                     layer[group].put(slot, updates)
 
     def of_layer(self, layer: int, slots: Tensor | None) -> LayerAdapters:
-        """What tokens with adapters in these slots [T] add to a layer; None: nothing."""
+        """The adapters of a layer, for the tokens of a pass.
+
+        Args:
+            layer: its index.
+            slots: [T] int32, the slot of each token's adapter, or -1; None: no token has one.
+        """
         return LayerAdapters({} if slots is None else self.layers[layer], slots)
 
     def clear(self) -> None:

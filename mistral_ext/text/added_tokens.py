@@ -177,7 +177,8 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def parts(step: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer: itself, or the members of a sequence."""
+    """The steps of a normalizer or pre-tokenizer: its members if it is a sequence, else the step
+    itself."""
     if not isinstance(step, dict):
         return []
     inner = step.get("normalizers") or step.get("pretokenizers") or [step]

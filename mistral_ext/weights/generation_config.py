@@ -1,4 +1,4 @@
-"""``generation_config.json``: how those who trained a model sample from it."""
+"""``generation_config.json``: the sampling defaults of a model's authors."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ class _Header:
     # Tensors
 
     def _tensor(self, index: int) -> GgufTensor:
-        """A tensor's description; its offset still counts from the beginning of the data."""
+        """Reads the description of a tensor, whose offset counts from where the tensors begin."""
         name = self._string(f"the name of tensor {index}")
         n_dims = self._uint32(f"the number of dimensions of tensor {name!r}")
         if not 1 <= n_dims <= _MAX_DIMENSIONS:

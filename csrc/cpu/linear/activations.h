@@ -1,5 +1,5 @@
-// Packs activations: converts them to the type in which they are multiplied, and puts them in the
-// order of k of the weight format.
+// Packs activations: converts them to the type that is multiplied, and puts them in the order in
+// which the weight format stores its values along k.
 #pragma once
 
 #include <type_traits>

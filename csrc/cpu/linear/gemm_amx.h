@@ -51,8 +51,8 @@ struct AmxTile {
     const bf16* weights = all_weights + row * kBlockDepth;
     float* sums = all_sums + row * kTileRows;
 
-    // Each step along k prefetches a share of the next data: of the next vectors, which must be
-    // there when all rows are done, and of the sums of the next tile.
+    // Each step along k prefetches a share of what comes next: the next vectors of x, which must be
+    // in the cache when all rows are done, and the sums of the next tile.
     constexpr int64_t kSteps = kBlockDepth / kTileDepth;
     constexpr int64_t kVectorLines = kBlockDepth * kTileRows * int64_t{sizeof(bf16)} / 64;
     constexpr int64_t kLines = ceil_div(M * kVectorLines, kSteps * kBlockRows / R);

@@ -130,10 +130,10 @@ MISTRAL_SIMD float row_scale(const WeightRows& w, int row) {
   return to_float(reinterpret_cast<const bf16*>(w.scales)[row]);
 }
 
-// The running products of the first R rows of `w` and N tokens. x is packed in the order of
-// Chunk::k_at and padded with zeros. All functions are inlined, so that the sums stay in registers.
-// start and finish get x too, because some formats keep a unit or an offset in it (gemv_int8.h,
-// gemv_int16.h).
+// The sums of the products of the first R rows of `w` with the activations x of N tokens, which are
+// packed in the order of Chunk::k_at and padded with zeros. All functions are inlined, so that the
+// sums stay in registers. start and finish take x too, because some formats keep a scale or an
+// offset in it (gemv_int8.h, gemv_int16.h).
 template <class Chunk, int R, int N>
 struct Product {
   using A = typename Chunk::Arithmetic;

@@ -24,7 +24,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
 }
-// The pair (2 i, 2 i + 1) of every word.
+// The values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm512_and_si512(_mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)),
                            _mm512_set1_epi16(15))};
@@ -101,7 +101,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
-// The pair (2 i, 2 i + 1) of every word.
+// The values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm256_and_si256(_mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi16(15))};
 }

@@ -27,8 +27,8 @@ struct SharedTile {
   T* elements;
 
   __device__ __forceinline__ T* chunk(int row, int c) const {
-    // Only the low 3 bits depend on the row, so the compiler can fold the higher bits into the
-    // address.
+    // Only the low 3 bits of a chunk's place depend on the row, so the compiler can fold the higher
+    // bits into the address.
     return elements + row * D + ((c & ~7) + ((c ^ row) & 7)) * kChunk;
   }
 };

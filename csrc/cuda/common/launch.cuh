@@ -1,4 +1,4 @@
-// Launches kernels, and reads the properties of the device on which a launch depends.
+// Launches kernels, and reads the properties of a device that a launch depends on.
 #pragma once
 
 #include <runtime.cuh>
@@ -57,8 +57,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return launch(kernel, launch_config(grid, block, shared_bytes, stream), arguments...);
 }
 
-// Whether the code of the kernel has the instruction of wait_for_earlier_kernels. Code for older
-// devices, which newer devices run too, does not wait.
+// Whether the kernel's code contains the wait of wait_for_earlier_kernels (ptx.cuh). Code that was
+// compiled for older devices lacks it, and runs on newer devices too.
 inline bool waits(const void* kernel) {
   cudaFuncAttributes attributes{};
   return checked(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess &&

@@ -58,7 +58,7 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
   }
 }
 
-// Subtracts both halves of a register.
+// a - b, of each of the two numbers in a register.
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
