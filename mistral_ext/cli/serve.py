@@ -79,6 +79,11 @@ def add_to(commands: options.Commands) -> None:
         help="web pages that may call the server, as https://example.org; may be repeated",
     )
     group.add_argument(
+        "--moderate",
+        metavar="input,output",
+        help="have the model refuse prompts, or replies, that it takes for harmful",
+    )
+    group.add_argument(
         "--log-requests", metavar="FILE", help="write requests and answers to FILE, as JSON lines"
     )
     parser.set_defaults(run=run)
@@ -107,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         ping_seconds=args.ping_seconds,
         drain_seconds=args.drain_seconds,
         api_keys=keys,
+        moderate=_moderated(args.moderate),
         cors_origins=tuple(args.cors_origin),
         log_requests=Path(args.log_requests) if args.log_requests else None,
     )
@@ -134,6 +140,13 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{option} is {value:g}, expected a number above 0")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port is {args.port}, expected 0 to 65535")
+
+
+def _moderated(given: str | None) -> tuple[str, ...]:
+    names = tuple(given.split(",")) if given else ()
+    if not {*names} <= {"input", "output"}:
+        raise ValueError(f"--moderate is {given!r}, expected input, output or input,output")
+    return names
 
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:

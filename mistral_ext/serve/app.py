@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.serve import asgi
 from mistral_ext.serve.asgi import send_bytes, send_error, send_json
 from mistral_ext.serve.auth import KeyCheck
-from mistral_ext.serve.completions import Completions
+from mistral_ext.serve.calls import Endpoint
+from mistral_ext.serve.completions import CompletionCall
 from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.moderation import ModerationCall
 from mistral_ext.serve.openapi import description
 from mistral_ext.serve.page_files import Page
 from mistral_ext.serve.protocol import context_length
@@ -46,9 +49,13 @@ def build_app(service: Service) -> asgi.App:
     if settings.api_keys:
         middleware.append(Middleware(KeyCheck, keys=settings.api_keys))
     plain, page = _Plain(service), Page()
+    chat = Endpoint(partial(CompletionCall, service, True))
+    text = Endpoint(partial(CompletionCall, service, False))
+    moderations = Endpoint(partial(ModerationCall, service))
     routes = [
-        Route("/v1/chat/completions", Completions(service, is_chat=True), methods=["POST"]),
-        Route("/v1/completions", Completions(service, is_chat=False), methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", text, methods=["POST"]),
+        Route("/v1/moderations", moderations, methods=["POST"]),
         Route("/v1/models", _Get(plain.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _Get(plain.model), methods=["GET"]),
         Route("/tokenize", Tokens(service, backwards=False), methods=["POST"]),

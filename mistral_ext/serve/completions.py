@@ -2,143 +2,101 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Any, TypeAlias
 
-from mistral_ext.engine.request import Completion
+from mistral_ext.engine.request import Completion, Output
 from mistral_ext.serve import asgi
-from mistral_ext.serve.asgi import DisconnectedError, EventStream, SlowReaderError
-from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.asgi import EventStream
+from mistral_ext.serve.calls import Call
+from mistral_ext.serve.errors import ApiError, filtered
 from mistral_ext.serve.generation import Generation
-from mistral_ext.serve.log import Record
+from mistral_ext.serve.moderation import moderate
 from mistral_ext.serve.protocol import Job, chat_job, completion_job, requests_of
 from mistral_ext.serve.responses import Answer, new_id
 from mistral_ext.serve.service import Service
 
-_CLOSED = 499  # what nginx writes into its log for a client that hung up
+# Outputs with the numbers of their completions; None: there is none yet.
+_Outputs: TypeAlias = AsyncIterator[tuple[int, Output] | None]
 
 
-class Completions:
-    """The endpoint, an ASGI application.
+class CompletionCall(Call):
+    """A request to one of the endpoints.
 
     Args:
-        service: the state that requests share.
+        service, path, send: as in `Call`.
         is_chat: prompts are conversations.
     """
 
-    def __init__(self, service: Service, is_chat: bool) -> None:
-        self._service = service
-        self._is_chat = is_chat
-
-    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        call = _Call(self._service, self._is_chat, scope["path"], send)
-        record = call.record
-        try:
-            await call.answer(scope, receive)
-        except ApiError as error:
-            record.status, record.reason = error.status, error.code or "invalid"
-            await call.fail(error)
-        except DisconnectedError:
-            record.status, record.reason = _CLOSED, "disconnected"
-        except SlowReaderError:
-            record.status, record.reason = _CLOSED, "slow_reader"
-        except BaseException:
-            record.status, record.reason = 500, "error"
-            raise
-        finally:
-            call.note()
-
-
-class _Call:
-    """One request to the endpoint."""
-
     def __init__(self, service: Service, is_chat: bool, path: str, send: asgi.Send) -> None:
-        self.record = Record(new_id(is_chat), path)
-        self._service = service
+        super().__init__(service, new_id(is_chat), path, send)
         self._is_chat = is_chat
-        self._send = send
         self._events = EventStream(send, x_request_id=self.record.request_id)
         self._generation: Generation | None = None
 
     async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
-        """Reads the request and sends its answer."""
-        service, settings = self._service, self._service.settings
-        body = await asgi.read_object(scope, receive, settings.body_bytes)
-        self.record.body = body
+        service = self._service
+        body = await self.read(scope, receive)
         given = {name: value for name, value in body.items() if value is not None}
         body = {**service.llm.sampling_defaults, **given}
         if self._is_chat:
-            job = chat_job(body, settings.max_tokens, service.tool_format)
+            job = chat_job(body, service.settings.max_tokens, service.tool_format)
         else:
             job = completion_job(body)
         service.check_model(body.get("model"))
         with service.places(job.count):
             await asgi.until_disconnect(receive, self._complete(job))
 
-    async def fail(self, error: ApiError) -> None:
+    async def _fail(self, error: ApiError) -> None:
         """Sends an error, in the stream if that has begun."""
         if self._events.has_begun:
             await self._events.fail(error)
         else:
-            await asgi.send_error(self._send, error, x_request_id=self.record.request_id)
+            await super()._fail(error)
 
-    def note(self) -> None:
-        """Counts the request, and writes its line of the log."""
-        record, metrics, generation = self.record, self._service.metrics, self._generation
-        metrics.answered(record.path, record.status)
-        if record.status == _CLOSED:
-            metrics.broken_off(record.reason)
+    def _note(self) -> None:
+        record, generation = self.record, self._generation
         if generation:
             firsts = [p.first for p in generation.progress if p.first is not None]
             if firsts:
                 record.first_token_seconds = min(firsts) - record.began
             record.completion_tokens = sum(p.tokens for p in generation.progress)
-        self._service.log.write(record)
+        super()._note()
 
     async def _complete(self, job: Job) -> None:
-        service = self._service
+        service, settings = self._service, self._service.settings
         await service.compile(job)
         tools = job.tools.tools if job.tools else None
         prompts = [await service.encode(prompt, self._is_chat, tools) for prompt in job.prompts]
         self.record.prompt_tokens = sum(map(len, prompts))
-        task = asyncio.current_task()
-        assert task
-        generation = self._generation = Generation(
-            service.engine,
-            requests_of(job, prompts, service.llm),
-            self.record.began,
-            service.metrics,
-            service.settings.max_unread if job.stream else None,
-            on_overflow=task.cancel,
+        requests = requests_of(job, prompts, service.llm)
+        if "input" in settings.moderate:
+            await self._check_prompts(job)
+        self._generation = generation = self.generation(
+            requests, settings.max_unread if job.stream else None
         )
         answer = Answer(
-            job, prompts, service.settings.model_name, service.tokenizer, self.record.request_id
+            job, prompts, settings.model_name, service.tokenizer, self.record.request_id
         )
         with service.running(generation):
+            outputs: _Outputs = self.outputs(generation)
+            if "output" in settings.moderate:
+                outputs = self._checked(job, outputs)
             if job.stream:
-                await self._stream(answer, generation)
+                await self._stream(answer, outputs)
             else:
-                await self._collect(answer, generation)
-        completions = answer.divided(_completions(generation))
-        self._note_completions(job, prompts, completions)
+                async for come in outputs:
+                    if come is not None:
+                        answer.take(*come)
+        self._note_completions(job, prompts, answer.completions)
         if not job.stream:
-            whole = answer.whole(completions)
-            await asgi.send_json(self._send, whole, x_request_id=self.record.request_id)
+            await self._send_json(answer.whole())
 
-    async def _collect(self, answer: Answer, generation: Generation) -> None:
-        """Waits until all completions have ended."""
-        left = len(generation.progress)
-        while left:
-            come = await generation.next(self._service.settings.ping_seconds)
-            if come is not None:
-                answer.take(*come)
-                left -= come[1].is_last
-
-    async def _stream(self, answer: Answer, generation: Generation) -> None:
+    async def _stream(self, answer: Answer, outputs: _Outputs) -> None:
         """Sends the outputs of all completions as they come."""
-        events, left, has_text = self._events, len(generation.progress), False
-        while left:
-            come = await generation.next(self._service.settings.ping_seconds)
+        events, has_text = self._events, False
+        async for come in outputs:
             if come is None:
                 await events.ping()
                 continue
@@ -148,13 +106,50 @@ class _Call:
                     await events.data(chunk)
             for chunk in answer.chunks(*come):
                 await events.data(chunk)
-            left -= come[1].is_last
-        for chunk in answer.last_chunks(_completions(generation)):
+        for chunk in answer.last_chunks():
             await events.data(chunk)
         await events.end()
 
+    async def _check_prompts(self, job: Job) -> None:
+        """Raises ApiError 400 if the model thinks that a prompt is not acceptable."""
+        param = "messages" if self._is_chat else "prompt"
+        contents = [self._content(job, i) for i in range(len(job.prompts))]
+        for moderation in await moderate(self, self._service, contents, param, "input"):
+            if moderation.flagged:
+                raise filtered(moderation.category, param)
+
+    async def _checked(self, job: Job, outputs: _Outputs) -> _Outputs:
+        """Holds the outputs back until the model has judged all of them, and takes the texts away
+        that it thinks are not acceptable."""
+        held: list[tuple[int, Output]] = []
+        texts: dict[int, str] = {}
+        async for come in outputs:
+            if come is None:
+                yield None
+                continue
+            held.append(come)
+            if come[1].completion:
+                texts[come[0]] = come[1].completion.text or ""
+        contents = [self._content(job, i // job.params.n, text) for i, text in texts.items()]
+        found = await moderate(self, self._service, contents, "", "output")
+        flagged = {i for i, m in zip(texts, found, strict=True) if m.flagged}
+        for index, output in held:
+            if index not in flagged:
+                yield index, output
+            elif output.is_last:
+                yield index, _withheld(output)
+
+    def _content(self, job: Job, index: int, reply: str | None = None) -> Any:
+        """A prompt, or a prompt with its completion, as a content for the model to judge."""
+        prompt = job.prompts[index]
+        if self._is_chat:
+            said = [] if reply is None else [{"role": "assistant", "content": reply}]
+            return [*prompt, *said]
+        text = prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt)
+        return text + (reply or "")
+
     def _note_completions(
-        self, job: Job, prompts: Sequence[Sequence[int]], completions: Sequence[Completion]
+        self, job: Job, prompts: Sequence[Sequence[int]], completions: Collection[Completion]
     ) -> None:
         record, generation = self.record, self._generation
         assert generation
@@ -168,5 +163,11 @@ class _Call:
                 record.cached_tokens += completion.timing.cached_tokens
 
 
-def _completions(generation: Generation) -> list[Completion]:
-    return [progress.completion for progress in generation.progress if progress.completion]
+def _withheld(output: Output) -> Output:
+    """The last output of a completion whose text the client does not get."""
+    assert output.completion
+    reason = "content_filter"
+    empty = dataclasses.replace(
+        output.completion, text="", finish_reason=reason, logprobs=output.completion.logprobs and []
+    )
+    return Output(output.request_id, finish_reason=reason, completion=empty)

@@ -84,6 +84,12 @@ def out_of_order() -> ApiError:
     return ApiError(503, message, code="engine_dead", headers=_NO_RETRY)
 
 
+def filtered(category: str, param: str) -> ApiError:
+    """The model thinks that the prompt is not acceptable."""
+    message = f"{param} was refused: the model takes it for {category} content"
+    return bad_request(message, param, "content_filter")
+
+
 def out_of_time(seconds: float) -> ApiError:
     """The request took too long."""
     message = f"the request took longer than {seconds:g} s"

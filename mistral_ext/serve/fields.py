@@ -94,6 +94,10 @@ CHAT: dict[str, Schema] = {
     "messages": MESSAGES,
     **_SAMPLING,
     **tools.FIELDS,
+    "safe_prompt": {
+        **_FLAG,
+        "description": "begin with the system prompt of guardrails of Mistral 7B's paper",
+    },
     "max_completion_tokens": _MAX_TOKENS,
     "logprobs": _FLAG,
     "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
@@ -112,6 +116,11 @@ TOKENIZE: dict[str, Schema] = {
     "add_special_tokens": _FLAG,
     "messages": MESSAGES,
     "tools": tools.TOOLS,
+}
+
+MODERATION: dict[str, Schema] = {
+    "model": _MODEL,
+    "input": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 1024}]},
 }
 
 DETOKENIZE: dict[str, Schema] = {

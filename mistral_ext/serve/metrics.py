@@ -40,6 +40,9 @@ class Metrics:
         self._generated = counter("generation_tokens", "Tokens generated")
         self._success = counter("request_success", "Completions that ended", ("finished_reason",))
         self._answers = counter("http_requests", "Answers", ("path", "status"))
+        self._moderations = counter(
+            "moderations", "Contents that the model has judged", ("content", "category")
+        )
         self._broken_off = counter("request_aborts", "Requests broken off", ("reason",))
         self._first = histogram("time_to_first_token_seconds", "From arrival to first token")
         self._next = histogram("inter_token_latency_seconds", "Between two tokens of a completion")
@@ -72,6 +75,10 @@ class Metrics:
     def answered(self, path: str, status: int) -> None:
         """A request has got its status."""
         self._answers.labels(path, str(status)).inc()
+
+    def moderated(self, content: str, category: str) -> None:
+        """The model has judged a content: "input", "output" or "request"."""
+        self._moderations.labels(content, category).inc()
 
     def broken_off(self, reason: str) -> None:
         """A request has ended without its answer."""

@@ -45,6 +45,17 @@ _USAGE = {
 }
 
 
+_MODERATED = {
+    "type": "object",
+    "properties": {
+        "flagged": {"type": "boolean"},
+        "categories": {"type": "object", "additionalProperties": {"type": "boolean"}},
+        "category_scores": {"type": "object", "additionalProperties": {"type": "number"}},
+    },
+    "required": ["flagged", "categories", "category_scores"],
+}
+
+
 def description() -> dict[str, Any]:
     """The description, an OpenAPI 3.1 document."""
     return {
@@ -71,6 +82,13 @@ def description() -> dict[str, Any]:
                 fields.request_schema(fields.COMPLETION, ("prompt",)),
                 _answer("text_completion", {"text": _TEXT}),
                 streams=True,
+            ),
+            "/v1/moderations": _post(
+                "Have the model judge contents",
+                fields.request_schema(fields.MODERATION, ("input",)),
+                _strict(
+                    {"id": _TEXT, "model": _TEXT, "results": {"type": "array", "items": _MODERATED}}
+                ),
             ),
             "/v1/models": _get("The model", _list_of(_model())),
             "/v1/models/{model}": _get("The model", _model(), of_model=True),

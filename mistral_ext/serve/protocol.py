@@ -16,6 +16,7 @@ from mistral_ext.serve.schema import Schema, check
 from mistral_ext.serve.structure import Structure, structure_of
 from mistral_ext.serve.tools import tool_use_of
 from mistral_ext.text.chat_template import ChatTemplate
+from mistral_ext.text.guardrails import with_safe_prompt
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 
 _CHAT = fields.request_schema(fields.CHAT, ("messages",))
@@ -103,6 +104,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
     logprobs = int(given.get("top_logprobs", 0)) if given.get("logprobs") else None
     asked = given.get("max_completion_tokens", given.get("max_tokens", default_tokens))
     use, messages = tool_use_of(given, form), messages_of(given["messages"])
+    messages = with_safe_prompt(messages) if given.get("safe_prompt") else messages
     return _job(given, [messages], logprobs, asked, is_chat=True, use=use)
 
 
@@ -177,10 +179,10 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
-    plain = [
+    plain: list[Mapping[str, Any]] = [
         {
             "role": roles.get(m["role"], m["role"]),
             "content": _text(m.get("content")),
@@ -234,6 +236,24 @@ def encode(
     except ValueError as error:
         raise bad_request(str(error), param) from error
     return ids
+
+
+def moderation_requests(
+    llm: Mistral, contents: Sequence[Any], template: ChatTemplate | None, param: str
+) -> list[Request]:
+    """Requests that have the model judge contents; see `Mistral.moderate`.
+
+    Raises:
+        ApiError: 400, which names the field `param`, for a content that is too long, and for a base
+            model.
+    """
+    try:
+        requests = [llm.moderation_request(content, template) for content in contents]
+    except ValueError as error:
+        raise bad_request(str(error), param) from error
+    for request in requests:
+        _check_length(len(request.prompt_ids), 1, context_length(llm), param)
+    return requests
 
 
 def compile_grammar(llm: Mistral, job: Job) -> None:

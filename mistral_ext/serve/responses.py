@@ -43,22 +43,22 @@ class Answer:
         self._logprobs = [LogprobWriter(tokenizer, job.is_chat, len(e)) for e in self._echo]
         forms = [job.tools.form] * job.count if job.tools else []
         self._parsers = [ToolParser(form) for form in forms]  # one for each completion
+        self._completions: dict[int, Completion] = {}
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions that have ended, with calls apart from texts; in order."""
+        return [completion for _, completion in sorted(self._completions.items())]
 
     def take(self, index: int, output: Output) -> None:
-        """Takes an output whose completion is sent as a whole."""
+        """Takes an output, for `whole`."""
         self._deltas(index, output)
 
-    def divided(self, completions: Sequence[Completion]) -> list[Completion]:
-        """The completions, all of whose outputs were taken, with calls apart from texts."""
-        if not self._parsers:
-            return list(completions)
-        return [c.divided(parser) for c, parser in zip(completions, self._parsers, strict=True)]
-
-    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The whole answer."""
         kind = "chat.completion" if self._job.is_chat else "text_completion"
-        choices = [self._whole_choice(i, c) for i, c in enumerate(completions)]
-        return {**self._head(kind), "choices": choices, "usage": self._usage(completions)}
+        choices = [self._whole_choice(i, c) for i, c in enumerate(self.completions)]
+        return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
     def first_chunks(self) -> Iterator[dict[str, Any]]:
         """The chunks before any text, in the order of the completions."""
@@ -82,23 +82,26 @@ class Answer:
         for delta in deltas:
             yield self._chunk(index, logprobs=logprobs, **delta)
             logprobs = None  # they come once
-        reason = output.finish_reason
-        if reason:
-            if self._parsers:
-                reason = self._parsers[index].reason(reason)
+        if output.is_last:
+            reason = self._completions[index].finish_reason
             yield self._chunk(index, finish_reason=reason, **self._shown(""))
 
-    def last_chunks(self, completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
         """The chunks after all text."""
         if self._job.include_usage:
             head = self._head(self._chunk_kind)
-            yield {**head, "choices": [], "usage": self._usage(completions)}
+            yield {**head, "choices": [], "usage": self._usage()}
 
     def _deltas(self, index: int, output: Output) -> list[dict[str, Any]]:
         """What an output adds to its completion."""
+        if output.completion:
+            self._completions[index] = output.completion
         if not self._parsers:
             return [self._shown(output.text)] if output.text else []
-        pieces = self._parsers[index].push(output.token_ids, output.text, output.is_last)
+        parser = self._parsers[index]
+        pieces = list(parser.push(output.token_ids, output.text, output.is_last))
+        if output.completion:
+            self._completions[index] = output.completion.divided(parser)
         return [
             self._shown(piece)
             if isinstance(piece, str)
@@ -144,7 +147,8 @@ class Answer:
             choice["logprobs"] = None if tokens is None else writer.text(tokens)
         return choice
 
-    def _usage(self, completions: Sequence[Completion]) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
+        completions = self.completions
         prompt = sum(map(len, self._prompts))
         generated = sum(len(completion.token_ids) for completion in completions)
         # Each prompt counts once; so do its cached tokens, as its first completion found them.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
 from mistral_ext.serve import errors
 from mistral_ext.serve.engine_thread import EngineThread
@@ -16,10 +17,12 @@ from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
-from mistral_ext.serve.protocol import Job, compile_grammar, encode
+from mistral_ext.serve.protocol import Job, compile_grammar, encode, moderation_requests
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
+
+_T = TypeVar("_T")
 
 # Time for clients to receive the end of their requests.
 _LAST_SECONDS = 5.0
@@ -116,20 +119,25 @@ class Service:
             self._live.discard(generation)
             generation.close()
 
+    async def _prepare(self, work: Callable[..., _T], *args: Any) -> _T:
+        """Calls `work` outside the event loop."""
+        assert self._loop
+        return await self._loop.run_in_executor(self._tokenizing, work, *args)
+
     async def encode(
         self, prompt: Any, is_chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
         """Token ids of a prompt; see `protocol.encode`."""
-        assert self._loop
-        return await self._loop.run_in_executor(
-            self._tokenizing, encode, self.llm, prompt, self._template, is_chat, tools
-        )
+        return await self._prepare(encode, self.llm, prompt, self._template, is_chat, tools)
+
+    async def moderation_requests(self, contents: Sequence[Any], param: str) -> list[Request]:
+        """Requests that have the model judge contents; see `protocol.moderation_requests`."""
+        return await self._prepare(moderation_requests, self.llm, contents, self._template, param)
 
     async def compile(self, job: Job) -> None:
         """Compiles what a job's completions have to match; see `protocol.compile_grammar`."""
-        assert self._loop
         if job.structure or job.tools:
-            await self._loop.run_in_executor(self._tokenizing, compile_grammar, self.llm, job)
+            await self._prepare(compile_grammar, self.llm, job)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError 404 if a request is for another model."""

@@ -23,4 +23,5 @@ class Settings:
     drain_seconds: float = 30.0  # that requests get to end when the server is told to stop
     api_keys: tuple[str, ...] = ()  # any of which opens the server; none: it is open
     cors_origins: tuple[str, ...] = ()  # of web pages that may call it, "*" for all
+    moderate: tuple[str, ...] = ()  # "input", "output" or both: the model judges them first
     log_requests: Path | None = None  # where requests and answers are written

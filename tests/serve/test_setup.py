@@ -84,6 +84,10 @@ def test_a_warning_where_everyone_may_come_in():
         (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
         (["--max-queue", "-1"], "--max-queue is -1, expected 0 or more"),
         (["--max-batch", "0"], "max_batch is 0"),
+        (
+            ["--moderate", "prompts"],
+            "--moderate is 'prompts', expected input, output or input,output",
+        ),
         (["--ping-seconds", "0"], "--ping-seconds is 0, expected a number above 0"),
         (["--api-key", ""], "an API key is empty"),
         (["--api-key-file", "/no/such/file"], "/no/such/file: No such file"),

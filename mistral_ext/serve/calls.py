@@ -1,0 +1,111 @@
+"""What calls to all endpoints that use the engine have in common: errors, figures, the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from mistral_ext.engine.request import Output, Request
+from mistral_ext.serve import asgi
+from mistral_ext.serve.asgi import DisconnectedError, SlowReaderError
+from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.generation import Generation
+from mistral_ext.serve.log import Record
+from mistral_ext.serve.service import Service
+
+_CLOSED = 499  # what nginx writes into its log for a client that hung up
+
+
+class Endpoint:
+    """An endpoint, an ASGI application.
+
+    Args:
+        make_call: makes a call of its path and what sends its answer.
+    """
+
+    def __init__(self, make_call: Callable[[str, asgi.Send], Call]) -> None:
+        self._make_call = make_call
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        await self._make_call(scope["path"], send).run(scope, receive)
+
+
+class Call:
+    """One HTTP request. A class of an endpoint has an `answer`.
+
+    Args:
+        service: the state that requests share.
+        request_id: that no other request has.
+        path: of the endpoint.
+        send: sends the answer.
+
+    Attributes:
+        record: what the log says about it.
+    """
+
+    def __init__(self, service: Service, request_id: str, path: str, send: asgi.Send) -> None:
+        self.record = Record(request_id, path)
+        self._service = service
+        self._send = send
+
+    async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
+        """Reads the request and sends its answer."""
+        raise NotImplementedError
+
+    async def run(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
+        """Answers, also where that fails, and notes what has happened."""
+        record = self.record
+        try:
+            await self.answer(scope, receive)
+        except ApiError as error:
+            record.status, record.reason = error.status, error.code or "invalid"
+            await self._fail(error)
+        except DisconnectedError:
+            record.status, record.reason = _CLOSED, "disconnected"
+        except SlowReaderError:
+            record.status, record.reason = _CLOSED, "slow_reader"
+        except BaseException:
+            record.status, record.reason = 500, "error"
+            raise
+        finally:
+            self._note()
+
+    async def read(self, scope: asgi.Scope, receive: asgi.Receive) -> dict[str, Any]:
+        """The request's body, a JSON object."""
+        body = await asgi.read_object(scope, receive, self._service.settings.body_bytes)
+        self.record.body = body
+        return body
+
+    def generation(self, requests: Sequence[Request], max_unread: int | None = None) -> Generation:
+        """Runs requests to the engine for this call; see `Generation`."""
+        task = asyncio.current_task()
+        assert task
+        service = self._service
+        return Generation(
+            service.engine, requests, self.record.began, service.metrics, max_unread, task.cancel
+        )
+
+    async def outputs(self, generation: Generation) -> AsyncIterator[tuple[int, Output] | None]:
+        """All outputs of a generation, with the numbers of their completions; None from time to
+        time while there are none."""
+        left = len(generation.progress)
+        while left:
+            come = await generation.next(self._service.settings.ping_seconds)
+            yield come
+            left -= come is not None and come[1].is_last
+
+    async def _send_json(self, body: dict[str, Any]) -> None:
+        await asgi.send_json(self._send, body, x_request_id=self.record.request_id)
+
+    async def _fail(self, error: ApiError) -> None:
+        """Sends an error."""
+        await asgi.send_error(self._send, error, x_request_id=self.record.request_id)
+
+    def _note(self) -> None:
+        """Counts the request, and writes its line of the log."""
+        record, metrics = self.record, self._service.metrics
+        metrics.answered(record.path, record.status)
+        if record.status == _CLOSED:
+            metrics.broken_off(record.reason)
+        self._service.log.write(record)
