@@ -71,9 +71,9 @@ class _Call:
             job = chat_job(body, settings.max_tokens, service.tool_format)
         else:
             job = completion_job(body)
-        service.check_model(body.get("model"))
+        adapter = service.adapter_of(body.get("model"))
         with service.places(job.count):
-            await asgi.until_disconnect(receive, self._complete(job))
+            await asgi.until_disconnect(receive, self._complete(job, adapter))
 
     async def fail(self, error: ApiError) -> None:
         """Sends an error, in the stream if that has begun."""
@@ -95,7 +95,7 @@ class _Call:
             record.completion_tokens = sum(p.tokens for p in generation.progress)
         self._service.log.write(record)
 
-    async def _complete(self, job: Job) -> None:
+    async def _complete(self, job: Job, adapter: str | None) -> None:
         service = self._service
         await service.compile(job)
         tools = job.tools.tools if job.tools else None
@@ -105,15 +105,14 @@ class _Call:
         assert task
         generation = self._generation = Generation(
             service.engine,
-            requests_of(job, prompts, service.llm),
+            requests_of(job, prompts, service.llm, adapter),
             self.record.began,
             service.metrics,
             service.settings.max_unread if job.stream else None,
             on_overflow=task.cancel,
         )
-        answer = Answer(
-            job, prompts, service.settings.model_name, service.tokenizer, self.record.request_id
-        )
+        model = adapter or service.settings.model_name
+        answer = Answer(job, prompts, model, service.tokenizer, self.record.request_id)
         with service.running(generation):
             if job.stream:
                 await self._stream(answer, generation)
