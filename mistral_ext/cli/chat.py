@@ -7,7 +7,7 @@ import sys
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import stdin
-from mistral_ext.cli.options import load_model
+from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.cli.output import report
 from mistral_ext.engine.params import SamplingParams
 
@@ -15,7 +15,7 @@ from mistral_ext.engine.params import SamplingParams
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "chat",
-        parents=[options.common(), options.model(), options.sampling()],
+        parents=[options.common(), options.model(), options.adapter(), options.sampling()],
         help="talk to an Instruct model",
         description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
     )
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = options.sampling_of(args)
     SamplingParams.from_options(sampling)
     interactive = stdin().isatty()
-    llm = load_model(args)
-    chat = llm.start_chat(args.system, args.template, args.safe_prompt)
+    llm, adapter = load_adapted_model(args)
+    chat = llm.start_chat(args.system, args.template, args.safe_prompt, adapter)
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
 

@@ -8,7 +8,7 @@ import json
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import read_text, stdin
-from mistral_ext.cli.options import load_model
+from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.cli.output import print_timing, report
 from mistral_ext.engine.params import SamplingParams
 
@@ -16,7 +16,7 @@ from mistral_ext.engine.params import SamplingParams
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "generate",
-        parents=[options.common(), options.model(), options.sampling()],
+        parents=[options.common(), options.model(), options.adapter(), options.sampling()],
         help="complete a prompt",
         description="Complete a prompt; the completion streams to stdout.",
     )
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args)
     sampling = options.sampling_of(args)
     SamplingParams.from_options(sampling)  # complain before the model is loaded
-    llm = load_model(args)
+    llm, adapter = load_adapted_model(args)
     if args.json or args.n > 1:
-        for completion in llm.generate(prompt, args.special, **sampling):
+        for completion in llm.generate(prompt, args.special, adapter, **sampling):
             if args.json:
                 print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
                 print_timing(completion)
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 print(prompt if args.echo else "", completion.text, sep="")
                 report(llm, completion)
         return 0
-    stream = llm.stream(prompt, args.special, **sampling)
+    stream = llm.stream(prompt, args.special, adapter, **sampling)
     if args.echo:
         print(prompt, end="")
     for piece in stream:

@@ -115,6 +115,26 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
     )
 
 
+def adapter() -> argparse.ArgumentParser:
+    """The option of a command that uses one adapter."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_adapter(parser, "LoRA adapter to use: a folder or file")
+    return parser
+
+
+def add_adapter(parser: argparse._ActionsContainer, text: str, **more: Any) -> None:
+    """The option --adapter, a name and a path."""
+    parser.add_argument("--adapter", type=_named_path, metavar="NAME=PATH", help=text, **more)
+
+
+def load_adapted_model(args: argparse.Namespace) -> tuple[Mistral, str | None]:
+    """Loads the model with the adapter that the `adapter` option names, and returns its name."""
+    if args.adapter is None:
+        return load_model(args), None
+    name, path = args.adapter
+    return load_model(args, adapters={name: path}), name
+
+
 def sampling() -> argparse.ArgumentParser:
     """Options of a command that samples."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -165,6 +185,13 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     given["logit_bias"] = dict(args.logit_bias)
     return given
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, e.g. sql=./sql-adapter")
+    return name, path
 
 
 def _contents(path: str) -> str:

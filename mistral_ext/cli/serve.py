@@ -31,6 +31,17 @@ def add_to(commands: options.Commands) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1)")
     group.add_argument("--port", type=int, default=8000, help="port (default 8000; 0: any)")
     group.add_argument("--served-model-name", metavar="NAME", help="default: as --model is given")
+    options.add_adapter(
+        group,
+        "LoRA adapter, served as the model NAME; may be repeated",
+        action="append",
+        default=[],
+    )
+    group.add_argument(
+        "--adapter-updates",
+        action="store_true",
+        help="clients may load and unload adapters, from any path that the server can read",
+    )
     group.add_argument(
         "--template",
         choices=("v1", "v2", "v3", "plain"),
@@ -100,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
 
     is_demo = args.model is None
     settings = Settings(
-        model_name=args.served_model_name or args.model or _DEMO_NAME,
+        model_name=_model_name(args),
         host=args.host,
         port=args.port,
         template=args.template or ("plain" if is_demo else None),
+        adapter_updates=args.adapter_updates,
         max_tokens=args.max_tokens or (_DEMO_TOKENS if is_demo else None),
         max_queue=args.max_queue,
         max_unread=args.max_unread,
@@ -119,7 +131,11 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("mistral_ext").setLevel(logging.INFO)
     with Server(settings) as server:
-        return server.run(load_model(args, max_batch=args.max_batch))
+        return server.run(load_model(args, max_batch=args.max_batch, adapters=dict(args.adapter)))
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    return args.served_model_name or args.model or _DEMO_NAME
 
 
 def _expect_extra() -> None:
@@ -138,6 +154,10 @@ def _check(args: argparse.Namespace) -> None:
         if not 0 < value < float("inf"):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is {value:g}, expected a number above 0")
+    names = [_model_name(args), *(name for name, _ in args.adapter)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--adapter has the name {name!r}, expected one that no model has")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port is {args.port}, expected 0 to 65535")
 

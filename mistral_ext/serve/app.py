@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.serve import asgi
+from mistral_ext.serve.adapters import AdapterUpdate
 from mistral_ext.serve.asgi import send_bytes, send_error, send_json
 from mistral_ext.serve.auth import KeyCheck
 from mistral_ext.serve.calls import Endpoint
@@ -23,6 +24,7 @@ from mistral_ext.serve.tokens import Tokens
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import Route
 
 _Answer: TypeAlias = Callable[[asgi.Scope, asgi.Send], Awaitable[None]]
 
@@ -60,6 +62,7 @@ def build_app(service: Service) -> asgi.App:
         Route("/v1/models/{model:path}", _Get(plain.model), methods=["GET"]),
         Route("/tokenize", Tokens(service, backwards=False), methods=["POST"]),
         Route("/detokenize", Tokens(service, backwards=True), methods=["POST"]),
+        *(_adapter_routes(service) if settings.adapter_updates else ()),
         Route("/health", _Get(plain.health), methods=["GET"]),
         Route("/metrics", _Get(plain.metrics), methods=["GET"]),
         Route("/openapi.json", _Get(plain.openapi), methods=["GET"]),
@@ -73,6 +76,15 @@ def build_app(service: Service) -> asgi.App:
     )
 
 
+def _adapter_routes(service: Service) -> list[Route]:
+    from starlette.routing import Route
+
+    return [
+        Route("/v1/load_lora_adapter", AdapterUpdate(service, loads=True), methods=["POST"]),
+        Route("/v1/unload_lora_adapter", AdapterUpdate(service, loads=False), methods=["POST"]),
+    ]
+
+
 class _Plain:
     """Endpoints that answer at once, without the engine."""
 
@@ -81,11 +93,13 @@ class _Plain:
         self._created = int(time.time())
 
     async def models(self, scope: asgi.Scope, send: asgi.Send) -> None:
-        await send_json(send, {"object": "list", "data": [self._model()]})
+        models = [self._model(name) for name in self._service.models]
+        await send_json(send, {"object": "list", "data": models})
 
     async def model(self, scope: asgi.Scope, send: asgi.Send) -> None:
-        self._service.check_model(scope["path_params"]["model"])
-        await send_json(send, self._model())
+        name = scope["path_params"]["model"]
+        self._service.adapter_of(name)
+        await send_json(send, self._model(name))
 
     async def health(self, scope: asgi.Scope, send: asgi.Send) -> None:
         status = self._service.status
@@ -95,14 +109,16 @@ class _Plain:
         await send_bytes(send, *self._service.metrics.render())
 
     async def openapi(self, scope: asgi.Scope, send: asgi.Send) -> None:
-        await send_json(send, description())
+        await send_json(send, description(self._service.settings.adapter_updates))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
+        base = self._service.settings.model_name
         return {
-            "id": self._service.settings.model_name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "mistral_ext",
+            "parent": None if name == base else base,
             "max_model_len": context_length(self._service.llm),
         }
 

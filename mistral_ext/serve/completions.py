@@ -44,9 +44,9 @@ class CompletionCall(Call):
             job = chat_job(body, service.settings.max_tokens, service.tool_format)
         else:
             job = completion_job(body)
-        service.check_model(body.get("model"))
+        adapter = service.adapter_of(body.get("model"))
         with service.places(job.count):
-            await asgi.until_disconnect(receive, self._complete(job))
+            await asgi.until_disconnect(receive, self._complete(job, adapter))
 
     async def _fail(self, error: ApiError) -> None:
         """Sends an error, in the stream if that has begun."""
@@ -64,21 +64,20 @@ class CompletionCall(Call):
             record.completion_tokens = sum(p.tokens for p in generation.progress)
         super()._note()
 
-    async def _complete(self, job: Job) -> None:
+    async def _complete(self, job: Job, adapter: str | None) -> None:
         service, settings = self._service, self._service.settings
         await service.compile(job)
         tools = job.tools.tools if job.tools else None
         prompts = [await service.encode(prompt, self._is_chat, tools) for prompt in job.prompts]
         self.record.prompt_tokens = sum(map(len, prompts))
-        requests = requests_of(job, prompts, service.llm)
+        requests = requests_of(job, prompts, service.llm, adapter)
         if "input" in settings.moderate:
             await self._check_prompts(job)
         self._generation = generation = self.generation(
             requests, settings.max_unread if job.stream else None
         )
-        answer = Answer(
-            job, prompts, settings.model_name, service.tokenizer, self.record.request_id
-        )
+        model = adapter or settings.model_name
+        answer = Answer(job, prompts, model, service.tokenizer, self.record.request_id)
         with service.running(generation):
             outputs: _Outputs = self.outputs(generation)
             if "output" in settings.moderate:

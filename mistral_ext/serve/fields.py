@@ -128,6 +128,15 @@ DETOKENIZE: dict[str, Schema] = {
     "tokens": {"type": "array", "items": _TOKEN_ID},
 }
 
+_ADAPTER_NAME = {"type": "string", "minLength": 1, "maxLength": 256}
+
+LOAD_ADAPTER: dict[str, Schema] = {
+    "lora_name": _ADAPTER_NAME,
+    "lora_path": {"type": "string", "minLength": 1, "maxLength": 4096},
+}
+
+UNLOAD_ADAPTER: dict[str, Schema] = {"lora_name": _ADAPTER_NAME}
+
 # Fields that OpenAI's clients send, and that do not change the text.
 IGNORED = (
     "user",

@@ -56,8 +56,12 @@ _MODERATED = {
 }
 
 
-def description() -> dict[str, Any]:
-    """The description, an OpenAPI 3.1 document."""
+def description(adapter_updates: bool) -> dict[str, Any]:
+    """The description, an OpenAPI 3.1 document.
+
+    Args:
+        adapter_updates: clients may load and unload adapters.
+    """
     return {
         "openapi": "3.1.0",
         "info": {
@@ -90,8 +94,8 @@ def description() -> dict[str, Any]:
                     {"id": _TEXT, "model": _TEXT, "results": {"type": "array", "items": _MODERATED}}
                 ),
             ),
-            "/v1/models": _get("The model", _list_of(_model())),
-            "/v1/models/{model}": _get("The model", _model(), of_model=True),
+            "/v1/models": _get("The model and its adapters", _list_of(_model())),
+            "/v1/models/{model}": _get("The model, or an adapter", _model(), of_model=True),
             "/tokenize": _post(
                 "Token ids of a text or a conversation",
                 fields.request_schema(fields.TOKENIZE),
@@ -110,7 +114,18 @@ def description() -> dict[str, Any]:
             ),
             "/health": _get("Whether it can serve", _strict({"status": _TEXT}), (503,)),
             "/metrics": _get("Figures for Prometheus", None),
+            **(_adapter_updates() if adapter_updates else {}),
         },
+    }
+
+
+def _adapter_updates() -> dict[str, Any]:
+    models = _strict({"models": {"type": "array", "items": _TEXT}})
+    load = fields.request_schema(fields.LOAD_ADAPTER, ("lora_name", "lora_path"))
+    unload = fields.request_schema(fields.UNLOAD_ADAPTER, ("lora_name",))
+    return {
+        "/v1/load_lora_adapter": _post("Load a LoRA adapter", load, models),
+        "/v1/unload_lora_adapter": _post("Remove a LoRA adapter", unload, models),
     }
 
 
@@ -140,6 +155,10 @@ def _model() -> dict[str, Any]:
             "object": {"type": "string", "enum": ["model"]},
             "created": _INTEGER,
             "owned_by": _TEXT,
+            "parent": {
+                "type": ["string", "null"],
+                "description": "the model that an adapter changes; null: it is no adapter",
+            },
             "max_model_len": _INTEGER,
         }
     )

@@ -268,14 +268,17 @@ def compile_grammar(llm: Mistral, job: Job) -> None:
         raise bad_request(str(error), "tools" if job.tools else job.structure) from error
 
 
-def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Request]:
+def requests_of(
+    job: Job, prompts: Sequence[list[int]], llm: Mistral, adapter: str | None
+) -> list[Request]:
     """A job's requests to the engine, n for each prompt.
 
     Args:
         prompts: token ids of the prompts.
+        adapter: see `Mistral.request`.
 
     Raises:
-        ApiError: 400 for a prompt that is too long.
+        ApiError: 400 for a prompt that is too long, or an adapter that was removed.
     """
     context = context_length(llm)
     requests = []
@@ -284,8 +287,8 @@ def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Re
         max_tokens = job.max_tokens or context - len(ids)
         params = dataclasses.replace(job.params, max_tokens=max_tokens)
         for index in range(params.n):
-            requests.append(
-                llm.request(
+            try:
+                request = llm.request(
                     ids,
                     params,
                     index,
@@ -293,8 +296,11 @@ def requests_of(job: Job, prompts: Sequence[list[int]], llm: Mistral) -> list[Re
                     salt=job.salt,
                     stop_token_ids=job.stop_token_ids,
                     tools=job.tools,
+                    adapter=adapter,
                 )
-            )
+            except ValueError as error:  # the adapter was removed meanwhile; all else is checked
+                raise bad_request(str(error), "model") from error
+            requests.append(request)
     return requests
 
 

@@ -60,7 +60,8 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # Texts and grammars are prepared outside the event loop, one at a time: some take a while.
+        # Texts, grammars and adapters are prepared outside the event loop, one at a time: some take
+        # a while.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:
@@ -134,16 +135,35 @@ class Service:
         """Requests that have the model judge contents; see `protocol.moderation_requests`."""
         return await self._prepare(moderation_requests, self.llm, contents, self._template, param)
 
+    async def load_adapter(self, path: str, name: str) -> None:
+        """Loads an adapter; see `Mistral.load_adapter`."""
+        await self._prepare(self.llm.load_adapter, path, name)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Removes an adapter; see `Mistral.unload_adapter`."""
+        await self._prepare(self.llm.unload_adapter, name)
+
     async def compile(self, job: Job) -> None:
         """Compiles what a job's completions have to match; see `protocol.compile_grammar`."""
         if job.structure or job.tools:
             await self._prepare(compile_grammar, self.llm, job)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError 404 if a request is for another model."""
-        if name is not None and name != self.settings.model_name:
-            text = f"model is {name!r:.200}, expected {self.settings.model_name!r}"
+    @property
+    def models(self) -> list[str]:
+        """The names that requests may ask for: the model's, and those of its adapters."""
+        return [self.settings.model_name, *self.llm.adapters.names]
+
+    def adapter_of(self, model: str | None) -> str | None:
+        """The adapter that a request asks for as its model; None: it asks for the model itself.
+
+        Raises:
+            ApiError: 404 if there is no such model.
+        """
+        models = self.models
+        if model is not None and model not in models:
+            text = f"model is {model!r:.200}, expected {' or '.join(map(repr, models))}"
             raise ApiError(404, text, "model", "model_not_found")
+        return None if model in (None, models[0]) else model
 
     async def drain(self) -> None:
         """Refuses new requests, and waits for the running ones; ends them when the time is over."""

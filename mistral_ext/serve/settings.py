@@ -14,6 +14,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     template: str | None = None  # of chats: v1, v2, v3 or plain; None: the model's own
+    adapter_updates: bool = False  # clients may load and unload adapters
     max_tokens: int | None = None  # of a reply if the request has no limit; None: all that fit
     max_queue: int = 64  # completions that may wait, beyond those that run
     max_unread: int = 1024  # tokens that a client may leave unread

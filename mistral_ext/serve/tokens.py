@@ -40,7 +40,7 @@ class Tokens:
 
     async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         given = check_fields(body, _TOKENIZE)
-        self._service.check_model(given.get("model"))
+        self._service.adapter_of(given.get("model"))
         if ("prompt" in given) == ("messages" in given):
             raise bad_request("expected either prompt or messages", "prompt")
         if "messages" in given:
@@ -55,7 +55,7 @@ class Tokens:
 
     async def _detokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         given = check_fields(body, _DETOKENIZE)
-        self._service.check_model(given.get("model"))
+        self._service.adapter_of(given.get("model"))
         try:
             text = self._service.tokenizer.decode(map(int, given["tokens"]))
         except ValueError as error:

@@ -177,6 +177,11 @@ class Checkpoint:
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
 
     @property
+    def names(self) -> list[str]:
+        """Mistral's names of the weights that `weights` gives."""
+        return list(self._parts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights that `weights` gives."""
         return sum(self._nbytes(name, parts) for name, parts in self._parts.items())

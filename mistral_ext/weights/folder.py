@@ -187,7 +187,7 @@ def what_is_there(names: Iterable[str]) -> str:
     if "adapter_config.json" in names:
         return (
             "adapter_config.json says that this is a LoRA adapter, which changes another model: "
-            "expected that model, with the adapter merged into it"
+            "expected that model, which --adapter NAME=PATH and adapters= load with it"
         )
     for name in names:
         if name.endswith(".gguf"):

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
 from mistral_ext.weights import checkpoint
-from mistral_ext.weights.folder import companions, config_json, read_folder
+from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.hub import resolve
-from mistral_ext.weights.new_folder import expect_free, new_folder
+from mistral_ext.weights.new_folder import expect_free
+from mistral_ext.weights.new_model import write_model
 from mistral_ext.weights.quantize import Quantization
-from mistral_ext.weights.safetensors_file import Writer
 
 
 def quantize_checkpoint(
@@ -68,29 +64,10 @@ def quantize_checkpoint(
     # The output weights are stored in 8 bits, even if they were the embeddings before.
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
 
-    with new_folder(target) as folder:
-        for file in companions(original.path):
-            shutil.copyfile(file, folder / file.name)
-        values = config_json(config, quantization, original.instruct)
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        _write_weights(folder / "model.safetensors", weights, config, quantization, progress)
-    return target
-
-
-def _write_weights(
-    file: Path,
-    weights: checkpoint.Checkpoint,
-    config: MistralConfig,
-    quantization: Quantization,
-    progress: bool,
-) -> None:
-    layout: dict[str, Tensor] = {}
+    layout: dict[str, Weight] = {}
     for name, shape in checkpoint.tensor_shapes(config).items():
-        weight: Weight | None = quantization.parts(name, shape)
-        if weight is None:
-            weight = torch.empty(shape, dtype=weights.dtype, device="meta")
-        layout |= checkpoint.named_parts(name, weight)
-    with Writer(file, layout) as writer:
-        for name, weight in weights.weights(progress):
-            for stored_name, tensor in checkpoint.named_parts(name, weight).items():
-                writer.write(stored_name, tensor)
+        parts = quantization.parts(name, shape)
+        plain = torch.empty(shape, dtype=weights.dtype, device="meta")
+        layout[name] = plain if parts is None else parts
+    write_model(target, original, config, layout, weights.weights(progress), quantization)
+    return target

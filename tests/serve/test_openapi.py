@@ -15,7 +15,7 @@ import mistral_ext
 @pytest.fixture(scope="module")
 def short():
     """A server whose context is so short that no request takes long."""
-    with serving("--max-positions", "48") as server:
+    with serving("--max-positions", "48", "--adapter-updates") as server:
         yield server
 
 

@@ -1,0 +1,57 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mistral_ext.serve import asgi, fields
+from mistral_ext.serve.errors import ApiError, bad_request
+from mistral_ext.serve.protocol import check_fields
+from mistral_ext.serve.service import Service
+
+_LOAD = fields.request_schema(fields.LOAD_ADAPTER, ("lora_name", "lora_path"))
+_UNLOAD = fields.request_schema(fields.UNLOAD_ADAPTER, ("lora_name",))
+
+
+class AdapterUpdate:
+    """Both endpoints, an ASGI application.
+
+    Args:
+        service: what requests share.
+        loads: adds an adapter; else it removes an adapter.
+    """
+
+    def __init__(self, service: Service, loads: bool) -> None:
+        self._service = service
+        self._change = self._load if loads else self._unload
+
+    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        status = 200
+        try:
+            body = await asgi.read_object(scope, receive, self._service.settings.body_bytes)
+            await self._change(body)
+            await asgi.send_json(send, {"models": self._service.models})
+        except ApiError as error:
+            status = error.status
+            await asgi.send_error(send, error)
+        except asgi.DisconnectedError:
+            pass
+        finally:
+            self._service.metrics.answered(scope["path"], status)
+
+    async def _load(self, body: dict[str, Any]) -> None:
+        given = check_fields(body, _LOAD)
+        name = given["lora_name"]
+        if name == self._service.settings.model_name:
+            raise bad_request(f"lora_name is {name!r}, which is the model's name", "lora_name")
+        try:
+            await self._service.load_adapter(given["lora_path"], name)
+        except (OSError, ValueError) as error:
+            raise bad_request(str(error)) from error
+
+    async def _unload(self, body: dict[str, Any]) -> None:
+        name = check_fields(body, _UNLOAD)["lora_name"]
+        try:
+            await self._service.unload_adapter(name)
+        except ValueError as error:
+            raise ApiError(404, str(error), "lora_name", "model_not_found") from error

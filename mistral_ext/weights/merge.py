@@ -1,0 +1,92 @@
+"""Merges a LoRA adapter into the weights of a model: `mistral-ext merge`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mistral_ext.ops import LowRank, Weight
+from mistral_ext.weights.adapters import Adapter, read_adapter
+from mistral_ext.weights.checkpoint import Checkpoint, tensor_shapes
+from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.hub import resolve
+from mistral_ext.weights.new_folder import expect_free
+from mistral_ext.weights.new_model import write_model
+
+_ROWS = 1024  # of a weight that are merged at once: 100 MB in float64
+
+
+def merge_adapter(
+    source: str | Path,
+    adapter: str | Path,
+    target: str | Path,
+    progress: bool = True,
+) -> Path:
+    """Writes a model with an adapter merged into its weights, as a folder that loads anywhere.
+
+    The model keeps its dtype. A merged weight is computed in float64 and then rounded to the dtype;
+    weights that the adapter does not change keep their bits. The folder is either complete or
+    absent (`new_folder`).
+
+    Args:
+        source: a model folder, or a hub id. Its weights must not be quantised: rounding to a few
+            bits loses most of what an adapter adds.
+        adapter: as for `read_adapter`.
+        target: the folder to make; must not exist, or be empty.
+        progress: show a progress bar if stderr is a terminal.
+
+    Returns:
+        `target`.
+
+    Raises:
+        FileExistsError: `target` is a file, or a folder with something in it.
+        FileNotFoundError, ValueError: the source is quantised or damaged, the adapter is for
+            another model, or a merged weight is too large for the dtype.
+        OSError: no space is left, or another failure of the system.
+    """
+    target = Path(target)
+    expect_free(target)
+    original = read_folder(resolve(source))
+    if original.gguf is not None or original.quantization is not None:
+        form = original.quantization or "a GGUF file"
+        raise ValueError(
+            f"the weights in {str(original.path)!r} are {form}, expected a folder of weights that "
+            "are not quantised: rounding them again loses what an adapter adds"
+        )
+    updates = read_adapter(adapter, original.config)
+    weights = Checkpoint(original)
+    config = dataclasses.replace(original.config, dtype=weights.dtype)
+    shapes = tensor_shapes(config)
+    layout: dict[str, Weight] = {
+        name: torch.empty(shapes[name], dtype=weights.dtype, device="meta")
+        for name in weights.names
+    }
+    write_model(target, original, config, layout, _merged_weights(weights, updates, progress))
+    return target
+
+
+def _merged_weights(
+    weights: Checkpoint, updates: Adapter, progress: bool
+) -> Iterator[tuple[str, Weight]]:
+    for name, weight in weights.weights(progress):
+        update = updates.get(name.removesuffix(".weight"))
+        if update is not None:
+            assert isinstance(weight, Tensor)  # the source is not quantised
+            weight = _merged(name, weight, update)
+        yield name, weight
+
+
+def _merged(name: str, weight: Tensor, update: LowRank) -> Tensor:
+    merged = torch.empty_like(weight)
+    a = update.scale * update.a.double()
+    for rows, before, b in zip(
+        merged.split(_ROWS), weight.split(_ROWS), update.b.split(_ROWS), strict=True
+    ):
+        rows.copy_(before.double().addmm_(b.double(), a))
+    if not merged.isfinite().all():
+        raise ValueError(f"{name} with the adapter is not finite in {weight.dtype}")
+    return merged

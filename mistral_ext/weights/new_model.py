@@ -1,0 +1,55 @@
+"""Writes a model folder in Hugging Face's format that is either complete or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Weight
+from mistral_ext.weights.checkpoint import named_parts
+from mistral_ext.weights.folder import ModelFolder, companions, config_json
+from mistral_ext.weights.new_folder import new_folder
+from mistral_ext.weights.quantize import Quantization
+from mistral_ext.weights.safetensors_file import Writer
+
+
+def write_model(
+    target: Path,
+    original: ModelFolder,
+    config: MistralConfig,
+    layout: Mapping[str, Weight],
+    weights: Iterable[tuple[str, Weight]],
+    quantization: Quantization | None = None,
+) -> None:
+    """Writes a changed model, tensor by tensor, with the tokenizer and the like of the original.
+
+    Args:
+        target: the folder to make; must not exist, or be empty.
+        original: the model whose other files are copied.
+        config: of the new model.
+        layout: the weights by Mistral's names, with their dtypes and shapes (on the meta device,
+            for instance).
+        weights: the same weights with their values, in any order.
+        quantization: the format of the weights; None: they have a dtype.
+
+    Raises:
+        FileExistsError: `target` is a file, or a folder with something in it.
+        OSError: no space is left, or another failure of the system.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, weight in layout.items():
+        tensors |= named_parts(name, weight)
+    with new_folder(target) as folder:
+        for file in companions(original.path):
+            shutil.copyfile(file, folder / file.name)
+        values = config_json(config, quantization, original.instruct)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        with Writer(folder / "model.safetensors", tensors) as writer:
+            for name, weight in weights:
+                for stored_name, tensor in named_parts(name, weight).items():
+                    writer.write(stored_name, tensor)
