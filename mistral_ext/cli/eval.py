@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mistral_ext.cli import options
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.options import load_model
 from mistral_ext.files import write_text_file
+
+if TYPE_CHECKING:
+    from mistral_ext.llm import Mistral
 
 
 def add_to(commands: options.Commands) -> None:
@@ -23,8 +28,13 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--tasks",
         metavar="TASK,...",
-        required=True,
         help="names of tasks and groups ('lm-eval ls tasks' lists them), or files of tasks (YAML)",
+    )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the benchmarks of Mistral 7B's publication, or those that --tasks names, beside the "
+        "published figures",
     )
     parser.add_argument(
         "--limit", type=float, metavar="N", help="questions of each task; below 1: share of them"
@@ -60,31 +70,52 @@ def add_to(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     expect_extra("eval", "lm_eval")
-    output = Path(args.output) if args.output else None
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output is {args.output!r}, expected a file in a folder that exists")
+    _check(args)
     llm = load_model(args, max_batch=args.max_batch)
+    tasks = args.tasks.split(",") if args.tasks else None
+    given = {
+        "limit": args.limit,
+        "chat": args.chat,
+        "system": args.system,
+        "cache": args.cache,
+        "run_code": args.run_code,
+        "log_samples": False,
+    }
+    if args.paper:
+        text, results = _run_paper(llm, tasks, given)
+    else:
+        given |= {"num_fewshot": args.num_fewshot, "include": args.include}
+        text, results = _run_tasks(llm, tasks or [], given)
+    print(text)
+    if args.output:
+        write_text_file(Path(args.output), results + "\n")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.tasks and not args.paper:
+        raise ValueError("--tasks is missing, expected names of tasks, or --paper")
+    if args.paper and args.num_fewshot is not None:
+        raise ValueError("--num-fewshot is given, expected none with --paper, which has its own")
+    if args.output and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output is {args.output!r}, expected a file in a folder that exists")
+
+
+def _run_tasks(llm: Mistral, tasks: list[str], given: dict[str, Any]) -> tuple[str, str]:
+    """The results as a table and as JSON."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     from mistral_ext.evaluate.harness import evaluate
 
-    results = evaluate(
-        llm,
-        args.tasks.split(","),
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        chat=args.chat,
-        system=args.system,
-        cache=args.cache,
-        run_code=args.run_code,
-        include=args.include,
-        log_samples=False,
-    )
-    print(make_table(results))
-    if "groups" in results:
-        print(make_table(results, "groups"))
-    if output is not None:
-        write_text_file(
-            output, json.dumps(results, indent=2, default=handle_non_serializable) + "\n"
-        )
-    return 0
+    results = evaluate(llm, tasks, **given)
+    columns = [name for name in ("results", "groups") if name in results]
+    text = "\n".join(make_table(results, column) for column in columns)
+    return text, json.dumps(results, indent=2, default=handle_non_serializable)
+
+
+def _run_paper(llm: Mistral, tasks: list[str] | None, given: dict[str, Any]) -> tuple[str, str]:
+    """The results as a table and as JSON."""
+    from mistral_ext.evaluate.paper import measure, table
+
+    rows = list(measure(llm, tasks, **given))
+    return table(rows), json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
