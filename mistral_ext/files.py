@@ -1,4 +1,4 @@
-"""Text and JSON from files that people and other programs wrote."""
+"""Text and JSON: from files that people and other programs wrote, and to files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def read_text_file(path: str | Path) -> str:
         ValueError: it is not UTF-8.
     """
     return decode_text(Path(path).read_bytes(), str(path))
+
+
+def write_text_file(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, wholly or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def decode_text(data: bytes, name: str) -> str:

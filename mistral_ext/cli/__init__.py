@@ -1,4 +1,4 @@
-"""The command line: `mistral-ext generate`, `chat`, `serve`, `perplexity`, `quantize` and `info`.
+"""The command line: `mistral-ext generate`, `chat`, `serve`, `perplexity`, `eval` and others.
 
 Text goes to stdout, timings and errors to stderr. An error is one line and exit status 1 (2 for
 wrong usage, 130 for Ctrl-C); --traceback shows where it came from.

@@ -6,10 +6,10 @@ import argparse
 import logging
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from mistral_ext.cli import options
+from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.options import load_model
 from mistral_ext.cli.start import start
 from mistral_ext.files import read_text_file
@@ -101,7 +101,7 @@ def add_to(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _expect_extra()
+    expect_extra("server", "starlette", "uvicorn", "prometheus_client")
     _check(args)
     keys = _api_keys(args)
     start(args)
@@ -136,12 +136,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _model_name(args: argparse.Namespace) -> str:
     return args.served_model_name or args.model or _DEMO_NAME
-
-
-def _expect_extra() -> None:
-    for name in ("starlette", "uvicorn", "prometheus_client"):
-        if find_spec(name) is None:
-            raise ImportError(f"{name} is missing: pip install 'mistral_ext[server]'")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -452,11 +452,13 @@ class Outputs(Iterator[Output]):
 
 
 def _piece(sequence: Sequence, count: int) -> Piece:
-    begin = sequence.place.length
-    is_end = begin + count == sequence.prompt_length and sequence.request.params is not None
-    logits = "all" if sequence.request.prompt_logits else "last" if is_end else "none"
-    ids = sequence.ids[begin : begin + count]
-    return Piece(sequence.place, ids, logits, sequence.request.adapter_slot)
+    begin, request = sequence.place.length, sequence.request
+    end = begin + count
+    if request.prompt_logits:
+        logits = max(0, end - max(begin, request.logits_from))
+    else:
+        logits = int(end == sequence.prompt_length and request.params is not None)
+    return Piece(sequence.place, sequence.ids[begin:end], logits, request.adapter_slot)
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:

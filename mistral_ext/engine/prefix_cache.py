@@ -63,7 +63,8 @@ class PrefixCache:
     def keep(self, sequence: Sequence) -> None:
         """Takes over the extent of a sequence that has ended, or releases it if it has no use."""
         extent, request = sequence.place, sequence.request
-        if extent.length < LEAST_PIECE or request.prompt_logits:
+        is_of_use = shareable_length(sequence) >= LEAST_PIECE or not request.prompt_logits
+        if extent.length < LEAST_PIECE or not is_of_use:
             self._pool.release(extent)
             return
         ids = sequence.ids[: extent.length]
@@ -86,8 +87,8 @@ class PrefixCache:
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
         """The longest beginning of a sequence's prompt that a kept or running extent holds."""
         request = sequence.request
-        most = sequence.prompt_length - LEAST_PIECE
-        if most < LEAST_PIECE or request.prompt_logits or request.chunk is not None:
+        most = shareable_length(sequence)
+        if most < LEAST_PIECE:
             return None
         entries = [*self._entries]
         for other in running:
@@ -115,6 +116,15 @@ class PrefixCache:
             self._entries.remove(used)
             self._entries.append(used)
         return best
+
+
+def shareable_length(sequence: Sequence) -> int:
+    """How many of the first tokens of a prompt need not be read if the cache has them."""
+    request = sequence.request
+    if request.chunk is not None:
+        return 0
+    most = max(0, sequence.prompt_length - LEAST_PIECE)
+    return min(most, request.logits_from) if request.prompt_logits else most
 
 
 def common_length(a: list[int], b: list[int], most: int) -> int:

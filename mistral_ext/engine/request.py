@@ -66,7 +66,8 @@ class Request:
         eos_ids: tokens that end the completion.
         index: which of the prompt's n completions this is.
         text: turns the completion's token ids into text; None without a tokenizer.
-        prompt_logits: also give the logits that follow each token of the prompt.
+        prompt_logits: also give the logits that follow each token of the prompt, from the token
+            `logits_from` on. The tokens before it may come from the cache.
         chunk: tokens of the prompt to read in one pass, exactly; None: as many as the engine likes.
         salt: a cached prefix serves only requests of the same salt.
         reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
@@ -84,6 +85,7 @@ class Request:
     index: int = 0
     text: TextStream | None = None
     prompt_logits: bool = False
+    logits_from: int = 0
     chunk: int | None = None
     salt: str | None = None
     reuse_completions: bool = False

@@ -23,13 +23,13 @@ class Piece:
     Attributes:
         extent: where its keys and values go.
         token_ids: the tokens.
-        logits: which tokens to compute logits for: "none", "last" or "all".
+        logits: how many of the last tokens to compute logits for.
         adapter: the slot of its adapter; -1: none.
     """
 
     extent: Extent
     token_ids: Sequence[int]
-    logits: str
+    logits: int
     adapter: int = -1
 
 
@@ -71,17 +71,15 @@ class Runner:
         """Reads pieces of several prompts in one pass.
 
         Returns:
-            The logits of each piece, [n, V] fp32, with n = 0, 1 or the number of its tokens.
+            The logits of each piece, [piece.logits, V] fp32.
         """
         tokens = [token_id for piece in pieces for token_id in piece.token_ids]
         rows: list[int] = []
         counts, end = [], 0
         for piece in pieces:
-            begin, end = end, end + len(piece.token_ids)
-            first = {"none": end, "last": end - 1, "all": begin}[piece.logits]
-            wanted = range(first, end)
-            rows += wanted
-            counts.append(len(wanted))
+            end += len(piece.token_ids)
+            rows += range(end - piece.logits, end)
+            counts.append(piece.logits)
         table = self._pool.table({piece.extent: len(piece.token_ids) for piece in pieces})
         adapters = [piece.adapter for piece in pieces for _ in piece.token_ids]
         device = self._model.device

@@ -21,7 +21,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from mistral_ext.engine.prefix_cache import LEAST_PIECE, PrefixCache, common_length
+from mistral_ext.engine.prefix_cache import (
+    LEAST_PIECE,
+    PrefixCache,
+    common_length,
+    shareable_length,
+)
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 
@@ -199,10 +204,8 @@ class Scheduler:
             return False
         if other.request.chunk is not None:
             return False
-        if sequence.request.chunk is not None or sequence.request.prompt_logits:
-            return False
-        most = min(other.prompt_length, sequence.prompt_length - LEAST_PIECE)
-        common = common_length(other.ids, sequence.ids, max(0, most))
+        most = min(other.prompt_length, shareable_length(sequence))
+        common = common_length(other.ids, sequence.ids, most)
         return common >= other.place.length + LEAST_PIECE
 
     def _extent_for(self, sequence: Sequence) -> tuple[Extent | None, int]:

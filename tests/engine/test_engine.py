@@ -474,3 +474,40 @@ def test_ten_thousand_arrivals_and_aborts_leave_nothing_behind(models):
             objects.append(len(gc.get_objects()))
     assert_empty(engine)
     assert objects[-1] < objects[0] + 1000
+
+
+def logits_of(engine, requests) -> list[torch.Tensor]:
+    """The logits that requests without a completion get."""
+    ids = [engine.add(r) for r in requests]
+    results = {i: [] for i in ids}
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            if output.prompt_logits is not None:
+                results[output.request_id].append(output.prompt_logits)
+    return [torch.cat(results[i]) for i in ids]
+
+
+@pytest.mark.parametrize("window", [None, 48])
+@pytest.mark.parametrize("chunk", [64, 512])
+def test_logits_of_the_end_of_a_prompt_take_its_beginning_from_the_cache(models, window, chunk):
+    """Each of four prompts of 300 tokens has an end of its own, of 7, 8, 40 and 0 tokens."""
+    context, counts = prompt(300), (7, 8, 40, 0)
+    prompts = [[*context, *prompt(count, 1 + count)] for count in counts]
+    given = {"params": None, "max_length": 340, "prompt_logits": True}
+    whole = [logits_of(engine_of(models[window]), [Request(p, **given)])[0] for p in prompts]
+    engine, tokens = engine_of(models[window], prefill_chunk=chunk), []
+    read = engine.runner.read
+    engine.runner.read = lambda pieces: (
+        tokens.extend(len(p.token_ids) for p in pieces) or read(pieces)
+    )
+    ends = logits_of(engine, [Request(p, logits_from=299, **given) for p in prompts])
+    for end, all_of_it, count in zip(ends, whole, counts, strict=True):
+        assert end.shape == (count + 1, VOCABULARY)
+        torch.testing.assert_close(end, all_of_it[299:], rtol=0, atol=2e-2)  # gemv and gemm round
+    # With small chunks, less than a piece is read twice.
+    assert sum(tokens) <= 307 + 32 + 41 + 32 + (3 * 32 if chunk == 64 else 0)
+    assert_empty(engine)
+    # A request for all logits leaves nothing and takes nothing.
+    logits_of(engine, [Request(prompts[0], **given)] * 2)
+    assert not engine.scheduler.prefixes.drop_oldest()

@@ -1,0 +1,87 @@
+"""`mistral-ext compare`: how far a model or quantisation is from another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mistral_ext.cli import options
+from mistral_ext.cli.extras import expect_extra
+from mistral_ext.cli.input import read_text
+from mistral_ext.cli.start import start
+
+if TYPE_CHECKING:
+    from mistral_ext.llm import Mistral
+
+_FORMATS = ("int8", "int4")
+
+
+def add_to(commands: options.Commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        parents=[options.common()],
+        help="compare the predictions of two models",
+        description="Compare the predictions of model B with those of model A on a text: "
+        "Kullback-Leibler divergence, agreement on the most likely token, perplexities. "
+        "'compare A --quantize-b int4' shows what 4 bits cost.",
+    )
+    parser.add_argument("a", metavar="A", help="folder, GGUF file or hub id: the standard")
+    parser.add_argument("b", metavar="B", nargs="?", help="another; default: A")
+    parser.add_argument(
+        "--file",
+        metavar="PATH",
+        action="append",
+        required=True,
+        help="the text, '-' for stdin; may be repeated, each is a text of its own",
+    )
+    for name in ("a", "b"):
+        parser.add_argument(
+            f"--quantize-{name}", choices=_FORMATS, help=f"round the weights of {name.upper()}"
+        )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
+    options.add_dtype(parser, "default: as stored")
+    parser.add_argument("--png", metavar="FILE", help="draw a histogram of the divergences")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.png:
+        expect_extra("eval", "matplotlib")
+        if not Path(args.png).parent.is_dir():
+            raise ValueError(f"--png is {args.png!r}, expected a file in a folder that exists")
+    texts = [read_text(file) for file in args.file]
+    start(args)
+    from mistral_ext.evaluate.compare import compare, write_histogram
+
+    first = _load(args, args.a, args.quantize_a)
+    second = _load(args, args.b or args.a, args.quantize_b)
+    result = compare(first, second, texts)
+    shares = (0.5, 0.9, 0.99, 1.0)
+    shown = {
+        "tokens": len(result.divergences),
+        "perplexity_a": result.perplexities[0],
+        "perplexity_b": result.perplexities[1],
+        "kl_mean": result.divergences.mean().item(),
+        **{f"kl_{100 * share:g}%": result.quantile(share) for share in shares},
+        "same_top_token": result.agreement,
+    }
+    if args.json:
+        print(json.dumps(shown))
+    else:
+        for name, value in shown.items():
+            print(f"{name:16} {value:{'d' if name == 'tokens' else '.6g'}}")
+    if args.png:
+        title = f"{args.b or args.a} {args.quantize_b or ''} from {args.a} {args.quantize_a or ''}"
+        write_histogram(result, Path(args.png), " ".join(title.split()))
+    return 0
+
+
+def _load(args: argparse.Namespace, model: str, quantize: str | None) -> Mistral:
+    from mistral_ext.llm import Mistral
+
+    return Mistral.from_pretrained(
+        model, device=args.device, dtype=options.dtype_of(args), quantize=quantize
+    )

@@ -1,0 +1,121 @@
+"""`mistral-ext eval`: measure a model on benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral_ext.cli import options
+from mistral_ext.cli.extras import expect_extra
+from mistral_ext.cli.options import load_model
+from mistral_ext.files import write_text_file
+
+if TYPE_CHECKING:
+    from mistral_ext.llm import Mistral
+
+
+def add_to(commands: options.Commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        parents=[options.common(), options.model()],
+        help="measure a model on benchmarks",
+        description="Evaluate a model on tasks of lm-evaluation-harness (pip install "
+        "'mistral_ext[eval]'), which fetches their data. Prints a table.",
+    )
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK,...",
+        help="names of tasks and groups ('lm-eval ls tasks' lists them), or files of tasks (YAML)",
+    )
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the benchmarks of Mistral 7B's publication, or those that --tasks names, beside the "
+        "published figures",
+    )
+    parser.add_argument(
+        "--limit", type=float, metavar="N", help="questions of each task; below 1: share of them"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="K",
+        help="examples before a question; default: the task's",
+    )
+    parser.add_argument("--chat", action="store_true", help="put questions in the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--output", metavar="FILE", help="write the harness' results (JSON)")
+    parser.add_argument(
+        "--cache",
+        metavar="PREFIX",
+        help="keep answers in files PREFIX*, from which the same command goes on after an "
+        "interruption; use another PREFIX for another model or other options",
+    )
+    parser.add_argument(
+        "--include", metavar="FOLDER", help="a folder with more tasks, to be named in --tasks"
+    )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="let tasks run the programs that the model writes, on this machine and unchecked",
+    )
+    parser.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="completions written at once"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    expect_extra("eval", "lm_eval")
+    _check(args)
+    llm = load_model(args, max_batch=args.max_batch)
+    tasks = args.tasks.split(",") if args.tasks else None
+    given = {
+        "limit": args.limit,
+        "chat": args.chat,
+        "system": args.system,
+        "cache": args.cache,
+        "run_code": args.run_code,
+        "log_samples": False,
+    }
+    if args.paper:
+        text, results = _run_paper(llm, tasks, given)
+    else:
+        given |= {"num_fewshot": args.num_fewshot, "include": args.include}
+        text, results = _run_tasks(llm, tasks or [], given)
+    print(text)
+    if args.output:
+        write_text_file(Path(args.output), results + "\n")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.tasks and not args.paper:
+        raise ValueError("--tasks is missing, expected names of tasks, or --paper")
+    if args.paper and args.num_fewshot is not None:
+        raise ValueError("--num-fewshot is given, expected none with --paper, which has its own")
+    if args.output and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output is {args.output!r}, expected a file in a folder that exists")
+
+
+def _run_tasks(llm: Mistral, tasks: list[str], given: dict[str, Any]) -> tuple[str, str]:
+    """The results as a table and as JSON."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    from mistral_ext.evaluate.harness import evaluate
+
+    results = evaluate(llm, tasks, **given)
+    columns = [name for name in ("results", "groups") if name in results]
+    text = "\n".join(make_table(results, column) for column in columns)
+    return text, json.dumps(results, indent=2, default=handle_non_serializable)
+
+
+def _run_paper(llm: Mistral, tasks: list[str] | None, given: dict[str, Any]) -> tuple[str, str]:
+    """The results as a table and as JSON."""
+    from mistral_ext.evaluate.paper import measure, table
+
+    rows = list(measure(llm, tasks, **given))
+    return table(rows), json.dumps([dataclasses.asdict(row) for row in rows], indent=2)

@@ -1,0 +1,141 @@
+"""How far the predictions of one model are from those of another, on the same text.
+
+It says what a quantisation costs: the Kullback-Leibler divergence of the second model's next-token
+probabilities from the first model's, in nats a token, how often both have the same most likely
+token, and both perplexities. Both models read the same tokens, in pieces of the same size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral_ext.engine.request import Request
+from mistral_ext.llm import Mistral
+
+# Tokens in a piece. Its logits take this * vocabulary * 4 bytes, of each model.
+_PIECE = 256
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result.
+
+    Attributes:
+        divergences: [T] float64, KL(first || second) of the prediction after each token, in nats.
+        agrees: [T] bool, whether both have the same most likely token.
+        nlls: the mean negative log-likelihood of the text's tokens by each model, in nats.
+    """
+
+    divergences: Tensor
+    agrees: Tensor
+    nlls: tuple[float, float]
+
+    @property
+    def perplexities(self) -> tuple[float, float]:
+        """exp of `nlls`."""
+        first, second = (math.exp(min(nll, 700.0)) for nll in self.nlls)
+        return first, second
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens after which both have the same most likely token."""
+        return self.agrees.double().mean().item()
+
+    def quantile(self, share: float) -> float:
+        """The divergence that this share of tokens does not exceed."""
+        return self.divergences.quantile(share).item()
+
+
+@torch.inference_mode()
+def compare(
+    first: Mistral, second: Mistral, texts: Sequence[str], progress: bool = True
+) -> Comparison:
+    """Compares two models on texts.
+
+    Args:
+        first, second: models with the same tokens; the first is the standard.
+        texts: each is read after a beginning-of-text token. Of a text longer than a model without a
+            window knows positions, the first part is read.
+        progress: show a progress bar if stderr is a terminal.
+
+    Raises:
+        ValueError: a text is too short, or the models have other tokens.
+    """
+    ids_of_texts = [_same_ids(first, second, text, f"texts[{i}]") for i, text in enumerate(texts)]
+    if not ids_of_texts:
+        raise ValueError("texts is empty, expected one or more")
+    # Rows beyond the tokenizer's are padding, of which models may have different numbers.
+    size = min(llm.config.vocab_size for llm in (first, second))
+    divergences, agrees, nlls = [], [], torch.zeros(2, dtype=torch.float64, device="cpu")
+    total = sum(len(ids) - 1 for ids in ids_of_texts)
+    with tqdm(total=total, unit="tokens", disable=None if progress else True) as bar:
+        for ids in ids_of_texts:
+            targets = torch.tensor(ids[1:], device="cpu")
+            pieces = [_logprobs(llm, ids[:-1], size) for llm in (first, second)]
+            for target, p, q in zip(targets.split(_PIECE), *pieces, strict=True):
+                divergences.append((p.exp() * (p - q)).sum(dim=1).double().clamp(min=0))
+                agrees.append(p.argmax(dim=1) == q.argmax(dim=1))
+                of_target = torch.stack([x.gather(1, target[:, None]).double() for x in (p, q)])
+                nlls -= of_target.sum(dim=(1, 2))
+                bar.update(len(target))
+    mean_first, mean_second = (nlls / total).tolist()
+    return Comparison(torch.cat(divergences), torch.cat(agrees), (mean_first, mean_second))
+
+
+def _same_ids(first: Mistral, second: Mistral, text: str, name: str) -> list[int]:
+    """The tokens of a text, which both models must agree on."""
+    if not text:
+        raise ValueError(f"{name} is empty, expected some text")
+    ids, others = (llm.require_tokenizer().encode(text) for llm in (first, second))
+    if ids != others:
+        raise ValueError(
+            f"{name} has other tokens in {second.folder} than in {first.folder}, expected models "
+            "with the same tokenizer"
+        )
+    limits = [llm.max_length for llm in (first, second) if llm.max_length is not None]
+    ids = ids[: min(limits) + 1] if limits else ids
+    if len(ids) < 2:
+        raise ValueError(f"{name} has one token, expected more: nothing comes before it")
+    return ids
+
+
+def _logprobs(llm: Mistral, ids: Sequence[int], size: int) -> Iterator[Tensor]:
+    """Log-probabilities after each token, [n, size] fp32 on the CPU, in pieces of _PIECE tokens."""
+    request = Request(ids, None, len(ids), prompt_logits=True, chunk=_PIECE)
+    for output in llm.engine.outputs([request]):
+        if output.error:
+            raise output.error
+        if output.prompt_logits is not None:
+            yield output.prompt_logits[:, :size].log_softmax(dim=1).cpu()
+
+
+def write_histogram(comparison: Comparison, path: Path, title: str) -> None:
+    """Draws how many tokens have which divergence, as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    # Equal predictions diverge by rounding errors alone, and have no logarithm.
+    logarithms = comparison.divergences.clamp(min=1e-10).log10()
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(logarithms.numpy(), bins=60)
+    axes.axvline(math.log10(max(comparison.divergences.mean().item(), 1e-10)), color="black")
+    axes.set_xlabel("KL divergence after a token, log10 of nats; line: log10 of the mean")
+    axes.set_ylabel("tokens")
+    axes.set_title(title)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=150)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,308 @@
+"""lm-evaluation-harness with our models (extra `[eval]`).
+
+    from mistral_ext.evaluate.harness import evaluate
+
+    results = evaluate(llm, ["hellaswag", "arc_easy"], limit=100)
+
+The harness has the tasks, their data and their metrics; it calls the model through `HarnessModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.evaluate.likelihood import likelihoods, outputs_of
+from mistral_ext.llm import Mistral
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+
+# Tokens of a completion if a task does not say: the harness' own default for its models.
+_MAX_TOKENS = 256
+
+# What a task may ask of a completion, by the harness' names -> `SamplingParams`' names.
+_SAMPLING = {"top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+
+
+def evaluate(
+    llm: Mistral,
+    tasks: Sequence[str | dict[str, Any]],
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    cache: str | Path | None = None,
+    run_code: bool = False,
+    include: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates a model on tasks of lm-evaluation-harness.
+
+    Args:
+        llm: the model.
+        tasks: names of the harness' tasks and groups, paths of task files (YAML), or the dicts that
+            such files hold.
+        num_fewshot: examples before each question; None: as the tasks say.
+        limit: questions of each task: so many, or below 1 this share of them. None: all.
+        chat: put questions in the model's chat template.
+        system: a system prompt.
+        cache: prefix of the files in which answers are kept; a later call goes on from them. None:
+            keep none.
+        run_code: let tasks run the programs that the model writes, on this machine.
+        include: a folder with more tasks.
+        progress: show progress bars if stderr is a terminal.
+        options: more arguments of `lm_eval.simple_evaluate`.
+
+    Returns:
+        The results of `lm_eval.simple_evaluate`: "results" has metrics by task, "samples" has the
+        questions and answers.
+
+    Raises:
+        ImportError: lm_eval is missing.
+        ValueError: a task is not known, or it needs what the model lacks.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    # The index of the harness' own tasks takes many seconds.
+    needs_index = any(isinstance(task, str) and not _is_file(task) for task in tasks)
+    manager = TaskManager(
+        include_path=None if include is None else str(include), include_defaults=needs_index
+    )
+    results: dict[str, Any] = simple_evaluate(
+        model=harness_model(llm, progress),
+        tasks=[_task(task, manager.all_tasks) for task in tasks],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=chat,
+        system_instruction=system,
+        use_cache=None if cache is None else str(cache),
+        confirm_run_unsafe_code=run_code,
+        task_manager=manager,
+        **options,
+    )
+    return results
+
+
+def _task(task: str | dict[str, Any], known: Sequence[str]) -> str | dict[str, Any]:
+    """A task as the harness takes it."""
+    if isinstance(task, str) and _is_file(task):
+        if not Path(task).is_file():
+            raise FileNotFoundError(2, "No such file or directory", task)
+        return str(Path(task).absolute())
+    if isinstance(task, str) and task not in known:
+        raise ValueError(
+            f"task is {task!r}, expected a name that 'lm-eval ls tasks' lists, or FILE.yaml"
+        )
+    return task
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def harness_model(llm: Mistral, progress: bool = True) -> LM:
+    """A model as the harness' functions take it.
+
+    Args:
+        llm: the model.
+        progress: show progress bars if stderr is a terminal.
+
+    Raises:
+        ImportError: lm_eval is missing.
+        ValueError: the model has no tokenizer.
+    """
+    from lm_eval.api.model import TemplateLM
+
+    class Model(HarnessModel, TemplateLM):  # type: ignore[misc]
+        """`HarnessModel`, with what the harness' own class does for all models."""
+
+    return Model(llm, progress)
+
+
+class HarnessModel:
+    """What the harness asks of a model.
+
+    Texts are tokenized as the harness' Hugging Face model does: control tokens that a text spells
+    out are control tokens. A conversation in the chat template has the tokens of `Mistral.chat`.
+
+    Args:
+        llm: the model.
+        progress: show progress bars if stderr is a terminal.
+    """
+
+    def __init__(self, llm: Mistral, progress: bool = True) -> None:
+        super().__init__()
+        self._llm = llm
+        self._tokenizer = llm.require_tokenizer()
+        self._progress = progress
+        self._chats: dict[str, list[int]] = {}  # the tokens of conversations, by their text
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self._tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that a text begins with."""
+        return self._tokenizer.bos_id
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the model can see and predict together; None: no limit."""
+        return self._llm.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells tokenizers apart in the harness' cache of requests."""
+        return str(self._tokenizer.path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            string: the text.
+            add_special_tokens: begin with <s>; None: if the model's texts do, and the text does not
+                spell it out.
+        """
+        if string in self._chats:
+            return self._chats[string]
+        ids = self._tokenizer.encode(string, bos=False, special_tokens=True)
+        begins = ids[:1] == [self._tokenizer.bos_id]
+        if add_special_tokens or (add_special_tokens is None and not begins):
+            return [*self._tokenizer.start, *ids]
+        return ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context in self._chats:
+            return self._chats[context], self._tokenizer.encode(continuation, bos=False)
+        ids: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)  # type: ignore[misc]
+        return ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """The results of requests: texts (or None), tokens of the context, of the continuation."""
+        pairs = [self._cut(context, continuation) for _, context, continuation in requests]
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        for i, result in likelihoods(self._llm, pairs, self._progress):
+            results[i] = result.logprob, result.is_greedy
+            if requests[i][0] is not None:
+                self._keep("loglikelihood", requests[i][0], results[i])
+        return results
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-probability of whole texts, each token seeing what the model can see.
+
+        A text longer than a model without a window knows positions is cut into windows, of which
+        each begins with the last token of the window before.
+        """
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            longest = self.max_length or len(ids)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self._keep("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The completions of texts, without the strings that end them."""
+        from tqdm import tqdm
+
+        prompts = [(self.tok_encode(r.args[0]), self._params(r.args[1])) for r in requests]
+        for i, (ids, params) in enumerate(prompts):
+            prompts[i] = self._fit(ids, params.max_tokens), params
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i][0])
+        made = (self._llm.request(*prompts[i]) for i in order)
+        texts = [""] * len(prompts)
+        disable = None if self._progress and not disable_tqdm else True
+        with tqdm(total=len(prompts), unit="completions", disable=disable) as bar:
+            for number, output in outputs_of(self._llm, made):
+                if output.completion:
+                    i = order[number]
+                    texts[i] = output.completion.text or ""
+                    self._keep("generate_until", requests[i].args, texts[i])
+                    bar.update()
+        return texts
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation, up to the reply; it stands for the tokens of `Mistral.chat`.
+
+        Args:
+            chat_history: messages, {"role": ..., "content": ...}.
+            add_generation_prompt: False: the last message is the beginning of the reply.
+        """
+        begun = "" if add_generation_prompt else chat_history[-1]["content"]
+        ids = self._llm.encode_chat(chat_history if add_generation_prompt else chat_history[:-1])
+        if begun:
+            ids = [*ids, *self._tokenizer.encode(begun, bos=False)]
+        names = {i: name for name, i in self._tokenizer.control_ids.items()}
+        data = b"".join(self._tokenizer.token_bytes(i) or names.get(i, "").encode() for i in ids)
+        text = data.decode("utf-8", "replace")
+        self._chats[text] = ids
+        return text
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template, for the harness' records; "" if none is used."""
+        if not chat_template:
+            return ""
+        template = self._llm.chat_template()
+        return template if isinstance(template, str) else template.source()
+
+    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Drops the first tokens of what the model cannot see as a whole."""
+        if self.max_length is None:
+            return context, continuation
+        ids = [*context, *continuation][-(self.max_length + 1) :]
+        count = min(len(continuation), len(ids) - 1)
+        return ids[: len(ids) - count], ids[len(ids) - count :]
+
+    def _fit(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Drops the first tokens of a prompt that leaves no room for its completion."""
+        if self.max_length is None:
+            return ids
+        if max_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks is {max_tokens}, expected fewer than {self.max_length}, the "
+                "positions that the model was trained for (max_positions)"
+            )
+        return ids[-(self.max_length - max_tokens) :]
+
+    def _params(self, given: Mapping[str, Any]) -> SamplingParams:
+        """A task's options of a completion."""
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        options = normalize_gen_kwargs(dict(given), _MAX_TOKENS)
+        stop = [text for text in handle_stop_sequences(options.pop("until", None), None) if text]
+        chosen = {ours: options[name] for name, ours in _SAMPLING.items() if name in options}
+        return SamplingParams(
+            max_tokens=options["max_gen_toks"],
+            temperature=options["temperature"] if options["do_sample"] else 0.0,
+            stop=stop,
+            **(chosen if options["do_sample"] else {}),
+        )
+
+    def _keep(self, kind: str, args: Any, result: Any) -> None:
+        """Has the harness' cache keep an answer at once, so that an interrupted run goes on."""
+        self.cache_hook.add_partial(kind, args, result)  # type: ignore[attr-defined]

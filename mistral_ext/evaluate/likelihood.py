@@ -1,0 +1,119 @@
+"""How likely texts are as continuations of others.
+
+Benchmarks with given answers ask this for each answer to a question. Continuations of the same
+context are neighbours in the engine, so the context is read once: the other continuations read
+their own tokens, and the last few of the context again (`engine.prefix_cache.LEAST_PIECE`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral_ext.engine.request import Output, Request
+from mistral_ext.llm import Mistral, expect_token_ids
+
+# More requests would fill no pass better.
+_WITH_THE_ENGINE = 64
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation."""
+
+    logprob: float  # natural logarithm of its probability, the sum over its tokens
+    is_greedy: bool  # each token is the most likely one
+
+
+@torch.inference_mode()
+def likelihoods(
+    llm: Mistral,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    progress: bool = True,
+) -> Iterator[tuple[int, Likelihood]]:
+    """Measures continuations.
+
+    Args:
+        llm: the model.
+        pairs: token ids of a context and of its continuation, at least one of each. A model without
+            a window must know as many positions as they have tokens, less one.
+        progress: show a progress bar if stderr is a terminal.
+
+    Yields:
+        The index of a pair, and its result, in the order in which pairs are done.
+
+    Raises:
+        ValueError, TypeError: token ids are wrong; the message names the pair.
+    """
+    for i, (context, continuation) in enumerate(pairs):
+        expect_token_ids(context, llm.config.vocab_size, f"pairs[{i}], the context,")
+        expect_token_ids(continuation, llm.config.vocab_size, f"pairs[{i}], the continuation,")
+        count = len(context) + len(continuation) - 1
+        if llm.max_length is not None and count > llm.max_length:
+            raise ValueError(
+                f"pairs[{i}] has {count} tokens to read, expected {llm.max_length} or fewer, the "
+                "positions that the model was trained for (max_positions)"
+            )
+    # Neighbours in this order have as long a beginning in common as any.
+    order = sorted(range(len(pairs)), key=lambda i: [*pairs[i][0], *pairs[i][1]])
+    targets = {i: torch.tensor(pairs[i][1], device=llm.model.device) for i in order}
+    totals = dict.fromkeys(order, (0.0, True))
+    requests = (_request(*pairs[i]) for i in order)
+    with tqdm(total=len(pairs), unit="texts", disable=None if progress else True) as bar:
+        for number, output in outputs_of(llm, requests):
+            i = order[number]
+            if output.prompt_logits is not None:
+                ids, targets[i] = targets[i].tensor_split([len(output.prompt_logits)])
+                logprob, is_greedy = _measure(output.prompt_logits, ids)
+                totals[i] = totals[i][0] + logprob, totals[i][1] and is_greedy
+            if output.is_last:
+                yield i, Likelihood(*totals.pop(i))
+                bar.update()
+
+
+def outputs_of(llm: Mistral, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+    """The outputs of many requests, each with the number of its request. The engine has a few of
+    them at a time.
+
+    Raises:
+        Exception: what a request failed with; the others end.
+    """
+    waiting = enumerate(requests)
+    outputs = llm.engine.outputs([])
+    numbers: dict[int, int] = {}
+
+    def add(count: int) -> None:
+        for number, request in islice(waiting, count):
+            outputs.add(request)
+            numbers[outputs.request_ids[-1]] = number
+
+    try:
+        add(_WITH_THE_ENGINE)
+        for output in outputs:
+            if output.error:
+                raise output.error
+            yield numbers[output.request_id], output
+            if output.is_last:
+                del numbers[output.request_id]
+                add(1)
+    finally:
+        outputs.close()
+
+
+def _request(context: Sequence[int], continuation: Sequence[int]) -> Request:
+    ids = [*context, *continuation][:-1]
+    return Request(ids, None, len(ids), prompt_logits=True, logits_from=len(context) - 1)
+
+
+def _measure(logits: Tensor, ids: Tensor) -> tuple[float, bool]:
+    """Log-probability of tokens [n] by the logits [n, V] before each, and whether all are the most
+    likely."""
+    if not len(ids):
+        return 0.0, True
+    logprobs = logits.log_softmax(dim=1).gather(1, ids[:, None])
+    return logprobs.double().sum().item(), bool((logits.argmax(dim=1) == ids).all())

@@ -1,0 +1,146 @@
+"""The benchmarks of Mistral 7B's publication, beside what a model reaches.
+
+Published figures are those of "Mistral 7B" (arXiv:2310.06825, table 2) and of an early model card,
+whose decimals are finer and whose GSM8K and MATH have one answer to each question, as here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_ext.evaluate.harness import evaluate
+from mistral_ext.llm import Mistral
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A row of the published table.
+
+    Attributes:
+        title: its name there.
+        task: a task or group of lm-evaluation-harness.
+        metric: of the task.
+        shots: examples before each question.
+        paper, card: percentages; those of the paper that take the majority of several answers are
+            None.
+        runs_code: the task runs programs that the model writes.
+    """
+
+    title: str
+    task: str
+    metric: str
+    shots: int
+    paper: float | None
+    card: float
+    runs_code: bool = False
+
+
+PUBLISHED = (
+    Benchmark("MMLU", "mmlu", "acc", 5, 60.1, 59.99),
+    Benchmark("HellaSwag", "hellaswag", "acc_norm", 0, 81.3, 81.19),
+    Benchmark("WinoGrande", "winogrande", "acc", 0, 75.3, 75.53),
+    Benchmark("PIQA", "piqa", "acc_norm", 0, 83.0, 82.92),
+    Benchmark("ARC-e", "arc_easy", "acc_norm", 0, 80.0, 80.01),
+    Benchmark("ARC-c", "arc_challenge", "acc_norm", 0, 55.5, 55.38),
+    Benchmark("NQ", "nq_open", "exact_match", 5, 28.8, 28.92),
+    Benchmark("TriviaQA", "triviaqa", "exact_match", 5, 69.9, 69.88),
+    Benchmark("HumanEval", "humaneval", "pass@1", 0, 30.5, 29.88, runs_code=True),
+    Benchmark("MBPP", "mbpp", "pass_at_1", 3, 47.5, 47.86, runs_code=True),
+    Benchmark("MATH", "minerva_math", "exact_match", 4, None, 11.94),
+    Benchmark("GSM8K", "gsm8k_cot", "exact_match", 8, None, 39.35),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model reaches in a benchmark, in percent."""
+
+    benchmark: Benchmark
+    value: float
+    error: float | None  # standard error; None if the harness knows none
+
+    @property
+    def difference(self) -> float:
+        """To the model card's figure."""
+        return self.value - self.benchmark.card
+
+
+def measure(
+    llm: Mistral,
+    tasks: Sequence[str] | None = None,
+    run_code: bool = False,
+    **options: Any,
+) -> Iterator[Measured]:
+    """Runs benchmarks as they were published, those with equal numbers of examples together.
+
+    Args:
+        llm: the model.
+        tasks: the harness' names of some of the tasks of `PUBLISHED`; None: all, but not those that
+            run code unless run_code.
+        run_code: see `evaluate`.
+        options: more arguments of `evaluate`.
+
+    Raises:
+        ValueError: a task is not in the table, or runs code without run_code.
+    """
+    chosen = choose(tasks, run_code)
+    for shots, group in itertools.groupby(chosen, key=lambda b: b.shots):
+        benchmarks = list(group)
+        results = evaluate(
+            llm, [b.task for b in benchmarks], num_fewshot=shots, run_code=run_code, **options
+        )["results"]
+        for benchmark in benchmarks:
+            yield Measured(benchmark, *_percent(results[benchmark.task], benchmark.metric))
+
+
+def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
+    """The benchmarks to run, those with equal numbers of examples next to each other.
+
+    Args:
+        tasks, run_code: as in `measure`.
+    """
+    by_task = {b.task: b for b in PUBLISHED}
+    for task in tasks or ():
+        if task not in by_task:
+            raise ValueError(f"task is {task!r}, expected one of {', '.join(by_task)}")
+        if by_task[task].runs_code and not run_code:
+            raise ValueError(
+                f"task is {task!r}, which runs programs that the model writes, expected run_code"
+            )
+    if tasks is None:
+        tasks = [b.task for b in PUBLISHED if run_code or not b.runs_code]
+    return sorted((by_task[task] for task in tasks), key=lambda b: b.shots)
+
+
+def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
+    """A metric of the harness' results for a task, and its standard error. Metrics are called by
+    their name and that of a filter; the first filter is the task's own."""
+    for name, value in results.items():
+        if name.split(",")[0] != metric:
+            continue
+        error = results.get(name.replace(metric, f"{metric}_stderr", 1))
+        return 100 * value, 100 * error if isinstance(error, float) else None
+    raise ValueError(f"the harness has no {metric!r} among {', '.join(results)}")
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """The results beside the published ones, as a Markdown table."""
+    lines = [
+        "| benchmark | shots | metric | this model | paper | model card | difference "
+        "| in standard errors |",
+        "| --- | --: | --- | --: | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        b = row.benchmark
+        value, errors = f"{row.value:.2f}", ""
+        if row.error:
+            value += f" ± {row.error:.2f}"
+            errors = f"{row.difference / row.error:+.1f}"
+        paper = "" if b.paper is None else f"{b.paper:.1f}"
+        cells = (b.title, b.shots, b.metric, value, paper, f"{b.card:.2f}")
+        shown = " | ".join(map(str, cells))
+        lines.append(f"| {shown} | {row.difference:+.2f} | {errors} |")
+    return "\n".join(lines)
