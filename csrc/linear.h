@@ -106,6 +106,9 @@ struct DequantizeParams {
 
 namespace cuda {
 
+// Whether weights of this format have kernels.
+constexpr bool has_kernels(WeightFormat format) { return format <= WeightFormat::q8_0; }
+
 // K must be a multiple of this, so that the rows of every part are read in accesses of 16 bytes.
 int64_t row_unit(const LinearParams& p);
 

@@ -7,6 +7,7 @@
 #include "../norm.h"
 #include "gemv_int16.h"
 #include "gemv_int8.h"
+#include "gemv_unpacked.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
@@ -72,8 +73,10 @@ struct FewChunkOf {
   // Whether to multiply in 16-bit integers. fp32 has more bits than they hold. Pairs of bf16 are as
   // fast as integers, except for q8_0.
   static constexpr bool kInIntegers =
-      kHasInt16 && format != WeightFormat::plain && sizeof(T) == sizeof(int16_t) &&
-      (std::is_same_v<typename ArithmeticOf<T>::type, Fp32> || format == WeightFormat::q8_0);
+      kHasInt16 && sizeof(T) == sizeof(int16_t) &&
+      (format == WeightFormat::q8_0 ||
+       (std::is_same_v<typename ArithmeticOf<T>::type, Fp32> &&
+        (format == WeightFormat::int8 || format == WeightFormat::int4)));
   using type =
       std::conditional_t<kInIntegers, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
 };
