@@ -24,6 +24,9 @@ SHAPES_INT4 += [(33, 544, 97), (100, 160, 200)]
 # ... and of the super-blocks of GGUF's formats.
 SHAPES_PACKED = [(1, 256, 5), (4, 1280, 19), (35, 768, 98)]
 
+# test_linear_bytes.py tests the others.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 def inputs(tokens: int, size: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """x as a slice of a matrix that is NaN around it.

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../norm.h"
+#include "gemv_bytes.h"
 #include "gemv_int16.h"
 #include "gemv_int8.h"
 #include "gemv_unpacked.h"
@@ -91,6 +92,21 @@ struct FewChunkOf<WeightFormat::int8, f16> {
 };
 #endif
 
+// Calls f with a value of the chunk type for a part of the weights.
+template <class T, class F>
+auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
+  return with_format(p.parts[part].format, [&](auto format) {
+    if constexpr (has_bytes<format.value, T>()) {
+      const bool by_default = info(format.value).bits == 4;
+      if (p.activations == Activations::rounded ||
+          (p.activations == Activations::by_format && by_default)) {
+        return f(InBytes<format.value>{});
+      }
+    }
+    return f(typename FewChunkOf<format.value, T>::type{});
+  });
+}
+
 // How the K activations of a token are packed for a chunk type.
 template <class Chunk>
 struct Packing {
@@ -111,6 +127,18 @@ struct Packing<Int16Chunk<format>> {
     pack_int16<Chunk>(x, inputs, out);
   }
 };
+#if defined(__AVX2__)
+template <WeightFormat format>
+struct Packing<InBytes<format>> {
+  static int64_t elements(int64_t inputs) {
+    return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
+  }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, char* out) {
+    pack_bytes(x, inputs, out);
+  }
+};
+#endif
 template <>
 struct Packing<Int8InIntegers> {
   static int64_t elements(int64_t inputs) {

@@ -118,8 +118,8 @@ struct Scratch {
     return tokens * padded(p.inputs) * int64_t{sizeof(typename TileOf<T>::type::Element)};
   }
   static int64_t few_bytes(const LinearParams& p, int64_t part) {
-    return with_format(p.parts[part].format, [&](auto format) {
-      using Chunk = typename FewChunkOf<format.value, T>::type;
+    return with_few_chunk<T>(p, part, [&](auto chunk) {
+      using Chunk = decltype(chunk);
       return p.tokens * Packing<Chunk>::elements(p.inputs) *
              int64_t{sizeof(typename Chunk::Arithmetic::Element)};
     });
@@ -132,9 +132,9 @@ void linear_few(const LinearParams& p, int threads) {
   // Calls f with the chunk type of the part, its packed activations and their elements for each
   // token.
   const auto with_chunk = [&](int64_t part, const auto& f) {
-    with_format(p.parts[part].format, [&](auto format) {
-      using Chunk = typename FewChunkOf<format.value, T>::type;
-      f(Chunk{}, reinterpret_cast<typename Chunk::Arithmetic::Element*>(scratch.packed[part]),
+    with_few_chunk<T>(p, part, [&](auto chunk) {
+      using Chunk = decltype(chunk);
+      f(chunk, reinterpret_cast<typename Chunk::Arithmetic::Element*>(scratch.packed[part]),
         Packing<Chunk>::elements(p.inputs));
     });
   };
