@@ -7,37 +7,95 @@
 
 namespace mistral {
 
-// A weight [N, K], row by row.
-//   plain  in the dtype of x
-//   int8   [N, K] int8; a bf16 scale for each row
-//   int4   [N, K / 8] words of 32 bits, each of 8 neighbouring values; a bf16 scale for each 32, 64
-//          or 128 neighbouring values. Value i of a word is in two's complement at bit
-//          int4_shift(i): (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1).
-//   q8_0   [N, K] int8; an fp16 scale for each 32 neighbouring values: GGUF's Q8_0, but with values
-//   and
-//          scales in separate arrays, so that a row is read in accesses of 16 bytes
-enum class WeightFormat { plain, int8, int4, q8_0 };
+// A weight [N, K], row by row. A group is 32, 64 or 128 neighbouring values of a row.
+//   plain   in the dtype of x
+//   int8    [N, K] int8; a bf16 scale for each row
+//   int4    words of signed values; a bf16 scale for each group
+//   q8_0    [N, K] int8; an fp16 scale for each 32 values
+//   q4_0    words of signed values; an fp16 scale for each group
+//   q4_1    words, w = d q + m; fp16 d, m for each 32 values
+//   q4_z    words, w = d (q - z); fp16 d, z for each group; z is an integer, 0 to 16
+//   q4_k    words, w = d s q - e m; for each 256 values 16 bytes of scales: d and e (fp16), then
+//           s and m of each 32 values in 6 bits (packed_scales)
+//   q5_k    as q4_k, with a fifth bit: for each 256 values 32 words, then 8 words of fifth bits
+//   q6_k    w = d s (q - 32); for each 256 values 32 words of low bits, then 16 words of high bits;
+//           20 bytes of scales: s of each 16 values (int8), d (fp16), two bytes 0
+//   iq4_nl  words, w = d kTable4[q]; an fp16 scale d for each 32 values
+//   iq4_xs  words, w = d (s - 32) kTable4[q]; for each 256 values 8 bytes of scales: d (fp16), the
+//           high 2 bits of the 8 numbers s (u16), their low 4 bits (4 bytes), the first lowest
+//
+// Words have 32 bits, for 8 neighbouring values of 4 bits: [N, K / 8]. Value i of a word is at bit
+// int4_shift(i): (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1). Signed values are in two's
+// complement, others are 0 to 15.
+//
+// In 256 values, let value e of word 4 b + i be at bit t = int4_shift(e). Its fifth bit (q5_k) is
+// bit fifth_bit_shift(i, t) of further word b. Its high two bits (q6_k) are at bit
+// high_bits_shift(i, t) of further word 8 (i / 2) + b.
+//
+// All but plain, int8 and int4 hold the numbers of GGUF's blocks of that name, or of GPTQ and AWQ
+// (q4_0 and q4_z), with values and scales in separate arrays, so that a row is read in accesses of
+// 16 bytes.
+enum class WeightFormat {
+  plain,
+  int8,
+  int4,
+  q8_0,
+  q4_0,
+  q4_1,
+  q4_z,
+  q4_k,
+  q5_k,
+  q6_k,
+  iq4_nl,
+  iq4_xs
+};
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
+
+// The further bits of a byte of a word lie in the same byte of a further word, which has those of
+// four words (q5_k) or two (q6_k).
+MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
+  return shift / 8 * 8 + 2 * word + shift % 8 / 4;
+}
+MISTRAL_HOST_DEVICE constexpr int high_bits_shift(int word, int shift) {
+  return shift / 8 * 8 + 4 * (word % 2) + shift % 8 / 2;
+}
+
+// The values of iq4_nl and iq4_xs: denser near 0, where most weights are.
+constexpr int8_t kTable4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                1,    13,   25,  38,  53,  69,  89,  113};
+
+// The values of q*_k and iq4_xs that share a d.
+constexpr int64_t kSuperBlock = 256;
 
 struct FormatInfo {
   const char* name;
   const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
   const char* scale_dtype;  // null: there are no scales
   int64_t bits;             // bits of a value; 0: as many as the dtype of x has
-  int64_t element_values;   // values in an element
-  // The fewest and the most neighbouring values that share a scale, powers of two. 0: the whole row
+  int64_t element_bits;     // bits of an element of the values
+  int64_t scale_bytes;      // bytes of an element of the scales
+  int64_t group_scales;     // elements of the scales of a group
+  // The fewest and the most neighbouring values that share scales, powers of two. 0: the whole row
   // shares a scale.
   int64_t least_group;
   int64_t most_group;
 };
 
-constexpr int kNumFormats = 4;
+constexpr int kNumFormats = 12;
 constexpr FormatInfo kFormats[kNumFormats] = {
-    {"plain", nullptr, nullptr, 0, 1, 0, 0},
-    {"int8", "int8", "bfloat16", 8, 1, 0, 0},
-    {"int4", "int32", "bfloat16", 4, 8, 32, 128},
-    {"q8_0", "int8", "float16", 8, 1, 32, 32},
+    {"plain", nullptr, nullptr, 0, 0, 0, 0, 0, 0},
+    {"int8", "int8", "bfloat16", 8, 8, 2, 1, 0, 0},
+    {"int4", "int32", "bfloat16", 4, 32, 2, 1, 32, 128},
+    {"q8_0", "int8", "float16", 8, 8, 2, 1, 32, 32},
+    {"q4_0", "int32", "float16", 4, 32, 2, 1, 32, 128},
+    {"q4_1", "int32", "float16", 4, 32, 2, 2, 32, 32},
+    {"q4_z", "int32", "float16", 4, 32, 2, 2, 32, 128},
+    {"q4_k", "int32", "uint8", 4, 32, 1, 16, kSuperBlock, kSuperBlock},
+    {"q5_k", "int32", "uint8", 5, 32, 1, 16, kSuperBlock, kSuperBlock},
+    {"q6_k", "int32", "uint8", 6, 32, 1, 20, kSuperBlock, kSuperBlock},
+    {"iq4_nl", "int32", "float16", 4, 32, 2, 1, 32, 32},
+    {"iq4_xs", "int32", "uint8", 4, 32, 1, 8, kSuperBlock, kSuperBlock},
 };
 [[gnu::always_inline]] inline constexpr const FormatInfo& info(WeightFormat format) {
   return kFormats[static_cast<int>(format)];
@@ -54,6 +112,14 @@ template <class F>
     case WeightFormat::int8: return f(FormatConstant<WeightFormat::int8>{});
     case WeightFormat::int4: return f(FormatConstant<WeightFormat::int4>{});
     case WeightFormat::q8_0: return f(FormatConstant<WeightFormat::q8_0>{});
+    case WeightFormat::q4_0: return f(FormatConstant<WeightFormat::q4_0>{});
+    case WeightFormat::q4_1: return f(FormatConstant<WeightFormat::q4_1>{});
+    case WeightFormat::q4_z: return f(FormatConstant<WeightFormat::q4_z>{});
+    case WeightFormat::q4_k: return f(FormatConstant<WeightFormat::q4_k>{});
+    case WeightFormat::q5_k: return f(FormatConstant<WeightFormat::q5_k>{});
+    case WeightFormat::q6_k: return f(FormatConstant<WeightFormat::q6_k>{});
+    case WeightFormat::iq4_nl: return f(FormatConstant<WeightFormat::iq4_nl>{});
+    case WeightFormat::iq4_xs: return f(FormatConstant<WeightFormat::iq4_xs>{});
     case WeightFormat::plain: break;
   }
   return f(FormatConstant<WeightFormat::plain>{});

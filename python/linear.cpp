@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdlib>
+
 #include "call.h"
 #include "device.h"
 #include "ops.h"
@@ -10,6 +12,15 @@
 
 namespace mistral::python {
 namespace {
+
+// MISTRAL_EXT_EXACT, until it is set; none: each format has its own.
+std::optional<bool>& exact_products() {
+  static std::optional<bool> exact = [] {
+    const char* wanted = std::getenv("MISTRAL_EXT_EXACT");
+    return wanted && *wanted ? std::optional<bool>(std::string(wanted) != "0") : std::nullopt;
+  }();
+  return exact;
+}
 
 struct Names {
   const char* values[kMaxParts];
@@ -35,7 +46,7 @@ struct Weights {
 };
 
 // Checks that a row of `inputs` values consists of whole groups of a size that the format allows.
-void expect_groups(const char* op, const char* name, int64_t inputs, int64_t groups,
+void expect_groups(const char* op, const char* name, int64_t inputs, int64_t scales,
                    const WeightPart& part) {
   const FormatInfo& format = info(part.format);
   std::string sizes;
@@ -43,12 +54,15 @@ void expect_groups(const char* op, const char* name, int64_t inputs, int64_t gro
   for (int64_t size = format.least_group; size <= format.most_group; size *= 2) {
     const bool last = size == format.most_group;
     sizes += (sizes.empty() ? "" : last ? " or " : ", ") + std::to_string(size);
-    fits = fits || (part.group == size && size * groups == inputs);
+    fits = fits || (part.group == size && inputs % size == 0 &&
+                    inputs / size * format.group_scales == scales);
   }
   if (fits) return;
+  const std::string each =
+      format.group_scales == 1 ? "a scale" : std::to_string(format.group_scales) + " scales";
   fail(op, std::string(name) + " has " + std::to_string(inputs) + " inputs and " +
-               std::to_string(groups) + " scales a row, expected groups of " + sizes +
-               " inputs with a scale each");
+               std::to_string(scales) + " scales a row, expected groups of " + sizes +
+               " inputs with " + each + " each");
 }
 
 WeightFormat format_of(const char* op, const char* name, const py::handle& given) {
@@ -78,16 +92,16 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& 
     return part;
   }
   const Table values(op, names.values[i], weights.values[i], format.value_dtype);
-  values.expect_shape({-1, inputs / format.element_values});
+  values.expect_shape({-1, inputs * format.bits / format.element_bits});
   values.expect_device_of(x);
   values.expect_contiguous();
   const Table scales(op, names.scales[i], weights.scales[i], format.scale_dtype);
   scales.expect_shape({values.size(0), format.least_group ? -1 : 1});
   scales.expect_device_of(x);
   scales.expect_contiguous();
-  const int64_t groups = scales.size(1);
+  const int64_t count = scales.size(1), groups = count / format.group_scales;
   part.group = groups > 0 ? max(1, inputs / groups) : 0;
-  if (format.least_group) expect_groups(op, names.values[i], inputs, groups, part);
+  if (format.least_group) expect_groups(op, names.values[i], inputs, count, part);
   if (part.format == WeightFormat::int8 && inputs > kMaxInt8Inputs) {
     fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
                  " inputs, expected at most " + std::to_string(kMaxInt8Inputs) + " as int8");
@@ -111,6 +125,9 @@ LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
   p.inputs = x.size(1);
   p.stride_x_token = x.stride(0);
   p.eps = static_cast<float>(eps);
+  if (exact_products().has_value()) {
+    p.activations = *exact_products() ? Activations::exact : Activations::rounded;
+  }
   const size_t count = weights.values.size();
   if (count < 1 || count > static_cast<size_t>(kMaxParts)) {
     fail(op, "number of weights is " + std::to_string(count) + ", expected 1 to " +
@@ -212,6 +229,12 @@ Op find_op(const std::string& name) {
 
 #ifdef MISTRAL_CUDA
 
+void expect_cuda_format(const char* op, const char* name, WeightFormat format) {
+  if (cuda::has_kernels(format)) return;
+  fail(op, "format of " + std::string(name) + " is '" + info(format).name +
+               "', expected one with kernels for CUDA devices");
+}
+
 // Checks what 16-byte accesses need.
 void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
   const int64_t unit = cuda::row_unit(p);
@@ -228,6 +251,7 @@ void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) 
   };
   const Names names = names_of(p.epilogue, static_cast<size_t>(p.num_parts));
   for (int64_t i = 0; i < p.num_parts; ++i) {
+    expect_cuda_format(op, names.values[i], p.parts[i].format);
     expect_aligned(names.values[i], p.parts[i].values, 16);
     expect_aligned(names.scales[i], p.parts[i].scales, 4);
   }
@@ -361,6 +385,7 @@ void dequantize(py::object values, py::object scales, const std::string& format,
   if (p.weight.format == WeightFormat::plain) {
     fail(op, "format of weight is 'plain', expected a format with scales");
   }
+  expect_cuda_format(op, "weight", p.weight.format);
   if (p.inputs % 8 != 0) {
     fail(op, "weight has " + std::to_string(p.inputs) +
                  " inputs, expected a multiple of 8 on a CUDA device");
@@ -382,7 +407,7 @@ py::dict weight_formats() {
     facts["value_dtype"] = format.value_dtype;
     facts["scale_dtype"] = format.scale_dtype;
     facts["bits"] = format.bits;
-    facts["element_values"] = format.element_values;
+    facts["group_scales"] = format.group_scales;
     facts["least_group"] = format.least_group;
     facts["most_group"] = format.most_group;
     formats[format.name] = facts;
@@ -415,6 +440,10 @@ void bind_linear(py::module_& m) {
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("format"),
         py::arg("out"), py::arg("target"));
 #endif
+  m.def("exact_products", [] { return exact_products(); });
+  m.def(
+      "set_exact_products", [](std::optional<bool> exact) { exact_products() = exact; },
+      py::arg("exact").none(true));
   m.def("weight_formats", &weight_formats);
 }
 

@@ -288,6 +288,7 @@ def use(emulator: ModuleType) -> AbstractContextManager[None]:
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
     multiplies = {op: getattr(amx, op) for op in ("linear", "linear_argmax", "linear_rope")}
+    amx.set_exact_products(_C.exact_products())
     isas = {"supported_isas": lambda: [*_C.supported_isas(), "amx"]}
     return _in_place_of_c(SimpleNamespace(**{**vars(_C), **multiplies, **isas}))
 

@@ -51,6 +51,15 @@ def _selected(isa):
         ops.select_isa(before)
 
 
+@pytest.fixture
+def exact_products():
+    """Has products keep the precision of their activations."""
+    before = ops.exact_products()
+    ops.set_exact_products(True)
+    yield
+    ops.set_exact_products(before)
+
+
 @pytest.fixture(scope="session")
 def emulator_module():
     return backends.build_emulator("emulator")

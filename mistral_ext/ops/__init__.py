@@ -30,7 +30,14 @@ The values in a table are checked on the CPU only: reading them from a GPU would
 """
 
 from mistral_ext.ops.attention import attention
-from mistral_ext.ops.isa import active_isa, head_dims, select_isa, supported_isas
+from mistral_ext.ops.isa import (
+    active_isa,
+    exact_products,
+    head_dims,
+    select_isa,
+    set_exact_products,
+    supported_isas,
+)
 from mistral_ext.ops.linear import (
     linear,
     linear_argmax,
@@ -53,6 +60,7 @@ __all__ = [
     "Weights",
     "active_isa",
     "attention",
+    "exact_products",
     "head_dims",
     "linear",
     "linear_argmax",
@@ -64,6 +72,7 @@ __all__ = [
     "rope",
     "sample",
     "select_isa",
+    "set_exact_products",
     "supported_isas",
     "swiglu",
 ]

@@ -1,4 +1,4 @@
-"""The instruction sets of the CPU kernels."""
+"""The instruction sets of the CPU kernels, and the precision of their products."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ def active_isa() -> str:
 def select_isa(name: str) -> None:
     """Makes the CPU kernels use instruction set `name`; ValueError if this machine cannot."""
     _C.select_isa(name)
+
+
+def exact_products() -> bool | None:
+    """What `set_exact_products` was called with; before that, what MISTRAL_EXT_EXACT says."""
+    return _C.exact_products()
+
+
+def set_exact_products(exact: bool | None) -> None:
+    """Says how CPUs with AVX2 multiply up to 8 tokens by weights of 4 to 6 bits.
+
+    It holds for the process. MISTRAL_EXT_EXACT=1 or 0 in the environment says it at the start.
+
+    Args:
+        exact: True: activations keep their precision, as in `linear`. False: each block of 32 is
+            rounded to 8 bits, which is several times as fast. None, the default: rounded by weights
+            of 4 bits, whose own error is far larger; exact by "q5_k" and "q6_k".
+    """
+    _C.set_exact_products(exact)
 
 
 def head_dims(device_type: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Weights for products: plain tensors, and `Quantized` weights, which name their format.
 
-csrc/formats.h lists the formats. This file adds how Python unpacks their values.
+csrc/formats.h lists the formats; dequantize.py unpacks their values.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-
-VALUES_PER_WORD = 8  # 4-bit values in an int32
-# Value i of a word begins at bit 4 * (i // 2) + 16 * (i % 2). A shift by 4 j and the mask
-# 0x000f000f then give values 2 j and 2 j + 1, one in each half of the word.
-_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device="cpu")
+from mistral_ext.ops.dequantize import DEQUANTIZE
 
 
 class Format(NamedTuple):
@@ -25,9 +21,17 @@ class Format(NamedTuple):
     value_dtype: torch.dtype
     scale_dtype: torch.dtype
     bits: int  # bits of a value
-    element_values: int  # values in an element
-    least_group: int  # values that share a scale: powers of two from here ...
+    group_scales: int  # elements of the scales of a group
+    least_group: int  # values that share scales: powers of two from here ...
     most_group: int  # ... to here; 0: a whole row
+
+    def elements(self, size: int) -> int:
+        """Elements of the values of a row of K = `size` values."""
+        return size * self.bits // (8 * self.value_dtype.itemsize)
+
+    def size(self, elements: int) -> int:
+        """K of a row whose values have so many elements."""
+        return elements * 8 * self.value_dtype.itemsize // self.bits
 
 
 def _formats() -> dict[str, Format]:
@@ -36,7 +40,7 @@ def _formats() -> dict[str, Format]:
             getattr(torch, facts["value_dtype"]),
             getattr(torch, facts["scale_dtype"]),
             facts["bits"],
-            facts["element_values"],
+            facts["group_scales"],
             facts["least_group"],
             facts["most_group"],
         )
@@ -53,11 +57,21 @@ class Quantized(NamedTuple):
     """A weight [N, K] whose values have scales.
 
     "int8": values int8 [N, K], -127 to 127; scales bfloat16 [N, 1].
-    "int4": values int32 [N, K / 8]; scales bfloat16 [N, K / group], of either sign. Value k of a
-    row, -8 to 7 in two's complement, is in word k // 8 at bit 4 * (i // 2) + 16 * (i % 2) with
-    i = k % 8. Groups of 32, 64 or 128.
-    "q8_0": values int8 [N, K]; scales float16 [N, K / 32]: groups of 32. The numbers are those of
-    GGUF's Q8_0, with values and scales in separate tensors.
+    "int4": words; scales bfloat16 [N, K / group], of either sign. Groups of 32, 64 or 128.
+    "q8_0": values int8 [N, K]; scales float16 [N, K / 32]: groups of 32.
+    "q4_0": words; scales float16 [N, K / group]. Groups of 32, 64 or 128.
+    "q4_1": words; scales float16 [N, 2 K / 32]: a scale and a minimum in turn.
+    "q4_z": words; scales float16 [N, 2 K / group]: a scale and a zero point, 0 to 16, in turn.
+    Groups of 32, 64 or 128.
+    "q4_k", "iq4_xs": words; scales uint8 [N, 16 K / 256], [N, 8 K / 256].
+    "q5_k", "q6_k": values int32 [N, 5 K / 32], [N, 6 K / 32]; scales uint8 [N, 16 K / 256],
+    [N, 20 K / 256].
+    "iq4_nl": words; scales float16 [N, K / 32].
+
+    Words are int32 [N, K / 8]. Value k of a row is in word k // 8, at bit
+    4 * (i // 2) + 16 * (i % 2) with i = k % 8: in "int4" and "q4_0" in two's complement (-8 to 7),
+    in others unsigned. A format with the name of a type of GGUF has its numbers, with values and
+    scales in separate tensors. csrc/formats.h has the formulas and the places of bits.
     """
 
     values: Tensor
@@ -68,23 +82,20 @@ class Quantized(NamedTuple):
     def shape(self) -> torch.Size:
         """[N, K], the shape of the weight."""
         rows, elements = self.values.shape
-        return torch.Size((rows, elements * FORMATS[self.format].element_values))
+        return torch.Size((rows, FORMATS[self.format].size(elements)))
 
     @property
     def group(self) -> int:
-        """Number of values that share a scale; K for "int8"."""
-        return self.shape[1] // self.scales.shape[1]
+        """Number of values that share scales; K for "int8"."""
+        return self.shape[1] * FORMATS[self.format].group_scales // self.scales.shape[1]
 
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as a tensor [N, K]: values times scales in fp32, then rounded to `dtype`."""
-        values = unpack(self.values) if self.format == "int4" else self.values
-        groups = values.float().unflatten(1, (-1, self.group))
-        weight: Tensor = groups * self.scales.float().unsqueeze(2)
-        return weight.flatten(1).to(dtype)
+        """The weight as a tensor [N, K], computed in fp32, then rounded to `dtype`."""
+        return DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
 
     def to(self, device: torch.device | str) -> Quantized:
         return Quantized(self.values.to(device), self.scales.to(device), self.format)
@@ -116,19 +127,6 @@ class JoinedWeight(NamedTuple):
 
 # Weights that are multiplied in one pass, as if they lay one below the other.
 Weights: TypeAlias = Sequence[Weight] | JoinedWeight
-
-
-def pack(values: Tensor, out: Tensor) -> None:
-    """Packs [N, K] integers from -8 to 7, of any dtype, into [N, K / 8] words."""
-    nibbles = values.to(torch.int32).bitwise_and_(15).unflatten(1, (-1, VALUES_PER_WORD))
-    # The shifted values have no bit in common, so their sum is their union.
-    torch.sum(nibbles << _SHIFTS.to(out.device), dim=2, dtype=torch.int32, out=out)
-
-
-def unpack(words: Tensor) -> Tensor:
-    """Unpacks [N, K / 8] words into [N, K] int32, -8 to 7."""
-    nibbles = (words.unsqueeze(2) >> _SHIFTS.to(words.device)) & 15
-    return ((nibbles ^ 8) - 8).flatten(1)
 
 
 class Parts(NamedTuple):

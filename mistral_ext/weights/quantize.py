@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral_ext.ops.weight import FORMATS, Quantized, pack
+from mistral_ext.ops.dequantize import pack
+from mistral_ext.ops.weight import FORMATS, Quantized
 
 # The names by which callers choose a format.
 NAMES = {"int8": "q8_0", "int4": "int4"}
@@ -187,10 +188,10 @@ def _empty(
             f"tensor {name!r} of shape {shape} has rows of {columns}, expected a multiple of "
             f"{group} to quantise it to {format!r} in groups of {group}"
         )
-    elements, groups = columns // facts.element_values, columns // (group or columns)
+    groups = columns // (group or columns)
     return Quantized(
-        torch.empty(rows, elements, dtype=facts.value_dtype, device=device),
-        torch.empty(rows, groups, dtype=facts.scale_dtype, device=device),
+        torch.empty(rows, facts.elements(columns), dtype=facts.value_dtype, device=device),
+        torch.empty(rows, groups * facts.group_scales, dtype=facts.scale_dtype, device=device),
         format,
     )
 

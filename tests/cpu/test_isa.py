@@ -1,4 +1,4 @@
-"""Choosing the instruction set: select_isa and MISTRAL_EXT_ISA."""
+"""Choosing the instruction set and the precision of products, in calls and in the environment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from skipped import INSTRUCTION_SETS
 from mistral_ext import _C, ops
 
 
-def run(code: str, isa: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"MISTRAL_EXT_ISA": isa}
+def run(code: str, isa: str = "", exact: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MISTRAL_EXT_ISA": isa, "MISTRAL_EXT_EXACT": exact}
     # The compiled module alone, so that a child takes milliseconds: it needs no torch to load.
     code = f"import sys; sys.path.insert(0, {str(Path(_C.__file__).parent)!r}); import _C; {code}"
     return subprocess.run(
@@ -58,6 +58,12 @@ def test_select_isa(isa):
         ops.select_isa("AVX2")
     assert ops.active_isa() == isa
     assert ops.supported_isas()[0] == "scalar"
+
+
+@pytest.mark.parametrize(("setting", "exact"), [("1", "True"), ("0", "False"), ("", "None")])
+def test_the_environment_asks_for_exact_products(setting, exact):
+    child = run("print(_C.exact_products())", exact=setting)
+    assert child.stdout == f"{exact}\n", child.stderr
 
 
 def test_no_instruction_set_is_left_out_silently():

@@ -21,6 +21,9 @@ SHAPES = [(0, 16, 4, None), (1, 16, 1, 1), (1, 64, 130, None), (3, 416, 33, 32),
 SHAPES += [(9, 96, 47, 46), (16, 64, 200, 1), (17, 160, 35, 34), (40, 32, 97, None)]
 SHAPES += [(64, 64, 50, 17), (65, 32, 20, 18), (130, 64, 19, None)]
 
+# test_linear_bytes.py tests the others.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 
 def chosen(logits, limit=None):
     """By the specification of sample."""
@@ -113,7 +116,7 @@ def test_logits_are_compared_as_they_are_rounded(backend, tokens, dtype):
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64])
 def test_one_launch_that_reads_what_the_product_does(emulator, tokens, generator):
     x = inputs(tokens, 256, torch.bfloat16, generator)
-    for weight in weights((50, 256), torch.bfloat16, generator).values():
+    for weight in formats(weights((50, 256), torch.bfloat16, generator), "emulator").values():
         with use(emulator):
             ops.linear(x, weight)
             ops.linear_argmax(x, weight)

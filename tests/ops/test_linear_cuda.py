@@ -8,7 +8,9 @@ import math
 import pytest
 import reference
 import torch
-from backends import registered, use
+from backends import GPU, registered, use
+from packed_weights import GROUPS as PACKED
+from packed_weights import random_weight
 from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
@@ -294,6 +296,24 @@ def test_what_has_no_kernel_is_refused(emulator, size, form, dtype, generator):
     weight = make_weight(form, 4, size, generator, dtype)
     with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
         ops.linear(make_x(2, size, generator, dtype), weight)
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_a_format_without_kernels_is_refused(emulator, form, generator):
+    weight = random_weight(form, (4, 256), PACKED[form][0], generator)
+    for tokens in (2, 70):
+        with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
+            ops.linear(make_x(tokens, 256, generator), weight)
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("form", PACKED)
+def test_a_format_without_kernels_is_named(device, form, generator):
+    weight = random_weight(form, (4, 256), PACKED[form][0], generator).to(device)
+    message = f"format of weight is '{form}', expected one with kernels for CUDA devices"
+    for tokens in (2, 70):  # by our kernels, and by torch's
+        with pytest.raises(ValueError, match=message):
+            ops.linear(make_x(tokens, 256, generator).to(device), weight)
 
 
 def test_rows_of_every_part_are_read_by_16_bytes(emulator, generator):

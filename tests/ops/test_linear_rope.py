@@ -61,6 +61,10 @@ class Given:
         return out, *pools
 
 
+# test_linear_bytes.py tests the others.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
 def make(batch, generator, form="plain", dtype=torch.bfloat16, dim=64, norm=True, inputs=INPUTS):
     capacities, window, positions, counts = BATCHES[batch]
     batch = RaggedBatch(capacities, window, dim=dim, dtype=dtype, positions=positions)

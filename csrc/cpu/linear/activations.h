@@ -5,8 +5,10 @@
 #include <type_traits>
 
 #include "../norm.h"
+#include "gemv_bytes.h"
 #include "gemv_int16.h"
 #include "gemv_int8.h"
+#include "gemv_unpacked.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
@@ -72,8 +74,10 @@ struct FewChunkOf {
   // Whether to multiply in 16-bit integers. fp32 has more bits than they hold. Pairs of bf16 are as
   // fast as integers, except for q8_0.
   static constexpr bool kInIntegers =
-      kHasInt16 && format != WeightFormat::plain && sizeof(T) == sizeof(int16_t) &&
-      (std::is_same_v<typename ArithmeticOf<T>::type, Fp32> || format == WeightFormat::q8_0);
+      kHasInt16 && sizeof(T) == sizeof(int16_t) &&
+      (format == WeightFormat::q8_0 ||
+       (std::is_same_v<typename ArithmeticOf<T>::type, Fp32> &&
+        (format == WeightFormat::int8 || format == WeightFormat::int4)));
   using type =
       std::conditional_t<kInIntegers, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
 };
@@ -87,6 +91,21 @@ struct FewChunkOf<WeightFormat::int8, f16> {
   using type = Int8InIntegers;
 };
 #endif
+
+// Calls f with a value of the chunk type for a part of the weights.
+template <class T, class F>
+auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
+  return with_format(p.parts[part].format, [&](auto format) {
+    if constexpr (has_bytes<format.value, T>()) {
+      const bool by_default = info(format.value).bits == 4;
+      if (p.activations == Activations::rounded ||
+          (p.activations == Activations::by_format && by_default)) {
+        return f(InBytes<format.value>{});
+      }
+    }
+    return f(typename FewChunkOf<format.value, T>::type{});
+  });
+}
 
 // How the K activations of a token are packed for a chunk type.
 template <class Chunk>
@@ -108,6 +127,18 @@ struct Packing<Int16Chunk<format>> {
     pack_int16<Chunk>(x, inputs, out);
   }
 };
+#if defined(__AVX2__)
+template <WeightFormat format>
+struct Packing<InBytes<format>> {
+  static int64_t elements(int64_t inputs) {
+    return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
+  }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, char* out) {
+    pack_bytes(x, inputs, out);
+  }
+};
+#endif
 template <>
 struct Packing<Int8InIntegers> {
   static int64_t elements(int64_t inputs) {

@@ -13,9 +13,11 @@ constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 
 // Consecutive rows of one part of the weights, in any format.
 struct WeightRows {
+  WeightFormat format;
   const char* values;
   const char* scales;
   int64_t inputs;       // K
+  int64_t bits;         // of a value
   int64_t row_bytes;    // of the values of a row
   int64_t scale_bytes;  // of the scales of a row
   int group_log2;       // log2 of the values that share a scale, in formats with groups
@@ -26,6 +28,7 @@ struct WeightRows {
     if (scales) rows.scales += row * scale_bytes;
     return rows;
   }
+  int64_t bytes(int64_t count) const { return count * bits / 8; }
 };
 
 constexpr int64_t kScaleBytes = 2;  // of bf16 and fp16
@@ -38,8 +41,12 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   w.values = static_cast<const char*>(part.values);
   w.scales = static_cast<const char*>(part.scales);
   w.inputs = inputs;
-  w.row_bytes = format.bits ? inputs * format.bits / 8 : inputs * int64_t{sizeof(T)};
-  if (part.scales) w.scale_bytes = inputs / part.group * kScaleBytes;
+  w.format = part.format;
+  w.bits = format.bits ? format.bits : 8 * int64_t{sizeof(T)};
+  w.row_bytes = w.bytes(inputs);
+  if (part.scales) {
+    w.scale_bytes = inputs / part.group * format.group_scales * format.scale_bytes;
+  }
   if (format.least_group) w.group_log2 = __builtin_ctzll(part.group);
   return w.from(first);
 }
@@ -160,9 +167,20 @@ struct Int4PairsChunk {
 
 #endif
 
+// The formats that have no chunk of their own: unpack.h makes floats of them, which gemv_unpacked.h
+// multiplies. Activations are packed in the order in which words are unpacked.
+struct UnpackedWords {
+  using Arithmetic = Fp32;
+  static constexpr bool kInOrder = false;
+
+  static int64_t k_at(int64_t position) { return Int4Chunk::k_at(position); }
+};
+
 // The chunks of a format for activations of type T.
 template <WeightFormat format, class T>
-struct ChunkOf;
+struct ChunkOf {
+  using type = UnpackedWords;
+};
 template <class T>
 struct ChunkOf<WeightFormat::plain, T> {
   using type = PlainChunk<typename ArithmeticOf<T>::type, T>;

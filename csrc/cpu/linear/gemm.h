@@ -17,7 +17,7 @@
 #if defined(__AMX_BF16__)
 #include "gemm_amx.h"
 #endif
-#include "formats.h"
+#include "unpack.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
@@ -93,17 +93,6 @@ struct ManyBuffers {
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
-// Stores two vectors of values, in order.
-MISTRAL_SIMD void put(float* out, Vec first, Vec second) {
-  store(out, first);
-  store(out + Vec::width, second);
-}
-#if defined(__AVX512BF16__)
-MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
-  store_pairs(out, to_pairs(first, second));
-}
-#endif
-
 // The rows that a task multiplies: rows of one part of the weights, with SwiGLU of two parts.
 struct TaskRows {
   WeightRows first, second;
@@ -114,57 +103,6 @@ struct TaskRows {
     return row < first_count ? first.from(row) : second.from(row - first_count);
   }
 };
-
-constexpr int64_t kUnpacked = 8 * Vec::width;  // values that are unpacked at a time
-
-// Unpacks kUnpacked values of the first row, from k on. Values past K are 0. int4 values come in
-// the order of Int4Chunk::k_at.
-template <WeightFormat format, class T, class Element>
-MISTRAL_SIMD void unpack(const WeightRows& w, int64_t k, Element* out) {
-  constexpr int64_t kBytes = ChunkOf<format, T>::type::bytes(kUnpacked);
-  if (k >= w.inputs) {
-    memset(out, 0, kUnpacked * sizeof(Element));
-    return;
-  }
-  const char* values = w.values + ChunkOf<format, T>::type::bytes(k);
-  char rest[kBytes];
-  if (k + kUnpacked > w.inputs) {
-    const int64_t there = ChunkOf<format, T>::type::bytes(w.inputs - k);
-    memcpy(rest, values, there);
-    memset(rest + there, 0, kBytes - there);
-    values = rest;
-  }
-  if constexpr (format == WeightFormat::int4) {
-    const Words words = load_words(values);
-    const GroupScales groups(w.group_log2, mistral::min(kUnpacked, w.inputs - k));
-    const Vec scales =
-        groups.of_chunk(groups.load(w.scales + (k >> w.group_log2) * kScaleBytes), 0);
-    for (int i = 0; i < 8; i += 2) {
-      put(out + i * Vec::width, int4_value(words, i) * scales, int4_value(words, i + 1) * scales);
-    }
-  } else if constexpr (format == WeightFormat::q8_0) {
-    const int8_t* x = reinterpret_cast<const int8_t*>(values);
-    const f16* scales = reinterpret_cast<const f16*>(w.scales);
-    const int64_t last = w.inputs / 32 - 1;  // past it, values are zeros
-    for (int i = 0; i < 8 * Vec::width; i += 2 * Vec::width) {
-      const Vec scale = broadcast(scales[mistral::min((k + i) / 32, last)]);
-      put(out + i, load(x + i) * scale, load(x + i + Vec::width) * scale);
-    }
-  } else if constexpr (format == WeightFormat::int8) {
-    const int8_t* x = reinterpret_cast<const int8_t*>(values);
-    const Vec scale = broadcast(to_float(*reinterpret_cast<const bf16*>(w.scales)));
-    for (int i = 0; i < 8 * Vec::width; i += 2 * Vec::width) {
-      put(out + i, load(x + i) * scale, load(x + i + Vec::width) * scale);
-    }
-  } else if constexpr (sizeof(T) == sizeof(Element)) {
-    memcpy(out, values, kBytes);
-  } else {
-    const T* x = reinterpret_cast<const T*>(values);
-    for (int i = 0; i < 8 * Vec::width; i += 2 * Vec::width) {
-      put(out + i, load(x + i), load(x + i + Vec::width));
-    }
-  }
-}
 
 // Multiplies all rows of a block by M vectors of tokens. Calls before_tile(row, rows) before each
 // tile.
@@ -183,24 +121,23 @@ void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
 // Multiplies one block, the rows from first_row on and the values from `begin` on, by all tokens of
 // the task. Adds to the sums, or sets them if `begin` is 0. x: the packed activations of the block.
 // first_sum: the row of buffers.sums where the sums of `rows` begin.
-template <WeightFormat format, class T, class Tile>
-void multiply_block(const TaskRows& rows, int64_t first_row, int64_t first_sum, int64_t begin,
-                    int64_t depth, const typename Tile::Element* x, int64_t vectors,
-                    ManyBuffers<Tile>& buffers) {
-  using Chunk = typename ChunkOf<format, T>::type;
+template <class Tile>
+void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_row,
+                    int64_t first_sum, int64_t begin, int64_t depth,
+                    const typename Tile::Element* x, int64_t vectors, ManyBuffers<Tile>& buffers) {
   const int64_t count = mistral::min(Tile::kBlockRows, rows.count - first_row);
   for (int64_t row = 0; row < count; ++row) {
     const WeightRows w = rows.at(first_row + row);
     for (int64_t k = 0; k < depth; k += kUnpacked) {
-      unpack<format, T>(w, begin + k, buffers.weights + row * Tile::kBlockDepth + k);
+      unpack(w, begin + k, buffers.weights + row * Tile::kBlockDepth + k);
     }
   }
 
   // Before each tile, a share of the next values of these rows is prefetched. The hardware does not
   // prefetch them, because rows are far apart and a block reads few bytes of each.
-  const int64_t next = Chunk::bytes(begin + depth);
+  const int64_t next = rows.first.bytes(begin + depth);
   const int64_t next_bytes =
-      mistral::min(Chunk::bytes(Tile::kBlockDepth), rows.first.row_bytes - next);
+      mistral::min(rows.first.bytes(Tile::kBlockDepth), rows.first.row_bytes - next);
   const int64_t steps = ceil_div(vectors, Tile::kVectors);
   const int64_t step_bytes = ceil_div(ceil_div(next_bytes, steps), 64) * 64;
 
@@ -231,10 +168,10 @@ void multiply_block(const TaskRows& rows, int64_t first_row, int64_t first_sum, 
 // Multiplies up to kTaskRows rows by up to kBlockTokens tokens: `vectors` vectors from first_vector
 // on, of the all_vectors in the packed x. Writes buffers.sums from row first_sum on. The last tile
 // may overwrite rows of the sums past `rows`.
-template <WeightFormat format, class T, class Tile>
-void multiply_many(const TaskRows& rows, int64_t first_sum, const typename Tile::Element* x,
-                   int64_t all_vectors, int64_t first_vector, int64_t vectors,
-                   ManyBuffers<Tile>& buffers) {
+template <class Tile>
+void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_sum,
+                   const typename Tile::Element* x, int64_t all_vectors, int64_t first_vector,
+                   int64_t vectors, ManyBuffers<Tile>& buffers) {
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
   if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets them
@@ -247,7 +184,7 @@ void multiply_many(const TaskRows& rows, int64_t first_sum, const typename Tile:
     const int64_t depth = mistral::min(Tile::kBlockDepth, inputs - begin);
     const auto* block = x + (begin * all_vectors + first_vector * depth) * Vec::width;
     for (int64_t row = 0; row < rows.count; row += Tile::kBlockRows) {
-      multiply_block<format, T>(rows, row, first_sum, begin, depth, block, vectors, buffers);
+      multiply_block(rows, unpack, row, first_sum, begin, depth, block, vectors, buffers);
     }
   }
 }

@@ -266,22 +266,25 @@ void multiply_group(const WeightRows& w, int64_t count,
 
 // out[t * stride_out + r]: the products of `count` rows and all tokens.
 template <class Chunk>
-void multiply_few(const WeightRows& w, int64_t count, const typename Chunk::Arithmetic::Element* x,
-                  int64_t stride_x, int64_t tokens, float* out, int64_t stride_out) {
-  for (int64_t row = 0; row < count; row += kGroupRows) {
-    const WeightRows some = w.from(row);
-    const int64_t rows = mistral::min(int64_t{kGroupRows}, count - row);
-    for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
-      const auto* from = x + token * stride_x;
-      float* to = out + token * stride_out + row;
-      switch (mistral::min(int64_t{kTokensAtATime}, tokens - token)) {
-        case 4: multiply_group<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
-        case 3: multiply_group<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
-        case 2: multiply_group<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
-        default: multiply_group<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
+struct Few {
+  static void multiply(const WeightRows& w, int64_t count,
+                       const typename Chunk::Arithmetic::Element* x, int64_t stride_x,
+                       int64_t tokens, float* out, int64_t stride_out) {
+    for (int64_t row = 0; row < count; row += kGroupRows) {
+      const WeightRows some = w.from(row);
+      const int64_t rows = mistral::min(int64_t{kGroupRows}, count - row);
+      for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
+        const auto* from = x + token * stride_x;
+        float* to = out + token * stride_out + row;
+        switch (mistral::min(int64_t{kTokensAtATime}, tokens - token)) {
+          case 4: multiply_group<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
+          case 3: multiply_group<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
+          case 2: multiply_group<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
+          default: multiply_group<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
+        }
       }
     }
   }
-}
+};
 
 }  // namespace mistral::cpu::MISTRAL_ISA

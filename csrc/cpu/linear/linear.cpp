@@ -118,8 +118,8 @@ struct Scratch {
     return tokens * padded(p.inputs) * int64_t{sizeof(typename TileOf<T>::type::Element)};
   }
   static int64_t few_bytes(const LinearParams& p, int64_t part) {
-    return with_format(p.parts[part].format, [&](auto format) {
-      using Chunk = typename FewChunkOf<format.value, T>::type;
+    return with_few_chunk<T>(p, part, [&](auto chunk) {
+      using Chunk = decltype(chunk);
       return p.tokens * Packing<Chunk>::elements(p.inputs) *
              int64_t{sizeof(typename Chunk::Arithmetic::Element)};
     });
@@ -132,9 +132,9 @@ void linear_few(const LinearParams& p, int threads) {
   // Calls f with the chunk type of the part, its packed activations and their elements for each
   // token.
   const auto with_chunk = [&](int64_t part, const auto& f) {
-    with_format(p.parts[part].format, [&](auto format) {
-      using Chunk = typename FewChunkOf<format.value, T>::type;
-      f(Chunk{}, reinterpret_cast<typename Chunk::Arithmetic::Element*>(scratch.packed[part]),
+    with_few_chunk<T>(p, part, [&](auto chunk) {
+      using Chunk = decltype(chunk);
+      f(chunk, reinterpret_cast<typename Chunk::Arithmetic::Element*>(scratch.packed[part]),
         Packing<Chunk>::elements(p.inputs));
     });
   };
@@ -157,8 +157,8 @@ void linear_few(const LinearParams& p, int threads) {
       float product[kGemvTokens][kMostRows], up[kGemvTokens][kMostRows];
       const auto multiply = [&](int64_t part, float* out) {
         with_chunk(part, [&](auto chunk, const auto* packed, int64_t stride_x) {
-          multiply_few<decltype(chunk)>(rows_of<T>(p.parts[part], p.inputs, block.first),
-                                        block.count, packed, stride_x, p.tokens, out, kMostRows);
+          Few<decltype(chunk)>::multiply(rows_of<T>(p.parts[part], p.inputs, block.first),
+                                         block.count, packed, stride_x, p.tokens, out, kMostRows);
         });
       };
       multiply(block.part, product[0]);
@@ -222,11 +222,10 @@ void linear_many(const LinearParams& p, int threads) {
     ManyBuffers<Tile> buffers;
     // The sums of `rows` begin at row first_row of the buffer.
     const auto multiply = [&](int64_t part, const TaskRows& rows, int64_t first_row) {
-      with_format(p.parts[part].format, [&](auto format) {
-        multiply_many<format.value, T>(
-            rows, first_row, reinterpret_cast<const typename Tile::Element*>(scratch.packed[part]),
-            vectors, first_token / Vec::width, ceil_div(tokens, Vec::width), buffers);
-      });
+      using Element = typename Tile::Element;
+      multiply_many(rows, unpack_of<T, Element>(p.parts[part].format), first_row,
+                    reinterpret_cast<const Element*>(scratch.packed[part]), vectors,
+                    first_token / Vec::width, ceil_div(tokens, Vec::width), buffers);
     };
     const WeightRows first = rows_of<T>(p.parts[block.part], p.inputs, block.first);
     TaskRows rows = {first, {}, block.count, block.count};

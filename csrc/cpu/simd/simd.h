@@ -168,6 +168,25 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, int4_shift(i)), values)};
 }
+// (word >> shift) & mask
+MISTRAL_SIMD Words field(Words w, int shift, int mask) {
+  return {_mm512_and_si512(_mm512_srli_epi32(w.v, static_cast<unsigned>(shift)),
+                           _mm512_set1_epi32(mask))};
+}
+// a | b << shift
+MISTRAL_SIMD Words join(Words a, Words b, int shift) {
+  return {_mm512_or_si512(a.v, _mm512_slli_epi32(b.v, static_cast<unsigned>(shift)))};
+}
+MISTRAL_SIMD Words flip_bit(Words w, int bit) {
+  return {_mm512_xor_si512(w.v, _mm512_set1_epi32(1 << bit))};
+}
+MISTRAL_SIMD Vec to_vec(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
+// kTable4 of words from 0 to 15
+MISTRAL_SIMD Vec look_up(Words w) {
+  const __m512 table =
+      _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+  return {_mm512_permutexvar_ps(w.v, table)};
+}
 // Loads the scales of one or two Words, whose values share scales in groups of 2^group_log2. Each
 // lane has 8 values.
 struct GroupScales {
@@ -319,6 +338,24 @@ MISTRAL_SIMD Vec int4_value(Words w, int i) {
   const __m256i high = _mm256_slli_epi32(w.v, 28 - int4_shift(i));
   return {_mm256_cvtepi32_ps(_mm256_srai_epi32(high, 28))};
 }
+MISTRAL_SIMD Words field(Words w, int shift, int mask) {
+  return {_mm256_and_si256(_mm256_srli_epi32(w.v, shift), _mm256_set1_epi32(mask))};
+}
+MISTRAL_SIMD Words join(Words a, Words b, int shift) {
+  return {_mm256_or_si256(a.v, _mm256_slli_epi32(b.v, shift))};
+}
+MISTRAL_SIMD Words flip_bit(Words w, int bit) {
+  return {_mm256_xor_si256(w.v, _mm256_set1_epi32(1 << bit))};
+}
+MISTRAL_SIMD Vec to_vec(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }
+MISTRAL_SIMD Vec look_up(Words w) {
+  const __m256 low = _mm256_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10);
+  const __m256 high = _mm256_setr_ps(1, 13, 25, 38, 53, 69, 89, 113);
+  // Bit 3 becomes the sign, which blendv chooses by.
+  const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 28));
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, w.v), _mm256_permutevar8x32_ps(high, w.v),
+                           is_high)};
+}
 struct GroupScales {
   int group_log2;
   bool two;  // a scale for each half of the lanes
@@ -380,6 +417,13 @@ MISTRAL_SIMD Words load_words(const void* p) {
 MISTRAL_SIMD Vec int4_value(Words w, int i) {
   return {static_cast<float>(static_cast<int32_t>(w.v << (28 - int4_shift(i))) >> 28)};
 }
+MISTRAL_SIMD Words field(Words w, int shift, int mask) {
+  return {w.v >> shift & static_cast<uint32_t>(mask)};
+}
+MISTRAL_SIMD Words join(Words a, Words b, int shift) { return {a.v | b.v << shift}; }
+MISTRAL_SIMD Words flip_bit(Words w, int bit) { return {w.v ^ 1u << bit}; }
+MISTRAL_SIMD Vec to_vec(Words w) { return {static_cast<float>(w.v)}; }
+MISTRAL_SIMD Vec look_up(Words w) { return {static_cast<float>(kTable4[w.v])}; }
 struct GroupScales {
   using Loaded = const bf16*;
 

@@ -61,7 +61,7 @@ cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(p.weight.rows * p.inputs, int64_t{kThreads} * kValues);
   return with_element(p.dtype, [&](auto element) {
     return with_format(p.weight.format, [&](auto format) {
-      if constexpr (format.value == WeightFormat::plain) {
+      if constexpr (format.value == WeightFormat::plain || !has_kernels(format.value)) {
         return cudaErrorInvalidValue;
       } else {
         return launch(dequantize_kernel<decltype(element), format.value>,

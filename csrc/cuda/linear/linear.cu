@@ -15,11 +15,13 @@ namespace {
 
 using Element16 = uint16_t;  // either dtype that has kernels has 2 bytes
 
-// Calls f with the kernels of the first part's format.
+// Calls f with the kernels of the first part's format. (has_kernel has refused formats without.)
 template <class F>
 auto with_kernels(const LinearParams& p, const F& f) {
-  return with_format(p.parts[0].format,
-                     [&](auto format) { return f(LinearKernels<format.value>{}); });
+  return with_format(p.parts[0].format, [&](auto format) {
+    constexpr bool kThere = has_kernels(format.value);
+    return f(LinearKernels<kThere ? format.value : WeightFormat::plain>{});
+  });
 }
 
 // The number of first parts that one launch multiplies: parts of the same format and group.
@@ -55,7 +57,10 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
 // bits. Tensor cores have no product of fp32 precision. An argmax takes a single launch.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
-  for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
+  for (int64_t i = 0; i < p.num_parts; ++i) {
+    if (!has_kernels(p.parts[i].format)) return false;
+    longest = max(longest, p.parts[i].rows);
+  }
   return p.dtype != DType::f32 && p.inputs % row_unit(p) == 0 && longest <= INT32_MAX / 4 &&
          !(p.epilogue == Epilogue::argmax && is_mixed(p));
 }

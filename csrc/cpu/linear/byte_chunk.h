@@ -1,0 +1,204 @@
+// 256 values of a row as operands of products of bytes. The 8 lanes of every vector hold the 8
+// blocks of 32 values, so 16-bit sums of several products stay within a block, and the scales of
+// all blocks are one vector: one conversion to floats serves 256 values.
+#pragma once
+
+#include "../simd/bytes.h"
+#include "formats.h"
+
+#if defined(__AVX2__)
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// The activations of 256 values of k. Value i of a vector is that of lane i / 4, in the order of
+// the weights (byte_k_at).
+struct ByteActivations {
+  int8_t values[8][32];
+  float scale[8];      // of a block, in the order of lanes
+  float sum[8];        // of the scaled values of a block
+  int16_t halves[16];  // the sums of the first and the last 16 values of a block
+};
+
+// The value of 256 that byte `byte` of vector `vector` holds.
+constexpr int byte_k_at(int vector, int byte) {
+  // Value e of a word: int4_shift(e) is 8 place + 4 half.
+  const int place = byte % 4, half = vector % 2;
+  return 32 * block_at(byte / 4) + 8 * (vector / 2) + 4 * (place % 2) + place / 2 + 2 * half;
+}
+
+template <WeightFormat format>
+struct ByteChunk {
+  static constexpr int kBits = static_cast<int>(info(format).bits);
+  static constexpr int64_t kBytes = kSuperBlock / 8 * kBits;
+  static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
+  static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
+  static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
+  static constexpr bool kMinimum =
+      kSigned || kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
+  // Products whose sum fits 16 bits: 2 times the largest value times 127, several times.
+  static constexpr int kFit = kBits == 4 ? 8 : kBits == 5 ? 4 : 2;
+
+  Bytes32 values[8];
+  __m256 factor;   // of each block
+  __m256 minimum;  // is added for each activation, if kMinimum
+  __m256i scales;  // q6_k: of the halves of each block, in 16 bits
+
+  // Unpacks `words`. `row_scales` are those of the row, `k` is the first value; `there`: how many
+  // there are.
+  MISTRAL_SIMD void take(const char* words, const char* row_scales, int group_log2, int64_t k,
+                         int64_t there) {
+    __m256i in[4], lanes[4];
+    for (int i = 0; i < 4; ++i) {
+      in[i] = load_32(words + 32 * i);
+      // Two's complement becomes unsigned values that are 8 larger.
+      if (kSigned) in[i] = _mm256_xor_si256(in[i], _mm256_set1_epi8(static_cast<char>(0x88)));
+    }
+    words_to_lanes(in, lanes);
+    __m256i further[2];
+    for (int i = 0; i < kBits - 4; ++i) further[i] = blocks_to_lanes(load_32(words + 128 + 32 * i));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m256i word = lanes[i / 2];
+      values[i] = mask_bytes(i % 2 == 0 ? word : _mm256_srli_epi16(word, 4), 15);
+      if (kBits == 5) {
+        const __m256i bits =
+            i <= 4 ? _mm256_slli_epi32(further[0], 4 - i) : _mm256_srli_epi32(further[0], i - 4);
+        values[i] = _mm256_or_si256(values[i], mask_bytes(bits, 0x10));
+      }
+      if (kBits == 6) {
+        const __m256i pairs = further[i / 4];
+        const __m256i bits =
+            i % 4 == 3 ? _mm256_srli_epi32(pairs, 2) : _mm256_slli_epi32(pairs, 4 - 2 * (i % 4));
+        values[i] = _mm256_or_si256(values[i], mask_bytes(bits, 0x30));
+      }
+      if (kTable) {
+        const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kTable4));
+        values[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), values[i]);
+      }
+    }
+    constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
+    take_scales(row_scales + (k >> group_log2) * kGroupBytes, group_log2, there);
+  }
+
+  // The sums of the products of each block.
+  MISTRAL_SIMD __m256i products(const ByteActivations& x) const {
+    __m256i sums = _mm256_setzero_si256();
+    if constexpr (kTable) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const __m256i pairs = multiply_signed(values[i], load_32(x.values[i]));
+        sums = _mm256_add_epi32(sums, add_neighbours(pairs));
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i += kFit) {
+        __m256i some = multiply_bytes(values[i], load_32(x.values[i]));
+#pragma GCC unroll 8
+        for (int j = 1; j < kFit; ++j) {
+          some = _mm256_add_epi16(some, multiply_bytes(values[i + j], load_32(x.values[i + j])));
+        }
+        if constexpr (format == WeightFormat::q6_k) {
+          const __m256i scale =
+              i < 4 ? _mm256_blend_epi16(scales, _mm256_slli_epi32(scales, 16), 0xaa)
+                    : _mm256_blend_epi16(_mm256_srli_epi32(scales, 16), scales, 0xaa);
+          sums = _mm256_add_epi32(sums, _mm256_madd_epi16(some, scale));
+        } else {
+          sums = _mm256_add_epi32(sums, add_neighbours(some));
+        }
+      }
+    }
+    if constexpr (format == WeightFormat::q6_k) {  // values are 32 too large
+      const __m256i excess = _mm256_madd_epi16(scales, load_32(x.halves));
+      sums = _mm256_sub_epi32(sums, _mm256_slli_epi32(excess, 5));
+    }
+    return sums;
+  }
+
+  // total + the products of each block
+  MISTRAL_SIMD __m256 add(const ByteActivations& x, __m256 total) const {
+    const __m256 scale = _mm256_mul_ps(factor, _mm256_loadu_ps(x.scale));
+    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products(x)), scale, total);
+    return kMinimum ? _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x.sum), total) : total;
+  }
+
+ private:
+  // `group`: the scales of the first group.
+  MISTRAL_SIMD void take_scales(const char* group, int group_log2, int64_t there) {
+    if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
+      uint32_t packed[4], unpacked[4];
+      memcpy(packed, group, sizeof packed);
+      constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x03030303;
+      unpacked[0] = packed[1] & kSix;
+      unpacked[1] = (packed[3] & kFour) | (packed[1] >> 6 & kTwo) << 4;
+      unpacked[2] = packed[2] & kSix;
+      unpacked[3] = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
+      const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      const __m128i all = _mm_shuffle_epi8(
+          _mm_setr_epi32(static_cast<int>(unpacked[0]), static_cast<int>(unpacked[1]),
+                         static_cast<int>(unpacked[2]), static_cast<int>(unpacked[3])),
+          order);
+      const __m256 scale = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(all));
+      const __m256 least = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
+      factor = _mm256_mul_ps(scale, half(group));
+      minimum = _mm256_mul_ps(least, _mm256_sub_ps(_mm256_setzero_ps(), half(group + 2)));
+    } else if constexpr (format == WeightFormat::q6_k) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
+      scales = blocks_to_lanes(_mm256_cvtepi8_epi16(bytes));
+      factor = half(group + 16);
+    } else if constexpr (format == WeightFormat::iq4_xs) {
+      int low;
+      uint16_t high;
+      memcpy(&high, group + 2, sizeof high);
+      memcpy(&low, group + 4, sizeof low);
+      const __m256i block = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+      const __m256i fours = _mm256_srlv_epi32(_mm256_set1_epi32(low), _mm256_slli_epi32(block, 2));
+      const __m256i twos = _mm256_srlv_epi32(_mm256_set1_epi32(high), _mm256_slli_epi32(block, 1));
+      const __m256i scale =
+          _mm256_or_si256(_mm256_and_si256(fours, _mm256_set1_epi32(15)),
+                          _mm256_slli_epi32(_mm256_and_si256(twos, _mm256_set1_epi32(3)), 4));
+      const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32));
+      factor = _mm256_mul_ps(_mm256_cvtepi32_ps(centred), half(group));
+    } else {
+      take_group_scales(group, group_log2, there);
+    }
+  }
+
+  // Scales of groups of 32, 64 or 128 values, one or two of 16 bits each.
+  MISTRAL_SIMD void take_group_scales(const char* group, int group_log2, int64_t there) {
+    constexpr int64_t kSize = kPairs ? 4 : 2;
+    const __m256i scales_there = load_first_bytes(group, (there >> group_log2) * kSize);
+    // The group of each lane's block.
+    const __m256i index = _mm256_srl_epi32(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7),
+                                           _mm_cvtsi32_si128(group_log2 - 5));
+    if constexpr (kPairs) {
+      const __m256i pairs = _mm256_permutevar8x32_epi32(scales_there, index);
+      const __m256i apart =
+          _mm256_shuffle_epi8(pairs, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                         0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+      const __m256i halves = _mm256_permute4x64_epi64(apart, 0b11011000);
+      factor = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+      minimum = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+      if (format == WeightFormat::q4_z) {
+        minimum = _mm256_mul_ps(minimum, _mm256_sub_ps(_mm256_setzero_ps(), factor));
+      }
+    } else {
+      const __m128i halves = _mm256_castsi256_si128(scales_there);
+      const __m256 scale =
+          format == WeightFormat::int4
+              ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
+              : _mm256_cvtph_ps(halves);
+      factor = _mm256_permutevar8x32_ps(scale, index);
+      if (kSigned) minimum = _mm256_mul_ps(factor, _mm256_set1_ps(-8.0f));
+    }
+  }
+
+  MISTRAL_SIMD static __m256 half(const char* p) {
+    uint16_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(bits)));
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA
+
+#endif

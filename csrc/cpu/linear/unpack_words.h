@@ -1,0 +1,131 @@
+// Unpacks the formats of words (csrc/formats.h) other than int4 to floats, a vector of words at a
+// time. Every value is fma(q, factor, offset), with a factor and an offset for each word; no
+// rounding precedes that of the fma.
+#pragma once
+
+#include "formats.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// The factor and the offset of neighbouring values.
+struct Scaling {
+  float factor;
+  float offset;
+};
+
+MISTRAL_SIMD float half_at(const char* p) {
+  f16 half;
+  memcpy(&half, p, sizeof half);
+  return to_float(half);
+}
+MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
+
+// Of block 0 to 7 of q4_k and q5_k: its scale and its minimum, from the 12 bytes of a super-block.
+// Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
+// other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
+MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {
+  const int first_scale = byte_at(bytes + block % 4),
+            first_minimum = byte_at(bytes + 4 + block % 4);
+  if (block < 4) {
+    *scale = first_scale & 63;
+    *minimum = first_minimum & 63;
+  } else {
+    const int low = byte_at(bytes + 8 + block % 4);
+    *scale = (low & 15) | first_scale >> 6 << 4;
+    *minimum = low >> 4 | first_minimum >> 6 << 4;
+  }
+}
+
+// The scaling of the values around k of the first row; `scales`: of that row.
+template <WeightFormat format>
+MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
+  constexpr int64_t kGroupBytes =
+      info(format).group_scales * info(format).scale_bytes;  // of all scales of a group
+  const char* group = scales + (k >> group_log2) * kGroupBytes;
+  const int block = static_cast<int>(k % kSuperBlock / 32);  // of a super-block
+  if constexpr (format == WeightFormat::q4_0) {
+    const float d = half_at(group);
+    return {d, -8 * d};  // signed values are unpacked 8 too large
+  } else if constexpr (format == WeightFormat::q4_1) {
+    return {half_at(group), half_at(group + 2)};
+  } else if constexpr (format == WeightFormat::q4_z) {
+    const float d = half_at(group);
+    return {d, -d * half_at(group + 2)};
+  } else if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
+    int scale, minimum;
+    packed_scales(group + 4, block, &scale, &minimum);
+    return {half_at(group) * static_cast<float>(scale),
+            -half_at(group + 2) * static_cast<float>(minimum)};
+  } else if constexpr (format == WeightFormat::q6_k) {
+    const int scale = static_cast<int8_t>(group[k % kSuperBlock / 16]);
+    const float factor = half_at(group + 16) * static_cast<float>(scale);
+    return {factor, -32 * factor};
+  } else if constexpr (format == WeightFormat::iq4_nl) {
+    return {half_at(group), 0.0f};
+  } else {
+    static_assert(format == WeightFormat::iq4_xs, "");
+    const int low = byte_at(group + 4 + block / 2) >> 4 * (block % 2) & 15;
+    const int high = byte_at(group + 2 + block / 4) >> 2 * (block % 4) & 3;
+    return {half_at(group) * static_cast<float>((low | high << 4) - 32), 0.0f};
+  }
+}
+
+// The bits above the fourth of a vector of words, moved so that all words have them at the places
+// that word 0 of a block has. `words`: of the super-block; first: the number of the first word.
+template <WeightFormat format>
+MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
+  uint32_t further[Vec::width];
+  const char* all = words + kSuperBlock / 2;
+  for (int lane = 0; lane < Vec::width; ++lane) {
+    const int64_t block = (first + lane) / 4;
+    const int word = static_cast<int>((first + lane) % 4);
+    const bool five = format == WeightFormat::q5_k;
+    memcpy(&further[lane], all + 4 * (five ? block : 8 * (word / 2) + block), 4);
+    further[lane] >>= five ? fifth_bit_shift(word, 0) : high_bits_shift(word, 0);
+  }
+  return load_words(further);
+}
+
+// Puts 8 vectors of the first row, those of the values from k on, each word's value i in vector i:
+// the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values).
+template <WeightFormat format, class Put>
+MISTRAL_SIMD void unpack_words(const WeightRows& w, int64_t k, const Put& put) {
+  constexpr int64_t kValues = 8 * Vec::width;
+  constexpr int kBits = static_cast<int>(info(format).bits);
+  constexpr int kSuperBlockBytes = kSuperBlock / 8 * kBits;
+  const char* super_block = w.values + k / kSuperBlock * kSuperBlockBytes;
+  const char* values = super_block + k % kSuperBlock / 2;
+  char rest[kValues / 2] = {};
+  if (k + kValues > w.inputs) {
+    memcpy(rest, values, (w.inputs - k) / 2);
+    values = rest;
+  }
+
+  // Words of one group or half of it share the scaling.
+  constexpr int kAlike = mistral::min(Vec::width, format == WeightFormat::q6_k ? 2 : 4);
+  float factors[Vec::width], offsets[Vec::width];
+  for (int lane = 0; lane < Vec::width; lane += kAlike) {
+    const int64_t at = mistral::min(k + 8 * lane, w.inputs - 1);
+    const Scaling scaling = scaling_at<format>(w.scales, w.group_log2, at);
+    for (int i = 0; i < kAlike; ++i) {
+      factors[lane + i] = scaling.factor;
+      offsets[lane + i] = scaling.offset;
+    }
+  }
+  const Vec factor = load(factors), offset = load(offsets);
+
+  Words words = load_words(values), further{};
+  if (kBits > 4) further = further_bits<format>(super_block, k % kSuperBlock / 8);
+  for (int i = 0; i < 8; ++i) {
+    constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
+    const int shift = int4_shift(i);
+    Words value = field(words, shift, 15);
+    if (format == WeightFormat::q4_0) value = flip_bit(value, 3);
+    if (kBits == 5) value = join(value, field(further, fifth_bit_shift(0, shift), 1), 4);
+    if (kBits == 6) value = join(value, field(further, high_bits_shift(0, shift), 3), 4);
+    const Vec q = kTable ? look_up(value) : to_vec(value);
+    put(i, fma(q, factor, offset));
+  }
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

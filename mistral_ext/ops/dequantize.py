@@ -1,0 +1,190 @@
+"""Unpacks the values and scales of quantised weights: csrc/formats.h in torch.
+
+Products are computed in fp32, in the order of ggml, so that a weight that came from a GGUF file has
+the numbers that ggml computes from its blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+VALUES_PER_WORD = 8  # 4-bit values in an int32
+# Value i of a word begins at bit 4 * (i // 2) + 16 * (i % 2). A shift by 4 j and the mask
+# 0x000f000f then give values 2 j and 2 j + 1, one in each half of the word.
+_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device="cpu")
+
+SUPER_BLOCK = 256  # values that share the scales of q4_k, q5_k, q6_k and iq4_xs
+_BLOCKS = 8  # blocks of 32 values in them
+
+# The values of iq4_nl and iq4_xs.
+TABLE = torch.tensor(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+    dtype=torch.float32,
+    device="cpu",
+)
+
+
+def pack(values: Tensor, out: Tensor) -> None:
+    """Packs [N, K] integers, -8 to 7 or 0 to 15, of any dtype, into [N, K / 8] words."""
+    # Bytes are several times as fast as words. A word has 2 pairs of bytes, and value
+    # 4 i + 2 j + k of 8 is nibble j of byte 2 k + i.
+    nibbles = values.to(torch.int8).view(torch.uint8).unflatten(1, (-1, 2, 2, 2)) & 15
+    low, high = nibbles.unbind(3)  # [N, K / 8, i, k]
+    packed = (low | high << 4).transpose(2, 3)
+    out.view(torch.uint8).unflatten(1, (-1, 2, 2)).copy_(packed)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """Unpacks [N, K / 8] words into [N, K] int32, -8 to 7."""
+    return (unpack_unsigned(words) ^ 8) - 8
+
+
+def unpack_unsigned(words: Tensor) -> Tensor:
+    """Unpacks [N, K / 8] words into [N, K] int32, 0 to 15."""
+    return ((words.unsqueeze(2) >> _SHIFTS.to(words.device)) & 15).flatten(1)
+
+
+def pack_wide(values: Tensor, bits: int) -> Tensor:
+    """Packs [N, K] integers of 5 or 6 bits, for "q5_k" and "q6_k", into [N, bits K / 32] words."""
+    rows = values.to(torch.int32).unflatten(1, (-1, SUPER_BLOCK))  # [N, super-blocks, 256]
+    low = torch.empty(
+        (rows.shape[0] * rows.shape[1], SUPER_BLOCK // VALUES_PER_WORD),
+        dtype=torch.int32,
+        device=values.device,
+    )
+    pack(rows.flatten(0, 1), low)
+    shifts = _further_shifts(bits, values.device)
+    # [..., further words that share a block, 8 blocks, values that share a word]
+    high = (rows >> 4).view(*rows.shape[:2], _BLOCKS, len(shifts), -1).transpose(2, 3)
+    further = torch.sum(high << shifts.unsqueeze(1), dim=4, dtype=torch.int32)
+    words: Tensor = torch.cat([low.view(*rows.shape[:2], -1), further.flatten(2)], dim=2)
+    return words.flatten(1)
+
+
+def unpack_wide(words: Tensor, bits: int) -> Tensor:
+    """Unpacks what `pack_wide` packs: [N, bits K / 32] words into [N, K] int32."""
+    of_block = SUPER_BLOCK // VALUES_PER_WORD
+    rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
+    low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)
+    shifts = _further_shifts(bits, words.device)
+    further = rows[..., of_block:].view(*rows.shape[:2], len(shifts), _BLOCKS, 1)
+    high = (further >> shifts.unsqueeze(1)) & (2 ** (bits - 4) - 1)
+    values: Tensor = low | high.transpose(2, 3).flatten(2) << 4
+    return values.flatten(1)
+
+
+def _further_shifts(bits: int, device: torch.device) -> Tensor:
+    """[further words of a block, values that share it]: where the bits above the fourth are."""
+    per_value = bits - 4
+    word = torch.arange(4, dtype=torch.int32).unsqueeze(1)
+    within = _SHIFTS % 8 // 4 * per_value
+    if bits == 5:
+        shifts = _SHIFTS // 8 * 8 + 2 * word + within
+    else:
+        shifts = _SHIFTS // 8 * 8 + 4 * (word % 2) + within
+    return shifts.view(per_value, -1).to(device)
+
+
+def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., 8] each, 0 to 63, from the 12 bytes [..., 12] of "q4_k" and "q5_k".
+
+    Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
+    other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
+    """
+    first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
+    last_scales = low & 15 | (first_scales >> 6) << 4
+    last_minima = low >> 4 | (first_minima >> 6) << 4
+    return (
+        torch.cat([first_scales & 63, last_scales], dim=-1),
+        torch.cat([first_minima & 63, last_minima], dim=-1),
+    )
+
+
+def _halves(scales: Tensor, begin: int) -> Tensor:
+    """[..., 1] fp32, of the fp16 at byte `begin` of each [..., bytes]."""
+    return scales[..., begin : begin + 2].contiguous().view(torch.float16).float()
+
+
+def _scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
+    """[N, K]: scale * value - minimum, with one of each for every group: [N, groups, ...]."""
+    factors = scales.flatten(1)
+    groups: Tensor = values.float().unflatten(1, (factors.shape[1], -1)) * factors.unsqueeze(2)
+    if minima is not None:
+        groups -= minima.flatten(1).unsqueeze(2)
+    return groups.flatten(1)
+
+
+def _signed(values: Tensor, scales: Tensor) -> Tensor:
+    return _scaled(unpack(values), scales.float())
+
+
+def _bytes(values: Tensor, scales: Tensor) -> Tensor:
+    return _scaled(values, scales.float())
+
+
+def _q4_1(values: Tensor, scales: Tensor) -> Tensor:
+    pairs = scales.float().unflatten(1, (-1, 2))
+    return _scaled(unpack_unsigned(values), pairs[..., 0], -pairs[..., 1])
+
+
+def _q4_z(values: Tensor, scales: Tensor) -> Tensor:
+    d, zero = scales.float().unflatten(1, (-1, 2)).unbind(2)
+    return _scaled(unpack_unsigned(values), d, d * zero)
+
+
+def _q4_k(values: Tensor, scales: Tensor) -> Tensor:
+    return _with_minima(unpack_unsigned(values), scales)
+
+
+def _q5_k(values: Tensor, scales: Tensor) -> Tensor:
+    return _with_minima(unpack_wide(values, 5), scales)
+
+
+def _with_minima(values: Tensor, packed: Tensor) -> Tensor:
+    of_super_block = packed.unflatten(1, (-1, 16))
+    scales, minima = scales_and_minima(of_super_block[..., 4:])
+    d, dmin = _halves(of_super_block, 0), _halves(of_super_block, 2)
+    return _scaled(values, d * scales, dmin * minima)
+
+
+def _q6_k(values: Tensor, scales: Tensor) -> Tensor:
+    of_super_block = scales.unflatten(1, (-1, 20))
+    factors = _halves(of_super_block, 16) * of_super_block[..., :16].view(torch.int8)
+    return _scaled(unpack_wide(values, 6) - 32, factors)
+
+
+def _looked_up(words: Tensor) -> Tensor:
+    return TABLE.to(words.device)[unpack_unsigned(words)]
+
+
+def _iq4_nl(values: Tensor, scales: Tensor) -> Tensor:
+    return _scaled(_looked_up(values), scales.float())
+
+
+def _iq4_xs(values: Tensor, scales: Tensor) -> Tensor:
+    of_super_block = scales.unflatten(1, (-1, 8))
+    low, high = of_super_block[..., 4:], of_super_block[..., 2:4]
+    steps = torch.arange(0, 8, 2, dtype=torch.uint8, device=scales.device)
+    fours = torch.stack([low & 15, low >> 4], dim=-1).flatten(-2)
+    twos = (high.unsqueeze(-1) >> steps & 3).flatten(-2)
+    factors = _halves(of_super_block, 0) * ((fours | twos << 4).float() - 32)
+    return _scaled(_looked_up(values), factors)
+
+
+# values and scales as `Quantized` has them -> the weight [N, K] in fp32
+DEQUANTIZE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "int8": _bytes,
+    "int4": _signed,
+    "q8_0": _bytes,
+    "q4_0": _signed,
+    "q4_1": _q4_1,
+    "q4_z": _q4_z,
+    "q4_k": _q4_k,
+    "q5_k": _q5_k,
+    "q6_k": _q6_k,
+    "iq4_nl": _iq4_nl,
+    "iq4_xs": _iq4_xs,
+}

@@ -1,0 +1,112 @@
+"""Products of up to 8 tokens with weights of 4 to 6 bits, in which activations have 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_weights import random_weights
+
+from mistral_ext import ops
+from mistral_ext.weights.quantize import quantize
+
+NAN = float("nan")
+# (T, K, N): tails of super-blocks and of groups, and rows of several blocks of the kernel.
+SHAPES = [(1, 32, 1), (2, 96, 5), (3, 576, 33), (8, 512, 9), (1, 768, 17), (5, 14336 + 256, 11)]
+
+
+@pytest.fixture(autouse=True)
+def rounding(isa):
+    """Skips instruction sets without these kernels; int4 has others with AVX-512."""
+    if isa == "scalar":
+        pytest.skip("the scalar kernels are exact")
+    before = ops.exact_products()
+    ops.set_exact_products(False)
+    yield
+    ops.set_exact_products(before)
+
+
+def weights(shape, isa, generator):
+    made = random_weights(shape, generator)
+    if isa == "avx2":
+        for group in (32, 64, 128):
+            if shape[1] % group == 0:
+                exact = torch.randn(shape, generator=generator)
+                made[f"int4, groups of {group}"] = quantize(exact, "int4", group)
+    return made
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Each block of 32 in units of a 127th of its largest magnitude, in float64."""
+    blocks = x.float().unflatten(1, (-1, 32))
+    unit = blocks.abs().amax(2, keepdim=True) / 127
+    integers = torch.where(unit > 0, blocks / unit, 0).round()
+    return (integers.double() * unit).flatten(1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_of_rounded_activations(isa, shape, generator):
+    tokens, size, outputs = shape
+    x = torch.randn(tokens, size, generator=generator)
+    for name, weight in weights((outputs, size), isa, generator).items():
+        out = ops.linear(x, weight)
+        exact = rounded(x) @ weight.dequantize(torch.float64).T
+        assert (out - exact).abs().max() <= 2e-6 * exact.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_any_number_of_tokens_gives_the_same_bits(isa, dtype, generator):
+    x = torch.randn(8, 2304, generator=generator).to(dtype)
+    for name, weight in weights((35, 2304), isa, generator).items():
+        alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
+        for tokens in (2, 3, 5, 8):
+            assert torch.equal(ops.linear(x[:tokens], weight), alone[:tokens]), name
+
+
+def test_exact_products_are_asked_for(isa, generator):
+    x = torch.randn(2, 256, generator=generator)
+    for name, weight in weights((9, 256), isa, generator).items():
+        exact = x.double() @ weight.dequantize(torch.float64).T
+        largest = exact.abs().max()
+        ops.set_exact_products(True)
+        assert ops.exact_products() is True
+        assert (ops.linear(x, weight) - exact).abs().max() < 1e-5 * largest, name
+        ops.set_exact_products(False)
+        fast = ops.linear(x, weight)
+        assert 1e-4 * largest < (fast - exact).abs().max() < 0.02 * largest, name
+        ops.set_exact_products(None)
+        same = torch.equal(ops.linear(x, weight), fast)
+        assert same == (weight.format not in ("q5_k", "q6_k")), name
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_token(isa, value, generator):
+    x = torch.randn(3, 512, generator=generator)
+    x[1, 300] = value
+    for name, weight in weights((7, 512), isa, generator).items():
+        out = ops.linear(x, weight)
+        assert out[[0, 2]].isfinite().all(), name
+        assert not out[1].isfinite().any(), name
+
+
+@pytest.mark.parametrize("exponent", [-100, 60])
+def test_any_size_of_activations(isa, exponent, generator):
+    x = torch.randn(2, 512, generator=generator)
+    for name, weight in weights((7, 512), isa, generator).items():
+        expected = ops.linear(x, weight) * 2.0**exponent
+        assert torch.equal(ops.linear(x * 2.0**exponent, weight), expected), name
+        assert not ops.linear(torch.zeros_like(x), weight).any(), name
+
+
+def test_largest_values_do_not_overflow(isa, generator):
+    """All values and activations at the ends of their ranges, where 16-bit sums are largest."""
+    for word in (-1, 0, 0x77777777, -0x77777778):
+        for name, weight in weights((3, 512), isa, generator).items():
+            weight = weight._replace(values=torch.full_like(weight.values, word))
+            for x in (torch.full((1, 512), 3.0), torch.full((1, 512), -3.0)):
+                exact = x.double() @ weight.dequantize(torch.float64).T
+                out = ops.linear(x, weight)
+                # Offsets, of up to 32 values' size, may cancel the products.
+                sizes = weight._replace(values=torch.full_like(weight.values, 0x33333333))
+                sizes = sizes.dequantize(torch.float64).abs() + weight.dequantize().abs()
+                allowed = 3e-6 * (x.double().abs() @ sizes.T)
+                assert ((out - exact).abs() <= allowed).all(), name
