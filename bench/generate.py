@@ -34,7 +34,8 @@ from mistral_ext.weights.hub import resolve
 
 def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:
     """Prompt and decode tokens per second."""
-    timing = llm.generate([ids], max_tokens=tokens + 1, ignore_eos=True)[0].timing
+    (completion,) = llm.generate([ids], max_tokens=tokens + 1, ignore_eos=True, drafts=0)
+    timing = completion.timing
     return timing.prompt_rate, timing.decode_rate
 
 

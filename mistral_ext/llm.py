@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
 from mistral_ext.engine.engine import Engine, Outputs
-from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.params import MOST_DRAFTS, SamplingParams, expect_drafts
 from mistral_ext.engine.request import Completion, Output, Request
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
@@ -100,6 +100,8 @@ class Mistral:
         cache_tokens: tokens that the cache has room for: those of running completions, and those
             kept for later prompts. None: see `engine.memory.default_slots`.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
+        drafts: tokens to guess at a time, 0 to 7, for completions whose options do not say. Guesses
+            that are right are generated together; the text is the same.
         adapters: the loaded adapters: `load_adapter` adds to them.
     """
 
@@ -113,8 +115,10 @@ class Mistral:
         max_batch: int = DEFAULT_MAX_BATCH,
         cache_tokens: int | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
+        drafts: int = MOST_DRAFTS,
     ) -> None:
         _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
+        expect_drafts(drafts)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -123,6 +127,7 @@ class Mistral:
         self.max_batch = max_batch
         self.cache_tokens = cache_tokens
         self.sampling_defaults = dict(sampling_defaults or {})
+        self.drafts = drafts
         self.adapters = AdapterTable(model.adapters)
         self._making_engine = threading.Lock()
         self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
@@ -140,6 +145,7 @@ class Mistral:
         cache_tokens: int | None = None,
         generation_config: str | Path | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        drafts: int = MOST_DRAFTS,
         **config_overrides: Any,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
@@ -153,7 +159,7 @@ class Mistral:
             device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
             dtype: float32, bfloat16 or float16; None: as stored. Another dtype than the stored one
                 copies all weights except quantised ones.
-            prefill_chunk, max_batch, cache_tokens: see `Mistral`.
+            prefill_chunk, max_batch, cache_tokens, drafts: see `Mistral`.
             progress: show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
                 `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` writes the
@@ -173,11 +179,12 @@ class Mistral:
         tokenizer = read_tokenizer(folder)
         # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
+        expect_drafts(drafts)
         read = {name: read_adapter(given, config) for name, given in (adapters or {}).items()}
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
-        llm = cls(config, transformer, tokenizer, path, *sizes, defaults)
+        llm = cls(config, transformer, tokenizer, path, *sizes, defaults, drafts)
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
         return llm
@@ -191,6 +198,7 @@ class Mistral:
             self.prefill_chunk,
             self.cache_tokens,
             self._holes,
+            self.drafts,
         )
 
     @property

@@ -13,12 +13,21 @@ std::string at(int64_t index, const char* column, int64_t value) {
   return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
 }
 
+// Whether row i goes on in the ring of the row before it, with the next token.
+bool shares_ring(const Sequence* sequences, int64_t i) {
+  if (i == 0) return false;
+  const Sequence &s = sequences[i], &before = sequences[i - 1];
+  return s.count == 1 && before.count == 1 && s.position == before.position + 1 &&
+         s.ring_row == before.ring_row && s.capacity == before.capacity;
+}
+
 // Every row must describe tokens and a ring that exist, and nothing may overlap: the kernels
-// trust the table.
+// trust the table. Rows that share a ring are stored before any of them attends, so no row may
+// take a slot that the first of them still reads.
 void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_heads,
                  int64_t pool_rows, int64_t window) {
   const auto* sequences = static_cast<const Sequence*>(table.data());
-  int64_t packed = 0;
+  int64_t packed = 0, shared = 0;                  // shared: rows before this one in its ring
   std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) rows
   for (int64_t i = 0; i < table.size(0); ++i) {
     const Sequence& s = sequences[i];
@@ -46,7 +55,13 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
                    " heads of " + std::to_string(s.capacity) + " rows, expected it to lie in the " +
                    "pool's " + std::to_string(pool_rows) + " rows");
     }
-    rings.emplace_back(s.ring_row, s.ring_row + kv_heads * s.capacity);
+    shared = shares_ring(sequences, i) ? shared + 1 : 0;
+    if (shared > 0 && s.capacity <= s.position && s.capacity - shared < window) {
+      fail(op, at(i, "capacity", s.capacity) + ", expected the window and " +
+                   std::to_string(shared) + " more, one for each row before it in its ring, or " +
+                   std::to_string(s.position + 1) + ", the sequence's length, or more");
+    }
+    if (shared == 0) rings.emplace_back(s.ring_row, s.ring_row + kv_heads * s.capacity);
   }
   if (packed != tokens) {
     fail(op, "sequences has " + std::to_string(packed) + " new tokens, expected " +

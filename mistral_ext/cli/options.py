@@ -150,6 +150,7 @@ def sampling() -> argparse.ArgumentParser:
         ("frequency_penalty", float, "the same for each time they were generated"),
         ("seed", int, "same seed, same text"),
         ("logprobs", int, "show the log-probability of each token and of N others"),
+        ("drafts", int, "tokens to guess at a time, 0 to 7: changes the speed alone (default 7)"),
     ):
         default = getattr(SamplingParams, name)
         group.add_argument(

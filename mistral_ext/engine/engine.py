@@ -15,8 +15,9 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -24,11 +25,13 @@ from typing import TypeVar
 import torch
 
 from mistral_ext.engine.adapters import LoadedAdapter
+from mistral_ext.engine.drafts import Drafter
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.memory import default_slots
+from mistral_ext.engine.params import MOST_DRAFTS
 from mistral_ext.engine.prefix_cache import LEAST_PIECE
 from mistral_ext.engine.request import Output, Request
-from mistral_ext.engine.runner import Piece, Runner, Step
+from mistral_ext.engine.runner import Piece, Runner, Step, Verified
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.scheduler import Scheduler
 from mistral_ext.engine.sequence import Sequence
@@ -76,6 +79,8 @@ class Engine:
         prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
         cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
         holes: ids below vocab_size that no token has, and that are never sampled.
+        drafts: tokens to guess at a time, at most, for requests that do not say (see `drafts`). A
+            runner that launches steps ahead has none.
 
     Attributes:
         pool: cache memory.
@@ -91,6 +96,7 @@ class Engine:
         prefill_chunk: int = 512,
         cache_tokens: int | None = None,
         holes: Collection[int] = (),
+        drafts: int = MOST_DRAFTS,
     ) -> None:
         if cache_tokens is None:
             cache_tokens = default_slots(
@@ -103,6 +109,8 @@ class Engine:
         self.runner = make_runner(model, self.pool, self._sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
+        self._drafter = Drafter()
+        self._drafts = drafts
         self._under_way: deque[_UnderWay] = deque()
         self._ids = itertools.count()
         # Guards the four attributes below. The lock is reentrant because garbage may be collected
@@ -294,6 +302,7 @@ class Engine:
         sequences or their places have changed, or if a sequence reads known tokens again. Then
         this call reads the results of all steps under way, and launches none.
         """
+        began = time.perf_counter()
         with self._lock:
             sequences = self.scheduler.next_decode()
         # A step can continue from the tokens of the step before only if this key is the same.
@@ -309,12 +318,26 @@ class Engine:
         for sequence in sequences:
             if sequence.generates:
                 self._prepare_draw(sequence)
+        drafts = self._drafter.choose(sequences, [self._room_for_drafts(s) for s in sequences])
+        accepted = dict.fromkeys(drafts, 0)
+        if drafts:
+            self._verify(sequences, drafts, accepted, outputs)
+        else:
+            self._launch(sequences, key, outputs)
+        self._drafter.note(len(sequences), time.perf_counter() - began, drafts, accepted)
+        return outputs
+
+    def _launch(
+        self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
+    ) -> None:
+        """Launches a step without drafts."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
         step = self._run(sequences, lambda: self.runner.launch(*given))
         if isinstance(step, Exception):
-            return self._fail(sequences, step)
+            outputs += self._fail(sequences, step)
+            return
         waiting = [(i, s, s.place) for i, s in enumerate(sequences) if s.generates]
         with self._lock:
             self.scheduler.note_decoded(sequences)
@@ -323,7 +346,70 @@ class Engine:
         is_free = all(sequence.matcher is None for sequence in sequences)
         while len(self._under_way) > (self.runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
-        return outputs
+
+    def _room_for_drafts(self, sequence: Sequence) -> int:
+        """How many drafts a sequence may have in the next step."""
+        params = sequence.request.params
+        if params is None or self.runner.ahead or not sequence.generates:
+            return 0
+        most = self._drafts if params.drafts is None else params.drafts
+        wanted = sequence.request.max_length - len(sequence.ids) - 1
+        return min(most, wanted, self.pool.room_for_drafts(sequence.place))
+
+    def _verify(
+        self,
+        sequences: list[Sequence],
+        drafts: Mapping[Sequence, list[int]],
+        accepted: dict[Sequence, int],
+        outputs: list[Output],
+    ) -> None:
+        """Makes a step with drafts, and counts in `accepted` which are right. The tokens of a
+        sequence are chosen one after the other, each as without drafts, until a draft is not the
+        token that was chosen."""
+        rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
+        token_ids = [[s.next_id, *drafts.get(s, ())] for s in sequences]
+        given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
+        step = self._run(sequences, lambda: self.runner.verify(*given))
+        if isinstance(step, Exception):
+            outputs += self._fail(sequences, step)
+            return
+        first = itertools.accumulate(map(len, token_ids), initial=0)
+        going = [
+            (sequence, row, iter(drafts.get(sequence, ())))
+            for sequence, row in zip(sequences, first, strict=False)
+            if sequence.generates
+        ]
+        with self._lock:
+            for sequence, tokens in drafts.items():
+                self.pool.note_drafts(sequence.place, len(tokens))
+                sequence.drafted += len(tokens)
+            self.scheduler.note_decoded(sequences)
+        while going:
+            waiting = [(row, sequence) for sequence, row, _ in going]
+            chosen = self._run([s for _, s in waiting], partial(self._choose, step, waiting))
+            if isinstance(chosen, Exception):
+                outputs += self._fail([s for _, s in waiting], chosen)
+                return
+            right = []
+            for (sequence, row, rest), token_id in zip(going, chosen, strict=True):
+                self._accept(sequence, token_id, step.logits[row], outputs)
+                if next(rest, None) == token_id and sequence.is_open:
+                    right.append((sequence, row + 1, rest))
+            going = right
+            with self._lock:
+                self.scheduler.note_decoded([sequence for sequence, _, _ in going])
+            for sequence, _, _ in going:
+                sequence.accepted += 1
+                accepted[sequence] += 1
+                self._prepare_draw(sequence)
+
+    def _choose(self, step: Verified, waiting: list[tuple[int, Sequence]]) -> list[int]:
+        """The token that each of some sequences gets from its row of a step; -1 for none."""
+        rows = [row for row, _ in waiting]
+        if step.largest is not None:
+            return [step.largest[row] for row in rows]
+        logits = step.logits.index_select(0, torch.tensor(rows, device=step.logits.device))
+        return self._sampler.draw_now([s.sampler_row for _, s in waiting], logits)
 
     def _finish(self, launched: _UnderWay, outputs: list[Output]) -> None:
         """Reads the tokens of a step, for the sequences whose places have not changed since."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from mistral_ext.text.constraint import Constraint, schema_text
 
+MOST_DRAFTS = 7  # of a completion in a pass: with its next token the rows of a pass of gemv
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,6 +41,8 @@ class SamplingParams:
     schema: object = None  # JSON schema of the completion: a dict, JSON text or a pydantic model
     regex: str | None = None  # what it matches as a whole, in the syntax of Rust's regex crate
     grammar: str | None = None  # of the completion, in Lark; one of these three at most
+    drafts: int | None = None  # [0, 7]: tokens to guess at a time, at most, which changes the speed
+    # alone; None: as the model was loaded
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
@@ -64,6 +68,8 @@ class SamplingParams:
             self._check("seed", Integral, "an integer from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64)
         if self.logprobs is not None:
             self._check("logprobs", Integral, "an integer, 0 or more", lambda x: x >= 0)
+        if self.drafts is not None:
+            expect_drafts(self.drafts)
         if self.stop is None or isinstance(self.stop, str):
             object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
         self._check("stop", Sequence, "non-empty strings", lambda x: all(_is_text(s) for s in x))
@@ -115,6 +121,14 @@ class SamplingParams:
             raise TypeError(f"{name} is {value!r}, expected {expected}")
         if not valid(value):
             raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def expect_drafts(drafts: object) -> None:
+    """Raises TypeError or ValueError unless `drafts` is a number of tokens to guess."""
+    if isinstance(drafts, bool) or not isinstance(drafts, Integral):
+        raise TypeError(f"drafts is {drafts!r}, expected an integer from 0 to {MOST_DRAFTS}")
+    if not 0 <= int(drafts) <= MOST_DRAFTS:
+        raise ValueError(f"drafts is {drafts!r}, expected an integer from 0 to {MOST_DRAFTS}")
 
 
 def _is_text(value: object) -> bool:

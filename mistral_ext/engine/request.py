@@ -25,6 +25,8 @@ class Timing:
     decode_seconds: float
     cached_tokens: int = 0  # tokens of the prompt that were in the cache
     queue_seconds: float = 0.0  # from its arrival to its first step
+    drafted_tokens: int = 0  # drafts that were checked (`engine.drafts`)
+    accepted_tokens: int = 0  # drafts that were right: each has saved a decode step
 
     @property
     def prompt_rate(self) -> float:

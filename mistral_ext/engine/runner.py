@@ -48,6 +48,20 @@ class Step:
     logits: Tensor
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A decode step with drafts.
+
+    Attributes:
+        logits: [T, V] fp32, a row for each token that was read.
+        largest: [T], the id of the largest logit of each row, -1 where there is none; None if not
+            all sequences take the largest logit: the caller draws.
+    """
+
+    logits: Tensor
+    largest: list[int] | None
+
+
 class Runner:
     """Computes a step when it is launched.
 
@@ -126,6 +140,31 @@ class Runner:
         logits, sampled = choose(model, self._sampler, h, _int64(rows, device), greedy)
         chosen: list[int] = sampled.tolist()
         return Step(lambda: chosen, logits.float())
+
+    def verify(
+        self,
+        extents: Sequence[Extent],
+        rows: Sequence[int],
+        token_ids: Sequence[Sequence[int]],
+        adapters: Sequence[int],
+    ) -> Verified:
+        """Reads the next token of each of N sequences, and drafts of the tokens behind it.
+
+        Args:
+            extents, rows, adapters: as of `launch`.
+            token_ids: for each sequence its next token and its drafts.
+        """
+        model, device = self._model, self._model.device
+        counts = list(map(len, token_ids))
+        tokens = _int64([token_id for ids in token_ids for token_id in ids], device)
+        table = self._pool.draft_table(extents, counts).to(device)
+        of_tokens = [slot for slot, n in zip(adapters, counts, strict=True) for _ in range(n)]
+        slots = _slots(of_tokens, device)
+        h = model.step(tokens, table, self._pool, max_count=1, adapters=slots)
+        if not self._sampler.needs_no_draw(rows):
+            return Verified(model.logits(h), None)
+        logits, largest = model.greedy(h, self._sampler.vocab_size)
+        return Verified(logits.float(), largest.tolist())
 
 
 def choose(

@@ -157,7 +157,7 @@ class Sampler:
         Raises:
             ValueError: no token can be chosen, because a logit is NaN or all are -inf.
         """
-        token_ids = self.draw(self._ids(rows), logits).tolist()
+        token_ids = self.draw_now(rows, logits)
         if -1 in token_ids:
             raise self.problem(logits[token_ids.index(-1)])
         return token_ids
@@ -166,6 +166,11 @@ class Sampler:
         """`sample` for rows on the device, without waiting for it; -1 where `sample` raises."""
         logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
+
+    def draw_now(self, rows: Sequence[int], logits: Tensor) -> list[int]:
+        """`sample`, with -1 where it raises."""
+        token_ids: list[int] = self.draw(self._ids(rows), logits).tolist()
+        return token_ids
 
     def problem(self, logits: Tensor) -> ValueError:
         """The error that says why no token could be chosen.

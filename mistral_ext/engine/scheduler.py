@@ -258,8 +258,7 @@ def _is_read_alone(sequence: Sequence) -> bool:
 
 def _goes_on(sequence: Sequence) -> bool:
     """Whether the sequence needs another token after those under way, as far as is known."""
-    is_open = sequence.finish_reason is None and not sequence.is_aborted
-    return is_open and sequence.place.length + 1 < sequence.request.max_length
+    return sequence.is_open and sequence.place.length + 1 < sequence.request.max_length
 
 
 def _piece(unread: int, budget: int) -> int:

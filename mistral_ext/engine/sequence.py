@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 
 from mistral_ext.engine.params import TokenLogprob
+from mistral_ext.engine.proposer import Proposer
 from mistral_ext.engine.request import Completion, Output, Request, Timing
 from mistral_ext.engine.sampling import fresh_seed, token_logprob
 from mistral_ext.engine.slots import Extent
@@ -34,6 +35,8 @@ class Sequence:
         finish_reason: why it has ended; None while it goes on.
         is_aborted: nobody waits for its outputs any more.
         matcher: says which tokens may come next; None: all.
+        proposer: guesses its next tokens.
+        drafted, accepted: drafts that were checked, and those of them that were right.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Sequence:
         self.is_aborted = False
         self.seed = 0
         self.matcher: Matcher | None = None
+        self.proposer = Proposer(self.ids)
+        self.drafted = self.accepted = 0
         self._vocab_size = vocab_size
         self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
@@ -96,6 +101,11 @@ class Sequence:
         """Whether the next decode step gives a new token. A sequence that was put back first reads
         the tokens that it had generated again, and those steps give none."""
         return self.place.length >= len(self.ids) - 1
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it goes on, as far as is known."""
+        return self.finish_reason is None and not self.is_aborted
 
     def note_read(self, count: int) -> None:
         """Counts prompt tokens as they are given to the model."""
@@ -155,5 +165,7 @@ class Sequence:
                 decode_seconds=self._last - self._first,
                 cached_tokens=self._cached,
                 queue_seconds=self._started - self._added,
+                drafted_tokens=self.drafted,
+                accepted_tokens=self.accepted,
             ),
         )

@@ -175,6 +175,24 @@ class SlotPool:
             first_token += count
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
+    def draft_table(self, extents: Sequence[Extent], counts: Sequence[int]) -> Tensor:
+        """The sequence table of a decode step with drafts. Each token has a row of its own, so
+        attention computes each with the bits of a step that has one token.
+
+        Args:
+            extents: of the sequences.
+            counts: for each of them its next token and its drafts, at most 1 + `room_for_drafts`.
+
+        Returns:
+            [T, 5] int64 on the CPU.
+        """
+        rows: list[tuple[int, ...]] = []
+        for extent, count in zip(extents, counts, strict=True):
+            ring_row = self._heads * extent.first
+            for position in range(extent.length, extent.length + count):
+                rows.append((len(rows), 1, position, ring_row, extent.capacity))
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
     def append(self, counts: Mapping[Extent, int]) -> Tensor:
         """Returns `table`, and counts the new tokens as stored: for a call that is made next."""
         table = self.table(counts)
@@ -186,6 +204,19 @@ class SlotPool:
         """Notes that `count` more tokens are stored."""
         extent.length += count
         extent.oldest = max(extent.oldest, extent.length - extent.capacity)
+
+    def room_for_drafts(self, extent: Extent) -> int:
+        """How many tokens may be stored behind the next one before any of them attends. An extent
+        does not grow for them, and none takes a slot that the next token sees."""
+        unused = extent.capacity - extent.length - 1
+        unseen = 0 if self.window is None else extent.capacity - self.window
+        return max(0, unused, unseen)
+
+    def note_drafts(self, extent: Extent, count: int) -> None:
+        """Notes that `count` tokens are stored behind the next one. They do not count as tokens of
+        the sequence before `advance` says so; until then later tokens may replace them."""
+        stored = extent.length + 1 + count
+        extent.oldest = max(extent.oldest, stored - extent.capacity)
 
     def can_rewind(self, extent: Extent, length: int) -> bool:
         """Whether an extent still holds all that a token at position `length` sees.

@@ -26,6 +26,11 @@ ring is (`mistral_ext.engine.slots.SlotPool` makes it; csrc/ring.h defines it):
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
+A sequence may also have several rows, one behind another, of one new token each and of consecutive
+positions. They share its ring, and each token gets the bits that it gets in a call of its own. All
+of them are stored before attention, so C is at least the length of the sequence, or the window and
+one more for each row after the first.
+
 The values in a table are checked on the CPU only: reading them from a GPU would make a call wait.
 """
 

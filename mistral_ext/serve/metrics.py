@@ -38,6 +38,8 @@ class Metrics:
         self._queries = counter("prefix_cache_queries", "Tokens looked up in the prefix cache")
         self._hits = counter("prefix_cache_hits", "Tokens found in the prefix cache")
         self._generated = counter("generation_tokens", "Tokens generated")
+        self._drafted = counter("spec_decode_num_draft_tokens", "Tokens guessed and checked")
+        self._accepted = counter("spec_decode_num_accepted_tokens", "Guesses that were right")
         self._success = counter("request_success", "Completions that ended", ("finished_reason",))
         self._answers = counter("http_requests", "Answers", ("path", "status"))
         self._moderations = counter(
@@ -67,6 +69,8 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
         self._queries.inc(prompt_tokens)
         self._hits.inc(completion.timing.cached_tokens)
+        self._drafted.inc(completion.timing.drafted_tokens)
+        self._accepted.inc(completion.timing.accepted_tokens)
         self._prompt_length.observe(prompt_tokens)
         self._length.observe(len(completion.token_ids))
         self._queue.observe(completion.timing.queue_seconds)

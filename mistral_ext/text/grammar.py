@@ -217,6 +217,16 @@ class Matcher:
         self._state.consume_token(token_id)  # an error shows in what follows
         self._update(self._grammar.allowed(self._state))
 
+    def forced(self, most: int) -> list[int]:
+        """Tokens, `most` at most, of the text that has to come next. A completion may also write
+        this text in other tokens."""
+        # Of a copy: too much work would break the state.
+        return self._state.deep_copy().compute_ff_tokens()[:most]
+
+    def count_allowed(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens, from the first on, may come next if none ends the text."""
+        return self._state.deep_copy().validate_tokens(list(token_ids))
+
     def _update(self, allowed: NDArray[np.bool_]) -> None:
         allowed[self._end_ids] = False
         is_whole = self.is_accepting

@@ -93,6 +93,7 @@ def test_sampling_options_arrive():
         "stop": ["zzz"],
         "logit_bias": {300: 2.5, 301: -3.0},
         "logprobs": 2,
+        "drafts": 3,
     }
     flags = []
     for name, value in options.items():

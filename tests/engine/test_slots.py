@@ -64,6 +64,51 @@ def test_sequence_table():
     assert [tuple(layer.shape) for layer in (*slots.k, *slots.v)] == [(1800, 32)] * 4
 
 
+@pytest.mark.parametrize(
+    ("window", "capacity", "length", "room"),
+    [
+        (None, 256, 250, 5),
+        (None, 256, 255, 0),
+        (None, 256, 256, 0),
+        (48, 112, 100, 64),  # a ring: what is older than the window may go
+        (48, 112, 30, 81),  # not full yet
+        (48, 50, 49, 2),
+        (48, 40, 30, 9),
+        (48, 40, 39, 0),
+    ],
+)
+def test_room_for_drafts(window, capacity, length, room):
+    slots = pool(window, 512)
+    extent = slots.allocate(capacity, most=capacity)
+    extent.length = length
+    assert slots.room_for_drafts(extent) == room
+
+
+def test_drafts_have_rows_of_their_own():
+    slots = pool(None, 512)
+    one, other = slots.allocate(20, most=20), slots.allocate(9, most=9)
+    slots.advance(one, 5)
+    table = slots.draft_table([one, other], [3, 1])
+    heads = 2
+    assert table.tolist() == [
+        [0, 1, 5, 0, 20],
+        [1, 1, 6, 0, 20],
+        [2, 1, 7, 0, 20],
+        [3, 1, 0, heads * 20, 9],
+    ]
+
+
+def test_drafts_take_slots():
+    slots = pool(4, 512)
+    extent = slots.allocate(10, most=10)
+    slots.advance(extent, 12)  # 2 to 11 are stored
+    assert slots.can_rewind(extent, 5)
+    slots.note_drafts(extent, 2)  # 13 and 14, behind 12, take the slots of 3 and 4
+    assert extent.length == 12
+    assert not slots.can_rewind(extent, 7)  # it sees 4
+    assert slots.can_rewind(extent, 8)
+
+
 def test_an_empty_pool_is_refused():
     with pytest.raises(ValueError, match="slots is 0, expected 1 or more"):
         pool(4, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import reference
 import torch
@@ -202,6 +204,70 @@ def test_does_not_depend_on_the_rest_of_the_batch(isa):
     assert torch.equal(
         out[new], ops.attention(q[new], k[new], v[new], *pools, alone.table((11,)), 8)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("capacity", "window"), [(12, 8), (15, 8), (40, None), (600, 512)])
+def test_rows_that_share_a_ring_are_steps_of_one_token(isa, capacity, window, dtype):
+    """Bit for bit, beside another sequence, wherever the ring wraps."""
+    for position in {0, 3, 35, 11 if window == 8 else 20, 595}:
+        if window is None and position + 5 > capacity:
+            continue
+        batch = RaggedBatch([capacity, 40], window, dtype=dtype, positions=[position, 9])
+        tokens = batch.inputs(6)  # five of the first sequence, then one of the second
+        table = batch.table((1, 1))[[0] * 5 + [1]]
+        table[:, 0] = torch.arange(6)
+        table[:5, 2] += torch.arange(5)
+
+        def run(rows, pools, table=table, tokens=tokens, batch=batch):
+            q, k, v = (x[rows].clone() for x in tokens)
+            given = table[rows] - table[rows][:1] * torch.tensor([1, 0, 0, 0, 0])
+            ops.rope(q, k, v, *pools, given, batch.frequencies, window)
+            return ops.attention(q, k, v, *pools, given, window)
+
+        pools = [pool.clone() for pool in (batch.k_pool, batch.v_pool)]
+        apart = [pool.clone() for pool in pools]
+        together = run(slice(0, 6), pools)
+        for i in range(6):
+            assert torch.equal(run(slice(i, i + 1), apart)[0], together[i])
+        for one, other in zip(pools, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def sharing(*rows):
+    """Rows of one token each: (position, first row of the ring, capacity)."""
+    q, k, v = (torch.zeros(len(rows), heads, 32) for heads in (4, 2, 2))
+    sequences = torch.tensor([[i, 1, *row] for i, row in enumerate(rows)])
+    return {"q": q, "k": k, "v": v, "sequences": sequences}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        # The window is 4: a ring of 5 slots has room for one more row.
+        ([(5, 0, 5), (6, 0, 5)], None),
+        ([(2, 0, 5), (3, 0, 5), (4, 0, 5)], None),
+        ([(2, 16, 6), (3, 16, 6), (3, 0, 5), (4, 0, 5)], None),
+        (
+            [(5, 0, 5), (6, 0, 5), (7, 0, 5)],
+            "sequences[2].capacity is 5, expected the window and 2 more, one for each row before "
+            "it in its ring, or 8, the sequence's length, or more",
+        ),
+        ([(3, 0, 5), (4, 0, 5), (5, 0, 5)], "sequences[2].capacity is 5"),
+        ([(5, 0, 5), (7, 0, 5)], "a ring at row 0, expected 10 or more"),  # not consecutive
+        ([(5, 0, 5), (5, 0, 5)], "a ring at row 0, expected 10 or more"),
+        ([(5, 0, 5), (6, 0, 6)], "a ring at row 0, expected 10 or more"),
+        ([(5, 0, 5), (6, 1, 5)], "a ring at row 1, expected 10 or more"),
+        ([(5, 0, 5), (0, 10, 5), (6, 0, 5)], "a ring at row 0, expected 10 or more"),
+    ],
+)
+def test_rows_that_may_share_a_ring(rows, message):
+    given = arguments(**sharing(*rows))
+    if message is None:
+        ops.attention(**given)
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.attention(**given)
 
 
 @st.composite

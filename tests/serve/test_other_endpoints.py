@@ -10,6 +10,10 @@ import httpx
 import openai
 import pytest
 
+from mistral_ext.engine.engine import Load
+from mistral_ext.engine.request import Completion, Timing
+from mistral_ext.serve.metrics import Metrics
+
 
 def test_models(demo):
     client = demo.client()
@@ -89,6 +93,15 @@ def test_metrics_count_what_happens(demo):
     assert demo.metric("http_requests_total", status="400") == wrong + 1
     assert demo.load == (0, 0)
     assert demo.metric("kv_cache_usage_perc") == 0
+
+
+def test_drafts_are_counted():
+    timing = Timing(4, 0.1, 9, 0.1, drafted_tokens=7, accepted_tokens=5)
+    metrics = Metrics(lambda: Load(running=0, waiting=0, preemptions=0, cache_share=0.0))
+    metrics.ended(Completion("text", [1] * 10, "stop", None, timing), 4, 0.2)
+    shown = metrics.render()[0].decode()
+    assert "\nmistral_ext_spec_decode_num_draft_tokens_total 7.0\n" in shown
+    assert "\nmistral_ext_spec_decode_num_accepted_tokens_total 5.0\n" in shown
 
 
 def test_each_request_has_a_line_without_its_text(demo):

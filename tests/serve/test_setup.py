@@ -82,6 +82,7 @@ def test_a_warning_where_everyone_may_come_in():
     ("options", "words"),
     [
         (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--drafts", "8"], "drafts is 8, expected an integer from 0 to 7"),
         (["--max-queue", "-1"], "--max-queue is -1, expected 0 or more"),
         (["--max-batch", "0"], "max_batch is 0"),
         (

@@ -1,0 +1,108 @@
+"""Which tokens may follow in a sequence, by what followed earlier in it, or by its grammar.
+
+Text repeats itself, so the tokens that followed the last tokens earlier in the same sequence often
+follow again. A grammar often leaves one text only.
+
+Source: Saxena 2023, prompt lookup decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mistral_ext.text.grammar import Matcher
+
+_NGRAMS = (2, 3)  # tokens that have to match
+_MOST_MATCHING = 8  # longer matches are not told apart
+_FORCED = _MOST_MATCHING + 1
+
+# The share of drafts that are right before any was checked, by the number of tokens that match; the
+# last share is for what a grammar forces. It counts as much as so many checks.
+_EXPECTED = (0.0, 0.0, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+_EXPECTED_WEIGHT = 4.0
+_FORGETTING = 0.95  # weight of an earlier check at each later check
+
+_MOST_GAIN = 4.0  # tokens that a sequence may lose again
+
+
+class Proposer:
+    """Proposes tokens that may follow in one sequence, and counts which were right.
+
+    Args:
+        ids: the tokens of the sequence, a list that grows.
+
+    Attributes:
+        gain: tokens that drafts have gained so far; negative: lost.
+    """
+
+    def __init__(self, ids: List[int]) -> None:
+        self.gain = 0.0
+        self._ids = ids
+        self._indexed = 0
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position that followed it
+        self._source = self._matching = 0  # where the guess begins, and the tokens equal before it
+        self._kinds: list[int] = []  # of the proposed tokens, indices of the two lists below
+        self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
+        self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)
+
+    def propose(self, most: int, matcher: Matcher | None) -> list[tuple[int, float]]:
+        """Tokens that may follow, each with the chance that it is right if all before it are.
+
+        Args:
+            most: tokens to propose at most.
+            matcher: what the sequence has to match; None: nothing.
+        """
+        tokens = matcher.forced(most) if matcher else []
+        self._kinds = [_FORCED] * len(tokens)
+        if not tokens:
+            tokens = self._repeated(most)
+            if matcher:
+                tokens = tokens[: matcher.count_allowed(tokens)]
+            matching = range(self._matching, self._matching + len(tokens))
+            self._kinds = [min(count, _MOST_MATCHING) for count in matching]
+        chances = [self._right[kind] / self._checked[kind] for kind in self._kinds]
+        return list(zip(tokens, chances, strict=True))
+
+    def note(self, drafts: int, accepted: int, cost: float) -> None:
+        """Counts drafts that were checked.
+
+        Args:
+            drafts: the number of proposed tokens, from the first on, that were checked.
+            accepted: how many were right, from the first on.
+            cost: of the drafts, in tokens that could have been generated instead.
+        """
+        self.gain = min(self.gain + accepted - cost, _MOST_GAIN)
+        for index in range(min(accepted + 1, drafts)):
+            kind = self._kinds[index]
+            self._right[kind] = _FORGETTING * self._right[kind] + (index < accepted)
+            self._checked[kind] = _FORGETTING * self._checked[kind] + 1
+
+    def _repeated(self, most: int) -> list[int]:
+        """What followed the last tokens when they were there before; nothing if they are new."""
+        self._index()
+        tokens: list[int] = []
+        if self._matching:
+            for at in range(self._source, self._source + most):
+                past = at - len(self._ids)
+                tokens.append(self._ids[at] if past < 0 else tokens[past])
+        return tokens
+
+    def _index(self) -> None:
+        ids = self._ids
+        for i in range(self._indexed, len(ids)):
+            if self._matching and ids[self._source] == ids[i]:
+                self._source += 1
+                self._matching += 1
+            else:
+                self._matching = 0
+            for n in _NGRAMS:
+                if i + 1 < n:
+                    continue
+                ngram = tuple(ids[i + 1 - n : i + 1])
+                found = self._after.get(ngram)
+                if found is not None and self._matching < n:
+                    self._source, self._matching = found, n
+                self._after[ngram] = i + 1
+        self._indexed = len(ids)

@@ -1,0 +1,512 @@
+"""Drafts change nothing but the speed: every completion is what it is without them.
+
+`Oracle` stands in for the policy, so that passes have drafts of every kind: right and wrong ones,
+many and few, of some sequences and of others. It knows each completion from a run without drafts.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from adapters import write_peft
+from checkpoints import write_checkpoint
+from replays import Replays
+
+from mistral_ext import Mistral, SamplingParams
+from mistral_ext.engine import engine as engine_module
+from mistral_ext.engine.drafts import Drafter, PassCosts
+from mistral_ext.engine.engine import Engine
+from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.params import MOST_DRAFTS
+from mistral_ext.engine.proposer import Proposer
+from mistral_ext.engine.request import Request
+from mistral_ext.llm import DEMO_MODEL
+
+VOCABULARY = 131
+WINDOW = 48  # its rings have 64 slots more
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, sliding_window=WINDOW, max_position_embeddings=4096)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(folder):
+    """window -> a model, in bfloat16, the dtype that rounds most."""
+
+    def model(window):
+        llm = Mistral.from_pretrained(folder, dtype=torch.bfloat16, sliding_window=window)
+        return llm.model
+
+    return {window: model(window) for window in (None, WINDOW)}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return Mistral.from_pretrained(DEMO_MODEL)
+
+
+class Oracle(Drafter):
+    """Gives drafts of which a part is right.
+
+    Args:
+        known: prompt, seed and index of a request -> the tokens of its completion.
+        share: how many of the drafts are right.
+    """
+
+    def __init__(self, known, share=0.8, seed=0):
+        super().__init__()
+        self.known, self.share, self.random = known, share, random.Random(seed)
+        self.passes = 0  # with drafts
+
+    def choose(self, sequences, room):
+        drafts, free = {}, 8 - len(sequences)
+        for sequence, most in zip(sequences, room, strict=True):
+            count = min(self.random.choice([most, self.random.randint(0, 7)]), most, free)
+            if count <= 0:
+                continue
+            begin = len(sequence.ids) - sequence.prompt_length
+            given = list(self.known[key(sequence.request)][begin : begin + count])
+            given += [5] * (count - len(given))
+            drafts[sequence] = [
+                token if self.random.random() < self.share else self.random.randrange(3, 131)
+                for token in given
+            ]
+            free -= count
+        self.passes += bool(drafts)
+        return drafts
+
+    def note(self, *args):
+        pass
+
+
+def key(request: Request):
+    return tuple(request.prompt_ids), request.params.seed, request.index
+
+
+def engine_of(model, **options) -> Engine:
+    return Engine(model, VOCABULARY, **{"max_batch": 4, "cache_tokens": 4096} | options)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(3, VOCABULARY), k=length)
+
+
+def request(ids, max_tokens=40, seed=5, eos_ids=(), **options) -> Request:
+    given = {"temperature": 1.0, "logprobs": 1} | options
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, **given)
+    return Request(ids, params, max_length=len(ids) + max_tokens, eos_ids=eos_ids)
+
+
+def run(engine: Engine, requests) -> list:
+    """The completion of each request, or its error."""
+    ids = [engine.add(r) for r in requests]
+    results = {}
+    while engine.has_work:
+        for output in engine.step():
+            if output.is_last:
+                results[output.request_id] = output.completion or output.error
+    return [results[i] for i in ids]
+
+
+def content(completion):
+    return completion.token_ids, completion.text, completion.finish_reason, completion.logprobs
+
+
+def plainly(make_engine, requests):
+    """The completions without drafts, and what an `Oracle` knows."""
+    engine = make_engine()
+    engine._drafter.choose = lambda sequences, room: {}
+    plain = run(engine, requests)
+    return plain, {key(r): c.token_ids for r, c in zip(requests, plain, strict=True)}
+
+
+def assert_empty(engine: Engine) -> None:
+    assert not list(engine.scheduler.running())
+    while engine.scheduler.prefixes.drop_oldest():
+        pass
+    assert engine.pool.free_slots == engine.pool.slots
+
+
+KINDS = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.7, "top_p": 0.9, "logprobs": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"temperature": 0.0, "logit_bias": {7: 4.0, 9: -3.0}, "logprobs": None},
+    {"top_k": 5, "eos_ids": (11, 12, 13)},
+    {"min_p": 0.2, "eos_ids": (20, 21), "logprobs": None},
+]
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_else_changes(models, window, seed):
+    """With every option, in batches, beyond where a ring wraps and an extent grows."""
+    lengths = random.Random(seed).choices([1, 5, 9, 33, 70, 120, 250], k=len(KINDS))
+    requests = [
+        request(prompt(n, n), 1 + (37 * i + 50 * seed) % 130, seed=seed, **kind)
+        for i, (n, kind) in enumerate(zip(lengths, KINDS, strict=True))
+    ]
+    make = lambda: engine_of(models[window])  # noqa: E731
+    plain, known = plainly(make, requests)
+    engine = make()
+    engine._drafter = Oracle(known, (0.5, 0.8, 0.97)[seed % 3], seed)
+    drafted = run(engine, requests)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    timings = [c.timing for c in drafted]
+    accepted = sum(t.accepted_tokens for t in timings)
+    assert 20 < accepted < sum(t.drafted_tokens for t in timings)
+    assert all(c.timing.drafted_tokens == 0 for c in plain)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_weights_of_few_bits(quantize):
+    """Products in integers take several tokens at a time."""
+    model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16, quantize=quantize).model
+    requests = [request(prompt(n, n), 40, temperature=t) for n, t in ((9, 0.0), (40, 1.0))]
+    plain, known = plainly(lambda: engine_of(model), requests)
+    engine = engine_of(model)
+    engine._drafter = Oracle(known)
+    assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
+    assert engine._drafter.passes > 5
+
+
+def test_each_draft_has_the_adapter_of_its_sequence(tmp_path):
+    base = write_checkpoint(tmp_path / "base", intermediate_size=256)
+    write_peft(base, tmp_path / "a")
+    adapters = {"a": tmp_path / "a"}
+    llm = Mistral.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, adapters=adapters)
+    prompts, names = [prompt(9), prompt(40, 1), prompt(5, 2)], ["a", None, "a"]
+    options = {"max_tokens": 30, "ignore_eos": True, "seed": 1, "temperature": 0.5, "logprobs": 0}
+    plain = llm.generate(prompts, adapter=names, drafts=0, **options)
+    known = {(tuple(p), 1, 0): c.token_ids for p, c in zip(prompts, plain, strict=True)}
+    llm.engine._drafter = Oracle(known)
+    drafted = llm.generate(prompts, adapter=names, **options)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    assert llm.engine._drafter.passes > 5
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_a_draft_saves_a_pass(models, window, monkeypatch):
+    requests = [request(prompt(40), 110, temperature=0.0)]
+    _, known = plainly(lambda: engine_of(models[window]), requests)
+    engine = engine_of(models[window])
+    engine._drafter = Oracle(known, share=1.0)
+    engine._drafter.random.choice = lambda choices: choices[0]  # all for which there is room
+    monkeypatch.setattr(engine.runner, "launch", None)  # no pass is without drafts
+    (completion,) = run(engine, requests)
+    # The first token is of the prompt; 13 passes of 8 tokens and one of 5 give the others.
+    assert engine._drafter.passes == 14
+    assert completion.timing.drafted_tokens == completion.timing.accepted_tokens == 13 * 7 + 4
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_what_is_put_back_is_the_same(models, window):
+    """Too little memory for all."""
+    requests = [request(prompt(n, n), 150, seed=n) for n in (120, 130)]
+    plain, known = plainly(lambda: engine_of(models[window]), requests)
+    engine = engine_of(models[window], cache_tokens=520 if window is None else 300)
+    engine._drafter = Oracle(known)
+    assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
+    assert engine._drafter.passes > 30
+    assert (engine.scheduler.preemptions > 0) == (window is None)
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("more", [0, 6])
+def test_a_later_request_finds_a_sound_cache(models, more):
+    """Wrong drafts behind the end of a sequence have taken slots of its ring."""
+    ids = prompt(150)
+    (free,), _ = plainly(lambda: engine_of(models[WINDOW]), [request(ids)])
+    end = free.token_ids[20]
+    length = len(ids) + free.token_ids.index(end)  # tokens that are stored at the end
+    least = length - (WINDOW + 64) + WINDOW - 1  # tokens after which a ring of these may go on
+    first = request(ids, eos_ids=(end,))
+    later = request([*ids[: least + more], *prompt(40, 1)], 8)
+    plain, known = plainly(lambda: engine_of(models[WINDOW], max_batch=1), [first, later])
+    engine = engine_of(models[WINDOW], max_batch=1)
+    engine._drafter = Oracle(known, share=0.0)
+    engine._drafter.random.choice = lambda choices: choices[0]
+    assert [content(c) for c in run(engine, [first, later])] == [content(c) for c in plain]
+    assert plain[1].timing.cached_tokens == least + more
+
+
+@pytest.mark.parametrize("when", ["read", "heard"])
+def test_abort(models, when, monkeypatch):
+    """Another thread does so while a pass with drafts is made; a listener between two passes."""
+    requests = [request(prompt(40), 60), request(prompt(50, 1), 60, temperature=0.0)]
+    plain, known = plainly(lambda: engine_of(models[None]), requests)
+    engine = engine_of(models[None])
+    engine._drafter = Oracle(known)
+    heard = []
+    kept = engine.add(requests[0], heard.append)
+    victim = engine.add(requests[1])
+    verify, passes = engine.runner.verify, iter(range(100))
+
+    def abort_and_verify(*args):
+        if next(passes) == 4:
+            if when == "read":
+                engine.abort(victim)
+            else:
+                monkeypatch.setattr(engine, "_choose", abort_and_choose)
+        return verify(*args)
+
+    choose = engine._choose
+
+    def abort_and_choose(*args):
+        engine.abort(victim)
+        return choose(*args)
+
+    monkeypatch.setattr(engine.runner, "verify", abort_and_verify)
+    while engine.has_work:
+        assert victim not in {o.request_id for o in engine.step()} or next(passes) <= 5
+    assert content(heard[-1].completion) == content(plain[0])
+    assert [o.request_id for o in heard] == [kept] * 60
+    assert_empty(engine)
+
+
+def test_a_pass_that_fails_fails_its_requests_and_the_next_ones_run(models, monkeypatch):
+    requests = [request(prompt(9)), request(prompt(10))]
+    plain, known = plainly(lambda: engine_of(models[None]), requests)
+    for broken in ("verify", "_choose"):
+        engine = engine_of(models[None])
+        engine._drafter = Oracle(known)
+        place = engine if broken == "_choose" else engine.runner
+
+        def breaks(*args):
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, broken, breaks)
+            assert [str(e) for e in run(engine, requests)] == ["out of memory"] * 2
+        assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
+        assert_empty(engine)
+
+
+def test_ctrl_c_leaves_the_engine_as_it_was(models, monkeypatch):
+    requests = [request(prompt(n, n)) for n in (20, 70)]
+    plain, known = plainly(lambda: engine_of(models[WINDOW]), requests)
+    engine = engine_of(models[WINDOW])
+    engine._drafter = Oracle(known)
+    verify, passes = engine.runner.verify, iter(range(100))
+
+    def interrupted(*args):
+        verify(*args)  # its tokens are stored, and nobody knows
+        if next(passes) == 3:
+            raise KeyboardInterrupt
+        return verify(*args)
+
+    monkeypatch.setattr(engine.runner, "verify", interrupted)
+    ids = [engine.add(r) for r in requests]
+    results, interruptions = {}, 0
+    while engine.has_work:
+        try:
+            outputs = engine.step()
+        except KeyboardInterrupt:
+            interruptions += 1
+            continue
+        results |= {o.request_id: content(o.completion) for o in outputs if o.completion}
+    assert interruptions == 1
+    assert [results[i] for i in ids] == [content(c) for c in plain]
+    assert_empty(engine)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "small": {"type": "boolean"}},
+    "required": ["name", "small"],
+    "additionalProperties": False,
+}
+TEXTS = [
+    {"stop": ["the ", "and"], "max_tokens": 80},
+    {"stop": "a", "temperature": 1.0, "logprobs": 0},
+    {"schema": SCHEMA, "temperature": 1.0, "logprobs": 1},
+    {"regex": "[a-z]{3,30}", "temperature": 0.7, "top_p": 0.9},
+    {"grammar": 'start: "a" | "b" start', "repetition_penalty": 0.8, "temperature": 1.0},
+    {"temperature": 1.0, "max_tokens": 50},
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_and_what_they_have_to_match(llm, seed):
+    ids = llm.tokenizer.encode("Once upon a time there was a small")
+    options = [{"max_tokens": 60, "seed": 7 * seed + i} | o for i, o in enumerate(TEXTS)]
+
+    def requests():  # a request's text remembers what it was given
+        given = [SamplingParams(**o) for o in options]
+        return [llm.request(ids[: 3 + i], p, index=i % 2) for i, p in enumerate(given)]
+
+    def make():
+        return Engine(llm.model, llm._vocab_size, cache_tokens=4096, holes=llm._holes)
+
+    plain, known = plainly(make, requests())
+    engine = make()
+    engine._drafter = Oracle(known, seed=seed)
+    drafted = run(engine, requests())
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    assert {c.finish_reason for c in plain} == {"stop", "length"}
+    assert sum(c.timing.accepted_tokens for c in drafted) > 30
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Passes cost the same whatever their rows."""
+    monkeypatch.setattr(PassCosts, "seconds", lambda self, rows: 1.0)
+
+
+def test_repeated_text_is_drafted(models, eager):
+    """A bias has a sequence repeat itself; of another with the same tokens it learns nothing."""
+    ids = [20, 21, 22, 23, 24, 25, 26, 27, 28, 20, 21]
+    again = dict.fromkeys(ids, 100.0)
+    requests = [request(ids, 60, temperature=0.0, logit_bias=again, seed=i) for i in range(2)]
+    plain, _ = plainly(lambda: engine_of(models[None]), requests)
+    drafted = run(engine_of(models[None]), requests)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    for completion in drafted:
+        assert 10 < completion.timing.accepted_tokens < 60
+
+
+@pytest.mark.parametrize("drafts", [0, 2, None])
+def test_forced_text_is_drafted(llm, eager, drafts):
+    options = {"regex": "The quick brown fox jumps over the lazy dog", "max_tokens": 60}
+    (plain,) = llm.generate("Hi", drafts=0, **options)
+    (drafted,) = llm.generate("Hi", drafts=drafts, temperature=0.0, **options)
+    assert content(drafted) == content(plain)
+    timing = drafted.timing
+    assert timing.accepted_tokens <= timing.drafted_tokens
+    assert (timing.accepted_tokens > 5) == (drafts != 0)
+
+
+def test_a_model_may_be_loaded_without_drafts(eager):
+    llm = Mistral.from_pretrained(DEMO_MODEL, drafts=0)
+    options = {"regex": "The quick brown fox jumps over the lazy dog", "max_tokens": 60}
+    assert llm.generate("Hi", **options)[0].timing.drafted_tokens == 0
+    assert llm.generate("Hi", drafts=1, **options)[0].timing.drafted_tokens > 5
+
+
+@pytest.mark.parametrize(
+    "make", [SamplingParams, lambda drafts: Mistral.from_pretrained(DEMO_MODEL, drafts=drafts)]
+)
+def test_a_wrong_number_is_refused(make):
+    with pytest.raises(ValueError, match="drafts is 8, expected an integer from 0 to 7"):
+        make(drafts=8)
+    with pytest.raises(ValueError, match="drafts is -1, expected"):
+        make(drafts=-1)
+    with pytest.raises(TypeError, match="drafts is True, expected"):
+        make(drafts=True)
+
+
+def test_steps_that_are_launched_ahead_have_none(llm, eager, monkeypatch):
+    monkeypatch.setattr(engine_module, "make_runner", lambda *args: GraphRunner(*args, Replays()))
+    ahead = Mistral.from_pretrained(DEMO_MODEL)
+    options = {"regex": "The quick brown fox jumps over the lazy dog", "max_tokens": 60}
+    (completion,) = ahead.generate("Hi", **options)
+    assert content(completion) == content(llm.generate("Hi", drafts=0, **options)[0])
+    assert completion.timing.drafted_tokens == 0
+
+
+class TestProposer:
+    """What it proposes, and how sure it is."""
+
+    def tokens(self, ids, most=4):
+        return [token for token, _ in Proposer(ids).propose(most, None)]
+
+    def test_the_continuation_of_the_last_tokens(self):
+        assert self.tokens([1, 2, 3, 4, 5, 6, 1, 2]) == [3, 4, 5, 6]
+        assert self.tokens([1, 2, 3, 1, 2, 4, 1, 2]) == [4, 1, 2, 4]  # the last one, and on
+        assert self.tokens([7, 7, 7]) == [7, 7, 7, 7]
+        assert self.tokens([9, 1, 2, 5, 8, 1, 2, 6, 9, 1, 2]) == [5, 8, 1, 2]  # of the longer match
+
+    def test_nothing_for_what_is_new(self):
+        assert self.tokens([]) == self.tokens([1]) == self.tokens([1, 2, 3]) == []
+        assert self.tokens([1, 2, 3, 2]) == []
+
+    def test_as_a_list_grows(self):
+        chance = random.Random(3)
+        ids: list[int] = []
+        growing = Proposer(ids)
+        for _ in range(300):
+            ids.append(chance.randrange(6))
+            given = growing.propose(5, None)
+            assert [token for token, _ in given] == self.tokens(list(ids), 5)
+
+    def test_what_was_right_counts(self):
+        ids = [1, 2, 3, 4, 1, 2]
+        proposer = Proposer(ids)
+        ((_, before),) = proposer.propose(1, None)
+        proposer.note(1, 1, 0.25)
+        ((_, after),) = proposer.propose(1, None)
+        assert before < after < 1
+        assert proposer.gain == 0.75
+        for _ in range(50):
+            proposer.note(1, 0, 0.25)
+        ((_, after),) = proposer.propose(1, None)
+        assert after < 0.1
+        assert proposer.gain < -10
+
+
+class Given:
+    """A sequence that proposes these tokens with these chances."""
+
+    matcher, prompt_length = None, 0
+
+    def __init__(self, chances, gain=0.0, generated=0):
+        self.ids = [0] * generated
+        self.chances = chances
+        self.proposer = self
+        self.gain = gain
+
+    def propose(self, most, matcher):
+        return [(10 + i, chance) for i, chance in enumerate(self.chances[:most])]
+
+
+class TestDrafter:
+    """How many drafts a pass gets."""
+
+    def counts(self, sequences, seconds, room=MOST_DRAFTS):
+        drafter = Drafter()
+        for rows, of_pass in enumerate(seconds, 1):
+            drafter.note(rows, of_pass, {}, {})
+        drafts = drafter.choose(sequences, [room] * len(sequences))
+        return [len(drafts.get(sequence, ())) for sequence in sequences]
+
+    def test_rows_that_cost_nothing_are_all_used(self):
+        free = [1.0] * 8
+        assert self.counts([Given([0.9] * 7)], free) == [7]
+        assert self.counts([Given([0.9] * 7)], free, room=3) == [3]
+        assert self.counts([Given([0.9] * 7), Given([0.6] * 7)], free) == [5, 1]
+        assert self.counts([Given([0.9] * 7)] * 8, free) == [0] * 8  # no row is left
+
+    def test_a_row_is_used_if_it_gains_more_than_it_costs(self):
+        dear = [1 + 0.6 * more for more in range(8)]
+        assert self.counts([Given([0.5] * 7)], dear) == [0]
+        assert self.counts([Given([0.9, 0.8, 0.3, 0.9])], dear) == [2]
+        assert self.counts([Given([0.9] * 7)], [1.0, 1.9, *[2.0] * 6]) == [7]
+
+    def test_nothing_is_drafted_before_a_pass_was_measured(self):
+        assert self.counts([Given([0.9] * 7)], []) == [0]
+
+    def test_a_sequence_that_lost_too_much_gets_none(self):
+        free = [1.0] * 8
+        assert self.counts([Given([0.9] * 7, gain=-0.6)], free) == [0]
+        assert self.counts([Given([0.9] * 7, gain=-0.6, generated=20)], free) == [7]
+
+    def test_what_was_not_measured_is_estimated(self):
+        costs = PassCosts()
+        assert costs.seconds(1) is None
+        costs.note(2, 1.0)
+        assert costs.seconds(1) < costs.seconds(2) == 1.0 < costs.seconds(3) < costs.seconds(4)
+        costs.note(4, 3.0)
+        assert costs.seconds(4) == 3.0
+        for _ in range(600):
+            costs.note(2, 1.5)
+        assert costs.seconds(2) == pytest.approx(1.5)
+        assert costs.seconds(4) < 2.5  # it is so long ago that it is forgotten
