@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mistral_ext.weights.gguf_blocks import BlockType
+from mistral_ext.weights.gguf_blocks import BLOCK_TYPES, BlockType
 
 # Where a type's fp16 numbers begin in a block: random bytes there may be infinite.
 _HALVES = {
@@ -31,8 +31,10 @@ _HALVES = {
 }
 
 
-def random_blocks(block_type: BlockType, n_rows: int, columns: int, seed: int) -> Tensor:
-    """[n_rows, bytes of a row] uint8: random bits, and scales of the size that weights have."""
+def random_blocks(
+    block_type: BlockType, n_rows: int, columns: int, seed: int, scale: float = 0.01
+) -> Tensor:
+    """[n_rows, bytes of a row] uint8: random bits, and fp16 scales around `scale`."""
     generator = torch.Generator().manual_seed(seed)
     if block_type.dtype is not None:
         values = torch.randn(n_rows, columns, generator=generator)
@@ -40,7 +42,7 @@ def random_blocks(block_type: BlockType, n_rows: int, columns: int, seed: int) -
     shape = n_rows * columns // block_type.values, block_type.nbytes
     blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     for begin in _HALVES[block_type.name]:
-        scales = torch.randn(len(blocks), 1, generator=generator) * 0.01
+        scales = torch.randn(len(blocks), 1, generator=generator) * scale
         blocks[:, begin : begin + 2] = scales.half().view(torch.uint8)
     return blocks.view(n_rows, -1)
 
@@ -107,7 +109,8 @@ def write_model(
     file holds.
 
     Args:
-        types: of tensors, by a part of their names; F32 without.
+        types: of tensors, by a part of their names; F32 without. A tensor is replaced by a random
+            one if `gguf` cannot write its type.
         metadata: more of it, or other values; a value None leaves a key out.
         tensors: more of them.
     """
@@ -145,7 +148,7 @@ def write_model(
         target = gguf_tensor_name(name)
         kind = next((kind for part, kind in (types or {}).items() if part in target), "F32")
         kind = gguf.GGMLQuantizationType[kind]
-        data = gguf.quants.quantize(parameter.float().numpy(), kind)
+        data = _blocks(parameter, kind)
         rounded = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
         parameter.data.copy_(rounded.view(parameter.shape))
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
@@ -160,6 +163,13 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _blocks(parameter: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    try:
+        return gguf.quants.quantize(parameter.float().numpy(), kind)
+    except NotImplementedError:
+        return random_blocks(BLOCK_TYPES[kind], *parameter.shape, seed=1, scale=1e-4).numpy()
 
 
 def gguf_tensor_name(name: str) -> str:

@@ -44,8 +44,7 @@ class Transformer:
 
     Args:
         config: its shape and constants.
-        weights: from `checkpoint.load_weights`; they are not copied. Matrices other than the
-            embeddings may be `Quantized`.
+        weights: from `checkpoint.load_weights`; they are not copied. Matrices may be `Quantized`.
 
     Attributes:
         adapters: what a pass may add to the weights of the layers; none at first.
@@ -53,7 +52,7 @@ class Transformer:
 
     def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
         self.config = config
-        self.embeddings = _plain(weights, "tok_embeddings.weight")  # [V, E]
+        self.embeddings = _matrix(weights, "tok_embeddings.weight")  # [V, E]
         self.norm = _plain(weights, "norm.weight")  # [E]
         self.output = _matrix(weights, "output.weight")  # [V, E]
         self.frequencies = rope.frequencies(
@@ -73,7 +72,7 @@ class Transformer:
                 )
             )
         shapes = {group: _shapes(getattr(self.layers[0], group)) for group in GROUPS}
-        self.adapters = Adapters(config.n_layers, shapes, self.embeddings)
+        self.adapters = Adapters(config.n_layers, shapes, self.norm)
 
     @property
     def nbytes(self) -> int:
@@ -87,11 +86,11 @@ class Transformer:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embeddings.dtype
+        return self.norm.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.device
+        return self.norm.device
 
     def forward(
         self, token_ids: Tensor, sequences: Tensor, cache: Cache, rows: Tensor | None = None
@@ -136,9 +135,7 @@ class Transformer:
         config = self.config
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
-        # For embeddings[token_ids] torch would wake its threads even for one row; on the CPU they
-        # then spin for milliseconds on the cores that our threads need.
-        h = self.embeddings.index_select(0, token_ids)  # [T, E], the residual stream
+        h = _rows(self.embeddings, token_ids, self.dtype)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for i, layer in enumerate(self.layers):
             rings = cache.k[i], cache.v[i], sequences
@@ -208,6 +205,15 @@ def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
     assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has a name of its own
     return weight
+
+
+def _rows(weight: Weight, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, K]: rows of a matrix, in `dtype`."""
+    if isinstance(weight, Tensor):
+        # For weight[indices] torch would wake its threads even for one row; on the CPU they then
+        # spin for milliseconds on the cores that our threads need.
+        return weight.index_select(0, indices)
+    return weight.rows(indices, dtype)
 
 
 def _together(

@@ -78,6 +78,27 @@ class Quantized(NamedTuple):
     scales: Tensor
     format: str
 
+    @classmethod
+    def empty(
+        cls,
+        shape: Sequence[int],
+        format: str,
+        group: int | None = None,
+        device: torch.device | None = None,
+    ) -> Quantized:
+        """A weight [N, K] whose tensors have yet to be filled.
+
+        Args:
+            group: number of values that share scales, a divisor of K; None: the smallest.
+        """
+        facts, (rows, size) = FORMATS[format], shape
+        groups = size // (group or facts.least_group or size)
+        return cls(
+            torch.empty(rows, facts.elements(size), dtype=facts.value_dtype, device=device),
+            torch.empty(rows, groups * facts.group_scales, dtype=facts.scale_dtype, device=device),
+            format,
+        )
+
     @property
     def shape(self) -> torch.Size:
         """[N, K], the shape of the weight."""
@@ -96,6 +117,18 @@ class Quantized(NamedTuple):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as a tensor [N, K], computed in fp32, then rounded to `dtype`."""
         return DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight by their indices [T] int64, dequantised: [T, K]."""
+        values, scales = (part.index_select(0, indices) for part in (self.values, self.scales))
+        # Torch splits larger tensors among its threads, which then spin for milliseconds on the
+        # cores that our threads need.
+        step = max(1, 2**14 // max(1, self.shape[1]))
+        rows = [
+            Quantized(*parts, self.format).dequantize(dtype)
+            for parts in zip(values.split(step), scales.split(step), strict=True)
+        ]
+        return torch.cat(rows)
 
     def to(self, device: torch.device | str) -> Quantized:
         return Quantized(self.values.to(device), self.scales.to(device), self.format)

@@ -226,7 +226,7 @@ def _read_gguf(file: Path, config: MistralConfig) -> dict[str, LowRank]:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}, expected a positive number")
     names = {gguf_name(f"{name}.weight"): name for name in _module_shapes(config)}
     pairs = _Pairs(file, config)
-    for tensor in gguf_tensors(gguf, torch.float32, keep=False):
+    for tensor in gguf_tensors(gguf, torch.float32, kept={}):
         module, _, matrix = tensor.name.rpartition(".")
         pairs.add(names.get(module), matrix, ("lora_a", "lora_b"), tensor)
     return {

@@ -39,8 +39,9 @@ from mistral_ext.weights.gguf_model import (
     default_dtype,
     gguf_name,
     gguf_tensors,
-    kept_format,
-    say_what_is_decoded,
+    kept_formats,
+    kept_parts,
+    say_what_changes,
 )
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
@@ -102,7 +103,7 @@ def load_weights(
             file. Or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
-    checkpoint = Checkpoint(folder, dtype, quantization)
+    checkpoint = Checkpoint(folder, dtype, quantization, device)
     if device is not None:
         expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
     loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
@@ -119,6 +120,8 @@ class Checkpoint:
     Args:
         folder, dtype: as for :func:`load_weights`.
         quantization: how to quantise the weights; None: as they are stored.
+        device: where the model is to run, which decides what is decoded of a GGUF file; None: the
+            CPU.
 
     Attributes:
         dtype: the dtype of the weights that are not quantised.
@@ -129,6 +132,7 @@ class Checkpoint:
         folder: ModelFolder,
         dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(
@@ -153,18 +157,20 @@ class Checkpoint:
             for name, shape in tensor_shapes(config).items():
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
         tensors = _stored_tensors(files)
+        kept: dict[str, str] = {}
         if folder.gguf is not None:
             dtype = dtype or default_dtype(folder.gguf)
             # Weights that are rounded again are first decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
-            keep = quantization is None
-            tensors = gguf_tensors(folder.gguf, decoded, keep)
-            say_what_is_decoded(folder.gguf, str(quantization or _list((dtype,))), keep)
+            if quantization is None:
+                kept = kept_formats(folder.gguf, device)
+            tensors = gguf_tensors(folder.gguf, decoded, kept)
+            say_what_changes(folder.gguf, str(quantization or _list((dtype,))), kept)
         # The weights that are stored as two tensors.
         quantized = {
             name: parts
             for name, shape in tensor_shapes(config).items()
-            if (parts := _stored_parts(folder, self._quantizes, name, shape)) is not None
+            if (parts := _stored_parts(folder, kept, name, shape)) is not None
         }
         self._formats = {name: parts.format for name, parts in quantized.items()}
         self._parts = _match(tensors, files, config, quantized, dtype)
@@ -282,15 +288,12 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
 
 
 def _stored_parts(
-    folder: ModelFolder, quantizes: Quantization | None, name: str, shape: tuple[int, ...]
+    folder: ModelFolder, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Quantized | None:
     """How a weight is stored that has scales, as tensors on the meta device."""
     if folder.quantization is not None:
         return folder.quantization.parts(name, shape)
-    if folder.gguf is None or quantizes is not None:
-        return None
-    kept = kept_format(folder.gguf, name)
-    return Quantization(kept).parts(name, shape) if kept else None
+    return kept_parts(folder.gguf, kept, name, shape) if folder.gguf is not None else None
 
 
 def _match(
@@ -328,7 +331,7 @@ def _match(
         stored = _take(found, stored_name, shape, weights)
         stored_dtype = _expect_dtype(stored, _DTYPES)
         matched[name] = (stored,)
-        (first,) = matched["tok_embeddings.weight"]
+        first = matched["tok_embeddings.weight"][0]
         if dtype is None and stored_dtype != first.dtype:
             raise ValueError(
                 f"tensor {stored_name!r} in {stored.file} has dtype {stored_dtype}, expected "

@@ -18,15 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mistral_ext.ops.dequantize import TABLE, scales_and_minima
+
 # Values that are decoded at a time. Intermediate results of so few values stay in the caches, and
 # torch does not split them among threads, which would wait for each other longer than they work.
 _AT_ONCE = 2**15 - 1
-
-_TABLE = torch.tensor(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
-    dtype=torch.float32,
-    device="cpu",
-)
 
 
 @dataclass(frozen=True)
@@ -63,26 +59,36 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     Returns:
         [N, K], contiguous.
     """
+    return in_steps(rows, block_type, block_type.decode, block_type.values, dtype)
+
+
+def in_steps(
+    rows: Tensor,
+    block_type: BlockType,
+    change: Callable[[Tensor], Tensor],
+    elements: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Changes the blocks of a matrix, a few rows at a time.
+
+    Args:
+        rows: [N, bytes of a row] uint8, contiguous.
+        block_type: the type of its blocks.
+        change: [B, bytes of a block] uint8 to [B, elements] of any dtype.
+
+    Returns:
+        [N, blocks of a row * elements] of `dtype`, contiguous.
+    """
     n_rows, n_bytes = rows.shape
-    columns = n_bytes // block_type.nbytes * block_type.values
-    decoded = torch.empty(n_rows, columns, dtype=dtype, device=rows.device)
-    step = max(1, _AT_ONCE // max(1, columns))
-    for block, out in zip(torch.split(rows, step), torch.split(decoded, step), strict=True):
-        out.copy_(block_type.decode(block.view(-1, block_type.nbytes)).view(out.shape))
-    return decoded
+    blocks = n_bytes // block_type.nbytes
+    changed = torch.empty(n_rows, blocks * elements, dtype=dtype, device=rows.device)
+    step = max(1, _AT_ONCE // max(1, blocks * block_type.values))
+    for some, out in zip(torch.split(rows, step), torch.split(changed, step), strict=True):
+        out.view(-1, elements).copy_(change(some.view(-1, block_type.nbytes)))
+    return changed
 
 
-def q8_0_values(rows: Tensor) -> Tensor:
-    """[N, K] int8: the values of a matrix in Q8_0, given as [N, bytes of a row]."""
-    return rows.view(len(rows), -1, 34)[:, :, 2:].reshape(len(rows), -1).view(torch.int8)
-
-
-def q8_0_scales(rows: Tensor) -> Tensor:
-    """[N, K / 32] float16: the scales of a matrix in Q8_0, given as [N, bytes of a row]."""
-    return rows.view(len(rows), -1, 34)[:, :, :2].reshape(len(rows), -1).view(torch.float16)
-
-
-# Parts of blocks. B blocks, each a row of bytes.
+# Parts of blocks. B blocks, each a row of bytes. *_integers: [B, values] uint8, without scales.
 
 
 def _halves(blocks: Tensor, begin: int) -> Tensor:
@@ -115,43 +121,40 @@ def _scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Ten
     return scaled.flatten(1)
 
 
-def _scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 8] each, 0 to 63, from the 12 bytes of Q4_K and Q5_K.
-
-    Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
-    other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
-    """
-    first_scales, first_minima, low = torch.split(packed, 4, dim=1)
-    last_scales = low & 15 | (first_scales >> 6) << 4
-    last_minima = low >> 4 | (first_minima >> 6) << 4
-    return (
-        torch.cat([first_scales & 63, last_scales], dim=1),
-        torch.cat([first_minima & 63, last_minima], dim=1),
-    )
-
-
 def _looked_up(fields: Tensor) -> Tensor:
     """[B, values] fp32 from the table of the IQ4 types."""
-    return _TABLE.to(fields.device).index_select(0, fields.flatten().int()).view(fields.shape)
+    return TABLE.to(fields.device).index_select(0, fields.flatten().int()).view(fields.shape)
 
 
 # Blocks of 32 values
 
 
+def q4_0_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 2:], 4, 16)
+
+
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * (_fields(blocks[:, 2:], 4, 16).float() - 8)
+    return _halves(blocks, 0) * (q4_0_integers(blocks).float() - 8)
+
+
+def q4_1_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 4:], 4, 16)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * _fields(blocks[:, 4:], 4, 16) + _halves(blocks, 2)
+    return _halves(blocks, 0) * q4_1_integers(blocks) + _halves(blocks, 2)
 
 
 def _five_bits(high: Tensor, low: Tensor) -> Tensor:
     return _fields(low, 4, 16) | _fields(high, 1, 1) << 4
 
 
+def q5_0_integers(blocks: Tensor) -> Tensor:
+    return _five_bits(blocks[:, 2:6], blocks[:, 6:])
+
+
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * (_five_bits(blocks[:, 2:6], blocks[:, 6:]).float() - 16)
+    return _halves(blocks, 0) * (q5_0_integers(blocks).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
@@ -163,8 +166,11 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return _halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
 
 
+iq4_nl_integers = q4_0_integers
+
+
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * _looked_up(_fields(blocks[:, 2:], 4, 16))
+    return _halves(blocks, 0) * _looked_up(iq4_nl_integers(blocks))
 
 
 # Blocks of 256 values
@@ -175,35 +181,56 @@ def _q2_k(blocks: Tensor) -> Tensor:
     return _scaled(_fields(blocks[:, 16:80], 2, 32), d * (packed & 15), dmin * (packed >> 4))
 
 
+def q3_k_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
+
+
+def q3_k_scales(blocks: Tensor) -> Tensor:
+    """[B, 16] uint8, 0 to 63."""
+    return _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
+
+
 def _q3_k(blocks: Tensor) -> Tensor:
-    scales = _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
-    values = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
-    return _scaled(values.float() - 4, _halves(blocks, 108) * (scales.float() - 32))
+    scales = _halves(blocks, 108) * (q3_k_scales(blocks).float() - 32)
+    return _scaled(q3_k_integers(blocks).float() - 4, scales)
+
+
+def q4_k_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 16:], 4, 32)
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    scales, minima = scales_and_minima(blocks[:, 4:16])
     d, dmin = _halves(blocks, 0), _halves(blocks, 2)
-    return _scaled(_fields(blocks[:, 16:], 4, 32), d * scales, dmin * minima)
+    return _scaled(q4_k_integers(blocks), d * scales, dmin * minima)
+
+
+def q5_k_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    scales, minima = _scales_and_minima(blocks[:, 4:16])
+    scales, minima = scales_and_minima(blocks[:, 4:16])
     d, dmin = _halves(blocks, 0), _halves(blocks, 2)
-    values = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
-    return _scaled(values, d * scales, dmin * minima)
+    return _scaled(q5_k_integers(blocks), d * scales, dmin * minima)
+
+
+def q6_k_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    values = _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
     scales = blocks[:, 192:208].view(torch.int8)
-    return _scaled(values.float() - 32, _halves(blocks, 208) * scales)
+    return _scaled(q6_k_integers(blocks).float() - 32, _halves(blocks, 208) * scales)
+
+
+def iq4_xs_integers(blocks: Tensor) -> Tensor:
+    return _fields(blocks[:, 8:], 4, 16)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     scales = _fields(blocks[:, 4:8], 4, 1) | _fields(blocks[:, 2:4], 2, 1) << 4
-    values = _looked_up(_fields(blocks[:, 8:], 4, 16))
-    return _scaled(values, _halves(blocks, 0) * (scales.float() - 32))
+    return _scaled(_looked_up(iq4_xs_integers(blocks)), _halves(blocks, 0) * (scales.float() - 32))
 
 
 def _plain(name: str, dtype: torch.dtype) -> BlockType:

@@ -1,14 +1,14 @@
 """A model in a GGUF file: its configuration from the metadata, and its tensors.
 
 Tensors are stored under names of their own, in blocks (gguf_blocks.py), and with the query and key
-rows in Mistral's order. Matrices in Q8_0 keep their bits, with values and scales apart, as our
-kernels read them ("q8_0"); all other tensors are decoded as they are read.
+rows in Mistral's order. Matrices that our kernels multiply as they are keep their numbers, with
+values and scales apart (gguf_planes.py); other tensors are decoded as they are read.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.weights.gguf_blocks import decode, q8_0_scales, q8_0_values
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.gguf_blocks import BlockType, decode
 from mistral_ext.weights.gguf_file import Gguf, GgufTensor
+from mistral_ext.weights.gguf_planes import PLANES, scales_of, values_of
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor
 
 _log = logging.getLogger("mistral_ext")
@@ -59,52 +61,89 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[module]}.weight"
 
 
-def gguf_tensors(file: Gguf, dtype: torch.dtype, keep: bool) -> Iterator[StoredTensor]:
-    """The weights of a file, each decoded to `dtype` when it is read.
+def kept_formats(file: Gguf, device: torch.device | None) -> dict[str, str]:
+    """The formats of the matrices that a device multiplies as they are, by the file's names.
+
+    On a GPU these are matrices in Q8_0, apart from the embeddings. Tensors of other types are
+    decoded for it.
+    """
+    return {
+        name: PLANES[tensor.type.name].format
+        for name, tensor in file.tensors.items()
+        if tensor.type.name in PLANES
+        and len(tensor.shape) == 2
+        and (device is None or device.type == "cpu" or _has_gpu_kernels(tensor))
+    }
+
+
+def _has_gpu_kernels(tensor: GgufTensor) -> bool:
+    is_multiplied = tensor.name != gguf_name("tok_embeddings.weight")
+    return is_multiplied and tensor.type.name == "Q8_0"
+
+
+def kept_parts(
+    file: Gguf, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
+) -> Quantized | None:
+    """A weight that keeps its format, as tensors on the meta device.
+
+    Args:
+        kept: from `kept_formats`.
+        name: Mistral's name.
+        shape: the shape that the weight should have.
+
+    Returns:
+        None: the weight does not keep its format, or is missing.
+
+    Raises:
+        ValueError: the weight has another shape.
+    """
+    tensor = file.tensors.get(gguf_name(name))
+    if tensor is None or tensor.name not in kept:
+        return None
+    if tensor.shape != shape:
+        raise ValueError(
+            f"tensor {tensor.name!r} in {tensor.file} has shape {tensor.shape}, expected {shape}"
+        )
+    return Quantized.empty(shape, kept[tensor.name], device=torch.device("meta"))
+
+
+def gguf_tensors(file: Gguf, dtype: torch.dtype, kept: Mapping[str, str]) -> Iterator[StoredTensor]:
+    """The weights of a file, each changed when it is read.
 
     Args:
         file: from `read_gguf`.
         dtype: what to decode to.
-        keep: give a matrix in Q8_0 as two tensors, its values and, under its name and
-            `SCALE_SUFFIX`, its scales.
+        kept: from `kept_formats`: matrices that are given as two tensors, their values and, under
+            their name and `SCALE_SUFFIX`, their scales.
     """
     for name, tensor in file.tensors.items():
         if name == _FREQUENCY_FACTORS:
             continue
-        if keep and _is_kept(name, tensor):
-            yield from _q8_0_parts(name, tensor)
+        if name in kept:
+            yield from _kept_tensors(tensor, kept[name])
         else:
             read = partial(_read, tensor, dtype)
             yield StoredTensor(name, tensor.file, dtype, tensor.shape, tensor.nbytes, read)
 
 
-def kept_format(file: Gguf, name: str) -> str | None:
-    """The format in which a weight keeps its bits, by Mistral's name; None: it is decoded."""
-    tensor = file.tensors.get(gguf_name(name))
-    return "q8_0" if tensor is not None and _is_kept(gguf_name(name), tensor) else None
-
-
-def _q8_0_parts(name: str, tensor: GgufTensor) -> Iterator[StoredTensor]:
-    rows, columns = tensor.shape
-    for suffix, dtype, part_columns, part in (
-        ("", torch.int8, columns, q8_0_values),
-        (SCALE_SUFFIX, torch.float16, columns // 32, q8_0_scales),
+def _kept_tensors(tensor: GgufTensor, format: str) -> Iterator[StoredTensor]:
+    parts = Quantized.empty(tensor.shape, format, device=torch.device("meta"))
+    for suffix, part, read in (
+        ("", parts.values, values_of),
+        (SCALE_SUFFIX, parts.scales, scales_of),
     ):
-        nbytes = rows * part_columns * dtype.itemsize
-        shape = rows, part_columns
         yield StoredTensor(
-            name + suffix, tensor.file, dtype, shape, nbytes, partial(_read_part, tensor, part)
+            tensor.name + suffix,
+            tensor.file,
+            part.dtype,
+            tuple(part.shape),
+            part.nbytes,
+            partial(_read_part, tensor, read),
         )
 
 
-def _read_part(tensor: GgufTensor, part: Callable[[Tensor], Tensor]) -> Tensor:
-    return part(tensor.rows())
-
-
-def _is_kept(name: str, tensor: GgufTensor) -> bool:
-    # Rows of the embeddings are looked up, not multiplied.
-    is_matrix = len(tensor.shape) == 2 and name != gguf_name("tok_embeddings.weight")
-    return is_matrix and tensor.type.name == "Q8_0"
+def _read_part(tensor: GgufTensor, part: Callable[[Tensor, BlockType], Tensor]) -> Tensor:
+    return part(tensor.rows(), tensor.type)
 
 
 def default_dtype(file: Gguf) -> torch.dtype:
@@ -113,15 +152,16 @@ def default_dtype(file: Gguf) -> torch.dtype:
     return (embeddings and embeddings.type.dtype) or torch.bfloat16
 
 
-def say_what_is_decoded(file: Gguf, target: str, keep: bool) -> None:
-    """Logs which types of a file are decoded, and to what."""
-    types = {
-        tensor.type
-        for name, tensor in file.tensors.items()
-        if not (keep and _is_kept(name, tensor))
-    }
-    if names := sorted(block_type.name for block_type in types if block_type.dtype is None):
-        _log.warning("%s: %s become %s as they are read", file.path, ", ".join(names), target)
+def say_what_changes(file: Gguf, target: str, kept: Mapping[str, str]) -> None:
+    """Logs which types of a file take more memory than in the file, and what they become."""
+    changes: dict[str, set[str]] = {}
+    for name, tensor in file.tensors.items():
+        becomes = kept.get(name, target)
+        if tensor.type.dtype is None and becomes != tensor.type.name.lower():
+            changes.setdefault(becomes, set()).add(tensor.type.name)
+    for becomes, types in sorted(changes.items()):
+        names = ", ".join(sorted(types))
+        _log.warning("%s: %s become %s as they are read", file.path, names, becomes)
 
 
 def _read(tensor: GgufTensor, dtype: torch.dtype) -> Tensor:

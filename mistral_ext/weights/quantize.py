@@ -181,19 +181,13 @@ def _empty(
 ) -> Quantized:
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"tensor {name!r} has shape {shape}, expected a matrix [N, K], K > 0")
-    rows, columns = shape
-    facts = FORMATS[format]
+    columns = shape[1]
     if group is not None and columns % group:
         raise ValueError(
             f"tensor {name!r} of shape {shape} has rows of {columns}, expected a multiple of "
             f"{group} to quantise it to {format!r} in groups of {group}"
         )
-    groups = columns // (group or columns)
-    return Quantized(
-        torch.empty(rows, facts.elements(columns), dtype=facts.value_dtype, device=device),
-        torch.empty(rows, groups * facts.group_scales, dtype=facts.scale_dtype, device=device),
-        format,
-    )
+    return Quantized.empty(shape, format, group, device)
 
 
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.mark.parametrize(
     "prompt", ["The capital of France is", "Once upon a time", "def fibonacci(n):\n"]
 )
-def test_greedy_text_is_that_of_transformers(prompt, llm, oracle):
+def test_greedy_text_is_that_of_transformers(prompt, llm, oracle, exact_products):
     ids = torch.tensor([llm.tokenizer.encode(prompt)])
     with torch.inference_mode():
         expected = oracle.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2)

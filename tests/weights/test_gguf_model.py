@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from adapters import write_peft
 from checkpoints import write_checkpoint
 from gguf_files import write_model
 
@@ -17,7 +18,7 @@ from mistral_ext.model.rope_scaling import Factors, Linear, Yarn
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
-from mistral_ext.weights.gguf_model import gguf_name
+from mistral_ext.weights.gguf_model import gguf_name, kept_formats
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 MIXED = {"token_embd": "Q8_0", "attn_v": "Q5_1", "ffn_down": "F16", "norm": "F32", "blk": "Q4_0"}
@@ -60,17 +61,74 @@ def test_weights_have_the_names_and_rows_of_other_formats(model, tmp_path):
         assert torch.equal(weight.dequantize() if kept else weight, expected[name]), name
 
 
-def test_matrices_in_q8_0_keep_their_bits(model, tmp_path):
-    """The embeddings do not: their rows are looked up."""
-    path = written(tmp_path, model, dict.fromkeys(("embd", "attn_q", "ffn_down"), "Q8_0"))
+# As llama.cpp mixes types in some layers of a file "Q4_K_M".
+Q4_K_M = {"norm": "F32", "attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_output": "Q4_K"}
+Q4_K_M |= {"output": "Q6_K", "token_embd": "Q4_K", "blk": "Q4_K"}
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> transformers.MistralForCausalLM:
+    """Its rows are whole blocks of 256 values."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    return write_checkpoint(tmp_path_factory.mktemp("wide"), sliding_window=None, **sizes)
+
+
+@pytest.mark.parametrize("tokens", [5, 50])  # multiplied by the kernels for few and for many
+@pytest.mark.parametrize(
+    "types",
+    [Q4_K_M, {"norm": "F32", "": "Q5_K"}, {"norm": "F32", "attn": "IQ4_XS", "": "IQ4_NL"}],
+    ids=["Q4_K_M", "Q5_K", "IQ4"],
+)
+def test_logits_of_matrices_in_blocks(types, tokens, wide_model, tmp_path, exact_products):
+    path = written(tmp_path, wide_model, types)
+    llm = Mistral.from_pretrained(path, dtype=torch.float32, progress=False)
+    ids = torch.randint(131, (tokens,))
+    expected = logits_of(wide_model, ids)
+    torch.testing.assert_close(llm.logits(ids), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_logits_of_few_tokens_are_nearly_those(wide_model, tmp_path):
+    """Their activations are rounded to 8 bits."""
+    path = written(tmp_path, wide_model, Q4_K_M)
+    llm = Mistral.from_pretrained(path, dtype=torch.float32, progress=False)
+    ids = torch.randint(131, (5,))
+    expected = logits_of(wide_model, ids)
+    error = (llm.logits(ids) - expected).norm() / expected.norm()
+    assert 1e-3 < error < 0.05
+
+
+def test_an_adapter_over_matrices_in_blocks(tmp_path):
+    model = write_checkpoint(tmp_path / "hf", sliding_window=None, intermediate_size=256)
+    path = written(tmp_path, model, {"norm": "F32", "": "Q4_0"})
+    adapted = write_peft(model, tmp_path / "adapter")
+    adapters = {"name": tmp_path / "adapter"}
+    llm = Mistral.from_pretrained(path, dtype=torch.float32, progress=False, adapters=adapters)
+    ids = torch.randint(131, (20,))
+    expected = logits_of(adapted, ids)
+    torch.testing.assert_close(llm.logits(ids, adapter="name"), expected, rtol=1e-4, atol=1e-3)
+
+
+KEPT = {"embd": "Q4_1", "attn_q": "Q8_0", "attn_v": "Q5_0", "norm": "F32", "blk": "Q4_0"}
+
+
+def test_matrices_keep_their_numbers(model, tmp_path):
+    path = written(tmp_path, model, KEPT)
     weights = load_weights(read_folder(path))
-    assert weights["tok_embeddings.weight"].dtype == torch.bfloat16
-    kept = {name for name, weight in weights.items() if isinstance(weight, Quantized)}
-    suffixes = ("attention.wq", "feed_forward.w2")
-    assert kept == {f"layers.{i}.{suffix}.weight" for i in range(2) for suffix in suffixes}
-    assert {weights[name].format for name in kept} == {"q8_0"}
+    formats = {name: w.format for name, w in weights.items() if isinstance(w, Quantized)}
+    assert formats.pop("tok_embeddings.weight") == "q4_1"
+    for suffix in ("wq", "wv"):
+        assert {formats.pop(f"layers.{i}.attention.{suffix}.weight") for i in range(2)} == {"q8_0"}
+    assert len(formats) == 2 * 5
+    assert set(formats.values()) == {"q4_0"}
     quantized = load_weights(read_folder(path), quantize="int4")
     assert quantized["layers.0.attention.wq.weight"].format == "int4"
+    assert quantized["tok_embeddings.weight"].dtype == torch.bfloat16
+
+
+def test_a_gpu_multiplies_q8_0_as_it_is(model, tmp_path):
+    file = read_folder(written(tmp_path, model, KEPT | {"embd": "Q8_0"})).gguf
+    kept = kept_formats(file, torch.device("cuda"))
+    assert kept == {f"blk.{i}.attn_q.weight": "q8_0" for i in range(2)}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +165,15 @@ def test_quantized_from_the_exact_weights(quantize, model, tmp_path):
 
 def test_what_is_decoded_is_said(model, tmp_path, caplog):
     load_weights(read_folder(written(tmp_path, model, MIXED)))
-    assert "model.gguf: Q4_0, Q5_1, Q8_0 become bfloat16 as they are read" in caplog.text
+    assert "model.gguf: Q5_1 become bfloat16 as they are read" in caplog.text
+    caplog.clear()
+    load_weights(read_folder(written(tmp_path, model, KEPT)))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'model.gguf'}: Q5_0 become q8_0 as they are read"
+    ]
+    caplog.clear()
+    load_weights(read_folder(written(tmp_path, model, MIXED)), quantize="int8")
+    assert "Q4_0, Q5_1, Q8_0 become q8_0 in groups of 32 as they are read" in caplog.text
     caplog.clear()
     load_weights(read_folder(written(tmp_path, model)))
     assert not caplog.text
