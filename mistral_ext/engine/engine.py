@@ -230,6 +230,8 @@ class Engine:
                 self.scheduler.note_read(sequence, count)
             if sequence.request.prompt_logits:
                 outputs.append(Output(sequence.request_id, prompt_logits=of_piece))
+            elif sequence.request.hidden:
+                outputs.append(Output(sequence.request_id, hidden=of_piece))
             if sequence.reads_prompt:
                 continue
             if sequence.request.params is None:
@@ -410,8 +412,9 @@ class Outputs(Iterator[Output]):
 def _piece(sequence: Sequence, count: int) -> Piece:
     begin = sequence.place.length
     is_end = begin + count == sequence.prompt_length and sequence.request.params is not None
-    logits = "all" if sequence.request.prompt_logits else "last" if is_end else "none"
-    return Piece(sequence.place, sequence.ids[begin : begin + count], logits)
+    rows = "all" if sequence.request.reports_prompt else "last" if is_end else "none"
+    ids = sequence.ids[begin : begin + count]
+    return Piece(sequence.place, ids, rows, sequence.request.hidden)
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:

@@ -63,7 +63,7 @@ class PrefixCache:
     def keep(self, sequence: Sequence) -> None:
         """Takes over the extent of a sequence that has ended, or releases it if it has no use."""
         extent, request = sequence.place, sequence.request
-        if extent.length < LEAST_PIECE or request.prompt_logits:
+        if extent.length < LEAST_PIECE or request.reports_prompt:
             self._pool.release(extent)
             return
         ids = sequence.ids[: extent.length]
@@ -87,7 +87,7 @@ class PrefixCache:
         """The longest beginning of a sequence's prompt that a kept or running extent holds."""
         request = sequence.request
         most = sequence.prompt_length - LEAST_PIECE
-        if most < LEAST_PIECE or request.prompt_logits or request.chunk is not None:
+        if most < LEAST_PIECE or request.reports_prompt or request.chunk is not None:
             return None
         entries = [*self._entries]
         for other in running:

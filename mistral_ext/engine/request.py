@@ -66,6 +66,7 @@ class Request:
         index: which of the prompt's n completions this is.
         text: turns the completion's token ids into text; None without a tokenizer.
         prompt_logits: also give the logits that follow each token of the prompt.
+        hidden: also give the hidden state of each token of the prompt, after the last norm.
         chunk: tokens of the prompt to read in one pass, exactly; None: as many as the engine likes.
         salt: a cached prefix serves only requests of the same salt.
         reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
@@ -86,6 +87,12 @@ class Request:
     salt: str | None = None
     reuse_completions: bool = False
     grammar: Grammar | None = None
+    hidden: bool = False
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether it needs a result for each token of the prompt, so that all must be read."""
+        return self.prompt_logits or self.hidden
 
 
 @dataclass
@@ -100,6 +107,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)  # new ones
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if asked for
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
+    hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt
     finish_reason: str | None = None
     error: Exception | None = None
     completion: Completion | None = None  # all of it, with the finish_reason

@@ -197,7 +197,7 @@ class Scheduler:
         """Whether another sequence is reading tokens that this one would have to read as well."""
         if other.request.salt != sequence.request.salt or other.request.chunk is not None:
             return False
-        if sequence.request.chunk is not None or sequence.request.prompt_logits:
+        if sequence.request.chunk is not None or sequence.request.reports_prompt:
             return False
         most = min(other.prompt_length, sequence.prompt_length - LEAST_PIECE)
         common = common_length(other.ids, sequence.ids, max(0, most))

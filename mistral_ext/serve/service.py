@@ -17,7 +17,13 @@ from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
-from mistral_ext.serve.protocol import Job, compile_grammar, encode, moderation_requests
+from mistral_ext.serve.protocol import (
+    Job,
+    compile_grammar,
+    embedding_requests,
+    encode,
+    moderation_requests,
+)
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
@@ -133,6 +139,10 @@ class Service:
     async def moderation_requests(self, contents: Sequence[Any], param: str) -> list[Request]:
         """Requests that have the model judge contents; see `protocol.moderation_requests`."""
         return await self._prepare(moderation_requests, self.llm, contents, self._template, param)
+
+    async def embedding_requests(self, texts: Sequence[Any], *options: Any) -> list[Request]:
+        """Requests for the hidden states of texts; see `protocol.embedding_requests`."""
+        return await self._prepare(embedding_requests, self.llm, texts, *options)
 
     async def compile(self, job: Job) -> None:
         """Compiles what a job's completions have to match; see `protocol.compile_grammar`."""
