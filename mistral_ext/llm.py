@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
+from mistral_ext.engine.embedding import POOLINGS, pool
 from mistral_ext.engine.engine import Engine, Outputs
 from mistral_ext.engine.params import MOST_DRAFTS, SamplingParams, expect_drafts
 from mistral_ext.engine.request import Completion, Output, Request
@@ -470,6 +471,59 @@ class Mistral:
                 logits[begin:end] = output.prompt_logits
                 begin = end
         return logits
+
+    def embed(
+        self,
+        texts: str | Sequence[Prompt],
+        instruction: str | None = None,
+        pooling: str = "last",
+    ) -> Tensor:
+        """Embeddings of texts, which are close to each other where the texts are.
+
+        Args:
+            texts: text, or a list of texts and of lists of token ids. Token ids are not changed.
+            instruction: what a query is for, as e5-mistral and its like take it: each text becomes
+                "Instruct: INSTRUCTION\\nQuery: TEXT". Documents have none.
+            pooling: "last": the hidden state of the end token, which is put behind each text;
+                "mean": the mean over all tokens.
+
+        Returns:
+            [N, E] fp32, of the length 1; the hidden states are those after the last norm.
+
+        Raises:
+            ValueError, TypeError: the message names the text or option that is wrong.
+        """
+        given = [texts] if isinstance(texts, str) else texts
+        requests = self.embedding_requests(given, instruction, pooling)
+        with torch.inference_mode(False):
+            size = len(requests), self.config.dim
+            pooled = torch.zeros(size, dtype=torch.float32, device=self.model.device)
+        outputs = self.engine.outputs(requests)
+        for output in outputs:
+            if output.error:
+                outputs.close()
+                raise output.error
+            if output.hidden is not None:
+                pool(pooled[outputs.request_ids.index(output.request_id)], output.hidden, pooling)
+        return torch.nn.functional.normalize(pooled, dim=1)
+
+    def embedding_requests(
+        self, texts: Sequence[Prompt], instruction: str | None = None, pooling: str = "last"
+    ) -> list[Request]:
+        """The requests to `engine` that `embed` makes."""
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
+        tokenizer = self.require_tokenizer()
+        requests = []
+        for i, text in enumerate(texts):
+            if text == "":
+                raise ValueError(f"texts[{i}] is empty, expected some text")
+            if isinstance(text, str):
+                asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
+                text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
+            ids = self._check_ids(text, f"texts[{i}]")
+            requests.append(Request(ids, None, len(ids), hidden=True))
+        return requests
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError if the folder had none."""

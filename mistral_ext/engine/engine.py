@@ -281,6 +281,8 @@ class Engine:
                 self.scheduler.note_read(sequence, count)
             if sequence.request.prompt_logits:
                 outputs.append(Output(sequence.request_id, prompt_logits=of_piece))
+            elif sequence.request.hidden:
+                outputs.append(Output(sequence.request_id, hidden=of_piece))
             if sequence.reads_prompt:
                 continue
             if sequence.request.params is None:
@@ -540,11 +542,12 @@ class Outputs(Iterator[Output]):
 def _piece(sequence: Sequence, count: int) -> Piece:
     begin, request = sequence.place.length, sequence.request
     end = begin + count
-    if request.prompt_logits:
+    if request.reports_prompt:
         logits = max(0, end - max(begin, request.logits_from))
     else:
         logits = int(end == sequence.prompt_length and request.params is not None)
-    return Piece(sequence.place, sequence.ids[begin:end], logits, request.adapter_slot)
+    ids = sequence.ids[begin:end]
+    return Piece(sequence.place, ids, logits, request.adapter_slot, request.hidden)
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:

@@ -63,7 +63,7 @@ class PrefixCache:
     def keep(self, sequence: Sequence) -> None:
         """Takes over the extent of a sequence that has ended, or releases it if it has no use."""
         extent, request = sequence.place, sequence.request
-        is_of_use = shareable_length(sequence) >= LEAST_PIECE or not request.prompt_logits
+        is_of_use = shareable_length(sequence) >= LEAST_PIECE or not request.reports_prompt
         if extent.length < LEAST_PIECE or not is_of_use:
             self._pool.release(extent)
             return
@@ -124,7 +124,7 @@ def shareable_length(sequence: Sequence) -> int:
     if request.chunk is not None:
         return 0
     most = max(0, sequence.prompt_length - LEAST_PIECE)
-    return min(most, request.logits_from) if request.prompt_logits else most
+    return min(most, request.logits_from) if request.reports_prompt else most
 
 
 def common_length(a: list[int], b: list[int], most: int) -> int:

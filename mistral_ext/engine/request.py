@@ -70,6 +70,7 @@ class Request:
         text: turns the completion's token ids into text; None without a tokenizer.
         prompt_logits: also give the logits that follow each token of the prompt, from the token
             `logits_from` on. The tokens before it may come from the cache.
+        hidden: the same with hidden states, after the last norm.
         chunk: tokens of the prompt to read in one pass, exactly; None: as many as the engine likes.
         salt: a cached prefix serves only requests of the same salt.
         reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
@@ -93,6 +94,7 @@ class Request:
     reuse_completions: bool = False
     grammar: Grammar | None = None
     adapter: LoadedAdapter | None = None
+    hidden: bool = False
 
     @property
     def adapter_slot(self) -> int:
@@ -103,6 +105,11 @@ class Request:
     def prefix_owner(self) -> tuple[str | None, LoadedAdapter | None]:
         """What requests must have in common to share a cached prefix."""
         return self.salt, self.adapter
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether it needs results for tokens of the prompt, from `logits_from` on."""
+        return self.prompt_logits or self.hidden
 
 
 @dataclass
@@ -117,6 +124,7 @@ class Output:
     token_ids: list[int] = field(default_factory=list)  # new ones
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if asked for
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
+    hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt
     finish_reason: str | None = None
     error: Exception | None = None
     completion: Completion | None = None  # all of it, with the finish_reason

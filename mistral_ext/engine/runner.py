@@ -25,12 +25,14 @@ class Piece:
         token_ids: the tokens.
         logits: how many of the last tokens to compute logits for.
         adapter: the slot of its adapter; -1: none.
+        hidden: give their hidden states in place of the logits.
     """
 
     extent: Extent
     token_ids: Sequence[int]
     logits: int
     adapter: int = -1
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Runner:
         """Reads pieces of several prompts in one pass.
 
         Returns:
-            The logits of each piece, [piece.logits, V] fp32.
+            The logits of each piece, [piece.logits, V] fp32; or its hidden states,
+            [piece.logits, E] fp32.
         """
         tokens = [token_id for piece in pieces for token_id in piece.token_ids]
         rows: list[int] = []
@@ -107,7 +110,20 @@ class Runner:
         )
         if not rows:
             return [h.new_empty(0, self._model.output.shape[0], dtype=torch.float32)] * len(pieces)
+        if any(piece.hidden for piece in pieces):
+            return self._some_hidden(pieces, h.split(counts))
         return list(self._model.logits(h).split(counts))
+
+    def _some_hidden(self, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> list[Tensor]:
+        """The logits or hidden states of pieces, given their rows of the residual stream."""
+        plain = [part for piece, part in zip(pieces, parts, strict=True) if not piece.hidden]
+        logits = iter(())
+        if plain:
+            logits = iter(self._model.logits(torch.cat(plain)).split([len(p) for p in plain]))
+        return [
+            self._model.hidden(part) if piece.hidden else next(logits)
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
 
     def launch(
         self,

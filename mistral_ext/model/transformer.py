@@ -180,6 +180,11 @@ class Transformer:
         return ops.linear(h, self.output, self.norm, self.config.norm_eps).float()
 
     @torch.inference_mode()
+    def hidden(self, h: Tensor) -> Tensor:
+        """[N, E] fp32, the hidden states after the last norm."""
+        return ops.rms_norm(h, self.norm, self.config.norm_eps).float()
+
+    @torch.inference_mode()
     def greedy(self, h: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
         """[N, V] logits in the model's dtype, and [N] token ids of the largest of the first
         `vocab_size` logits; -1 where there is none (see `ops.linear_argmax`)."""

@@ -13,6 +13,7 @@ from mistral_ext.serve.asgi import send_bytes, send_error, send_json
 from mistral_ext.serve.auth import KeyCheck
 from mistral_ext.serve.calls import Endpoint
 from mistral_ext.serve.completions import CompletionCall
+from mistral_ext.serve.embeddings import EmbeddingCall
 from mistral_ext.serve.errors import ApiError
 from mistral_ext.serve.moderation import ModerationCall
 from mistral_ext.serve.openapi import description
@@ -53,10 +54,12 @@ def build_app(service: Service) -> asgi.App:
     plain, page = _Plain(service), Page()
     chat = Endpoint(partial(CompletionCall, service, True))
     text = Endpoint(partial(CompletionCall, service, False))
+    embeddings = Endpoint(partial(EmbeddingCall, service))
     moderations = Endpoint(partial(ModerationCall, service))
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", text, methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/v1/moderations", moderations, methods=["POST"]),
         Route("/v1/models", _Get(plain.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _Get(plain.model), methods=["GET"]),

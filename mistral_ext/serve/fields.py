@@ -123,6 +123,19 @@ MODERATION: dict[str, Schema] = {
     "input": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 1024}]},
 }
 
+EMBEDDING: dict[str, Schema] = {
+    "model": _MODEL,
+    "input": _PROMPT,
+    "encoding_format": {"type": "string", "enum": ["float", "base64"], "default": "float"},
+    "dimensions": {
+        "type": "integer",
+        "minimum": 1,
+        "description": "the first so many numbers, and of the length 1 again",
+    },
+    "instruction": {"type": "string", "description": "what queries are for; documents have none"},
+    "pooling": {"type": "string", "enum": ["last", "mean"], "default": "last"},
+}
+
 DETOKENIZE: dict[str, Schema] = {
     "model": _MODEL,
     "tokens": {"type": "array", "items": _TOKEN_ID},

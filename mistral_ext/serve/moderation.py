@@ -8,7 +8,6 @@ from typing import Any
 
 from mistral_ext.serve import asgi, fields
 from mistral_ext.serve.calls import Call
-from mistral_ext.serve.errors import bad_request
 from mistral_ext.serve.protocol import check_fields
 from mistral_ext.serve.service import Service
 from mistral_ext.text.guardrails import CATEGORIES, Moderation
@@ -51,9 +50,7 @@ class ModerationCall(Call):
     async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         service = self._service
         given = check_fields(await self.read(scope, receive), _REQUEST)
-        if adapter := service.adapter_of(given.get("model")):
-            text = f"model is {adapter!r}, an adapter, expected {service.settings.model_name!r}"
-            raise bad_request(text, "model")
+        service.expect_no_adapter(given.get("model"))
         asked = given["input"]
         contents = [asked] if isinstance(asked, str) else asked
         with service.places(len(contents)):

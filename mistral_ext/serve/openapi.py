@@ -56,6 +56,17 @@ _MODERATED = {
 }
 
 
+_EMBEDDING = {
+    "type": "object",
+    "properties": {
+        "object": {"type": "string", "enum": ["embedding"]},
+        "index": _INTEGER,
+        "embedding": {"anyOf": [_TEXT, {"type": "array", "items": {"type": "number"}}]},
+    },
+    "required": ["object", "index", "embedding"],
+}
+
+
 def description(adapter_updates: bool) -> dict[str, Any]:
     """The description, an OpenAPI 3.1 document.
 
@@ -86,6 +97,18 @@ def description(adapter_updates: bool) -> dict[str, Any]:
                 fields.request_schema(fields.COMPLETION, ("prompt",)),
                 _answer("text_completion", {"text": _TEXT}),
                 streams=True,
+            ),
+            "/v1/embeddings": _post(
+                "Embed texts",
+                fields.request_schema(fields.EMBEDDING, ("input",)),
+                _strict(
+                    {
+                        "object": {"type": "string", "enum": ["list"]},
+                        "data": {"type": "array", "items": _EMBEDDING},
+                        "model": _TEXT,
+                        "usage": _strict({"prompt_tokens": _INTEGER, "total_tokens": _INTEGER}),
+                    }
+                ),
             ),
             "/v1/moderations": _post(
                 "Have the model judge contents",

@@ -114,11 +114,8 @@ def completion_job(body: dict[str, Any]) -> Job:
     logprobs = int(given["logprobs"]) if "logprobs" in given else None
     if given.get("echo") and logprobs is not None:
         raise bad_request("echo together with logprobs is not supported", "echo")
-    prompt = given["prompt"]
-    is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
-    prompts = [prompt] if is_one else prompt
     asked = given.get("max_tokens", _COMPLETION_TOKENS)
-    return _job(given, prompts, logprobs, asked, is_chat=False)
+    return _job(given, prompts_of(given["prompt"]), logprobs, asked, is_chat=False)
 
 
 def _job(
@@ -254,6 +251,29 @@ def moderation_requests(
     for request in requests:
         _check_length(len(request.prompt_ids), 1, context_length(llm), param)
     return requests
+
+
+def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> list[Request]:
+    """Requests for the hidden states of texts; see `Mistral.embedding_requests`.
+
+    Raises:
+        ApiError: 400 for a text that is too long, or ids that the model lacks.
+    """
+    # JSON's 1.0 is an integer, too.
+    given = [text if isinstance(text, str) else [int(i) for i in text] for text in texts]
+    try:
+        requests = llm.embedding_requests(given, *options)
+    except ValueError as error:
+        raise bad_request(str(error).replace("texts", "input", 1), "input") from error
+    for request in requests:
+        _check_length(len(request.prompt_ids), None, context_length(llm), "input")
+    return requests
+
+
+def prompts_of(prompt: Any) -> Sequence[Any]:
+    """The prompts of a field that has one or several: texts, or token ids."""
+    is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
+    return [prompt] if is_one else prompt
 
 
 def compile_grammar(llm: Mistral, job: Job) -> None:

@@ -17,7 +17,13 @@ from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import RequestLog
 from mistral_ext.serve.metrics import Metrics
-from mistral_ext.serve.protocol import Job, compile_grammar, encode, moderation_requests
+from mistral_ext.serve.protocol import (
+    Job,
+    compile_grammar,
+    embedding_requests,
+    encode,
+    moderation_requests,
+)
 from mistral_ext.serve.settings import Settings
 from mistral_ext.text.chat_template import ChatTemplate, JinjaTemplate
 from mistral_ext.text.tokenizer import Tokenizer
@@ -143,6 +149,10 @@ class Service:
         """Removes an adapter; see `Mistral.unload_adapter`."""
         await self._prepare(self.llm.unload_adapter, name)
 
+    async def embedding_requests(self, texts: Sequence[Any], *options: Any) -> list[Request]:
+        """Requests for the hidden states of texts; see `protocol.embedding_requests`."""
+        return await self._prepare(embedding_requests, self.llm, texts, *options)
+
     async def compile(self, job: Job) -> None:
         """Compiles what a job's completions have to match; see `protocol.compile_grammar`."""
         if job.structure or job.tools:
@@ -164,6 +174,12 @@ class Service:
             text = f"model is {model!r:.200}, expected {' or '.join(map(repr, models))}"
             raise ApiError(404, text, "model", "model_not_found")
         return None if model in (None, models[0]) else model
+
+    def expect_no_adapter(self, model: str | None) -> None:
+        """Raises ApiError if a request asks for another model than the model itself."""
+        if adapter := self.adapter_of(model):
+            text = f"model is {adapter!r}, an adapter, expected {self.settings.model_name!r}"
+            raise errors.bad_request(text, "model")
 
     async def drain(self) -> None:
         """Refuses new requests, and waits for the running ones; ends them when the time is over."""

@@ -1,0 +1,74 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext.engine.embedding import pool
+from mistral_ext.serve import asgi, fields
+from mistral_ext.serve.calls import Call
+from mistral_ext.serve.errors import bad_request
+from mistral_ext.serve.protocol import check_fields, prompts_of
+from mistral_ext.serve.service import Service
+
+_REQUEST = fields.request_schema(fields.EMBEDDING, ("input",))
+
+
+class EmbeddingCall(Call):
+    """A request to the endpoint. The arguments are those of `Call`."""
+
+    def __init__(self, service: Service, path: str, send: asgi.Send) -> None:
+        super().__init__(service, f"embd-{secrets.token_hex(12)}", path, send)
+
+    async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
+        service = self._service
+        given = check_fields(await self.read(scope, receive), _REQUEST)
+        service.expect_no_adapter(given.get("model"))
+        size = int(given.get("dimensions", service.llm.config.dim))
+        if size > service.llm.config.dim:
+            text = f"dimensions is {size}, expected at most {service.llm.config.dim}"
+            raise bad_request(text, "dimensions")
+        texts = prompts_of(given["input"])
+        options = given.get("instruction"), given.get("pooling", "last")
+        with service.places(len(texts)):
+            pooled = await asgi.until_disconnect(receive, self._pool(texts, *options))
+        self.record.reason = "stop"
+        as_base64 = given.get("encoding_format") == "base64"
+        rows = torch.nn.functional.normalize(pooled[:, :size], dim=1)
+        data = [
+            {"object": "embedding", "index": i, "embedding": _written(row, as_base64)}
+            for i, row in enumerate(rows)
+        ]
+        count = self.record.prompt_tokens
+        await self._send_json(
+            {
+                "object": "list",
+                "data": data,
+                "model": service.settings.model_name,
+                "usage": {"prompt_tokens": count, "total_tokens": count},
+            }
+        )
+
+    async def _pool(self, texts: Sequence[Any], instruction: str | None, pooling: str) -> Tensor:
+        """[N, E] fp32, the pooled hidden states of N texts, on the CPU."""
+        service = self._service
+        requests = await service.embedding_requests(texts, instruction, pooling)
+        self.record.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        pooled = torch.zeros(len(requests), service.llm.config.dim)
+        generation = self.generation(requests)
+        with service.running(generation):
+            async for come in self.outputs(generation):
+                if come is not None and come[1].hidden is not None:
+                    pool(pooled[come[0]], come[1].hidden.cpu(), pooling)
+        return pooled
+
+
+def _written(row: Tensor, as_base64: bool) -> str | list[float]:
+    numbers = row.numpy().astype("<f4")
+    return base64.b64encode(numbers.tobytes()).decode() if as_base64 else numbers.tolist()

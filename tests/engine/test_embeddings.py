@@ -1,0 +1,92 @@
+"""Embeddings against transformers' hidden states."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from checkpoints import TOKENIZERS, write_checkpoint
+
+from mistral_ext import Mistral
+
+TEXTS = ["A short text", "A much longer text, " * 12 + "which has several pieces.", "Ein Text 🙂"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A random model with a window, and transformers' model of the same weights."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(folder, vocab_size=32000)
+    shutil.copy(TOKENIZERS["v1"], folder / "tokenizer.model")
+    oracle = transformers.MistralModel.from_pretrained(folder, attn_implementation="eager")
+    return Mistral.from_pretrained(folder, prefill_chunk=48), oracle
+
+
+@torch.no_grad()
+def expected(models, text: str, pooling: str) -> torch.Tensor:
+    llm, oracle = models
+    ids = llm.tokenizer.encode(text) + ([llm.tokenizer.eos_id] if pooling == "last" else [])
+    (hidden,) = oracle(torch.tensor([ids])).last_hidden_state
+    pooled = hidden[-1] if pooling == "last" else hidden.mean(0)
+    return pooled / pooled.norm()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_those_of_transformers(models, pooling):
+    found = models[0].embed(TEXTS, pooling=pooling)
+    assert found.dtype == torch.float32
+    for text, row in zip(TEXTS, found, strict=True):
+        torch.testing.assert_close(row, expected(models, text, pooling), rtol=1e-4, atol=1e-5)
+    assert found.requires_grad is False
+    found += 1  # an ordinary tensor
+
+
+def test_instructions(models):
+    llm = models[0]
+    asked = llm.embed("a", instruction="Find it")
+    assert torch.equal(asked, llm.embed(["Instruct: Find it\nQuery: a"]))
+    assert not torch.equal(asked, llm.embed("a"))
+    ids = [*llm.tokenizer.encode("a"), llm.tokenizer.eos_id]
+    assert torch.equal(llm.embed([ids]), llm.embed("a"))
+
+
+def test_beside_completions(models):
+    """One pass reads the prompts of both."""
+    llm = models[0]
+    request = llm.request(llm.tokenizer.encode(TEXTS[1]), llm._params_of_one({"max_tokens": 4}))
+    alone = llm._stream(request).read().token_ids
+    request = llm.request(llm.tokenizer.encode(TEXTS[0]), llm._params_of_one({"max_tokens": 4}))
+    other = llm._stream(request).read().token_ids
+    outputs = llm.engine.outputs(
+        [
+            llm.request(llm.tokenizer.encode(text), llm._params_of_one({"max_tokens": 4}))
+            for text in TEXTS[:2]
+        ]
+        + llm.embedding_requests(TEXTS)
+    )
+    tokens = {i: [] for i in outputs.request_ids}
+    last = {}
+    for output in outputs:
+        tokens[output.request_id] += output.token_ids
+        if output.hidden is not None:
+            last[output.request_id] = output.hidden[-1]
+    first, second, *others = outputs.request_ids
+    assert (tokens[first], tokens[second]) == (other, alone)
+    for text, request_id in zip(TEXTS, others, strict=True):
+        pooled = last[request_id] / last[request_id].norm()
+        torch.testing.assert_close(pooled, expected(models, text, "last"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "words"),
+    [
+        (["a", ""], {}, r"texts\[1\] is empty, expected some text"),
+        ([3], {}, r"texts\[0\] is 3, expected text or a list"),
+        ("a", {"pooling": "max"}, "pooling is 'max', expected last or mean"),
+    ],
+)
+def test_wrong_texts(models, texts, options, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        models[0].embed(texts, **options)
