@@ -99,28 +99,41 @@ class Ours:
         self._llm.generate([ids], max_tokens=1)
 
     def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
-        model = self._llm.model
-        capacity = len(ids) + 1024
-        cache = SlotPool(self._llm.config, capacity * batch, model.dtype)
-        rings = [cache.allocate(capacity, capacity) for _ in range(batch)]
-        vocab_size = self._llm.config.vocab_size
-        new = [ids] * batch
-
-        @torch.inference_mode()
-        def step() -> None:
-            nonlocal new
-            sequences = cache.append(dict(zip(rings, map(len, new), strict=True)))
-            last = torch.tensor([len(tokens) for tokens in new]).cumsum(0) - 1
-            flat = torch.tensor([token for tokens in new for token in tokens])
-            h = model.step(flat, sequences, cache, max(map(len, new)), last)
-            _, chosen = model.greedy(h, vocab_size)
-            new = [[token] for token in chosen.tolist()]
-
-        step()
-        return step
+        return decoder(self._llm.model, batch, ids)
 
     def close(self) -> None:
         self._llm = None
+
+
+def decoder(
+    model: Transformer, batch: int, ids: list[int], adapters: list[int] | None = None
+) -> Callable[[], None]:
+    """Reads a prompt in each of `batch` sequences, and returns what decodes a token of each.
+
+    Args:
+        adapters: the slot of the adapter of each sequence; None: they have none.
+    """
+    capacity = len(ids) + 1024
+    cache = SlotPool(model.config, capacity * batch, model.dtype)
+    rings = [cache.allocate(capacity, capacity) for _ in range(batch)]
+    new = [ids] * batch
+
+    @torch.inference_mode()
+    def step() -> None:
+        nonlocal new
+        counts = torch.tensor([len(tokens) for tokens in new])
+        sequences = cache.append(dict(zip(rings, counts.tolist(), strict=True)))
+        flat = torch.tensor([token for tokens in new for token in tokens])
+        slots = None
+        if adapters is not None:
+            slots = torch.tensor(adapters, dtype=torch.int32).repeat_interleave(counts)
+        last = counts.cumsum(0) - 1
+        h = model.step(flat, sequences, cache, int(counts.max()), last, slots)
+        _, chosen = model.greedy(h, model.config.vocab_size)
+        new = [[token] for token in chosen.tolist()]
+
+    step()
+    return step
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
