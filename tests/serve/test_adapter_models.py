@@ -71,6 +71,10 @@ def test_a_request_chooses_by_model(server, expected):
     assert said(server, "tiny") == expected["tiny"]
     assert said(server, None) == expected["tiny"]
     assert server.chat("Hi", model="b").json()["error"]["code"] == "model_not_found"
+    for path in ("moderations", "embeddings"):
+        reply = server.post(f"/v1/{path}", {"model": "a", "input": "Hi"})
+        assert reply.status_code == 400
+        assert "model is 'a', an adapter, expected 'tiny'" in reply.json()["error"]["message"]
 
 
 def test_a_stream_and_a_completion_choose_too(server, expected):
