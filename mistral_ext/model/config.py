@@ -34,6 +34,8 @@ _HF_KEYS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _HF_DEFAULT_ROPE_THETA = 1e4
+# transformers' names of models that end with the last norm.
+_EMBEDDING_MODELS = (["MistralModel"], ["LlamaModel"])
 # Defaults of transformers' LlamaConfig that differ; its default n_kv_heads is n_heads.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
@@ -77,6 +79,7 @@ class MistralConfig:
     dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
     tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
     rope_scaling: RopeScaling | None = None
+    writes_text: bool = True  # False: an embedding model, whose checkpoint has no output weights
 
     def __post_init__(self) -> None:
         if isinstance(self.eos_ids, (int, list)):  # both occur in files
@@ -175,6 +178,7 @@ class MistralConfig:
         if "dynamic" in rope.values() and fields["sliding_window"] is not None:
             raise ValueError("rope_type is 'dynamic', expected another kind with a sliding_window")
         fields["dtype"] = _dtype(values)
+        fields["writes_text"] = values.get("architectures") not in _EMBEDDING_MODELS
         return cls._build(fields, overrides)
 
     def to_hf(self) -> dict[str, Any]:

@@ -315,6 +315,8 @@ def _match(
         if twin is not stored:
             raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
 
+    if not config.writes_text:  # transformers stores the model without its head then
+        found = {f"model.{name.removeprefix('model.')}": s for name, s in found.items()}
     _expect_names(found, weights)
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
@@ -326,7 +328,8 @@ def _match(
             _expect_dtype(scales, (parts.scales.dtype,))
             matched[name] = (values, scales)
             continue
-        if name == "output.weight" and config.tie_word_embeddings and stored_name not in found:
+        may_lack = config.tie_word_embeddings or not config.writes_text
+        if name == "output.weight" and may_lack and stored_name not in found:
             continue
         stored = _take(found, stored_name, shape, weights)
         stored_dtype = _expect_dtype(stored, _DTYPES)
@@ -356,7 +359,7 @@ def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> No
     if other == last:
         raise ValueError(
             f"{weights.file} names its tensors without 'model.', as {last!r}: that is an embedding "
-            "model (MistralModel), which does not write text, expected a MistralForCausalLM"
+            "model, expected a MistralForCausalLM, or architectures ['MistralModel'] in config.json"
         )
     names = ", ".join(map(repr, [other] if other else list(found)[:3]))
     raise ValueError(f"tensor {expected!r} is missing from {weights.file}; found {names or 'none'}")

@@ -60,6 +60,11 @@ def quantize_checkpoint(
             f"the weights in {str(original.path)!r} are quantised already, as "
             f"{original.quantization}, expected the original"
         )
+    if not original.config.writes_text:
+        raise ValueError(
+            f"{str(original.path)!r} is an embedding model, expected a model that writes text, or "
+            "load it with quantize="
+        )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
     # The output weights are stored in 8 bits, even if they were the embeddings before.
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)

@@ -10,6 +10,7 @@ import transformers
 from checkpoints import TOKENIZERS, write_checkpoint
 
 from mistral_ext import Mistral
+from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 TEXTS = ["A short text", "A much longer text, " * 12 + "which has several pieces.", "Ein Text 🙂"]
 
@@ -41,6 +42,20 @@ def test_embeddings_are_those_of_transformers(models, pooling):
         torch.testing.assert_close(row, expected(models, text, pooling), rtol=1e-4, atol=1e-5)
     assert found.requires_grad is False
     found += 1  # an ordinary tensor
+
+
+def test_an_embedding_model(models, tmp_path):
+    """As e5-mistral: without a head, and with names that do not begin with "model."."""
+    llm, oracle = models
+    oracle.save_pretrained(tmp_path)
+    shutil.copy(TOKENIZERS["v1"], tmp_path / "tokenizer.model")
+    own = Mistral.from_pretrained(tmp_path)
+    torch.testing.assert_close(own.embed(TEXTS), llm.embed(TEXTS), rtol=1e-4, atol=1e-5)
+    for write in (own.generate, own.moderate, lambda text: own.logits([1])):
+        with pytest.raises(ValueError, match=r"is an embedding model \(MistralModel\), which does"):
+            write("a")
+    with pytest.raises(ValueError, match="is an embedding model, expected a model that writes"):
+        quantize_checkpoint(tmp_path, tmp_path / "quantised", 8)
 
 
 def test_instructions(models):
