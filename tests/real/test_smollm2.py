@@ -17,10 +17,14 @@ TEXT = (Path(__file__).parents[1] / "data/held_out.txt").read_text(encoding="utf
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 
 
+# Transformers does not round activations, and this small model's choices are close.
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
 @pytest.mark.parametrize(
     "prompt", ["The capital of France is", "Once upon a time", "def fibonacci(n):\n"]
 )
-def test_greedy_text_is_that_of_transformers(prompt, llm, oracle, exact_products):
+def test_greedy_text_is_that_of_transformers(prompt, llm, oracle):
     ids = torch.tensor([llm.tokenizer.encode(prompt)])
     with torch.inference_mode():
         expected = oracle.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2)
