@@ -26,13 +26,6 @@ constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
 //           parts must have the same format and group.
 enum class Epilogue { store, add, swiglu, rope, argmax };
 
-// How kernels of the CPU multiply up to kGemvTokens tokens by weights of 4 to 6 bits.
-enum class Activations {
-  by_format,  // rounded by weights of 4 bits, whose own error is far larger; exact by others
-  exact,      // activations keep their precision
-  rounded     // to 8 bits: gemv_bytes.h
-};
-
 // A weight [rows, K]. The weights of a call may differ in format.
 struct WeightPart {
   const void* values;  // contiguous, in the layout of the format
@@ -72,8 +65,8 @@ struct LinearParams {
   int64_t stride_x_token;
   int64_t stride_out_token;
   int64_t stride_added_token;
-  float eps;  // of the RMSNorm
-  Activations activations;
+  float eps;   // of the RMSNorm
+  bool exact;  // the CPU does not round activations to 8 bits (gemv_bytes.h)
 
   // With argmax.
   int64_t* token_ids;      // [T]; -1: an output is NaN, or all are -inf

@@ -13,11 +13,11 @@
 namespace mistral::python {
 namespace {
 
-// MISTRAL_EXT_EXACT, until it is set; none: each format has its own.
-std::optional<bool>& exact_products() {
-  static std::optional<bool> exact = [] {
+// What MISTRAL_EXT_EXACT says, until it is set.
+bool& exact_products() {
+  static bool exact = [] {
     const char* wanted = std::getenv("MISTRAL_EXT_EXACT");
-    return wanted && *wanted ? std::optional<bool>(std::string(wanted) != "0") : std::nullopt;
+    return wanted && *wanted && std::string(wanted) != "0";
   }();
   return exact;
 }
@@ -125,9 +125,7 @@ LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
   p.inputs = x.size(1);
   p.stride_x_token = x.stride(0);
   p.eps = static_cast<float>(eps);
-  if (exact_products().has_value()) {
-    p.activations = *exact_products() ? Activations::exact : Activations::rounded;
-  }
+  p.exact = exact_products();
   const size_t count = weights.values.size();
   if (count < 1 || count > static_cast<size_t>(kMaxParts)) {
     fail(op, "number of weights is " + std::to_string(count) + ", expected 1 to " +
@@ -441,9 +439,7 @@ void bind_linear(py::module_& m) {
         py::arg("out"), py::arg("target"));
 #endif
   m.def("exact_products", [] { return exact_products(); });
-  m.def(
-      "set_exact_products", [](std::optional<bool> exact) { exact_products() = exact; },
-      py::arg("exact").none(true));
+  m.def("set_exact_products", [](bool exact) { exact_products() = exact; }, py::arg("exact"));
   m.def("weight_formats", &weight_formats);
 }
 

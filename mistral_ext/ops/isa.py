@@ -25,20 +25,19 @@ def select_isa(name: str) -> None:
     _C.select_isa(name)
 
 
-def exact_products() -> bool | None:
+def exact_products() -> bool:
     """What `set_exact_products` was called with; before that, what MISTRAL_EXT_EXACT says."""
     return _C.exact_products()
 
 
-def set_exact_products(exact: bool | None) -> None:
+def set_exact_products(exact: bool) -> None:
     """Says how CPUs with AVX2 multiply up to 8 tokens by weights of 4 to 6 bits.
 
-    It holds for the process. MISTRAL_EXT_EXACT=1 or 0 in the environment says it at the start.
+    It holds for the process. MISTRAL_EXT_EXACT=1 in the environment says it at the start.
 
     Args:
-        exact: True: activations keep their precision, as in `linear`. False: each block of 32 is
-            rounded to 8 bits, which is several times as fast. None, the default: rounded by weights
-            of 4 bits, whose own error is far larger; exact by "q5_k" and "q6_k".
+        exact: True: activations keep their precision, as in `linear`. False, the default: each
+            block of 32 activations is rounded to 8 bits, which is several times as fast.
     """
     _C.set_exact_products(exact)
 

@@ -60,7 +60,7 @@ def test_select_isa(isa):
     assert ops.supported_isas()[0] == "scalar"
 
 
-@pytest.mark.parametrize(("setting", "exact"), [("1", "True"), ("0", "False"), ("", "None")])
+@pytest.mark.parametrize(("setting", "exact"), [("1", "True"), ("0", "False"), ("", "False")])
 def test_the_environment_asks_for_exact_products(setting, exact):
     child = run("print(_C.exact_products())", exact=setting)
     assert child.stdout == f"{exact}\n", child.stderr

@@ -97,11 +97,7 @@ template <class T, class F>
 auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   return with_format(p.parts[part].format, [&](auto format) {
     if constexpr (has_bytes<format.value, T>()) {
-      const bool by_default = info(format.value).bits == 4;
-      if (p.activations == Activations::rounded ||
-          (p.activations == Activations::by_format && by_default)) {
-        return f(InBytes<format.value>{});
-      }
+      if (!p.exact) return f(InBytes<format.value>{});
     }
     return f(typename FewChunkOf<format.value, T>::type{});
   });
