@@ -25,17 +25,19 @@ __all__ = [
 if TYPE_CHECKING:  # the same names, for type checkers and editors
     from mistral_ext import llm as llm
     from mistral_ext import ops
+    from mistral_ext.chat import Chat
     from mistral_ext.engine.params import SamplingParams, TokenLogprob
     from mistral_ext.engine.request import Completion, Timing
-    from mistral_ext.llm import Chat, Mistral, Stream, generate
+    from mistral_ext.engine.stream import Stream
+    from mistral_ext.llm import Mistral, generate
 else:
     _MODULES = ("llm", "ops")
     _HOMES = {
-        "Chat": "llm",
+        "Chat": "chat",
         "Completion": "engine.request",
         "Mistral": "llm",
         "SamplingParams": "engine.params",
-        "Stream": "llm",
+        "Stream": "engine.stream",
         "Timing": "engine.request",
         "TokenLogprob": "engine.params",
         "generate": "llm",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_ext.chat import Chat
 from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
 from mistral_ext.engine.embedding import POOLINGS, pool
-from mistral_ext.engine.engine import Engine, Outputs
+from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.params import MOST_DRAFTS, SamplingParams, expect_drafts
-from mistral_ext.engine.request import Completion, Output, Request
+from mistral_ext.engine.request import Completion, Request
+from mistral_ext.engine.stream import Stream
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.text.chat_template import (
     ChatTemplate,
     chat_template_of,
     encode_chat,
-    extend_chat,
     tool_format,
 )
 from mistral_ext.text.grammar import Grammar, GrammarCompiler
 from mistral_ext.text.guardrails import Moderation, label_ids, question, with_safe_prompt
 from mistral_ext.text.text_stream import TextStream
-from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.text.tokenizer import Tokenizer, expect_token_ids
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
 from mistral_ext.weights.adapters import read_adapter
@@ -307,15 +308,13 @@ class Mistral:
         Returns:
             An iterator over pieces of text; its `completion` is set when it ends.
         """
-        params = self._params_of_one(sampling)
+        params = self.params_of_one(sampling)
         self.require_tokenizer()
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
         ids = self._encode_all(prompt, special_tokens)[0]
-        return self._stream(self.request(ids, params, adapter=adapter))
-
-    def _stream(self, request: Request, parser: ToolParser | None = None) -> Stream:
-        return Stream(self.engine.outputs([request]), parser)
+        request = self.request(ids, params, adapter=adapter)
+        return Stream(self.engine.outputs([request]))
 
     def chat(
         self,
@@ -348,15 +347,15 @@ class Mistral:
                 conversation, or a tool is wrong.
             ImportError: tools are given, and llguidance is missing.
         """
-        params = self._params_of_one(sampling)
+        params = self.params_of_one(sampling)
         form = self.tool_format(template) if tools else None
         use = ToolUse.of(form, tools, tool_choice, parallel_tool_calls)
         messages = with_safe_prompt(messages) if safe_prompt else messages
         ids = self.encode_chat(messages, use.tools if use else None, template)
-        ids = self._check_ids(ids, "conversation")
+        ids = self.check_ids(ids, "conversation")
         parser = ToolParser(use.form) if use else None
         request = self.request(ids, params, starts_text=True, tools=use, adapter=adapter)
-        return self._stream(request, parser).read()
+        return Stream(self.engine.outputs([request]), parser).read()
 
     def encode_chat(
         self,
@@ -413,7 +412,7 @@ class Mistral:
             ValueError: the model is a base model, or the content is too long.
         """
         request = self.moderation_request(content, template)
-        return self.moderation_of(self._stream(request).read())
+        return self.moderation_of(Stream(self.engine.outputs([request])).read())
 
     def moderation_request(
         self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
@@ -423,7 +422,7 @@ class Mistral:
         begin, _ = label_ids(self.require_tokenizer())
         ids = self.encode_chat(question(content), template=template) + begin
         params = SamplingParams(max_tokens=1, logprobs=self._vocab_size)
-        return Request(self._check_ids(ids, "content"), params, len(ids) + 1)
+        return Request(self.check_ids(ids, "content"), params, len(ids) + 1)
 
     def moderation_of(self, completion: Completion) -> Moderation:
         """What the completion of a `moderation_request` says."""
@@ -452,7 +451,7 @@ class Mistral:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
         self._expect_writer()
-        ids = self._check_ids(token_ids, "token_ids")
+        ids = self.check_ids(token_ids, "token_ids")
         request = Request(
             ids,
             None,
@@ -523,7 +522,7 @@ class Mistral:
             if isinstance(text, str):
                 asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
                 text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
-            ids = self._check_ids(text, f"texts[{i}]")
+            ids = self.check_ids(text, f"texts[{i}]")
             requests.append(Request(ids, None, len(ids), hidden=True))
         return requests
 
@@ -575,10 +574,12 @@ class Mistral:
                 if not prompt:
                     raise ValueError(f"{name} is empty, expected some text")
                 prompt = self.require_tokenizer().encode(prompt, special_tokens=special_tokens)
-            encoded.append(self._check_ids(prompt, name))
+            encoded.append(self.check_ids(prompt, name))
         return encoded
 
-    def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
+    def check_ids(self, ids: Sequence[int], name: str) -> list[int]:
+        """The ids, unless they are no prompt of the model: then TypeError or ValueError, which
+        names `name`."""
         expect_token_ids(ids, self.config.vocab_size, name)
         if self.max_length is not None and len(ids) >= self.max_length:
             raise ValueError(
@@ -590,7 +591,8 @@ class Mistral:
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams.from_options({**self.sampling_defaults, **sampling})
 
-    def _params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
+    def params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        """The options of a single completion, from fields of `SamplingParams`."""
         params = self._params(sampling)
         if params.n != 1:
             raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")
@@ -686,166 +688,6 @@ class Mistral:
         return (*eos_ids, self.tokenizer.eos_id) if self.tokenizer else eos_ids
 
 
-class Stream:
-    """Iterator over the text of one completion.
-
-    Args:
-        outputs: of the engine, for this completion alone.
-        parser: takes calls of tools out of the text; None: there are none.
-
-    Attributes:
-        token_ids: the tokens generated so far.
-        completion: the whole completion, once the iteration has ended; None before.
-    """
-
-    def __init__(self, outputs: Outputs, parser: ToolParser | None = None) -> None:
-        self.token_ids: list[int] = []
-        self.completion: Completion | None = None
-        self._outputs = outputs
-        self._parser = parser
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        for output in self._outputs:
-            if output.error:
-                raise output.error
-            self.token_ids += output.token_ids
-            self.completion = output.completion
-            if text := self._text(output):
-                return text
-        raise StopIteration
-
-    def _text(self, output: Output) -> str:
-        """What an output adds to the text."""
-        if self._parser is None:
-            return output.text
-        pieces = list(self._parser.push(output.token_ids, output.text, output.is_last))
-        if output.completion:
-            self.completion = output.completion.divided(self._parser)
-        return "".join(piece for piece in pieces if isinstance(piece, str))
-
-    def read(self) -> Completion:
-        """Reads all of the text, and returns the completion."""
-        for _ in self:
-            pass
-        assert self.completion is not None  # it has ended
-        return self.completion
-
-    def close(self) -> None:
-        """Aborts the completion, if it has not ended, and frees its memory."""
-        self._outputs.close()
-
-
-class Chat:
-    """A conversation with an Instruct model.
-
-    The engine keeps the conversation's tokens in its cache, so a turn reads only its own tokens,
-    unless other requests needed the memory meanwhile. Any thread may use a Chat: a new turn ends a
-    reply that is still being written.
-
-    Attributes:
-        messages: the conversation so far, as `Mistral.chat` takes it.
-        ids: its tokens, as the model read and wrote them.
-        prompt_ids: the tokens that the last reply answers.
-        completion: the last reply; None if it was closed before its end.
-    """
-
-    def __init__(
-        self,
-        llm: Mistral,
-        system: str | None,
-        template: ChatTemplate,
-        adapter: str | None = None,
-    ) -> None:
-        self.messages: list[Mapping[str, Any]] = []
-        if system:
-            self.messages.append({"role": "system", "content": system})
-        self.completion: Completion | None = None
-        self.ids: list[int] = []
-        self.prompt_ids: list[int] = []
-        self._llm = llm
-        self._template = template
-        self._adapter = adapter
-        self._reply: Reply | None = None
-        self._lock = threading.RLock()
-
-    def send(self, text: str, **sampling: Any) -> Reply:
-        """Sends a message and streams the reply.
-
-        A reply that is interrupted (by `close`, Ctrl-C or the next turn) stays in the conversation
-        as far as it was written. A turn whose reply has no text is dropped, because templates have
-        no empty replies.
-
-        Args:
-            text: the user's message.
-            sampling: fields of `SamplingParams`.
-
-        Returns:
-            An iterator over pieces of the reply's text.
-        """
-        llm = self._llm
-        with self._lock:
-            if self._reply:
-                self._reply.close()
-            params = llm._params_of_one(sampling)
-            messages = [*self.messages, {"role": "user", "content": text}]
-            ids = extend_chat(llm.require_tokenizer(), messages, self.ids, self._template)
-            request = llm.request(
-                llm._check_ids(ids, "conversation"),
-                params,
-                starts_text=True,
-                reuse_completions=True,
-                adapter=self._adapter,
-            )
-            stream = llm._stream(request)
-            self.messages, self.prompt_ids = messages, ids
-            self.completion = None
-            self._reply = Reply(self, stream)
-            return self._reply
-
-
-class Reply(Iterator[str]):
-    """Iterator over the text of a reply, as it is written."""
-
-    def __init__(self, chat: Chat, stream: Stream) -> None:
-        self._chat = chat
-        self._stream = stream
-        self._is_open = True
-        self._text = ""
-
-    def __next__(self) -> str:
-        with self._chat._lock:
-            if not self._is_open:
-                raise StopIteration
-            try:
-                piece = next(self._stream)
-            except StopIteration:
-                self._chat.completion = self._stream.completion
-                self.close()
-                raise
-            except BaseException:
-                self.close()
-                raise
-            self._text += piece
-            return piece
-
-    def close(self) -> None:
-        """Aborts the reply, if it has not ended; its text so far stays in the conversation."""
-        with self._chat._lock:
-            if not self._is_open:
-                return
-            self._is_open = False
-            self._stream.close()
-            chat = self._chat
-            if self._text:
-                chat.ids = chat.prompt_ids + self._stream.token_ids
-                chat.messages.append({"role": "assistant", "content": self._text})
-            else:
-                chat.messages.pop()
-
-
 def _sampling_defaults(model: Path, source: str | Path) -> dict[str, Any]:
     file = generation_config_file(model, source)
     defaults = sampling_defaults(file)
@@ -887,22 +729,6 @@ def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path
                 "token, and a text would never end: are added_tokens.json, tokenizer_config.json "
                 "or tokenizer.json missing?"
             )
-
-
-def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
-    """Raises TypeError or ValueError, which names `name`, unless ids are one or more token ids."""
-    # To Python, each element of a bytes object is an int, and so is a bool.
-    if (
-        not isinstance(ids, Sequence)
-        or isinstance(ids, bytes | bytearray | memoryview)
-        or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
-    ):
-        raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
-    if not ids:
-        raise ValueError(f"{name} is empty, expected at least one token id")
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"{name} has token id {i}, expected 0 to {vocab_size - 1}")
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_ext.engine.request import Output, Request
-from mistral_ext.llm import Mistral, expect_token_ids
+from mistral_ext.llm import Mistral
+from mistral_ext.text.tokenizer import expect_token_ids
 
 # More requests would fill no pass better.
 _WITH_THE_ENGINE = 64

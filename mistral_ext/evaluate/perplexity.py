@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from mistral_ext.engine.request import Request
-from mistral_ext.llm import Mistral, expect_token_ids
+from mistral_ext.llm import Mistral
+from mistral_ext.text.tokenizer import expect_token_ids
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ def linear(
     Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There
     are exceptions for up to 8 tokens on CPUs with AVX2. By "int8" and "q8_0", x of bfloat16 or
     float16 is rounded to 16-bit integers, by at most 2^-15 of the largest magnitude of its token.
-    By formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest magnitude
-    of 32 neighbours; `set_exact_products` changes that. ("int4" has kernels of 16 bits or bfloat16
-    where the CPU has AVX-512.) With "int8" K is at most 2^20.
+    By formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
+    magnitude of 32 neighbours; `set_exact_products` changes that. ("int4" has kernels of 16 bits or
+    bfloat16 where the CPU has AVX-512.) With "int8" K is at most 2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.

@@ -9,7 +9,7 @@ from typing import Any
 
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Request
-from mistral_ext.llm import Mistral, expect_token_ids
+from mistral_ext.llm import Mistral
 from mistral_ext.serve import fields, tools
 from mistral_ext.serve.errors import ApiError, bad_request, unsupported
 from mistral_ext.serve.schema import Schema, check
@@ -17,6 +17,7 @@ from mistral_ext.serve.structure import Structure, structure_of
 from mistral_ext.serve.tools import tool_use_of
 from mistral_ext.text.chat_template import ChatTemplate
 from mistral_ext.text.guardrails import with_safe_prompt
+from mistral_ext.text.tokenizer import expect_token_ids
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 
 _CHAT = fields.request_schema(fields.CHAT, ("messages",))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,22 @@ def check_text(text: str, name: str) -> None:
             f"{name} has a lone surrogate {text[error.start]!r} at index {error.start}, expected "
             "valid Unicode"
         ) from None
+
+
+def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
+    """Raises TypeError or ValueError, which names `name`, unless ids are one or more token ids."""
+    # To Python, each element of a bytes object is an int, and so is a bool.
+    if (
+        not isinstance(ids, Sequence)
+        or isinstance(ids, bytes | bytearray | memoryview)
+        or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
+    ):
+        raise TypeError(f"{name} is {ids!r:.60}, expected text or a list of token ids")
+    if not ids:
+        raise ValueError(f"{name} is empty, expected at least one token id")
+    for i in ids:
+        if not 0 <= i < vocab_size:
+            raise ValueError(f"{name} has token id {i}, expected 0 to {vocab_size - 1}")
 
 
 class Tokenizer:

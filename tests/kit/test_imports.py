@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "model": {"ops"},
     "weights": {"ops", "model.config", "files"},
     "engine": {"model", "text", "ops"},
-    "llm": _MODELS,
+    "chat": {"engine", "text"},
+    "llm": {"chat"} | _MODELS,
     "serve": {"llm", ""} | _MODELS - {"model"},
     "finetune": {"llm", "files"} | _MODELS - {"engine"},
     "evaluate": {"llm", "files"} | _MODELS,
     "integrations": {"llm"} | _MODELS,
-    "": {"llm"} | _MODELS,
+    "": {"chat", "llm"} | _MODELS,
     "demo": set(),
 }
 UNBOUND = {"cli"}  # imports everything

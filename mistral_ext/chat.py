@@ -1,0 +1,122 @@
+"""Conversations that keep their cache between turns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mistral_ext.engine.request import Completion
+from mistral_ext.engine.stream import Stream
+from mistral_ext.text.chat_template import ChatTemplate, extend_chat
+
+if TYPE_CHECKING:
+    from mistral_ext.llm import Mistral
+
+
+class Chat:
+    """A conversation with an Instruct model.
+
+    The engine keeps the conversation's tokens in its cache, so a turn reads only its own tokens,
+    unless other requests needed the memory meanwhile. Any thread may use a Chat: a new turn ends a
+    reply that is still being written.
+
+    Attributes:
+        messages: the conversation so far, as `Mistral.chat` takes it.
+        ids: its tokens, as the model read and wrote them.
+        prompt_ids: the tokens that the last reply answers.
+        completion: the last reply; None if it was closed before its end.
+    """
+
+    def __init__(
+        self,
+        llm: Mistral,
+        system: str | None,
+        template: ChatTemplate,
+        adapter: str | None = None,
+    ) -> None:
+        self.messages: list[Mapping[str, Any]] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+        self.completion: Completion | None = None
+        self.ids: list[int] = []
+        self.prompt_ids: list[int] = []
+        self._llm = llm
+        self._template = template
+        self._adapter = adapter
+        self._reply: Reply | None = None
+        self._lock = threading.RLock()
+
+    def send(self, text: str, **sampling: Any) -> Reply:
+        """Sends a message and streams the reply.
+
+        A reply that is interrupted (by `close`, Ctrl-C or the next turn) stays in the conversation
+        as far as it was written. A turn whose reply has no text is dropped, because templates have
+        no empty replies.
+
+        Args:
+            text: the user's message.
+            sampling: fields of `SamplingParams`.
+
+        Returns:
+            An iterator over pieces of the reply's text.
+        """
+        llm = self._llm
+        with self._lock:
+            if self._reply:
+                self._reply.close()
+            params = llm.params_of_one(sampling)
+            messages = [*self.messages, {"role": "user", "content": text}]
+            ids = extend_chat(llm.require_tokenizer(), messages, self.ids, self._template)
+            request = llm.request(
+                llm.check_ids(ids, "conversation"),
+                params,
+                starts_text=True,
+                reuse_completions=True,
+                adapter=self._adapter,
+            )
+            stream = Stream(llm.engine.outputs([request]))
+            self.messages, self.prompt_ids = messages, ids
+            self.completion = None
+            self._reply = Reply(self, stream)
+            return self._reply
+
+
+class Reply(Iterator[str]):
+    """Iterator over the text of a reply, as it is written."""
+
+    def __init__(self, chat: Chat, stream: Stream) -> None:
+        self._chat = chat
+        self._stream = stream
+        self._is_open = True
+        self._text = ""
+
+    def __next__(self) -> str:
+        with self._chat._lock:
+            if not self._is_open:
+                raise StopIteration
+            try:
+                piece = next(self._stream)
+            except StopIteration:
+                self._chat.completion = self._stream.completion
+                self.close()
+                raise
+            except BaseException:
+                self.close()
+                raise
+            self._text += piece
+            return piece
+
+    def close(self) -> None:
+        """Aborts the reply, if it has not ended; its text so far stays in the conversation."""
+        with self._chat._lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            self._stream.close()
+            chat = self._chat
+            if self._text:
+                chat.ids = chat.prompt_ids + self._stream.token_ids
+                chat.messages.append({"role": "assistant", "content": self._text})
+            else:
+                chat.messages.pop()
