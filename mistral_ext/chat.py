@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mistral_ext.engine.request import Completion
 from mistral_ext.engine.stream import Stream
 from mistral_ext.text.chat_template import ChatTemplate, extend_chat
-
-if TYPE_CHECKING:
-    from mistral_ext.llm import Mistral
+from mistral_ext.text.tokenizer import Tokenizer
 
 
 class Chat:
@@ -19,7 +17,13 @@ class Chat:
 
     The engine keeps the conversation's tokens in its cache, so a turn reads only its own tokens,
     unless other requests needed the memory meanwhile. Any thread may use a Chat: a new turn ends a
-    reply that is still being written.
+    reply that is still being written. `Mistral.start_chat` makes it.
+
+    Args:
+        tokenizer, template: of the model.
+        start_reply: generates a reply to a conversation of these tokens, by these fields of
+            `SamplingParams`.
+        messages: the conversation so far.
 
     Attributes:
         messages: the conversation so far, as `Mistral.chat` takes it.
@@ -30,20 +34,18 @@ class Chat:
 
     def __init__(
         self,
-        llm: Mistral,
-        system: str | None,
+        tokenizer: Tokenizer,
         template: ChatTemplate,
-        adapter: str | None = None,
+        start_reply: Callable[[list[int], Mapping[str, Any]], Stream],
+        messages: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        self.messages: list[Mapping[str, Any]] = []
-        if system:
-            self.messages.append({"role": "system", "content": system})
+        self.messages = list(messages)
         self.completion: Completion | None = None
         self.ids: list[int] = []
         self.prompt_ids: list[int] = []
-        self._llm = llm
+        self._tokenizer = tokenizer
         self._template = template
-        self._adapter = adapter
+        self._start_reply = start_reply
         self._reply: Reply | None = None
         self._lock = threading.RLock()
 
@@ -61,21 +63,12 @@ class Chat:
         Returns:
             An iterator over pieces of the reply's text.
         """
-        llm = self._llm
         with self._lock:
             if self._reply:
                 self._reply.close()
-            params = llm.params_of_one(sampling)
             messages = [*self.messages, {"role": "user", "content": text}]
-            ids = extend_chat(llm.require_tokenizer(), messages, self.ids, self._template)
-            request = llm.request(
-                llm.check_ids(ids, "conversation"),
-                params,
-                starts_text=True,
-                reuse_completions=True,
-                adapter=self._adapter,
-            )
-            stream = Stream(llm.engine.outputs([request]))
+            ids = extend_chat(self._tokenizer, messages, self.ids, self._template)
+            stream = self._start_reply(ids, sampling)
             self.messages, self.prompt_ids = messages, ids
             self.completion = None
             self._reply = Reply(self, stream)

@@ -308,7 +308,7 @@ class Mistral:
         Returns:
             An iterator over pieces of text; its `completion` is set when it ends.
         """
-        params = self.params_of_one(sampling)
+        params = self._params_of_one(sampling)
         self.require_tokenizer()
         if not _is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
@@ -347,12 +347,12 @@ class Mistral:
                 conversation, or a tool is wrong.
             ImportError: tools are given, and llguidance is missing.
         """
-        params = self.params_of_one(sampling)
+        params = self._params_of_one(sampling)
         form = self.tool_format(template) if tools else None
         use = ToolUse.of(form, tools, tool_choice, parallel_tool_calls)
         messages = with_safe_prompt(messages) if safe_prompt else messages
         ids = self.encode_chat(messages, use.tools if use else None, template)
-        ids = self.check_ids(ids, "conversation")
+        ids = self._check_ids(ids, "conversation")
         parser = ToolParser(use.form) if use else None
         request = self.request(ids, params, starts_text=True, tools=use, adapter=adapter)
         return Stream(self.engine.outputs([request]), parser).read()
@@ -394,10 +394,23 @@ class Mistral:
             template, safe_prompt, adapter: as in `chat`.
         """
         self._adapter(adapter)
-        chat = Chat(self, system, self.chat_template(template), adapter)
+        messages: list[Mapping[str, Any]] = []
+        if system:
+            messages.append({"role": "system", "content": system})
         if safe_prompt:
-            chat.messages = with_safe_prompt(chat.messages)
-        return chat
+            messages = with_safe_prompt(messages)
+
+        def start_reply(ids: list[int], sampling: Mapping[str, Any]) -> Stream:
+            request = self.request(
+                self._check_ids(ids, "conversation"),
+                self._params_of_one(sampling),
+                starts_text=True,
+                reuse_completions=True,
+                adapter=adapter,
+            )
+            return Stream(self.engine.outputs([request]))
+
+        return Chat(self.require_tokenizer(), self.chat_template(template), start_reply, messages)
 
     def moderate(
         self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
@@ -422,7 +435,7 @@ class Mistral:
         begin, _ = label_ids(self.require_tokenizer())
         ids = self.encode_chat(question(content), template=template) + begin
         params = SamplingParams(max_tokens=1, logprobs=self._vocab_size)
-        return Request(self.check_ids(ids, "content"), params, len(ids) + 1)
+        return Request(self._check_ids(ids, "content"), params, len(ids) + 1)
 
     def moderation_of(self, completion: Completion) -> Moderation:
         """What the completion of a `moderation_request` says."""
@@ -451,7 +464,7 @@ class Mistral:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
         self._expect_writer()
-        ids = self.check_ids(token_ids, "token_ids")
+        ids = self._check_ids(token_ids, "token_ids")
         request = Request(
             ids,
             None,
@@ -522,7 +535,7 @@ class Mistral:
             if isinstance(text, str):
                 asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
                 text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
-            ids = self.check_ids(text, f"texts[{i}]")
+            ids = self._check_ids(text, f"texts[{i}]")
             requests.append(Request(ids, None, len(ids), hidden=True))
         return requests
 
@@ -574,12 +587,10 @@ class Mistral:
                 if not prompt:
                     raise ValueError(f"{name} is empty, expected some text")
                 prompt = self.require_tokenizer().encode(prompt, special_tokens=special_tokens)
-            encoded.append(self.check_ids(prompt, name))
+            encoded.append(self._check_ids(prompt, name))
         return encoded
 
-    def check_ids(self, ids: Sequence[int], name: str) -> list[int]:
-        """The ids, unless they are no prompt of the model: then TypeError or ValueError, which
-        names `name`."""
+    def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
         expect_token_ids(ids, self.config.vocab_size, name)
         if self.max_length is not None and len(ids) >= self.max_length:
             raise ValueError(
@@ -591,8 +602,7 @@ class Mistral:
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
         return SamplingParams.from_options({**self.sampling_defaults, **sampling})
 
-    def params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        """The options of a single completion, from fields of `SamplingParams`."""
+    def _params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
         params = self._params(sampling)
         if params.n != 1:
             raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")

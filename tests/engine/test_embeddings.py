@@ -9,7 +9,7 @@ import torch
 import transformers
 from checkpoints import TOKENIZERS, write_checkpoint
 
-from mistral_ext import Mistral, Stream
+from mistral_ext import Mistral, SamplingParams, Stream
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 TEXTS = ["A short text", "A much longer text, " * 12 + "which has several pieces.", "Ein Text 🙂"]
@@ -70,13 +70,13 @@ def test_instructions(models):
 def test_beside_completions(models):
     """One pass reads the prompts of both."""
     llm = models[0]
-    request = llm.request(llm.tokenizer.encode(TEXTS[1]), llm.params_of_one({"max_tokens": 4}))
+    request = llm.request(llm.tokenizer.encode(TEXTS[1]), SamplingParams(max_tokens=4))
     alone = Stream(llm.engine.outputs([request])).read().token_ids
-    request = llm.request(llm.tokenizer.encode(TEXTS[0]), llm.params_of_one({"max_tokens": 4}))
+    request = llm.request(llm.tokenizer.encode(TEXTS[0]), SamplingParams(max_tokens=4))
     other = Stream(llm.engine.outputs([request])).read().token_ids
     outputs = llm.engine.outputs(
         [
-            llm.request(llm.tokenizer.encode(text), llm.params_of_one({"max_tokens": 4}))
+            llm.request(llm.tokenizer.encode(text), SamplingParams(max_tokens=4))
             for text in TEXTS[:2]
         ]
         + llm.embedding_requests(TEXTS)
