@@ -29,7 +29,7 @@ enum class Epilogue { store, add, swiglu, rope, argmax };
 // A weight [rows, K]. The weights of a call may differ in format.
 struct WeightPart {
   const void* values;  // contiguous, in the layout of the format
-  const void* scales;  // [rows, K / group], contiguous; plain: null
+  const void* scales;  // [rows, K / group * scales of a group], contiguous; plain: null
   int64_t rows;
   WeightFormat format;
   int64_t group;  // values that share a scale: K for int8; plain: 0

@@ -44,6 +44,7 @@ def check_linear(
     norm: Tensor | None,
     eps: float,
     out: Tensor | None,
+    added: Tensor | None,
 ) -> None: ...
 def check_linear_argmax(
     x: Tensor,

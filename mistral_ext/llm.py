@@ -323,8 +323,8 @@ class Mistral:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] = "auto",
         parallel_tool_calls: bool = True,
-        adapter: str | None = None,
         safe_prompt: bool = False,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Completion:
         """Replies to a conversation with an Instruct model.
@@ -335,8 +335,8 @@ class Mistral:
             template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
             tools: functions that the model may call, in OpenAI's format.
             tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
-            adapter: the name of a loaded adapter; None: none.
             safe_prompt: begin with the system prompt `mistral_ext.text.guardrails.SAFE_PROMPT`.
+            adapter: the name of a loaded adapter; None: none.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -383,7 +383,7 @@ class Mistral:
     def start_chat(
         self,
         system: str | None = None,
-        template: str | None = None,
+        template: ChatTemplate | None = None,
         safe_prompt: bool = False,
         adapter: str | None = None,
     ) -> Chat:

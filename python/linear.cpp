@@ -269,11 +269,13 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
   return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
 }
 
-// Only checks, for a caller that multiplies with torch. out may be None.
-void check_linear(const std::string& name, py::object x, py::list values, py::list scales,
-                  py::list formats, py::object norm, double eps, py::object out) {
+// Only checks, for a caller that multiplies with torch. out and added may be None.
+void check_linear(const std::string& name, py::object x_, py::list values, py::list scales,
+                  py::list formats, py::object norm, double eps, py::object out, py::object added) {
   const Op op = find_op(name);
-  checked(op.name, Tensor(op.name, "x", x), {values, scales, formats}, norm, eps, out, op.epilogue);
+  const Tensor x(op.name, "x", x_);
+  LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
+  use_added(x, p, added);
 }
 
 Call linear(const std::string& name, py::object x_, py::list values, py::list scales,
@@ -418,7 +420,7 @@ py::dict weight_formats() {
 void bind_linear(py::module_& m) {
   m.def("check_linear", &check_linear, py::arg("op"), py::arg("x"), py::arg("values"),
         py::arg("scales"), py::arg("formats"), py::arg("norm").none(true), py::arg("eps"),
-        py::arg("out").none(true));
+        py::arg("out").none(true), py::arg("added").none(true));
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("out"),
         py::arg("added") = py::none());

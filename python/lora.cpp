@@ -57,6 +57,8 @@ void lora(py::object x_, py::object a_, py::object b_, py::object scales_, py::o
   adapters.expect_contiguous();
   adapters.expect_device_of(x);
   hidden.expect_shape({x.size(0), num_parts, a.size(2)});
+  hidden.expect_contiguous();
+  hidden.expect_device_of(x);
   out.expect_shape({x.size(0), outputs});
   out.expect_last_axis_contiguous();
   if (out.dtype() == DType::f32) {

@@ -88,14 +88,14 @@ __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64
   store_global(hidden + i / kTokens, load_global(p.scales + of_part) * sum);
 }
 
-// Grid: the blocks of rows of all parts, by the tiles of tokens.
+// Grid: the tiles of tokens, by the blocks of rows of all parts.
 template <class T, int N, int kTile>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const LoraParams p) {
   let_later_kernels_begin();
   wait_for_earlier_kernels();
   const int64_t blocks = ceil_div(p.max_rank, kTile);
-  const int64_t part = blockIdx.x / blocks, first = blockIdx.x % blocks * kTile;
-  const int64_t begin = int64_t{blockIdx.y} * kTile, end = min(begin + kTile, p.tokens);
+  const int64_t part = blockIdx.y / blocks, first = blockIdx.y % blocks * kTile;
+  const int64_t begin = int64_t{blockIdx.x} * kTile, end = min(begin + kTile, p.tokens);
   if (tokens_at_once<kTile>(p, begin) == kTile)
     return shrink<T, N, kTile, kTile>(p, begin, part, first);
 #pragma unroll 1
@@ -146,16 +146,16 @@ __device__ __forceinline__ void expand(const LoraParams& p, int64_t token, int64
   }
 }
 
-// Grid: the blocks of outputs, by the tiles of tokens.
+// Grid: the tiles of tokens, by the blocks of outputs.
 template <class T, class Out, int N, int kTile>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams p) {
   let_later_kernels_begin();
   wait_for_earlier_kernels();
-  const int64_t column = (int64_t{blockIdx.x} * kExpandThreads + threadIdx.x) * N;
+  const int64_t column = (int64_t{blockIdx.y} * kExpandThreads + threadIdx.x) * N;
   if (column >= p.outputs) return;
   int64_t part = 0, part_end = p.part_outputs[0];
   while (column >= part_end) part_end += p.part_outputs[++part];
-  const int64_t begin = int64_t{blockIdx.y} * kTile, end = min(begin + kTile, p.tokens);
+  const int64_t begin = int64_t{blockIdx.x} * kTile, end = min(begin + kTile, p.tokens);
   if (tokens_at_once<kTile>(p, begin) == kTile)
     return expand<T, Out, N, kTile>(p, begin, part, column);
 #pragma unroll 1
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams
 
 template <class T, class Out, int N, int kTile>
 cudaError_t launch_tiles(const LoraParams& p, cudaStream_t stream) {
-  const auto grid = [&](int64_t blocks) {
-    return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(p.tokens, kTile)));
+  const auto grid = [&](int64_t blocks) {  // y has 65,535 blocks at most
+    return dim3(static_cast<unsigned>(ceil_div(p.tokens, kTile)), static_cast<unsigned>(blocks));
   };
   const size_t shared = kTile * kTile * kShrinkWarps * sizeof(float);
   const cudaError_t status = launch_overlapping(shrink_kernel<T, N, kTile>,

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     SamplingParams.from_options(sampling)
     interactive = stdin().isatty()
     llm, adapter = load_adapted_model(args)
-    chat = llm.start_chat(args.system, args.template, args.safe_prompt, adapter)
+    chat = llm.start_chat(args.system, args.template, safe_prompt=args.safe_prompt, adapter=adapter)
     if interactive:
         import readline  # noqa: F401  line editing and history for input()
 

@@ -7,7 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.cli.start import start
-from mistral_ext.engine.params import SamplingParams
+from mistral_ext.engine.params import MOST_DRAFTS, SamplingParams
 from mistral_ext.files import read_text_file
 
 if TYPE_CHECKING:
@@ -150,7 +150,11 @@ def sampling() -> argparse.ArgumentParser:
         ("frequency_penalty", float, "the same for each time they were generated"),
         ("seed", int, "same seed, same text"),
         ("logprobs", int, "show the log-probability of each token and of N others"),
-        ("drafts", int, "tokens to guess at a time, 0 to 7: changes the speed alone (default 7)"),
+        (
+            "drafts",
+            int,
+            f"tokens to guess at a time: changes the speed alone (default {MOST_DRAFTS})",
+        ),
     ):
         default = getattr(SamplingParams, name)
         group.add_argument(

@@ -237,8 +237,8 @@ def linear_swiglu(
         x: [T, K].
         weights: (gate, up), [F, K] each, as in `linear`.
         norm, eps: as in `linear`.
-        added: [T, 2 F] float32, added to the products with gate and up before they are rounded, as
-            `lora` computes it; None: nothing.
+        added: [T, 2 F] float32, added to the products with gate and up, as `lora` computes it;
+            None: nothing. Our kernels add before they round, torch's products are rounded first.
 
     Returns:
         [T, F].

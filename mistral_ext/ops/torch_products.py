@@ -32,7 +32,7 @@ def linear_residual(
     parts: Parts,
     residual: Tensor,
 ) -> None:
-    _C.check_linear("linear_residual", x, *parts[:3], None, 0.0, residual)
+    _C.check_linear("linear_residual", x, *parts[:3], None, 0.0, residual, None)
     (weight,) = _plain_weights(parts, x.dtype)
     residual.addmm_(x, weight.T)
 
@@ -76,7 +76,7 @@ def linear_swiglu(
     eps: float = 1e-5,
     added: Tensor | None = None,
 ) -> Tensor:
-    products = _products("linear_swiglu", x, parts, norm, eps)
+    products = _products("linear_swiglu", x, parts, norm, eps, added)
     gate, up = products if len(products) == 2 else products[0].chunk(2, dim=1)
     if added is not None:
         half = gate.shape[1]
@@ -90,8 +90,9 @@ def _products(
     parts: Parts,
     norm: Tensor | None,
     eps: float,
+    added: Tensor | None = None,
 ) -> list[Tensor]:
-    _C.check_linear(op, x, *parts[:3], norm, eps, None)
+    _C.check_linear(op, x, *parts[:3], norm, eps, None, added)
     x = x if norm is None else rms_norm(x, norm, eps)
     return [torch.nn.functional.linear(x, weight) for weight in _plain_weights(parts, x.dtype)]
 

@@ -85,6 +85,34 @@ def test_what_is_not_finite_stays_in_its_token(isa, value, generator):
         assert not out[1].isfinite().any(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_rounded_once(isa, dtype, generator):
+    x = torch.randn(3, 576, generator=generator).to(dtype)
+    for name, weight in weights((33, 576), isa, generator).items():
+        exact = (rounded(x) @ weight.dequantize(torch.float64).T).float()
+        torch.testing.assert_close(ops.linear(x, weight).float(), exact.to(dtype).float(), msg=name)
+
+
+def test_fused_ops_round_alike(isa, generator):
+    """What comes before a product and after it, and several weights, of one format or of two."""
+    x, norm = torch.randn(3, 512, generator=generator), torch.randn(512, generator=generator)
+    made = weights((24, 512), isa, generator)
+    others = [*made.values()][1:] + [*made.values()][:1]
+    for (name, one), other in zip(made.items(), others, strict=True):
+        alone = [ops.linear(x, weight) for weight in (one, other)]
+        assert torch.equal(ops.linear(x, [one, other, one]), torch.cat([*alone, alone[0]], 1)), name
+        normed = ops.linear(ops.rms_norm(x, norm, 1e-5), one)
+        torch.testing.assert_close(ops.linear(x, one, norm, 1e-5), normed, msg=name)
+        torch.testing.assert_close(ops.linear_swiglu(x, [one, other]), ops.swiglu(*alone), msg=name)
+        residual = torch.randn(3, 24, generator=generator)
+        expected = residual + alone[0]
+        ops.linear_residual(x, one, residual)
+        torch.testing.assert_close(residual, expected, msg=name)
+        logits, token_ids = ops.linear_argmax(x, one)
+        assert torch.equal(logits, alone[0]), name
+        assert torch.equal(token_ids, alone[0].argmax(1)), name
+
+
 @pytest.mark.parametrize("exponent", [-100, 60])
 def test_any_size_of_activations(isa, exponent, generator):
     x = torch.randn(2, 512, generator=generator)
@@ -92,6 +120,23 @@ def test_any_size_of_activations(isa, exponent, generator):
         expected = ops.linear(x, weight) * 2.0**exponent
         assert torch.equal(ops.linear(x * 2.0**exponent, weight), expected), name
         assert not ops.linear(torch.zeros_like(x), weight).any(), name
+
+
+def test_small_and_large_blocks_in_a_row(isa, generator):
+    """A block whose unit has no inverse counts as zeros, and leaves its neighbours as they are."""
+    x = torch.randn(1, 512, generator=generator)
+    for exponent in (-121, -149, 126):
+        mixed = x.clone()
+        mixed[:, :32] = 2.0**exponent
+        only = torch.where(torch.arange(512) < 32, mixed, 0)
+        for name, weight in weights((7, 512), isa, generator).items():
+            out = ops.linear(mixed, weight)
+            if exponent < 0:
+                rest = ops.linear(mixed - only, weight)
+                assert torch.equal(out, rest), name
+            else:
+                exact = rounded(mixed) @ weight.dequantize(torch.float64).T
+                assert ((out - exact).abs() <= 2e-6 * exact.abs().max()).all(), name
 
 
 def test_largest_values_do_not_overflow(isa, generator):

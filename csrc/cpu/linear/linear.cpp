@@ -1,7 +1,7 @@
 // First the activations of each token are packed: normalised if there is a norm, converted, and put
 // in the order of k of the weight format (activations.h). Then each thread multiplies blocks of
-// rows of the weights and writes the outputs: up to kGemvTokens tokens with gemv.h, gemv_int8.h or
-// gemv_int16.h, more tokens with gemm.h.
+// rows of the weights and writes the outputs: up to kGemvTokens tokens with a file gemv*.h, more
+// tokens with gemm.h.
 #include "../../linear.h"
 
 #include "../kernels.h"

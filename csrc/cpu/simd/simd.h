@@ -153,7 +153,7 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
       out, _mm_hadd_ps(_mm_hadd_ps(quarter[0], quarter[1]), _mm_hadd_ps(quarter[2], quarter[3])));
 }
 
-// 16 words of 32 bits, each of 8 values of 4 bits (csrc/linear.h)
+// 16 words of 32 bits, each of 8 values of 4 bits (csrc/formats.h)
 struct Words {
   __m512i v;
 };

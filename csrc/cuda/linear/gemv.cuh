@@ -142,7 +142,8 @@ struct Outputs {
   }
 
  private:
-  // What is added to the product whose output is at `output`.
+  // What is added to the product whose output is at `output`. A call in several launches moves
+  // p.out and p.added by the same columns.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;
