@@ -125,7 +125,7 @@ def test_any_size_of_activations(isa, exponent, generator):
 def test_small_and_large_blocks_in_a_row(isa, generator):
     """A block whose unit has no inverse counts as zeros, and leaves its neighbours as they are."""
     x = torch.randn(1, 512, generator=generator)
-    for exponent in (-121, -149, 126):
+    for exponent in (-121, -149, 118):
         mixed = x.clone()
         mixed[:, :32] = 2.0**exponent
         only = torch.where(torch.arange(512) < 32, mixed, 0)
