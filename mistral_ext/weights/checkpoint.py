@@ -105,7 +105,9 @@ def load_weights(
     quantization = None if quantize is None else Quantization.from_name(quantize)
     checkpoint = Checkpoint(folder, dtype, quantization, device)
     if device is not None:
-        expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
+        expect_runnable(
+            folder.config, checkpoint.dtype, checkpoint.nbytes, device, checkpoint.stored_formats
+        )
     loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
@@ -186,6 +188,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Mistral's names of the weights that `weights` gives."""
         return list(self._parts)
+
+    @property
+    def stored_formats(self) -> set[str]:
+        """The formats of the weights that are stored quantised."""
+        return set(self._formats.values())
 
     @property
     def nbytes(self) -> int:
