@@ -167,7 +167,11 @@ class Checkpoint:
             if quantization is None:
                 kept = kept_formats(folder.gguf, device)
             tensors = gguf_tensors(folder.gguf, decoded, kept)
-            say_what_changes(folder.gguf, str(quantization or _list((dtype,))), kept)
+            formats = {
+                gguf_name(name): quantization.format_of(name) if quantization else None
+                for name in tensor_shapes(config)
+            }
+            say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
         # The weights that are stored as two tensors.
         quantized = {
             name: parts
