@@ -15,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskIndex
 from sqlitedict import SqliteDict
 
+from mistral_ext.cli import eval as eval_command
 from mistral_ext.cli import main
 from mistral_ext.evaluate.harness import evaluate, harness_model
 from mistral_ext.evaluate.likelihood import likelihoods
@@ -244,3 +245,17 @@ def test_the_command(cloze, tmp_path, capsys):
     assert f"{results['results']['cloze']['acc,none']:.2f}" in table
     assert main(["eval", "--tasks", "x", "--output", str(tmp_path / "none" / "x")]) == 1
     assert "expected a file in a folder that exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--include", "x"], "--include is given, expected none with --paper"),
+        (["--tasks", "humaneval"], "task is 'humaneval', which runs programs"),
+        (["--tasks", "arc_easi"], "task is 'arc_easi', expected one of mmlu"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(given, message, monkeypatch, capsys):
+    monkeypatch.setattr(eval_command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["eval", "--paper", *given]) == 1
+    assert message in capsys.readouterr().err
