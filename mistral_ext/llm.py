@@ -431,7 +431,7 @@ class Mistral:
         self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
     ) -> Request:
         """The request to `engine` that `moderate` makes, for `moderation_of`."""
-        self._expect_writer()
+        self.expect_writer()
         begin, _ = label_ids(self.require_tokenizer())
         ids = self.encode_chat(question(content), template=template) + begin
         params = SamplingParams(max_tokens=1, logprobs=self._vocab_size)
@@ -463,7 +463,7 @@ class Mistral:
             token_ids = token_ids.tolist()
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}, expected 1 or more")
-        self._expect_writer()
+        self.expect_writer()
         ids = self._check_ids(token_ids, "token_ids")
         request = Request(
             ids,
@@ -555,7 +555,12 @@ class Mistral:
         tokenizer = self.require_tokenizer()
         return chat_template_of(self.folder, tokenizer, is_instruct(self.folder))
 
-    def _expect_writer(self) -> None:
+    def expect_writer(self) -> None:
+        """Refuses an embedding model, whose checkpoint has no output weights.
+
+        Raises:
+            ValueError: the model does not write text.
+        """
         if not self.config.writes_text:
             raise ValueError(
                 f"{self.folder} is an embedding model (MistralModel), which does not write text: "
@@ -632,7 +637,7 @@ class Mistral:
             tools: functions that the completion may call.
             adapter: the name of a loaded adapter; None: none.
         """
-        self._expect_writer()
+        self.expect_writer()
         max_length = len(ids) + params.max_tokens
         text = None
         if self.tokenizer:

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     expect_extra("eval", "lm_eval")
     _check(args)
     llm = load_model(args, max_batch=args.max_batch)
-    tasks = args.tasks.split(",") if args.tasks else None
+    tasks = _tasks(args)
     given = {
         "limit": args.limit,
         "chat": args.chat,
@@ -97,8 +97,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--tasks is missing, expected names of tasks, or --paper")
     if args.paper and args.num_fewshot is not None:
         raise ValueError("--num-fewshot is given, expected none with --paper, which has its own")
+    if args.paper and args.include is not None:
+        raise ValueError("--include is given, expected none with --paper, which has its own tasks")
     if args.output and not Path(args.output).parent.is_dir():
         raise ValueError(f"--output is {args.output!r}, expected a file in a folder that exists")
+    if args.paper:
+        from mistral_ext.evaluate.paper import choose
+
+        choose(_tasks(args), args.run_code)  # before the model is loaded
+
+
+def _tasks(args: argparse.Namespace) -> list[str] | None:
+    return args.tasks.split(",") if args.tasks else None
 
 
 def _run_tasks(llm: Mistral, tasks: list[str], given: dict[str, Any]) -> tuple[str, str]:

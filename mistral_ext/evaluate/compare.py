@@ -3,6 +3,11 @@
 It says what a quantisation costs: the Kullback-Leibler divergence of the second model's next-token
 probabilities from the first model's, in nats a token, how often both have the same most likely
 token, and both perplexities. Both models read the same tokens, in pieces of the same size.
+
+The size matters: products of quantised weights with up to 8 tokens, as when tokens are generated,
+may round activations to 8 bits, and products with more tokens are exact. So pieces of 8 say what
+generated text sees; larger pieces, which are read faster, say what the weights alone cost. A last
+piece of up to 8 tokens is rounded in any case.
 """
 
 from __future__ import annotations
@@ -18,9 +23,6 @@ from tqdm import tqdm
 
 from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
-
-# Tokens in a piece. Its logits take this * vocabulary * 4 bytes, of each model.
-_PIECE = 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,11 @@ class Comparison:
 
 @torch.inference_mode()
 def compare(
-    first: Mistral, second: Mistral, texts: Sequence[str], progress: bool = True
+    first: Mistral,
+    second: Mistral,
+    texts: Sequence[str],
+    progress: bool = True,
+    chunk: int = 256,
 ) -> Comparison:
     """Compares two models on texts.
 
@@ -64,10 +70,17 @@ def compare(
         texts: each is read after a beginning-of-text token. Of a text longer than a model without a
             window knows positions, the first part is read.
         progress: show a progress bar if stderr is a terminal.
+        chunk: tokens in a piece; 8: as when tokens are generated. Its logits take chunk *
+            vocabulary * 4 bytes, of each model.
 
     Raises:
-        ValueError: a text is too short, or the models have other tokens.
+        ValueError: a text is too short, the models have other tokens, or a model does not write
+            text.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected 1 or more")
+    for llm in (first, second):
+        llm.expect_writer()
     ids_of_texts = [_same_ids(first, second, text, f"texts[{i}]") for i, text in enumerate(texts)]
     if not ids_of_texts:
         raise ValueError("texts is empty, expected one or more")
@@ -78,8 +91,8 @@ def compare(
     with tqdm(total=total, unit="tokens", disable=None if progress else True) as bar:
         for ids in ids_of_texts:
             targets = torch.tensor(ids[1:], device="cpu")
-            pieces = [_logprobs(llm, ids[:-1], size) for llm in (first, second)]
-            for target, p, q in zip(targets.split(_PIECE), *pieces, strict=True):
+            pieces = [_logprobs(llm, ids[:-1], size, chunk) for llm in (first, second)]
+            for target, p, q in zip(targets.split(chunk), *pieces, strict=True):
                 divergences.append((p.exp() * (p - q)).sum(dim=1).double().clamp(min=0))
                 agrees.append(p.argmax(dim=1) == q.argmax(dim=1))
                 of_target = torch.stack([x.gather(1, target[:, None]).double() for x in (p, q)])
@@ -106,9 +119,9 @@ def _same_ids(first: Mistral, second: Mistral, text: str, name: str) -> list[int
     return ids
 
 
-def _logprobs(llm: Mistral, ids: Sequence[int], size: int) -> Iterator[Tensor]:
-    """Log-probabilities after each token, [n, size] fp32 on the CPU, in pieces of _PIECE tokens."""
-    request = Request(ids, None, len(ids), prompt_logits=True, chunk=_PIECE)
+def _logprobs(llm: Mistral, ids: Sequence[int], size: int, chunk: int) -> Iterator[Tensor]:
+    """Log-probabilities after each token, [n, size] fp32 on the CPU, in pieces of `chunk`."""
+    request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk)
     for output in llm.engine.outputs([request]):
         if output.error:
             raise output.error

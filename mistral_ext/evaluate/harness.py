@@ -116,7 +116,7 @@ def harness_model(llm: Mistral, progress: bool = True) -> LM:
 
     Raises:
         ImportError: lm_eval is missing.
-        ValueError: the model has no tokenizer.
+        ValueError: the model has no tokenizer, or does not write text.
     """
     from lm_eval.api.model import TemplateLM
 
@@ -139,6 +139,7 @@ class HarnessModel:
 
     def __init__(self, llm: Mistral, progress: bool = True) -> None:
         super().__init__()
+        llm.expect_writer()
         self._llm = llm
         self._tokenizer = llm.require_tokenizer()
         self._progress = progress
@@ -206,14 +207,15 @@ class HarnessModel:
         """The log-probability of whole texts, each token seeing what the model can see.
 
         A text longer than a model without a window knows positions is cut into windows, of which
-        each begins with the last token of the window before.
+        each begins with the last token of the window before. The first begins with <s>, which is
+        not predicted.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows, owners = [], []
         for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
-            longest = self.max_length or len(ids)
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            longest = self.max_length or max(1, len(ids))
             for window in get_rolling_token_windows(ids, self.prefix_token_id, longest, 1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(i)

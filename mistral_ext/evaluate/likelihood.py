@@ -49,8 +49,10 @@ def likelihoods(
         The index of a pair, and its result, in the order in which pairs are done.
 
     Raises:
-        ValueError, TypeError: token ids are wrong; the message names the pair.
+        ValueError, TypeError: token ids are wrong, and the message names the pair; or the model
+            does not write text.
     """
+    llm.expect_writer()
     for i, (context, continuation) in enumerate(pairs):
         expect_token_ids(context, llm.config.vocab_size, f"pairs[{i}], the context,")
         expect_token_ids(continuation, llm.config.vocab_size, f"pairs[{i}], the continuation,")

@@ -65,8 +65,10 @@ def perplexity(
         progress: show a progress bar if stderr is a terminal.
 
     Raises:
-        ValueError, TypeError: a text is empty, or holds a token that the model does not know.
+        ValueError, TypeError: a text is empty, or holds a token that the model does not know, or
+            the model does not write text.
     """
+    llm.expect_writer()
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
     sequences = []  # token ids; all but the first of each are predicted

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -311,9 +311,10 @@ def accelerate_model(model: PreTrainedModel) -> int:
     """Has the modules of a loaded model compute with our kernels, where that pays.
 
     Its RMSNorms change, and in bfloat16 and float16 its feed-forward blocks, projections and output
-    matrix, as far as they are plain `torch.nn.Linear` without a bias. Quantised layers and adapters
-    stay. In float32 torch's products are faster, for one token and for prompts. docs/performance.md
-    has figures.
+    matrix, as far as they are plain `torch.nn.Linear` without a bias. Quantised layers, adapters
+    and modules with a hook of accelerate (offloaded weights, for instance) stay. Adapters may also
+    be attached later. In float32 torch's products are faster, for one token and for prompts.
+    docs/performance.md has figures.
 
     The parameters stay the model's own, and the modules in their places, so `state_dict` and saving
     are as before. The kernels have no gradients: a tensor that requires one raises RuntimeError.
@@ -343,20 +344,31 @@ def accelerate_model(model: PreTrainedModel) -> int:
 
 def _replacement(module: torch.nn.Module) -> Callable[..., Tensor] | None:
     """The function to take the place of a module's `forward`; None: there is none."""
+    if _has_hook(module):
+        return None
     name = type(module).__name__
     if name in ("MistralRMSNorm", "LlamaRMSNorm"):
         return _rms_norm
     if name in ("MistralMLP", "LlamaMLP"):
-        parts = module.gate_proj, module.up_proj, module.down_proj
-        return _feed_forward if all(map(_is_taken, parts)) else None
+        return _feed_forward if _is_plain_block(module) else None
     return _linear if _is_taken(module) else None
 
 
 def _is_taken(module: object) -> bool:
     """Whether a module is a projection that our kernels multiply faster than torch."""
-    if type(module) is not torch.nn.Linear or module.bias is not None:
+    if type(module) is not torch.nn.Linear or module.bias is not None or _has_hook(module):
         return False
     return module.weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _is_plain_block(module: Any) -> bool:
+    """Whether our kernels multiply the three projections of a feed-forward block."""
+    return all(map(_is_taken, (module.gate_proj, module.up_proj, module.down_proj)))
+
+
+def _has_hook(module: torch.nn.Module) -> bool:
+    """Whether a hook of accelerate runs in `forward`, where it may fetch the weights."""
+    return hasattr(module, "_hf_hook")
 
 
 def _rms_norm(module: Any, x: Tensor) -> Tensor:
@@ -368,6 +380,8 @@ def _linear(module: Any, x: Tensor) -> Tensor:
 
 
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
+    if not _is_plain_block(module):  # an adapter has wrapped a projection since
+        return cast(Tensor, type(module).forward(module, x))
     weights = [module.gate_proj.weight, module.up_proj.weight]
     hidden = ops.linear_swiglu(x.flatten(0, -2), weights)
     return ops.linear(hidden, module.down_proj.weight).view(x.shape)

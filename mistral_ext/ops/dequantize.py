@@ -79,7 +79,7 @@ def unpack_wide(words: Tensor, bits: int) -> Tensor:
 def _further_shifts(bits: int, device: torch.device) -> Tensor:
     """[further words of a block, values that share it]: where the bits above the fourth are."""
     per_value = bits - 4
-    word = torch.arange(4, dtype=torch.int32).unsqueeze(1)
+    word = torch.arange(4, dtype=torch.int32, device="cpu").unsqueeze(1)
     within = _SHIFTS % 8 // 4 * per_value
     if bits == 5:
         shifts = _SHIFTS // 8 * 8 + 2 * word + within

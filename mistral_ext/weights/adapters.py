@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -128,6 +128,8 @@ def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
     for tensor in stored:
         # Older files, and states that were saved by hand, name the adapter too.
         key = tensor.name.removeprefix(_PEFT_PREFIX).replace(".default.", ".")
+        if not config.writes_text:  # as in `checkpoint`: the model may be stored without its head
+            key = f"model.{key.removeprefix('model.')}"
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
         pairs.add(names.get(f"{module}.weight"), matrix, ("lora_A", "lora_B"), tensor)
 
@@ -176,7 +178,13 @@ def _expect_supported(settings: Mapping[str, Any], file: Path) -> None:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return _is_finite(value) and value > 0
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    """Whether a value is a number with which weights stay finite. JSON's reader takes NaN and
+    Infinity, and true is an int."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
@@ -205,8 +213,11 @@ def _read_mistral(file: Path, config: MistralConfig) -> dict[str, LowRank]:
 def _mistral_scale(file: Path) -> float:
     params = file.parent / "params.json"
     settings = read_json_object(params).get("lora") if params.is_file() else None
-    if isinstance(settings, dict) and isinstance(settings.get("scaling"), (int, float)):
-        return float(settings["scaling"])
+    if isinstance(settings, dict) and settings.get("scaling") is not None:
+        scale = settings["scaling"]
+        if not _is_finite(scale):
+            raise ValueError(f"{params}: scaling of lora is {scale!r}, expected a finite number")
+        return float(scale)
     _log.warning(
         "%s does not say its scaling; it is taken to be %g, the default of mistral-finetune (a "
         'params.json beside it may say another: {"lora": {"scaling": 4.0}})',
@@ -222,7 +233,7 @@ def _read_gguf(file: Path, config: MistralConfig) -> dict[str, LowRank]:
         if gguf.metadata.get(key) != expected:
             raise ValueError(f"{file}: {key} is {gguf.metadata.get(key)!r}, expected {expected!r}")
     alpha = gguf.metadata.get("adapter.lora.alpha")
-    if not isinstance(alpha, float) or not alpha > 0:
+    if not isinstance(alpha, float) or not _is_positive(alpha):
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}, expected a positive number")
     names = {gguf_name(f"{name}.weight"): name for name in _module_shapes(config)}
     pairs = _Pairs(file, config)

@@ -105,7 +105,9 @@ def load_weights(
     quantization = None if quantize is None else Quantization.from_name(quantize)
     checkpoint = Checkpoint(folder, dtype, quantization, device)
     if device is not None:
-        expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
+        expect_runnable(
+            folder.config, checkpoint.dtype, checkpoint.nbytes, device, checkpoint.stored_formats
+        )
     loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
@@ -165,7 +167,11 @@ class Checkpoint:
             if quantization is None:
                 kept = kept_formats(folder.gguf, device)
             tensors = gguf_tensors(folder.gguf, decoded, kept)
-            say_what_changes(folder.gguf, str(quantization or _list((dtype,))), kept)
+            formats = {
+                gguf_name(name): quantization.format_of(name) if quantization else None
+                for name in tensor_shapes(config)
+            }
+            say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
         # The weights that are stored as two tensors.
         quantized = {
             name: parts
@@ -186,6 +192,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Mistral's names of the weights that `weights` gives."""
         return list(self._parts)
+
+    @property
+    def stored_formats(self) -> set[str]:
+        """The formats of the weights that are stored quantised."""
+        return set(self._formats.values())
 
     @property
     def nbytes(self) -> int:

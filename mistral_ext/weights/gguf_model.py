@@ -152,11 +152,16 @@ def default_dtype(file: Gguf) -> torch.dtype:
     return (embeddings and embeddings.type.dtype) or torch.bfloat16
 
 
-def say_what_changes(file: Gguf, target: str, kept: Mapping[str, str]) -> None:
-    """Logs which types of a file take more memory than in the file, and what they become."""
+def say_what_changes(file: Gguf, formats: Mapping[str, str | None], dtype: str) -> None:
+    """Logs which types of a file change as they are read, and what they become.
+
+    Args:
+        formats: what weights become, by the file's names; None: they are decoded.
+        dtype: what weights are decoded to.
+    """
     changes: dict[str, set[str]] = {}
     for name, tensor in file.tensors.items():
-        becomes = kept.get(name, target)
+        becomes = formats.get(name) or dtype
         if tensor.type.dtype is None and becomes != tensor.type.name.lower():
             changes.setdefault(becomes, set()).add(tensor.type.name)
     for becomes, types in sorted(changes.items()):

@@ -62,7 +62,8 @@ def scales_of(rows: Tensor, block_type: BlockType) -> Tensor:
 def _words(integers: _Part) -> _Part:
     def words(blocks: Tensor) -> Tensor:
         values = integers(blocks)
-        out = torch.empty(len(values), values.shape[1] // 8, dtype=torch.int32)
+        size = len(values), values.shape[1] // 8
+        out = torch.empty(size, dtype=torch.int32, device=values.device)
         pack(values, out)
         return out
 

@@ -44,8 +44,8 @@ def merge_adapter(
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
-        FileNotFoundError, ValueError: the source is quantised or damaged, the adapter is for
-            another model, or a merged weight is too large for the dtype.
+        FileNotFoundError, ValueError: the source is quantised, damaged or an embedding model, the
+            adapter is for another model, or a merged weight is too large for the dtype.
         OSError: no space is left, or another failure of the system.
     """
     target = Path(target)
@@ -56,6 +56,11 @@ def merge_adapter(
         raise ValueError(
             f"the weights in {str(original.path)!r} are {form}, expected a folder of weights that "
             "are not quantised: rounding them again loses what an adapter adds"
+        )
+    if not original.config.writes_text:
+        raise ValueError(
+            f"{str(original.path)!r} is an embedding model, expected a model that writes text, or "
+            "load it with the adapter"
         )
     updates = read_adapter(adapter, original.config)
     weights = Checkpoint(original)

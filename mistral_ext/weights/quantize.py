@@ -33,6 +33,8 @@ from mistral_ext.ops.weight import FORMATS, Quantized
 
 # The names by which callers choose a format.
 NAMES = {"int8": "q8_0", "int4": "int4"}
+# The formats that `quantize` makes; others come from files alone.
+_MADE = ("int8", "int4", "q8_0")
 # Mistral 7B takes 4.13 GB in groups of 64; groups of 32 are a little better and take 4.35 GB.
 _DEFAULT_GROUPS = {"int4": 64}
 _OUTPUT_FORMAT = "q8_0"
@@ -147,9 +149,11 @@ def quantize(
         name: for messages.
 
     Raises:
-        ValueError: K is no multiple of the group, or a weight is NaN, infinite, or too large for
-            the scales.
+        ValueError: weights are not rounded to this format, K is no multiple of the group, or a
+            weight is NaN, infinite, or too large for the scales.
     """
+    if format not in _MADE:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(_MADE)}")
     group = Quantization(format, group).group
     quantized = _empty(name, tuple(weight.shape), format, group, weight.device)
     rows = max(1, _BLOCK // max(1, weight.shape[1]))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from chat_templates import MISTRAL_V1
 from checkpoints import TOKENIZERS, write_checkpoint
+from gguf_files import write_model
 
 from mistral_ext import Mistral
 from mistral_ext.evaluate.perplexity import perplexity
@@ -75,6 +76,17 @@ def test_a_model(folder, elsewhere, quantize):
         llm = Mistral.from_pretrained(folder, quantize=quantize)
         assert answers(llm) == expected
     assert answers(llm) == expected
+
+
+@pytest.mark.parametrize("type_name", ["Q4_0", "Q6_K"])
+def test_a_gguf_file(elsewhere, tmp_path, type_name):
+    sizes = {"hidden_size": 256, "intermediate_size": 256}
+    model = write_checkpoint(tmp_path / "hf", sliding_window=None, **sizes)
+    file = tmp_path / "model.gguf"
+    write_model(file, model, {"norm": "F32", "": type_name})
+    expected = Mistral.from_pretrained(file).logits([1, 5, 9]).tolist()
+    with elsewhere():
+        assert Mistral.from_pretrained(file).logits([1, 5, 9]).tolist() == expected
 
 
 def test_old_checkpoints(folder, elsewhere, tmp_path):

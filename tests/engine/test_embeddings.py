@@ -10,6 +10,9 @@ import transformers
 from checkpoints import TOKENIZERS, write_checkpoint
 
 from mistral_ext import Mistral, SamplingParams, Stream
+from mistral_ext.evaluate.compare import compare
+from mistral_ext.evaluate.likelihood import likelihoods
+from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 TEXTS = ["A short text", "A much longer text, " * 12 + "which has several pieces.", "Ein Text 🙂"]
@@ -51,7 +54,15 @@ def test_an_embedding_model(models, tmp_path):
     shutil.copy(TOKENIZERS["v1"], tmp_path / "tokenizer.model")
     own = Mistral.from_pretrained(tmp_path)
     torch.testing.assert_close(own.embed(TEXTS), llm.embed(TEXTS), rtol=1e-4, atol=1e-5)
-    for write in (own.generate, own.moderate, lambda text: own.logits([1])):
+    writers = [
+        own.generate,
+        own.moderate,
+        lambda text: own.logits([1]),
+        lambda text: perplexity(own, text),
+        lambda text: list(likelihoods(own, [([1], [2])])),
+        lambda text: compare(llm, own, [text]),
+    ]
+    for write in writers:
         with pytest.raises(ValueError, match=r"is an embedding model \(MistralModel\), which does"):
             write("a")
     with pytest.raises(ValueError, match="is an embedding model, expected a model that writes"):

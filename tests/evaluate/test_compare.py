@@ -46,6 +46,16 @@ def test_figures_are_those_of_the_logits(llm, int4):
         assert value == pytest.approx(mine, rel=1e-4)
 
 
+def test_pieces_as_of_generated_tokens(llm, int4):
+    ids = llm.tokenizer.encode(TEXT[:300])
+    p, q = (each.logits(ids[:-1], chunk=8).double().log_softmax(1) for each in (llm, int4))
+    result = compare(llm, int4, [TEXT[:300]], progress=False, chunk=8)
+    expected = (p.exp() * (p - q)).sum(1)
+    torch.testing.assert_close(result.divergences, expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="chunk is 0, expected 1 or more"):
+        compare(llm, int4, [STORY], chunk=0)
+
+
 def test_a_model_is_no_way_from_itself(llm):
     result = compare(llm, llm, [STORY], progress=False)
     assert not result.divergences.any()

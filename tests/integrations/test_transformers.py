@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import transformers
+from adapters import write_peft
 from transformers import DynamicCache, StaticCache
 
 from mistral_ext.integrations import transformers as integration
@@ -314,6 +315,39 @@ def test_projections_with_a_bias_or_an_adapter_stay():
     block.up_proj = torch.nn.Sequential(block.up_proj)  # an adapter wraps it like this
     assert integration.accelerate_model(model) == 2 * 10 + 2 - 1
     assert not isinstance(vars(block).get("forward"), functools.partial)
+
+
+@torch.no_grad()
+def test_an_adapter_attached_later_takes_part(tmp_path):
+    exact, plain, ours = make_pair()[0], make_pair()[0].bfloat16(), make_pair()[1].bfloat16()
+    integration.accelerate_model(ours)
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    ids = random_ids(2, 21)
+    without = exact(ids).logits
+    expected, theirs, got = (
+        write_peft(model, tmp_path / str(i), target_modules=targets)(ids).logits
+        for i, model in enumerate((exact, plain, ours))
+    )
+    errors = [(logits.float() - expected).square().mean() for logits in (got, theirs, without)]
+    assert errors[0] <= 2 * errors[1] < errors[2]
+
+
+def test_modules_with_a_hook_of_accelerate_stay():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_pair()[1].bfloat16()
+    first, second = (layer.mlp for layer in model.model.layers)
+    hooks.add_hook_to_module(model.model.norm, hooks.ModelHook())
+    hooks.add_hook_to_module(first, hooks.ModelHook())
+    hooks.add_hook_to_module(second.down_proj, hooks.ModelHook())
+    # Two blocks stay, the norm, and the projection with a hook.
+    assert integration.accelerate_model(model) == 2 * 10 + 2 - 4
+    for module in (model.model.norm, first, second, second.down_proj):
+        forward = vars(module).get("forward")
+        assert getattr(forward, "func", None) not in (
+            integration._rms_norm,
+            integration._linear,
+            integration._feed_forward,
+        )
 
 
 def test_other_models_are_not_accelerated(pair):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -9,12 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from adapters import ALL_LINEAR, write_peft
 from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from mistral_ext import Mistral
-from mistral_ext.weights.adapters import read_adapter, write_adapter
+from mistral_ext.weights.adapters import PEFT_WEIGHTS, read_adapter, write_adapter
 from mistral_ext.weights.gguf_model import gguf_name
 
 IDS = torch.randint(3, 131, (41,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -113,16 +115,27 @@ def check_equal(read, adapter, config, scale):
         assert update.scale == scale
 
 
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_mistrals_own_format(llm, adapter, tmp_path, scale, caplog):
+def write_mistrals(llm, adapter, folder, scale=None):
     tensors = {}
     for name, a, b in in_mistrals_order(llm, adapter):
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
-    save_file(tensors, tmp_path / "lora.safetensors")
+    save_file(tensors, folder / "lora.safetensors")
     if scale is not None:
-        (tmp_path / "params.json").write_text(json.dumps({"lora": {"rank": 4, "scaling": scale}}))
+        (folder / "params.json").write_text(json.dumps({"lora": {"rank": 4, "scaling": scale}}))
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_mistrals_own_format(llm, adapter, tmp_path, scale, caplog):
+    write_mistrals(llm, adapter, tmp_path, scale)
     check_equal(read_adapter(tmp_path, llm.config), adapter, llm.config, scale or 2.0)
     assert ("does not say its scaling" in caplog.text) == (scale is None)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("-inf"), True, "2"])
+def test_a_scale_that_is_no_finite_number_is_refused(llm, adapter, tmp_path, scale):
+    write_mistrals(llm, adapter, tmp_path, scale)
+    with pytest.raises(ValueError, match=rf"params.json: scaling of lora is {scale!r}, expected"):
+        read_adapter(tmp_path, llm.config)
 
 
 def write_gguf(llm, adapter, file, alpha=6.0, kind="adapter"):
@@ -153,6 +166,13 @@ def test_a_model_in_a_gguf_file_is_no_adapter(llm, adapter, tmp_path):
         read_adapter(file, llm.config)
 
 
+@pytest.mark.parametrize("alpha", [float("inf"), float("nan"), 0.0])
+def test_an_alpha_that_is_no_positive_number_is_refused(llm, adapter, tmp_path, alpha):
+    file = write_gguf(llm, adapter, tmp_path / "adapter.gguf", alpha)
+    with pytest.raises(ValueError, match=rf"adapter.lora.alpha is {alpha}, expected a positive"):
+        read_adapter(file, llm.config)
+
+
 def test_names_with_the_adapters_own_name(llm, adapter, tmp_path):
     def rename(tensors):
         for name in list(tensors):
@@ -160,6 +180,19 @@ def test_names_with_the_adapters_own_name(llm, adapter, tmp_path):
 
     folder = with_tensors(adapter, tmp_path / "named", rename)
     check_equal(read_adapter(folder, llm.config), adapter, llm.config, 1.5)
+
+
+def test_an_adapter_of_a_model_without_a_head(llm, base, adapter, tmp_path):
+    """peft trains embedding models as MistralModel, whose names do not begin with "model."."""
+    embedder = transformers.MistralModel.from_pretrained(base)
+    write_peft(embedder, tmp_path / "adapter", task_type="FEATURE_EXTRACTION")
+    names = load_file(tmp_path / "adapter" / PEFT_WEIGHTS)
+    assert all(name.startswith("base_model.model.layers.") for name in names)
+    config = dataclasses.replace(llm.config, writes_text=False)
+    for folder in (tmp_path / "adapter", adapter):  # the other is of the model with its head
+        check_equal(read_adapter(folder, config), adapter, llm.config, 1.5)
+    with pytest.raises(ValueError, match=r"model.layers.0.* is not supported"):
+        read_adapter(tmp_path / "adapter", llm.config)
 
 
 def test_a_written_adapter_loads_in_peft_and_here(base, llm, tmp_path):
@@ -191,6 +224,9 @@ def test_a_written_adapter_loads_in_peft_and_here(base, llm, tmp_path):
         ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
         ({"r": 8}, "lora_A of 'model.layers.0.* has rank 4, expected 8"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a positive number"),
+        ({"lora_alpha": float("inf")}, "lora_alpha is inf, expected a positive number"),
+        ({"lora_alpha": True}, "lora_alpha is True, expected a positive number"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern is .*nan"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern is .*, expected patterns with numbers"),
         ({"rank_pattern": {"(": 4}}, r"rank_pattern has '\(': missing \), unterminated"),
     ],

@@ -113,6 +113,13 @@ def test_weights_of_few_bits_are_refused(adapter, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_embedding_model_is_refused(base, adapter, tmp_path):
+    transformers.MistralModel.from_pretrained(base).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="model' is an embedding model, expected a model that wri"):
+        merge_adapter(tmp_path / "model", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_weight_that_is_too_large_leaves_nothing(tmp_path):
     folder = write_base(tmp_path / "base", torch.float16)
     write_peft(write_checkpoint(tmp_path / "model"), tmp_path / "adapter", lora_alpha=10**6)

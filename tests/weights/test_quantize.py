@@ -203,6 +203,7 @@ def test_not_a_number_is_refused_by_name(form, value, dtype):
             "group is 64, expected None: a row has one scale, with format 'int8'",
         ),
         ((4, 64), "int3", None, "format is 'int3', expected one of int8, int4, q8_0"),
+        ((4, 256), "q4_k", None, "format is 'q4_k', expected one of int8, int4, q8_0$"),
         ((64,), "int8", None, r"tensor 'w' has shape \(64,\), expected a matrix"),
         ((4, 0), "int8", None, r"tensor 'w' has shape \(4, 0\), expected a matrix"),
     ],
