@@ -279,10 +279,8 @@ class Engine:
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
             with self._lock:
                 self.scheduler.note_read(sequence, count)
-            if sequence.request.prompt_logits:
-                outputs.append(Output(sequence.request_id, prompt_logits=of_piece))
-            elif sequence.request.hidden:
-                outputs.append(Output(sequence.request_id, hidden=of_piece))
+            if sequence.request.reports_prompt and len(of_piece):
+                outputs.append(sequence.report(of_piece))
             if sequence.reads_prompt:
                 continue
             if sequence.request.params is None:
@@ -543,7 +541,7 @@ def _piece(sequence: Sequence, count: int) -> Piece:
     begin, request = sequence.place.length, sequence.request
     end = begin + count
     if request.reports_prompt:
-        logits = max(0, end - max(begin, request.logits_from))
+        logits = max(0, end - max(begin, sequence.reported))
     else:
         logits = int(end == sequence.prompt_length and request.params is not None)
     ids = sequence.ids[begin:end]
