@@ -196,7 +196,8 @@ class Engine:
         """Brings all requests on.
 
         Returns:
-            The new outputs of all requests; the outputs of each request are in order.
+            The new outputs of all requests; the outputs of each request are in order. A step that
+            is interrupted (Ctrl-C) has given the outputs so far to the listeners alone.
         """
         self._stepping.acquire()
         return self._step_and_let_go()
@@ -253,7 +254,16 @@ class Engine:
                 if sequence.finish_reason is None:
                     self.scheduler.release(sequence)
             self.scheduler.admit()
-        outputs = [*self._read(), *self._decode()]
+        outputs: list[Output] = []
+        try:
+            self._read(outputs)
+            self._decode(outputs)
+        finally:  # after Ctrl-C too: the tokens of these outputs are in their sequences
+            self._deliver(outputs)
+        return outputs
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """Hands outputs to the listeners of their requests."""
         with self._lock:
             for output in outputs:
                 listener = self._listeners.get(output.request_id)
@@ -262,20 +272,19 @@ class Engine:
                     self._listeners.pop(output.request_id, None)
                 if listener is not None:
                     listener(output)
-        return outputs
 
-    def _read(self) -> list[Output]:
+    def _read(self, outputs: list[Output]) -> None:
         pieces = self.scheduler.next_pieces()
         if not pieces:
-            return []
+            return
         sequences = [sequence for sequence, _ in pieces]
         given = [_piece(sequence, count) for sequence, count in pieces]
         for sequence, count in pieces:
             sequence.note_read(count)
         logits = self._run(sequences, lambda: self.runner.read(given))
         if isinstance(logits, Exception):
-            return self._fail(sequences, logits)
-        outputs = []
+            outputs += self._fail(sequences, logits)
+            return
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
             with self._lock:
                 self.scheduler.note_read(sequence, count)
@@ -293,9 +302,8 @@ class Engine:
                     outputs += self._fail([sequence], sampled)
                 else:
                     self._accept(sequence, sampled[0], of_piece[-1], outputs)
-        return outputs
 
-    def _decode(self) -> list[Output]:
+    def _decode(self, outputs: list[Output]) -> None:
         """Launches the next decode step, and reads the oldest one if enough steps are under way.
 
         A step continues on the device from the tokens of the step before. It cannot if the
@@ -307,14 +315,13 @@ class Engine:
             sequences = self.scheduler.next_decode()
         # A step can continue from the tokens of the step before only if this key is the same.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
-        outputs: list[Output] = []
         goes_on = all(sequence.generates for sequence in sequences)
         if self._under_way and (self._under_way[-1].key != key or not goes_on):
             while self._under_way:
                 self._finish(self._under_way.popleft(), outputs)
-            return outputs
+            return
         if not sequences:
-            return outputs
+            return
         for sequence in sequences:
             if sequence.generates:
                 self._prepare_draw(sequence)
@@ -325,7 +332,6 @@ class Engine:
         else:
             self._launch(sequences, key, outputs)
         self._drafter.note(len(sequences), time.perf_counter() - began, drafts, accepted)
-        return outputs
 
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]

@@ -291,31 +291,49 @@ def test_a_pass_that_fails_fails_its_requests_and_the_next_ones_run(models, monk
         assert_empty(engine)
 
 
-def test_ctrl_c_leaves_the_engine_as_it_was(models, monkeypatch):
-    requests = [request(prompt(n, n)) for n in (20, 70)]
+@pytest.mark.parametrize("when", ["verified", "second token", "after an end"])
+def test_ctrl_c_leaves_the_engine_as_it_was(models, when, monkeypatch):
+    """Every output reaches its listener, those that the interrupted step had already made too."""
+    requests = [request(prompt(n, n), 20 + n // 3) for n in (20, 70)]
     plain, known = plainly(lambda: engine_of(models[WINDOW]), requests)
     engine = engine_of(models[WINDOW])
     engine._drafter = Oracle(known)
-    verify, passes = engine.runner.verify, iter(range(100))
+    verify, choose, passes, interruptions = engine.runner.verify, engine._choose, [], []
 
-    def interrupted(*args):
-        verify(*args)  # its tokens are stored, and nobody knows
-        if next(passes) == 3:
+    def interrupt(now):
+        if now and not interruptions:
+            interruptions.append(when)
             raise KeyboardInterrupt
-        return verify(*args)
 
-    monkeypatch.setattr(engine.runner, "verify", interrupted)
-    ids = [engine.add(r) for r in requests]
-    results, interruptions = {}, 0
-    while engine.has_work:
+    def verify_or_not(*args):
+        step = verify(*args)  # its tokens are stored, and nobody knows
+        passes.append(0)
+        interrupt(when == "verified" and len(passes) == 4)
+        return step
+
+    def choose_or_not(step, waiting):
+        passes[-1] += 1
+        running = len(engine.scheduler.decoding)
+        interrupt(passes[-1] == 2 and running == (2 if when == "second token" else 1))
+        return choose(step, waiting)
+
+    monkeypatch.setattr(engine.runner, "verify", verify_or_not)
+    if when != "verified":
+        monkeypatch.setattr(engine, "_choose", choose_or_not)
+    heard = [[] for _ in requests]
+    for one, outputs in zip(requests, heard, strict=True):
+        engine.add(one, outputs.append)
+    for _ in range(200):
         try:
-            outputs = engine.step()
+            engine.step()
         except KeyboardInterrupt:
-            interruptions += 1
-            continue
-        results |= {o.request_id: content(o.completion) for o in outputs if o.completion}
-    assert interruptions == 1
-    assert [results[i] for i in ids] == [content(c) for c in plain]
+            assert when != "after an end" or heard[0][-1].is_last
+    assert interruptions == [when]
+    for outputs, expected in zip(heard, plain, strict=True):
+        assert [i for o in outputs for i in o.token_ids] == expected.token_ids
+        assert [o.is_last for o in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert content(outputs[-1].completion) == content(expected)
+    assert not engine.has_work
     assert_empty(engine)
 
 
