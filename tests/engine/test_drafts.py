@@ -291,6 +291,42 @@ def test_a_pass_that_fails_fails_its_requests_and_the_next_ones_run(models, monk
         assert_empty(engine)
 
 
+def test_a_proposer_that_fails_leaves_its_sequence_without_drafts(models, eager, caplog):
+    ids = [20, 21, 22, 23, 24, 25, 26, 27, 28, 20, 21]
+    again = dict.fromkeys(ids, 100.0)
+    requests = [request(ids, 60, temperature=0.0, logit_bias=again, seed=i) for i in range(2)]
+    plain, _ = plainly(lambda: engine_of(models[None]), requests)
+    engine = engine_of(models[None])
+    broken, sound = (engine.add(r) for r in requests)
+    engine._sequences[broken].proposer.propose = None
+    results = {}
+    while engine.has_work:
+        results |= {o.request_id: o.completion for o in engine.step() if o.is_last}
+    assert [content(results[i]) for i in (broken, sound)] == [content(c) for c in plain]
+    assert results[broken].timing.drafted_tokens == 0 < results[sound].timing.drafted_tokens
+    assert [r.message for r in caplog.records] == [
+        "a completion goes on without drafts: 'NoneType' object is not callable"
+    ]
+
+
+def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
+    """The first guess reads the whole text."""
+    clock = [0.0]
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    engine, seconds = engine_of(models[None]), []
+    launch = engine.runner.launch
+
+    def later(by, result):
+        clock[0] += by
+        return result
+
+    engine._drafter.choose = lambda sequences, room: later(100, {})
+    engine._drafter.note = lambda plain, took, *_: seconds.append(took)
+    monkeypatch.setattr(engine.runner, "launch", lambda *args: later(1, launch(*args)))
+    run(engine, [request(prompt(9), 5)])
+    assert seconds == [1.0] * 4
+
+
 @pytest.mark.parametrize("when", ["verified", "second token", "after an end"])
 def test_ctrl_c_leaves_the_engine_as_it_was(models, when, monkeypatch):
     """Every output reaches its listener, those that the interrupted step had already made too."""
