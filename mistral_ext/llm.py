@@ -230,6 +230,9 @@ class Mistral:
     def unload_adapter(self, name: str) -> None:
         """Removes an adapter. Requests that use it go on to their end.
 
+        Another adapter may then take its memory, which is freed if this was the last adapter and
+        no request uses any.
+
         Raises:
             ValueError: there is none of that name.
         """
