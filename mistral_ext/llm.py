@@ -19,6 +19,7 @@ from mistral_ext.chat import Chat
 from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
 from mistral_ext.engine.embedding import POOLINGS, pool
 from mistral_ext.engine.engine import Engine
+from mistral_ext.engine.outputs import outputs_of
 from mistral_ext.engine.params import MOST_DRAFTS, SamplingParams, expect_drafts
 from mistral_ext.engine.request import Completion, Request
 from mistral_ext.engine.stream import Stream
@@ -228,6 +229,9 @@ class Mistral:
 
     def unload_adapter(self, name: str) -> None:
         """Removes an adapter. Requests that use it go on to their end.
+
+        Another adapter may then take its memory, which is freed if this was the last adapter and
+        no request uses any.
 
         Raises:
             ValueError: there is none of that name.
@@ -512,13 +516,9 @@ class Mistral:
         with torch.inference_mode(False):
             size = len(requests), self.config.dim
             pooled = torch.zeros(size, dtype=torch.float32, device=self.model.device)
-        outputs = self.engine.outputs(requests)
-        for output in outputs:
-            if output.error:
-                outputs.close()
-                raise output.error
+        for number, output in outputs_of(self.engine, requests):
             if output.hidden is not None:
-                pool(pooled[outputs.request_ids.index(output.request_id)], output.hidden, pooling)
+                pool(pooled[number], output.hidden, pooling)
         return torch.nn.functional.normalize(pooled, dim=1)
 
     def embedding_requests(
@@ -536,7 +536,8 @@ class Mistral:
                 asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
                 text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
             ids = self._check_ids(text, f"texts[{i}]")
-            requests.append(Request(ids, None, len(ids), hidden=True))
+            first = len(ids) - 1 if pooling == "last" else 0
+            requests.append(Request(ids, None, len(ids), hidden=True, logits_from=first))
         return requests
 
     def require_tokenizer(self) -> Tokenizer:

@@ -71,7 +71,8 @@ class AdapterTable:
         self._by_name[name] = LoadedAdapter(name, slot)
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Requests that use it go on; its memory is reused after them."""
+        """Removes an adapter. Requests that use it go on, and a later adapter may take its memory
+        after them. The memory of all is freed when the last is removed and no request uses any."""
         self.find(name).is_loaded = False
         del self._by_name[name]
         if not self._by_name and not in_use:

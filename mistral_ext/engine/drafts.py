@@ -9,10 +9,14 @@ Source: Leviathan et al. 2022, arXiv:2211.17192.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as List
 
 from mistral_ext.engine.sequence import Sequence
+
+_log = logging.getLogger("mistral_ext")
 
 # Up to this many rows a pass computes each with the bits that it has alone (`ops.linear`).
 _MOST_ROWS = 8
@@ -55,6 +59,16 @@ class PassCosts:
         return seconds * grown if rows >= nearest else seconds / grown
 
 
+def _proposed(sequence: Sequence, most: int) -> List[tuple[int, float]]:
+    """`Proposer.propose`; nothing, from now on, for a sequence for which it fails."""
+    try:
+        return sequence.proposer.propose(most, sequence.matcher)
+    except Exception as error:
+        sequence.proposer.gain = -math.inf
+        _log.warning("a completion goes on without drafts: %s", error, exc_info=error)
+        return []
+
+
 class Drafter:
     """Decides which drafts the sequences of a pass get."""
 
@@ -79,7 +93,7 @@ class Drafter:
             if not most or proposer.gain < -_ALLOWANCE - _ALLOWED_SHARE * generated:
                 continue
             chance = 1.0
-            for token, of_token in proposer.propose(most, sequence.matcher):
+            for token, of_token in _proposed(sequence, most):
                 chance *= of_token
                 rows.append((chance, sequence, token))
         rows.sort(key=lambda row: -row[0])  # stable: drafts of a sequence stay in their order

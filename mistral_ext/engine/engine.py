@@ -196,7 +196,8 @@ class Engine:
         """Brings all requests on.
 
         Returns:
-            The new outputs of all requests; the outputs of each request are in order.
+            The new outputs of all requests; the outputs of each request are in order. A step that
+            is interrupted (Ctrl-C) has given the outputs so far to the listeners alone.
         """
         self._stepping.acquire()
         return self._step_and_let_go()
@@ -253,7 +254,16 @@ class Engine:
                 if sequence.finish_reason is None:
                     self.scheduler.release(sequence)
             self.scheduler.admit()
-        outputs = [*self._read(), *self._decode()]
+        outputs: list[Output] = []
+        try:
+            self._read(outputs)
+            self._decode(outputs)
+        finally:  # after Ctrl-C too: the tokens of these outputs are in their sequences
+            self._deliver(outputs)
+        return outputs
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """Hands outputs to the listeners of their requests."""
         with self._lock:
             for output in outputs:
                 listener = self._listeners.get(output.request_id)
@@ -262,27 +272,24 @@ class Engine:
                     self._listeners.pop(output.request_id, None)
                 if listener is not None:
                     listener(output)
-        return outputs
 
-    def _read(self) -> list[Output]:
+    def _read(self, outputs: list[Output]) -> None:
         pieces = self.scheduler.next_pieces()
         if not pieces:
-            return []
+            return
         sequences = [sequence for sequence, _ in pieces]
         given = [_piece(sequence, count) for sequence, count in pieces]
         for sequence, count in pieces:
             sequence.note_read(count)
         logits = self._run(sequences, lambda: self.runner.read(given))
         if isinstance(logits, Exception):
-            return self._fail(sequences, logits)
-        outputs = []
+            outputs += self._fail(sequences, logits)
+            return
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
             with self._lock:
                 self.scheduler.note_read(sequence, count)
-            if sequence.request.prompt_logits:
-                outputs.append(Output(sequence.request_id, prompt_logits=of_piece))
-            elif sequence.request.hidden:
-                outputs.append(Output(sequence.request_id, hidden=of_piece))
+            if sequence.request.reports_prompt and len(of_piece):
+                outputs.append(sequence.report(of_piece))
             if sequence.reads_prompt:
                 continue
             if sequence.request.params is None:
@@ -295,39 +302,36 @@ class Engine:
                     outputs += self._fail([sequence], sampled)
                 else:
                     self._accept(sequence, sampled[0], of_piece[-1], outputs)
-        return outputs
 
-    def _decode(self) -> list[Output]:
+    def _decode(self, outputs: list[Output]) -> None:
         """Launches the next decode step, and reads the oldest one if enough steps are under way.
 
         A step continues on the device from the tokens of the step before. It cannot if the
         sequences or their places have changed, or if a sequence reads known tokens again. Then
         this call reads the results of all steps under way, and launches none.
         """
-        began = time.perf_counter()
         with self._lock:
             sequences = self.scheduler.next_decode()
         # A step can continue from the tokens of the step before only if this key is the same.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
-        outputs: list[Output] = []
         goes_on = all(sequence.generates for sequence in sequences)
         if self._under_way and (self._under_way[-1].key != key or not goes_on):
             while self._under_way:
                 self._finish(self._under_way.popleft(), outputs)
-            return outputs
+            return
         if not sequences:
-            return outputs
+            return
         for sequence in sequences:
             if sequence.generates:
                 self._prepare_draw(sequence)
         drafts = self._drafter.choose(sequences, [self._room_for_drafts(s) for s in sequences])
+        began = time.perf_counter()  # the first guess at a long text takes as long as a pass
         accepted = dict.fromkeys(drafts, 0)
         if drafts:
             self._verify(sequences, drafts, accepted, outputs)
         else:
             self._launch(sequences, key, outputs)
         self._drafter.note(len(sequences), time.perf_counter() - began, drafts, accepted)
-        return outputs
 
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
@@ -543,7 +547,7 @@ def _piece(sequence: Sequence, count: int) -> Piece:
     begin, request = sequence.place.length, sequence.request
     end = begin + count
     if request.reports_prompt:
-        logits = max(0, end - max(begin, request.logits_from))
+        logits = max(0, end - max(begin, sequence.reported))
     else:
         logits = int(end == sequence.prompt_length and request.params is not None)
     ids = sequence.ids[begin:end]

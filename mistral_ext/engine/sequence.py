@@ -30,6 +30,7 @@ class Sequence:
         extent: its slots of the cache; None while it waits.
         row: its row of the sampler; None while it waits.
         exact: tokens at the beginning of the extent that were read as parts of a prompt.
+        reported: tokens of the prompt that need no result: it was given, or is not asked for.
         is_drawing: the sampler's row is in the state that the next draw needs.
         was_put_back: it ran before, and lost its place.
         finish_reason: why it has ended; None while it goes on.
@@ -49,6 +50,7 @@ class Sequence:
         self.extent: Extent | None = None
         self.row: int | None = None
         self.exact = 0
+        self.reported = request.logits_from
         self.is_drawing = False
         self.was_put_back = False
         self.finish_reason: str | None = None
@@ -114,6 +116,14 @@ class Sequence:
             self._cached = self.place.length
         if len(self.ids) == self.prompt_length:  # not for tokens that are read again
             self._read += count
+
+    def report(self, results: torch.Tensor) -> Output:
+        """Gives results for the next tokens of its prompt: logits [n, V] or hidden states [n, E],
+        the last of them for the token that was read last."""
+        self.reported = self.place.length
+        if self.request.hidden:
+            return Output(self.request_id, hidden=results)
+        return Output(self.request_id, prompt_logits=results)
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
         """Takes the next token, sampled from logits [V or more]."""

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral_ext.engine import outputs
 from mistral_ext.engine.request import Output, Request
 from mistral_ext.llm import Mistral
 from mistral_ext.text.tokenizer import expect_token_ids
-
-# More requests would fill no pass better.
-_WITH_THE_ENGINE = 64
 
 
 @dataclass(frozen=True)
@@ -80,32 +77,8 @@ def likelihoods(
 
 
 def outputs_of(llm: Mistral, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-    """The outputs of many requests, each with the number of its request. The engine has a few of
-    them at a time.
-
-    Raises:
-        Exception: what a request failed with; the others end.
-    """
-    waiting = enumerate(requests)
-    outputs = llm.engine.outputs([])
-    numbers: dict[int, int] = {}
-
-    def add(count: int) -> None:
-        for number, request in islice(waiting, count):
-            outputs.add(request)
-            numbers[outputs.request_ids[-1]] = number
-
-    try:
-        add(_WITH_THE_ENGINE)
-        for output in outputs:
-            if output.error:
-                raise output.error
-            yield numbers[output.request_id], output
-            if output.is_last:
-                del numbers[output.request_id]
-                add(1)
-    finally:
-        outputs.close()
+    """`engine.outputs.outputs_of` the model's engine."""
+    return outputs.outputs_of(llm.engine, requests)
 
 
 def _request(context: Sequence[int], continuation: Sequence[int]) -> Request:

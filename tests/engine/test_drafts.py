@@ -291,31 +291,85 @@ def test_a_pass_that_fails_fails_its_requests_and_the_next_ones_run(models, monk
         assert_empty(engine)
 
 
-def test_ctrl_c_leaves_the_engine_as_it_was(models, monkeypatch):
-    requests = [request(prompt(n, n)) for n in (20, 70)]
+def test_a_proposer_that_fails_leaves_its_sequence_without_drafts(models, eager, caplog):
+    ids = [20, 21, 22, 23, 24, 25, 26, 27, 28, 20, 21]
+    again = dict.fromkeys(ids, 100.0)
+    requests = [request(ids, 60, temperature=0.0, logit_bias=again, seed=i) for i in range(2)]
+    plain, _ = plainly(lambda: engine_of(models[None]), requests)
+    engine = engine_of(models[None])
+    broken, sound = (engine.add(r) for r in requests)
+    engine._sequences[broken].proposer.propose = None
+    results = {}
+    while engine.has_work:
+        results |= {o.request_id: o.completion for o in engine.step() if o.is_last}
+    assert [content(results[i]) for i in (broken, sound)] == [content(c) for c in plain]
+    assert results[broken].timing.drafted_tokens == 0 < results[sound].timing.drafted_tokens
+    assert [r.message for r in caplog.records] == [
+        "a completion goes on without drafts: 'NoneType' object is not callable"
+    ]
+
+
+def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
+    """The first guess reads the whole text."""
+    clock = [0.0]
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    engine, seconds = engine_of(models[None]), []
+    launch = engine.runner.launch
+
+    def later(by, result):
+        clock[0] += by
+        return result
+
+    engine._drafter.choose = lambda sequences, room: later(100, {})
+    engine._drafter.note = lambda plain, took, *_: seconds.append(took)
+    monkeypatch.setattr(engine.runner, "launch", lambda *args: later(1, launch(*args)))
+    run(engine, [request(prompt(9), 5)])
+    assert seconds == [1.0] * 4
+
+
+@pytest.mark.parametrize("when", ["verified", "second token", "after an end"])
+def test_ctrl_c_leaves_the_engine_as_it_was(models, when, monkeypatch):
+    """Every output reaches its listener, those that the interrupted step had already made too."""
+    requests = [request(prompt(n, n), 20 + n // 3) for n in (20, 70)]
     plain, known = plainly(lambda: engine_of(models[WINDOW]), requests)
     engine = engine_of(models[WINDOW])
     engine._drafter = Oracle(known)
-    verify, passes = engine.runner.verify, iter(range(100))
+    verify, choose, passes, interruptions = engine.runner.verify, engine._choose, [], []
 
-    def interrupted(*args):
-        verify(*args)  # its tokens are stored, and nobody knows
-        if next(passes) == 3:
+    def interrupt(now):
+        if now and not interruptions:
+            interruptions.append(when)
             raise KeyboardInterrupt
-        return verify(*args)
 
-    monkeypatch.setattr(engine.runner, "verify", interrupted)
-    ids = [engine.add(r) for r in requests]
-    results, interruptions = {}, 0
-    while engine.has_work:
+    def verify_or_not(*args):
+        step = verify(*args)  # its tokens are stored, and nobody knows
+        passes.append(0)
+        interrupt(when == "verified" and len(passes) == 4)
+        return step
+
+    def choose_or_not(step, waiting):
+        passes[-1] += 1
+        running = len(engine.scheduler.decoding)
+        interrupt(passes[-1] == 2 and running == (2 if when == "second token" else 1))
+        return choose(step, waiting)
+
+    monkeypatch.setattr(engine.runner, "verify", verify_or_not)
+    if when != "verified":
+        monkeypatch.setattr(engine, "_choose", choose_or_not)
+    heard = [[] for _ in requests]
+    for one, outputs in zip(requests, heard, strict=True):
+        engine.add(one, outputs.append)
+    for _ in range(200):
         try:
-            outputs = engine.step()
+            engine.step()
         except KeyboardInterrupt:
-            interruptions += 1
-            continue
-        results |= {o.request_id: content(o.completion) for o in outputs if o.completion}
-    assert interruptions == 1
-    assert [results[i] for i in ids] == [content(c) for c in plain]
+            assert when != "after an end" or heard[0][-1].is_last
+    assert interruptions == [when]
+    for outputs, expected in zip(heard, plain, strict=True):
+        assert [i for o in outputs for i in o.token_ids] == expected.token_ids
+        assert [o.is_last for o in outputs] == [False] * (len(outputs) - 1) + [True]
+        assert content(outputs[-1].completion) == content(expected)
+    assert not engine.has_work
     assert_empty(engine)
 
 

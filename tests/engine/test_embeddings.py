@@ -10,6 +10,7 @@ import transformers
 from checkpoints import TOKENIZERS, write_checkpoint
 
 from mistral_ext import Mistral, SamplingParams, Stream
+from mistral_ext.engine.prefix_cache import common_length
 from mistral_ext.evaluate.compare import compare
 from mistral_ext.evaluate.likelihood import likelihoods
 from mistral_ext.evaluate.perplexity import perplexity
@@ -103,6 +104,40 @@ def test_beside_completions(models):
     for text, request_id in zip(TEXTS, others, strict=True):
         pooled = last[request_id] / last[request_id].norm()
         torch.testing.assert_close(pooled, expected(models, text, "last"), rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_token_alone_is_asked_for(models):
+    """So what texts have in common is read once."""
+    llm, _ = models
+    instruction = "Given a question, retrieve passages that answer it. " * 6
+    alone = [llm.embed(text, instruction) for text in TEXTS]
+    llm = Mistral(llm.config, llm.model, llm.tokenizer, llm.folder, prefill_chunk=48)
+    read, pieces = llm.engine.runner.read, []
+    llm.engine.runner.read = lambda given: pieces.extend(given) or read(given)
+    assert torch.equal(llm.embed(TEXTS, instruction), torch.cat(alone))
+    assert sum(piece.logits for piece in pieces) == len(TEXTS)
+    prompts = [r.prompt_ids for r in llm.embedding_requests(TEXTS, instruction)]
+    saved = sum(map(len, prompts)) - sum(len(piece.token_ids) for piece in pieces)
+    common = min(common_length(prompts[0], other, 1000) for other in prompts[1:])
+    assert saved >= 2 * (common - 32) > 64
+
+
+def test_many_texts(models, monkeypatch):
+    """The engine has a few of them at a time."""
+    llm, _ = models
+    add, waiting = llm.engine.add, []
+
+    def count(*args):
+        request_id = add(*args)
+        waiting.append(len(llm.engine._sequences))
+        return request_id
+
+    monkeypatch.setattr(llm.engine, "add", count)
+    texts = [f"Text {i}" for i in range(100)]
+    found = llm.embed(texts)
+    assert (len(waiting), max(waiting)) == (100, 64)
+    assert not llm.engine.has_work
+    torch.testing.assert_close(found[97:98], llm.embed(texts[97]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -511,3 +511,29 @@ def test_logits_of_the_end_of_a_prompt_take_its_beginning_from_the_cache(models,
     # A request for all logits leaves nothing and takes nothing.
     logits_of(engine, [Request(prompts[0], **given)] * 2)
     assert not engine.scheduler.prefixes.drop_oldest()
+
+
+@pytest.mark.parametrize("kind", ["prompt_logits", "hidden"])
+@pytest.mark.parametrize("first", [0, 100])
+def test_what_is_put_back_reports_each_token_once(models, kind, first):
+    """A completion, whose extent has to grow, takes the memory of a prompt that is half read."""
+    asked = Request(prompt(600), None, 600, logits_from=first, **{kind: True})
+
+    def report(engine):
+        request_id, parts = engine.add(asked), []
+        while engine.has_work:
+            for output in engine.step():
+                assert output.error is None
+                if output.request_id == request_id and getattr(output, kind) is not None:
+                    parts.append(getattr(output, kind))
+        return torch.cat(parts)
+
+    engine = engine_of(models[None], cache_tokens=1024)
+    engine.add(request(prompt(240, 1), 60))
+    engine.step()
+    found = report(engine)
+    assert engine.scheduler.preemptions == 1
+    expected = report(engine_of(models[None]))
+    assert found.shape == expected.shape
+    assert torch.equal(found, expected)
+    assert_empty(engine)

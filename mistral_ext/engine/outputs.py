@@ -1,0 +1,42 @@
+"""The outputs of many requests, more than an engine should have at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from mistral_ext.engine.engine import Engine
+from mistral_ext.engine.request import Output, Request
+
+# Requests that `outputs_of` gives the engine at a time. More would fill no pass better.
+_UNDER_WAY = 64
+
+
+def outputs_of(engine: Engine, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
+    """The outputs of many requests, each with the number of its request, 0 and up. The engine has a
+    few of the requests at a time.
+
+    Raises:
+        ValueError: as `Engine.add`; the other requests end.
+        Exception: what a request failed with; the others end.
+    """
+    waiting = enumerate(requests)
+    outputs = engine.outputs([])
+    numbers: dict[int, int] = {}
+
+    def add(count: int) -> None:
+        for number, request in islice(waiting, count):
+            outputs.add(request)
+            numbers[outputs.request_ids[-1]] = number
+
+    try:
+        add(_UNDER_WAY)
+        for output in outputs:
+            if output.error:
+                raise output.error
+            yield numbers[output.request_id], output
+            if output.is_last:
+                del numbers[output.request_id]
+                add(1)
+    finally:
+        outputs.close()
