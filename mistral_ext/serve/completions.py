@@ -39,9 +39,12 @@ class CompletionCall(Call):
         service = self._service
         body = await self.read(scope, receive)
         given = {name: value for name, value in body.items() if value is not None}
-        body = {**service.llm.sampling_defaults, **given}
+        defaults = dict(service.llm.sampling_defaults)
+        default_tokens = defaults.pop("max_tokens", None)
+        body = {**defaults, **given}
         if self._is_chat:
-            job = chat_job(body, service.settings.max_tokens, service.tool_format)
+            default_tokens = service.settings.max_tokens or default_tokens
+            job = chat_job(body, default_tokens, service.tool_format)
         else:
             job = completion_job(body)
         adapter = service.adapter_of(body.get("model"))
