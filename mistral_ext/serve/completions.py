@@ -48,7 +48,7 @@ class CompletionCall(Call):
         else:
             job = completion_job(body)
         adapter = service.adapter_of(body.get("model"))
-        with service.places(job.count):
+        with service.places(job.count, "n" if job.params.n > 1 else "prompt"):
             await asgi.until_disconnect(receive, self._complete(job, adapter))
 
     async def _fail(self, error: ApiError) -> None:

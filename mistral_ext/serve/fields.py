@@ -81,14 +81,18 @@ _MESSAGE = {
 }
 MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4096}
 
-_PROMPT = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-        _TOKEN_IDS,
-        {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+# Inputs of a request, at most (OpenAI's limit).
+_MOST_INPUTS = 2048
+
+
+def _one_or_several(**limits: int) -> Schema:
+    """Texts or token ids; `limits` are those of a list of them."""
+    text: Schema = {"type": "string", "minLength": 1}
+    several = [
+        {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
     ]
-}
+    return {"anyOf": [text, _TOKEN_IDS, *several]}
+
 
 CHAT: dict[str, Schema] = {
     "messages": MESSAGES,
@@ -104,7 +108,7 @@ CHAT: dict[str, Schema] = {
 }
 
 COMPLETION: dict[str, Schema] = {
-    "prompt": _PROMPT,
+    "prompt": _one_or_several(),
     **_SAMPLING,
     "logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
     "echo": _FLAG,
@@ -120,12 +124,17 @@ TOKENIZE: dict[str, Schema] = {
 
 MODERATION: dict[str, Schema] = {
     "model": _MODEL,
-    "input": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 1024}]},
+    "input": {
+        "anyOf": [
+            _TEXT,
+            {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": _MOST_INPUTS},
+        ]
+    },
 }
 
 EMBEDDING: dict[str, Schema] = {
     "model": _MODEL,
-    "input": _PROMPT,
+    "input": _one_or_several(maxItems=_MOST_INPUTS),
     "encoding_format": {"type": "string", "enum": ["float", "base64"], "default": "float"},
     "dimensions": {
         "type": "integer",

@@ -53,7 +53,7 @@ class ModerationCall(Call):
         service.expect_no_adapter(given.get("model"))
         asked = given["input"]
         contents = [asked] if isinstance(asked, str) else asked
-        with service.places(len(contents)):
+        with service.reading_places(len(contents)):
             work = moderate(self, service, contents, "input", "request")
             found = await asgi.until_disconnect(receive, work)
         self.record.reason = ",".join(sorted({moderation.category for moderation in found}))

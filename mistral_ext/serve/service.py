@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,8 +88,12 @@ class Service:
         return "ending" if self.is_draining else "ok"
 
     @contextmanager
-    def places(self, count: int) -> Iterator[None]:
+    def places(self, count: int, param: str = "n") -> Iterator[None]:
         """Reserves places in the queue for `count` completions.
+
+        Args:
+            count: of the completions.
+            param: the field of the request that asks for so many.
 
         Raises:
             ApiError: 503 if new requests are refused, 429 if there is no room now, 400 if there can
@@ -100,7 +104,8 @@ class Service:
         if self.is_draining:
             raise errors.shutting_down()
         if count > self._places:
-            raise bad_request(f"n is {count} in all, expected at most {self._places}", "n")
+            text = f"{param} is {count} in all, expected at most {self._places}"
+            raise bad_request(text, param)
         if self._taken + count > self._places:
             raise errors.too_busy()
         self._taken += count
@@ -110,6 +115,10 @@ class Service:
             self._taken -= count
             if not self._taken:
                 self._idle.set()
+
+    def reading_places(self, count: int) -> AbstractContextManager[None]:
+        """Reserves places for `count` prompts that are only read; see `Call.read_prompts`."""
+        return self.places(min(count, self.llm.max_batch))
 
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:

@@ -46,11 +46,18 @@ def test_options(demo, llm):
     torch.testing.assert_close(found, llm.embed([ids]), rtol=1e-4, atol=1e-5)
 
 
+def test_more_inputs_than_the_queue_has_places(demo, llm):
+    texts = [f"The king has {i} towers" for i in range(100)]
+    found = rows(demo.client().embeddings.create(model="demo", input=texts))
+    torch.testing.assert_close(found, llm.embed(texts), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"input": ""}, "input is"),
         ({"input": [1, 2048]}, "2048"),
+        ({"input": ["a"] * 2049}, "input is"),
         ({"input": "a", "dimensions": 10**6}, "dimensions is 1000000, expected at most"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format is"),
         ({"input": [5] * 40000}, "32768"),
