@@ -36,7 +36,7 @@ class EmbeddingCall(Call):
             text = f"dimensions is {size}, expected at most {service.llm.config.dim}"
             raise bad_request(text, "dimensions")
         texts = prompts_of(given["input"])
-        options = given.get("instruction"), given.get("pooling", "last")
+        options = given.get("instruction"), given.get("pooling", "last"), given.get("cache_salt")
         with service.reading_places(len(texts)):
             pooled = await asgi.until_disconnect(receive, self._pool(texts, *options))
         self.record.reason = "stop"
@@ -56,10 +56,12 @@ class EmbeddingCall(Call):
             }
         )
 
-    async def _pool(self, texts: Sequence[Any], instruction: str | None, pooling: str) -> Tensor:
+    async def _pool(
+        self, texts: Sequence[Any], instruction: str | None, pooling: str, salt: str | None
+    ) -> Tensor:
         """[N, E] fp32, the pooled hidden states of N texts, on the CPU."""
         service = self._service
-        requests = await service.embedding_requests(texts, instruction, pooling)
+        requests = await service.embedding_requests(texts, instruction, pooling, salt)
         self.record.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         pooled = torch.zeros(len(requests), service.llm.config.dim)
         async with aclosing(self.read_prompts(requests)) as outputs:

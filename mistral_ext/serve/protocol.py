@@ -106,8 +106,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
         raise bad_request("top_logprobs is given without logprobs: true", "top_logprobs")
     logprobs = int(given.get("top_logprobs", 0)) if given.get("logprobs") else None
     asked = given.get("max_completion_tokens", given.get("max_tokens"))
-    use, messages = tool_use_of(given, form), messages_of(given["messages"])
-    messages = with_safe_prompt(messages) if given.get("safe_prompt") else messages
+    use, messages = tool_use_of(given, form), conversation_of(given)
     return _job(given, [messages], logprobs, asked, default_tokens, is_chat=True, use=use)
 
 
@@ -181,6 +180,12 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
+def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The messages of a request, with the system prompt of guardrails if it asks for it."""
+    messages = messages_of(given["messages"])
+    return with_safe_prompt(messages) if given.get("safe_prompt") else messages
+
+
 def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
@@ -241,16 +246,28 @@ def encode(
 
 
 def moderation_requests(
-    llm: Mistral, contents: Sequence[Any], template: ChatTemplate | None, param: str
+    llm: Mistral,
+    template: ChatTemplate | None,
+    contents: Sequence[Any],
+    param: str,
+    salt: str | None,
+    cuts: bool = False,
 ) -> list[Request]:
-    """Requests that have the model judge contents; see `Mistral.moderate`.
+    """Requests that have the model judge contents; see `Mistral.moderation_request`.
+
+    Args:
+        template: of conversations; None: the model's own.
+        contents: texts, or conversations whose last message is meant.
+        param: the field that they come from.
+        salt: see `Request`.
+        cuts: has the end of a content that is too long judged, not refused.
 
     Raises:
-        ApiError: 400, which names the field `param`, for a content that is too long, and for a base
-            model.
+        ApiError: 400, for a content that is too long, and for a base model.
     """
+    room = context_length(llm) - 1 if cuts else None
     try:
-        requests = [llm.moderation_request(content, template) for content in contents]
+        requests = [llm.moderation_request(content, template, salt, room) for content in contents]
     except ValueError as error:
         raise bad_request(str(error), param) from error
     for request in requests:

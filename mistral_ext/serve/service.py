@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -122,11 +123,13 @@ class Service:
 
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
-        """Starts completions, and ends them when the block ends or their time is over."""
+        """Starts completions, and ends them when the block ends or the time of their HTTP request
+        is over."""
         assert self._loop
         self._live.add(generation)
         seconds = self.settings.request_seconds
-        timer = self._loop.call_later(seconds, generation.fail, errors.out_of_time(seconds))
+        left = generation.began + seconds - time.perf_counter()
+        timer = self._loop.call_later(max(0, left), generation.fail, errors.out_of_time(seconds))
         try:
             generation.start()
             yield
@@ -146,9 +149,9 @@ class Service:
         """Token ids of a prompt; see `protocol.encode`."""
         return await self._prepare(encode, self.llm, prompt, self._template, is_chat, tools)
 
-    async def moderation_requests(self, contents: Sequence[Any], param: str) -> list[Request]:
+    async def moderation_requests(self, *options: Any) -> list[Request]:
         """Requests that have the model judge contents; see `protocol.moderation_requests`."""
-        return await self._prepare(moderation_requests, self.llm, contents, self._template, param)
+        return await self._prepare(moderation_requests, self.llm, self._template, *options)
 
     async def load_adapter(self, path: str, name: str) -> None:
         """Loads an adapter; see `Mistral.load_adapter`."""
@@ -183,6 +186,13 @@ class Service:
             text = f"model is {model!r:.200}, expected {' or '.join(map(repr, models))}"
             raise ApiError(404, text, "model", "model_not_found")
         return None if model in (None, models[0]) else model
+
+    def expect_writer(self) -> None:
+        """Raises ApiError if the model writes no text."""
+        if not self.llm.config.writes_text:
+            name = self.settings.model_name
+            text = f"{name!r} is an embedding model, which writes no text: use /v1/embeddings"
+            raise errors.bad_request(text, "model")
 
     def expect_no_adapter(self, model: str | None) -> None:
         """Raises ApiError if a request asks for another model than the model itself."""

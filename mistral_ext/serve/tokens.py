@@ -6,7 +6,7 @@ from typing import Any
 
 from mistral_ext.serve import asgi, fields
 from mistral_ext.serve.errors import ApiError, bad_request
-from mistral_ext.serve.protocol import check_fields, context_length, messages_of
+from mistral_ext.serve.protocol import check_fields, context_length, conversation_of
 from mistral_ext.serve.service import Service
 
 _TOKENIZE = fields.request_schema(fields.TOKENIZE)
@@ -44,7 +44,7 @@ class Tokens:
         if ("prompt" in given) == ("messages" in given):
             raise bad_request("expected either prompt or messages", "prompt")
         if "messages" in given:
-            messages = messages_of(given["messages"])
+            messages = conversation_of(given)
             ids = await self._service.encode(messages, is_chat=True, tools=given.get("tools"))
         else:
             ids = await self._service.encode(given["prompt"], is_chat=False)
