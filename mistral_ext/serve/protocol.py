@@ -182,11 +182,11 @@ def _token_id(key: str) -> int:
 
 def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The messages of a request, with the system prompt of guardrails if it asks for it."""
-    messages = messages_of(given["messages"])
+    messages = _messages_of(given["messages"])
     return with_safe_prompt(messages) if given.get("safe_prompt") else messages
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
     plain: list[Mapping[str, Any]] = [
