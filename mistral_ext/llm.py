@@ -32,7 +32,7 @@ from mistral_ext.text.chat_template import (
     tool_format,
 )
 from mistral_ext.text.grammar import Grammar, GrammarCompiler
-from mistral_ext.text.guardrails import Moderation, label_ids, question, with_safe_prompt
+from mistral_ext.text.guardrails import Moderation, encode_question, label_ids, with_safe_prompt
 from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer, expect_token_ids
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
@@ -429,23 +429,42 @@ class Mistral:
             ValueError: the model is a base model, or the content is too long.
         """
         request = self.moderation_request(content, template)
-        return self.moderation_of(Stream(self.engine.outputs([request])).read())
+        for output in self.engine.outputs([request]):
+            if output.error:
+                raise output.error
+            if output.prompt_logits is not None and len(output.prompt_logits):
+                moderation = self.moderation_of(output.prompt_logits[-1])
+        return moderation
 
     def moderation_request(
-        self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
+        self,
+        content: str | Sequence[Mapping[str, Any]],
+        template: ChatTemplate | None = None,
+        salt: str | None = None,
+        room: int | None = None,
     ) -> Request:
-        """The request to `engine` that `moderate` makes, for `moderation_of`."""
-        self.expect_writer()
-        begin, _ = label_ids(self.require_tokenizer())
-        ids = self.encode_chat(question(content), template=template) + begin
-        params = SamplingParams(max_tokens=1, logprobs=self._vocab_size)
-        return Request(self._check_ids(ids, "content"), params, len(ids) + 1)
+        """The request to `engine` that `moderate` makes. It gives the logits for `moderation_of`.
 
-    def moderation_of(self, completion: Completion) -> Moderation:
-        """What the completion of a `moderation_request` says."""
-        assert completion.logprobs
+        Args:
+            content, template: as in `moderate`.
+            salt: see `Request`.
+            room: tokens at most; if there are more, only the end of the content is judged. None: a
+                content that is too long is an error.
+        """
+        self.expect_writer()
+        tokenizer = self.require_tokenizer()
+        begin, _ = label_ids(tokenizer)
+        encode = functools.partial(self.encode_chat, template=template)
+        room = None if room is None else room - len(begin)
+        ids = self._check_ids(encode_question(content, encode, tokenizer, room) + begin, "content")
+        last = len(ids) - 1
+        return Request(ids, None, len(ids), prompt_logits=True, logits_from=last, salt=salt)
+
+    def moderation_of(self, logits: Tensor) -> Moderation:
+        """What the logits [V] say, those after the last token of a `moderation_request`."""
         _, following = label_ids(self.require_tokenizer())
-        return Moderation.of(following, completion.logprobs[0].top)
+        of_labels = logits[list(following.values())].tolist()
+        return Moderation.of(dict(zip(following, of_labels, strict=True)))
 
     def logits(
         self,
@@ -522,9 +541,13 @@ class Mistral:
         return torch.nn.functional.normalize(pooled, dim=1)
 
     def embedding_requests(
-        self, texts: Sequence[Prompt], instruction: str | None = None, pooling: str = "last"
+        self,
+        texts: Sequence[Prompt],
+        instruction: str | None = None,
+        pooling: str = "last",
+        salt: str | None = None,
     ) -> list[Request]:
-        """The requests to `engine` that `embed` makes."""
+        """The requests to `engine` that `embed` makes, of a salt; see `Request`."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
         tokenizer = self.require_tokenizer()
@@ -537,7 +560,7 @@ class Mistral:
                 text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
             ids = self._check_ids(text, f"texts[{i}]")
             first = len(ids) - 1 if pooling == "last" else 0
-            requests.append(Request(ids, None, len(ids), hidden=True, logits_from=first))
+            requests.append(Request(ids, None, len(ids), hidden=True, logits_from=first, salt=salt))
         return requests
 
     def require_tokenizer(self) -> Tokenizer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from mistral_ext.serve import asgi, fields
+from mistral_ext.serve.calls import Call
 from mistral_ext.serve.errors import ApiError, bad_request
 from mistral_ext.serve.protocol import check_fields
 from mistral_ext.serve.service import Service
@@ -13,31 +15,21 @@ _LOAD = fields.request_schema(fields.LOAD_ADAPTER, ("lora_name", "lora_path"))
 _UNLOAD = fields.request_schema(fields.UNLOAD_ADAPTER, ("lora_name",))
 
 
-class AdapterUpdate:
-    """Both endpoints, an ASGI application.
+class AdapterCall(Call):
+    """A request to one of the endpoints.
 
     Args:
-        service: what requests share.
+        service, path, send: as in `Call`.
         loads: adds an adapter; else it removes an adapter.
     """
 
-    def __init__(self, service: Service, loads: bool) -> None:
-        self._service = service
+    def __init__(self, service: Service, loads: bool, path: str, send: asgi.Send) -> None:
+        super().__init__(service, f"lora-{secrets.token_hex(12)}", path, send)
         self._change = self._load if loads else self._unload
 
-    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        status = 200
-        try:
-            body = await asgi.read_object(scope, receive, self._service.settings.body_bytes)
-            await self._change(body)
-            await asgi.send_json(send, {"models": self._service.models})
-        except ApiError as error:
-            status = error.status
-            await asgi.send_error(send, error)
-        except asgi.DisconnectedError:
-            pass
-        finally:
-            self._service.metrics.answered(scope["path"], status)
+    async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
+        await self._change(await self.read(scope, receive))
+        await self._send_json({"models": self._service.models})
 
     async def _load(self, body: dict[str, Any]) -> None:
         given = check_fields(body, _LOAD)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mistral_ext.serve import asgi
-from mistral_ext.serve.adapters import AdapterUpdate
+from mistral_ext.serve.adapters import AdapterCall
 from mistral_ext.serve.asgi import send_bytes, send_error, send_json
 from mistral_ext.serve.auth import KeyCheck
 from mistral_ext.serve.calls import Endpoint
@@ -20,7 +20,7 @@ from mistral_ext.serve.openapi import description
 from mistral_ext.serve.page_files import Page
 from mistral_ext.serve.protocol import context_length
 from mistral_ext.serve.service import Service
-from mistral_ext.serve.tokens import Tokens
+from mistral_ext.serve.tokens import TokensCall
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -55,6 +55,8 @@ def build_app(service: Service) -> asgi.App:
     chat = Endpoint(partial(CompletionCall, service, True))
     text = Endpoint(partial(CompletionCall, service, False))
     embeddings = Endpoint(partial(EmbeddingCall, service))
+    tokenize = Endpoint(partial(TokensCall, service, False))
+    detokenize = Endpoint(partial(TokensCall, service, True))
     moderations = Endpoint(partial(ModerationCall, service))
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -63,8 +65,8 @@ def build_app(service: Service) -> asgi.App:
         Route("/v1/moderations", moderations, methods=["POST"]),
         Route("/v1/models", _Get(plain.models), methods=["GET"]),
         Route("/v1/models/{model:path}", _Get(plain.model), methods=["GET"]),
-        Route("/tokenize", Tokens(service, backwards=False), methods=["POST"]),
-        Route("/detokenize", Tokens(service, backwards=True), methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
         *(_adapter_routes(service) if settings.adapter_updates else ()),
         Route("/health", _Get(plain.health), methods=["GET"]),
         Route("/metrics", _Get(plain.metrics), methods=["GET"]),
@@ -82,9 +84,11 @@ def build_app(service: Service) -> asgi.App:
 def _adapter_routes(service: Service) -> list[Route]:
     from starlette.routing import Route
 
+    load = Endpoint(partial(AdapterCall, service, True))
+    unload = Endpoint(partial(AdapterCall, service, False))
     return [
-        Route("/v1/load_lora_adapter", AdapterUpdate(service, loads=True), methods=["POST"]),
-        Route("/v1/unload_lora_adapter", AdapterUpdate(service, loads=False), methods=["POST"]),
+        Route("/v1/load_lora_adapter", load, methods=["POST"]),
+        Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
     ]
 
 

@@ -1,9 +1,9 @@
-"""What calls to all endpoints that use the engine have in common: errors, figures, the log."""
+"""What calls to all endpoints that read a body have in common: errors, figures, the log."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from mistral_ext.engine.request import Output, Request
@@ -94,6 +94,19 @@ class Call:
             come = await generation.next(self._service.settings.ping_seconds)
             yield come
             left -= come is not None and come[1].is_last
+
+    async def read_prompts(
+        self, requests: Sequence[Request]
+    ) -> AsyncGenerator[tuple[int, Output] | None, None]:
+        """As `outputs`, of requests that only read their prompts, in batches one after another, so
+        that any number of them takes `Service.reading_places` of the queue."""
+        service = self._service
+        size = service.llm.max_batch
+        for begin in range(0, len(requests), size):
+            generation = self.generation(requests[begin : begin + size])
+            with service.running(generation):
+                async for come in self.outputs(generation):
+                    yield come and (begin + come[0], come[1])
 
     async def _send_json(self, body: dict[str, Any]) -> None:
         await asgi.send_json(self._send, body, x_request_id=self.record.request_id)

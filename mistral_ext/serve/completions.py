@@ -12,10 +12,11 @@ from mistral_ext.serve.asgi import EventStream
 from mistral_ext.serve.calls import Call
 from mistral_ext.serve.errors import ApiError, filtered
 from mistral_ext.serve.generation import Generation
-from mistral_ext.serve.moderation import moderate
+from mistral_ext.serve.moderation import judge
 from mistral_ext.serve.protocol import Job, chat_job, completion_job, requests_of
 from mistral_ext.serve.responses import Answer, new_id
 from mistral_ext.serve.service import Service
+from mistral_ext.text.guardrails import Moderation
 
 # Outputs with the numbers of their completions; None: there is none yet.
 _Outputs: TypeAlias = AsyncIterator[tuple[int, Output] | None]
@@ -38,14 +39,18 @@ class CompletionCall(Call):
     async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         service = self._service
         body = await self.read(scope, receive)
+        service.expect_writer()
         given = {name: value for name, value in body.items() if value is not None}
-        body = {**service.llm.sampling_defaults, **given}
+        defaults = dict(service.llm.sampling_defaults)
+        default_tokens = defaults.pop("max_tokens", None)
+        body = {**defaults, **given}
         if self._is_chat:
-            job = chat_job(body, service.settings.max_tokens, service.tool_format)
+            default_tokens = service.settings.max_tokens or default_tokens
+            job = chat_job(body, default_tokens, service.tool_format)
         else:
             job = completion_job(body)
         adapter = service.adapter_of(body.get("model"))
-        with service.places(job.count):
+        with service.places(job.count, "n" if job.params.n > 1 else "prompt"):
             await asgi.until_disconnect(receive, self._complete(job, adapter))
 
     async def _fail(self, error: ApiError) -> None:
@@ -111,11 +116,10 @@ class CompletionCall(Call):
 
     async def _check_prompts(self, job: Job) -> None:
         """Raises ApiError 400 if the model thinks that a prompt is not acceptable."""
-        param = "messages" if self._is_chat else "prompt"
         contents = [self._content(job, i) for i in range(len(job.prompts))]
-        for moderation in await moderate(self, self._service, contents, param, "input"):
+        for moderation in await self._judge(job, contents, "input"):
             if moderation.flagged:
-                raise filtered(moderation.category, param)
+                raise filtered(moderation.category, self._param)
 
     async def _checked(self, job: Job, outputs: _Outputs) -> _Outputs:
         """Holds the outputs back until the model has judged all of them, and takes the texts away
@@ -130,13 +134,24 @@ class CompletionCall(Call):
             if come[1].completion:
                 texts[come[0]] = come[1].completion.text or ""
         contents = [self._content(job, i // job.params.n, text) for i, text in texts.items()]
-        found = await moderate(self, self._service, contents, "", "output")
+        found = await self._judge(job, contents, "output")
         flagged = {i for i, m in zip(texts, found, strict=True) if m.flagged}
         for index, output in held:
             if index not in flagged:
                 yield index, output
             elif output.is_last:
                 yield index, _withheld(output)
+
+    async def _judge(self, job: Job, contents: Sequence[Any], kind: str) -> list[Moderation]:
+        """What the model thinks of contents; of the end of one that does not fit the context."""
+        service = self._service
+        requests = await service.moderation_requests(contents, self._param, job.salt, True)
+        ping = self._events.ping if job.stream else None
+        return await judge(self, service, requests, kind, ping)
+
+    @property
+    def _param(self) -> str:
+        return "messages" if self._is_chat else "prompt"
 
     def _content(self, job: Job, index: int, reply: str | None = None) -> Any:
         """A prompt, or a prompt with its completion, as a content for the model to judge."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class EmbeddingCall(Call):
             text = f"dimensions is {size}, expected at most {service.llm.config.dim}"
             raise bad_request(text, "dimensions")
         texts = prompts_of(given["input"])
-        options = given.get("instruction"), given.get("pooling", "last")
-        with service.places(len(texts)):
+        options = given.get("instruction"), given.get("pooling", "last"), given.get("cache_salt")
+        with service.reading_places(len(texts)):
             pooled = await asgi.until_disconnect(receive, self._pool(texts, *options))
         self.record.reason = "stop"
         as_base64 = given.get("encoding_format") == "base64"
@@ -55,15 +56,16 @@ class EmbeddingCall(Call):
             }
         )
 
-    async def _pool(self, texts: Sequence[Any], instruction: str | None, pooling: str) -> Tensor:
+    async def _pool(
+        self, texts: Sequence[Any], instruction: str | None, pooling: str, salt: str | None
+    ) -> Tensor:
         """[N, E] fp32, the pooled hidden states of N texts, on the CPU."""
         service = self._service
-        requests = await service.embedding_requests(texts, instruction, pooling)
+        requests = await service.embedding_requests(texts, instruction, pooling, salt)
         self.record.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         pooled = torch.zeros(len(requests), service.llm.config.dim)
-        generation = self.generation(requests)
-        with service.running(generation):
-            async for come in self.outputs(generation):
+        async with aclosing(self.read_prompts(requests)) as outputs:
+            async for come in outputs:
                 if come is not None and come[1].hidden is not None:
                     pool(pooled[come[0]], come[1].hidden.cpu(), pooling)
         return pooled

@@ -22,6 +22,12 @@ _TOKEN_IDS = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
 _PENALTY = {"type": "number", "minimum": -2, "maximum": 2}
 _MODEL = {"type": "string", "description": "a model that /v1/models names; it may be left out"}
 _MAX_TOKENS = {"type": "integer", "minimum": 1, "maximum": 2**31}
+_SALT = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": 1024,
+    "description": "only requests of the same salt share what is cached of their prompts",
+}
 
 _SAMPLING: dict[str, Schema] = {
     "model": _MODEL,
@@ -55,12 +61,7 @@ _SAMPLING: dict[str, Schema] = {
         "properties": {"include_usage": _FLAG, "include_obfuscation": _FLAG},
         "additionalProperties": False,
     },
-    "cache_salt": {
-        "type": "string",
-        "minLength": 1,
-        "maxLength": 1024,
-        "description": "only requests of the same salt share what is cached of their prompts",
-    },
+    "cache_salt": _SALT,
     **structure.FIELDS,
 }
 
@@ -81,30 +82,36 @@ _MESSAGE = {
 }
 MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4096}
 
-_PROMPT = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
-        _TOKEN_IDS,
-        {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+# Inputs of a request, at most (OpenAI's limit).
+_MOST_INPUTS = 2048
+
+
+def _one_or_several(**limits: int) -> Schema:
+    """Texts or token ids; `limits` are those of a list of them."""
+    text: Schema = {"type": "string", "minLength": 1}
+    several = [
+        {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
     ]
+    return {"anyOf": [text, _TOKEN_IDS, *several]}
+
+
+_SAFE_PROMPT = {
+    **_FLAG,
+    "description": "begin with the system prompt of guardrails of Mistral 7B's paper",
 }
 
 CHAT: dict[str, Schema] = {
     "messages": MESSAGES,
     **_SAMPLING,
     **tools.FIELDS,
-    "safe_prompt": {
-        **_FLAG,
-        "description": "begin with the system prompt of guardrails of Mistral 7B's paper",
-    },
+    "safe_prompt": _SAFE_PROMPT,
     "max_completion_tokens": _MAX_TOKENS,
     "logprobs": _FLAG,
     "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
 }
 
 COMPLETION: dict[str, Schema] = {
-    "prompt": _PROMPT,
+    "prompt": _one_or_several(),
     **_SAMPLING,
     "logprobs": {"type": "integer", "minimum": 0, "maximum": MOST_LOGPROBS},
     "echo": _FLAG,
@@ -115,17 +122,24 @@ TOKENIZE: dict[str, Schema] = {
     "prompt": {"type": "string"},
     "add_special_tokens": _FLAG,
     "messages": MESSAGES,
+    "safe_prompt": _SAFE_PROMPT,
     "tools": tools.TOOLS,
 }
 
 MODERATION: dict[str, Schema] = {
     "model": _MODEL,
-    "input": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 1024}]},
+    "input": {
+        "anyOf": [
+            _TEXT,
+            {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": _MOST_INPUTS},
+        ]
+    },
+    "cache_salt": _SALT,
 }
 
 EMBEDDING: dict[str, Schema] = {
     "model": _MODEL,
-    "input": _PROMPT,
+    "input": _one_or_several(maxItems=_MOST_INPUTS),
     "encoding_format": {"type": "string", "enum": ["float", "base64"], "default": "float"},
     "dimensions": {
         "type": "integer",
@@ -134,6 +148,7 @@ EMBEDDING: dict[str, Schema] = {
     },
     "instruction": {"type": "string", "description": "what queries are for; documents have none"},
     "pooling": {"type": "string", "enum": ["last", "mean"], "default": "last"},
+    "cache_salt": _SALT,
 }
 
 DETOKENIZE: dict[str, Schema] = {

@@ -41,6 +41,7 @@ class Generation:
 
     Attributes:
         progress: the progress of each completion.
+        began: as given.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Generation:
         self.progress = [Progress() for _ in requests]
         self._engine = engine
         self._requests = requests
-        self._began = began
+        self.began = began
         self._metrics = metrics
         self._max_unread = max_unread
         self._on_overflow = on_overflow
@@ -132,7 +133,7 @@ class Generation:
         progress, now = self.progress[index], time.perf_counter()
         if progress.first is None:
             progress.first = now
-            self._metrics.first_token(now - self._began)
+            self._metrics.first_token(now - self.began)
         else:
             self._metrics.next_token(now - progress.last)
         progress.last = now

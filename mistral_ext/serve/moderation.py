@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
+from mistral_ext.engine.request import Request
 from mistral_ext.serve import asgi, fields
 from mistral_ext.serve.calls import Call
 from mistral_ext.serve.protocol import check_fields
@@ -15,30 +17,33 @@ from mistral_ext.text.guardrails import CATEGORIES, Moderation
 _REQUEST = fields.request_schema(fields.MODERATION, ("input",))
 
 
-async def moderate(
-    call: Call, service: Service, contents: Sequence[Any], param: str, kind: str
+async def judge(
+    call: Call,
+    service: Service,
+    requests: Sequence[Request],
+    kind: str,
+    ping: Callable[[], Awaitable[None]] | None = None,
 ) -> list[Moderation]:
     """What the model thinks of contents.
 
     Args:
         call: for which it is asked.
         service: the state that requests share.
-        contents: texts, or conversations whose last message is meant.
-        param: the field of the request that they come from.
+        requests: of `Service.moderation_requests`.
         kind: of the contents, for the figures: "input", "output" or "request".
-
-    Raises:
-        ApiError: 400 for a content that is too long.
+        ping: called from time to time while there is no result.
     """
-    generation = call.generation(await service.moderation_requests(contents, param))
-    with service.running(generation):
-        async for _ in call.outputs(generation):
-            pass
-    completions = [p.completion for p in generation.progress if p.completion]
-    found = [service.llm.moderation_of(completion) for completion in completions]
-    for moderation in found:
+    found: dict[int, Moderation] = {}
+    async with aclosing(call.read_prompts(requests)) as outputs:
+        async for come in outputs:
+            if come is None:
+                if ping:
+                    await ping()
+            elif come[1].prompt_logits is not None and len(come[1].prompt_logits):
+                found[come[0]] = service.llm.moderation_of(come[1].prompt_logits[-1])
+    for moderation in found.values():
         service.metrics.moderated(kind, moderation.category)
-    return found
+    return [found[i] for i in range(len(requests))]
 
 
 class ModerationCall(Call):
@@ -50,11 +55,12 @@ class ModerationCall(Call):
     async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         service = self._service
         given = check_fields(await self.read(scope, receive), _REQUEST)
+        service.expect_writer()
         service.expect_no_adapter(given.get("model"))
         asked = given["input"]
         contents = [asked] if isinstance(asked, str) else asked
-        with service.places(len(contents)):
-            work = moderate(self, service, contents, "input", "request")
+        with service.reading_places(len(contents)):
+            work = self._judge(contents, given.get("cache_salt"))
             found = await asgi.until_disconnect(receive, work)
         self.record.reason = ",".join(sorted({moderation.category for moderation in found}))
         await self._send_json(
@@ -64,6 +70,11 @@ class ModerationCall(Call):
                 "results": [_result(moderation) for moderation in found],
             }
         )
+
+    async def _judge(self, contents: Sequence[str], salt: str | None) -> list[Moderation]:
+        requests = await self._service.moderation_requests(contents, "input", salt)
+        self.record.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+        return await judge(self, self._service, requests, "request")
 
 
 def _result(moderation: Moderation) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class Job:
         is_chat: the prompt is a conversation, and the completions are replies.
         prompts: conversations, texts or token ids.
         params: all but max_tokens, which depends on the prompt's length.
-        max_tokens: as asked for; None: all that fit.
+        max_tokens: as asked for; None: `default_tokens`.
+        default_tokens: fewer if they do not fit; None: all that fit.
         stream, include_usage, echo: as asked for.
         salt, stop_token_ids: see `Mistral.request`.
         structure: which field says what completions have to match; None: they are free.
@@ -57,6 +58,7 @@ class Job:
     prompts: Sequence[Any]
     params: SamplingParams
     max_tokens: int | None
+    default_tokens: int | None
     stream: bool
     include_usage: bool
     echo: bool
@@ -93,7 +95,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
 
     Args:
         body: as it came.
-        default_tokens: max_tokens if the body has none; None: all that fit.
+        default_tokens: see `Job`.
         form: how the model writes calls of tools; None: it takes no tools.
 
     Raises:
@@ -103,10 +105,9 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
     if "top_logprobs" in given and not given.get("logprobs"):
         raise bad_request("top_logprobs is given without logprobs: true", "top_logprobs")
     logprobs = int(given.get("top_logprobs", 0)) if given.get("logprobs") else None
-    asked = given.get("max_completion_tokens", given.get("max_tokens", default_tokens))
-    use, messages = tool_use_of(given, form), messages_of(given["messages"])
-    messages = with_safe_prompt(messages) if given.get("safe_prompt") else messages
-    return _job(given, [messages], logprobs, asked, is_chat=True, use=use)
+    asked = given.get("max_completion_tokens", given.get("max_tokens"))
+    use, messages = tool_use_of(given, form), conversation_of(given)
+    return _job(given, [messages], logprobs, asked, default_tokens, is_chat=True, use=use)
 
 
 def completion_job(body: dict[str, Any]) -> Job:
@@ -115,8 +116,8 @@ def completion_job(body: dict[str, Any]) -> Job:
     logprobs = int(given["logprobs"]) if "logprobs" in given else None
     if given.get("echo") and logprobs is not None:
         raise bad_request("echo together with logprobs is not supported", "echo")
-    asked = given.get("max_tokens", _COMPLETION_TOKENS)
-    return _job(given, prompts_of(given["prompt"]), logprobs, asked, is_chat=False)
+    prompts, asked = prompts_of(given["prompt"]), given.get("max_tokens")
+    return _job(given, prompts, logprobs, asked, _COMPLETION_TOKENS, is_chat=False)
 
 
 def _job(
@@ -124,6 +125,7 @@ def _job(
     prompts: Sequence[Any],
     logprobs: int | None,
     max_tokens: float | None,
+    default_tokens: int | None,
     is_chat: bool,
     use: ToolUse | None = None,
 ) -> Job:
@@ -140,6 +142,7 @@ def _job(
         prompts=prompts,
         params=_params(given, logprobs, structure),
         max_tokens=None if max_tokens is None else int(max_tokens),
+        default_tokens=default_tokens,
         stream=given.get("stream", False),
         include_usage=bool((options or {}).get("include_usage")),
         echo=given.get("echo", False),
@@ -177,7 +180,13 @@ def _token_id(key: str) -> int:
     return int(key)
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The messages of a request, with the system prompt of guardrails if it asks for it."""
+    messages = _messages_of(given["messages"])
+    return with_safe_prompt(messages) if given.get("safe_prompt") else messages
+
+
+def _messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Converts OpenAI's messages to those of `Mistral.chat`."""
     roles = {"developer": "system"}
     plain: list[Mapping[str, Any]] = [
@@ -237,16 +246,28 @@ def encode(
 
 
 def moderation_requests(
-    llm: Mistral, contents: Sequence[Any], template: ChatTemplate | None, param: str
+    llm: Mistral,
+    template: ChatTemplate | None,
+    contents: Sequence[Any],
+    param: str,
+    salt: str | None,
+    cuts: bool = False,
 ) -> list[Request]:
-    """Requests that have the model judge contents; see `Mistral.moderate`.
+    """Requests that have the model judge contents; see `Mistral.moderation_request`.
+
+    Args:
+        template: of conversations; None: the model's own.
+        contents: texts, or conversations whose last message is meant.
+        param: the field that they come from.
+        salt: see `Request`.
+        cuts: has the end of a content that is too long judged, not refused.
 
     Raises:
-        ApiError: 400, which names the field `param`, for a content that is too long, and for a base
-            model.
+        ApiError: 400, for a content that is too long, and for a base model.
     """
+    room = context_length(llm) - 1 if cuts else None
     try:
-        requests = [llm.moderation_request(content, template) for content in contents]
+        requests = [llm.moderation_request(content, template, salt, room) for content in contents]
     except ValueError as error:
         raise bad_request(str(error), param) from error
     for request in requests:
@@ -305,7 +326,8 @@ def requests_of(
     requests = []
     for ids in prompts:
         _check_length(len(ids), job.max_tokens, context, "messages" if job.is_chat else "prompt")
-        max_tokens = job.max_tokens or context - len(ids)
+        room = context - len(ids)
+        max_tokens = job.max_tokens or min(job.default_tokens or room, room)
         params = dataclasses.replace(job.params, max_tokens=max_tokens)
         for index in range(params.n):
             try:

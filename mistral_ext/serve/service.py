@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,8 +89,12 @@ class Service:
         return "ending" if self.is_draining else "ok"
 
     @contextmanager
-    def places(self, count: int) -> Iterator[None]:
+    def places(self, count: int, param: str = "n") -> Iterator[None]:
         """Reserves places in the queue for `count` completions.
+
+        Args:
+            count: of the completions.
+            param: the field of the request that asks for so many.
 
         Raises:
             ApiError: 503 if new requests are refused, 429 if there is no room now, 400 if there can
@@ -100,7 +105,8 @@ class Service:
         if self.is_draining:
             raise errors.shutting_down()
         if count > self._places:
-            raise bad_request(f"n is {count} in all, expected at most {self._places}", "n")
+            text = f"{param} is {count} in all, expected at most {self._places}"
+            raise bad_request(text, param)
         if self._taken + count > self._places:
             raise errors.too_busy()
         self._taken += count
@@ -111,13 +117,19 @@ class Service:
             if not self._taken:
                 self._idle.set()
 
+    def reading_places(self, count: int) -> AbstractContextManager[None]:
+        """Reserves places for `count` prompts that are only read; see `Call.read_prompts`."""
+        return self.places(min(count, self.llm.max_batch))
+
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
-        """Starts completions, and ends them when the block ends or their time is over."""
+        """Starts completions, and ends them when the block ends or the time of their HTTP request
+        is over."""
         assert self._loop
         self._live.add(generation)
         seconds = self.settings.request_seconds
-        timer = self._loop.call_later(seconds, generation.fail, errors.out_of_time(seconds))
+        left = generation.began + seconds - time.perf_counter()
+        timer = self._loop.call_later(max(0, left), generation.fail, errors.out_of_time(seconds))
         try:
             generation.start()
             yield
@@ -137,9 +149,9 @@ class Service:
         """Token ids of a prompt; see `protocol.encode`."""
         return await self._prepare(encode, self.llm, prompt, self._template, is_chat, tools)
 
-    async def moderation_requests(self, contents: Sequence[Any], param: str) -> list[Request]:
+    async def moderation_requests(self, *options: Any) -> list[Request]:
         """Requests that have the model judge contents; see `protocol.moderation_requests`."""
-        return await self._prepare(moderation_requests, self.llm, contents, self._template, param)
+        return await self._prepare(moderation_requests, self.llm, self._template, *options)
 
     async def load_adapter(self, path: str, name: str) -> None:
         """Loads an adapter; see `Mistral.load_adapter`."""
@@ -174,6 +186,13 @@ class Service:
             text = f"model is {model!r:.200}, expected {' or '.join(map(repr, models))}"
             raise ApiError(404, text, "model", "model_not_found")
         return None if model in (None, models[0]) else model
+
+    def expect_writer(self) -> None:
+        """Raises ApiError if the model writes no text."""
+        if not self.llm.config.writes_text:
+            name = self.settings.model_name
+            text = f"{name!r} is an embedding model, which writes no text: use /v1/embeddings"
+            raise errors.bad_request(text, "model")
 
     def expect_no_adapter(self, model: str | None) -> None:
         """Raises ApiError if a request asks for another model than the model itself."""

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from mistral_ext.serve import asgi, fields
-from mistral_ext.serve.errors import ApiError, bad_request
-from mistral_ext.serve.protocol import check_fields, context_length, messages_of
+from mistral_ext.serve.calls import Call
+from mistral_ext.serve.errors import bad_request
+from mistral_ext.serve.protocol import check_fields, context_length, conversation_of
 from mistral_ext.serve.service import Service
 
 _TOKENIZE = fields.request_schema(fields.TOKENIZE)
 _DETOKENIZE = fields.request_schema(fields.DETOKENIZE, ("tokens",))
 
 
-class Tokens:
-    """Both endpoints, an ASGI application.
+class TokensCall(Call):
+    """A request to one of the endpoints.
 
     Args:
-        service: what requests share.
+        service, path, send: as in `Call`.
         backwards: from tokens to text.
     """
 
-    def __init__(self, service: Service, backwards: bool) -> None:
-        self._service = service
-        self._answer = self._detokenize if backwards else self._tokenize
+    def __init__(self, service: Service, backwards: bool, path: str, send: asgi.Send) -> None:
+        super().__init__(service, f"tok-{secrets.token_hex(12)}", path, send)
+        self._convert = self._detokenize if backwards else self._tokenize
 
-    async def __call__(self, scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
-        status = 200
-        try:
-            body = await asgi.read_object(scope, receive, self._service.settings.body_bytes)
-            await asgi.send_json(send, await self._answer(body))
-        except ApiError as error:
-            status = error.status
-            await asgi.send_error(send, error)
-        except asgi.DisconnectedError:
-            pass
-        finally:
-            self._service.metrics.answered(scope["path"], status)
+    async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
+        await self._send_json(await self._convert(await self.read(scope, receive)))
 
     async def _tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         given = check_fields(body, _TOKENIZE)
@@ -44,7 +36,7 @@ class Tokens:
         if ("prompt" in given) == ("messages" in given):
             raise bad_request("expected either prompt or messages", "prompt")
         if "messages" in given:
-            messages = messages_of(given["messages"])
+            messages = conversation_of(given)
             ids = await self._service.encode(messages, is_chat=True, tools=given.get("tools"))
         else:
             ids = await self._service.encode(given["prompt"], is_chat=False)

@@ -9,7 +9,7 @@ their probabilities are the scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +58,14 @@ class Moderation:
     scores: Mapping[str, float]
 
     @classmethod
-    def of(cls, following: Mapping[str, int], logprobs: Mapping[int, float]) -> Moderation:
+    def of(cls, logits: Mapping[str, float]) -> Moderation:
         """What the model's answer says.
 
         Args:
-            following: from `label_ids`.
-            logprobs: of the tokens that may come next.
+            logits: of the next token of each of `LABELS`; see `label_ids`.
         """
-        logprobs_of = {label: logprobs[token_id] for label, token_id in following.items()}
-        most = max(logprobs_of.values())
-        weights = {label: math.exp(logprob - most) for label, logprob in logprobs_of.items()}
+        most = max(logits.values())
+        weights = {label: math.exp(logit - most) for label, logit in logits.items()}
         total = sum(weights.values())
         return cls({name: weights[name] / total for name in CATEGORIES})
 
@@ -91,17 +89,17 @@ def with_safe_prompt(messages: Sequence[Message]) -> list[Message]:
     return [{**first, "content": f"{SAFE_PROMPT}\n\n{first['content']}"}, *others]
 
 
-def question(content: str | Sequence[Message]) -> list[Message]:
+def question(content: str | Sequence[Message], end: int | None = None) -> list[Message]:
     """The conversation that asks a model for the category of a content.
 
     Args:
         content: a text; or messages, the last of which is meant.
+        end: shows only so many characters of the content's end; None: all.
     """
-    if isinstance(content, str):
-        what, text = "this text", content
-    else:
-        what = "the last message of this conversation"
-        text = "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in content)
+    is_text, text = isinstance(content, str), _written(content)
+    what = "this text" if is_text else "the last message of this conversation"
+    if end is not None:
+        text = text[max(0, len(text) - end) :]
     fence = "===="
     while fence in text:
         fence += "="
@@ -109,6 +107,36 @@ def question(content: str | Sequence[Message]) -> list[Message]:
     categories = "\n".join(f"{name}: {meaning}" for name, meaning in known.items())
     asked = _QUESTION.format(what=what, categories=categories, fence=fence, text=text)
     return [{"role": "user", "content": asked}]
+
+
+def _written(content: str | Sequence[Message]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(f"{m['role']}: {m.get('content') or ''}" for m in content)
+
+
+def encode_question(
+    content: str | Sequence[Message],
+    encode: Callable[[list[Message]], list[int]],
+    tokenizer: Tokenizer,
+    room: int | None,
+) -> list[int]:
+    """Token ids of the `question` about a content.
+
+    Args:
+        content: as of `question`.
+        encode: a conversation, as a prompt.
+        tokenizer: with which `encode` does so.
+        room: as many tokens at most, with the end of the content if not all fits. It does not hold
+            where the question alone has more. None: any number.
+    """
+    ids, text = encode(question(content)), _written(content)
+    end = len(text)
+    while room is not None and len(ids) > room and end:
+        kept = tokenizer.encode(text[len(text) - end :], bos=False)[len(ids) - room :]
+        end = min(end - 1, len(tokenizer.decode(kept)))
+        ids = encode(question(content, end))
+    return ids
 
 
 def label_ids(tokenizer: Tokenizer) -> tuple[list[int], dict[str, int]]:

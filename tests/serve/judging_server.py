@@ -6,25 +6,25 @@ import sys
 from dataclasses import replace
 
 from mistral_ext.cli import main
-from mistral_ext.llm import DEMO_MODEL, Mistral
-from mistral_ext.text.guardrails import CATEGORIES, Moderation, label_ids
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.serve.calls import Call
+from mistral_ext.text.guardrails import label_ids
 from mistral_ext.text.tokenizer import Tokenizer
 
-_, _following = label_ids(Tokenizer.from_folder(DEMO_MODEL))
-_request = Mistral.moderation_request
+_tokenizer = Tokenizer.from_folder(DEMO_MODEL)
+_, _following = label_ids(_tokenizer)
+_read = Call.read_prompts
 
 
-def moderation_request(llm, content, template=None):
-    request = _request(llm, content, template)
-    last = content if isinstance(content, str) else content[-1]["content"]
-    answer = _following["illegal" if "BAD" in last else "acceptable"]
-    return replace(request, params=replace(request.params, logit_bias={answer: 100}))
+async def read_prompts(call, requests):
+    async for come in _read(call, requests):
+        if come and come[1].prompt_logits is not None:
+            text = _tokenizer.decode(requests[come[0]].prompt_ids)
+            logits = come[1].prompt_logits.clone()
+            logits[-1:, _following["illegal" if "BAD" in text else "acceptable"]] = 1000
+            come = come[0], replace(come[1], prompt_logits=logits)
+        yield come
 
 
-def moderation_of(_, completion):
-    answer = completion.token_ids[0]
-    return Moderation({name: float(_following[name] == answer) for name in CATEGORIES})
-
-
-Mistral.moderation_request, Mistral.moderation_of = moderation_request, moderation_of
+Call.read_prompts = read_prompts
 sys.exit(main(["serve", *sys.argv[1:]]))

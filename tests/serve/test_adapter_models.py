@@ -110,7 +110,11 @@ def test_load_and_unload_while_it_runs(server, folder, expected):
     again = update(server, "load", lora_name="b", lora_path=str(folder / "b"))
     assert again.status_code == 400
     assert "adapter 'b' is loaded already" in again.json()["error"]["message"]
-    assert update(server, "unload", lora_name="b").json() == {"models": ["tiny", "a"]}
+    removed = update(server, "unload", lora_name="b")
+    assert removed.json() == {"models": ["tiny", "a"]}
+    for reply, verb in ((loaded, "load"), (again, "load"), (removed, "unload")):
+        line = server.next_line(0, reply.headers["x-request-id"])
+        assert f" /v1/{verb}_lora_adapter {reply.status_code} " in line
     assert server.chat("Hi", model="b").status_code == 404
     assert said(server, "a") == expected["a"]
 

@@ -221,23 +221,33 @@ def test_a_reply_may_fill_the_context(tiny_folder):
         assert reply["choices"][0]["finish_reason"] == "length"
 
 
-def test_sampling_defaults_of_the_model(demo, tmp_path):
+def test_sampling_defaults_of_the_model(tiny, tiny_folder, tmp_path):
     from servers import serving
 
     file = tmp_path / "generation_config.json"
-    file.write_text('{"temperature": 0.8, "top_k": 3, "max_new_tokens": 7}')
-    with serving("--generation-config", str(file)) as server:
+    file.write_text('{"temperature": 0.8, "top_k": 3, "max_new_tokens": 20}')
+    with serving("--model", tiny_folder, "--generation-config", str(file)) as server:
         reply, asked = (
             each.chat(seed=1, ignore_eos=True, **fields).json()
             for each, fields in (
                 (server, {"temperature": None}),
-                (demo, {"temperature": 0.8, "top_k": 3, "max_tokens": 7}),
+                (tiny, {"temperature": 0.8, "top_k": 3, "max_tokens": 20}),
             )
         )
-        assert reply["usage"]["completion_tokens"] == 7
+        assert reply["usage"]["completion_tokens"] == 20
         assert reply["choices"] == asked["choices"]
         wins = server.chat(seed=1, ignore_eos=True, max_completion_tokens=2, temperature=0).json()
         assert wins["usage"]["completion_tokens"] == 2
+        text = server.post("/v1/completions", {"prompt": "Hello", "ignore_eos": True}).json()
+        assert text["usage"]["completion_tokens"] == 16
+    file.write_text('{"max_new_tokens": 60}')
+    length = ["--model", tiny_folder, "--generation-config", str(file), "--max-positions", "64"]
+    with serving(*length) as server:  # a default that does not fit is no reason to refuse
+        reply = server.chat("Hello " * 20, ignore_eos=True).json()
+        assert reply["usage"]["total_tokens"] == 64
+    with serving(*length, "--max-tokens", "5") as server:
+        reply = server.chat("Hello", ignore_eos=True).json()
+        assert reply["usage"]["completion_tokens"] == 5
 
 
 def test_options_change_the_reply(demo):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -46,11 +48,34 @@ def test_options(demo, llm):
     torch.testing.assert_close(found, llm.embed([ids]), rtol=1e-4, atol=1e-5)
 
 
+def test_more_inputs_than_the_queue_has_places(demo, llm):
+    texts = [f"The king has {i} towers" for i in range(100)]
+    found = rows(demo.client().embeddings.create(model="demo", input=texts))
+    torch.testing.assert_close(found, llm.embed(texts), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_writes_no_text_says_so(tiny_folder, tmp_path):
+    import transformers
+    from servers import serving
+
+    transformers.MistralModel.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    shutil.copy(f"{tiny_folder}/tokenizer.model.v3", tmp_path)
+    with serving("--model", str(tmp_path), "--served-model-name", "e5") as server:
+        asked = {"completions": {"prompt": "a"}, "moderations": {"input": "a"}}
+        asked["chat/completions"] = {"messages": [{"role": "user", "content": "a"}]}
+        for path, fields in asked.items():
+            error = server.post(f"/v1/{path}", fields).json()["error"]
+            assert "'e5' is an embedding model" in error["message"]
+            assert "use /v1/embeddings" in error["message"]
+        assert server.post("/v1/embeddings", {"input": "a"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"input": ""}, "input is"),
         ({"input": [1, 2048]}, "2048"),
+        ({"input": ["a"] * 2049}, "input is"),
         ({"input": "a", "dimensions": 10**6}, "dimensions is 1000000, expected at most"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format is"),
         ({"input": [5] * 40000}, "32768"),

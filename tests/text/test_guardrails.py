@@ -1,6 +1,7 @@
 """The words of guardrails, and what a model's answer says."""
 
 import math
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from mistral_ext.text.guardrails import (
     LABELS,
     SAFE_PROMPT,
     Moderation,
+    encode_question,
     label_ids,
     question,
     with_safe_prompt,
@@ -40,13 +42,36 @@ def test_a_question_holds_the_content_between_fences():
     assert "\nuser: Hello\n\nassistant: \n====" in message["content"]
 
 
+@pytest.mark.parametrize("text", ["a b " * 300 + "the end", "\N{SNOWMAN}" * 300, "x" * 700])
+def test_a_question_shows_the_end_of_what_is_too_long(text):
+    tokenizer = Tokenizer.from_folder(DEMO_MODEL)
+
+    def encode(messages):
+        return tokenizer.encode(messages[0]["content"])
+
+    def asked(room, content=text):
+        return encode_question(content, encode, tokenizer, room)
+
+    whole = asked(None)
+    assert whole == asked(len(whole)) == encode(question(text))
+    least = len(asked(0))
+    assert least == len(encode(question(""))) < len(whole) - 200
+    for room in (least + 40, least + 150):
+        ids = asked(room)
+        assert room - 20 < len(ids) <= room
+        (shown,) = re.findall("====\n(.*)\n====", tokenizer.decode(ids))
+        assert text.endswith(shown)
+    reply = {"role": "assistant", "content": "BAD"}
+    assert "assistant: BAD\n" in tokenizer.decode(asked(room, [{**USER, "content": text}, reply]))
+
+
 def test_scores_are_shares_of_the_labels():
-    following = {label: 10 + i for i, label in enumerate(LABELS)}
-    logprobs = {10 + i: math.log(share) for i, share in enumerate((0.05, 0.01, 0.1, 0.04))}
-    found = Moderation.of(following, {**logprobs, 3: math.log(0.8)})
+    shares = zip(LABELS, (0.05, 0.01, 0.1, 0.04), strict=True)
+    logits = {label: math.log(share) + 3 for label, share in shares}
+    found = Moderation.of(logits)
     assert found.scores == pytest.approx({"illegal": 0.05, "hateful": 0.5, "unqualified": 0.2})
     assert (found.category, found.flagged) == ("hateful", True)
-    found = Moderation.of(following, {**logprobs, 10: -1.0, 11: -math.inf})
+    found = Moderation.of({**logits, "acceptable": 5.0, "illegal": -math.inf})
     assert found.scores["illegal"] == 0
     assert (found.category, found.flagged) == ("acceptable", False)
 
