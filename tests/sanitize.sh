@@ -17,5 +17,5 @@ sanitized_pytest() {
 }
 sanitized_pytest -k emulator "$@"
 MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator" "$@" \
-  tests/ops/test_{attention,linear,linear_argmax,linear_rope,lora,rms_norm,rope,sample,swiglu}.py \
+  tests/ops/test_{attention,linear,linear_argmax,linear_bytes,linear_rope,lora,rms_norm,rope,sample,swiglu}.py \
   tests/cpu/test_{simd,threads}.py
