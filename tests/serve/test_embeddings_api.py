@@ -51,7 +51,10 @@ def test_options(demo, llm):
 def test_more_inputs_than_the_queue_has_places(demo, llm):
     texts = [f"The king has {i} towers" for i in range(100)]
     found = rows(demo.client().embeddings.create(model="demo", input=texts))
-    torch.testing.assert_close(found, llm.embed(texts), rtol=1e-4, atol=1e-5)
+    # In bf16 a text rounds as the number of tokens in its pass has it.
+    similarities = (found * llm.embed(texts)).sum(dim=1)
+    torch.testing.assert_close(similarities, torch.ones(100), rtol=0, atol=1e-4)
+    assert (found[0] @ found[1:].T).max() < 0.9999
 
 
 def test_a_model_that_writes_no_text_says_so(tiny_folder, tmp_path):
