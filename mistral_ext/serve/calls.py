@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Endpoint:
         await self._make_call(scope["path"], send).run(scope, receive)
 
 
-class Call:
+class Call(ABC):
     """One HTTP request. A class of an endpoint has an `answer`.
 
     Args:
@@ -49,9 +50,9 @@ class Call:
         self._service = service
         self._send = send
 
+    @abstractmethod
     async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         """Reads the request and sends its answer."""
-        raise NotImplementedError
 
     async def run(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         """Answers, also where that fails, and notes what has happened."""
