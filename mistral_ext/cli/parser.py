@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from mistral_ext import __version__
 from mistral_ext.cli import (
+    bench,
     chat,
     compare,
     eval,
@@ -34,6 +35,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, serve, perplexity, eval, compare, quantize, merge, info):
+    for command in (generate, chat, serve, perplexity, eval, compare, bench, quantize, merge, info):
         command.add_to(commands)
     return parser.parse_args(argv)
