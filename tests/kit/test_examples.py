@@ -1,4 +1,4 @@
-"""The examples do what they say, on the demo model."""
+"""The examples do what they say, on the demo model and on a random one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from chat_templates import MISTRAL_V1
+from adapters import write_peft
 from checkpoints import TOKENIZERS, write_checkpoint
 
 import mistral_ext
@@ -34,12 +34,29 @@ def run(monkeypatch, capsys):
     return run_example
 
 
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory) -> str:
+    """A random Instruct model that takes tools, and an adapter in its folder `adapter`."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-Instruct"
+    model = write_checkpoint(
+        folder,
+        vocab_size=32768,
+        hidden_size=64,
+        sliding_window=None,
+        max_position_embeddings=4096,
+    )
+    shutil.copy(TOKENIZERS["v3"], folder / "tokenizer.model.v3")
+    write_peft(model, folder / "adapter")
+    return str(folder)
+
+
 def test_all_are_run_and_short():
     examples = {file.stem: file.read_text() for file in EXAMPLES.glob("*.py")}
     assert len(examples) >= 8
-    tests = Path(__file__).read_text()
+    tests, listed = Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
     for name, source in examples.items():
         assert f'run("{name}"' in tests
+        assert f"({name}.py)" in listed
         assert 10 <= source.count("\n") <= 35, name
 
 
@@ -62,15 +79,100 @@ def test_batch(run):
     assert len(re.findall(r"\[(stop|length)\]\n\n", out)) == 6
 
 
-def test_chat(run, tmp_path):
-    folder = tmp_path / "random-instruct"
-    write_checkpoint(folder, vocab_size=32000)
-    shutil.copy(TOKENIZERS["v1"], folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": MISTRAL_V1}))
-    out, variables = run("chat", str(folder), "Hello", "And then?")
+def test_chat(run, instruct):
+    out, variables = run("chat", instruct, "Hello", "And then?")
     assert [m["role"] for m in variables["conversation"].messages] == ["user", "assistant"] * 2
     assert out.startswith("> Hello\n")
     assert "\n> And then?\n" in out
+
+
+def test_chat_memory(run, instruct, tmp_path):
+    """Another run goes on; what gets too long is summed up before the last four messages."""
+    memory = tmp_path / "memory.json"
+    out, _ = run("chat_memory", str(memory), instruct, "Hello")
+    assert out.startswith("> Hello\n")
+    run("chat_memory", str(memory), instruct, "king " * 900)
+    messages = json.loads(memory.read_text())
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    run("chat_memory", str(memory), instruct, "And then?")
+    messages = json.loads(memory.read_text())
+    assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2]
+    assert messages[0]["content"].startswith("What was said before: ")
+    assert messages[3]["content"] == "And then?"
+
+
+def test_book_questions(run, instruct, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("The king's daughter went into the wood. " * 60)
+    out, variables = run("book_questions", str(book), "Who went?", instruct, "50")
+    llm, passages = variables["llm"], variables["passages"]
+    assert len(passages) > 8  # more than one round of reduction
+    assert len(llm.tokenizer.encode(passages[0], bos=False)) == pytest.approx(50, abs=2)
+    assert "".join("".join(passages).split()) == "".join(book.read_text().split())
+    assert out == f"[{len(passages)} passages, 3 rounds]\n{variables['notes'][0]}\n"
+
+
+def test_retrieval(run, instruct, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{name} " * 200 for name in ("wolf", "king", "bread", "sea")))
+    out, variables = run("retrieval", str(text), "king king", instruct)
+    passages, best = variables["passages"], variables["best"]
+    assert [passage.split()[0] for passage in passages] == ["wolf", "king", "bread", "sea"]
+    assert len(best) == 3
+    assert passages[best[0]].startswith("king")
+    assert out == f"[passages {sorted(best)} of 4]\n{variables['reply'].text}\n"
+
+
+def test_batch_summaries(run, instruct, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    records = [{"id": i, "text": f"The wolf and the {i} kids."} for i in range(3)]
+    source.write_text("\n".join(map(json.dumps, records)))
+    out, variables = run("batch_summaries", str(source), str(target), instruct)
+    assert out == f"3 summaries in {target}\n"
+    written = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [line["id"] for line in written] == [0, 1, 2]
+    llm, ask = variables["llm"], variables["ask"]
+    messages = [{"role": "user", "content": ask + records[2]["text"]}]
+    assert written[2]["summary"] == llm.chat(messages, max_tokens=60).text.strip()
+
+
+def test_extraction(run, instruct):
+    pytest.importorskip("llguidance")
+    out, variables = run("extraction", instruct, "Anna is 34.")
+    assert list(variables["person"]) == ["name", "age", "city", "job"]
+    assert 0 <= variables["person"]["age"] <= 130
+    assert f"age   {variables['person']['age']}\n" in out
+
+
+def test_function_calling(run, instruct):
+    pytest.importorskip("llguidance")
+    out, variables = run("function_calling", instruct, "How far is it?")
+    assert variables["reply"].tool_calls
+    shown = re.findall(r"^distance\((.*)\) = (.*)$", out, re.MULTILINE)
+    assert len(shown) == len(variables["reply"].tool_calls)
+    for arguments, result in shown:
+        assert variables["distance"](**json.loads(arguments)) == result
+    assert variables["distance"]("miles", ["Rome", "Paris"]) == "687 miles"
+
+
+def test_guardrails(run, instruct):
+    out, variables = run("guardrails", instruct)
+    llm, cases = variables["llm"], variables["CASES"]
+    assert [f.category for f in variables["found"]] == [
+        llm.moderate(case.content).category for case in cases
+    ]
+    assert out.count(" found ") == len(cases)
+    assert out.count("[safe_prompt=True]") == out.count("[safe_prompt=False]") == 2
+    assert f"flagged: precision {variables['counts'].precision('flagged')}" in out
+
+
+def test_lora(run, instruct):
+    adapter = f"a={instruct}/adapter"
+    out, variables = run("lora", instruct, adapter, f"again={instruct}/adapter", ONCE)
+    without, one, again = (completion.text for completion in variables["completions"])
+    assert one == again != without
+    assert out.startswith(f"[no adapter] {ONCE}{without}\n\n[a] {ONCE}{one}\n")
+    assert not variables["llm"].adapters.names
 
 
 def test_logits(run):
