@@ -18,7 +18,7 @@ schema = {"type": "object", "properties": fields, "required": list(fields)}
 
 llm = mistral_ext.Mistral.from_pretrained(sys.argv[1])
 prompt = f"{text}\n\nWrite the person's {', '.join(fields)} as JSON."
-reply = llm.chat([{"role": "user", "content": prompt}], schema=schema, max_tokens=400)
+reply = llm.chat([{"role": "user", "content": prompt}], schema=schema, max_tokens=200)
 if reply.finish_reason != "stop":
     raise SystemExit("max_tokens cut the JSON off")
 person = json.loads(reply.text)  # matches the schema, whatever the model

