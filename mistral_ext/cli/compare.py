@@ -42,6 +42,14 @@ def add_to(commands: options.Commands) -> None:
         )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     options.add_dtype(parser, "default: as stored")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens read at a time (default 256); 8: with activations rounded as when tokens are "
+        "generated",
+    )
     parser.add_argument("--png", metavar="FILE", help="draw a histogram of the divergences")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(run=run)
@@ -49,16 +57,18 @@ def add_to(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.png:
-        expect_extra("eval", "matplotlib")
+        expect_extra("plot", "matplotlib")
         if not Path(args.png).parent.is_dir():
             raise ValueError(f"--png is {args.png!r}, expected a file in a folder that exists")
+    if args.chunk < 1:
+        raise ValueError(f"--chunk is {args.chunk}, expected 1 or more")
     texts = [read_text(file) for file in args.file]
     start(args)
     from mistral_ext.evaluate.compare import compare, write_histogram
 
     first = _load(args, args.a, args.quantize_a)
     second = _load(args, args.b or args.a, args.quantize_b)
-    result = compare(first, second, texts)
+    result = compare(first, second, texts, chunk=args.chunk)
     shares = (0.5, 0.9, 0.99, 1.0)
     shown = {
         "tokens": len(result.divergences),

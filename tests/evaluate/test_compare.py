@@ -86,5 +86,13 @@ def test_the_command(tmp_path, capsys):
     assert 0 < shown["kl_50%"] <= shown["kl_90%"] <= shown["kl_100%"]
     assert png.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()].count("kl.png.part") == 0
+    assert main(["compare", *given, "--json", "--chunk", "8"]) == 0
+    by_eight = json.loads(capsys.readouterr().out)
+    llm, int4 = (Mistral.from_pretrained(DEMO_MODEL, quantize=q) for q in (None, "int4"))
+    result = compare(llm, int4, [STORY], progress=False, chunk=8)
+    assert by_eight["kl_mean"] == pytest.approx(result.divergences.mean().item(), rel=1e-6)
+    assert by_eight["kl_mean"] != shown["kl_mean"]
+    assert main(["compare", *given, "--chunk", "0"]) == 1
+    assert "--chunk is 0, expected 1 or more" in capsys.readouterr().err
     assert main(["compare", *given, "--png", str(tmp_path / "none" / "kl.png")]) == 1
     assert "expected a file in a folder that exists" in capsys.readouterr().err
