@@ -1,7 +1,7 @@
 """Packed checkpoints, written by the definitions of their layouts.
 
-Bits are put in place one value after another in Python's integers, so that the code has nothing in
-common with what it tests.
+Words are sums of integers times powers of two, so that the code has nothing in common with what it
+tests.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import transformers
 from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+# A decoded weight [N, K] in fp32, and the tensors of its layer.
+Layer = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass
@@ -65,11 +68,8 @@ def words(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -
     """[..., 32 / bits] integers to [...] words; value order[i] is the i-th from the lowest bits."""
     order = order or tuple(range(32 // bits))
     packed = np.zeros(values.shape[:-1], dtype=np.uint32)
-    for index in np.ndindex(packed.shape):
-        word = 0
-        for i, place in enumerate(order):
-            word += int(values[index][place]) << (bits * i)
-        packed[index] = word
+    for i, place in enumerate(order):
+        packed += values[..., place].astype(np.uint32) * np.uint32(2 ** (bits * i))
     return torch.from_numpy(packed.view(np.int32))
 
 
@@ -79,7 +79,7 @@ def along_rows(values: np.ndarray, bits: int, order: tuple[int, ...] | None = No
 
 
 def gptq_tensors(matrix: Integers, bits: int = 4, first_version: bool = True) -> dict[str, Tensor]:
-    stored_zeros = matrix.zeros - first_version
+    stored_zeros = matrix.zeros - (1 if first_version else 0)
     return {
         "qweight": along_rows(matrix.values, bits).T.contiguous(),
         "qzeros": along_rows(stored_zeros.T, bits),
@@ -97,30 +97,77 @@ def awq_tensors(matrix: Integers) -> dict[str, Tensor]:
     }
 
 
+def compressed_tensors(matrix: Integers) -> dict[str, Tensor]:
+    return {
+        "weight_packed": along_rows(matrix.values, 4),
+        "weight_scale": matrix.scales,
+        "weight_zero_point": along_rows(matrix.zeros.T, 4).T.contiguous(),
+        "weight_shape": torch.tensor(matrix.values.shape),
+    }
+
+
+def packed_layer(
+    pack: Callable[[Integers], dict[str, Tensor]], **integers
+) -> Callable[[tuple[int, int], int], Layer]:
+    """Makes layers of `random_integers` with these arguments."""
+
+    def make(shape: tuple[int, int], seed: int) -> Layer:
+        matrix = random_integers(*shape, seed=seed, **integers)
+        return matrix.weight, pack(matrix)
+
+    return make
+
+
+def nf4_layer(shape: tuple[int, int], seed: int) -> Layer:
+    """Doubly quantised, with a table of its own."""
+    random = torch.Generator().manual_seed(seed)
+    count = shape[0] * shape[1]
+    indices = torch.randint(16, (count,), generator=random)
+    table = torch.linspace(-1, 1, 16) ** 3
+    absmax = torch.randint(256, (count // 64,), generator=random)
+    nested_table = torch.linspace(-1, 1, 256)
+    nested = torch.rand(-(-len(absmax) // 256), generator=random) / 100
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": list(shape)}
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.02}
+    data = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors = {
+        "weight": (indices[::2] * 16 + indices[1::2]).to(torch.uint8).unsqueeze(1),
+        "weight.absmax": absmax.to(torch.uint8),
+        "weight.quant_map": table,
+        "weight.nested_absmax": nested,
+        "weight.nested_quant_map": nested_table,
+        "weight.quant_state.bitsandbytes__nf4": data,
+    }
+    magnitudes = [
+        nested_table[byte] * nested[i // 256] + 0.02 for i, byte in enumerate(absmax.tolist())
+    ]
+    weight = table[indices].view(-1, 64) * torch.stack(magnitudes).unsqueeze(1)
+    return weight.view(shape), tensors
+
+
 def write_packed(
     folder: Path,
     settings: dict[str, object],
-    pack: Callable[[Integers], dict[str, Tensor]],
+    make: Callable[[tuple[int, int], int], Layer],
     dtype: torch.dtype = torch.float16,
-    **integers,
+    vocab_size: int = 131,
 ) -> transformers.MistralForCausalLM:
     """Writes a checkpoint whose layers are packed; returns the model with its decoded weights.
 
     Args:
         settings: quantization_config.
-        pack: gives the tensors of a layer.
-        integers: arguments of `random_integers`.
+        make: makes a layer of a shape from a seed.
+        dtype: of what is not packed.
     """
-    model = write_checkpoint(folder, hidden_size=256, intermediate_size=512, head_dim=64)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": vocab_size}
+    model = write_checkpoint(folder, **sizes)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    for seed, name in enumerate([name for name in state if name.endswith("proj.weight")]):
-        matrix = random_integers(*state[name].shape, seed=seed, dtype=dtype, **integers)
-        state[name] = matrix.weight
+    stored = {name: tensor for name, tensor in state.items() if not name.endswith("proj.weight")}
+    for seed, name in enumerate(state.keys() - stored.keys()):
+        state[name], tensors = make(tuple(state[name].shape), seed)
         layer = name.removesuffix(".weight")
-        for suffix, tensor in pack(matrix).items():
-            state[f"{layer}.{suffix}"] = tensor
-    model.load_state_dict({name: state[name].float() for name in model.state_dict()}, strict=True)
-    stored = {name: t for name, t in state.items() if not name.endswith("proj.weight")}
+        stored |= {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     save_file(stored, folder / "model.safetensors")
     change_config(folder, quantization_config=settings, dtype=str(dtype).removeprefix("torch."))
     return model

@@ -15,7 +15,7 @@ from mistral_ext.files import read_json_object
 
 _KEYS = ("quantization_config", "compression_config")  # the second: of old compressed-tensors
 # Files of folders whose config.json has no such key.
-_OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 WHOLE_ROW = -1  # the group size of rows with one scale
 
@@ -69,11 +69,11 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
     settings, method = method_of(config)
     place = "quantization_config"
     if not settings:
-        place = next((name for name in _OWN_FILES if (folder / name).is_file()), "")
+        place = next((name for name in OWN_FILES if (folder / name).is_file()), "")
         if not place:
             return None
         settings = read_json_object(folder / place)
-        method = settings.get("quant_method", _OWN_FILES[place])
+        method = settings.get("quant_method", OWN_FILES[place])
     read = _METHODS.get(method) if isinstance(method, str) else None
     if read is None:
         raise ValueError(
