@@ -9,7 +9,7 @@ from mistral_ext import _C
 from mistral_ext.ops import torch_products
 from mistral_ext.ops.library import fake_empty, register
 from mistral_ext.ops.routing import routed
-from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, parts_of
+from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, in_order, parts_of
 from mistral_ext.ops.workspace import run
 
 _WEIGHTS = "Tensor[] values, Tensor?[] scales, str[] formats, Tensor? whole"
@@ -51,6 +51,7 @@ def linear(
         [T, N]; with several weights N is the sum of their rows.
     """
     weights: Weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
+    x, norm = in_order(x, weights, norm)
     out: Tensor = torch.ops.mistral_ext.linear(x, *parts_of(weights), norm, eps)
     return out
 
@@ -89,6 +90,7 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
         weight: [N, K], as in `linear`.
         residual: [T, N], updated in place.
     """
+    x, _ = in_order(x, [weight])
     torch.ops.mistral_ext.linear_residual(x, *parts_of([weight]), residual)
 
 
@@ -140,6 +142,7 @@ def linear_rope(
     Returns:
         [T, (Hq + 2 Hkv) * D]: for each token the heads of q, then of k, then of v.
     """
+    x, norm = in_order(x, weights, norm)
     given = norm, eps, k_pool, v_pool, sequences, frequencies, window
     out: Tensor = torch.ops.mistral_ext.linear_rope(x, *parts_of(weights), *given)
     return out
@@ -195,6 +198,7 @@ def linear_argmax(
     Returns:
         ([T, N] outputs, [T] int64 indices). The index is -1 if an output is NaN or all are -inf.
     """
+    x, norm = in_order(x, [weight], norm)
     given = norm, eps, limit
     out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(x, *parts_of([weight]), *given)
     return out
@@ -243,6 +247,7 @@ def linear_swiglu(
     Returns:
         [T, F].
     """
+    x, norm = in_order(x, weights, norm)
     out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *parts_of(weights), norm, eps, added)
     return out
 

@@ -115,5 +115,5 @@ def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def _dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    _C.dequantize(*weight, out, execution_target(out))
+    _C.dequantize(*weight[:3], out, execution_target(out))
     return out

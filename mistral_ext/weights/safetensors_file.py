@@ -25,6 +25,8 @@ DTYPES = {
     "F32": torch.float32,
     "I8": torch.int8,
     "I32": torch.int32,
+    "U8": torch.uint8,
+    "I64": torch.int64,
 }
 _ALIGNMENT = 64  # bytes: a cache line
 
