@@ -256,6 +256,7 @@ DAMAGES = [
     ("AWQ", changed("qweight", lambda t: t.T), r"qweight' .* shape \(16, 256\)"),
     ("compressed-tensors", changed("weight_shape", lambda t: t + 1), r"is \[129, 257\], expected"),
     ("compressed-tensors", without("weight_zero_point"), "weight_zero_point' is missing"),
+    ("nf4", without("weight"), "k_proj.weight' is missing, expected nf4"),
     ("nf4", without("weight.absmax"), "k_proj.weight.absmax' is missing"),
     ("nf4", without("weight.quant_state.bitsandbytes__nf4"), "bitsandbytes__nf4' is missing"),
     ("nf4", changed("weight", lambda t: t[1:]), "k_proj.weight' .* 16383 bytes, expected 16384"),
