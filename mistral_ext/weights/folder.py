@@ -126,8 +126,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     try:
         config = read(values, **overrides)
         quantization = _quantization(values) if file is hf_file else None
-        packed = file is hf_file and quantization is None
-        packing = packing_of(values, path) if packed else None
+        packing = packing_of(values, path) if file is hf_file and not quantization else None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:

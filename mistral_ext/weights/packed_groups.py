@@ -115,11 +115,12 @@ class GroupedMatrix:
             raise ValueError(
                 f"{self.name!r} has scales that are not finite or too large for {scale.dtype}"
             )
-        if self.zero is not None:
-            scale = torch.stack([scale, self.zero().to(scale.dtype)], dim=2)
-        else:
-            scale = scale.unsqueeze(2)
-        return scale.repeat_interleave(self.group // self.form.group, dim=1).flatten(1)
+        numbers = [scale] if self.zero is None else [scale, self.zero().to(scale.dtype)]
+        return (
+            torch.stack(numbers, dim=2)
+            .repeat_interleave(self.group // self.form.group, dim=1)
+            .flatten(1)
+        )
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`."""
@@ -155,14 +156,14 @@ def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
     return order
 
 
-# Words of 8 values of 4 bits; the first value is in the lowest bits.
+# Words int32 of 8 values of 4 bits; the first value is in the lowest bits.
 
 
-def unpack_along(words: Tensor, dim: int, bits: int = 4) -> Tensor:
-    """Integers of `bits` bits from words [...]: `dim` becomes 32 / bits times as long."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+def unpack_along(words: Tensor, dim: int) -> Tensor:
+    """The values of words [...]: `dim` becomes 8 times as long."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     shifts = shifts.view(-1, *[1] * (words.dim() - dim - 1))
-    fields: Tensor = words.unsqueeze(dim + 1) >> shifts & 2**bits - 1
+    fields: Tensor = words.unsqueeze(dim + 1) >> shifts & 15
     return fields.flatten(dim, dim + 1)
 
 

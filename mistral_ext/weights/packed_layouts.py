@@ -15,9 +15,6 @@ Sources: the packers of GPTQModel, AutoAWQ and compressed-tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -120,11 +117,10 @@ def compressed_tensors(module: ModuleTensors, packing: Packing) -> GroupedMatrix
     words = module.take("weight_packed", (rows, size // per_word), _WORD)
     scales = module.take("weight_scale", (rows, size // group), _SCALES)
     module.expect_shape("weight_shape")
-    zero: Callable[[], Tensor] | None = None
+    zeros: StoredTensor | None = None
     if not packing.symmetric:
         module.expect_multiples(_PER_WORD)
         zeros = module.take("weight_zero_point", (rows // _PER_WORD, size // group), _WORD)
-        zero = partial(_unpack_rows, zeros.read)
     return GroupedMatrix(
         module.name,
         module.shape,
@@ -133,7 +129,7 @@ def compressed_tensors(module: ModuleTensors, packing: Packing) -> GroupedMatrix
         lambda some: words.read()[some],
         scales.read,
         _dtype(scales),
-        zero,
+        None if zeros is None else lambda: unpack_along(zeros.read(), 0),
         _order(module, "weight_g_idx", group),
     )
 
@@ -141,10 +137,6 @@ def compressed_tensors(module: ModuleTensors, packing: Packing) -> GroupedMatrix
 def _transposed(matrix: Tensor) -> Tensor:
     # Torch transposes contiguous matrices several times as fast as others.
     return matrix.contiguous().T.contiguous()
-
-
-def _unpack_rows(read: Callable[[], Tensor]) -> Tensor:
-    return unpack_along(read(), 0)
 
 
 def _group(module: ModuleTensors, packing: Packing) -> int:

@@ -91,8 +91,8 @@ def read_packed(
             weight = f"{module.name}.weight"
             if (
                 isinstance(matrix, GroupedMatrix)
-                and quantization is None
                 and has_kernels(matrix.form.format, device)
+                and quantization is None
             ):
                 form = kept[layers[module.name].weight] = matrix.form
                 found.append(_stored(weight, file, form.values, matrix.values))
@@ -104,16 +104,23 @@ def read_packed(
         # All tensors of a plain layer, and what nobody expects in a packed layer.
         found += module.left.values()
     _expect_same_orders(kept)
-    if quantization is not None:
-        _log.warning("weights in %s become %s as they are read", packing, quantization)
+    _say_what_changes(packing, quantization or dtype, decoded_bytes)
+    return PackedWeights(found, kept)
+
+
+def _say_what_changes(
+    packing: Packing, becomes: Quantization | torch.dtype, decoded_bytes: int
+) -> None:
+    """Logs what packed matrices become that do not keep their bits, `decoded_bytes` in a dtype."""
+    if isinstance(becomes, Quantization):
+        _log.warning("weights in %s become %s as they are read", packing, becomes)
     elif decoded_bytes:
         _log.warning(
             "weights in %s become %s as they are read, %.2f GB (quantize makes them smaller)",
             packing,
-            str(dtype).removeprefix("torch."),
+            str(becomes).removeprefix("torch."),
             decoded_bytes / 1e9,
         )
-    return PackedWeights(found, kept)
 
 
 def default_dtype(tensors: Iterable[StoredTensor], embeddings: str) -> torch.dtype:

@@ -97,7 +97,9 @@ def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
         )
     absmax = module.take("weight.absmax", (blocks,), (torch.uint8,) if nested else _FLOAT)
     table = module.take("weight.quant_map", (16,), _FLOAT)
-    packed = module.left.pop("weight")
+    packed = module.left.pop("weight", None)
+    if packed is None:
+        raise ValueError(f"tensor '{module.name}.weight' is missing, expected nf4")
     if 2 * packed.nbytes != count:
         raise module.error(packed, f"has {packed.nbytes} bytes, expected {count // 2}")
     offset = state.get("nested_offset", 0.0)
@@ -112,11 +114,10 @@ def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
             tuple(state["shape"]) == module.shape
             and state["quant_type"] == "nf4"
             and all(
-                isinstance(state[name], int) and state[name] > 0
-                for name in ("blocksize", "nested_blocksize")
-                if name == "blocksize" or name in state
+                isinstance(size, int) and size > 0
+                for size in (state["blocksize"], state.get("nested_blocksize", 1))
             )
-            and isinstance(state.get("nested_offset", 0.0), float)
+            and isinstance(state.get("nested_offset", 0), (int, float))
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         sound = False

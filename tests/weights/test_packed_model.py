@@ -11,6 +11,7 @@ import pytest
 import torch
 from packed_checkpoints import (
     awq_tensors,
+    change_config,
     change_tensors,
     compressed_tensors,
     gptq_tensors,
@@ -27,6 +28,7 @@ from mistral_ext.weights import device, packed_groups
 from mistral_ext.weights.checkpoint import Checkpoint, hugging_face_name, load_weights
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.merge import merge_adapter
+from mistral_ext.weights.packed_settings import WHOLE_ROW
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False}
@@ -96,6 +98,11 @@ CASES = {
     ),
     "AWQ": (AWQ, packed_layer(awq_tensors, group=128), "q4_z"),
     "compressed-tensors": (COMPRESSED, packed_layer(compressed_tensors, group=64), "q4_z"),
+    "compressed-tensors bf16 scales": (
+        COMPRESSED,
+        packed_layer(compressed_tensors, group=64, dtype=torch.bfloat16),
+        "q4_z",
+    ),
     "nf4": (NF4, nf4_layer, None),
 }
 
@@ -256,6 +263,7 @@ DAMAGES = [
     ("AWQ", changed("qweight", lambda t: t.T), r"qweight' .* shape \(16, 256\)"),
     ("compressed-tensors", changed("weight_shape", lambda t: t + 1), r"is \[129, 257\], expected"),
     ("compressed-tensors", without("weight_zero_point"), "weight_zero_point' is missing"),
+    ("nf4", without("weight"), "k_proj.weight' is missing, expected nf4"),
     ("nf4", without("weight.absmax"), "k_proj.weight.absmax' is missing"),
     ("nf4", without("weight.quant_state.bitsandbytes__nf4"), "bitsandbytes__nf4' is missing"),
     ("nf4", changed("weight", lambda t: t[1:]), "k_proj.weight' .* 16383 bytes, expected 16384"),
@@ -273,6 +281,29 @@ def test_damage_is_named_before_weights_are_read(case, damage, message, copy_of)
     change_tensors(folder, damage)
     with pytest.raises(ValueError, match=message):
         Checkpoint(read_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (96, r"down_proj' has 512 inputs, expected a multiple of the group size 96"),
+        (32, r"down_proj.scales' .* shape \(8, 256\), expected \(16, 256\)"),
+        (WHOLE_ROW, r"down_proj.scales' .* shape \(8, 256\), expected \(1, 256\)"),
+    ],
+)
+def test_groups_of_another_size_are_named(group, message, copy_of):
+    folder = copy_of("GPTQ")
+    change_config(folder, quantization_config=GPTQ | {"group_size": group})
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(read_folder(folder))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_groups_that_no_format_has_are_named(quantize, tmp_path):
+    settings = GPTQ | {"group_size": 16}
+    write_packed(tmp_path, settings, packed_layer(gptq_tensors, group=16))
+    with pytest.raises(ValueError, match="proj' has groups of 16, expected a multiple of 32"):
+        load_weights(read_folder(tmp_path), quantize=quantize, progress=False)
 
 
 def test_scales_that_are_not_finite_are_named(copy_of):
