@@ -156,6 +156,8 @@ class Transformer:
                 # From here on tokens do not see each other: tokens without logits are done.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
                 adapted = adapted.of_tokens(rows)
+                if not len(rows):  # pieces of prompts that go on, whose keys are stored now
+                    return h
             x = x.flatten(1)
             adapted.add("wo", x, h)
             ops.linear_residual(x, layer.wo, h)

@@ -10,6 +10,7 @@ from checkpoints import write_checkpoint
 
 from mistral_ext import Mistral
 from mistral_ext.engine.slots import SlotPool
+from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.ops import routing
 from mistral_ext.weights.checkpoint import load_weights
@@ -185,3 +186,18 @@ def test_products_of_a_long_prompt_on_a_cuda_device(tmp_path, monkeypatch):
         torch.testing.assert_close(logits, expected, atol=2e-5, rtol=2e-5)
         counts = {event.key: event.count for event in profile.key_averages()}
         assert counts["aten::mm"] + counts["aten::addmm_"] == ours.config.n_layers * products + 1
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_pass_over_a_piece_of_a_prompt_wants_no_rows(quantize):
+    """Products of no tokens at all by 4-bit weights once divided by zero."""
+    llm = Mistral.from_pretrained(DEMO_MODEL, quantize=quantize, progress=False)
+    ids = torch.arange(5, 115)
+    cache = SlotPool(llm.config, len(ids), llm.model.dtype)
+    ring = cache.allocate(len(ids), len(ids))
+    first = llm.model.step(
+        ids[:60], cache.append({ring: 60}), cache, 60, rows=torch.tensor([], dtype=torch.int64)
+    )
+    assert first.shape == (0, llm.config.dim)
+    logits = llm.model.forward(ids[60:], cache.append({ring: 50}), cache)
+    torch.testing.assert_close(logits, llm.logits(ids)[60:])
