@@ -217,10 +217,10 @@ constexpr const char* kLinearRope = "linear_rope";
 constexpr const char* kLinearArgmax = "linear_argmax";
 
 Op find_op(const std::string& name) {
-  for (const Op op : {Op{"linear", Epilogue::store}, Op{"linear_residual", Epilogue::add},
-                      Op{"linear_swiglu", Epilogue::swiglu}, Op{kLinearRope, Epilogue::rope},
-                      Op{kLinearArgmax, Epilogue::argmax},
-                      Op{"linear_cross_entropy", Epilogue::store}}) {
+  for (const Op op :
+       {Op{"linear", Epilogue::store}, Op{"linear_residual", Epilogue::add},
+        Op{"linear_swiglu", Epilogue::swiglu}, Op{kLinearRope, Epilogue::rope},
+        Op{kLinearArgmax, Epilogue::argmax}, Op{"linear_cross_entropy", Epilogue::store}}) {
     if (name == op.name) return op;
   }
   throw py::value_error("op is '" + name + "', expected one that multiplies with weights");

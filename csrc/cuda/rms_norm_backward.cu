@@ -1,6 +1,6 @@
 // Grid: one block per row. A thread owns every blockDim-th access (16 bytes, or one element where
-// rows are not aligned). A row is read twice, the second time from the cache: once for the sums, once
-// for the gradient.
+// rows are not aligned). A row is read twice, the second time from the cache: once for the sums,
+// once for the gradient.
 #include "../rms_norm.h"
 
 #include <launch.cuh>

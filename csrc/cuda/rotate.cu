@@ -53,8 +53,8 @@ cudaError_t launch_tokens(const RotateParams& p, cudaStream_t stream) {
 cudaError_t rotate(const RotateParams& p, cudaStream_t stream) {
   return with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool wide = fit_vec16<T>({p.x, p.out}, {p.stride_x_token, p.stride_x_head,
-                                                  p.stride_out_token, p.stride_out_head});
+    const bool wide = fit_vec16<T>(
+        {p.x, p.out}, {p.stride_x_token, p.stride_x_head, p.stride_out_token, p.stride_out_head});
     return wide ? launch_tokens<T, kVec16<T>>(p, stream) : launch_tokens<T, 1>(p, stream);
   });
 }

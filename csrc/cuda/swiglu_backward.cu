@@ -45,11 +45,10 @@ cudaError_t swiglu_backward(const SwigluBackwardParams& p, cudaStream_t stream) 
   return with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kWide = kVec16<T>;
-    const bool wide =
-        p.dim % kWide == 0 &&
-        fit_vec16<T>({p.gate, p.up, p.d_out, p.d_gate, p.d_up},
-                     {p.stride_gate_token, p.stride_up_token, p.stride_d_out_token,
-                      p.stride_d_gate_token, p.stride_d_up_token});
+    const bool wide = p.dim % kWide == 0 &&
+                      fit_vec16<T>({p.gate, p.up, p.d_out, p.d_gate, p.d_up},
+                                   {p.stride_gate_token, p.stride_up_token, p.stride_d_out_token,
+                                    p.stride_d_gate_token, p.stride_d_up_token});
     return wide ? launch_rows<T, kWide>(p, stream) : launch_rows<T, 1>(p, stream);
   });
 }

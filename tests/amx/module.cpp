@@ -1,5 +1,6 @@
-// The module `_amx`: `linear`, `linear_backward` and `linear_rope` of mistral_ext._C with the kernels of AMX, on
-// emulated instructions, and these on their own. Errors of the emulation are exceptions here.
+// The module `_amx`: `linear`, `linear_backward` and `linear_rope` of mistral_ext._C with the
+// kernels of AMX, on emulated instructions, and these on their own. Errors of the emulation are
+// exceptions here.
 #include <pybind11/pybind11.h>
 
 #include <cstring>

@@ -42,7 +42,7 @@ CASES = {
     "a window below the length": ([40, 9], 7, 4, 1, 64),
     "a window of several tiles": ([200], 90, 2, 2, 64),
     "large heads": ([130, 17], None, 4, 1, 128),
-    "larger heads": ([19], 5, 3, 3, 256),
+    "larger heads": ([19], 5, 3, 3, 160),
     "groups of three": ([67], 64, 6, 2, 96),
     "no token": ([0], None, 2, 1, 32),
 }
@@ -89,18 +89,21 @@ def test_scale_and_strided_gradient(isa, generator):
 
 
 def test_large_scores(isa, generator):
-    """exp of them does not fit a float. Their rounding is that of probabilities."""
+    """exp of them does not fit a float. A probability is as exact as its score, and the parts of a
+    gradient that cancel are as exact as float32."""
     q, k, v = inputs(12, 2, 1, 32, torch.float32, generator)
     given, d_out = [7 * q, 7 * k, v], torch.randn(12, 2, 32, generator=generator)
-    largest = (given[0] @ given[1].mT).abs().max() * 32**-0.5
+    scale, eps = 32**-0.5, torch.finfo(torch.float32).eps
+    largest = (given[0] @ given[1].mT).abs().max() * scale
     assert largest > 100
+    cancelling = (d_out @ v.mT).abs().max() * scale * max(x.abs().max() for x in given)
     actual = gradients.differentiate(
         lambda q, k, v: ops.attention(q, k, v, None, None, table([12])), given, d_out
     )
     exact = gradients.differentiate(plain([12], None), [x.double() for x in given], d_out.double())
     for one, wide in zip(actual, exact, strict=True):
         error = (one.double() - wide).abs().max()
-        assert error <= largest * torch.finfo(torch.float32).eps * wide.abs().max()
+        assert error <= eps * (largest * wide.abs().max() + cancelling)
 
 
 @pytest.mark.parametrize("window", [None, 6])
