@@ -10,7 +10,7 @@ from torch import Tensor
 from mistral_ext import _C
 from mistral_ext.ops import torch_gradients, torch_products
 from mistral_ext.ops.library import Gradient, fake_empty, register
-from mistral_ext.ops.weight import Parts, Weight, parts_of
+from mistral_ext.ops.weight import Parts, Weight, in_order, parts_of
 from mistral_ext.ops.workspace import execution_target, run
 
 IGNORED = -100  # the target of a token without loss, as in torch
@@ -41,6 +41,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a target is no index of a logit; on CUDA devices it is not checked.
     """
+    x, _ = in_order(x, [weight])
     with_gradient = torch.is_grad_enabled() and x.requires_grad
     given = targets, weights, with_gradient
     total, losses, _ = torch.ops.mistral_ext.linear_cross_entropy(x, *parts_of([weight]), *given)

@@ -6,6 +6,7 @@ import reference
 import torch
 from packed_weights import random_weight, random_weights
 from tolerance import DTYPES, assert_close
+from torch.nn import functional
 
 from mistral_ext import ops
 from mistral_ext.ops import JoinedWeight, Quantized, torch_gradients
@@ -77,6 +78,22 @@ def test_joined_weights(isa, generator):
     apart = gradients.differentiate(lambda x: ops.linear(x, parts), [x], d_out)
     together = gradients.differentiate(lambda x: ops.linear(x, joined), [x], d_out)
     assert torch.equal(apart[0], together[0])
+
+
+def test_inputs_in_another_order(isa, generator):
+    """As GPTQ may have them; x and its gradient are in order."""
+    order = torch.randperm(64, generator=generator)
+    weight = random_weight("q4_0", (20, 64), 32, generator)._replace(order=order)
+    x = torch.randn(9, 64, generator=generator)
+    check(x, weight, torch.randn(9, 20, generator=generator))
+    targets = torch.arange(9)
+    wide = weight.dequantize(torch.float64)
+    gradients.check(
+        lambda x: ops.linear_cross_entropy(x, weight, targets)[0],
+        lambda x: functional.cross_entropy(x @ wide.to(x.dtype).T, targets, reduction="sum"),
+        [x],
+        torch.ones(()),
+    )
 
 
 def test_norm(isa, generator):
