@@ -23,18 +23,22 @@ class Metrics:
 
     Args:
         folder: of the run.
-        step: steps that are done; lines of later steps are removed.
+        step, evaluated: of the run's `Progress`; lines of what comes after are removed.
         tensorboard: also write for TensorBoard, into `folder`/tensorboard.
 
     Raises:
         ImportError: tensorboard is asked for and missing.
     """
 
-    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
-        self._path = folder / METRICS
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
-        write_text_file(self._path, "".join(map(_line, kept if step else [])))
-        self._file = self._path.open("a", encoding="utf-8")
+    def __init__(self, folder: Path, step: int, evaluated: int, tensorboard: bool) -> None:
+        path = folder / METRICS
+        kept = [
+            row
+            for row in read_metrics(path)
+            if row["step"] <= (step if "loss" in row else evaluated)
+        ]
+        write_text_file(path, "".join(map(_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
         self._board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
 
     def add(self, step: int, **values: Any) -> None:

@@ -164,7 +164,9 @@ class Trainer:
         with (
             _exact_products(),
             Interruption() as interruption,
-            Metrics(self.output, progress.step, self.options.tensorboard) as metrics,
+            Metrics(
+                self.output, progress.step, progress.evaluated, self.options.tensorboard
+            ) as metrics,
             tqdm(total=self.steps, initial=progress.step, unit="steps", disable=disable) as bar,
         ):
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -17,7 +18,7 @@ import mistral_ext
 SHAPE = {
     "vocab_size": 32002,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
@@ -46,6 +47,14 @@ def tiny(tmp_path_factory):
 @pytest.fixture
 def llm(tiny):
     return mistral_ext.Mistral.from_pretrained(tiny[0], dtype=torch.float32, progress=False)
+
+
+@pytest.fixture
+def oracle(tiny):
+    """transformers' model, with eager attention; peft changes it in place."""
+    model = copy.deepcopy(tiny[1])
+    model.set_attn_implementation("eager")
+    return model
 
 
 @pytest.fixture
