@@ -408,9 +408,7 @@ def _instruct_encoder(
     encoder = getattr(instruct, f"InstructTokenizer{template.upper()}")(text_tokenizer)
     return MistralTokenizer(
         encoder,
-        validator=MistralRequestValidator(
-            ValidationMode.test if asks else ValidationMode.finetuning
-        ),
+        validator=MistralRequestValidator(ValidationMode("test" if asks else "finetuning")),
         request_normalizer=InstructRequestNormalizer.normalizer(),
     )
 
