@@ -137,7 +137,7 @@ def _adapted(
         return out
     matrices = [matrix for pair in pairs for matrix in (pair or (None, None))]
     parts = [outputs for outputs, _ in shapes(weight)]
-    added: Tensor = _Update.apply(out, x, adapter.scale, parts, *matrices)
+    added: Tensor = _Update.apply(out, x, adapter.scale, parts, *matrices)  # type: ignore[no-untyped-call]
     return added
 
 
@@ -166,7 +166,7 @@ class _Update(torch.autograd.Function):
         return added.to(out.dtype)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, *matrices = ctx.saved_tensors
         wide, d_wide = x.float(), d_out.float()
         d_x = torch.zeros_like(wide)
