@@ -6,7 +6,8 @@
 
 It takes less than ten minutes on two cores and prints:
 
-1. The limits: how fast the threads read memory, and how fast they multiply (see peaks.cpp).
+1. The limits: how fast the threads read memory, and how fast they multiply (see
+   mistral_ext/bench/peaks.cpp).
 2. A model of Mistral 7B's shape with 8 layers and random weights in bf16, int8 and int4, beside
    transformers (bf16) and, if it is installed, llama.cpp with as many bits (see peers.py):
    - first: seconds from weights in memory (llama.cpp: from a file in the page cache) to the first
@@ -16,7 +17,8 @@ It takes less than ten minutes on two cores and prints:
      loop has just then; `cost` is the time of a step for 4 over that for 1
    - prefill 256 and 1024: prompt tokens per second; `of peak` is the FLOPs that it takes over the
      time, as a share of what the best bf16 instruction does in registers (with int8 instructions
-     more than 100 % is possible); see `flops` in models.py
+     more than 100 % is possible); see `flops` in
+     mistral_ext/bench/models.py
    "x NAME" is our speed over that engine's.
 3. linear alone: our kernels and torch's bf16 linear; for int8 and int4 our speed over our bf16.
 
@@ -50,8 +52,7 @@ from measure import (
     spin,
     write_json,
 )
-from models import flops, mistral_7b, quantized, random_weights, step_bytes
-from peaks import INSTRUCTIONS, matrix_rate, rates, read_bandwidth
+from models import mistral_7b, quantized, random_weights, step_bytes
 from peers import (
     LLAMA_CPP_TYPES,
     PEERS,
@@ -66,6 +67,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import Mistral, ops
+from mistral_ext.bench.models import flops
+from mistral_ext.bench.peaks import INSTRUCTIONS, matrix_rate, rates, read_bandwidth
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from measure import machine, print_header, print_machine, print_row, write_json
 from models import mistral_7b, random_weights, step_bytes
-from peaks import read_bandwidth
 from peers import Transformers
 
 from mistral_ext import Mistral
+from mistral_ext.bench.peaks import read_bandwidth
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import platform
 import statistics
 import subprocess
 import time
@@ -15,10 +13,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from peaks import BEYOND_CACHES, read_bandwidth
-
-from mistral_ext import ops
+from mistral_ext.bench.machine import is_busy, software_and_processor
+from mistral_ext.bench.peaks import BEYOND_CACHES, read_bandwidth
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -88,12 +84,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": _commit(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "threads": torch.get_num_threads(),
-        "isa": ops.active_isa(),
-        "torch": torch.__version__,
+        **software_and_processor(),
         "read_bandwidth": read_bandwidth(),
     }
 
@@ -107,23 +98,13 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def print_machine(facts: dict[str, Any]) -> None:
     print(
         f"{facts['cpu']}, {facts['cores']} cores; {facts['threads']} threads, "
         f"{facts['isa']} kernels, torch {facts['torch']}; "
         f"reads {facts['read_bandwidth'] / 1e9:.1f} GB/s"
     )
-    if facts["load"] + facts["threads"] > facts["cores"] + 0.5:
+    if is_busy(facts):
         print(
             f"The machine is busy (load {facts['load']:.1f}): times are too long, and with "
             "several threads torch's most of all, because they wait for each other."

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from shapes import GPU, random, scaled
+from shapes import GPU, scaled
 
 from mistral_ext import _C
+from mistral_ext.bench.peaks_cuda import copy_bandwidth, product_rate
 
 MOST_INPUTS = 64  # in one graph
 SECONDS = 0.15  # of replays for each function, within bounds:
@@ -136,15 +137,11 @@ def machine() -> dict[str, Any]:
 
 
 def ceilings(nbytes: int) -> dict[str, float]:
-    size = scaled(8192)
-    source = random(scaled(nbytes) // 2, dtype=torch.bfloat16, device=GPU)
-    target = torch.empty_like(source)
-    a, b = (random(size, size, dtype=torch.bfloat16, device=GPU) for _ in range(2))
-    product = torch.empty_like(a)
-    copy, matmul = median_seconds(
-        [lambda: target.copy_(source), lambda: torch.mm(a, b, out=product)]
-    )
-    return {"copy_bytes": 2 * source.nbytes / copy, "matmul_flops": 2 * size**3 / matmul}
+    device = torch.device(GPU)
+    return {
+        "copy_bytes": copy_bandwidth(device, scaled(nbytes)),
+        "matmul_flops": product_rate(device, scaled(8192)),
+    }
 
 
 # ---- Peers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mistral_ext.bench.models import random_values
 from mistral_ext.model import rope
 
 DIM, HIDDEN = 4096, 14336
@@ -26,10 +27,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Random values; a block of them repeated, because only making them takes long."""
-    count = torch.Size(shape).numel()
-    block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
-    return block.repeat(-(-count // block.numel()))[:count].view(shape)
+    """Random values."""
+    return random_values(shape, dtype, torch.device(device))
 
 
 def frequencies(device: str = "cpu") -> Tensor:

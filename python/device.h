@@ -85,4 +85,15 @@ void run(const Tensor& x, ExecutionTarget target, const Params& p,
 
 #endif
 
+// For ops that have kernels for the CPU only.
+inline void expect_cpu(const Tensor& x) {
+  if (x.is_cuda()) fail(x.op(), "tensors are on a CUDA device, expected cpu");
+}
+
+template <class Params>
+void run_on_cpu(ExecutionTarget target, const Params& p, void (*cpu)(const Params&, int)) {
+  const py::gil_scoped_release release;
+  cpu(p, static_cast<int>(target));
+}
+
 }  // namespace mistral::python

@@ -59,7 +59,7 @@ def stand_in(step: plan.Step) -> plan.Step:
     if step.name == "machine":
         command.append("--stand-in")
     elif step.tests:
-        command[command.index("--processes") + 1] = "2"
+        command[command.index("--processes") + 1] = "1"
     elif not step.only_if_needed:
         script = next(i for i, part in enumerate(command) if part.startswith("bench/"))
         command = [sys.executable, "-m", "gpu_check.stand_in", *command[script:]]

@@ -130,6 +130,8 @@ def _sanitizer(tool: str, limit: int) -> Step:
 
 
 _WHOLE = ("tests/cuda/test_cuda.py", "tests/engine/test_whole_model.py")
+# Where the tests marked cuda are. To collect the others takes longer than to run many of these.
+MARKED = (*_WHOLE, "tests/ops")
 _ATTENTION = ("tests/ops/test_attention_cuda.py", "tests/ops/test_attention_sm90.py")
 
 
@@ -138,7 +140,7 @@ def _first() -> list[Stage]:
     return [
         [[_bench("canary", 35, canary)]],
         [
-            [_pytest("tests", 115, 8, "-k", "not sm90 and not overlapping")],
+            [_pytest("tests", 115, 8, *MARKED, "-k", "not sm90 and not overlapping")],
             [_sanitizer("memcheck", 55), _sanitizer("racecheck", 60)],
             [
                 _pytest("overlap_tests", 70, 2, *_WHOLE, "-k", "not sm90", environment=_OVERLAP),
@@ -164,8 +166,9 @@ def _overlapping_decode(limit: int, *arguments: str) -> Step:
 def _second() -> list[Stage]:
     def again(name: str, environment: Mapping[str, str] = {}) -> Step:
         only = AGAIN.format(name)
+        needs = (f"{name}_failed",)
         return _pytest(
-            f"{name}_again", 40, 4, only=only, environment=environment, needs=(f"{name}_failed",)
+            f"{name}_again", 40, 4, *MARKED, only=only, environment=environment, needs=needs
         )
 
     attention = ("--device", "cuda", "--only", "attention sm90", "--no-compile")

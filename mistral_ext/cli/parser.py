@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from mistral_ext import __version__
 from mistral_ext.cli import (
+    bench,
     chat,
     compare,
     eval,
@@ -27,6 +28,7 @@ _COMMANDS = (
     perplexity,
     eval,
     compare,
+    bench,
     finetune,
     merge,
     quantize,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mistral_ext import ops
-from mistral_ext.finetune.batches import NO_TARGET, Pass
+from mistral_ext.finetune.batches import Pass
 from mistral_ext.model.adapters import GROUPS
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Layer, Transformer, shapes
@@ -99,10 +99,8 @@ def loss(model: Transformer, adapter: TrainedAdapter, batch: Pass) -> Tensor:
             h = checkpoint(run, h, use_reentrant=False, preserve_rng_state=False)
         else:
             h = run(h)
-    rows = (batch.targets != NO_TARGET).nonzero().squeeze(1)
-    x = ops.rms_norm(h.index_select(0, rows), model.norm, model.config.norm_eps)
-    given = x, model.output, batch.targets[rows], batch.weights[rows]
-    summed, _ = ops.linear_cross_entropy(*given)
+    x = ops.rms_norm(h, model.norm, model.config.norm_eps)
+    summed, _ = ops.linear_cross_entropy(x, model.output, batch.targets, batch.weights)
     return summed
 
 

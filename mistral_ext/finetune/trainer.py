@@ -181,7 +181,7 @@ class Trainer:
         if not self._eval_passes:
             self._write_adapter()
         if write_plot(self.output) is None:
-            _log.warning("no plot of the losses: pip install 'mistral_ext[finetune]'")
+            _log.warning("no plot of the losses: pip install 'mistral_ext[plot]'")
         return TrainingResult(self.output, progress.step, progress.best_loss)
 
     @property

@@ -176,6 +176,13 @@ class Parts(NamedTuple):
         """Rows of all weights together."""
         return sum(map(len, self.values))
 
+    @property
+    def inputs(self) -> int:
+        """K, the length of a row."""
+        elements = self.values[0].shape[1]
+        name = self.formats[0]
+        return elements if name == PLAIN else FORMATS[name].size(elements)
+
 
 def parts_of(weights: Weights) -> Parts:
     if isinstance(weights, JoinedWeight):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,12 +69,23 @@ def test_nothing_runs_beside_what_is_timed(command):
         assert not timed or [len(lane) for lane in stage] == [1]
 
 
-def test_every_script_and_test_file_of_the_plan_is_there():
+def test_all_scripts_and_tests_of_the_plan_are_there():
     for command in plan.LIMITS:
         for planned in (s for stage in plan.stages(command) for lane in stage for s in lane):
             for part in planned.command:
                 if part.startswith(("bench/", "tests/")):
-                    assert (ROOT / part).is_file()
+                    assert (ROOT / part).exists()
+
+
+def test_all_tests_that_need_a_gpu_are_in_the_plan():
+    needs_gpu = re.compile(r"mark\.cuda\b|from backends import .*GPU|backends\.(\w+_)?GPU\b")
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if needs_gpu.search(path.read_text())
+    } - {"tests/cuda/test_gpu_check.py", "tests/kit/test_skipped.py"}  # these speak of them
+    assert len(files) > 3
+    assert {file for file in files if not file.startswith(plan.MARKED)} == set()
 
 
 # ---- Steps

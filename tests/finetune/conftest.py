@@ -10,7 +10,6 @@ import pytest
 import torch
 from chat_templates import CHATML
 from checkpoints import TOKENIZERS, write_checkpoint
-from stand_ins import stand_in
 
 import mistral_ext
 
@@ -24,11 +23,6 @@ SHAPE = {
     "head_dim": 32,
     "sliding_window": 8,
 }
-
-
-@pytest.fixture(autouse=True)
-def _ops(monkeypatch):
-    stand_in(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "serve": {"llm", ""} | _MODELS - {"model"},
     "finetune": {"llm", "files"} | _MODELS - {"engine"},
     "evaluate": {"llm", "files"} | _MODELS,
+    "bench": {"llm", ""} | _MODELS,
     "integrations": {"llm"} | _MODELS,
     "": {"chat", "llm"} | _MODELS,
     "demo": set(),

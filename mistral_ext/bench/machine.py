@@ -1,0 +1,58 @@
+"""The facts about a machine and its software that speed depends on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mistral_ext import __version__, ops
+
+
+def software_and_processor() -> dict[str, Any]:
+    """The versions of what computes, and the processor that does."""
+    return {
+        "mistral_ext": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cpu": processor_name(),
+        "cores": os.cpu_count(),
+        "memory": memory_bytes(),
+        "load": os.getloadavg()[0],  # processes that ran or waited in the last minute
+        "threads": torch.get_num_threads(),
+        "isa": ops.active_isa(),
+    }
+
+
+def processor_name() -> str:
+    """As the processor calls itself, where the system says so."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_busy(facts: dict[str, Any]) -> bool:
+    """Whether other processes take so much of the cores that all times are too long."""
+    return bool(facts["load"] + facts["threads"] > facts["cores"] + 0.5)
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process has in use, mapped files included; None: the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,35 @@
+"""The limits of a GPU, as far as torch reaches them: shares of speed refer to them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_TIMES = 20
+
+
+def copy_bandwidth(device: torch.device, nbytes: int) -> float:
+    """Bytes per second that a copy of so many bytes moves: each is read and written."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def product_rate(device: torch.device, size: int) -> float:
+    """Operations per second of the product of two bf16 matrices of size x size."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, b, out=product), device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one of several runs, queued one after the other."""
+    run()
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(_TIMES):
+        run()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / _TIMES

@@ -1,0 +1,165 @@
+"""Draws a roofline: how near each point is to what the machine can do.
+
+Across: FLOPs per byte of weights. Up: GFLOPs per second. The roofs are the limits of the machine:
+the slope is its bandwidth, the levels are the peaks of its instructions. A point is drawn at its
+share of the limit that was measured with it, under the median of that limit: the memory of a shared
+machine is not equally fast at all times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GIGA = 1e9
+_LEFT = 0.5  # FLOPs per byte
+_COLOURS = ("#2a6fbb", "#d9822b", "#3a9d5d", "#8a5fb0", "#b8455c", "#5c6b73")
+
+
+class Point(NamedTuple):
+    """Something measured.
+
+    Attributes:
+        weights: their format, which decides the colour.
+        series: what the legend calls points with this marker.
+        marker: matplotlib's.
+        flops_per_byte: where the point is from left to right.
+        flops: per second.
+        label: what is written beside it.
+        is_open: it is drawn as an outline.
+    """
+
+    weights: str
+    series: str
+    marker: str
+    flops_per_byte: float
+    flops: float
+    label: str = ""
+    is_open: bool = False
+
+
+class Roofs(NamedTuple):
+    """The limits of a machine.
+
+    Attributes:
+        read: bytes of memory per second.
+        read_label: what is written along the slope.
+        levels: operations per second, by the name of what does them.
+    """
+
+    read: float
+    read_label: str
+    levels: Mapping[str, float]
+
+
+def draw(points: Sequence[Point], roofs: Roofs, title: str, path: Path) -> None:
+    """Writes a roofline as a PNG, wholly or not at all.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    right = 3 * max(1000.0, *(point.flops_per_byte for point in points))
+    top = max(roofs.levels.values(), default=roofs.read * right)
+    highest = max(top, *(point.flops for point in points))
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(_LEFT, right),
+        ylim=(min(roofs.read * _LEFT / 2, highest / 50) / GIGA, 2 * highest / GIGA),
+        xlabel="FLOPs per byte of weights",
+        ylabel="GFLOP/s",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    _draw_roofs(axes, roofs, right, top)
+    _draw_points(axes, points)
+    axes.set_title(title, fontsize=10)
+    axes.grid(which="major", alpha=0.3)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=150)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _draw_roofs(axes: Axes, roofs: Roofs, right: float, top: float) -> None:
+    read = roofs.read / GIGA
+    axes.plot([_LEFT, top / roofs.read], [read * _LEFT, top / GIGA], color="black", linewidth=1.5)
+    axes.text(
+        1.1 * _LEFT,
+        1.3 * read * _LEFT,
+        roofs.read_label,
+        rotation=math.degrees(math.atan(read)),
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+    )
+    for name, level in roofs.levels.items():
+        axes.plot([level / roofs.read, right], [level / GIGA] * 2, color="black", linewidth=1)
+        axes.annotate(
+            f"{name}\n{level / GIGA:.0f} GFLOP/s",
+            (right, level / GIGA),
+            xytext=(6, 0),
+            textcoords="offset points",
+            verticalalignment="center",
+            annotation_clip=False,
+            fontsize=9,
+        )
+
+
+def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    from matplotlib.lines import Line2D
+
+    kinds = list(dict.fromkeys(point.weights for point in points))
+    colours = {kind: _COLOURS[i % len(_COLOURS)] for i, kind in enumerate(kinds)}
+    for point in points:
+        colour = colours[point.weights]
+        axes.plot(
+            point.flops_per_byte,
+            point.flops / GIGA,
+            marker=point.marker,
+            markersize=7 if point.is_open else 9,
+            color="none" if point.is_open else colour,
+            markeredgecolor=colour,
+            markeredgewidth=1.5,
+            linestyle="none",
+        )
+        axes.annotate(
+            point.label,
+            (point.flops_per_byte, point.flops / GIGA),
+            xytext=(6, -6),
+            textcoords="offset points",
+            rotation=-35,
+            rotation_mode="anchor",
+            verticalalignment="top",
+            color=colour,
+            fontsize=9,
+        )
+    handles = [
+        Line2D([], [], linestyle="none", marker="o", markersize=8, color=colour, label=kind)
+        for kind, colour in colours.items()
+    ]
+    for series, point in {point.series: point for point in points}.items():
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                marker=point.marker,
+                markersize=8,
+                color="none" if point.is_open else "grey",
+                markeredgecolor="grey",
+                label=series,
+            )
+        )
+    axes.legend(handles=handles, loc="lower right")

@@ -1,0 +1,167 @@
+"""How fast a model reads a prompt and decodes, as shares of what the machine can do.
+
+Machines are noisy, virtual ones above all, whose memory may be twice as fast in the next second. So
+the limits are measured before and after each run, shares are taken within a run, and medians are
+shown.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from mistral_ext.bench import machine, peaks, peaks_cuda
+from mistral_ext.bench.models import flops, formats_of, step_bytes
+from mistral_ext.llm import Mistral
+
+_LEAST_TURNS, _MOST_TURNS = 2, 8
+_SECONDS = 6.0  # for the turns of a model, if that is enough for the least of them
+_READ_PASSES = 2
+_COPY_BYTES = 2**30
+_PRODUCT_SIZE = 8192
+
+
+class Limits(NamedTuple):
+    """What a device can do.
+
+    Attributes:
+        read: bytes of memory per second: a CPU's threads read, a GPU copies.
+        products: operations per second of the best instruction for bf16 matrices in registers; of a
+            GPU, of a product of large bf16 matrices. 0: not measured, for lack of a C++ compiler.
+    """
+
+    read: float
+    products: float
+
+
+def limits_of(device: torch.device) -> Limits:
+    """Measures the limits of a device as they are just now."""
+    if device.type == "cpu":
+        return Limits(peaks.read_bandwidth(_READ_PASSES), peaks.matrix_rate())
+    nbytes = min(_COPY_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
+    return Limits(
+        peaks_cuda.copy_bandwidth(device, nbytes), peaks_cuda.product_rate(device, _PRODUCT_SIZE)
+    )
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast something is done.
+
+    Attributes:
+        tokens_per_second: the median of the turns.
+        share: of the limit, the median of the turns; None: the limit was not measured.
+        limit: bytes or operations per second, the median of the turns.
+        flops_per_byte: operations for each byte of weights, which are read once.
+    """
+
+    tokens_per_second: float
+    share: float | None
+    limit: float
+    flops_per_byte: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of a model.
+
+    Attributes:
+        weights: the formats of its matrices, that of most bytes first.
+        step_bytes: weights that a decode step reads.
+        decode: its share is that of the bandwidth.
+        prompt: its share is that of `Limits.products`.
+        first_token_seconds: after the first prompt, with the engine and its cache yet to be made.
+        memory: bytes that the process has resident with the model; on a GPU, that torch has
+            reserved there at most. None: the system does not say.
+        turns: how many there were.
+    """
+
+    weights: str
+    step_bytes: int
+    decode: Rate
+    prompt: Rate
+    first_token_seconds: float
+    memory: int | None
+    turns: int
+
+
+class _Turn(NamedTuple):
+    limits: Limits
+    prompt_seconds: float
+    decode_seconds: float  # of a step
+
+
+def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
+    """Measures a model with one sequence at a time.
+
+    Args:
+        llm: the model, which has made no completion yet.
+        prompt_tokens: in a prompt.
+        decode_tokens: generated after the first.
+
+    Raises:
+        ValueError: the prompt is too long for the model, or the model does not write text.
+    """
+    device = llm.model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    begin = time.perf_counter()
+    _complete(llm, prompt_tokens, 0)
+    first_token_seconds = time.perf_counter() - begin
+
+    turns: list[_Turn] = []
+    stop = time.perf_counter() + _SECONDS
+    before = limits_of(device)
+    while len(turns) < _LEAST_TURNS or (len(turns) < _MOST_TURNS and time.perf_counter() < stop):
+        seconds = _complete(llm, prompt_tokens, decode_tokens)
+        after = limits_of(device)
+        means = Limits(*(sum(pair) / 2 for pair in zip(before, after, strict=True)))
+        turns.append(_Turn(means, *seconds))
+        before = after
+
+    nbytes = step_bytes(llm.model)
+    prompt_flops = flops(llm.config, 1, prompt_tokens)
+    products = [turn.limits.products for turn in turns]
+    return Speed(
+        weights=formats_of(llm.model),
+        step_bytes=nbytes,
+        decode=Rate(
+            1 / statistics.median(turn.decode_seconds for turn in turns),
+            statistics.median(nbytes / t.decode_seconds / t.limits.read for t in turns),
+            statistics.median(turn.limits.read for turn in turns),
+            flops(llm.config, 1, 1, prompt_tokens) / nbytes,
+        ),
+        prompt=Rate(
+            prompt_tokens / statistics.median(turn.prompt_seconds for turn in turns),
+            statistics.median(prompt_flops / t.prompt_seconds / t.limits.products for t in turns)
+            if all(products)
+            else None,
+            statistics.median(products),
+            prompt_flops / nbytes,
+        ),
+        first_token_seconds=first_token_seconds,
+        memory=_memory(device),
+        turns=len(turns),
+    )
+
+
+def _complete(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
+    """Seconds until the first token of a new prompt, and of a decode step after it. The tokens come
+    to the CPU, so a GPU has computed them."""
+    # Other tokens each time: the engine remembers prompts.
+    ids = torch.randint(llm.config.vocab_size, (prompt_tokens,)).tolist()
+    (completion,) = llm.generate([ids], max_tokens=1 + decode_tokens, ignore_eos=True, drafts=0)
+    timing = completion.timing
+    assert timing.prompt_tokens == prompt_tokens
+    return timing.prompt_seconds, timing.decode_seconds / max(1, timing.decode_tokens)
+
+
+def _memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    resident = machine.resident_bytes()
+    return None if resident is None else resident - peaks.buffer_bytes()

