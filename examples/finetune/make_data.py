@@ -35,6 +35,6 @@ def line(rng: random.Random, people: list[str], things: list[str]) -> str:
 
 rng = random.Random(0)
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent)
-for name, count, part in (("train", 400, slice(3, None)), ("held_out", 50, slice(0, 3))):
+for name, count, part in (("train", 200, slice(3, None)), ("held_out", 20, slice(0, 3))):
     lines = [line(rng, PEOPLE[part], THINGS[part]) for _ in range(count)]
     (folder / f"{name}.jsonl").write_text("".join(lines))
