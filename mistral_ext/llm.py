@@ -25,6 +25,7 @@ from mistral_ext.engine.request import Completion, Request
 from mistral_ext.engine.stream import Stream
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops import LowRank
 from mistral_ext.text.chat_template import (
     ChatTemplate,
     chat_template_of,
@@ -210,13 +211,14 @@ class Mistral:
         with self._making_engine:
             return self._engine
 
-    def load_adapter(self, path: str | Path, name: str) -> None:
+    def load_adapter(self, path: str | Path | Mapping[str, LowRank], name: str) -> None:
         """Loads a LoRA adapter, which prompts then use by its name.
 
         The model's weights, of whatever format, stay as they are, and requests that run go on.
 
         Args:
-            path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file.
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file; or
+                what such a file holds, as `weights.adapters.read_adapter` gives it.
             name: a new name.
 
         Raises:
@@ -224,7 +226,7 @@ class Mistral:
                 something that is not supported; or the name is taken.
         """
         self.adapters.expect_new(name)
-        weights = read_adapter(path, self.config)
+        weights = path if isinstance(path, Mapping) else read_adapter(path, self.config)
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
