@@ -461,7 +461,7 @@ class Mistral:
         return Request(ids, None, len(ids), prompt_logits=True, logits_from=last, salt=salt)
 
     def moderation_of(self, logits: Tensor) -> Moderation:
-        """What the logits [V] say, those after the last token of a `moderation_request`."""
+        """The judgement in the logits [V] after the last token of a `moderation_request`."""
         _, following = label_ids(self.require_tokenizer())
         of_labels = logits[list(following.values())].tolist()
         return Moderation.of(dict(zip(following, of_labels, strict=True)))
@@ -692,7 +692,7 @@ class Mistral:
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
     ) -> Grammar | None:
-        """What the options have completions match, compiled; None: nothing. The last ones are kept.
+        """Compiles the constraint of the options; None: there is none. The latest are kept.
 
         Args:
             params, starts_text, tools: as in `request`.

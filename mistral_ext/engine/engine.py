@@ -348,7 +348,7 @@ class Engine:
         with self._lock:
             self.scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        # What may come next is not known before the token is.
+        # A matcher has to know the token before the next step begins.
         is_free = all(sequence.matcher is None for sequence in sequences)
         while len(self._under_way) > (self.runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
@@ -509,7 +509,7 @@ class Outputs(Iterator[Output]):
         self._open: dict[int, deque[Output]] = {}  # unread outputs of requests that have not ended
 
     def add(self, request: Request) -> None:
-        """Adds a request, whose outputs this iterator then gives too."""
+        """Adds a request. This iterator gives its outputs too."""
         come: deque[Output] = deque()
         with self._engine._lock:
             request_id = self._engine.add(request, come.append)

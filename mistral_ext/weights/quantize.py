@@ -103,7 +103,7 @@ class Quantization:
         return self.format if is_matrix else None
 
     def group_of(self, name: str) -> int | None:
-        """Weights that share a scale in a weight that is quantised; None: all of a row."""
+        """The number of neighbours that share a scale in a quantised weight; None: a whole row."""
         if self.format_of(name) == self.format:
             return self.group
         return Quantization(self.output_format).group
