@@ -188,6 +188,7 @@ class Mistral:
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
         llm = cls(config, transformer, tokenizer, path, *sizes, defaults, drafts)
+        llm.adapters.reserve(len(read))
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
         return llm
@@ -228,15 +229,12 @@ class Mistral:
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that use it go on to their end.
-
-        Another adapter may then take its memory, which is freed if this was the last adapter and
-        no request uses any.
+        """Removes an adapter. Requests that use it go on to their end; then its memory is freed.
 
         Raises:
             ValueError: there is none of that name.
         """
-        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
+        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
         # Without an engine there are no requests, and the engine, when it is made, sees how much

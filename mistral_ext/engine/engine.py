@@ -175,6 +175,7 @@ class Engine:
             if sequence is not None:
                 sequence.is_aborted = True
                 self._aborted.append(sequence)
+                self._free_adapter(sequence)
 
     def outputs(self, requests: Collection[Request]) -> Outputs:
         """Adds requests, and returns an iterator over their outputs. The iterator steps the engine,
@@ -243,6 +244,7 @@ class Engine:
             return self._step()
         finally:
             with self._stepped:
+                self._work_between()
                 self._stepping.release()
                 self._stepped.notify_all()
 
@@ -268,10 +270,18 @@ class Engine:
             for output in outputs:
                 listener = self._listeners.get(output.request_id)
                 if output.is_last:
-                    self._sequences.pop(output.request_id, None)
+                    sequence = self._sequences.pop(output.request_id, None)
+                    if sequence is not None:
+                        self._free_adapter(sequence)
                     self._listeners.pop(output.request_id, None)
                 if listener is not None:
                     listener(output)
+
+    def _free_adapter(self, sequence: Sequence) -> None:
+        """Has memory freed after the step if the adapter of an ended sequence was removed."""
+        adapter = sequence.request.adapter
+        if adapter is not None and adapter.free is not None:
+            self._between.append(adapter.free)
 
     def _read(self, outputs: list[Output]) -> None:
         pieces = self.scheduler.next_pieces()
