@@ -134,4 +134,30 @@ struct Packing<Int8InIntegers> {
   }
 };
 
+// A type that is the same for two chunk types if their activations are packed alike.
+template <class Chunk>
+struct PackedAlike {
+  using type = Chunk;
+};
+template <WeightFormat format>
+struct PackedAlike<InBytes<format>> {
+  using type = ByteActivations;
+};
+template <class>
+constexpr char kMark = 0;
+
+// A mark of the way in which the activations of a part are packed: parts with the same mark share
+// them.
+template <class T>
+const void* packing_mark(const LinearParams& p, int64_t part) {
+  if (p.tokens <= kGemvTokens) {
+    return with_few_chunk<T>(p, part, [](auto chunk) -> const void* {
+      return &kMark<typename PackedAlike<decltype(chunk)>::type>;
+    });
+  }
+  return with_format(p.parts[part].format, [](auto format) -> const void* {
+    return &kMark<std::bool_constant<ChunkOf<format.value, float>::type::kInOrder>>;
+  });
+}
+
 }  // namespace mistral::cpu::MISTRAL_ISA
