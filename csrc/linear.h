@@ -14,10 +14,7 @@
 
 namespace mistral {
 
-// The longest row of int8: the sums of its integer products fit 32 bits.
-constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
-
-// What is done with the product.
+// The use of the product.
 //   store   out = product
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second)

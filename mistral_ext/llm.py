@@ -189,6 +189,7 @@ class Mistral:
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
         llm = cls(config, transformer, tokenizer, path, *sizes, defaults, drafts)
+        llm.adapters.reserve(len(read))
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
         return llm
@@ -230,15 +231,12 @@ class Mistral:
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that use it go on to their end.
-
-        Another adapter may then take its memory, which is freed if this was the last adapter and
-        no request uses any.
+        """Removes an adapter. Requests that use it go on to their end; then its memory is freed.
 
         Raises:
             ValueError: there is none of that name.
         """
-        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
+        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
         # Without an engine there are no requests, and the engine, when it is made, sees how much
@@ -463,7 +461,7 @@ class Mistral:
         return Request(ids, None, len(ids), prompt_logits=True, logits_from=last, salt=salt)
 
     def moderation_of(self, logits: Tensor) -> Moderation:
-        """What the logits [V] say, those after the last token of a `moderation_request`."""
+        """The judgement in the logits [V] after the last token of a `moderation_request`."""
         _, following = label_ids(self.require_tokenizer())
         of_labels = logits[list(following.values())].tolist()
         return Moderation.of(dict(zip(following, of_labels, strict=True)))
@@ -694,7 +692,7 @@ class Mistral:
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
     ) -> Grammar | None:
-        """What the options have completions match, compiled; None: nothing. The last ones are kept.
+        """Compiles the constraint of the options; None: there is none. The latest are kept.
 
         Args:
             params, starts_text, tools: as in `request`.

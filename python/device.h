@@ -16,7 +16,7 @@ namespace mistral::python {
 #define MISTRAL_KERNELS(op) &cpu::op
 #endif
 
-// What a call runs on: the number of threads on the CPU, the handle of a stream on a CUDA device.
+// Where a call runs: on a CPU the number of threads, on a CUDA device the handle of a stream.
 using ExecutionTarget = int64_t;
 
 #ifdef MISTRAL_CUDA

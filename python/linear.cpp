@@ -102,9 +102,10 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& 
   const int64_t count = scales.size(1), groups = count / format.group_scales;
   part.group = groups > 0 ? max(1, inputs / groups) : 0;
   if (format.least_group) expect_groups(op, names.values[i], inputs, count, part);
-  if (part.format == WeightFormat::int8 && inputs > kMaxInt8Inputs) {
+  if (format.most_inputs && inputs > format.most_inputs) {
     fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
-                 " inputs, expected at most " + std::to_string(kMaxInt8Inputs) + " as int8");
+                 " inputs, expected at most " + std::to_string(format.most_inputs) + " as " +
+                 format.name);
   }
   part.values = values.data();
   part.scales = scales.data();

@@ -15,7 +15,7 @@ from mistral_ext.ops.workspace import execution_target
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to a weight [N, K]: scale * b @ a."""
+    """The update of a weight [N, K] by an adapter: scale * b @ a."""
 
     a: Tensor  # [rank, K]
     b: Tensor  # [N, rank]

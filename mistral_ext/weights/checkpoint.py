@@ -314,7 +314,7 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
     return {name: weight}
 
 
-# Which tensors the files hold
+# The tensors in the files
 
 
 def _stored_parts(

@@ -256,18 +256,6 @@ def _quantization(values: dict[str, Any]) -> Quantization | None:
     if method != _QUANT_METHOD:
         return None
     try:
-        if "format" not in settings:  # a folder of version 0.1 or before
-            return _old_quantization(settings)
-        return Quantization(
-            settings["format"], settings.get("group_size"), settings.get("output_format", "q8_0")
-        )
+        return Quantization.from_settings(settings)
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from error
-
-
-def _old_quantization(settings: dict[str, Any]) -> Quantization:
-    """The format of an older folder, which has `bits` instead: 8 bits have a scale for each row."""
-    bits = settings.get("bits")
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits!r}, expected 8 or 4")
-    return Quantization(f"int{bits}", settings.get("group_size"), "int8")

@@ -36,7 +36,7 @@ SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight, in the name o
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. A quantised weight is two, its values and its scales."""
+    """A tensor in a file. A quantised weight has two tensors, its values and its scales."""
 
     name: str
     file: Path
