@@ -60,8 +60,8 @@ def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
         key = weight.shape, chosen
         if key not in done:
             done[key] = quantization.quantize(tensor, weight, tensor)
-        values, scales, _ = done[key]
-        result[tensor] = Quantized(on_large_pages(values), on_large_pages(scales), chosen)
+        values, scales = map(on_large_pages, done[key][:2])
+        result[tensor] = Quantized(values, scales, chosen)
     return result
 
 

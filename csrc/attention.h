@@ -23,6 +23,7 @@ struct AttentionParams {
   void* k_pool;               // [R, D]
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
+  float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row; null: not wanted
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R
@@ -42,7 +43,7 @@ struct AttentionParams {
   // D + 4].
   float* partials;
 
-  // CUDA only
+  // CUDA only. Its kernels leave lse alone.
   int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
   int32_t splits;     // blocks among which the keys of a decode are divided
   int32_t prefill_splits;  // the same for a tile of prefill, in the kernel of sm_90a

@@ -68,6 +68,9 @@ constexpr int8_t kTable4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
 // The values of q*_k and iq4_xs that share a d.
 constexpr int64_t kSuperBlock = 256;
 
+// The longest row of int8: the sums of its integer products fit 32 bits.
+constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
+
 struct FormatInfo {
   const char* name;
   const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
@@ -80,12 +83,13 @@ struct FormatInfo {
   // shares a scale.
   int64_t least_group;
   int64_t most_group;
+  int64_t most_inputs = 0;  // the values of the longest row; 0: any number
 };
 
 constexpr int kNumFormats = 12;
 constexpr FormatInfo kFormats[kNumFormats] = {
     {"plain", nullptr, nullptr, 0, 0, 0, 0, 0, 0},
-    {"int8", "int8", "bfloat16", 8, 8, 2, 1, 0, 0},
+    {"int8", "int8", "bfloat16", 8, 8, 2, 1, 0, 0, kMaxInt8Inputs},
     {"int4", "int32", "bfloat16", 4, 32, 2, 1, 32, 128},
     {"q8_0", "int8", "float16", 8, 8, 2, 1, 32, 32},
     {"q4_0", "int32", "float16", 4, 32, 2, 1, 32, 128},

@@ -14,10 +14,7 @@
 
 namespace mistral {
 
-// The longest row of int8: the sums of its integer products fit 32 bits.
-constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
-
-// What is done with the product.
+// The use of the product.
 //   store   out = product
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second)
@@ -81,6 +78,21 @@ struct LinearRopeParams {
   RopeParams rope;  // q, k and v are in linear.out, as [T, Hq + 2 Hkv, D]
 };
 
+// The gradient of a linear layer's input, d_x = d_out W, from the same weights. There is no kernel
+// for CUDA devices: the vendor's GEMM multiplies dequantised weights there.
+struct LinearBackwardParams {
+  DType dtype;                  // of d_out, d_x and plain weights
+  const void* d_out;            // [T, N]; N: the rows of all parts
+  void* d_x;                    // [T, K]
+  void* scratch;                // linear_backward_scratch_bytes(p), aligned to 64
+  WeightPart parts[kMaxParts];  // in the order of their columns of d_out
+  int64_t num_parts;
+  int64_t tokens;  // T
+  int64_t inputs;  // K
+  int64_t stride_d_out_token;
+  int64_t stride_d_x_token;
+};
+
 namespace cpu {
 
 // Up to this many tokens are multiplied by gemv.h. The result of a token then has the same bits
@@ -89,6 +101,9 @@ constexpr int64_t kGemvTokens = 8;
 
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
+
+int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p);
+void linear_backward(const LinearBackwardParams& p, int threads);
 
 // Runs linear, then rope: RoPE is only a hundredth of the time of a layer.
 void linear_rope(const LinearRopeParams& p, int threads);

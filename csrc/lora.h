@@ -40,9 +40,28 @@ struct LoraParams {
   int64_t stride_out_token;
 };
 
+// The gradient of the stacked A (x: the layer's input, hidden: the gradient of x A^T) or of the
+// stacked B (x: the gradient of the layer's output): for each adapter, over the tokens that use it,
+//
+//   out = sum(hidden^T x)
+struct LoraGradientParams {
+  DType dtype;              // of x
+  const float* hidden;      // [T, R]; R: the rows of A or B
+  const void* x;            // [T, N]
+  const int32_t* adapters;  // [T]; negative: none
+  float* out;               // [num_adapters, R, N], contiguous
+  int64_t tokens;           // T
+  int64_t rank;             // R
+  int64_t columns;          // N
+  int64_t num_adapters;
+  int64_t stride_hidden_token;
+  int64_t stride_x_token;
+};
+
 namespace cpu {
 // The result of a token has the same bits whatever the other tokens and adapters are.
 void lora(const LoraParams& p, int threads);
+void lora_gradient(const LoraGradientParams& p, int threads);
 }  // namespace cpu
 
 #ifdef MISTRAL_CUDA

@@ -2,9 +2,12 @@
 #pragma once
 
 #include "attention.h"
+#include "attention_backward.h"
+#include "cross_entropy.h"
 #include "linear.h"
 #include "lora.h"
 #include "rms_norm.h"
 #include "rope.h"
+#include "rotate.h"
 #include "sample.h"
 #include "swiglu.h"

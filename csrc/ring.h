@@ -11,8 +11,8 @@
 // the ring plus the chunk's own keys hold all that is seen. A sequence that never grows past C
 // tokens needs no more than C slots, whatever the window.
 //
-// What a chunk may overwrite, and when: token p takes the slot of token p - C. While the first
-// query of the chunk still sees p - C, p has to wait until attention is done. So a new token is
+// A chunk must not overwrite tokens that it still needs: token p takes the slot of token p - C, and
+// while the first query of the chunk sees p - C, p waits until attention is done. So a new token is
 //   - never stored, if a later token of its own chunk takes the same slot;
 //   - stored before attention (by rope), if no query of the chunk sees what it replaces; this
 //     is every decode step, and every chunk that does not wrap;

@@ -26,14 +26,34 @@ struct RmsNormParams {
   float eps;
 };
 
+// The gradient of rms_norm without a residual. With n = x / sqrt(mean(x^2) + eps) and
+// g = d_out * weight:
+//
+//   d_x = (g - n * mean(g * n)) / sqrt(mean(x^2) + eps)
+struct RmsNormBackwardParams {
+  DType dtype;
+  const void* x;       // [T, E]
+  const void* weight;  // [E]
+  const void* d_out;   // [T, E]
+  void* d_x;           // [T, E]
+  int64_t tokens;      // T
+  int64_t dim;         // E
+  int64_t stride_x_token;
+  int64_t stride_d_out_token;
+  int64_t stride_d_x_token;
+  float eps;
+};
+
 namespace cpu {
 void rms_norm(const RmsNormParams& p, int threads);
-}
+void rms_norm_backward(const RmsNormBackwardParams& p, int threads);
+}  // namespace cpu
 
 #ifdef MISTRAL_CUDA
 namespace cuda {
 cudaError_t rms_norm(const RmsNormParams& p, cudaStream_t stream);
-}
+cudaError_t rms_norm_backward(const RmsNormBackwardParams& p, cudaStream_t stream);
+}  // namespace cuda
 #endif
 
 }  // namespace mistral

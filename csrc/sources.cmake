@@ -6,12 +6,19 @@ get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 # (csrc/cpu/kernels.h).
 set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
+  ${root}/csrc/cpu/attention/backward.cpp
+  ${root}/csrc/cpu/cross_entropy.cpp
   ${root}/csrc/cpu/kernels.cpp
+  ${root}/csrc/cpu/linear/backward.cpp
   ${root}/csrc/cpu/linear/linear.cpp
   ${root}/csrc/cpu/lora.cpp
+  ${root}/csrc/cpu/lora_gradient.cpp
   ${root}/csrc/cpu/rms_norm.cpp
+  ${root}/csrc/cpu/rms_norm_backward.cpp
   ${root}/csrc/cpu/rope.cpp
-  ${root}/csrc/cpu/swiglu.cpp)
+  ${root}/csrc/cpu/rotate.cpp
+  ${root}/csrc/cpu/swiglu.cpp
+  ${root}/csrc/cpu/swiglu_backward.cpp)
 set(cpu_sources
   ${root}/csrc/cpu/dispatch.cpp
   ${root}/csrc/cpu/parallel.cpp
@@ -28,9 +35,12 @@ set(cuda_kernels
   ${root}/csrc/cuda/linear/linear.cu
   ${root}/csrc/cuda/lora.cu
   ${root}/csrc/cuda/rms_norm.cu
+  ${root}/csrc/cuda/rms_norm_backward.cu
   ${root}/csrc/cuda/rope.cu
+  ${root}/csrc/cuda/rotate.cu
   ${root}/csrc/cuda/sample.cu
-  ${root}/csrc/cuda/swiglu.cu)
+  ${root}/csrc/cuda/swiglu.cu
+  ${root}/csrc/cuda/swiglu_backward.cu)
 set(cuda_kernels_sm90 ${root}/csrc/cuda/attention/prefill_sm90.cu)
 # What the emulator has its own of: the runtime's functions and headers.
 set(cuda_sources ${root}/csrc/cuda/common/device.cu)
@@ -39,13 +49,16 @@ set(cuda_headers ${root}/csrc/cuda/common)
 
 set(bindings
   ${root}/python/attention.cpp
+  ${root}/python/attention_backward.cpp
   ${root}/python/call.cpp
+  ${root}/python/cross_entropy.cpp
   ${root}/python/device.cpp
   ${root}/python/launch_failure.cpp
   ${root}/python/linear.cpp
   ${root}/python/lora.cpp
   ${root}/python/rms_norm.cpp
   ${root}/python/rope.cpp
+  ${root}/python/rotate.cpp
   ${root}/python/sample.cpp
   ${root}/python/sequences.cpp
   ${root}/python/swiglu.cpp

@@ -34,6 +34,21 @@ def attention(
     window: int | None,
     scale: float | None,
     max_count: int | None,
+    lse: Tensor | None = None,
+) -> Call: ...
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    sequences: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    window: int | None,
+    scale: float | None,
 ) -> Call: ...
 def check_linear(
     op: str,
@@ -64,6 +79,9 @@ def check_linear_rope(
     eps: float,
     k_pool: Tensor,
 ) -> None: ...
+def cross_entropy(
+    logits: Tensor, targets: Tensor, factors: Tensor | None, loss: Tensor, target: int
+) -> None: ...
 def cuda_devices() -> tuple[list[_Device], str] | None: ...  # None: a build without CUDA
 def head_dims(device_type: str) -> list[int]: ...
 def linear(
@@ -76,6 +94,7 @@ def linear(
     eps: float,
     out: Tensor,
     added: Tensor | None = None,
+    exact: bool = False,
 ) -> Call: ...
 def linear_argmax(
     x: Tensor,
@@ -87,6 +106,13 @@ def linear_argmax(
     limit: int | None,
     out: Tensor,
     token_ids: Tensor,
+) -> Call: ...
+def linear_backward(
+    d_out: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
+    d_x: Tensor,
 ) -> Call: ...
 def linear_rope(
     x: Tensor,
@@ -114,9 +140,15 @@ def lora(
     out: Tensor,
     target: int,
 ) -> None: ...
+def lora_gradient(
+    hidden: Tensor, x: Tensor, adapters: Tensor, out: Tensor, target: int
+) -> None: ...
 def philox(key: Sequence[int], counter: Sequence[int]) -> list[int]: ...
 def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, target: int
+) -> None: ...
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, d_out: Tensor, d_x: Tensor, eps: float, target: int
 ) -> None: ...
 def rope(
     q: Tensor,
@@ -127,6 +159,14 @@ def rope(
     sequences: Tensor,
     frequencies: Tensor,
     window: int | None,
+    target: int,
+) -> None: ...
+def rotate(
+    x: Tensor,
+    sequences: Tensor,
+    frequencies: Tensor,
+    backward: bool,
+    out: Tensor,
     target: int,
 ) -> None: ...
 def sample(
@@ -144,6 +184,9 @@ def sample(
 def select_isa(name: str) -> None: ...
 def supported_isas() -> list[str]: ...
 def swiglu(gate: Tensor, up: Tensor, out: Tensor, target: int) -> None: ...
+def swiglu_backward(
+    gate: Tensor, up: Tensor, d_out: Tensor, d_gate: Tensor, d_up: Tensor, target: int
+) -> None: ...
 def exact_products() -> bool: ...
 def set_exact_products(exact: bool) -> None: ...
 def weight_formats() -> dict[str, dict[str, Any]]: ...

@@ -25,6 +25,7 @@ from mistral_ext.engine.request import Completion, Request
 from mistral_ext.engine.stream import Stream
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops import LowRank
 from mistral_ext.text.chat_template import (
     ChatTemplate,
     chat_template_of,
@@ -188,6 +189,7 @@ class Mistral:
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
         llm = cls(config, transformer, tokenizer, path, *sizes, defaults, drafts)
+        llm.adapters.reserve(len(read))
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
         return llm
@@ -210,13 +212,14 @@ class Mistral:
         with self._making_engine:
             return self._engine
 
-    def load_adapter(self, path: str | Path, name: str) -> None:
+    def load_adapter(self, path: str | Path | Mapping[str, LowRank], name: str) -> None:
         """Loads a LoRA adapter, which prompts then use by its name.
 
         The model's weights, of whatever format, stay as they are, and requests that run go on.
 
         Args:
-            path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file.
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file; or
+                what such a file holds, as `weights.adapters.read_adapter` gives it.
             name: a new name.
 
         Raises:
@@ -224,19 +227,16 @@ class Mistral:
                 something that is not supported; or the name is taken.
         """
         self.adapters.expect_new(name)
-        weights = read_adapter(path, self.config)
+        weights = path if isinstance(path, Mapping) else read_adapter(path, self.config)
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that use it go on to their end.
-
-        Another adapter may then take its memory, which is freed if this was the last adapter and
-        no request uses any.
+        """Removes an adapter. Requests that use it go on to their end; then its memory is freed.
 
         Raises:
             ValueError: there is none of that name.
         """
-        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
+        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
         # Without an engine there are no requests, and the engine, when it is made, sees how much
@@ -461,7 +461,7 @@ class Mistral:
         return Request(ids, None, len(ids), prompt_logits=True, logits_from=last, salt=salt)
 
     def moderation_of(self, logits: Tensor) -> Moderation:
-        """What the logits [V] say, those after the last token of a `moderation_request`."""
+        """The judgement in the logits [V] after the last token of a `moderation_request`."""
         _, following = label_ids(self.require_tokenizer())
         of_labels = logits[list(following.values())].tolist()
         return Moderation.of(dict(zip(following, of_labels, strict=True)))
@@ -692,7 +692,7 @@ class Mistral:
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
     ) -> Grammar | None:
-        """What the options have completions match, compiled; None: nothing. The last ones are kept.
+        """Compiles the constraint of the options; None: there is none. The latest are kept.
 
         Args:
             params, starts_text, tools: as in `request`.

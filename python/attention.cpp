@@ -57,7 +57,7 @@ cuda::AttentionScratch cuda_scratch(const AttentionParams& p, int device_index) 
 
 Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py::object v_pool,
                py::object sequences, py::object out_, std::optional<int64_t> window,
-               std::optional<double> scale, std::optional<int64_t> max_count) {
+               std::optional<double> scale, std::optional<int64_t> max_count, py::object lse_) {
   constexpr const char* op = "attention";
   const RaggedBatch batch(op, Tensor(op, "q", q_), Tensor(op, "k", k), Tensor(op, "v", v), k_pool,
                           v_pool, sequences, window);
@@ -73,6 +73,14 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   p.max_count = max_count.value_or(p.tokens);
   if (p.max_count < 0) {
     fail(op, "max_count is " + std::to_string(p.max_count) + ", expected 0 or more or None");
+  }
+  if (!lse_.is_none()) {
+    const Table lse(op, "lse", lse_, "float32");
+    expect_cpu(q);
+    lse.expect_shape({p.tokens, p.heads});
+    lse.expect_contiguous();
+    lse.expect_device_of(q);
+    p.lse = static_cast<float*>(lse.data());
   }
   int64_t workspace_bytes = 0, counters = 0;
   if (!q.is_cuda()) workspace_bytes = cpu::attention_scratch_bytes(p);
@@ -113,7 +121,7 @@ void bind_attention(py::module_& m) {
   m.def("head_dims", &head_dims, py::arg("device_type"));
   m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("k_pool"),
         py::arg("v_pool"), py::arg("sequences"), py::arg("out"), py::arg("window"),
-        py::arg("scale"), py::arg("max_count"));
+        py::arg("scale"), py::arg("max_count"), py::arg("lse") = py::none());
 }
 
 }  // namespace mistral::python

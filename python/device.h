@@ -16,7 +16,7 @@ namespace mistral::python {
 #define MISTRAL_KERNELS(op) &cpu::op
 #endif
 
-// What a call runs on: the number of threads on the CPU, the handle of a stream on a CUDA device.
+// Where a call runs: on a CPU the number of threads, on a CUDA device the handle of a stream.
 using ExecutionTarget = int64_t;
 
 #ifdef MISTRAL_CUDA
@@ -84,5 +84,16 @@ void run(const Tensor& x, ExecutionTarget target, const Params& p,
 }
 
 #endif
+
+// For ops that have kernels for the CPU only.
+inline void expect_cpu(const Tensor& x) {
+  if (x.is_cuda()) fail(x.op(), "tensors are on a CUDA device, expected cpu");
+}
+
+template <class Params>
+void run_on_cpu(ExecutionTarget target, const Params& p, void (*cpu)(const Params&, int)) {
+  const py::gil_scoped_release release;
+  cpu(p, static_cast<int>(target));
+}
 
 }  // namespace mistral::python

@@ -102,9 +102,10 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& 
   const int64_t count = scales.size(1), groups = count / format.group_scales;
   part.group = groups > 0 ? max(1, inputs / groups) : 0;
   if (format.least_group) expect_groups(op, names.values[i], inputs, count, part);
-  if (part.format == WeightFormat::int8 && inputs > kMaxInt8Inputs) {
+  if (format.most_inputs && inputs > format.most_inputs) {
     fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
-                 " inputs, expected at most " + std::to_string(kMaxInt8Inputs) + " as int8");
+                 " inputs, expected at most " + std::to_string(format.most_inputs) + " as " +
+                 format.name);
   }
   part.values = values.data();
   part.scales = scales.data();
@@ -217,9 +218,10 @@ constexpr const char* kLinearRope = "linear_rope";
 constexpr const char* kLinearArgmax = "linear_argmax";
 
 Op find_op(const std::string& name) {
-  for (const Op op : {Op{"linear", Epilogue::store}, Op{"linear_residual", Epilogue::add},
-                      Op{"linear_swiglu", Epilogue::swiglu}, Op{kLinearRope, Epilogue::rope},
-                      Op{kLinearArgmax, Epilogue::argmax}}) {
+  for (const Op op :
+       {Op{"linear", Epilogue::store}, Op{"linear_residual", Epilogue::add},
+        Op{"linear_swiglu", Epilogue::swiglu}, Op{kLinearRope, Epilogue::rope},
+        Op{kLinearArgmax, Epilogue::argmax}, Op{"linear_cross_entropy", Epilogue::store}}) {
     if (name == op.name) return op;
   }
   throw py::value_error("op is '" + name + "', expected one that multiplies with weights");
@@ -279,15 +281,41 @@ void check_linear(const std::string& name, py::object x_, py::list values, py::l
 }
 
 Call linear(const std::string& name, py::object x_, py::list values, py::list scales,
-            py::list formats, py::object norm, double eps, py::object out, py::object added) {
+            py::list formats, py::object norm, double eps, py::object out, py::object added,
+            bool exact) {
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
   LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
   use_added(x, p, added);
+  p.exact |= exact;
   return {scratch_bytes(x, p), 0,
           [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.scratch = workspace;
             run(x, target, p, MISTRAL_KERNELS(linear));
+          }};
+}
+
+Call linear_backward(py::object d_out, py::list values, py::list scales, py::list formats,
+                     py::object d_x_) {
+  constexpr const char* op = "linear_backward";
+  const Tensor d_x(op, "d_x", d_x_);
+  expect_cpu(d_x);
+  const LinearParams forward =
+      checked(op, d_x, {values, scales, formats}, py::none(), 0, d_out, Epilogue::store);
+  LinearBackwardParams p{};
+  p.dtype = forward.dtype;
+  p.d_out = forward.out;
+  p.d_x = d_x.data();
+  for (int64_t i = 0; i < forward.num_parts; ++i) p.parts[i] = forward.parts[i];
+  p.num_parts = forward.num_parts;
+  p.tokens = forward.tokens;
+  p.inputs = forward.inputs;
+  p.stride_d_out_token = forward.stride_out_token;
+  p.stride_d_x_token = forward.stride_x_token;
+  return {cpu::linear_backward_scratch_bytes(p), 0,
+          [p](void* workspace, int32_t*, ExecutionTarget target) mutable {
+            p.scratch = workspace;
+            run_on_cpu(target, p, &cpu::linear_backward);
           }};
 }
 
@@ -423,7 +451,7 @@ void bind_linear(py::module_& m) {
         py::arg("out").none(true), py::arg("added").none(true));
   m.def("linear", &linear, py::arg("op"), py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("out"),
-        py::arg("added") = py::none());
+        py::arg("added") = py::none(), py::arg("exact") = false);
   m.def("check_linear_rope", &check_linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
         py::arg("formats"), py::arg("norm").none(true), py::arg("eps"), py::arg("k_pool"));
   m.def("linear_rope", &linear_rope, py::arg("x"), py::arg("values"), py::arg("scales"),
@@ -443,6 +471,11 @@ void bind_linear(py::module_& m) {
   m.def("exact_products", [] { return exact_products(); });
   m.def("set_exact_products", [](bool exact) { exact_products() = exact; }, py::arg("exact"));
   m.def("weight_formats", &weight_formats);
+}
+
+void bind_linear_backward(py::module_& m) {
+  m.def("linear_backward", &linear_backward, py::arg("d_out"), py::arg("values"), py::arg("scales"),
+        py::arg("formats"), py::arg("d_x"));
 }
 
 }  // namespace mistral::python

@@ -91,12 +91,48 @@ void lora(py::object x_, py::object a_, py::object b_, py::object scales_, py::o
   run(x, target, p, MISTRAL_KERNELS(lora));
 }
 
+void lora_gradient(py::object hidden_, py::object x_, py::object adapters_, py::object out_,
+                   ExecutionTarget target) {
+  constexpr const char* op = "lora_gradient";
+  const Table hidden(op, "hidden", hidden_, "float32"),
+      adapters(op, "adapters", adapters_, "int32"), out(op, "out", out_, "float32");
+  const Tensor x(op, "x", x_);
+  expect_cpu(x);
+  x.expect_shape({-1, -1});
+  x.expect_last_axis_contiguous();
+  hidden.expect_shape({x.size(0), -1});
+  hidden.expect_last_axis_contiguous();
+  adapters.expect_shape({x.size(0)});
+  adapters.expect_contiguous();
+  out.expect_shape({-1, hidden.size(1), x.size(1)});
+  out.expect_contiguous();
+  for (const Table* table : {&hidden, &adapters, &out}) table->expect_device_of(x);
+  LoraGradientParams p{};
+  p.dtype = x.dtype();
+  p.hidden = static_cast<const float*>(hidden.data());
+  p.x = x.data();
+  p.adapters = static_cast<const int32_t*>(adapters.data());
+  p.out = static_cast<float*>(out.data());
+  p.tokens = x.size(0);
+  p.rank = hidden.size(1);
+  p.columns = x.size(1);
+  p.num_adapters = out.size(0);
+  p.stride_hidden_token = hidden.stride(0);
+  p.stride_x_token = x.stride(0);
+  run_on_cpu(target, p, &cpu::lora_gradient);
+}
+
 }  // namespace
 
 void bind_lora(py::module_& m) {
   m.def("lora", &lora, py::arg("x"), py::arg("a"), py::arg("b"), py::arg("scales"),
         py::arg("ranks"), py::arg("adapters"), py::arg("parts"), py::arg("hidden"), py::arg("out"),
         py::arg("target"));
+}
+
+void bind_lora_gradient(py::module_& m) {
+  m.def("lora_gradient", &lora_gradient, py::arg("hidden"), py::arg("x"), py::arg("adapters"),
+        py::arg("out"), py::arg("target"));
 }
 
 }  // namespace mistral::python

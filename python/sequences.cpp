@@ -119,6 +119,32 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
   if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
 }
 
+void check_packed(const Tensor& x, const Table& table) {
+  table.expect_shape({-1, kSequenceFields});
+  table.expect_contiguous();
+  table.expect_device_of(x);
+  if (table.is_cuda()) return;
+  const char* op = x.op();
+  const auto* sequences = static_cast<const Sequence*>(table.data());
+  int64_t packed = 0;
+  for (int64_t i = 0; i < table.size(0); ++i) {
+    const Sequence& s = sequences[i];
+    if (s.first_token != packed)
+      fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
+                   ": tokens are packed in the order of the table");
+    if (s.count < 0 || s.count > x.size(0) - packed) {
+      fail(op, at(i, "count", s.count) + ", expected 0 to " + std::to_string(x.size(0) - packed));
+    }
+    if (s.position < 0 || s.position >= kNoWindow) {
+      fail(op, at(i, "position", s.position) + ", expected 0 to 2^62 - 1");
+    }
+    packed += s.count;
+  }
+  if (packed == x.size(0)) return;
+  fail(op, "sequences has " + std::to_string(packed) + " tokens, expected " +
+               std::to_string(x.size(0)));
+}
+
 const double* checked_frequencies(const Tensor& q, py::handle frequencies_) {
   const Table frequencies(q.op(), "frequencies", frequencies_, "float64");
   frequencies.expect_shape({q.size(2) / 2});

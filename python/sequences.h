@@ -46,6 +46,10 @@ struct RaggedBatch {
   }
 };
 
+// Checks that the sequences of a table [S, 5] hold the tokens of x, its first axis, one after
+// another. Rings are not looked at.
+void check_packed(const Tensor& x, const Table& sequences);
+
 // Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.
 const double* checked_frequencies(const Tensor& q, py::handle frequencies);
 

@@ -24,7 +24,11 @@ SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
 # The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
 WITH_MEMORY = ("attention", "linear", "linear_argmax", "linear_rope")
-OPS = (*WITH_MEMORY, "lora", "rms_norm", "rope", "sample", "swiglu")
+OPS = (
+    *WITH_MEMORY,
+    *("lora", "rms_norm", "rms_norm_backward", "rope", "rotate", "sample"),
+    *("swiglu", "swiglu_backward"),
+)
 # The arguments that are constant (values, scales, the weights of a norm, frequencies): no kernel
 # writes them, so one may read them before the kernels ahead of it are done.
 CONSTANTS = {
@@ -32,6 +36,7 @@ CONSTANTS = {
     "linear_argmax": (1, 2, 4),
     "linear_rope": (1, 2, 4, 10),
     "rope": (6,),
+    "rotate": (2,),
 }
 
 # What the builds of tests/emulator and tests/amx need.
@@ -287,7 +292,8 @@ def use(emulator: ModuleType) -> AbstractContextManager[None]:
 
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
-    multiplies = {op: getattr(amx, op) for op in ("linear", "linear_argmax", "linear_rope")}
+    names = "linear", "linear_argmax", "linear_backward", "linear_rope"
+    multiplies = {op: getattr(amx, op) for op in names}
     amx.set_exact_products(_C.exact_products())
     isas = {"supported_isas": lambda: [*_C.supported_isas(), "amx"]}
     return _in_place_of_c(SimpleNamespace(**{**vars(_C), **multiplies, **isas}))

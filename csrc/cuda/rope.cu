@@ -16,19 +16,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class T, int N>
-__device__ __forceinline__ void rotate(Vec<T, N>& first, Vec<T, N>& second, const float2* turn) {
-  float a[N], b[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const float2 rotated = rotate_pair(first[j], second[j], turn[j]);
-    a[j] = rotated.x;
-    b[j] = rotated.y;
-  }
-  first = round_to<T>(a);
-  second = round_to<T>(b);
-}
-
 // One head of one token: where it is read, and where it goes to.
 template <class T>
 struct Head {
@@ -77,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeParams p) {
     const Head<T> head = find_head<T>(p, s, token, position, stores, item / accesses);
     Vec<T, N> first = load<N>(head.in + i), second = load<N>(head.in + half + i);
     if (head.rotated) {
-      rotate(first, second, turns + i);
+      rotate_pairs(first, second, turns + i);
       store(head.rotated + i, first);
       store(head.rotated + half + i, second);
     }

@@ -1,9 +1,10 @@
-// The arithmetic of RoPE, which rope and linear_rope share, so that both give the same bits.
+// The arithmetic of RoPE, which rope, rotate and linear_rope share, so that all give the same bits.
 #pragma once
 
 #include <cmath>
 
 #include "common/element.cuh"
+#include "common/vec.cuh"
 
 namespace mistral::cuda {
 
@@ -37,6 +38,21 @@ __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
 // product in another kernel.
 __device__ __forceinline__ float2 rotate_pair(float first, float second, float2 turn) {
   return {fmaf(first, turn.x, -(second * turn.y)), fmaf(second, turn.x, first * turn.y)};
+}
+
+// Rotates N neighbouring pairs.
+template <class T, int N>
+__device__ __forceinline__ void rotate_pairs(Vec<T, N>& first, Vec<T, N>& second,
+                                             const float2* turn) {
+  float a[N], b[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float2 rotated = rotate_pair(first[j], second[j], turn[j]);
+    a[j] = rotated.x;
+    b[j] = rotated.y;
+  }
+  first = round_to<T>(a);
+  second = round_to<T>(b);
 }
 
 }  // namespace mistral::cuda

@@ -101,7 +101,7 @@ def random_weight(
     if form is None:
         plain = random_values(shape, dtype, device).mul_(1 / 64)
         return on_large_pages(plain) if device.type == "cpu" else plain
-    values, scales, _ = Quantized.empty(shape, form, group, device)
+    values, scales = Quantized.empty(shape, form, group, device)[:2]
     integers = torch.iinfo(values.dtype)
     values.random_(integers.min, integers.max)
     # Bytes of scales hold fp16 numbers, too: 0x1111 is a small one.

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mistral_ext.llm import Mistral
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_QUANTIZE = ("int8", "int4")
 _DEFAULT_WEIGHTS = "bf16,int8,int4"
 _LAYERS = 2
 
@@ -66,8 +65,8 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--weights",
         metavar="FORMAT,...",
-        help=f"of {', '.join((*_DTYPES, *_QUANTIZE))}, and without --model formats of files, as "
-        f"q4_k. Default: {_DEFAULT_WEIGHTS}; with --model: as they are stored",
+        help=f"of {', '.join((*_DTYPES, *options.QUANTIZE))}, and without --model formats of "
+        f"files, as q4_k. Default: {_DEFAULT_WEIGHTS}; with --model: as they are stored",
     )
     parser.add_argument(
         "--layers", type=int, metavar="N", help=f"without --model: of 32 (default {_LAYERS})"
@@ -139,7 +138,7 @@ def _weights(args: argparse.Namespace) -> list[str | None]:
 
     if args.weights is None and args.model:
         return [None]
-    known = dict.fromkeys((*_DTYPES, *_QUANTIZE, *(() if args.model else FORMATS)))
+    known = dict.fromkeys((*_DTYPES, *options.QUANTIZE, *(() if args.model else FORMATS)))
     names: list[str | None] = []
     for name in (args.weights or _DEFAULT_WEIGHTS).split(","):
         if name not in known:
@@ -210,7 +209,7 @@ def _load(args: argparse.Namespace, weights: str | None, device: torch.device) -
     from mistral_ext.llm import Mistral
 
     dtype = getattr(torch, _DTYPES[weights]) if weights in _DTYPES else None
-    quantize = weights if weights in _QUANTIZE else None
+    quantize = weights if weights in options.QUANTIZE else None
     if args.model:
         return Mistral.from_pretrained(args.model, device=device, dtype=dtype, quantize=quantize)
     form = None if weights in _DTYPES else weights

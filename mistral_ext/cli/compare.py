@@ -15,8 +15,6 @@ from mistral_ext.cli.start import start
 if TYPE_CHECKING:
     from mistral_ext.llm import Mistral
 
-_FORMATS = ("int8", "int4")
-
 
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
@@ -38,7 +36,9 @@ def add_to(commands: options.Commands) -> None:
     )
     for name in ("a", "b"):
         parser.add_argument(
-            f"--quantize-{name}", choices=_FORMATS, help=f"round the weights of {name.upper()}"
+            f"--quantize-{name}",
+            choices=options.QUANTIZE,
+            help=f"round the weights of {name.upper()}",
         )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     options.add_dtype(parser, "default: as stored")

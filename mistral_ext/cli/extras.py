@@ -1,4 +1,4 @@
-"""What only extras install."""
+"""Checks for packages that only extras install."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+QUANTIZE = ("int8", "int4")  # weights.quantize.NAMES, which would import torch
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -42,9 +43,7 @@ def model() -> argparse.ArgumentParser:
     )
     group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     add_dtype(group, "default: as stored")
-    group.add_argument(
-        "--quantize", choices=("int8", "int4"), help="round the weights while they are read"
-    )
+    group.add_argument("--quantize", choices=QUANTIZE, help="round the weights while they are read")
     group.add_argument(
         "--sliding-window", type=int, metavar="W", help="override the config; 0: no window"
     )

@@ -11,12 +11,28 @@ from mistral_ext.cli import (
     chat,
     compare,
     eval,
+    finetune,
     generate,
     info,
     merge,
     perplexity,
     quantize,
     serve,
+)
+
+# In the order of the help.
+_COMMANDS = (
+    generate,
+    chat,
+    serve,
+    perplexity,
+    eval,
+    compare,
+    bench,
+    finetune,
+    merge,
+    quantize,
+    info,
 )
 
 
@@ -35,6 +51,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (generate, chat, serve, perplexity, eval, compare, bench, quantize, merge, info):
+    for command in _COMMANDS:
         command.add_to(commands)
     return parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from mistral_ext.model.adapters import Adapters
@@ -17,11 +17,14 @@ class LoadedAdapter:
         name: by which requests ask for it.
         slot: its index in the stacks of `model.adapters`.
         is_loaded: False once it was removed. Sequences that run go on with it.
+        free: once it was removed, frees memory that no request uses any more. It is called between
+            steps, after a request with this adapter has ended.
     """
 
     name: str
     slot: int
     is_loaded: bool = True
+    free: Callable[[], None] | None = None
 
 
 class AdapterTable:
@@ -34,6 +37,10 @@ class AdapterTable:
     def __init__(self, adapters: Adapters) -> None:
         self._adapters = adapters
         self._by_name: dict[str, LoadedAdapter] = {}
+
+    def reserve(self, count: int) -> None:
+        """Has the first adapter take the memory of so many, so that the others are not copied."""
+        self._adapters.reserve(count)
 
     @property
     def names(self) -> list[str]:
@@ -66,14 +73,39 @@ class AdapterTable:
         """
         self.expect_new(name)
         taken = {adapter.slot for adapter in (*self._by_name.values(), *in_use)}
-        slot = next(i for i in range(len(taken) + 1) if i not in taken)
+        slot = _first_free(taken)
         self._adapters.put(slot, weights)
         self._by_name[name] = LoadedAdapter(name, slot)
 
-    def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Requests that use it go on, and a later adapter may take its memory
-        after them. The memory of all is freed when the last is removed and no request uses any."""
-        self.find(name).is_loaded = False
+    def unload(self, name: str, in_use: Callable[[], Collection[LoadedAdapter]]) -> None:
+        """Removes an adapter. Its memory is freed at once, or after the requests that use it.
+
+        Args:
+            name: of the adapter.
+            in_use: gives the adapters of requests that have not ended.
+        """
+        removed = self.find(name)
+        removed.is_loaded = False
+        removed.free = lambda: self._free(in_use())
         del self._by_name[name]
-        if not self._by_name and not in_use:
-            self._adapters.clear()
+        removed.free()
+
+    def _free(self, in_use: Collection[LoadedAdapter]) -> None:
+        """Moves adapters that no request uses into free slots, and frees the slots after the last.
+
+        A step that is under way may still name the slots of adapters that requests use.
+        """
+        idle = set(self._by_name.values()) - set(in_use)
+        taken = {adapter.slot for adapter in (*idle, *in_use)}
+        for adapter in sorted(idle, key=lambda adapter: adapter.slot, reverse=True):
+            free = _first_free(taken)
+            if free < adapter.slot:
+                self._adapters.move(adapter.slot, free)
+                taken.remove(adapter.slot)
+                taken.add(free)
+                adapter.slot = free
+        self._adapters.shrink(max(taken, default=-1) + 1)
+
+
+def _first_free(taken: Collection[int]) -> int:
+    return next(slot for slot in range(len(taken) + 1) if slot not in taken)

@@ -21,7 +21,7 @@ _log = logging.getLogger("mistral_ext")
 # Up to this many rows a pass computes each with the bits that it has alone (`ops.linear`).
 _MOST_ROWS = 8
 
-# What wrong drafts may cost a sequence, in tokens: so many, and this share of its completion.
+# The tokens that wrong drafts may cost a sequence: so many, and this share of its completion.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
 _LEAST_ADVANTAGE = 1.02  # expected tokens per second, relative to no drafts

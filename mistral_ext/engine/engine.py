@@ -175,6 +175,7 @@ class Engine:
             if sequence is not None:
                 sequence.is_aborted = True
                 self._aborted.append(sequence)
+                self._free_adapter(sequence)
 
     def outputs(self, requests: Collection[Request]) -> Outputs:
         """Adds requests, and returns an iterator over their outputs. The iterator steps the engine,
@@ -243,6 +244,7 @@ class Engine:
             return self._step()
         finally:
             with self._stepped:
+                self._work_between()
                 self._stepping.release()
                 self._stepped.notify_all()
 
@@ -268,10 +270,18 @@ class Engine:
             for output in outputs:
                 listener = self._listeners.get(output.request_id)
                 if output.is_last:
-                    self._sequences.pop(output.request_id, None)
+                    sequence = self._sequences.pop(output.request_id, None)
+                    if sequence is not None:
+                        self._free_adapter(sequence)
                     self._listeners.pop(output.request_id, None)
                 if listener is not None:
                     listener(output)
+
+    def _free_adapter(self, sequence: Sequence) -> None:
+        """Has memory freed after the step if the adapter of an ended sequence was removed."""
+        adapter = sequence.request.adapter
+        if adapter is not None and adapter.free is not None:
+            self._between.append(adapter.free)
 
     def _read(self, outputs: list[Output]) -> None:
         pieces = self.scheduler.next_pieces()
@@ -348,7 +358,7 @@ class Engine:
         with self._lock:
             self.scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        # What may come next is not known before the token is.
+        # A matcher has to know the token before the next step begins.
         is_free = all(sequence.matcher is None for sequence in sequences)
         while len(self._under_way) > (self.runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
@@ -509,7 +519,7 @@ class Outputs(Iterator[Output]):
         self._open: dict[int, deque[Output]] = {}  # unread outputs of requests that have not ended
 
     def add(self, request: Request) -> None:
-        """Adds a request, whose outputs this iterator then gives too."""
+        """Adds a request. This iterator gives its outputs too."""
         come: deque[Output] = deque()
         with self._engine._lock:
             request_id = self._engine.add(request, come.append)

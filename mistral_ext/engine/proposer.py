@@ -1,4 +1,4 @@
-"""Which tokens may follow in a sequence, by what followed earlier in it, or by its grammar.
+"""Proposes the next tokens of a sequence, from its earlier text or its grammar.
 
 Text repeats itself, so the tokens that followed the last tokens earlier in the same sequence often
 follow again. A grammar often leaves one text only.
@@ -80,7 +80,7 @@ class Proposer:
             self._checked[kind] = _FORGETTING * self._checked[kind] + 1
 
     def _repeated(self, most: int) -> list[int]:
-        """What followed the last tokens when they were there before; nothing if they are new."""
+        """The tokens that followed the last tokens earlier in the text; none if they are new."""
         self._index()
         tokens: list[int] = []
         if self._matching:

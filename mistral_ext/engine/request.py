@@ -103,7 +103,7 @@ class Request:
 
     @property
     def prefix_owner(self) -> tuple[str | None, LoadedAdapter | None]:
-        """What requests must have in common to share a cached prefix."""
+        """Requests with the same value may share a cached prefix."""
         return self.salt, self.adapter
 
     @property

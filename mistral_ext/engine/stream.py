@@ -41,7 +41,7 @@ class Stream:
         raise StopIteration
 
     def _text(self, output: Output) -> str:
-        """What an output adds to the text."""
+        """The text that an output adds."""
         if self._parser is None:
             return output.text
         pieces = list(self._parser.push(output.token_ids, output.text, output.is_last))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Tokens of a completion if a task does not say: the harness' own default for its models.
 _MAX_TOKENS = 256
 
-# What a task may ask of a completion, by the harness' names -> `SamplingParams`' names.
+# Options of sampling that a task may set: the harness' names -> `SamplingParams`' names.
 _SAMPLING = {"top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
 
 
@@ -127,7 +127,7 @@ def harness_model(llm: Mistral, progress: bool = True) -> LM:
 
 
 class HarnessModel:
-    """What the harness asks of a model.
+    """A model with the methods that the harness calls.
 
     Texts are tokenized as the harness' Hugging Face model does: control tokens that a text spells
     out are control tokens. A conversation in the chat template has the tokens of `Mistral.chat`.

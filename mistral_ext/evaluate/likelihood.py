@@ -22,7 +22,7 @@ from mistral_ext.text.tokenizer import expect_token_ids
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a continuation."""
+    """The likelihood of a continuation."""
 
     logprob: float  # natural logarithm of its probability, the sum over its tokens
     is_greedy: bool  # each token is the most likely one

@@ -56,7 +56,7 @@ PUBLISHED = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model reaches in a benchmark, in percent."""
+    """The result of a model in a benchmark, in percent."""
 
     benchmark: Benchmark
     value: float

@@ -64,8 +64,21 @@ class Stack:
         self.scales[: other.slots] = other.scales
         self.ranks[: other.slots] = other.ranks
 
+    def first(self, slots: int) -> Stack:
+        """A copy of the first slots, of the largest rank among them."""
+        rank = int(self.ranks[:slots].max())
+        a = self.a[:slots, :, :rank].clone(memory_format=torch.contiguous_format)
+        b = self.b[:slots, :rank].clone(memory_format=torch.contiguous_format)
+        return Stack(a, b, self.scales[:slots].clone(), self.ranks[:slots].clone(), self.parts)
+
+    def move(self, slot: int, to: int) -> None:
+        """Moves the adapter of a slot to another slot."""
+        for tensor in (self.a, self.b, self.scales, self.ranks):
+            tensor[to] = tensor[slot]
+        self.ranks[slot] = 0
+
     def put(self, slot: int, updates: Sequence[LowRank | None]) -> None:
-        """Sets the adapter of a slot: what it adds to each part."""
+        """Sets the adapter of a slot, by its update of each part."""
         columns = self.b[slot].split(list(self.parts), dim=1)
         for part, update in enumerate(updates):
             rank = 0
@@ -160,12 +173,31 @@ class Adapters:
         """
         return LayerAdapters({} if slots is None else self.layers[layer], slots)
 
-    def clear(self) -> None:
-        """Forgets all adapters, and frees their memory."""
+    def reserve(self, slots: int) -> None:
+        """Has stacks that are made from now on hold so many slots, so that they need not grow."""
+        self._slots = max(self._slots, slots)
+
+    @torch.no_grad()
+    def move(self, slot: int, to: int) -> None:
+        """Moves the adapter of a slot to another slot."""
         for layer in self.layers:
-            layer.clear()
-        self.generation += 1
-        self._slots = 0
+            for stack in layer.values():
+                stack.move(slot, to)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def shrink(self, slots: int) -> None:
+        """Keeps the first `slots` slots, and frees the memory of the others."""
+        self._slots = slots
+        for layer in self.layers:
+            for group, stack in list(layer.items()):
+                if stack.slots <= slots:
+                    continue
+                self.generation += 1
+                if slots and int(stack.ranks[:slots].max()):
+                    layer[group] = stack.first(slots)
+                else:
+                    del layer[group]
 
     def _make_room(self, layer: dict[str, Stack], group: str, rank: int) -> None:
         """Has the group of a layer hold all slots, with this rank at least."""

@@ -71,8 +71,8 @@ class Transformer:
                     w2=_matrix(weights, f"{feed_forward}w2.weight"),
                 )
             )
-        shapes = {group: _shapes(getattr(self.layers[0], group)) for group in GROUPS}
-        self.adapters = Adapters(config.n_layers, shapes, self.norm)
+        of_groups = {group: shapes(getattr(self.layers[0], group)) for group in GROUPS}
+        self.adapters = Adapters(config.n_layers, of_groups, self.norm)
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +135,7 @@ class Transformer:
         config = self.config
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
-        h = _rows(self.embeddings, token_ids, self.dtype)  # [T, E], the residual stream
+        h = self.embed(token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for i, layer in enumerate(self.layers):
             rings = cache.k[i], cache.v[i], sequences
@@ -176,6 +176,10 @@ class Transformer:
         adapted.add("gate_up", x, added)
         return ops.linear_swiglu(x, layer.gate_up, added=added)
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T, E], the embeddings of tokens [T] on the model's device."""
+        return _rows(self.embeddings, token_ids, self.dtype)
+
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
         """[N, V] fp32."""
@@ -193,7 +197,7 @@ class Transformer:
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
 
 
-def _shapes(weights: Weight | Weights) -> list[torch.Size]:
+def shapes(weights: Weight | Weights) -> list[torch.Size]:
     """The shapes [N, K] of weights that are multiplied in one pass."""
     if isinstance(weights, JoinedWeight):
         return [part.shape for part in weights.parts]

@@ -1,7 +1,9 @@
 """The kernels as functions on torch tensors, and as `torch.ops.mistral_ext.*`.
 
-The ops are for inference: none has a gradient, and an argument that requires a gradient raises
-RuntimeError where torch records gradients.
+Gradients: `rms_norm` without a residual, `rotate`, `attention` without pools, `linear`, `swiglu`,
+`lora` without `out` and `linear_cross_entropy` have them for activations and adapters, not for
+weights. Where torch records gradients, any other argument that requires one raises RuntimeError.
+docs/kernels.md says what computes them.
 
 Tensors are float32, bfloat16 or float16; all tensors of a call have the same dtype. Kernels compute
 in float32. (`sample` has other dtypes.) No op copies an argument or makes it contiguous: the last
@@ -35,6 +37,7 @@ The values in a table are checked on the CPU only: reading them from a GPU would
 """
 
 from mistral_ext.ops.attention import attention
+from mistral_ext.ops.cross_entropy import linear_cross_entropy
 from mistral_ext.ops.isa import (
     active_isa,
     exact_products,
@@ -53,6 +56,7 @@ from mistral_ext.ops.linear import (
 from mistral_ext.ops.lora import LowRank, lora
 from mistral_ext.ops.rms_norm import rms_norm
 from mistral_ext.ops.rope import rope
+from mistral_ext.ops.rotate import rotate
 from mistral_ext.ops.sample import sample
 from mistral_ext.ops.swiglu import swiglu
 from mistral_ext.ops.weight import JoinedWeight, Quantized, Weight, Weights
@@ -69,12 +73,14 @@ __all__ = [
     "head_dims",
     "linear",
     "linear_argmax",
+    "linear_cross_entropy",
     "linear_residual",
     "linear_rope",
     "linear_swiglu",
     "lora",
     "rms_norm",
     "rope",
+    "rotate",
     "sample",
     "select_isa",
     "set_exact_products",

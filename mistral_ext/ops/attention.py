@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops.library import fake_empty, register
+from mistral_ext.ops import torch_gradients
+from mistral_ext.ops.library import Gradient, fake_empty, register
 from mistral_ext.ops.workspace import run
 
 
@@ -14,8 +18,8 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
+    k_pool: Tensor | None,
+    v_pool: Tensor | None,
     sequences: Tensor,
     window: int | None = None,
     scale: float | None = None,
@@ -27,11 +31,14 @@ def attention(
     from its sequence's ring, positions of the chunk from k and v. Query head h reads key/value head
     h * Hkv // Hq. At the end the op appends the tokens that `rope` had to leave out to the rings.
 
+    Without pools the sequences are whole: they begin with the call, and the position, ring and
+    capacity in the table are not used. Only then does the op have a gradient, for q, k and v.
+
     Args:
         q: [T, Hq, D], rotated.
         k: [T, Hkv, D], rotated.
         v: [T, Hkv, D].
-        k_pool, v_pool: [R, D], the rings of all sequences.
+        k_pool, v_pool: [R, D], the rings of all sequences; None: the sequences are whole.
         sequences: [S, 5] int64, the sequence table.
         window: W, keys that a query sees, itself included; None: all.
         scale: factor of the scores; None: 1 / sqrt(D).
@@ -42,8 +49,12 @@ def attention(
         [T, Hq, D].
 
     Source: Jiang et al. 2023, arXiv:2310.06825, section 2; Milakov and Gimelshein 2018,
-    arXiv:1805.02867 (online softmax).
+    arXiv:1805.02867 (online softmax); Dao et al. 2022, arXiv:2205.14135, appendix B (gradient).
     """
+    if k_pool is None and v_pool is None:
+        whole: Tensor
+        whole, _ = torch.ops.mistral_ext.attention.whole(q, k, v, sequences, window, scale)
+        return whole
     given = q, k, v, k_pool, v_pool, sequences, window, scale, max_count
     out: Tensor = torch.ops.mistral_ext.attention(*given)
     return out
@@ -77,3 +88,89 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 
 register(_SCHEMA, _run, _fake)
+
+
+def _run_whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The result, and [T, Hq] fp32, the log-sum-exp of each row's scores; [0, Hq] on CUDA devices,
+    where the gradient does not need it."""
+    kv_heads, dim = k.shape[1:]
+    # Rings that nobody accesses: one longer than the sequence, so that `rope` would have filled it.
+    table = sequences.clone()
+    number = torch.arange(len(table), device=table.device)
+    table[:, 2] = 0
+    table[:, 3] = (table[:, 0] + number) * kv_heads
+    table[:, 4] = table[:, 1] + 1
+    pool = k.new_empty((len(k) + len(table)) * kv_heads, dim)
+    out = q.new_empty(q.shape)
+    lse = _empty_lse(q)
+    given = q, k, v, pool, pool, table, out, window, scale, None
+    run(_C.attention(*given, None if q.is_cuda else lse), q)
+    return out, lse
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    tokens, heads, _ = q.shape
+    return fake_empty(q, (0 if q.is_cuda else tokens, heads), dtype=torch.float32)
+
+
+def _fake_whole(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return fake_empty(q, q.shape), _empty_lse(q)
+
+
+def _run_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    lse: Tensor,
+    sequences: Tensor,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_cuda:
+        factor = 1 / math.sqrt(q.shape[2]) if scale is None else scale
+        return torch_gradients.attention_backward(q, k, v, d_out, sequences, window, factor)
+    gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    given = q, k, v, out, d_out.contiguous(), lse, sequences
+    run(_C.attention_backward(*given, *gradients, window, scale), q)
+    return gradients
+
+
+def _fake_backward(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_empty(q, q.shape), fake_empty(k, k.shape), fake_empty(v, v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sequences, ctx.window, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, sequences)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, sequences = ctx.saved_tensors
+    given = q, k, v, out, d_out, lse, sequences, ctx.window, ctx.scale
+    return *torch.ops.mistral_ext.attention_backward(*given), None, None, None
+
+
+register(
+    "attention.whole(Tensor q, Tensor k, Tensor v, Tensor sequences, int? window=None, "
+    "float? scale=None) -> (Tensor, Tensor)",
+    _run_whole,
+    _fake_whole,
+    Gradient(("q", "k", "v"), _save, _differentiate),
+)
+register(
+    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor d_out, Tensor lse, "
+    "Tensor sequences, int? window=None, float? scale=None) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)

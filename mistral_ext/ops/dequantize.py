@@ -19,7 +19,7 @@ _SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device=
 SUPER_BLOCK = 256  # values that share the scales of q4_k, q5_k, q6_k and iq4_xs
 _BLOCKS = 8  # blocks of 32 values in them
 
-# The values of iq4_nl and iq4_xs.
+# The values of iq4_nl and iq4_xs: kTable4 of csrc/formats.h.
 TABLE = torch.tensor(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
     dtype=torch.float32,
@@ -103,36 +103,40 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _halves(scales: Tensor, begin: int) -> Tensor:
-    """[..., 1] fp32, of the fp16 at byte `begin` of each [..., bytes]."""
-    return scales[..., begin : begin + 2].contiguous().view(torch.float16).float()
+def halves(data: Tensor, begin: int) -> Tensor:
+    """[..., 1] fp32: the fp16 at byte `begin` of each row of `data` [..., bytes] uint8."""
+    return data[..., begin : begin + 2].contiguous().view(torch.float16).float()
 
 
-def _scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """[N, K]: scale * value - minimum, with one of each for every group: [N, groups, ...]."""
+def scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
+    """[N, K] fp32: scale * value - minimum, with one of each for every group: [N, groups, ...].
+
+    `values` [N, K] of any dtype; they are overwritten if they are fp32.
+    """
     factors = scales.flatten(1)
-    groups: Tensor = values.float().unflatten(1, (factors.shape[1], -1)) * factors.unsqueeze(2)
+    groups: Tensor = values.float().unflatten(1, (factors.shape[1], -1))
+    groups.mul_(factors.unsqueeze(2))
     if minima is not None:
-        groups -= minima.flatten(1).unsqueeze(2)
+        groups.sub_(minima.flatten(1).unsqueeze(2))
     return groups.flatten(1)
 
 
 def _signed(values: Tensor, scales: Tensor) -> Tensor:
-    return _scaled(unpack(values), scales.float())
+    return scaled(unpack(values), scales.float())
 
 
 def _bytes(values: Tensor, scales: Tensor) -> Tensor:
-    return _scaled(values, scales.float())
+    return scaled(values, scales.float())
 
 
 def _q4_1(values: Tensor, scales: Tensor) -> Tensor:
     pairs = scales.float().unflatten(1, (-1, 2))
-    return _scaled(unpack_unsigned(values), pairs[..., 0], -pairs[..., 1])
+    return scaled(unpack_unsigned(values), pairs[..., 0], -pairs[..., 1])
 
 
 def _q4_z(values: Tensor, scales: Tensor) -> Tensor:
     d, zero = scales.float().unflatten(1, (-1, 2)).unbind(2)
-    return _scaled(unpack_unsigned(values), d, d * zero)
+    return scaled(unpack_unsigned(values), d, d * zero)
 
 
 def _q4_k(values: Tensor, scales: Tensor) -> Tensor:
@@ -146,22 +150,23 @@ def _q5_k(values: Tensor, scales: Tensor) -> Tensor:
 def _with_minima(values: Tensor, packed: Tensor) -> Tensor:
     of_super_block = packed.unflatten(1, (-1, 16))
     scales, minima = scales_and_minima(of_super_block[..., 4:])
-    d, dmin = _halves(of_super_block, 0), _halves(of_super_block, 2)
-    return _scaled(values, d * scales, dmin * minima)
+    d, dmin = halves(of_super_block, 0), halves(of_super_block, 2)
+    return scaled(values, d * scales, dmin * minima)
 
 
 def _q6_k(values: Tensor, scales: Tensor) -> Tensor:
     of_super_block = scales.unflatten(1, (-1, 20))
-    factors = _halves(of_super_block, 16) * of_super_block[..., :16].view(torch.int8)
-    return _scaled(unpack_wide(values, 6) - 32, factors)
+    factors = halves(of_super_block, 16) * of_super_block[..., :16].view(torch.int8)
+    return scaled(unpack_wide(values, 6) - 32, factors)
 
 
-def _looked_up(words: Tensor) -> Tensor:
-    return TABLE.to(words.device)[unpack_unsigned(words)]
+def looked_up(indices: Tensor) -> Tensor:
+    """The values of iq4_nl and iq4_xs in fp32, by indices from 0 to 15 of any shape and dtype."""
+    return TABLE.to(indices.device).index_select(0, indices.flatten().int()).view(indices.shape)
 
 
 def _iq4_nl(values: Tensor, scales: Tensor) -> Tensor:
-    return _scaled(_looked_up(values), scales.float())
+    return scaled(looked_up(unpack_unsigned(values)), scales.float())
 
 
 def _iq4_xs(values: Tensor, scales: Tensor) -> Tensor:
@@ -170,8 +175,8 @@ def _iq4_xs(values: Tensor, scales: Tensor) -> Tensor:
     steps = torch.arange(0, 8, 2, dtype=torch.uint8, device=scales.device)
     fours = torch.stack([low & 15, low >> 4], dim=-1).flatten(-2)
     twos = (high.unsqueeze(-1) >> steps & 3).flatten(-2)
-    factors = _halves(of_super_block, 0) * ((fours | twos << 4).float() - 32)
-    return _scaled(_looked_up(values), factors)
+    factors = halves(of_super_block, 0) * ((fours | twos << 4).float() - 32)
+    return scaled(looked_up(unpack_unsigned(values)), factors)
 
 
 # values and scales as `Quantized` has them -> the weight [N, K] in fp32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +12,57 @@ _library = torch.library.Library("mistral_ext", "DEF")
 _DEVICES = ("cpu", "cuda")
 
 
-def register(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+class Gradient(NamedTuple):
+    """How an op is differentiated: see torch.library.register_autograd."""
+
+    of: tuple[str, ...]  # the arguments that may require a gradient
+    save: Callable[[Any, tuple[Any, ...], Any], None]  # takes ctx, the arguments, the result
+    backward: Callable[..., Any]
+
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Gradient | None = None,
+) -> None:
     """Registers an op with torch.library.
 
     Args:
         schema: name, arguments, and which of them the op changes.
         run: the op, on the CPU and on CUDA devices, with the arguments of the schema.
         fake: gives torch.compile and torch.export the shapes without running anything.
+        gradient: None: the op refuses arguments that require a gradient. An op that changes an
+            argument can have none.
     """
-    name = _library.define(schema)
-    torch.library.impl(f"mistral_ext::{name}", _DEVICES, run, lib=_library)
-    torch.library.register_fake(f"mistral_ext::{name}", fake, lib=_library)
-    _library.impl(name, _guard(name), "Autograd")
+    name = schema.partition("(")[0]  # with the overload, if it has one
+    _library.define(schema)
+    qualified = f"mistral_ext::{name}"
+    torch.library.impl(qualified, _DEVICES, run, lib=_library)
+    torch.library.register_fake(qualified, fake, lib=_library)
+    if gradient is None:
+        _library.impl(name, _guard(name), "Autograd")
+        return
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _refuse_gradients(_find(name), inputs, gradient.of)
+        gradient.save(ctx, inputs, output)
+
+    def backward(ctx: Any, *d_out: Any) -> tuple[Any, ...]:
+        # Torch leaves out arguments that have their default values, also here.
+        given: tuple[Any, ...] = gradient.backward(ctx, *d_out)[: len(ctx.needs_input_grad)]
+        return given
+
+    torch.library.register_autograd(qualified, backward, setup_context=save, lib=_library)
+
+
+def _find(name: str) -> torch._ops.OpOverload:
+    """The op of a name, which may name an overload: "rms_norm.residual"."""
+    packet, _, overload = name.partition(".")
+    op: torch._ops.OpOverload = getattr(
+        getattr(torch.ops.mistral_ext, packet), overload or "default"
+    )
+    return op
 
 
 def _guard(name: str) -> Callable[..., Any]:
@@ -34,26 +73,41 @@ def _guard(name: str) -> Callable[..., Any]:
     """
 
     def run(*arguments: Any) -> Any:
-        op = getattr(torch.ops.mistral_ext, name).default
-        given = list(zip(op._schema.arguments, arguments, strict=False))
+        op = _find(name)
         if torch.is_grad_enabled():
-            for argument, value in given:
-                tensors = value if isinstance(value, list) else [value]
-                if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
-                    is_weight = argument.name in ("values", "whole")
-                    shown = "weight" if is_weight else argument.name
-                    raise RuntimeError(
-                        f"{name}: {shown} requires a gradient, but the op has none: call it in "
-                        "torch.no_grad() or torch.inference_mode(), or detach the tensor"
-                    )
+            _refuse_gradients(op, arguments)
         with torch._C._AutoDispatchBelowAutograd():
             result = op(*arguments)
-        for argument, value in given:
+        for argument, value in zip(op._schema.arguments, arguments, strict=False):
             if argument.is_write and value is not None:
                 torch.autograd.graph.increment_version(value)
         return result
 
     return run
+
+
+def _refuse_gradients(
+    op: torch._ops.OpOverload, arguments: Sequence[Any], but: Sequence[str] = ()
+) -> None:
+    """Raises RuntimeError if an argument requires a gradient and is not one of `but`."""
+    for argument, value in zip(op._schema.arguments, arguments, strict=False):
+        tensors = value if isinstance(value, list) else [value]
+        if argument.name in but:
+            continue
+        if any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+            shown = "weight" if argument.name in ("values", "whole") else argument.name
+            raise RuntimeError(
+                f"{op._schema.name.removeprefix('mistral_ext::')}: {shown} requires a gradient, "
+                "but the op has none: call it in torch.no_grad() or torch.inference_mode(), or "
+                "detach the tensor"
+            )
+
+
+def with_rows(gradient: Tensor) -> Tensor:
+    """A gradient that torch made, with a last axis of stride 1 as kernels need it."""
+    if gradient.stride(-1) == 1:
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def fake_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops import torch_products
-from mistral_ext.ops.library import fake_empty, register
-from mistral_ext.ops.routing import routed
-from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, parts_of
+from mistral_ext.ops import torch_gradients, torch_products
+from mistral_ext.ops.library import Gradient, fake_empty, register, with_rows
+from mistral_ext.ops.routing import MOST_ROUNDED_TOKENS, routed
+from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, in_order, parts_of
 from mistral_ext.ops.workspace import run
 
 _WEIGHTS = "Tensor[] values, Tensor?[] scales, str[] formats, Tensor? whole"
@@ -38,6 +40,9 @@ def linear(
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.
 
+    The op has a gradient for x, by weights of every format; weights and norm have none. Products
+    that round x to 8 bits have no gradient either: call `set_exact_products` before training.
+
     Args:
         x: [T, K].
         weight: [N, K], contiguous, with the dtype of x, or `Quantized`. Or up to 3 weights, such as
@@ -51,6 +56,7 @@ def linear(
         [T, N]; with several weights N is the sum of their rows.
     """
     weights: Weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
+    x, norm = in_order(x, weights, norm)
     out: Tensor = torch.ops.mistral_ext.linear(x, *parts_of(weights), norm, eps)
     return out
 
@@ -70,10 +76,67 @@ def _fake_linear(x: Tensor, values: list[Tensor], *_: object) -> Tensor:
     return fake_empty(x, (x.shape[0], sum(weight.shape[0] for weight in values)))
 
 
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+    x, values, scales, ctx.formats, whole, norm, ctx.eps = inputs
+    _expect_exact(x, ctx.formats)
+    ctx.save_for_backward(None if norm is None else x, norm, whole, *values, *scales)
+
+
+def _expect_exact(x: Tensor, formats: list[str]) -> None:
+    """Raises RuntimeError if the product rounds x to 8 bits."""
+    rounded = [name for name in formats if name not in ("plain", "int8", "q8_0")]
+    if x.is_cuda or len(x) > MOST_ROUNDED_TOKENS or not rounded or _C.exact_products():
+        return
+    raise RuntimeError(
+        f"linear: x has {len(x)} tokens and requires a gradient, but its product with a weight in "
+        f"{rounded[0]!r} rounds up to {MOST_ROUNDED_TOKENS} tokens to 8 bits, which has none: "
+        "call ops.set_exact_products(True)"
+    )
+
+
+def _differentiate_linear(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
+    x, norm, whole, *tensors = ctx.saved_tensors
+    count = len(ctx.formats)
+    values, scales = tensors[:count], tensors[count:]
+    d_x = torch.ops.mistral_ext.linear_backward(d_out, values, scales, ctx.formats, whole)
+    if norm is not None:
+        d_x = torch.ops.mistral_ext.rms_norm_backward(x, norm, d_x, ctx.eps)
+    # The shape of an argument: torch takes a list with a None in it for no list of tensors.
+    of_scales = None if None in scales else [None] * count
+    return d_x, [None] * count, of_scales, None, None, None, None
+
+
 register(
     f"linear(Tensor x, {_WEIGHTS}, {_NORM}) -> Tensor",
     routed(_run_linear, torch_products.linear),
     _fake_linear,
+    Gradient(("x",), _save_linear, _differentiate_linear),
+)
+
+
+def _run_linear_backward(
+    d_out: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
+    whole: Tensor | None,
+) -> Tensor:
+    parts, d_out = Parts(values, scales, formats, whole), with_rows(d_out)
+    if d_out.is_cuda:
+        return torch_gradients.linear_backward(d_out, parts)
+    d_x = d_out.new_empty((len(d_out), parts.inputs))
+    run(_C.linear_backward(d_out, *parts[:3], d_x), d_x)
+    return d_x
+
+
+def _fake_linear_backward(d_out: Tensor, *weights: Any) -> Tensor:
+    return fake_empty(d_out, (d_out.shape[0], Parts(*weights).inputs))
+
+
+register(
+    f"linear_backward(Tensor d_out, {_WEIGHTS}) -> Tensor",
+    _run_linear_backward,
+    _fake_linear_backward,
 )
 
 
@@ -89,6 +152,7 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
         weight: [N, K], as in `linear`.
         residual: [T, N], updated in place.
     """
+    x, _ = in_order(x, [weight])
     torch.ops.mistral_ext.linear_residual(x, *parts_of([weight]), residual)
 
 
@@ -140,6 +204,7 @@ def linear_rope(
     Returns:
         [T, (Hq + 2 Hkv) * D]: for each token the heads of q, then of k, then of v.
     """
+    x, norm = in_order(x, weights, norm)
     given = norm, eps, k_pool, v_pool, sequences, frequencies, window
     out: Tensor = torch.ops.mistral_ext.linear_rope(x, *parts_of(weights), *given)
     return out
@@ -195,6 +260,7 @@ def linear_argmax(
     Returns:
         ([T, N] outputs, [T] int64 indices). The index is -1 if an output is NaN or all are -inf.
     """
+    x, norm = in_order(x, [weight], norm)
     given = norm, eps, limit
     out: tuple[Tensor, Tensor] = torch.ops.mistral_ext.linear_argmax(x, *parts_of([weight]), *given)
     return out
@@ -243,6 +309,7 @@ def linear_swiglu(
     Returns:
         [T, F].
     """
+    x, norm = in_order(x, weights, norm)
     out: Tensor = torch.ops.mistral_ext.linear_swiglu(x, *parts_of(weights), norm, eps, added)
     return out
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops.library import register
+from mistral_ext.ops import torch_gradients
+from mistral_ext.ops.library import Gradient, fake_empty, register, with_rows
 from mistral_ext.ops.workspace import execution_target
 
 
 class LowRank(NamedTuple):
-    """What an adapter adds to a weight [N, K]: scale * b @ a."""
+    """The update of a weight [N, K] by an adapter: scale * b @ a."""
 
     a: Tensor  # [rank, K]
     b: Tensor  # [N, rank]
@@ -29,8 +30,8 @@ def lora(
     ranks: Tensor,
     adapters: Tensor,
     parts: Sequence[int],
-    out: Tensor,
-) -> None:
+    out: Tensor | None = None,
+) -> Tensor | None:
     """out += scale * (x @ A.T) @ B, in place, with the adapter of each token.
 
     The adapters of a weight are stacked and padded to the largest rank. Weights that are multiplied
@@ -38,6 +39,10 @@ def lora(
     lie side by side. x @ A.T stays in fp32, and `out` is rounded once. Rows of tokens without an
     adapter stay as they are. A token's result does not depend, to the bit, on other tokens or on
     other adapters.
+
+    Without `out` the op returns what it would add to it. Only then does it have gradients, for x, a
+    and b, which add up in fp32. a and b may then be float32 beside x of another dtype: they are
+    rounded to it for the product, their gradients are not. So an optimiser can keep float32.
 
     Args:
         x: [T, K].
@@ -48,11 +53,20 @@ def lora(
             the rank are not read.
         adapters: [T] int32, the adapter of each token; negative: none.
         parts: the outputs of each part; up to 3 parts.
-        out: [T, N], with the dtype of x or float32, updated in place.
+        out: [T, N], with the dtype of x or float32, updated in place; None: a new tensor.
+
+    Returns:
+        Without `out` [T, N] with the dtype of x, else None.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
-    torch.ops.mistral_ext.lora(x, a, b, scales, ranks, adapters, parts, out)
+    given = x, a, b, scales, ranks, adapters, parts
+    if out is None:
+        added: Tensor
+        added, _ = torch.ops.mistral_ext.lora.added(*given)
+        return added
+    torch.ops.mistral_ext.lora.default(*given, out)
+    return None
 
 
 _SCHEMA = (
@@ -81,3 +95,104 @@ def _fake(*_: object) -> None:
 
 
 register(_SCHEMA, _run, _fake)
+
+
+def _run_added(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    ranks: Tensor,
+    adapters: Tensor,
+    parts: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The result, and [T, parts, max_rank] fp32, scale * x A^T."""
+    out = x.new_zeros((len(x), sum(parts)))
+    hidden = x.new_zeros((len(x), *a.shape[1:3]), dtype=torch.float32)
+    given = x, a.to(x.dtype), b.to(x.dtype), scales, ranks, adapters, list(parts)
+    _C.lora(*given, hidden, out, execution_target(x))
+    return out, hidden
+
+
+def _fake_added(x: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    hidden = fake_empty(x, (x.shape[0], a.shape[1], a.shape[2]), dtype=torch.float32)
+    return fake_empty(x, (x.shape[0], sum(rest[-1]))), hidden
+
+
+def _run_backward(
+    d_out: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scales: Tensor,
+    ranks: Tensor,
+    adapters: Tensor,
+    parts: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x = x.new_zeros(x.shape, dtype=torch.float32)
+    d_a, d_b = (stack.new_empty(stack.shape, dtype=torch.float32) for stack in (a, b))
+    end = 0
+    for i, outputs in enumerate(parts):
+        part, columns = slice(i, i + 1), slice(end, end + outputs)
+        end += outputs
+        d_part = with_rows(d_out)[:, columns]
+        # d_x += scale * (d_part B^T) A: the op itself, with A and B in each other's place.
+        d_hidden = hidden.new_zeros((len(x), 1, hidden.shape[2]))
+        _C.lora(
+            d_part,
+            b[:, None, :, columns].to(x.dtype).contiguous(),
+            a[:, i].to(x.dtype).contiguous(),
+            scales[:, part].contiguous(),
+            ranks[:, part].contiguous(),
+            adapters,
+            [x.shape[1]],
+            d_hidden,
+            d_x,
+            execution_target(x),
+        )
+        d_a[:, i] = _sum_over_tokens(d_hidden[:, 0], x, adapters, len(a))
+        d_b[:, :, columns] = _sum_over_tokens(hidden[:, i], d_part, adapters, len(a))
+    return d_x.to(x.dtype), d_a.to(a.dtype), d_b.to(b.dtype)
+
+
+def _sum_over_tokens(hidden: Tensor, x: Tensor, adapters: Tensor, count: int) -> Tensor:
+    """[count, R, N] fp32: for each adapter the sum of hidden^T [T, R] x [T, N] over its tokens."""
+    if x.is_cuda:
+        return torch_gradients.lora_gradient(hidden, x, adapters, count)
+    out = hidden.new_empty((count, hidden.shape[1], x.shape[1]))
+    _C.lora_gradient(hidden, x, adapters, out, execution_target(x))
+    return out
+
+
+def _fake_backward(
+    d_out: Tensor, hidden: Tensor, x: Tensor, a: Tensor, b: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_empty(x, x.shape), fake_empty(a, a.shape), fake_empty(b, b.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.parts = inputs
+    hidden = output[1]
+    ctx.mark_non_differentiable(hidden)
+    ctx.save_for_backward(hidden, *tensors)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.mistral_ext.lora_backward(d_out, *ctx.saved_tensors, ctx.parts)
+    return *gradients, None, None, None, None
+
+
+_ADAPTERS = "Tensor x, Tensor a, Tensor b, Tensor scales, Tensor ranks, Tensor adapters"
+register(
+    f"lora.added({_ADAPTERS}, int[] parts) -> (Tensor, Tensor)",
+    _run_added,
+    _fake_added,
+    Gradient(("x", "a", "b"), _save, _differentiate),
+)
+register(
+    f"lora_backward(Tensor d_out, Tensor hidden, {_ADAPTERS}, int[] parts) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)

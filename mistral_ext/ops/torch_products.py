@@ -33,7 +33,7 @@ def linear_residual(
     residual: Tensor,
 ) -> None:
     _C.check_linear("linear_residual", x, *parts[:3], None, 0.0, residual, None)
-    (weight,) = _plain_weights(parts, x.dtype)
+    (weight,) = plain_weights(parts, x.dtype)
     residual.addmm_(x, weight.T)
 
 
@@ -94,14 +94,14 @@ def _products(
 ) -> list[Tensor]:
     _C.check_linear(op, x, *parts[:3], norm, eps, None, added)
     x = x if norm is None else rms_norm(x, norm, eps)
-    return [torch.nn.functional.linear(x, weight) for weight in _plain_weights(parts, x.dtype)]
+    return [torch.nn.functional.linear(x, weight) for weight in plain_weights(parts, x.dtype)]
 
 
 def _side_by_side(products: list[Tensor]) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
-def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
+def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
     """The weights in a dtype; parts of a `JoinedWeight` come as the whole.
 
     They come one after the other, so that only one dequantised weight takes memory at a time.
@@ -115,5 +115,5 @@ def _plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def _dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    _C.dequantize(*weight, out, execution_target(out))
+    _C.dequantize(*weight[:3], out, execution_target(out))
     return out

@@ -77,6 +77,8 @@ class Quantized(NamedTuple):
     values: Tensor
     scales: Tensor
     format: str
+    # [K] int64: value k of a row belongs to input order[k]. None: the inputs are in order.
+    order: Tensor | None = None
 
     @classmethod
     def empty(
@@ -116,7 +118,8 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as a tensor [N, K], computed in fp32, then rounded to `dtype`."""
-        return DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
+        weight = DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
+        return weight if self.order is None else weight.index_select(1, self.order.argsort())
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight by their indices [T] int64, dequantised: [T, K]."""
@@ -125,13 +128,14 @@ class Quantized(NamedTuple):
         # cores that our threads need.
         step = max(1, 2**14 // max(1, self.shape[1]))
         rows = [
-            Quantized(*parts, self.format).dequantize(dtype)
+            Quantized(*parts, self.format, self.order).dequantize(dtype)
             for parts in zip(values.split(step), scales.split(step), strict=True)
         ]
         return torch.cat(rows)
 
     def to(self, device: torch.device | str) -> Quantized:
-        return Quantized(self.values.to(device), self.scales.to(device), self.format)
+        order = None if self.order is None else self.order.to(device)
+        return Quantized(self.values.to(device), self.scales.to(device), self.format, order)
 
 
 Weight: TypeAlias = Tensor | Quantized
@@ -162,6 +166,25 @@ class JoinedWeight(NamedTuple):
 Weights: TypeAlias = Sequence[Weight] | JoinedWeight
 
 
+def in_order(
+    x: Tensor, weights: Weights, norm: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x [T, K], and the weight [K] of an RMSNorm of it, in the order of the weights' values.
+
+    The weights of a call have the same `order`; that of the first is used.
+
+    Raises:
+        ValueError: only some of the weights have an order.
+    """
+    orders = [weight.order if isinstance(weight, Quantized) else None for weight in weights]
+    if all(order is None for order in orders):
+        return x, norm
+    order = orders[0]
+    if order is None or None in orders[1:]:
+        raise ValueError("weights have an order in part, expected the same order or none")
+    return x.index_select(1, order), None if norm is None else norm.index_select(0, order)
+
+
 class Parts(NamedTuple):
     """Weights in the form of the ops' schemas: for each weight its values, its scales (None for a
     plain weight) and its format; and the whole, if they are the parts of a `JoinedWeight`."""
@@ -175,6 +198,13 @@ class Parts(NamedTuple):
     def outputs(self) -> int:
         """Rows of all weights together."""
         return sum(map(len, self.values))
+
+    @property
+    def inputs(self) -> int:
+        """K, the length of a row."""
+        elements = self.values[0].shape[1]
+        name = self.formats[0]
+        return elements if name == PLAIN else FORMATS[name].size(elements)
 
 
 def parts_of(weights: Weights) -> Parts:

@@ -11,7 +11,7 @@ from mistral_ext import _C
 
 
 def execution_target(x: Tensor) -> int:
-    """What a kernel on x runs on: the number of threads on the CPU, the current stream on a GPU."""
+    """Where a kernel on x runs: on a CPU the number of threads, on a GPU the current stream."""
     if x.is_cuda:
         return torch.cuda.current_stream(x.device).cuda_stream
     return torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What calls to all endpoints that read a body have in common: errors, figures, the log."""
+"""The common part of all endpoints that read a body: errors, figures, the log."""
 
 from __future__ import annotations
 

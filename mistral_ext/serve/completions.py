@@ -143,7 +143,7 @@ class CompletionCall(Call):
                 yield index, _withheld(output)
 
     async def _judge(self, job: Job, contents: Sequence[Any], kind: str) -> list[Moderation]:
-        """What the model thinks of contents; of the end of one that does not fit the context."""
+        """Has the model judge contents: the end of a content that does not fit the context."""
         service = self._service
         requests = await service.moderation_requests(contents, self._param, job.salt, True)
         ping = self._events.ping if job.stream else None

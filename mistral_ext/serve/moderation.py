@@ -24,7 +24,7 @@ async def judge(
     kind: str,
     ping: Callable[[], Awaitable[None]] | None = None,
 ) -> list[Moderation]:
-    """What the model thinks of contents.
+    """Has the model judge contents.
 
     Args:
         call: for which it is asked.

@@ -93,7 +93,7 @@ class Answer:
             yield {**head, "choices": [], "usage": self._usage()}
 
     def _deltas(self, index: int, output: Output) -> list[dict[str, Any]]:
-        """What an output adds to its completion."""
+        """The pieces that an output adds to its completion."""
         if output.completion:
             self._completions[index] = output.completion
         if not self._parsers:

@@ -1,4 +1,4 @@
-"""What a request wants its completions to match, in OpenAI's fields and in vLLM's."""
+"""The constraint of a request's completions, in OpenAI's fields and in vLLM's."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ _ANY_OBJECT = {"type": "object"}
 
 
 class Structure(NamedTuple):
-    """What completions have to match.
+    """A constraint of completions.
 
     Attributes:
-        field: of the request, that says it.
-        option: of `SamplingParams`, that it becomes.
-        value: of the option.
+        field: the field of the request that has it.
+        option: the option of `SamplingParams` that it becomes.
+        value: the value of the option.
     """
 
     field: str
@@ -68,7 +68,7 @@ class Structure(NamedTuple):
 
 
 def structure_of(given: Mapping[str, Any]) -> Structure | None:
-    """What completions have to match; None: nothing.
+    """The constraint of a request; None: there is none.
 
     Args:
         given: the fields of a request, checked against `FIELDS`.

@@ -82,9 +82,15 @@ class JinjaTemplate:
         text, unmarked = self._render(messages, tools)
         return unmarked(text)
 
-    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """The token ids of a conversation. Messages and tools are text, whatever they spell."""
-        text, unmarked = self._render(messages, tools)
+    def encode(
+        self, messages: Sequence[Message], tools: Tools | None = None, asks: bool = True
+    ) -> list[int]:
+        """The token ids of a conversation. Messages and tools are text, whatever they spell.
+
+        Args:
+            asks: end with what the template writes before a reply.
+        """
+        text, unmarked = self._render(messages, tools, asks)
         pieces = self._tokenizer.split_control_tokens(text)
         return self._tokenizer.encode_pieces(
             [unmarked(piece) if isinstance(piece, str) else piece for piece in pieces]
@@ -94,7 +100,7 @@ class JinjaTemplate:
         return self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
 
     def _render(
-        self, messages: Sequence[Message], tools: Tools | None
+        self, messages: Sequence[Message], tools: Tools | None, asks: bool = True
     ) -> tuple[str, Callable[[str], str]]:
         """The text with marks, and a function that takes them out.
 
@@ -132,7 +138,7 @@ class JinjaTemplate:
             ],
             "tools": tools,
             "documents": None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": asks,
         }
         try:
             return template.render(variables), unmarked
@@ -181,6 +187,7 @@ def encode_chat(
     messages: Sequence[Message],
     template: ChatTemplate | None = None,
     tools: Tools | None = None,
+    asks: bool = True,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model to reply.
 
@@ -192,17 +199,18 @@ def encode_chat(
             keys.
         template: "v1", "v2" or "v3", or a model's own; None: the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
+        asks: False: the last message is the assistant's, and the ids end with it.
 
     Raises ValueError that says which message, or which order of roles, is wrong.
     """
     if isinstance(template, JinjaTemplate):
-        _check_messages(messages, template)
+        _check_messages(messages, template, asks)
         _check_tools(tools)
-        return template.encode(with_parsed_arguments(messages), tools)
+        return template.encode(with_parsed_arguments(messages), tools, asks)
     template = template or tokenizer.version
-    _check_messages(messages, template)
+    _check_messages(messages, template, asks)
     _check_tools(tools)
-    return _encode_with_mistral_common(tokenizer, messages, template, tools)
+    return _encode_with_mistral_common(tokenizer, messages, template, tools, asks)
 
 
 def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | None:
@@ -246,30 +254,30 @@ def extend_chat(
     ids = encode_chat(tokenizer, messages, template, tools)
     # The model may end a turn with another token than the template writes between turns.
     for cached in (list(cached_ids), list(cached_ids)[:-1]):
-        known = _length_of(tokenizer, ids, _transcript(tokenizer, cached))
+        known = _length_of(tokenizer, ids, transcript(tokenizer, cached))
         if known is not None:
             return cached + ids[known:]
     return ids
 
 
-def _length_of(tokenizer: Tokenizer, ids: Sequence[int], transcript: bytes) -> int | None:
+def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | None:
     """How many of the ids make up this transcript; None: it ends within a token, or differs."""
-    if not _transcript(tokenizer, ids).startswith(transcript):
+    if not transcript(tokenizer, ids).startswith(text):
         return None
     length = 0
     for count, token_id in enumerate(ids):
-        if length >= len(transcript):
-            return count if length == len(transcript) else None
-        length += len(_transcript(tokenizer, [token_id]))
+        if length >= len(text):
+            return count if length == len(text) else None
+        length += len(transcript(tokenizer, [token_id]))
     return None
 
 
-def _transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
+def transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
     """The text of ids. Each control token is marked by 0xFF, which no UTF-8 text contains."""
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 
-def _check_messages(messages: Sequence[Message], template: ChatTemplate) -> None:
+def _check_messages(messages: Sequence[Message], template: ChatTemplate, asks: bool) -> None:
     """Raises unless messages are a conversation that a template may take."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
@@ -292,9 +300,10 @@ def _check_messages(messages: Sequence[Message], template: ChatTemplate) -> None
             )
         if not (calls_tools and message.get("content") is None):
             check_text(message["content"], f"messages[{i}]['content']")
-    if not messages or messages[-1]["role"] not in ("user", "tool"):
+    if not messages or messages[-1]["role"] not in (("user", "tool") if asks else ("assistant",)):
         last = f"ends with role {messages[-1]['role']!r}" if messages else "is empty"
-        raise ValueError(f"messages {last}, expected the user's message at the end")
+        expected = "user's" if asks else "assistant's"
+        raise ValueError(f"messages {last}, expected the {expected} message at the end")
 
 
 def _check_tools(tools: Any) -> None:
@@ -353,12 +362,13 @@ def _encode_with_mistral_common(
     messages: Sequence[Message],
     template: str,
     tools: Tools | None,
+    asks: bool = True,
 ) -> list[int]:
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.protocol.instruct.tool_calls import Tool
 
-    encoder = _instruct_encoder(tokenizer, template)
+    encoder = _instruct_encoder(tokenizer, template, asks)
     if tools and template == "v1":
         raise ValueError(f"tools has {len(tools)} tools, expected none: the chat template is v1")
     converted = mistral_messages(messages)
@@ -377,10 +387,10 @@ def _encode_with_mistral_common(
 
 @functools.lru_cache(maxsize=4)
 def _instruct_encoder(
-    tokenizer: Tokenizer, template: str
+    tokenizer: Tokenizer, template: str, asks: bool
 ) -> MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]:
     from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
-    from mistral_common.protocol.instruct.validator import MistralRequestValidator
+    from mistral_common.protocol.instruct.validator import MistralRequestValidator, ValidationMode
     from mistral_common.tokens.tokenizers import instruct
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -398,7 +408,7 @@ def _instruct_encoder(
     encoder = getattr(instruct, f"InstructTokenizer{template.upper()}")(text_tokenizer)
     return MistralTokenizer(
         encoder,
-        validator=MistralRequestValidator(),
+        validator=MistralRequestValidator(ValidationMode("test" if asks else "finetuning")),
         request_normalizer=InstructRequestNormalizer.normalizer(),
     )
 
@@ -454,7 +464,7 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
                 continue
             return False
         expected = _encode_with_mistral_common(tokenizer, probe, tokenizer.version, None)
-        texts = (_transcript(tokenizer, i) for i in (ids, expected))
+        texts = (transcript(tokenizer, i) for i in (ids, expected))
         if len({b"".join(text.split()) for text in texts}) > 1:
             return False
     return True

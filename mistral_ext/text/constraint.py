@@ -1,4 +1,4 @@
-"""What a completion has to match: a JSON schema, a regular expression or a Lark grammar.
+"""Constraints of completions: a JSON schema, a regular expression or a Lark grammar.
 
 `grammar` compiles it. Nothing here takes long to import.
 """
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_BYTES = 2**16  # of a schema, regular expression or grammar
-MOST_LEVELS = 64  # of what is nested in it
+MOST_LEVELS = 64  # of nesting in it
 
-# Between the tokens of JSON. Without an end a model may write white space up to max_tokens.
+# White space between the tokens of JSON. Without a limit a model may write it up to max_tokens.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a completion has to match.
+    """A rule that a completion has to match.
 
     Args:
         kind: "schema", "regex", "grammar" or "tools".

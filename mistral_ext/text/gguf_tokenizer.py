@@ -146,7 +146,7 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """The tokens of some types as added tokens, and the names of tokens with a special use."""
+        """Makes added tokens of the tokens of some types; `ids`: tokens with a special use."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
             if kind in types and text:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from numpy.typing import NDArray
 
-# Work that llguidance does at most; what needs more is an error. These bound a compilation by about
-# a second, and a step by some tens of milliseconds.
+# The limits of llguidance's work: a grammar that needs more is refused. They bound a compilation by
+# about a second, and a step by some tens of milliseconds.
 _LIMITS: dict[str, Any] = {
     "max_grammar_size": 20_000,
     "initial_lexer_fuel": 200_000,
@@ -143,11 +143,11 @@ class Grammar:
             self.allowed(behind)
 
     def matcher(self, end_ids: Sequence[int] = (), may_end: bool = True) -> Matcher:
-        """What follows a new completion; see `Matcher`."""
+        """A matcher for a new completion."""
         return Matcher(self, self._prototype.deep_copy(), self._first, end_ids, may_end)
 
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
-        """Which tokens may come next in a state, but for the end.
+        """The tokens that may come next in a state, without the end.
 
         Raises:
             ValueError: that is too much work; or nothing may come, and the text is not whole.
@@ -220,7 +220,7 @@ class Matcher:
     def forced(self, most: int) -> list[int]:
         """Tokens, `most` at most, of the text that has to come next. A completion may also write
         this text in other tokens."""
-        # Of a copy: too much work would break the state.
+        # A copy is asked, because too much work would break the state.
         return self._state.deep_copy().compute_ff_tokens()[:most]
 
     def count_allowed(self, token_ids: Sequence[int]) -> int:

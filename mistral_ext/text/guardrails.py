@@ -25,7 +25,7 @@ SAFE_PROMPT = (
 
 ACCEPTABLE = "acceptable"
 
-# The kinds of content, each with what the model is told about it.
+# The kinds of content, each with the description that the model reads.
 CATEGORIES = {
     "illegal": "illegal activities, as terrorism, child abuse or fraud",
     "hateful": "hateful, harassing or violent content, as discrimination, self-harm or bullying",
@@ -48,7 +48,7 @@ Answer with the one word that names the category."""
 
 @dataclass(frozen=True)
 class Moderation:
-    """What a model thinks of a content.
+    """A model's judgement of a content.
 
     Attributes:
         scores: the probability of each of `CATEGORIES`, 0 to 1. What is missing to 1 in their sum
@@ -59,7 +59,7 @@ class Moderation:
 
     @classmethod
     def of(cls, logits: Mapping[str, float]) -> Moderation:
-        """What the model's answer says.
+        """The judgement that the logits of an answer express.
 
         Args:
             logits: of the next token of each of `LABELS`; see `label_ids`.

@@ -232,7 +232,7 @@ def _before_format(text: str, arguments: Any) -> None:
 def _before_fields(text: str, arguments: Any) -> None:
     for _, field, _, _ in Formatter().parse(text):
         if field and "." in field:
-            raise _LimitError("it formats an attribute")  # whose text has no measure
+            raise _LimitError("it formats an attribute")  # its text could have any size
     _before_format(text, arguments)
 
 

@@ -220,7 +220,7 @@ class Tokenizer:
         return self._control_finder.split(text)
 
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
-        """Token ids of a text that is cut already; the strings are text, whatever they spell."""
+        """Encodes pieces of a text. A string is plain text, even if it spells a control token."""
         ids = []
         for i, piece in enumerate(pieces):
             if isinstance(piece, int):

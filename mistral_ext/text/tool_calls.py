@@ -132,7 +132,7 @@ class ToolUse:
         return self.form.begin if isinstance(self.form.begin, int) else None
 
     def constraint(self, content: Constraint | None) -> Constraint:
-        """What a completion has to match: calls, or text unless it must call.
+        """The rule for a completion: calls, or text unless it must call.
 
         Args:
             content: what the text has to match; None: nothing.

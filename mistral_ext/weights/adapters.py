@@ -341,18 +341,28 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
     if not adapter:
         raise ValueError("adapter is empty, expected what is added to one weight or more")
     target = Path(target)
+    with new_folder(target) as folder:
+        write_adapter_files(folder, adapter, base)
+    return target
+
+
+def write_adapter_files(folder: Path, adapter: Adapter, base: str = "") -> None:
+    """Writes the two files of an adapter in peft's format into a folder.
+
+    Args:
+        folder: exists.
+        adapter, base: as in `write_adapter`.
+    """
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.items():
         module = _PEFT_PREFIX + hugging_face_name(f"{name}.weight").removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = update.a
         tensors[f"{module}.lora_B.weight"] = update.b
-    with new_folder(target) as folder:
-        settings = json.dumps(_peft_settings(adapter, base), indent=2)
-        (folder / PEFT_CONFIG).write_text(settings + "\n", encoding="utf-8")
-        with Writer(folder / PEFT_WEIGHTS, tensors) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor.detach().cpu().contiguous())
-    return target
+    settings = json.dumps(_peft_settings(adapter, base), indent=2)
+    (folder / PEFT_CONFIG).write_text(settings + "\n", encoding="utf-8")
+    with Writer(folder / PEFT_WEIGHTS, tensors) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.detach().cpu().contiguous())
 
 
 def _peft_settings(adapter: Adapter, base: str) -> dict[str, Any]:

@@ -43,6 +43,8 @@ from mistral_ext.weights.gguf_model import (
     kept_parts,
     say_what_changes,
 )
+from mistral_ext.weights.packed_model import Layer, read_packed
+from mistral_ext.weights.packed_model import default_dtype as packed_dtype
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
@@ -158,7 +160,7 @@ class Checkpoint:
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
-        tensors = _stored_tensors(files)
+        tensors: Iterable[StoredTensor] = _stored_tensors(files)
         kept: dict[str, str] = {}
         if folder.gguf is not None:
             dtype = dtype or default_dtype(folder.gguf)
@@ -172,14 +174,22 @@ class Checkpoint:
                 for name in tensor_shapes(config)
             }
             say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
+        packed: dict[str, Quantized] = {}
+        if folder.packing is not None:
+            stored_as = list(tensors)
+            dtype = dtype or packed_dtype(stored_as, hugging_face_name("tok_embeddings.weight"))
+            decoded = torch.float32 if self._quantizes else dtype
+            tensors, packed = read_packed(
+                stored_as, folder.packing, _layers(config), decoded, device, quantization
+            )
         # The weights that are stored as two tensors.
         quantized = {
             name: parts
             for name, shape in tensor_shapes(config).items()
             if (parts := _stored_parts(folder, kept, name, shape)) is not None
         }
-        self._formats = {name: parts.format for name, parts in quantized.items()}
-        self._parts = _match(tensors, files, config, quantized, dtype)
+        self._quantized = quantized | packed
+        self._parts = _match(tensors, files, config, self._quantized, dtype)
         self._dtype = dtype
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
@@ -196,7 +206,7 @@ class Checkpoint:
     @property
     def stored_formats(self) -> set[str]:
         """The formats of the weights that are stored quantised."""
-        return set(self._formats.values())
+        return {parts.format for parts in self._quantized.values()}
 
     @property
     def nbytes(self) -> int:
@@ -247,7 +257,7 @@ class Checkpoint:
         if len(tensors) == 1:
             return tensors[0]
         values, scales = tensors
-        return Quantized(values, scales, self._formats[name])
+        return self._quantized[name]._replace(values=values, scales=scales)
 
 
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
@@ -268,6 +278,15 @@ def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
     shapes["norm.weight"] = (c.dim,)
     shapes["output.weight"] = (c.vocab_size, c.dim)
     return shapes
+
+
+def _layers(config: MistralConfig) -> dict[str, Layer]:
+    """The matrices that may be packed, by Hugging Face's names of their layers."""
+    return {
+        hugging_face_name(name).removesuffix(".weight"): Layer(name, (shape[0], shape[1]))
+        for name, shape in tensor_shapes(config).items()
+        if len(shape) == 2
+    }
 
 
 def hugging_face_name(name: str) -> str:
@@ -295,7 +314,7 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
     return {name: weight}
 
 
-# Which tensors the files hold
+# The tensors in the files
 
 
 def _stored_parts(

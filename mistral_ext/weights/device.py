@@ -23,7 +23,7 @@ _LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call 
 _CUDA_FORMATS = ("int8", "int4", "q8_0")
 
 # Weights that are multiplied in one pass, by the name of the joined weight.
-_TOGETHER = {
+TOGETHER = {
     JOINED_QKV: ("attention.wq", "attention.wk", "attention.wv"),
     JOINED_GATE_UP: ("feed_forward.w1", "feed_forward.w3"),
 }
@@ -132,6 +132,11 @@ def expect_runnable(
         )
 
 
+def has_kernels(format: str, device: torch.device | None) -> bool:
+    """Whether a device, or the CPU for None, multiplies by weights of a format."""
+    return device is None or device.type == "cpu" or format in _CUDA_FORMATS
+
+
 def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:
     """Replaces the weights of a model by copies on a device.
 
@@ -141,7 +146,7 @@ def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device
     with many tokens in one product.
     """
     for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
-        for joined, parts in _TOGETHER.items():
+        for joined, parts in TOGETHER.items():
             names = [f"layers.{i}.{part}.weight" for part in parts]
             plain = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
             if len(plain) == len(names):

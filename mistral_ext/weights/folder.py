@@ -19,6 +19,7 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights import generation_config
 from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
+from mistral_ext.weights.packed_settings import Packing, method_of, packing_of
 from mistral_ext.weights.quantize import Quantization
 
 
@@ -65,7 +66,9 @@ class ModelFolder:
 
     path: Path
     config: MistralConfig  # with the end tokens of generation_config.json, too
-    quantization: Quantization | None = None  # how the weights are stored; None: in a dtype
+    # How the weights are stored; both None: in a dtype, or as `gguf` says.
+    quantization: Quantization | None = None
+    packing: Packing | None = None
     instruct: bool = False  # the name says so, or `quantize` noted it from the original's name
     gguf: Gguf | None = None  # the contents, if `path` is a GGUF file
 
@@ -123,11 +126,12 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     try:
         config = read(values, **overrides)
         quantization = _quantization(values) if file is hf_file else None
+        packing = packing_of(values, path) if file is hf_file and not quantization else None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:
         config = _with_end_tokens(config, path / generation_config.NAME)
-    return ModelFolder(path, config, quantization, is_instruct(path))
+    return ModelFolder(path, config, quantization, packing, is_instruct(path))
 
 
 def find_weights(folder: str | Path) -> WeightFiles | None:
@@ -247,29 +251,11 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
 
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:
-    """The format of the weights, according to a ``config.json``."""
-    settings = values.get("quantization_config")
-    if not settings:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    """The format of weights that `quantize` has written, according to a ``config.json``."""
+    settings, method = method_of(values)
     if method != _QUANT_METHOD:
-        raise ValueError(
-            f"quantization_config: quant_method is {method!r}, expected {_QUANT_METHOD!r}: "
-            "'mistral-ext quantize' makes such weights from the original ones"
-        )
+        return None
     try:
-        if "format" not in settings:  # a folder of version 0.1 or before
-            return _old_quantization(settings)
-        return Quantization(
-            settings["format"], settings.get("group_size"), settings.get("output_format", "q8_0")
-        )
+        return Quantization.from_settings(settings)
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from error
-
-
-def _old_quantization(settings: dict[str, Any]) -> Quantization:
-    """The format of an older folder, which has `bits` instead: 8 bits have a scale for each row."""
-    bits = settings.get("bits")
-    if bits not in (8, 4):
-        raise ValueError(f"bits is {bits!r}, expected 8 or 4")
-    return Quantization(f"int{bits}", settings.get("group_size"), "int8")

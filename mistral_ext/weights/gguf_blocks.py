@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral_ext.ops.dequantize import TABLE, scales_and_minima
+from mistral_ext.ops.dequantize import halves, looked_up, scaled, scales_and_minima
 
 # Values that are decoded at a time. Intermediate results of so few values stay in the caches, and
 # torch does not split them among threads, which would wait for each other longer than they work.
@@ -91,11 +91,6 @@ def in_steps(
 # Parts of blocks. B blocks, each a row of bytes. *_integers: [B, values] uint8, without scales.
 
 
-def _halves(blocks: Tensor, begin: int) -> Tensor:
-    """[B, 1] fp32, of the fp16 at byte `begin` of each block."""
-    return blocks[:, begin : begin + 2].contiguous().view(torch.float16).float()
-
-
 def _fields(data: Tensor, bits: int, run: int) -> Tensor:
     """[B, 8 / bits * bytes] uint8: values of 1, 2 or 4 bits.
 
@@ -108,24 +103,6 @@ def _fields(data: Tensor, bits: int, run: int) -> Tensor:
     return fields.flatten(1)
 
 
-def _groups(values: Tensor, scales: Tensor) -> Tensor:
-    """[B, groups, values of a group] fp32, for as many groups as there are scales [B, groups]."""
-    return values.float().view(len(values), scales.shape[1], -1)
-
-
-def _scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """[B, values] fp32: scale * value - minimum, with one of each for every group."""
-    scaled = _groups(values, scales).mul_(scales.unsqueeze(2))
-    if minima is not None:
-        scaled.sub_(minima.unsqueeze(2))
-    return scaled.flatten(1)
-
-
-def _looked_up(fields: Tensor) -> Tensor:
-    """[B, values] fp32 from the table of the IQ4 types."""
-    return TABLE.to(fields.device).index_select(0, fields.flatten().int()).view(fields.shape)
-
-
 # Blocks of 32 values
 
 
@@ -134,7 +111,7 @@ def q4_0_integers(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * (q4_0_integers(blocks).float() - 8)
+    return halves(blocks, 0) * (q4_0_integers(blocks).float() - 8)
 
 
 def q4_1_integers(blocks: Tensor) -> Tensor:
@@ -142,7 +119,7 @@ def q4_1_integers(blocks: Tensor) -> Tensor:
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * q4_1_integers(blocks) + _halves(blocks, 2)
+    return halves(blocks, 0) * q4_1_integers(blocks) + halves(blocks, 2)
 
 
 def _five_bits(high: Tensor, low: Tensor) -> Tensor:
@@ -154,31 +131,31 @@ def q5_0_integers(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * (q5_0_integers(blocks).float() - 16)
+    return halves(blocks, 0) * (q5_0_integers(blocks).float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
     values = _five_bits(blocks[:, 4:8], blocks[:, 8:])
-    return _halves(blocks, 0) * values + _halves(blocks, 2)
+    return halves(blocks, 0) * values + halves(blocks, 2)
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
+    return halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
 
 
 iq4_nl_integers = q4_0_integers
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return _halves(blocks, 0) * _looked_up(iq4_nl_integers(blocks))
+    return halves(blocks, 0) * looked_up(iq4_nl_integers(blocks))
 
 
 # Blocks of 256 values
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
-    packed, d, dmin = blocks[:, :16], _halves(blocks, 80), _halves(blocks, 82)
-    return _scaled(_fields(blocks[:, 16:80], 2, 32), d * (packed & 15), dmin * (packed >> 4))
+    packed, d, dmin = blocks[:, :16], halves(blocks, 80), halves(blocks, 82)
+    return scaled(_fields(blocks[:, 16:80], 2, 32), d * (packed & 15), dmin * (packed >> 4))
 
 
 def q3_k_integers(blocks: Tensor) -> Tensor:
@@ -191,8 +168,8 @@ def q3_k_scales(blocks: Tensor) -> Tensor:
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
-    scales = _halves(blocks, 108) * (q3_k_scales(blocks).float() - 32)
-    return _scaled(q3_k_integers(blocks).float() - 4, scales)
+    scales = halves(blocks, 108) * (q3_k_scales(blocks).float() - 32)
+    return scaled(q3_k_integers(blocks).float() - 4, scales)
 
 
 def q4_k_integers(blocks: Tensor) -> Tensor:
@@ -201,8 +178,8 @@ def q4_k_integers(blocks: Tensor) -> Tensor:
 
 def _q4_k(blocks: Tensor) -> Tensor:
     scales, minima = scales_and_minima(blocks[:, 4:16])
-    d, dmin = _halves(blocks, 0), _halves(blocks, 2)
-    return _scaled(q4_k_integers(blocks), d * scales, dmin * minima)
+    d, dmin = halves(blocks, 0), halves(blocks, 2)
+    return scaled(q4_k_integers(blocks), d * scales, dmin * minima)
 
 
 def q5_k_integers(blocks: Tensor) -> Tensor:
@@ -211,8 +188,8 @@ def q5_k_integers(blocks: Tensor) -> Tensor:
 
 def _q5_k(blocks: Tensor) -> Tensor:
     scales, minima = scales_and_minima(blocks[:, 4:16])
-    d, dmin = _halves(blocks, 0), _halves(blocks, 2)
-    return _scaled(q5_k_integers(blocks), d * scales, dmin * minima)
+    d, dmin = halves(blocks, 0), halves(blocks, 2)
+    return scaled(q5_k_integers(blocks), d * scales, dmin * minima)
 
 
 def q6_k_integers(blocks: Tensor) -> Tensor:
@@ -221,7 +198,7 @@ def q6_k_integers(blocks: Tensor) -> Tensor:
 
 def _q6_k(blocks: Tensor) -> Tensor:
     scales = blocks[:, 192:208].view(torch.int8)
-    return _scaled(q6_k_integers(blocks).float() - 32, _halves(blocks, 208) * scales)
+    return scaled(q6_k_integers(blocks).float() - 32, halves(blocks, 208) * scales)
 
 
 def iq4_xs_integers(blocks: Tensor) -> Tensor:
@@ -230,7 +207,7 @@ def iq4_xs_integers(blocks: Tensor) -> Tensor:
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     scales = _fields(blocks[:, 4:8], 4, 1) | _fields(blocks[:, 2:4], 2, 1) << 4
-    return _scaled(_looked_up(iq4_xs_integers(blocks)), _halves(blocks, 0) * (scales.float() - 32))
+    return scaled(looked_up(iq4_xs_integers(blocks)), halves(blocks, 0) * (scales.float() - 32))
 
 
 def _plain(name: str, dtype: torch.dtype) -> BlockType:

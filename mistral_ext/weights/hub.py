@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, what_is_there
 from mistral_ext.weights.gguf_file import part_names
+from mistral_ext.weights.packed_settings import OWN_FILES as PACKING_FILES
 
 _OWNER_AND_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
@@ -42,7 +43,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    patterns = [*CONFIGS, *COMPANIONS]
+    patterns = [*CONFIGS, *PACKING_FILES, *COMPANIONS]
     try:
         files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings or ()]
     except Exception as error:  # no network, no access or no such model: the cache may have it

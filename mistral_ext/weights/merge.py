@@ -51,8 +51,8 @@ def merge_adapter(
     target = Path(target)
     expect_free(target)
     original = read_folder(resolve(source))
-    if original.gguf is not None or original.quantization is not None:
-        form = original.quantization or "a GGUF file"
+    form = original.quantization or original.packing or (original.gguf and "a GGUF file")
+    if form is not None:
         raise ValueError(
             f"the weights in {str(original.path)!r} are {form}, expected a folder of weights that "
             "are not quantised: rounding them again loses what an adapter adds"

@@ -97,7 +97,7 @@ def _cleaning_up_first() -> Iterator[None]:
 
     def end(number: int, _: object) -> None:
         for other in handled:
-            signal.signal(other, signal.SIG_IGN)  # a second one would interrupt the cleaning up
+            signal.signal(other, signal.SIG_IGN)  # another signal would interrupt the cleaning up
         raise _Ended(number)
 
     for number in handled:

@@ -23,7 +23,9 @@ scale does not shift all values of its group.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +88,18 @@ class Quantization:
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
         return cls(NAMES[f"int{bits}"], group)
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Quantization:
+        """From a `quantization_config`. Folders of version 0.1 or before have `bits` in place of
+        `format`, and 8 bits have a scale for each row there."""
+        group = settings.get("group_size")
+        if "format" in settings:
+            return cls(settings["format"], group, settings.get("output_format", _OUTPUT_FORMAT))
+        bits = settings.get("bits")
+        if bits not in (8, 4):
+            raise ValueError(f"bits is {bits!r}, expected 8 or 4")
+        return cls(f"int{bits}", group, "int8")
+
     @property
     def bits(self) -> int:
         """Bits of a value in the layers, without its share of a scale."""
@@ -103,7 +117,7 @@ class Quantization:
         return self.format if is_matrix else None
 
     def group_of(self, name: str) -> int | None:
-        """Weights that share a scale in a weight that is quantised; None: all of a row."""
+        """The number of neighbours that share a scale in a quantised weight; None: a whole row."""
         if self.format_of(name) == self.format:
             return self.group
         return Quantization(self.output_format).group

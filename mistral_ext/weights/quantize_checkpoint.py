@@ -55,10 +55,11 @@ def quantize_checkpoint(
             f"{str(original.path)!r} is a GGUF file, expected the folder of the original, or load "
             "it with quantize="
         )
-    if original.quantization is not None:
+    form = original.quantization or original.packing
+    if form is not None:
         raise ValueError(
-            f"the weights in {str(original.path)!r} are quantised already, as "
-            f"{original.quantization}, expected the original"
+            f"the weights in {str(original.path)!r} are quantised already, as {form}, expected the "
+            "original"
         )
     if not original.config.writes_text:
         raise ValueError(

@@ -25,6 +25,8 @@ DTYPES = {
     "F32": torch.float32,
     "I8": torch.int8,
     "I32": torch.int32,
+    "U8": torch.uint8,
+    "I64": torch.int64,
 }
 _ALIGNMENT = 64  # bytes: a cache line
 
@@ -34,7 +36,7 @@ SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight, in the name o
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. A quantised weight is two, its values and its scales."""
+    """A tensor in a file. A quantised weight has two tensors, its values and its scales."""
 
     name: str
     file: Path

@@ -1,5 +1,6 @@
-// The module `_amx`: `linear` and `linear_rope` of mistral_ext._C with the kernels of AMX, on
-// emulated instructions, and these on their own. Errors of the emulation are exceptions here.
+// The module `_amx`: `linear`, `linear_backward` and `linear_rope` of mistral_ext._C with the
+// kernels of AMX, on emulated instructions, and these on their own. Errors of the emulation are
+// exceptions here.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -21,11 +22,21 @@ void check() {
   if (!error.empty()) throw std::runtime_error(error);
 }
 
+// After a kernel.
+void check_released() {
+  check();
+  if (emulated::configured_threads() != 0) {
+    throw std::runtime_error("a thread has not released its tiles");
+  }
+}
+
 }  // namespace
 
 namespace amx {
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
+int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p);
+void linear_backward(const LinearBackwardParams& p, int threads);
 void rope(const RopeParams& p, int threads);
 }  // namespace amx
 
@@ -36,10 +47,18 @@ void linear(const LinearParams& p, int threads) {
     const emulated::Trap trap;
     amx::linear(p, threads);
   }
-  check();
-  if (emulated::configured_threads() != 0) {
-    throw std::runtime_error("a thread has not released its tiles");
+  check_released();
+}
+
+int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p) {
+  return amx::linear_backward_scratch_bytes(p);
+}
+void linear_backward(const LinearBackwardParams& p, int threads) {
+  {
+    const emulated::Trap trap;
+    amx::linear_backward(p, threads);
   }
+  check_released();
 }
 
 void linear_rope(const LinearRopeParams& p, int threads) {
@@ -55,6 +74,7 @@ using namespace mistral::cpu;
 PYBIND11_MODULE(_amx, m) {
   python::bind_call(m);
   python::bind_linear(m);
+  python::bind_linear_backward(m);
   m.def("configure", [](const py::bytes& bytes) {
     TileConfig config;
     const std::string copy = bytes;

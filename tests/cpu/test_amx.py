@@ -26,6 +26,7 @@ from test_linear import (  # collected here again, with this file's `isa` and `b
     test_several_weights_with_a_norm_are_the_plain_steps,  # noqa: F401
     test_what_is_not_finite_stays_in_its_row_and_token,  # noqa: F401
 )
+from test_linear_backward import test_gradient_of_x_by_every_format  # noqa: F401
 from tolerance import assert_close
 
 from mistral_ext import _C, ops

@@ -33,6 +33,7 @@ def test_every_kernel_is_compiled_for_every_architecture(usages):
     assert {kernel.split("<")[0] for kernel in kernels} >= {
         *("attention_decode", "attention_prefill", "dequantize_kernel", "linear_kernel"),
         *("linear_rope_kernel", "rms_norm_kernel", "rope_kernel", "sample_kernel", "swiglu_kernel"),
+        *("rms_norm_backward_kernel", "rotate_kernel", "swiglu_backward_kernel"),
     }
     hopper = {kernel for kernel in kernels if "hopper" in kernel}
     assert len(hopper) == 4

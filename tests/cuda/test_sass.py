@@ -135,12 +135,14 @@ def test_linear_streams_weights_to_the_tensor_cores(kernels, kernel, form, dtype
 
 
 @pytest.mark.parametrize("dtype", ["bf16, 8", "fp16, 8", "fp32, 4"])
-@pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu"])
+@pytest.mark.parametrize(
+    "op", ["rms_norm", "rms_norm_backward", "rope", "rotate", "swiglu", "swiglu_backward"]
+)
 def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
     """All of them: a store of 16 bytes that the compiler has cut up fails too."""
     code = kernels[f"{op}_kernel<{dtype}>"]
-    # rope reads the sequence table by 8 bytes
-    table = code["LDG.E.64"] if op == "rope" else 0
+    # rope and rotate read the sequence table by 8 bytes
+    table = code["LDG.E.64"] if op.startswith("ro") else 0
     assert count(code, "LDG.") - table == code["LDG.E.128"] > 0
     assert count(code, "STG.") == code["STG.E.128"] > 0
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"

@@ -167,13 +167,44 @@ def test_adapters_come_and_go_while_another_thread_steps(folder, alone):
     assert not engine.has_work
 
 
-def test_memory_is_free_when_the_last_adapter_goes(folder):
-    llm = load(folder)
-    nbytes = llm.model.nbytes
+def test_memory_is_free_when_an_adapter_goes(folder, alone):
+    llm = load(folder, names="b")
+    nbytes, generation = llm.model.adapters.nbytes, llm.model.adapters.generation
+    llm.load_adapter(folder / "a", "a")
+    llm.unload_adapter("b")  # "a" takes its slot
+    assert ids_of(llm.generate([PROMPTS[0]], adapter="a", **OPTIONS)) == [alone[0]]
+    llm.load_adapter(folder / "b", "b")
     llm.unload_adapter("a")
+    assert llm.model.adapters.nbytes == nbytes
+    assert llm.model.adapters.generation > generation
+    assert ids_of(llm.generate([PROMPTS[2]], adapter="b", **OPTIONS)) == [alone[2]]
     llm.unload_adapter("b")
     assert llm.model.adapters.nbytes == 0
-    assert llm.model.nbytes < nbytes
+    assert llm.model.nbytes == load(folder, names="").model.nbytes
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_memory_is_free_after_the_last_request_of_a_removed_adapter(folder, alone, ends):
+    llm = load(folder, names="ab")
+    outputs = llm.engine.outputs([llm.request(PROMPTS[0], SamplingParams(**OPTIONS), adapter="a")])
+    next(outputs)
+    llm.unload_adapter("a")
+    both = llm.model.adapters.nbytes
+    if ends:
+        assert [o.completion.token_ids for o in outputs if o.completion] == [alone[0]]
+    else:
+        outputs.close()
+        llm.engine.step()
+    assert llm.model.adapters.nbytes < both
+    assert ids_of(llm.generate([PROMPTS[2]], adapter="b", **OPTIONS)) == [alone[2]]
+    llm.unload_adapter("b")
+    assert llm.model.adapters.nbytes == 0
+
+
+def test_adapters_that_come_with_the_model_are_not_copied_for_their_number(folder):
+    two, one = (load(folder, names=names).model.adapters for names in ("ab", "a"))
+    larger = 2 * len(one.layers)  # "b" has a larger rank in two groups of each layer
+    assert two.generation == one.generation + larger
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,16 @@ def samples():
     batch = RaggedBatch([8, 8], 8, positions=[0, 9])
     table = batch.table((5, 1))
     q, k, v = (new.contiguous() for new in batch.inputs(6))
+    adapters = (
+        x,
+        random(2, 1, 3, 40),
+        random(2, 3, 5),
+        random(2, 1),
+        torch.tensor([[3], [1]], dtype=torch.int32),
+        torch.tensor([1, -1, 0], dtype=torch.int32),
+        [5],
+    )
+    plain, targets = ([None], ["plain"], None), torch.tensor([4, -100, 0])
     int4 = ([torch.ones(5, 8, dtype=torch.int32)], [torch.ones(5, 2).bfloat16()], ["int4"], None)
     heads = [random(64, 40), random(32, 40), random(32, 40)]
     pools = random(2, 16, 32)
@@ -33,34 +43,35 @@ def samples():
     ring = (q, k, v, random(*batch.k_pool.shape), random(*batch.v_pool.shape), table)
     return [
         ("rms_norm", (x, weight), {}),
-        ("rms_norm", (x, weight, 1e-6, random(3, 40)), {}),
+        ("rms_norm.residual", (x, weight, 1e-6, random(3, 40)), {}),
+        ("rms_norm_backward", (x, weight, random(3, 40), 1e-5), {}),
         ("rms_norm", (random(3, 80)[:, 40:].bfloat16(), weight.bfloat16()), {}),
         ("rms_norm", (random(0, 40), weight), {}),
         ("rope", (*ring, frequencies, 8), {}),
+        ("rotate", (q, table, frequencies), {}),
         ("attention", (*ring, 8), {}),
         ("attention", ring, {"window": 8, "scale": 0.5}),
-        ("swiglu", (random(2, 7), random(2, 7)), {}),
+        ("attention.whole", (q, k, v, table, 8), {}),
         (
-            "lora",
-            (
-                x,
-                random(2, 1, 3, 40),
-                random(2, 3, 5),
-                random(2, 1),
-                torch.tensor([[3], [1]], dtype=torch.int32),
-                torch.tensor([1, -1, 0], dtype=torch.int32),
-                [5],
-                random(3, 5),
-            ),
+            "attention_backward",
+            (q, k, v, random(*q.shape), random(*q.shape), random(6, 4), table, 8),
             {},
         ),
+        ("swiglu", (random(2, 7), random(2, 7)), {}),
+        ("swiglu_backward", (random(2, 7), random(2, 7), random(2, 7)), {}),
+        ("lora", (*adapters, random(3, 5)), {}),
+        ("lora.added", adapters, {}),
+        ("lora_backward", (random(3, 5), random(3, 1, 3), *adapters), {}),
         ("linear", (x, [random(5, 40)], [None], ["plain"], None), {}),
         (
             "linear",
             (x, [random(5, 40), random(2, 40)], [None] * 2, ["plain"] * 2, None, weight, 1e-5),
             {},
         ),
-        ("linear", (random(3, 64), *int4), {}),
+        ("linear", (random(9, 64), *int4), {}),
+        ("linear_backward", (random(3, 5), *int4), {}),
+        ("linear_cross_entropy", (x, [random(5, 40)], *plain, targets, random(3), True), {}),
+        ("linear_cross_entropy", (random(3, 64), *int4, targets, None, True), {}),
         ("linear_residual", (x, [random(5, 40)], [None], ["plain"], None, random(3, 5)), {}),
         (
             "linear_rope",
@@ -94,12 +105,59 @@ def samples():
     ]
 
 
+# The places of the arguments that may require a gradient.
+DIFFERENTIABLE = {
+    "rms_norm": (0,),
+    "rotate": (0,),
+    "attention.whole": (0, 1, 2),
+    "swiglu": (0, 1),
+    "lora.added": (0, 1, 2),
+    "linear": (0,),
+    "linear_cross_entropy": (0,),
+}
+
+
+def op_of(name):
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.mistral_ext, packet), overload or "default")
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "options"),
     [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())],
 )
 def test_opcheck(name, arguments, options):
-    torch.library.opcheck(getattr(torch.ops.mistral_ext, name).default, arguments, options)
+    torch.library.opcheck(op_of(name), arguments, options)
+    if differentiable := DIFFERENTIABLE.get(name, ()):
+        given = list(arguments)
+        for i in differentiable:
+            given[i] = given[i].clone().requires_grad_()
+        torch.library.opcheck(op_of(name), given, options)
+
+
+def test_an_op_with_a_gradient_compiles(generator):
+    """The gradients of a step of training, compiled and not."""
+    table, turns = torch.tensor([[0, 9, 0, 0, 9]]), reference.frequencies(1e4, 32)
+    weights = [torch.randn(n, 64, generator=generator) / 8 for n in (128, 128, 50)]
+    adapters = torch.zeros(9, dtype=torch.int32)
+    scales, ranks = torch.ones(1, 1), torch.full((1, 1), 2, dtype=torch.int32)
+    targets = torch.arange(9)
+
+    def loss(x, a, b):
+        y = ops.rms_norm(x, torch.ones(64))
+        qkv = ops.linear(y, weights[0]) + ops.lora(y, a, b, scales, ranks, adapters, [128])
+        q, k, v = qkv.unflatten(1, (4, 32)).split([2, 1, 1], dim=1)
+        q, k = ops.rotate(q, table, turns), ops.rotate(k, table, turns)
+        x = x + ops.attention(q, k, v, None, None, table, 4).flatten(1)
+        x = x + ops.swiglu(*ops.linear(x, weights[1], torch.ones(64)).chunk(2, dim=1))
+        return ops.linear_cross_entropy(x, weights[2], targets)[0]
+
+    shapes = (9, 64), (1, 1, 2, 64), (1, 2, 128)
+    given = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    expected = torch.autograd.grad(loss(*given), given)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for one, other in zip(torch.autograd.grad(compiled(*given), given), expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def block(x, weight, residual, w, k_pool, v_pool, table, frequencies, sampling):
@@ -165,6 +223,9 @@ def test_fake_tensors_get_shapes_without_running():
     assert ops.linear_rope(x, [matrix] * 3, weight, 1e-5, x, x, x, x).shape == (6, 27)
     q = torch.empty(6, 4, 32, device="meta")
     assert ops.attention(q, q, q, x, x, x).shape == (6, 4, 32)
+    assert ops.attention(q, q, q, None, None, x).shape == (6, 4, 32)
+    assert ops.rotate(q, x, x).shape == (6, 4, 32)
+    assert [out.shape for out in ops.linear_cross_entropy(x, matrix, x)] == [(), (6,)]
 
 
 def test_what_is_no_tensor_of_a_device_with_kernels_is_refused():
@@ -191,13 +252,15 @@ def needs_gradient(value):
 )
 def test_an_op_that_would_need_a_gradient_is_refused(name, arguments, options):
     """It would be missing from `backward`. One at a time; unrecorded, all may."""
-    op = getattr(torch.ops.mistral_ext, name).default
+    op, packet = op_of(name), name.split(".")[0]
     for i, argument in enumerate(op._schema.arguments[: len(arguments)]):
         value = needs_gradient(arguments[i])
         tensors = value if isinstance(value, list) else [value]
+        if i in DIFFERENTIABLE.get(name, ()):
+            continue
         if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
             shown = "weight" if argument.name == "values" else argument.name
-            with pytest.raises(RuntimeError, match=f"^{name}: {shown} requires a gradient, but"):
+            with pytest.raises(RuntimeError, match=f"^{packet}: {shown} requires a gradient, but"):
                 op(*arguments[:i], value, *arguments[i + 1 :], **options)
     with torch.no_grad():
         op(*map(needs_gradient, arguments), **options)

@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from packed_weights import GROUPS, random_weights
+from packed_weights import GROUPS, random_weight, random_weights
 from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
-from mistral_ext import ops
+from mistral_ext import _C, ops
 from mistral_ext.ops import Quantized
+from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.quantize import quantize
 
 NAN = float("nan")
@@ -174,6 +175,21 @@ def test_weights_of_a_pass_may_have_different_formats(backend, tokens, dtype, ge
         exact = reference.swiglu(*(x.double() @ exact_weight(w).T for w in (gate, up)))
         rounded = [ops.linear(x, weight) for weight in (gate, up)]
         assert_close(ops.linear_swiglu(x, [gate, up]), exact, reference.swiglu(*rounded))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_formats_of_words_share_packed_activations(isa, tokens, exact, generator):
+    ops.set_exact_products(exact)
+    x = inputs(tokens, 256, torch.float32, generator)
+
+    def workspace(*names):
+        parts = [random_weight(name, (4, 256), GROUPS[name][0], generator) for name in names]
+        values, scales, formats, _ = parts_of(parts)
+        out = torch.empty(tokens, 4 * len(parts))
+        return _C.linear("linear", x, values, scales, formats, None, 0.0, out).workspace_bytes
+
+    assert workspace("q4_k", "q6_k", "iq4_nl") == workspace("q4_k")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -363,9 +363,12 @@ def test_quantised_weights_with_the_configuration_of_the_original(quantized_fold
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq', expected 'mistral_ext'"),
-        ({"bits": 4}, "quant_method is None, expected 'mistral_ext'"),
-        ("int4", "quant_method is None"),
+        (
+            {"quant_method": "exl2"},
+            "quant_method is 'exl2', expected one of mistral_ext, gptq, awq",
+        ),
+        ({"bits": 4}, "quant_method is None, expected one of mistral_ext, gptq"),
+        ("int4", "quantization_config is 'int4', expected an object"),
         ({"quant_method": "mistral_ext", "bits": 3}, "quantization_config: bits is 3"),
         ({"quant_method": "mistral_ext"}, "quantization_config: bits is None"),
         ({"quant_method": "mistral_ext", "bits": 4, "group_size": 5}, "group is 5, expected 32"),

@@ -96,6 +96,15 @@ class Source {
   KeyValue<T> chunk_;  // of the chunk's first token
 };
 
+// Writes the log-sum-exp of a row whose probabilities are relative to `maximum`.
+void write_lse(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t row,
+               float maximum, float total) {
+  if (!p.lse) return;
+  const int64_t group = p.heads / p.kv_heads;
+  const int64_t token = s.first_token + row / group;
+  p.lse[token * p.heads + kv_head * group + row % group] = maximum + logf(total);
+}
+
 template <class T, class Rows>
 void attend(const AttentionParams& p, const Sequence& s, const Division& division, float* partials,
             int64_t kv_head, int64_t block, int64_t segment) {
@@ -148,6 +157,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
       T* out = out_row<T>(p, s, kv_head, first_row + row);
       const Vec inverse = broadcast(1.0f / rows.total(row));
       for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(sums + d) * inverse);
+      write_lse(p, s, kv_head, first_row + row, rows.maximum(row), rows.total(row));
     }
   }
 }
@@ -173,6 +183,7 @@ void merge_segments(const AttentionParams& p, const Sequence& s, const Division&
   T* out = out_row<T>(p, s, kv_head, row);
   const Vec inverse = broadcast(1.0f / total);
   for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(sums + d) * inverse);
+  write_lse(p, s, kv_head, row, maximum, total);
 }
 
 }  // namespace

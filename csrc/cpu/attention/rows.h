@@ -43,8 +43,8 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 // weights(r, key) points to the weights of row r for kDepth keys from `key` on. values(key, d,
 // columns) loads M vectors of the values of these keys. factor(r) is the factor of row r.
 //
-// The new sums begin at zero and join `out` as a whole. Were thousands of keys added to `out` one
-// by one, each addition would round the large number.
+// The new sums begin at zero and are added to `out` at the end: adding thousands of keys to `out`
+// one by one would round the large number each time.
 template <int64_t M, class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {

@@ -71,32 +71,20 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
 // The chunk type of the gemv kernels for a format and activations of type T.
 template <WeightFormat format, class T>
 struct FewChunkOf {
-  // Whether to multiply in 16-bit integers. fp32 has more bits than they hold. Pairs of bf16 are as
-  // fast as integers, except for q8_0.
-  static constexpr bool kInIntegers =
-      kHasInt16 && sizeof(T) == sizeof(int16_t) &&
-      (format == WeightFormat::q8_0 ||
-       (std::is_same_v<typename ArithmeticOf<T>::type, Fp32> &&
-        (format == WeightFormat::int8 || format == WeightFormat::int4)));
+  static constexpr bool kFits = sizeof(T) == sizeof(int16_t);  // fp32 has more bits than integers
+  static constexpr bool kInInt16 =
+      kFits && Int16Chunk<format>::template kFastest<typename ArithmeticOf<T>::type>;
+  using InFloatsOrInt16 =
+      std::conditional_t<kInInt16, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
   using type =
-      std::conditional_t<kInIntegers, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
+      std::conditional_t<kFits && has_int8_products(format), Int8InIntegers, InFloatsOrInt16>;
 };
-#if defined(__AVX512VNNI__)
-template <>
-struct FewChunkOf<WeightFormat::int8, bf16> {
-  using type = Int8InIntegers;
-};
-template <>
-struct FewChunkOf<WeightFormat::int8, f16> {
-  using type = Int8InIntegers;
-};
-#endif
 
 // Calls f with a value of the chunk type for a part of the weights.
 template <class T, class F>
 auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   return with_format(p.parts[part].format, [&](auto format) {
-    if constexpr (has_bytes<format.value, T>()) {
+    if constexpr (has_bytes(format.value)) {
       if (!p.exact) return f(InBytes<format.value>{});
     }
     return f(typename FewChunkOf<format.value, T>::type{});
@@ -145,5 +133,31 @@ struct Packing<Int8InIntegers> {
     pack_integers(x, inputs, out);
   }
 };
+
+// A type that is the same for two chunk types if their activations are packed alike.
+template <class Chunk>
+struct PackedAlike {
+  using type = Chunk;
+};
+template <WeightFormat format>
+struct PackedAlike<InBytes<format>> {
+  using type = ByteActivations;
+};
+template <class>
+constexpr char kMark = 0;
+
+// A mark of the way in which the activations of a part are packed: parts with the same mark share
+// them.
+template <class T>
+const void* packing_mark(const LinearParams& p, int64_t part) {
+  if (p.tokens <= kGemvTokens) {
+    return with_few_chunk<T>(p, part, [](auto chunk) -> const void* {
+      return &kMark<typename PackedAlike<decltype(chunk)>::type>;
+    });
+  }
+  return with_format(p.parts[part].format, [](auto format) -> const void* {
+    return &kMark<std::bool_constant<ChunkOf<format.value, float>::type::kInOrder>>;
+  });
+}
 
 }  // namespace mistral::cpu::MISTRAL_ISA

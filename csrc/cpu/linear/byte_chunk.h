@@ -6,9 +6,18 @@
 #include "../simd/bytes.h"
 #include "formats.h"
 
-#if defined(__AVX2__)
-
 namespace mistral::cpu::MISTRAL_ISA {
+
+// Whether a format has products of bytes.
+constexpr bool has_bytes(WeightFormat format) {
+#if defined(__AVX512F__)
+  // Other kernels for int4 are as fast as memory.
+  if (format == WeightFormat::int4) return false;
+#elif !defined(__AVX2__)
+  return false;
+#endif
+  return info(format).element_bits == 32;
+}
 
 // The activations of 256 values of k. Value i of a vector is that of lane i / 4, in the order of
 // the weights (byte_k_at).
@@ -18,6 +27,8 @@ struct ByteActivations {
   float sum[8];        // of the scaled values of a block
   int16_t halves[16];  // the sums of the first and the last 16 values of a block
 };
+
+#if defined(__AVX2__)
 
 // The value of 256 that byte `byte` of vector `vector` holds.
 constexpr int byte_k_at(int vector, int byte) {
@@ -199,6 +210,6 @@ struct ByteChunk {
   }
 };
 
-}  // namespace mistral::cpu::MISTRAL_ISA
-
 #endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA

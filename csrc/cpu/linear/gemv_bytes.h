@@ -10,25 +10,13 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The format's products of bytes.
+// Stands for the products of bytes of a format, in place of a chunk type.
 template <WeightFormat format>
 struct InBytes {
   struct Arithmetic {
     using Element = char;
   };
 };
-
-// Whether a format has products of bytes.
-template <WeightFormat format, class T>
-constexpr bool has_bytes() {
-#if defined(__AVX512F__)
-  // Other kernels for int4 are as fast as memory.
-  if (format == WeightFormat::int4) return false;
-#elif !defined(__AVX2__)
-  return false;
-#endif
-  return format == WeightFormat::int4 || format > WeightFormat::q8_0;
-}
 
 #if defined(__AVX2__)
 

@@ -40,6 +40,15 @@ constexpr int64_t kPackedBytes<Int8InIntegers> = 2;
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
+// Whether a format has these products: its values are bytes, and a row has one scale.
+constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
+#if defined(__AVX512VNNI__)
+  return info(format).bits == 8 && info(format).least_group == 0;
+#else
+  return false;
+#endif
+}
+
 #if defined(__AVX512VNNI__)
 
 struct TokenHead {

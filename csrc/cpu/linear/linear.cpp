@@ -80,10 +80,11 @@ void finish(const LinearParams& p, int64_t token, int64_t column, const float* p
   }
 }
 
-// The first part with the same format.
+// The first part with the same packed activations.
+template <class T>
 int64_t first_like(const LinearParams& p, int64_t part) {
   int64_t first = 0;
-  while (p.parts[first].format != p.parts[part].format) ++first;
+  while (packing_mark<T>(p, first) != packing_mark<T>(p, part)) ++first;
   return first;
 }
 
@@ -91,8 +92,8 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 template <class T>
 struct Scratch {
   T* normalised;            // [T, K]
-  char* rows;               // gemm: the packed rows of one format, before pack_vector
-  char* packed[kMaxParts];  // for each part; parts of one format share them
+  char* rows;               // gemm: the packed rows of one part, before pack_vector
+  char* packed[kMaxParts];  // for each part; parts whose activations are packed alike share them
   int64_t bytes;
 
   explicit Scratch(const LinearParams& p) {
@@ -106,7 +107,7 @@ struct Scratch {
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
     rows = take(many ? many_bytes(p) : 0);
     for (int64_t part = 0; part < p.num_parts; ++part) {
-      const int64_t like = first_like(p, part);
+      const int64_t like = first_like<T>(p, part);
       packed[part] = like < part ? packed[like] : take(many ? many_bytes(p) : few_bytes(p, part));
     }
     bytes = next - static_cast<char*>(p.scratch);
@@ -141,7 +142,7 @@ void linear_few(const LinearParams& p, int threads) {
   parallel_for(threads, p.tokens, [&](int64_t token) {
     const T* x = input_row(p, token, scratch.normalised + token * p.inputs);
     for (int64_t part = 0; part < p.num_parts; ++part) {
-      if (first_like(p, part) < part) continue;
+      if (first_like<T>(p, part) < part) continue;
       with_chunk(part, [&](auto chunk, auto* packed, int64_t stride_x) {
         Packing<decltype(chunk)>::pack(x, p.inputs, packed + token * stride_x);
       });
@@ -198,7 +199,7 @@ void linear_many(const LinearParams& p, int threads) {
   const int64_t vectors = ceil_div(p.tokens, Vec::width);
   parallel_for(threads, vectors, [&](int64_t vector) {
     for (int64_t part = 0; part < p.num_parts; ++part) {
-      if (first_like(p, part) < part) continue;
+      if (first_like<T>(p, part) < part) continue;
       with_format(p.parts[part].format, [&](auto format) {
         pack_for_many<format.value>(p, scratch, part, vectors, vector);
       });
@@ -229,7 +230,7 @@ void linear_many(const LinearParams& p, int threads) {
     };
     const WeightRows first = rows_of<T>(p.parts[block.part], p.inputs, block.first);
     TaskRows rows = {first, {}, block.count, block.count};
-    const bool mixed = swiglu && first_like(p, 1) != 0;
+    const bool mixed = swiglu && p.parts[0].format != p.parts[1].format;
     if (swiglu && !mixed) {  // in one call, so that both share the activations in the cache
       rows.second = rows_of<T>(p.parts[1], p.inputs, block.first);
       rows.count += block.count;

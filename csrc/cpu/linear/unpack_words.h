@@ -20,7 +20,7 @@ MISTRAL_SIMD float half_at(const char* p) {
 }
 MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
 
-// Of block 0 to 7 of q4_k and q5_k: its scale and its minimum, from the 12 bytes of a super-block.
+// Finds the scale and the minimum of block 0 to 7 of q4_k or q5_k in the 12 bytes of a super-block.
 // Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
 // other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
 MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {

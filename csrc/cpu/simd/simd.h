@@ -83,6 +83,17 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
+// kTable4 as floats.
+struct FloatTable4 {
+  alignas(64) float values[16];
+};
+constexpr FloatTable4 float_table() {
+  FloatTable4 table{};
+  for (int i = 0; i < 16; ++i) table.values[i] = kTable4[i];
+  return table;
+}
+constexpr FloatTable4 kFloatTable4 = float_table();
+
 #if defined(__AVX512F__)
 
 struct Vec {
@@ -183,9 +194,7 @@ MISTRAL_SIMD Words flip_bit(Words w, int bit) {
 MISTRAL_SIMD Vec to_vec(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
 // kTable4 of words from 0 to 15
 MISTRAL_SIMD Vec look_up(Words w) {
-  const __m512 table =
-      _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
-  return {_mm512_permutexvar_ps(w.v, table)};
+  return {_mm512_permutexvar_ps(w.v, _mm512_load_ps(kFloatTable4.values))};
 }
 // Loads the scales of one or two Words, whose values share scales in groups of 2^group_log2. Each
 // lane has 8 values.
@@ -349,8 +358,8 @@ MISTRAL_SIMD Words flip_bit(Words w, int bit) {
 }
 MISTRAL_SIMD Vec to_vec(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }
 MISTRAL_SIMD Vec look_up(Words w) {
-  const __m256 low = _mm256_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10);
-  const __m256 high = _mm256_setr_ps(1, 13, 25, 38, 53, 69, 89, 113);
+  const __m256 low = _mm256_load_ps(kFloatTable4.values);
+  const __m256 high = _mm256_load_ps(kFloatTable4.values + 8);
   // Bit 3 becomes the sign, which blendv chooses by.
   const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 28));
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, w.v), _mm256_permutevar8x32_ps(high, w.v),
@@ -423,7 +432,7 @@ MISTRAL_SIMD Words field(Words w, int shift, int mask) {
 MISTRAL_SIMD Words join(Words a, Words b, int shift) { return {a.v | b.v << shift}; }
 MISTRAL_SIMD Words flip_bit(Words w, int bit) { return {w.v ^ 1u << bit}; }
 MISTRAL_SIMD Vec to_vec(Words w) { return {static_cast<float>(w.v)}; }
-MISTRAL_SIMD Vec look_up(Words w) { return {static_cast<float>(kTable4[w.v])}; }
+MISTRAL_SIMD Vec look_up(Words w) { return {kFloatTable4.values[w.v]}; }
 struct GroupScales {
   using Loaded = const bf16*;
 

@@ -65,7 +65,7 @@ struct WorkItem {
   int key_tiles;  // 0: there is no more work
 };
 
-// What a block has in shared memory.
+// The shared memory of a block.
 template <class T, int D>
 struct alignas(1024) HopperShared {
   T q[kConsumers][kConsumerRows * D];

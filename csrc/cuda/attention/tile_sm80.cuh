@@ -78,7 +78,7 @@ struct VisibleKeys {
   }
 };
 
-// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time; Rows for
+// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time. Rows for
 // which `row_at` gives null become zeros.
 template <int kRows, int kThreads, class Tile, class RowAt>
 __device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& row_at) {

@@ -165,6 +165,69 @@ struct StoreFinish {
   }
 };
 
+// Normalises x into rows in shared memory, each normalised_row long. `sums`: shared memory of 8 kN
+// * kLinearWarps floats. The rows need a barrier after the call.
+template <class W, int kN>
+__device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::Element* rows,
+                                            float* sums, int chunks) {
+  using T = typename W::Element;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int inputs = static_cast<int>(p.inputs), count = static_cast<int>(p.tokens);
+  const int stride = normalised_row<W>(p.inputs);
+  // 8 tokens at a time, because registers are scarce. Each 8 have sums of their own, so no barrier
+  // is needed in between.
+#pragma unroll 1
+  for (int n = 0; n < kN; ++n) {
+    normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), sums + n * 8 * kLinearWarps,
+                         RowsInShared<T>{rows + 8 * n * stride, stride});
+  }
+  for (int i = warp; i < count; i += kLinearWarps) {
+    for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
+      store_shared16(rows + i * stride + k, Vec16<T>{});
+    }
+  }
+}
+
+// Adds up the sums of the warps and finishes the outputs. Rounds over the tiles and tokens: every
+// warp stores its sums, and one or two warps add them up. `round` counts the rounds of this block
+// of threads: two buffers in `partial_sums` alternate, so that a round needs one barrier.
+template <class W, int kM, int kN, class Finish>
+__device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,
+                                       const OutputBlock<Finish::kRope>& block,
+                                       const Finish& finish, float* partial_sums, int& round,
+                                       int tile_step) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; n += kRound<kN>) {
+      float* const of_round = partial_sums + round % 2 * kRoundSums<kN>;
+      const int turn = (warp + round * kRound<kN>) % kLinearWarps;
+      const auto place = [&](int i, int w) {
+        return of_round + ((i * kLinearWarps + w) * kWarp + lane) * 4;
+      };
+      const bool adds = turn < kRound<kN>;
+      const auto mine = finish.outputs(block, tile_step * m, adds ? 8 * (n + turn) : p.tokens);
+#pragma unroll
+      for (int i = 0; i < kRound<kN>; ++i) {
+        const float (&s)[4] = sums[m][n + i];
+        store_shared16(place(i, warp), Vec16<float>{{s[0], s[1], s[2], s[3]}});
+      }
+      __syncthreads();
+      ++round;
+      if (!adds) continue;
+      float total[4] = {};
+#pragma unroll
+      for (int w = 0; w < kLinearWarps; ++w) {
+        const Vec16<float> s = load_shared16(place(turn, w));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total[j] += s[j];
+      }
+      mine.store(total);
+    }
+  }
+}
+
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   using T = typename W::Element;
@@ -201,23 +264,12 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   }
   if constexpr (kNorm) {
     T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
-    const int stride = normalised_row<W>(p.inputs), count = static_cast<int>(p.tokens);
-    // 8 tokens at a time, because registers are scarce. Each 8 have sums of their own, so no
-    // barrier is needed in between.
-#pragma unroll 1
-    for (int n = 0; n < kN; ++n) {
-      normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), partial_sums + n * 8 * kLinearWarps,
-                           RowsInShared<T>{rows + 8 * n * stride, stride});
-    }
-    for (int i = warp; i < count; i += kLinearWarps) {
-      for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
-        store_shared16(rows + i * stride + k, Vec16<T>{});
-      }
-    }
+    normalise_x<W, kN>(p, rows, partial_sums, chunks);
     x = reinterpret_cast<const uint4*>(rows);
+    const int stride = normalised_row<W>(p.inputs), last = static_cast<int>(p.tokens) - 1;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      rows_of_x[n] = static_cast<uint32_t>(min(8 * n + lane / 4, count - 1) * stride / 8);
+      rows_of_x[n] = static_cast<uint32_t>(min(8 * n + lane / 4, last) * stride / 8);
     }
   }
   if constexpr (kNorm || Finish::kRope) __syncthreads();
@@ -313,38 +365,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
         }
       }
     }
-
-    // Rounds over the tiles and tokens: every warp stores its sums, and one or two warps add them
-    // up.
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kN; n += kRound<kN>) {
-        float* const of_round = partial_sums + round % 2 * kRoundSums<kN>;
-        const int turn = (warp + round * kRound<kN>) % kLinearWarps;
-        const auto place = [&](int i, int w) {
-          return of_round + ((i * kLinearWarps + w) * kWarp + lane) * 4;
-        };
-        const bool adds = turn < kRound<kN>;
-        const auto mine = finish.outputs(block, tile_step * m, adds ? 8 * (n + turn) : p.tokens);
-#pragma unroll
-        for (int i = 0; i < kRound<kN>; ++i) {
-          const float (&s)[4] = sums[m][n + i];
-          store_shared16(place(i, warp), Vec16<float>{{s[0], s[1], s[2], s[3]}});
-        }
-        __syncthreads();
-        ++round;
-        if (!adds) continue;
-        float total[4] = {};
-#pragma unroll
-        for (int w = 0; w < kLinearWarps; ++w) {
-          const Vec16<float> s = load_shared16(place(turn, w));
-#pragma unroll
-          for (int j = 0; j < 4; ++j) total[j] += s[j];
-        }
-        mine.store(total);
-      }
-    }
+    reduce<W>(sums, p, block, finish, partial_sums, round, tile_step);
   }
   cp_async_wait<0>();
 }

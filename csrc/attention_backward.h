@@ -1,0 +1,48 @@
+// The gradients of causal sliding-window grouped-query attention of a packed batch: the sequences
+// begin with the call, so all keys are in k and v, and no ring is read.
+//
+// With the scores s = scale * q k^T of a row, p = exp(s - lse) and delta = sum(d_out * out):
+//
+//   d_v = p^T d_out      d_s = p * (d_out v^T - delta)      d_q = scale * d_s k
+//                                                           d_k = scale * d_s^T q
+//
+// Scores are computed again, so that memory grows with T and not with its square (Dao et al. 2022,
+// arXiv:2205.14135, appendix B).
+#pragma once
+
+#include "common.h"
+#include "ring.h"
+
+namespace mistral {
+
+struct AttentionBackwardParams {
+  DType dtype;
+  const void* q;              // [T, Hq, D], rotated
+  const void* k;              // [T, Hkv, D], rotated
+  const void* v;              // [T, Hkv, D]
+  const void* out;            // [T, Hq, D], contiguous
+  const void* d_out;          // [T, Hq, D], contiguous
+  const float* lse;           // [T, Hq], as attention.h writes it
+  void* d_q;                  // [T, Hq, D], contiguous
+  void* d_k;                  // [T, Hkv, D], contiguous
+  void* d_v;                  // [T, Hkv, D], contiguous
+  const Sequence* sequences;  // [S]; position and ring are ignored
+  float* delta;               // [T, Hq], scratch: attention_backward_scratch_bytes(p)
+  int64_t num_sequences;      // S
+  int64_t tokens;             // T
+  int64_t heads;              // Hq
+  int64_t kv_heads;           // Hkv
+  int64_t head_dim;           // D
+  int64_t stride_q_token, stride_q_head;
+  int64_t stride_k_token, stride_k_head;
+  int64_t stride_v_token, stride_v_head;
+  int64_t window;  // W or kNoWindow
+  float scale;     // usually 1 / sqrt(D)
+};
+
+namespace cpu {
+int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p);
+void attention_backward(const AttentionBackwardParams& p, int threads);
+}  // namespace cpu
+
+}  // namespace mistral

@@ -1,0 +1,26 @@
+// The cross entropy of rows of logits, and its gradient in their place:
+//
+//   loss   = log(sum(exp(logits))) - logits[target]
+//   logits = factor * (exp(logits) / sum(exp(logits)) - (1 at the target))
+#pragma once
+
+#include "common.h"
+
+namespace mistral {
+
+struct CrossEntropyParams {
+  DType dtype;             // of logits
+  void* logits;            // [T, V], replaced by the gradient if there are factors
+  const int64_t* targets;  // [T], 0 to V - 1
+  const float* factors;    // [T], of the gradients; null: no gradient is wanted
+  float* loss;             // [T]
+  int64_t tokens;          // T
+  int64_t vocab;           // V
+  int64_t stride_logits_token;
+};
+
+namespace cpu {
+void cross_entropy(const CrossEntropyParams& p, int threads);
+}
+
+}  // namespace mistral

@@ -1,0 +1,139 @@
+"""Checkpoints of a run: folders that are either complete or absent.
+
+A checkpoint has the files of an adapter, so that it can be tried, the state of the optimiser, and
+how far the run has come.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext.files import read_json_object
+from mistral_ext.finetune.layers import TrainedAdapter
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.adapters import read_adapter, write_adapter_files
+from mistral_ext.weights.new_folder import new_folder
+from mistral_ext.weights.safetensors_file import Writer, stored_tensors
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PROGRESS = "training.json"
+_OPTIMIZER = "optimizer.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's state
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: steps that are done.
+        best_loss: the lowest loss of the evaluations; None: there was none.
+        without_gain: evaluations since then.
+        evaluated: the step after which the last evaluation was; -1: there was none.
+    """
+
+    step: int = 0
+    best_loss: float | None = None
+    without_gain: int = 0
+    evaluated: int = -1
+
+
+def write_checkpoint(
+    output: Path,
+    progress: Progress,
+    run: Mapping[str, Any],
+    adapter: TrainedAdapter,
+    optimizer: torch.optim.Optimizer,
+    base: str,
+) -> Path:
+    """Writes `output`/checkpoint-N, and then removes older ones.
+
+    Args:
+        progress: how far the run has come.
+        run: what a run that goes on must have in common with this one, as JSON.
+        base: the name of the model, for readers.
+    """
+    target = output / f"checkpoint-{progress.step:06}"
+    if not target.exists():
+        tensors = dict(_moments(adapter, optimizer))
+        with new_folder(target) as folder:
+            write_adapter_files(folder, adapter.low_ranks(), base)
+            text = json.dumps({"progress": asdict(progress), "run": run}, indent=2)
+            (folder / _PROGRESS).write_text(text + "\n", encoding="utf-8")
+            with Writer(folder / _OPTIMIZER, tensors) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor.cpu().contiguous())
+    for older in _checkpoints(output):
+        if older != target:
+            shutil.rmtree(older)
+    return target
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The last checkpoint of a run; None: there is none."""
+    return max(_checkpoints(output), default=None)
+
+
+def read_checkpoint(
+    folder: Path,
+    run: Mapping[str, Any],
+    config: MistralConfig,
+    adapter: TrainedAdapter,
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Puts the state of a checkpoint into `adapter` and `optimizer`.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or its run was another one.
+    """
+    state = read_json_object(folder / _PROGRESS)
+    _expect_same(state["run"], run, folder)
+    progress = Progress(**state["progress"])
+    weights = read_adapter(folder, config)
+    stored = {tensor.name: tensor.read() for tensor in stored_tensors(folder / _OPTIMIZER)}
+    with torch.no_grad():
+        for name, (a, b) in adapter.pairs.items():
+            a.copy_(weights[name].a)
+            b.copy_(weights[name].b)
+        for name, parameter in adapter.parameters.items():
+            state_of = {key: stored[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS}
+            step = torch.tensor(float(progress.step), device="cpu")
+            # torch keeps what it is given, and a mapped tensor would keep the file open.
+            copies = {key: moment.clone() for key, moment in state_of.items()}
+            optimizer.state[parameter] = {"step": step, **copies}
+    return progress
+
+
+def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    return [
+        (
+            f"{name}.{key}",
+            optimizer.state[parameter][key] if optimizer.state else torch.zeros_like(parameter),
+        )
+        for name, parameter in adapter.parameters.items()
+        for key in _MOMENTS
+    ]
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """The complete ones, in order."""
+    found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _expect_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{name} is {now.get(name)!r}, expected {before.get(name)!r} as in {folder}: a run "
+                "goes on with what it began with"
+            )

@@ -1,0 +1,186 @@
+"""The model as it is trained: whole samples without a cache, with gradients for an adapter.
+
+The model's own weights have no gradients, and may have any format. What a layer computes inside is
+computed again for its gradients, so only the input of each layer stays in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mistral_ext import ops
+from mistral_ext.finetune.batches import Pass
+from mistral_ext.model.adapters import GROUPS
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Layer, Transformer, shapes
+from mistral_ext.ops import LowRank, Weight, Weights
+from mistral_ext.weights.checkpoint import tensor_shapes
+
+Pair = tuple[Tensor, Tensor]  # a [rank, K] and b [N, rank], both float32
+
+
+class TrainedAdapter:
+    """The matrices that are learned, in float32.
+
+    Attributes:
+        pairs: a and b of each weight that gets an update, by names such as "layers.0.attention.wq".
+        scale: the factor of b @ a.
+    """
+
+    def __init__(self, pairs: Mapping[str, Pair], scale: float) -> None:
+        self.pairs = pairs
+        self.scale = scale
+
+    @classmethod
+    def new(
+        cls,
+        config: MistralConfig,
+        rank: int,
+        scale: float,
+        targets: Sequence[str],
+        seed: int,
+        device: torch.device,
+    ) -> TrainedAdapter:
+        """An adapter that changes nothing yet: a is random, as peft makes it, and b is 0.
+
+        Args:
+            targets: of the linear layers of each block, "wq" for instance.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        pairs = {}
+        for name, shape in tensor_shapes(config).items():
+            stem = name.removesuffix(".weight")
+            if name.startswith("layers.") and stem.rpartition(".")[2] in targets:
+                outputs, inputs = shape
+                a = torch.empty(rank, inputs, device="cpu")
+                bound = 1 / math.sqrt(inputs)
+                a.uniform_(-bound, bound, generator=generator)
+                b = torch.zeros(outputs, rank, device="cpu")
+                pairs[stem] = a.to(device).requires_grad_(), b.to(device).requires_grad_()
+        return cls(pairs, scale)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The matrices by names of their own."""
+        return {
+            f"{name}.{which}": matrix
+            for name, pair in self.pairs.items()
+            for which, matrix in zip("ab", pair, strict=True)
+        }
+
+    def low_ranks(self) -> dict[str, LowRank]:
+        """The adapter as `weights.adapters` writes it. The tensors are those that are learned."""
+        return {
+            name: LowRank(a.detach(), b.detach(), self.scale) for name, (a, b) in self.pairs.items()
+        }
+
+    def of_layer(self, layer: int, group: str) -> list[Pair | None]:
+        """The matrices of the weights in one of `GROUPS`."""
+        return [self.pairs.get(f"layers.{layer}.{name}") for name in GROUPS[group]]
+
+
+def loss(model: Transformer, adapter: TrainedAdapter, batch: Pass) -> Tensor:
+    """The sum of the weighted cross entropies of a pass: a float32 scalar.
+
+    Args:
+        batch: on the model's device.
+    """
+    h = model.embed(batch.token_ids)
+    for i, layer in enumerate(model.layers):
+        run = partial(_block, model, layer, partial(_adapted, adapter, i), batch.sequences)
+        if torch.is_grad_enabled():
+            h = checkpoint(run, h, use_reentrant=False, preserve_rng_state=False)
+        else:
+            h = run(h)
+    x = ops.rms_norm(h, model.norm, model.config.norm_eps)
+    summed, _ = ops.linear_cross_entropy(x, model.output, batch.targets, batch.weights)
+    return summed
+
+
+Product = Callable[[Tensor, Weight | Weights, str], Tensor]
+
+
+def _block(
+    model: Transformer, layer: Layer, product: Product, sequences: Tensor, h: Tensor
+) -> Tensor:
+    """One layer: [T, E] to [T, E]. `transformer.Transformer.step` does the same with a cache."""
+    config = model.config
+    heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+    x = ops.rms_norm(h, layer.attention_norm, config.norm_eps)
+    qkv = product(x, layer.qkv, "qkv").unflatten(1, (-1, config.head_dim))
+    q, k, v = qkv.split(heads, dim=1)
+    q, k = (ops.rotate(x, sequences, model.frequencies) for x in (q, k))
+    scale = config.attention_scale
+    x = ops.attention(q, k, v, None, None, sequences, config.sliding_window, scale)
+    h = h + product(x.flatten(1), layer.wo, "wo")
+    x = ops.rms_norm(h, layer.ffn_norm, config.norm_eps)
+    gate, up = product(x, layer.gate_up, "gate_up").chunk(2, dim=1)
+    return h + product(ops.swiglu(gate, up), layer.w2, "w2")
+
+
+def _adapted(
+    adapter: TrainedAdapter, layer: int, x: Tensor, weight: Weight | Weights, group: str
+) -> Tensor:
+    """[T, N]: the products of x with the weights of a group, and what the adapter adds."""
+    out = ops.linear(x, weight)
+    pairs = adapter.of_layer(layer, group)
+    if not any(pairs):
+        return out
+    matrices = [matrix for pair in pairs for matrix in (pair or (None, None))]
+    parts = [outputs for outputs, _ in shapes(weight)]
+    added: Tensor = _Update.apply(out, x, adapter.scale, parts, *matrices)  # type: ignore[no-untyped-call]
+    return added
+
+
+class _Update(torch.autograd.Function):
+    """out + scale * (x @ a.T) @ b.T for weights with the same x, whose outputs lie side by side.
+
+    The products are float32, and the sum is rounded once, as by `ops.lora`. Only x itself is kept
+    for the gradients, not a float32 copy of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        scale: float,
+        parts: Sequence[int],
+        *matrices: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, *matrices)
+        ctx.scale, ctx.parts = scale, parts
+        wide, added = x.float(), out.to(torch.float32, copy=True)
+        for columns, a, b in _each_part(added, parts, matrices):
+            if a is not None and b is not None:
+                columns.addmm_(wide @ a.T, b.T, alpha=scale)
+        return added.to(out.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, *matrices = ctx.saved_tensors
+        wide, d_wide = x.float(), d_out.float()
+        d_x = torch.zeros_like(wide)
+        gradients: list[Tensor | None] = []
+        for columns, a, b in _each_part(d_wide, ctx.parts, matrices):
+            if a is None or b is None:
+                gradients += [None, None]
+                continue
+            d_hidden = ctx.scale * (columns @ b)  # [T, rank]
+            d_x.addmm_(d_hidden, a)
+            gradients += [d_hidden.T @ wide, ctx.scale * (columns.T @ (wide @ a.T))]
+        return d_out, d_x.to(x.dtype), None, None, *gradients
+
+
+def _each_part(
+    joined: Tensor, parts: Sequence[int], matrices: Sequence[Tensor | None]
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """For each of the weights its columns of [T, N], a and b."""
+    return zip(joined.split(list(parts), dim=1), matrices[::2], matrices[1::2], strict=True)

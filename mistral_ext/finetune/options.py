@@ -1,0 +1,120 @@
+"""The options of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_ext.model.adapters import GROUPS
+
+# Mistral's names of the linear layers of a block.
+TARGETS = tuple(name.rpartition(".")[2] for names in GROUPS.values() for name in names)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train an adapter.
+
+    Args:
+        rank: of the two matrices that are learned for each weight.
+        alpha: the update of a weight is alpha / rank * B A; None: 2 * rank.
+        targets: weights of each layer that get an update, of wq, wk, wv, wo, w1, w3 and w2.
+        epochs: how often every sample is read.
+        max_steps: end after so many steps; None: after the epochs.
+        batch_size: samples in a step. The loss of a step is the mean over the tokens that it
+            trains on, however they are spread over passes.
+        tokens_per_pass: tokens that go through the model at once, at most; a sample may not have
+            more. It decides how much memory is needed, and does not change what is learned.
+        learning_rate: the highest; it rises to there in a straight line, and falls to 0 as a
+            cosine.
+        warmup: share of the steps in which it rises, 0 to 1.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        max_grad_norm: longer gradients are shortened to this length; None: none are.
+        eval_every: steps between two evaluations; None: an epoch.
+        patience: end after so many evaluations in a row without a new lowest loss; None: go on.
+        checkpoint_every: steps between two checkpoints; None: an epoch.
+        sample_tokens: length of the text that the model writes at each evaluation; 0: no text.
+        seed: of the first values of the adapter and of the order of the samples.
+        tensorboard: also write the figures for TensorBoard.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int = 16
+    tokens_per_pass: int = 2048
+    learning_rate: float = 2e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float | None = 1.0
+    eval_every: int | None = None
+    patience: int | None = None
+    checkpoint_every: int | None = None
+    sample_tokens: int = 64
+    seed: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "epochs", "batch_size", "tokens_per_pass"):
+            self._expect_integer(name, 1)
+        for name in ("max_steps", "eval_every", "patience", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                self._expect_integer(name, 1)
+        for name in ("sample_tokens", "seed"):
+            self._expect_integer(name, 0)
+        self._expect("learning_rate", _is_number(self.learning_rate, above=0), "a number above 0")
+        for name in ("alpha", "max_grad_norm"):
+            value = getattr(self, name)
+            self._expect(name, value is None or _is_number(value, above=0), "a number above 0")
+        self._expect("weight_decay", _is_number(self.weight_decay), "a number, 0 or more")
+        self._expect("warmup", _is_number(self.warmup) and self.warmup <= 1, "0 to 1")
+        self._expect(
+            "betas",
+            len(self.betas) == 2 and all(_is_number(beta) and beta < 1 for beta in self.betas),
+            "two numbers from 0 to below 1",
+        )
+        self._expect(
+            "targets",
+            bool(self.targets) and {*self.targets} <= {*TARGETS},
+            f"some of {', '.join(TARGETS)}",
+        )
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A in the update of a weight."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    def what_is_learned(self) -> dict[str, Any]:
+        """The options that change the adapter, as JSON; a run that is resumed must keep them."""
+        free = {"eval_every", "checkpoint_every", "sample_tokens", "tensorboard"}
+        values = dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if name not in free
+        }
+
+    def _expect_integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        self._expect(name, is_integer and value >= least, f"an integer, {least} or more")
+
+    def _expect(self, name: str, is_valid: bool, expected: str) -> None:
+        if not is_valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+
+
+def _is_number(value: object, above: float | None = None) -> bool:
+    """Whether a value is a finite number, 0 or more, or above a limit."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        return False
+    return value >= 0 if above is None else value > above

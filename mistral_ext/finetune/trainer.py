@@ -1,0 +1,334 @@
+"""Trains an adapter on samples."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mistral_ext import ops
+from mistral_ext.finetune.batches import Pass, passes, step_samples, steps_of_epoch
+from mistral_ext.finetune.checkpoints import (
+    Progress,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from mistral_ext.finetune.data import digest, read_samples
+from mistral_ext.finetune.interruption import Interruption
+from mistral_ext.finetune.layers import TrainedAdapter, loss
+from mistral_ext.finetune.metrics import Metrics, expect_tensorboard, write_plot
+from mistral_ext.finetune.options import TrainingOptions
+from mistral_ext.finetune.schedule import learning_rate
+from mistral_ext.llm import Mistral
+from mistral_ext.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, write_adapter_files
+from mistral_ext.weights.new_folder import expect_free
+
+_log = logging.getLogger("mistral_ext")
+
+_SAMPLE_NAME = "being trained"  # of the adapter with which a sample of text is written
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    Attributes:
+        output: the folder with the adapter.
+        steps: that were done, fewer than planned if `patience` ended the run.
+        eval_loss: the lowest held-out loss, that of the adapter; None: there is no held-out data.
+    """
+
+    output: Path
+    steps: int
+    eval_loss: float | None
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a run, after its state was saved.
+
+    Attributes:
+        checkpoint: the folder with which a Trainer with `resume=True` goes on.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(f"interrupted; the state of the run is in {checkpoint}")
+        self.checkpoint = checkpoint
+
+
+class Trainer:
+    """Trains a LoRA adapter for a model. The model's own weights, of whatever format, stay as are.
+
+    All input is checked here, before `train` begins. `output` becomes a folder with the adapter in
+    peft's format, which `Mistral.load_adapter` and peft load; metrics.jsonl, with the figures of
+    each step; loss.png, if matplotlib is installed; and the newest checkpoint. With held-out data
+    the adapter is that of the evaluation with the lowest loss, else that of the last step.
+
+    On the CPU a run that was interrupted and resumed ends with the same adapter, to the bit, as
+    without the interruption.
+
+    Args:
+        llm: the model, in bfloat16 or float32.
+        data: the training data, see `mistral_ext.finetune.data`.
+        output: the folder to make; must not exist, or be empty, unless `resume`.
+        eval_data: held-out data of the same form; None: none.
+        resume: go on from the newest checkpoint in `output`, with the same data and options.
+        progress: show a progress bar if stderr is a terminal.
+        options: fields of `TrainingOptions`.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError, TypeError, ImportError: the message names
+            the file and line, or the option.
+    """
+
+    def __init__(
+        self,
+        llm: Mistral,
+        data: str | Path,
+        output: str | Path,
+        eval_data: str | Path | None = None,
+        resume: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        self.options = TrainingOptions(**options)
+        self.output = Path(output)
+        self._llm = llm
+        self._model = llm.model
+        self._show_progress = progress
+        llm.expect_writer()
+        if self._model.dtype == torch.float16:
+            raise ValueError("dtype is float16, whose gradients vanish: expected bfloat16, float32")
+        if self.options.tensorboard:
+            expect_tensorboard()
+        if not resume:
+            expect_free(self.output)
+        most = self.options.tokens_per_pass
+        self._samples = read_samples(data, llm, most)
+        held_out = read_samples(eval_data, llm, most) if eval_data is not None else []
+        self._eval_passes = passes(held_out, most)
+        self._sample_prompt = (held_out or self._samples)[0].prompt
+        self._adapter = TrainedAdapter.new(
+            llm.config,
+            self.options.rank,
+            self.options.scale,
+            self.options.targets,
+            self.options.seed,
+            self._model.device,
+        )
+        self._optimizer = torch.optim.AdamW(
+            self._adapter.parameters.values(),
+            betas=self.options.betas,
+            weight_decay=self.options.weight_decay,
+        )
+        self._progress = Progress()
+        # What a run that goes on must have in common with its beginning.
+        self._run = {
+            **self.options.what_is_learned(),
+            "data": digest(self._samples),
+            "eval_data": digest(held_out),
+            "dtype": str(self._model.dtype),
+        }
+        if resume:
+            self._resume()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run, unless `patience` ends it."""
+        most = self.options.max_steps
+        planned = self.options.epochs * self._steps_of_epoch
+        return planned if most is None else min(most, planned)
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def train(self) -> TrainingResult:
+        """Runs to the end.
+
+        Raises:
+            Interrupted: by Ctrl-C or SIGTERM. The state is saved first.
+            RuntimeError: the loss is no number any more; the last checkpoint stays.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        progress = self._progress
+        disable = None if self._show_progress else True
+        with (
+            _exact_products(),
+            Interruption() as interruption,
+            Metrics(
+                self.output, progress.step, progress.evaluated, self.options.tensorboard
+            ) as metrics,
+            tqdm(total=self.steps, initial=progress.step, unit="steps", disable=disable) as bar,
+        ):
+            try:
+                while not self._is_done(metrics, interruption):
+                    values = self._step(interruption)
+                    progress.step += 1
+                    metrics.add(progress.step, **values)
+                    bar.update()
+                    bar.set_postfix(loss=f"{values['loss']:.3f}")
+            except _Stop:
+                raise Interrupted(self._save()) from None
+        if not self._eval_passes:
+            self._write_adapter()
+        if write_plot(self.output) is None:
+            _log.warning("no plot of the losses: pip install 'mistral_ext[plot]'")
+        return TrainingResult(self.output, progress.step, progress.best_loss)
+
+    @property
+    def _steps_of_epoch(self) -> int:
+        return steps_of_epoch(len(self._samples), self.options.batch_size)
+
+    def _is_due(self, every: int | None) -> bool:
+        step = self._progress.step
+        return step % (every or self._steps_of_epoch) == 0 or step == self.steps
+
+    def _is_done(self, metrics: Metrics, interruption: Interruption) -> bool:
+        """Does what is due between steps; returns whether the run has come to its end."""
+        progress, options = self._progress, self.options
+        if self._is_due(options.eval_every) and progress.evaluated < progress.step:
+            self._evaluate(metrics, interruption)
+        ended = progress.step == self.steps or (
+            options.patience is not None and progress.without_gain >= options.patience
+        )
+        if ended or (progress.step and self._is_due(options.checkpoint_every)):
+            self._save()
+        return ended
+
+    def _step(self, interruption: Interruption) -> dict[str, float]:
+        """One step of the optimiser: its figures."""
+        begin = time.perf_counter()
+        options, step = self.options, self._progress.step
+        chosen = step_samples(len(self._samples), options.batch_size, step, options.seed)
+        samples = [self._samples[i] for i in chosen]
+        # The mean over the tokens of the step. Means of the passes, averaged, would give a token in
+        # a pass with few of them more weight.
+        total = math.fsum(sample.weights.sum(dtype=torch.float64).item() for sample in samples)
+        summed, tokens = 0.0, 0
+        self._optimizer.zero_grad()
+        for batch in _until(interruption, passes(samples, options.tokens_per_pass)):
+            value = loss(self._model, self._adapter, batch.to(self._model.device))
+            (value / total).backward()
+            summed += value.item()
+            tokens += len(batch.token_ids)
+        if not math.isfinite(summed):
+            raise RuntimeError(
+                f"the loss is {summed} in step {step + 1}: try a lower learning_rate than "
+                f"{options.learning_rate:g}"
+            )
+        norm = torch.nn.utils.clip_grad_norm_(
+            self._adapter.parameters.values(), options.max_grad_norm or math.inf
+        )
+        rate = learning_rate(step, self.steps, self._warmup_steps, options.learning_rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        return {
+            "loss": summed / total,
+            "learning_rate": rate,
+            "grad_norm": norm.item(),
+            "tokens": tokens,
+            "tokens_per_second": tokens / (time.perf_counter() - begin),
+        }
+
+    @property
+    def _warmup_steps(self) -> int:
+        return math.ceil(self.options.warmup * self.steps)
+
+    def _evaluate(self, metrics: Metrics, interruption: Interruption) -> None:
+        """Measures the held-out loss, keeps the adapter if it is the best, and has it write."""
+        progress = self._progress
+        if self._eval_passes:
+            value = self._eval_loss(interruption)
+            metrics.add(progress.step, eval_loss=value)
+            _log.info("step %d: held-out loss %.4f", progress.step, value)
+            if progress.step and (progress.best_loss is None or value < progress.best_loss):
+                self._write_adapter()
+                progress.best_loss, progress.without_gain = value, 0
+            elif progress.step:
+                progress.without_gain += 1
+        if self.options.sample_tokens:
+            text = self._sample_text()
+            metrics.add(progress.step, sample=text)
+            _log.info("step %d: %s", progress.step, text)
+        progress.evaluated = progress.step
+
+    @torch.no_grad()
+    def _eval_loss(self, interruption: Interruption) -> float:
+        """The mean over the tokens of the held-out data."""
+        values = [
+            loss(self._model, self._adapter, batch.to(self._model.device)).item()
+            for batch in _until(interruption, self._eval_passes)
+        ]
+        weights = (batch.weights.sum(dtype=torch.float64).item() for batch in self._eval_passes)
+        return math.fsum(values) / math.fsum(weights)
+
+    def _sample_text(self) -> str:
+        """What the model with the adapter writes after the prompt of the first sample."""
+        self._llm.load_adapter(self._adapter.low_ranks(), _SAMPLE_NAME)
+        try:
+            (completion,) = self._llm.generate(
+                self._sample_prompt, adapter=_SAMPLE_NAME, max_tokens=self.options.sample_tokens
+            )
+        finally:
+            self._llm.unload_adapter(_SAMPLE_NAME)
+        return completion.text or ""
+
+    def _write_adapter(self) -> None:
+        """Writes the adapter of this moment to the output, in place of an earlier one."""
+        with TemporaryDirectory(prefix="adapter.part-", dir=self.output) as folder:
+            write_adapter_files(Path(folder), self._adapter.low_ranks(), str(self._llm.folder))
+            for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+                os.replace(Path(folder, name), self.output / name)
+
+    def _save(self) -> Path:
+        return write_checkpoint(
+            self.output,
+            self._progress,
+            self._run,
+            self._adapter,
+            self._optimizer,
+            str(self._llm.folder),
+        )
+
+    def _resume(self) -> None:
+        newest = newest_checkpoint(self.output)
+        if newest is None:
+            raise FileNotFoundError(
+                f"no checkpoint in {str(self.output)!r}, expected one to resume"
+            )
+        self._progress = read_checkpoint(
+            newest, self._run, self._llm.config, self._adapter, self._optimizer
+        )
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Has short passes be multiplied as exactly as long ones, of which gradients are taken."""
+    before = ops.exact_products()
+    ops.set_exact_products(True)
+    try:
+        yield
+    finally:
+        ops.set_exact_products(before)
+
+
+class _Stop(Exception):
+    """A signal asked the run to end."""
+
+
+def _until(interruption: Interruption, batches: Iterable[Pass]) -> Iterator[Pass]:
+    """The passes of a step; raises _Stop before the next one after a signal."""
+    for batch in batches:
+        if interruption.requested:
+            raise _Stop
+        yield batch

@@ -1,0 +1,151 @@
+"""The loss of a language model, from hidden states, in chunks of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops import torch_gradients, torch_products
+from mistral_ext.ops.library import Gradient, fake_empty, register
+from mistral_ext.ops.weight import Parts, Weight, in_order, parts_of
+from mistral_ext.ops.workspace import execution_target, run
+
+IGNORED = -100  # the target of a token without loss, as in torch
+# Tokens whose logits exist at a time: few enough for memory, and enough that unpacking the weight
+# is a small part of a product.
+_CHUNK = 256
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Weight, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cross entropy of the logits x @ weight.T, without more than 256 rows of logits in memory.
+
+    The op has a gradient for x, which is computed together with the loss. Logits and their
+    gradients have the dtype of x, sums are in fp32. Tokens that are ignored cost nothing. Products
+    do not round x to 8 bits. A call on a CUDA device waits for the device.
+
+    Args:
+        x: [T, K].
+        weight: [V, K], as in `linear`.
+        targets: [T] int64, 0 to V - 1, or -100: the token is ignored.
+        weights: [T] float32, factors of the tokens' losses in the sum; None: 1.
+
+    Returns:
+        ([] float32, the sum of the losses, [T] float32, the loss of each token). The sum has the
+        gradient. Losses come without their weights; that of an ignored token is 0.
+
+    Raises:
+        ValueError: a target is no index of a logit; on CUDA devices it is not checked.
+    """
+    x, _ = in_order(x, [weight])
+    with_gradient = torch.is_grad_enabled() and x.requires_grad
+    given = targets, weights, with_gradient
+    total, losses, _ = torch.ops.mistral_ext.linear_cross_entropy(x, *parts_of([weight]), *given)
+    return total, losses
+
+
+def _run(
+    x: Tensor,
+    values: list[Tensor],
+    scales: list[Tensor | None],
+    formats: list[str],
+    whole: Tensor | None,
+    targets: Tensor,
+    weights: Tensor | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = Parts(values, scales, formats, whole)
+    _expect(x, targets, "targets", torch.int64)
+    if weights is not None:
+        _expect(x, weights, "weights", torch.float32)
+    losses = x.new_zeros(len(x), dtype=torch.float32)
+    d_x = x.new_zeros(x.shape if with_gradient else (0, x.shape[1]))
+    factors = torch.ones_like(losses) if weights is None else weights
+    for rows in (targets != IGNORED).nonzero().flatten().split(_CHUNK):
+        chunk = _Chunk(x.index_select(0, rows), parts)
+        of_rows = factors.index_select(0, rows) if with_gradient else None
+        losses.index_copy_(0, rows, chunk.losses(targets.index_select(0, rows), of_rows))
+        if with_gradient:
+            d_x.index_copy_(0, rows, chunk.gradient())
+    return losses @ factors, losses, d_x
+
+
+def _expect(x: Tensor, table: Tensor, name: str, dtype: torch.dtype) -> None:
+    problem = f"linear_cross_entropy: {name} has "
+    if table.dtype != dtype:
+        raise TypeError(f"{problem}dtype {table.dtype}, expected {dtype}")
+    if table.device != x.device:
+        raise TypeError(f"{problem}device {table.device}, expected {x.device} like x")
+    if table.shape != x.shape[:1]:
+        raise ValueError(f"{problem}shape {list(table.shape)}, expected {list(x.shape[:1])}")
+
+
+class _Chunk:
+    """The logits of some tokens, and then their gradients in the same memory."""
+
+    def __init__(self, x: Tensor, parts: Parts) -> None:
+        self._parts = parts
+        if x.is_cuda:
+            self._logits = torch_products.linear(x, parts)
+            return
+        self._logits = x.new_empty((len(x), parts.outputs))
+        given = x, *parts[:3], None, 0.0, self._logits
+        run(_C.linear("linear_cross_entropy", *given, None, True), x)
+
+    def losses(self, targets: Tensor, factors: Tensor | None) -> Tensor:
+        """[T], the losses. With factors [T], the logits become factors times the gradients."""
+        if self._logits.is_cuda:
+            losses, self._logits = torch_gradients.cross_entropy(self._logits, targets, factors)
+            return losses
+        losses = self._logits.new_empty(len(targets), dtype=torch.float32)
+        target = execution_target(losses)
+        _C.cross_entropy(self._logits, targets, factors, losses, target)
+        return losses
+
+    def gradient(self) -> Tensor:
+        """[T, K], of x."""
+        gradient: Tensor = torch.ops.mistral_ext.linear_backward(self._logits, *self._parts)
+        return gradient
+
+
+def _fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, inputs = x.shape
+    with_gradient = arguments[-1]
+    return (
+        fake_empty(x, (), dtype=torch.float32),
+        fake_empty(x, (tokens,), dtype=torch.float32),
+        fake_empty(x, (tokens if with_gradient else 0, inputs)),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, values, scales, *_, with_gradient = inputs
+    if not with_gradient:
+        raise RuntimeError(
+            "linear_cross_entropy: x requires a gradient and with_gradient is False, expected True"
+        )
+    _, losses, d_x = output
+    ctx.count, ctx.plain = len(values), None in scales
+    ctx.mark_non_differentiable(losses, d_x)
+    ctx.save_for_backward(d_x)
+
+
+def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Any, ...]:
+    (d_x,) = ctx.saved_tensors
+    nothing = [None] * ctx.count
+    of_x = (d_x.float() * d_total).to(d_x.dtype)
+    return of_x, nothing, None if ctx.plain else nothing, *[None] * 5
+
+
+register(
+    "linear_cross_entropy(Tensor x, Tensor[] values, Tensor?[] scales, str[] formats, "
+    "Tensor? whole, Tensor targets, Tensor? weights, bool with_gradient) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    Gradient(("x",), _save, _differentiate),
+)

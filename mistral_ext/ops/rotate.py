@@ -1,0 +1,58 @@
+"""Rotary position embedding without rings, for training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.library import Gradient, fake_empty, register, with_rows
+from mistral_ext.ops.workspace import execution_target
+
+
+def rotate(x: Tensor, sequences: Tensor, frequencies: Tensor) -> Tensor:
+    """What `rope` makes of q or k, as a new tensor: it has a gradient, and needs no rings.
+
+    Args:
+        x: [T, H, D], any number of heads.
+        sequences: [S, 5] int64, the sequence table; its rings are not used.
+        frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
+
+    Returns:
+        [T, H, D].
+
+    Source: Su et al. 2021, arXiv:2104.09864, equation 34.
+    """
+    out: Tensor = torch.ops.mistral_ext.rotate(x, sequences, frequencies)
+    return out
+
+
+def _run(x: Tensor, sequences: Tensor, frequencies: Tensor, backward: bool = False) -> Tensor:
+    out = x.new_empty(x.shape)
+    _C.rotate(x, sequences, frequencies, backward, out, execution_target(x))
+    return out
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return fake_empty(x, x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+    _, sequences, frequencies, ctx.backward = inputs
+    ctx.save_for_backward(sequences, frequencies)
+
+
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The rotation by the negated angles."""
+    d_x = torch.ops.mistral_ext.rotate(with_rows(d_out), *ctx.saved_tensors, not ctx.backward)
+    return d_x, None, None, None
+
+
+register(
+    "rotate(Tensor x, Tensor sequences, Tensor frequencies, bool backward=False) -> Tensor",
+    _run,
+    _fake,
+    Gradient(("x",), _save, _differentiate),
+)

@@ -1,0 +1,204 @@
+"""Matrices of packed checkpoints in the formats of our kernels, without loss.
+
+GPTQ, AWQ and compressed-tensors store w = scale * (q - zero), with a scale, and perhaps a zero
+point, for each group of neighbours in a row. They differ in the order of bits alone. Our formats
+have groups of 32, 64 or 128: a larger group repeats its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mistral_ext.ops import Quantized
+
+_GROUPS = (128, 64, 32)  # of our formats
+# The values of a word of `Quantized` in the low and the high halves of its bytes.
+_LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
+# Values that are worked on at a time. Intermediate results of so few stay in the caches, and torch
+# does not split them among threads, which would wait for each other longer than they work.
+_AT_ONCE = 2**18 - 1
+_ROWS = 8  # whose values share words in AWQ: rows are read in multiples of as many
+_MIDDLES = 0x88888888 - 2**32  # of 8 values of 4 bits: q ^ 8 is q - 8 in two's complement
+
+
+@dataclass(frozen=True)
+class GroupedMatrix:
+    """A matrix [N, K] of integers with scales for groups: how it is stored, and what it becomes.
+
+    Attributes:
+        name: of the matrix, for messages.
+        shape: [N, K].
+        bits: of an integer, 4 or 8.
+        group: neighbours that share a scale, in the order of `order`; divides K.
+        words: from a range of rows to their integers, [rows, K bits / 32] int32; the first of a
+            word is in its lowest bits.
+        scale: reads [N, K / group] float16 or bfloat16.
+        scale_dtype: of `scale`.
+        zero: reads [N, K / group] integers, 0 to 16; None: they are all 2^(bits - 1).
+        order: [K] int64, places of the integers such that groups are neighbours; None: they are.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    words: Callable[[slice], Tensor]
+    scale: Callable[[], Tensor]
+    scale_dtype: torch.dtype
+    zero: Callable[[], Tensor] | None = None
+    order: Tensor | None = None
+
+    @cached_property
+    def form(self) -> Quantized:
+        """What the matrix becomes. Its values and scales are on the meta device.
+
+        Raises:
+            ValueError: no format has such groups or scales.
+        """
+        group = next((group for group in _GROUPS if self.group % group == 0), None)
+        if group is None:
+            raise ValueError(
+                f"{self.name!r} has groups of {self.group}, expected a multiple of {_GROUPS[-1]}"
+            )
+        if self.bits == 8:
+            format, group = "q8_0", 32
+        elif self.zero is not None:
+            format = "q4_z"
+        else:
+            format = "int4" if self.scale_dtype == torch.bfloat16 else "q4_0"
+        empty = Quantized.empty(self.shape, format, group, torch.device("meta"))
+        return empty._replace(order=self.order)
+
+    def values(self) -> Tensor:
+        """Reads the values as `Quantized` has them."""
+        rows, size = self.shape
+        out = torch.empty_like(self.form.values, device="cpu")
+        step = max(_ROWS, _AT_ONCE // size // _ROWS * _ROWS)
+        for begin in range(0, rows, step):
+            block = slice(begin, min(rows, begin + step))
+            self._convert(self.words(block), out[block])
+        return out
+
+    def _convert(self, words: Tensor, out: Tensor) -> None:
+        if self.bits == 8:
+            integers = words.view(torch.uint8)
+            if self.order is not None:
+                integers = integers.index_select(1, self.order)
+            torch.bitwise_xor(integers.view(torch.int8), -128, out=out)  # q - 128
+            return
+        out.copy_(_pairs_apart(words) if self.order is None else _reordered(words, self._places))
+        if self.zero is None:
+            out ^= _MIDDLES
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """Where `_reordered` finds the values of each place."""
+        assert self.order is not None
+        evens_then_odds = self.order // 2 + self.order % 2 * (len(self.order) // 2)
+        eights = evens_then_odds.view(-1, 8)
+        return torch.cat([eights[:, _LOW].flatten(), eights[:, _HIGH].flatten()]).numpy()
+
+    def scales(self) -> Tensor:
+        """Reads the scales as `Quantized` has them.
+
+        Raises:
+            ValueError: a scale is not finite, or fp16 cannot hold it.
+        """
+        scale = self.scale().to(self.form.scales.dtype)
+        if not scale.isfinite().all():
+            raise ValueError(
+                f"{self.name!r} has scales that are not finite or too large for {scale.dtype}"
+            )
+        numbers = [scale] if self.zero is None else [scale, self.zero().to(scale.dtype)]
+        return (
+            torch.stack(numbers, dim=2)
+            .repeat_interleave(self.group // self.form.group, dim=1)
+            .flatten(1)
+        )
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`."""
+        weight = self.form._replace(values=self.values(), scales=self.scales())
+        out = torch.empty(self.shape, dtype=dtype, device="cpu")
+        step = max(1, _AT_ONCE // self.shape[1])
+        for begin in range(0, self.shape[0], step):
+            rows = slice(begin, begin + step)
+            some = weight._replace(values=weight.values[rows], scales=weight.scales[rows])
+            out[rows] = some.dequantize()
+        return out
+
+
+def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
+    """The places of the columns of a matrix such that those of a group are neighbours.
+
+    Args:
+        g_idx: [K], the group of each column.
+        group: columns of a group.
+
+    Returns:
+        [K] int64; None: the columns are in this order.
+
+    Raises:
+        ValueError: a group has another number of columns.
+    """
+    in_order = torch.arange(len(g_idx), device=g_idx.device) // group
+    if torch.equal(g_idx.long(), in_order):
+        return None
+    order = g_idx.argsort(stable=True)
+    if not torch.equal(g_idx[order].long(), in_order):
+        raise ValueError(f"has groups of several sizes, expected {group} columns in each")
+    return order
+
+
+# Words int32 of 8 values of 4 bits; the first value is in the lowest bits.
+
+
+def unpack_along(words: Tensor, dim: int) -> Tensor:
+    """The values of words [...]: `dim` becomes 8 times as long."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    shifts = shifts.view(-1, *[1] * (words.dim() - dim - 1))
+    fields: Tensor = words.unsqueeze(dim + 1) >> shifts & 15
+    return fields.flatten(dim, dim + 1)
+
+
+def swap_nibbles(words: Tensor) -> None:
+    """Swaps value j of words i [8, ...] with value i of words j, for all i and j, in place."""
+    for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        low, high = words.unflatten(0, (-1, 2, half)).unbind(1)
+        differing = ((low >> 4 * half) ^ high) & mask
+        high ^= differing
+        low ^= differing << 4 * half
+
+
+def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
+    """Words in the order of `Quantized`, of values in another order.
+
+    numpy selects columns several times as fast as torch.
+
+    Args:
+        words: [N, K / 8].
+        places: [K], in [even values, odd values]: for all words the values of their bytes' low
+            halves, then for all words those of the high halves.
+    """
+    pairs = words.numpy().view(np.uint8)
+    values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")
+    low, high = np.split(values.view(np.int32), 2, axis=1)
+    return torch.from_numpy(low | high << 4)
+
+
+def _pairs_apart(words: Tensor) -> Tensor:
+    """Words in the order of `Quantized`: values of even places in the low half, odd in the high."""
+    return _gather(words) | _gather(words >> 4) << 16
+
+
+def _gather(words: Tensor) -> Tensor:
+    """The lowest 4 bits of each byte, in the low half of the word."""
+    words = words & 0x0F0F0F0F
+    words = (words | words >> 4) & 0x00FF00FF
+    return (words | words >> 8) & 0x0000FFFF

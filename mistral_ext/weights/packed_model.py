@@ -1,0 +1,176 @@
+"""The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
+
+Matrices that the device's kernels multiply in 4 or 8 bits keep their numbers, with values and
+scales as `Quantized` has them; others are decoded as they are read. A matrix is packed or not as
+its tensors say, so a file may leave out some.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_ext.ops import Quantized
+from mistral_ext.weights.device import TOGETHER, has_kernels
+from mistral_ext.weights.packed_groups import GroupedMatrix
+from mistral_ext.weights.packed_layouts import awq, compressed_tensors, gptq
+from mistral_ext.weights.packed_nf4 import Nf4Matrix, nf4
+from mistral_ext.weights.packed_settings import Packing
+from mistral_ext.weights.packed_tensors import ModuleTensors
+from mistral_ext.weights.quantize import Quantization
+from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor
+
+_log = logging.getLogger("mistral_ext")
+
+_Reader = Callable[[ModuleTensors, Packing], GroupedMatrix | Nf4Matrix]
+_READERS: dict[str, _Reader] = {
+    "gptq": gptq,
+    "awq": awq,
+    "compressed-tensors": compressed_tensors,
+    "bitsandbytes": nf4,
+}
+# Tensors that only a packed layer has, by what follows its name.
+_MARKS = ("qweight", "qzeros", "weight_packed", "weight.absmax", "weight.quant_map")
+
+
+class PackedWeights(NamedTuple):
+    """The tensors of a checkpoint as its weights need them.
+
+    Attributes:
+        tensors: by their names; a packed matrix is its decoded `weight`, or the values and, under
+            `SCALE_SUFFIX`, the scales of a `Quantized`.
+        kept: the matrices of the second kind, by Mistral's names: values and scales are on the meta
+            device.
+    """
+
+    tensors: list[StoredTensor]
+    kept: dict[str, Quantized]
+
+
+class Layer(NamedTuple):
+    """A layer whose matrix may be packed."""
+
+    weight: str  # Mistral's name of it
+    shape: tuple[int, int]  # [N, K]
+
+
+def read_packed(
+    tensors: Iterable[StoredTensor],
+    packing: Packing,
+    layers: Mapping[str, Layer],
+    dtype: torch.dtype,
+    device: torch.device | None,
+    quantization: Quantization | None,
+) -> PackedWeights:
+    """Finds the packed matrices of a checkpoint; reads only their zero points and orders.
+
+    Args:
+        tensors: all of the files.
+        packing: what the configuration says of them.
+        layers: by the files' names.
+        dtype: what to decode to.
+        device: where the model is to run, which decides what is decoded; None: the CPU.
+        quantization: how the weights are rounded again, for which all are decoded; None: not.
+
+    Raises:
+        ValueError: a tensor is missing or not as it should be; names it.
+    """
+    modules, found = _by_module(tensors, layers)
+    kept: dict[str, Quantized] = {}
+    decoded_bytes = 0
+    for module in modules:
+        if any(mark in module.left for mark in _MARKS):
+            file = next(iter(module.left.values())).file
+            matrix = _READERS[packing.method](module, packing)
+            weight = f"{module.name}.weight"
+            if (
+                isinstance(matrix, GroupedMatrix)
+                and has_kernels(matrix.form.format, device)
+                and quantization is None
+            ):
+                form = kept[layers[module.name].weight] = matrix.form
+                found.append(_stored(weight, file, form.values, matrix.values))
+                found.append(_stored(weight + SCALE_SUFFIX, file, form.scales, matrix.scales))
+            else:
+                plain = torch.empty(module.shape, dtype=dtype, device="meta")
+                found.append(_stored(weight, file, plain, partial(matrix.decoded, dtype)))
+                decoded_bytes += plain.nbytes
+        # All tensors of a plain layer, and what nobody expects in a packed layer.
+        found += module.left.values()
+    _expect_same_orders(kept)
+    _say_what_changes(packing, quantization or dtype, decoded_bytes)
+    return PackedWeights(found, kept)
+
+
+def _say_what_changes(
+    packing: Packing, becomes: Quantization | torch.dtype, decoded_bytes: int
+) -> None:
+    """Logs what packed matrices become that do not keep their bits, `decoded_bytes` in a dtype."""
+    if isinstance(becomes, Quantization):
+        _log.warning("weights in %s become %s as they are read", packing, becomes)
+    elif decoded_bytes:
+        _log.warning(
+            "weights in %s become %s as they are read, %.2f GB (quantize makes them smaller)",
+            packing,
+            str(becomes).removeprefix("torch."),
+            decoded_bytes / 1e9,
+        )
+
+
+def default_dtype(tensors: Iterable[StoredTensor], embeddings: str) -> torch.dtype:
+    """The dtype to compute in: that of the embeddings, by the files' name of them."""
+    for stored in tensors:
+        if stored.name == embeddings and isinstance(stored.dtype, torch.dtype):
+            return stored.dtype
+    return torch.bfloat16
+
+
+def _stored(name: str, file: Path, like: Tensor, read: Callable[[], Tensor]) -> StoredTensor:
+    return StoredTensor(name, file, like.dtype, tuple(like.shape), like.nbytes, read)
+
+
+def _by_module(
+    tensors: Iterable[StoredTensor], layers: Mapping[str, Layer]
+) -> tuple[list[ModuleTensors], list[StoredTensor]]:
+    """The tensors of each layer, and all others."""
+    modules: dict[str, ModuleTensors] = {}
+    others = []
+    for stored in tensors:
+        name = stored.name
+        while name and name not in layers:
+            name = name.rpartition(".")[0]
+        if not name:
+            others.append(stored)
+            continue
+        module = modules.setdefault(name, ModuleTensors(name, layers[name].shape, {}))
+        twin = module.left.setdefault(stored.name.removeprefix(f"{name}."), stored)
+        if twin is not stored:
+            raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
+    return list(modules.values()), others
+
+
+def _expect_same_orders(kept: Mapping[str, Quantized]) -> None:
+    """Refuses matrices that are multiplied in one pass and want their input in several orders."""
+    layers = {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for name in kept}
+    for layer in sorted(layers):
+        for together in TOGETHER.values():
+            names = [f"{layer}.{part}.weight" for part in together]
+            orders = [kept[name].order if name in kept else None for name in names]
+            for name, order in zip(names, orders, strict=True):
+                if not _equal(order, orders[0]):
+                    raise ValueError(
+                        f"{name!r} has groups of other inputs than {names[0]!r} (act-order), "
+                        "expected the same: they share their input"
+                    )
+
+
+def _equal(order: Tensor | None, other: Tensor | None) -> bool:
+    if order is None or other is None:
+        return order is other
+    return torch.equal(order, other)

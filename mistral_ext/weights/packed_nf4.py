@@ -1,0 +1,127 @@
+"""Matrices in bitsandbytes' nf4: decoded as they are read.
+
+A value is one of 16 numbers of a table, times the largest magnitude of 64 neighbours. `weight` has
+two values in a byte, the first in the high bits, row after row; `weight.absmax` the magnitudes and
+`weight.quant_map` the table. With double quantisation the magnitudes are bytes: each is a number of
+`weight.nested_quant_map`, times `weight.nested_absmax` of 256 neighbours, plus an offset.
+`weight.quant_state.bitsandbytes__nf4` holds the sizes as JSON.
+
+Source: bitsandbytes' functional.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_ext.weights.packed_settings import Packing
+from mistral_ext.weights.packed_tensors import ModuleTensors
+from mistral_ext.weights.safetensors_file import StoredTensor
+
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+_FLOAT = (torch.float32,)
+_AT_ONCE = 2**20  # values, so that intermediate results stay in the caches
+
+
+@dataclass(frozen=True)
+class Nf4Matrix:
+    """A matrix [N, K] in blocks of neighbours, which may continue in the next row.
+
+    Attributes:
+        packed: N K / 2 bytes, of any dtype.
+        absmax: [blocks] fp32, or bytes.
+        table: [16] fp32.
+        nested: the table [256] and magnitudes of `absmax`, and how many share such a magnitude;
+            None: `absmax` is not quantised.
+        offset: added to a nested `absmax`.
+    """
+
+    shape: tuple[int, int]
+    block: int
+    packed: StoredTensor
+    absmax: StoredTensor
+    table: StoredTensor
+    nested: tuple[StoredTensor, StoredTensor, int] | None
+    offset: float
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`."""
+        packed = self.packed.read().view(-1).view(torch.uint8)
+        table, magnitudes = self.table.read(), self._magnitudes()
+        out = torch.empty(len(magnitudes), self.block, dtype=dtype, device="cpu")
+        step = max(1, _AT_ONCE // self.block)
+        for begin in range(0, len(out), step):
+            some = slice(begin, begin + step)
+            data = packed[begin * self.block // 2 : (begin + step) * self.block // 2]
+            indices = torch.stack([data >> 4, data & 15], dim=1).view(-1, self.block)
+            out[some] = table[indices.int()] * magnitudes[some].unsqueeze(1)
+        return out.view(self.shape)
+
+    def _magnitudes(self) -> Tensor:
+        absmax = self.absmax.read()
+        if self.nested is None:
+            return absmax
+        table, scales, block = self.nested
+        of_blocks = scales.read().repeat_interleave(block)[: len(absmax)]
+        return table.read()[absmax.int()] * of_blocks + self.offset
+
+
+def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
+    """Takes the tensors of a layer, which say by themselves how it is packed.
+
+    Raises:
+        ValueError: a tensor is missing, or is not as the others say; names the tensor.
+    """
+    stored_state = module.left.pop(_STATE, None)
+    if stored_state is None:
+        raise ValueError(f"tensor '{module.name}.{_STATE}' is missing, expected nf4")
+    state = _state(module, stored_state)
+    count = module.shape[0] * module.shape[1]
+    block = state["blocksize"]
+    if block % 2 or count % block:
+        raise module.error(
+            stored_state, f"has blocksize {block}, expected an even divisor of {count}"
+        )
+    blocks = count // block
+    nested = None
+    if "nested_blocksize" in state:
+        size = state["nested_blocksize"]
+        nested = (
+            module.take("weight.nested_quant_map", (256,), _FLOAT),
+            module.take("weight.nested_absmax", (-(-blocks // size),), _FLOAT),
+            size,
+        )
+    absmax = module.take("weight.absmax", (blocks,), (torch.uint8,) if nested else _FLOAT)
+    table = module.take("weight.quant_map", (16,), _FLOAT)
+    packed = module.left.pop("weight", None)
+    if packed is None:
+        raise ValueError(f"tensor '{module.name}.weight' is missing, expected nf4")
+    if 2 * packed.nbytes != count:
+        raise module.error(packed, f"has {packed.nbytes} bytes, expected {count // 2}")
+    offset = state.get("nested_offset", 0.0)
+    return Nf4Matrix(module.shape, block, packed, absmax, table, nested, offset)
+
+
+def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
+    """The sizes of a layer, checked."""
+    try:
+        state = json.loads(bytes(stored.read().tolist()))
+        sound = (
+            tuple(state["shape"]) == module.shape
+            and state["quant_type"] == "nf4"
+            and all(
+                isinstance(size, int) and size > 0
+                for size in (state["blocksize"], state.get("nested_blocksize", 1))
+            )
+            and isinstance(state.get("nested_offset", 0), (int, float))
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise module.error(stored, f"is no description of nf4 with shape {list(module.shape)}")
+    assert isinstance(state, dict)
+    return state

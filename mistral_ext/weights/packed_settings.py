@@ -1,0 +1,161 @@
+"""How the matrices of a packed checkpoint are stored, according to its configuration.
+
+GPTQ, AWQ, compressed-tensors and bitsandbytes describe themselves in `quantization_config` of
+config.json; older files of GPTQ and AWQ in a file of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_ext.files import read_json_object
+
+_KEYS = ("quantization_config", "compression_config")  # the second: of old compressed-tensors
+# Files of folders whose config.json has no such key.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+WHOLE_ROW = -1  # the group size of rows with one scale
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the matrices of a folder are packed.
+
+    Attributes:
+        method: "gptq", "awq", "compressed-tensors" or "bitsandbytes".
+        bits: of a value; 4 or 8.
+        group: neighbouring values that share a scale, or WHOLE_ROW.
+        symmetric: there are no zero points, or they are all 2^(bits - 1).
+        zero_minus_one: zero points are stored less 1, as the first version of GPTQ does.
+    """
+
+    method: str
+    bits: int = 4
+    group: int = WHOLE_ROW
+    symmetric: bool = False
+    zero_minus_one: bool = False
+
+    def __str__(self) -> str:
+        return "nf4" if self.method == "bitsandbytes" else f"{self.method} in {self.bits} bits"
+
+
+def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object]:
+    """The quantisation settings in a config.json, and their quant_method; ({}, None): none.
+
+    Raises:
+        ValueError: the settings are no object.
+    """
+    for key in _KEYS:
+        settings = config.get(key)
+        if settings:
+            if not isinstance(settings, dict):
+                raise ValueError(f"{key} is {settings!r:.60}, expected an object")
+            return settings, settings.get("quant_method")
+    return {}, None
+
+
+def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
+    """How the matrices of a folder are packed; None: they are not.
+
+    Args:
+        config: the contents of config.json, without settings of this package.
+
+    Raises:
+        ValueError: they are packed in a way that is not supported; names the setting.
+    """
+    settings, method = method_of(config)
+    place = "quantization_config"
+    if not settings:
+        place = next((name for name in OWN_FILES if (folder / name).is_file()), "")
+        if not place:
+            return None
+        settings = read_json_object(folder / place)
+        method = settings.get("quant_method", OWN_FILES[place])
+    read = _METHODS.get(method) if isinstance(method, str) else None
+    if read is None:
+        raise ValueError(
+            f"{place}: quant_method is {method!r}, expected one of mistral_ext, "
+            f"{', '.join(_METHODS)}; 'mistral-ext quantize' makes weights in 8 or 4 bits from the "
+            "original ones"
+        )
+    try:
+        return read(settings)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _gptq(settings: Mapping[str, Any]) -> Packing:
+    bits = _choice(settings, "bits", (4, 8), None)
+    form = _choice(settings, "checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    symmetric = _choice(settings, "sym", (True, False), True)
+    if bits == 8 and not symmetric:
+        raise ValueError("sym is False with 8 bits, expected True: zero points need 4 bits")
+    return Packing("gptq", bits, _group(settings, "group_size"), symmetric, form == "gptq")
+
+
+def _awq(settings: Mapping[str, Any]) -> Packing:
+    # Old files have other names for the first two.
+    _choice(settings, "w_bit" if "w_bit" in settings else "bits", (4,), None)
+    group = _group(settings, "q_group_size" if "q_group_size" in settings else "group_size")
+    version = settings.get("version", settings.get("checkpoint_format", "gemm"))
+    _expect("version", str(version).lower(), ("gemm",))
+    _choice(settings, "zero_point", (True,), True)
+    return Packing("awq", 4, group)
+
+
+def _compressed_tensors(settings: Mapping[str, Any]) -> Packing:
+    _choice(settings, "format", ("pack-quantized",), None)
+    groups = settings.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise ValueError(f"config_groups is {groups!r:.60}, expected an object with one group")
+    (group,) = groups.values()
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights of config_groups is {weights!r:.60}, expected an object")
+    for name in ("input_activations", "output_activations"):
+        if group.get(name):
+            raise ValueError(f"{name} is {group[name]!r:.60}, expected null: only weights in bits")
+    bits = _choice(weights, "num_bits", (4, 8), None)
+    _choice(weights, "type", ("int",), "int")
+    symmetric = _choice(weights, "symmetric", (True, False), True)
+    if bits == 8 and not symmetric:
+        raise ValueError("symmetric is False with 8 bits, expected True: zero points need 4 bits")
+    strategy = _choice(weights, "strategy", ("group", "channel"), None)
+    size = _group(weights, "group_size") if strategy == "group" else WHOLE_ROW
+    return Packing("compressed-tensors", bits, size, symmetric)
+
+
+def _bitsandbytes(settings: Mapping[str, Any]) -> Packing:
+    if settings.get("load_in_8bit"):
+        raise ValueError("load_in_8bit is True, expected load_in_4bit")
+    _choice(settings, "bnb_4bit_quant_type", ("nf4",), None)
+    return Packing("bitsandbytes")
+
+
+_METHODS = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "bitsandbytes": _bitsandbytes,
+}
+
+
+def _group(settings: Mapping[str, Any], key: str) -> int:
+    size = settings.get(key)
+    if isinstance(size, bool) or not isinstance(size, int) or not (size > 0 or size == WHOLE_ROW):
+        raise ValueError(f"{key} is {size!r}, expected a positive number or {WHOLE_ROW}")
+    return size
+
+
+def _choice(settings: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any) -> Any:
+    value = settings.get(key, default)
+    _expect(key, value, choices)
+    return value
+
+
+def _expect(key: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        raise ValueError(f"{key} is {value!r}, expected {' or '.join(map(repr, choices))}")

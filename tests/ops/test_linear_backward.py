@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import gradients
+import pytest
+import reference
+import torch
+from packed_weights import random_weight, random_weights
+from tolerance import DTYPES, assert_close
+from torch.nn import functional
+
+from mistral_ext import ops
+from mistral_ext.ops import JoinedWeight, Quantized, torch_gradients
+from mistral_ext.ops.weight import parts_of
+from mistral_ext.weights.quantize import quantize
+
+# (T, K, N): one, primes, tails of every vector, tile and block; 513 tokens are more than are packed
+# at a time, and 530 outputs more than a block along the sum.
+SHAPES = [(1, 1, 1), (3, 7, 33), (13, 257, 66), (9, 130, 530), (513, 33, 13), (40, 96, 3)]
+SHAPES += [(12, 256, 70), (35, 768, 98)]  # whole super-blocks of GGUF's formats
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+def weights(shape, dtype, generator) -> dict[str, torch.Tensor | Quantized]:
+    """One weight [N, K] in every format that K allows."""
+    exact = torch.randn(shape, generator=generator)
+    made = {"plain": exact.to(dtype), "int8": quantize(exact, "int8")}
+    if shape[1] % 32 == 0:
+        made |= {"q8_0": quantize(exact, "q8_0"), "int4": quantize(exact, "int4", 32)}
+    return made | random_weights(shape, generator)
+
+
+def exact_weight(weight: torch.Tensor | Quantized) -> torch.Tensor:
+    return weight.dequantize(torch.float64) if isinstance(weight, Quantized) else weight.double()
+
+
+def check(x, weight, d_out):
+    """The plain computation of a quantised weight rounds it to the dtype first."""
+    wide = exact_weight(weight)
+    gradients.check(lambda x: ops.linear(x, weight), lambda x: x @ wide.to(x.dtype).T, [x], d_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_x_by_every_format(isa, shape, dtype, generator):
+    tokens, size, outputs = shape
+    x = torch.randn(tokens, size, generator=generator).to(dtype)
+    # A slice of a matrix that is NaN around it.
+    around = torch.full((tokens + 2, outputs + 5), float("nan"), dtype=dtype)
+    d_out = around[1:-1, 2:-3]
+    d_out.copy_(torch.randn(tokens, outputs, generator=generator))
+    for weight in weights((outputs, size), dtype, generator).values():
+        check(x, weight, d_out)
+
+
+def test_no_tokens(isa):
+    x = torch.zeros(0, 8, requires_grad=True)
+    ops.linear(x, torch.ones(3, 8)).sum().backward()
+    assert x.grad.shape == (0, 8)
+
+
+def test_several_weights_of_different_formats(isa, generator):
+    x = torch.randn(21, 256, generator=generator).bfloat16()
+    parts = [
+        torch.randn(300, 256, generator=generator).bfloat16(),
+        random_weight("q4_k", (70, 256), 256, generator),
+        random_weight("q6_k", (5, 256), 256, generator),
+    ]
+    d_out = torch.randn(21, 375, generator=generator).bfloat16()
+    wide = torch.cat([exact_weight(part) for part in parts])
+    gradients.check(lambda x: ops.linear(x, parts), lambda x: x @ wide.to(x.dtype).T, [x], d_out)
+
+
+def test_joined_weights(isa, generator):
+    x, d_out = torch.randn(10, 24, generator=generator), torch.randn(10, 14, generator=generator)
+    parts = torch.randn(14, 24, generator=generator).split([8, 6])
+    joined = JoinedWeight.join(parts, torch.device("cpu"))
+    apart = gradients.differentiate(lambda x: ops.linear(x, parts), [x], d_out)
+    together = gradients.differentiate(lambda x: ops.linear(x, joined), [x], d_out)
+    assert torch.equal(apart[0], together[0])
+
+
+def test_inputs_in_another_order(isa, generator):
+    """As GPTQ may have them; x and its gradient are in order."""
+    order = torch.randperm(64, generator=generator)
+    weight = random_weight("q4_0", (20, 64), 32, generator)._replace(order=order)
+    x = torch.randn(9, 64, generator=generator)
+    check(x, weight, torch.randn(9, 20, generator=generator))
+    targets = torch.arange(9)
+    wide = weight.dequantize(torch.float64)
+    gradients.check(
+        lambda x: ops.linear_cross_entropy(x, weight, targets)[0],
+        lambda x: functional.cross_entropy(x @ wide.to(x.dtype).T, targets, reduction="sum"),
+        [x],
+        torch.ones(()),
+    )
+
+
+def test_norm(isa, generator):
+    x = 3 * torch.randn(11, 64, generator=generator)
+    norm, weight = torch.rand(64, generator=generator), torch.randn(30, 64, generator=generator)
+
+    def plain(x):
+        return reference.rms_norm(x, norm.to(x.dtype), 1e-3) @ weight.to(x.dtype).T
+
+    d_out = torch.randn(11, 30, generator=generator)
+    gradients.check(lambda x: ops.linear(x, weight, norm, 1e-3), plain, [x], d_out, dim=1)
+
+
+def test_any_number_of_threads_gives_the_same_bits(isa, generator):
+    x = torch.randn(300, 512, generator=generator).bfloat16()
+    weight = random_weight("q5_k", (90, 512), 256, generator)
+    d_out = torch.randn(300, 90, generator=generator).bfloat16()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found += gradients.differentiate(lambda x: ops.linear(x, weight), [x], d_out)
+    assert torch.equal(*found)
+
+
+def test_rounded_products_have_no_gradient(generator):
+    weight = random_weight("q4_0", (5, 64), 32, generator)
+    x = torch.zeros(8, 64, requires_grad=True)
+    ops.set_exact_products(False)  # the fixture of this file puts back what it was
+    with pytest.raises(
+        RuntimeError, match=r"linear: x has 8 tokens and requires .* weight in 'q4_0'"
+    ):
+        ops.linear(x, [torch.zeros(5, 64), weight])
+    with torch.no_grad():
+        ops.linear(x, weight)
+    assert ops.linear(torch.zeros(9, 64, requires_grad=True), weight).requires_grad
+    assert ops.linear(x, quantize(torch.ones(5, 64), "int8")).requires_grad
+
+
+@pytest.mark.parametrize("which", ["weight", "norm"])
+def test_weights_have_no_gradient(which):
+    given = {"weight": torch.zeros(5, 64), "norm": torch.zeros(64)}
+    given[which].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"linear: {which} requires a gradient, but"):
+        ops.linear(torch.zeros(9, 64, requires_grad=True), **given)
+
+
+def test_of_a_cuda_device_with_torch(generator):
+    """What routes there needs a device; what it computes does not."""
+    parts = [torch.randn(n, 24, generator=generator) for n in (5, 9)]
+    d_out = torch.randn(6, 14, generator=generator)
+    d_x = torch_gradients.linear_backward(d_out, parts_of(parts))
+    assert_close(d_x, d_out.double() @ torch.cat(parts).double(), d_out @ torch.cat(parts))
