@@ -53,6 +53,11 @@ def test_product_of_rounded_activations(isa, shape, generator):
         assert (out - exact).abs().max() <= 2e-6 * exact.abs().max(), name
 
 
+def test_no_tokens(isa, generator):
+    for name, weight in weights((9, 512), isa, generator).items():
+        assert ops.linear(torch.empty(0, 512), weight).shape == (0, 9), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_any_number_of_tokens_gives_the_same_bits(isa, dtype, generator):
     x = torch.randn(8, 2304, generator=generator).to(dtype)

@@ -282,6 +282,7 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
 }
 
 void linear(const LinearParams& p, int threads) {
+  if (p.tokens == 0) return;
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (p.tokens <= kGemvTokens) {
