@@ -103,11 +103,9 @@ def load_weights(
             file. Or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
-    checkpoint = Checkpoint(folder, dtype, quantization, device)
+    checkpoint = Checkpoint(folder, dtype, quantization)
     if device is not None:
-        expect_runnable(
-            folder.config, checkpoint.dtype, checkpoint.nbytes, device, checkpoint.stored_formats
-        )
+        expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
     loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
@@ -122,8 +120,6 @@ class Checkpoint:
     Args:
         folder, dtype: as for :func:`load_weights`.
         quantization: how to quantise the weights; None: as they are stored.
-        device: where the model is to run, which decides what is decoded of a GGUF file; None: the
-            CPU.
 
     Attributes:
         dtype: the dtype of the weights that are not quantised.
@@ -134,7 +130,6 @@ class Checkpoint:
         folder: ModelFolder,
         dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
-        device: torch.device | None = None,
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(
@@ -165,7 +160,7 @@ class Checkpoint:
             # Weights that are rounded again are first decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
             if quantization is None:
-                kept = kept_formats(folder.gguf, device)
+                kept = kept_formats(folder.gguf)
             tensors = gguf_tensors(folder.gguf, decoded, kept)
             formats = {
                 gguf_name(name): quantization.format_of(name) if quantization else None
@@ -192,11 +187,6 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Mistral's names of the weights that `weights` gives."""
         return list(self._parts)
-
-    @property
-    def stored_formats(self) -> set[str]:
-        """The formats of the weights that are stored quantised."""
-        return set(self._formats.values())
 
     @property
     def nbytes(self) -> int:
