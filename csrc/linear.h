@@ -112,35 +112,36 @@ void linear_rope(const LinearRopeParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 
-// Converts a weight with scales to `dtype`, for products that other libraries compute.
+// Converts a weight with scales to `dtype`, for products that other libraries compute, or the rows
+// of embeddings that tokens ask for.
 struct DequantizeParams {
   DType dtype;
   WeightPart weight;
-  void* out;       // [rows, K], contiguous
+  const int64_t* indices;  // [count], of rows; null: all rows in order
+  void* out;               // [count, K], contiguous; NaN where an index is of no row
+  int64_t count;
   int64_t inputs;  // K
 };
 
 namespace cuda {
 
-// Whether weights of this format have kernels.
-constexpr bool has_kernels(WeightFormat format) { return format <= WeightFormat::q8_0; }
-
 // K must be a multiple of this, so that the rows of every part are read in accesses of 16 bytes.
 int64_t row_unit(const LinearParams& p);
 
-// K must be a multiple of 8, rows of `out` 16-byte aligned and rows of the weight 8-byte aligned.
+// K must be a multiple of 8, rows of `out` 16-byte aligned and rows of the weight 8-byte aligned,
+// scales 4-byte aligned.
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
 
 int64_t linear_scratch_bytes(const LinearParams& p);
 
 // Takes bf16 and fp16. Rows of x, norm and the weights must be 16-byte aligned, scales 4-byte
-// aligned. More than 64 tokens are multiplied 64 at a time. Neighbouring parts of the same format
-// and group are multiplied in one pass. The result of a token has the same bits whatever the other
-// tokens are.
+// aligned. More than 64 tokens are multiplied 64 at a time, with some formats 32 at a time.
+// Neighbouring parts of the same format and group are multiplied in one pass. The result of a token
+// has the same bits whatever the other tokens are.
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
-// One pass for up to 64 tokens if all parts have the same format and group; otherwise linear, then
-// rope.
+// One pass for up to 64 tokens if all parts have the same format and group, which has a kernel with
+// RoPE (plain, int8, int4, q8_0); otherwise linear, then rope.
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream);
 
 }  // namespace cuda

@@ -32,6 +32,8 @@ set(cuda_kernels
   ${root}/csrc/cuda/linear/gemv_int8.cu
   ${root}/csrc/cuda/linear/gemv_plain.cu
   ${root}/csrc/cuda/linear/gemv_q8_0.cu
+  ${root}/csrc/cuda/linear/gemv_super_blocks.cu
+  ${root}/csrc/cuda/linear/gemv_words.cu
   ${root}/csrc/cuda/linear/linear.cu
   ${root}/csrc/cuda/lora.cu
   ${root}/csrc/cuda/rms_norm.cu

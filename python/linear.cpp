@@ -229,12 +229,6 @@ Op find_op(const std::string& name) {
 
 #ifdef MISTRAL_CUDA
 
-void expect_cuda_format(const char* op, const char* name, WeightFormat format) {
-  if (cuda::has_kernels(format)) return;
-  fail(op, "format of " + std::string(name) + " is '" + info(format).name +
-               "', expected one with kernels for CUDA devices");
-}
-
 // Checks what 16-byte accesses need.
 void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
   const int64_t unit = cuda::row_unit(p);
@@ -251,7 +245,6 @@ void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) 
   };
   const Names names = names_of(p.epilogue, static_cast<size_t>(p.num_parts));
   for (int64_t i = 0; i < p.num_parts; ++i) {
-    expect_cuda_format(op, names.values[i], p.parts[i].format);
     expect_aligned(names.values[i], p.parts[i].values, 16);
     expect_aligned(names.scales[i], p.parts[i].scales, 4);
   }
@@ -393,9 +386,9 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 #ifdef MISTRAL_CUDA
 
-// out[N, K] = values * scales, on a CUDA device.
-void dequantize(py::object values, py::object scales, const std::string& format, py::object out_,
-                ExecutionTarget target) {
+// out = the weight, or its rows by their indices [T], on a CUDA device.
+void dequantize(py::object values, py::object scales, const std::string& format,
+                py::object indices_, py::object out_, ExecutionTarget target) {
   constexpr const char* op = "dequantize";
   const Tensor out(op, "out", out_);
   out.expect_shape({-1, -1});
@@ -409,17 +402,23 @@ void dequantize(py::object values, py::object scales, const std::string& format,
   p.dtype = out.dtype();
   p.weight = part_of(op, names_of(Epilogue::store, 1), 0, weights, out);
   p.out = out.data();
+  p.count = out.size(0);
   p.inputs = out.size(1);
   if (p.weight.format == WeightFormat::plain) {
     fail(op, "format of weight is 'plain', expected a format with scales");
   }
-  expect_cuda_format(op, "weight", p.weight.format);
   if (p.inputs % 8 != 0) {
     fail(op, "weight has " + std::to_string(p.inputs) +
                  " inputs, expected a multiple of 8 on a CUDA device");
   }
-  if (p.weight.rows != out.size(0)) {
-    fail(op, "out has " + std::to_string(out.size(0)) + " rows, expected " +
+  if (!indices_.is_none()) {
+    const Table indices(op, "indices", indices_);
+    indices.expect_shape({p.count});
+    indices.expect_device_of(out);
+    indices.expect_contiguous();
+    p.indices = static_cast<const int64_t*>(indices.data());
+  } else if (p.weight.rows != p.count) {
+    fail(op, "out has " + std::to_string(p.count) + " rows, expected " +
                  std::to_string(p.weight.rows) + " like weight");
   }
   run<DequantizeParams>(out, target, p, nullptr, &cuda::dequantize);
@@ -466,7 +465,7 @@ void bind_linear(py::module_& m) {
         py::arg("out"), py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("format"),
-        py::arg("out"), py::arg("target"));
+        py::arg("indices").none(true), py::arg("out"), py::arg("target"));
 #endif
   m.def("exact_products", [] { return exact_products(); });
   m.def("set_exact_products", [](bool exact) { exact_products() = exact; }, py::arg("exact"));

@@ -51,8 +51,7 @@ def random_model(
         ValueError: there are no kernels for it on the device.
     """
     config = mistral_7b(layers)
-    formats = [] if form is None else [Quantization(NAMES.get(form, form)).format]
-    expect_runnable(config, dtype, 0, device, formats)
+    expect_runnable(config, dtype, 0, device)
     weights: dict[str, Weight | JoinedWeight] = {**random_weights(config, form, dtype, device)}
     if device.type == "cuda":
         move_weights(weights, device)

@@ -189,7 +189,8 @@ def linear_rope(
     """Computes query, key and value of x, rotates q and k, and appends k and v to the rings.
 
     The result is that of `linear` followed by `rope`, to the bit. On CUDA devices it takes one
-    launch for up to 64 tokens. Like `rope`, it leaves some tokens for `attention` to append.
+    launch for up to 64 tokens if all weights are plain, "int8", "int4" or "q8_0". Like `rope`, it
+    leaves some tokens for `attention` to append.
 
     Args:
         x: [T, K].

@@ -110,10 +110,4 @@ def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
         yield parts.whole
         return
     for values, scales, name in zip(*parts[:3], strict=True):
-        yield values if scales is None else _dequantize(Quantized(values, scales, name), dtype)
-
-
-def _dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    _C.dequantize(*weight[:3], out, execution_target(out))
-    return out
+        yield values if scales is None else Quantized(values, scales, name).dequantize(dtype)

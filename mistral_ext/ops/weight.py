@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mistral_ext import _C
 from mistral_ext.ops.dequantize import DEQUANTIZE
+from mistral_ext.ops.workspace import execution_target
 
 
 class Format(NamedTuple):
@@ -118,11 +119,19 @@ class Quantized(NamedTuple):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as a tensor [N, K], computed in fp32, then rounded to `dtype`."""
-        weight = DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
-        return weight if self.order is None else weight.index_select(1, self.order.argsort())
+        if self.values.is_cuda:
+            weight = self._dequantized_by_kernel(None, dtype)
+        else:
+            weight = DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
+        return self._in_order_of_inputs(weight)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the weight by their indices [T] int64, dequantised: [T, K]."""
+        """Rows of the weight by their indices [T] int64, dequantised: [T, K].
+
+        On a GPU an index that is out of range gives a row of NaN; elsewhere it raises IndexError.
+        """
+        if self.values.is_cuda:
+            return self._in_order_of_inputs(self._dequantized_by_kernel(indices, dtype))
         values, scales = (part.index_select(0, indices) for part in (self.values, self.scales))
         # Torch splits larger tensors among its threads, which then spin for milliseconds on the
         # cores that our threads need.
@@ -132,6 +141,17 @@ class Quantized(NamedTuple):
             for parts in zip(values.split(step), scales.split(step), strict=True)
         ]
         return torch.cat(rows)
+
+    def _dequantized_by_kernel(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
+        count, size = self.shape
+        if indices is not None:
+            count = len(indices)
+        out = torch.empty((count, size), dtype=dtype, device=self.values.device)
+        _C.dequantize(*self[:3], indices, out, execution_target(out))
+        return out
+
+    def _in_order_of_inputs(self, rows: Tensor) -> Tensor:
+        return rows if self.order is None else rows.index_select(1, self.order.argsort())
 
     def to(self, device: torch.device | str) -> Quantized:
         order = None if self.order is None else self.order.to(device)

@@ -105,11 +105,9 @@ def load_weights(
             file. Or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
-    checkpoint = Checkpoint(folder, dtype, quantization, device)
+    checkpoint = Checkpoint(folder, dtype, quantization)
     if device is not None:
-        expect_runnable(
-            folder.config, checkpoint.dtype, checkpoint.nbytes, device, checkpoint.stored_formats
-        )
+        expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
     loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
@@ -124,8 +122,6 @@ class Checkpoint:
     Args:
         folder, dtype: as for :func:`load_weights`.
         quantization: how to quantise the weights; None: as they are stored.
-        device: where the model is to run, which decides what is decoded of a GGUF file; None: the
-            CPU.
 
     Attributes:
         dtype: the dtype of the weights that are not quantised.
@@ -136,7 +132,6 @@ class Checkpoint:
         folder: ModelFolder,
         dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
-        device: torch.device | None = None,
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(
@@ -167,7 +162,7 @@ class Checkpoint:
             # Weights that are rounded again are first decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
             if quantization is None:
-                kept = kept_formats(folder.gguf, device)
+                kept = kept_formats(folder.gguf)
             tensors = gguf_tensors(folder.gguf, decoded, kept)
             formats = {
                 gguf_name(name): quantization.format_of(name) if quantization else None
@@ -179,9 +174,8 @@ class Checkpoint:
             stored_as = list(tensors)
             dtype = dtype or packed_dtype(stored_as, hugging_face_name("tok_embeddings.weight"))
             decoded = torch.float32 if self._quantizes else dtype
-            tensors, packed = read_packed(
-                stored_as, folder.packing, _layers(config), decoded, device, quantization
-            )
+            layers = _layers(config)
+            tensors, packed = read_packed(stored_as, folder.packing, layers, decoded, quantization)
         # The weights that are stored as two tensors.
         quantized = {
             name: parts
@@ -202,11 +196,6 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Mistral's names of the weights that `weights` gives."""
         return list(self._parts)
-
-    @property
-    def stored_formats(self) -> set[str]:
-        """The formats of the weights that are stored quantised."""
-        return {parts.format for parts in self._quantized.values()}
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +17,6 @@ from mistral_ext.model.config import (
 from mistral_ext.ops import JoinedWeight, Weight
 
 _LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call that failed
-
-# The formats with kernels for CUDA devices: `cuda::has_kernels` in csrc/linear.h.
-_CUDA_FORMATS = ("int8", "int4", "q8_0")
 
 # Weights that are multiplied in one pass, by the name of the joined weight.
 TOGETHER = {
@@ -85,14 +81,12 @@ def expect_runnable(
     dtype: torch.dtype,
     weight_bytes: int,
     device: torch.device,
-    formats: Iterable[str] = (),
 ) -> None:
     """Refuses a model that cannot run on a device, before its weights are read.
 
     Args:
         dtype: the dtype of the weights that are not quantised, and of keys and values.
         weight_bytes: memory that the weights will take.
-        formats: of the weights that are quantised.
 
     Raises:
         ValueError: the model cannot run there; the message names what does not fit.
@@ -110,12 +104,6 @@ def expect_runnable(
             f"dtype is {dtype}, expected torch.bfloat16 or torch.float16 on a CUDA device: pass "
             "dtype to convert the weights"
         )
-    for name in formats:
-        if name not in _CUDA_FORMATS:
-            raise ValueError(
-                f"weights have the format {name!r}, expected one of {', '.join(_CUDA_FORMATS)} on "
-                "a CUDA device"
-            )
     gpu = find_gpu(device)
     if gpu.capability < _LEAST_CAPABILITY:
         raise ValueError(
@@ -130,11 +118,6 @@ def expect_runnable(
             f"{weight_bytes / 1e9:.2f} GB for the weights and {cache_bytes / 1e9:.2f} GB for "
             f"the keys and values of {tokens} tokens; weights in 8 or 4 bits (quantize) take less"
         )
-
-
-def has_kernels(format: str, device: torch.device | None) -> bool:
-    """Whether a device, or the CPU for None, multiplies by weights of a format."""
-    return device is None or device.type == "cpu" or format in _CUDA_FORMATS
 
 
 def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:

@@ -61,24 +61,13 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[module]}.weight"
 
 
-def kept_formats(file: Gguf, device: torch.device | None) -> dict[str, str]:
-    """The formats of the matrices that a device multiplies as they are, by the file's names.
-
-    On a GPU these are matrices in Q8_0, apart from the embeddings. Tensors of other types are
-    decoded for it.
-    """
+def kept_formats(file: Gguf) -> dict[str, str]:
+    """The formats of the matrices that are multiplied as they are, by the file's names."""
     return {
         name: PLANES[tensor.type.name].format
         for name, tensor in file.tensors.items()
-        if tensor.type.name in PLANES
-        and len(tensor.shape) == 2
-        and (device is None or device.type == "cpu" or _has_gpu_kernels(tensor))
+        if tensor.type.name in PLANES and len(tensor.shape) == 2
     }
-
-
-def _has_gpu_kernels(tensor: GgufTensor) -> bool:
-    is_multiplied = tensor.name != gguf_name("tok_embeddings.weight")
-    return is_multiplied and tensor.type.name == "Q8_0"
 
 
 def kept_parts(

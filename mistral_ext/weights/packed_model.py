@@ -1,7 +1,7 @@
 """The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
-Matrices that the device's kernels multiply in 4 or 8 bits keep their numbers, with values and
-scales as `Quantized` has them; others are decoded as they are read. A matrix is packed or not as
+Matrices whose numbers a format of ours holds keep them, with values and scales as `Quantized` has
+them; others are decoded as they are read. A matrix is packed or not as
 its tensors say, so a file may leave out some.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext.ops import Quantized
-from mistral_ext.weights.device import TOGETHER, has_kernels
+from mistral_ext.weights.device import TOGETHER
 from mistral_ext.weights.packed_groups import GroupedMatrix
 from mistral_ext.weights.packed_layouts import awq, compressed_tensors, gptq
 from mistral_ext.weights.packed_nf4 import Nf4Matrix, nf4
@@ -65,7 +65,6 @@ def read_packed(
     packing: Packing,
     layers: Mapping[str, Layer],
     dtype: torch.dtype,
-    device: torch.device | None,
     quantization: Quantization | None,
 ) -> PackedWeights:
     """Finds the packed matrices of a checkpoint; reads only their zero points and orders.
@@ -75,7 +74,6 @@ def read_packed(
         packing: what the configuration says of them.
         layers: by the files' names.
         dtype: what to decode to.
-        device: where the model is to run, which decides what is decoded; None: the CPU.
         quantization: how the weights are rounded again, for which all are decoded; None: not.
 
     Raises:
@@ -89,11 +87,7 @@ def read_packed(
             file = next(iter(module.left.values())).file
             matrix = _READERS[packing.method](module, packing)
             weight = f"{module.name}.weight"
-            if (
-                isinstance(matrix, GroupedMatrix)
-                and has_kernels(matrix.form.format, device)
-                and quantization is None
-            ):
+            if isinstance(matrix, GroupedMatrix) and quantization is None:
                 form = kept[layers[module.name].weight] = matrix.form
                 found.append(_stored(weight, file, form.values, matrix.values))
                 found.append(_stored(weight + SCALE_SUFFIX, file, form.scales, matrix.scales))

@@ -14,10 +14,9 @@ from mistral_ext import _C, Mistral, ops
 from mistral_ext.model.rope import frequencies
 from mistral_ext.ops import JoinedWeight, Quantized
 from mistral_ext.weights import device as module
-from mistral_ext.weights.checkpoint import Checkpoint, load_weights, tensor_shapes
+from mistral_ext.weights.checkpoint import Checkpoint, load_weights
 from mistral_ext.weights.device import Gpu, expect_runnable, find_device, move_weights
 from mistral_ext.weights.folder import read_folder
-from mistral_ext.weights.new_model import write_model
 from mistral_ext.weights.quantize import Quantization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:1")
@@ -144,14 +143,6 @@ def test_what_a_gpu_runs(gpus, capability, dtype):
     expect_runnable(MISTRAL_7B, dtype, 14 * 10**9, CUDA)
 
 
-def test_a_format_without_kernels_for_a_gpu(gpus):
-    for form in ("int8", "int4", "q8_0"):
-        expect_runnable(MISTRAL_7B, torch.float16, 14 * 10**9, CUDA, [form])
-    with pytest.raises(ValueError, match="weights have the format 'q4_k', expected one of int8, i"):
-        expect_runnable(MISTRAL_7B, torch.float16, 14 * 10**9, CUDA, ["q8_0", "q4_k"])
-    expect_runnable(MISTRAL_7B, torch.float32, 0, CPU, ["q4_k"])
-
-
 @pytest.mark.parametrize(
     ("window", "positions", "tokens"),
     [(4096, 99, 4096), (1024, 99, 1024), (None, 32768, 4096), (None, 500, 500), (9999, 99, 4096)],
@@ -195,20 +186,6 @@ def test_refused_before_the_weights_are_read(tmp_path, gpus, unread, gpu, option
     write_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=message):
         Mistral.from_pretrained(tmp_path, **{"device": 0} | options)
-
-
-def test_a_format_is_refused_before_the_weights_are_read(tmp_path, gpus, unread):
-    write_checkpoint(tmp_path / "plain")
-    plain, quantization = read_folder(tmp_path / "plain"), Quantization("q4_0")
-    weights = {}
-    for name, shape in tensor_shapes(plain.config).items():
-        form = quantization.format_of(name)
-        weights[name] = torch.zeros(shape, dtype=torch.float16)
-        if form is not None:
-            weights[name] = Quantized.empty(shape, form, quantization.group_of(name))
-    write_model(tmp_path / "q4_0", plain, plain.config, weights, weights.items(), quantization)
-    with pytest.raises(ValueError, match="weights have the format 'q4_0', expected one of"):
-        Mistral.from_pretrained(tmp_path / "q4_0", device=0, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("device", [None, 0])

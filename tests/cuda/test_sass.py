@@ -128,10 +128,37 @@ def test_linear_streams_weights_to_the_tensor_cores(kernels, kernel, form, dtype
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
     if kernel == "linear_kernel":  # an argmax raises its ranks by an instruction, not by a loop
         assert count(code, "RED.E.MAX.64", "ATOMG.E.MAX.64") > 0
-    # No table and no conversion from integers: bit operations and subtractions of pairs. Divisions
-    # convert too, rounding up, and RMSNorm and RoPE convert 64 bits: a size, angles.
+    assert_no_conversions(code)
+
+
+def assert_no_conversions(code):
+    """From integers: bit operations and subtractions of pairs take their place. Divisions convert
+    too, rounding up, and RMSNorm and RoPE convert 64 bits: a size, angles."""
     conversions = {name for name in code if name.startswith("I2F") and not name.endswith(".RP")}
     assert conversions <= {"I2F.S64"}
+
+
+PACKED = ["Q4_0", "Q4_1", "Q4Z", "Q4K", "Q5K", "Q6K", "IQ4NL", "IQ4XS"]
+WITH_FURTHER_BITS = ("Q5K", "Q6K")
+
+
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("shape", ["1, 1, true", "1, 1, false", "{}, 4, false"])
+def test_formats_of_files_are_streamed_alike(kernels, form, dtype, shape):
+    """Their values by 16 bytes, their scales by 4; no entry of a table comes from memory."""
+    tiles = 1 if form in WITH_FURTHER_BITS else 2
+    code = kernels[f"linear_kernel<{form}Weights<{dtype}>, {shape.format(tiles)}>"]
+    product = "HMMA.16816.F32" + (".BF16" if dtype == "bf16" else "")
+    assert code[product] == count(code, "HMMA") > 0
+    assert code["LDGSTS.E.BYPASS.128"] > 0
+    assert count(code, "LDGSTS") > code["LDGSTS.E.BYPASS.128"]
+    assert (code["LDSM.16.M88.4"] > 0) == (form != "Q6K")
+    # x comes by 16 bytes, with Q6_K by 8.
+    assert (code["LDG.E.64"] > 0) == (form == "Q6K" and "true" not in shape)
+    assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
+    assert count(code, "LDC.U8", "LDC.S8", "LDL") == 0
+    assert_no_conversions(code)
 
 
 @pytest.mark.parametrize("dtype", ["bf16, 8", "fp16, 8", "fp32, 4"])
@@ -149,11 +176,22 @@ def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(("form", "load"), [(1, "LDG.E.64"), (2, "LDG.E"), (3, "LDG.E.64")])
-def test_dequantised_values_are_moved_together(kernels, dtype, form, load):
-    """Of int8, int4 and q8_0: 8 values are a load; their scale is of 2 bytes."""
+@pytest.mark.parametrize(
+    ("form", "loads"),
+    [
+        *((form, {"LDG.E.64": 2, "LDG.E.U16": 1}) for form in (1, 3)),  # int8, q8_0
+        *((form, {"LDG.E.64": 1, "LDG.E": 1, "LDG.E.U16": 1}) for form in (2, 4, 10)),
+        *((form, {"LDG.E.64": 1, "LDG.E": 2}) for form in (5, 6)),  # a pair of scales
+        (7, {"LDG.E.64": 1, "LDG.E": 1 + 4}),  # q4_k, scales of 16 bytes
+        (8, {"LDG.E.64": 1, "LDG.E": 2 + 4}),  # q5_k, a word of further bits
+        (9, {"LDG.E.64": 1, "LDG.E": 2 + 2}),  # q6_k, of its scales the one and d
+        (11, {"LDG.E.64": 1, "LDG.E": 1 + 2}),  # iq4_xs
+    ],
+)
+def test_dequantised_values_are_moved_together(kernels, dtype, form, loads):
+    """8 values are a load, with an index before it; then come their scales."""
     code = kernels[f"dequantize_kernel<{dtype}, {form}>"]
-    assert count(code, "LDG.") == code[load] + code["LDG.E.U16"] == 2
+    assert {name: n for name, n in code.items() if name.startswith("LDG.")} == loads
     assert count(code, "STG.") == code["STG.E.128"] == (2 if dtype == "fp32" else 1)
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
 

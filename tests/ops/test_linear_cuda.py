@@ -1,5 +1,5 @@
 """The CUDA kernels of products: what they are designed to move through memory, any order of
-threads, any number of multiprocessors, and weights that are widened for products by other means."""
+threads, any number of multiprocessors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import math
 import pytest
 import reference
 import torch
-from backends import GPU, registered, use
-from packed_weights import GROUPS as PACKED
-from packed_weights import random_weight
-from tolerance import DTYPES, assert_close
+from backends import use
+from tolerance import assert_close
 from torch.nn import functional
 
 from mistral_ext import ops
@@ -298,42 +296,7 @@ def test_what_has_no_kernel_is_refused(emulator, size, form, dtype, generator):
         ops.linear(make_x(2, size, generator, dtype), weight)
 
 
-@pytest.mark.parametrize("form", PACKED)
-def test_a_format_without_kernels_is_refused(emulator, form, generator):
-    weight = random_weight(form, (4, 256), PACKED[form][0], generator)
-    for tokens in (2, 70):
-        with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
-            ops.linear(make_x(tokens, 256, generator), weight)
-
-
-@pytest.mark.parametrize("device", [GPU])
-@pytest.mark.parametrize("form", PACKED)
-def test_a_format_without_kernels_is_named(device, form, generator):
-    weight = random_weight(form, (4, 256), PACKED[form][0], generator).to(device)
-    message = f"format of weight is '{form}', expected one with kernels for CUDA devices"
-    for tokens in (2, 70):  # by our kernels, and by torch's
-        with pytest.raises(ValueError, match=message):
-            ops.linear(make_x(tokens, 256, generator).to(device), weight)
-
-
 def test_rows_of_every_part_are_read_by_16_bytes(emulator, generator):
     parts = [make_weight(form, 4, 24, generator) for form in ("plain", "int8")]
     with use(emulator), pytest.raises(RuntimeError, match="linear: launch failed"):
         ops.linear(make_x(2, 24, generator), parts)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMATS[1:])
-def test_widened_weights_are_those_of_quantize(emulator, form, dtype, generator):
-    """Products of more tokens than the kernels are made for are those of widened weights."""
-    weight = make_weight(form, 13, 384, generator)
-    out = torch.full(weight.shape, float("nan"), dtype=dtype)
-    given = {"values": weight.values, "scales": weight.scales, "out": out}
-    with registered(emulator, **given):
-        addresses = [tensor.data_ptr() for tensor in given.values()]
-        name = str(dtype).removeprefix("torch.")
-        assert emulator.dequantize(name, weight.format, *addresses, 13, 384, weight.group) == 0
-    assert torch.equal(out, weight.dequantize(dtype))
-    record = only_launch(emulator)
-    assert record["stored_bytes"] == out.nbytes
-    assert record["load_sectors"] <= weight.values.nbytes // 32 + 4 * 13 * 384 // 256

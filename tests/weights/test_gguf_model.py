@@ -18,7 +18,7 @@ from mistral_ext.model.rope_scaling import Factors, Linear, Yarn
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
-from mistral_ext.weights.gguf_model import gguf_name, kept_formats
+from mistral_ext.weights.gguf_model import gguf_name
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 MIXED = {"token_embd": "Q8_0", "attn_v": "Q5_1", "ffn_down": "F16", "norm": "F32", "blk": "Q4_0"}
@@ -123,12 +123,6 @@ def test_matrices_keep_their_numbers(model, tmp_path):
     quantized = load_weights(read_folder(path), quantize="int4")
     assert quantized["layers.0.attention.wq.weight"].format == "int4"
     assert quantized["tok_embeddings.weight"].dtype == torch.bfloat16
-
-
-def test_a_gpu_multiplies_q8_0_as_it_is(model, tmp_path):
-    file = read_folder(written(tmp_path, model, KEPT | {"embd": "Q8_0"})).gguf
-    kept = kept_formats(file, torch.device("cuda"))
-    assert kept == {f"blk.{i}.attn_q.weight": "q8_0" for i in range(2)}
 
 
 @pytest.mark.parametrize(

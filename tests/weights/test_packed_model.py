@@ -24,7 +24,7 @@ from mistral_ext import Mistral, ops
 from mistral_ext.cli import main
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops import Quantized
-from mistral_ext.weights import device, packed_groups
+from mistral_ext.weights import packed_groups
 from mistral_ext.weights.checkpoint import Checkpoint, hugging_face_name, load_weights
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.merge import merge_adapter
@@ -167,24 +167,14 @@ def test_the_dtype_is_that_of_the_embeddings(folders):
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("case", ["GPTQ act-order", "nf4"])
-def test_a_device_without_kernels_gets_decoded_weights(case, folders, monkeypatch, caplog):
-    folder, model = folders[case]
-    monkeypatch.setattr(device, "_CUDA_FORMATS", ())
+def test_nf4_is_decoded(folders, caplog):
+    folder, model = folders["nf4"]
     with caplog.at_level(logging.WARNING, logger="mistral_ext"):
-        checkpoint = Checkpoint(read_folder(folder), torch.bfloat16, None, torch.device("cuda"))
+        checkpoint = Checkpoint(read_folder(folder), torch.bfloat16)
     assert "become bfloat16 as they are read, 0.00 GB" in caplog.text
-    assert checkpoint.stored_formats == set()
     for name, weight in checkpoint.weights(progress=False):
         expected = model.state_dict()[hugging_face_name(name)].bfloat16()
         assert torch.equal(weight, expected), name
-
-
-def test_kernels_of_a_device_take_what_they_can(folders, monkeypatch):
-    monkeypatch.setattr(device, "_CUDA_FORMATS", ("q4_z",))
-    folder = read_folder(folders["GPTQ"][0])
-    checkpoint = Checkpoint(folder, device=torch.device("cuda"))
-    assert checkpoint.stored_formats == {"q4_z"}
 
 
 def test_weights_can_be_rounded_again(folders):

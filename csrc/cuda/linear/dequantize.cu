@@ -1,4 +1,4 @@
-// Grid: a thread for each 8 neighbouring values of a weight, row after row.
+// Grid: a thread for each 8 neighbouring values of the result, row after row.
 #include <launch.cuh>
 
 #include "../../linear.h"
@@ -12,45 +12,72 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kValues = 8;
 
-// 8 values from k on of the row that begins at `row`.
+// 8 values from k on of the row that begins at `row`, as pairs of bf16, which hold them exactly.
 template <class W>
-__device__ __forceinline__ void read_values(const void* row, int64_t k, float (&values)[kValues]) {
-  if constexpr (W::bytes(kValues) == 4) {
-    const uint32_t word = load_global(static_cast<const uint32_t*>(row) + k / kValues);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const uint32_t on_top = word << (28 - int4_shift(i));
-      values[i] = static_cast<float>(static_cast<int32_t>(on_top) >> 28);
-    }
-  } else {
+__device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t (&pairs)[4]) {
+  using T = typename W::Element;
+  if constexpr (W::bytes(kValues * 4) == kValues * 4) {
     const uint2 words = load_global(static_cast<const uint2*>(row) + k / kValues);
+    widen_int8<T>(words.x, pairs);
+    widen_int8<T>(words.y, pairs + 2);
+  } else {
+    const auto* const words = static_cast<const uint32_t*>(row);
+    W::widen_word(words, static_cast<int>(k / kValues), pairs);
+  }
+}
+
+// The scaling of 8 values from k on of the row whose scales begin at `row`.
+template <class W>
+__device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int64_t group) {
+  using Scales = typename W::Scales;
+  using Unit = typename Scales::Unit;
+  const Unit* const from = static_cast<const Unit*>(row) + k / group * Scales::kUnits;
+  const int i = static_cast<int>(k % kSuperBlock) / (W::kHalfSteps ? 16 : 32);
+  Unit units[Scales::kUnits];
+  if constexpr (W::kHalfSteps) {
+    // One word of four is needed. It becomes the first, as registers cannot be indexed.
+    units[0] = load_global(from + i / 4);
+    units[4] = load_global(from + 4);
+    return Scales(units).next(i & 3);
+  } else {
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      const uint32_t byte = (i < 4 ? words.x : words.y) >> 8 * (i % 4);
-      values[i] = static_cast<float>(static_cast<int8_t>(byte));
-    }
+    for (int j = 0; j < Scales::kUnits; ++j) units[j] = load_global(from + j);
+    return Scales(units).next(i);
   }
 }
 
 template <class T, WeightFormat format>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeParams p) {
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kValues;
-  if (i >= p.weight.rows * p.inputs) return;
-  const int64_t row = i / p.inputs, k = i % p.inputs;
-  using W = typename WeightsOf<format, T>::type;
-  using Scale = typename W::Scale;
+  if (i >= p.count * p.inputs) return;
+  using W = typename WeightsOf<format, __nv_bfloat16>::type;
+  using Scales = typename W::Scales;
+  const int64_t place = i / p.inputs, k = i % p.inputs, group = p.weight.group;
+  const int64_t row = p.indices ? load_global(p.indices + place) : place;
   float values[kValues];
-  read_values<W>(static_cast<const char*>(p.weight.values) + row * W::bytes(p.inputs), k, values);
-  const int64_t group = p.weight.group;
-  const auto* const scales = static_cast<const Scale*>(p.weight.scales) + row * (p.inputs / group);
-  const float scale = to_float(load_global(scales + k / group));
+  if (row < 0 || row >= p.weight.rows) {
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) values[j] = NAN;
+  } else {
+    uint32_t pairs[4];
+    read_pairs<W>(static_cast<const char*>(p.weight.values) + row * W::bytes(p.inputs), k, pairs);
+    const int64_t row_scales = p.inputs / group * kGroupBytes<Scales>;
+    const auto* const scales = static_cast<const char*>(p.weight.scales) + row * row_scales;
+    const Scaling scaling = read_scaling<W>(scales, k, group);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) {
+      const uint32_t bits = j % 2 ? pairs[j / 2] & 0xffff0000u : pairs[j / 2] << 16;
+      values[j] = __uint_as_float(bits) * scaling.factor;
+      if constexpr (W::kOffset) values[j] += scaling.offset;
+    }
+  }
   constexpr int kWide = kVec16<T>;
 #pragma unroll
   for (int first = 0; first < kValues; first += kWide) {
-    float products[kWide];
+    float wide[kWide];
 #pragma unroll
-    for (int j = 0; j < kWide; ++j) products[j] = values[first + j] * scale;
-    store16(static_cast<T*>(p.out) + i + first, round_to<T>(products));
+    for (int j = 0; j < kWide; ++j) wide[j] = values[first + j];
+    store16(static_cast<T*>(p.out) + i + first, round_to<T>(wide));
   }
 }
 
@@ -58,10 +85,10 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizePa
 
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream) {
   if (p.inputs % kValues != 0) return cudaErrorInvalidValue;
-  const int64_t blocks = ceil_div(p.weight.rows * p.inputs, int64_t{kThreads} * kValues);
+  const int64_t blocks = ceil_div(p.count * p.inputs, int64_t{kThreads} * kValues);
   return with_element(p.dtype, [&](auto element) {
     return with_format(p.weight.format, [&](auto format) {
-      if constexpr (format.value == WeightFormat::plain || !has_kernels(format.value)) {
+      if constexpr (format.value == WeightFormat::plain) {
         return cudaErrorInvalidValue;
       } else {
         return launch(dequantize_kernel<decltype(element), format.value>,

@@ -5,19 +5,15 @@
 // does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of values
 // as they are stored. In every step of 32 values of k a lane has 8 neighbours, from k_at on, of two
 // rows of the weights and, in the same order, of each token.
-//
-// Values of 8 and 4 bits become floating-point numbers without a table or a conversion: their bits
-// become the low mantissa bits of a power of two whose mantissa unit is 1, and subtracting the
-// power is exact. Scales are applied to the sums, in fp32.
 #pragma once
 
 #include <ptx.cuh>
 
-#include <type_traits>
-
 #include "../../linear.h"
-#include "../common/element.cuh"
 #include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "scales.cuh"
+#include "widen.cuh"
 
 namespace mistral::cuda {
 
@@ -27,19 +23,36 @@ constexpr int kTileBytes = kTileRows * kChunkBytes;
 
 // The chunks of 16 rows in shared memory. The place of piece i (16 bytes) of a row depends on the
 // row, by the swizzle of the format (`turned`), so that pieces that are read together lie in
-// different banks.
+// different banks. Behind them are the further bits of the 16 rows (q5_k, q6_k), of which the same
+// word of 8 rows is read together.
 template <class W>
 struct WeightTile {
+  static constexpr int kBytes = kTileBytes + kTileRows * W::kFurtherBytes;
   char* bytes;
 
   __device__ __forceinline__ char* piece(int row, int i) const {
     return bytes + row * kChunkBytes + 16 * (i ^ W::turned(row));
   }
+  __device__ __forceinline__ char* further_piece(int row, int i) const {
+    constexpr int kPieces = W::kFurtherBytes / 16;
+    const int turned = row * kPieces / 8 % kPieces;
+    return bytes + kTileBytes + row * W::kFurtherBytes + 16 * (i ^ turned);
+  }
+  __device__ __forceinline__ uint32_t further_word(int row, int i) const {
+    return *reinterpret_cast<const uint32_t*>(further_piece(row, i / 4) + 4 * (i % 4));
+  }
 };
 
-// The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of 2 neighbouring
-// rows.
-struct Pieces {
+// What most formats have in common.
+struct Common {
+  using Scales = NoScales;
+  static constexpr bool kRowScaled = false, kGrouped = false;
+  static constexpr bool kOffset = false;     // see Scaling
+  static constexpr bool kHalfSteps = false;  // 16 values share a Scaling
+  static constexpr int kLeastGroup = 32;     // with kGrouped
+  static constexpr int kFurtherBytes = 0;    // of a chunk of a row, behind its 128 bytes
+  // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of 2
+  // neighbouring rows.
   static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
 
@@ -58,57 +71,13 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
   }
 }
 
-// a - b, of each of the two numbers in a register.
-template <class T>
-__device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  Pair x, y;
-  memcpy(static_cast<void*>(&x), &a, sizeof a);
-  memcpy(static_cast<void*>(&y), &b, sizeof b);
-  x = __hsub2(x, y);
-  memcpy(&a, &x, sizeof a);
-  return a;
-}
-
-// Widens 4 bytes, the lowest first, to 2 pairs.
-template <class T>
-__device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if constexpr (std::is_same_v<T, __half>) {
-      // 1024 + (v + 128) - 1152
-      const uint32_t offset = word ^ 0x80808080u;
-      pairs[i] = subtract_pairs<T>(__byte_perm(offset, 0x64646464u, i == 0 ? 0x4140 : 0x4342),
-                                   0x64806480u);
-    } else {
-      // The mantissa has room for 7 bits: 128 + the low 7 bits, minus 128 or, if v < 0, minus 256.
-      const uint32_t bytes = __byte_perm(word, 0u, i == 0 ? 0x4140 : 0x4342);
-      pairs[i] = subtract_pairs<T>(and_xor(bytes, 0x007f007fu, 0x43004300u),
-                                   and_xor(bytes, 0x00800080u, 0x43004300u));
-    }
-  }
-}
-
-// Widens 8 values, in the order of int4_shift, to 4 pairs.
-template <class T>
-__device__ __forceinline__ void widen_int4(uint32_t word, uint32_t* pairs) {
-  // 1024 or 128, plus 8, by which two's complement with an inverted sign bit is too large
-  constexpr uint32_t kOffset = std::is_same_v<T, __half> ? 0x64086408u : 0x43084308u;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = subtract_pairs<T>(and_xor(word >> 4 * i, 0x000f000fu, kOffset), kOffset);
-  }
-}
-
 // The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
-// to a whole row (kRowScaled), or to a group of 2^group_log2 values, a whole number of steps
-// (kGrouped).
+// to a whole row (kRowScaled), or to groups (kGrouped): Scales has the scales of 2^group_log2
+// values, and each 2^scaled_log2 values, a whole number of steps or half a step, have a Scaling.
 
 template <class T>
-struct PlainWeights : Pieces {
+struct PlainWeights : Common {
   using Element = T;
-  using Scale = void;
-  static constexpr bool kRowScaled = false, kGrouped = false;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return 2 * values; }
   static constexpr int kValues = 64;  // of a chunk
   static constexpr int kUnits = 2;
@@ -132,10 +101,10 @@ struct PlainWeights : Pieces {
 };
 
 template <class T>
-struct Int8Weights : Pieces {
+struct Int8Weights : Common {
   using Element = T;
-  using Scale = bf16;
-  static constexpr bool kRowScaled = true, kGrouped = false;
+  using Scales = PlainScales<bf16>;
+  static constexpr bool kRowScaled = true;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values; }
   static constexpr int kValues = 128;
   static constexpr int kUnits = 2;
@@ -165,44 +134,10 @@ struct Int8Weights : Pieces {
 };
 
 template <class T>
-struct Int4Weights : Pieces {
+struct Q8Weights : Common {
   using Element = T;
-  using Scale = bf16;
-  static constexpr bool kRowScaled = false, kGrouped = true;
-  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 2; }
-  static constexpr int kValues = 256;
-  static constexpr int kUnits = 4;
-  static constexpr int kUnitSteps = 2;
-  static constexpr int kRowPadding = 64;
-
-  static __device__ __forceinline__ int group_log2(const LinearParams& p) {
-    return 31 - __clz(static_cast<int>(p.parts[0].group));
-  }
-  static __device__ __forceinline__ int k_at(int step, int column) {
-    return 32 * step + 8 * column;
-  }
-  // The values of a lane in a step are one word, and ldmatrix gives each lane a word. (A step of 32
-  // values lies in one group.)
-  static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile<Int4Weights> tile,
-                                              int unit) {
-    const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
-    uint32_t words[4];
-    ldmatrix_x4(words, tile.piece(row + 8 * (matrix % 2), 2 * unit + matrix / 2));
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      uint32_t pairs[2][4];
-      widen_int4<T>(words[2 * step], pairs[0]);
-      widen_int4<T>(words[2 * step + 1], pairs[1]);
-      arrange(a[step], pairs[0], pairs[1]);
-    }
-  }
-};
-
-template <class T>
-struct Q8Weights {
-  using Element = T;
-  using Scale = __half;
-  static constexpr bool kRowScaled = false, kGrouped = true;
+  using Scales = PlainScales<__half>;
+  static constexpr bool kGrouped = true;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values; }
   static constexpr int kValues = 128;
   static constexpr int kUnits = 4;
@@ -210,6 +145,7 @@ struct Q8Weights {
   static constexpr int kRowPadding = 64;
 
   static __device__ __forceinline__ int group_log2(const LinearParams&) { return 5; }
+  static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 5; }
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
@@ -231,7 +167,147 @@ struct Q8Weights {
   }
 };
 
-// The traits of a format.
+// The formats of words, by how these are widened, by their scales, and by the size of their groups
+// (0: as the weight has it).
+template <class T, class Words, class Scales_, int kGroup>
+struct WordWeights : Common {
+  using Element = T;
+  using Scales = Scales_;
+  static constexpr bool kGrouped = true, kOffset = Scales::kOffset;
+  static constexpr int kLeastGroup = kGroup == 0 ? 32 : kGroup;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 2; }
+  static constexpr int kValues = 256;
+  static constexpr int kUnits = 4;
+  static constexpr int kUnitSteps = 2;
+  static constexpr int kRowPadding = 64;
+
+  static __device__ __forceinline__ int group_log2(const LinearParams& p) {
+    if constexpr (kGroup == 0) {
+      return 31 - __clz(static_cast<int>(p.parts[0].group));
+    } else {
+      return kGroup == 32 ? 5 : 8;
+    }
+  }
+  static __device__ __forceinline__ int scaled_log2(const LinearParams& p) {
+    return kGroup == 256 ? 5 : group_log2(p);
+  }
+  static __device__ __forceinline__ int k_at(int step, int column) {
+    return 32 * step + 8 * column;
+  }
+  // The values of a lane in a step are one word, and ldmatrix gives each lane a word. (A step of 32
+  // values lies in one group.)
+  template <class Tile>
+  static __device__ __forceinline__ void take_words(uint32_t (&words)[4], Tile tile, int unit) {
+    const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
+    ldmatrix_x4(words, tile.piece(row + 8 * (matrix % 2), 2 * unit + matrix / 2));
+  }
+  // Widens word i of a row in global memory.
+  static __device__ __forceinline__ void widen_word(const uint32_t* row, int i, uint32_t* pairs) {
+    Words::template widen<T>(load_global(row + i), pairs);
+  }
+  template <class Tile>
+  static __device__ __forceinline__ void take(StepOperands (&a)[2], Tile tile, int unit) {
+    uint32_t words[4];
+    take_words(words, tile, unit);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t pairs[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Words::template widen<T>(words[2 * step + half], pairs[half]);
+      }
+      arrange(a[step], pairs[0], pairs[1]);
+    }
+  }
+};
+
+template <class T>
+struct Int4Weights : WordWeights<T, SignedWords, PlainScales<bf16>, 0> {};
+template <class T>
+struct Q4_0Weights : WordWeights<T, SignedWords, PlainScales<__half>, 0> {};
+template <class T>
+struct Q4_1Weights : WordWeights<T, UnsignedWords, PairedScales<false>, 32> {};
+template <class T>
+struct Q4ZWeights : WordWeights<T, UnsignedWords, PairedScales<true>, 0> {};
+template <class T>
+struct Q4KWeights : WordWeights<T, UnsignedWords, SixBitScales, 256> {};
+template <class T>
+struct IQ4NLWeights : WordWeights<T, TableWords, PlainScales<__half>, 32> {};
+template <class T>
+struct IQ4XSWeights : WordWeights<T, TableWords, SplitScales, 256> {};
+
+template <class T>
+struct Q5KWeights : WordWeights<T, FiveBits, SixBitScales, 256> {
+  using Base = WordWeights<T, FiveBits, SixBitScales, 256>;
+  static constexpr int kFurtherBytes = 32;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 20; }
+
+  static __device__ __forceinline__ void widen_word(const uint32_t* row, int i, uint32_t* pairs) {
+    const uint32_t* const words = row + i / 32 * 40;
+    const uint32_t further = load_global(words + 32 + i % 32 / 4);
+    FiveBits::widen<T>(load_global(words + i % 32), further >> fifth_bit_shift(i % 4, 0), pairs);
+  }
+  static __device__ __forceinline__ void take(StepOperands (&a)[2], WeightTile<Q5KWeights> tile,
+                                              int unit) {
+    const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
+    uint32_t words[4];
+    Base::take_words(words, tile, unit);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      uint32_t pairs[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t further = tile.further_word(row + 8 * half, 2 * unit + step);
+        FiveBits::widen<T>(words[2 * step + half], further >> fifth_bit_shift(column, 0),
+                           pairs[half]);
+      }
+      arrange(a[step], pairs[0], pairs[1]);
+    }
+  }
+};
+
+// Either product of a step has values with a scale of their own: a lane has 4 neighbours of each
+// 16.
+template <class T>
+struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
+  static constexpr bool kHalfSteps = true;
+  static constexpr int kFurtherBytes = 64;
+  MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 24; }
+  static constexpr int kUnits = 8;
+  static constexpr int kUnitSteps = 1;
+  static constexpr int kRowPadding = 32;  // for reads of 8 bytes, as above
+
+  static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 4; }
+  // The first 4; the others are 16 values later.
+  static __device__ __forceinline__ int k_at(int step, int column) {
+    return 32 * step + 4 * column;
+  }
+  static __device__ __forceinline__ void widen_word(const uint32_t* row, int i, uint32_t* pairs) {
+    const uint32_t* const words = row + i / 32 * 48;
+    const uint32_t further = load_global(words + 32 + i % 4 / 2 * 8 + i % 32 / 4);
+    SixBits::widen<T, 4>(load_global(words + i % 32), further >> high_bits_shift(i % 4, 0), pairs);
+  }
+  static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q6KWeights> tile,
+                                              int unit) {
+    const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
+    // The lane's 4 values are the first or the last of a word, the one or the other of 16 values.
+    const int shift = 16 * (column % 2) / 2, word = column / 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const char* const piece = tile.piece(row + 8 * half, unit);
+        const uint32_t low = reinterpret_cast<const uint32_t*>(piece)[2 * i + word];
+        const uint32_t further = tile.further_word(row + 8 * half, 8 * i + unit);
+        uint32_t pairs[2];
+        SixBits::widen<T, 2>(low >> shift, further >> high_bits_shift(word, shift), pairs);
+        a[0][i][half] = pairs[0];
+        a[0][i][half + 2] = pairs[1];
+      }
+    }
+  }
+};
+
 template <WeightFormat format, class T>
 struct WeightsOf;
 template <class T>
@@ -249,6 +325,38 @@ struct WeightsOf<WeightFormat::int4, T> {
 template <class T>
 struct WeightsOf<WeightFormat::q8_0, T> {
   using type = Q8Weights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q4_0, T> {
+  using type = Q4_0Weights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q4_1, T> {
+  using type = Q4_1Weights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q4_z, T> {
+  using type = Q4ZWeights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q4_k, T> {
+  using type = Q4KWeights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q5_k, T> {
+  using type = Q5KWeights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::q6_k, T> {
+  using type = Q6KWeights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::iq4_nl, T> {
+  using type = IQ4NLWeights<T>;
+};
+template <class T>
+struct WeightsOf<WeightFormat::iq4_xs, T> {
+  using type = IQ4XSWeights<T>;
 };
 
 }  // namespace mistral::cuda

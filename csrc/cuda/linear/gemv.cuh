@@ -30,6 +30,7 @@
 #include "gemv_argmax.cuh"
 #include "gemv_norm.cuh"
 #include "gemv_rope.cuh"
+#include "group_sums.cuh"
 #include "weight_stream.cuh"
 
 namespace mistral::cuda {
@@ -40,6 +41,10 @@ constexpr int kNormTokens = 16;
 // Groups of 8 tokens whose sums are added up in one round.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
+
+// Blocks of a multiprocessor that its registers are to suffice for.
+template <int kM, int kN>
+constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
 
 // Elements of a row of normalised x in shared memory, with zeros up to a whole chunk.
 template <class W>
@@ -94,7 +99,7 @@ struct Outputs {
       const bool inside = row < block.count;
       if constexpr (W::kRowScaled) {
         const auto* const of_part =
-            static_cast<const typename W::Scale*>(p.parts[block.part_of(half)].scales) +
+            static_cast<const typename W::Scales::Unit*>(p.parts[block.part_of(half)].scales) +
             block.first;
         scales[half] = inside && token < p.tokens ? to_float(load_global(of_part + row)) : 0.0f;
       }
@@ -233,11 +238,16 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   using T = typename W::Element;
   using Layout = StageLayout<W, kM>;
   constexpr int kSteps = W::kUnits * W::kUnitSteps;
-  // Steps whose x is loaded together: as many as the registers hold.
-  constexpr int kBatch = kSteps * kN <= 8 ? kSteps : 8 / kN;
-  // With many tokens, registers do not suffice for the operands of more units at once.
-  [[maybe_unused]] constexpr int kUnroll =
-      kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1 : W::kUnits;
+  // Steps whose x is loaded together: as many as the registers hold beside the rest.
+  constexpr bool kScarce =
+      W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && Finish::kRope && kM == 1 && kN == 2);
+  constexpr int kLoads = kScarce ? 4 : 8;
+  constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
+  // Where they do not suffice for the operands of more units at once, those of a batch.
+  [[maybe_unused]] constexpr int kUnroll = kScarce ? max(1, kBatch / W::kUnitSteps)
+                                           : kBatch < kSteps && W::kUnitSteps % kBatch == 0
+                                               ? 1
+                                               : W::kUnits;
   static_assert(!kNorm || 8 * kN <= kNormTokens);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -279,18 +289,29 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
       const int k = chunk * W::kValues + W::k_at(first_step + i, lane % 4);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        const uint4* const from = x + (rows_of_x[n] + static_cast<uint32_t>(k) / 8);
-        if constexpr (kNorm) {
-          to[i][n] = ld_shared_16(from);
+        const uint4* const row = x + rows_of_x[n];
+        if constexpr (W::kHalfSteps) {  // K consists of whole chunks
+          const auto* const from =
+              reinterpret_cast<const uint2*>(row) + static_cast<uint32_t>(k) / 4;
+          const auto load = [&](const uint2* at) {
+            return kNorm ? ld_shared_8(at) : load_global(at);
+          };
+          const uint2 first = load(from), second = load(from + 4);
+          to[i][n] = {first.x, first.y, second.x, second.y};
         } else {
-          to[i][n] = k < inputs ? ld_global_16(from) : uint4{};
+          const uint4* const from = row + static_cast<uint32_t>(k) / 8;
+          if constexpr (kNorm) {
+            to[i][n] = ld_shared_16(from);
+          } else {
+            to[i][n] = k < inputs ? ld_global_16(from) : uint4{};
+          }
         }
       }
     }
   };
 
-  int steps_log2 = 0;  // of the steps that share a scale
-  if constexpr (W::kGrouped) steps_log2 = W::group_log2(p) - 5;
+  int steps_log2 = 0;  // of the steps that share a Scaling
+  if constexpr (W::kGrouped && !W::kHalfSteps) steps_log2 = W::scaled_log2(p) - 5;
   int round = 0;
   for (int index = blockIdx.x; index < blocks; index += gridDim.x) {
     const auto block = OutputBlock<Finish::kRope>::template at<kM>(p, index);
@@ -301,25 +322,26 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int64_t row = block.first + block.row_of(tile_step * m + lane / 4, half);
-          const auto* const of_part =
-              static_cast<const typename W::Scale*>(p.parts[block.part_of(half)].scales);
-          skipped[m][half] = skipped_scales(of_part + row * (p.inputs >> W::group_log2(p)));
+          const auto* const of_part = static_cast<const char*>(p.parts[block.part_of(half)].scales);
+          skipped[m][half] = skipped_bytes<W>(of_part + row * scale_bytes<W>(p, inputs));
         }
       }
     }
 
-    float sums[kM][kN][4] = {}, group_sums[kM][kN][4] = {};
+    float sums[kM][kN][4] = {};
+    GroupSums<W, kM, kN> group;
     for (int chunk = warp; chunk < chunks; chunk += kLinearWarps) {
       uint4 b[kBatch][kN];
       load_x(b, chunk, 0);
       stream.advance();
-      const typename W::Scale* scales[kM][2];  // of the next group, in the lane's two rows
+      typename W::Scales scales[kM][2];  // in the lane's two rows
       if constexpr (W::kGrouped) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            scales[m][half] = stream.scales(m, lane / 4 + 8 * half, skipped[m][half]);
+            const int row = lane / 4 + 8 * half;
+            scales[m][half] = typename W::Scales(stream.scales(m, row, skipped[m][half]));
           }
         }
       }
@@ -332,34 +354,27 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
         for (int i = 0; i < W::kUnitSteps; ++i) {
           const int step = unit * W::kUnitSteps + i;
           if (step > 0 && step % kBatch == 0) load_x(b, chunk, step);
+          // The products of a step that have the same scales: both, or one after the other.
+          constexpr int kTogether = W::kHalfSteps ? 1 : 2;
 #pragma unroll
-          for (int n = 0; n < kN; ++n) {
-            const uint4 words = b[step % kBatch][n];
-            const uint32_t first[2] = {words.x, words.y}, second[2] = {words.z, words.w};
+          for (int product = 0; product < 2; product += kTogether) {
 #pragma unroll
-            for (int m = 0; m < kM; ++m) {
-              float (&d)[4] = W::kGrouped ? group_sums[m][n] : sums[m][n];
-              mma_m16n8k16<T>(d, a[m][i][0], first);
-              mma_m16n8k16<T>(d, a[m][i][1], second);
-            }
-          }
-          if constexpr (W::kGrouped) {
-            // At the end of a group, its sums are multiplied by the scale.
-            if ((step + 1) & ((1 << steps_log2) - 1)) continue;
+            for (int n = 0; n < kN; ++n) {
+              const uint4 words = b[step % kBatch][n];
+              const uint32_t x_of[2][2] = {{words.x, words.y}, {words.z, words.w}};
 #pragma unroll
-            for (int m = 0; m < kM; ++m) {
+              for (int m = 0; m < kM; ++m) {
+                float (&d)[4] = W::kGrouped ? group.sums[m][n] : sums[m][n];
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const float scale = to_float(*scales[m][half]++);
-#pragma unroll
-                for (int n = 0; n < kN; ++n) {
-#pragma unroll
-                  for (int j = 2 * half; j < 2 * half + 2; ++j) {
-                    sums[m][n][j] += scale * group_sums[m][n][j];
-                    group_sums[m][n][j] = 0.0f;
-                  }
+                for (int j = product; j < product + kTogether; ++j) {
+                  mma_m16n8k16<T>(d, a[m][i][j], x_of[j]);
                 }
               }
+              if constexpr (W::kOffset) group.add_x(n, x_of);
+            }
+            if constexpr (W::kGrouped) {
+              if ((step + 1) & ((1 << steps_log2) - 1)) continue;
+              group.add_to(sums, scales, 2 / kTogether * step + product);
             }
           }
         }
@@ -371,14 +386,14 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
 }
 
 template <class W, int kM, int kN, bool kNorm>
-__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kLinearThreads, kBlocksAtOnce<kM, kN>)
     linear_kernel(const __grid_constant__ LinearParams p) {
   multiply<W, kM, kN, kNorm>(p, StoreFinish<W>{p});
   if (p.epilogue == Epilogue::argmax) choose_tokens(p);
 }
 
 template <class W, int kM, int kN, bool kNorm>
-__global__ void __launch_bounds__(kLinearThreads, kM == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kLinearThreads, kBlocksAtOnce<kM, kN>)
     linear_rope_kernel(const __grid_constant__ LinearParams p,
                        const __grid_constant__ RopeParams rope) {
   multiply<W, kM, kN, kNorm>(p, RopeFinish<W>{p, rope, nullptr, nullptr});

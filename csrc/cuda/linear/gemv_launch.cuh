@@ -18,7 +18,8 @@ auto with_weights(DType dtype, const F& f) {
 
 template <WeightFormat kFormat>
 bool LinearKernels<kFormat>::normalises_in_block(const LinearParams& p) {
-  if (!p.norm || p.tokens > kNormTokens) return false;
+  constexpr int64_t most = has_every_kernel(kFormat) ? kNormTokens : 8;
+  if (!p.norm || p.tokens > most) return false;
   return with_weights<kFormat>(p.dtype, [&](auto weights) {
     using W = decltype(weights);
     const int64_t shared = p.tokens <= 8 ? linear_shared_bytes<W, 1, 1, true>(p)
@@ -32,8 +33,8 @@ template <class W, int kM, int kN, bool kNorm, class... Rope>
 cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope&... rope) {
   constexpr int64_t kReservedShared = 1024;  // bytes that the runtime takes of a block's
   const int64_t shared = linear_shared_bytes<W, kM, kN, kNorm>(p);
-  const bool two =
-      kM == 1 && 2 * (shared + kReservedShared) <= shared_memory_size().of_multiprocessor;
+  const bool two = kBlocksAtOnce<kM, kN> == 2 &&
+                   2 * (shared + kReservedShared) <= shared_memory_size().of_multiprocessor;
   const int64_t at_once = multiprocessors() * (two ? 2 : 1);
   const dim3 grid(static_cast<unsigned>(min(blocks_of_all<kM>(p), at_once)));
   const auto start = [&](auto kernel) {
@@ -59,19 +60,38 @@ cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t str
   return launch_linear<W, 2, 8, false>(p, stream, rope...);
 }
 
+// The same for a format without every kernel.
+template <class W>
+cudaError_t launch_with_few_kernels(const LinearParams& p, bool in_block, cudaStream_t stream) {
+  constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as much as fits in shared memory
+  if (in_block) return launch_linear<W, 1, 1, true>(p, stream);
+  if (p.tokens <= 8) return launch_linear<W, 1, 1, false>(p, stream);
+  return launch_linear<W, kM, 4, false>(p, stream);
+}
+
 template <WeightFormat kFormat>
 cudaError_t LinearKernels<kFormat>::launch(const LinearParams& p, bool in_block,
                                            cudaStream_t stream) {
-  return with_weights<kFormat>(
-      p.dtype, [&](auto weights) { return launch_tokens<decltype(weights)>(p, in_block, stream); });
+  return with_weights<kFormat>(p.dtype, [&](auto weights) {
+    using W = decltype(weights);
+    if constexpr (has_every_kernel(kFormat)) {
+      return launch_tokens<W>(p, in_block, stream);
+    } else {
+      return launch_with_few_kernels<W>(p, in_block, stream);
+    }
+  });
 }
 
 template <WeightFormat kFormat>
 cudaError_t LinearKernels<kFormat>::launch(const LinearParams& p, bool in_block,
                                            cudaStream_t stream, const RopeParams& rope) {
-  return with_weights<kFormat>(p.dtype, [&](auto weights) {
-    return launch_tokens<decltype(weights)>(p, in_block, stream, rope);
-  });
+  if constexpr (has_every_kernel(kFormat)) {
+    return with_weights<kFormat>(p.dtype, [&](auto weights) {
+      return launch_tokens<decltype(weights)>(p, in_block, stream, rope);
+    });
+  } else {
+    return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace mistral::cuda

@@ -1,11 +1,21 @@
-// The kernels of a weight format, for linear.cu, which chooses between formats. Each format has a
-// file of its own, gemv_<format>.cu, so that formats compile in parallel: together they take as
-// long as everything else.
+// The kernels of a weight format, for linear.cu, which chooses between formats. They are in several
+// files, gemv_*.cu, so that formats compile in parallel: together they take as long as everything
+// else.
 #pragma once
 
 #include "../../linear.h"
 
 namespace mistral::cuda {
+
+// Whether a format has a kernel for every number of tokens and for RoPE. Formats that only come
+// from files have fewer, because kernels take long to compile, and because such files mix formats
+// in the weights of query, key and value.
+constexpr bool has_every_kernel(WeightFormat format) { return format <= WeightFormat::q8_0; }
+
+// The most tokens of one pass over weights of a format.
+constexpr int64_t pass_tokens(WeightFormat format) {
+  return has_every_kernel(format) ? kMaxPassTokens : 32;
+}
 
 // The caller, linear.cu, has checked that `p` has a kernel.
 template <WeightFormat kFormat>
@@ -13,10 +23,10 @@ struct LinearKernels {
   // True if each block is to normalise x for itself.
   static bool normalises_in_block(const LinearParams& p);
 
-  // Multiplies up to kMaxPassTokens tokens. x is multiplied as it is unless in_block.
+  // Multiplies up to pass_tokens tokens. x is multiplied as it is unless in_block.
   static cudaError_t launch(const LinearParams& p, bool in_block, cudaStream_t stream);
   static cudaError_t launch(const LinearParams& p, bool in_block, cudaStream_t stream,
-                            const RopeParams& rope);
+                            const RopeParams& rope);  // if has_every_kernel
 };
 
 }  // namespace mistral::cuda

@@ -40,7 +40,7 @@ struct RotatedOutputs {
     const int head = in_part / (2 * half), i = in_part % (2 * half);
     if constexpr (W::kRowScaled) {
       const auto* const of_part =
-          static_cast<const typename W::Scale*>(p.parts[block.part].scales) + in_part;
+          static_cast<const typename W::Scales::Unit*>(p.parts[block.part].scales) + in_part;
       scales[0] = token < p.tokens ? to_float(load_global(of_part)) : 0.0f;
       scales[1] = token < p.tokens ? to_float(load_global(of_part + half)) : 0.0f;
     }

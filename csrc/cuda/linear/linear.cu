@@ -15,13 +15,18 @@ namespace {
 
 using Element16 = uint16_t;  // either dtype that has kernels has 2 bytes
 
-// Calls f with the kernels of the first part's format. (has_kernel has refused formats without.)
+// Calls f with the kernels of the first part's format.
 template <class F>
 auto with_kernels(const LinearParams& p, const F& f) {
-  return with_format(p.parts[0].format, [&](auto format) {
-    constexpr bool kThere = has_kernels(format.value);
-    return f(LinearKernels<kThere ? format.value : WeightFormat::plain>{});
-  });
+  return with_format(p.parts[0].format,
+                     [&](auto format) { return f(LinearKernels<format.value>{}); });
+}
+
+// The most tokens of one pass over all weights of a call.
+int64_t tokens_of_pass(const LinearParams& p) {
+  int64_t most = kMaxPassTokens;
+  for (int64_t i = 0; i < p.num_parts; ++i) most = min(most, pass_tokens(p.parts[i].format));
+  return most;
 }
 
 // The number of first parts that one launch multiplies: parts of the same format and group.
@@ -57,10 +62,7 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
 // bits. Tensor cores have no product of fp32 precision. An argmax takes a single launch.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
-  for (int64_t i = 0; i < p.num_parts; ++i) {
-    if (!has_kernels(p.parts[i].format)) return false;
-    longest = max(longest, p.parts[i].rows);
-  }
+  for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
   return p.dtype != DType::f32 && p.inputs % row_unit(p) == 0 && longest <= INT32_MAX / 4 &&
          !(p.epilogue == Epilogue::argmax && is_mixed(p));
 }
@@ -76,7 +78,7 @@ int64_t normalised_bytes(const LinearParams& p) {
                 });
     return cudaSuccess;
   });
-  return in_blocks ? 0 : min(p.tokens, kMaxPassTokens) * p.inputs * int64_t{sizeof(Element16)};
+  return in_blocks ? 0 : min(p.tokens, tokens_of_pass(p)) * p.inputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
@@ -88,7 +90,7 @@ cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
                                 : start(linear_norm_kernel<__half>);
 }
 
-// Launches the kernels for up to kMaxPassTokens tokens. `rope`: nothing, or RopeParams.
+// Launches the kernels for up to tokens_of_pass tokens. `rope`: nothing, or RopeParams.
 template <class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   const bool before = normalised_bytes(p) > 0, in_block = p.norm && !before;
@@ -110,7 +112,7 @@ bool swiglu_is_apart(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu && is_mixed(p);
 }
 
-// For up to kMaxPassTokens tokens.
+// For up to tokens_of_pass tokens.
 cudaError_t launch_swiglu_apart(const LinearParams& p, cudaStream_t stream) {
   const int64_t dim = p.parts[0].rows;
   LinearParams products = p;
@@ -145,18 +147,20 @@ int64_t row_unit(const LinearParams& p) {
 int64_t linear_scratch_bytes(const LinearParams& p) {
   if (!has_kernel(p)) return 0;
   const int64_t outputs = swiglu_is_apart(p) ? 2 * p.parts[0].rows : 0;
-  return normalised_bytes(p) + min(p.tokens, kMaxPassTokens) * outputs * int64_t{sizeof(Element16)};
+  return normalised_bytes(p) +
+         min(p.tokens, tokens_of_pass(p)) * outputs * int64_t{sizeof(Element16)};
 }
 
 cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
   if (!has_kernel(given)) return cudaErrorInvalidValue;
   LinearParams p = given;
-  for (int64_t first = 0; first < given.tokens; first += kMaxPassTokens) {
+  const int64_t most = tokens_of_pass(given);
+  for (int64_t first = 0; first < given.tokens; first += most) {
     p.x = static_cast<const Element16*>(given.x) + first * p.stride_x_token;
     p.out = static_cast<Element16*>(given.out) + first * p.stride_out_token;
     if (given.added) p.added = given.added + first * p.stride_added_token;
     if (given.token_ids) p.token_ids = given.token_ids + first;
-    p.tokens = min(given.tokens - first, kMaxPassTokens);
+    p.tokens = min(given.tokens - first, most);
     const cudaError_t status =
         swiglu_is_apart(p) ? launch_swiglu_apart(p, stream) : launch_tokens(p, stream);
     if (status != cudaSuccess) return status;
@@ -167,7 +171,8 @@ cudaError_t linear(const LinearParams& given, cudaStream_t stream) {
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream) {
   if (!has_kernel(p.linear)) return cudaErrorInvalidValue;
   if (p.linear.tokens == 0) return cudaSuccess;
-  if (p.linear.tokens > kMaxPassTokens || is_mixed(p.linear)) {
+  if (p.linear.tokens > kMaxPassTokens || is_mixed(p.linear) ||
+      !has_every_kernel(p.linear.parts[0].format)) {
     LinearParams product = p.linear;
     product.epilogue = Epilogue::store;
     const cudaError_t status = linear(product, stream);

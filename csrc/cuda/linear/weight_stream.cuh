@@ -87,24 +87,37 @@ struct OutputBlock {
   }
 };
 
-// Scales of groups: the words in shared memory for the scales of a chunk of one row. Scales are
-// copied in words of 4 bytes, two scales each. If the scales of a row begin within a word, the last
-// scale of the row before is copied too.
+// Scales of groups. They are copied in words of 4 bytes. If the scales of a row begin within a
+// word, the last scale of the row before is copied too.
+
+// The bytes of the scales of `values` values of a row.
 template <class W>
-constexpr int kScaleWords = W::kValues / 32 / 2 + 1;  // for the smallest groups
+__device__ __forceinline__ int scale_bytes(const LinearParams& p, int values) {
+  return (values >> W::group_log2(p)) * kGroupBytes<typename W::Scales>;
+}
+
+// The words in shared memory for the scales of a chunk of one row, in the smallest groups, and one
+// more: for what is copied too, and so that rows begin in different banks.
+template <class W>
+constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W::Scales> / 4 + 1;
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// The scales that lie before `begin` in its word. (If a row begins at a word, all of its chunks
-// do.)
-__device__ __forceinline__ int skipped_scales(const void* begin) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(begin) / 2 % 2);
+// The bytes that lie before `begin` in its word. (If a row begins at a word, all of its chunks do.)
+template <class W>
+__device__ __forceinline__ int skipped_bytes(const void* begin) {
+  if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
+    return 0;
+  } else {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(begin) % 4);
+  }
 }
 
 template <class W, int kM>
 struct StageLayout {
-  static constexpr int kStages = 4 / kM;
-  static constexpr int kValueBytes = kM * kTileBytes;
+  // With further bits, a tile has more bytes, and blocks may have as few as 99 KB.
+  static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
+  static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
@@ -114,7 +127,7 @@ struct StageLayout {
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
-  using Scale = typename W::Scale;
+  static constexpr int kRowChunk = kChunkBytes + W::kFurtherBytes;  // a chunk of one row
 
  public:
   // `shared`: Layout::kBytes, all values before all scales.
@@ -141,14 +154,13 @@ class WeightStream {
   }
 
   __device__ __forceinline__ WeightTile<W> tile(int m) const {
-    return {values_ + current_ * Layout::kValueBytes + m * kTileBytes};
+    return {values_ + current_ * Layout::kValueBytes + m * WeightTile<W>::kBytes};
   }
-  // The scales of the current chunk in row `row` of tile m, after the `skipped` scales of the row
+  // The scales of the current chunk in row `row` of tile m, after the `skipped` bytes of the row
   // before.
-  __device__ __forceinline__ const Scale* scales(int m, int row, int skipped) const {
-    return reinterpret_cast<const Scale*>(scales_ + current_ * Layout::kScaleBytes +
-                                          m * kTileScaleBytes<W> + row * kScaleWords<W> * 4) +
-           skipped;
+  __device__ __forceinline__ const char* scales(int m, int row, int skipped) const {
+    return scales_ + current_ * Layout::kScaleBytes + m * kTileScaleBytes<W> +
+           row * kScaleWords<W> * 4 + skipped;
   }
 
  private:
@@ -161,7 +173,7 @@ class WeightStream {
     const auto block = OutputBlock<kRope>::template at<kM>(p_, block_);
     const int tile_step = 1 << tile_step_log2<kRope>(p_);
     chunk_ = threadIdx.x / kWarp;
-    const int offset = chunk_ * kChunkBytes + 16 * (lane % 8);
+    const int offset = chunk_ * kRowChunk + 16 * (lane % 8);
     bytes_left_ = row_bytes_ - offset;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -170,16 +182,26 @@ class WeightStream {
       rows_[half] = static_cast<const char*>(p_.parts[block.part_of(half)].values) +
                     int64_t{block.first + row} * row_bytes_ + offset;
     }
+    if constexpr (W::kFurtherBytes > 0) {
+#pragma unroll
+      for (int i = 0; i < kFurtherCopies; ++i) {
+        const int tile_row = further_row(i), row = block.row_of(tile_row % 8, tile_row / 8);
+        further_left_[i] = block.count - row;
+        further_rows_[i] = static_cast<const char*>(p_.parts[block.part_of(tile_row / 8)].values) +
+                           int64_t{block.first + row} * row_bytes_ + chunk_ * kRowChunk +
+                           kChunkBytes + 16 * (lane % kFurtherPieces);
+      }
+    }
     if constexpr (W::kGrouped) {
-      const int log2 = W::group_log2(p_), first = chunk_ * (W::kValues >> log2), half = lane / 16;
-      const auto row_scales = static_cast<int>(p_.inputs >> log2);
-      scales_left_ = row_scales - first;
+      const int first = scale_bytes<W>(p_, chunk_ * W::kValues), half = lane / 16;
+      const int row_bytes = scale_bytes<W>(p_, static_cast<int>(p_.inputs));
+      scale_bytes_left_ = row_bytes - first;
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         const int row = block.row_of(tile_step * m + lane / 2 % 8, half);
-        const auto* const of_part = static_cast<const Scale*>(p_.parts[block.part_of(half)].scales);
-        const Scale* const begin = of_part + int64_t{block.first + row} * row_scales + first;
-        skipped_[m] = skipped_scales(begin);
+        const auto* const of_part = static_cast<const char*>(p_.parts[block.part_of(half)].scales);
+        const char* const begin = of_part + int64_t{block.first + row} * row_bytes + first;
+        skipped_[m] = skipped_bytes<W>(begin);
         scale_rows_[m] = kRope || row < block.count ? begin - skipped_[m] : nullptr;
       }
     }
@@ -191,6 +213,7 @@ class WeightStream {
     filled_ = next_of(filled_);
     if (block_ < blocks_) {
       copy_values(values_ + stage * Layout::kValueBytes);
+      if constexpr (W::kFurtherBytes > 0) copy_further(values_ + stage * Layout::kValueBytes);
       if constexpr (W::kGrouped) copy_scales(scales_ + stage * Layout::kScaleBytes);
       chunk_ += kLinearWarps;
       if (chunk_ >= chunks_) {
@@ -209,7 +232,7 @@ class WeightStream {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
-        const WeightTile<W> tile = {to + m * kTileBytes};
+        const WeightTile<W> tile = {to + m * WeightTile<W>::kBytes};
         // With RoPE, the lower half is in the same part: one pointer is enough.
         const char* const begin =
             kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
@@ -217,32 +240,51 @@ class WeightStream {
                     bytes_left_ > 0 && (kRope || row < rows_left_[half]));
       }
     }
-    rows_[0] += kLinearWarps * kChunkBytes;
-    rows_[1] += kLinearWarps * kChunkBytes;
-    bytes_left_ -= kLinearWarps * kChunkBytes;
+    rows_[0] += kLinearWarps * kRowChunk;
+    rows_[1] += kLinearWarps * kRowChunk;
+    bytes_left_ -= kLinearWarps * kRowChunk;
+  }
+
+  // The row of a tile whose further bits the lane copies in copy i.
+  static __device__ __forceinline__ int further_row(int i) {
+    return (static_cast<int>(threadIdx.x) % kWarp + kWarp * i) / kFurtherPieces;
+  }
+  __device__ __forceinline__ void copy_further(char* to) {
+    static_assert(!kRope);
+#pragma unroll
+    for (int i = 0; i < kFurtherCopies; ++i) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const int row = m << tile_step_log2<kRope>(p_);
+        const WeightTile<W> tile = {to + m * WeightTile<W>::kBytes};
+        cp_async_16(tile.further_piece(further_row(i), threadIdx.x % kFurtherPieces),
+                    further_rows_[i] + int64_t{row} * row_bytes_, row < further_left_[i]);
+      }
+      further_rows_[i] += kLinearWarps * kRowChunk;
+    }
   }
 
   // 2 lanes copy the scales of a row.
   __device__ __forceinline__ void copy_scales(char* to) {
-    const int lane = threadIdx.x % kWarp, count = W::kValues >> W::group_log2(p_);  // of a row
+    const int lane = threadIdx.x % kWarp, bytes = scale_bytes<W>(p_, W::kValues);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const int words = count / 2 + skipped_[m];
-      const int left = scale_rows_[m] ? scales_left_ + skipped_[m] : 0;
+      const int words = (bytes + skipped_[m] + 3) / 4;
+      const int left = scale_rows_[m] ? scale_bytes_left_ + skipped_[m] : 0;
 #pragma unroll
       for (int i = 0; i < (kScaleWords<W> + 1) / 2; ++i) {
         const int word = lane % 2 + 2 * i;
         if (word >= words) continue;
-        const int scales = left - 2 * word;
+        const int from_here = left - 4 * word;
         cp_async_4(to + m * kTileScaleBytes<W> + 4 * (lane / 2 * kScaleWords<W> + word),
-                   scale_rows_[m] + 2 * word,
-                   scales >= 2   ? 4
-                   : scales == 1 ? 2
-                                 : 0);
+                   scale_rows_[m] + 4 * word,
+                   from_here >= 4  ? 4
+                   : from_here > 0 ? from_here
+                                   : 0);
       }
-      if (scale_rows_[m]) scale_rows_[m] += kLinearWarps * count;
+      if (scale_rows_[m]) scale_rows_[m] += kLinearWarps * bytes;
     }
-    scales_left_ -= kLinearWarps * count;
+    scale_bytes_left_ -= kLinearWarps * bytes;
   }
 
   const LinearParams& p_;
@@ -258,10 +300,16 @@ class WeightStream {
   const char* rows_[2];
   int rows_left_[2];  // of the block, from this row on; with RoPE always enough
   int bytes_left_;    // of these rows
+  // The further bits that this lane copies next.
+  static constexpr int kFurtherPieces =
+      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // of a row
+  static constexpr int kFurtherCopies = W::kFurtherBytes > 0 ? kFurtherPieces / 2 : 1;
+  const char* further_rows_[kFurtherCopies];
+  int further_left_[kFurtherCopies];
   // The scales that this lane copies next, in each tile.
-  const Scale* scale_rows_[kM];  // whole words; null: there is none
+  const char* scale_rows_[kM];  // whole words; null: there is none
   int skipped_[kM];
-  int scales_left_;
+  int scale_bytes_left_;
 };
 
 }  // namespace mistral::cuda

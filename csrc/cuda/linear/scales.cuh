@@ -1,0 +1,140 @@
+// Scales of groups, as formats store them (csrc/formats.h). Each type is made from the scales of a
+// group, or of the first of neighbouring groups, in shared memory or in registers. `next` is called
+// once for all values that share a Scaling, in their order; i counts them from the beginning of
+// 256 values.
+#pragma once
+
+#include <cstdint>
+
+#include "../../formats.h"
+#include "../common/element.cuh"
+
+namespace mistral::cuda {
+
+// A weight is factor * q + offset. Formats without an offset (kOffset) leave it 0.
+struct Scaling {
+  float factor;
+  float offset;
+};
+
+__device__ __forceinline__ float half_of(uint32_t word, int i) {
+  const auto bits = static_cast<uint16_t>(word >> 16 * i);
+  __half half;
+  memcpy(static_cast<void*>(&half), &bits, sizeof half);
+  return to_float(half);
+}
+
+// A number from 0 to 2^23 - 1 as a float: the low mantissa bits of 2^23.
+__device__ __forceinline__ float small_float(uint32_t number) {
+  return __uint_as_float(number | 0x4b000000u) - 8388608.0f;
+}
+// The same of byte i of a word.
+__device__ __forceinline__ float byte_float(uint32_t word, int i) {
+  return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650u | i)) - 8388608.0f;
+}
+
+struct NoScales {
+  using Unit = char;
+  static constexpr int kUnits = 0;
+};
+
+// int4, q8_0, q4_0, iq4_nl, and int8, whose group is a row.
+template <class Scale>
+struct PlainScales {
+  using Unit = Scale;               // of memory accesses
+  static constexpr int kUnits = 1;  // of a group
+  static constexpr bool kOffset = false;
+  const Scale* scale;
+
+  PlainScales() = default;
+  __device__ __forceinline__ explicit PlainScales(const void* group)
+      : scale(static_cast<const Scale*>(group)) {}
+  __device__ __forceinline__ Scaling next(int) { return {to_float(*scale++), 0.0f}; }
+};
+
+// q4_1 (a minimum) and q4_z (a zero point).
+template <bool kZeroPoint>
+struct PairedScales {
+  using Unit = uint32_t;
+  static constexpr int kUnits = 1;
+  static constexpr bool kOffset = true;
+  const uint32_t* pair;
+
+  PairedScales() = default;
+  __device__ __forceinline__ explicit PairedScales(const void* group)
+      : pair(static_cast<const uint32_t*>(group)) {}
+  __device__ __forceinline__ Scaling next(int) {
+    const uint32_t word = *pair++;
+    const float d = half_of(word, 0), second = half_of(word, 1);
+    return {d, kZeroPoint ? -d * second : second};
+  }
+};
+
+// q4_k and q5_k: for 32 values. See packed_scales (cpu/linear/unpack_words.h) for the 6-bit
+// numbers.
+struct SixBitScales {
+  using Unit = uint32_t;
+  static constexpr int kUnits = 4;
+  static constexpr bool kOffset = true;
+  float d, e;
+  uint32_t scales[2], minima[2];  // a byte each
+
+  SixBitScales() = default;
+  __device__ __forceinline__ explicit SixBitScales(const void* group) {
+    const auto* const words = static_cast<const uint32_t*>(group);
+    d = half_of(words[0], 0);
+    e = -half_of(words[0], 1);
+    scales[0] = words[1] & 0x3f3f3f3fu;
+    minima[0] = words[2] & 0x3f3f3f3fu;
+    scales[1] = (words[3] & 0x0f0f0f0fu) | (words[1] >> 2 & 0x30303030u);
+    minima[1] = (words[3] >> 4 & 0x0f0f0f0fu) | (words[2] >> 2 & 0x30303030u);
+  }
+  __device__ __forceinline__ Scaling next(int i) const {
+    return {d * byte_float(i < 4 ? scales[0] : scales[1], i % 4),
+            e * byte_float(i < 4 ? minima[0] : minima[1], i % 4)};
+  }
+};
+
+// q6_k: for 16 values.
+struct ByteScales {
+  using Unit = uint32_t;
+  static constexpr int kUnits = 5;
+  static constexpr bool kOffset = false;
+  const uint32_t* words;
+  float d;
+
+  ByteScales() = default;
+  __device__ __forceinline__ explicit ByteScales(const void* group)
+      : words(static_cast<const uint32_t*>(group)), d(half_of(words[4], 0)) {}
+  __device__ __forceinline__ Scaling next(int i) const {
+    // with an inverted sign bit, 128 too large
+    const float scale = byte_float(words[i / 4] ^ 0x80808080u, i % 4) - 128.0f;
+    return {d * scale, 0.0f};
+  }
+};
+
+// iq4_xs: for 32 values.
+struct SplitScales {
+  using Unit = uint32_t;
+  static constexpr int kUnits = 2;
+  static constexpr bool kOffset = false;
+  float d;
+  uint32_t high, low;
+
+  SplitScales() = default;
+  __device__ __forceinline__ explicit SplitScales(const void* group) {
+    const auto* const words = static_cast<const uint32_t*>(group);
+    d = half_of(words[0], 0);
+    high = words[0] >> 16;
+    low = words[1];
+  }
+  __device__ __forceinline__ Scaling next(int i) const {
+    const uint32_t scale = (low >> 4 * i & 15u) | (high >> 2 * i << 4 & 0x30u);
+    return {d * (small_float(scale) - 32.0f), 0.0f};
+  }
+};
+
+template <class Scales>
+constexpr int kGroupBytes = Scales::kUnits * static_cast<int>(sizeof(typename Scales::Unit));
+
+}  // namespace mistral::cuda
