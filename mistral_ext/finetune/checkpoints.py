@@ -64,7 +64,7 @@ def write_checkpoint(
     """
     target = output / f"checkpoint-{progress.step:06}"
     if not target.exists():
-        tensors = dict(_moments(adapter, optimizer))
+        tensors = _moments(adapter, optimizer)
         with new_folder(target) as folder:
             write_adapter_files(folder, adapter.low_ranks(), base)
             text = json.dumps({"progress": asdict(progress), "run": run}, indent=2)
@@ -72,15 +72,16 @@ def write_checkpoint(
             with Writer(folder / _OPTIMIZER, tensors) as writer:
                 for name, tensor in tensors.items():
                     writer.write(name, tensor.cpu().contiguous())
-    for older in _checkpoints(output):
-        if older != target:
-            shutil.rmtree(older)
+    for other in _checkpoints(output):
+        if other != target:
+            shutil.rmtree(other)
     return target
 
 
 def newest_checkpoint(output: Path) -> Path | None:
     """The last checkpoint of a run; None: there is none."""
-    return max(_checkpoints(output), default=None)
+    found = _checkpoints(output)
+    return found[-1] if found else None
 
 
 def read_checkpoint(
@@ -96,32 +97,38 @@ def read_checkpoint(
         ValueError: the checkpoint is damaged, or its run was another one.
     """
     state = read_json_object(folder / _PROGRESS)
-    _expect_same(state["run"], run, folder)
-    progress = Progress(**state["progress"])
+    try:
+        before, progress = state["run"], Progress(**state["progress"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _PROGRESS} is damaged: {error!r}") from error
+    _expect_same(before, run, folder)
     weights = read_adapter(folder, config)
-    stored = {tensor.name: tensor.read() for tensor in stored_tensors(folder / _OPTIMIZER)}
+    stored = {tensor.name: tensor for tensor in stored_tensors(folder / _OPTIMIZER)}
+    expected = {f"{name}.{key}" for name in adapter.parameters for key in _MOMENTS}
+    if stored.keys() != expected or weights.keys() != adapter.pairs.keys():
+        raise ValueError(f"{folder} is damaged: it has other tensors than those of the run")
     with torch.no_grad():
         for name, (a, b) in adapter.pairs.items():
             a.copy_(weights[name].a)
             b.copy_(weights[name].b)
-        for name, parameter in adapter.parameters.items():
-            state_of = {key: stored[f"{name}.{key}"].to(parameter.device) for key in _MOMENTS}
-            step = torch.tensor(float(progress.step), device="cpu")
-            # torch keeps what it is given, and a mapped tensor would keep the file open.
-            copies = {key: moment.clone() for key, moment in state_of.items()}
-            optimizer.state[parameter] = {"step": step, **copies}
+    for name, parameter in adapter.parameters.items():
+        moments = {
+            key: torch.empty_like(parameter).copy_(stored[f"{name}.{key}"].read())
+            for key in _MOMENTS
+        }
+        step = torch.tensor(float(progress.step), device="cpu")
+        optimizer.state[parameter] = {"step": step, **moments}
     return progress
 
 
-def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
-    return [
-        (
-            f"{name}.{key}",
-            optimizer.state[parameter][key] if optimizer.state else torch.zeros_like(parameter),
-        )
-        for name, parameter in adapter.parameters.items()
-        for key in _MOMENTS
-    ]
+def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of AdamW by names; 0 before the first step."""
+    moments = {}
+    for name, parameter in adapter.parameters.items():
+        state = optimizer.state.get(parameter, {})
+        for key in _MOMENTS:
+            moments[f"{name}.{key}"] = state.get(key, torch.zeros_like(parameter)).detach()
+    return moments
 
 
 def _checkpoints(output: Path) -> list[Path]:

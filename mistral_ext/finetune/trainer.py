@@ -170,7 +170,7 @@ class Trainer:
             tqdm(total=self.steps, initial=progress.step, unit="steps", disable=disable) as bar,
         ):
             try:
-                while not self._is_done(metrics, interruption):
+                while self._goes_on(metrics, interruption):
                     values = self._step(interruption)
                     progress.step += 1
                     metrics.add(progress.step, **values)
@@ -192,8 +192,8 @@ class Trainer:
         step = self._progress.step
         return step % (every or self._steps_of_epoch) == 0 or step == self.steps
 
-    def _is_done(self, metrics: Metrics, interruption: Interruption) -> bool:
-        """Does what is due between steps; returns whether the run has come to its end."""
+    def _goes_on(self, metrics: Metrics, interruption: Interruption) -> bool:
+        """Evaluates and saves, if it is time, and returns whether there is a step to do."""
         progress, options = self._progress, self.options
         if self._is_due(options.eval_every) and progress.evaluated < progress.step:
             self._evaluate(metrics, interruption)
@@ -202,7 +202,7 @@ class Trainer:
         )
         if ended or (progress.step and self._is_due(options.checkpoint_every)):
             self._save()
-        return ended
+        return not ended
 
     def _step(self, interruption: Interruption) -> dict[str, float]:
         """One step of the optimiser: its figures."""

@@ -229,6 +229,22 @@ def test_resume_needs_the_same_run(llm, data, write_lines, tmp_path):
     assert (output / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_damaged_checkpoints(llm, data, tmp_path):
+    output = tmp_path / "out"
+    Trainer(llm, data, output, **FAST).train()
+    checkpoint = output / "checkpoint-000004"
+    for name, text in (
+        ("training.json", '{"run": {}}'),
+        ("training.json", "{"),
+        ("optimizer.safetensors", "x" * 20),
+    ):
+        kept = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            Trainer(llm, data, output, resume=True, **FAST)
+        (checkpoint / name).write_bytes(kept)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(llm, data, tmp_path, monkeypatch):
     options = FAST | {"checkpoint_every": 1}
     trainer = Trainer(llm, data, tmp_path / "out", **options)
