@@ -63,6 +63,9 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
                           v_pool, sequences, window);
   const Tensor& q = batch.q;
   const Tensor out(op, "out", out_);
+  out.expect_shape({q.size(0), q.size(1), q.size(2)});
+  out.expect_like(q);
+  out.expect_last_axis_contiguous();
   AttentionParams p{};
   batch.fill(p);
   p.pool_rows = batch.k_pool.size(0);

@@ -21,21 +21,21 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
       d_out(op, "d_out", d_out_), d_q(op, "d_q", d_q_), d_k(op, "d_k", d_k_), d_v(op, "d_v", d_v_);
   const Table lse(op, "lse", lse_, "float32"), sequences(op, "sequences", sequences_);
   expect_cpu(q);
-  q.expect_shape({-1, -1, -1});
+  check_heads(q, k, v, window.value_or(kNoWindow));
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
-  k.expect_shape({tokens, -1, dim});
-  for (const Tensor* tensor : {&q, &k, &v}) tensor->expect_last_axis_contiguous();
   for (const Tensor* tensor : {&out, &d_out, &d_q}) {
     tensor->expect_shape({tokens, heads, dim});
     tensor->expect_contiguous();
   }
-  for (const Tensor* tensor : {&v, &d_k, &d_v}) tensor->expect_shape({tokens, k.size(1), dim});
-  for (const Tensor* tensor : {&d_k, &d_v}) tensor->expect_contiguous();
-  for (const Tensor* tensor : {&k, &v, &out, &d_out, &d_q, &d_k, &d_v}) tensor->expect_like(q);
+  for (const Tensor* tensor : {&d_k, &d_v}) {
+    tensor->expect_shape({tokens, k.size(1), dim});
+    tensor->expect_contiguous();
+  }
+  for (const Tensor* tensor : {&out, &d_out, &d_q, &d_k, &d_v}) tensor->expect_like(q);
   lse.expect_shape({tokens, heads});
   lse.expect_contiguous();
   lse.expect_device_of(q);
-  check_packed(q, sequences);
+  check_packed(q, sequences, false);
 
   AttentionBackwardParams p{};
   p.dtype = q.dtype();

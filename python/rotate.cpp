@@ -14,11 +14,11 @@ void rotate(py::object x_, py::object sequences_, py::object frequencies, bool b
   const Table sequences(op, "sequences", sequences_);
   x.expect_shape({-1, -1, -1});
   x.expect_last_axis_contiguous();
-  if (!is_head_dim(x.size(2))) {
-    fail(op, "x has head dimension " + std::to_string(x.size(2)) +
-                 ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
-  }
-  check_packed(x, sequences);
+  check_head_dim(x);
+  out.expect_shape({x.size(0), x.size(1), x.size(2)});
+  out.expect_like(x);
+  out.expect_last_axis_contiguous();
+  check_packed(x, sequences, true);
   RotateParams p{};
   p.dtype = x.dtype();
   p.x = x.data();

@@ -13,6 +13,25 @@ std::string at(int64_t index, const char* column, int64_t value) {
   return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
 }
 
+// Checks that row i of a table holds the tokens after the first `packed`, and returns their end.
+int64_t check_tokens(const char* op, int64_t i, const Sequence& s, int64_t packed, int64_t tokens) {
+  if (s.first_token != packed) {
+    fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
+                 ": tokens are packed in the order of the table");
+  }
+  if (s.count < 0 || s.count > tokens - packed) {
+    fail(op, at(i, "count", s.count) + ", expected 0 to " + std::to_string(tokens - packed) +
+                 ": there are " + std::to_string(tokens) + " tokens in all");
+  }
+  return packed + s.count;
+}
+
+void check_position(const char* op, int64_t i, const Sequence& s) {
+  if (s.position < 0 || s.position >= kNoWindow) {
+    fail(op, at(i, "position", s.position) + ", expected 0 to 2^62 - 1");
+  }
+}
+
 // Whether row i goes on in the ring of the row before it, with the next token.
 bool shares_ring(const Sequence* sequences, int64_t i) {
   if (i == 0) return false;
@@ -31,18 +50,8 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
   std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) rows
   for (int64_t i = 0; i < table.size(0); ++i) {
     const Sequence& s = sequences[i];
-    if (s.first_token != packed) {
-      fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
-                   ": tokens are packed in the order of the table");
-    }
-    if (s.count < 0 || s.count > tokens - packed) {
-      fail(op, at(i, "count", s.count) + ", expected 0 to " + std::to_string(tokens - packed) +
-                   ": q has " + std::to_string(tokens) + " tokens in all");
-    }
-    packed += s.count;
-    if (s.position < 0 || s.position >= kNoWindow) {
-      fail(op, at(i, "position", s.position) + ", expected 0 to 2^62 - 1");
-    }
+    packed = check_tokens(op, i, s, packed, tokens);
+    check_position(op, i, s);
     if (s.capacity < 1) fail(op, at(i, "capacity", s.capacity) + ", expected 1 or more");
     if (s.capacity < window && s.capacity < s.position + s.count) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window or " +
@@ -79,6 +88,29 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
 
 }  // namespace
 
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
+  const char* op = q.op();
+  if (window < 1) fail(op, "window is " + std::to_string(window) + ", expected 1 or more or None");
+  q.expect_shape({-1, -1, -1});
+  check_head_dim(q);
+  const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
+  k.expect_shape({tokens, -1, dim});
+  const int64_t kv_heads = k.size(1);
+  if (kv_heads == 0 || heads % kv_heads != 0) {
+    fail(op, "q has " + std::to_string(heads) + " heads, expected a multiple of the " +
+                 std::to_string(kv_heads) + " heads of k");
+  }
+  v.expect_shape({tokens, kv_heads, dim});
+  for (const Tensor* tensor : {&k, &v}) tensor->expect_like(q);
+  for (const Tensor* tensor : {&q, &k, &v}) tensor->expect_last_axis_contiguous();
+}
+
+void check_head_dim(const Tensor& x) {
+  if (is_head_dim(x.size(2))) return;
+  fail(x.op(), std::string(x.name()) + " has head dimension " + std::to_string(x.size(2)) +
+                   ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
+}
+
 RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::handle k_pool_,
                          py::handle v_pool_, py::handle sequences_, std::optional<int64_t> window_)
     : q(std::move(q_)),
@@ -88,24 +120,11 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
       v_pool(op, "v_pool", v_pool_),
       table(op, "sequences", sequences_),
       window(window_.value_or(kNoWindow)) {
-  if (window < 1) fail(op, "window is " + std::to_string(window) + ", expected 1 or more or None");
-  q.expect_shape({-1, -1, -1});
-  const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
-  if (!is_head_dim(dim)) {
-    fail(op, "q has head dimension " + std::to_string(dim) + ", expected a multiple of 32 up to " +
-                 std::to_string(kMaxHeadDim));
-  }
-  k.expect_shape({tokens, -1, dim});
-  const int64_t kv_heads = k.size(1);
-  if (kv_heads == 0 || heads % kv_heads != 0) {
-    fail(op, "q has " + std::to_string(heads) + " heads, expected a multiple of the " +
-                 std::to_string(kv_heads) + " heads of k");
-  }
-  v.expect_shape({tokens, kv_heads, dim});
-  k_pool.expect_shape({-1, dim});
-  v_pool.expect_shape({k_pool.size(0), dim});
-  for (const Tensor* tensor : {&k, &v, &k_pool, &v_pool}) tensor->expect_like(q);
-  for (const Tensor* tensor : {&q, &k, &v}) tensor->expect_last_axis_contiguous();
+  check_heads(q, k, v, window);
+  const int64_t tokens = q.size(0), kv_heads = k.size(1);
+  k_pool.expect_shape({-1, q.size(2)});
+  v_pool.expect_shape({k_pool.size(0), q.size(2)});
+  for (const Tensor* tensor : {&k_pool, &v_pool}) tensor->expect_like(q);
   k_pool.expect_contiguous();
   v_pool.expect_contiguous();
   table.expect_shape({-1, kSequenceFields});
@@ -119,7 +138,7 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
   if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
 }
 
-void check_packed(const Tensor& x, const Table& table) {
+void check_packed(const Tensor& x, const Table& table, bool with_positions) {
   table.expect_shape({-1, kSequenceFields});
   table.expect_contiguous();
   table.expect_device_of(x);
@@ -128,17 +147,8 @@ void check_packed(const Tensor& x, const Table& table) {
   const auto* sequences = static_cast<const Sequence*>(table.data());
   int64_t packed = 0;
   for (int64_t i = 0; i < table.size(0); ++i) {
-    const Sequence& s = sequences[i];
-    if (s.first_token != packed)
-      fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
-                   ": tokens are packed in the order of the table");
-    if (s.count < 0 || s.count > x.size(0) - packed) {
-      fail(op, at(i, "count", s.count) + ", expected 0 to " + std::to_string(x.size(0) - packed));
-    }
-    if (s.position < 0 || s.position >= kNoWindow) {
-      fail(op, at(i, "position", s.position) + ", expected 0 to 2^62 - 1");
-    }
-    packed += s.count;
+    packed = check_tokens(op, i, sequences[i], packed, x.size(0));
+    if (with_positions) check_position(op, i, sequences[i]);
   }
   if (packed == x.size(0)) return;
   fail(op, "sequences has " + std::to_string(packed) + " tokens, expected " +

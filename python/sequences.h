@@ -46,9 +46,15 @@ struct RaggedBatch {
   }
 };
 
+// Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window);
+
+// Checks the last axis of heads x [T, H, D].
+void check_head_dim(const Tensor& x);
+
 // Checks that the sequences of a table [S, 5] hold the tokens of x, its first axis, one after
-// another. Rings are not looked at.
-void check_packed(const Tensor& x, const Table& sequences);
+// another; and their positions, if these are used. Rings are not looked at.
+void check_packed(const Tensor& x, const Table& sequences, bool with_positions);
 
 // Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.
 const double* checked_frequencies(const Tensor& q, py::handle frequencies);

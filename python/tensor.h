@@ -22,6 +22,7 @@ class Tensor {
   Tensor(const char* op, const char* name, py::handle object);
 
   const char* op() const { return op_; }
+  const char* name() const { return name_; }
   void* data() const { return data_; }
   int64_t dims() const { return static_cast<int64_t>(shape_.size()); }
   int64_t size(int64_t axis) const { return shape_[static_cast<size_t>(axis)]; }

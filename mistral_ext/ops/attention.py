@@ -101,7 +101,7 @@ def _run_whole(
     """The result, and [T, Hq] fp32, the log-sum-exp of each row's scores; [0, Hq] on CUDA devices,
     where the gradient does not need it."""
     kv_heads, dim = k.shape[1:]
-    # Rings that nobody accesses: one longer than the sequence, so that `rope` would have filled it.
+    # The kernel needs rings. It neither reads nor writes a ring that is longer than its sequence.
     table = sequences.clone()
     number = torch.arange(len(table), device=table.device)
     table[:, 2] = 0

@@ -291,7 +291,7 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
                                               int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
     // The lane's 4 values are the first or the last of a word, the one or the other of 16 values.
-    const int shift = 16 * (column % 2) / 2, word = column / 2;
+    const int shift = 8 * (column % 2), word = column / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
