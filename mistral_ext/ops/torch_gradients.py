@@ -55,9 +55,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q [T, Hq, D], k and v [T, Hkv, D] of whole sequences, in fp32."""
-    gradients = tuple(
-        torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v)
-    )
+    gradients = tuple(torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
     for first, count, *_ in sequences.tolist():
         for begin in range(first, first + count, _QUERIES):
             queries = slice(begin, min(begin + _QUERIES, first + count))
