@@ -241,7 +241,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   // Steps whose x is loaded together: as many as the registers hold beside the rest.
   constexpr bool kScarce =
       W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && Finish::kRope && kM == 1 && kN == 2);
-  constexpr int kLoads = kScarce ? 4 : 8;
+  constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
   constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
   // Where they do not suffice for the operands of more units at once, those of a batch.
   [[maybe_unused]] constexpr int kUnroll = kScarce ? max(1, kBatch / W::kUnitSteps)
