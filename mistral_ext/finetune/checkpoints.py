@@ -59,7 +59,7 @@ def write_checkpoint(
 
     Args:
         progress: how far the run has come.
-        run: what a run that goes on must have in common with this one, as JSON.
+        run: the values that a resumed run must have in common with this one, as JSON.
         base: the name of the model, for readers.
     """
     target = output / f"checkpoint-{progress.step:06}"
@@ -94,7 +94,7 @@ def read_checkpoint(
     """Puts the state of a checkpoint into `adapter` and `optimizer`.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its run was another one.
+        ValueError: the checkpoint is damaged, or it belongs to another run.
     """
     state = read_json_object(folder / _PROGRESS)
     try:
@@ -132,7 +132,7 @@ def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """The complete ones, in order."""
+    """The complete checkpoints, in the order of their steps."""
     found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 

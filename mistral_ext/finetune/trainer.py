@@ -41,7 +41,7 @@ _SAMPLE_NAME = "being trained"  # of the adapter with which a sample of text is 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         output: the folder with the adapter.
@@ -55,7 +55,7 @@ class TrainingResult:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run, after its state was saved.
+    """Ctrl-C, SIGTERM or SIGHUP ended a run, after its state was saved.
 
     Attributes:
         checkpoint: the folder with which a Trainer with `resume=True` goes on.
@@ -75,7 +75,7 @@ class Trainer:
     the adapter is that of the evaluation with the lowest loss, else that of the last step.
 
     On the CPU a run that was interrupted and resumed ends with the same adapter, to the bit, as
-    without the interruption.
+    without the interruption, if the number of threads is the same.
 
     Args:
         llm: the model, in bfloat16 or float32.
@@ -109,6 +109,10 @@ class Trainer:
         llm.expect_writer()
         if self._model.dtype == torch.float16:
             raise ValueError("dtype is float16, whose gradients vanish: expected bfloat16, float32")
+        if self.options.patience is not None and eval_data is None:
+            raise ValueError(
+                f"patience is {self.options.patience}, expected None without eval_data"
+            )
         if self.options.tensorboard:
             expect_tensorboard()
         if not resume:
@@ -132,7 +136,7 @@ class Trainer:
             weight_decay=self.options.weight_decay,
         )
         self._progress = Progress()
-        # What a run that goes on must have in common with its beginning.
+        # A resumed run must have these values in common with its beginning.
         self._run = {
             **self.options.what_is_learned(),
             "data": digest(self._samples),
@@ -155,7 +159,7 @@ class Trainer:
         """Runs to the end.
 
         Raises:
-            Interrupted: by Ctrl-C or SIGTERM. The state is saved first.
+            Interrupted: by Ctrl-C, SIGTERM or SIGHUP. The state is saved first.
             RuntimeError: the loss is no number any more; the last checkpoint stays.
         """
         self.output.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,12 @@ from mistral_ext.finetune import trainer as trainer_module
 from mistral_ext.finetune.batches import passes, step_samples
 from mistral_ext.finetune.data import read_samples
 from mistral_ext.finetune.metrics import read_metrics
+from mistral_ext.finetune.options import TARGETS
 from mistral_ext.finetune.schedule import learning_rate
+from mistral_ext.model.adapters import GROUPS
 from mistral_ext.weights.adapters import read_adapter, write_adapter
 
-# Of very different lengths: the mean of the means of passes is then another number.
+# Their lengths differ, so the mean of the means of passes is another number.
 TEXTS = [
     "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen.",
     "Yes.",
@@ -270,13 +272,24 @@ def test_a_loss_that_is_no_number_ends_the_run(llm, data, tmp_path, monkeypatch)
         ({"warmup": 1.5}, "warmup is 1.5, expected 0 to 1"),
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\), expected two numbers"),
         ({"targets": ("q_proj",)}, r"targets is \('q_proj',\), expected some of wq, wk, wv"),
+        ({"betas": 3}, "betas is 3, expected two numbers"),
+        ({"targets": [["wq"]]}, r"targets is \[\['wq'\]\], expected some of wq, wk, wv"),
+        ({"targets": 3}, "targets is 3, expected some of wq, wk, wv"),
+        ({"learning_rate": 10**400}, "learning_rate is 10000.*, expected a number above 0"),
+        ({"seed": 2**63}, f"seed is {2**63}, expected an integer, 0 to {2**63 - 1}"),
         ({"patience": 0}, "patience is 0, expected an integer"),
+        ({"patience": 2}, "patience is 2, expected None without eval_data"),
     ],
 )
 def test_wrong_options(llm, data, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         Trainer(llm, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_targets_are_all_linear_layers():
+    names = [name.rpartition(".")[2] for names in GROUPS.values() for name in names]
+    assert list(TARGETS) == names
 
 
 def test_learning_rates():
