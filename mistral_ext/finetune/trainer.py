@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,11 +33,12 @@ from mistral_ext.finetune.options import TrainingOptions
 from mistral_ext.finetune.schedule import learning_rate
 from mistral_ext.llm import Mistral
 from mistral_ext.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, write_adapter_files
-from mistral_ext.weights.new_folder import expect_free
+from mistral_ext.weights.new_folder import expect_free, sync_files, sync_names
 
 _log = logging.getLogger("mistral_ext")
 
 _SAMPLE_NAME = "being trained"  # of the adapter with which a sample of text is written
+_PART = "adapter.part-"  # begins the name of a folder in which the files of an adapter are written
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class Trainer:
             RuntimeError: the loss is no number any more; the last checkpoint stays.
         """
         self.output.mkdir(parents=True, exist_ok=True)
+        for left in self.output.glob(f"{_PART}*"):  # by a run that was killed
+            shutil.rmtree(left)
         progress = self._progress
         disable = None if self._show_progress else True
         with (
@@ -289,10 +293,13 @@ class Trainer:
 
     def _write_adapter(self) -> None:
         """Writes the adapter of this moment to the output, in place of an earlier one."""
-        with TemporaryDirectory(prefix="adapter.part-", dir=self.output) as folder:
+        with TemporaryDirectory(prefix=_PART, dir=self.output) as folder:
             write_adapter_files(Path(folder), self._adapter.low_ranks(), str(self._llm.folder))
-            for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+            sync_files(Path(folder))
+            # The configuration comes last: without it a folder is no adapter yet.
+            for name in (PEFT_WEIGHTS, PEFT_CONFIG):
                 os.replace(Path(folder, name), self.output / name)
+        sync_names(self.output)
 
     def _save(self) -> Path:
         return write_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 
 import peft
@@ -114,6 +115,34 @@ def test_passes_do_not_change_what_is_learned(llm, data, tmp_path):
         torch.tensor(figures(tmp_path / name, "loss", "grad_norm")) for name in ("one", "many")
     )
     torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(llm, data, tmp_path, monkeypatch):
+    """And its weights come before its configuration."""
+    trainer = Trainer(llm, data, tmp_path / "out", **FAST)
+    trainer.output.mkdir()
+    events = []
+    replace, sync_files = os.replace, trainer_module.sync_files
+    sync_names = trainer_module.sync_names
+
+    def replaced(source, target):
+        events.append(target.name)
+        replace(source, target)
+
+    def files(folder):
+        events.append({path.name for path in folder.iterdir()})
+        sync_files(folder)
+
+    def names(folder):
+        events.append(folder)
+        sync_names(folder)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(trainer_module, "sync_files", files)
+    monkeypatch.setattr(trainer_module, "sync_names", names)
+    trainer._write_adapter()
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    assert events == [{weights, config}, weights, config, trainer.output]
 
 
 def test_the_best_adapter_stays(llm, data, tmp_path, monkeypatch):
@@ -227,7 +256,10 @@ def test_resume_needs_the_same_run(llm, data, write_lines, tmp_path):
     with pytest.raises(FileExistsError, match="expected a new or an empty folder"):
         Trainer(llm, data, output, **FAST)
     before = (output / "adapter_model.safetensors").read_bytes()
+    (output / "adapter.part-x").mkdir()  # left by a run that was killed
+    (output / "adapter.part-x" / "adapter_config.json").touch()
     Trainer(llm, data, output, resume=True, **FAST).train()  # it has come to its end
+    assert not (output / "adapter.part-x").exists()
     assert (output / "adapter_model.safetensors").read_bytes() == before
 
 
