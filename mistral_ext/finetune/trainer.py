@@ -162,7 +162,7 @@ class Trainer:
 
         Raises:
             Interrupted: by Ctrl-C, SIGTERM or SIGHUP. The state is saved first.
-            RuntimeError: the loss is no number any more; the last checkpoint stays.
+            RuntimeError: a loss or a gradient is not finite; the last checkpoint stays.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         for left in self.output.glob(f"{_PART}*"):  # by a run that was killed
@@ -228,14 +228,15 @@ class Trainer:
             (value / total).backward()
             summed += value.item()
             tokens += len(batch.token_ids)
-        if not math.isfinite(summed):
-            raise RuntimeError(
-                f"the loss is {summed} in step {step + 1}: try a lower learning_rate than "
-                f"{options.learning_rate:g}"
-            )
         norm = torch.nn.utils.clip_grad_norm_(
             self._adapter.parameters.values(), options.max_grad_norm or math.inf
-        )
+        ).item()
+        if not (math.isfinite(summed) and math.isfinite(norm)):
+            raise RuntimeError(
+                f"the loss is {summed / total:g} and the length of its gradient {norm:g} in step "
+                f"{step + 1}, expected finite numbers: try a lower learning_rate than "
+                f"{options.learning_rate:g}"
+            )
         rate = learning_rate(step, self.steps, self._warmup_steps, options.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -243,7 +244,7 @@ class Trainer:
         return {
             "loss": summed / total,
             "learning_rate": rate,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "tokens": tokens,
             "tokens_per_second": tokens / (time.perf_counter() - begin),
         }
@@ -257,6 +258,11 @@ class Trainer:
         progress = self._progress
         if self._eval_passes:
             value = self._eval_loss(interruption)
+            if not math.isfinite(value):
+                raise RuntimeError(
+                    f"the held-out loss is {value:g} after step {progress.step}, expected a finite "
+                    f"number: try a lower learning_rate than {self.options.learning_rate:g}"
+                )
             metrics.add(progress.step, eval_loss=value)
             _log.info("step %d: held-out loss %.4f", progress.step, value)
             if progress.step and (progress.best_loss is None or value < progress.best_loss):

@@ -279,20 +279,52 @@ def test_damaged_checkpoints(llm, data, tmp_path):
         (checkpoint / name).write_bytes(kept)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(llm, data, tmp_path, monkeypatch):
-    options = FAST | {"checkpoint_every": 1}
+class _Spoiled(torch.autograd.Function):
+    """A loss with its own value and a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, d_value):
+        return d_value * math.nan
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda value: value * math.nan, "the loss is nan and the length of its gradient nan"),
+        (_Spoiled.apply, r"the loss is [\d.]+ and the length of its gradient nan"),
+    ],
+)
+@pytest.mark.parametrize("most_norm", [1.0, None])
+def test_a_step_that_is_not_finite_ends_the_run(
+    llm, data, tmp_path, monkeypatch, spoil, message, most_norm
+):
+    options = FAST | {"checkpoint_every": 1, "max_grad_norm": most_norm}
     trainer = Trainer(llm, data, tmp_path / "out", **options)
     real = trainer_module.loss
     calls = []
 
     def broken(*args):
         calls.append(1)
-        return real(*args) * (math.nan if len(calls) > 2 else 1)
+        return spoil(real(*args)) if len(calls) > 2 else real(*args)
 
     monkeypatch.setattr(trainer_module, "loss", broken)
-    with pytest.raises(RuntimeError, match="the loss is nan in step 3: try a lower learning_rate"):
+    with pytest.raises(RuntimeError, match=f"{message} in step 3.*: try a lower learning_rate"):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-000002"]
+    assert all(matrix.isfinite().all() for matrix in trainer._adapter.parameters.values())
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(llm, data, tmp_path, monkeypatch):
+    losses = iter([3.0, math.nan])
+    monkeypatch.setattr(Trainer, "_eval_loss", lambda *_: next(losses))
+    with pytest.raises(RuntimeError, match="the held-out loss is nan after step 1, expected a"):
+        Trainer(llm, data, tmp_path / "out", data, **FAST | {"eval_every": 1}).train()
+    assert figures(tmp_path / "out", "eval_loss") == [[3.0]]
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(
