@@ -6,6 +6,7 @@ how far the run has come.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -20,6 +21,8 @@ from torch import Tensor
 from mistral_ext.files import read_json_object
 from mistral_ext.finetune.layers import TrainedAdapter
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.adapters import read_adapter, write_adapter_files
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import Writer, stored_tensors
@@ -76,6 +79,22 @@ def write_checkpoint(
         if other != target:
             shutil.rmtree(other)
     return target
+
+
+def base_digest(model: Transformer) -> str:
+    """A hash of the formats of a layer and of some weights: enough to tell models apart."""
+    layer = model.layers[0]
+    hashed = hashlib.sha256(_bytes(model.norm))
+    for weights in (layer.qkv, [layer.wo], layer.gate_up, [layer.w2]):
+        parts = parts_of(weights)
+        hashed.update(repr(parts.formats).encode())
+        hashed.update(_bytes(parts.values[0][0]))
+    return hashed.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return data
 
 
 def newest_checkpoint(output: Path) -> Path | None:

@@ -21,6 +21,7 @@ from mistral_ext import ops
 from mistral_ext.finetune.batches import Pass, passes, step_samples, steps_of_epoch
 from mistral_ext.finetune.checkpoints import (
     Progress,
+    base_digest,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -141,6 +142,7 @@ class Trainer:
         # A resumed run must have these values in common with its beginning.
         self._run = {
             **self.options.what_is_learned(),
+            "base": base_digest(self._model),
             "data": digest(self._samples),
             "eval_data": digest(held_out),
             "dtype": str(self._model.dtype),
@@ -287,15 +289,31 @@ class Trainer:
         return math.fsum(values) / math.fsum(weights)
 
     def _sample_text(self) -> str:
-        """What the model with the adapter writes after the prompt of the first sample."""
+        """The text that the model with the adapter writes after the prompt of the first sample."""
         self._llm.load_adapter(self._adapter.low_ranks(), _SAMPLE_NAME)
         try:
-            (completion,) = self._llm.generate(
+            (completion,) = self._writer().generate(
                 self._sample_prompt, adapter=_SAMPLE_NAME, max_tokens=self.options.sample_tokens
             )
         finally:
             self._llm.unload_adapter(_SAMPLE_NAME)
         return completion.text or ""
+
+    def _writer(self) -> Mistral:
+        """The model with a cache for one text. The usual cache would keep the memory that training
+        needs; this one is freed after the text."""
+        llm = self._llm
+        writer = Mistral(
+            llm.config,
+            llm.model,
+            llm.tokenizer,
+            llm.folder,
+            max_batch=1,
+            cache_tokens=len(self._sample_prompt) + self.options.sample_tokens,
+            sampling_defaults=llm.sampling_defaults,
+        )
+        writer.adapters = llm.adapters  # the same, so that each has a slot of its own
+        return writer
 
     def _write_adapter(self) -> None:
         """Writes the adapter of this moment to the output, in place of an earlier one."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from mistral_ext import Mistral
 from mistral_ext.finetune import Interrupted, Trainer
 from mistral_ext.finetune import trainer as trainer_module
 from mistral_ext.finetune.batches import passes, step_samples
@@ -193,6 +194,31 @@ def test_what_a_run_leaves(llm, data, tmp_path):
     assert llm.adapters.names == ["best"]
 
 
+def test_texts_take_a_cache_of_their_length(llm, data, tmp_path, monkeypatch):
+    """Not the usual one, which takes what memory is left; and another adapter stays as it is."""
+    other = with_random_b(Trainer(llm, data, tmp_path / "other", **FAST))
+    llm.load_adapter(other._adapter.low_ranks(), "other")
+    made = []
+
+    class Counted(trainer_module.Mistral):
+        def generate(self, *arguments, **options):
+            found = super().generate(*arguments, **options)
+            made.append(self.engine.pool.slots)
+            return found
+
+    monkeypatch.setattr(trainer_module, "Mistral", Counted)
+    options = FAST | {"sample_tokens": 5, "max_steps": 1}
+    trainer = Trainer(llm, data, tmp_path / "out", **options)
+    trainer.train()
+    assert made == [len(trainer._sample_prompt) + 5] * 2
+    assert "_engine" not in vars(llm)
+    found = llm.logits(trainer._sample_prompt, adapter="other")
+    assert llm.adapters.names == ["other"]
+    llm.unload_adapter("other")
+    llm.load_adapter(other._adapter.low_ranks(), "again")
+    assert torch.equal(llm.logits(trainer._sample_prompt, adapter="again"), found)
+
+
 class _Signal:
     """Raises SIGINT while the pass of this number runs."""
 
@@ -243,7 +269,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(llm, data, tmp_path, monkeypatch
         assert figures(output, *names) == figures(tmp_path / "whole", *names)
 
 
-def test_resume_needs_the_same_run(llm, data, write_lines, tmp_path):
+def test_resume_needs_the_same_run(llm, tiny, data, write_lines, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         Trainer(llm, data, output, resume=True, **FAST)
@@ -253,6 +279,14 @@ def test_resume_needs_the_same_run(llm, data, write_lines, tmp_path):
     other = write_lines("other.jsonl", *({"text": text} for text in TEXTS[::-1]))
     with pytest.raises(ValueError, match="data is"):
         Trainer(llm, other, output, resume=True, **FAST)
+    quantised = Mistral.from_pretrained(
+        tiny[0], dtype=torch.float32, quantize="int8", progress=False
+    )
+    tuned = Mistral.from_pretrained(tiny[0], dtype=torch.float32, progress=False)
+    tuned.model.norm = tuned.model.norm + 1
+    for base in (quantised, tuned):
+        with pytest.raises(ValueError, match="base is"):
+            Trainer(base, data, output, resume=True, **FAST)
     with pytest.raises(FileExistsError, match="expected a new or an empty folder"):
         Trainer(llm, data, output, **FAST)
     before = (output / "adapter_model.safetensors").read_bytes()
