@@ -276,6 +276,8 @@ def test_resume_needs_the_same_run(llm, tiny, data, write_lines, tmp_path):
     Trainer(llm, data, output, **FAST).train()
     with pytest.raises(ValueError, match=r"learning_rate is 0.5, expected 0.01 as in .*000004"):
         Trainer(llm, data, output, resume=True, **FAST | {"learning_rate": 0.5})
+    with pytest.raises(ValueError, match="eval_every is 1, expected None"):
+        Trainer(llm, data, output, resume=True, **FAST | {"eval_every": 1})
     other = write_lines("other.jsonl", *({"text": text} for text in TEXTS[::-1]))
     with pytest.raises(ValueError, match="data is"):
         Trainer(llm, other, output, resume=True, **FAST)
