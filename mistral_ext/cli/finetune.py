@@ -10,6 +10,7 @@ from typing import Any
 from mistral_ext.cli import options
 from mistral_ext.cli.options import load_model
 from mistral_ext.cli.start import start
+from mistral_ext.finetune.options import TARGETS, TrainingOptions
 
 
 def add_to(commands: options.Commands) -> None:
@@ -30,14 +31,15 @@ def add_to(commands: options.Commands) -> None:
         "--resume", action="store_true", help="go on from the newest checkpoint in --output"
     )
     for name, kind, text in _OPTIONS:
+        default = getattr(TrainingOptions, name)
         group.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
             metavar="N" if kind is int else "X",
-            help=text,
+            help=text if default is None else f"{text} (default {default:g})",
         )
     group.add_argument(
-        "--targets", metavar="NAMES", help="weights to adapt (default wq,wk,wv,wo,w1,w3,w2)"
+        "--targets", metavar="NAMES", help=f"weights to adapt (default {','.join(TARGETS)})"
     )
     group.add_argument("--tensorboard", action="store_true", help="write for TensorBoard, too")
     parser.set_defaults(run=run)
@@ -45,20 +47,20 @@ def add_to(commands: options.Commands) -> None:
 
 # Fields of TrainingOptions
 _OPTIONS = (
-    ("rank", int, "of the adapter (default 16)"),
+    ("rank", int, "of the adapter"),
     ("alpha", float, "the update is alpha / rank * B A (default twice the rank)"),
-    ("epochs", int, "how often every sample is read (default 3)"),
+    ("epochs", int, "passes over the data"),
     ("max_steps", int, "end after so many steps"),
-    ("batch_size", int, "samples in a step (default 16)"),
-    ("tokens_per_pass", int, "that are in memory at once, and at most in a sample (2048)"),
-    ("learning_rate", float, "the highest (default 2e-4)"),
-    ("warmup", float, "share of the steps in which it rises (default 0.05)"),
-    ("weight_decay", float, "of AdamW (default 0.1)"),
-    ("max_grad_norm", float, "longer gradients are shortened to this length (default 1)"),
+    ("batch_size", int, "samples in a step"),
+    ("tokens_per_pass", int, "that are in memory at once, and at most in a sample"),
+    ("learning_rate", float, "the highest"),
+    ("warmup", float, "share of the steps in which it rises"),
+    ("weight_decay", float, "of AdamW"),
+    ("max_grad_norm", float, "longer gradients are shortened to this length"),
     ("eval_every", int, "steps between evaluations (default: an epoch)"),
-    ("patience", int, "end after so many evaluations without a lower loss"),
+    ("patience", int, "end after so many evaluations without a lower loss of --eval-data"),
     ("checkpoint_every", int, "steps between checkpoints (default: an epoch)"),
-    ("sample_tokens", int, "text to write at each evaluation, 0: none (default 64)"),
+    ("sample_tokens", int, "text to write at each evaluation, 0: none"),
     ("seed", int, "of the order of the samples and the adapter's first values"),
 )
 
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     start(args)
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from mistral_ext.finetune import Interrupted, Trainer, TrainingOptions
+    from mistral_ext.finetune import Interrupted, Trainer
 
     TrainingOptions(**training)  # complain before the model is loaded
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)

@@ -1,6 +1,21 @@
-"""Fine-tuning: LoRA adapters for models whose own weights, of whatever format, stay as they are."""
+"""Fine-tuning: LoRA adapters for models whose own weights, of whatever format, stay as they are.
+
+The trainer is imported when it is first used: the command line reads the options without torch.
+"""
+
+from typing import TYPE_CHECKING
 
 from mistral_ext.finetune.options import TrainingOptions
-from mistral_ext.finetune.trainer import Interrupted, Trainer, TrainingResult
 
 __all__ = ["Interrupted", "Trainer", "TrainingOptions", "TrainingResult"]
+
+if TYPE_CHECKING:
+    from mistral_ext.finetune.trainer import Interrupted, Trainer, TrainingResult
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from mistral_ext.finetune import trainer
+
+        return getattr(trainer, name)

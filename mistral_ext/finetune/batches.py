@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 
 from mistral_ext.finetune.data import Sample
-
-NO_TARGET = -100  # the target of a token after which nothing is trained
+from mistral_ext.ops.cross_entropy import IGNORED
 
 
 class Pass(NamedTuple):
     """Samples that go through the model at once. None sees another: each is a sequence of its own.
 
-    The last token of a sample only is a target.
+    The last token of a sample is only a target.
     """
 
     token_ids: Tensor  # [T] int64
     sequences: Tensor  # [S, 5] int64, the sequence table, of sequences without rings
-    targets: Tensor  # [T] int64, the token that follows, or NO_TARGET
+    targets: Tensor  # [T] int64, the token that follows, or IGNORED
     weights: Tensor  # [T] float32, factor of the loss of each target
 
     def to(self, device: torch.device) -> Pass:
@@ -76,6 +75,6 @@ def _packed(samples: Sequence[Sample]) -> Pass:
     return Pass(
         token_ids=torch.cat([sample.ids[:-1] for sample in samples]).long(),
         sequences=torch.tensor(rows, dtype=torch.int64, device="cpu"),
-        targets=targets.masked_fill(weights == 0, NO_TARGET),
+        targets=targets.masked_fill(weights == 0, IGNORED),
         weights=weights,
     )

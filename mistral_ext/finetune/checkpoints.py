@@ -6,6 +6,7 @@ how far the run has come.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -20,6 +21,8 @@ from torch import Tensor
 from mistral_ext.files import read_json_object
 from mistral_ext.finetune.layers import TrainedAdapter
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.adapters import read_adapter, write_adapter_files
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import Writer, stored_tensors
@@ -59,7 +62,7 @@ def write_checkpoint(
 
     Args:
         progress: how far the run has come.
-        run: what a run that goes on must have in common with this one, as JSON.
+        run: the values that a resumed run must have in common with this one, as JSON.
         base: the name of the model, for readers.
     """
     target = output / f"checkpoint-{progress.step:06}"
@@ -78,6 +81,22 @@ def write_checkpoint(
     return target
 
 
+def base_digest(model: Transformer) -> str:
+    """A hash of the formats of a layer and of some weights: enough to tell models apart."""
+    layer = model.layers[0]
+    hashed = hashlib.sha256(_bytes(model.norm))
+    for weights in (layer.qkv, [layer.wo], layer.gate_up, [layer.w2]):
+        parts = parts_of(weights)
+        hashed.update(repr(parts.formats).encode())
+        hashed.update(_bytes(parts.values[0][0]))
+    return hashed.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return data
+
+
 def newest_checkpoint(output: Path) -> Path | None:
     """The last checkpoint of a run; None: there is none."""
     found = _checkpoints(output)
@@ -94,7 +113,7 @@ def read_checkpoint(
     """Puts the state of a checkpoint into `adapter` and `optimizer`.
 
     Raises:
-        ValueError: the checkpoint is damaged, or its run was another one.
+        ValueError: the checkpoint is damaged, or it belongs to another run.
     """
     state = read_json_object(folder / _PROGRESS)
     try:
@@ -132,7 +151,7 @@ def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """The complete ones, in order."""
+    """The complete checkpoints, in the order of their steps."""
     found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 

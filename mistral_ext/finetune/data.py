@@ -7,14 +7,14 @@ A line is an object with "text", or with "messages" and perhaps "tools":
 
 A text is trained on as a whole, and ends with the end-of-text token. In a conversation only the
 assistant's messages are, each after the prompt that `Mistral.chat` would make for it. An
-assistant's message may have a "weight", a factor of its loss; 0: it is only read.
+assistant's message may have a "weight", a factor of its loss, from 1e-6 to 1e6; 0: it is only
+read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
     Args:
         path: the file, UTF-8.
         llm: the model that is to be trained, whose tokenizer and chat template are used.
-        most_tokens: that a sample may have.
+        most_tokens: most tokens that a sample may have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -160,6 +160,8 @@ class _Reader:
                 raise ValueError(
                     f"the sample has {len(ids)} tokens, expected up to {limit} ({name})"
                 )
+        if not any(weights[1:]):
+            raise ValueError("the sample has no token to train on, expected one after the first")
         return Sample(
             torch.tensor(ids, dtype=torch.int32, device="cpu"),
             torch.tensor(weights, dtype=torch.float32, device="cpu"),
@@ -175,6 +177,9 @@ def _weight(message: Mapping[str, Any], name: str) -> float:
     if not is_reply:
         raise ValueError(f"{name} has a weight, expected none: only the assistant's messages train")
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{name} has weight {weight!r}, expected a number, 0 or more")
+    # Others are 0 or infinite in float32, or drown the other samples of a step.
+    if not is_number or not (weight == 0 or 1e-6 <= weight <= 1e6):
+        raise ValueError(
+            f"{name} has weight {weight!r:.60}, expected 0, or a number from 1e-6 to 1e6"
+        )
     return float(weight)

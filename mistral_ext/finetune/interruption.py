@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests, so that a run ends where nothing is half done."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests, so that a run ends where nothing is half done."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import threading
 from types import TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Interruption:
     """A context in which the first signal only sets a flag; a second one has its usual effect.
 
-    Outside the main thread, the only one that may handle signals, nothing changes.
+    Nothing changes for signals that are ignored, SIGHUP under nohup for instance, nor outside the
+    main thread, the only one that may handle signals.
 
     Attributes:
         requested: whether there was a signal.
@@ -25,7 +27,11 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in _SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN
+            }
         return self
 
     def _note(self, number: int, frame: object) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ext.model.adapters import GROUPS
-
-# Mistral's names of the linear layers of a block.
-TARGETS = tuple(name.rpartition(".")[2] for names in GROUPS.values() for name in names)
+# Mistral's names of the linear layers of a block: those in model.adapters.GROUPS, whose module
+# imports torch.
+TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,10 @@ class TrainingOptions:
         rank: of the two matrices that are learned for each weight.
         alpha: the update of a weight is alpha / rank * B A; None: 2 * rank.
         targets: weights of each layer that get an update, of wq, wk, wv, wo, w1, w3 and w2.
-        epochs: how often every sample is read.
+        epochs: number of passes over the data.
         max_steps: end after so many steps; None: after the epochs.
-        batch_size: samples in a step. The loss of a step is the mean over the tokens that it
-            trains on, however they are spread over passes.
+        batch_size: samples in a step. The loss of a step is the mean over its tokens, weighted by
+            `weight`, however they are spread over passes.
         tokens_per_pass: tokens that go through the model at once, at most; a sample may not have
             more. It decides how much memory is needed, and does not change what is learned.
         learning_rate: the highest; it rises to there in a straight line, and falls to 0 as a
@@ -34,7 +33,8 @@ class TrainingOptions:
         betas: of AdamW.
         max_grad_norm: longer gradients are shortened to this length; None: none are.
         eval_every: steps between two evaluations; None: an epoch.
-        patience: end after so many evaluations in a row without a new lowest loss; None: go on.
+        patience: end after so many evaluations in a row without a new lowest loss; None: go on. It
+            needs held-out data.
         checkpoint_every: steps between two checkpoints; None: an epoch.
         sample_tokens: length of the text that the model writes at each evaluation; 0: no text.
         seed: of the first values of the adapter and of the order of the samples.
@@ -69,8 +69,8 @@ class TrainingOptions:
         for name in ("max_steps", "eval_every", "patience", "checkpoint_every"):
             if getattr(self, name) is not None:
                 self._expect_integer(name, 1)
-        for name in ("sample_tokens", "seed"):
-            self._expect_integer(name, 0)
+        self._expect_integer("sample_tokens", 0)
+        self._expect_integer("seed", 0, 2**63 - 1)
         self._expect("learning_rate", _is_number(self.learning_rate, above=0), "a number above 0")
         for name in ("alpha", "max_grad_norm"):
             value = getattr(self, name)
@@ -79,12 +79,16 @@ class TrainingOptions:
         self._expect("warmup", _is_number(self.warmup) and self.warmup <= 1, "0 to 1")
         self._expect(
             "betas",
-            len(self.betas) == 2 and all(_is_number(beta) and beta < 1 for beta in self.betas),
+            isinstance(self.betas, (tuple, list))
+            and len(self.betas) == 2
+            and all(_is_number(beta) and beta < 1 for beta in self.betas),
             "two numbers from 0 to below 1",
         )
         self._expect(
             "targets",
-            bool(self.targets) and {*self.targets} <= {*TARGETS},
+            isinstance(self.targets, (tuple, list))
+            and bool(self.targets)
+            and all(target in TARGETS for target in self.targets),
             f"some of {', '.join(TARGETS)}",
         )
 
@@ -95,7 +99,7 @@ class TrainingOptions:
 
     def what_is_learned(self) -> dict[str, Any]:
         """The options that change the adapter, as JSON; a run that is resumed must keep them."""
-        free = {"eval_every", "checkpoint_every", "sample_tokens", "tensorboard"}
+        free = {"checkpoint_every", "sample_tokens", "tensorboard"}
         values = dataclasses.asdict(self)
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -103,18 +107,20 @@ class TrainingOptions:
             if name not in free
         }
 
-    def _expect_integer(self, name: str, least: int) -> None:
+    def _expect_integer(self, name: str, least: int, most: int | None = None) -> None:
         value = getattr(self, name)
         is_integer = isinstance(value, int) and not isinstance(value, bool)
-        self._expect(name, is_integer and value >= least, f"an integer, {least} or more")
+        is_valid = is_integer and value >= least and (most is None or value <= most)
+        expected = f"{least} or more" if most is None else f"{least} to {most}"
+        self._expect(name, is_valid, f"an integer, {expected}")
 
     def _expect(self, name: str, is_valid: bool, expected: str) -> None:
         if not is_valid:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+            raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected {expected}")
 
 
 def _is_number(value: object, above: float | None = None) -> bool:
     """Whether a value is a finite number, 0 or more, or above a limit."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    return value >= 0 if above is None else value > above
+    return (value >= 0 if above is None else value > above) and value <= sys.float_info.max

@@ -12,7 +12,7 @@ def learning_rate(step: int, steps: int, warmup_steps: int, highest: float) -> f
         step: counts from 0.
         steps: of the run.
         warmup_steps: in which it rises; the first has highest / warmup_steps.
-        highest: of all.
+        highest: the learning rate after warm-up.
 
     Source: Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5, without restarts.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mistral_ext import ops
 from mistral_ext.finetune.batches import Pass, passes, step_samples, steps_of_epoch
 from mistral_ext.finetune.checkpoints import (
     Progress,
+    base_digest,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -32,16 +34,17 @@ from mistral_ext.finetune.options import TrainingOptions
 from mistral_ext.finetune.schedule import learning_rate
 from mistral_ext.llm import Mistral
 from mistral_ext.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, write_adapter_files
-from mistral_ext.weights.new_folder import expect_free
+from mistral_ext.weights.new_folder import expect_free, sync_files, sync_names
 
 _log = logging.getLogger("mistral_ext")
 
 _SAMPLE_NAME = "being trained"  # of the adapter with which a sample of text is written
+_PART = "adapter.part-"  # begins the name of a folder in which the files of an adapter are written
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         output: the folder with the adapter.
@@ -55,7 +58,7 @@ class TrainingResult:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run, after its state was saved.
+    """Ctrl-C, SIGTERM or SIGHUP ended a run, after its state was saved.
 
     Attributes:
         checkpoint: the folder with which a Trainer with `resume=True` goes on.
@@ -75,7 +78,7 @@ class Trainer:
     the adapter is that of the evaluation with the lowest loss, else that of the last step.
 
     On the CPU a run that was interrupted and resumed ends with the same adapter, to the bit, as
-    without the interruption.
+    without the interruption, if the number of threads is the same.
 
     Args:
         llm: the model, in bfloat16 or float32.
@@ -109,6 +112,10 @@ class Trainer:
         llm.expect_writer()
         if self._model.dtype == torch.float16:
             raise ValueError("dtype is float16, whose gradients vanish: expected bfloat16, float32")
+        if self.options.patience is not None and eval_data is None:
+            raise ValueError(
+                f"patience is {self.options.patience}, expected None without eval_data"
+            )
         if self.options.tensorboard:
             expect_tensorboard()
         if not resume:
@@ -132,9 +139,10 @@ class Trainer:
             weight_decay=self.options.weight_decay,
         )
         self._progress = Progress()
-        # What a run that goes on must have in common with its beginning.
+        # A resumed run must have these values in common with its beginning.
         self._run = {
             **self.options.what_is_learned(),
+            "base": base_digest(self._model),
             "data": digest(self._samples),
             "eval_data": digest(held_out),
             "dtype": str(self._model.dtype),
@@ -155,10 +163,12 @@ class Trainer:
         """Runs to the end.
 
         Raises:
-            Interrupted: by Ctrl-C or SIGTERM. The state is saved first.
-            RuntimeError: the loss is no number any more; the last checkpoint stays.
+            Interrupted: by Ctrl-C, SIGTERM or SIGHUP. The state is saved first.
+            RuntimeError: a loss or a gradient is not finite; the last checkpoint stays.
         """
         self.output.mkdir(parents=True, exist_ok=True)
+        for left in self.output.glob(f"{_PART}*"):  # by a run that was killed
+            shutil.rmtree(left)
         progress = self._progress
         disable = None if self._show_progress else True
         with (
@@ -220,14 +230,15 @@ class Trainer:
             (value / total).backward()
             summed += value.item()
             tokens += len(batch.token_ids)
-        if not math.isfinite(summed):
-            raise RuntimeError(
-                f"the loss is {summed} in step {step + 1}: try a lower learning_rate than "
-                f"{options.learning_rate:g}"
-            )
         norm = torch.nn.utils.clip_grad_norm_(
             self._adapter.parameters.values(), options.max_grad_norm or math.inf
-        )
+        ).item()
+        if not (math.isfinite(summed) and math.isfinite(norm)):
+            raise RuntimeError(
+                f"the loss is {summed / total:g} and the length of its gradient {norm:g} in step "
+                f"{step + 1}, expected finite numbers: try a lower learning_rate than "
+                f"{options.learning_rate:g}"
+            )
         rate = learning_rate(step, self.steps, self._warmup_steps, options.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -235,7 +246,7 @@ class Trainer:
         return {
             "loss": summed / total,
             "learning_rate": rate,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "tokens": tokens,
             "tokens_per_second": tokens / (time.perf_counter() - begin),
         }
@@ -249,6 +260,11 @@ class Trainer:
         progress = self._progress
         if self._eval_passes:
             value = self._eval_loss(interruption)
+            if not math.isfinite(value):
+                raise RuntimeError(
+                    f"the held-out loss is {value:g} after step {progress.step}, expected a finite "
+                    f"number: try a lower learning_rate than {self.options.learning_rate:g}"
+                )
             metrics.add(progress.step, eval_loss=value)
             _log.info("step %d: held-out loss %.4f", progress.step, value)
             if progress.step and (progress.best_loss is None or value < progress.best_loss):
@@ -273,22 +289,41 @@ class Trainer:
         return math.fsum(values) / math.fsum(weights)
 
     def _sample_text(self) -> str:
-        """What the model with the adapter writes after the prompt of the first sample."""
+        """The text that the model with the adapter writes after the prompt of the first sample."""
         self._llm.load_adapter(self._adapter.low_ranks(), _SAMPLE_NAME)
         try:
-            (completion,) = self._llm.generate(
+            (completion,) = self._writer().generate(
                 self._sample_prompt, adapter=_SAMPLE_NAME, max_tokens=self.options.sample_tokens
             )
         finally:
             self._llm.unload_adapter(_SAMPLE_NAME)
         return completion.text or ""
 
+    def _writer(self) -> Mistral:
+        """The model with a cache for one text. The usual cache would keep the memory that training
+        needs; this one is freed after the text."""
+        llm = self._llm
+        writer = Mistral(
+            llm.config,
+            llm.model,
+            llm.tokenizer,
+            llm.folder,
+            max_batch=1,
+            cache_tokens=len(self._sample_prompt) + self.options.sample_tokens,
+            sampling_defaults=llm.sampling_defaults,
+        )
+        writer.adapters = llm.adapters  # the same, so that each has a slot of its own
+        return writer
+
     def _write_adapter(self) -> None:
         """Writes the adapter of this moment to the output, in place of an earlier one."""
-        with TemporaryDirectory(prefix="adapter.part-", dir=self.output) as folder:
+        with TemporaryDirectory(prefix=_PART, dir=self.output) as folder:
             write_adapter_files(Path(folder), self._adapter.low_ranks(), str(self._llm.folder))
-            for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+            sync_files(Path(folder))
+            # The configuration comes last: without it a folder is no adapter yet.
+            for name in (PEFT_WEIGHTS, PEFT_CONFIG):
                 os.replace(Path(folder, name), self.output / name)
+        sync_names(self.output)
 
     def _save(self) -> Path:
         return write_checkpoint(

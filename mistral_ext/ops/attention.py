@@ -100,6 +100,10 @@ def _run_whole(
 ) -> tuple[Tensor, Tensor]:
     """The result, and [T, Hq] fp32, the log-sum-exp of each row's scores; [0, Hq] on CUDA devices,
     where the gradient does not need it."""
+    _expect("q", q, q.ndim == 3, "[T, Hq, D]")
+    _expect("k", k, k.ndim == 3, "[T, Hkv, D]")
+    is_table = sequences.ndim == 2 and sequences.shape[1] == 5
+    _expect("sequences", sequences, is_table, "[S, 5]")
     kv_heads, dim = k.shape[1:]
     # The kernel needs rings. It neither reads nor writes a ring that is longer than its sequence.
     table = sequences.clone()
@@ -113,6 +117,12 @@ def _run_whole(
     given = q, k, v, pool, pool, table, out, window, scale, None
     run(_C.attention(*given, None if q.is_cuda else lse), q)
     return out, lse
+
+
+def _expect(name: str, tensor: Tensor, is_valid: bool, shape: str) -> None:
+    """Checks an axis that is read before the kernel checks the shapes."""
+    if not is_valid:
+        raise ValueError(f"attention: {name} has shape {list(tensor.shape)}, expected {shape}")
 
 
 def _empty_lse(q: Tensor) -> Tensor:

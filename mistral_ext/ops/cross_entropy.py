@@ -32,7 +32,8 @@ def linear_cross_entropy(
         x: [T, K].
         weight: [V, K], as in `linear`.
         targets: [T] int64, 0 to V - 1, or -100: the token is ignored.
-        weights: [T] float32, factors of the tokens' losses in the sum; None: 1.
+        weights: [T] float32, factors of the tokens' losses in the sum; None: 1. Those of ignored
+            tokens are not used.
 
     Returns:
         ([] float32, the sum of the losses, [T] float32, the loss of each token). The sum has the
@@ -40,6 +41,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a target is no index of a logit; on CUDA devices it is not checked.
+        RuntimeError: by backward with create_graph=True: the gradient has no gradient.
     """
     x, _ = in_order(x, [weight])
     with_gradient = torch.is_grad_enabled() and x.requires_grad
@@ -64,7 +66,10 @@ def _run(
         _expect(x, weights, "weights", torch.float32)
     losses = x.new_zeros(len(x), dtype=torch.float32)
     d_x = x.new_zeros(x.shape if with_gradient else (0, x.shape[1]))
-    factors = torch.ones_like(losses) if weights is None else weights
+    if weights is None:
+        factors = torch.ones_like(losses)
+    else:  # a weight that is not finite counts only where there is a loss
+        factors = weights.masked_fill(targets == IGNORED, 0)
     for rows in (targets != IGNORED).nonzero().flatten().split(_CHUNK):
         chunk = _Chunk(x.index_select(0, rows), parts)
         of_rows = factors.index_select(0, rows) if with_gradient else None
@@ -135,6 +140,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # torch would take d_x for a constant
+        raise RuntimeError(
+            "linear_cross_entropy: its gradient has no gradient: call backward without create_graph"
+        )
     (d_x,) = ctx.saved_tensors
     nothing = [None] * ctx.count
     of_x = (d_x.float() * d_total).to(d_x.dtype)

@@ -13,7 +13,9 @@ from mistral_ext.ops.workspace import execution_target
 
 
 def rotate(x: Tensor, sequences: Tensor, frequencies: Tensor) -> Tensor:
-    """What `rope` makes of q or k, as a new tensor: it has a gradient, and needs no rings.
+    """Rotates the heads of x as `rope` rotates q and k, into a new tensor.
+
+    The op has a gradient, and needs no rings.
 
     Args:
         x: [T, H, D], any number of heads.

@@ -54,17 +54,22 @@ def new_folder(target: Path) -> Iterator[Path]:
         folder = Path(temporary, target.name)
         folder.mkdir()
         yield folder
-        for file in folder.iterdir():
-            with file.open("rb+") as f:
-                os.fsync(f.fileno())
-        _sync_folder(folder)
+        sync_files(folder)
         if target.exists():
             target.rmdir()  # an empty folder, or there is an error
         folder.rename(target)
-        _sync_folder(target.parent)
+        sync_names(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_files(folder: Path) -> None:
+    """Writes the files in a folder, and their names, to the disk."""
+    for file in folder.iterdir():
+        with file.open("rb+") as f:
+            os.fsync(f.fileno())
+    sync_names(folder)
+
+
+def sync_names(folder: Path) -> None:
     """Writes the names in a folder to the disk."""
     if os.name == "nt":  # folders cannot be opened there
         return

@@ -6,6 +6,9 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+from mistral_ext import Mistral
 
 FOLDER = Path(__file__).parents[2] / "examples" / "finetune"
 
@@ -31,8 +34,20 @@ def test_the_data_are_those_of_the_script(tmp_path):
 
 
 def test_right_replies_are_counted(tiny, tmp_path, capsys, monkeypatch):
+    """One is right, one has other values, and one is no JSON."""
     lines = (FOLDER / "held_out.jsonl").read_text().splitlines(keepends=True)[:3]
     (tmp_path / "data").write_text("".join(lines))
-    found = run("check", tiny[0], tmp_path / "data")
-    assert "0 of 3 replies are right" in capsys.readouterr().out
-    assert len(found["replies"]) == 3
+    expected = [json.loads(json.loads(line)["messages"][-1]["content"]) for line in lines]
+    replies = [json.dumps({**expected[0], "who": "nobody"}), json.dumps(expected[1]), "Sure!"]
+    prompts = []
+
+    def generate(llm, given, **_):
+        prompts.extend(llm.tokenizer.decode(ids) for ids in given)
+        return [SimpleNamespace(text=text) for text in replies]
+
+    monkeypatch.setattr(Mistral, "generate", generate)
+    run("check", tiny[0], tmp_path / "data")
+    assert "1 of 3 replies are right" in capsys.readouterr().out
+    assert len(prompts) == 3
+    for prompt, line in zip(prompts, lines, strict=True):
+        assert json.loads(line)["messages"][-2]["content"] in prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 
 import peft
@@ -11,15 +12,18 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from mistral_ext import Mistral
 from mistral_ext.finetune import Interrupted, Trainer
 from mistral_ext.finetune import trainer as trainer_module
 from mistral_ext.finetune.batches import passes, step_samples
 from mistral_ext.finetune.data import read_samples
 from mistral_ext.finetune.metrics import read_metrics
+from mistral_ext.finetune.options import TARGETS
 from mistral_ext.finetune.schedule import learning_rate
+from mistral_ext.model.adapters import GROUPS
 from mistral_ext.weights.adapters import read_adapter, write_adapter
 
-# Of very different lengths: the mean of the means of passes is then another number.
+# Their lengths differ, so the mean of the means of passes is another number.
 TEXTS = [
     "One two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen.",
     "Yes.",
@@ -114,6 +118,34 @@ def test_passes_do_not_change_what_is_learned(llm, data, tmp_path):
     torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-5)
 
 
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(llm, data, tmp_path, monkeypatch):
+    """And its weights come before its configuration."""
+    trainer = Trainer(llm, data, tmp_path / "out", **FAST)
+    trainer.output.mkdir()
+    events = []
+    replace, sync_files = os.replace, trainer_module.sync_files
+    sync_names = trainer_module.sync_names
+
+    def replaced(source, target):
+        events.append(target.name)
+        replace(source, target)
+
+    def files(folder):
+        events.append({path.name for path in folder.iterdir()})
+        sync_files(folder)
+
+    def names(folder):
+        events.append(folder)
+        sync_names(folder)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(trainer_module, "sync_files", files)
+    monkeypatch.setattr(trainer_module, "sync_names", names)
+    trainer._write_adapter()
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    assert events == [{weights, config}, weights, config, trainer.output]
+
+
 def test_the_best_adapter_stays(llm, data, tmp_path, monkeypatch):
     """Two evaluations without a lower loss end the run."""
     losses = [0.5, 3.0, 2.0, 2.5, 2.0, 1.0]  # the first is that of the model without an adapter
@@ -160,6 +192,31 @@ def test_what_a_run_leaves(llm, data, tmp_path):
     (completion,) = llm.generate(prompt, adapter="best", max_tokens=5)
     assert completion.text in [row["sample"] for row in rows if "sample" in row]
     assert llm.adapters.names == ["best"]
+
+
+def test_texts_take_a_cache_of_their_length(llm, data, tmp_path, monkeypatch):
+    """Not the usual one, which takes what memory is left; and another adapter stays as it is."""
+    other = with_random_b(Trainer(llm, data, tmp_path / "other", **FAST))
+    llm.load_adapter(other._adapter.low_ranks(), "other")
+    made = []
+
+    class Counted(trainer_module.Mistral):
+        def generate(self, *arguments, **options):
+            found = super().generate(*arguments, **options)
+            made.append(self.engine.pool.slots)
+            return found
+
+    monkeypatch.setattr(trainer_module, "Mistral", Counted)
+    options = FAST | {"sample_tokens": 5, "max_steps": 1}
+    trainer = Trainer(llm, data, tmp_path / "out", **options)
+    trainer.train()
+    assert made == [len(trainer._sample_prompt) + 5] * 2
+    assert "_engine" not in vars(llm)
+    found = llm.logits(trainer._sample_prompt, adapter="other")
+    assert llm.adapters.names == ["other"]
+    llm.unload_adapter("other")
+    llm.load_adapter(other._adapter.low_ranks(), "again")
+    assert torch.equal(llm.logits(trainer._sample_prompt, adapter="again"), found)
 
 
 class _Signal:
@@ -212,20 +269,33 @@ def test_a_resumed_run_is_the_uninterrupted_one(llm, data, tmp_path, monkeypatch
         assert figures(output, *names) == figures(tmp_path / "whole", *names)
 
 
-def test_resume_needs_the_same_run(llm, data, write_lines, tmp_path):
+def test_resume_needs_the_same_run(llm, tiny, data, write_lines, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         Trainer(llm, data, output, resume=True, **FAST)
     Trainer(llm, data, output, **FAST).train()
     with pytest.raises(ValueError, match=r"learning_rate is 0.5, expected 0.01 as in .*000004"):
         Trainer(llm, data, output, resume=True, **FAST | {"learning_rate": 0.5})
+    with pytest.raises(ValueError, match="eval_every is 1, expected None"):
+        Trainer(llm, data, output, resume=True, **FAST | {"eval_every": 1})
     other = write_lines("other.jsonl", *({"text": text} for text in TEXTS[::-1]))
     with pytest.raises(ValueError, match="data is"):
         Trainer(llm, other, output, resume=True, **FAST)
+    quantised = Mistral.from_pretrained(
+        tiny[0], dtype=torch.float32, quantize="int8", progress=False
+    )
+    tuned = Mistral.from_pretrained(tiny[0], dtype=torch.float32, progress=False)
+    tuned.model.norm = tuned.model.norm + 1
+    for base in (quantised, tuned):
+        with pytest.raises(ValueError, match="base is"):
+            Trainer(base, data, output, resume=True, **FAST)
     with pytest.raises(FileExistsError, match="expected a new or an empty folder"):
         Trainer(llm, data, output, **FAST)
     before = (output / "adapter_model.safetensors").read_bytes()
+    (output / "adapter.part-x").mkdir()  # left by a run that was killed
+    (output / "adapter.part-x" / "adapter_config.json").touch()
     Trainer(llm, data, output, resume=True, **FAST).train()  # it has come to its end
+    assert not (output / "adapter.part-x").exists()
     assert (output / "adapter_model.safetensors").read_bytes() == before
 
 
@@ -245,20 +315,52 @@ def test_damaged_checkpoints(llm, data, tmp_path):
         (checkpoint / name).write_bytes(kept)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(llm, data, tmp_path, monkeypatch):
-    options = FAST | {"checkpoint_every": 1}
+class _Spoiled(torch.autograd.Function):
+    """A loss with its own value and a gradient of NaN."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, d_value):
+        return d_value * math.nan
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda value: value * math.nan, "the loss is nan and the length of its gradient nan"),
+        (_Spoiled.apply, r"the loss is [\d.]+ and the length of its gradient nan"),
+    ],
+)
+@pytest.mark.parametrize("most_norm", [1.0, None])
+def test_a_step_that_is_not_finite_ends_the_run(
+    llm, data, tmp_path, monkeypatch, spoil, message, most_norm
+):
+    options = FAST | {"checkpoint_every": 1, "max_grad_norm": most_norm}
     trainer = Trainer(llm, data, tmp_path / "out", **options)
     real = trainer_module.loss
     calls = []
 
     def broken(*args):
         calls.append(1)
-        return real(*args) * (math.nan if len(calls) > 2 else 1)
+        return spoil(real(*args)) if len(calls) > 2 else real(*args)
 
     monkeypatch.setattr(trainer_module, "loss", broken)
-    with pytest.raises(RuntimeError, match="the loss is nan in step 3: try a lower learning_rate"):
+    with pytest.raises(RuntimeError, match=f"{message} in step 3.*: try a lower learning_rate"):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-000002"]
+    assert all(matrix.isfinite().all() for matrix in trainer._adapter.parameters.values())
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(llm, data, tmp_path, monkeypatch):
+    losses = iter([3.0, math.nan])
+    monkeypatch.setattr(Trainer, "_eval_loss", lambda *_: next(losses))
+    with pytest.raises(RuntimeError, match="the held-out loss is nan after step 1, expected a"):
+        Trainer(llm, data, tmp_path / "out", data, **FAST | {"eval_every": 1}).train()
+    assert figures(tmp_path / "out", "eval_loss") == [[3.0]]
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -270,13 +372,24 @@ def test_a_loss_that_is_no_number_ends_the_run(llm, data, tmp_path, monkeypatch)
         ({"warmup": 1.5}, "warmup is 1.5, expected 0 to 1"),
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\), expected two numbers"),
         ({"targets": ("q_proj",)}, r"targets is \('q_proj',\), expected some of wq, wk, wv"),
+        ({"betas": 3}, "betas is 3, expected two numbers"),
+        ({"targets": [["wq"]]}, r"targets is \[\['wq'\]\], expected some of wq, wk, wv"),
+        ({"targets": 3}, "targets is 3, expected some of wq, wk, wv"),
+        ({"learning_rate": 10**400}, "learning_rate is 10000.*, expected a number above 0"),
+        ({"seed": 2**63}, f"seed is {2**63}, expected an integer, 0 to {2**63 - 1}"),
         ({"patience": 0}, "patience is 0, expected an integer"),
+        ({"patience": 2}, "patience is 2, expected None without eval_data"),
     ],
 )
 def test_wrong_options(llm, data, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         Trainer(llm, data, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_targets_are_all_linear_layers():
+    names = [name.rpartition(".")[2] for names in GROUPS.values() for name in names]
+    assert list(TARGETS) == names
 
 
 def test_learning_rates():

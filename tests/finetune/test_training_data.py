@@ -191,7 +191,10 @@ def test_texts(llm, write_lines):
         ('{"messages": "a"}', "messages is 'a', expected a list of objects"),
         ({"messages": [user("a")]}, "messages has no reply to train on"),
         ({"messages": [user("a"), assistant("b", weight=0)]}, "messages has no reply to train on"),
-        ({"messages": [user("a"), assistant("b", weight=-1)]}, r"\[1\] has weight -1, expected a"),
+        ({"messages": [user("a"), assistant("b", weight=-1)]}, r"\[1\] has weight -1, expected 0,"),
+        ({"messages": [user("a"), assistant("b", weight=1e-50)]}, "has weight 1e-50, expected 0"),
+        ({"messages": [user("a"), assistant("b", weight=1e300)]}, "a number from 1e-6 to 1e6"),
+        ({"messages": [user("a"), assistant("b", weight=10**400)]}, "has weight 10000"),
         ({"messages": [user("a"), assistant("b", weight=True)]}, r"\[1\] has weight True"),
         ({"messages": [{**user("a"), "weight": 1}, assistant("b")]}, r"\[0\] has a weight"),
         ({"messages": [assistant("b")]}, "messages is empty, expected the user's message"),
@@ -210,6 +213,15 @@ def test_wrong_lines(llm, write_lines, tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         Trainer(llm, good, tmp_path / "out", eval_data=path, tokens_per_pass=64)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_without_tokens(llm, write_lines, tmp_path, monkeypatch):
+    """The end token follows nothing."""
+    path = write_lines("data.jsonl", {"text": "fine"}, {"text": "\u200b"})
+    encode = llm.tokenizer.encode
+    monkeypatch.setattr(llm.tokenizer, "encode", lambda text: encode(text) if "f" in text else [])
+    with pytest.raises(ValueError, match=r"data.jsonl:2: the sample has no token to train on"):
+        read_samples(path, llm, 64)
 
 
 def test_wrong_files(llm, tmp_path):

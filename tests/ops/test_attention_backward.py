@@ -177,6 +177,10 @@ def test_rings_have_no_gradient():
     [
         ({"q": torch.zeros(3, 2, 32)}, "k has shape [2, 1, 32], expected [3, any, 32]"),
         ({"k": torch.zeros(2, 3, 32), "v": torch.zeros(2, 3, 32)}, "q has 2 heads, expected a mul"),
+        ({"q": torch.zeros(2, 32)}, "q has shape [2, 32], expected [T, Hq, D]"),
+        ({"k": torch.zeros(2, 32)}, "k has shape [2, 32], expected [T, Hkv, D]"),
+        ({"sequences": torch.zeros(5).long()}, "sequences has shape [5], expected [S, 5]"),
+        ({"sequences": table([2])[:, :3]}, "sequences has shape [1, 3], expected [S, 5]"),
         ({"sequences": table([3])}, "sequences[0].count is 3, expected 0 to 2"),
         ({"sequences": table([1])}, "sequences has 1 new tokens, expected 2 like q"),
         ({"window": 0}, "window is 0, expected 1 or more or None"),

@@ -99,6 +99,25 @@ def test_ignored_tokens_are_not_read(isa):
     torch.testing.assert_close(total, torch.tensor(4.0).log())
 
 
+def test_weights_of_ignored_tokens_are_not_read(isa):
+    x = torch.ones(2, 8, requires_grad=True)
+    factors = torch.tensor([2.0, float("nan")])
+    targets = torch.tensor([2, -100])
+    total, _ = ops.linear_cross_entropy(x, torch.ones(4, 8), targets, factors)
+    torch.testing.assert_close(total, 2 * torch.tensor(4.0).log())
+    total.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_the_gradient_has_no_gradient():
+    x = torch.ones(2, 8, requires_grad=True)
+    total, _ = ops.linear_cross_entropy(x, torch.eye(4, 8), torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="its gradient has no gradient: call backward without"):
+        torch.autograd.grad(total**2, x, create_graph=True)
+    (total**2).backward()
+    assert x.grad.any()
+
+
 def test_losses_have_no_gradient():
     x = torch.ones(2, 8, requires_grad=True)
     total, losses = ops.linear_cross_entropy(x, torch.ones(4, 8), torch.tensor([0, 1]))
