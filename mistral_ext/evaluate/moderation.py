@@ -81,7 +81,7 @@ def _share(part: int, whole: int) -> float | None:
 
 def read_cases(path: str | Path) -> list[Case]:
     """The contents in a file: each line a JSON object with "text" or "messages", and with
-    "category", one of `LABELS`, or "flagged", true or false.
+    "category", one of `LABELS`, or "flagged", true or false. Messages have role and content.
 
     Raises:
         OSError, ValueError: the file cannot be read, or a line is wrong; the message names it.
