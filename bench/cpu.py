@@ -52,7 +52,7 @@ from measure import (
     spin,
     write_json,
 )
-from models import mistral_7b, quantized, random_weights, step_bytes
+from models import mistral_7b, quantized, random_weights
 from peers import (
     LLAMA_CPP_TYPES,
     PEERS,
@@ -67,7 +67,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mistral_ext import Mistral, ops
-from mistral_ext.bench.models import flops
+from mistral_ext.bench.models import flops, step_bytes
 from mistral_ext.bench.peaks import INSTRUCTIONS, matrix_rate, rates, read_bandwidth
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.config import MistralConfig
@@ -95,8 +95,8 @@ class Ours:
     name = OURS
 
     def __init__(self, config: MistralConfig, weights: dict[str, Tensor | Quantized]):
-        self.nbytes = step_bytes(weights)
         self._llm = Mistral(config, Transformer(config, weights), None, Path("random"))
+        self.nbytes = step_bytes(self._llm.model)
 
     def prompt(self, ids: list[int]) -> None:
         self._llm.generate([ids], max_tokens=1)

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 from measure import machine, print_header, print_machine, print_row, write_json
-from models import mistral_7b, random_weights, step_bytes
+from models import mistral_7b, random_weights
 from peers import Transformers
 
 from mistral_ext import Mistral
+from mistral_ext.bench.models import step_bytes
 from mistral_ext.bench.peaks import read_bandwidth
 from mistral_ext.model.transformer import Transformer
 from mistral_ext.weights.checkpoint import load_weights
@@ -79,7 +80,7 @@ def main() -> None:
         folder, config = Path("random"), mistral_7b(args.layers)
         weights = random_weights(config)
     llm = Mistral(config, Transformer(config, weights), None, folder)
-    nbytes = step_bytes(weights)
+    nbytes = step_bytes(llm.model)
     print(
         f"{config.n_layers} layers, {nbytes / 1e9:.2f} GB of {llm.model.dtype} weights a step, "
         f"ready after {time.perf_counter() - begin:.1f} s; prompt {args.prompt} tokens"

@@ -77,8 +77,3 @@ def separated(weights: dict[str, Weight | JoinedWeight]) -> dict[str, Weight]:
         else:
             result[name] = weight
     return result
-
-
-def step_bytes(weights: dict[str, Tensor | Quantized]) -> int:
-    """Bytes of weights that a decode step reads: of the embeddings one row, and all of the rest."""
-    return sum(w.nbytes for name, w in weights.items() if name != "tok_embeddings.weight")

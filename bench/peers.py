@@ -27,10 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import separated, step_bytes
+from models import separated
 from torch import Tensor
 
+from mistral_ext.bench.models import step_bytes
 from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
 from mistral_ext.weights.checkpoint import hugging_face_name
 
 # Name -> modules that it needs.
@@ -75,7 +77,7 @@ class Transformers:
         # The one buffer, which is no part of the state, has to be made for real.
         self._device = weights["norm.weight"].device
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(self._device)
-        self.nbytes = step_bytes(weights)
+        self.nbytes = step_bytes(Transformer(config, weights))
         self._model = model.eval()
 
     def prompt(self, ids: list[int]) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import mistral_ext
 
 source, target, model = sys.argv[1:4]
-records = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
+lines = Path(source).read_text(encoding="utf-8").splitlines()
+records = [json.loads(line) for line in lines if line.strip()]
 llm = mistral_ext.Mistral.from_pretrained(model)
 ask = "Summarise this text in one sentence.\n\n"
 chats = [llm.encode_chat([{"role": "user", "content": ask + r["text"]}]) for r in records]

@@ -1,4 +1,4 @@
-"""Answer a question about a book, however long: map its chapters to notes, reduce the notes.
+"""Answer a question about a book, however long: map its passages to notes, reduce the notes.
 
 python examples/book_questions.py BOOK.txt "a question" FOLDER_OR_ID [tokens of a passage]
 """
@@ -21,10 +21,12 @@ def ask(prompts: list[str], max_tokens: int) -> list[str]:
 
 ids = llm.tokenizer.encode(Path(book).read_text(encoding="utf-8"), bos=False)
 passages = [llm.tokenizer.decode(ids[i : i + size]) for i in range(0, len(ids), size)]
+if not passages:
+    sys.exit(f"{book} is empty, expected a text")
 note = f"Note in one or two sentences what this passage says about: {question}\n\n"
 notes = ask([note + passage for passage in passages], max_tokens=60)
 rounds = 1
-while len(notes) > 1:  # until they fit into one prompt
+while len(notes) > 1 or rounds == 1:  # until one is left
     joined = ["\n".join(notes[i : i + 8]) for i in range(0, len(notes), 8)]
     notes = ask([f"{text}\n\nFrom these notes, answer: {question}" for text in joined], 80)
     rounds += 1

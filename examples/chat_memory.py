@@ -9,7 +9,8 @@ from pathlib import Path
 
 import mistral_ext
 
-MOST_TOKENS, KEEP = 1000, 4  # of the conversation; messages that stay as they were said
+MOST_TOKENS = 1000  # of the conversation
+KEEP = 4  # messages that stay as they were said
 memory, model, *said = sys.argv[1:]
 file = Path(memory)
 messages = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -21,8 +22,7 @@ def summed_up(messages: list[dict]) -> list[dict]:
     old = "\n".join(f"{m['role']}: {m['content']}" for m in messages[:-KEEP])
     ask = f"{old}\n\nSum up what is worth remembering of this conversation."
     summary = llm.chat([{"role": "user", "content": ask}], max_tokens=100).text
-    note = {"role": "system", "content": f"What was said before: {summary}"}
-    return [note, *messages[-KEEP:]]
+    return [{"role": "system", "content": f"What was said before: {summary}"}, *messages[-KEEP:]]
 
 
 for message in said:

@@ -25,7 +25,6 @@ from mistral_ext.engine.request import Completion, Request
 from mistral_ext.engine.stream import Stream
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.ops import LowRank
 from mistral_ext.text.chat_template import (
     ChatTemplate,
     chat_template_of,
@@ -38,7 +37,7 @@ from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer, expect_token_ids
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
-from mistral_ext.weights.adapters import read_adapter
+from mistral_ext.weights.adapters import Adapter, adapter_for
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
 from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
@@ -148,7 +147,7 @@ class Mistral:
         quantize: str | None = None,
         cache_tokens: int | None = None,
         generation_config: str | Path | None = None,
-        adapters: Mapping[str, str | Path] | None = None,
+        adapters: Mapping[str, str | Path | Adapter] | None = None,
         drafts: int = MOST_DRAFTS,
         **config_overrides: Any,
     ) -> Mistral:
@@ -184,7 +183,7 @@ class Mistral:
         # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
         expect_drafts(drafts)
-        read = {name: read_adapter(given, config) for name, given in (adapters or {}).items()}
+        read = {name: adapter_for(config, given) for name, given in (adapters or {}).items()}
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
@@ -212,7 +211,7 @@ class Mistral:
         with self._making_engine:
             return self._engine
 
-    def load_adapter(self, path: str | Path | Mapping[str, LowRank], name: str) -> None:
+    def load_adapter(self, path: str | Path | Adapter, name: str) -> None:
         """Loads a LoRA adapter, which prompts then use by its name.
 
         The model's weights, of whatever format, stay as they are, and requests that run go on.
@@ -223,11 +222,11 @@ class Mistral:
             name: a new name.
 
         Raises:
-            FileNotFoundError, ValueError: the file is damaged, belongs to another model or needs
+            FileNotFoundError, ValueError: the adapter is damaged, belongs to another model or needs
                 something that is not supported; or the name is taken.
         """
         self.adapters.expect_new(name)
-        weights = path if isinstance(path, Mapping) else read_adapter(path, self.config)
+        weights = adapter_for(self.config, path)
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
@@ -236,7 +235,7 @@ class Mistral:
         Raises:
             ValueError: there is none of that name.
         """
-        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use))
+        self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
         # Without an engine there are no requests, and the engine, when it is made, sees how much

@@ -163,7 +163,7 @@ def write_packed(
     model = write_checkpoint(folder, **sizes)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     stored = {name: tensor for name, tensor in state.items() if not name.endswith("proj.weight")}
-    for seed, name in enumerate(state.keys() - stored.keys()):
+    for seed, name in enumerate(sorted(state.keys() - stored.keys())):
         state[name], tensors = make(tuple(state[name].shape), seed)
         layer = name.removesuffix(".weight")
         stored |= {f"{layer}.{suffix}": tensor for suffix, tensor in tensors.items()}

@@ -29,7 +29,7 @@ def software_and_processor() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """As the processor calls itself, where the system says so."""
+    """The processor's own name, where the system knows it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -40,7 +40,7 @@ def processor_name() -> str:
 
 
 def memory_bytes() -> int:
-    """Of the machine."""
+    """The machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

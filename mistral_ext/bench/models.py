@@ -153,7 +153,7 @@ def formats_of(model: Transformer) -> str:
 
 
 def flops(config: MistralConfig, batch: int, tokens: int, history: int = 0) -> int:
-    """What `tokens` new ones in each of `batch` sequences need, where only the last one's logits
+    """FLOPs of `tokens` new tokens in each of `batch` sequences, where only the logits of the last
     are wanted: the matrices of the layers for each token, but in the last layer those after
     attention, and the output matrix, only for the last; and the products of attention with
     `history` and each other, as long as no window is full."""

@@ -76,8 +76,8 @@ def _buffer() -> torch.Tensor:
 
 
 def buffer_bytes() -> int:
-    """Memory that `read_bandwidth` keeps."""
-    return _buffer().nbytes
+    """Memory that `read_bandwidth` keeps, once it was called."""
+    return _buffer().nbytes if _buffer.cache_info().currsize else 0
 
 
 def _read(library: ctypes.CDLL, passes: int, loop: int) -> float:
@@ -133,5 +133,5 @@ def matrix_rate(passes: int = PASSES) -> float:
 
 
 def matrix_rate_of(measured: Mapping[str, float]) -> float:
-    """The same, of what `rates` gave."""
+    """`matrix_rate` from the result of `rates`."""
     return next((measured[name] for name in _OF_MATRICES if name in measured), 0.0)

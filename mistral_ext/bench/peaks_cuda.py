@@ -25,7 +25,7 @@ def product_rate(device: torch.device, size: int) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one of several runs, queued one after the other."""
+    """Seconds of a run, the mean of several that are queued."""
     run()
     torch.cuda.synchronize(device)
     begin = time.perf_counter()

@@ -26,7 +26,7 @@ _PRODUCT_SIZE = 8192
 
 
 class Limits(NamedTuple):
-    """What a device can do.
+    """The limits of a device.
 
     Attributes:
         read: bytes of memory per second: a CPU's threads read, a GPU copies.
@@ -67,7 +67,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of a model.
+    """The speed of a model.
 
     Attributes:
         weights: the formats of its matrices, that of most bytes first.
@@ -75,8 +75,8 @@ class Speed:
         decode: its share is that of the bandwidth.
         prompt: its share is that of `Limits.products`.
         first_token_seconds: after the first prompt, with the engine and its cache yet to be made.
-        memory: bytes that the process has resident with the model; on a GPU, that torch has
-            reserved there at most. None: the system does not say.
+        memory: after the first prompt, bytes that the process has resident with the model; on a
+            GPU, that torch has reserved there at most. None: the system does not say.
         turns: how many there were.
     """
 
@@ -108,10 +108,12 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
     """
     device = llm.model.device
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier benchmark has left is not this model's
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     _complete(llm, prompt_tokens, 0)
     first_token_seconds = time.perf_counter() - begin
+    memory = _memory(device)  # before there are the buffers of `limits_of`
 
     turns: list[_Turn] = []
     stop = time.perf_counter() + _SECONDS
@@ -144,7 +146,7 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
             prompt_flops / nbytes,
         ),
         first_token_seconds=first_token_seconds,
-        memory=_memory(device),
+        memory=memory,
         turns=len(turns),
     )
 

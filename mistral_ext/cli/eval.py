@@ -77,7 +77,10 @@ def add_to(commands: options.Commands) -> None:
         "FILE (JSONL, .gz) holds; --run-code tests them. --limit says how many problems",
     )
     parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="programs of each problem (default 1)"
+        "--samples",
+        type=int,
+        metavar="N",
+        help="of --humaneval: programs of each problem; default: 1",
     )
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="of --humaneval; default: 0, of several 0.8"
@@ -129,6 +132,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--tasks is missing, expected names of tasks, or --paper, --humaneval or --moderation"
         )
+    for name in ("samples", "temperature"):
+        if getattr(args, name) is not None and args.humaneval is None:
+            raise ValueError(f"--{name} is given, expected none without --humaneval")
     if args.paper and args.num_fewshot is not None:
         raise ValueError("--num-fewshot is given, expected none with --paper, which has its own")
     if args.paper and args.include is not None:
@@ -144,9 +150,13 @@ def _check(args: argparse.Namespace) -> None:
 def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
     """Refuses what an evaluation without the harness has no use for."""
     names = ["tasks", "paper", "num_fewshot", "include", "cache", "chat", "system"]
-    names += ["moderation"] if kind == "humaneval" else ["limit", "run_code"]
+    if kind == "humaneval":
+        names += ["moderation"]
+    else:
+        names += ["limit", "run_code", "samples", "temperature"]
     for name in names:
-        if getattr(args, name):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # 0 and "" are given, too
             raise ValueError(f"--{name.replace('_', '-')} is given, expected none with --{kind}")
 
 

@@ -23,8 +23,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--output is missing, expected a file for the programs, or --run-code, which runs them"
         )
-    if args.samples < 1:
-        raise ValueError(f"--samples is {args.samples}, expected 1 or more")
+    count = 1 if args.samples is None else args.samples
+    if count < 1:
+        raise ValueError(f"--samples is {count}, expected 1 or more")
     if args.limit is not None and (args.limit < 1 or args.limit % 1):
         raise ValueError(f"--limit is {args.limit:g}, expected a number of problems")
     from mistral_ext.evaluate.humaneval import complete, read_problems, run_samples, scores
@@ -33,19 +34,20 @@ def run(args: argparse.Namespace) -> int:
     problems = problems if args.limit is None else problems[: int(args.limit)]
     temperature = args.temperature
     if temperature is None:
-        temperature = _SEVERAL if args.samples > 1 else 0.0
+        temperature = _SEVERAL if count > 1 else 0.0
     llm = load_model(args, max_batch=args.max_batch)
-    samples = complete(llm, problems, args.samples, temperature)
-    _write(args, samples)  # what running them does is not known
-    count = f"{len(problems)} problems, {args.samples} of each"
+    samples = complete(llm, problems, count, temperature)
+    del llm  # its memory is for the programs
+    _write(args, samples)  # before they run, which may end this process
+    counts = f"{len(problems)} problems, {count} of each"
     if not args.run_code:
-        print(f"{args.output}: {len(samples)} programs ({count}), not run: --run-code does that")
+        print(f"{args.output}: {len(samples)} programs ({counts}), not run: --run-code does that")
         return 0
     _say_what_runs(len(samples))
     samples = list(run_samples(samples))
     _write(args, samples)
     for name, score in scores(samples).items():
-        print(f"{name:8} {score:.4f}  ({count})")
+        print(f"{name:8} {score:.4f}  ({counts})")
     return 0
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from mistral_ext.model.adapters import Adapters
 from mistral_ext.ops import LowRank
+
+_log = logging.getLogger("mistral_ext")
 
 
 @dataclass(eq=False)
@@ -16,15 +19,15 @@ class LoadedAdapter:
     Attributes:
         name: by which requests ask for it.
         slot: its index in the stacks of `model.adapters`.
+        free: `AdapterTable.free`. It is called between steps, after a request with this adapter has
+            ended: the request may have kept the memory of an adapter that was removed.
         is_loaded: False once it was removed. Sequences that run go on with it.
-        free: once it was removed, frees memory that no request uses any more. It is called between
-            steps, after a request with this adapter has ended.
     """
 
     name: str
     slot: int
+    free: Callable[[Collection[LoadedAdapter]], None]
     is_loaded: bool = True
-    free: Callable[[], None] | None = None
 
 
 class AdapterTable:
@@ -75,22 +78,36 @@ class AdapterTable:
         taken = {adapter.slot for adapter in (*self._by_name.values(), *in_use)}
         slot = _first_free(taken)
         self._adapters.put(slot, weights)
-        self._by_name[name] = LoadedAdapter(name, slot)
+        self._by_name[name] = LoadedAdapter(name, slot, self.free)
 
-    def unload(self, name: str, in_use: Callable[[], Collection[LoadedAdapter]]) -> None:
-        """Removes an adapter. Its memory is freed at once, or after the requests that use it.
+    def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
+        """Removes an adapter. Its memory is freed at once, or after the requests that use it or an
+        adapter in a later slot.
 
         Args:
             name: of the adapter.
-            in_use: gives the adapters of requests that have not ended.
+            in_use: adapters of requests that have not ended.
         """
         removed = self.find(name)
         removed.is_loaded = False
-        removed.free = lambda: self._free(in_use())
         del self._by_name[name]
-        removed.free()
+        self.free(in_use)
 
-    def _free(self, in_use: Collection[LoadedAdapter]) -> None:
+    def free(self, in_use: Collection[LoadedAdapter]) -> None:
+        """Frees the memory of removed adapters as far as no request is in the way.
+
+        A failure is logged: the requests of the step before have nothing to do with it, and the
+        next call tries again.
+
+        Args:
+            in_use: adapters of requests that have not ended.
+        """
+        try:
+            self._close_gaps(in_use)
+        except Exception:
+            _log.exception("the memory of a removed adapter was not freed")
+
+    def _close_gaps(self, in_use: Collection[LoadedAdapter]) -> None:
         """Moves adapters that no request uses into free slots, and frees the slots after the last.
 
         A step that is under way may still name the slots of adapters that requests use.

@@ -221,10 +221,7 @@ class Engine:
         # work itself when a step begins.
         while not done.is_set():
             if self._stepping.acquire(timeout=_POLL_SECONDS):
-                with self._stepped:
-                    self._work_between()
-                    self._stepping.release()
-                    self._stepped.notify_all()
+                self._let_go()
         if problem:
             raise problem[0]
 
@@ -243,8 +240,15 @@ class Engine:
         try:
             return self._step()
         finally:
-            with self._stepped:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Does the work between steps, and then releases `_stepping`, which the calling thread
+        holds."""
+        with self._stepped:
+            try:
                 self._work_between()
+            finally:
                 self._stepping.release()
                 self._stepped.notify_all()
 
@@ -278,10 +282,10 @@ class Engine:
                     listener(output)
 
     def _free_adapter(self, sequence: Sequence) -> None:
-        """Has memory freed after the step if the adapter of an ended sequence was removed."""
+        """Has memory freed after the step that the adapter of an ended sequence may have held."""
         adapter = sequence.request.adapter
-        if adapter is not None and adapter.free is not None:
-            self._between.append(adapter.free)
+        if adapter is not None:
+            self._between.append(lambda: adapter.free(self.adapters_in_use()))
 
     def _read(self, outputs: list[Output]) -> None:
         pieces = self.scheduler.next_pieces()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from mistral_ext.engine.outputs import outputs_of
@@ -25,7 +26,7 @@ from mistral_ext.llm import Mistral
 
 MAX_TOKENS = 512
 
-# What follows a function, as in the paper.
+# Beginnings of text after a function, as in the paper.
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
@@ -85,9 +86,7 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-            names = "task_id", "prompt", "entry_point", "test"
-            problems.append(Problem(*(str(fields[name]) for name in names)))
+            problems.append(_problem(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} is no problem of HumanEval, expected a JSON object with "
@@ -96,6 +95,14 @@ def read_problems(path: str | Path | None = None) -> list[Problem]:
     if not problems:
         raise ValueError(f"{path} is empty, expected problems")
     return problems
+
+
+def _problem(fields: Any) -> Problem:
+    values = [fields[name] for name in ("task_id", "prompt", "entry_point", "test")]
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{value!r:.60} is no text")
+    return Problem(*values)
 
 
 def _packaged() -> Path:
@@ -152,7 +159,7 @@ def complete(
 def run_samples(
     samples: Sequence[Sample], progress: bool = True, run: Callable[[str], str] = run_program
 ) -> Iterator[Sample]:
-    """Runs the programs of samples, as many at once as there are cores.
+    """Runs the programs of samples, as many at once as torch has threads.
 
     Args:
         samples: from `complete`.
@@ -163,7 +170,7 @@ def run_samples(
         The samples with their results, in their order.
     """
     programs = [sample.problem.program(sample.completion) for sample in samples]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         results = tqdm(
             pool.map(run, programs),
             total=len(programs),
@@ -175,7 +182,8 @@ def run_samples(
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k samples passes, of a problem of whose samples so many passed.
+    """The chance that one of k samples passes, for a problem with `passed` right samples of
+    `samples`.
 
     It is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k).
 

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mistral_ext.engine.outputs import outputs_of
+from mistral_ext.engine.request import Request
 from mistral_ext.files import read_text_file
 from mistral_ext.llm import Mistral
 from mistral_ext.text.guardrails import ACCEPTABLE, LABELS, Moderation
@@ -25,10 +26,12 @@ class Case:
     Attributes:
         content: a text; or messages, the last of which is meant.
         expected: one of `LABELS`, or `FLAGGED`.
+        place: where it was read, for messages.
     """
 
     content: str | Sequence[Mapping[str, Any]]
     expected: str
+    place: str = "a content"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,12 @@ class Confusion:
     counts: Mapping[tuple[str, str], int]
 
     def precision(self, label: str) -> float | None:
-        """The share of contents found to be `label` that are. None: there are none."""
-        return _share(self._both(label), self._count(found=label))
+        """The share of contents found to be `label` that are. None: there are none.
+
+        Contents known only as flagged may be of any category, and do not count for one.
+        """
+        unknown = 0 if label in (ACCEPTABLE, FLAGGED) else self.counts.get((FLAGGED, label), 0)
+        return _share(self._both(label), self._count(found=label) - unknown)
 
     def recall(self, label: str) -> float | None:
         """The share of contents which are `label` that were found. None: there are none."""
@@ -74,7 +81,7 @@ def _share(part: int, whole: int) -> float | None:
 
 def read_cases(path: str | Path) -> list[Case]:
     """The contents in a file: each line a JSON object with "text" or "messages", and with
-    "category", one of `LABELS`, or "flagged", true or false.
+    "category", one of `LABELS`, or "flagged", true or false. Messages have role and content.
 
     Raises:
         OSError, ValueError: the file cannot be read, or a line is wrong; the message names it.
@@ -82,16 +89,17 @@ def read_cases(path: str | Path) -> list[Case]:
     cases = []
     for number, line in enumerate(read_text_file(path).splitlines(), 1):
         if line.strip():
+            place = f"{path}, line {number}"
             try:
-                cases.append(_case(json.loads(line)))
+                cases.append(_case(json.loads(line), place))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise ValueError(f"{place}: {error}") from error
     if not cases:
         raise ValueError(f"{path} is empty, expected contents")
     return cases
 
 
-def _case(fields: Any) -> Case:
+def _case(fields: Any, place: str) -> Case:
     if not isinstance(fields, dict):
         raise ValueError(f"it is {fields!r:.60}, expected a JSON object")
     given = [name for name in ("text", "messages") if name in fields]
@@ -101,14 +109,19 @@ def _case(fields: Any) -> Case:
     kind = str if given == ["text"] else list
     if not isinstance(content, kind) or not content:
         raise ValueError(f"{given[0]} is {content!r:.60}, expected a non-empty {kind.__name__}")
+    for message in content if kind is list else ():
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(
+                f"a message is {message!r:.60}, expected an object with role and content"
+            )
     if isinstance(fields.get("flagged"), bool) and "category" not in fields:
-        return Case(content, FLAGGED if fields["flagged"] else ACCEPTABLE)
+        return Case(content, FLAGGED if fields["flagged"] else ACCEPTABLE, place)
     if fields.get("category") not in LABELS:
         raise ValueError(
             f"category is {fields.get('category')!r}, expected one of {', '.join(LABELS)}, or "
             "flagged, true or false"
         )
-    return Case(content, fields["category"])
+    return Case(content, fields["category"], place)
 
 
 def moderate(
@@ -123,13 +136,24 @@ def moderate(
 
     Yields:
         The index of a case, and what the model thinks of it, in the order in which they are done.
+
+    Raises:
+        ValueError: the model cannot read a content, which is too long for instance; names its
+            place, before any is read.
     """
-    requests = (llm.moderation_request(case.content) for case in cases)
+    requests = [_request(llm, case) for case in cases]
     with tqdm(total=len(cases), unit="contents", disable=None if progress else True) as bar:
         for number, output in outputs_of(llm.engine, requests):
             if output.prompt_logits is not None and len(output.prompt_logits):
                 yield number, llm.moderation_of(output.prompt_logits[-1])
                 bar.update()
+
+
+def _request(llm: Mistral, case: Case) -> Request:
+    try:
+        return llm.moderation_request(case.content)
+    except ValueError as error:
+        raise ValueError(f"{case.place}: {error}") from error
 
 
 def confusion(cases: Sequence[Case], found: Sequence[Moderation]) -> Confusion:

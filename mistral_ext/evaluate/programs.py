@@ -1,8 +1,9 @@
 """Runs programs that a model wrote, each in a process of its own with limits.
 
-The limits keep a program that loops, hogs memory or writes without end from harming the machine by
-accident. They are no wall against a program that means harm: it has the rights of this user, reads
-the user's files and reaches the network. Run unknown models in a container or a virtual machine.
+The limits keep a program that loops, hogs memory or writes a file without end from harming the
+machine by accident. They are no wall against a program that means harm: it has the rights of this
+user, reads the user's files and reaches the network. Run unknown models in a container or a virtual
+machine.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 _RUNNER = Path(__file__).with_name("run_program.py")
@@ -37,16 +41,17 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
         memory: bytes of its address space, the interpreter's included.
 
     Returns:
-        `PASSED`: it ran to its end. Else why not: the name of the exception, `OUT_OF_TIME`, or
-        `ENDED` for a program that ended the process.
+        `PASSED`: it ran to its end. Else why not: "failed: " and the name of the exception,
+        `OUT_OF_TIME`, or `ENDED` for a program that ended the process.
     """
     key = secrets.token_hex()
-    command = [sys.executable, "-I", str(_RUNNER), str(seconds), str(memory)]
+    program = source.encode("utf-8", "surrogatepass")
+    arguments = map(str, (seconds, memory, len(program), len(key)))
     with (
-        tempfile.TemporaryDirectory() as folder,
+        _own_folder() as folder,
         tempfile.TemporaryFile() as report,
         subprocess.Popen(
-            command,
+            [sys.executable, "-I", str(_RUNNER), *arguments],
             stdin=subprocess.PIPE,
             stdout=report,  # a file, whose size has a limit, and no pipe
             stderr=subprocess.DEVNULL,
@@ -55,17 +60,38 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
             start_new_session=True,
         ) as process,
     ):
+        end = threading.Timer(_WALL * seconds, _kill, [process])
+        end.start()
         try:
-            process.communicate(f"{key}\n{source}".encode(), timeout=_WALL * seconds)
-        except subprocess.TimeoutExpired:
-            return OUT_OF_TIME
+            _write(process, program + key.encode())
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         finally:
-            _kill(process)
-        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            end.cancel()
+            end.join()
+            _kill(process)  # before `wait`, after which another process may have its id
+        if process.wait() in (-signal.SIGXCPU, -signal.SIGKILL):
             return OUT_OF_TIME
         report.seek(0)
         given, _, result = report.read(_REPORT).decode("utf-8", "replace").partition(" ")
     return result if given == key and result else ENDED
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """An empty folder. What the program makes that cannot be removed, such as folders in folders
+    beyond Python's depth, stays and ends no evaluation."""
+    folder = tempfile.mkdtemp()
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(RecursionError):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(process: subprocess.Popen[bytes], given: bytes) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(given)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,10 @@
 """Runs a program with limits of its process: `programs.run_program` starts this file, not as a
-module, in a process of its own, with limits as arguments and the program as its input.
+module, in a process of its own. Arguments are the limits and the sizes in bytes of the program and
+of a key, and these two are the input.
 
-The program has passed if it runs to its end. Only then is that reported, with a key that the
-program was not given: what ends the process before, `exit(0)` too, has not passed.
+The program has passed if it runs to its end. Only then is that reported, with the key: what ends
+the process before, `exit(0)` too, has not passed. The key is read after the program has run, so
+that a program gets it only if it searches the open files for it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ _FILES = 64  # open at once
 
 
 def main() -> None:
-    seconds, memory = (int(argument) for argument in sys.argv[1:])
-    key, _, source = sys.stdin.buffer.read().decode().partition("\n")
-    report = os.dup(1)
+    seconds, memory, program_bytes, key_bytes = (int(argument) for argument in sys.argv[1:])
+    source = _read(0, program_bytes).decode("utf-8", "surrogatepass")
+    report, key = os.dup(1), os.dup(0)
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
@@ -35,9 +37,17 @@ def main() -> None:
         exec(compile(source, "program", "exec"), {"__name__": "program"})
         result = "passed"
     except BaseException as error:  # SystemExit too
-        result = type(error).__name__
-    os.write(report, f"{key} {result}".encode())
+        result = f"failed: {type(error).__name__}"
+    os.write(report, _read(key, key_bytes) + f" {result}".encode())
     os._exit(0)  # nothing that the program has registered runs after this
+
+
+def _read(file: int, size: int) -> bytes:
+    """Reads so many bytes, and no more as a buffered file would."""
+    data = b""
+    while len(data) < size and (more := os.read(file, size - len(data))):
+        data += more
+    return data
 
 
 if __name__ == "__main__":

@@ -69,6 +69,51 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Adapter = Mapping[str, LowRank]
 
 
+def adapter_for(config: MistralConfig, given: str | Path | Adapter) -> Adapter:
+    """An adapter for a model, checked.
+
+    Args:
+        config: of the model.
+        given: a path as `read_adapter` takes it; or what such a file holds.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_adapter` and `expect_adapter`.
+    """
+    if not isinstance(given, Mapping):
+        return read_adapter(given, config)
+    expect_adapter(given, config)
+    return given
+
+
+def expect_adapter(adapter: Adapter, config: MistralConfig) -> None:
+    """Refuses an adapter in memory that does not fit a model.
+
+    Raises:
+        ValueError: it changes nothing, or what the model does not have, or a matrix has another
+            shape or dtype.
+    """
+    if not adapter:
+        raise ValueError("adapter is empty, expected what is added to one weight or more")
+    shapes = _module_shapes(config)
+    for name, update in adapter.items():
+        if name not in shapes:
+            raise ValueError(
+                f"adapter has {name!r}, expected linear layers of a model with "
+                f"n_layers={config.n_layers}, such as {next(iter(shapes))!r}"
+            )
+        outputs, inputs = shapes[name]
+        rank = update.a.shape[0] if update.a.shape else 0
+        for matrix, tensor, shape in (
+            ("a", update.a, (max(1, rank), inputs)),
+            ("b", update.b, (outputs, rank)),
+        ):
+            if tensor.shape != shape or tensor.dtype not in _DTYPES:
+                raise ValueError(
+                    f"adapter has {matrix} {list(tensor.shape)} of {tensor.dtype} for {name!r}, "
+                    f"expected {list(shape)} of float32, bfloat16 or float16"
+                )
+
+
 def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
     """Reads an adapter.
 

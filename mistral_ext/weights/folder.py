@@ -252,10 +252,10 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:
     """The format of weights that `quantize` has written, according to a ``config.json``."""
-    settings, method = method_of(values)
+    settings, method, key = method_of(values)
     if method != _QUANT_METHOD:
         return None
     try:
         return Quantization.from_settings(settings)
     except ValueError as error:
-        raise ValueError(f"quantization_config: {error}") from error
+        raise ValueError(f"{key}: {error}") from error

@@ -7,6 +7,7 @@ have groups of 32, 64 or 128: a larger group repeats its numbers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mistral_ext.ops import Quantized
+
+_log = logging.getLogger("mistral_ext")
 
 _GROUPS = (128, 64, 32)  # of our formats
 # The values of a word of `Quantized` in the low and the high halves of its bytes.
@@ -40,7 +43,7 @@ class GroupedMatrix:
             word is in its lowest bits.
         scale: reads [N, K / group] float16 or bfloat16.
         scale_dtype: of `scale`.
-        zero: reads [N, K / group] integers, 0 to 16; None: they are all 2^(bits - 1).
+        zero: reads [N, K / group] integers, 0 to 15; None: they are all 2^(bits - 1).
         order: [K] int64, places of the integers such that groups are neighbours; None: they are.
     """
 
@@ -56,7 +59,7 @@ class GroupedMatrix:
 
     @cached_property
     def form(self) -> Quantized:
-        """What the matrix becomes. Its values and scales are on the meta device.
+        """The matrix as `Quantized`, with values and scales on the meta device.
 
         Raises:
             ValueError: no format has such groups or scales.
@@ -110,11 +113,14 @@ class GroupedMatrix:
         Raises:
             ValueError: a scale is not finite, or fp16 cannot hold it.
         """
-        scale = self.scale().to(self.form.scales.dtype)
+        stored = self.scale()
+        scale = stored.to(self.form.scales.dtype)
         if not scale.isfinite().all():
             raise ValueError(
                 f"{self.name!r} has scales that are not finite or too large for {scale.dtype}"
             )
+        if not torch.equal(scale.to(stored.dtype), stored):
+            _log.warning("%r has scales so small that %s rounds them", self.name, scale.dtype)
         numbers = [scale] if self.zero is None else [scale, self.zero().to(scale.dtype)]
         return (
             torch.stack(numbers, dim=2)

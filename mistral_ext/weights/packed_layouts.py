@@ -61,7 +61,7 @@ def gptq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
     )
     if packing.bits == 8 and not symmetric:
         raise module.error(zeros, f"holds zero points, expected {middle - 1} or {middle} in 8 bits")
-    order = _order(module, "g_idx", group)
+    order = _order(module, "g_idx", packing)
     return GroupedMatrix(
         module.name,
         module.shape,
@@ -130,7 +130,7 @@ def compressed_tensors(module: ModuleTensors, packing: Packing) -> GroupedMatrix
         scales.read,
         _dtype(scales),
         None if zeros is None else lambda: unpack_along(zeros.read(), 0),
-        _order(module, "weight_g_idx", group),
+        _order(module, "weight_g_idx", packing),
     )
 
 
@@ -154,9 +154,14 @@ def _dtype(stored: StoredTensor) -> torch.dtype:
     return stored.dtype
 
 
-def _order(module: ModuleTensors, suffix: str, group: int) -> Tensor | None:
+def _order(module: ModuleTensors, suffix: str, packing: Packing) -> Tensor | None:
+    group = _group(module, packing)
     g_idx = module.take_optional(suffix, (module.shape[1],), (torch.int32, torch.int64))
     if g_idx is None:
+        if packing.act_order and group < module.shape[1]:
+            raise ValueError(
+                f"tensor '{module.name}.{suffix}' is missing, expected it with act-order"
+            )
         return None
     try:
         return sorted_order(g_idx.read(), group)

@@ -24,6 +24,7 @@ from mistral_ext.weights.safetensors_file import StoredTensor
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _FLOAT = (torch.float32,)
+_STATE_BYTES = 2**16  # at most; a state has some hundred
 _AT_ONCE = 2**20  # values, so that intermediate results stay in the caches
 
 
@@ -49,9 +50,16 @@ class Nf4Matrix:
     offset: float
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`."""
+        """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`.
+
+        Raises:
+            ValueError: its magnitudes or its table are not finite.
+        """
         packed = self.packed.read().view(-1).view(torch.uint8)
         table, magnitudes = self.table.read(), self._magnitudes()
+        for stored, numbers in ((self.table, table), (self.absmax, magnitudes)):
+            if not numbers.isfinite().all():
+                raise ModuleTensors.error(stored, "stands for numbers that are not finite")
         out = torch.empty(len(magnitudes), self.block, dtype=dtype, device="cpu")
         step = max(1, _AT_ONCE // self.block)
         for begin in range(0, len(out), step):
@@ -100,6 +108,8 @@ def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
     packed = module.left.pop("weight", None)
     if packed is None:
         raise ValueError(f"tensor '{module.name}.weight' is missing, expected nf4")
+    if not isinstance(packed.dtype, torch.dtype):
+        raise module.error(packed, f"has dtype {packed.dtype}, expected uint8")
     if 2 * packed.nbytes != count:
         raise module.error(packed, f"has {packed.nbytes} bytes, expected {count // 2}")
     offset = state.get("nested_offset", 0.0)
@@ -108,6 +118,12 @@ def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
 
 def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
     """The sizes of a layer, checked."""
+    if stored.dtype != torch.uint8 or stored.nbytes > _STATE_BYTES:
+        raise module.error(
+            stored,
+            f"has {stored.nbytes} bytes of dtype {stored.dtype}, expected uint8 and at most "
+            f"{_STATE_BYTES}",
+        )
     try:
         state = json.loads(bytes(stored.read().tolist()))
         sound = (
@@ -119,7 +135,7 @@ def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
             )
             and isinstance(state.get("nested_offset", 0), (int, float))
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise module.error(stored, f"is no description of nf4 with shape {list(module.shape)}")

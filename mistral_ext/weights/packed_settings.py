@@ -30,6 +30,7 @@ class Packing:
         group: neighbouring values that share a scale, or WHOLE_ROW.
         symmetric: there are no zero points, or they are all 2^(bits - 1).
         zero_minus_one: zero points are stored less 1, as the first version of GPTQ does.
+        act_order: the inputs of a group are anywhere in a row, and a tensor says where.
     """
 
     method: str
@@ -37,13 +38,15 @@ class Packing:
     group: int = WHOLE_ROW
     symmetric: bool = False
     zero_minus_one: bool = False
+    act_order: bool = False
 
     def __str__(self) -> str:
         return "nf4" if self.method == "bitsandbytes" else f"{self.method} in {self.bits} bits"
 
 
-def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object]:
-    """The quantisation settings in a config.json, and their quant_method; ({}, None): none.
+def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object, str]:
+    """The quantisation settings in a config.json, their quant_method and their key;
+    ({}, None, ""): none.
 
     Raises:
         ValueError: the settings are no object.
@@ -53,8 +56,8 @@ def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object]:
         if settings:
             if not isinstance(settings, dict):
                 raise ValueError(f"{key} is {settings!r:.60}, expected an object")
-            return settings, settings.get("quant_method")
-    return {}, None
+            return settings, settings.get("quant_method"), key
+    return {}, None, ""
 
 
 def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
@@ -66,8 +69,7 @@ def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
     Raises:
         ValueError: they are packed in a way that is not supported; names the setting.
     """
-    settings, method = method_of(config)
-    place = "quantization_config"
+    settings, method, place = method_of(config)
     if not settings:
         place = next((name for name in OWN_FILES if (folder / name).is_file()), "")
         if not place:
@@ -93,7 +95,12 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
     symmetric = _choice(settings, "sym", (True, False), True)
     if bits == 8 and not symmetric:
         raise ValueError("sym is False with 8 bits, expected True: zero points need 4 bits")
-    return Packing("gptq", bits, _group(settings, "group_size"), symmetric, form == "gptq")
+    # With static groups the order is that of the quantiser alone: groups stay neighbours.
+    meta = settings.get("meta")
+    static = settings.get("static_groups") or (isinstance(meta, dict) and meta.get("static_groups"))
+    act_order = bool(settings.get("desc_act")) and not static
+    size = _group(settings, "group_size")
+    return Packing("gptq", bits, size, symmetric, form == "gptq", act_order)
 
 
 def _awq(settings: Mapping[str, Any]) -> Packing:
@@ -125,7 +132,8 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> Packing:
         raise ValueError("symmetric is False with 8 bits, expected True: zero points need 4 bits")
     strategy = _choice(weights, "strategy", ("group", "channel"), None)
     size = _group(weights, "group_size") if strategy == "group" else WHOLE_ROW
-    return Packing("compressed-tensors", bits, size, symmetric)
+    act_order = str(weights.get("actorder")).lower() in ("group", "dynamic", "true")
+    return Packing("compressed-tensors", bits, size, symmetric, act_order=act_order)
 
 
 def _bitsandbytes(settings: Mapping[str, Any]) -> Packing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 
@@ -86,6 +87,20 @@ def test_rates_and_shares_are_those_of_the_turns(monkeypatch):
     flops = found.prompt.flops_per_byte * found.step_bytes
     assert flops == models.flops(llm.config, 1, 10)
     assert found.prompt.share == pytest.approx(flops / 2 * (1 / 2e8 + 1 / 4e8) / 2)
+
+
+def test_memory_is_that_of_the_model_alone(monkeypatch):
+    """It is read before there are the buffers of the limits."""
+    buffer = functools.cache(lambda: torch.ones(2**10, dtype=torch.uint8))
+    monkeypatch.setattr(peaks, "_buffer", buffer)
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 10**9 + buffer.cache_info().currsize)
+    monkeypatch.setattr(speed, "limits_of", lambda device: speed.Limits(len(buffer()), 1.0))
+    monkeypatch.setattr(speed, "_complete", lambda *_: (2.0, 0.5))
+    monkeypatch.setattr(speed, "_SECONDS", 0.0)
+    llm = Mistral.from_pretrained(DEMO_MODEL, progress=False)
+    assert peaks.buffer_bytes() == 0
+    assert speed.measure(llm, 4, 1).memory == 10**9
+    assert peaks.buffer_bytes() == 2**10
 
 
 @pytest.mark.parametrize("form", [None, "int8", "int4", *FORMATS])

@@ -14,6 +14,8 @@ import mistral_ext.engine.engine as engine_module
 from mistral_ext import Mistral
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.params import SamplingParams
+from mistral_ext.ops import LowRank
+from mistral_ext.weights.adapters import read_adapter
 
 GENERATOR = torch.Generator().manual_seed(7)
 PROMPTS = [torch.randint(3, 131, (n,), generator=GENERATOR).tolist() for n in (5, 40, 3, 70, 9)]
@@ -201,6 +203,58 @@ def test_memory_is_free_after_the_last_request_of_a_removed_adapter(folder, alon
     assert llm.model.adapters.nbytes == 0
 
 
+@pytest.mark.parametrize("remaining", ["b", ""])
+def test_memory_is_free_after_the_last_request_of_an_adapter_in_a_later_slot(folder, remaining):
+    llm = load(folder, names="ab")
+    outputs = llm.engine.outputs([llm.request(PROMPTS[2], SamplingParams(**OPTIONS), adapter="b")])
+    next(outputs)
+    llm.unload_adapter("a")
+    if not remaining:
+        llm.unload_adapter("b")
+    list(outputs)
+    assert llm.model.adapters.nbytes == load(folder, names=remaining).model.adapters.nbytes
+
+
+def unload_with_failing_memory(folder, monkeypatch, problem):
+    """Removes the adapter of a request that runs; freeing the memory after its end will raise."""
+    llm = load(folder, names="a")
+    outputs = llm.engine.outputs([llm.request(PROMPTS[0], SamplingParams(**OPTIONS), adapter="a")])
+    next(outputs)
+    llm.unload_adapter("a")
+
+    def fail(slots):
+        raise problem
+
+    monkeypatch.setattr(llm.model.adapters, "shrink", fail)
+    return llm, outputs
+
+
+def test_memory_that_cannot_be_freed_is_logged_and_freed_later(folder, monkeypatch, caplog):
+    llm, outputs = unload_with_failing_memory(folder, monkeypatch, MemoryError("none left"))
+    assert list(outputs)[-1].completion
+    assert "was not freed" in caplog.text
+    assert "none left" in caplog.text
+    monkeypatch.undo()
+    llm.load_adapter(folder / "b", "b")
+    llm.unload_adapter("b")
+    assert llm.model.adapters.nbytes == 0
+
+
+def test_steps_go_on_after_an_interruption_between_them(folder, alone, monkeypatch):
+    llm, outputs = unload_with_failing_memory(folder, monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        list(outputs)
+    assert [o.completion.token_ids for o in outputs if o.completion] == [alone[0]]
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    llm.engine._between.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        llm.engine.between_steps(lambda: None)
+    assert llm.generate([PROMPTS[0]], **OPTIONS)
+
+
 def test_adapters_that_come_with_the_model_are_not_copied_for_their_number(folder):
     two, one = (load(folder, names=names).model.adapters for names in ("ab", "a"))
     larger = 2 * len(one.layers)  # "b" has a larger rank in two groups of each layer
@@ -217,6 +271,47 @@ def test_adapters_that_come_with_the_model_are_not_copied_for_their_number(folde
 def test_wrong_names(folder, given, message):
     with pytest.raises(ValueError, match=message):
         load(folder).generate(PROMPTS, adapter=given)
+
+
+UP = "layers.0.feed_forward.w3"  # [256, 128]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "adapter is empty, expected"),
+        (
+            {"layers.9.attention.wq": ((2, 128), (128, 2))},
+            "adapter has 'layers.9.attention.wq', exp",
+        ),
+        (
+            {UP: ((2, 129), (256, 2))},
+            r"a \[2, 129\] of torch.float32 for '.*w3', expected \[2, 128\]",
+        ),
+        ({UP: ((2, 128), (255, 2))}, r"adapter has b \[255, 2\] .* expected \[256, 2\] of float32"),
+        ({UP: ((2, 128), (256, 3))}, r"adapter has b \[256, 3\] .* expected \[256, 2\] of float32"),
+        ({UP: ((0, 128), (256, 0))}, r"adapter has a \[0, 128\] .* expected \[1, 128\] of float32"),
+        ({UP: ((2, 128), (256, 2), torch.int32)}, r"adapter has a \[2, 128\] of torch.int32"),
+    ],
+)
+def test_adapters_in_memory_that_do_not_fit_are_refused(folder, given, message):
+    adapter = {}
+    for name, (a, b, *dtype) in given.items():
+        dtype = dtype[0] if dtype else torch.float32
+        adapter[name] = LowRank(torch.zeros(a, dtype=dtype), torch.zeros(b, dtype=dtype), 1.0)
+    llm = load(folder, names="")
+    with pytest.raises(ValueError, match=message):
+        llm.load_adapter(adapter, "x")
+    assert not llm.adapters.names
+    assert llm.model.adapters.nbytes == 0
+    with pytest.raises(ValueError, match=message):
+        Mistral.from_pretrained(folder, adapters={"x": adapter})
+
+
+def test_adapters_in_memory_are_those_of_their_files(folder, alone):
+    given = {name: read_adapter(folder / name, load(folder, names="").config) for name in "ab"}
+    llm = Mistral.from_pretrained(folder, dtype=torch.bfloat16, adapters=given)
+    assert ids_of(llm.generate(PROMPTS, adapter=NAMES, **OPTIONS)) == alone
 
 
 @pytest.mark.parametrize("name", ["a", "", 5])

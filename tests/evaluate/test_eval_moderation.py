@@ -51,6 +51,25 @@ def test_contents_that_are_only_flagged():
     assert (counts.precision(FLAGGED), counts.recall(FLAGGED)) == (1, 0.5)
 
 
+def test_contents_that_are_only_flagged_count_for_no_category():
+    given = [Case("x", FLAGGED), Case("x", "illegal"), Case("x", "hateful"), Case("x", FLAGGED)]
+    counts = confusion(given, [of("illegal"), of("illegal"), of("illegal"), SAFE])
+    assert counts.precision("illegal") == 1 / 2
+    assert counts.precision("hateful") is None
+    assert counts.precision(FLAGGED) == 1
+    assert counts.precision("acceptable") == 0
+
+
+def test_a_content_that_is_too_long_is_named_before_any_is_read(instruct, tmp_path, monkeypatch):
+    file = tmp_path / "contents.jsonl"
+    lines = [{"text": text, "flagged": True} for text in ("short", "long " * 2000)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    llm = Mistral.from_pretrained(instruct, progress=False, sliding_window=None, max_positions=512)
+    monkeypatch.setattr(llm.engine, "add", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"contents.jsonl, line 2: .* expected fewer than 512"):
+        dict(moderate(llm, read_cases(file), progress=False))
+
+
 def test_files(tmp_path):
     file = tmp_path / "contents.jsonl"
     messages = [{"role": "user", "content": "Hello"}]
@@ -71,6 +90,8 @@ def test_files(tmp_path):
         ('{"category": "illegal"}', "expected either text or messages"),
         ('{"text": "", "category": "illegal"}', "text is '', expected a non-empty str"),
         ('{"text": "a", "category": "fine"}', "category is 'fine', expected one of acceptable"),
+        ('{"messages": ["a"]}', "line 1: a message is 'a', expected an object with role"),
+        ('{"messages": [{"role": "user"}]}', "expected an object with role and content"),
         ('{"text": "a", "flagged": 1}', "category is None, expected one of acceptable"),
     ):
         file.write_text(line)
@@ -99,6 +120,9 @@ def test_the_command_counts_what_moderate_finds(instruct, tmp_path, capsys):
     assert results["scores"]["acceptable"]["recall"] == counts.recall("acceptable")
 
 
-def test_wrong_options(capsys):
-    assert main(["eval", "--moderation", "x", "--limit", "3"]) == 1
-    assert "--limit is given, expected none with --moderation" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "given", [("--limit", "0"), ("--system", ""), ("--num-fewshot", "0"), ("--samples", "2")]
+)
+def test_wrong_options(given, capsys):
+    assert main(["eval", "--moderation", "x", *given]) == 1
+    assert f"{given[0]} is given, expected none with --moderation" in capsys.readouterr().err

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import inspect
 import itertools
 import json
 import math
 import os
 import random
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,16 +45,18 @@ ADD = Problem(
     [
         ("    return a + b", PASSED),
         ("    print('much ' * 10**5)\n    return a + b", PASSED),
-        ("    return a - b", "AssertionError"),
-        ("    return c", "NameError"),
-        ("    return a +", "SyntaxError"),
-        ("    exit(0)", "SystemExit"),
-        ("    raise SystemExit(0)", "SystemExit"),
+        ("    return a - b", "failed: AssertionError"),
+        ("    return c", "failed: NameError"),
+        ("    return a +", "failed: SyntaxError"),
+        ("    return '\ud800'", "failed: UnicodeEncodeError"),
+        ("    exit(0)", "failed: SystemExit"),
+        ("    raise SystemExit(0)", "failed: SystemExit"),
+        ("    class passed(Exception): pass\n    raise passed", "failed: passed"),
         ("    import os; os._exit(0)", ENDED),
         ("    import os; os.kill(os.getpid(), 15)", ENDED),
-        ("    return [0] * 10**9", "MemoryError"),
-        ("    open('x', 'w').write('y' * 2**21)\n    return 5", "OSError"),
-        ("    return open('/proc/self/environ').read() and 5", "AssertionError"),
+        ("    return [0] * 10**9", "failed: MemoryError"),
+        ("    open('x', 'w').write('y' * 2**21)\n    return 5", "failed: OSError"),
+        ("    return open('/proc/self/environ').read() and 5", "failed: AssertionError"),
         ("    import os\n    return 5 if os.environ.get('PATH') is None else 0", PASSED),
         ("    import os\n    return 0 if os.listdir() else 5", PASSED),
         # A report without the key is none.
@@ -69,11 +74,38 @@ def test_endless_programs_end(endless, monkeypatch):
     assert run_program(endless, seconds=1) == OUT_OF_TIME
 
 
+def test_no_frame_that_a_program_sees_has_the_key():
+    search = """
+import sys
+frame, values = sys._getframe(), []
+while frame:
+    values += map(str, [*frame.f_locals.values(), *frame.f_globals.values()])
+    frame = frame.f_back
+assert not any(len(value) == 64 and set(value) <= set("0123456789abcdef") for value in values)
+"""
+    assert run_program(search) == PASSED
+
+
+def test_folders_too_deep_to_be_removed_end_no_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    deep = "import os\nfor _ in range(200):\n    os.mkdir('x')\n    os.chdir('x')\n"
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)  # as 1000 folders do otherwise
+    try:
+        assert run_program(deep) == PASSED
+    finally:
+        sys.setrecursionlimit(before)
+    assert list(tmp_path.iterdir())  # they were too deep
+
+
 def test_what_a_program_leaves_running_ends():
-    """Only root may start processes here; others fail at once."""
-    leave = "import subprocess\nsubprocess.Popen(['sleep', '473'])\n"
-    assert run_program(leave) in (PASSED, "BlockingIOError")
-    while is_running(b"sleep\0473\0"):  # until the time limit of the test
+    number = str(random.SystemRandom().randrange(10**6, 10**9))  # no other process has it
+    leave = f"import subprocess\nsubprocess.Popen(['sleep', '{number}'])\n"
+    result = run_program(leave)
+    if result == "failed: BlockingIOError":
+        pytest.skip("the limits keep this user's programs from starting processes (root may)")
+    assert result == PASSED
+    while is_running(f"sleep\0{number}\0".encode()):  # until the time limit of the test
         time.sleep(0.01)
 
 
@@ -135,7 +167,7 @@ def test_the_problems_of_the_package():
     right = """    return any(abs(a - b) < threshold
         for i, a in enumerate(numbers) for b in numbers[:i])"""
     assert run_program(problems[0].program(right)) == PASSED
-    assert run_program(problems[0].program("    return False")) == "AssertionError"
+    assert run_program(problems[0].program("    return False")) == "failed: AssertionError"
 
 
 def test_files_that_are_none_of_problems(tmp_path, monkeypatch):
@@ -143,6 +175,7 @@ def test_files_that_are_none_of_problems(tmp_path, monkeypatch):
         ("a.jsonl", b"", "is empty, expected problems"),
         ("b.jsonl", b'{"task_id": "a"}', "line 1 is no problem of HumanEval.*KeyError"),
         ("c.jsonl", b"{}\n[1", "line 1 is no problem"),
+        ("c.jsonl", json.dumps(vars(ADD) | {"test": 5}).encode(), "line 1 is no .*5 is no text"),
         ("d.jsonl.gz", b"{}", "is no text, or no gzip file"),
     ):
         (tmp_path / name).write_bytes(data)
@@ -175,7 +208,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert shown.out == "pass@1   0.5000  (2 problems, 1 of each)\n"
     assert "Running 2 programs that the model wrote" in shown.err
     assert [(line["passed"], line["result"]) for line in written()] == [
-        (False, "AssertionError"),
+        (False, "failed: AssertionError"),
         (True, "passed"),
     ]
 
@@ -187,7 +220,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         (["--run-code", "--samples", "0"], "--samples is 0, expected 1 or more"),
         (["--run-code", "--limit", "0.5"], "--limit is 0.5, expected a number of problems"),
         (["--run-code", "--tasks", "x"], "--tasks is given, expected none with --humaneval"),
-        (["--run-code", "--num-fewshot", "2"], "--num-fewshot is given, expected none with"),
+        (["--run-code", "--num-fewshot", "0"], "--num-fewshot is given, expected none with"),
+        (["--run-code", "--system", ""], "--system is given, expected none with --humaneval"),
+        (["--run-code", "--limit", "0"], "--limit is 0, expected a number of problems"),
     ],
 )
 def test_wrong_options(given, message, monkeypatch, capsys):

@@ -113,6 +113,16 @@ def test_book_questions(run, instruct, tmp_path):
     assert out == f"[{len(passages)} passages, 3 rounds]\n{variables['notes'][0]}\n"
 
 
+def test_book_questions_of_short_books(run, instruct, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("The king's daughter went into the wood.")
+    out, variables = run("book_questions", str(book), "Who went?", instruct)
+    assert out == f"[1 passages, 2 rounds]\n{variables['notes'][0]}\n"
+    book.write_text("")
+    with pytest.raises(SystemExit, match=r"book.txt is empty, expected a text"):
+        run("book_questions", str(book), "Who went?", instruct)
+
+
 def test_retrieval(run, instruct, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"{name} " * 200 for name in ("wolf", "king", "bread", "sea")))
@@ -127,7 +137,7 @@ def test_retrieval(run, instruct, tmp_path):
 def test_batch_summaries(run, instruct, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     records = [{"id": i, "text": f"The wolf and the {i} kids."} for i in range(3)]
-    source.write_text("\n".join(map(json.dumps, records)))
+    source.write_text("\n\n".join(map(json.dumps, records)) + "\n \n")
     out, variables = run("batch_summaries", str(source), str(target), instruct)
     assert out == f"3 summaries in {target}\n"
     written = [json.loads(line) for line in target.read_text().splitlines()]

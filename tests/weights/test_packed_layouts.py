@@ -67,6 +67,15 @@ def test_a_version_that_is_stated_wrongly_does_not_matter_to_symmetric_weights()
     assert torch.equal(gptq(module, packing).decoded(torch.float32), expected)
 
 
+def test_act_order_without_the_groups_of_the_inputs_is_refused():
+    module, _ = layer("ct_zero_points")
+    with pytest.raises(ValueError, match="weight_g_idx' is missing, expected it with act-order"):
+        compressed_tensors(module, Packing("", 4, 32, act_order=True))
+    module, expected = layer("ct_channel")  # a row is one group, in any order
+    packing = Packing("", 4, WHOLE_ROW, symmetric=True, act_order=True)
+    assert torch.equal(compressed_tensors(module, packing).decoded(torch.float32), expected)
+
+
 def test_zero_points_that_differ_are_kept_whatever_the_settings_say():
     packing = Packing("gptq", 4, 32, symmetric=True, zero_minus_one=True)
     module, expected = layer("gptq_v1")

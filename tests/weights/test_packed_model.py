@@ -136,7 +136,7 @@ def test_weights_and_logits_are_those_of_the_decoded_model(case, tmp_path):
         is_layer = name.startswith("layers.") and not name.endswith("norm.weight")
         assert getattr(weight, "format", None) == (form if is_layer else None)
     llm = Mistral.from_pretrained(tmp_path, dtype=torch.float32, progress=False)
-    ids = torch.randint(131, (40,))
+    ids = torch.randint(131, (40,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(ids[None]).logits[0]
     for count in (3, 40):  # multiplied by the kernels for few and for many
@@ -219,6 +219,10 @@ def without(suffix):
     return lambda tensors: tensors.pop(f"{LAYER}.{suffix}")
 
 
+def as_bytes(text):
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
 def changed(suffix, change):
     def change_all(tensors):
         tensors[f"{LAYER}.{suffix}"] = change(tensors.get(f"{LAYER}.{suffix}"))
@@ -250,6 +254,11 @@ DAMAGES = [
         changed("g_idx", lambda t: t.flip(0)),
         "attention.wk.weight' has groups of other inputs",
     ),
+    (
+        "GPTQ act-order",
+        without("g_idx"),
+        "k_proj.g_idx' is missing, expected it with act-order",
+    ),
     ("AWQ", changed("qweight", lambda t: t.T), r"qweight' .* shape \(16, 256\)"),
     ("compressed-tensors", changed("weight_shape", lambda t: t + 1), r"is \[129, 257\], expected"),
     ("compressed-tensors", without("weight_zero_point"), "weight_zero_point' is missing"),
@@ -261,6 +270,21 @@ DAMAGES = [
         "nf4",
         changed("weight.quant_state.bitsandbytes__nf4", lambda t: t[1:]),
         "is no description of nf4",
+    ),
+    (
+        "nf4",
+        changed("weight.quant_state.bitsandbytes__nf4", lambda _: as_bytes("[" * 2**15)),
+        "is no description of nf4",
+    ),
+    (
+        "nf4",
+        changed("weight.quant_state.bitsandbytes__nf4", lambda _: as_bytes(" " * (2**16 + 1))),
+        "has 65537 bytes of dtype torch.uint8, expected uint8 and at most 65536",
+    ),
+    (
+        "nf4",
+        changed("weight", lambda t: t.view(torch.float8_e4m3fn)),
+        "k_proj.weight' .* has dtype F8_E4M3, expected uint8",
     ),
 ]
 
@@ -301,6 +325,30 @@ def test_scales_that_are_not_finite_are_named(copy_of):
     change_tensors(folder, changed("scales", lambda t: t * float("inf")))
     with pytest.raises(ValueError, match="k_proj' has scales that are not finite"):
         load_weights(read_folder(folder), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "named"),
+    [("nested_absmax", "absmax"), ("nested_quant_map", "absmax"), ("quant_map", "quant_map")],
+)
+def test_nf4_that_is_not_finite_is_named(suffix, named, copy_of):
+    folder = copy_of("nf4")
+    change_tensors(folder, changed(f"weight.{suffix}", lambda t: t * float("nan")))
+    with pytest.raises(ValueError, match=f"k_proj.weight.{named}' .* numbers that are not finite"):
+        load_weights(read_folder(folder), progress=False)
+
+
+@pytest.mark.parametrize(("scale", "is_rounded"), [(2**-17, False), (2**-18, True)])
+def test_bf16_scales_that_fp16_rounds_are_logged(scale, is_rounded, tmp_path, caplog):
+    settings, make, _ = CASES["compressed-tensors bf16 scales"]
+    write_packed(tmp_path, settings, make)
+    few_bits = torch.tensor(scale * (1 + 2**-7), dtype=torch.bfloat16)
+    change_tensors(
+        tmp_path, changed("weight_scale", lambda t: t.new_full(t.shape, few_bits.item()))
+    )
+    load_weights(read_folder(tmp_path), progress=False)
+    message = "k_proj' has scales so small that torch.float16 rounds them"
+    assert (message in caplog.text) == is_rounded
 
 
 def test_a_bias_of_zeros_is_no_bias(copy_of):

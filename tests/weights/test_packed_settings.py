@@ -32,11 +32,22 @@ def compressed(group=None, **weights):
         (GPTQ, Packing("gptq", 4, 128, True, zero_minus_one=True)),
         (GPTQ | {"sym": False}, Packing("gptq", 4, 128, False, zero_minus_one=True)),
         (GPTQ | {"checkpoint_format": "gptq_v2"}, Packing("gptq", 4, 128, True)),
+        (GPTQ | {"desc_act": True}, Packing("gptq", 4, 128, True, True, act_order=True)),
+        (GPTQ | {"desc_act": True, "static_groups": True}, Packing("gptq", 4, 128, True, True)),
+        (
+            GPTQ | {"desc_act": True, "meta": {"static_groups": True}},
+            Packing("gptq", 4, 128, True, True),
+        ),
         (GPTQ | {"bits": 8, "group_size": -1}, Packing("gptq", 8, WHOLE_ROW, True, True)),
         (AWQ, Packing("awq", 4, 128)),
         (AWQ | {"version": "GEMM"}, Packing("awq", 4, 128)),
         (compressed(), Packing("compressed-tensors", 4, 32, True)),
         (compressed(num_bits=8), Packing("compressed-tensors", 8, 32, True)),
+        (compressed(actorder="weight"), Packing("compressed-tensors", 4, 32, True)),
+        (
+            compressed(actorder="group"),
+            Packing("compressed-tensors", 4, 32, True, act_order=True),
+        ),
         (
             compressed(strategy="channel", group_size=None),
             Packing("compressed-tensors", 4, WHOLE_ROW, True),
@@ -91,13 +102,18 @@ def test_settings_that_are_not_supported_are_named(settings, message, tmp_path):
         packing_of({"quantization_config": settings}, tmp_path)
 
 
+def test_the_key_that_was_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match="compression_config: num_bits is 2, expected 4 or 8"):
+        packing_of({"compression_config": compressed(num_bits=2)}, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "settings", "expected"),
     [
         (
             "quantize_config.json",
             {"bits": 4, "group_size": 64, "sym": False, "desc_act": True},
-            Packing("gptq", 4, 64, False, zero_minus_one=True),
+            Packing("gptq", 4, 64, False, zero_minus_one=True, act_order=True),
         ),
         (
             "quant_config.json",
