@@ -184,7 +184,7 @@ def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
         *((form, {"LDG.E.64": 1, "LDG.E": 2}) for form in (5, 6)),  # a pair of scales
         (7, {"LDG.E.64": 1, "LDG.E": 1 + 4}),  # q4_k, scales of 16 bytes
         (8, {"LDG.E.64": 1, "LDG.E": 2 + 4}),  # q5_k, a word of further bits
-        (9, {"LDG.E.64": 1, "LDG.E": 2 + 2}),  # q6_k, of its scales the one and d
+        (9, {"LDG.E.64": 1, "LDG.E": 2 + 1, "LDG.E.U16": 1}),  # q6_k, a word of scales and d
         (11, {"LDG.E.64": 1, "LDG.E": 1 + 2}),  # iq4_xs
     ],
 )
