@@ -397,7 +397,11 @@ INT64_MAX = 2**63 - 1
             "sequences[1].first_token is 2, expected 3: tokens are packed in the order of",
         ),
         (table(count=-1), ValueError, "sequences[1].count is -1, expected 0"),
-        (table(count=3), ValueError, "q has 5"),
+        (
+            table(count=3),
+            ValueError,
+            "sequences[1].count is 3, expected 0 to 2: there are 5 tokens",
+        ),
         (table(count=1), ValueError, "sequences has 4 new tokens, expected 5 like q"),
         (table(position=-1), ValueError, "sequences[1].position is -1, expected 0"),
         (table(capacity=0), ValueError, "sequences[1].capacity is 0, expected 1 or more"),
