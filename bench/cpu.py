@@ -97,9 +97,12 @@ class Ours:
     def __init__(self, config: MistralConfig, weights: dict[str, Tensor | Quantized]):
         self._llm = Mistral(config, Transformer(config, weights), None, Path("random"))
         self.nbytes = step_bytes(self._llm.model)
+        self._prompts = 0
 
     def prompt(self, ids: list[int]) -> None:
-        self._llm.generate([ids], max_tokens=1)
+        # Another first token each time: the engine keeps prompts, and would not read them again.
+        self._prompts += 1
+        self._llm.generate([[self._prompts, *ids[1:]]], max_tokens=1)
 
     def decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
         return decoder(self._llm.model, batch, ids)
