@@ -217,8 +217,8 @@ class Mistral:
         The model's weights, of whatever format, stay as they are, and requests that run go on.
 
         Args:
-            path: a folder or file of peft, a `lora.safetensors` of Mistral's, or a GGUF file; or
-                what such a file holds, as `weights.adapters.read_adapter` gives it.
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or a hub
+                id of one; or what such a file holds, as `weights.adapters.read_adapter` gives it.
             name: a new name.
 
         Raises:
@@ -396,7 +396,7 @@ class Mistral:
             system: the system prompt.
             template, safe_prompt, adapter: as in `chat`.
         """
-        self._adapter(adapter)
+        self.adapters.find(adapter)
         messages: list[Mapping[str, Any]] = []
         if system:
             messages.append({"role": "system", "content": system})
@@ -416,18 +416,21 @@ class Mistral:
         return Chat(self.require_tokenizer(), self.chat_template(template), start_reply, messages)
 
     def moderate(
-        self, content: str | Sequence[Mapping[str, Any]], template: ChatTemplate | None = None
+        self,
+        content: str | Sequence[Mapping[str, Any]],
+        template: ChatTemplate | None = None,
+        adapter: str | None = None,
     ) -> Moderation:
         """Has the model say whether a content is acceptable; see `mistral_ext.text.guardrails`.
 
         Args:
             content: a text; or messages, the last of which is meant.
-            template: as in `chat`.
+            template, adapter: as in `chat`.
 
         Raises:
             ValueError: the model is a base model, or the content is too long.
         """
-        request = self.moderation_request(content, template)
+        request = self.moderation_request(content, template, adapter=adapter)
         for output in self.engine.outputs([request]):
             if output.error:
                 raise output.error
@@ -441,11 +444,12 @@ class Mistral:
         template: ChatTemplate | None = None,
         salt: str | None = None,
         room: int | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """The request to `engine` that `moderate` makes. It gives the logits for `moderation_of`.
 
         Args:
-            content, template: as in `moderate`.
+            content, template, adapter: as in `moderate`.
             salt: see `Request`.
             room: tokens at most; if there are more, only the end of the content is judged. None: a
                 content that is too long is an error.
@@ -456,8 +460,15 @@ class Mistral:
         encode = functools.partial(self.encode_chat, template=template)
         room = None if room is None else room - len(begin)
         ids = self._check_ids(encode_question(content, encode, tokenizer, room) + begin, "content")
-        last = len(ids) - 1
-        return Request(ids, None, len(ids), prompt_logits=True, logits_from=last, salt=salt)
+        return Request(
+            ids,
+            None,
+            len(ids),
+            prompt_logits=True,
+            logits_from=len(ids) - 1,
+            salt=salt,
+            adapter=self.adapters.find(adapter),
+        )
 
     def moderation_of(self, logits: Tensor) -> Moderation:
         """The judgement in the logits [V] after the last token of a `moderation_request`."""
@@ -493,7 +504,7 @@ class Mistral:
             len(ids),
             prompt_logits=True,
             chunk=chunk or len(ids),
-            adapter=self._adapter(adapter),
+            adapter=self.adapters.find(adapter),
         )
         with torch.inference_mode(False):
             size = len(ids), self.config.vocab_size
@@ -513,6 +524,7 @@ class Mistral:
         texts: str | Sequence[Prompt],
         instruction: str | None = None,
         pooling: str = "last",
+        adapter: str | None = None,
     ) -> Tensor:
         """Embeddings of texts, which are close to each other where the texts are.
 
@@ -522,6 +534,7 @@ class Mistral:
                 "Instruct: INSTRUCTION\\nQuery: TEXT". Documents have none.
             pooling: "last": the hidden state of the end token, which is put behind each text;
                 "mean": the mean over all tokens.
+            adapter: the name of a loaded adapter; None: none.
 
         Returns:
             [N, E] fp32, of the length 1; the hidden states are those after the last norm.
@@ -530,7 +543,7 @@ class Mistral:
             ValueError, TypeError: the message names the text or option that is wrong.
         """
         given = [texts] if isinstance(texts, str) else texts
-        requests = self.embedding_requests(given, instruction, pooling)
+        requests = self.embedding_requests(given, instruction, pooling, adapter=adapter)
         with torch.inference_mode(False):
             size = len(requests), self.config.dim
             pooled = torch.zeros(size, dtype=torch.float32, device=self.model.device)
@@ -545,6 +558,7 @@ class Mistral:
         instruction: str | None = None,
         pooling: str = "last",
         salt: str | None = None,
+        adapter: str | None = None,
     ) -> list[Request]:
         """The requests to `engine` that `embed` makes, of a salt; see `Request`."""
         if pooling not in POOLINGS:
@@ -558,8 +572,16 @@ class Mistral:
                 asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
                 text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
             ids = self._check_ids(text, f"texts[{i}]")
-            first = len(ids) - 1 if pooling == "last" else 0
-            requests.append(Request(ids, None, len(ids), hidden=True, logits_from=first, salt=salt))
+            request = Request(
+                ids,
+                None,
+                len(ids),
+                hidden=True,
+                logits_from=len(ids) - 1 if pooling == "last" else 0,
+                salt=salt,
+                adapter=self.adapters.find(adapter),
+            )
+            requests.append(request)
         return requests
 
     def require_tokenizer(self) -> Tokenizer:
@@ -682,11 +704,8 @@ class Mistral:
             reuse_completions=reuse_completions,
             salt=salt,
             grammar=self.grammar(params, starts_text, tools),
-            adapter=self._adapter(adapter),
+            adapter=self.adapters.find(adapter),
         )
-
-    def _adapter(self, name: str | None) -> LoadedAdapter | None:
-        return None if name is None else self.adapters.find(name)
 
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None

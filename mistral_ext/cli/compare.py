@@ -40,6 +40,7 @@ def add_to(commands: options.Commands) -> None:
             choices=options.QUANTIZE,
             help=f"round the weights of {name.upper()}",
         )
+        options.add_adapter(parser, f"LoRA adapter of {name.upper()}", f"--adapter-{name}")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     options.add_dtype(parser, "default: as stored")
     parser.add_argument(
@@ -66,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
     start(args)
     from mistral_ext.evaluate.compare import compare, write_histogram
 
-    first = _load(args, args.a, args.quantize_a)
-    second = _load(args, args.b or args.a, args.quantize_b)
-    result = compare(first, second, texts, chunk=args.chunk)
+    first, first_adapter = _load(args, args.a, args.quantize_a, args.adapter_a)
+    second, second_adapter = _load(args, args.b or args.a, args.quantize_b, args.adapter_b)
+    adapters = first_adapter, second_adapter
+    result = compare(first, second, texts, chunk=args.chunk, adapters=adapters)
     shares = (0.5, 0.9, 0.99, 1.0)
     shown = {
         "tokens": len(result.divergences),
@@ -84,14 +86,23 @@ def run(args: argparse.Namespace) -> int:
         for name, value in shown.items():
             print(f"{name:16} {value:{'d' if name == 'tokens' else '.6g'}}")
     if args.png:
-        title = f"{args.b or args.a} {args.quantize_b or ''} from {args.a} {args.quantize_a or ''}"
-        write_histogram(result, Path(args.png), " ".join(title.split()))
+        what = [args.b or args.a, args.quantize_b, second_adapter, "from"]
+        what += [args.a, args.quantize_a, first_adapter]
+        write_histogram(result, Path(args.png), " ".join(filter(None, what)))
     return 0
 
 
-def _load(args: argparse.Namespace, model: str, quantize: str | None) -> Mistral:
+def _load(
+    args: argparse.Namespace, model: str, quantize: str | None, adapter: tuple[str, str] | None
+) -> tuple[Mistral, str | None]:
+    """A model, and the name of its adapter."""
     from mistral_ext.llm import Mistral
 
-    return Mistral.from_pretrained(
-        model, device=args.device, dtype=options.dtype_of(args), quantize=quantize
+    llm = Mistral.from_pretrained(
+        model,
+        device=args.device,
+        dtype=options.dtype_of(args),
+        quantize=quantize,
+        adapters=dict([adapter]) if adapter else None,
     )
+    return llm, adapter[0] if adapter else None

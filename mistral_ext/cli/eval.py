@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mistral_ext.cli import eval_moderation, eval_programs, options
 from mistral_ext.cli.extras import expect_extra
-from mistral_ext.cli.options import load_model
+from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.files import write_text_file
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "eval",
-        parents=[options.common(), options.model()],
+        parents=[options.common(), options.model(), options.adapter()],
         help="measure a model on benchmarks",
         description="Evaluate a model on tasks of lm-evaluation-harness (pip install "
         "'mistral_ext[eval]'), which fetches their data (--tasks, --paper), on the programs of "
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.moderation is not None:
         return eval_moderation.run(args)
     expect_extra("eval", "lm_eval")
-    llm = load_model(args, max_batch=args.max_batch)
+    llm, adapter = load_adapted_model(args, max_batch=args.max_batch)
     tasks = _tasks(args)
     given = {
         "limit": args.limit,
@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         "cache": args.cache,
         "run_code": args.run_code,
         "log_samples": False,
+        "adapter": adapter,
     }
     if args.paper:
         text, results = _run_paper(llm, tasks, given)

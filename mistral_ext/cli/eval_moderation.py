@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistral_ext.cli.options import load_model
+from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.files import write_text_file
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     from mistral_ext.text.guardrails import LABELS
 
     cases = read_cases(args.moderation)
-    llm = load_model(args, max_batch=args.max_batch)
-    by_case = dict(moderate(llm, cases))
+    llm, adapter = load_adapted_model(args, max_batch=args.max_batch)
+    by_case = dict(moderate(llm, cases, adapter=adapter))
     found = [by_case[i] for i in range(len(cases))]
     counts = confusion(cases, found)
     print("\n".join(_table(counts, LABELS)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mistral_ext.cli.options import load_model
+from mistral_ext.cli.options import load_adapted_model
 from mistral_ext.files import write_text_file
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     temperature = args.temperature
     if temperature is None:
         temperature = _SEVERAL if count > 1 else 0.0
-    llm = load_model(args, max_batch=args.max_batch)
-    samples = complete(llm, problems, count, temperature)
+    llm, adapter = load_adapted_model(args, max_batch=args.max_batch)
+    samples = complete(llm, problems, count, temperature, adapter=adapter)
     del llm  # its memory is for the programs
     _write(args, samples)  # before they run, which may end this process
     counts = f"{len(problems)} problems, {count} of each"

@@ -117,21 +117,28 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
 def adapter() -> argparse.ArgumentParser:
     """The option of a command that uses one adapter."""
     parser = argparse.ArgumentParser(add_help=False)
-    add_adapter(parser, "LoRA adapter to use: a folder or file")
+    add_adapter(parser, "LoRA adapter to use: a folder, file or hub id")
     return parser
 
 
-def add_adapter(parser: argparse._ActionsContainer, text: str, **more: Any) -> None:
-    """The option --adapter, a name and a path."""
-    parser.add_argument("--adapter", type=_named_path, metavar="NAME=PATH", help=text, **more)
+def add_adapter(
+    parser: argparse._ActionsContainer, text: str, flag: str = "--adapter", **more: Any
+) -> None:
+    """An option that names an adapter: a name and a path."""
+    parser.add_argument(flag, type=_named_path, metavar="NAME=PATH_OR_ID", help=text, **more)
 
 
-def load_adapted_model(args: argparse.Namespace) -> tuple[Mistral, str | None]:
-    """Loads the model with the adapter that the `adapter` option names, and returns its name."""
+def load_adapted_model(args: argparse.Namespace, **more: Any) -> tuple[Mistral, str | None]:
+    """Loads the model with the adapter that the `adapter` option names, and returns its name.
+
+    Args:
+        args: the parsed options.
+        more: arguments of `Mistral.from_pretrained`.
+    """
     if args.adapter is None:
-        return load_model(args), None
+        return load_model(args, **more), None
     name, path = args.adapter
-    return load_model(args, adapters={name: path}), name
+    return load_model(args, adapters={name: path}, **more), name
 
 
 def sampling() -> argparse.ArgumentParser:
@@ -194,7 +201,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 def _named_path(text: str) -> tuple[str, str]:
     name, _, path = text.partition("=")
     if not (name and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH, e.g. sql=./sql-adapter")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH_OR_ID, e.g. sql=./sql-adapter")
     return name, path
 
 

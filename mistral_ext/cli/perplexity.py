@@ -9,13 +9,13 @@ import sys
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import read_text
-from mistral_ext.cli.options import load_model
+from mistral_ext.cli.options import load_adapted_model
 
 
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "perplexity",
-        parents=[options.common(), options.model()],
+        parents=[options.common(), options.model(), options.adapter()],
         help="measure how well a model predicts a text",
         description="Print the perplexity of texts: each token is predicted from all before it "
         "that the model's window lets it see. A longer text than a model without a window knows "
@@ -35,10 +35,10 @@ def add_to(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     texts = [read_text(file) for file in args.file]
-    llm = load_model(args)
+    llm, adapter = load_adapted_model(args)
     from mistral_ext.evaluate.perplexity import perplexity
 
-    result = perplexity(llm, texts, args.max_tokens)
+    result = perplexity(llm, texts, args.max_tokens, adapter=adapter)
     if args.json:
         shown = {"perplexity": result.value, **dataclasses.asdict(result), "rate": result.rate}
         print(json.dumps(shown))

@@ -49,8 +49,11 @@ class AdapterTable:
     def names(self) -> list[str]:
         return list(self._by_name)
 
-    def find(self, name: str) -> LoadedAdapter:
-        """The adapter of that name; ValueError if there is none."""
+    def find(self, name: str | None) -> LoadedAdapter | None:
+        """The adapter of that name, ValueError if there is none; None: no adapter."""
+        return None if name is None else self._loaded(name)
+
+    def _loaded(self, name: str) -> LoadedAdapter:
         found = self._by_name.get(name)
         if found is None:
             expected = f"one of {', '.join(self._by_name)}" if self._by_name else "none"
@@ -88,7 +91,7 @@ class AdapterTable:
             name: of the adapter.
             in_use: adapters of requests that have not ended.
         """
-        removed = self.find(name)
+        removed = self._loaded(name)
         removed.is_loaded = False
         del self._by_name[name]
         self.free(in_use)

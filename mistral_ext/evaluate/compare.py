@@ -62,6 +62,7 @@ def compare(
     texts: Sequence[str],
     progress: bool = True,
     chunk: int = 256,
+    adapters: tuple[str | None, str | None] = (None, None),
 ) -> Comparison:
     """Compares two models on texts.
 
@@ -72,6 +73,7 @@ def compare(
         progress: show a progress bar if stderr is a terminal.
         chunk: tokens in a piece; 8: as when tokens are generated. Its logits take chunk *
             vocabulary * 4 bytes, of each model.
+        adapters: the names of a loaded adapter of each model; None: none.
 
     Raises:
         ValueError: a text is too short, the models have other tokens, or a model does not write
@@ -91,7 +93,10 @@ def compare(
     with tqdm(total=total, unit="tokens", disable=None if progress else True) as bar:
         for ids in ids_of_texts:
             targets = torch.tensor(ids[1:], device="cpu")
-            pieces = [_logprobs(llm, ids[:-1], size, chunk) for llm in (first, second)]
+            pieces = [
+                _logprobs(llm, ids[:-1], size, chunk, adapter)
+                for llm, adapter in zip((first, second), adapters, strict=True)
+            ]
             for target, p, q in zip(targets.split(chunk), *pieces, strict=True):
                 divergences.append((p.exp() * (p - q)).sum(dim=1).double().clamp(min=0))
                 agrees.append(p.argmax(dim=1) == q.argmax(dim=1))
@@ -119,9 +124,12 @@ def _same_ids(first: Mistral, second: Mistral, text: str, name: str) -> list[int
     return ids
 
 
-def _logprobs(llm: Mistral, ids: Sequence[int], size: int, chunk: int) -> Iterator[Tensor]:
+def _logprobs(
+    llm: Mistral, ids: Sequence[int], size: int, chunk: int, adapter: str | None
+) -> Iterator[Tensor]:
     """Log-probabilities after each token, [n, size] fp32 on the CPU, in pieces of `chunk`."""
-    request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk)
+    used = llm.adapters.find(adapter)
+    request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk, adapter=used)
     for output in llm.engine.outputs([request]):
         if output.error:
             raise output.error

@@ -40,6 +40,7 @@ def evaluate(
     run_code: bool = False,
     include: str | Path | None = None,
     progress: bool = True,
+    adapter: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates a model on tasks of lm-evaluation-harness.
@@ -57,6 +58,7 @@ def evaluate(
         run_code: let tasks run the programs that the model writes, on this machine.
         include: a folder with more tasks.
         progress: show progress bars if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
         options: more arguments of `lm_eval.simple_evaluate`.
 
     Returns:
@@ -76,7 +78,7 @@ def evaluate(
         include_path=None if include is None else str(include), include_defaults=needs_index
     )
     results: dict[str, Any] = simple_evaluate(
-        model=harness_model(llm, progress),
+        model=harness_model(llm, progress, adapter),
         tasks=[_task(task, manager.all_tasks) for task in tasks],
         num_fewshot=num_fewshot,
         limit=limit,
@@ -107,12 +109,13 @@ def _is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
-def harness_model(llm: Mistral, progress: bool = True) -> LM:
+def harness_model(llm: Mistral, progress: bool = True, adapter: str | None = None) -> LM:
     """A model as the harness' functions take it.
 
     Args:
         llm: the model.
         progress: show progress bars if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
 
     Raises:
         ImportError: lm_eval is missing.
@@ -123,7 +126,7 @@ def harness_model(llm: Mistral, progress: bool = True) -> LM:
     class Model(HarnessModel, TemplateLM):  # type: ignore[misc]
         """`HarnessModel`, with what the harness' own class does for all models."""
 
-    return Model(llm, progress)
+    return Model(llm, progress, adapter)
 
 
 class HarnessModel:
@@ -135,12 +138,15 @@ class HarnessModel:
     Args:
         llm: the model.
         progress: show progress bars if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
     """
 
-    def __init__(self, llm: Mistral, progress: bool = True) -> None:
+    def __init__(self, llm: Mistral, progress: bool = True, adapter: str | None = None) -> None:
         super().__init__()
         llm.expect_writer()
+        llm.adapters.find(adapter)
         self._llm = llm
+        self._adapter = adapter
         self._tokenizer = llm.require_tokenizer()
         self._progress = progress
         self._chats: dict[str, list[int]] = {}  # the tokens of conversations, by their text
@@ -195,7 +201,7 @@ class HarnessModel:
         """The results of requests: texts (or None), tokens of the context, of the continuation."""
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for i, result in likelihoods(self._llm, pairs, self._progress):
+        for i, result in likelihoods(self._llm, pairs, self._progress, self._adapter):
             results[i] = result.logprob, result.is_greedy
             if requests[i][0] is not None:
                 self._keep("loglikelihood", requests[i][0], results[i])
@@ -234,7 +240,7 @@ class HarnessModel:
         for i, (ids, params) in enumerate(prompts):
             prompts[i] = self._fit(ids, params.max_tokens), params
         order = sorted(range(len(prompts)), key=lambda i: prompts[i][0])
-        made = (self._llm.request(*prompts[i]) for i in order)
+        made = (self._llm.request(*prompts[i], adapter=self._adapter) for i in order)
         texts = [""] * len(prompts)
         disable = None if self._progress and not disable_tqdm else True
         with tqdm(total=len(prompts), unit="completions", disable=disable) as bar:

@@ -123,6 +123,7 @@ def complete(
     temperature: float = 0.0,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
+    adapter: str | None = None,
 ) -> list[Sample]:
     """Has a model complete problems.
 
@@ -133,6 +134,7 @@ def complete(
         temperature: 0: the most likely tokens, so that all samples are equal.
         max_tokens: of a completion, which ends with its function.
         progress: show a progress bar if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
 
     Returns:
         The samples of the first problem, of the second and so on. They were not run.
@@ -142,7 +144,7 @@ def complete(
     )
     encode = llm.require_tokenizer().encode
     requests = (
-        llm.request(encode(problem.prompt), params, index)
+        llm.request(encode(problem.prompt), params, index, adapter=adapter)
         for problem in problems
         for index in range(samples)
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_ext.engine import outputs
+from mistral_ext.engine.adapters import LoadedAdapter
 from mistral_ext.engine.request import Output, Request
 from mistral_ext.llm import Mistral
 from mistral_ext.text.tokenizer import expect_token_ids
@@ -33,6 +34,7 @@ def likelihoods(
     llm: Mistral,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     progress: bool = True,
+    adapter: str | None = None,
 ) -> Iterator[tuple[int, Likelihood]]:
     """Measures continuations.
 
@@ -41,6 +43,7 @@ def likelihoods(
         pairs: token ids of a context and of its continuation, at least one of each. A model without
             a window must know as many positions as they have tokens, less one.
         progress: show a progress bar if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
 
     Yields:
         The index of a pair, and its result, in the order in which pairs are done.
@@ -63,7 +66,8 @@ def likelihoods(
     order = sorted(range(len(pairs)), key=lambda i: [*pairs[i][0], *pairs[i][1]])
     targets = {i: torch.tensor(pairs[i][1], device=llm.model.device) for i in order}
     totals = dict.fromkeys(order, (0.0, True))
-    requests = (_request(*pairs[i]) for i in order)
+    used = llm.adapters.find(adapter)
+    requests = (_request(*pairs[i], used) for i in order)
     with tqdm(total=len(pairs), unit="texts", disable=None if progress else True) as bar:
         for number, output in outputs_of(llm, requests):
             i = order[number]
@@ -81,9 +85,12 @@ def outputs_of(llm: Mistral, requests: Iterable[Request]) -> Iterator[tuple[int,
     return outputs.outputs_of(llm.engine, requests)
 
 
-def _request(context: Sequence[int], continuation: Sequence[int]) -> Request:
+def _request(
+    context: Sequence[int], continuation: Sequence[int], adapter: LoadedAdapter | None
+) -> Request:
     ids = [*context, *continuation][:-1]
-    return Request(ids, None, len(ids), prompt_logits=True, logits_from=len(context) - 1)
+    first = len(context) - 1
+    return Request(ids, None, len(ids), prompt_logits=True, logits_from=first, adapter=adapter)
 
 
 def _measure(logits: Tensor, ids: Tensor) -> tuple[float, bool]:

@@ -125,7 +125,7 @@ def _case(fields: Any, place: str) -> Case:
 
 
 def moderate(
-    llm: Mistral, cases: Sequence[Case], progress: bool = True
+    llm: Mistral, cases: Sequence[Case], progress: bool = True, adapter: str | None = None
 ) -> Iterator[tuple[int, Moderation]]:
     """Moderates contents.
 
@@ -133,6 +133,7 @@ def moderate(
         llm: an Instruct model.
         cases: the contents.
         progress: show a progress bar if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
 
     Yields:
         The index of a case, and what the model thinks of it, in the order in which they are done.
@@ -141,7 +142,7 @@ def moderate(
         ValueError: the model cannot read a content, which is too long for instance; names its
             place, before any is read.
     """
-    requests = [_request(llm, case) for case in cases]
+    requests = [_request(llm, case, adapter) for case in cases]
     with tqdm(total=len(cases), unit="contents", disable=None if progress else True) as bar:
         for number, output in outputs_of(llm.engine, requests):
             if output.prompt_logits is not None and len(output.prompt_logits):
@@ -149,9 +150,9 @@ def moderate(
                 bar.update()
 
 
-def _request(llm: Mistral, case: Case) -> Request:
+def _request(llm: Mistral, case: Case, adapter: str | None) -> Request:
     try:
-        return llm.moderation_request(case.content)
+        return llm.moderation_request(case.content, adapter=adapter)
     except ValueError as error:
         raise ValueError(f"{case.place}: {error}") from error
 

@@ -52,6 +52,7 @@ def perplexity(
     texts: str | Sequence[str | Sequence[int]],
     max_tokens: int | None = None,
     progress: bool = True,
+    adapter: str | None = None,
 ) -> Perplexity:
     """Measures a model on texts. Several texts are read in common passes.
 
@@ -63,6 +64,7 @@ def perplexity(
             before each and is not predicted.
         max_tokens: predict no more than the first tokens of each text; None: all.
         progress: show a progress bar if stderr is a terminal.
+        adapter: the name of a loaded adapter; None: none.
 
     Raises:
         ValueError, TypeError: a text is empty, or holds a token that the model does not know, or
@@ -86,7 +88,10 @@ def perplexity(
     n_tokens = sum(len(ids) - 1 for ids in sequences)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     started = time.perf_counter()
-    requests = [Request(ids[:-1], None, len(ids) - 1, prompt_logits=True) for ids in sequences]
+    used = llm.adapters.find(adapter)
+    requests = [
+        Request(ids[:-1], None, len(ids) - 1, prompt_logits=True, adapter=used) for ids in sequences
+    ]
     outputs = llm.engine.outputs(requests)
     targets = {
         request_id: torch.tensor(ids[1:], device=llm.model.device)

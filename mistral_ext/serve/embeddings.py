@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -30,15 +30,14 @@ class EmbeddingCall(Call):
     async def answer(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
         service = self._service
         given = check_fields(await self.read(scope, receive), _REQUEST)
-        service.expect_no_adapter(given.get("model"))
+        adapter = service.adapter_of(given.get("model"))
         size = int(given.get("dimensions", service.llm.config.dim))
         if size > service.llm.config.dim:
             text = f"dimensions is {size}, expected at most {service.llm.config.dim}"
             raise bad_request(text, "dimensions")
         texts = prompts_of(given["input"])
-        options = given.get("instruction"), given.get("pooling", "last"), given.get("cache_salt")
         with service.reading_places(len(texts)):
-            pooled = await asgi.until_disconnect(receive, self._pool(texts, *options))
+            pooled = await asgi.until_disconnect(receive, self._pool(texts, given, adapter))
         self.record.reason = "stop"
         as_base64 = given.get("encoding_format") == "base64"
         rows = torch.nn.functional.normalize(pooled[:, :size], dim=1)
@@ -51,17 +50,25 @@ class EmbeddingCall(Call):
             {
                 "object": "list",
                 "data": data,
-                "model": service.settings.model_name,
+                "model": adapter or service.settings.model_name,
                 "usage": {"prompt_tokens": count, "total_tokens": count},
             }
         )
 
     async def _pool(
-        self, texts: Sequence[Any], instruction: str | None, pooling: str, salt: str | None
+        self, texts: Sequence[Any], given: Mapping[str, Any], adapter: str | None
     ) -> Tensor:
-        """[N, E] fp32, the pooled hidden states of N texts, on the CPU."""
+        """[N, E] fp32, the pooled hidden states of N texts, on the CPU.
+
+        Args:
+            texts: texts and token ids.
+            given: the fields of the HTTP request.
+            adapter: the name of a loaded adapter; None: none.
+        """
         service = self._service
-        requests = await service.embedding_requests(texts, instruction, pooling, salt)
+        pooling = given.get("pooling", "last")
+        options = given.get("instruction"), pooling, given.get("cache_salt"), adapter
+        requests = await service.embedding_requests(texts, *options)
         self.record.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         pooled = torch.zeros(len(requests), service.llm.config.dim)
         async with aclosing(self.read_prompts(requests)) as outputs:

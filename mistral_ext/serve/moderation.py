@@ -56,23 +56,25 @@ class ModerationCall(Call):
         service = self._service
         given = check_fields(await self.read(scope, receive), _REQUEST)
         service.expect_writer()
-        service.expect_no_adapter(given.get("model"))
+        adapter = service.adapter_of(given.get("model"))
         asked = given["input"]
         contents = [asked] if isinstance(asked, str) else asked
         with service.reading_places(len(contents)):
-            work = self._judge(contents, given.get("cache_salt"))
+            work = self._judge(contents, given.get("cache_salt"), adapter)
             found = await asgi.until_disconnect(receive, work)
         self.record.reason = ",".join(sorted({moderation.category for moderation in found}))
         await self._send_json(
             {
                 "id": self.record.request_id,
-                "model": service.settings.model_name,
+                "model": adapter or service.settings.model_name,
                 "results": [_result(moderation) for moderation in found],
             }
         )
 
-    async def _judge(self, contents: Sequence[str], salt: str | None) -> list[Moderation]:
-        requests = await self._service.moderation_requests(contents, "input", salt)
+    async def _judge(
+        self, contents: Sequence[str], salt: str | None, adapter: str | None
+    ) -> list[Moderation]:
+        requests = await self._service.moderation_requests(contents, "input", salt, adapter=adapter)
         self.record.prompt_tokens = sum(len(request.prompt_ids) for request in requests)
         return await judge(self, self._service, requests, "request")
 

@@ -252,6 +252,7 @@ def moderation_requests(
     param: str,
     salt: str | None,
     cuts: bool = False,
+    adapter: str | None = None,
 ) -> list[Request]:
     """Requests that have the model judge contents; see `Mistral.moderation_request`.
 
@@ -261,13 +262,16 @@ def moderation_requests(
         param: the field that they come from.
         salt: see `Request`.
         cuts: has the end of a content that is too long judged, not refused.
+        adapter: see `Mistral.moderation_request`.
 
     Raises:
         ApiError: 400, for a content that is too long, and for a base model.
     """
     room = context_length(llm) - 1 if cuts else None
     try:
-        requests = [llm.moderation_request(content, template, salt, room) for content in contents]
+        requests = [
+            llm.moderation_request(content, template, salt, room, adapter) for content in contents
+        ]
     except ValueError as error:
         raise bad_request(str(error), param) from error
     for request in requests:

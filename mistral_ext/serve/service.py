@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,10 +139,11 @@ class Service:
             self._live.discard(generation)
             generation.close()
 
-    async def _prepare(self, work: Callable[..., _T], *args: Any) -> _T:
+    async def _prepare(self, work: Callable[..., _T], *args: Any, **options: Any) -> _T:
         """Calls `work` outside the event loop."""
         assert self._loop
-        return await self._loop.run_in_executor(self._tokenizing, work, *args)
+        call = functools.partial(work, *args, **options)
+        return await self._loop.run_in_executor(self._tokenizing, call)
 
     async def encode(
         self, prompt: Any, is_chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
@@ -149,9 +151,9 @@ class Service:
         """Token ids of a prompt; see `protocol.encode`."""
         return await self._prepare(encode, self.llm, prompt, self._template, is_chat, tools)
 
-    async def moderation_requests(self, *options: Any) -> list[Request]:
+    async def moderation_requests(self, *args: Any, **options: Any) -> list[Request]:
         """Requests that have the model judge contents; see `protocol.moderation_requests`."""
-        return await self._prepare(moderation_requests, self.llm, self._template, *options)
+        return await self._prepare(moderation_requests, self.llm, self._template, *args, **options)
 
     async def load_adapter(self, path: str, name: str) -> None:
         """Loads an adapter; see `Mistral.load_adapter`."""
@@ -192,12 +194,6 @@ class Service:
         if not self.llm.config.writes_text:
             name = self.settings.model_name
             text = f"{name!r} is an embedding model, which writes no text: use /v1/embeddings"
-            raise errors.bad_request(text, "model")
-
-    def expect_no_adapter(self, model: str | None) -> None:
-        """Raises ApiError if a request asks for another model than the model itself."""
-        if adapter := self.adapter_of(model):
-            text = f"model is {adapter!r}, an adapter, expected {self.settings.model_name!r}"
             raise errors.bad_request(text, "model")
 
     async def drain(self) -> None:

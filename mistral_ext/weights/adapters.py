@@ -27,6 +27,7 @@ from mistral_ext.ops import LowRank
 from mistral_ext.weights.checkpoint import hugging_face_name, pairs_to_halves, tensor_shapes
 from mistral_ext.weights.gguf_file import read_gguf
 from mistral_ext.weights.gguf_model import gguf_name, gguf_tensors
+from mistral_ext.weights.hub import resolve_adapter
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import StoredTensor, Writer, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
@@ -38,6 +39,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_FILES = (PEFT_WEIGHTS, "adapter_model.bin")
 _PEFT_PREFIX = "base_model.model."
 MISTRAL_FILE = "lora.safetensors"
+_MISTRAL_PARAMS = "params.json"
 _MISTRAL_SCALE = 2.0  # mistral-finetune's default, which its files do not hold
 
 # Settings of peft that change what an adapter computes, and that must not be set.
@@ -119,7 +121,8 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
 
     Args:
         path: a folder of peft (adapter_config.json and its weights) or of Mistral
-            (lora.safetensors), one of these files of weights, or a GGUF file.
+            (lora.safetensors), one of these files of weights, a GGUF file, or the hub id of such
+            a folder ("owner/name") or file ("owner/name:file.gguf").
         config: of the model that the adapter is for.
 
     Returns:
@@ -129,7 +132,8 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
         FileNotFoundError: there is no adapter.
         ValueError: the adapter is damaged, is for another model, or needs what is not supported.
     """
-    file = _find(Path(path))
+    files = (PEFT_CONFIG, *_PEFT_FILES, MISTRAL_FILE, _MISTRAL_PARAMS)
+    file = _find(resolve_adapter(path, files))
     refuse_lfs_pointer(file)
     if file.suffix == ".gguf":
         return _read_gguf(file, config)
@@ -256,7 +260,7 @@ def _read_mistral(file: Path, config: MistralConfig) -> dict[str, LowRank]:
 
 
 def _mistral_scale(file: Path) -> float:
-    params = file.parent / "params.json"
+    params = file.parent / _MISTRAL_PARAMS
     settings = read_json_object(params).get("lora") if params.is_file() else None
     if isinstance(settings, dict) and settings.get("scaling") is not None:
         scale = settings["scaling"]

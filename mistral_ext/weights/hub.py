@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, what_is_there
@@ -10,6 +11,7 @@ from mistral_ext.weights.gguf_file import part_names
 from mistral_ext.weights.packed_settings import OWN_FILES as PACKING_FILES
 
 _OWNER_AND_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
+_GGUF_OF_HUB = rf"({_OWNER_AND_NAME}):([^:]+\.gguf)"
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
@@ -32,7 +34,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         )
     if re.fullmatch(_OWNER_AND_NAME, str(path_or_hub_id)):
         return _download(str(path_or_hub_id))
-    if match := re.fullmatch(rf"({_OWNER_AND_NAME}):([^:]+\.gguf)", str(path_or_hub_id)):
+    if match := re.fullmatch(_GGUF_OF_HUB, str(path_or_hub_id)):
         return _download_gguf(match[1], match[2])
     raise FileNotFoundError(
         f"{str(path_or_hub_id)!r} does not exist, expected a folder, a GGUF file, or a hub id like "
@@ -40,8 +42,29 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     )
 
 
+def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
+    """The local folder or file of an adapter: the path itself, or a download from the hub.
+
+    Args:
+        path_or_hub_id: a path; ``owner/name``; or ``owner/name:file.gguf``.
+        files: names of the files that an adapter may have, which are downloaded.
+
+    Raises:
+        FileNotFoundError: it has the form of a hub id, and there is none such, nor such a path. Any
+            other path is returned as it is.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.exists():
+        return path
+    if match := re.fullmatch(_GGUF_OF_HUB, str(path_or_hub_id)):
+        return _download_gguf(match[1], match[2])
+    if re.fullmatch(_OWNER_AND_NAME, str(path_or_hub_id)):
+        return _download_files(str(path_or_hub_id), files)
+    return path
+
+
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     patterns = [*CONFIGS, *PACKING_FILES, *COMPANIONS]
     try:
@@ -56,8 +79,15 @@ def _download(hub_id: str) -> Path:
             f"{what_is_there(files)}"
         )
     patterns += [name for name in (layout.file, layout.shards) if name is not None]
+    return _download_files(hub_id, patterns)
+
+
+def _download_files(hub_id: str, patterns: Sequence[str]) -> Path:
+    """The folder with these files of a hub model."""
+    from huggingface_hub import snapshot_download
+
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
     except Exception as error:
         raise _not_available(hub_id, error) from error
 

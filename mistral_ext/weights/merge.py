@@ -25,11 +25,12 @@ def merge_adapter(
     adapter: str | Path,
     target: str | Path,
     progress: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Writes a model with an adapter merged into its weights, as a folder that loads anywhere.
 
-    The model keeps its dtype. A merged weight is computed in float64 and then rounded to the dtype;
-    weights that the adapter does not change keep their bits. The folder is either complete or
+    A merged weight is computed in float64 and rounded once; weights that the adapter does not
+    change keep their bits, unless another dtype is asked for. The folder is either complete or
     absent (`new_folder`).
 
     Args:
@@ -38,6 +39,7 @@ def merge_adapter(
         adapter: as for `read_adapter`.
         target: the folder to make; must not exist, or be empty.
         progress: show a progress bar if stderr is a terminal.
+        dtype: float32, bfloat16 or float16, of the weights that are written; None: as stored.
 
     Returns:
         `target`.
@@ -45,7 +47,7 @@ def merge_adapter(
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
         FileNotFoundError, ValueError: the source is quantised, damaged or an embedding model, the
-            adapter is for another model, or a merged weight is too large for the dtype.
+            adapter is for another model, or a weight is too large for the dtype.
         OSError: no space is left, or another failure of the system.
     """
     target = Path(target)
@@ -63,35 +65,35 @@ def merge_adapter(
             "load it with the adapter"
         )
     updates = read_adapter(adapter, original.config)
-    weights = Checkpoint(original)
-    config = dataclasses.replace(original.config, dtype=weights.dtype)
+    weights = Checkpoint(original)  # in the dtype that is stored, so that nothing is rounded twice
+    dtype = dtype or weights.dtype
+    config = dataclasses.replace(original.config, dtype=dtype)
     shapes = tensor_shapes(config)
     layout: dict[str, Weight] = {
-        name: torch.empty(shapes[name], dtype=weights.dtype, device="meta")
-        for name in weights.names
+        name: torch.empty(shapes[name], dtype=dtype, device="meta") for name in weights.names
     }
-    write_model(target, original, config, layout, _merged_weights(weights, updates, progress))
+    merged = _merged_weights(weights, updates, dtype, progress)
+    write_model(target, original, config, layout, merged)
     return target
 
 
 def _merged_weights(
-    weights: Checkpoint, updates: Adapter, progress: bool
+    weights: Checkpoint, updates: Adapter, dtype: torch.dtype, progress: bool
 ) -> Iterator[tuple[str, Weight]]:
     for name, weight in weights.weights(progress):
+        assert isinstance(weight, Tensor)  # the source is not quantised
         update = updates.get(name.removesuffix(".weight"))
-        if update is not None:
-            assert isinstance(weight, Tensor)  # the source is not quantised
-            weight = _merged(name, weight, update)
-        yield name, weight
+        written = weight.to(dtype) if update is None else _merged(weight, update, dtype)
+        if written is not weight and not written.isfinite().all():
+            raise ValueError(f"{name} with the adapter is not finite in {dtype}")
+        yield name, written
 
 
-def _merged(name: str, weight: Tensor, update: LowRank) -> Tensor:
-    merged = torch.empty_like(weight)
+def _merged(weight: Tensor, update: LowRank, dtype: torch.dtype) -> Tensor:
+    merged = torch.empty_like(weight, dtype=dtype)
     a = update.scale * update.a.double()
     for rows, before, b in zip(
         merged.split(_ROWS), weight.split(_ROWS), update.b.split(_ROWS), strict=True
     ):
         rows.copy_(before.double().addmm_(b.double(), a))
-    if not merged.isfinite().all():
-        raise ValueError(f"{name} with the adapter is not finite in {weight.dtype}")
     return merged

@@ -63,13 +63,13 @@ def test_merge(llm, folder, tmp_path, capsys):
 def test_no_name_or_no_path(given, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["generate", "--adapter", given, "Once"])
-    assert f"argument --adapter: {given!r} is not NAME=PATH" in capsys.readouterr().err
+    assert f"argument --adapter: {given!r} is not NAME=PATH_OR_ID" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["generate", "--adapter", "a=no/such", "Once"], "no adapter in 'no/such'"),
+        (["generate", "--adapter", "a=./no/such", "Once"], "no adapter in 'no/such'"),
         (["serve", "--adapter", "demo=x"], "--adapter has the name 'demo', expected one that no"),
         (["serve", "--adapter", "a=x", "--adapter", "a=y"], "--adapter has the name 'a'"),
         (["merge", "no/such", "x", "out"], "no/such"),

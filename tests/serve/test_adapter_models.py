@@ -6,6 +6,7 @@ import shutil
 
 import openai
 import pytest
+import torch
 from adapters import write_peft
 from checkpoints import TOKENIZERS, write_checkpoint
 from servers import serving
@@ -71,10 +72,19 @@ def test_a_request_chooses_by_model(server, expected):
     assert said(server, "tiny") == expected["tiny"]
     assert said(server, None) == expected["tiny"]
     assert server.chat("Hi", model="b").json()["error"]["code"] == "model_not_found"
-    for path in ("moderations", "embeddings"):
-        reply = server.post(f"/v1/{path}", {"model": "a", "input": "Hi"})
-        assert reply.status_code == 400
-        assert "model is 'a', an adapter, expected 'tiny'" in reply.json()["error"]["message"]
+
+
+def test_a_text_is_read_with_the_adapter(server, folder):
+    llm = Mistral.from_pretrained(folder, adapters={"a": folder / "a"})
+    for model, name in (("tiny", None), ("a", "a")):
+        reply = server.post("/v1/embeddings", {"model": model, "input": "Hi"}).json()
+        assert reply["model"] == model
+        found = torch.tensor(reply["data"][0]["embedding"])
+        torch.testing.assert_close(found, llm.embed("Hi", adapter=name)[0], rtol=1e-3, atol=1e-4)
+        reply = server.post("/v1/moderations", {"model": model, "input": "Hi"}).json()
+        assert reply["model"] == model
+        expected = pytest.approx(dict(llm.moderate("Hi", adapter=name).scores), rel=1e-3)
+        assert reply["results"][0]["category_scores"] == expected
 
 
 def test_a_stream_and_a_completion_choose_too(server, expected):
@@ -123,7 +133,7 @@ def test_load_and_unload_while_it_runs(server, folder, expected):
     ("verb", "fields", "status", "message"),
     [
         ("load", {"lora_name": "tiny", "lora_path": "x"}, 400, "which is the model's name"),
-        ("load", {"lora_name": "c", "lora_path": "no/such"}, 400, "no adapter in 'no/such'"),
+        ("load", {"lora_name": "c", "lora_path": "./no/such"}, 400, "no adapter in 'no/such'"),
         ("load", {"lora_name": "c"}, 400, "lora_path"),
         ("unload", {"lora_name": "c"}, 404, "adapter is 'c', expected one of a"),
         ("unload", {"lora_name": "tiny"}, 404, "adapter is 'tiny'"),

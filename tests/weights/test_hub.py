@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from mistral_ext.weights.hub import resolve
+from mistral_ext.weights.hub import resolve, resolve_adapter
 
 INDEX = "model.safetensors.index.json"
 
@@ -52,6 +52,34 @@ def test_a_gguf_file_of_the_hub(name, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert resolve(f"owner/name:{name}") == tmp_path / expected[0]
     assert asked == [("owner/name", file) for file in expected]
+
+
+def test_an_adapter_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(hub_id, allow_patterns):
+        asked.append((hub_id, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda hub_id, file: f"{hub_id}/{file}")
+    assert resolve_adapter("owner/name", ("a", "b")) == tmp_path
+    assert asked == [("owner/name", ["a", "b"])]
+    assert resolve_adapter("owner/name:x/a.gguf", ()) == Path("owner/name/x/a.gguf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert resolve_adapter("owner/name", ()) == Path("owner/name")  # a folder wins
+    assert resolve_adapter("./no/such", ()) == Path("no/such")  # the reader says what is missing
+    assert len(asked) == 1
+
+
+def test_an_adapter_that_cannot_be_had(monkeypatch):
+    def download(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match=r"'owner/name' is not a local.*no network"):
+        resolve_adapter("owner/name", ())
 
 
 def test_a_gguf_file_that_cannot_be_had(monkeypatch):

@@ -63,6 +63,16 @@ def test_weights_are_those_of_peft(adapter, tmp_path, dtype):
         assert torch.equal(tensor, before[name]) != changes, name
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_dtype_is_rounded_once(base, adapter, tmp_path, dtype):
+    target = merge_adapter(base, adapter, tmp_path / "merged", dtype=dtype)
+    expected = merged_by_peft(base, adapter)
+    for name, tensor in load_file(target / "model.safetensors").items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name].to(dtype)), name
+    assert Mistral.from_pretrained(target).config.dtype == dtype
+
+
 def test_a_merged_model_answers_as_one_with_the_adapter(base, adapter, tmp_path):
     target = merge_adapter(base, adapter, tmp_path / "merged")
     merged = Mistral.from_pretrained(target).logits(IDS)
