@@ -9,9 +9,10 @@ the distributions of the next token from those in fp32, `max` and `mean` are dif
 A random model is the worst case: it has learnt nothing that would outweigh the errors. Tokens are
 read 512 at a time, and once more 8 at a time: a few are multiplied with int8 in integers.
 
-Then other ways to get 8 and 4 bits, on the demo in fp32, so that nothing but the weights is
-rounded. Its perplexity is no measure to tell them apart: the demo is overfitted, and noise can help
-it. KL is. e4m3 are floating point numbers of 8 bits, which some GPUs know.
+Then other ways to get 8 and 4 bits, on the demo or MODEL in fp32, so that nothing but the weights
+is rounded; llama.cpp's Q8_0 is among them if its package gguf is installed. The demo's perplexity
+is no measure to tell them apart: the demo is overfitted, and noise can help it. KL is. e4m3 are
+floating point numbers of 8 bits, which some GPUs know.
 
 Takes a minute or two and 8 GB. `--model` measures another model instead, a folder or a GGUF file,
 on the first `--tokens` tokens of the same text; its weights are taken as they decode to bfloat16.
@@ -20,6 +21,7 @@ on the first `--tokens` tokens of the same text; its weights are taken as they d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +120,15 @@ def eight_bits(weight: Tensor, group: int) -> Tensor:
     return quantize(weight, "q8_0" if group == 32 else "int8").dequantize()
 
 
+def q8_0(weight: Tensor, _: int) -> Tensor:
+    """As llama.cpp rounds to Q8_0: by the code of its package gguf."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType.Q8_0
+    rounded = quants.quantize(weight.float().numpy(), kind)
+    return torch.from_numpy(quants.dequantize(rounded, kind).reshape(weight.shape))
+
+
 def plain_rounding(weight: Tensor, group: int) -> Tensor:
     """To the largest magnitude of a group over 7: what the search for scales is better than."""
     groups = weight.float().unflatten(1, (-1, group))
@@ -147,6 +158,8 @@ def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
         for way, method in (("rounding", plain_rounding), ("scales searched", searched))
     }
     ways |= {"8 bits, rows": (eight_bits, 1), "8 bits, groups of 32": (eight_bits, 32)}
+    if importlib.util.find_spec("gguf"):
+        ways["8 bits, llama.cpp's Q8_0"] = (q8_0, 32)
     ways["e4m3, rows"] = (e4m3, 1)
     return {name: lambda how=how: apply(*how) for name, how in ways.items()}
 
@@ -226,9 +239,9 @@ def main() -> None:
             for name, make in FORMATS.items()
         }
         report[title] = measure(subject, formats, exact, None)
-        if subject.text is not None:
-            print("\nways to round, on the demo in fp32")
-            base = report[title]["bf16"]["perplexity"]
+        if title != "random_7b":
+            print(f"\nways to round, on the {title} in fp32")
+            base = report[title]["bf16"].get("perplexity")
             ways = other_ways(subject.weights)
             report["ways_to_round"] = measure(subject, ways, exact, base)
     if args.json:
