@@ -156,11 +156,17 @@ class StandIn:
     counters: int = 0
 
 
-def emulated(emulator: ModuleType) -> SimpleNamespace:
-    """What `_C` is, with those ops that have a CUDA kernel run by the emulator."""
+def emulated(
+    emulator: ModuleType, keep: Callable[[object], None] = lambda _: None
+) -> SimpleNamespace:
+    """What `_C` is, with those ops that have a CUDA kernel run by the emulator.
+
+    `keep` is called with all that has the memory of a launch.
+    """
 
     def bind(name):
         def call(*arguments):
+            keep(arguments)
             tensors, constant = {}, set()
             for i, argument in enumerate(arguments):
                 for j, one in enumerate(argument if isinstance(argument, list) else [argument]):
@@ -170,9 +176,11 @@ def emulated(emulator: ModuleType) -> SimpleNamespace:
                         if i in CONSTANTS.get(name, ()):
                             constant.add(tensor)
 
-            def run(*memory):
+            def run(_, *others):
+                memory = torch.empty(checked.workspace_bytes, dtype=torch.uint8)
+                keep(memory)
                 with registered(emulator, constant, **tensors):
-                    checked.run(*memory)
+                    checked.run(memory.data_ptr(), *others)
 
             with registered(emulator, constant, **tensors):
                 checked = getattr(emulator, name)(*arguments)
@@ -288,6 +296,27 @@ def _in_place_of_c(implementation: SimpleNamespace) -> Iterator[None]:
 def use(emulator: ModuleType) -> AbstractContextManager[None]:
     """Within it, `mistral_ext.ops` runs CUDA kernels in the emulator."""
     return _in_place_of_c(emulated(emulator))
+
+
+@contextmanager
+def stream(emulator: ModuleType) -> Iterator[None]:
+    """Within it, launches overlap as they may on a stream (tests/emulator/stream.h).
+
+    They are over at its end. Until then their tensors live on, and no other code reads them.
+    """
+    emulator.begin_stream()
+    try:
+        yield
+    finally:
+        emulator.end_stream()
+
+
+@contextmanager
+def use_stream(emulator: ModuleType) -> Iterator[None]:
+    """`use` and `stream`, and tensors live to its end."""
+    kept: list[object] = []
+    with _in_place_of_c(emulated(emulator, kept.append)), stream(emulator):
+        yield
 
 
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:

@@ -207,6 +207,7 @@ PLANTED = {
     "missing_refill_barrier": RACE,
     "missing_syncwarp": RACE,
     "missing_wait": "load of .* which thread .* is still filling since a copy at missing_wait.cu:",
+    "never_waits": "the end of the kernel before wait_for_earlier_kernels",
     "out_of_bounds_read": "load of 4 bytes out of bounds: it ends",
     "out_of_bounds_shared": "access to shared memory of 16 bytes out of bounds: it is at byte 1024",
     "out_of_bounds_write": "store of 4 bytes out of bounds: it ends 4 bytes after out .1028 bytes.",

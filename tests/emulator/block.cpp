@@ -35,7 +35,7 @@ void fail(Site site, const std::string& problem) {
               ", thread " + to_text(current->index) + ", " + to_text(site) + ": " + problem);
 }
 
-Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
+Block::Block(Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
              Stacks& stacks)
     : launch_(launch), index_(index), shared_(shared), accesses_(accesses) {
   const dim3 size = launch.block, grid = launch.grid;
@@ -65,9 +65,6 @@ Block::Block(const Launch& launch, uint3 index, SharedMemory& shared, SharedAcce
     start(threads_.back(), stacks);
   }
   shared_.poison();
-  ::blockIdx = index;
-  ::blockDim = {size.x, size.y, size.z};
-  ::gridDim = {grid.x, grid.y, grid.z};
 }
 
 // xorshift64*
@@ -134,15 +131,17 @@ void Block::leave() {
   if (error_) throw Abandoned{};
 }
 
-// Ends the threads that an error has left somewhere in the kernel, so that their stacks come free.
+// Ends the threads that are still somewhere in the kernel, so that their stacks come free.
 void Block::abandon() {
+  if (!error_) error_ = std::make_exception_ptr(Abandoned{});
   for (Thread& thread : threads_) {
     if (thread.fiber) resume(thread);
   }
+  current = nullptr;
 }
 
 void Block::finish(Thread& thread) {
-  check_waited(Site::here(), "the end of the kernel");
+  check_waited(thread.latest, "the end of the kernel");
   if (at_barrier_ > 0) {
     fail(barrier_site_, "this thread left the kernel while " + std::to_string(at_barrier_) +
                             " wait for it at __syncthreads");
@@ -168,6 +167,23 @@ void Block::barrier(Site site) {
     warp.requests().count_into(counters_);
     warp.wake(warp.lanes());
   }
+}
+
+void Block::wait_for_earlier_kernels(Site site) {
+  if (launch_.waits) {
+    wait_earlier_.push_back(current);
+    suspend("wait_for_earlier_kernels", site);
+  }
+  current->waited = true;
+}
+
+// As on a GPU, the first thread that calls this does it for the block. So what the other threads do
+// before their own calls may come late too.
+void Block::let_later_kernels_begin(Site site) {
+  current->latest = site;
+  if (std::exchange(lets_later_, true) || !launch_.holds || launch_.waits) return;
+  held_ = yielded_ = true;
+  leave();
 }
 
 std::string Block::name(Agent agent) const {
@@ -217,7 +233,7 @@ void Block::note_plain_access(const void* address, size_t bytes, bool store) noe
       return load_shared(current->latest, address, inside);
     }
     // Other memory, such as parameters, is not checked.
-    if (allocations().find(address)) {
+    if (launch_.allocations.find(address)) {
       check_global(current->latest, store ? "plain store" : "plain load",
                    store ? Use::store : Use::load, address, bytes);
     }
@@ -303,9 +319,18 @@ void Block::run() {
   const struct NobodyRuns {
     ~NobodyRuns() { current = nullptr; }
   } at_the_end;
-  while (exited_ < threads_.size() && !error_) {
+  ::blockIdx = index_;
+  ::blockDim = {launch_.block.x, launch_.block.y, launch_.block.z};
+  ::gridDim = {launch_.grid.x, launch_.grid.y, launch_.grid.z};
+  held_ = false;
+  if (!launch_.waits) {
+    for (const Thread* thread : wait_earlier_) thread->warp->wake(1u << thread->lane);
+    wait_earlier_.clear();
+  }
+  while (!ended() && !error_ && !held_) {
     const size_t w = choose_warp();
     if (w == warps_.size()) {
+      if (!wait_earlier_.empty()) return;
       if (hopper_ && !hopper_->in_flight.empty()) {
         deliver_something();
       } else {
@@ -325,6 +350,7 @@ void Block::run() {
     abandon();
     std::rethrow_exception(error_);
   }
+  if (held_) return;
   if (const std::string left = hopper_ ? hopper_->problem_at_the_end() : ""; !left.empty()) {
     throw Error(launch_.kernel + ": block " + to_text(index_) + " has ended, but " + left);
   }

@@ -31,10 +31,14 @@ struct Launch {
   std::function<void()> body;  // the kernel with its arguments
   Delivery delivery;
   uint64_t seed;
-  GlobalStores& stores;
-  AtomicWords& atomics;
-  int capability;  // of the device
-  bool overlaps;   // with earlier launches, until its threads wait for them
+  int capability;           // of the device
+  bool overlaps;            // with earlier launches, until its threads wait for them
+  Allocations allocations;  // what its threads may access
+  GlobalStores stores = {};
+  AtomicWords atomics = {};
+  // Of launches on a Stream:
+  bool waits = false;  // there is an earlier launch that has not ended
+  bool holds = false;  // a block stops where it lets later kernels begin
 };
 
 // A CUDA thread.
@@ -66,15 +70,24 @@ std::string to_text(uint3 index);
 
 class Block {
  public:
-  Block(const Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
+  Block(Launch& launch, uint3 index, SharedMemory& shared, SharedAccesses& accesses,
         Stacks& stacks);
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  ~Block() { abandon(); }
 
-  // Runs all threads to their end. Throws the first error; the other threads then stop.
+  // Runs all threads to their end. Or, while the launch `waits` or `holds`, to where they wait for
+  // earlier kernels or let later ones begin; the same thread of the process then calls it again.
+  // Throws the first error; the other threads then stop.
   void run();
+  bool ended() const { return exited_ == threads_.size(); }
+  bool lets_later_kernels_begin() const { return lets_later_ || ended(); }
 
   // For the running thread: __syncthreads, and waiting for whatever wakes its lane.
   void barrier(Site site);
   void suspend(const char* instruction, Site site);
+  void wait_for_earlier_kernels(Site site);
+  void let_later_kernels_begin(Site site);
 
   // For the running thread, which has just allowed other threads to run: they may now overtake it.
   void yield();
@@ -97,7 +110,7 @@ class Block {
   void note_atomic(const void* address);  // with the lock of launch().atomics
   void fence();
 
-  const Launch& launch() const { return launch_; }
+  Launch& launch() const { return launch_; }
   uint3 index() const { return index_; }
   SharedMemory& shared() { return shared_; }
   Counters& counters() { return counters_; }
@@ -135,7 +148,7 @@ class Block {
   bool knows(const GlobalStores::Store& store) const;
   std::exception_ptr stuck() const;
 
-  const Launch& launch_;
+  Launch& launch_;
   uint3 index_;
   uint64_t number_;
   SharedMemory& shared_;
@@ -150,6 +163,9 @@ class Block {
   const void* scheduler_stack_ = nullptr;  // its end, for the sanitizer
   size_t scheduler_stack_size_ = 0;
   bool yielded_ = false;  // the warp that is running
+  bool lets_later_ = false;
+  bool held_ = false;                        // where it lets later kernels begin
+  std::vector<const Thread*> wait_earlier_;  // the threads that wait for earlier kernels
   std::exception_ptr error_;
   uint64_t random_state_;
   size_t exited_ = 0;

@@ -180,7 +180,9 @@ void access_global(Site site, Access access, const void* address, size_t bytes) 
   current->warp->requests().add(current->lane, site, access, address, static_cast<uint32_t>(bytes));
 }
 
-void wait_for_earlier_kernels() { current->waited = true; }
+void wait_for_earlier_kernels(Site site) { current->block->wait_for_earlier_kernels(site); }
+
+void let_later_kernels_begin(Site site) { current->block->let_later_kernels_begin(site); }
 
 template <class T>
 T load_shared(Site site, const void* address) {

@@ -38,7 +38,8 @@ void mma_m16n8k16(Site site, Half type, float (&d)[4], const uint32_t (&a)[4],
 
 // Waits for the earlier kernels. In a launch that overlaps with them, a thread may before this only
 // read global memory that no kernel writes (Allocations::add).
-void wait_for_earlier_kernels();
+void wait_for_earlier_kernels(Site site);
+void let_later_kernels_begin(Site site);
 
 float exp2_approx(float x);
 

@@ -96,12 +96,13 @@ void check_alignment(Site site, const char* what, const void* address, size_t by
 }
 
 void check_global(Site site, const char* what, Use use, const void* address, size_t bytes) {
-  const std::string problem = allocations().problem(address, bytes);
+  const Allocations& allocations = current->block->launch().allocations;
+  const std::string problem = allocations.problem(address, bytes);
   if (!problem.empty()) {
     fail(site, std::string(what) + " of " + text_of_bytes(bytes) + " out of bounds: it " + problem);
   }
   if (use == Use::load && current->waited) return;
-  const Allocations::Range* range = allocations().find(address);
+  const Allocations::Range* range = allocations.find(address);
   const bool constant = range && range->constant;
   if (use == Use::store && constant) fail(site, std::string(what) + " to constant " + range->name);
   if (constant) return;

@@ -28,12 +28,13 @@ class Allocations {
     bool constant;
   };
   const Range* find(const void* address) const;
+  const std::vector<Range>& ranges() const { return ranges_; }
 
  private:
   std::vector<Range> ranges_;
 };
 
-Allocations& allocations();
+Allocations& allocations();  // of the launches to come
 
 // A block's shared memory: all NaN at first (each byte is 0xff, so every float, half and bfloat16
 // is one). The guards on both sides are NaN too, and writing to them is an error, if a late one;

@@ -42,6 +42,7 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"shared_stride_8", &cuda::run_shared_stride_8},
     {"uninitialised", &cuda::run_uninitialised},
     {"shape", &cuda::run_shape},
+    {"order_of_overlap", &cuda::run_order_of_overlap},
     {"tma_2d", &cuda::run_tma_2d},
     {"tma_3d", &cuda::run_tma_3d},
     {"tensor_map", &cuda::run_tensor_map},
@@ -68,9 +69,11 @@ const std::map<std::string, cudaError_t (*)(const cuda::Arguments&)> kTestKernel
     {"missing_refill_barrier", &cuda::run_missing_refill_barrier},
     {"missing_syncwarp", &cuda::run_missing_syncwarp},
     {"missing_wait", &cuda::run_missing_wait},
+    {"never_waits", &cuda::run_never_waits},
     {"out_of_bounds_read", &cuda::run_out_of_bounds_read},
     {"out_of_bounds_shared", &cuda::run_out_of_bounds_shared},
     {"out_of_bounds_write", &cuda::run_out_of_bounds_write},
+    {"outside_of_tensors", &cuda::run_outside_of_tensors},
     {"past_shared", &cuda::run_past_shared},
     {"reused_too_early", &cuda::run_reused_too_early},
     {"row_outside", &cuda::run_row_outside},
@@ -181,6 +184,8 @@ PYBIND11_MODULE(_emulator, m) {
         emulator::allocations().add(reinterpret_cast<const void*>(begin), bytes, name, constant);
       },
       py::arg("begin"), py::arg("bytes"), py::arg("name"), py::arg("constant") = false);
+  m.def("begin_stream", &emulator::begin_stream);
+  m.def("end_stream", &emulator::end_stream, py::call_guard<py::gil_scoped_release>());
   m.def("free_all", [] { emulator::allocations().clear(); });
   m.def("run_test_kernel", &run_test_kernel, py::arg("name"), py::arg("inputs"), py::arg("out"),
         py::arg("n"));

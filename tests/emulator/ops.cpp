@@ -3,12 +3,14 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../../csrc/ops.h"
 #include "memory.h"
+#include "run.h"
 
 namespace mistral::cpu {
 namespace {
@@ -23,10 +25,30 @@ void check(const char* op, cudaError_t status) {
   }
 }
 
-void check_counters(const std::string& op, const std::vector<int32_t>& counters) {
-  for (const int32_t counter : counters) {
-    if (counter != 0) throw std::runtime_error(op + ": a counter was not left at zero");
-  }
+// Memory that kernels of an op get beside its arguments.
+struct Scratch {
+  std::vector<float> partials;
+  std::vector<int32_t> counters;
+};
+
+std::shared_ptr<Scratch> make_scratch(int64_t partials, int64_t counters) {
+  auto scratch = std::make_shared<Scratch>();
+  scratch->partials.assign(static_cast<size_t>(partials), NAN);
+  scratch->counters.assign(static_cast<size_t>(counters), 0);
+  auto& allocations = emulator::allocations();
+  allocations.add(scratch->partials.data(), scratch->partials.size() * sizeof(float), "partials");
+  allocations.add(scratch->counters.data(), scratch->counters.size() * sizeof(int32_t), "counters");
+  return scratch;
+}
+
+// When the op's kernels are done. The memory lives until then.
+void check_counters(const char* op, const std::shared_ptr<Scratch>& scratch) {
+  emulator::when_done([op, scratch] {
+    for (const int32_t counter : scratch->counters) {
+      if (counter == 0) continue;
+      throw std::runtime_error(std::string(op) + ": a counter was not left at zero");
+    }
+  });
 }
 
 void add_scratch(const LinearParams& p) {
@@ -42,29 +64,24 @@ void add_scratch(const LinearParams& p) {
 int64_t attention_scratch_bytes(const AttentionParams&) { return 0; }
 void attention(const AttentionParams& given, int) {
   AttentionParams p = given;
-  const cuda::AttentionScratch scratch =
+  const cuda::AttentionScratch wanted =
       cuda::attention_scratch(p, min(p.window, kLongest) + p.max_count);
-  std::vector<float> partials(static_cast<size_t>(scratch.partials), NAN);
-  std::vector<int32_t> counters(static_cast<size_t>(scratch.counters), 0);
-  p.splits = scratch.splits;
-  p.prefill_splits = scratch.prefill_splits;
-  p.partials = partials.data();
-  p.counters = counters.data();
-  auto& allocations = emulator::allocations();
-  allocations.add(p.partials, partials.size() * sizeof(float), "partials");
-  allocations.add(p.counters, counters.size() * sizeof(int32_t), "counters");
+  const auto scratch = make_scratch(wanted.partials, wanted.counters);
+  p.splits = wanted.splits;
+  p.prefill_splits = wanted.prefill_splits;
+  p.partials = scratch->partials.data();
+  p.counters = scratch->counters.data();
   check("attention", cuda::attention(p, nullptr));
-  check_counters("attention", counters);
+  check_counters("attention", scratch);
 }
 int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
 void linear(const LinearParams& given, int) {
   LinearParams p = given;
   add_scratch(p);
-  std::vector<int32_t> counters(sizeof(RunningArgmax) / sizeof(int32_t), 0);
-  p.running = reinterpret_cast<RunningArgmax*>(counters.data());
-  emulator::allocations().add(p.running, sizeof(RunningArgmax), "running argmax");
+  const auto scratch = make_scratch(0, sizeof(RunningArgmax) / sizeof(int32_t));
+  p.running = reinterpret_cast<RunningArgmax*>(scratch->counters.data());
   check("linear", cuda::linear(p, nullptr));
-  check_counters("linear", counters);
+  check_counters("linear", scratch);
 }
 void linear_rope(const LinearRopeParams& p, int) {
   add_scratch(p.linear);

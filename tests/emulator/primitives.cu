@@ -155,6 +155,21 @@ __global__ void uninitialised(float* out) {
 
 __global__ void nothing() {}
 
+__device__ int events;  // where the emulator does not watch
+
+__global__ void order_of_overlap(int* out, bool let_first) {
+  const int start = events++;
+  if (let_first) let_later_kernels_begin();
+  wait_for_earlier_kernels();
+  const int waited = events++;
+  if (!let_first) let_later_kernels_begin();
+  const int end = events++;
+  int* const of_block = out + 3 * blockIdx.x;
+  st_global(of_block, start);
+  st_global(of_block + 1, waited);
+  st_global(of_block + 2, end);
+}
+
 }  // namespace
 
 cudaError_t run_mma_bf16(const Arguments& a) {
@@ -236,6 +251,18 @@ cudaError_t run_shared_stride_8(const Arguments& a) {
 
 cudaError_t run_uninitialised(const Arguments& a) {
   return launch(uninitialised, 1, 32, 128, nullptr, static_cast<float*>(a.out));
+}
+
+// Three launches of three blocks. out: int [3, 3, 3]: how many events of all came before a block's
+// start, the end of its wait, and its end. n = 1: it lets later kernels begin before it waits.
+cudaError_t run_order_of_overlap(const Arguments& a) {
+  events = 0;
+  for (int i = 0; i < 3; ++i) {
+    const cudaError_t status = launch_overlapping(order_of_overlap, 3, 1, 0, nullptr,
+                                                  static_cast<int*>(a.out) + 9 * i, a.n == 1);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 // A launch of n threads, n / 8 KiB of shared memory and n blocks: returns what CUDA says of it.

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
-#include <numeric>
+#include <optional>
 #include <random>
 #include <thread>
 #include <utility>
@@ -12,6 +12,7 @@
 #include "block.h"
 #include "include/builtins.h"
 #include "runtime.h"
+#include "stream.h"
 #include "symbols.h"
 
 __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
@@ -22,6 +23,45 @@ namespace {
 uint3 block_index(uint64_t number, dim3 grid) {
   return {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
           static_cast<unsigned>(number / grid.x / grid.y)};
+}
+
+std::optional<Stream>& stream() {
+  static std::optional<Stream> instance;
+  return instance;
+}
+
+void run_to_the_end(Launch& launch) {
+  const std::vector<uint3> blocks = shuffled_blocks(launch);
+  std::mutex mutex;  // of the two below it
+  Counters counters;
+  std::exception_ptr error;
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    SharedMemory shared(launch.shared_bytes);
+    SharedAccesses accesses(launch.shared_bytes);
+    Counters own;
+    try {
+      for (size_t i; (i = next++) < blocks.size();) {
+        Block running(launch, blocks[i], shared, accesses, stacks());
+        running.run();
+        own.add(running.counters());
+      }
+    } catch (...) {
+      next = blocks.size();
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+    const std::lock_guard lock(mutex);
+    counters.add(own);
+  };
+
+  const auto workers = std::min(static_cast<size_t>(settings().workers), blocks.size());
+  std::vector<std::thread> others;
+  for (size_t i = 1; i < workers; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  if (error) std::rethrow_exception(error);
+  record(launch, counters);
 }
 
 }  // namespace
@@ -38,6 +78,29 @@ std::vector<Record>& records() {
   return instance;
 }
 
+void record(const Launch& launch, const Counters& counters) {
+  records().push_back({launch.kernel, launch.grid, launch.block, launch.shared_bytes, counters});
+}
+
+std::vector<uint3> shuffled_blocks(const Launch& launch) {
+  std::vector<uint3> blocks(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z);
+  for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = block_index(i, launch.grid);
+  std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(launch.seed));
+  return blocks;
+}
+
+void begin_stream() { stream().emplace(); }
+
+void end_stream() {
+  Stream ending = std::move(*stream());
+  stream().reset();
+  ending.finish();
+}
+
+void when_done(std::function<void()> action) {
+  stream() ? stream()->when_done(std::move(action)) : action();
+}
+
 void* shared_memory() { return current->block->shared().data(); }
 
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
@@ -51,54 +114,14 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
   }
   if (shared_bytes > shared_limit(kernel)) return cudaErrorInvalidValue;
 
-  GlobalStores stores;
-  AtomicWords atomics;
-  const Launch launch{kernel_name(kernel),
-                      grid,
-                      block,
-                      shared_bytes,
-                      std::move(body),
-                      settings().delivery,
-                      settings().seed,
-                      stores,
-                      atomics,
-                      settings().capability,
-                      overlaps};
-  std::vector<uint64_t> order(blocks);
-  std::iota(order.begin(), order.end(), uint64_t{0});
-  std::shuffle(order.begin(), order.end(), std::mt19937_64(launch.seed));
-
-  static Stacks stacks;
-  std::mutex mutex;  // of the two below it
-  Counters counters;
-  std::exception_ptr error;
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    SharedMemory shared(shared_bytes);
-    SharedAccesses accesses(shared_bytes);
-    Counters own;
-    try {
-      for (size_t i; (i = next++) < blocks;) {
-        Block running(launch, block_index(order[i], grid), shared, accesses, stacks);
-        running.run();
-        own.add(running.counters());
-      }
-    } catch (...) {
-      next = blocks;
-      const std::lock_guard lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-    const std::lock_guard lock(mutex);
-    counters.add(own);
-  };
-
-  const auto workers = std::min<uint64_t>(static_cast<uint64_t>(settings().workers), blocks);
-  std::vector<std::thread> others;
-  for (uint64_t i = 1; i < workers; ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-  if (error) std::rethrow_exception(error);
-  records().push_back({launch.kernel, grid, block, shared_bytes, counters});
+  std::unique_ptr<Launch> launch(new Launch{kernel_name(kernel), grid, block, shared_bytes,
+                                            std::move(body), settings().delivery, settings().seed,
+                                            settings().capability, overlaps, allocations()});
+  if (stream()) {
+    stream()->add(std::move(launch));
+  } else {
+    run_to_the_end(*launch);
+  }
   return cudaSuccess;
 }
 

@@ -12,6 +12,8 @@
 
 namespace emulator {
 
+struct Launch;
+
 struct Settings {
   uint64_t seed = 0;  // of the order in which threads and blocks run
   Delivery delivery = Delivery::late;
@@ -31,11 +33,24 @@ struct Record {
   Counters counters;
 };
 std::vector<Record>& records();  // of the launches since they were last cleared
+void record(const Launch& launch, const Counters& counters);
 
-// Runs all blocks, in random order. Returns the status that CUDA would give for the shape of the
-// launch. Throws Error if a thread does something wrong. overlaps: see wait_for_earlier_kernels.
+// The indices of all blocks in the order in which they are to run, which is random.
+std::vector<uint3> shuffled_blocks(const Launch& launch);
+
+// Runs all blocks or, between begin_stream and end_stream, leaves the launch to a Stream. Returns
+// the status that CUDA would give for the shape of the launch. Throws Error if a thread does
+// something wrong. overlaps: see wait_for_earlier_kernels.
 cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                 std::function<void()> body, bool overlaps = false);
+
+// From begin to end, launches overlap; they are over at the end. All are of the calling thread, and
+// the memory that they access lives as long.
+void begin_stream();
+void end_stream();
+
+// Calls `action` when the launches so far are over.
+void when_done(std::function<void()> action);
 
 // The shared memory of the running block.
 void* shared_memory();

@@ -36,6 +36,11 @@ void Stacks::give_back(const boost::context::stack_context& stack) {
   free_.push_back(stack);
 }
 
+Stacks& stacks() {
+  static Stacks instance;
+  return instance;
+}
+
 Stacks::~Stacks() {
   for (const auto& stack : free_) {
     munmap(static_cast<char*>(stack.sp) - stack.size - kGuard, stack.size + kGuard);

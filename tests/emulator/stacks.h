@@ -24,6 +24,8 @@ class Stacks {
   std::vector<boost::context::stack_context> free_;
 };
 
+Stacks& stacks();  // of this process
+
 // What Boost.Context wants of an allocator.
 class StackAllocator {
  public:

@@ -33,6 +33,7 @@ cudaError_t run_shared_stride(const Arguments& a);
 cudaError_t run_shared_stride_8(const Arguments& a);
 cudaError_t run_uninitialised(const Arguments& a);
 cudaError_t run_shape(const Arguments& a);
+cudaError_t run_order_of_overlap(const Arguments& a);
 
 // Primitives of Hopper, primitives_sm90.cu.
 cudaError_t run_tma_2d(const Arguments& a);
@@ -64,9 +65,11 @@ cudaError_t run_missing_fence_after(const Arguments& a);
 cudaError_t run_missing_refill_barrier(const Arguments& a);
 cudaError_t run_missing_syncwarp(const Arguments& a);
 cudaError_t run_missing_wait(const Arguments& a);
+cudaError_t run_never_waits(const Arguments& a);
 cudaError_t run_out_of_bounds_read(const Arguments& a);
 cudaError_t run_out_of_bounds_shared(const Arguments& a);
 cudaError_t run_out_of_bounds_write(const Arguments& a);
+cudaError_t run_outside_of_tensors(const Arguments& a);
 cudaError_t run_past_shared(const Arguments& a);
 cudaError_t run_reused_too_early(const Arguments& a);
 cudaError_t run_row_outside(const Arguments& a);

@@ -37,4 +37,19 @@ void GlobalStores::add(Bytes bytes, const Store& store) {
   stores.push_back(store);
 }
 
+std::optional<GlobalStores::Store> GlobalStores::find_between(uintptr_t begin,
+                                                              uintptr_t end) const {
+  for (const Shard& part : shards_) {
+    for (const auto& [line, stores] : part.lines) {
+      if (line + 16 <= begin || line >= end) continue;
+      const uint32_t from = begin > line ? 0xffffu << (begin - line) : 0xffffu;
+      const uint32_t to = end < line + 16 ? (1u << (end - line)) - 1 : 0xffffu;
+      for (const Store& store : stores) {
+        if (store.mask & from & to) return store;
+      }
+    }
+  }
+  return {};
+}
+
 }  // namespace emulator

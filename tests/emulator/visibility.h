@@ -57,6 +57,9 @@ class GlobalStores {
     return {};
   }
 
+  // A store to memory from begin to end.
+  std::optional<Store> find_between(uintptr_t begin, uintptr_t end) const;
+
  private:
   struct Shard {  // part of the lines, so that threads seldom wait for each other
     std::mutex mutex;

@@ -84,10 +84,13 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
 
-inline void wait_for_earlier_kernels() { emulator::wait_for_earlier_kernels(); }
+inline void wait_for_earlier_kernels(Site site = Site::here()) {
+  emulator::wait_for_earlier_kernels(site);
+}
 
-// Nothing to do: whenever a later kernel begins, it sees the same until it waits for this one.
-inline void let_later_kernels_begin() {}
+inline void let_later_kernels_begin(Site site = Site::here()) {
+  emulator::let_later_kernels_begin(site);
+}
 
 inline float exp2_approx(float x) { return emulator::exp2_approx(x); }
 
