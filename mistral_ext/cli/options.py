@@ -39,7 +39,7 @@ def model() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="PATH_OR_ID", help="folder, GGUF file or hub id; default: the demo"
+        "--model", metavar="PATH_OR_ID", help="folder, GGUF file or hub id; default: demo"
     )
     group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     add_dtype(group, "default: as stored")
