@@ -99,7 +99,8 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
         more: arguments of `Mistral.from_pretrained`.
     """
     start(args)
-    from mistral_ext.llm import DEMO_MODEL, Mistral
+    from mistral_ext.llm import Mistral
+    from mistral_ext.weights.hub import DEMO_MODEL
 
     return Mistral.from_pretrained(
         args.model or DEMO_MODEL,
