@@ -42,9 +42,7 @@ from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device
 from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
 from mistral_ext.weights.generation_config import generation_config_file, sampling_defaults
-from mistral_ext.weights.hub import resolve
-
-DEMO_MODEL = Path(__file__).parent / "demo"
+from mistral_ext.weights.hub import DEMO_MODEL, resolve
 
 DEFAULT_MAX_BATCH = 8
 

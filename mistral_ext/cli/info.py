@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     from mistral_ext import _C, __version__, ops
     from mistral_ext.bench.machine import processor_name
-    from mistral_ext.llm import DEMO_MODEL
+    from mistral_ext.weights.hub import DEMO_MODEL
 
     lines = {
         "mistral_ext": __version__,
@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
 def _cache_size(args: argparse.Namespace) -> str:
     """How many tokens the model's cache has room for; reads no weights."""
     from mistral_ext.engine.memory import default_slots
-    from mistral_ext.llm import DEFAULT_MAX_BATCH, DEMO_MODEL
+    from mistral_ext.llm import DEFAULT_MAX_BATCH
     from mistral_ext.weights.checkpoint import Checkpoint
     from mistral_ext.weights.device import find_device
     from mistral_ext.weights.folder import read_folder
-    from mistral_ext.weights.hub import resolve
+    from mistral_ext.weights.hub import DEMO_MODEL, resolve
     from mistral_ext.weights.quantize import Quantization
 
     device = find_device(args.device)

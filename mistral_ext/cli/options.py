@@ -39,7 +39,7 @@ def model() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", metavar="PATH_OR_ID", help="folder, GGUF file or hub id; default: the demo"
+        "--model", metavar="PATH_OR_ID", help="folder, GGUF file or hub id; default: demo"
     )
     group.add_argument("--device", metavar="DEVICE", help="cpu (default) or cuda")
     add_dtype(group, "default: as stored")
@@ -99,7 +99,8 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
         more: arguments of `Mistral.from_pretrained`.
     """
     start(args)
-    from mistral_ext.llm import DEMO_MODEL, Mistral
+    from mistral_ext.llm import Mistral
+    from mistral_ext.weights.hub import DEMO_MODEL
 
     return Mistral.from_pretrained(
         args.model or DEMO_MODEL,

@@ -13,10 +13,10 @@ packed (transformers recognises them by position_ids that start again), and cach
 static or sliding. As in FlashAttention 2, a window counts tokens and not the padding between them,
 and the outputs of padding are arbitrary.
 
-The kernels have no gradients: a tensor that requires one raises RuntimeError, so call models in
-`torch.no_grad()` or `torch.inference_mode()`. The lengths of sequences are read from the mask, so
-`torch.compile(fullgraph=True)` is not possible (of `generate` with a static cache on a GPU:
-`disable_compile=True`).
+Models train with this attention while a call has whole sequences, without keys of earlier calls.
+Over such keys a gradient raises RuntimeError: call the model in `torch.no_grad()`. The lengths of
+sequences are read from the mask, so `torch.compile(fullgraph=True)` is not possible (of `generate`
+with a static cache on a GPU: `disable_compile=True`).
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def attention_forward(
 
     Raises:
         ValueError: an argument asks for what the kernel does not do.
-        RuntimeError: a tensor requires a gradient.
+        RuntimeError: a tensor requires a gradient, and there are keys of earlier calls.
     """
     _expect_supported(module, dropout, attention_mask, kwargs)
     count = query.shape[2]
@@ -273,9 +273,15 @@ def _attention(
     # [B * Hkv * T, heads of a group, D]
     q = query.unflatten(1, (kv_heads, -1)).transpose(2, 3).reshape(-1, heads // kv_heads, dim)
     k, v = (x[:, :, end - count : end].reshape(-1, 1, dim) for x in (key, value))
-    k_pool, v_pool = (x.contiguous().view(-1, dim) for x in (key, value))
+    k_pool = v_pool = None
+    if end > count or not _needs_gradient(query, key, value):
+        k_pool, v_pool = (x.contiguous().view(-1, dim) for x in (key, value))
     out = ops.attention(q, k, v, k_pool, v_pool, table, window, scale, most)
     return out.view(batch, kv_heads, count, -1, dim).transpose(1, 2).flatten(2, 3)
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
@@ -317,7 +323,7 @@ def accelerate_model(model: PreTrainedModel) -> int:
     docs/performance.md has figures.
 
     The parameters stay the model's own, and the modules in their places, so `state_dict` and saving
-    are as before. The kernels have no gradients: a tensor that requires one raises RuntimeError.
+    are as before. They are for inference: what would need a gradient raises RuntimeError.
 
     Args:
         model: a Mistral or Llama of transformers, in the dtype in which it will run.

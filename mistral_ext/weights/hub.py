@@ -1,4 +1,5 @@
-"""Finds a model by name: a local path, or a model of the Hugging Face hub, which is downloaded."""
+"""Finds a model by name: a local path, the demo, or a model of the Hugging Face hub, which is
+downloaded."""
 
 from __future__ import annotations
 
@@ -10,16 +11,20 @@ from mistral_ext.weights.folder import COMPANIONS, CONFIGS, LAYOUTS, summary, wh
 from mistral_ext.weights.gguf_file import part_names
 from mistral_ext.weights.packed_settings import OWN_FILES as PACKING_FILES
 
+DEMO_NAME = "demo"
+DEMO_MODEL = Path(__file__).parents[1] / DEMO_NAME
+
 _OWNER_AND_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
 _GGUF_OF_HUB = rf"({_OWNER_AND_NAME}):([^:]+\.gguf)"
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder or GGUF file of a model: the path itself, or a download from the hub.
+    """The local folder or GGUF file of a model: the path itself, the demo's, or a download.
 
     A model of the hub is ``owner/name``, a GGUF file in it ``owner/name:file.gguf`` (any part, if
     the file is split). Only the configuration, the tokenizer and one format of the weights are
-    downloaded, into huggingface_hub's cache; later calls work without a network.
+    downloaded, into huggingface_hub's cache; later calls work without a network. "demo" is the
+    small model of this package, unless there is a folder of that name.
 
     Raises:
         FileNotFoundError: no such folder or file, and none on the hub or in its cache.
@@ -28,6 +33,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
+    if path_or_hub_id == DEMO_NAME:
+        return DEMO_MODEL
     if path.exists():
         raise ValueError(
             f"{str(path)!r} is a file, expected the folder that holds the model, or a GGUF file"

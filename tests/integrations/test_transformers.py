@@ -231,9 +231,39 @@ def test_group_of_one_head_and_head_dim_128():
     assert_same(ours(ids).logits, theirs(ids).logits)
 
 
-def test_gradients_are_refused(pair):
+def gradients(model, ids, **given):
+    """The gradients of all parameters, of the loss on ids."""
+    labels = ids.masked_fill(given.get("attention_mask", torch.ones_like(ids)) == 0, -100)
+    model.zero_grad()
+    model(ids, labels=labels, **given).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("models", ["pair", "llamas"])
+@pytest.mark.parametrize("padding", [None, [0, 7, 30]])
+def test_gradients(request, models, padding):
+    theirs, ours = request.getfixturevalue(models)
+    ids = random_ids(3, 40)
+    given = {} if padding is None else {"attention_mask": padding_mask("right", padding, 40)}
+    expected = gradients(theirs, ids, **given)
+    for name, gradient in gradients(ours, ids, **given).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_packed_sequences(pair):
+    ids = random_ids(1, 31)
+    positions = torch.cat([torch.arange(n) for n in (20, 11)])[None]
+    expected, found = (gradients(m, ids, position_ids=positions, use_cache=False) for m in pair)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_over_keys_of_earlier_calls_are_refused(pair):
+    cache = DynamicCache()
+    with torch.no_grad():
+        pair[1](random_ids(1, 4), past_key_values=cache)
     with pytest.raises(RuntimeError, match="attention: q requires a gradient"):
-        pair[1](random_ids(1, 4))
+        pair[1](random_ids(1, 4), past_key_values=cache)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from mistral_ext.weights.hub import resolve, resolve_adapter
+from mistral_ext.weights.hub import DEMO_MODEL, resolve, resolve_adapter
 
 INDEX = "model.safetensors.index.json"
 
@@ -21,6 +21,14 @@ def test_resolve_folder(tmp_path, monkeypatch):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert resolve(tmp_path) == tmp_path
     assert resolve("owner/name") == Path("owner/name")  # a folder wins over a hub id
+
+
+def test_the_demo_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("demo") == DEMO_MODEL
+    assert (DEMO_MODEL / "config.json").is_file()
+    (tmp_path / "demo").mkdir()
+    assert resolve("demo") == Path("demo")  # a folder wins
 
 
 def test_resolve_file(tmp_path):
