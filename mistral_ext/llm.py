@@ -20,7 +20,7 @@ from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
 from mistral_ext.engine.embedding import POOLINGS, pool
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.outputs import outputs_of
-from mistral_ext.engine.params import MOST_DRAFTS, SamplingParams, expect_drafts
+from mistral_ext.engine.params import SamplingParams, expect_drafts
 from mistral_ext.engine.request import Completion, Request
 from mistral_ext.engine.stream import Stream
 from mistral_ext.model.config import MistralConfig
@@ -102,7 +102,10 @@ class Mistral:
             kept for later prompts. None: see `engine.memory.default_slots`.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: tokens to guess at a time, 0 to 7, for completions whose options do not say. Guesses
-            that are right are generated together; the text is the same.
+            that are right are generated together; the text is the same. None: 7 on the CPU or with
+            a draft model, else 0.
+        draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
+            has the same vocabulary, and is on the same device.
         adapters: the loaded adapters: `load_adapter` adds to them.
     """
 
@@ -116,10 +119,11 @@ class Mistral:
         max_batch: int = DEFAULT_MAX_BATCH,
         cache_tokens: int | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
-        drafts: int = MOST_DRAFTS,
+        drafts: int | None = None,
+        draft_model: Mistral | None = None,
     ) -> None:
         _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
-        expect_drafts(drafts)
+        _expect_drafts(config, tokenizer, folder, model.device, drafts, draft_model)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -129,6 +133,7 @@ class Mistral:
         self.cache_tokens = cache_tokens
         self.sampling_defaults = dict(sampling_defaults or {})
         self.drafts = drafts
+        self.draft_model = draft_model
         self.adapters = AdapterTable(model.adapters)
         self._making_engine = threading.Lock()
         self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
@@ -146,7 +151,8 @@ class Mistral:
         cache_tokens: int | None = None,
         generation_config: str | Path | None = None,
         adapters: Mapping[str, str | Path | Adapter] | None = None,
-        drafts: int = MOST_DRAFTS,
+        drafts: int | None = None,
+        draft_model: str | Path | Mistral | None = None,
         **config_overrides: Any,
     ) -> Mistral:
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
@@ -168,6 +174,7 @@ class Mistral:
             generation_config: where the defaults of sampling come from. "auto": the model's own
                 ``generation_config.json``; else another folder or file; None: `SamplingParams`.
             adapters: names, and the adapters that get them, as for `load_adapter`.
+            draft_model: see `Mistral`; or what `model` takes, to be loaded as it is stored.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -180,12 +187,14 @@ class Mistral:
         tokenizer = read_tokenizer(folder)
         # Checked before 14 GB are read.
         _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
-        expect_drafts(drafts)
+        if isinstance(draft_model, str | Path):
+            draft_model = cls.from_pretrained(draft_model, device, progress=progress)
+        _expect_drafts(config, tokenizer, path, device, drafts, draft_model)
         read = {name: adapter_for(config, given) for name, given in (adapters or {}).items()}
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
         sizes = prefill_chunk, max_batch, cache_tokens
-        llm = cls(config, transformer, tokenizer, path, *sizes, defaults, drafts)
+        llm = cls(config, transformer, tokenizer, path, *sizes, defaults, drafts, draft_model)
         llm.adapters.reserve(len(read))
         for name, adapter in read.items():
             llm.adapters.load(name, adapter, ())
@@ -201,6 +210,7 @@ class Mistral:
             self.cache_tokens,
             self._holes,
             self.drafts,
+            None if self.draft_model is None else self.draft_model.model,
         )
 
     @property
@@ -726,10 +736,7 @@ class Mistral:
 
     @property
     def _vocab_size(self) -> int:
-        # A model may have more rows than the tokenizer has tokens (padding), or fewer (a padding
-        # token that was added without a row). Only ids that have both are sampled.
-        rows = self.config.vocab_size
-        return min(self.tokenizer.vocab_size, rows) if self.tokenizer else rows
+        return _sampled(self.config, self.tokenizer)
 
     @property
     def _holes(self) -> list[int]:
@@ -769,6 +776,43 @@ def _expect_usable(
             raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
     if tokenizer:
         _expect_own_tokens(config, tokenizer, folder)
+
+
+def _expect_drafts(
+    config: MistralConfig,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    device: torch.device,
+    drafts: int | None,
+    draft_model: Mistral | None,
+) -> None:
+    if drafts is not None:
+        expect_drafts(drafts)
+    if draft_model is None:
+        return
+    draft_model.expect_writer()
+    if draft_model.model.device != device:
+        raise ValueError(
+            f"draft_model is on {draft_model.model.device}, expected {device} like the model"
+        )
+    count = _sampled(config, tokenizer)
+    given = f"draft_model is {draft_model.folder}, whose"
+    if draft_model.config.vocab_size < count:
+        raise ValueError(
+            f"{given} vocabulary has {draft_model.config.vocab_size} tokens, expected the {count} "
+            f"of {folder}"
+        )
+    if tokenizer is None or draft_model.tokenizer is None:
+        return
+    different = tokenizer.first_difference(draft_model.tokenizer, count)
+    if different is not None:
+        raise ValueError(f"{given} token {different} is another one than that of {folder}")
+
+
+def _sampled(config: MistralConfig, tokenizer: Tokenizer | None) -> int:
+    """The number of ids that are sampled. A model may have more rows than the tokenizer has tokens
+    (padding), or fewer (a padding token that was added without a row): only ids that have both."""
+    return min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
 
 
 def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path) -> None:

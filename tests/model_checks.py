@@ -10,7 +10,7 @@ better by more than the rounding of two logits.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import Completion, Mistral
+from mistral_ext.engine.drafts import Drafter
 from mistral_ext.evaluate.perplexity import perplexity
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
@@ -303,6 +304,57 @@ def check_graphs(case: Case) -> None:
                 assert a.logprobs == b.logprobs
 
 
+class Known(Drafter):
+    """Three drafts in a pass, of completions that are known; in every other pass one is wrong.
+
+    Args:
+        completions: the tokens of each, by its prompt.
+    """
+
+    def __init__(self, completions: Mapping[tuple[int, ...], Sequence[int]]) -> None:
+        super().__init__()
+        self.completions = completions
+
+    def choose(self, sequences, room, unknown=0):
+        drafts = {}
+        for sequence, most in zip(sequences, room, strict=True):
+            begin = len(sequence.ids) - sequence.prompt_length + unknown
+            tokens = self.completions[tuple(sequence.request.prompt_ids)][begin : begin + 3]
+            if begin % 2 and tokens:
+                tokens[-1] = 7
+            if tokens[:most]:
+                drafts[sequence] = tokens[:most]
+        return drafts
+
+    def note(self, *args):
+        pass
+
+
+def check_drafts(case: Case) -> None:
+    """Tokens that were guessed are chosen as others are; and captured passes give what the same
+    passes give one by one, to the bit."""
+    window = case.llm.config.sliding_window
+    prompts = [case.ids[: window + 21], case.ids[30:33]]
+    options = {"max_tokens": 20, "ignore_eos": True, "logprobs": 1, "drafts": 3}
+    bias = {"temperature": 1.0, "seed": 4, "repetition_penalty": 1.2, "logit_bias": {5: 2.0}}
+    for choice in ({}, bias):
+        plain = case.llm.generate(prompts, **options | choice | {"drafts": 0})
+        known = {tuple(p): c.token_ids for p, c in zip(prompts, plain, strict=True)}
+        with without_graphs():
+            steps = case.load()
+            steps.engine._drafter = Known(known)
+            one_by_one = steps.generate(prompts, **options | choice)
+        llm = case.load()
+        for _ in range(2):  # the second finds its graphs
+            llm.engine._drafter = Known(known)
+            drafted = llm.generate(prompts, **options | choice)
+            for prompt, a, b in zip(prompts, drafted, one_by_one, strict=True):
+                assert a.timing.drafted_tokens > a.timing.accepted_tokens > 0
+                assert (a.token_ids, a.logprobs) == (b.token_ids, b.logprobs)
+                if not choice:
+                    expect_best(case, prompt, a)
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "logits": check_logits,
     "greedy": check_greedy,
@@ -314,4 +366,5 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "perplexity": check_perplexity,
     "chat": check_chat,
     "graphs": check_graphs,
+    "drafts": check_drafts,
 }

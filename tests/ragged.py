@@ -94,6 +94,14 @@ class RaggedBatch:
             first_token += count
         return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
 
+    def table_of_tokens(self, counts: Sequence[int]) -> Tensor:
+        """`table` with a row for each token: rows of a sequence share its ring."""
+        rows = []
+        for i, count in enumerate(counts):
+            for position in range(self.positions[i], self.positions[i] + count):
+                rows.append((len(rows), 1, position, self.rows[i], self.capacities[i]))
+        return torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 5)
+
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k, v; NaN in the memory between them."""
         q, kv = self.heads, self.kv_heads
@@ -117,9 +125,13 @@ class RaggedBatch:
         by_head[:-1] = values
         return by_head[:-1, :q], by_head[:-1, q : q + kv], by_head[:-1, q + kv :]
 
-    def step(self, counts: Sequence[int]) -> Tensor:
-        """Adds counts[i] new tokens to sequence i, checks all results, returns attention's."""
-        table = self.table(counts)
+    def step(self, counts: Sequence[int], tokens_apart: bool = False) -> Tensor:
+        """Adds counts[i] new tokens to sequence i, checks all results, returns attention's.
+
+        Args:
+            tokens_apart: each token has a row of the table, as drafts have.
+        """
+        table = self.table_of_tokens(counts) if tokens_apart else self.table(counts)
         q, k, v = self.inputs(sum(counts))
         old_q, old_k, old_v = q.clone(), k.clone(), v.clone()
         pools = self.k_pool, self.v_pool
@@ -136,7 +148,7 @@ class RaggedBatch:
         for before, after in ((rotated_q, q), (rotated_k, k), (old_v, v)):
             assert torch.equal(before, after), "attention or rope wrote to what it only reads"
 
-        for i, (first, count, position, _, _) in enumerate(table.tolist()):
+        for i, (first, count, position, _, _) in enumerate(self.table(counts).tolist()):
             if count == 0:
                 continue
             new = slice(first, first + count)

@@ -15,7 +15,13 @@ from mistral_ext.engine.params import SamplingParams
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "chat",
-        parents=[options.common(), options.model(), options.adapter(), options.sampling()],
+        parents=[
+            options.common(),
+            options.model(),
+            options.draft_model(),
+            options.adapter(),
+            options.sampling(),
+        ],
         help="talk to an Instruct model",
         description="Talk to an Instruct model, a line a message. The cache is kept between turns.",
     )
@@ -31,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = options.sampling_of(args)
     SamplingParams.from_options(sampling)
     interactive = stdin().isatty()
-    llm, adapter = load_adapted_model(args)
+    llm, adapter = load_adapted_model(args, draft_model=args.draft_model)
     chat = llm.start_chat(args.system, args.template, safe_prompt=args.safe_prompt, adapter=adapter)
     if interactive:
         import readline  # noqa: F401  line editing and history for input()

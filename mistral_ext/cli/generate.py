@@ -16,7 +16,13 @@ from mistral_ext.engine.params import SamplingParams
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "generate",
-        parents=[options.common(), options.model(), options.adapter(), options.sampling()],
+        parents=[
+            options.common(),
+            options.model(),
+            options.draft_model(),
+            options.adapter(),
+            options.sampling(),
+        ],
         help="complete a prompt",
         description="Complete a prompt; the completion streams to stdout.",
     )
@@ -37,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _read_prompt(args)
     sampling = options.sampling_of(args)
     SamplingParams.from_options(sampling)  # complain before the model is loaded
-    llm, adapter = load_adapted_model(args)
+    llm, adapter = load_adapted_model(args, draft_model=args.draft_model)
     if args.json or args.n > 1:
         for completion in llm.generate(prompt, args.special, adapter, **sampling):
             if args.json:

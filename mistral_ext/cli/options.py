@@ -115,6 +115,17 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
     )
 
 
+def draft_model() -> argparse.ArgumentParser:
+    """The option of a command that generates text with a model of the user's."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--draft-model",
+        metavar="PATH_OR_ID",
+        help="smaller model of the same vocabulary, to guess tokens: changes the speed alone",
+    )
+    return parser
+
+
 def adapter() -> argparse.ArgumentParser:
     """The option of a command that uses one adapter."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -160,7 +171,7 @@ def sampling() -> argparse.ArgumentParser:
         (
             "drafts",
             int,
-            f"tokens to guess at a time: changes the speed alone (default {MOST_DRAFTS})",
+            f"tokens to guess at a time: changes the speed alone (default {MOST_DRAFTS}; CUDA: 0)",
         ),
     ):
         default = getattr(SamplingParams, name)

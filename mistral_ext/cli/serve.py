@@ -23,7 +23,7 @@ _DEMO_TOKENS = 256  # default length of a reply: the demo model's tales have no 
 def add_to(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "serve",
-        parents=[options.common(), options.model()],
+        parents=[options.common(), options.model(), options.draft_model()],
         help="serve a model over HTTP, with OpenAI's API",
         description="Serve a model over HTTP, with OpenAI's API and a page to chat. "
         "SIGTERM and Ctrl-C let requests finish; a second one does not.",
@@ -60,9 +60,9 @@ def add_to(commands: options.Commands) -> None:
     group.add_argument(
         "--drafts",
         type=int,
-        default=MOST_DRAFTS,
         metavar="N",
-        help=f"tokens to guess at a time, which changes the speed alone (default {MOST_DRAFTS})",
+        help=f"tokens to guess at a time, which changes the speed alone (default {MOST_DRAFTS}; on "
+        "CUDA 0)",
     )
     group.add_argument(
         "--max-body", type=int, default=4 * 2**20, metavar="BYTES", help="of a request (4 MiB)"
@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("mistral_ext").setLevel(logging.INFO)
     with Server(settings) as server:
         more = {"max_batch": args.max_batch, "drafts": args.drafts}
+        more["draft_model"] = args.draft_model
         return server.run(load_model(args, adapters=dict(args.adapter), **more))
 
 
@@ -148,7 +149,8 @@ def _model_name(args: argparse.Namespace) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    expect_drafts(args.drafts)
+    if args.drafts is not None:
+        expect_drafts(args.drafts)
     for name, least in (("max_queue", 0), ("max_unread", 2), ("max_body", 1), ("max_tokens", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

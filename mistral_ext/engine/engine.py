@@ -25,10 +25,13 @@ from typing import TypeVar
 import torch
 
 from mistral_ext.engine.adapters import LoadedAdapter
+from mistral_ext.engine.draft_model import DraftModel
 from mistral_ext.engine.drafts import Drafter
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.memory import default_slots
+from mistral_ext.engine.model_guesses import ModelGuesses
 from mistral_ext.engine.params import MOST_DRAFTS
+from mistral_ext.engine.pass_costs import PassCosts
 from mistral_ext.engine.prefix_cache import LEAST_PIECE
 from mistral_ext.engine.request import Output, Request
 from mistral_ext.engine.runner import Piece, Runner, Step, Verified
@@ -43,6 +46,10 @@ _T = TypeVar("_T")
 # Prompt tokens in a pass while other sequences generate. Such a pass takes about as long as a few
 # decode steps on a CPU, and as one decode step on a GPU.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
+
+# Tokens to guess at a time. On a GPU a product rounds by its number of tokens, so that drafts may
+# decide between tokens that are nearly as likely.
+_DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 # How often a thread that waits for a step to end looks whether its work was done meanwhile.
 _POLL_SECONDS = 0.05
@@ -79,8 +86,10 @@ class Engine:
         prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
         cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
         holes: ids below vocab_size that no token has, and that are never sampled.
-        drafts: tokens to guess at a time, at most, for requests that do not say (see `drafts`). A
-            runner that launches steps ahead has none.
+        drafts: tokens to guess at a time, at most, for requests that do not say (see `drafts`);
+            None: 7 on the CPU or with a draft model, else 0.
+        draft_model: guesses tokens where the text does not repeat itself; on the same device, and
+            with a row for each id that may be sampled.
 
     Attributes:
         pool: cache memory.
@@ -96,11 +105,18 @@ class Engine:
         prefill_chunk: int = 512,
         cache_tokens: int | None = None,
         holes: Collection[int] = (),
-        drafts: int = MOST_DRAFTS,
+        drafts: int | None = None,
+        draft_model: Transformer | None = None,
     ) -> None:
         if cache_tokens is None:
+            others = () if draft_model is None else (draft_model,)
             cache_tokens = default_slots(
-                model.config, model.dtype, model.device, max_batch, model.nbytes
+                model.config,
+                model.dtype,
+                model.device,
+                max_batch,
+                sum(one.nbytes for one in (model, *others)),
+                token_bytes=sum(one.config.cache_bytes(one.dtype) for one in (model, *others)),
             )
         self.pool = SlotPool(model.config, cache_tokens, model.dtype, model.device)
         self._vocab_size = vocab_size
@@ -109,8 +125,15 @@ class Engine:
         self.runner = make_runner(model, self.pool, self._sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
-        self._drafter = Drafter()
-        self._drafts = drafts
+        costs, guesses = PassCosts(), None
+        if draft_model is not None:
+            sizes = max_batch, cache_tokens, chunk
+            guessing = DraftModel(draft_model, self._sampler, *sizes, make_runner)
+            guesses = ModelGuesses(guessing, costs, draft_model.nbytes / model.nbytes)
+        self._drafter = Drafter(costs, guesses)
+        if drafts is None:
+            drafts = _DRAFTS[model.device.type] if draft_model is None else MOST_DRAFTS
+        self._most_drafts = drafts
         self._under_way: deque[_UnderWay] = deque()
         self._ids = itertools.count()
         # Guards the four attributes below. The lock is reentrant because garbage may be collected
@@ -266,6 +289,8 @@ class Engine:
             self._decode(outputs)
         finally:  # after Ctrl-C too: the tokens of these outputs are in their sequences
             self._deliver(outputs)
+            with self._lock:
+                self._drafter.keep_only(list(self.scheduler.running()))
         return outputs
 
     def _deliver(self, outputs: list[Output]) -> None:
@@ -321,60 +346,78 @@ class Engine:
         """Launches the next decode step, and reads the oldest one if enough steps are under way.
 
         A step continues on the device from the tokens of the step before. It cannot if the
-        sequences or their places have changed, or if a sequence reads known tokens again. Then
-        this call reads the results of all steps under way, and launches none.
+        sequences or their places have changed, or if a sequence reads known tokens again; and
+        drafts have to follow known tokens. Then this call reads the results of all steps under way,
+        and launches none.
         """
         with self._lock:
             sequences = self.scheduler.next_decode()
         # A step can continue from the tokens of the step before only if this key is the same.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
         goes_on = all(sequence.generates for sequence in sequences)
-        if self._under_way and (self._under_way[-1].key != key or not goes_on):
-            while self._under_way:
-                self._finish(self._under_way.popleft(), outputs)
-            return
+        if self._under_way:
+            goes_on = goes_on and self._under_way[-1].key == key
+            waiting = self._drafts(sequences) if goes_on else {}
+            if waiting or not goes_on:
+                while self._under_way:
+                    self._finish(self._under_way.popleft(), outputs)
+                for sequence in waiting:
+                    sequence.proposer.note_wait()
+                return
         if not sequences:
             return
         for sequence in sequences:
             if sequence.generates:
                 self._prepare_draw(sequence)
-        drafts = self._drafter.choose(sequences, [self._room_for_drafts(s) for s in sequences])
+        drafts = {} if self._under_way else self._drafts(sequences)
         began = time.perf_counter()  # the first guess at a long text takes as long as a pass
         accepted = dict.fromkeys(drafts, 0)
         if drafts:
-            self._verify(sequences, drafts, accepted, outputs)
+            is_usual = self._verify(sequences, drafts, accepted, outputs)
         else:
-            self._launch(sequences, key, outputs)
-        self._drafter.note(len(sequences), time.perf_counter() - began, drafts, accepted)
+            is_usual = self._launch(sequences, key, outputs)
+        seconds = time.perf_counter() - began if is_usual else None
+        self._drafter.note(len(sequences), seconds, drafts, accepted)
+
+    def _drafts(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
+        """The drafts of the next step. While steps are under way, whose tokens nobody knows, they
+        only say that the next step should wait for these tokens."""
+        unknown = len(self._under_way)
+        room = [self._room_for_drafts(sequence, unknown) for sequence in sequences]
+        return self._drafter.choose(sequences, room, unknown)
 
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
-    ) -> None:
-        """Launches a step without drafts."""
+    ) -> bool:
+        """Launches a step without drafts. Returns whether its time was that of such a step."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
         step = self._run(sequences, lambda: self.runner.launch(*given))
         if isinstance(step, Exception):
             outputs += self._fail(sequences, step)
-            return
+            return False
         waiting = [(i, s, s.place) for i, s in enumerate(sequences) if s.generates]
         with self._lock:
             self.scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
         # A matcher has to know the token before the next step begins.
         is_free = all(sequence.matcher is None for sequence in sequences)
+        waits = False  # the first of the steps that are launched ahead is not waited for
         while len(self._under_way) > (self.runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
+            waits = True
+        return step.is_usual and waits
 
-    def _room_for_drafts(self, sequence: Sequence) -> int:
-        """How many drafts a sequence may have in the next step."""
+    def _room_for_drafts(self, sequence: Sequence, unknown: int) -> int:
+        """How many drafts a sequence may have in the next step, before which `unknown` tokens
+        come."""
         params = sequence.request.params
-        if params is None or self.runner.ahead or not sequence.generates:
+        if params is None or not sequence.generates:
             return 0
-        most = self._drafts if params.drafts is None else params.drafts
-        wanted = sequence.request.max_length - len(sequence.ids) - 1
-        return min(most, wanted, self.pool.room_for_drafts(sequence.place))
+        most = self._most_drafts if params.drafts is None else params.drafts
+        wanted = sequence.request.max_length - len(sequence.ids) - unknown - 1
+        return max(0, min(most, wanted, self.pool.room_for_drafts(sequence.place)))
 
     def _verify(
         self,
@@ -382,17 +425,17 @@ class Engine:
         drafts: Mapping[Sequence, list[int]],
         accepted: dict[Sequence, int],
         outputs: list[Output],
-    ) -> None:
+    ) -> bool:
         """Makes a step with drafts, and counts in `accepted` which are right. The tokens of a
         sequence are chosen one after the other, each as without drafts, until a draft is not the
-        token that was chosen."""
+        token that was chosen. Returns whether its time was that of such a step."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = [[s.next_id, *drafts.get(s, ())] for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
         step = self._run(sequences, lambda: self.runner.verify(*given))
         if isinstance(step, Exception):
             outputs += self._fail(sequences, step)
-            return
+            return False
         first = itertools.accumulate(map(len, token_ids), initial=0)
         going = [
             (sequence, row, iter(drafts.get(sequence, ())))
@@ -409,7 +452,7 @@ class Engine:
             chosen = self._run([s for _, s in waiting], partial(self._choose, step, waiting))
             if isinstance(chosen, Exception):
                 outputs += self._fail([s for _, s in waiting], chosen)
-                return
+                return False
             right = []
             for (sequence, row, rest), token_id in zip(going, chosen, strict=True):
                 self._accept(sequence, token_id, step.logits[row], outputs)
@@ -422,6 +465,7 @@ class Engine:
                 sequence.accepted += 1
                 accepted[sequence] += 1
                 self._prepare_draw(sequence)
+        return step.is_usual
 
     def _choose(self, step: Verified, waiting: list[tuple[int, Sequence]]) -> list[int]:
         """The token that each of some sequences gets from its row of a step; -1 for none."""

@@ -9,23 +9,36 @@ next step before it knows the tokens of the last step, and the GPU never waits f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from mistral_ext.engine.runner import Runner, Step, choose
+from mistral_ext.engine.runner import Runner, Step, Verified, choose
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.slots import Extent, SlotPool
 from mistral_ext.model.transformer import Transformer
 
 
+class _Choice(Enum):
+    """Who chooses the tokens of a step."""
+
+    LARGEST = "the product with the output matrix"
+    DRAWN = "the sampler"
+    BY_CALLER = "the caller, from the logits"
+
+
 class GraphRunner(Runner):
     """Queues a decode step on a CUDA device and returns at once.
 
-    There is a graph for each number of sequences and each way to choose their tokens, with and
-    without adapters. The second such step captures it, and it lasts as long as the runner, or with
-    adapters as long as their stacks. Fewer sizes with padded batches would slow every step; a
-    capture takes about as long as one step that Python launches.
+    There is a graph for each number of tokens and each way to choose, with and without adapters.
+    The second such step captures it, and it lasts as long as the runner, or with adapters as long
+    as their stacks. Fewer sizes with padded batches would slow every step; a capture takes about as
+    long as one step that Python launches.
+
+    To a graph, a draft is a sequence of its own, which has the ring of the sequence that it belongs
+    to. So a pass with drafts is the step of as many sequences as it has tokens. It is read before
+    `verify` returns: how far each sequence goes on depends on it.
 
     Args:
         model, pool, sampler: as for `Runner`, on the device.
@@ -43,7 +56,7 @@ class GraphRunner(Runner):
     ) -> None:
         super().__init__(model, pool, sampler)
         self._device = device or CudaGraphs(model.device)
-        self._batches: dict[tuple[int, bool, bool, bool], _Batch] = {}
+        self._batches: dict[tuple[int, _Choice, bool, bool], _Batch] = {}
         self._last: _Batch  # that ran
         self._generation = model.adapters.generation
 
@@ -54,25 +67,39 @@ class GraphRunner(Runner):
         token_ids: Sequence[int] | None,
         adapters: Sequence[int] = (),
     ) -> Step:
-        if self._generation != self._model.adapters.generation:
-            self._generation = self._model.adapters.generation
-            for old in [kind for kind in self._batches if kind[-1]]:
-                del self._batches[old]  # its graph reads stacks that are gone
-        greedy, adapted = self._sampler.needs_no_draw(rows), max(adapters, default=-1) >= 0
-        kind = len(rows), greedy, not greedy and self._sampler.biased, adapted
-        if kind not in self._batches:
-            self._batches[kind] = _Batch(
-                len(rows), greedy, adapted, self._model, self._pool, self._sampler, self._device
-            )
-        batch = self._batches[kind]
+        choice = _Choice.LARGEST if self._sampler.needs_no_draw(rows) else _Choice.DRAWN
+        batch = self._batch(len(rows), choice, adapters)
         if token_ids is None:
             batch.follow(self._last)
         else:
             table = self._pool.table(dict.fromkeys(extents, 1))
             batch.start(rows, token_ids, table, adapters)
         self._last = batch
-        results = batch.run()
-        return Step(results.token_ids, results.logits)
+        is_usual, results = batch.is_captured, batch.run()
+        return Step(results.token_ids, results.logits, is_usual)
+
+    def _verify_rows(
+        self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int], greedy: bool
+    ) -> Verified:
+        choice = _Choice.LARGEST if greedy else _Choice.BY_CALLER
+        batch = self._batch(len(token_ids), choice, adapters)
+        batch.start([0] * len(token_ids), token_ids, table, adapters)  # no row is drawn from
+        is_usual, results = batch.is_captured, batch.run()
+        return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
+
+    def _batch(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _Batch:
+        """The batch of a kind, which remembers its graph."""
+        if self._generation != self._model.adapters.generation:
+            self._generation = self._model.adapters.generation
+            for old in [kind for kind in self._batches if kind[-1]]:
+                del self._batches[old]  # its graph reads stacks that are gone
+        adapted = max(adapters, default=-1) >= 0
+        kind = size, choice, choice is _Choice.DRAWN and self._sampler.biased, adapted
+        if kind not in self._batches:
+            self._batches[kind] = _Batch(
+                size, choice, adapted, self._model, self._pool, self._sampler, self._device
+            )
+        return self._batches[kind]
 
 
 class _Results:
@@ -82,29 +109,30 @@ class _Results:
         self.logits = torch.empty(size, vocab_size, dtype=torch.float32, device=device.name)
         self._token_ids = device.host_copy(size)
 
-    def keep(self, token_ids: Tensor, logits: Tensor) -> None:
+    def keep(self, token_ids: Tensor | None, logits: Tensor) -> None:
         self.logits.copy_(logits)
-        self._token_ids.start(token_ids)
+        if token_ids is not None:
+            self._token_ids.start(token_ids)
 
     def token_ids(self) -> list[int]:
         return self._token_ids.wait()
 
 
 class _Batch:
-    """A step for a fixed number of sequences, and its state on the device."""
+    """A step for a fixed number of tokens, and its state on the device."""
 
     @torch.inference_mode(False)  # the state outlives the call
     def __init__(
         self,
         size: int,
-        greedy: bool,
+        choice: _Choice,
         adapted: bool,
         model: Transformer,
         pool: SlotPool,
         sampler: Sampler,
         device: CudaGraphs,
     ) -> None:
-        self._greedy = greedy
+        self._choice = choice
         self._adapted = adapted
         self._model = model
         self._pool = pool
@@ -116,10 +144,15 @@ class _Batch:
         self._adapters = torch.full_like(self._tokens, -1, dtype=torch.int32)
         vocab_size = model.output.shape[0]
         self._results = [_Results(size, vocab_size, device) for _ in range(GraphRunner.ahead + 1)]
-        self._sampled: Tensor  # token ids of the last step
+        self._sampled: Tensor | None = None  # token ids of the last step
         self._logits: Tensor
         self._runs = 0
         self._replay: Callable[[], None] | None = None
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next run only replays a graph."""
+        return self._replay is not None
 
     def start(
         self,
@@ -163,7 +196,11 @@ class _Batch:
         model, sampler = self._model, self._sampler
         adapters = self._adapters if self._adapted else None
         h = model.step(self._tokens, self._sequences, self._pool, max_count=1, adapters=adapters)
-        self._logits, self._sampled = choose(model, sampler, h, self._rows, self._greedy)
+        if self._choice is _Choice.BY_CALLER:
+            self._logits = model.logits(h)
+            return
+        greedy = self._choice is _Choice.LARGEST
+        self._logits, self._sampled = choose(model, sampler, h, self._rows, greedy)
         # The id -1 means that no token could be chosen. The host reports this later; the next step,
         # which may be under way by then, needs an id that exists.
         torch.clamp(self._sampled, min=0, out=self._tokens)

@@ -22,6 +22,7 @@ def default_slots(
     max_batch: int,
     weight_bytes: int,
     loaded: bool = True,
+    token_bytes: int | None = None,
 ) -> int:
     """Tokens that the cache has room for by default.
 
@@ -31,6 +32,7 @@ def default_slots(
         weight_bytes: size of the weights. On the CPU they may be mapped files, whose memory the
             system counts as available although it is in use.
         loaded: the weights are on the device already. A GPU then counts their memory as used.
+        token_bytes: that a token takes; None: in this model alone.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
@@ -39,7 +41,8 @@ def default_slots(
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
     # The lower bound holds whatever the memory: pages in which no token is stored take none.
-    return min(wanted, max(LEAST_CACHE_TOKENS, int(available / config.cache_bytes(dtype))))
+    room = int(available / (token_bytes or config.cache_bytes(dtype)))
+    return min(wanted, max(LEAST_CACHE_TOKENS, room))
 
 
 def available_memory() -> int:

@@ -44,10 +44,12 @@ class Step:
             could be chosen.
         logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
             `ahead` later steps of N sequences have been launched.
+        is_usual: later such steps take as long: nothing was prepared for it.
     """
 
     token_ids: Callable[[], list[int]]
     logits: Tensor
+    is_usual: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Verified:
 
     logits: Tensor
     largest: list[int] | None
+    is_usual: bool = True
 
 
 class Runner:
@@ -170,14 +173,26 @@ class Runner:
             extents, rows, adapters: as of `launch`.
             token_ids: for each sequence its next token and its drafts.
         """
-        model, device = self._model, self._model.device
         counts = list(map(len, token_ids))
-        tokens = _int64([token_id for ids in token_ids for token_id in ids], device)
-        table = self._pool.draft_table(extents, counts).to(device)
-        of_tokens = [slot for slot, n in zip(adapters, counts, strict=True) for _ in range(n)]
-        slots = _slots(of_tokens, device)
-        h = model.step(tokens, table, self._pool, max_count=1, adapters=slots)
-        if not self._sampler.needs_no_draw(rows):
+        return self._verify_rows(
+            [token_id for ids in token_ids for token_id in ids],
+            self._pool.draft_table(extents, counts),
+            [slot for slot, n in zip(adapters, counts, strict=True) for _ in range(n)],
+            self._sampler.needs_no_draw(rows),
+        )
+
+    def _verify_rows(
+        self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int], greedy: bool
+    ) -> Verified:
+        """`verify` for T tokens, each with a row of the table and an adapter of its own.
+
+        Args:
+            greedy: all sequences take the largest logit.
+        """
+        model, device = self._model, self._model.device
+        tokens, slots = _int64(token_ids, device), _slots(adapters, device)
+        h = model.step(tokens, table.to(device), self._pool, max_count=1, adapters=slots)
+        if not greedy:
             return Verified(model.logits(h), None)
         logits, largest = model.greedy(h, self._sampler.vocab_size)
         return Verified(logits.float(), largest.tolist())

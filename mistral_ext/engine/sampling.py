@@ -110,6 +110,26 @@ class Sampler:
             values = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
+    def follow(self, other: Sampler, rows: Sequence[int]) -> None:
+        """Takes over what some completions have in another sampler of as many rows and tokens.
+
+        Args:
+            rows: the completions' rows, the same in both.
+        """
+        for row in rows:
+            self._plainly_greedy[row] = other._plainly_greedy[row]
+        if self.needs_no_draw(rows):
+            return
+        index = self._ids(rows)
+        self._options[index] = other._options[index]
+        self._noise[index] = other._noise[index]
+        self._history[index] = other._history[index]
+        if other._bias is not None:
+            if self._bias is None:
+                self._make_bias()
+            assert self._bias is not None
+            self._bias[index] = other._bias[index]
+
     def restrict(self, row: int, allowed: NDArray[np.bool_]) -> None:
         """Has a row choose among some tokens only, until the next call of this or of `start`.
 

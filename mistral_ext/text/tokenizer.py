@@ -178,6 +178,19 @@ class Tokenizer:
         """
         return len(self._token_bytes)
 
+    def first_difference(self, other: Tokenizer, count: int) -> int | None:
+        """The lowest of the first `count` ids that is not the same token in another vocabulary;
+        None: all are."""
+        names, others = (
+            {token_id: name for name, token_id in one.control_ids.items()} for one in (self, other)
+        )
+        for i in range(count):
+            if not (self.known(i) == other.known(i) and names.get(i) == others.get(i)):
+                return i
+            if self.known(i) and self.token_bytes(i) != other.token_bytes(i):
+                return i
+        return None
+
     def known(self, token_id: int) -> bool:
         """Whether there is a token of this id."""
         return 0 <= token_id < self.vocab_size and self._token_bytes[token_id] is not None

@@ -115,6 +115,15 @@ def test_sampling_options_arrive():
     assert printed[0]["finish_reason"] == "length"
 
 
+def test_a_draft_model(tmp_path, capsys):
+    generate = ["generate", "--max-tokens", "20", ONCE]
+    assert main([*generate, "--draft-model", str(mistral_ext.llm.DEMO_MODEL)]) == 0
+    assert capsys.readouterr().out == mistral_ext.generate(ONCE, max_tokens=20) + "\n"
+    write_checkpoint(tmp_path, vocab_size=100)
+    assert main([*generate, "--draft-model", str(tmp_path)]) == 1
+    assert f"draft_model is {tmp_path}, whose vocabulary has 100 tokens" in capsys.readouterr().err
+
+
 def test_what_a_completion_has_to_match(tmp_path):
     schema, grammar = tmp_path / "schema.json", tmp_path / "a.lark"
     schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}')

@@ -3,7 +3,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from checkpoints import TOKENIZERS, write_checkpoint
+from drafting import WINDOW
 
 from mistral_ext import Mistral
 
@@ -15,3 +17,16 @@ def instruct_llm(tmp_path_factory) -> Mistral:
     write_checkpoint(folder, vocab_size=32768, sliding_window=None, max_position_embeddings=4096)
     shutil.copy(TOKENIZERS["v3"], folder / "tokenizer.model.v3")
     return Mistral.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """window -> a model, in bfloat16, the dtype that rounds most."""
+    folder = tmp_path_factory.mktemp("models")
+    write_checkpoint(folder, sliding_window=WINDOW, max_position_embeddings=4096)
+
+    def model(window):
+        llm = Mistral.from_pretrained(folder, dtype=torch.bfloat16, sliding_window=window)
+        return llm.model
+
+    return {window: model(window) for window in (None, WINDOW)}

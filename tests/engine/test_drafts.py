@@ -1,8 +1,4 @@
-"""Drafts change nothing but the speed: every completion is what it is without them.
-
-`Oracle` stands in for the policy, so that passes have drafts of every kind: right and wrong ones,
-many and few, of some sequences and of others. It knows each completion from a run without drafts.
-"""
+"""Drafts change nothing but the speed: every completion is what it is without them."""
 
 from __future__ import annotations
 
@@ -12,38 +8,27 @@ import pytest
 import torch
 from adapters import write_peft
 from checkpoints import write_checkpoint
-from replays import Replays
+from drafting import (
+    WINDOW,
+    Oracle,
+    assert_empty,
+    content,
+    engine_of,
+    of_every_kind,
+    plainly,
+    prompt,
+    request,
+    run,
+)
 
 from mistral_ext import Mistral, SamplingParams
 from mistral_ext.engine import engine as engine_module
-from mistral_ext.engine.drafts import Drafter, PassCosts
+from mistral_ext.engine.drafts import Drafter
 from mistral_ext.engine.engine import Engine
-from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.params import MOST_DRAFTS
+from mistral_ext.engine.pass_costs import PassCosts
 from mistral_ext.engine.proposer import Proposer
-from mistral_ext.engine.request import Request
 from mistral_ext.llm import DEMO_MODEL
-
-VOCABULARY = 131
-WINDOW = 48  # its rings have 64 slots more
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, sliding_window=WINDOW, max_position_embeddings=4096)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def models(folder):
-    """window -> a model, in bfloat16, the dtype that rounds most."""
-
-    def model(window):
-        llm = Mistral.from_pretrained(folder, dtype=torch.bfloat16, sliding_window=window)
-        return llm.model
-
-    return {window: model(window) for window in (None, WINDOW)}
 
 
 @pytest.fixture(scope="module")
@@ -51,109 +36,11 @@ def llm():
     return Mistral.from_pretrained(DEMO_MODEL)
 
 
-class Oracle(Drafter):
-    """Gives drafts of which a part is right.
-
-    Args:
-        known: prompt, seed and index of a request -> the tokens of its completion.
-        share: how many of the drafts are right.
-    """
-
-    def __init__(self, known, share=0.8, seed=0):
-        super().__init__()
-        self.known, self.share, self.random = known, share, random.Random(seed)
-        self.passes = 0  # with drafts
-
-    def choose(self, sequences, room):
-        drafts, free = {}, 8 - len(sequences)
-        for sequence, most in zip(sequences, room, strict=True):
-            count = min(self.random.choice([most, self.random.randint(0, 7)]), most, free)
-            if count <= 0:
-                continue
-            begin = len(sequence.ids) - sequence.prompt_length
-            given = list(self.known[key(sequence.request)][begin : begin + count])
-            given += [5] * (count - len(given))
-            drafts[sequence] = [
-                token if self.random.random() < self.share else self.random.randrange(3, 131)
-                for token in given
-            ]
-            free -= count
-        self.passes += bool(drafts)
-        return drafts
-
-    def note(self, *args):
-        pass
-
-
-def key(request: Request):
-    return tuple(request.prompt_ids), request.params.seed, request.index
-
-
-def engine_of(model, **options) -> Engine:
-    return Engine(model, VOCABULARY, **{"max_batch": 4, "cache_tokens": 4096} | options)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return random.Random(seed).choices(range(3, VOCABULARY), k=length)
-
-
-def request(ids, max_tokens=40, seed=5, eos_ids=(), **options) -> Request:
-    given = {"temperature": 1.0, "logprobs": 1} | options
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, **given)
-    return Request(ids, params, max_length=len(ids) + max_tokens, eos_ids=eos_ids)
-
-
-def run(engine: Engine, requests) -> list:
-    """The completion of each request, or its error."""
-    ids = [engine.add(r) for r in requests]
-    results = {}
-    while engine.has_work:
-        for output in engine.step():
-            if output.is_last:
-                results[output.request_id] = output.completion or output.error
-    return [results[i] for i in ids]
-
-
-def content(completion):
-    return completion.token_ids, completion.text, completion.finish_reason, completion.logprobs
-
-
-def plainly(make_engine, requests):
-    """The completions without drafts, and what an `Oracle` knows."""
-    engine = make_engine()
-    engine._drafter.choose = lambda sequences, room: {}
-    plain = run(engine, requests)
-    return plain, {key(r): c.token_ids for r, c in zip(requests, plain, strict=True)}
-
-
-def assert_empty(engine: Engine) -> None:
-    assert not list(engine.scheduler.running())
-    while engine.scheduler.prefixes.drop_oldest():
-        pass
-    assert engine.pool.free_slots == engine.pool.slots
-
-
-KINDS = [
-    {"temperature": 0.0},
-    {},
-    {"temperature": 0.7, "top_p": 0.9, "logprobs": 3},
-    {"temperature": 0.0, "repetition_penalty": 1.3},
-    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
-    {"temperature": 0.0, "logit_bias": {7: 4.0, 9: -3.0}, "logprobs": None},
-    {"top_k": 5, "eos_ids": (11, 12, 13)},
-    {"min_p": 0.2, "eos_ids": (20, 21), "logprobs": None},
-]
-
-
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_else_changes(models, window, seed):
     """With every option, in batches, beyond where a ring wraps and an extent grows."""
-    lengths = random.Random(seed).choices([1, 5, 9, 33, 70, 120, 250], k=len(KINDS))
-    requests = [
-        request(prompt(n, n), 1 + (37 * i + 50 * seed) % 130, seed=seed, **kind)
-        for i, (n, kind) in enumerate(zip(lengths, KINDS, strict=True))
-    ]
+    requests = of_every_kind(seed)
     make = lambda: engine_of(models[window])  # noqa: E731
     plain, known = plainly(make, requests)
     engine = make()
@@ -320,7 +207,7 @@ def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
         clock[0] += by
         return result
 
-    engine._drafter.choose = lambda sequences, room: later(100, {})
+    engine._drafter.choose = lambda *_: later(100, {})
     engine._drafter.note = lambda plain, took, *_: seconds.append(took)
     monkeypatch.setattr(engine.runner, "launch", lambda *args: later(1, launch(*args)))
     run(engine, [request(prompt(9), 5)])
@@ -428,6 +315,19 @@ def test_repeated_text_is_drafted(models, eager):
         assert 10 < completion.timing.accepted_tokens < 60
 
 
+def test_the_text_of_another_request_is_no_source(models, eager):
+    """Neither while both run, nor after the other has ended."""
+    ids = [20, 21, 22, 23, 24, 25, 26, 27, 28, 20, 21]
+    repeats = request(ids, 60, temperature=0.0, logit_bias=dict.fromkeys(ids, 100.0))
+    begins_the_same = request([40, 41, 42, 20, 21], 3, temperature=0.0, logit_bias={22: 100.0})
+    engine = engine_of(models[None])
+    for given in ([repeats, begins_the_same], [begins_the_same]):
+        *others, completion = run(engine, given)
+        assert completion.token_ids == [22] * 3
+        assert completion.timing.drafted_tokens == 0
+        assert all(c.timing.drafted_tokens > 0 for c in others)
+
+
 @pytest.mark.parametrize("drafts", [0, 2, None])
 def test_forced_text_is_drafted(llm, eager, drafts):
     options = {"regex": "The quick brown fox jumps over the lazy dog", "max_tokens": 60}
@@ -456,15 +356,6 @@ def test_a_wrong_number_is_refused(make):
         make(drafts=-1)
     with pytest.raises(TypeError, match="drafts is True, expected"):
         make(drafts=True)
-
-
-def test_steps_that_are_launched_ahead_have_none(llm, eager, monkeypatch):
-    monkeypatch.setattr(engine_module, "make_runner", lambda *args: GraphRunner(*args, Replays()))
-    ahead = Mistral.from_pretrained(DEMO_MODEL)
-    options = {"regex": "The quick brown fox jumps over the lazy dog", "max_tokens": 60}
-    (completion,) = ahead.generate("Hi", **options)
-    assert content(completion) == content(llm.generate("Hi", drafts=0, **options)[0])
-    assert completion.timing.drafted_tokens == 0
 
 
 class TestProposer:
@@ -561,6 +452,7 @@ class TestDrafter:
         costs.note(4, 3.0)
         assert costs.seconds(4) == 3.0
         for _ in range(600):
+            costs.forget()
             costs.note(2, 1.5)
         assert costs.seconds(2) == pytest.approx(1.5)
         assert costs.seconds(4) < 2.5  # it is so long ago that it is forgotten

@@ -71,6 +71,17 @@ def test_edges_of_the_window_in_the_last_tile(backend, window):
     batch.step((1, 2, 3))
 
 
+@pytest.mark.parametrize("window", [33, 64, None])
+def test_rows_that_share_a_ring(backend, window):
+    """Each token of a sequence has a row of the table, and sees those before it: without a window,
+    and across the end of a ring with slots to spare."""
+    capacities = [300, 300] if window is None else [window + 7, window + 13]
+    positions = [97, 5] if window is None else [10 * (window + 7) - 4, 5]
+    batch = RaggedBatch(capacities, window, 8, 2, 64, torch.bfloat16, positions=positions)
+    for counts in ((8, 1), (3, 5), (1, 7), (0, 8), (8, 2)):
+        batch.step(counts, tokens_apart=True)
+
+
 @pytest.mark.parametrize("backend", EMULATED, indirect=True)
 def test_strided_inputs_far_positions_and_split_keys(backend, request):
     """Enough multiprocessors that a decode is divided among several blocks."""

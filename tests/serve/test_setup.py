@@ -95,6 +95,7 @@ def test_a_warning_where_everyone_may_come_in():
         (["--log-requests", "/no/such/folder/x"], "/no/such/folder/x: No such file"),
         (["--host", "no.such.host.invalid"], "cannot listen at no.such.host.invalid"),
         (["--model", "/no/such/model"], "/no/such/model"),
+        (["--draft-model", "/no/such/draft"], "/no/such/draft"),
     ],
 )
 def test_options_that_make_no_sense(options, words):

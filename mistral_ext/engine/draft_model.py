@@ -1,0 +1,163 @@
+"""A draft model: a smaller model of the same vocabulary, which guesses sequences' next tokens.
+
+It has a cache of its own, and in it an extent for each sequence that it was asked about. A sequence
+that goes on in other tokens than were guessed is rewound to the last token that is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mistral_ext.engine.params import MOST_DRAFTS
+from mistral_ext.engine.runner import Piece, Runner
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.sequence import Sequence
+from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
+from mistral_ext.model.transformer import Transformer
+
+# Up to this many tokens of a sequence are read together with others' in the first step of a guess.
+_FEW_TOKENS = 4
+
+
+@dataclass(eq=False)
+class _Place:
+    """What the cache holds of a sequence.
+
+    Attributes:
+        extent: its slots. The tokens in them are `known` of its own, then `guesses`.
+    """
+
+    extent: Extent
+    known: int = 0
+    guesses: list[int] = field(default_factory=list)
+
+
+class DraftModel:
+    """Guesses the next tokens of sequences as the sampler would choose them, from its own logits.
+
+    Args:
+        model: its weights, on the device of the sampler.
+        sampler: of the sequences, which has their options and state; not changed.
+        rows: of the sampler.
+        slots: tokens that the cache has room for.
+        chunk: tokens of a sequence that are read in a pass, at most.
+        make_runner: makes the runner, given a model, a cache and a sampler.
+
+    Attributes:
+        pool: the cache.
+        is_usual: later passes take as long as the last one of `guess`: see `Step`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampler: Sampler,
+        rows: int,
+        slots: int,
+        chunk: int,
+        make_runner: Callable[[Transformer, SlotPool, Sampler], Runner],
+    ) -> None:
+        self.pool = SlotPool(model.config, slots, model.dtype, model.device)
+        self._given = sampler
+        self._sampler = Sampler(rows, sampler.vocab_size, model.device)
+        self._runner = make_runner(model, self.pool, self._sampler)
+        self._chunk = chunk
+        self.is_usual = True
+        self._places: dict[Sequence, _Place] = {}
+
+    def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
+        """Brings the cache in step with sequences: reads a chunk of each that it has to read.
+
+        Returns:
+            Those of them that `guess` may be given: they have room, and are read.
+        """
+        return [sequence for sequence in sequences if self._prepare(sequence)]
+
+    def guess(self, sequences: List[Sequence]) -> Iterator[list[tuple[int, float]]]:
+        """Guesses tokens of sequences which `prepare` has returned. Each iteration is a pass.
+
+        Yields:
+            For each sequence its next token, and the probability that the model gives it; 7 times.
+
+        Raises:
+            ValueError: the model chooses no token.
+        """
+        places = [self._places[sequence] for sequence in sequences]
+        extents, rows = [place.extent for place in places], [s.sampler_row for s in sequences]
+        self._sampler.follow(self._given, rows)
+        unread = [s.ids[e.length :] for s, e in zip(sequences, extents, strict=True)]
+        first = self._runner.verify(extents, rows, unread, [-1] * len(rows))
+        self.is_usual = first.is_usual
+        last, end = [], -1
+        for place, tokens in zip(places, unread, strict=True):
+            end += len(tokens)
+            last.append(end)
+            self.pool.advance(place.extent, len(tokens))
+            place.known, place.guesses = place.extent.length, []
+        logits = first.logits[last]
+        if first.largest is None:
+            token_ids = self._sampler.draw_now(rows, logits)
+        else:
+            token_ids = [first.largest[row] for row in last]
+        yield self._guesses(token_ids, logits)
+        for _ in range(MOST_DRAFTS - 1):
+            step = self._runner.launch(extents, rows, token_ids)
+            for place, token_id in zip(places, token_ids, strict=True):
+                self.pool.advance(place.extent, 1)
+                place.guesses.append(token_id)
+            self.is_usual = step.is_usual
+            token_ids, logits = step.token_ids(), step.logits
+            yield self._guesses(token_ids, logits)
+
+    def keep_only(self, sequences: Collection[Sequence]) -> None:
+        """Frees the memory of all other sequences."""
+        for sequence in self._places.keys() - set(sequences):
+            self.pool.release(self._places.pop(sequence).extent)
+
+    def _guesses(self, token_ids: list[int], logits: Tensor) -> list[tuple[int, float]]:
+        if -1 in token_ids:
+            raise self._sampler.problem(logits[token_ids.index(-1)])
+        of_all = logits[:, : self._sampler.vocab_size].softmax(-1)
+        return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
+
+    def _prepare(self, sequence: Sequence) -> bool:
+        place = self._places.get(sequence) or self._enter(sequence)
+        if place is None:
+            return False
+        extent, ids = place.extent, sequence.ids
+        right = 0
+        for guess, token_id in zip(place.guesses, ids[place.known :], strict=False):
+            if guess != token_id:
+                break
+            right += 1
+        # The last token is read again, at worst, because the next one comes from its logits.
+        length = min(place.known + right, len(ids) - 1)
+        self.pool.rewind(extent, length)
+        place.known, place.guesses = length, []
+        unread = len(ids) - length
+        count = min(unread - 1, self._chunk) if unread > _FEW_TOKENS else 0
+        if not self._has_room(extent, max(unread, count) + MOST_DRAFTS):
+            self.pool.release(self._places.pop(sequence).extent)
+            return False
+        if count:
+            self._runner.read([Piece(extent, ids[length : length + count], 0)])
+            self.pool.advance(extent, count)
+            place.known += count
+        return len(ids) - place.known <= _FEW_TOKENS
+
+    def _enter(self, sequence: Sequence) -> _Place | None:
+        """A place for a sequence; None: there is no room."""
+        most = slots_needed(self.pool.window, sequence.request.max_length + MOST_DRAFTS)
+        extent = self.pool.allocate(min(len(sequence.ids), most), most)
+        if extent is None:
+            return None
+        self._places[sequence] = _Place(extent)
+        return self._places[sequence]
+
+    def _has_room(self, extent: Extent, count: int) -> bool:
+        """Makes an extent grow for `count` more tokens; False: there is no room."""
+        return self.pool.has_room(extent, count) or self.pool.grow(extent, count)

@@ -1,0 +1,42 @@
+"""What passes over the weights cost, by their number of rows."""
+
+from __future__ import annotations
+
+# Up to this many rows a pass computes each with the bits that it has alone (`ops.linear`).
+MOST_ROWS = 8
+
+_COST_OF_A_ROW = 0.15  # relative to a pass, as long as it was not measured
+_NEWEST = 0.2  # weight of the last measurement
+_MEMORY = 512  # passes of the engine after which a measurement is forgotten
+
+
+class PassCosts:
+    """The seconds of decode passes, by their number of rows."""
+
+    def __init__(self) -> None:
+        self._passes = 0
+        self._seconds: dict[int, tuple[float, int]] = {}  # rows -> (seconds, pass that told)
+
+    def note(self, rows: int, seconds: float) -> None:
+        """Takes the seconds of a pass."""
+        before = self._seconds.get(rows)
+        if before is not None:
+            # A machine that is busy for a moment tells nothing.
+            seconds = before[0] + _NEWEST * (min(seconds, 2 * before[0]) - before[0])
+        self._seconds[rows] = seconds, self._passes
+
+    def forget(self) -> None:
+        """Counts a pass of the engine, and forgets what was measured long before it."""
+        self._passes += 1
+        for rows, (_, told) in list(self._seconds.items()):
+            if self._passes - told > _MEMORY:
+                del self._seconds[rows]
+
+    def seconds(self, rows: int) -> float | None:
+        """An estimate; None: no pass was measured."""
+        if not self._seconds:
+            return None
+        nearest = min(self._seconds, key=lambda known: abs(known - rows))
+        grown = 1 + _COST_OF_A_ROW * abs(rows - nearest)
+        seconds = self._seconds[nearest][0]
+        return seconds * grown if rows >= nearest else seconds / grown

@@ -1,0 +1,254 @@
+"""A draft model changes nothing but the speed, and its cache keeps in step with the sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import write_peft
+from checkpoints import write_checkpoint
+from drafting import (
+    VOCABULARY,
+    WINDOW,
+    assert_empty,
+    content,
+    engine_of,
+    of_every_kind,
+    plainly,
+    prompt,
+    request,
+    run,
+)
+from replays import Replays
+
+from mistral_ext import Mistral
+from mistral_ext.engine import engine as engine_module
+from mistral_ext.engine.draft_model import DraftModel
+from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.model_guesses import ModelGuesses
+from mistral_ext.engine.pass_costs import PassCosts
+from mistral_ext.engine.runner import Runner
+from mistral_ext.engine.sampling import Sampler
+from mistral_ext.engine.sequence import Sequence
+from mistral_ext.llm import DEMO_MODEL
+
+
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory):
+    """window -> what `models` has with another last norm: often right and often wrong about it."""
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, sliding_window=WINDOW, max_position_embeddings=4096)
+    rough = {}
+    for window in (None, WINDOW):
+        llm = Mistral.from_pretrained(folder, dtype=torch.bfloat16, sliding_window=window)
+        llm.model.norm = llm.model.norm * (1 + 0.3 * torch.randn(128)).to(torch.bfloat16)
+        rough[window] = llm.model
+    return rough
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Passes cost the same whatever their rows, and guesses next to nothing."""
+    monkeypatch.setattr(PassCosts, "seconds", lambda self, rows: 1.0)
+    monkeypatch.setattr(ModelGuesses, "_seconds", lambda self, sequences: 0.01)
+
+
+def pool_of(engine):
+    return engine._drafter._model._model.pool
+
+
+def assert_all_is_free(engine):
+    assert pool_of(engine).free_slots == pool_of(engine).slots
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["in time", "ahead"])
+def test_nothing_else_changes(models, rough, eager, monkeypatch, window, is_ahead):
+    """With every option, in batches, beyond where rings wrap and extents grow."""
+    requests = of_every_kind(2)
+    plain, _ = plainly(lambda: engine_of(models[window]), requests)
+    if is_ahead:
+        make = lambda *args: GraphRunner(*args, Replays())  # noqa: E731
+        monkeypatch.setattr(engine_module, "make_runner", make)
+    other = WINDOW if window is None else None  # its ring need not be like the model's
+    engine = engine_of(models[window], draft_model=rough[other])
+    drafted = run(engine, requests)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    accepted = sum(c.timing.accepted_tokens for c in drafted)
+    assert 20 < accepted < sum(c.timing.drafted_tokens for c in drafted)
+    assert_all_is_free(engine)
+
+
+def test_a_model_that_is_the_same_is_right(models, eager):
+    """Greedy or drawn: it chooses with the noise of the sequence."""
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "presence_penalty": 1.0}):
+        engine = engine_of(models[None], draft_model=models[None])
+        (completion,) = run(engine, [request(prompt(40), 60, **options)])
+        timing = completion.timing
+        assert timing.accepted_tokens == timing.drafted_tokens > 45
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_wrong_guesses_are_rewound(models, rough, window):
+    """After texts of other tokens than were guessed, guesses are those of an empty cache."""
+    sampler = Sampler(2, VOCABULARY)
+    sequences = []
+    for row, length in enumerate((30, WINDOW + 20)):
+        given = request(prompt(length, row), 300, seed=row, temperature=float(row))
+        sequence = Sequence(row, given, VOCABULARY)
+        sequence.row = row
+        sampler.start(row, given.params, sequence.ids)
+        sequences.append(sequence)
+
+    def make():
+        return DraftModel(models[window], sampler, 2, 2048, 16, Runner)
+
+    def tokens(model):
+        while len(model.prepare(sequences)) < 2:
+            pass
+        passes = model.guess(sequences)
+        return [[token_id for token_id, _ in next(passes)] for _ in range(7)]
+
+    kept = make()
+    for added in ((5,), (6, 7, 8), (), (9,) * 4, tuple(range(3, 43)), (11, 12)):
+        guessed = tokens(kept)
+        assert guessed == tokens(make())
+        for i, sequence in enumerate(sequences):
+            right = [guess[i] for guess in guessed[: len(added)]]
+            sequence.ids += [*right[:-1], *added]
+    assert kept.pool.free_slots < kept.pool.slots
+    kept.keep_only(sequences[:1])
+    kept.keep_only([])
+    assert kept.pool.free_slots == kept.pool.slots
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_what_is_put_back_is_the_same(models, rough, eager, window):
+    """Too little memory for all, in the draft model's cache too."""
+    requests = [request(prompt(n, n), 150, seed=n) for n in (120, 130)]
+    plain, _ = plainly(lambda: engine_of(models[window]), requests)
+    memory = {"cache_tokens": 520 if window is None else 300}
+    engine = engine_of(models[window], draft_model=rough[window], **memory)
+    assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
+    assert (engine.scheduler.preemptions > 0) == (window is None)
+    assert_all_is_free(engine)
+
+
+def test_sequences_without_room_have_no_guesses(models, rough, eager):
+    requests = [request(prompt(40), 30), request(prompt(41), 30)]
+    plain, _ = plainly(lambda: engine_of(models[None]), requests)
+    engine = engine_of(models[None], draft_model=rough[None])
+    pool = pool_of(engine)
+    taken = pool.allocate(pool.slots, pool.slots)
+    drafted = run(engine, requests)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    assert [c.timing.drafted_tokens for c in drafted] == [0, 0]
+    pool.release(taken)
+    assert all(c.timing.drafted_tokens > 0 for c in run(engine, requests))
+    assert_all_is_free(engine)
+
+
+def test_memory_is_freed_with_the_request(models, rough, eager):
+    """When it ends, when it is aborted, and when it fails."""
+    requests = [request(prompt(40 + i), 12 + 100 * i) for i in range(3)]
+    engine = engine_of(models[None], draft_model=rough[None])
+    first, second, _ = (engine.add(r) for r in requests)
+    pool, free = pool_of(engine), []
+    while engine.has_work:
+        ended = {output.request_id for output in engine.step() if output.is_last}
+        free.append(pool.free_slots)
+        if first in ended:
+            engine.abort(second)
+        if len(free) == 20:
+            engine.runner.launch = engine.runner.verify = None
+    # The first has 59 slots, all that it may need with 7 guesses; the second 160, the third 256.
+    used = dict.fromkeys(pool.slots - slots for slots in free)
+    assert [*used] == [59 + 160 + 256, 160 + 256, 256, 0]
+    assert_all_is_free(engine)
+
+
+def test_a_draft_model_that_fails_leaves_sequences_without_drafts(models, eager, caplog):
+    requests = [request(prompt(40), 30)]
+    plain, _ = plainly(lambda: engine_of(models[None]), requests)
+    engine = engine_of(models[None], draft_model=models[None])
+    guesser = engine._drafter._model._model
+    guesser._runner.launch = None
+    assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
+    assert [r.message for r in caplog.records] == [
+        "a completion goes on without drafts: 'NoneType' object is not callable"
+    ]
+    assert_all_is_free(engine)
+
+
+def test_guesses_that_are_not_worth_their_time_are_not_made(models, rough, monkeypatch):
+    monkeypatch.setattr(PassCosts, "seconds", lambda self, rows: 1.0)
+    engine = engine_of(models[None], draft_model=rough[None])  # whose passes cost as much
+    monkeypatch.setattr(DraftModel, "prepare", None)
+    (completion,) = run(engine, [request(prompt(40), 30)])
+    assert completion.timing.drafted_tokens == 0
+
+
+def test_wrong_guesses_end(models, eager, monkeypatch):
+    """Another model is never right: the sequence loses a few tokens, and no more."""
+    engine = engine_of(models[None], draft_model=models[WINDOW])
+    follow = Sampler.follow
+
+    def otherwise(self, other, rows):
+        follow(self, other, rows)
+        self._noise += 1
+
+    monkeypatch.setattr(Sampler, "follow", otherwise)
+    (completion,) = run(engine, [request(prompt(40), 200, temperature=2.0)])
+    assert completion.timing.drafted_tokens < 60
+
+
+TEXTS = [
+    {"stop": ["the ", "and"], "max_tokens": 40},
+    {"stop": "a", "temperature": 1.0, "logprobs": 0},
+    {"regex": "[a-z]{3,30} the [a-z]{3,30}", "temperature": 0.7, "top_p": 0.9},
+    {"grammar": 'start: word{9}\nword: " a" | " the" | " in"', "temperature": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", TEXTS)
+def test_texts_and_what_they_have_to_match(eager, options):
+    """And again, when the prompt is in the cache of the model, but not of the draft model."""
+    draft = Mistral.from_pretrained(DEMO_MODEL, quantize="int4")
+    llm = Mistral.from_pretrained(DEMO_MODEL, draft_model=draft)
+    options = {"max_tokens": 30, "seed": 3, "n": 2} | options
+    words = "Once upon a time there was a small fox who lived in a wood near a village. " * 3
+    plain = llm.generate(words, drafts=0, **options)
+    for is_again in (False, True):
+        drafted = llm.generate(words, **options)
+        assert [content(c) for c in drafted] == [content(c) for c in plain]
+        assert sum(c.timing.accepted_tokens for c in drafted) > 0
+        assert drafted[0].timing.cached_tokens > 0 or not is_again
+
+
+def test_sequences_have_their_adapters(tmp_path, eager):
+    base = write_checkpoint(tmp_path / "base", intermediate_size=256)
+    write_peft(base, tmp_path / "a")
+    adapters = {"a": tmp_path / "a"}
+    draft = Mistral.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, quantize="int4")
+    llm = Mistral.from_pretrained(
+        tmp_path / "base", dtype=torch.bfloat16, adapters=adapters, draft_model=draft
+    )
+    prompts, names = [prompt(9), prompt(40, 1), prompt(5, 2)], ["a", None, "a"]
+    options = {"max_tokens": 30, "ignore_eos": True, "seed": 1, "temperature": 0.5, "logprobs": 0}
+    plain = llm.generate(prompts, adapter=names, drafts=0, **options)
+    drafted = llm.generate(prompts, adapter=names, **options)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    assert sum(c.timing.accepted_tokens for c in drafted) > 5
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    small = tmp_path / "small"
+    write_checkpoint(small, vocab_size=100)
+    with pytest.raises(ValueError, match="small, whose vocabulary has 100 tokens, expected"):
+        Mistral.from_pretrained(DEMO_MODEL, draft_model=small)
+    other = Mistral.from_pretrained(DEMO_MODEL)
+    token_bytes = list(other.tokenizer._token_bytes)
+    token_bytes[300] += b"s"
+    other.tokenizer._token_bytes = token_bytes
+    with pytest.raises(ValueError, match="whose token 300 is another one than that"):
+        Mistral.from_pretrained(DEMO_MODEL, draft_model=other)
