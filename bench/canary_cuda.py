@@ -151,7 +151,7 @@ def op_checks() -> Iterator[Check]:
     yield "rms_norm", rms_norm
     yield "swiglu", swiglu
     yield "rope, attention", rope_and_attention
-    for form in (None, "q8_0", "int4"):
+    for form in (None, "q8_0", "int4", "iq4_xs"):
         yield f"linear, {form or 'plain'}", lambda form=form: linear(form)
     yield "linear_rope", linear_rope
     yield "sample", sample

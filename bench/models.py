@@ -53,7 +53,7 @@ def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
     done: dict[tuple[torch.Size, str], Quantized] = {}
     result: dict[str, Weight] = {}
     for tensor, weight in weights.items():
-        chosen = quantization.format_of(tensor)
+        chosen = quantization.format_of(tensor, weight.shape[-1])
         if chosen is None:
             result[tensor] = weight
             continue

@@ -109,7 +109,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         return ops.linear_argmax(given.x, given.weights[0], given.norm, EPS)
 
     for (name, (rows, size)), form, tokens in itertools.product(
-        products.items(), (None, "q8_0", "int4"), (1, 8, 16, 64)
+        products.items(), (None, "q8_0", "iq4_xs"), (1, 8, 16, 64)
     ):
 
         def make(rows=rows, size=size, form=form, tokens=tokens):
@@ -301,7 +301,7 @@ class Goal:
 GOALS = (
     Goal("linear 1 x 4096 x 28672, gate, up + swiglu", "of_peak", at_least=0.9),
     Goal("linear 1 x 4096 x 4096, output + residual", "of_peak", at_least=0.8),
-    Goal("linear 1 x 4096 x 28672, gate, up + swiglu, int4", "of_peak", at_least=0.8),
+    Goal("linear 1 x 4096 x 28672, gate, up + swiglu, iq4_xs", "of_peak", at_least=0.8),
     Goal(
         "linear 8 x 4096 x 28672, gate, up + swiglu",
         "us",

@@ -6,6 +6,7 @@
 #include "cross_entropy.h"
 #include "linear.h"
 #include "lora.h"
+#include "quantize.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "rotate.h"

@@ -13,6 +13,7 @@ set(cpu_kernels
   ${root}/csrc/cpu/linear/linear.cpp
   ${root}/csrc/cpu/lora.cpp
   ${root}/csrc/cpu/lora_gradient.cpp
+  ${root}/csrc/cpu/quantize.cpp
   ${root}/csrc/cpu/rms_norm.cpp
   ${root}/csrc/cpu/rms_norm_backward.cpp
   ${root}/csrc/cpu/rope.cpp
@@ -58,6 +59,7 @@ set(bindings
   ${root}/python/launch_failure.cpp
   ${root}/python/linear.cpp
   ${root}/python/lora.cpp
+  ${root}/python/quantize.cpp
   ${root}/python/rms_norm.cpp
   ${root}/python/rope.cpp
   ${root}/python/rotate.cpp

@@ -144,6 +144,22 @@ def lora_gradient(
     hidden: Tensor, x: Tensor, adapters: Tensor, out: Tensor, target: int
 ) -> None: ...
 def philox(key: Sequence[int], counter: Sequence[int]) -> list[int]: ...
+def quantize(
+    weight: Tensor,
+    importance: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    largest: Tensor,
+    target: int,
+) -> None: ...
+def quantize_feedback(
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    target: int,
+) -> None: ...
 def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, target: int
 ) -> None: ...

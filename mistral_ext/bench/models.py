@@ -75,8 +75,8 @@ def random_weights(
         if len(shape) == 1:
             made[name] = torch.ones(shape, dtype=dtype, device=device)
             continue
-        chosen = quantization.format_of(name) if quantization else None
-        group = quantization.group_of(name) if quantization and chosen else None
+        chosen = quantization.format_of(name, shape[-1]) if quantization else None
+        group = quantization.group_of(chosen) if quantization and chosen else None
         made[name] = random_weight(shape, chosen, dtype, device, group)
     return made
 

@@ -24,7 +24,8 @@ def add_to(commands: options.Commands) -> None:
         "--group",
         type=int,
         metavar="N",
-        help="weights that share a scale, for 4 bits: 32, 64 (default) or 128",
+        help="4 bits in equal steps, as older versions made them, with a scale for N weights: 32, "
+        "64 or 128",
     )
     options.add_dtype(parser, "of embeddings and norms; default: as stored")
     parser.set_defaults(run=run)

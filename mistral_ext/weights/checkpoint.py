@@ -15,8 +15,10 @@ All that a file says about its tensors is checked before the first tensor is rea
 
 from __future__ import annotations
 
+import logging
 import math
 import mmap
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -66,6 +68,10 @@ _HF_MODULES = {
 # Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
+_LONG = 5.0  # seconds of quantising after which `load_weights` says how to do it once
+
+_log = logging.getLogger("mistral_ext")
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -108,12 +114,30 @@ def load_weights(
     checkpoint = Checkpoint(folder, dtype, quantization)
     if device is not None:
         expect_runnable(folder.config, checkpoint.dtype, checkpoint.nbytes, device)
+    began = time.monotonic()
     loaded: dict[str, Weight | JoinedWeight] = dict(checkpoint.weights(progress))
+    seconds = time.monotonic() - began
+    if quantization is not None and seconds > _LONG:
+        _say_how_to_do_it_once(folder, quantization, seconds)
     if "output.weight" not in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
     if device is not None and device.type != "cpu":
         move_weights(loaded, device)
     return loaded
+
+
+def _say_how_to_do_it_once(folder: ModelFolder, quantization: Quantization, seconds: float) -> None:
+    """Unless `quantize_checkpoint` refuses the folder, or the weights are stored so."""
+    if folder.quantization or folder.packing or folder.gguf or not folder.config.writes_text:
+        return
+    _log.warning(
+        "quantising to %s took %.0f s, and takes them at every start; `mistral-ext quantize %s OUT "
+        "--bits %d` does it once",
+        quantization,
+        seconds,
+        folder.path,
+        quantization.bits,
+    )
 
 
 class Checkpoint:
@@ -165,8 +189,8 @@ class Checkpoint:
                 kept = kept_formats(folder.gguf)
             tensors = gguf_tensors(folder.gguf, decoded, kept)
             formats = {
-                gguf_name(name): quantization.format_of(name) if quantization else None
-                for name in tensor_shapes(config)
+                gguf_name(name): quantization.format_of(name, shape[-1]) if quantization else None
+                for name, shape in tensor_shapes(config).items()
             }
             say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
         packed: dict[str, Quantized] = {}

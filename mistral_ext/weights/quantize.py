@@ -11,11 +11,17 @@ with the scales) or of the whole row ("int8", the format of older folders). Floa
 step, and leave 13 times the divergence on the demo (`bench/quality.py`), because weights need no
 more range than a scale gives them.
 
-4 bits: one scale for each group of neighbours in a row. A group's largest magnitude becomes -8, the
-value with the largest magnitude; so a scale may be negative. Then a few other scales are tried:
-smaller scales cut off the largest weights and round all others finer. The scale with the least
-squared error is taken. On normally distributed weights that leaves an error of 9.0 %
-(root mean square) in groups of 64, where rounding to the largest magnitude over 7 leaves 10.8 %.
+4 bits: values come from a table of 16, denser near 0, where most weights are. In "iq4_xs" (4.25
+bits) 32 neighbours share a scale of 6 bits, and 256 a factor of these scales. Rows that are no
+multiple of 256 become "iq4_nl", with an fp16 scale for each 32 (4.5 bits). A kernel
+(csrc/cpu/quantize.cpp) tries several scales, and takes the scale with the least squared error.
+Errors count more in large weights. On normally distributed weights that leaves an error of 7.5 %
+(root mean square).
+
+"int4" is the format of older folders, and of a `group`: values in equal steps, and a scale for each
+group of neighbours in a row. A group's largest magnitude becomes -8, the value with the largest
+magnitude; so a scale may be negative. Smaller scales, which cut off the largest weights and round
+all others finer, are tried, too. In groups of 64 (4.25 bits) that leaves an error of 9.0 %.
 
 Scales are rounded to their stored dtype before values are computed from them. So the rounding of a
 scale does not shift all values of its group.
@@ -31,13 +37,16 @@ import torch
 from torch import Tensor
 
 from mistral_ext.ops.dequantize import pack
+from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
 
 # The names by which callers choose a format.
-NAMES = {"int8": "q8_0", "int4": "int4"}
+NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
 # The formats that `quantize` makes; others come from files alone.
-_MADE = ("int8", "int4", "q8_0")
-# Mistral 7B takes 4.13 GB in groups of 64; groups of 32 are a little better and take 4.35 GB.
+_OF_TABLE = ("iq4_xs", "iq4_nl")
+_MADE = ("int8", "int4", "q8_0", *_OF_TABLE)
+# A format -> the format of rows that do not divide into its groups.
+_FOR_OTHER_ROWS = {"iq4_xs": "iq4_nl"}
 _DEFAULT_GROUPS = {"int4": 64}
 _OUTPUT_FORMAT = "q8_0"
 
@@ -83,10 +92,10 @@ class Quantization:
 
     @classmethod
     def from_bits(cls, bits: int, group: int | None = None) -> Quantization:
-        """From a number of bits: 8 or 4."""
+        """From a number of bits: 8 or 4. 4 bits with a `group` are "int4"."""
         if bits not in (8, 4):
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
-        return cls(NAMES[f"int{bits}"], group)
+        return cls("int4" if bits == 4 and group is not None else NAMES[f"int{bits}"], group)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Quantization:
@@ -109,18 +118,21 @@ class Quantization:
         whole_rows = not groups_of(self.format)
         return self.format if whole_rows else f"{self.format} in groups of {self.group}"
 
-    def format_of(self, name: str) -> str | None:
-        """The format of a weight, by Mistral's name; None: it is not quantised."""
+    def format_of(self, name: str, columns: int) -> str | None:
+        """The format of a weight, by Mistral's name and the length of its rows; None: it is not
+        quantised."""
         if name == "output.weight":
-            return self.output_format
-        is_matrix = name.startswith("layers.") and not name.endswith("_norm.weight")
-        return self.format if is_matrix else None
+            wanted = self.output_format
+        elif name.startswith("layers.") and not name.endswith("_norm.weight"):
+            wanted = self.format
+        else:
+            return None
+        divides = columns % max(1, FORMATS[wanted].least_group) == 0
+        return wanted if divides else _FOR_OTHER_ROWS.get(wanted, wanted)
 
-    def group_of(self, name: str) -> int | None:
-        """The number of neighbours that share a scale in a quantised weight; None: a whole row."""
-        if self.format_of(name) == self.format:
-            return self.group
-        return Quantization(self.output_format).group
+    def group_of(self, format: str) -> int | None:
+        """The number of neighbours that share scales in a format of `format_of`; None: a row."""
+        return self.group if format == self.format else Quantization(format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
         """The result that `quantize` would have, as tensors on the meta device (dtypes and shapes
@@ -129,17 +141,19 @@ class Quantization:
         Raises:
             ValueError: the weight does not divide into groups.
         """
-        chosen = self.format_of(name)
+        chosen = self.format_of(name, shape[-1])
         if chosen is None:
             return None
-        return _empty(name, shape, chosen, self.group_of(name), torch.device("meta"))
+        return _empty(name, shape, chosen, self.group_of(chosen), torch.device("meta"))
 
-    def quantize(self, name: str, weight: Tensor, stored_name: str) -> Quantized | None:
+    def quantize(
+        self, name: str, weight: Tensor, stored_name: str, importance: Tensor | None = None
+    ) -> Quantized | None:
         """Quantises the weight with Mistral's name `name`; None: it is not quantised."""
-        chosen = self.format_of(name)
+        chosen = self.format_of(name, weight.shape[-1])
         if chosen is None:
             return None
-        return quantize(weight, chosen, self.group_of(name), stored_name)
+        return quantize(weight, chosen, self.group_of(chosen), stored_name, importance)
 
 
 def groups_of(name: str) -> tuple[int, ...]:
@@ -152,15 +166,21 @@ def groups_of(name: str) -> tuple[int, ...]:
 
 
 def quantize(
-    weight: Tensor, format: str, group: int | None = None, name: str = "weight"
+    weight: Tensor,
+    format: str,
+    group: int | None = None,
+    name: str = "weight",
+    importance: Tensor | None = None,
 ) -> Quantized:
     """Rounds a weight to a format.
 
     Args:
         weight: [N, K], float32, bfloat16 or float16.
-        format: "int8", "int4" or "q8_0", see `mistral_ext.ops.Quantized`.
+        format: "int8", "int4", "q8_0", "iq4_xs" or "iq4_nl", see `mistral_ext.ops.Quantized`.
         group: weights that share a scale, 32, 64 or 128 for "int4"; None: the format's, or 64.
         name: for messages.
+        importance: [K] float32, how much an error in each input counts; None: all count the same.
+            Only formats with a table use it.
 
     Raises:
         ValueError: weights are not rounded to this format, K is no multiple of the group, or a
@@ -169,6 +189,8 @@ def quantize(
     if format not in _MADE:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(_MADE)}")
     group = Quantization(format, group).group
+    if format in _OF_TABLE:
+        return _from_table(weight, format, group, name, importance)
     quantized = _empty(name, tuple(weight.shape), format, group, weight.device)
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
     for block, values, scales in zip(
@@ -176,22 +198,49 @@ def quantize(
     ):
         groups = block.float().unflatten(1, (scales.shape[1], -1))  # [rows, K / group, group]
         low, high = torch.aminmax(groups, dim=2, keepdim=True)
-        if not (low.isfinite().all() and high.isfinite().all()):
-            raise ValueError(f"tensor {name!r} holds NaN or infinity and cannot be quantised")
+        largest = torch.maximum(-low, high)
+        _expect_finite(largest, name)
         if format == "int4":
             chosen = _rounded(_best_scales(groups, low, high), scales.dtype)
             pack(_divide(groups, chosen).clamp_(-8, 7).flatten(1), out=values)
         else:
-            chosen = _rounded(torch.maximum(-low, high) / 127, scales.dtype)
+            chosen = _rounded(largest / 127, scales.dtype)
             values.copy_(_divide(groups, chosen).clamp_(-127, 127).flatten(1))
-        if not chosen.isfinite().all():
-            largest = torch.maximum(-low, high).max().item()
-            raise ValueError(
-                f"tensor {name!r} holds {largest:g}, whose scale {scales.dtype} cannot hold: it "
-                f"cannot be quantised to {format!r}"
-            )
+        _expect_finite_scales(chosen, largest, name, format, scales.dtype)
         scales.copy_(chosen.squeeze(2))
     return quantized
+
+
+def _from_table(
+    weight: Tensor, format: str, group: int | None, name: str, importance: Tensor | None
+) -> Quantized:
+    cpu = torch.device("cpu")
+    quantized = _empty(name, tuple(weight.shape), format, group, cpu)
+    rows = weight.to(cpu)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    largest = round_to_table(rows, quantized, importance)
+    _expect_finite(largest, name)
+    # The fp16 scales: all of them in "iq4_nl", the first 2 of each 8 bytes in "iq4_xs".
+    halves = quantized.scales.view(torch.float16)
+    halves = halves if format == "iq4_nl" else halves[:, ::4]
+    _expect_finite_scales(halves, largest, name, format, halves.dtype)
+    return quantized.to(weight.device)
+
+
+def _expect_finite(largest: Tensor, name: str) -> None:
+    if not largest.isfinite().all():
+        raise ValueError(f"tensor {name!r} holds NaN or infinity and cannot be quantised")
+
+
+def _expect_finite_scales(
+    scales: Tensor, largest: Tensor, name: str, format: str, dtype: torch.dtype
+) -> None:
+    if not scales.isfinite().all():
+        raise ValueError(
+            f"tensor {name!r} holds {largest.max().item():g}, whose scale {dtype} cannot hold: it "
+            f"cannot be quantised to {format!r}"
+        )
 
 
 def _empty(

@@ -32,8 +32,8 @@ def quantize_checkpoint(
     Args:
         source: a model folder, or a hub id.
         target: the folder to make; must not exist, or be empty.
-        bits: 8 ("q8_0") or 4 ("int4").
-        group: weights that share a scale, 32, 64 or 128, for 4 bits; None: 64.
+        bits: 8 ("q8_0") or 4 ("iq4_xs", and "iq4_nl" for rows that are no multiple of 256).
+        group: for 4 bits, weights that share a scale, 32, 64 or 128: makes "int4" instead.
         dtype: dtype of embeddings and norms, which are not quantised; None: as stored.
         progress: show a progress bar if stderr is a terminal.
 

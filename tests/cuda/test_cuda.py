@@ -150,7 +150,7 @@ def test_attention_at_the_sizes_of_mistral_7b(dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 64, 200])
-@pytest.mark.parametrize("form", [None, "int8", "q8_0", "int4"])
+@pytest.mark.parametrize("form", [None, "int8", "q8_0", "int4", "iq4_xs"])
 @pytest.mark.parametrize(("size", "rows"), [(4096, 6144), (4096, 28672), (14336, 4096)])
 def test_products_at_the_sizes_of_mistral_7b(size, rows, form, tokens):
     """The error of each element against that of a product in fp32 of the same weights."""

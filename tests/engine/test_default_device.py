@@ -110,7 +110,7 @@ def test_a_quantised_folder(folder, elsewhere, tmp_path):
 
 def test_a_quantised_weight(elsewhere, generator):
     weight = torch.randn(3, 64, generator=generator)
-    for form in ("int8", "q8_0", "int4"):
+    for form in ("int8", "q8_0", "int4", "iq4_nl"):
         expected = quantize(weight, form)
         with elsewhere():
             quantized = quantize(weight, form)

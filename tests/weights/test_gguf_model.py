@@ -121,7 +121,7 @@ def test_matrices_keep_their_numbers(model, tmp_path):
     assert len(formats) == 2 * 5
     assert set(formats.values()) == {"q4_0"}
     quantized = load_weights(read_folder(path), quantize="int4")
-    assert quantized["layers.0.attention.wq.weight"].format == "int4"
+    assert quantized["layers.0.attention.wq.weight"].format == "iq4_nl"
     assert quantized["tok_embeddings.weight"].dtype == torch.bfloat16
 
 

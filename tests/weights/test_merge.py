@@ -117,7 +117,7 @@ def test_weights_of_few_bits_are_refused(adapter, tmp_path):
     quantised = quantize_checkpoint(tmp_path / "base", tmp_path / "int4", 4)
     gguf = tmp_path / "model.gguf"
     write_model(gguf, model)
-    for folder, form in ((quantised, "int4 in groups of 64"), (gguf, "a GGUF file")):
+    for folder, form in ((quantised, "iq4_xs in groups of 256"), (gguf, "a GGUF file")):
         with pytest.raises(ValueError, match=f"are {form}, expected a folder of weights"):
             merge_adapter(folder, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

@@ -179,7 +179,7 @@ def test_any_strides_and_eight_bits_of_any_width(generator):
     assert relative_error(quantize(odd, "int8"), odd) < 0.01
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [*FORMATS, "iq4_nl", "iq4_xs"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_not_a_number_is_refused_by_name(form, value, dtype):
@@ -202,8 +202,21 @@ def test_not_a_number_is_refused_by_name(form, value, dtype):
             64,
             "group is 64, expected None: a row has one scale, with format 'int8'",
         ),
-        ((4, 64), "int3", None, "format is 'int3', expected one of int8, int4, q8_0"),
-        ((4, 256), "q4_k", None, "format is 'q4_k', expected one of int8, int4, q8_0$"),
+        (
+            (4, 64),
+            "int3",
+            None,
+            "format is 'int3', expected one of int8, int4, q8_0, iq4_xs, iq",
+        ),
+        (
+            (4, 256),
+            "q4_k",
+            None,
+            "format is 'q4_k', expected one of int8, .*, iq4_xs, iq4_nl$",
+        ),
+        ((4, 288), "iq4_xs", None, "has rows of 288, expected a multiple of 256"),
+        ((4, 80), "iq4_nl", None, "has rows of 80, expected a multiple of 32"),
+        ((64,), "iq4_nl", None, r"tensor 'w' has shape \(64,\), expected a matrix"),
         ((64,), "int8", None, r"tensor 'w' has shape \(64,\), expected a matrix"),
         ((4, 0), "int8", None, r"tensor 'w' has shape \(4, 0\), expected a matrix"),
     ],
@@ -215,7 +228,8 @@ def test_bad_arguments_are_named(shape, form, group, message):
 
 def test_names():
     assert Quantization.from_name("int8") == Quantization("q8_0") == Quantization.from_bits(8)
-    assert Quantization.from_name("int4") == Quantization("int4", 64) == Quantization.from_bits(4)
+    assert Quantization.from_name("int4") == Quantization("iq4_xs") == Quantization.from_bits(4)
+    assert Quantization.from_bits(4, 64) == Quantization("int4", 64) == Quantization("int4")
     assert [groups_of(form) for form in FORMATS] == [(), (32,), (32, 64, 128)]
     with pytest.raises(ValueError, match="quantize is 'int5', expected 'int8', 'int4' or None"):
         Quantization.from_name("int5")
@@ -263,3 +277,24 @@ def test_what_a_7b_takes(name, gigabytes):
         "norm.weight": None,
         "output.weight": "q8_0",
     }
+
+
+def test_rows_that_no_256_divide_get_a_scale_for_each_32(generator):
+    quantization = Quantization.from_name("int4")
+    for columns, form, bits in ((512, "iq4_xs", 4.25), (288, "iq4_nl", 4.5)):
+        weight = torch.randn(4, columns, generator=generator)
+        made = quantization.quantize("layers.0.attention.wq.weight", weight, "w")
+        parts = quantization.parts("layers.0.attention.wq.weight", (4, columns))
+        assert made.format == parts.format == form
+        assert made.nbytes == parts.nbytes == 4 * columns * bits / 8
+        assert relative_error(made, weight) < 0.085
+    with pytest.raises(ValueError, match="has rows of 80, expected a multiple of 32"):
+        quantization.parts("layers.0.attention.wq.weight", (4, 80))
+    assert quantization.quantize("output.weight", weight, "w").format == "q8_0"
+    assert quantization.quantize("norm.weight", weight[0], "w") is None
+
+
+def test_any_strides_with_a_table(generator):
+    weight = torch.randn(256, 64, generator=generator).T
+    expected = quantize(weight.contiguous(), "iq4_xs")
+    assert torch.equal(quantize(weight, "iq4_xs").values, expected.values)

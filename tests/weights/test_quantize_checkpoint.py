@@ -90,7 +90,7 @@ def test_read_back_without_the_original(source, tmp_path, bits, group):
     quantization = Quantization.from_bits(bits, group)
     assert list(loaded) == list(weights)
     for name, weight in weights.items():
-        form = quantization.format_of(name)
+        form = quantization.format_of(name, weight.shape[-1])
         expected = weight
         if form is not None:
             expected = quantize(weight, form, quantization.group if form == "int4" else None)
@@ -165,6 +165,17 @@ def test_weights_share_the_pages_of_the_file(quantized_folder, part):
         f.seek(file.read_bytes().index(content))
         f.write(bytes(len(content)))
     assert not tensor.any()
+
+
+def test_how_to_quantise_once_is_said(hf_folder, quantized_folder, monkeypatch, caplog):
+    load(hf_folder, quantize="int4")
+    assert not caplog.text  # it took no time
+    monkeypatch.setattr(checkpoint, "_LONG", 0.0)
+    load(quantized_folder, quantize="int4")
+    assert not caplog.text  # it is done
+    load(hf_folder, quantize="int4")
+    assert "quantising to iq4_xs in groups of 256 took 0 s" in caplog.text
+    assert f"`mistral-ext quantize {hf_folder} OUT --bits 4` does it once" in caplog.text
 
 
 def test_dtype_is_that_of_embeddings_and_norms(hf_folder, quantized_folder, tmp_path):
@@ -301,10 +312,10 @@ def refusal(call, *args, error=ValueError, **options) -> str:
 def test_already_quantised(quantized_folder, tmp_path):
     message = refusal(quantize_checkpoint, quantized_folder, tmp_path / "x", 8)
     assert str(quantized_folder) in message
-    assert "are quantised already, as int4 in groups of 64" in message
+    assert "are quantised already, as iq4_xs in groups of 256" in message
     assert not (tmp_path / "x").exists()
     message = refusal(load, quantized_folder, quantize="int8")
-    assert "as int4 in groups of 64, and cannot be made q8_0 in groups of 32" in message
+    assert "as iq4_xs in groups of 256, and cannot be made q8_0 in groups of 32" in message
 
 
 def test_same_bits_in_other_groups(hf_folder, tmp_path):
@@ -336,7 +347,7 @@ def test_misshaped_tensor(quantized_folder, suffix):
     ("suffix", "dtype", "message"),
     [
         ("", torch.float32, "has dtype torch.float32, expected int32"),
-        ("_scale", torch.float16, "has dtype torch.float16, expected bfloat16"),
+        ("_scale", torch.bfloat16, "has dtype torch.bfloat16, expected float16"),
     ],
 )
 def test_wrong_dtype(quantized_folder, suffix, dtype, message):
@@ -387,9 +398,10 @@ def test_group_that_does_not_divide(tmp_path):
     message = refusal(quantize_checkpoint, DEMO_MODEL, tmp_path / "x", 4, 128)
     assert "'layers.0.feed_forward.w2.weight' of shape (256, 704)" in message
     assert "groups of 128" in message
-    write_checkpoint(tmp_path / "odd")
+    write_checkpoint(tmp_path / "odd", intermediate_size=208)
     message = refusal(load, tmp_path / "odd", quantize="int4")
-    assert "'layers.0.feed_forward.w2.weight' of shape (128, 224)" in message
+    assert "'layers.0.feed_forward.w2.weight' of shape (128, 208)" in message
+    assert "expected a multiple of 32" in message
     assert [entry.name for entry in tmp_path.iterdir()] == ["odd"]
 
 

@@ -407,6 +407,7 @@ MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 
 MISTRAL_SIMD float sum(Vec a) { return a.v; }

@@ -1,0 +1,58 @@
+"""Rounds weights to formats whose values come from a table: csrc/quantize.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.weight import Quantized
+from mistral_ext.ops.workspace import execution_target
+
+
+def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = None) -> Tensor:
+    """Chooses the values and scales of a weight in "iq4_nl" or "iq4_xs".
+
+    For each 32 neighbours a few scales are tried, and the scale with the least squared error is
+    taken. An error counts more in a large weight, and in an important input.
+
+    Args:
+        weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
+        out: the weight to fill, on the CPU.
+        importance: [K] float32, how much an error in each input counts, such as the mean square of
+            that input; None: all count the same.
+
+    Returns:
+        [N] float32, the largest magnitude in each row; not finite if the row holds NaN or infinity.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype or device; the message names it.
+    """
+    largest = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    target = execution_target(weight)
+    _C.quantize(weight, importance, out.values, out.scales, largest, target)
+    return largest
+
+
+def round_with_feedback(
+    weight: Tensor, factor: Tensor, out: Quantized, importance: Tensor | None = None
+) -> None:
+    """Rounds up to 256 columns of a weight one after another; each column's error is made up for in
+    the columns that follow.
+
+    This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
+    For the columns after the block, subtract the returned errors times the factor's rows there.
+
+    Args:
+        weight: [N, B] float32 on the CPU, B at most 256, the last axis contiguous. Changed to the
+            errors, each divided by the diagonal of the factor.
+        factor: [B, B] float32, upper triangular: the block of the Cholesky factor of the inverse
+            Hessian.
+        out: the columns to fill, in "iq4_nl" or, for B = 256, "iq4_xs". Rows may be apart.
+        importance: [B] float32, as for `round_to_table`; scales are chosen by it.
+
+    Raises:
+        ValueError, TypeError: as `round_to_table`.
+    """
+    target = execution_target(weight)
+    _C.quantize_feedback(weight, factor, importance, out.values, out.scales, target)

@@ -1,0 +1,111 @@
+#include "../csrc/quantize.h"
+
+#include "device.h"
+#include "ops.h"
+#include "tensor.h"
+
+namespace mistral::python {
+namespace {
+
+// Checks the scales of a weight [N, K], and returns whether they have two levels.
+bool has_two_levels(const Tensor& weight, const py::object& scales_) {
+  const auto dtype = py::cast<std::string>(py::str(scales_.attr("dtype")));
+  const bool two_levels = dtype == "torch.uint8";
+  const int64_t inputs = weight.size(1), group = two_levels ? kSuperBlock : 32;
+  if (inputs % group != 0) {
+    fail(weight.op(), std::string(weight.name()) + " has " + std::to_string(inputs) +
+                          " columns, expected a multiple of " + std::to_string(group));
+  }
+  const Table scales(weight.op(), "scales", scales_, two_levels ? "uint8" : "float16");
+  scales.expect_shape({weight.size(0), two_levels ? inputs / 32 : inputs / group});
+  scales.expect_last_axis_contiguous();
+  scales.expect_device_of(weight);
+  return two_levels;
+}
+
+const float* importance_of(const Tensor& weight, const py::object& importance_) {
+  if (importance_.is_none()) return nullptr;
+  const Table importance(weight.op(), "importance", importance_, "float32");
+  importance.expect_shape({weight.size(1)});
+  importance.expect_contiguous();
+  importance.expect_device_of(weight);
+  return static_cast<const float*>(importance.data());
+}
+
+void quantize(py::object weight_, py::object importance, py::object values_, py::object scales_,
+              py::object largest_, ExecutionTarget target) {
+  constexpr const char* op = "quantize";
+  const Tensor weight(op, "weight", weight_);
+  expect_cpu(weight);
+  weight.expect_shape({-1, -1});
+  weight.expect_last_axis_contiguous();
+  QuantizeParams p{};
+  p.two_levels = has_two_levels(weight, scales_);
+  const Table values(op, "values", values_, "int32"), largest(op, "largest", largest_, "float32"),
+      scales(op, "scales", scales_, p.two_levels ? "uint8" : "float16");
+  values.expect_shape({weight.size(0), weight.size(1) / 8});
+  largest.expect_shape({weight.size(0)});
+  for (const Table* table : {&values, &largest, &scales}) {
+    table->expect_contiguous();
+    table->expect_device_of(weight);
+  }
+  p.dtype = weight.dtype();
+  p.weight = weight.data();
+  p.importance = importance_of(weight, importance);
+  p.values = static_cast<uint32_t*>(values.data());
+  p.scales = scales.data();
+  p.largest = static_cast<float*>(largest.data());
+  p.rows = weight.size(0);
+  p.inputs = weight.size(1);
+  p.stride_weight_row = weight.stride(0);
+  run_on_cpu(target, p, &cpu::quantize);
+}
+
+void quantize_feedback(py::object weight_, py::object factor_, py::object importance,
+                       py::object values_, py::object scales_, ExecutionTarget target) {
+  constexpr const char* op = "quantize_feedback";
+  const Table weight(op, "weight", weight_, "float32"), factor(op, "factor", factor_, "float32"),
+      values(op, "values", values_, "int32");
+  expect_cpu(weight);
+  weight.expect_shape({-1, -1});
+  const int64_t columns = weight.size(1);
+  if (columns > kSuperBlock) {
+    fail(op, "weight has " + std::to_string(columns) + " columns, expected at most " +
+                 std::to_string(kSuperBlock));
+  }
+  QuantizeFeedbackParams p{};
+  p.two_levels = has_two_levels(weight, scales_);
+  const Table scales(op, "scales", scales_, p.two_levels ? "uint8" : "float16");
+  factor.expect_shape({columns, columns});
+  values.expect_shape({weight.size(0), columns / 8});
+  for (const Table* table : {&weight, &factor, &values}) {
+    table->expect_last_axis_contiguous();
+    table->expect_device_of(weight);
+  }
+  p.weight = static_cast<float*>(weight.data());
+  p.factor = static_cast<const float*>(factor.data());
+  p.importance = importance_of(weight, importance);
+  p.values = static_cast<uint32_t*>(values.data());
+  p.scales = static_cast<char*>(scales.data());
+  p.rows = weight.size(0);
+  p.columns = columns;
+  p.stride_weight_row = weight.stride(0);
+  p.stride_factor_row = factor.stride(0);
+  p.stride_values_row = values.stride(0);
+  p.stride_scales_row = scales.stride(0) * (p.two_levels ? 1 : 2);
+  run_on_cpu(target, p, &cpu::quantize_feedback);
+}
+
+}  // namespace
+
+void bind_quantize(py::module_& m) {
+  m.def("quantize", &quantize, py::arg("weight"), py::arg("importance").none(true),
+        py::arg("values"), py::arg("scales"), py::arg("largest"), py::arg("target"));
+}
+
+void bind_quantize_feedback(py::module_& m) {
+  m.def("quantize_feedback", &quantize_feedback, py::arg("weight"), py::arg("factor"),
+        py::arg("importance").none(true), py::arg("values"), py::arg("scales"), py::arg("target"));
+}
+
+}  // namespace mistral::python
