@@ -37,9 +37,7 @@ void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
 void use_added(const Tensor& x, LinearParams& p, const py::object& added_) {
   if (added_.is_none()) return;
   const Table added(x.op(), "added", added_, "float32");
-  int64_t outputs = 0;
-  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
-  added.expect_shape({x.size(0), outputs});
+  added.expect_shape({x.size(0), outputs_of_all(p)});
   added.expect_device_of(x);
   added.expect_last_axis_contiguous();
   p.added = static_cast<const float*>(added.data());
@@ -163,8 +161,7 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
 LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::object& norm,
                             double eps, std::optional<int64_t> limit, const py::object& out) {
   LinearParams p = checked_linear(x.op(), x, weights, norm, eps, out, Epilogue::argmax);
-  int64_t outputs = 0;
-  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
+  const int64_t outputs = outputs_of_all(p);
   p.limit = limit.value_or(outputs);
   const int64_t most = min(outputs, kMaxVocab);
   if (p.limit < 1 || p.limit > most) {

@@ -123,12 +123,9 @@ LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weig
                  " like weights");
   }
   const Names names = names_of(epilogue, count);
-  int64_t outputs = 0;
-  for (size_t i = 0; i < count; ++i) {
-    p.parts[i] = part_of(op, names, i, weights, x);
-    outputs += p.parts[i].rows;
-  }
+  for (size_t i = 0; i < count; ++i) p.parts[i] = part_of(op, names, i, weights, x);
   p.num_parts = static_cast<int64_t>(count);
+  int64_t outputs = outputs_of_all(p);
   if (epilogue == Epilogue::swiglu) {
     if (p.parts[0].rows != p.parts[1].rows) {
       fail(op, "up has " + std::to_string(p.parts[1].rows) + " outputs, expected " +
@@ -153,6 +150,12 @@ LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weig
     p.stride_out_token = out.stride(0);
   }
   return p;
+}
+
+int64_t outputs_of_all(const LinearParams& p) {
+  int64_t outputs = 0;
+  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
+  return outputs;
 }
 
 }  // namespace mistral::python

@@ -34,4 +34,7 @@ LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weig
                             const py::object& norm, double eps, const py::object& out,
                             Epilogue epilogue);
 
+// The outputs of all parts together.
+int64_t outputs_of_all(const LinearParams& p);
+
 }  // namespace mistral::python
