@@ -23,7 +23,8 @@ struct AttentionParams {
   void* k_pool;               // [R, D]
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
-  float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row; null: not wanted
+  float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row; null: not wanted.
+                              // Wanted only of sequences that begin at position 0
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R

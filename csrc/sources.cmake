@@ -58,6 +58,8 @@ set(bindings
   ${root}/python/device.cpp
   ${root}/python/launch_failure.cpp
   ${root}/python/linear.cpp
+  ${root}/python/linear_backward.cpp
+  ${root}/python/linear_checks.cpp
   ${root}/python/lora.cpp
   ${root}/python/quantize.cpp
   ${root}/python/rms_norm.cpp

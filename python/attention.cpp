@@ -84,6 +84,12 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
     lse.expect_contiguous();
     lse.expect_device_of(q);
     p.lse = static_cast<float*>(lse.data());
+    for (int64_t i = 0; i < p.num_sequences; ++i) {
+      const int64_t position = p.sequences[i].position;
+      if (position == 0) continue;
+      fail(op, "sequences[" + std::to_string(i) + "].position is " + std::to_string(position) +
+                   ", expected 0 with lse");
+    }
   }
   int64_t workspace_bytes = 0, counters = 0;
   if (!q.is_cuda()) workspace_bytes = cpu::attention_scratch_bytes(p);

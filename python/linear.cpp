@@ -2,177 +2,14 @@
 
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-
 #include "call.h"
 #include "device.h"
+#include "linear_checks.h"
 #include "ops.h"
 #include "sequences.h"
-#include "tensor.h"
 
 namespace mistral::python {
 namespace {
-
-// What MISTRAL_EXT_EXACT says, until it is set.
-bool& exact_products() {
-  static bool exact = [] {
-    const char* wanted = std::getenv("MISTRAL_EXT_EXACT");
-    return wanted && *wanted && std::string(wanted) != "0";
-  }();
-  return exact;
-}
-
-struct Names {
-  const char* values[kMaxParts];
-  const char* scales[kMaxParts];
-};
-
-Names names_of(Epilogue epilogue, size_t parts) {
-  if (epilogue == Epilogue::swiglu) {
-    return {{"gate", "up", nullptr}, {"scales of gate", "scales of up", nullptr}};
-  }
-  if (epilogue == Epilogue::rope) {
-    return {{"wq", "wk", "wv"}, {"scales of wq", "scales of wk", "scales of wv"}};
-  }
-  if (parts == 1) return {{"weight", nullptr, nullptr}, {"scales of weight", nullptr, nullptr}};
-  return {{"weight[0]", "weight[1]", "weight[2]"},
-          {"scales of weight[0]", "scales of weight[1]", "scales of weight[2]"}};
-}
-
-// The weights of a call: the values of each, its scales (None if it has none) and the name of its
-// format.
-struct Weights {
-  py::list values, scales, formats;
-};
-
-// Checks that a row of `inputs` values consists of whole groups of a size that the format allows.
-void expect_groups(const char* op, const char* name, int64_t inputs, int64_t scales,
-                   const WeightPart& part) {
-  const FormatInfo& format = info(part.format);
-  std::string sizes;
-  bool fits = false;
-  for (int64_t size = format.least_group; size <= format.most_group; size *= 2) {
-    const bool last = size == format.most_group;
-    sizes += (sizes.empty() ? "" : last ? " or " : ", ") + std::to_string(size);
-    fits = fits || (part.group == size && inputs % size == 0 &&
-                    inputs / size * format.group_scales == scales);
-  }
-  if (fits) return;
-  const std::string each =
-      format.group_scales == 1 ? "a scale" : std::to_string(format.group_scales) + " scales";
-  fail(op, std::string(name) + " has " + std::to_string(inputs) + " inputs and " +
-               std::to_string(scales) + " scales a row, expected groups of " + sizes +
-               " inputs with " + each + " each");
-}
-
-WeightFormat format_of(const char* op, const char* name, const py::handle& given) {
-  const auto wanted = given.cast<std::string>();
-  std::string names;
-  for (int i = 0; i < kNumFormats; ++i) {
-    if (wanted == kFormats[i].name) return static_cast<WeightFormat>(i);
-    names += (i == 0 ? "" : ", ") + std::string(kFormats[i].name);
-  }
-  fail(op, "format of " + std::string(name) + " is '" + wanted + "', expected one of " + names);
-}
-
-// Checks weight i against x [T, K] and returns it as a part.
-WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
-                   const Tensor& x) {
-  const int64_t inputs = x.size(1);
-  WeightPart part{};
-  part.format = format_of(op, names.values[i], weights.formats[i]);
-  const FormatInfo& format = info(part.format);
-  if (!format.value_dtype) {
-    const Tensor values(op, names.values[i], weights.values[i]);
-    values.expect_shape({-1, inputs});
-    values.expect_like(x);
-    values.expect_contiguous();
-    part.values = values.data();
-    part.rows = values.size(0);
-    return part;
-  }
-  const Table values(op, names.values[i], weights.values[i], format.value_dtype);
-  values.expect_shape({-1, inputs * format.bits / format.element_bits});
-  values.expect_device_of(x);
-  values.expect_contiguous();
-  const Table scales(op, names.scales[i], weights.scales[i], format.scale_dtype);
-  scales.expect_shape({values.size(0), format.least_group ? -1 : 1});
-  scales.expect_device_of(x);
-  scales.expect_contiguous();
-  const int64_t count = scales.size(1), groups = count / format.group_scales;
-  part.group = groups > 0 ? max(1, inputs / groups) : 0;
-  if (format.least_group) expect_groups(op, names.values[i], inputs, count, part);
-  if (format.most_inputs && inputs > format.most_inputs) {
-    fail(op, std::string(names.values[i]) + " has " + std::to_string(inputs) +
-                 " inputs, expected at most " + std::to_string(format.most_inputs) + " as " +
-                 format.name);
-  }
-  part.values = values.data();
-  part.scales = scales.data();
-  part.rows = values.size(0);
-  return part;
-}
-
-LinearParams checked(const char* op, const Tensor& x, const Weights& weights,
-                     const py::object& norm_, double eps, const py::object& out_,
-                     Epilogue epilogue) {
-  x.expect_shape({-1, -1});
-  x.expect_last_axis_contiguous();
-  LinearParams p{};
-  p.dtype = x.dtype();
-  p.epilogue = epilogue;
-  p.x = x.data();
-  p.tokens = x.size(0);
-  p.inputs = x.size(1);
-  p.stride_x_token = x.stride(0);
-  p.eps = static_cast<float>(eps);
-  p.exact = exact_products();
-  const size_t count = weights.values.size();
-  if (count < 1 || count > static_cast<size_t>(kMaxParts)) {
-    fail(op, "number of weights is " + std::to_string(count) + ", expected 1 to " +
-                 std::to_string(kMaxParts));
-  }
-  if (epilogue == Epilogue::rope && count != 3) {
-    fail(op,
-         "number of weights is " + std::to_string(count) + ", expected 3: query, key and value");
-  }
-  if (weights.scales.size() != count || weights.formats.size() != count) {
-    fail(op, "number of scales is " + std::to_string(weights.scales.size()) + " and of formats " +
-                 std::to_string(weights.formats.size()) + ", expected " + std::to_string(count) +
-                 " like weights");
-  }
-  const Names names = names_of(epilogue, count);
-  int64_t outputs = 0;
-  for (size_t i = 0; i < count; ++i) {
-    p.parts[i] = part_of(op, names, i, weights, x);
-    outputs += p.parts[i].rows;
-  }
-  p.num_parts = static_cast<int64_t>(count);
-  if (epilogue == Epilogue::swiglu) {
-    if (p.parts[0].rows != p.parts[1].rows) {
-      fail(op, "up has " + std::to_string(p.parts[1].rows) + " outputs, expected " +
-                   std::to_string(p.parts[0].rows) + " like gate");
-    }
-    outputs = p.parts[0].rows;
-  }
-  if (!norm_.is_none()) {
-    const Tensor norm(op, "norm", norm_);
-    norm.expect_shape({x.size(1)});
-    norm.expect_like(x);
-    norm.expect_contiguous();
-    p.norm = norm.data();
-    if (!(eps >= 0)) fail(op, "eps is " + std::to_string(eps) + ", expected 0 or more");
-  }
-  if (!out_.is_none()) {
-    const Tensor out(op, epilogue == Epilogue::add ? "residual" : "out", out_);
-    out.expect_shape({x.size(0), outputs});
-    out.expect_like(x);
-    out.expect_last_axis_contiguous();
-    p.out = out.data();
-    p.stride_out_token = out.stride(0);
-  }
-  return p;
-}
 
 // For linear_rope: takes the head dimension from the pool, and checks that the weights have whole
 // heads.
@@ -200,9 +37,7 @@ void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
 void use_added(const Tensor& x, LinearParams& p, const py::object& added_) {
   if (added_.is_none()) return;
   const Table added(x.op(), "added", added_, "float32");
-  int64_t outputs = 0;
-  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
-  added.expect_shape({x.size(0), outputs});
+  added.expect_shape({x.size(0), outputs_of_all(p)});
   added.expect_device_of(x);
   added.expect_last_axis_contiguous();
   p.added = static_cast<const float*>(added.data());
@@ -269,7 +104,8 @@ void check_linear(const std::string& name, py::object x_, py::list values, py::l
                   py::list formats, py::object norm, double eps, py::object out, py::object added) {
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
-  LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
+  LinearParams p =
+      checked_linear(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
   use_added(x, p, added);
 }
 
@@ -278,7 +114,8 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
             bool exact) {
   const Op op = find_op(name);
   const Tensor x(op.name, "x", x_);
-  LinearParams p = checked(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
+  LinearParams p =
+      checked_linear(op.name, x, {values, scales, formats}, norm, eps, out, op.epilogue);
   use_added(x, p, added);
   p.exact |= exact;
   return {scratch_bytes(x, p), 0,
@@ -288,35 +125,11 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
           }};
 }
 
-Call linear_backward(py::object d_out, py::list values, py::list scales, py::list formats,
-                     py::object d_x_) {
-  constexpr const char* op = "linear_backward";
-  const Tensor d_x(op, "d_x", d_x_);
-  expect_cpu(d_x);
-  const LinearParams forward =
-      checked(op, d_x, {values, scales, formats}, py::none(), 0, d_out, Epilogue::store);
-  LinearBackwardParams p{};
-  p.dtype = forward.dtype;
-  p.d_out = forward.out;
-  p.d_x = d_x.data();
-  for (int64_t i = 0; i < forward.num_parts; ++i) p.parts[i] = forward.parts[i];
-  p.num_parts = forward.num_parts;
-  p.tokens = forward.tokens;
-  p.inputs = forward.inputs;
-  p.stride_d_out_token = forward.stride_out_token;
-  p.stride_d_x_token = forward.stride_x_token;
-  return {cpu::linear_backward_scratch_bytes(p), 0,
-          [p](void* workspace, int32_t*, ExecutionTarget target) mutable {
-            p.scratch = workspace;
-            run_on_cpu(target, p, &cpu::linear_backward);
-          }};
-}
-
 // Only checks, for a caller that multiplies with torch and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
                        py::object norm, double eps, py::object k_pool) {
-  LinearParams p = checked(kLinearRope, Tensor(kLinearRope, "x", x), {values, scales, formats},
-                           norm, eps, py::none(), Epilogue::rope);
+  LinearParams p = checked_linear(kLinearRope, Tensor(kLinearRope, "x", x),
+                                  {values, scales, formats}, norm, eps, py::none(), Epilogue::rope);
   use_heads(kLinearRope, p, k_pool);
 }
 
@@ -326,7 +139,7 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
   constexpr const char* op = kLinearRope;
   const Tensor x(op, "x", x_);
   LinearRopeParams p{};
-  p.linear = checked(op, x, {values, scales, formats}, norm, eps, out, Epilogue::rope);
+  p.linear = checked_linear(op, x, {values, scales, formats}, norm, eps, out, Epilogue::rope);
   use_heads(op, p.linear, k_pool);
 
   const int64_t dim = p.linear.head_dim, kv_heads = p.linear.parts[1].rows / dim;
@@ -347,9 +160,8 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
 // limit: None for all outputs.
 LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::object& norm,
                             double eps, std::optional<int64_t> limit, const py::object& out) {
-  LinearParams p = checked(x.op(), x, weights, norm, eps, out, Epilogue::argmax);
-  int64_t outputs = 0;
-  for (int64_t i = 0; i < p.num_parts; ++i) outputs += p.parts[i].rows;
+  LinearParams p = checked_linear(x.op(), x, weights, norm, eps, out, Epilogue::argmax);
+  const int64_t outputs = outputs_of_all(p);
   p.limit = limit.value_or(outputs);
   const int64_t most = min(outputs, kMaxVocab);
   if (p.limit < 1 || p.limit > most) {
@@ -470,11 +282,6 @@ void bind_linear(py::module_& m) {
   m.def("exact_products", [] { return exact_products(); });
   m.def("set_exact_products", [](bool exact) { exact_products() = exact; }, py::arg("exact"));
   m.def("weight_formats", &weight_formats);
-}
-
-void bind_linear_backward(py::module_& m) {
-  m.def("linear_backward", &linear_backward, py::arg("d_out"), py::arg("values"), py::arg("scales"),
-        py::arg("formats"), py::arg("d_x"));
 }
 
 }  // namespace mistral::python

@@ -10,11 +10,10 @@
 #include "common/element.cuh"
 #include "common/vec.cuh"
 #include "rotation.cuh"
+#include "rotation_launch.cuh"
 
 namespace mistral::cuda {
 namespace {
-
-constexpr int kThreads = 256;
 
 // One head of one token: where it is read, and where it goes to.
 template <class T>
@@ -44,14 +43,14 @@ __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) rope_kernel(const RopeParams p) {
+__global__ void __launch_bounds__(kRotationThreads) rope_kernel(const RopeParams p) {
   const int64_t token = blockIdx.x;
   const Sequence s = p.sequences[find_sequence(p.sequences, p.num_sequences, token)];
   const int64_t position = s.position + token - s.first_token;
   const int half = static_cast<int>(p.head_dim) / 2, accesses = half / N;
 
   auto* turns = dynamic_shared<float2>();
-  for (int i = threadIdx.x; i < half; i += kThreads) {
+  for (int i = threadIdx.x; i < half; i += kRotationThreads) {
     const uint64_t angle = turns_per_position(load_global(p.frequencies + i));
     turns[i] = cosine_and_sine(static_cast<uint64_t>(position) * angle);
   }
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeParams p) {
 
   const bool stores = stored_before_attention(s, position, p.window);
   const int heads = static_cast<int>(p.heads + (stores ? 2 : 1) * p.kv_heads);
-  for (int item = threadIdx.x; item < heads * accesses; item += kThreads) {
+  for (int item = threadIdx.x; item < heads * accesses; item += kRotationThreads) {
     const int i = item % accesses * N;
     const Head<T> head = find_head<T>(p, s, token, position, stores, item / accesses);
     Vec<T, N> first = load<N>(head.in + i), second = load<N>(head.in + half + i);
@@ -75,13 +74,6 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeParams p) {
   }
 }
 
-template <class T, int N>
-cudaError_t launch_tokens(const RopeParams& p, cudaStream_t stream) {
-  const int64_t half = p.head_dim / 2;
-  return launch(rope_kernel<T, N>, dim3(static_cast<unsigned>(p.tokens)), dim3(kThreads),
-                static_cast<size_t>(half) * sizeof(float2), stream, p);
-}
-
 }  // namespace
 
 cudaError_t rope(const RopeParams& p, cudaStream_t stream) {
@@ -90,7 +82,7 @@ cudaError_t rope(const RopeParams& p, cudaStream_t stream) {
     const bool wide = fit_vec16<T>({p.q, p.k, p.v, p.k_pool, p.v_pool},
                                    {p.stride_q_token, p.stride_q_head, p.stride_k_token,
                                     p.stride_k_head, p.stride_v_token, p.stride_v_head});
-    return wide ? launch_tokens<T, kVec16<T>>(p, stream) : launch_tokens<T, 1>(p, stream);
+    return launch_tokens(wide ? rope_kernel<T, kVec16<T>> : rope_kernel<T, 1>, p, stream);
   });
 }
 

@@ -8,21 +8,20 @@
 #include "common/element.cuh"
 #include "common/vec.cuh"
 #include "rotation.cuh"
+#include "rotation_launch.cuh"
 
 namespace mistral::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateParams p) {
+__global__ void __launch_bounds__(kRotationThreads) rotate_kernel(const RotateParams p) {
   const int64_t token = blockIdx.x;
   const Sequence s = p.sequences[find_sequence(p.sequences, p.num_sequences, token)];
   const int64_t position = s.position + token - s.first_token;
   const int half = static_cast<int>(p.head_dim) / 2, accesses = half / N;
 
   auto* turns = dynamic_shared<float2>();
-  for (int i = threadIdx.x; i < half; i += kThreads) {
+  for (int i = threadIdx.x; i < half; i += kRotationThreads) {
     const uint64_t angle = turns_per_position(load_global(p.frequencies + i));
     turns[i] = cosine_and_sine(static_cast<uint64_t>(p.backward ? -position : position) * angle);
   }
@@ -30,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateParams p) 
 
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
   T* out = static_cast<T*>(p.out) + token * p.stride_out_token;
-  for (int item = threadIdx.x; item < p.heads * accesses; item += kThreads) {
+  for (int item = threadIdx.x; item < p.heads * accesses; item += kRotationThreads) {
     const int i = item % accesses * N;
     const T* from = x + item / accesses * p.stride_x_head + i;
     T* to = out + item / accesses * p.stride_out_head + i;
@@ -41,13 +40,6 @@ __global__ void __launch_bounds__(kThreads) rotate_kernel(const RotateParams p) 
   }
 }
 
-template <class T, int N>
-cudaError_t launch_tokens(const RotateParams& p, cudaStream_t stream) {
-  const int64_t half = p.head_dim / 2;
-  return launch(rotate_kernel<T, N>, dim3(static_cast<unsigned>(p.tokens)), dim3(kThreads),
-                static_cast<size_t>(half) * sizeof(float2), stream, p);
-}
-
 }  // namespace
 
 cudaError_t rotate(const RotateParams& p, cudaStream_t stream) {
@@ -55,7 +47,7 @@ cudaError_t rotate(const RotateParams& p, cudaStream_t stream) {
     using T = decltype(element);
     const bool wide = fit_vec16<T>(
         {p.x, p.out}, {p.stride_x_token, p.stride_x_head, p.stride_out_token, p.stride_out_head});
-    return wide ? launch_tokens<T, kVec16<T>>(p, stream) : launch_tokens<T, 1>(p, stream);
+    return launch_tokens(wide ? rotate_kernel<T, kVec16<T>> : rotate_kernel<T, 1>, p, stream);
   });
 }
 

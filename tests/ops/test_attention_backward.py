@@ -8,7 +8,7 @@ import reference
 import torch
 from tolerance import DTYPES, assert_close
 
-from mistral_ext import ops
+from mistral_ext import _C, ops
 from mistral_ext.ops import torch_gradients
 
 
@@ -170,6 +170,15 @@ def test_rings_have_no_gradient():
     rings = torch.tensor([[0, 2, 0, 0, 8]])
     with pytest.raises(RuntimeError, match="attention: q requires a gradient, but"):
         ops.attention(q, q, q, *pools, rings)
+
+
+def test_rows_after_a_history_have_no_lse():
+    q, pool, lse = torch.zeros(2, 1, 32), torch.zeros(8, 32), torch.empty(2, 1)
+    rings = torch.tensor([[0, 1, 0, 0, 4], [1, 1, 3, 4, 4]])
+    with pytest.raises(
+        ValueError, match=re.escape("attention: sequences[1].position is 3, expected 0 with lse")
+    ):
+        _C.attention(q, q, q, pool, pool, rings, torch.empty_like(q), None, None, None, lse)
 
 
 @pytest.mark.parametrize(

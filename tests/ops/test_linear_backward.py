@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import gradients
 import pytest
 import reference
@@ -8,7 +10,7 @@ from packed_weights import random_weight, random_weights
 from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
-from mistral_ext import ops
+from mistral_ext import _C, ops
 from mistral_ext.ops import JoinedWeight, Quantized, torch_gradients
 from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.quantize import quantize
@@ -146,3 +148,18 @@ def test_of_a_cuda_device_with_torch(generator):
     d_out = torch.randn(6, 14, generator=generator)
     d_x = torch_gradients.linear_backward(d_out, parts_of(parts))
     assert_close(d_x, d_out.double() @ torch.cat(parts).double(), d_out @ torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    ("d_out", "error", "message"),
+    [
+        (torch.zeros(3, 5), ValueError, "d_out has shape [3, 5], expected [3, 9]"),
+        (torch.zeros(3), ValueError, "d_out has shape [3], expected [3, 9]"),
+        (torch.zeros(3, 9).half(), TypeError, "d_out has dtype torch.float16, expected torch.flo"),
+        (torch.zeros(9, 3).T, ValueError, "d_out has strides [1, 3], expected the last to be 1"),
+    ],
+)
+def test_argument_checks(d_out, error, message):
+    weight, d_x = torch.zeros(9, 4), torch.zeros(3, 4)
+    with pytest.raises(error, match=re.escape(f"linear_backward: {message}")):
+        _C.linear_backward(d_out, [weight], [None], ["plain"], d_x)

@@ -183,7 +183,6 @@ void merge_segments(const AttentionParams& p, const Sequence& s, const Division&
   T* out = out_row<T>(p, s, kv_head, row);
   const Vec inverse = broadcast(1.0f / total);
   for (int64_t d = 0; d < dim; d += Vec::width) store(out + d, load(sums + d) * inverse);
-  write_lse(p, s, kv_head, row, maximum, total);
 }
 
 }  // namespace

@@ -30,13 +30,11 @@
 #include "gemv_argmax.cuh"
 #include "gemv_norm.cuh"
 #include "gemv_rope.cuh"
+#include "gemv_store.cuh"
 #include "group_sums.cuh"
 #include "weight_stream.cuh"
 
 namespace mistral::cuda {
-
-// The most tokens that a block can normalise itself.
-constexpr int kNormTokens = 16;
 
 // Groups of 8 tokens whose sums are added up in one round.
 template <int kN>
@@ -45,13 +43,6 @@ constexpr int kRound = kN == 1 ? 1 : 2;
 // Blocks of a multiprocessor that its registers are to suffice for.
 template <int kM, int kN>
 constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
-
-// Elements of a row of normalised x in shared memory, with zeros up to a whole chunk.
-template <class W>
-MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
-  return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +
-         W::kRowPadding / static_cast<int>(sizeof(typename W::Element));
-}
 
 // Sizes of shared memory: the floats of the sums of a round; the bytes of the stages and of two
 // alternating rounds; these with the normalised rows of x; and these with the tokens of RopeFinish.
@@ -69,128 +60,6 @@ template <class W, int kM, int kN, bool kNorm>
 int64_t linear_shared_bytes(const LinearParams& p) {
   const int64_t of_rope = p.epilogue == Epilogue::rope ? RopeFinish<W>::shared_bytes(p) : 0;
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
-}
-
-// The outputs that a lane finishes among 8 tokens and one tile: those of tokens 2 (lane % 4) and
-// the next, in rows lane / 4 and lane / 4 + 8, in the order of the sums.
-template <class W>
-struct Outputs {
-  using T = typename W::Element;
-
-  const LinearParams& p;
-  int first_token;   // of sums 0 and 2
-  int first_column;  // of sums 0 and 1
-  T* address[4];     // null: there is none
-  float scales[2];
-  T before[4];
-
-  // Loads scales and residual ahead of their use. `output`: the first output of the tile. `token`:
-  // the first of the 8 tokens.
-  __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock<false>& block,
-                                     int output, int64_t token)
-      : p(p) {
-    const int lane = threadIdx.x % kWarp;
-    first_token = static_cast<int>(token) + 2 * (lane % 4);
-    first_column = block.column + output + lane / 4;
-    const bool swiglu = p.epilogue == Epilogue::swiglu;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = block.row_of(output + lane / 4, half);
-      const bool inside = row < block.count;
-      if constexpr (W::kRowScaled) {
-        const auto* const of_part =
-            static_cast<const typename W::Scales::Unit*>(p.parts[block.part_of(half)].scales) +
-            block.first;
-        scales[half] = inside && token < p.tokens ? to_float(load_global(of_part + row)) : 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t t = token + 2 * (lane % 4) + i;
-        const bool wanted = inside && t < p.tokens && !(swiglu && half == 1);
-        address[2 * half + i] =
-            wanted ? static_cast<T*>(p.out) + t * p.stride_out_token + block.column + row : nullptr;
-        if (wanted && p.epilogue == Epilogue::add) {
-          before[2 * half + i] = load_global(address[2 * half + i]);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store(float (&sums)[4]) const {
-    if constexpr (W::kRowScaled) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[i] *= scales[i / 2];
-    }
-    const bool argmax = p.epilogue == Epilogue::argmax;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      Rank best = 0;
-#pragma unroll
-      for (int i = j; i < 4; i += 2) {
-        if (!address[i]) continue;
-        float result = sums[i];
-        if (p.epilogue == Epilogue::add) result += to_float(before[i]);
-        const float* added = p.added ? added_to(address[i], first_token + j) : nullptr;
-        if (added) result += load_global(added);
-        if (p.epilogue == Epilogue::swiglu) {
-          float up = sums[i + 2];
-          if (added) up += load_global(added + p.parts[0].rows);
-          result = result / (1.0f + expf(-result)) * up;
-        }
-        const T rounded = from_float<T>(result);
-        store_global(address[i], rounded);
-        const int id = first_column + i / 2 * 8;
-        if (argmax && id < p.limit) best = higher(best, rank_of(key_of(to_float(rounded)), id));
-      }
-      if (argmax) contribute(p, first_token + j, best);
-    }
-  }
-
- private:
-  // What is added to the product whose output is at `output`. A call in several launches moves
-  // p.out and p.added by the same columns.
-  __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
-    const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
-    return p.added + token * p.stride_added_token + column;
-  }
-};
-
-// Finishes each output on its own. A barrier follows `begin` if kRope; otherwise `begin` does
-// nothing. `outputs` loads ahead of time what the end of a round needs.
-template <class W>
-struct StoreFinish {
-  static constexpr bool kRope = false;
-
-  const LinearParams& p;
-
-  __device__ __forceinline__ void begin(char*) {}
-  __device__ __forceinline__ Outputs<W> outputs(const OutputBlock<false>& block, int output,
-                                                int64_t token) const {
-    return {p, block, output, token};
-  }
-};
-
-// Normalises x into rows in shared memory, each normalised_row long. `sums`: shared memory of 8 kN
-// * kLinearWarps floats. The rows need a barrier after the call.
-template <class W, int kN>
-__device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::Element* rows,
-                                            float* sums, int chunks) {
-  using T = typename W::Element;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int inputs = static_cast<int>(p.inputs), count = static_cast<int>(p.tokens);
-  const int stride = normalised_row<W>(p.inputs);
-  // 8 tokens at a time, because registers are scarce. Each 8 have sums of their own, so no barrier
-  // is needed in between.
-#pragma unroll 1
-  for (int n = 0; n < kN; ++n) {
-    normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), sums + n * 8 * kLinearWarps,
-                         RowsInShared<T>{rows + 8 * n * stride, stride});
-  }
-  for (int i = warp; i < count; i += kLinearWarps) {
-    for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
-      store_shared16(rows + i * stride + k, Vec16<T>{});
-    }
-  }
 }
 
 // Adds up the sums of the warps and finishes the outputs. Rounds over the tiles and tokens: every

@@ -11,6 +11,16 @@
 
 namespace mistral::cuda {
 
+// The most tokens that a block can normalise itself.
+constexpr int kNormTokens = 16;
+
+// Elements of a row of normalised x in shared memory, with zeros up to a whole chunk.
+template <class W>
+MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
+  return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +
+         W::kRowPadding / static_cast<int>(sizeof(typename W::Element));
+}
+
 // Rows in shared memory. A thread keeps its elements there and later normalises them in place, so a
 // block reads x from global memory only once.
 template <class T>
@@ -84,6 +94,29 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (i < count) rows.store(i, k, scaled(rows.kept(i, k), weight, factors[i]));
+    }
+  }
+}
+
+// Normalises x into rows in shared memory, each normalised_row long. `sums`: shared memory of 8 kN
+// * kLinearWarps floats. The rows need a barrier after the call.
+template <class W, int kN>
+__device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::Element* rows,
+                                            float* sums, int chunks) {
+  using T = typename W::Element;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int inputs = static_cast<int>(p.inputs), count = static_cast<int>(p.tokens);
+  const int stride = normalised_row<W>(p.inputs);
+  // 8 tokens at a time, because registers are scarce. Each 8 have sums of their own, so no barrier
+  // is needed in between.
+#pragma unroll 1
+  for (int n = 0; n < kN; ++n) {
+    normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), sums + n * 8 * kLinearWarps,
+                         RowsInShared<T>{rows + 8 * n * stride, stride});
+  }
+  for (int i = warp; i < count; i += kLinearWarps) {
+    for (int k = inputs + lane * 8; k < chunks * W::kValues; k += kWarp * 8) {
+      store_shared16(rows + i * stride + k, Vec16<T>{});
     }
   }
 }

@@ -1,0 +1,40 @@
+// The checks of arguments that the ops which multiply with weights share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "../csrc/linear.h"
+#include "tensor.h"
+
+namespace mistral::python {
+
+// What MISTRAL_EXT_EXACT says, until it is set.
+bool& exact_products();
+
+// The names of weights in errors.
+struct Names {
+  const char* values[kMaxParts];
+  const char* scales[kMaxParts];
+};
+
+Names names_of(Epilogue epilogue, size_t parts);
+
+// The weights of a call: the values of each, its scales (None if it has none) and the name of its
+// format.
+struct Weights {
+  py::list values, scales, formats;
+};
+
+// Checks weight i against x [T, K] and returns it as a part.
+WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
+                   const Tensor& x);
+
+// Checks the arguments of a product, whose norm and out may be None.
+LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weights,
+                            const py::object& norm, double eps, const py::object& out,
+                            Epilogue epilogue);
+
+// The outputs of all parts together.
+int64_t outputs_of_all(const LinearParams& p);
+
+}  // namespace mistral::python
