@@ -21,7 +21,7 @@ Prefill active_prefill();
 void select_prefill(const std::string& name);
 
 // Whether the kernels of a decode step may overlap. A kernel then fetches its first weights while
-// the kernel before it ends, so those weights must not be an output of that kernel. Set by the
+// the kernels before it end, so none of these kernels may write the weights. Set by the
 // environment variable MISTRAL_EXT_OVERLAP, 0 or 1, or by `overlap`.
 bool overlapping();
 void overlap(bool wanted);

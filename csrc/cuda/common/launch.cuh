@@ -67,8 +67,8 @@ inline bool waits(const void* kernel) {
 
 // Launches a kernel that may begin before the earlier kernels of the stream are done (programmatic
 // dependent launch), if overlap is wanted (selection.h) and the code of the kernel supports it. All
-// threads of the kernel must call wait_for_earlier_kernels (ptx.cuh). Before that they may touch
-// only memory that the kernel just ahead does not write, such as weights.
+// threads of the kernel must call wait_for_earlier_kernels (ptx.cuh). Before that they may
+// store nothing, and read only memory that no kernel ahead writes, such as weights.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {

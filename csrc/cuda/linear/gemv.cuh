@@ -30,6 +30,7 @@
 #include "gemv_argmax.cuh"
 #include "gemv_norm.cuh"
 #include "gemv_rope.cuh"
+#include "gemv_rows.cuh"
 #include "gemv_store.cuh"
 #include "group_sums.cuh"
 #include "weight_stream.cuh"
@@ -62,6 +63,142 @@ int64_t linear_shared_bytes(const LinearParams& p) {
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
+// What the phases of a product know. It is computed once: the compiler would load p again after
+// each instruction of ptx.cuh.
+struct Work {
+  int warp;
+  int inputs;     // K
+  int blocks;     // of outputs
+  int chunks;     // of K
+  int tile_step;  // see tile_step_log2
+};
+
+template <class W, int kM, bool kRope>
+__device__ __forceinline__ Work work_of(const LinearParams& p, int warp) {
+  Work work;
+  work.warp = warp;
+  work.inputs = static_cast<int>(p.inputs);
+  work.blocks = blocks_of_all<kM>(p);
+  work.chunks = (work.inputs + W::kValues - 1) / W::kValues;
+  work.tile_step = 1 << tile_step_log2<kRope>(p);
+  return work;
+}
+
+// How a warp goes through the steps of a chunk, as far as its registers reach.
+template <class W, int kM, int kN, bool kRope>
+struct StepPlan {
+  static constexpr int kSteps = W::kUnits * W::kUnitSteps;
+  static constexpr bool kScarce =
+      W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && kRope && kM == 1 && kN == 2);
+  static constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
+  // Steps whose x is loaded together.
+  static constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
+  // Units that are unrolled: if the registers do not suffice for the operands of all, those of a
+  // batch.
+  static constexpr int kUnits = kScarce ? max(1, kBatch / W::kUnitSteps)
+                                : kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1
+                                                                                 : W::kUnits;
+};
+
+// For the lane's two rows of each tile: the bytes before their scales (skipped_bytes).
+template <class W, int kM, bool kRope>
+__device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const LinearParams& p,
+                                             const OutputBlock<kRope>& block, const Work& work,
+                                             int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = block.first + block.row_of(work.tile_step * m + lane / 4, half);
+      const auto* const of_part = static_cast<const char*>(p.parts[block.part_of(half)].scales);
+      const int row_bytes = scale_bytes<W>(p, work.inputs);
+      skipped[m][half] = skipped_bytes<W>(of_part + row * row_bytes);
+    }
+  }
+}
+
+// Takes the scales of the stream's current chunk, in the lane's two rows of each tile.
+template <class W, int kM, bool kRope>
+__device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
+                                            const WeightStream<W, kM, kRope>& stream,
+                                            const int (&skipped)[kM][2], int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half;
+      scales[m][half] = typename W::Scales(stream.scales(m, row, skipped[m][half]));
+    }
+  }
+}
+
+// Multiplies the operands of a step, and adds the sums of a group to `sums` where the group ends.
+// `a`: of step i of a unit, in each tile; `x`: of each 8 tokens. `steps_log2`: of the steps that
+// share a Scaling.
+template <class W, int kM, int kN>
+__device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
+                                              typename W::Scales (&scales)[kM][2],
+                                              const StepOperands (&a)[kM][W::kUnitSteps], int i,
+                                              const uint4 (&x)[kN], int step, int steps_log2) {
+  // The products of a step that have the same scales: both, or one after the other.
+  constexpr int kTogether = W::kHalfSteps ? 1 : 2;
+#pragma unroll
+  for (int product = 0; product < 2; product += kTogether) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const uint4 words = x[n];
+      const uint32_t x_of[2][2] = {{words.x, words.y}, {words.z, words.w}};
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        float (&d)[4] = W::kGrouped ? group.sums[m][n] : sums[m][n];
+#pragma unroll
+        for (int j = product; j < product + kTogether; ++j) {
+          mma_m16n8k16<typename W::Element>(d, a[m][i][j], x_of[j]);
+        }
+      }
+      if constexpr (W::kOffset) group.add_x(n, x_of);
+    }
+    if constexpr (W::kGrouped) {
+      if ((step + 1) & ((1 << steps_log2) - 1)) continue;
+      group.add_to(sums, scales, 2 / kTogether * step + product);
+    }
+  }
+}
+
+// The main loop: adds the products of this warp's chunks of a block of outputs to `sums`.
+template <class W, int kM, int kN, bool kNorm, bool kRope>
+__device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const LinearParams& p,
+                                                const OutputBlock<kRope>& block,
+                                                WeightStream<W, kM, kRope>& stream,
+                                                const LaneRows<W, kN, kNorm>& x, const Work& work,
+                                                int lane, int steps_log2) {
+  using Plan = StepPlan<W, kM, kN, kRope>;
+  constexpr int kBatch = Plan::kBatch;
+  int skipped[kM][2];
+  if constexpr (W::kGrouped) find_skipped<W>(skipped, p, block, work, lane);
+
+  GroupSums<W, kM, kN> group;
+  for (int chunk = work.warp; chunk < work.chunks; chunk += kLinearWarps) {
+    uint4 b[kBatch][kN];
+    x.load(b, chunk, 0);
+    stream.advance();
+    typename W::Scales scales[kM][2];
+    if constexpr (W::kGrouped) take_scales<W>(scales, stream, skipped, lane);
+#pragma unroll Plan::kUnits
+    for (int unit = 0; unit < W::kUnits; ++unit) {
+      StepOperands a[kM][W::kUnitSteps];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) W::take(a[m], stream.tile(m), unit);
+#pragma unroll
+      for (int i = 0; i < W::kUnitSteps; ++i) {
+        const int step = unit * W::kUnitSteps + i;
+        if (step > 0 && step % kBatch == 0) x.load(b, chunk, step);
+        multiply_step<W>(sums, group, scales, a, i, b[step % kBatch], step, steps_log2);
+      }
+    }
+  }
+}
+
 // Adds up the sums of the warps and finishes the outputs. Rounds over the tiles and tokens: every
 // warp stores its sums, and one or two warps add them up. `round` counts the rounds of this block
 // of threads: two buffers in `partial_sums` alternate, so that a round needs one barrier.
@@ -69,23 +206,23 @@ template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,
                                        const OutputBlock<Finish::kRope>& block,
                                        const Finish& finish, float* partial_sums, int& round,
-                                       int tile_step) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+                                       const Work& work) {
+  const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; n += kRound<kN>) {
       float* const of_round = partial_sums + round % 2 * kRoundSums<kN>;
-      const int turn = (warp + round * kRound<kN>) % kLinearWarps;
+      const int turn = (work.warp + round * kRound<kN>) % kLinearWarps;
       const auto place = [&](int i, int w) {
         return of_round + ((i * kLinearWarps + w) * kWarp + lane) * 4;
       };
       const bool adds = turn < kRound<kN>;
-      const auto mine = finish.outputs(block, tile_step * m, adds ? 8 * (n + turn) : p.tokens);
+      const auto mine = finish.outputs(block, work.tile_step * m, adds ? 8 * (n + turn) : p.tokens);
 #pragma unroll
       for (int i = 0; i < kRound<kN>; ++i) {
         const float (&s)[4] = sums[m][n + i];
-        store_shared16(place(i, warp), Vec16<float>{{s[0], s[1], s[2], s[3]}});
+        store_shared16(place(i, work.warp), Vec16<float>{{s[0], s[1], s[2], s[3]}});
       }
       __syncthreads();
       ++round;
@@ -102,154 +239,36 @@ __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const Lin
   }
 }
 
+// The product of x with the weights of all blocks of outputs. Phases: start the stream of weights,
+// prepare x, and for each block of outputs the warps' products, which are then added up.
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
-  using T = typename W::Element;
-  using Layout = StageLayout<W, kM>;
-  constexpr int kSteps = W::kUnits * W::kUnitSteps;
-  // Steps whose x is loaded together: as many as the registers hold beside the rest.
-  constexpr bool kScarce =
-      W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && Finish::kRope && kM == 1 && kN == 2);
-  constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
-  constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
-  // Where they do not suffice for the operands of more units at once, those of a batch.
-  [[maybe_unused]] constexpr int kUnroll = kScarce ? max(1, kBatch / W::kUnitSteps)
-                                           : kBatch < kSteps && W::kUnitSteps % kBatch == 0
-                                               ? 1
-                                               : W::kUnits;
-  static_assert(!kNorm || 8 * kN <= kNormTokens);
-
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int inputs = static_cast<int>(p.inputs), blocks = blocks_of_all<kM>(p);
-  const int chunks = (inputs + W::kValues - 1) / W::kValues,
-            tile_step = 1 << tile_step_log2<Finish::kRope>(p);
-
+  const Work work = work_of<W, kM, Finish::kRope>(p, warp);
   char* const shared = dynamic_shared<char>();
-  auto* const partial_sums = reinterpret_cast<float*>(shared + Layout::kBytes);
-  WeightStream<W, kM, Finish::kRope> stream(p, shared, blocks, chunks);
+  auto* const partial_sums = reinterpret_cast<float*>(shared + StageLayout<W, kM>::kBytes);
+  WeightStream<W, kM, Finish::kRope> stream(p, shared, work.blocks, work.chunks);
   // Weights are constant, so their first stages are already under way before the input is there.
   wait_for_earlier_kernels();
   let_later_kernels_begin();
   finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));
-
-  // The lane's row of x in each 8 tokens, as an offset in units of 16 bytes, because registers are
-  // scarce. Past the last token it is the row of the last token, whose product is not stored.
-  const auto* x = static_cast<const uint4*>(p.x);
-  uint32_t rows_of_x[kN];
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    const auto token = static_cast<uint32_t>(min(8 * n + lane / 4, p.tokens - 1));
-    rows_of_x[n] = token * static_cast<uint32_t>(p.stride_x_token / 8);
-  }
+  LaneRows<W, kN, kNorm> x(p, work.inputs, lane);
   if constexpr (kNorm) {
-    T* const rows = reinterpret_cast<T*>(shared + kFixedShared<W, kM, kN>);
-    normalise_x<W, kN>(p, rows, partial_sums, chunks);
-    x = reinterpret_cast<const uint4*>(rows);
-    const int stride = normalised_row<W>(p.inputs), last = static_cast<int>(p.tokens) - 1;
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      rows_of_x[n] = static_cast<uint32_t>(min(8 * n + lane / 4, last) * stride / 8);
-    }
+    static_assert(8 * kN <= kNormTokens);
+    auto* const rows = reinterpret_cast<typename W::Element*>(shared + kFixedShared<W, kM, kN>);
+    normalise_x<W, kN>(p, rows, partial_sums, work.chunks);
+    x.use_normalised(p, rows, lane);
   }
   if constexpr (kNorm || Finish::kRope) __syncthreads();
-  const auto load_x = [&](uint4(&to)[kBatch][kN], int chunk, int first_step) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int k = chunk * W::kValues + W::k_at(first_step + i, lane % 4);
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const uint4* const row = x + rows_of_x[n];
-        if constexpr (W::kHalfSteps) {  // K consists of whole chunks
-          const auto* const from =
-              reinterpret_cast<const uint2*>(row) + static_cast<uint32_t>(k) / 4;
-          const auto load = [&](const uint2* at) {
-            return kNorm ? ld_shared_8(at) : load_global(at);
-          };
-          const uint2 first = load(from), second = load(from + 4);
-          to[i][n] = {first.x, first.y, second.x, second.y};
-        } else {
-          const uint4* const from = row + static_cast<uint32_t>(k) / 8;
-          if constexpr (kNorm) {
-            to[i][n] = ld_shared_16(from);
-          } else {
-            to[i][n] = k < inputs ? ld_global_16(from) : uint4{};
-          }
-        }
-      }
-    }
-  };
 
   int steps_log2 = 0;  // of the steps that share a Scaling
   if constexpr (W::kGrouped && !W::kHalfSteps) steps_log2 = W::scaled_log2(p) - 5;
   int round = 0;
-  for (int index = blockIdx.x; index < blocks; index += gridDim.x) {
+  for (int index = blockIdx.x; index < work.blocks; index += gridDim.x) {
     const auto block = OutputBlock<Finish::kRope>::template at<kM>(p, index);
-    int skipped[kM][2];
-    if constexpr (W::kGrouped) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t row = block.first + block.row_of(tile_step * m + lane / 4, half);
-          const auto* const of_part = static_cast<const char*>(p.parts[block.part_of(half)].scales);
-          skipped[m][half] = skipped_bytes<W>(of_part + row * scale_bytes<W>(p, inputs));
-        }
-      }
-    }
-
     float sums[kM][kN][4] = {};
-    GroupSums<W, kM, kN> group;
-    for (int chunk = warp; chunk < chunks; chunk += kLinearWarps) {
-      uint4 b[kBatch][kN];
-      load_x(b, chunk, 0);
-      stream.advance();
-      typename W::Scales scales[kM][2];  // in the lane's two rows
-      if constexpr (W::kGrouped) {
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            scales[m][half] = typename W::Scales(stream.scales(m, row, skipped[m][half]));
-          }
-        }
-      }
-#pragma unroll kUnroll
-      for (int unit = 0; unit < W::kUnits; ++unit) {
-        StepOperands a[kM][W::kUnitSteps];
-#pragma unroll
-        for (int m = 0; m < kM; ++m) W::take(a[m], stream.tile(m), unit);
-#pragma unroll
-        for (int i = 0; i < W::kUnitSteps; ++i) {
-          const int step = unit * W::kUnitSteps + i;
-          if (step > 0 && step % kBatch == 0) load_x(b, chunk, step);
-          // The products of a step that have the same scales: both, or one after the other.
-          constexpr int kTogether = W::kHalfSteps ? 1 : 2;
-#pragma unroll
-          for (int product = 0; product < 2; product += kTogether) {
-#pragma unroll
-            for (int n = 0; n < kN; ++n) {
-              const uint4 words = b[step % kBatch][n];
-              const uint32_t x_of[2][2] = {{words.x, words.y}, {words.z, words.w}};
-#pragma unroll
-              for (int m = 0; m < kM; ++m) {
-                float (&d)[4] = W::kGrouped ? group.sums[m][n] : sums[m][n];
-#pragma unroll
-                for (int j = product; j < product + kTogether; ++j) {
-                  mma_m16n8k16<T>(d, a[m][i][j], x_of[j]);
-                }
-              }
-              if constexpr (W::kOffset) group.add_x(n, x_of);
-            }
-            if constexpr (W::kGrouped) {
-              if ((step + 1) & ((1 << steps_log2) - 1)) continue;
-              group.add_to(sums, scales, 2 / kTogether * step + product);
-            }
-          }
-        }
-      }
-    }
-    reduce<W>(sums, p, block, finish, partial_sums, round, tile_step);
+    multiply_chunks(sums, p, block, stream, x, work, lane, steps_log2);
+    reduce<W>(sums, p, block, finish, partial_sums, round, work);
   }
   cp_async_wait<0>();
 }

@@ -291,8 +291,8 @@ class WeightStream {
   const int blocks_, chunks_, row_bytes_;
   char* values_;  // this warp's stages
   char* scales_;
-  int current_ = Layout::kStages - 1;  // the stage that is worked on
   int filled_ = 0;                     // the stage that is filled next
+  int current_ = Layout::kStages - 1;  // the stage that is worked on
 
   // What this lane copies next, in the upper and the lower half of a tile.
   int block_;
