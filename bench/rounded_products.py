@@ -1,10 +1,12 @@
-"""Times products of few tokens on the CPU: activations in 8 bits, next to exact ones.
+"""Times products on the CPU: activations in 8 bits, next to exact ones.
 
     python bench/rounded_products.py [--threads 1] [--rounds N] [--dtype bf16] [--json FILE]
+                                     [--tokens 1,4,8,64,256] [--formats NAMES]
 
 Weights have the shape of Mistral 7B's attention output. Times are milliseconds of processor time,
 of all threads, so that other programs of the machine count for little; medians of turns in which
-both ways alternate. `gain` is exact over rounded, `of one` the rounded time over that of one token.
+both ways alternate. `gain` is exact over rounded, `of one` the rounded time over that of the first
+number of tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from mistral_ext.ops import Quantized
 
 FORMATS = {"int4": 64, "q4_0": None, "q4_1": None, "q4_k": None, "q5_k": None, "q6_k": None}
 FORMATS |= {"iq4_nl": None, "iq4_xs": None}  # the group, None: the smallest
-TOKENS = (1, 4, 8)
+TOKENS = "1,4,8,64,256"
 COLUMNS = [("format", -8), ("tokens", 6), ("exact", 8), ("rounded", 8), ("gain", 6), ("of one", 6)]
 
 
@@ -50,10 +52,12 @@ def seconds(x: torch.Tensor, weight: Quantized, rounds: int) -> list[float]:
     return [statistics.median(samples) for samples in times.values()]
 
 
-def rows(dtype: torch.dtype, rounds: int) -> Iterator[dict[str, str | int | float]]:
-    for form, group in FORMATS.items():
-        weight, one = random_weight(form, group), 0.0
-        for tokens in TOKENS:
+def rows(
+    formats: list[str], numbers: list[int], dtype: torch.dtype, rounds: int
+) -> Iterator[dict[str, str | int | float]]:
+    for form in formats:
+        weight, one = random_weight(form, FORMATS[form]), 0.0
+        for tokens in numbers:
             exact, rounded = seconds(random(tokens, DIM, dtype=dtype), weight, rounds)
             one = one or rounded
             yield {
@@ -73,6 +77,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--tokens", default=TOKENS, metavar="N,N")
+    parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAMES")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.threads:
@@ -81,7 +87,8 @@ def main() -> None:
     print_machine(facts)
     print_header(COLUMNS)
     measured = []
-    for row in rows(DTYPES[args.dtype], args.rounds):
+    numbers = [int(number) for number in args.tokens.split(",")]
+    for row in rows(args.formats.split(","), numbers, DTYPES[args.dtype], args.rounds):
         measured.append(row)
         print_row(COLUMNS, [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()])
     if args.json:

@@ -48,8 +48,7 @@ def add_to(commands: options.Commands) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="tokens read at a time (default 256); 8: with activations rounded as when tokens are "
-        "generated",
+        help="tokens read at a time (default 256)",
     )
     parser.add_argument("--png", metavar="FILE", help="draw a histogram of the divergences")
     parser.add_argument("--json", action="store_true", help="print a JSON object")

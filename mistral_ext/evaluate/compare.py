@@ -4,10 +4,9 @@ It says what a quantisation costs: the Kullback-Leibler divergence of the second
 probabilities from the first model's, in nats a token, how often both have the same most likely
 token, and both perplexities. Both models read the same tokens, in pieces of the same size.
 
-The size matters: products of quantised weights with up to 8 tokens, as when tokens are generated,
-may round activations to 8 bits, and products with more tokens are exact. So pieces of 8 say what
-generated text sees; larger pieces, which are read faster, say what the weights alone cost. A last
-piece of up to 8 tokens is rounded in any case.
+CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as
+when tokens are generated. To see what the weights alone cost, call `ops.set_exact_products(True)`,
+or set MISTRAL_EXT_EXACT=1 in the environment.
 """
 
 from __future__ import annotations
@@ -71,8 +70,7 @@ def compare(
         texts: each is read after a beginning-of-text token. Of a text longer than a model without a
             window knows positions, the first part is read.
         progress: show a progress bar if stderr is a terminal.
-        chunk: tokens in a piece; 8: as when tokens are generated. Its logits take chunk *
-            vocabulary * 4 bytes, of each model.
+        chunk: tokens in a piece. Its logits take chunk * vocabulary * 4 bytes, of each model.
         adapters: the names of a loaded adapter of each model; None: none.
 
     Raises:

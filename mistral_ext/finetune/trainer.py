@@ -348,7 +348,7 @@ class Trainer:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Has short passes be multiplied as exactly as long ones, of which gradients are taken."""
+    """Has products keep the precision of activations, because rounded ones have no gradient."""
     before = ops.exact_products()
     ops.set_exact_products(True)
     try:

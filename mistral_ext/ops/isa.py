@@ -31,13 +31,14 @@ def exact_products() -> bool:
 
 
 def set_exact_products(exact: bool) -> None:
-    """Says how CPUs with AVX2 multiply up to 8 tokens by weights of 4 to 6 bits.
+    """Says how CPUs with AVX2 multiply by weights of 4 to 6 bits.
 
     It holds for the process. MISTRAL_EXT_EXACT=1 in the environment says it at the start.
 
     Args:
         exact: True: activations keep their precision, as in `linear`. False, the default: each
-            block of 32 activations is rounded to 8 bits, which is several times as fast.
+            block of 32 activations is rounded to 8 bits, which is several times as fast for few
+            tokens, and up to 1.6 times as fast for prompts.
     """
     _C.set_exact_products(exact)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mistral_ext import _C
 from mistral_ext.ops import torch_gradients, torch_products
 from mistral_ext.ops.library import Gradient, fake_empty, register, with_rows
-from mistral_ext.ops.routing import MOST_ROUNDED_TOKENS, routed
+from mistral_ext.ops.routing import routed
 from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, in_order, parts_of
 from mistral_ext.ops.workspace import run
 
@@ -27,15 +27,15 @@ def linear(
     """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
 
     A product of few tokens takes as long as reading the weights (gemv kernels). A token's result
-    does not depend, to the bit, on the number of tokens in the call up to 8 tokens; on CUDA devices
-    up to 64 tokens of bfloat16 or float16.
+    does not depend, to the bit, on the number of tokens in the call up to 8 tokens, or any number
+    where x is rounded to 8 bits; on CUDA devices up to 64 tokens of bfloat16 or float16.
 
     Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There
-    are exceptions for up to 8 tokens on CPUs with AVX2. By "int8" and "q8_0", x of bfloat16 or
-    float16 is rounded to 16-bit integers, by at most 2^-15 of the largest magnitude of its token.
-    By formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
-    magnitude of 32 neighbours; `set_exact_products` changes that. ("int4" has kernels of 16 bits or
-    bfloat16 where the CPU has AVX-512.) With "int8" K is at most 2^20.
+    are exceptions on CPUs with AVX2. Up to 8 tokens of bfloat16 or float16 are rounded for "int8"
+    and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For formats
+    of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest magnitude of 32
+    neighbours; `set_exact_products` changes that. ("int4" has kernels of 16 bits or bfloat16 where
+    the CPU has AVX-512.) With "int8" K is at most 2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.
@@ -85,12 +85,11 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
 def _expect_exact(x: Tensor, formats: list[str]) -> None:
     """Raises RuntimeError if the product rounds x to 8 bits."""
     rounded = [name for name in formats if name not in ("plain", "int8", "q8_0")]
-    if x.is_cuda or len(x) > MOST_ROUNDED_TOKENS or not rounded or _C.exact_products():
+    if x.is_cuda or not rounded or _C.exact_products():
         return
     raise RuntimeError(
-        f"linear: x has {len(x)} tokens and requires a gradient, but its product with a weight in "
-        f"{rounded[0]!r} rounds up to {MOST_ROUNDED_TOKENS} tokens to 8 bits, which has none: "
-        "call ops.set_exact_products(True)"
+        f"linear: x requires a gradient, but its product with a weight in {rounded[0]!r} rounds it "
+        "to 8 bits, which has none: call ops.set_exact_products(True)"
     )
 
 

@@ -14,9 +14,6 @@ from mistral_ext.ops.weight import Parts
 # weights. Torch multiplies more tokens, and float32.
 MOST_TOKENS_ON_CUDA = 64
 
-# The most tokens that a CPU rounds to 8 bits before it multiplies them (kGemvTokens).
-MOST_ROUNDED_TOKENS = 8
-
 
 def _is_for_torch(x: Tensor) -> bool:
     return x.is_cuda and (len(x) > MOST_TOKENS_ON_CUDA or x.dtype == torch.float32)

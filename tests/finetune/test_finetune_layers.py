@@ -92,7 +92,7 @@ def test_samples_do_not_see_each_other(llm):
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
-def test_quantised_weights(tiny, quantize):
+def test_quantised_weights(tiny, quantize, exact_products):
     """The gradients are those with the dequantised weights: QLoRA."""
     llm = Mistral.from_pretrained(tiny[0], dtype=torch.float32, quantize=quantize, progress=False)
     plain = Mistral.from_pretrained(tiny[0], dtype=torch.float32, progress=False)

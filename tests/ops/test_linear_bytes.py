@@ -1,4 +1,4 @@
-"""Products of up to 8 tokens with weights of 4 to 6 bits, in which activations have 8 bits."""
+"""Products with weights of 4 to 6 bits, in which activations have 8 bits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from mistral_ext import ops
 from mistral_ext.weights.quantize import quantize
 
 NAN = float("nan")
-# (T, K, N): tails of super-blocks and of groups, and rows of several blocks of the kernel.
+# (T, K, N): tails of super-blocks and of groups, and rows of several blocks of the kernels. That
+# of more than 8 tokens has panels of 16 rows, 2048 values and 256 tokens.
 SHAPES = [(1, 32, 1), (2, 96, 5), (3, 576, 33), (8, 512, 9), (1, 768, 17), (5, 14336 + 256, 11)]
+SHAPES += [(9, 32, 1), (10, 96, 17), (17, 576, 33), (13, 4608, 5), (259, 288, 3), (33, 256, 230)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +37,15 @@ def weights(shape, isa, generator):
     return made
 
 
+def is_rounded(name: str, tokens: int, isa: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Many tokens are not without VNNI by values of a table, and in bf16 where it has products."""
+    if tokens <= 8:
+        return True
+    if isa in ("avx512_bf16", "amx"):
+        return dtype != torch.bfloat16
+    return not name.startswith("iq4")
+
+
 def rounded(x: torch.Tensor) -> torch.Tensor:
     """Each block of 32 in units of a 127th of its largest magnitude, in float64."""
     blocks = x.float().unflatten(1, (-1, 32))
@@ -49,13 +60,19 @@ def test_product_of_rounded_activations(isa, shape, generator):
     x = torch.randn(tokens, size, generator=generator)
     for name, weight in weights((outputs, size), isa, generator).items():
         out = ops.linear(x, weight)
-        exact = rounded(x) @ weight.dequantize(torch.float64).T
+        seen = rounded(x) if is_rounded(name, tokens, isa) else x.double()
+        exact = seen @ weight.dequantize(torch.float64).T
         assert (out - exact).abs().max() <= 2e-6 * exact.abs().max(), name
 
 
 def test_no_tokens(isa, generator):
     for name, weight in weights((9, 512), isa, generator).items():
         assert ops.linear(torch.empty(0, 512), weight).shape == (0, 9), name
+
+
+def test_no_outputs(isa, generator):
+    for name, weight in weights((0, 512), isa, generator).items():
+        assert ops.linear(torch.ones(9, 512), weight).shape == (9, 0), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -65,10 +82,14 @@ def test_any_number_of_tokens_gives_the_same_bits(isa, dtype, generator):
         alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
         for tokens in (2, 3, 5, 8):
             assert torch.equal(ops.linear(x[:tokens], weight), alone[:tokens]), name
+        if is_rounded(name, 23, isa, dtype):
+            prompt = ops.linear(x.repeat(3, 1)[:23], weight)
+            assert torch.equal(prompt, alone.repeat(3, 1)[:23]), name
 
 
-def test_exact_products_are_asked_for(isa, generator):
-    x = torch.randn(2, 256, generator=generator)
+@pytest.mark.parametrize("tokens", [2, 19])
+def test_exact_products_are_asked_for(isa, tokens, generator):
+    x = torch.randn(tokens, 256, generator=generator)
     for name, weight in weights((9, 256), isa, generator).items():
         exact = x.double() @ weight.dequantize(torch.float64).T
         largest = exact.abs().max()
@@ -76,18 +97,20 @@ def test_exact_products_are_asked_for(isa, generator):
         assert ops.exact_products() is True
         assert (ops.linear(x, weight) - exact).abs().max() < 1e-5 * largest, name
         ops.set_exact_products(False)
-        fast = ops.linear(x, weight)
-        assert 1e-4 * largest < (fast - exact).abs().max() < 0.02 * largest, name
+        error = (ops.linear(x, weight) - exact).abs().max()
+        assert error < 0.02 * largest, name
+        assert (error > 1e-4 * largest) == is_rounded(name, tokens, isa), name
 
 
+@pytest.mark.parametrize("tokens", [3, 10])
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
-def test_what_is_not_finite_stays_in_its_token(isa, value, generator):
-    x = torch.randn(3, 512, generator=generator)
+def test_what_is_not_finite_stays_in_its_token(isa, value, tokens, generator):
+    x = torch.randn(tokens, 512, generator=generator)
     x[1, 300] = value
     for name, weight in weights((7, 512), isa, generator).items():
-        out = ops.linear(x, weight)
-        assert out[[0, 2]].isfinite().all(), name
-        assert not out[1].isfinite().any(), name
+        finite = ops.linear(x, weight).isfinite()
+        assert finite[[0, *range(2, tokens)]].all(), name
+        assert not finite[1].any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,10 +121,12 @@ def test_halves_are_rounded_once(isa, dtype, generator):
         torch.testing.assert_close(ops.linear(x, weight).float(), exact.to(dtype).float(), msg=name)
 
 
-def test_fused_ops_round_alike(isa, generator):
+@pytest.mark.parametrize("tokens", [3, 11])
+def test_fused_ops_round_alike(isa, tokens, generator):
     """What comes before a product and after it, and several weights, of one format or of two."""
-    x, norm = torch.randn(3, 512, generator=generator), torch.randn(512, generator=generator)
+    x, norm = torch.randn(tokens, 512, generator=generator), torch.randn(512, generator=generator)
     made = weights((24, 512), isa, generator)
+    made["plain"] = torch.randn(24, 512, generator=generator)
     others = [*made.values()][1:] + [*made.values()][:1]
     for (name, one), other in zip(made.items(), others, strict=True):
         alone = [ops.linear(x, weight) for weight in (one, other)]
@@ -109,7 +134,7 @@ def test_fused_ops_round_alike(isa, generator):
         normed = ops.linear(ops.rms_norm(x, norm, 1e-5), one)
         torch.testing.assert_close(ops.linear(x, one, norm, 1e-5), normed, msg=name)
         torch.testing.assert_close(ops.linear_swiglu(x, [one, other]), ops.swiglu(*alone), msg=name)
-        residual = torch.randn(3, 24, generator=generator)
+        residual = torch.randn(tokens, 24, generator=generator)
         expected = residual + alone[0]
         ops.linear_residual(x, one, residual)
         torch.testing.assert_close(residual, expected, msg=name)
@@ -144,12 +169,31 @@ def test_small_and_large_blocks_in_a_row(isa, generator):
                 assert ((out - exact).abs() <= 2e-6 * exact.abs().max()).all(), name
 
 
+def test_memory_beside_the_operands_is_not_read(isa, generator):
+    """Rows of x and of the output that lie apart, with NaN between them."""
+    for name, weight in weights((35, 576), isa, generator).items():
+        x = torch.full((21, 640), NAN)
+        x[:, 32:608] = torch.randn(21, 576, generator=generator)
+        out = ops.linear(x[:, 32:608], weight)
+        assert torch.equal(out, ops.linear(x[:, 32:608].contiguous(), weight)), name
+        assert out.isfinite().all(), name
+
+
+def test_threads_change_no_bits(isa, generator):
+    x = torch.randn(40, 768, generator=generator)
+    for name, weight in weights((230, 768), isa, generator).items():
+        torch.set_num_threads(1)
+        alone = ops.linear(x, weight)
+        torch.set_num_threads(3)
+        assert torch.equal(ops.linear(x, weight), alone), name
+
+
 def test_largest_values_do_not_overflow(isa, generator):
     """All values and activations at the ends of their ranges, where 16-bit sums are largest."""
     for word in (-1, 0, 0x77777777, -0x77777778):
         for name, weight in weights((3, 512), isa, generator).items():
             weight = weight._replace(values=torch.full_like(weight.values, word))
-            for x in (torch.full((1, 512), 3.0), torch.full((1, 512), -3.0)):
+            for x in (torch.full((1, 512), 3.0), torch.full((9, 512), -3.0)):
                 exact = x.double() @ weight.dequantize(torch.float64).T
                 out = ops.linear(x, weight)
                 # Offsets, of up to 32 values' size, may cancel the products.

@@ -43,7 +43,7 @@ def logits_of(model, ids):
 
 
 @pytest.mark.parametrize("types", [{}, MIXED], ids=["F32", "mixed"])
-def test_logits_are_those_of_the_decoded_weights(types, model, tmp_path):
+def test_logits_are_those_of_the_decoded_weights(types, model, tmp_path, exact_products):
     path = written(tmp_path, model, types)
     llm = Mistral.from_pretrained(path, dtype=torch.float32, progress=False)
     ids = torch.randint(131, (50,))
@@ -87,17 +87,17 @@ def test_logits_of_matrices_in_blocks(types, tokens, wide_model, tmp_path, exact
     torch.testing.assert_close(llm.logits(ids), expected, rtol=1e-4, atol=2e-4)
 
 
-def test_logits_of_few_tokens_are_nearly_those(wide_model, tmp_path):
-    """Their activations are rounded to 8 bits."""
+@pytest.mark.parametrize("tokens", [5, 50])
+def test_logits_with_rounded_activations_are_nearly_those(tokens, wide_model, tmp_path):
     path = written(tmp_path, wide_model, Q4_K_M)
     llm = Mistral.from_pretrained(path, dtype=torch.float32, progress=False)
-    ids = torch.randint(131, (5,))
+    ids = torch.randint(131, (tokens,))
     expected = logits_of(wide_model, ids)
     error = (llm.logits(ids) - expected).norm() / expected.norm()
     assert 1e-3 < error < 0.05
 
 
-def test_an_adapter_over_matrices_in_blocks(tmp_path):
+def test_an_adapter_over_matrices_in_blocks(tmp_path, exact_products):
     model = write_checkpoint(tmp_path / "hf", sliding_window=None, intermediate_size=256)
     path = written(tmp_path, model, {"norm": "F32", "": "Q4_0"})
     adapted = write_peft(model, tmp_path / "adapter")
@@ -176,7 +176,7 @@ def test_what_is_decoded_is_said(model, tmp_path, caplog):
     assert not caplog.text
 
 
-def test_tied_output(tmp_path):
+def test_tied_output(tmp_path, exact_products):
     model = write_checkpoint(tmp_path, sliding_window=None, tie_word_embeddings=True)
     path = written(tmp_path, model, MIXED)
     ids = torch.randint(131, (20,))

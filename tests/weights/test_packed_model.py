@@ -186,7 +186,7 @@ def test_weights_can_be_rounded_again(folders):
     assert (weights[name].dequantize() - expected).abs().max() < expected.abs().max() / 200
 
 
-def test_the_command_line_reads_them(tmp_path, capsys):
+def test_the_command_line_reads_them(tmp_path, capsys, exact_products):
     settings, make, _ = CASES["GPTQ act-order"]
     model = write_packed(tmp_path, settings, make, vocab_size=2048)
     model.save_pretrained(tmp_path / "decoded")

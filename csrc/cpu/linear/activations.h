@@ -80,12 +80,19 @@ struct FewChunkOf {
       std::conditional_t<kFits && has_int8_products(format), Int8InIntegers, InFloatsOrInt16>;
 };
 
-// Calls f with a value of the chunk type for a part of the weights.
+// Whether a part is multiplied in bytes.
+template <class T>
+bool in_bytes(const LinearParams& p, int64_t part) {
+  const WeightFormat format = p.parts[part].format;
+  return !p.exact && (p.tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format));
+}
+
+// Calls f with a value of the chunk type for a part of the weights, of few tokens or in bytes.
 template <class T, class F>
 auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   return with_format(p.parts[part].format, [&](auto format) {
     if constexpr (has_bytes(format.value)) {
-      if (!p.exact) return f(InBytes<format.value>{});
+      if (in_bytes<T>(p, part)) return f(InBytes<format.value>{});
     }
     return f(typename FewChunkOf<format.value, T>::type{});
   });
@@ -114,9 +121,7 @@ struct Packing<Int16Chunk<format>> {
 #if defined(__AVX2__)
 template <WeightFormat format>
 struct Packing<InBytes<format>> {
-  static int64_t elements(int64_t inputs) {
-    return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
-  }
+  static int64_t elements(int64_t inputs) { return packed_byte_row(inputs); }
   template <class T>
   static void pack(const T* x, int64_t inputs, char* out) {
     pack_bytes(x, inputs, out);
@@ -150,7 +155,7 @@ constexpr char kMark = 0;
 // them.
 template <class T>
 const void* packing_mark(const LinearParams& p, int64_t part) {
-  if (p.tokens <= kGemvTokens) {
+  if (p.tokens <= kGemvTokens || in_bytes<T>(p, part)) {
     return with_few_chunk<T>(p, part, [](auto chunk) -> const void* {
       return &kMark<typename PackedAlike<decltype(chunk)>::type>;
     });

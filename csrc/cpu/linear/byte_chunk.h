@@ -3,6 +3,8 @@
 // all blocks are one vector: one conversion to floats serves 256 values.
 #pragma once
 
+#include <type_traits>
+
 #include "../simd/bytes.h"
 #include "formats.h"
 
@@ -19,6 +21,17 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
+// Whether bytes are the fastest for many tokens of type T too. Products of pairs of bf16 are as
+// fast. Values of a table need VNNI: AVX2 has to widen each product of theirs, which takes longer
+// than floats.
+template <class T>
+constexpr bool has_many_bytes(WeightFormat format) {
+#if !defined(__AVX512VNNI__)
+  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return false;
+#endif
+  return has_bytes(format) && std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
+}
+
 // The activations of 256 values of k. Value i of a vector is that of lane i / 4, in the order of
 // the weights (byte_k_at).
 struct ByteActivations {
@@ -27,6 +40,11 @@ struct ByteActivations {
   float sum[8];        // of the scaled values of a block
   int16_t halves[16];  // the sums of the first and the last 16 values of a block
 };
+
+// The bytes of the packed K activations of a token.
+constexpr int64_t packed_byte_row(int64_t inputs) {
+  return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
+}
 
 #if defined(__AVX2__)
 
@@ -46,8 +64,16 @@ struct ByteChunk {
   static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
   static constexpr bool kMinimum =
       kSigned || kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
-  // Products whose sum fits 16 bits: 2 times the largest value times 127, several times.
-  static constexpr int kFit = kBits == 4 ? 8 : kBits == 5 ? 4 : 2;
+  // Without lanes of 32 bits, values of a table keep their sign: it is given to the activations,
+  // and the magnitudes are multiplied. Else they become unsigned values that are 128 larger.
+  static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
+  // The vectors whose products are summed before the sums are widened: what fits 16 bits is the
+  // largest value times 127, 2, 4, 8 or 16 times. In q6_k 4 vectors share scales.
+  static constexpr int kFit = kSumsOf32Bits ? (kBits == 6 ? 4 : 8)
+                              : kTable      ? 1
+                              : kBits == 4  ? 8
+                              : kBits == 5  ? 4
+                                            : 2;
 
   Bytes32 values[8];
   __m256 factor;   // of each block
@@ -85,54 +111,79 @@ struct ByteChunk {
       if (kTable) {
         const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kTable4));
         values[i] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), values[i]);
+        if (!kMagnitudes) values[i] = _mm256_xor_si256(values[i], _mm256_set1_epi8(-128));
       }
     }
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     take_scales(row_scales + (k >> group_log2) * kGroupBytes, group_log2, there);
   }
 
-  // The sums of the products of each block.
-  MISTRAL_SIMD __m256i products(const ByteActivations& x) const {
-    __m256i sums = _mm256_setzero_si256();
-    if constexpr (kTable) {
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const __m256i pairs = multiply_signed(values[i], load_32(x.values[i]));
-        sums = _mm256_add_epi32(sums, add_neighbours(pairs));
-      }
-    } else {
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; i += kFit) {
-        __m256i some = multiply_bytes(values[i], load_32(x.values[i]));
-#pragma GCC unroll 8
-        for (int j = 1; j < kFit; ++j) {
-          some = _mm256_add_epi16(some, multiply_bytes(values[i + j], load_32(x.values[i + j])));
-        }
-        if constexpr (format == WeightFormat::q6_k) {
-          const __m256i scale =
-              i < 4 ? _mm256_blend_epi16(scales, _mm256_slli_epi32(scales, 16), 0xaa)
-                    : _mm256_blend_epi16(_mm256_srli_epi32(scales, 16), scales, 0xaa);
-          sums = _mm256_add_epi32(sums, _mm256_madd_epi16(some, scale));
-        } else {
-          sums = _mm256_add_epi32(sums, add_neighbours(some));
-        }
-      }
+  // Adds the products of each block with the activations of N tokens.
+  template <int N>
+  MISTRAL_SIMD void add(const ByteActivations* const (&x)[N], __m256 (&totals)[N]) const {
+    __m256i sums[N];
+    multiply(x, sums);
+    for (int n = 0; n < N; ++n) {
+      const __m256 scale = _mm256_mul_ps(factor, _mm256_loadu_ps(x[n]->scale));
+      totals[n] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[n]), scale, totals[n]);
+      if (kMinimum) totals[n] = _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x[n]->sum), totals[n]);
     }
-    if constexpr (format == WeightFormat::q6_k) {  // values are 32 too large
-      const __m256i excess = _mm256_madd_epi16(scales, load_32(x.halves));
-      sums = _mm256_sub_epi32(sums, _mm256_slli_epi32(excess, 5));
-    }
-    return sums;
-  }
-
-  // total + the products of each block
-  MISTRAL_SIMD __m256 add(const ByteActivations& x, __m256 total) const {
-    const __m256 scale = _mm256_mul_ps(factor, _mm256_loadu_ps(x.scale));
-    total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products(x)), scale, total);
-    return kMinimum ? _mm256_fmadd_ps(minimum, _mm256_loadu_ps(x.sum), total) : total;
   }
 
  private:
+  // The sums of the products of each block. Each vector of values is multiplied by all tokens
+  // before the next, so that the additions of a token need not wait for each other.
+  template <int N>
+  MISTRAL_SIMD void multiply(const ByteActivations* const (&x)[N], __m256i (&sums)[N]) const {
+    for (int n = 0; n < N; ++n) sums[n] = excess_of(*x[n]);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += kFit) {
+      __m256i some[N];
+      for (int n = 0; n < N; ++n) some[n] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+      for (int j = i; j < i + kFit; ++j) {
+        const Bytes32 without_sign = kMagnitudes ? _mm256_abs_epi8(values[j]) : values[j];
+        for (int n = 0; n < N; ++n) {
+          Bytes32 with_sign = load_32(x[n]->values[j]);
+          if (kMagnitudes) with_sign = _mm256_sign_epi8(with_sign, values[j]);
+          some[n] = add_byte_products(some[n], without_sign, with_sign);
+          if (N > 1) keep_order(some[n]);
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        sums[n] = _mm256_add_epi32(sums[n], scaled(some[n], i));
+        if (N > 1) keep_order(sums[n]);
+      }
+    }
+  }
+
+  // What the products are too large by, where values are unpacked too large, as a negative number.
+  MISTRAL_SIMD __m256i excess_of(const ByteActivations& x) const {
+    const __m256i zero = _mm256_setzero_si256();
+    if (format == WeightFormat::q6_k) {  // by 32
+      return _mm256_sub_epi32(zero,
+                              _mm256_slli_epi32(_mm256_madd_epi16(scales, load_32(x.halves)), 5));
+    }
+    if (kTable && !kMagnitudes) {
+      const __m256i sum = _mm256_madd_epi16(_mm256_set1_epi16(1), load_32(x.halves));
+      return _mm256_sub_epi32(zero, _mm256_slli_epi32(sum, 7));
+    }
+    return zero;
+  }
+
+  // The sums of the products of vector i, and those after it that have the same scale, in 32 bits;
+  // in q6_k times that scale.
+  MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
+    if (format != WeightFormat::q6_k) return widen_sums(sums);
+    if (kSumsOf32Bits) {
+      const __m256i first = i < 4 ? _mm256_slli_epi32(scales, 16) : scales;
+      return _mm256_mullo_epi32(sums, _mm256_srai_epi32(first, 16));
+    }
+    const __m256i both = i < 4 ? _mm256_blend_epi16(scales, _mm256_slli_epi32(scales, 16), 0xaa)
+                               : _mm256_blend_epi16(_mm256_srli_epi32(scales, 16), scales, 0xaa);
+    return _mm256_madd_epi16(sums, both);
+  }
+
   // `group`: the scales of the first group.
   MISTRAL_SIMD void take_scales(const char* group, int group_log2, int64_t there) {
     if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {

@@ -22,43 +22,58 @@ struct InBytes {
 
 // Rounds 32 activations to integers of a 127th of their largest magnitude, and returns this unit: 0
 // if all are too small for its inverse, NaN if one is not finite. The integers are then 0.
-inline float round_block(const float* x, int8_t* out) {
+inline float round_block(const float* x, Bytes32* out) {
   const int32_t bits = largest_magnitude(x, 32);
   float largest;
   memcpy(&largest, &bits, sizeof largest);
-  memset(out, 0, 32);
+  *out = _mm256_setzero_si256();
   if (largest <= 0x1p-120f) return 0.0f;
   if (!(largest <= 0x1.fffffep127f)) return NAN;
   const __m256 inverse = _mm256_set1_ps(127.0f / largest);
-  for (int i = 0; i < 32; i += 8) {
-    alignas(32) int32_t rounded[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(rounded),
-                       _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse)));
-    for (int j = 0; j < 8; ++j) out[i + j] = static_cast<int8_t>(rounded[j]);
+  __m256i rounded[4];
+  for (int i = 0; i < 4; ++i) {
+    rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
   }
+  *out = narrow_to_bytes(rounded);
   return largest / 127.0f;
 }
 
-// Packs `count` activations, at most kSuperBlock, and zeros after them.
-template <class T>
-ByteActivations pack_super_block(const T* x, int64_t count) {
-  float values[kSuperBlock] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = to_float(x[i]);
-  int8_t rounded[kSuperBlock];
-  ByteActivations packed;
+// The bytes of 8 blocks of 32, in the order of the lanes, as ByteActivations has them.
+inline void interleave_blocks(const Bytes32 blocks[8], int8_t (&out)[8][32]) {
+  // In each half of a block the 4 bytes of a vector become neighbours.
+  int8_t places[16];
+  for (int i = 0; i < 16; ++i) places[i] = static_cast<int8_t>(byte_k_at(i / 4, i % 4));
+  const __m256i order =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
+  int32_t of_vectors[8][8];
   for (int lane = 0; lane < 8; ++lane) {
-    int8_t* block = rounded + 32 * block_at(lane);
-    packed.scale[lane] = round_block(values + 32 * block_at(lane), block);
-    int sums[2] = {};
-    for (int i = 0; i < 32; ++i) sums[i / 16] += block[i];
-    packed.sum[lane] = packed.scale[lane] * static_cast<float>(sums[0] + sums[1]);
-    packed.halves[2 * lane] = static_cast<int16_t>(sums[0]);
-    packed.halves[2 * lane + 1] = static_cast<int16_t>(sums[1]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(of_vectors[lane]),
+                        _mm256_shuffle_epi8(blocks[lane], order));
   }
   for (int vector = 0; vector < 8; ++vector) {
-    for (int i = 0; i < 32; ++i) packed.values[vector][i] = rounded[byte_k_at(vector, i)];
+    for (int lane = 0; lane < 8; ++lane) {
+      memcpy(out[vector] + 4 * lane, &of_vectors[lane][vector], sizeof(int32_t));
+    }
   }
-  return packed;
+}
+
+// Packs `count` activations, whole blocks of 32 and at most kSuperBlock, and zeros after them.
+template <class T>
+void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
+  float values[kSuperBlock] = {};
+  for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
+  Bytes32 blocks[8];
+  for (int lane = 0; lane < 8; ++lane) {
+    packed.scale[lane] = round_block(values + 32 * block_at(lane), &blocks[lane]);
+    int sums[8];  // of 4 neighbours each
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sums_of_fours(blocks[lane]));
+    const int first = sums[0] + sums[1] + sums[2] + sums[3];
+    const int last = sums[4] + sums[5] + sums[6] + sums[7];
+    packed.sum[lane] = packed.scale[lane] * static_cast<float>(first + last);
+    packed.halves[2 * lane] = static_cast<int16_t>(first);
+    packed.halves[2 * lane + 1] = static_cast<int16_t>(last);
+  }
+  interleave_blocks(blocks, packed.values);
 }
 
 // Packs the K activations of a token as ByteActivations.
@@ -66,8 +81,37 @@ template <class T>
 void pack_bytes(const T* x, int64_t inputs, char* out) {
   auto* packed = reinterpret_cast<ByteActivations*>(out);
   for (int64_t begin = 0; begin < inputs; begin += kSuperBlock) {
-    *packed++ = pack_super_block(x + begin, mistral::min(kSuperBlock, inputs - begin));
+    pack_super_block(x + begin, mistral::min(kSuperBlock, inputs - begin), *packed++);
   }
+}
+
+// Unpacks 256 values of the first row, from chunk `i` on; values past K are zeros.
+template <WeightFormat format>
+MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t i, ByteChunk<format>& chunk) {
+  constexpr int64_t kBytes = ByteChunk<format>::kBytes;
+  const char* values = w.values + i * kBytes;
+  const int64_t there = mistral::min(kSuperBlock, w.inputs - i * kSuperBlock);
+  char rest[kBytes];
+  if (there < kSuperBlock) {
+    memset(rest, 0, sizeof rest);
+    memcpy(rest, values, there / 2);
+    values = rest;
+  }
+  chunk.take(values, w.scales, w.group_log2, i * kSuperBlock, there);
+}
+
+// Adds the products of a chunk with N tokens, whose packed activations are `stride_x` bytes apart.
+template <int N, WeightFormat format>
+MISTRAL_SIMD void add_chunk(const ByteChunk<format>& chunk, const char* x, int64_t stride_x,
+                            __m256* totals) {
+  const ByteActivations* tokens[N];
+  __m256 sums[N];
+  for (int n = 0; n < N; ++n) {
+    tokens[n] = reinterpret_cast<const ByteActivations*>(x + n * stride_x);
+    sums[n] = totals[n];
+  }
+  chunk.add(tokens, sums);
+  for (int n = 0; n < N; ++n) totals[n] = sums[n];
 }
 
 template <WeightFormat format>
@@ -107,10 +151,12 @@ struct Few<InBytes<format>> {
         multiply_row<N>(w.from(row), begin, end, x, stride_x, tokens, totals[row]);
       }
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t token = 0; token < (N == 1 ? 1 : tokens); ++token) {
-        out[token * stride_out + row] = sum_of_lanes(totals[row][token]);
-      }
+    for (int64_t token = 0; token < (N == 1 ? 1 : tokens); ++token) {
+      __m256 of_rows[kGroupRows];
+      for (int row = 0; row < kGroupRows; ++row) of_rows[row] = totals[row][token];
+      float sums[kGroupRows];
+      _mm256_storeu_ps(sums, sums_of_lanes(of_rows));
+      memcpy(out + token * stride_out, sums, rows * sizeof(float));
     }
   }
 
@@ -118,27 +164,17 @@ struct Few<InBytes<format>> {
   MISTRAL_SIMD static void multiply_row(const WeightRows& w, int64_t begin, int64_t end,
                                         const char* x, int64_t stride_x, int64_t tokens,
                                         __m256* totals) {
-    const auto at = [&](int64_t token, int64_t chunk) -> const ByteActivations& {
-      return reinterpret_cast<const ByteActivations*>(x + token * stride_x)[chunk];
-    };
     __m256 total = totals[0];
     for (int64_t i = begin; i < end; ++i) {
-      const char* values = w.values + i * Chunk::kBytes;
-      fetch<0>(values + kAheadBytes, Chunk::kBytes);
-      const int64_t there = mistral::min(kSuperBlock, w.inputs - i * kSuperBlock);
-      char rest[Chunk::kBytes];
-      if (there < kSuperBlock) {
-        memset(rest, 0, sizeof rest);
-        memcpy(rest, values, there / 2);
-        values = rest;
-      }
+      fetch<0>(w.values + i * Chunk::kBytes + kAheadBytes, Chunk::kBytes);
       Chunk chunk;
-      chunk.take(values, w.scales, w.group_log2, i * kSuperBlock, there);
+      take_chunk(w, i, chunk);
+      const char* from = x + i * int64_t{sizeof(ByteActivations)};
       if constexpr (N == 1) {
-        total = chunk.add(at(0, i), total);
+        add_chunk<1>(chunk, from, 0, &total);
       } else {
         for (int64_t token = 0; token < tokens; ++token) {
-          totals[token] = chunk.add(at(token, i), totals[token]);
+          add_chunk<1>(chunk, from + token * stride_x, 0, totals + token);
         }
       }
     }

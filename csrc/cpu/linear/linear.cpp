@@ -1,13 +1,14 @@
 // First the activations of each token are packed: normalised if there is a norm, converted, and put
 // in the order of k of the weight format (activations.h). Then each thread multiplies blocks of
 // rows of the weights and writes the outputs: up to kGemvTokens tokens with a file gemv*.h, more
-// tokens with gemm.h.
+// tokens with gemm.h or gemm_bytes.h.
 #include "../../linear.h"
 
 #include "../kernels.h"
 #include "../parallel.h"
 #include "activations.h"
 #include "gemm.h"
+#include "gemm_bytes.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
@@ -92,7 +93,7 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 template <class T>
 struct Scratch {
   T* normalised;            // [T, K]
-  char* rows;               // gemm: the packed rows of one part, before pack_vector
+  char* rows;               // gemm.h: the packed rows of one part, before pack_vector
   char* packed[kMaxParts];  // for each part; parts whose activations are packed alike share them
   int64_t bytes;
 
@@ -105,10 +106,13 @@ struct Scratch {
     };
     const bool many = p.tokens > kGemvTokens;
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
-    rows = take(many ? many_bytes(p) : 0);
+    bool vectors = false;  // whether gemm.h multiplies a part
+    for (int64_t part = 0; part < p.num_parts; ++part) vectors |= many && !in_bytes<T>(p, part);
+    rows = take(vectors ? many_bytes(p) : 0);
     for (int64_t part = 0; part < p.num_parts; ++part) {
       const int64_t like = first_like<T>(p, part);
-      packed[part] = like < part ? packed[like] : take(many ? many_bytes(p) : few_bytes(p, part));
+      const bool few = !many || in_bytes<T>(p, part);
+      packed[part] = like < part ? packed[like] : take(few ? few_bytes(p, part) : many_bytes(p));
     }
     bytes = next - static_cast<char*>(p.scratch);
   }
@@ -127,6 +131,17 @@ struct Scratch {
   }
 };
 
+// Packs a token for a kernel of few tokens, or in bytes.
+template <class T>
+void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t token,
+                const T* x) {
+  with_few_chunk<T>(p, part, [&](auto chunk) {
+    using Chunk = decltype(chunk);
+    auto* packed = reinterpret_cast<typename Chunk::Arithmetic::Element*>(scratch.packed[part]);
+    Packing<Chunk>::pack(x, p.inputs, packed + token * Packing<Chunk>::elements(p.inputs));
+  });
+}
+
 template <class T>
 void linear_few(const LinearParams& p, int threads) {
   const Scratch<T> scratch(p);
@@ -142,10 +157,7 @@ void linear_few(const LinearParams& p, int threads) {
   parallel_for(threads, p.tokens, [&](int64_t token) {
     const T* x = input_row(p, token, scratch.normalised + token * p.inputs);
     for (int64_t part = 0; part < p.num_parts; ++part) {
-      if (first_like<T>(p, part) < part) continue;
-      with_chunk(part, [&](auto chunk, auto* packed, int64_t stride_x) {
-        Packing<decltype(chunk)>::pack(x, p.inputs, packed + token * stride_x);
-      });
+      if (first_like<T>(p, part) == part) pack_token(p, scratch, part, token, x);
     }
   });
 
@@ -192,6 +204,61 @@ void pack_for_many(const LinearParams& p, const Scratch<T>& scratch, int64_t par
                     reinterpret_cast<Element*>(scratch.packed[part]));
 }
 
+// Packs a vector of tokens for a part of the weights.
+template <class T>
+void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t vectors,
+                 int64_t vector) {
+  if (!in_bytes<T>(p, part)) {
+    return with_format(p.parts[part].format, [&](auto format) {
+      pack_for_many<format.value>(p, scratch, part, vectors, vector);
+    });
+  }
+  const int64_t end = mistral::min((vector + 1) * Vec::width, p.tokens);
+  for (int64_t token = vector * Vec::width; token < end; ++token) {
+    const T* x = input_row(p, token, scratch.normalised + token * p.inputs);
+    pack_token(p, scratch, part, token, x);
+  }
+}
+
+// Writes buffers.sums: the products of the block's rows, with SwiGLU of those of both parts.
+template <class T, class Tile>
+void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const RowBlock& block,
+                         int64_t first_token, int64_t tokens, ManyBuffers<Tile>& buffers) {
+  using Element = typename Tile::Element;
+  const auto rows_at = [&](int64_t part) {
+    return rows_of<T>(p.parts[part], p.inputs, block.first);
+  };
+  // The sums of `rows` begin at row first_row of the buffer.
+  const auto multiply = [&](int64_t part, const TaskRows& rows, int64_t first_row) {
+    multiply_many(rows, unpack_of<T, Element>(p.parts[part].format), first_row,
+                  reinterpret_cast<const Element*>(scratch.packed[part]),
+                  ceil_div(p.tokens, Vec::width), first_token / Vec::width,
+                  ceil_div(tokens, Vec::width), buffers);
+  };
+  const auto multiply_bytes = [&](int64_t part, int64_t first_row) {
+    const int64_t stride_x = packed_byte_row(p.inputs);
+    const ByteProducts products = {rows_at(part), block.count,
+                                   scratch.packed[part] + first_token * stride_x, stride_x, tokens};
+    const ProductsOut out = {buffers.sums + first_row * Vec::width, Tile::kTaskRows * Vec::width};
+    with_format(p.parts[part].format,
+                [&](auto format) { multiply_many_bytes<format.value>(products, out); });
+  };
+
+  const bool swiglu = p.epilogue == Epilogue::swiglu;
+  if (swiglu && p.parts[0].format == p.parts[1].format && !in_bytes<T>(p, 0)) {
+    // In one call, so that both share the activations in the cache.
+    return multiply(0, {rows_at(0), rows_at(1), 2 * block.count, block.count}, 0);
+  }
+  for (int64_t i = 0; i < (swiglu ? 2 : 1); ++i) {
+    const int64_t part = block.part + i, first_row = i * block.count;
+    if (in_bytes<T>(p, part)) {
+      multiply_bytes(part, first_row);
+    } else {
+      multiply(part, {rows_at(part), {}, block.count, block.count}, first_row);
+    }
+  }
+}
+
 template <class T>
 void linear_many(const LinearParams& p, int threads) {
   using Tile = typename TileOf<T>::type;
@@ -199,10 +266,7 @@ void linear_many(const LinearParams& p, int threads) {
   const int64_t vectors = ceil_div(p.tokens, Vec::width);
   parallel_for(threads, vectors, [&](int64_t vector) {
     for (int64_t part = 0; part < p.num_parts; ++part) {
-      if (first_like<T>(p, part) < part) continue;
-      with_format(p.parts[part].format, [&](auto format) {
-        pack_for_many<format.value>(p, scratch, part, vectors, vector);
-      });
+      if (first_like<T>(p, part) == part) pack_tokens(p, scratch, part, vectors, vector);
     }
   });
 
@@ -221,25 +285,7 @@ void linear_many(const LinearParams& p, int threads) {
     const int64_t first_token = task % token_blocks * Tile::kBlockTokens;
     const int64_t tokens = mistral::min(Tile::kBlockTokens, p.tokens - first_token);
     ManyBuffers<Tile> buffers;
-    // The sums of `rows` begin at row first_row of the buffer.
-    const auto multiply = [&](int64_t part, const TaskRows& rows, int64_t first_row) {
-      using Element = typename Tile::Element;
-      multiply_many(rows, unpack_of<T, Element>(p.parts[part].format), first_row,
-                    reinterpret_cast<const Element*>(scratch.packed[part]), vectors,
-                    first_token / Vec::width, ceil_div(tokens, Vec::width), buffers);
-    };
-    const WeightRows first = rows_of<T>(p.parts[block.part], p.inputs, block.first);
-    TaskRows rows = {first, {}, block.count, block.count};
-    const bool mixed = swiglu && p.parts[0].format != p.parts[1].format;
-    if (swiglu && !mixed) {  // in one call, so that both share the activations in the cache
-      rows.second = rows_of<T>(p.parts[1], p.inputs, block.first);
-      rows.count += block.count;
-    }
-    multiply(block.part, rows, 0);
-    if (mixed) {
-      const WeightRows up = rows_of<T>(p.parts[1], p.inputs, block.first);
-      multiply(1, {up, {}, block.count, block.count}, block.count);
-    }
+    multiply_block_rows(p, scratch, block, first_token, tokens, buffers);
 
     // Transposes rows of tokens to rows of outputs, one vector of tokens at a time.
     const int64_t count = parts * block.count;

@@ -27,18 +27,42 @@ MISTRAL_SIMD Bytes32 load_first_bytes(const char* p, int64_t count) {
 MISTRAL_SIMD Bytes32 mask_bytes(Bytes32 x, char mask) {
   return _mm256_and_si256(x, _mm256_set1_epi8(mask));
 }
-// The 16-bit sums of pairs of products of unsigned and signed bytes, which must fit.
-MISTRAL_SIMD __m256i multiply_bytes(Bytes32 without_sign, Bytes32 with_sign) {
-  return _mm256_maddubs_epi16(without_sign, with_sign);
+// 32 integers that fit bytes.
+MISTRAL_SIMD Bytes32 narrow_to_bytes(const __m256i x[4]) {
+  // Packing works on each half of a vector, so the words come out of order.
+  const __m256i bytes =
+      _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// The same of signed bytes above -128.
-MISTRAL_SIMD __m256i multiply_signed(Bytes32 a, Bytes32 b) {
-  return _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(a, b));
+// The 32-bit sums of 4 neighbouring signed bytes.
+MISTRAL_SIMD __m256i sums_of_fours(Bytes32 x) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1));
 }
-// The 32-bit sums of pairs of 16-bit integers.
-MISTRAL_SIMD __m256i add_neighbours(__m256i x) {
-  return _mm256_madd_epi16(x, _mm256_set1_epi16(1));
+
+// Products of unsigned and signed bytes are added up in lanes of 32 bits where an instruction does
+// that, else as pairs in lanes of 16 bits, which must hold the sums.
+#if defined(__AVX512VNNI__)
+constexpr bool kSumsOf32Bits = true;
+MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
+  // As asm for the reason given at add_products (integers.h).
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(without_sign), "vm"(with_sign));
+  return sums;
 }
+// The sums in lanes of 32 bits.
+MISTRAL_SIMD __m256i widen_sums(__m256i sums) { return sums; }
+#else
+constexpr bool kSumsOf32Bits = false;
+MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(without_sign, with_sign));
+}
+MISTRAL_SIMD __m256i widen_sums(__m256i sums) {
+  return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+}
+#endif
+
+// Has sums added in the order of the code: GCC would add in a tree, for which registers do not
+// suffice where there are several sums.
+MISTRAL_SIMD void keep_order(__m256i& sums) { asm("" : "+v"(sums)); }
 
 // Words 4 b + i of 8 blocks b become lane lane_of(b) of out[i]; lane l has block block_at(l).
 constexpr int block_at(int lane) { return 2 * (lane % 4) + lane / 4; }
@@ -54,10 +78,15 @@ MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
 MISTRAL_SIMD __m256i blocks_to_lanes(__m256i x) {
   return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
-MISTRAL_SIMD float sum_of_lanes(__m256 x) {
-  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  const __m128 h = _mm_hadd_ps(q, q);
-  return _mm_cvtss_f32(_mm_hadd_ps(h, h));
+// Lane i is the sum of the lanes of x[i].
+MISTRAL_SIMD __m256 sums_of_lanes(const __m256 x[8]) {
+  __m256 fours[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256* four = x + 4 * i;
+    fours[i] = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
+  }
+  return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                       _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 }
 
 }  // namespace mistral::cpu::MISTRAL_ISA

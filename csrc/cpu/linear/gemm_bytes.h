@@ -1,0 +1,121 @@
+// The product of many tokens with rows of a weight in bytes (byte_chunk.h). The additions behind an
+// output, and their order, are those of gemv_bytes.h: a token gets the same bits in a prompt of any
+// length.
+//
+//   for each kPanelRows rows, for each block of kPanelChunks chunks of k
+//     unpack the block once for all tokens: the panel
+//     for each 4 tokens, for each row: add the products of the block
+//
+// A lane of a vector is a block of 32 values, so a sum has 8 lanes until all of k is added. Sums of
+// the panel's rows and the panel stay in the L2 cache, the activations of 4 tokens in L1.
+#pragma once
+
+#include "gemv_bytes.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// Rows of one part of the weights, and the packed activations of some tokens.
+struct ByteProducts {
+  WeightRows w;
+  int64_t rows;
+  const char* x;
+  int64_t stride_x;  // bytes from token to token
+  int64_t tokens;
+};
+
+// Where the products go: [tokens / width, rows, width], as in ManyBuffers.
+struct ProductsOut {
+  float* sums;
+  int64_t stride_vector;
+
+  MISTRAL_SIMD float* at(int64_t row, int64_t token) const {
+    return sums + token / Vec::width * stride_vector + row * Vec::width + token % Vec::width;
+  }
+};
+
+constexpr int64_t kPanelTokens = 256;
+
+template <WeightFormat format>
+class BytePanel;
+
+#if defined(__AVX2__)
+
+template <WeightFormat format>
+class BytePanel {
+ public:
+  // `p` has at most kPanelTokens tokens.
+  static void multiply(const ByteProducts& p, const ProductsOut& out) {
+    BytePanel panel;
+    for (int64_t row = 0; row < p.rows; row += kPanelRows) {
+      panel.multiply_rows(p, row, mistral::min(kPanelRows, p.rows - row), out);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPanelRows = 16;
+  static constexpr int64_t kPanelChunks = 8;
+
+  void multiply_rows(const ByteProducts& p, int64_t first, int64_t rows, const ProductsOut& out) {
+    for (int64_t row = 0; row < rows; ++row) {
+      memset(totals_[row], 0, ceil_div(p.tokens, 8) * 8 * sizeof(__m256));
+    }
+    const int64_t chunks = ceil_div(p.w.inputs, kSuperBlock);
+    for (int64_t begin = 0; begin < chunks; begin += kPanelChunks) {
+      const int64_t count = mistral::min(kPanelChunks, chunks - begin);
+      unpack(p.w.from(first), rows, begin, count);
+      const char* x = p.x + begin * int64_t{sizeof(ByteActivations)};
+      int64_t token = 0;
+      for (; token + 4 <= p.tokens; token += 4) {
+        add_tokens<4>(x + token * p.stride_x, p.stride_x, token, rows, count);
+      }
+      for (; token < p.tokens; ++token) {
+        add_tokens<1>(x + token * p.stride_x, p.stride_x, token, rows, count);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t token = 0; token < p.tokens; token += 8) {
+        _mm256_storeu_ps(out.at(first + row, token), sums_of_lanes(totals_[row] + token));
+      }
+    }
+  }
+
+  void unpack(const WeightRows& w, int64_t rows, int64_t begin, int64_t count) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const WeightRows from = w.from(row);
+      for (int64_t i = 0; i < count; ++i) take_chunk(from, begin + i, chunks_[row][i]);
+    }
+  }
+
+  template <int N>
+  void add_tokens(const char* x, int64_t stride_x, int64_t token, int64_t rows, int64_t count) {
+    for (int64_t row = 0; row < rows; ++row) {
+      __m256 sums[N];
+      for (int n = 0; n < N; ++n) sums[n] = totals_[row][token + n];
+      for (int64_t i = 0; i < count; ++i) {
+        add_chunk<N>(chunks_[row][i], x + i * int64_t{sizeof(ByteActivations)}, stride_x, sums);
+      }
+      for (int n = 0; n < N; ++n) totals_[row][token + n] = sums[n];
+    }
+  }
+
+  __m256 totals_[kPanelRows][kPanelTokens];
+  ByteChunk<format> chunks_[kPanelRows][kPanelChunks];
+};
+
+#endif
+
+// Multiplies any number of tokens.
+template <WeightFormat format>
+void multiply_many_bytes([[maybe_unused]] ByteProducts p, [[maybe_unused]] ProductsOut out) {
+  if constexpr (has_bytes(format)) {
+    const int64_t tokens = p.tokens;
+    for (int64_t token = 0; token < tokens; token += kPanelTokens) {
+      p.tokens = mistral::min(kPanelTokens, tokens - token);
+      BytePanel<format>::multiply(p, out);
+      p.x += p.tokens * p.stride_x;
+      out.sums = out.at(0, p.tokens);
+    }
+  }
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA
