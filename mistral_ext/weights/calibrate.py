@@ -101,7 +101,7 @@ class CalibratedLayers:
                     full_name, tuple(layer[name].shape), torch.device("cpu")
                 )
                 assert out is not None  # the layers' matrices are quantised
-                _round(wide[name], factor, importance, out)
+                _round(wide[name].clone(), factor, importance, out)  # it may be a file's
                 made[name], wide[name] = out, out.dequantize()
         for tokens in self._hidden.split(_SEQUENCE):
             self._run(wide, tokens, {})

@@ -68,7 +68,9 @@ def test_diverges_less(tmp_path):
 
 
 def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
     whole = quantize_checkpoint(folder, tmp_path / "whole", 4, calibration=token_ids)
+    assert (folder / "model.safetensors").read_bytes() == before
     assert not same(whole, quantize_checkpoint(folder, tmp_path / "plain", 4))
     rounded = CalibratedLayers.rounded
 
