@@ -141,10 +141,14 @@ class Quantization:
         Raises:
             ValueError: the weight does not divide into groups.
         """
+        return self.empty(name, shape, torch.device("meta"))
+
+    def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> Quantized | None:
+        """The same as `parts`, on a device, to be filled."""
         chosen = self.format_of(name, shape[-1])
         if chosen is None:
             return None
-        return _empty(name, shape, chosen, self.group_of(chosen), torch.device("meta"))
+        return _empty(name, shape, chosen, self.group_of(chosen), device)
 
     def quantize(
         self, name: str, weight: Tensor, stored_name: str, importance: Tensor | None = None
@@ -199,7 +203,7 @@ def quantize(
         groups = block.float().unflatten(1, (scales.shape[1], -1))  # [rows, K / group, group]
         low, high = torch.aminmax(groups, dim=2, keepdim=True)
         largest = torch.maximum(-low, high)
-        _expect_finite(largest, name)
+        expect_finite(largest, name)
         if format == "int4":
             chosen = _rounded(_best_scales(groups, low, high), scales.dtype)
             pack(_divide(groups, chosen).clamp_(-8, 7).flatten(1), out=values)
@@ -220,7 +224,7 @@ def _from_table(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     largest = round_to_table(rows, quantized, importance)
-    _expect_finite(largest, name)
+    expect_finite(largest, name)
     # The fp16 scales: all of them in "iq4_nl", the first 2 of each 8 bytes in "iq4_xs".
     halves = quantized.scales.view(torch.float16)
     halves = halves if format == "iq4_nl" else halves[:, ::4]
@@ -228,7 +232,7 @@ def _from_table(
     return quantized.to(weight.device)
 
 
-def _expect_finite(largest: Tensor, name: str) -> None:
+def expect_finite(largest: Tensor, name: str) -> None:
     if not largest.isfinite().all():
         raise ValueError(f"tensor {name!r} holds NaN or infinity and cannot be quantised")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mistral_ext.ops import Weight
 from mistral_ext.weights import checkpoint
+from mistral_ext.weights.calibrate import calibrated
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.new_folder import expect_free
@@ -23,6 +25,7 @@ def quantize_checkpoint(
     group: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    calibration: Sequence[int] | None = None,
 ) -> Path:
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
@@ -36,6 +39,10 @@ def quantize_checkpoint(
         group: for 4 bits, weights that share a scale, 32, 64 or 128: makes "int4" instead.
         dtype: dtype of embeddings and norms, which are not quantised; None: as stored.
         progress: show a progress bar if stderr is a terminal.
+        calibration: for 4 bits, the tokens of a text that the model runs, so that errors are small
+            where its inputs are large (`mistral_ext.weights.calibrate`). Layers that are done are
+            kept in a folder `target` + ".calibration", from which another call goes on after an
+            interruption. None: weights are rounded as they are.
 
     Returns:
         `target`.
@@ -47,6 +54,10 @@ def quantize_checkpoint(
         OSError: no space is left, or another failure of the system.
     """
     quantization = Quantization.from_bits(bits, group)
+    if calibration is not None and (bits != 4 or group is not None):
+        raise ValueError(
+            f"calibration is given with bits {bits!r} and group {group!r}, expected 4 and None"
+        )
     target = Path(target)
     expect_free(target)
     original = read_folder(resolve(source))
@@ -67,6 +78,13 @@ def quantize_checkpoint(
             "load it with quantize="
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
+    read = weights.weights(progress)
+    if calibration is not None:
+        wide = checkpoint.Checkpoint(original, torch.float32).weights(progress=False)
+        kept = target.with_name(f"{target.name}.calibration")
+        read = calibrated(
+            wide, original.config, quantization, calibration, kept, weights.dtype, progress
+        )
     # The output weights are stored in 8 bits, even if they were the embeddings before.
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
 
@@ -75,5 +93,5 @@ def quantize_checkpoint(
         parts = quantization.parts(name, shape)
         plain = torch.empty(shape, dtype=weights.dtype, device="meta")
         layout[name] = plain if parts is None else parts
-    write_model(target, original, config, layout, weights.weights(progress), quantization)
+    write_model(target, original, config, layout, read, quantization)
     return target

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "files": set(),
     "text": {"files"},
     "model": {"ops"},
-    "weights": {"ops", "model.config", "files"},
+    "weights": {"ops", "model.config", "model.rope", "files"},
     "engine": {"model", "text", "ops"},
     "chat": {"engine", "text"},
     "llm": {"chat"} | _MODELS,

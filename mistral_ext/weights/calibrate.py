@@ -1,0 +1,263 @@
+"""Rounds weights by what the layers of a model see: `mistral-ext quantize --calibrate`.
+
+A text is run through the model, a layer at a time. The mean products of a matrix's inputs, its
+Hessian, say how much an error in each weight counts, and how other weights can make up for it: a
+matrix is rounded column by column, and the error of each column is taken off the columns that
+follow (GPTQ, Frantar et al. 2022, arXiv:2210.17323). Then the text goes on through the rounded
+layer, so that later layers see its errors.
+
+Memory is that of one layer in fp32, of the Hessian of its longest rows and some copies of it, and
+of the hidden states of all tokens. A layer that is done is kept in a folder, so that a run that was
+interrupted goes on there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral_ext import ops
+from mistral_ext.model import rope
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.ops import Quantized, Weight
+from mistral_ext.ops.quantize import round_with_feedback
+from mistral_ext.ops.weight import FORMATS
+from mistral_ext.weights.quantize import Quantization, expect_finite
+
+_SEQUENCE = 1024  # tokens that see each other
+_DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
+_BLOCK = 256  # columns whose errors are made up for at a time
+
+# The matrices that have the same input.
+_INPUTS = {
+    "attention": ("attention.wq", "attention.wk", "attention.wv"),
+    "attended": ("attention.wo",),
+    "feed_forward": ("feed_forward.w1", "feed_forward.w3"),
+    "hidden": ("feed_forward.w2",),
+}
+
+
+class CalibratedLayers:
+    """Layers that are rounded one after another.
+
+    Args:
+        config: of the model.
+        quantization: the formats; those of the layers have values from a table.
+        embedded: [T, E] fp32, the embeddings of a text's tokens.
+        kept: a folder for the layers that are done; made if it is absent.
+        identity: what the result depends on beside these.
+
+    Raises:
+        ValueError: the folder is of another run.
+    """
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        quantization: Quantization,
+        embedded: Tensor,
+        kept: Path,
+        identity: str,
+    ) -> None:
+        self._config, self._quantization, self._kept = config, quantization, kept
+        self._frequencies = rope.frequencies(
+            config.rope_theta, config.head_dim, "cpu", config.rope_scaling
+        )
+        self._identity = hashlib.sha256(f"{identity} {quantization} {config}".encode()).hexdigest()
+        self._hidden, self.done = embedded.clone(), 0
+        kept.mkdir(parents=True, exist_ok=True)
+        if (kept / "hidden.pt").exists():
+            state = _load(kept / "hidden.pt")
+            if state["identity"] != self._identity:
+                raise ValueError(
+                    f"{str(kept)!r} is of another calibration, expected the same arguments, or "
+                    "remove it"
+                )
+            self._hidden, self.done = state["hidden"], state["done"]
+
+    def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
+        """The weights of layer `index` by their names in the layer; layers come in order."""
+        file = self._kept / f"{index}.pt"
+        if index < self.done:
+            stored = _load(file)
+            return {name: _weight(parts, layer[name]) for name, parts in stored.items()}
+        wide = {name: weight.float() for name, weight in layer.items()}
+        hessians = self._hessians(wide)
+        made: dict[str, Weight] = dict(layer)
+        for source, names in _INPUTS.items():
+            factor, importance = _factor(hessians.pop(source))
+            for name in (f"{name}.weight" for name in names):
+                full_name = f"layers.{index}.{name}"
+                expect_finite(wide[name].abs().amax(1), full_name)
+                out = self._quantization.empty(
+                    full_name, tuple(layer[name].shape), torch.device("cpu")
+                )
+                assert out is not None  # the layers' matrices are quantised
+                _round(wide[name].clone(), factor, importance, out)  # it may be a file's
+                made[name], wide[name] = out, out.dequantize()
+        for tokens in self._hidden.split(_SEQUENCE):
+            self._run(wide, tokens, {})
+        _save({name: _parts(weight) for name, weight in made.items()}, file)
+        self.done = index + 1
+        state = {"identity": self._identity, "hidden": self._hidden, "done": self.done}
+        _save(state, self._kept / "hidden.pt")
+        return made
+
+    def _hessians(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[K, K] for each input: the sums of products of its elements over all tokens."""
+        hessians: dict[str, Tensor] = {}
+        for source, names in _INPUTS.items():
+            size = layer[f"{names[0]}.weight"].shape[1]
+            hessians[source] = torch.zeros(size, size, dtype=torch.float32, device="cpu")
+        for tokens in self._hidden.split(_SEQUENCE):
+            self._run(layer, tokens.clone(), hessians)
+        return hessians
+
+    def _run(self, layer: dict[str, Tensor], h: Tensor, hessians: dict[str, Tensor]) -> None:
+        """Runs a sequence [T, E] through a layer, in place, and adds to the Hessians."""
+        config = self._config
+        sequences = torch.tensor([[0, len(h), 0, 0, len(h)]], device="cpu")
+
+        def product(x: Tensor, name: str) -> Tensor:
+            return x @ layer[f"{name}.weight"].T
+
+        def see(source: str, x: Tensor) -> Tensor:
+            if source in hessians:
+                hessians[source].addmm_(x.T, x)
+            return x
+
+        x = ops.rms_norm(h, layer["attention_norm.weight"], config.norm_eps)
+        see("attention", x)
+        q, k, v = (
+            product(x, f"attention.{name}").unflatten(1, (-1, config.head_dim))
+            for name in ("wq", "wk", "wv")
+        )
+        q, k = (ops.rotate(heads, sequences, self._frequencies) for heads in (q, k))
+        window, scale = config.sliding_window, config.attention_scale
+        x = ops.attention(q, k, v, None, None, sequences, window, scale).flatten(1)
+        h += product(see("attended", x), "attention.wo")
+        x = see("feed_forward", ops.rms_norm(h, layer["ffn_norm.weight"], config.norm_eps))
+        x = ops.swiglu(product(x, "feed_forward.w1"), product(x, "feed_forward.w3"))
+        h += product(see("hidden", x), "feed_forward.w2")
+
+
+def calibrated(
+    weights: Iterator[tuple[str, Weight]],
+    config: MistralConfig,
+    quantization: Quantization,
+    token_ids: Sequence[int],
+    kept: Path,
+    dtype: torch.dtype,
+    progress: bool = True,
+) -> Iterator[tuple[str, Weight]]:
+    """Quantises the weights of a model by what it sees of a text.
+
+    Args:
+        weights: by Mistral's names, not quantised, in the order of `checkpoint.tensor_shapes`; the
+            output matrix may be missing.
+        config: of the model.
+        quantization: the formats; that of the layers is "iq4_xs" or "iq4_nl".
+        token_ids: of the text.
+        kept: where layers that are done are kept until all are; removed at the end.
+        dtype: of the weights that are not quantised.
+        progress: show a progress bar if stderr is a terminal.
+
+    Yields:
+        Mistral's names and the quantised weights; the output matrix always.
+
+    Raises:
+        ValueError: a token is not in the vocabulary, `kept` is of another run, or a weight is NaN
+            or infinite.
+    """
+    _, embeddings = next(weights)
+    assert isinstance(embeddings, Tensor)
+    tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= len(embeddings):
+        raise ValueError(
+            f"token_ids has {len(tokens)} tokens of a vocabulary of {len(embeddings)}, expected at "
+            f"least one, each 0 to {len(embeddings) - 1}"
+        )
+    identity = hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
+    embedded = embeddings.index_select(0, tokens).float()
+    layers = CalibratedLayers(config, quantization, embedded, kept, identity)
+    yield "tok_embeddings.weight", embeddings.to(dtype)
+    output, layer = embeddings, dict[str, Tensor]()
+    with tqdm(
+        desc="calibrating", total=config.n_layers, unit="layer", disable=None if progress else True
+    ) as bar:
+        for name, weight in weights:
+            assert isinstance(weight, Tensor)
+            if name == "output.weight":
+                output = weight
+            elif name == "norm.weight":
+                yield name, weight.to(dtype)
+            else:
+                _, index, in_layer = name.split(".", 2)
+                layer[in_layer] = weight
+                if in_layer == "feed_forward.w3.weight":  # the last of a layer
+                    for made, rounded in layers.rounded(int(index), layer).items():
+                        if isinstance(rounded, Tensor):
+                            rounded = rounded.to(dtype)
+                        yield f"layers.{index}.{made}", rounded
+                    layer = {}
+                    bar.update()
+    quantized = quantization.quantize("output.weight", output, "output.weight")
+    yield "output.weight", output if quantized is None else quantized
+    shutil.rmtree(kept)
+
+
+def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """[K, K], the upper Cholesky factor of the inverse Hessian; and [K], how much an error in each
+    input counts."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    importance = (diagonal / mean).contiguous()
+    diagonal.add_(_DAMPING * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).contiguous(), importance
+
+
+def _round(weight: Tensor, factor: Tensor, importance: Tensor, out: Quantized) -> None:
+    """Rounds a weight [N, K] fp32, which is overwritten."""
+    facts, columns = FORMATS[out.format], weight.shape[1]
+    for begin in range(0, columns, _BLOCK):
+        end = min(begin + _BLOCK, columns)
+        part = weight[:, begin:end]
+        values = out.values[:, facts.elements(begin) : facts.elements(end)]
+        first, last = (at // facts.least_group * facts.group_scales for at in (begin, end))
+        of_block = Quantized(values, out.scales[:, first:last], out.format)
+        round_with_feedback(part, factor[begin:end, begin:end], of_block, importance[begin:end])
+        weight[:, end:].addmm_(part, factor[begin:end, end:], alpha=-1)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor[::97].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _parts(weight: Weight) -> tuple[Tensor, Tensor, str] | None:
+    """What is kept of a weight: nothing of a weight that is not quantised."""
+    return None if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.format)
+
+
+def _weight(parts: tuple[Tensor, Tensor, str] | None, plain: Tensor) -> Weight:
+    return plain if parts is None else Quantized(*parts)
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    """Writes a file that is whole or absent."""
+    partial = file.with_suffix(".part")
+    torch.save(state, partial)
+    os.replace(partial, file)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state

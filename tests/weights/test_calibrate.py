@@ -1,0 +1,115 @@
+"""`quantize_checkpoint(calibration=...)`: less error where the model looks, and resumption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+
+from mistral_ext import Mistral
+from mistral_ext.cli import main
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.weights import calibrate
+from mistral_ext.weights.calibrate import CalibratedLayers
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+STORY = "Once upon a time there was a mouse who lived with a bird in a small house. " * 12
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_checkpoint(tmp_path / "model", intermediate_size=192)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def token_ids(generator):
+    return torch.randint(3, 131, (400,), generator=generator).tolist()
+
+
+def weights_of(folder):
+    parts = {}
+    for name, weight in load_weights(read_folder(folder)).items():
+        parts[name] = (
+            weight
+            if isinstance(weight, torch.Tensor)
+            else torch.cat([part.contiguous().view(torch.uint8).flatten() for part in weight[:2]])
+        )
+    return parts
+
+
+def same(a, b) -> bool:
+    a, b = weights_of(a), weights_of(b)
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def test_diverges_less(tmp_path):
+    """The demo model on a text that it was not calibrated with."""
+    original = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.float32, progress=False)
+    ids = original.tokenizer.encode((DATA / "held_out.txt").read_text()[:10000])
+    text, held_out = ids[256:], ids[:256]
+    exact, found = original.logits(held_out), []
+    for name, calibration in (("plain", None), ("calibrated", text)):
+        quantize_checkpoint(DEMO_MODEL, tmp_path / name, 4, calibration=calibration)
+        llm = Mistral.from_pretrained(tmp_path / name, dtype=torch.float32, progress=False)
+        found.append(divergence(exact, llm.logits(held_out)))
+    assert found[1] < 0.8 * found[0]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["calibrated", "plain"]
+
+
+def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
+    whole = quantize_checkpoint(folder, tmp_path / "whole", 4, calibration=token_ids)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not same(whole, quantize_checkpoint(folder, tmp_path / "plain", 4))
+    rounded = CalibratedLayers.rounded
+
+    def interrupted(self, index, layer):
+        if index == 1:
+            raise KeyboardInterrupt
+        return rounded(self, index, layer)
+
+    monkeypatch.setattr(CalibratedLayers, "rounded", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"new.calibration' is of another calibration, expected"):
+        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids[1:])
+
+    done, round_layer = [], calibrate._factor
+    monkeypatch.setattr(calibrate, "_factor", lambda h: done.append(len(h)) or round_layer(h))
+    quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    assert len(done) == 4  # the four inputs of one layer of two
+    assert same(tmp_path / "new", whole)
+    assert not (tmp_path / "new.calibration").exists()
+
+
+def test_command(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(STORY)
+    given = ["quantize", str(DEMO_MODEL), str(tmp_path / "new"), "--bits", "4"]
+    assert main([*given, "--calibrate", str(text)]) == 0
+    tokens = Mistral.from_pretrained(DEMO_MODEL, progress=False).tokenizer.encode(STORY)
+    expected = quantize_checkpoint(DEMO_MODEL, tmp_path / "expected", 4, calibration=tokens)
+    assert same(tmp_path / "new", expected)
+
+
+def test_wrong_arguments_are_named(folder, tmp_path):
+    for bits, group in ((8, None), (4, 64)):
+        with pytest.raises(ValueError, match=f"calibration is given with bits {bits} and group"):
+            quantize_checkpoint(folder, tmp_path / "x", bits, group, calibration=[5])
+    for ids in ([], [10**6], [-1]):
+        with pytest.raises(ValueError, match=f"token_ids has {len(ids)} tokens of a vocabulary"):
+            quantize_checkpoint(folder, tmp_path / "x", 4, calibration=ids)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
