@@ -11,10 +11,12 @@ from checkpoints import write_checkpoint
 from mistral_ext import Mistral
 from mistral_ext.cli import main
 from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.ops import Quantized
 from mistral_ext.weights import calibrate
 from mistral_ext.weights.calibrate import CalibratedLayers
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.quantize import quantize
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -65,6 +67,22 @@ def test_diverges_less(tmp_path):
         found.append(divergence(exact, llm.logits(held_out)))
     assert found[1] < 0.8 * found[0]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["calibrated", "plain"]
+
+
+def test_blocks_make_up_for_the_errors_of_earlier_blocks(generator):
+    """Every column of the second block depends on a column of the first."""
+    weight = torch.randn(16, 512, generator=generator)
+    hessian = torch.eye(512)
+    hessian[:256, 256:] = hessian[256:, :256] = 0.95 * torch.eye(256)
+    factor, importance = calibrate._factor(hessian.clone())
+    made = Quantized.empty(weight.shape, "iq4_xs")
+    calibrate._round(weight.clone(), factor, importance, made)
+
+    def loss(found: torch.Tensor) -> float:
+        difference = found - weight
+        return ((difference @ hessian) * difference).sum().item()
+
+    assert loss(made.dequantize()) < 0.8 * loss(quantize(weight, "iq4_xs").dequantize())
 
 
 def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
