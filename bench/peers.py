@@ -39,7 +39,7 @@ from mistral_ext.weights.checkpoint import hugging_face_name
 PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}
 
 # Our name of the weights -> llama.cpp's.
-LLAMA_CPP_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+LLAMA_CPP_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "IQ4_XS"}
 
 
 class Transformers:
@@ -153,9 +153,9 @@ class LlamaCppFiles:
         self._folder = tempfile.TemporaryDirectory(prefix="mistral_ext-")
 
     def path(self, file_type: str) -> Path:
-        """The file of "BF16", "Q8_0" or "Q4_0".
+        """The file of "BF16", "Q8_0" or "IQ4_XS".
 
-        llama.cpp quantises by itself, as for anyone: with Q4_0, the output matrix becomes Q6_K.
+        llama.cpp quantises by itself, as for anyone: with IQ4_XS, the output matrix becomes Q6_K.
         """
         llama_cpp = _llama_cpp()
         path = Path(self._folder.name, f"{file_type}.gguf")

@@ -92,9 +92,16 @@ def decode_step(config: MistralConfig, kind: str, batch: int, history: int) -> I
     dim, hidden = config.dim, config.hidden_dim
     queries, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     seen = min(history + 1, config.sliding_window or history + 1)
+    # The kernels of int4's format do not rotate.
+    rotates = kind != "int4"
     for _ in range(config.n_layers):
         yield from norm()
-        yield product("qkv, rope, append", queries + 2 * kv, dim, queries + 4 * kv)
+        if rotates:
+            yield product("qkv, rope, append", queries + 2 * kv, dim, queries + 4 * kv)
+        else:
+            yield product("qkv", queries + 2 * kv, dim, queries + 2 * kv)
+            moved = 2 * queries + 5 * kv  # q and k in place, k and v to the ring
+            yield Launch("rope, append", activations=batch * ELEMENT * moved)
         yield Launch(
             "attention",
             cache=batch * (seen - 1) * 2 * kv * ELEMENT,

@@ -24,7 +24,7 @@ def main() -> None:
         exact = torch.randn(70, 1120)
         for weight in (
             exact.to(dtype),
-            *(quantize(exact, form) for form in ("int8", "q8_0")),
+            *(quantize(exact, form) for form in ("int8", "q8_0", "iq4_nl")),
             quantize(exact, "int4", 32),
         ):
             weight = weight.to(GPU)

@@ -24,7 +24,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     A model of the hub is ``owner/name``, a GGUF file in it ``owner/name:file.gguf`` (any part, if
     the file is split). Only the configuration, the tokenizer and one format of the weights are
     downloaded, into huggingface_hub's cache; later calls work without a network. "demo" is the
-    small model of this package, unless there is a folder of that name.
+    small model of this package, unless there is a folder or file of that name.
 
     Raises:
         FileNotFoundError: no such folder or file, and none on the hub or in its cache.
@@ -33,12 +33,12 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
-    if path_or_hub_id == DEMO_NAME:
-        return DEMO_MODEL
     if path.exists():
         raise ValueError(
             f"{str(path)!r} is a file, expected the folder that holds the model, or a GGUF file"
         )
+    if str(path_or_hub_id) == DEMO_NAME:
+        return DEMO_MODEL
     if re.fullmatch(_OWNER_AND_NAME, str(path_or_hub_id)):
         return _download(str(path_or_hub_id))
     if match := re.fullmatch(_GGUF_OF_HUB, str(path_or_hub_id)):

@@ -85,7 +85,8 @@ def _merged_weights(
         update = updates.get(name.removesuffix(".weight"))
         written = weight.to(dtype) if update is None else _merged(weight, update, dtype)
         if written is not weight and not written.isfinite().all():
-            raise ValueError(f"{name} with the adapter is not finite in {dtype}")
+            what = name if update is None else f"{name} with the adapter"
+            raise ValueError(f"{what} is not finite in {dtype}")
         yield name, written
 
 

@@ -25,7 +25,7 @@ def test_resolve_folder(tmp_path, monkeypatch):
 
 def test_the_demo_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert resolve("demo") == DEMO_MODEL
+    assert resolve("demo") == resolve(Path("demo")) == DEMO_MODEL
     assert (DEMO_MODEL / "config.json").is_file()
     (tmp_path / "demo").mkdir()
     assert resolve("demo") == Path("demo")  # a folder wins
