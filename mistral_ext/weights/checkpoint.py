@@ -131,8 +131,8 @@ def _say_how_to_do_it_once(folder: ModelFolder, quantization: Quantization, seco
     if folder.quantization or folder.packing or folder.gguf or not folder.config.writes_text:
         return
     _log.warning(
-        "reading the weights and quantising them to %s took %.0f s, and takes them at every start; `mistral-ext quantize %s OUT "
-        "--bits %d` does it once",
+        "reading the weights and quantising them to %s took %.0f s, and takes them at every start; "
+        "`mistral-ext quantize %s OUT --bits %d` does it once",
         quantization,
         seconds,
         folder.path,
