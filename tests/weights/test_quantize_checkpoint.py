@@ -174,7 +174,7 @@ def test_how_to_quantise_once_is_said(hf_folder, quantized_folder, monkeypatch, 
     load(quantized_folder, quantize="int4")
     assert not caplog.text  # it is done
     load(hf_folder, quantize="int4")
-    assert "quantising to iq4_xs in groups of 256 took 0 s" in caplog.text
+    assert "quantising them to iq4_xs in groups of 256 took 0 s" in caplog.text
     assert f"`mistral-ext quantize {hf_folder} OUT --bits 4` does it once" in caplog.text
 
 
