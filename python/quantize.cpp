@@ -7,20 +7,25 @@
 namespace mistral::python {
 namespace {
 
-// Checks the scales of a weight [N, K], and returns whether they have two levels.
-bool has_two_levels(const Tensor& weight, const py::object& scales_) {
-  const auto dtype = py::cast<std::string>(py::str(scales_.attr("dtype")));
+// The scales of a weight [N, K].
+struct Scales {
+  Table table;
+  bool two_levels;
+};
+
+Scales scales_of(const Tensor& weight, const py::object& object) {
+  const auto dtype = py::cast<std::string>(py::str(py::getattr(object, "dtype", py::none())));
   const bool two_levels = dtype == "torch.uint8";
+  const Table table(weight.op(), "scales", object, two_levels ? "uint8" : "float16");
   const int64_t inputs = weight.size(1), group = two_levels ? kSuperBlock : 32;
-  if (inputs % group != 0) {
+  if (inputs == 0 || inputs % group != 0) {
     fail(weight.op(), std::string(weight.name()) + " has " + std::to_string(inputs) +
-                          " columns, expected a multiple of " + std::to_string(group));
+                          " columns, expected a positive multiple of " + std::to_string(group));
   }
-  const Table scales(weight.op(), "scales", scales_, two_levels ? "uint8" : "float16");
-  scales.expect_shape({weight.size(0), two_levels ? inputs / 32 : inputs / group});
-  scales.expect_last_axis_contiguous();
-  scales.expect_device_of(weight);
-  return two_levels;
+  table.expect_shape({weight.size(0), inputs / 32});  // of 256 inputs: 8 bytes
+  table.expect_last_axis_contiguous();
+  table.expect_device_of(weight);
+  return {table, two_levels};
 }
 
 const float* importance_of(const Tensor& weight, const py::object& importance_) {
@@ -39,21 +44,21 @@ void quantize(py::object weight_, py::object importance, py::object values_, py:
   expect_cpu(weight);
   weight.expect_shape({-1, -1});
   weight.expect_last_axis_contiguous();
-  QuantizeParams p{};
-  p.two_levels = has_two_levels(weight, scales_);
-  const Table values(op, "values", values_, "int32"), largest(op, "largest", largest_, "float32"),
-      scales(op, "scales", scales_, p.two_levels ? "uint8" : "float16");
+  const Scales scales = scales_of(weight, scales_);
+  const Table values(op, "values", values_, "int32"), largest(op, "largest", largest_, "float32");
   values.expect_shape({weight.size(0), weight.size(1) / 8});
   largest.expect_shape({weight.size(0)});
-  for (const Table* table : {&values, &largest, &scales}) {
+  for (const Table* table : {&values, &largest, &scales.table}) {
     table->expect_contiguous();
     table->expect_device_of(weight);
   }
+  QuantizeParams p{};
   p.dtype = weight.dtype();
+  p.two_levels = scales.two_levels;
   p.weight = weight.data();
   p.importance = importance_of(weight, importance);
   p.values = static_cast<uint32_t*>(values.data());
-  p.scales = scales.data();
+  p.scales = scales.table.data();
   p.largest = static_cast<float*>(largest.data());
   p.rows = weight.size(0);
   p.inputs = weight.size(1);
@@ -73,26 +78,26 @@ void quantize_feedback(py::object weight_, py::object factor_, py::object import
     fail(op, "weight has " + std::to_string(columns) + " columns, expected at most " +
                  std::to_string(kSuperBlock));
   }
-  QuantizeFeedbackParams p{};
-  p.two_levels = has_two_levels(weight, scales_);
-  const Table scales(op, "scales", scales_, p.two_levels ? "uint8" : "float16");
+  const Scales scales = scales_of(weight, scales_);
   factor.expect_shape({columns, columns});
   values.expect_shape({weight.size(0), columns / 8});
   for (const Table* table : {&weight, &factor, &values}) {
     table->expect_last_axis_contiguous();
     table->expect_device_of(weight);
   }
+  QuantizeFeedbackParams p{};
+  p.two_levels = scales.two_levels;
   p.weight = static_cast<float*>(weight.data());
   p.factor = static_cast<const float*>(factor.data());
   p.importance = importance_of(weight, importance);
   p.values = static_cast<uint32_t*>(values.data());
-  p.scales = static_cast<char*>(scales.data());
+  p.scales = static_cast<char*>(scales.table.data());
   p.rows = weight.size(0);
   p.columns = columns;
   p.stride_weight_row = weight.stride(0);
   p.stride_factor_row = factor.stride(0);
   p.stride_values_row = values.stride(0);
-  p.stride_scales_row = scales.stride(0) * (p.two_levels ? 1 : 2);
+  p.stride_scales_row = scales.table.stride(0) * (p.two_levels ? 1 : 2);
   run_on_cpu(target, p, &cpu::quantize_feedback);
 }
 

@@ -149,7 +149,7 @@ def registered(
 
 @dataclass
 class StandIn:
-    """What `_C.Call` is."""
+    """What `_C.Call` is. `run` makes the memory, so the caller need not."""
 
     run: Callable[[int, int, int], None]
     workspace_bytes: int = 0
@@ -177,14 +177,15 @@ def emulated(
                             constant.add(tensor)
 
             def run(_, *others):
-                memory = torch.empty(checked.workspace_bytes, dtype=torch.uint8)
+                # Bytes of 255: every float, half and bfloat16 is NaN.
+                memory = torch.full((checked.workspace_bytes,), 255, dtype=torch.uint8)
                 keep(memory)
                 with registered(emulator, constant, **tensors):
                     checked.run(memory.data_ptr(), *others)
 
             with registered(emulator, constant, **tensors):
                 checked = getattr(emulator, name)(*arguments)
-            return checked and StandIn(run, checked.workspace_bytes, checked.counters)
+            return checked and StandIn(run)
 
         return call
 

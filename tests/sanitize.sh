@@ -18,5 +18,5 @@ sanitized_pytest() {
 # Copies that come early access what those that come late do.
 sanitized_pytest -k "emulator and not early" "$@"
 MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator" "$@" \
-  tests/ops/test_{attention,linear,linear_argmax,linear_bytes,linear_rope,lora,rms_norm,rope,sample,swiglu}.py \
+  tests/ops/test_{attention,linear,linear_argmax,linear_bytes,linear_rope,lora,rms_norm,rope,round_to_table,sample,swiglu}.py \
   tests/cpu/test_{simd,threads}.py

@@ -46,8 +46,8 @@ MISTRAL_SIMD Sums sums_with(const Group& g, float factor) {
 
 MISTRAL_SIMD Vec magnitude(Vec x) { return vmax(x, broadcast(0.0f) - x); }
 
-// The largest magnitude of `count` numbers; NaN if there is a NaN.
-MISTRAL_SIMD float largest_magnitude(const float* x, int count) {
+// The largest magnitude of `count` numbers; NaN if a number is NaN or infinite.
+MISTRAL_SIMD float finite_magnitude(const float* x, int count) {
   Vec most = broadcast(0.0f), sum_of_zeros = broadcast(0.0f);
   for (int i = 0; i < count; i += Vec::width) {
     most = vmax(magnitude(load(x + i)), most);
@@ -76,7 +76,7 @@ float best_scale(const Group& g) {
   const auto consider = [&](float factor) {
     const Sums sums = sums_with(g, factor);
     const float scale = sums.vxt / sums.vtt, gained = sums.vxt * scale;
-    if (!(gained > most)) return;  // or NaN: numbers are too large for fp16 scales anyway
+    if (!(gained > most)) return;  // or NaN: weights far beyond the range of fp16 scales
     most = gained;
     best = scale;
   };
@@ -118,18 +118,19 @@ float upper_scale(const float* group_scales, f16* out) {
   return as_f16(largest / kLeastMultiple, out);
 }
 
-// The multiple with the least error, among those next to the group's best scale.
+// The multiple with the least error, among those next to the group's best scale. The middle if sums
+// are not finite.
 int best_multiple(const Group& g, float group_scale, float upper) {
   const float nearest = rintf(group_scale * inverse(upper));
   const int middle = static_cast<int>(fminf(fmaxf(nearest, kLeastMultiple), kMostMultiple));
   float most = 0.0f;
-  int best = 0;
+  int best = middle;
   for (int multiple = middle - 1; multiple <= middle + 1; ++multiple) {
     if (multiple < kLeastMultiple || multiple > kMostMultiple || multiple == 0) continue;
     const float scale = upper * static_cast<float>(multiple);
     const Sums sums = sums_with(g, inverse(scale));
     const float gained = scale * (2 * sums.vxt - scale * sums.vtt);
-    if (gained <= most) continue;
+    if (!(gained > most)) continue;
     most = gained;
     best = multiple;
   }
@@ -154,14 +155,18 @@ void round_group(const Group& g, uint32_t* words, f16* scale) {
 }
 
 // Sets how much the error of each weight counts: as the input does, and more for large weights.
-MISTRAL_SIMD void weigh(Group& g, const float* importance, float typical) {
+// Returns the error of zeros.
+MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
+  Vec error = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
     const Vec x = load(g.x + i);
     Vec v = magnitude(x) + broadcast(typical);
     if (importance) v = v * load(importance + i);
     store(g.v + i, v);
     store(g.vx + i, v * x);
+    error = fma(v * x, x, error);
   }
+  return sum(error);
 }
 
 // The weights of up to 256 neighbouring columns of a row, in groups.
@@ -175,7 +180,9 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   }
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
-    weigh(groups[i], importance ? importance + i * kGroup4 : nullptr, mean);
+    if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
+    // Inputs of importance 0, or so near to it that products underflow, count the same.
+    weigh(groups[i], nullptr, mean);
   }
 }
 
@@ -193,7 +200,7 @@ void round_row(const QuantizeParams& p, int64_t row) {
       round_two_levels(groups, words, static_cast<TwoLevels*>(p.scales) + at / kSuperBlock);
     }
     for (int i = 0; i < count / kGroup4; ++i) {
-      const float magnitude = largest_magnitude(groups[i].x, kGroup4);
+      const float magnitude = finite_magnitude(groups[i].x, kGroup4);
       if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // NaN stays
       if (p.two_levels) continue;
       round_group(groups[i], words + i * kGroup4 / 8,

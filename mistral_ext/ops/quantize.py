@@ -20,7 +20,7 @@ def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = N
         weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
         out: the weight to fill, on the CPU.
         importance: [K] float32, how much an error in each input counts, such as the mean square of
-            that input; None: all count the same.
+            that input; None: all count the same, as 32 neighbours do whose importance is 0.
 
     Returns:
         [N] float32, the largest magnitude in each row; not finite if the row holds NaN or infinity.
@@ -42,6 +42,8 @@ def round_with_feedback(
 
     This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
     For the columns after the block, subtract the returned errors times the factor's rows there.
+    The caller checks that these errors are finite. They are not if a weight is NaN or infinite, if
+    the factor has a 0 on its diagonal, or if fp16 cannot hold a scale.
 
     Args:
         weight: [N, B] float32 on the CPU, B at most 256, the last axis contiguous. Changed to the

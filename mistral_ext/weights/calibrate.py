@@ -101,7 +101,9 @@ class CalibratedLayers:
                     full_name, tuple(layer[name].shape), torch.device("cpu")
                 )
                 assert out is not None  # the layers' matrices are quantised
-                _round(wide[name].clone(), factor, importance, out)  # it may be a file's
+                errors = wide[name].clone()  # it may be a file's
+                _round(errors, factor, importance, out)
+                _expect_finite_errors(errors, wide[name], full_name, out.format)
                 made[name], wide[name] = out, out.dequantize()
         for tokens in self._hidden.split(_SEQUENCE):
             self._run(wide, tokens, {})
@@ -174,8 +176,8 @@ def calibrated(
         Mistral's names and the quantised weights; the output matrix always.
 
     Raises:
-        ValueError: a token is not in the vocabulary, `kept` is of another run, or a weight is NaN
-            or infinite.
+        ValueError: a token is not in the vocabulary, `kept` is of another run, or a weight is NaN,
+            infinite or too large for the scales.
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
@@ -226,7 +228,7 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round(weight: Tensor, factor: Tensor, importance: Tensor, out: Quantized) -> None:
-    """Rounds a weight [N, K] fp32, which is overwritten."""
+    """Rounds a weight [N, K] fp32, which is changed to the errors: see `round_with_feedback`."""
     facts, columns = FORMATS[out.format], weight.shape[1]
     for begin in range(0, columns, _BLOCK):
         end = min(begin + _BLOCK, columns)
@@ -236,6 +238,14 @@ def _round(weight: Tensor, factor: Tensor, importance: Tensor, out: Quantized) -
         of_block = Quantized(values, out.scales[:, first:last], out.format)
         round_with_feedback(part, factor[begin:end, begin:end], of_block, importance[begin:end])
         weight[:, end:].addmm_(part, factor[begin:end, end:], alpha=-1)
+
+
+def _expect_finite_errors(errors: Tensor, weight: Tensor, name: str, format: str) -> None:
+    if not errors.isfinite().all():
+        raise ValueError(
+            f"tensor {name!r} holds magnitudes up to {weight.abs().max():g} and leaves errors that "
+            f"are not finite: it cannot be quantised to {format!r} with this text"
+        )
 
 
 def _bytes(tensor: Tensor) -> bytes:

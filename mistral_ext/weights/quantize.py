@@ -223,7 +223,7 @@ def _from_table(
     rows = weight.to(cpu)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    largest = round_to_table(rows, quantized, importance)
+    largest = round_to_table(rows, quantized, None if importance is None else importance.to(cpu))
     expect_finite(largest, name)
     # The fp16 scales: all of them in "iq4_nl", the first 2 of each 8 bytes in "iq4_xs".
     halves = quantized.scales.view(torch.float16)

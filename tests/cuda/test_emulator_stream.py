@@ -4,6 +4,7 @@ waits for those ahead are tested in test_emulator.py."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -116,6 +117,24 @@ def test_an_error_ends_all_launches_of_the_stream(emulator, name, problem, gener
             run(emulator, name, x, out, 0)
         out[256] = 0
         assert torch.equal(run(emulator, name, x, out, 1)[:256], 2 * x)
+
+
+def test_a_stream_begins_and_ends_once(emulator):
+    with stream(emulator), pytest.raises(RuntimeError, match="a stream has begun already"):
+        emulator.begin_stream()
+    with pytest.raises(RuntimeError, match="no stream has begun"):
+        emulator.end_stream()
+
+
+def test_a_stream_is_of_one_thread(emulator):
+    with stream(emulator), ThreadPoolExecutor(1) as other:
+        x, out = torch.zeros(256), torch.zeros(257)
+        launched = other.submit(
+            emulator.run_test_kernel, "missing_fence", x.data_ptr(), out.data_ptr(), 1
+        )
+        for call in (launched, other.submit(emulator.end_stream)):
+            with pytest.raises(RuntimeError, match="uses the stream of another thread"):
+                call.result()
 
 
 def adapter(config, generator):

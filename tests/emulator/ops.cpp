@@ -2,7 +2,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -41,21 +40,22 @@ std::shared_ptr<Scratch> make_scratch(int64_t partials, int64_t counters) {
   return scratch;
 }
 
-// When the op's kernels are done. The memory lives until then.
-void check_counters(const char* op, const std::shared_ptr<Scratch>& scratch) {
-  emulator::when_done([op, scratch] {
+// Checks the counters when the op's kernels are done. The memory lives until then, even if only the
+// first of them were launched.
+void finish(const char* op, cudaError_t status, const std::shared_ptr<Scratch>& scratch) {
+  emulator::when_done([op, status, scratch] {
+    if (status != cudaSuccess) return;
     for (const int32_t counter : scratch->counters) {
       if (counter == 0) continue;
       throw std::runtime_error(std::string(op) + ": a counter was not left at zero");
     }
   });
+  check(op, status);
 }
 
 void add_scratch(const LinearParams& p) {
   const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
-  if (bytes == 0) return;
-  emulator::allocations().add(p.scratch, bytes, "scratch");
-  memset(p.scratch, 0xff, bytes);  // NaN
+  if (bytes > 0) emulator::allocations().add(p.scratch, bytes, "scratch");
 }
 
 }  // namespace
@@ -71,8 +71,7 @@ void attention(const AttentionParams& given, int) {
   p.prefill_splits = wanted.prefill_splits;
   p.partials = scratch->partials.data();
   p.counters = scratch->counters.data();
-  check("attention", cuda::attention(p, nullptr));
-  check_counters("attention", scratch);
+  finish("attention", cuda::attention(p, nullptr), scratch);
 }
 int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
 void linear(const LinearParams& given, int) {
@@ -80,8 +79,7 @@ void linear(const LinearParams& given, int) {
   add_scratch(p);
   const auto scratch = make_scratch(0, sizeof(RunningArgmax) / sizeof(int32_t));
   p.running = reinterpret_cast<RunningArgmax*>(scratch->counters.data());
-  check("linear", cuda::linear(p, nullptr));
-  check_counters("linear", scratch);
+  finish("linear", cuda::linear(p, nullptr), scratch);
 }
 void linear_rope(const LinearRopeParams& p, int) {
   add_scratch(p.linear);

@@ -89,9 +89,14 @@ std::vector<uint3> shuffled_blocks(const Launch& launch) {
   return blocks;
 }
 
-void begin_stream() { stream().emplace(); }
+void begin_stream() {
+  if (stream()) throw Error("begin_stream: a stream has begun already, expected end_stream first");
+  stream().emplace();
+}
 
 void end_stream() {
+  if (!stream()) throw Error("end_stream: no stream has begun");
+  stream()->check_thread();
   Stream ending = std::move(*stream());
   stream().reset();
   ending.finish();

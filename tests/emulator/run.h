@@ -45,7 +45,8 @@ cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                 std::function<void()> body, bool overlaps = false);
 
 // From begin to end, launches overlap; they are over at the end. All are of the calling thread, and
-// the memory that they access lives as long.
+// the memory that they access lives as long. They throw Error for a second begin, for an end
+// without a begin, and in another thread.
 void begin_stream();
 void end_stream();
 

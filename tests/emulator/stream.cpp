@@ -34,7 +34,13 @@ bool Stream::Running::lets_later_kernels_begin() const {
   });
 }
 
+void Stream::check_thread() const {
+  if (std::this_thread::get_id() == thread_) return;
+  throw Error("a thread uses the stream of another thread, expected the thread that began it");
+}
+
 void Stream::add(std::unique_ptr<Launch> launch) {
+  check_thread();
   try {
     start(std::move(launch));
   } catch (...) {
@@ -57,6 +63,7 @@ void Stream::start(std::unique_ptr<Launch> launch) {
 }
 
 void Stream::when_done(std::function<void()> action) {
+  check_thread();
   if (running_.empty()) return action();
   running_.back().actions.push_back(std::move(action));
 }

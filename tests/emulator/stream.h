@@ -6,6 +6,7 @@
 #include <functional>
 #include <list>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "block.h"
@@ -17,6 +18,9 @@ namespace emulator {
 class Stream {
  public:
   void add(std::unique_ptr<Launch> launch);
+
+  // Throws unless the calling thread is that of the stream.
+  void check_thread() const;
 
   // Calls `action` when the latest launch has ended, at once if there is none.
   void when_done(std::function<void()> action);
@@ -46,6 +50,8 @@ class Stream {
   void start(std::unique_ptr<Launch> launch);
   void finish_first();
 
+  std::thread::id thread_ =  // that began it
+      std::this_thread::get_id();
   std::list<Running> running_;  // a launch waits for the one before it
 };
 

@@ -1,8 +1,8 @@
-// Which blocks may rely on a store to global memory. Blocks run one after another here, so every
-// store is seen by all; on a GPU another block may see it late or never. It may rely on a store if
-// the storing thread, or one that met it at a barrier since, has called __threadfence and then an
-// atomic function of a word, and the loading thread, or one that it met at a barrier since, an
-// atomic function of this word and then __threadfence.
+// Which blocks may rely on a store to global memory. All blocks see a store at once here;
+// on a GPU another block may see it late or never. It may rely on a store if the storing thread, or
+// one that met it at a barrier since, has called __threadfence and then an atomic function of a
+// word, and the loading thread, or one that it met at a barrier since, an atomic function of this
+// word and then __threadfence.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ class GlobalStores {
 
   void add(Bytes bytes, const Store& store);
 
-  // A store of some of these bytes that is not `known`.
+  // A store of some of these bytes that is not `known`, or nothing.
   template <class Known>
   std::optional<Store> find_unknown(Bytes bytes, const Known& known) {
     Shard& part = shard(bytes.line);
@@ -57,7 +57,7 @@ class GlobalStores {
     return {};
   }
 
-  // A store to memory from begin to end.
+  // A store to memory from begin to end, or nothing.
   std::optional<Store> find_between(uintptr_t begin, uintptr_t end) const;
 
  private:

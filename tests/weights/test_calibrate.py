@@ -123,6 +123,17 @@ def test_command(tmp_path):
     assert same(tmp_path / "new", expected)
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"), [(1e9, "holds magnitudes up to 1e\\+09 and"), (float("nan"), "holds NaN")]
+)
+def test_weights_that_cannot_be_rounded_are_named(tmp_path, token_ids, value, problem):
+    model = write_checkpoint(tmp_path / "model")
+    model.model.layers[0].self_attn.v_proj.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"tensor 'layers.0.attention.wv.weight' {problem}"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "new", 4, calibration=token_ids)
+
+
 def test_wrong_arguments_are_named(folder, tmp_path):
     for bits, group in ((8, None), (4, 64)):
         with pytest.raises(ValueError, match=f"calibration is given with bits {bits} and group"):
