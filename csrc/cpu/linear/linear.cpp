@@ -328,6 +328,12 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
   return bytes;
 }
 
+bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens) {
+  bool rounds = false;
+  with_dtype(dtype, [&](auto type) { rounds = rounds_to_bytes<decltype(type)>(format, tokens); });
+  return rounds;
+}
+
 void linear(const LinearParams& p, int threads) {
   if (p.tokens == 0) return;
   with_dtype(p.dtype, [&](auto type) {
