@@ -102,6 +102,9 @@ constexpr int64_t kGemvTokens = 8;
 int64_t linear_scratch_bytes(const LinearParams& p);
 void linear(const LinearParams& p, int threads);
 
+// Whether the instruction set in use rounds activations to 8 bits, unless LinearParams::exact.
+bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens);
+
 int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p);
 void linear_backward(const LinearBackwardParams& p, int threads);
 

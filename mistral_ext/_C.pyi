@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 class Call:
     """A checked call that waits for its memory."""
@@ -128,6 +128,7 @@ def linear_rope(
     frequencies: Tensor,
     window: int | None,
 ) -> Call: ...
+def linear_rounds(dtype: dtype, format: str, tokens: int) -> bool: ...
 def lora(
     x: Tensor,
     a: Tensor,

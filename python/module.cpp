@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "../csrc/cpu/isa.h"
+#include "../csrc/linear.h"
 #include "device.h"
 #include "ops.h"
 #ifdef MISTRAL_CUDA
@@ -20,6 +21,30 @@ std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const cpu::Isa isa : cpu::supported_isas()) names.emplace_back(cpu::name(isa));
   return names;
+}
+
+[[noreturn]] void fail_unknown(const char* argument, const std::string& name) {
+  throw py::value_error("linear_rounds: " + std::string(argument) + " is '" + name +
+                        "', expected one that linear takes");
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "torch.float32") return DType::f32;
+  if (name == "torch.bfloat16") return DType::bf16;
+  if (name == "torch.float16") return DType::f16;
+  fail_unknown("dtype", name);
+}
+
+WeightFormat format_of(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (name == kFormats[i].name) return static_cast<WeightFormat>(i);
+  }
+  fail_unknown("format", name);
+}
+
+// Takes a dtype, not a tensor: those of torch.compile have no memory.
+bool linear_rounds(const py::object& dtype, const std::string& format, int64_t tokens) {
+  return cpu::linear_rounds(dtype_of(py::str(dtype)), format_of(format), tokens);
 }
 
 #ifdef MISTRAL_CUDA
@@ -57,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &supported_isas);
   m.def("active_isa", [] { return cpu::name(cpu::active_isa()); });
   m.def("select_isa", &cpu::select_isa, py::arg("name"));
+  m.def("linear_rounds", &linear_rounds, py::arg("dtype"), py::arg("format"), py::arg("tokens"));
   m.def("cuda_devices", &cuda_devices);
 #ifdef MISTRAL_CUDA
   m.attr("cuda_architectures") = MISTRAL_CUDA;

@@ -160,6 +160,10 @@ void select_isa(const std::string& wanted) {
   int64_t op##_scratch_bytes(const Params& p) { return active().kernels->op##_scratch_bytes(p); }
 #include "../ops.def"
 
+bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens) {
+  return active().kernels->linear_rounds(dtype, format, tokens);
+}
+
 void linear_rope(const LinearRopeParams& p, int threads) {
   linear(p.linear, threads);
   rope(p.rope, threads);

@@ -7,6 +7,7 @@ const Kernels kernels = {
 #define OP(op, Params) &op,
 #define OP_WITH_SCRATCH(op, Params) &op, &op##_scratch_bytes,
 #include "../ops.def"
+    &linear_rounds,
 };
 
 }  // namespace mistral::cpu::MISTRAL_ISA

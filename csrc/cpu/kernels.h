@@ -16,6 +16,7 @@ struct Kernels {
   void (*op)(const Params&, int threads); \
   int64_t (*op##_scratch_bytes)(const Params&);
 #include "../ops.def"
+  bool (*linear_rounds)(DType dtype, WeightFormat format, int64_t tokens);
 };
 
 }  // namespace mistral::cpu
@@ -27,5 +28,6 @@ namespace mistral::cpu::MISTRAL_ISA {
   void op(const Params& p, int threads); \
   int64_t op##_scratch_bytes(const Params& p);
 #include "../ops.def"
+bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens);
 }  // namespace mistral::cpu::MISTRAL_ISA
 #endif

@@ -23,7 +23,9 @@ def add_to(commands: options.Commands) -> None:
         help="compare the predictions of two models",
         description="Compare the predictions of model B with those of model A on a text: "
         "Kullback-Leibler divergence, agreement on the most likely token, perplexities. "
-        "'compare A --quantize-b int4' shows what 4 bits cost.",
+        "'compare A --quantize-b int4' shows what 4 bits cost. Pieces of 8 tokens (--chunk 8) are "
+        "multiplied as when tokens are generated; longer ones may have more precise activations, "
+        "as with iq4_nl and iq4_xs (--quantize-b int4) on a CPU without AVX-512 VNNI.",
     )
     parser.add_argument("a", metavar="A", help="folder, GGUF file or hub id: the standard")
     parser.add_argument("b", metavar="B", nargs="?", help="another; default: A")

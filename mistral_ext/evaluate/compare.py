@@ -5,8 +5,10 @@ probabilities from the first model's, in nats a token, how often both have the s
 token, and both perplexities. Both models read the same tokens, in pieces of the same size.
 
 CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as
-when tokens are generated. To see what the weights alone cost, call `ops.set_exact_products(True)`,
-or set MISTRAL_EXT_EXACT=1 in the environment.
+when tokens are generated. But some do so for up to 8 tokens only: with weights in `iq4_nl` and
+`iq4_xs` those without AVX-512 VNNI, and in bf16 those that multiply bf16. To see there what
+generated tokens get, pass chunk=8. To see what the weights alone cost anywhere, call
+`ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def compare(
         texts: each is read after a beginning-of-text token. Of a text longer than a model without a
             window knows positions, the first part is read.
         progress: show a progress bar if stderr is a terminal.
-        chunk: tokens in a piece. Its logits take chunk * vocabulary * 4 bytes, of each model.
+        chunk: tokens in a piece; up to 8 are rounded as generated tokens are. Its logits take
+            chunk * vocabulary * 4 bytes, of each model.
         adapters: the names of a loaded adapter of each model; None: none.
 
     Raises:

@@ -37,8 +37,9 @@ def set_exact_products(exact: bool) -> None:
 
     Args:
         exact: True: activations keep their precision, as in `linear`. False, the default: each
-            block of 32 activations is rounded to 8 bits, which is several times as fast for few
-            tokens, and up to 1.6 times as fast for prompts.
+            block of 32 activations is rounded to 8 bits. Up to 8 tokens are then up to several
+            times as fast, and more tokens up to 1.9 times; some of the latter are not rounded (see
+            `linear`).
     """
     _C.set_exact_products(exact)
 

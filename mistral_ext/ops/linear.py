@@ -28,14 +28,15 @@ def linear(
 
     A product of few tokens takes as long as reading the weights (gemv kernels). A token's result
     does not depend, to the bit, on the number of tokens in the call up to 8 tokens, or any number
-    where x is rounded to 8 bits; on CUDA devices up to 64 tokens of bfloat16 or float16.
+    where more than 8 are rounded to 8 bits; on CUDA devices up to 64 tokens of bfloat16 or float16.
 
     Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There
     are exceptions on CPUs with AVX2. Up to 8 tokens of bfloat16 or float16 are rounded for "int8"
     and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For formats
     of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest magnitude of 32
-    neighbours; `set_exact_products` changes that. ("int4" has kernels of 16 bits or bfloat16 where
-    the CPU has AVX-512.) With "int8" K is at most 2^20.
+    neighbours; `set_exact_products` changes that. More than 8 tokens are not rounded by "iq4_nl"
+    and "iq4_xs" without AVX-512 VNNI, and in bfloat16 where the CPU multiplies bfloat16. ("int4"
+    has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K is at most 2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.
@@ -84,13 +85,16 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
 
 def _expect_exact(x: Tensor, formats: list[str]) -> None:
     """Raises RuntimeError if the product rounds x to 8 bits."""
-    rounded = [name for name in formats if name not in ("plain", "int8", "q8_0")]
-    if x.is_cuda or not rounded or _C.exact_products():
+    if x.is_cuda or _C.exact_products():
         return
-    raise RuntimeError(
-        f"linear: x requires a gradient, but its product with a weight in {rounded[0]!r} rounds it "
-        "to 8 bits, which has none: call ops.set_exact_products(True)"
-    )
+    for name in formats:
+        # Where one token is not rounded, none are. Reading len(x) fixes it for torch.compile, which
+        # then compiles for each number of tokens.
+        if _C.linear_rounds(x.dtype, name, 1) and _C.linear_rounds(x.dtype, name, len(x)):
+            raise RuntimeError(
+                f"linear: x requires a gradient, but its product with a weight in {name!r} rounds "
+                "it to 8 bits, which has none: call ops.set_exact_products(True)"
+            )
 
 
 def _differentiate_linear(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:

@@ -160,6 +160,15 @@ def test_an_op_with_a_gradient_compiles(generator):
         torch.testing.assert_close(one, other)
 
 
+def test_a_gradient_compiles_once_for_any_number_of_tokens(generator):
+    weight = torch.randn(8, 64, generator=generator)
+    product = torch.compile(ops.linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (12, 20):
+        x = torch.randn(tokens, 64, generator=generator).requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=tokens > 12):
+            product(x, weight).sum().backward()
+
+
 def block(x, weight, residual, w, k_pool, v_pool, table, frequencies, sampling):
     """A small layer that uses every op."""
     x = ops.rms_norm(x, weight, residual=residual)

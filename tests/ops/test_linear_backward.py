@@ -120,16 +120,55 @@ def test_any_number_of_threads_gives_the_same_bits(isa, generator):
     assert torch.equal(*found)
 
 
-def test_rounded_products_have_no_gradient(generator):
-    weight = random_weight("q4_0", (5, 64), 32, generator)
-    x = torch.zeros(8, 64, requires_grad=True)
-    ops.set_exact_products(False)  # the fixture of this file puts back what it was
-    for tokens in (x, x.repeat(3, 1)):
-        with pytest.raises(RuntimeError, match=r"linear: x requires .* a weight in 'q4_0'"):
-            ops.linear(tokens, [torch.zeros(5, 64), weight])
-    with torch.no_grad():
-        ops.linear(x, weight)
-    assert ops.linear(x, quantize(torch.ones(5, 64), "int8")).requires_grad
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_have_a_gradient_unless_they_are_rounded(isa, dtype, tokens, generator):
+    """Rounded products are those that exact ones differ from."""
+    x = torch.randn(tokens, 256, generator=generator).to(dtype)
+    plain = torch.zeros(5, 256, dtype=dtype)
+    for weight in weights((30, 256), dtype, generator).values():
+        given = x.clone().requires_grad_()
+        exact = ops.linear(given, [plain, weight])
+        ops.set_exact_products(False)  # the fixture of this file puts back what it was
+        with torch.no_grad():
+            rounded = not torch.equal(ops.linear(given, [plain, weight]), exact)
+        if rounded:
+            message = rf"linear: x requires .* a weight in '{weight.format}' rounds it to 8 bits"
+            with pytest.raises(RuntimeError, match=message):
+                ops.linear(given, [plain, weight])
+        else:
+            assert torch.equal(ops.linear(given, [plain, weight]), exact)
+            assert ops.linear(given, [plain, weight]).requires_grad
+        ops.set_exact_products(True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form", "message"),
+    [
+        (torch.float64, "q4_0", "dtype is 'torch.float64', expected one that linear takes"),
+        (torch.float32, "q9", "format is 'q9', expected one that linear takes"),
+    ],
+)
+def test_rounding_of_what_has_no_kernel(dtype, form, message):
+    with pytest.raises(ValueError, match=f"linear_rounds: {message}"):
+        _C.linear_rounds(dtype, form, 1)
+
+
+def test_which_products_are_rounded(isa):
+    """The rules of docs/kernels.md, for 8 tokens and for 9."""
+
+    def rounded(dtype, form):
+        return [_C.linear_rounds(dtype, form, tokens) for tokens in (8, 9)]
+
+    has_bf16 = isa in ("avx512_bf16", "amx")
+    for dtype in DTYPES:
+        for form in ("plain", "int8", "q8_0"):
+            assert rounded(dtype, form) == [False, False]
+        many = not (has_bf16 and dtype == torch.bfloat16)
+        assert rounded(dtype, "q4_k") == ([False, False] if isa == "scalar" else [True, many])
+        table = [False, False] if isa == "scalar" else [True, has_bf16 and many]
+        assert rounded(dtype, "iq4_xs") == rounded(dtype, "iq4_nl") == table
+        assert rounded(dtype, "int4") == [isa == "avx2"] * 2
 
 
 @pytest.mark.parametrize("which", ["weight", "norm"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from packed_weights import random_weights
@@ -38,7 +40,8 @@ def weights(shape, isa, generator):
 
 
 def is_rounded(name: str, tokens: int, isa: str, dtype: torch.dtype = torch.float32) -> bool:
-    """Many tokens are not without VNNI by values of a table, and in bf16 where it has products."""
+    """More than 8 tokens are not rounded in bf16 where the set multiplies bf16; nor, without VNNI,
+    where weights are values of a table."""
     if tokens <= 8:
         return True
     if isa in ("avx512_bf16", "amx"):
@@ -121,12 +124,16 @@ def test_halves_are_rounded_once(isa, dtype, generator):
         torch.testing.assert_close(ops.linear(x, weight).float(), exact.to(dtype).float(), msg=name)
 
 
-@pytest.mark.parametrize("tokens", [3, 11])
-def test_fused_ops_round_alike(isa, tokens, generator):
-    """What comes before a product and after it, and several weights, of one format or of two."""
+@pytest.mark.parametrize(("tokens", "outputs"), [(3, 25), (11, 25), (11, 101)])
+def test_fused_ops_round_alike(isa, tokens, outputs, generator):
+    """What comes before a product and after it, and several weights, of one format or of two.
+
+    The last tile of floats reaches past these outputs, where sums of the next part in bytes are;
+    101 are more than a block of floats has.
+    """
     x, norm = torch.randn(tokens, 512, generator=generator), torch.randn(512, generator=generator)
-    made = weights((24, 512), isa, generator)
-    made["plain"] = torch.randn(24, 512, generator=generator)
+    made = weights((outputs, 512), isa, generator)
+    made["plain"] = torch.randn(outputs, 512, generator=generator)
     others = [*made.values()][1:] + [*made.values()][:1]
     for (name, one), other in zip(made.items(), others, strict=True):
         alone = [ops.linear(x, weight) for weight in (one, other)]
@@ -134,7 +141,7 @@ def test_fused_ops_round_alike(isa, tokens, generator):
         normed = ops.linear(ops.rms_norm(x, norm, 1e-5), one)
         torch.testing.assert_close(ops.linear(x, one, norm, 1e-5), normed, msg=name)
         torch.testing.assert_close(ops.linear_swiglu(x, [one, other]), ops.swiglu(*alone), msg=name)
-        residual = torch.randn(tokens, 24, generator=generator)
+        residual = torch.randn(tokens, outputs, generator=generator)
         expected = residual + alone[0]
         ops.linear_residual(x, one, residual)
         torch.testing.assert_close(residual, expected, msg=name)
@@ -169,14 +176,17 @@ def test_small_and_large_blocks_in_a_row(isa, generator):
                 assert ((out - exact).abs() <= 2e-6 * exact.abs().max()).all(), name
 
 
-def test_memory_beside_the_operands_is_not_read(isa, generator):
-    """Rows of x and of the output that lie apart, with NaN between them."""
+def test_memory_beside_the_operands_is_left_alone(isa, generator):
+    """Rows of x and of the output that lie apart, with NaN between them, which stays there."""
     for name, weight in weights((35, 576), isa, generator).items():
-        x = torch.full((21, 640), NAN)
+        x, out = torch.full((21, 640), NAN), torch.full((21, 64), NAN)
         x[:, 32:608] = torch.randn(21, 576, generator=generator)
-        out = ops.linear(x[:, 32:608], weight)
-        assert torch.equal(out, ops.linear(x[:, 32:608].contiguous(), weight)), name
-        assert out.isfinite().all(), name
+        out[:, 16:51] = 0
+        ops.linear_residual(x[:, 32:608], weight, out[:, 16:51])
+        assert torch.equal(out[:, 16:51], ops.linear(x[:, 32:608].contiguous(), weight)), name
+        assert out[:, 16:51].isfinite().all(), name
+        assert out[:, :16].isnan().all(), name
+        assert out[:, 51:].isnan().all(), name
 
 
 def test_threads_change_no_bits(isa, generator):
@@ -193,7 +203,8 @@ def test_largest_values_do_not_overflow(isa, generator):
     for word in (-1, 0, 0x77777777, -0x77777778):
         for name, weight in weights((3, 512), isa, generator).items():
             weight = weight._replace(values=torch.full_like(weight.values, word))
-            for x in (torch.full((1, 512), 3.0), torch.full((9, 512), -3.0)):
+            for tokens, activation in itertools.product((1, 9), (3.0, -3.0)):
+                x = torch.full((tokens, 512), activation)
                 exact = x.double() @ weight.dequantize(torch.float64).T
                 out = ops.linear(x, weight)
                 # Offsets, of up to 32 values' size, may cancel the products.

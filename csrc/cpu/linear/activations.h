@@ -80,11 +80,16 @@ struct FewChunkOf {
       std::conditional_t<kFits && has_int8_products(format), Int8InIntegers, InFloatsOrInt16>;
 };
 
+// Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
+template <class T>
+bool rounds_to_bytes(WeightFormat format, int64_t tokens) {
+  return tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format);
+}
+
 // Whether a part is multiplied in bytes.
 template <class T>
 bool in_bytes(const LinearParams& p, int64_t part) {
-  const WeightFormat format = p.parts[part].format;
-  return !p.exact && (p.tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format));
+  return !p.exact && rounds_to_bytes<T>(p.parts[part].format, p.tokens);
 }
 
 // Calls f with a value of the chunk type for a part of the weights, of few tokens or in bytes.

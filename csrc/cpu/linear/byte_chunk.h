@@ -67,13 +67,13 @@ struct ByteChunk {
   // Without lanes of 32 bits, values of a table keep their sign: it is given to the activations,
   // and the magnitudes are multiplied. Else they become unsigned values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
-  // The vectors whose products are summed before the sums are widened: what fits 16 bits is the
-  // largest value times 127, 2, 4, 8 or 16 times. In q6_k 4 vectors share scales.
-  static constexpr int kFit = kSumsOf32Bits ? (kBits == 6 ? 4 : 8)
-                              : kTable      ? 1
-                              : kBits == 4  ? 8
-                              : kBits == 5  ? 4
-                                            : 2;
+  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // of the values as multiplied
+  // The vectors whose products are summed before the sums are widened: as many as fit a lane, but
+  // in q6_k at most the 4 that share scales.
+  static constexpr int kFit =
+      kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
+  // A lane of 16 bits gets two products of each vector, with activations up to 127.
+  static_assert(kSumsOf32Bits || kLargest * 127 * 2 * kFit <= 32767, "");
 
   Bytes32 values[8];
   __m256 factor;   // of each block
@@ -135,7 +135,7 @@ struct ByteChunk {
   // before the next, so that the additions of a token need not wait for each other.
   template <int N>
   MISTRAL_SIMD void multiply(const ByteActivations* const (&x)[N], __m256i (&sums)[N]) const {
-    for (int n = 0; n < N; ++n) sums[n] = excess_of(*x[n]);
+    for (int n = 0; n < N; ++n) sums[n] = minus_offsets(*x[n]);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i += kFit) {
       __m256i some[N];
@@ -157,8 +157,8 @@ struct ByteChunk {
     }
   }
 
-  // What the products are too large by, where values are unpacked too large, as a negative number.
-  MISTRAL_SIMD __m256i excess_of(const ByteActivations& x) const {
+  // Minus the products of activations with the offset of the unpacked values, where the sums begin.
+  MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
     if (format == WeightFormat::q6_k) {  // by 32
       return _mm256_sub_epi32(zero,

@@ -33,6 +33,7 @@ struct ProductsOut {
   }
 };
 
+// The most tokens of a task.
 constexpr int64_t kPanelTokens = 256;
 
 template <WeightFormat format>
@@ -43,7 +44,7 @@ class BytePanel;
 template <WeightFormat format>
 class BytePanel {
  public:
-  // `p` has at most kPanelTokens tokens.
+  // Multiplies up to kPanelTokens tokens.
   static void multiply(const ByteProducts& p, const ProductsOut& out) {
     BytePanel panel;
     for (int64_t row = 0; row < p.rows; row += kPanelRows) {
@@ -104,18 +105,11 @@ class BytePanel {
 
 #endif
 
-// Multiplies any number of tokens.
+// Multiplies up to kPanelTokens tokens.
 template <WeightFormat format>
-void multiply_many_bytes([[maybe_unused]] ByteProducts p, [[maybe_unused]] ProductsOut out) {
-  if constexpr (has_bytes(format)) {
-    const int64_t tokens = p.tokens;
-    for (int64_t token = 0; token < tokens; token += kPanelTokens) {
-      p.tokens = mistral::min(kPanelTokens, tokens - token);
-      BytePanel<format>::multiply(p, out);
-      p.x += p.tokens * p.stride_x;
-      out.sums = out.at(0, p.tokens);
-    }
-  }
+void multiply_many_bytes([[maybe_unused]] const ByteProducts& p,
+                         [[maybe_unused]] const ProductsOut& out) {
+  if constexpr (has_bytes(format)) BytePanel<format>::multiply(p, out);
 }
 
 }  // namespace mistral::cpu::MISTRAL_ISA

@@ -184,39 +184,41 @@ void linear_few(const LinearParams& p, int threads) {
   });
 }
 
-// Packs the activations of a vector of tokens for a part of this format.
+// Packs the activations of a vector of tokens, of which x has `count`, for a part of this format.
 template <WeightFormat format, class T>
 void pack_for_many(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t vectors,
-                   int64_t vector) {
+                   int64_t vector, const T* const* x, int64_t count) {
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
   // The order of k as `unpack` leaves it.
   using Order = typename ChunkOf<format, float>::type;
-  const int64_t stride_x = padded(p.inputs), first = vector * Vec::width;
-  auto* rows = reinterpret_cast<Element*>(scratch.rows) + first * stride_x;
-  const int64_t count = mistral::min(Vec::width, p.tokens - first);
-  for (int64_t i = 0; i < count; ++i) {
-    const T* x = input_row(p, first + i, scratch.normalised + (first + i) * p.inputs);
-    pack_row<Order>(x, p.inputs, rows + i * stride_x);
-  }
+  const int64_t stride_x = padded(p.inputs);
+  auto* rows = reinterpret_cast<Element*>(scratch.rows) + vector * Vec::width * stride_x;
+  for (int64_t i = 0; i < count; ++i) pack_row<Order>(x[i], p.inputs, rows + i * stride_x);
   memset(rows + count * stride_x, 0, (Vec::width - count) * stride_x * sizeof *rows);
   pack_vector<Tile>(rows, p.inputs, vectors, vector,
                     reinterpret_cast<Element*>(scratch.packed[part]));
 }
 
-// Packs a vector of tokens for a part of the weights.
+// Packs a vector of tokens for all parts of the weights.
 template <class T>
-void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t vectors,
+void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t vectors,
                  int64_t vector) {
-  if (!in_bytes<T>(p, part)) {
-    return with_format(p.parts[part].format, [&](auto format) {
-      pack_for_many<format.value>(p, scratch, part, vectors, vector);
-    });
+  const int64_t first = vector * Vec::width;
+  const int64_t count = mistral::min(Vec::width, p.tokens - first);
+  const T* x[Vec::width];
+  for (int64_t i = 0; i < count; ++i) {
+    x[i] = input_row(p, first + i, scratch.normalised + (first + i) * p.inputs);
   }
-  const int64_t end = mistral::min((vector + 1) * Vec::width, p.tokens);
-  for (int64_t token = vector * Vec::width; token < end; ++token) {
-    const T* x = input_row(p, token, scratch.normalised + token * p.inputs);
-    pack_token(p, scratch, part, token, x);
+  for (int64_t part = 0; part < p.num_parts; ++part) {
+    if (first_like<T>(p, part) != part) continue;
+    if (in_bytes<T>(p, part)) {
+      for (int64_t i = 0; i < count; ++i) pack_token(p, scratch, part, first + i, x[i]);
+    } else {
+      with_format(p.parts[part].format, [&](auto format) {
+        pack_for_many<format.value>(p, scratch, part, vectors, vector, x, count);
+      });
+    }
   }
 }
 
@@ -235,6 +237,8 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
                   ceil_div(p.tokens, Vec::width), first_token / Vec::width,
                   ceil_div(tokens, Vec::width), buffers);
   };
+  // Pairs of bf16 are not multiplied in bytes (has_many_bytes).
+  static_assert(Tile::kBlockTokens <= kPanelTokens || Tile::kDepth == 2, "");
   const auto multiply_bytes = [&](int64_t part, int64_t first_row) {
     const int64_t stride_x = packed_byte_row(p.inputs);
     const ByteProducts products = {rows_at(part), block.count,
@@ -249,6 +253,7 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
     // In one call, so that both share the activations in the cache.
     return multiply(0, {rows_at(0), rows_at(1), 2 * block.count, block.count}, 0);
   }
+  // In the order of their rows: multiply_many may overwrite rows of the sums past its own.
   for (int64_t i = 0; i < (swiglu ? 2 : 1); ++i) {
     const int64_t part = block.part + i, first_row = i * block.count;
     if (in_bytes<T>(p, part)) {
@@ -264,11 +269,7 @@ void linear_many(const LinearParams& p, int threads) {
   using Tile = typename TileOf<T>::type;
   const Scratch<T> scratch(p);
   const int64_t vectors = ceil_div(p.tokens, Vec::width);
-  parallel_for(threads, vectors, [&](int64_t vector) {
-    for (int64_t part = 0; part < p.num_parts; ++part) {
-      if (first_like<T>(p, part) == part) pack_tokens(p, scratch, part, vectors, vector);
-    }
-  });
+  parallel_for(threads, vectors, [&](int64_t vector) { pack_tokens(p, scratch, vectors, vector); });
 
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
@@ -325,6 +326,12 @@ int64_t linear_scratch_bytes(const LinearParams& p) {
   int64_t bytes = 0;
   with_dtype(p.dtype, [&](auto type) { bytes = Scratch<decltype(type)>(p).bytes; });
   return bytes;
+}
+
+bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens) {
+  bool rounds = false;
+  with_dtype(dtype, [&](auto type) { rounds = rounds_to_bytes<decltype(type)>(format, tokens); });
+  return rounds;
 }
 
 void linear(const LinearParams& p, int threads) {
