@@ -29,7 +29,8 @@ from mistral_ext.engine.pass_costs import PassCosts
 from mistral_ext.engine.runner import Runner
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.sequence import Sequence
-from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.llm import DEMO_MODEL, _expect_drafts
+from mistral_ext.model.transformer import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -250,5 +251,33 @@ def test_another_vocabulary_is_refused(tmp_path):
     token_bytes = list(other.tokenizer._token_bytes)
     token_bytes[300] += b"s"
     other.tokenizer._token_bytes = token_bytes
-    with pytest.raises(ValueError, match="whose token 300 is another one than that"):
+    with pytest.raises(ValueError, match=r"whose token 300 is b'.+s', expected b'.+' as in "):
         Mistral.from_pretrained(DEMO_MODEL, draft_model=other)
+    del token_bytes[300:]
+    token_bytes += [None] * (other.tokenizer.vocab_size - 300)
+    with pytest.raises(ValueError, match=r"whose token 300 is missing, expected b'.+' as in "):
+        Mistral.from_pretrained(DEMO_MODEL, draft_model=other)
+
+
+@pytest.mark.parametrize(
+    ("draft", "model", "is_same"),
+    [
+        ("cuda:1", "cuda", True),
+        ("cuda", "cuda:1", True),
+        ("cuda:0", "cuda", False),
+        ("cuda:0", "cuda:1", False),
+        ("cpu", "cpu:0", True),
+        ("cpu", "cuda", False),
+    ],
+)
+def test_the_current_device_has_two_names(monkeypatch, draft, model, is_same):
+    """Weights that were moved to "cuda" are on "cuda:0"."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    other = Mistral.from_pretrained(DEMO_MODEL)
+    monkeypatch.setattr(Transformer, "device", torch.device(draft))
+    given = other.config, other.tokenizer, other.folder, torch.device(model), None, other
+    if is_same:
+        _expect_drafts(*given)
+        return
+    with pytest.raises(ValueError, match=f"draft_model is on {draft}, expected {model} like the"):
+        _expect_drafts(*given)
