@@ -36,7 +36,7 @@ _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 
 def default_drafts(device: torch.device, has_draft_model: bool) -> int:
-    """Tokens to guess at a time, at most, for who does not say."""
+    """Tokens to guess at a time, at most, for requests that do not say."""
     return MOST_DRAFTS if has_draft_model else _DRAFTS[device.type]
 
 
