@@ -39,7 +39,7 @@ from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
 from mistral_ext.weights.adapters import Adapter, adapter_for
 from mistral_ext.weights.checkpoint import load_weights
-from mistral_ext.weights.device import find_device
+from mistral_ext.weights.device import find_device, is_same_device
 from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
 from mistral_ext.weights.generation_config import generation_config_file, sampling_defaults
 from mistral_ext.weights.hub import DEMO_MODEL, resolve
@@ -791,7 +791,7 @@ def _expect_drafts(
     if draft_model is None:
         return
     draft_model.expect_writer()
-    if draft_model.model.device != device:
+    if not is_same_device(draft_model.model.device, device):
         raise ValueError(
             f"draft_model is on {draft_model.model.device}, expected {device} like the model"
         )
@@ -806,7 +806,18 @@ def _expect_drafts(
         return
     different = tokenizer.first_difference(draft_model.tokenizer, count)
     if different is not None:
-        raise ValueError(f"{given} token {different} is another one than that of {folder}")
+        shown, expected = (_shown_token(t, different) for t in (draft_model.tokenizer, tokenizer))
+        raise ValueError(
+            f"{given} token {different} is {shown}, expected {expected} as in {folder}"
+        )
+
+
+def _shown_token(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token for an error message: the name of a control token, or bytes."""
+    if not tokenizer.known(token_id):
+        return "missing"
+    names = {control_id: name for name, control_id in tokenizer.control_ids.items()}
+    return names.get(token_id) or repr(tokenizer.token_bytes(token_id))
 
 
 def _sampled(config: MistralConfig, tokenizer: Tokenizer | None) -> int:

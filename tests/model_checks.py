@@ -331,8 +331,8 @@ class Known(Drafter):
 
 
 def check_drafts(case: Case) -> None:
-    """Tokens that were guessed are chosen as others are; and captured passes give what the same
-    passes give one by one, to the bit."""
+    """Tokens that were guessed are chosen as others are: on the CPU to the bit. Captured passes
+    give what the same passes give one by one, to the bit."""
     window = case.llm.config.sliding_window
     prompts = [case.ids[: window + 21], case.ids[30:33]]
     options = {"max_tokens": 20, "ignore_eos": True, "logprobs": 1, "drafts": 3}
@@ -344,6 +344,8 @@ def check_drafts(case: Case) -> None:
             steps = case.load()
             steps.engine._drafter = Known(known)
             one_by_one = steps.generate(prompts, **options | choice)
+        if case.llm.model.device.type == "cpu":  # a GPU rounds by the number of tokens
+            one_by_one = plain
         llm = case.load()
         for _ in range(2):  # the second finds its graphs
             llm.engine._drafter = Known(known)

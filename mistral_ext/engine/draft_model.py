@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mistral_ext.engine.params import MOST_DRAFTS
+from mistral_ext.engine.pass_costs import MOST_ROWS
 from mistral_ext.engine.runner import Piece, Runner
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 from mistral_ext.model.transformer import Transformer
-
-# Up to this many tokens of a sequence are read together with others' in the first step of a guess.
-_FEW_TOKENS = 4
 
 
 @dataclass(eq=False)
@@ -44,11 +42,12 @@ class DraftModel:
         sampler: of the sequences, which has their options and state; not changed.
         rows: of the sampler.
         slots: tokens that the cache has room for.
-        chunk: tokens of a sequence that are read in a pass, at most.
+        chunk: tokens of all sequences that `prepare` reads at most.
         make_runner: makes the runner, given a model, a cache and a sampler.
 
     Attributes:
         pool: the cache.
+        rows: of the last pass of `guess`.
         is_usual: later passes take as long as the last one of `guess`: see `Step`.
     """
 
@@ -66,19 +65,43 @@ class DraftModel:
         self._sampler = Sampler(rows, sampler.vocab_size, model.device)
         self._runner = make_runner(model, self.pool, self._sampler)
         self._chunk = chunk
-        self.is_usual = True
+        self.rows, self.is_usual = 0, True
         self._places: dict[Sequence, _Place] = {}
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Brings the cache in step with sequences: reads a chunk of each that it has to read.
+        """Brings the cache in step with sequences, `MOST_ROWS` at most. The next tokens of those
+        that have many unread tokens are read, `chunk` of all sequences together.
 
         Returns:
-            Those of them that `guess` may be given: they have room, and are read.
+            Those of them that `guess` may be given, together: they have room, and are read but for
+            the rows of its first pass.
         """
-        return [sequence for sequence in sequences if self._prepare(sequence)]
+        places = {s: place for s in sequences if (place := self._place(s)) is not None}
+        rows, budget = MOST_ROWS - len(places), self._chunk
+        ready: list[Sequence] = []
+        pieces: dict[Sequence, Piece] = {}
+        for sequence, place in places.items():
+            # The last token is read by `guess`, because the first guess comes from its logits.
+            unread = sequence.ids[place.known : -1]
+            if len(unread) <= rows:
+                rows -= len(unread)
+                ready.append(sequence)
+            elif budget:
+                pieces[sequence] = Piece(place.extent, unread[:budget], 0)
+                if len(unread) <= budget:
+                    ready.append(sequence)
+                budget -= len(pieces[sequence].token_ids)
+        if pieces:
+            self._runner.read(list(pieces.values()))
+        for sequence, piece in pieces.items():
+            self.pool.advance(piece.extent, len(piece.token_ids))
+            places[sequence].known = piece.extent.length
+        return ready
 
     def guess(self, sequences: List[Sequence]) -> Iterator[list[tuple[int, float]]]:
-        """Guesses tokens of sequences which `prepare` has returned. Each iteration is a pass.
+        """Guesses tokens of sequences which `prepare` has returned. Each iteration is a pass of
+        `MOST_ROWS` rows at most. All guesses are drawn among the tokens that the sampler allows as
+        the first, so for a sequence that has to match a grammar only the first is of use.
 
         Yields:
             For each sequence its next token, and the probability that the model gives it; 7 times.
@@ -91,7 +114,7 @@ class DraftModel:
         self._sampler.follow(self._given, rows)
         unread = [s.ids[e.length :] for s, e in zip(sequences, extents, strict=True)]
         first = self._runner.verify(extents, rows, unread, [-1] * len(rows))
-        self.is_usual = first.is_usual
+        self.rows, self.is_usual = sum(map(len, unread)), first.is_usual
         last, end = [], -1
         for place, tokens in zip(places, unread, strict=True):
             end += len(tokens)
@@ -109,7 +132,7 @@ class DraftModel:
             for place, token_id in zip(places, token_ids, strict=True):
                 self.pool.advance(place.extent, 1)
                 place.guesses.append(token_id)
-            self.is_usual = step.is_usual
+            self.rows, self.is_usual = len(rows), step.is_usual
             token_ids, logits = step.token_ids(), step.logits
             yield self._guesses(token_ids, logits)
 
@@ -124,33 +147,31 @@ class DraftModel:
         of_all = logits[:, : self._sampler.vocab_size].softmax(-1)
         return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
 
-    def _prepare(self, sequence: Sequence) -> bool:
+    def _place(self, sequence: Sequence) -> _Place | None:
+        """The place of a sequence, rewound to the last token that is right, and with room for all
+        others and the guesses; None: it has no place."""
         place = self._places.get(sequence) or self._enter(sequence)
         if place is None:
-            return False
-        extent, ids = place.extent, sequence.ids
-        right = 0
+            return None
+        ids, right = sequence.ids, 0
         for guess, token_id in zip(place.guesses, ids[place.known :], strict=False):
             if guess != token_id:
                 break
             right += 1
         # The last token is read again, at worst, because the next one comes from its logits.
-        length = min(place.known + right, len(ids) - 1)
-        self.pool.rewind(extent, length)
-        place.known, place.guesses = length, []
-        unread = len(ids) - length
-        count = min(unread - 1, self._chunk) if unread > _FEW_TOKENS else 0
-        if not self._has_room(extent, max(unread, count) + MOST_DRAFTS):
+        place.known, place.guesses = min(place.known + right, len(ids) - 1), []
+        self.pool.rewind(place.extent, place.known)
+        if not self._has_room(place.extent, len(ids) - place.known + MOST_DRAFTS):
             self.pool.release(self._places.pop(sequence).extent)
-            return False
-        if count:
-            self._runner.read([Piece(extent, ids[length : length + count], 0)])
-            self.pool.advance(extent, count)
-            place.known += count
-        return len(ids) - place.known <= _FEW_TOKENS
+            return None
+        return place
 
     def _enter(self, sequence: Sequence) -> _Place | None:
-        """A place for a sequence; None: there is no room."""
+        """A place for a sequence; None: there is no room, or it would take more than half of the
+        sequence's steps to read it, a chunk in each."""
+        left = sequence.request.max_length - len(sequence.ids)
+        if 2 * len(sequence.ids) > left * self._chunk:
+            return None
         most = slots_needed(self.pool.window, sequence.request.max_length + MOST_DRAFTS)
         extent = self.pool.allocate(min(len(sequence.ids), most), most)
         if extent is None:

@@ -11,19 +11,49 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as List
+from typing import TypeVar
+
+import torch
 
 from mistral_ext.engine.model_guesses import ModelGuesses
-from mistral_ext.engine.pass_costs import MOST_ROWS, PassCosts
+from mistral_ext.engine.params import MOST_DRAFTS
+from mistral_ext.engine.pass_costs import LEAST_ADVANTAGE, MOST_ROWS, PassCosts
 from mistral_ext.engine.sequence import Sequence
+from mistral_ext.engine.slots import SlotPool
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger("mistral_ext")
 
 # The tokens that wrong drafts may cost a sequence: so many, and this share of its completion.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
-_LEAST_ADVANTAGE = 1.02  # expected tokens per second, relative to no drafts
+# Tokens to guess at a time. On a GPU a product rounds by its number of tokens, so that drafts may
+# decide between tokens that are nearly as likely.
+_DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
+
+
+def default_drafts(device: torch.device, has_draft_model: bool) -> int:
+    """Tokens to guess at a time, at most, for requests that do not say."""
+    return MOST_DRAFTS if has_draft_model else _DRAFTS[device.type]
+
+
+def room_for_drafts(sequence: Sequence, pool: SlotPool, drafts: int, unknown: int) -> int:
+    """How many drafts a sequence may have in the next step.
+
+    Args:
+        pool: the cache, where the sequence has its place.
+        drafts: the most if its request does not say.
+        unknown: tokens of steps under way, which come before the drafts.
+    """
+    params = sequence.request.params
+    if params is None or not sequence.generates:
+        return 0
+    most = drafts if params.drafts is None else params.drafts
+    wanted = sequence.request.max_length - len(sequence.ids) - unknown - 1
+    return max(0, min(most, wanted, pool.room_for_drafts(sequence.place)))
 
 
 def _may_lose(sequence: Sequence) -> bool:
@@ -32,31 +62,26 @@ def _may_lose(sequence: Sequence) -> bool:
     return sequence.proposer.gain >= -_ALLOWANCE - _ALLOWED_SHARE * generated
 
 
-def _proposed(sequence: Sequence, most: int) -> List[tuple[int, float]]:
-    """`Proposer.propose`; nothing, from now on, for a sequence for which it fails."""
+def _tried(sequences: Collection[Sequence], work: Callable[[], _T], nothing: _T) -> _T:
+    """What `work` returns. If it fails, `nothing`, and the sequences have no drafts from now on."""
     try:
-        return sequence.proposer.propose(most, sequence.matcher)
+        return work()
     except Exception as error:
-        _go_on_without([sequence], error)
-        return []
-
-
-def _go_on_without(sequences: Collection[Sequence], error: Exception) -> None:
-    for sequence in sequences:
-        sequence.proposer.gain = -math.inf
-        _log.warning("a completion goes on without drafts: %s", error, exc_info=error)
+        for sequence in sequences:
+            sequence.proposer.gain = -math.inf
+            _log.warning("a completion goes on without drafts: %s", error, exc_info=error)
+        return nothing
 
 
 class Drafter:
     """Decides which drafts the sequences of a pass get.
 
     Args:
-        costs: of passes; it is added to.
         model: guesses where neither the text nor its grammar does; None: nothing does.
     """
 
-    def __init__(self, costs: PassCosts | None = None, model: ModelGuesses | None = None) -> None:
-        self._costs = costs or PassCosts()
+    def __init__(self, model: ModelGuesses | None = None) -> None:
+        self._costs = PassCosts() if model is None else model.pass_costs
         self._model = model
 
     def choose(
@@ -68,8 +93,8 @@ class Drafter:
             sequences: of the pass, all of them, with a row each.
             room: how many drafts each of them may have.
             unknown: tokens that each sequence has before the drafts, and that are guesses too. A
-                draft model does not guess them: a sequence that it may guess for once they are
-                known has no drafts in the result.
+                draft model does not guess them: a sequence that it has read, and may guess for once
+                they are known, has no drafts in the result.
         """
         plain = len(sequences)
         cost = self._costs.seconds(plain)
@@ -77,18 +102,16 @@ class Drafter:
             return {}
         given = zip(sequences, room, strict=True)
         drafting = {sequence: most for sequence, most in given if most and _may_lose(sequence)}
-        may_ask = self._model is not None and self._model.are_worth(plain, drafting)
+        proposed = {s: self._proposed(s, unknown + most) for s, most in drafting.items()}
+        ready = self._ready(plain, proposed)
         rows: list[tuple[float, Sequence, int]] = []  # chance, sequence, token
-        asking: dict[Sequence, int] = {}  # sequences that ask the model -> drafts at most
-        for sequence, most in drafting.items():
-            guesses = _proposed(sequence, unknown + most)
-            if may_ask and sequence.proposer.prefers_model(guesses):
-                asking[sequence] = most
-            else:
+        for sequence, guesses in proposed.items():
+            if sequence not in ready:
                 rows += _rows(sequence, guesses, unknown)
         if unknown:
-            return {sequence: [] for sequence in asking} | self._best(rows, plain, cost)
-        for sequence, guesses in self._guessed(plain, asking).items():
+            return {sequence: [] for sequence in ready} | self._best(rows, plain, cost)
+        guessed = self._guessed(plain, {sequence: drafting[sequence] for sequence in ready})
+        for sequence, guesses in guessed.items():
             rows += _rows(sequence, guesses)
         return self._best(rows, plain, cost)
 
@@ -97,24 +120,38 @@ class Drafter:
         if self._model is not None:
             self._model.keep_only(sequences)
 
+    def _proposed(self, sequence: Sequence, most: int) -> List[tuple[int, float]]:
+        propose = sequence.proposer.propose
+        return _tried([sequence], lambda: propose(most, sequence.matcher), [])
+
+    def _ready(
+        self, plain: int, proposed: Mapping[Sequence, List[tuple[int, float]]]
+    ) -> List[Sequence]:
+        """The sequences for which the draft model is asked, and which it has read.
+
+        Args:
+            proposed: guesses that need no model, of each sequence.
+        """
+        model = self._model
+        if model is None or not model.are_worth(plain, proposed):
+            return []
+        asking = [s for s, guesses in proposed.items() if s.proposer.prefers_model(guesses)]
+        return _tried(asking, lambda: model.prepare(asking), [])
+
     def _guessed(
         self, plain: int, asking: Mapping[Sequence, int]
     ) -> Mapping[Sequence, List[tuple[int, float]]]:
-        """`ModelGuesses.guess`; nothing, from now on, for sequences for which it fails."""
-        if self._model is None or not asking:
+        model = self._model
+        if model is None or not asking:
             return {}
-        try:
-            return self._model.guess(plain, asking)
-        except Exception as error:
-            _go_on_without(asking, error)
-            return {}
+        return _tried(asking, lambda: model.guess(plain, asking), {})
 
     def _best(
         self, rows: list[tuple[float, Sequence, int]], plain: int, cost: float
     ) -> dict[Sequence, list[int]]:
         """The most likely drafts, as many as raise the number of tokens per second most."""
         rows.sort(key=lambda row: -row[0])  # stable: drafts of a sequence stay in their order
-        best, count, expected = _LEAST_ADVANTAGE * plain / cost, 0, float(plain)
+        best, count, expected = LEAST_ADVANTAGE * plain / cost, 0, float(plain)
         for i, (chance, _, _) in enumerate(rows[: MOST_ROWS - plain], 1):
             expected += chance
             rate = expected / (self._costs.seconds(plain + i) or cost)

@@ -13,7 +13,6 @@ next token of every sequence whose prompt has been read.
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from collections import deque
@@ -26,15 +25,13 @@ import torch
 
 from mistral_ext.engine.adapters import LoadedAdapter
 from mistral_ext.engine.draft_model import DraftModel
-from mistral_ext.engine.drafts import Drafter
-from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.drafts import Drafter, default_drafts, room_for_drafts
+from mistral_ext.engine.graph_runner import make_runner
 from mistral_ext.engine.memory import default_slots
 from mistral_ext.engine.model_guesses import ModelGuesses
-from mistral_ext.engine.params import MOST_DRAFTS
-from mistral_ext.engine.pass_costs import PassCosts
 from mistral_ext.engine.prefix_cache import LEAST_PIECE
 from mistral_ext.engine.request import Output, Request
-from mistral_ext.engine.runner import Piece, Runner, Step, Verified
+from mistral_ext.engine.runner import Piece, Step, Verified
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.scheduler import Scheduler
 from mistral_ext.engine.sequence import Sequence
@@ -46,10 +43,6 @@ _T = TypeVar("_T")
 # Prompt tokens in a pass while other sequences generate. Such a pass takes about as long as a few
 # decode steps on a CPU, and as one decode step on a GPU.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
-
-# Tokens to guess at a time. On a GPU a product rounds by its number of tokens, so that drafts may
-# decide between tokens that are nearly as likely.
-_DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 # How often a thread that waits for a step to end looks whether its work was done meanwhile.
 _POLL_SECONDS = 0.05
@@ -125,14 +118,14 @@ class Engine:
         self.runner = make_runner(model, self.pool, self._sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
-        costs, guesses = PassCosts(), None
+        guesses = None
         if draft_model is not None:
-            sizes = max_batch, cache_tokens, chunk
+            sizes = max_batch, cache_tokens, self.scheduler.busy_chunk
             guessing = DraftModel(draft_model, self._sampler, *sizes, make_runner)
-            guesses = ModelGuesses(guessing, costs, draft_model.nbytes / model.nbytes)
-        self._drafter = Drafter(costs, guesses)
+            guesses = ModelGuesses(guessing, draft_model.nbytes / model.nbytes)
+        self._drafter = Drafter(guesses)
         if drafts is None:
-            drafts = _DRAFTS[model.device.type] if draft_model is None else MOST_DRAFTS
+            drafts = default_drafts(model.device, draft_model is not None)
         self._most_drafts = drafts
         self._under_way: deque[_UnderWay] = deque()
         self._ids = itertools.count()
@@ -383,13 +376,14 @@ class Engine:
         """The drafts of the next step. While steps are under way, whose tokens nobody knows, they
         only say that the next step should wait for these tokens."""
         unknown = len(self._under_way)
-        room = [self._room_for_drafts(sequence, unknown) for sequence in sequences]
+        room = [room_for_drafts(s, self.pool, self._most_drafts, unknown) for s in sequences]
         return self._drafter.choose(sequences, room, unknown)
 
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
     ) -> bool:
-        """Launches a step without drafts. Returns whether its time was that of such a step."""
+        """Launches a step without drafts. Returns `is_usual`: whether later such calls take as long
+        as this one, which then is the time of a step."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -409,16 +403,6 @@ class Engine:
             waits = True
         return step.is_usual and waits
 
-    def _room_for_drafts(self, sequence: Sequence, unknown: int) -> int:
-        """How many drafts a sequence may have in the next step, before which `unknown` tokens
-        come."""
-        params = sequence.request.params
-        if params is None or not sequence.generates:
-            return 0
-        most = self._most_drafts if params.drafts is None else params.drafts
-        wanted = sequence.request.max_length - len(sequence.ids) - unknown - 1
-        return max(0, min(most, wanted, self.pool.room_for_drafts(sequence.place)))
-
     def _verify(
         self,
         sequences: list[Sequence],
@@ -428,7 +412,7 @@ class Engine:
     ) -> bool:
         """Makes a step with drafts, and counts in `accepted` which are right. The tokens of a
         sequence are chosen one after the other, each as without drafts, until a draft is not the
-        token that was chosen. Returns whether its time was that of such a step."""
+        token that was chosen. Returns `is_usual`, as `_launch` does."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = [[s.next_id, *drafts.get(s, ())] for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -610,9 +594,3 @@ def _piece(sequence: Sequence, count: int) -> Piece:
         logits = int(end == sequence.prompt_length and request.params is not None)
     ids = sequence.ids[begin:end]
     return Piece(sequence.place, ids, logits, request.adapter_slot, request.hidden)
-
-
-def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:
-    """The runner for the model's device. MISTRAL_EXT_GRAPHS=0 has a GPU launch each step anew."""
-    graphs = model.device.type == "cuda" and os.environ.get("MISTRAL_EXT_GRAPHS") != "0"
-    return (GraphRunner if graphs else Runner)(model, pool, sampler)

@@ -8,6 +8,7 @@ next step before it knows the tokens of the last step, and the GPU never waits f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from enum import Enum
 
@@ -251,3 +252,9 @@ class _HostCopy:
     def wait(self) -> list[int]:
         self._done.synchronize()
         return self._host.tolist()
+
+
+def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:
+    """The runner for the model's device. MISTRAL_EXT_GRAPHS=0 has a GPU launch each step anew."""
+    graphs = model.device.type == "cuda" and os.environ.get("MISTRAL_EXT_GRAPHS") != "0"
+    return (GraphRunner if graphs else Runner)(model, pool, sampler)

@@ -7,10 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mistral_ext.engine.draft_model import DraftModel
-from mistral_ext.engine.pass_costs import MOST_ROWS, PassCosts
+from mistral_ext.engine.pass_costs import LEAST_ADVANTAGE, MOST_ROWS, PassCosts
 from mistral_ext.engine.sequence import Sequence
-
-_LEAST_ADVANTAGE = 1.02  # expected tokens per second with another guess, relative to those without
 
 
 @dataclass
@@ -33,17 +31,18 @@ class ModelGuesses:
 
     Args:
         model: the draft model.
-        pass_costs: of the passes that check guesses.
-        share: the time of a pass of the model relative to those, as long as it was not measured.
+        share: the time of a pass of the model relative to one that checks guesses, as long as it
+            was not measured.
 
     Attributes:
         costs: of the passes of the draft model.
+        pass_costs: of the passes that check guesses; the caller adds to it.
     """
 
-    def __init__(self, model: DraftModel, pass_costs: PassCosts, share: float) -> None:
+    def __init__(self, model: DraftModel, share: float) -> None:
         self.costs = PassCosts()
+        self.pass_costs = PassCosts()
         self._model = model
-        self._pass_costs = pass_costs
         self._share = share
 
     def are_worth(self, plain: int, asking: Collection[Sequence]) -> bool:
@@ -51,11 +50,16 @@ class ModelGuesses:
         of `plain` rows."""
         return self._is_worth(_Plan(plain, plain), dict.fromkeys(asking, 1.0))
 
+    def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
+        """`DraftModel.prepare`."""
+        return self._model.prepare(sequences)
+
     def guess(
         self, plain: int, asking: Mapping[Sequence, int]
     ) -> dict[Sequence, list[tuple[int, float]]]:
-        """Guesses for those of the sequences that the model has read, with the chance that each is
-        right if all before it are.
+        """Guesses for sequences that `prepare` has returned, with the chance that each is right if
+        all before it are. A sequence that has to match a grammar gets one guess: see
+        `DraftModel.guess`.
 
         Args:
             plain: rows of the pass without guesses.
@@ -64,7 +68,7 @@ class ModelGuesses:
         Raises:
             ValueError: the model chooses no token.
         """
-        sequences = self._model.prepare(asking)
+        sequences = list(asking)
         guesses: dict[Sequence, list[tuple[int, float]]] = {s: [] for s in sequences}
         plan, going = _Plan(plain, plain), dict.fromkeys(sequences, 1.0)  # chances so far
         passes = self._model.guess(sequences)
@@ -72,19 +76,18 @@ class ModelGuesses:
             began = time.perf_counter()
             given = next(passes)
             if self._model.is_usual:
-                self.costs.note(len(sequences), time.perf_counter() - began)
-            plan.seconds += self._seconds(len(sequences))
+                self.costs.note(self._model.rows, time.perf_counter() - began)
+            plan.seconds += self._seconds(self._model.rows)
             for sequence, (token_id, probability) in zip(sequences, given, strict=True):
                 if sequence not in going:
                     continue
-                chance = sequence.proposer.chance_by_model(probability)
+                index = len(guesses[sequence])
+                chance = sequence.proposer.chance_by_model(index, probability)
                 guesses[sequence].append((token_id, chance))
                 going[sequence] *= chance
                 plan.expected += going[sequence]
                 plan.rows += 1
-                if len(guesses[sequence]) == asking[sequence] or not _may_come(
-                    sequence, [guess for guess, _ in guesses[sequence]]
-                ):
+                if sequence.matcher is not None or index + 1 == asking[sequence]:
                     del going[sequence]
         self._take_cost(plan, plain, sequences)
         return guesses
@@ -101,7 +104,7 @@ class ModelGuesses:
         more = sum(chance * sequence.proposer.hope for sequence, chance in going.items())
         now = plan.seconds + self._pass_seconds(plan.rows)
         then = plan.seconds + self._seconds(len(going)) + self._pass_seconds(plan.rows + len(going))
-        return (plan.expected + more) * now > _LEAST_ADVANTAGE * plan.expected * then
+        return (plan.expected + more) * now > LEAST_ADVANTAGE * plan.expected * then
 
     def _take_cost(self, plan: _Plan, plain: int, sequences: Collection[Sequence]) -> None:
         """Has sequences pay for the time of the guesses, in tokens that it could have given."""
@@ -110,14 +113,8 @@ class ModelGuesses:
             sequence.proposer.gain -= cost / len(sequences)
 
     def _pass_seconds(self, rows: int) -> float:
-        return self._pass_costs.seconds(rows) or 1.0
+        return self.pass_costs.seconds(rows) or 1.0
 
-    def _seconds(self, sequences: int) -> float:
+    def _seconds(self, rows: int) -> float:
         """Of a pass of the draft model."""
-        return self.costs.seconds(sequences) or self._share * self._pass_seconds(sequences)
-
-
-def _may_come(sequence: Sequence, token_ids: list[int]) -> bool:
-    """Whether the last of some tokens may come where the sequence has to match a grammar."""
-    matcher = sequence.matcher
-    return matcher is None or matcher.count_allowed(token_ids) == len(token_ids)
+        return self.costs.seconds(rows) or self._share * self._pass_seconds(rows)

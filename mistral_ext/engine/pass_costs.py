@@ -5,6 +5,9 @@ from __future__ import annotations
 # Up to this many rows a pass computes each with the bits that it has alone (`ops.linear`).
 MOST_ROWS = 8
 
+# More guesses are made if they raise the expected tokens per second by this factor.
+LEAST_ADVANTAGE = 1.02
+
 _COST_OF_A_ROW = 0.15  # relative to a pass, as long as it was not measured
 _NEWEST = 0.2  # weight of the last measurement
 _MEMORY = 512  # passes of the engine after which a measurement is forgotten

@@ -77,17 +77,14 @@ class Proposer:
         return sum(self._right[_BY_MODEL:]) / sum(self._checked[_BY_MODEL:])
 
     def prefers_model(self, guesses: List[tuple[int, float]]) -> bool:
-        """Whether a draft model's guesses are more likely than these, which `propose` gave; it is
-        asked for guesses then."""
-        if guesses and guesses[0][1] >= self.hope:
-            return False
-        self._first, self._kinds = None, []
-        return True
+        """Whether a draft model's guesses are more likely than these, which `propose` gave."""
+        return not guesses or guesses[0][1] < self.hope
 
-    def chance_by_model(self, probability: float) -> float:
-        """The chance of the next guess of a draft model, which gives it this probability."""
+    def chance_by_model(self, index: int, probability: float) -> float:
+        """The chance of a guess of a draft model, which gives it this probability. It takes the
+        place of proposed token `index` and of those behind it."""
         kind = _BY_MODEL + min(int(4 * probability), 3)
-        self._kinds.append(kind)
+        self._kinds[index:] = [kind]
         return self._right[kind] / self._checked[kind]
 
     def note(self, drafts: int, accepted: int, cost: float) -> None:

@@ -111,7 +111,8 @@ class Sampler:
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
     def follow(self, other: Sampler, rows: Sequence[int]) -> None:
-        """Takes over what some completions have in another sampler of as many rows and tokens.
+        """Takes over what some completions have in another sampler of as many rows and tokens. If
+        none of them needs a draw (`needs_no_draw`), no more than this is taken over.
 
         Args:
             rows: the completions' rows, the same in both.

@@ -50,6 +50,7 @@ class Scheduler:
         decoding: sequences that generate, in the order of admission.
         prefixes: extents that ended requests have left.
         preemptions: how often a sequence was put back.
+        busy_chunk: as given, and no more than `chunk`.
     """
 
     def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:
@@ -61,7 +62,7 @@ class Scheduler:
         self._pool = pool
         self._free_rows = list(range(rows))
         self._chunk = chunk
-        self._busy_chunk = min(chunk, busy_chunk)
+        self.busy_chunk = min(chunk, busy_chunk)
 
     @property
     def has_work(self) -> bool:
@@ -105,7 +106,7 @@ class Scheduler:
         """The prompt tokens to read in the next pass: sequences, and how many tokens of each."""
         if not self.reading:
             return []
-        budget = self._busy_chunk if self.decoding else self._chunk
+        budget = self.busy_chunk if self.decoding else self._chunk
         first = self.reading[0]
         if first.request.chunk is not None:
             unread = first.prompt_length - first.place.length

@@ -76,6 +76,17 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
     return found
 
 
+def is_same_device(first: torch.device, second: torch.device) -> bool:
+    """Whether two names mean one device: "cuda" without a number is the current CUDA device."""
+    return first.type == second.type and _index(first) == _index(second)
+
+
+def _index(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def expect_runnable(
     config: MistralConfig,
     dtype: torch.dtype,

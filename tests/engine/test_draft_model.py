@@ -21,15 +21,20 @@ from drafting import (
 from replays import Replays
 
 from mistral_ext import Mistral
+from mistral_ext.engine import drafts, memory
 from mistral_ext.engine import engine as engine_module
 from mistral_ext.engine.draft_model import DraftModel
+from mistral_ext.engine.drafts import default_drafts
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.model_guesses import ModelGuesses
 from mistral_ext.engine.pass_costs import PassCosts
+from mistral_ext.engine.proposer import Proposer
 from mistral_ext.engine.runner import Runner
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.sequence import Sequence
-from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.llm import DEMO_MODEL, _expect_drafts
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.text.grammar import Matcher
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +188,76 @@ def test_a_draft_model_that_fails_leaves_sequences_without_drafts(models, eager,
 def test_guesses_that_are_not_worth_their_time_are_not_made(models, rough, monkeypatch):
     monkeypatch.setattr(PassCosts, "seconds", lambda self, rows: 1.0)
     engine = engine_of(models[None], draft_model=rough[None])  # whose passes cost as much
-    monkeypatch.setattr(DraftModel, "prepare", None)
+    asked = []
+    monkeypatch.setattr(DraftModel, "prepare", lambda self, sequences: asked.append(1) or [])
     (completion,) = run(engine, [request(prompt(40), 30)])
     assert completion.timing.drafted_tokens == 0
+    assert not asked
+    monkeypatch.setattr(ModelGuesses, "_seconds", lambda self, rows: 0.01)
+    run(engine, [request(prompt(40), 30)])
+    assert asked
+
+
+def reads_of(engine):
+    """The numbers of tokens of each pass of `DraftModel.prepare`, from now on."""
+    runner, counts = engine._drafter._model._model._runner, []
+    read = runner.read
+
+    def counted(pieces):
+        counts.append([len(piece.token_ids) for piece in pieces])
+        return read(pieces)
+
+    runner.read = counted
+    return counts
+
+
+@pytest.mark.parametrize(("max_tokens", "is_read"), [(5, False), (10, False), (40, True)])
+def test_a_text_is_read_if_much_is_left_to_write(models, rough, eager, max_tokens, is_read):
+    engine = engine_of(models[None], draft_model=rough[None])
+    counts = reads_of(engine)
+    (completion,) = run(engine, [request(prompt(200), max_tokens)])  # 7 steps of 32 tokens
+    assert (sum(map(sum, counts)) >= 190) == bool(counts) == is_read
+    assert (completion.timing.drafted_tokens > 0) == is_read
+
+
+def test_sequences_share_the_tokens_that_a_step_reads(models, rough, eager):
+    """So that a step takes no longer with more of them."""
+    engine = engine_of(models[None], draft_model=rough[None])
+    counts = reads_of(engine)
+    completions = run(engine, [request(prompt(100 + n, n), 60) for n in range(3)])
+    assert max(map(sum, counts)) == 32
+    assert any(len(counted) > 1 for counted in counts)
+    assert all(c.timing.drafted_tokens > 0 for c in completions)
+
+
+def test_a_pass_of_guesses_has_few_rows_and_is_noted_by_them(models, rough, eager, monkeypatch):
+    """With several sequences that have several unread tokens each."""
+    engine = engine_of(models[None], draft_model=rough[None])
+    runner, rows, noted = engine._drafter._model._model._runner, [], []
+    launch, verify = runner.launch, runner.verify
+    runner.launch = lambda *given: rows.append(len(given[1])) or launch(*given)
+    runner.verify = lambda *given: rows.append(sum(map(len, given[2]))) or verify(*given)
+    costs = engine._drafter._model.costs
+    monkeypatch.setattr(costs, "note", lambda rows, seconds: noted.append(rows))
+    guess, turns = ModelGuesses.guess, iter(range(1000))
+
+    def seldom(self, plain, asking):
+        return guess(self, plain, asking) if next(turns) % 3 == 0 else {}
+
+    prepare = DraftModel.prepare
+    monkeypatch.setattr(ModelGuesses, "guess", seldom)
+    ready = []
+
+    def prepared(self, sequences):
+        ready.append(len(sequences) == len(prepare(self, sequences)))
+        return list(sequences) if ready[-1] else []
+
+    monkeypatch.setattr(DraftModel, "prepare", prepared)
+    requests = [request(prompt(40, n), 60) for n in range(4)]
+    assert sum(c.timing.accepted_tokens for c in run(engine, requests)) > 5
+    assert noted == rows
+    assert max(rows) == 8
+    assert sum(ready) > 20
 
 
 def test_wrong_guesses_end(models, eager, monkeypatch):
@@ -210,8 +282,14 @@ TEXTS = [
 ]
 
 
+@pytest.fixture
+def only_models_guess(monkeypatch):
+    monkeypatch.setattr(Proposer, "_repeated", lambda self, most: [])
+    monkeypatch.setattr(Matcher, "forced", lambda self, most: [])
+
+
 @pytest.mark.parametrize("options", TEXTS)
-def test_texts_and_what_they_have_to_match(eager, options):
+def test_texts_and_what_they_have_to_match(eager, only_models_guess, options):
     """And again, when the prompt is in the cache of the model, but not of the draft model."""
     draft = Mistral.from_pretrained(DEMO_MODEL, quantize="int4")
     llm = Mistral.from_pretrained(DEMO_MODEL, draft_model=draft)
@@ -223,6 +301,20 @@ def test_texts_and_what_they_have_to_match(eager, options):
         assert [content(c) for c in drafted] == [content(c) for c in plain]
         assert sum(c.timing.accepted_tokens for c in drafted) > 0
         assert drafted[0].timing.cached_tokens > 0 or not is_again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"regex": "[a-z]+( [a-z]{2,5}){99}"}, {"grammar": 'start: word{99}\nword: " a" | " the"'}],
+)
+def test_a_model_that_is_the_same_is_right_about_what_has_to_match(
+    eager, only_models_guess, options
+):
+    """No guess is drawn where other tokens are allowed."""
+    options = {"max_tokens": 30, "temperature": 1.0, "seed": 3} | options
+    llm = Mistral.from_pretrained(DEMO_MODEL, draft_model=Mistral.from_pretrained(DEMO_MODEL))
+    (completion,) = llm.generate(["Once upon a time"], **options)
+    assert completion.timing.accepted_tokens == completion.timing.drafted_tokens > 10
 
 
 def test_sequences_have_their_adapters(tmp_path, eager):
@@ -241,6 +333,29 @@ def test_sequences_have_their_adapters(tmp_path, eager):
     assert sum(c.timing.accepted_tokens for c in drafted) > 5
 
 
+def test_a_gpu_has_drafts_by_default_with_a_draft_model_only(models, eager, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [default_drafts(device, False) for device in (gpu, cpu)] == [0, 7]
+    assert [default_drafts(device, True) for device in (gpu, cpu)] == [7, 7]
+    monkeypatch.setitem(drafts._DRAFTS, "cpu", 0)
+    again = request([20, 21, 22, 20, 21], 30, temperature=0.0, logit_bias=dict.fromkeys((20,), 99))
+    for given in (None, models[None]):
+        (completion,) = run(engine_of(models[None], draft_model=given), [again])
+        assert (completion.timing.drafted_tokens > 0) == (given is not None)
+
+
+def test_two_models_and_their_caches_share_the_memory(models, rough, monkeypatch):
+    """Half of the memory beside the weights is for both caches."""
+    model, other = models[None], rough[None]
+    token_bytes = model.config.cache_bytes(model.dtype)
+    weights = model.nbytes + other.nbytes
+    monkeypatch.setattr(memory, "available_memory", lambda: weights + 2 * 10_000 * token_bytes)
+    for given, slots in ((None, 10_000 + other.nbytes // (2 * token_bytes)), (other, 5_000)):
+        engine = engine_of(model, cache_tokens=None, draft_model=given)
+        assert engine.pool.slots == slots
+    assert pool_of(engine).nbytes + engine.pool.nbytes == 10_000 * token_bytes
+
+
 def test_another_vocabulary_is_refused(tmp_path):
     small = tmp_path / "small"
     write_checkpoint(small, vocab_size=100)
@@ -250,5 +365,33 @@ def test_another_vocabulary_is_refused(tmp_path):
     token_bytes = list(other.tokenizer._token_bytes)
     token_bytes[300] += b"s"
     other.tokenizer._token_bytes = token_bytes
-    with pytest.raises(ValueError, match="whose token 300 is another one than that"):
+    with pytest.raises(ValueError, match=r"whose token 300 is b'.+s', expected b'.+' as in "):
         Mistral.from_pretrained(DEMO_MODEL, draft_model=other)
+    del token_bytes[300:]
+    token_bytes += [None] * (other.tokenizer.vocab_size - 300)
+    with pytest.raises(ValueError, match=r"whose token 300 is missing, expected b'.+' as in "):
+        Mistral.from_pretrained(DEMO_MODEL, draft_model=other)
+
+
+@pytest.mark.parametrize(
+    ("draft", "model", "is_same"),
+    [
+        ("cuda:1", "cuda", True),
+        ("cuda", "cuda:1", True),
+        ("cuda:0", "cuda", False),
+        ("cuda:0", "cuda:1", False),
+        ("cpu", "cpu:0", True),
+        ("cpu", "cuda", False),
+    ],
+)
+def test_the_current_device_has_two_names(monkeypatch, draft, model, is_same):
+    """Weights that were moved to "cuda" are on "cuda:0"."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    other = Mistral.from_pretrained(DEMO_MODEL)
+    monkeypatch.setattr(Transformer, "device", torch.device(draft))
+    given = other.config, other.tokenizer, other.folder, torch.device(model), None, other
+    if is_same:
+        _expect_drafts(*given)
+        return
+    with pytest.raises(ValueError, match=f"draft_model is on {draft}, expected {model} like the"):
+        _expect_drafts(*given)

@@ -27,6 +27,7 @@ from replays import Replays
 from mistral_ext import Mistral, SamplingParams
 from mistral_ext.engine import engine as engine_module
 from mistral_ext.engine.graph_runner import GraphRunner
+from mistral_ext.engine.model_guesses import ModelGuesses
 from mistral_ext.engine.pass_costs import PassCosts
 from mistral_ext.engine.proposer import Proposer
 from mistral_ext.engine.runner import Piece, Runner
@@ -49,6 +50,18 @@ def in_time(model, requests, monkeypatch):
         return plainly(lambda: engine_of(model), requests)
 
 
+def launches_of(engine):
+    """Whether each step from now on is launched ahead."""
+    launch, ahead = engine.runner.launch, []
+
+    def counted(extents, rows, token_ids, adapters):
+        ahead.append(token_ids is None)
+        return launch(extents, rows, token_ids, adapters)
+
+    engine.runner.launch = counted
+    return ahead
+
+
 @pytest.mark.parametrize("window", [None, WINDOW])
 def test_nothing_else_changes(models, graphs, monkeypatch, window):
     """With every option, in batches, and between steps that are launched ahead."""
@@ -56,13 +69,7 @@ def test_nothing_else_changes(models, graphs, monkeypatch, window):
     plain, known = in_time(models[window], requests, monkeypatch)
     engine = engine_of(models[window])
     engine._drafter = Oracle(known, idle=0.6)
-    launch, ahead = engine.runner.launch, []
-
-    def counted(extents, rows, token_ids, adapters):
-        ahead.append(token_ids is None)
-        return launch(extents, rows, token_ids, adapters)
-
-    monkeypatch.setattr(engine.runner, "launch", counted)
+    ahead = launches_of(engine)
     assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
     assert engine._drafter.passes > 20
     assert sum(ahead) > 10
@@ -130,19 +137,29 @@ def test_what_is_under_way_is_waited_for_where_the_text_repeats_itself(
 ):
     plain, _ = in_time(models[None], [repeating()], monkeypatch)
     engine = engine_of(models[None])
-    launch, ahead = engine.runner.launch, []
-
-    def counted(extents, rows, token_ids, adapters):
-        ahead.append(token_ids is None)
-        return launch(extents, rows, token_ids, adapters)
-
-    monkeypatch.setattr(engine.runner, "launch", counted)
+    ahead = launches_of(engine)
     (drafted,) = run(engine, [repeating()])
     assert content(drafted) == content(plain[0])
     assert drafted.timing.accepted_tokens > 10
     (none,) = run(engine, [repeating(drafts=0)])
     assert none.timing.drafted_tokens == 0
     assert sum(ahead) >= 58  # of those without drafts, all but the first
+
+
+def test_nothing_waits_for_a_draft_model_that_cannot_guess(models, graphs, eager, monkeypatch):
+    """It has no room, or has not read the prompt; it reads on while steps are launched ahead."""
+    monkeypatch.setattr(ModelGuesses, "_seconds", lambda self, rows: 0.01)
+    monkeypatch.setattr(Proposer, "_repeated", lambda self, most: [])
+    engine = engine_of(models[None], draft_model=models[None])
+    pool, ahead = engine._drafter._model._model.pool, launches_of(engine)
+    taken = pool.allocate(pool.slots, pool.slots)
+    run(engine, [request(prompt(40), 30)])
+    assert sum(ahead) == 28  # all but the first
+    pool.release(taken)
+    ahead.clear()
+    (completion,) = run(engine, [request(prompt(320), 60)])
+    assert sum(ahead) >= 9  # while the prompt is read
+    assert completion.timing.accepted_tokens > 30
 
 
 def test_a_wait_counts_against_guesses():
@@ -165,11 +182,10 @@ def test_a_wait_counts_against_guesses():
 def test_only_replays_say_what_a_pass_costs(models, graphs):
     """Not a pass that loads kernels or captures them, and not one that nobody waits for."""
     engine = engine_of(models[None])
-    noted, note = [], engine._drafter.note
+    noted = []
     engine._drafter.note = lambda plain, seconds, *rest: noted.append(seconds is not None)
     run(engine, [request(prompt(9), 8)])
     assert noted == [False, False, *[True] * 5]
-    engine._drafter.note = note
 
 
 def test_rows_that_share_a_ring_in_the_emulator(models, emulator):
