@@ -256,6 +256,6 @@ def test_the_command(cloze, tmp_path, capsys):
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_loaded(given, message, monkeypatch, capsys):
-    monkeypatch.setattr(eval_command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(eval_command, "load_adapted_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(["eval", "--paper", *given]) == 1
     assert message in capsys.readouterr().err

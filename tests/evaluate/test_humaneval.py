@@ -202,7 +202,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert all(line.keys() == {"task_id", "completion"} for line in written())
 
     made = [Sample(ADD, "    return a - b"), Sample(other, "    return a + b")]
-    monkeypatch.setattr(humaneval, "complete", lambda *_: made)
+    monkeypatch.setattr(humaneval, "complete", lambda *_, **__: made)
     assert main([*given, "--run-code"]) == 0
     shown = capsys.readouterr()
     assert shown.out == "pass@1   0.5000  (2 problems, 1 of each)\n"
@@ -226,6 +226,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_wrong_options(given, message, monkeypatch, capsys):
-    monkeypatch.setattr(eval_command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(eval_command, "load_adapted_model", lambda *_, **__: pytest.fail("loaded"))
     assert main(["eval", "--model", str(DEMO_MODEL), "--humaneval", *given]) == 1
     assert message in capsys.readouterr().err
