@@ -126,7 +126,7 @@ def op_of(name):
     ("name", "arguments", "options"),
     [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(samples())],
 )
-def test_opcheck(name, arguments, options):
+def test_opcheck(name, arguments, options, exact_products):
     torch.library.opcheck(op_of(name), arguments, options)
     if differentiable := DIFFERENTIABLE.get(name, ()):
         given = list(arguments)

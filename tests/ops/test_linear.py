@@ -195,7 +195,9 @@ def test_formats_of_words_share_packed_activations(isa, tokens, exact, generator
         out = torch.empty(tokens, 4 * len(parts))
         return _C.linear("linear", x, values, scales, formats, None, 0.0, out).workspace_bytes
 
-    assert workspace("q4_k", "q6_k", "iq4_nl") == workspace("q4_k")
+    # Without VNNI many tokens stay floats by values of a table.
+    names = ["q4_k", "q6_k", *(["iq4_nl"] if exact or tokens <= 8 else [])]
+    assert workspace(*names) == workspace("q4_k")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
