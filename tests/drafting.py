@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import random
 
-from mistral_ext import SamplingParams
+import torch
+from adapters import write_peft
+from checkpoints import write_checkpoint
+
+from mistral_ext import Mistral, SamplingParams
 from mistral_ext.engine.drafts import Drafter
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.request import Request
@@ -95,6 +99,22 @@ def plainly(make_engine, requests):
     engine._drafter.choose = lambda *_: {}
     plain = run(engine, requests)
     return plain, {key(r): c.token_ids for r, c in zip(requests, plain, strict=True)}
+
+
+def check_adapters(folder) -> None:
+    """Completions with and without an adapter, in one batch, are the same with drafts."""
+    base = write_checkpoint(folder / "base", intermediate_size=256)
+    write_peft(base, folder / "a")
+    adapters = {"a": folder / "a"}
+    llm = Mistral.from_pretrained(folder / "base", dtype=torch.bfloat16, adapters=adapters)
+    prompts, names = [prompt(9), prompt(40, 1), prompt(5, 2)], ["a", None, "a"]
+    options = {"max_tokens": 30, "ignore_eos": True, "seed": 1, "temperature": 0.5, "logprobs": 0}
+    plain = llm.generate(prompts, adapter=names, drafts=0, **options)
+    known = {(tuple(p), 1, 0): c.token_ids for p, c in zip(prompts, plain, strict=True)}
+    llm.engine._drafter = Oracle(known)
+    drafted = llm.generate(prompts, adapter=names, **options)
+    assert [content(c) for c in drafted] == [content(c) for c in plain]
+    assert llm.engine._drafter.passes > 5
 
 
 def assert_empty(engine: Engine) -> None:

@@ -6,12 +6,11 @@ import random
 
 import pytest
 import torch
-from adapters import write_peft
-from checkpoints import write_checkpoint
 from drafting import (
     WINDOW,
     Oracle,
     assert_empty,
+    check_adapters,
     content,
     engine_of,
     of_every_kind,
@@ -67,18 +66,7 @@ def test_weights_of_few_bits(quantize):
 
 
 def test_each_draft_has_the_adapter_of_its_sequence(tmp_path):
-    base = write_checkpoint(tmp_path / "base", intermediate_size=256)
-    write_peft(base, tmp_path / "a")
-    adapters = {"a": tmp_path / "a"}
-    llm = Mistral.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, adapters=adapters)
-    prompts, names = [prompt(9), prompt(40, 1), prompt(5, 2)], ["a", None, "a"]
-    options = {"max_tokens": 30, "ignore_eos": True, "seed": 1, "temperature": 0.5, "logprobs": 0}
-    plain = llm.generate(prompts, adapter=names, drafts=0, **options)
-    known = {(tuple(p), 1, 0): c.token_ids for p, c in zip(prompts, plain, strict=True)}
-    llm.engine._drafter = Oracle(known)
-    drafted = llm.generate(prompts, adapter=names, **options)
-    assert [content(c) for c in drafted] == [content(c) for c in plain]
-    assert llm.engine._drafter.passes > 5
+    check_adapters(tmp_path)
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import write_peft
 from backends import use
-from checkpoints import write_checkpoint
 from drafting import (
     WINDOW,
     Oracle,
     assert_empty,
+    check_adapters,
     content,
     engine_of,
     of_every_kind,
@@ -24,7 +23,7 @@ from drafting import (
 )
 from replays import Replays
 
-from mistral_ext import Mistral, SamplingParams
+from mistral_ext import SamplingParams
 from mistral_ext.engine import engine as engine_module
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.engine.model_guesses import ModelGuesses
@@ -104,19 +103,8 @@ def test_each_number_of_tokens_is_captured_once(models):
     assert device.captures == 3
 
 
-def test_each_draft_has_the_adapter_of_its_sequence(tmp_path, graphs, monkeypatch):
-    base = write_checkpoint(tmp_path / "base", intermediate_size=256)
-    write_peft(base, tmp_path / "a")
-    adapters = {"a": tmp_path / "a"}
-    prompts, names = [prompt(9), prompt(40, 1), prompt(5, 2)], ["a", None, "a"]
-    options = {"max_tokens": 30, "ignore_eos": True, "seed": 1, "temperature": 0.5, "logprobs": 0}
-    llm = Mistral.from_pretrained(tmp_path / "base", dtype=torch.bfloat16, adapters=adapters)
-    plain = llm.generate(prompts, adapter=names, drafts=0, **options)
-    known = {(tuple(p), 1, 0): c.token_ids for p, c in zip(prompts, plain, strict=True)}
-    llm.engine._drafter = Oracle(known)
-    drafted = llm.generate(prompts, adapter=names, **options)
-    assert [content(c) for c in drafted] == [content(c) for c in plain]
-    assert llm.engine._drafter.passes > 5
+def test_each_draft_has_the_adapter_of_its_sequence(tmp_path, graphs):
+    check_adapters(tmp_path)
 
 
 AGAIN = [20, 21, 22, 23, 24, 25, 26, 27, 28, 20, 21]
