@@ -33,7 +33,7 @@ from torch import Tensor
 from mistral_ext.bench.models import step_bytes
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.weights.checkpoint import hugging_face_name
+from mistral_ext.weights.names import hugging_face_name
 
 # Name -> modules that it needs.
 PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.weights.checkpoint import hugging_face_name, tensor_shapes
+from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import Writer
 

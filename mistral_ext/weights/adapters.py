@@ -24,10 +24,11 @@ from torch import Tensor
 from mistral_ext.files import read_json_object, refuse_lfs_pointer
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import LowRank
-from mistral_ext.weights.checkpoint import hugging_face_name, pairs_to_halves, tensor_shapes
+from mistral_ext.weights.checkpoint import pairs_to_halves, tensor_shapes
 from mistral_ext.weights.gguf_file import read_gguf
 from mistral_ext.weights.gguf_model import gguf_name, gguf_tensors
 from mistral_ext.weights.hub import resolve_adapter
+from mistral_ext.weights.names import PEFT_PREFIX, hugging_face_name
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.safetensors_file import StoredTensor, Writer, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
@@ -37,7 +38,6 @@ _log = logging.getLogger("mistral_ext")
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_FILES = (PEFT_WEIGHTS, "adapter_model.bin")
-_PEFT_PREFIX = "base_model.model."
 MISTRAL_FILE = "lora.safetensors"
 _MISTRAL_PARAMS = "params.json"
 _MISTRAL_SCALE = 2.0  # mistral-finetune's default, which its files do not hold
@@ -176,8 +176,8 @@ def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
     pairs = _Pairs(file, config)
     for tensor in stored:
         # Older files, and states that were saved by hand, name the adapter too.
-        key = tensor.name.removeprefix(_PEFT_PREFIX).replace(".default.", ".")
-        if not config.writes_text:  # as in `checkpoint`: the model may be stored without its head
+        key = tensor.name.removeprefix(PEFT_PREFIX).replace(".default.", ".")
+        if not config.writes_text:  # peft names what it wraps: the model without its head
             key = f"model.{key.removeprefix('model.')}"
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
         pairs.add(names.get(f"{module}.weight"), matrix, ("lora_A", "lora_B"), tensor)
@@ -404,7 +404,7 @@ def write_adapter_files(folder: Path, adapter: Adapter, base: str = "") -> None:
     """
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.items():
-        module = _PEFT_PREFIX + hugging_face_name(f"{name}.weight").removesuffix(".weight")
+        module = PEFT_PREFIX + hugging_face_name(f"{name}.weight").removesuffix(".weight")
         tensors[f"{module}.lora_A.weight"] = update.a
         tensors[f"{module}.lora_B.weight"] = update.b
     settings = json.dumps(_peft_settings(adapter, base), indent=2)

@@ -45,28 +45,12 @@ from mistral_ext.weights.gguf_model import (
     kept_parts,
     say_what_changes,
 )
+from mistral_ext.weights.names import hugging_face_name, with_base_names
 from mistral_ext.weights.packed_model import Layer, read_packed
 from mistral_ext.weights.packed_model import default_dtype as packed_dtype
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
-
-_HF_MODULES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-# Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 _LONG = 5.0  # seconds of quantising after which `load_weights` says how to do it once
 
@@ -179,15 +163,17 @@ class Checkpoint:
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
                 self._quantizes.parts(name, shape)  # refuses what does not divide into groups
-        tensors: Iterable[StoredTensor] = _stored_tensors(files)
+        tensors: list[StoredTensor]
         kept: dict[str, str] = {}
-        if folder.gguf is not None:
+        if folder.gguf is None:
+            tensors = with_base_names(_stored_tensors(files), files.layout.format)
+        else:
             dtype = dtype or default_dtype(folder.gguf)
             # Weights that are rounded again are first decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
             if quantization is None:
                 kept = kept_formats(folder.gguf)
-            tensors = gguf_tensors(folder.gguf, decoded, kept)
+            tensors = list(gguf_tensors(folder.gguf, decoded, kept))
             formats = {
                 gguf_name(name): quantization.format_of(name, shape[-1]) if quantization else None
                 for name, shape in tensor_shapes(config).items()
@@ -195,11 +181,10 @@ class Checkpoint:
             say_what_changes(folder.gguf, formats | kept, _list((dtype,)))
         packed: dict[str, Quantized] = {}
         if folder.packing is not None:
-            stored_as = list(tensors)
-            dtype = dtype or packed_dtype(stored_as, hugging_face_name("tok_embeddings.weight"))
+            dtype = dtype or packed_dtype(tensors, hugging_face_name("tok_embeddings.weight"))
             decoded = torch.float32 if self._quantizes else dtype
             layers = _layers(config)
-            tensors, packed = read_packed(stored_as, folder.packing, layers, decoded, quantization)
+            tensors, packed = read_packed(tensors, folder.packing, layers, decoded, quantization)
         # The weights that are stored as two tensors.
         quantized = {
             name: parts
@@ -302,17 +287,6 @@ def _layers(config: MistralConfig) -> dict[str, Layer]:
     }
 
 
-def hugging_face_name(name: str) -> str:
-    """Hugging Face's name for a weight: layers.0.attention.wq.weight is
-    model.layers.0.self_attn.q_proj.weight."""
-    module = name.removesuffix(".weight")
-    prefix = ""
-    if module.startswith("layers."):
-        _, layer, module = module.split(".", 2)
-        prefix = f"model.layers.{layer}."
-    return f"{prefix}{_HF_MODULES[module]}.weight"
-
-
 def _stored_name(name: str, layout: Layout) -> str:
     if layout.format == "gguf":
         return gguf_name(name)
@@ -350,16 +324,7 @@ def _match(
 
     Raises ValueError unless the files hold exactly the tensors that are expected.
     """
-    found: dict[str, StoredTensor] = {}
-    for stored in tensors:
-        if stored.name.endswith(_IGNORED_SUFFIX):
-            continue
-        twin = found.setdefault(stored.name, stored)
-        if twin is not stored:
-            raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
-
-    if not config.writes_text:  # transformers stores the model without its head then
-        found = {f"model.{name.removeprefix('model.')}": s for name, s in found.items()}
+    found = {stored.name: stored for stored in tensors}
     _expect_names(found, weights)
     matched: dict[str, tuple[StoredTensor, ...]] = {}
     for name, shape in tensor_shapes(config).items():
@@ -371,9 +336,13 @@ def _match(
             _expect_dtype(scales, (parts.scales.dtype,))
             matched[name] = (values, scales)
             continue
-        may_lack = config.tie_word_embeddings or not config.writes_text
-        if name == "output.weight" and may_lack and stored_name not in found:
-            continue
+        if name == "output.weight" and stored_name not in found:
+            if config.tie_word_embeddings or not config.writes_text:
+                continue
+            raise ValueError(
+                f"tensor {stored_name!r} is missing from {weights.file}, expected shape {shape}, "
+                "or architectures ['MistralModel'] in config.json for an embedding model"
+            )
         stored = _take(found, stored_name, shape, weights)
         stored_dtype = _expect_dtype(stored, _DTYPES)
         matched[name] = (stored,)
@@ -399,11 +368,6 @@ def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> No
         return
     last = expected.removeprefix("model.")
     other = next((name for name in found if name.endswith(last)), None)
-    if other == last:
-        raise ValueError(
-            f"{weights.file} names its tensors without 'model.', as {last!r}: that is an embedding "
-            "model, expected a MistralForCausalLM, or architectures ['MistralModel'] in config.json"
-        )
     names = ", ".join(map(repr, [other] if other else list(found)[:3]))
     raise ValueError(f"tensor {expected!r} is missing from {weights.file}; found {names or 'none'}")
 

@@ -70,9 +70,9 @@ def read_packed(
     """Finds the packed matrices of a checkpoint; reads only their zero points and orders.
 
     Args:
-        tensors: all of the files.
+        tensors: all of the files, by the names of `mistral_ext.weights.names`.
         packing: what the configuration says of them.
-        layers: by the files' names.
+        layers: by these names.
         dtype: what to decode to.
         quantization: how the weights are rounded again, for which all are decoded; None: not.
 
@@ -143,9 +143,7 @@ def _by_module(
             others.append(stored)
             continue
         module = modules.setdefault(name, ModuleTensors(name, layers[name].shape, {}))
-        twin = module.left.setdefault(stored.name.removeprefix(f"{name}."), stored)
-        if twin is not stored:
-            raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
+        module.left[stored.name.removeprefix(f"{name}.")] = stored
     return list(modules.values()), others
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights import checkpoint
-from mistral_ext.weights.checkpoint import hugging_face_name, load_weights
+from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import ModelFolder, find_weights, read_folder
+from mistral_ext.weights.names import hugging_face_name
 
 CONFIG = MistralConfig(
     vocab_size=96,
@@ -310,23 +311,36 @@ def test_missing_tensor(tmp_path, hf_weights):
 
 
 @pytest.mark.parametrize(
-    ("rename", "message"),
+    "rename",
     [
-        (
-            lambda name: name.removeprefix("model."),
-            "names its tensors without 'model.', as 'embed_tokens.weight': that is an embedding",
-        ),
-        (lambda name: f"base_model.{name}", "found 'base_model.model.embed_tokens.weight'"),
-        (lambda name: f"{name}.lora_A", "found 'lm_head.weight.lora_A', 'model."),
+        lambda name: name.removeprefix("model."),
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"base_model.model.{name.removeprefix('model.')}",
     ],
+    ids=["without model.", "of peft", "of peft, without model."],
 )
-def test_tensors_named_in_another_way(tmp_path, hf_weights, rename, message):
-    left_out = "lm_head.weight" if "embedding" in message else None
-    weights = {rename(n): weight for n, weight in hf_weights.items() if n != left_out}
-    file = save_hf(tmp_path, weights)
-    refused = refusal(tmp_path)
-    assert message in refused
-    assert file in refused
+def test_names_that_begin_in_another_way(tmp_path, hf_weights, rename):
+    save_hf(tmp_path, {rename(name): weight for name, weight in hf_weights.items()})
+    for name, weight in load_weights(ModelFolder(tmp_path, CONFIG)).items():
+        assert torch.equal(weight, hf_weights[hugging_face_name(name)]), name
+
+
+def test_names_of_a_model_without_its_head(tmp_path, hf_weights):
+    del hf_weights["lm_head.weight"]
+    file = save_hf(tmp_path, {n.removeprefix("model."): w for n, w in hf_weights.items()})
+    assert refusal(tmp_path) == (
+        f"tensor 'lm_head.weight' is missing from {file}, expected shape (96, 48), or "
+        "architectures ['MistralModel'] in config.json for an embedding model"
+    )
+
+
+def test_tensors_named_in_another_way(tmp_path, hf_weights):
+    file = save_hf(tmp_path, {f"{n}.lora_A": weight for n, weight in hf_weights.items()})
+    assert refusal(tmp_path) == (
+        f"tensor 'model.embed_tokens.weight' is missing from {file}; found "
+        "'lm_head.weight.lora_A', 'model.embed_tokens.weight.lora_A', "
+        "'model.layers.0.input_layernorm.weight.lora_A'"
+    )
 
 
 def test_missing_output_is_refused_unless_tied(tmp_path, hf_weights):

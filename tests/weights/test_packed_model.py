@@ -19,15 +19,17 @@ from packed_checkpoints import (
     packed_layer,
     write_packed,
 )
+from safetensors.torch import load_file, save_file
 
-from mistral_ext import Mistral, ops
+from mistral_ext import Mistral
 from mistral_ext.cli import main
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops import Quantized
 from mistral_ext.weights import packed_groups
-from mistral_ext.weights.checkpoint import Checkpoint, hugging_face_name, load_weights
+from mistral_ext.weights.checkpoint import Checkpoint, load_weights
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.merge import merge_adapter
+from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.packed_settings import WHOLE_ROW
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
@@ -113,14 +115,6 @@ def _several_steps(monkeypatch):
     monkeypatch.setattr(packed_groups, "_AT_ONCE", 2**13)
 
 
-@pytest.fixture
-def exact_products():
-    before = ops.exact_products()
-    ops.set_exact_products(True)
-    yield
-    ops.set_exact_products(before)
-
-
 def decoded(weight):
     return weight.dequantize() if isinstance(weight, Quantized) else weight
 
@@ -165,6 +159,16 @@ def copy_of(folders, tmp_path):
 def test_the_dtype_is_that_of_the_embeddings(folders):
     weights = load_weights(read_folder(folders["nf4"][0]), progress=False)
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
+
+
+def test_names_without_model_and_of_peft(copy_of, folders):
+    folder = copy_of("GPTQ")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file).items()
+    save_file({f"base_model.model.{name.removeprefix('model.')}": t for name, t in tensors}, file)
+    expected = load_weights(read_folder(folders["GPTQ"][0]), progress=False)
+    for name, weight in load_weights(read_folder(folder), progress=False).items():
+        assert torch.equal(decoded(weight), decoded(expected[name])), name
 
 
 def test_nf4_is_decoded(folders, caplog):

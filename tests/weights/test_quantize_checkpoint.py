@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops import Quantized
 from mistral_ext.weights import checkpoint, safetensors_file
-from mistral_ext.weights.checkpoint import hugging_face_name, load_weights
+from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.quantize import Quantization, quantize
 from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 

@@ -1,0 +1,83 @@
+"""The names of weights in files.
+
+Inside, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's format
+have those of transformers' causal models (model.layers.0.self_attn.q_proj.weight), or those of the
+model without its head (no "model."), or those that peft's wrapper gives (with "base_model.model.").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from mistral_ext.weights.safetensors_file import StoredTensor
+
+PEFT_PREFIX = "base_model.model."
+
+_EMBEDDINGS = "tok_embeddings.weight"
+_HF_MODULES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+# Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+def hugging_face_name(name: str) -> str:
+    """Hugging Face's name for a weight: layers.0.attention.wq.weight is
+    model.layers.0.self_attn.q_proj.weight."""
+    module = name.removesuffix(".weight")
+    prefix = ""
+    if module.startswith("layers."):
+        _, layer, module = module.split(".", 2)
+        prefix = f"model.layers.{layer}."
+    return f"{prefix}{_HF_MODULES[module]}.weight"
+
+
+def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
+    """The tensors of a model's files by the names that their format has for the whole model.
+
+    Args:
+        tensors: as the files have them.
+        format: "hf" or "mistral", of `mistral_ext.weights.folder.Layout`.
+
+    Raises:
+        ValueError: two files hold a tensor of the same name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for stored in tensors:
+        if stored.name.endswith(_IGNORED_SUFFIX):
+            continue
+        twin = found.setdefault(stored.name, stored)
+        if twin is not stored:
+            raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
+    given = list(found.values())
+    return _with_hugging_face_names(given) if format == "hf" else given
+
+
+def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
+    """The embeddings, which every model has, say how the names of all tensors begin."""
+    embeddings = re.compile(rf"({re.escape(PEFT_PREFIX)})?(model\.)?embed_tokens\.")
+    match = next((m for m in (embeddings.match(stored.name) for stored in tensors) if m), None)
+    if match is None or match[0].startswith("model."):
+        return tensors
+    wrapper, has_model = match[1] or "", match[2] is not None
+
+    def base_name(name: str) -> str:
+        if not name.startswith(wrapper):
+            return name
+        name = name.removeprefix(wrapper)
+        return name if has_model or name.startswith("lm_head.") else f"model.{name}"
+
+    return [replace(stored, name=base_name(stored.name)) for stored in tensors]
