@@ -37,6 +37,7 @@ from mistral_ext.text.text_stream import TextStream
 from mistral_ext.text.tokenizer import Tokenizer, expect_token_ids
 from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 from mistral_ext.text.tool_parser import ToolParser
+from mistral_ext.vocabulary import Vocabulary
 from mistral_ext.weights.adapters import Adapter, adapter_for
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device, is_same_device
@@ -107,6 +108,7 @@ class Mistral:
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device.
         adapters: the loaded adapters: `load_adapter` adds to them.
+        vocabulary: the tokens of model and tokenizer.
     """
 
     def __init__(
@@ -122,8 +124,9 @@ class Mistral:
         drafts: int | None = None,
         draft_model: Mistral | None = None,
     ) -> None:
-        _expect_usable(config, tokenizer, folder, prefill_chunk, max_batch, cache_tokens)
-        _expect_drafts(config, tokenizer, folder, model.device, drafts, draft_model)
+        self.vocabulary = Vocabulary(config, tokenizer, folder)
+        _expect_usable(self.vocabulary, prefill_chunk, max_batch, cache_tokens)
+        _expect_drafts(self.vocabulary, model.device, drafts, draft_model)
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
@@ -186,10 +189,11 @@ class Mistral:
         defaults = _sampling_defaults(path, generation_config) if generation_config else None
         tokenizer = read_tokenizer(folder)
         # Checked before 14 GB are read.
-        _expect_usable(config, tokenizer, path, prefill_chunk, max_batch, cache_tokens)
+        vocabulary = Vocabulary(config, tokenizer, path)
+        _expect_usable(vocabulary, prefill_chunk, max_batch, cache_tokens)
         if isinstance(draft_model, str | Path):
             draft_model = cls.from_pretrained(draft_model, device, progress=progress)
-        _expect_drafts(config, tokenizer, path, device, drafts, draft_model)
+        _expect_drafts(vocabulary, device, drafts, draft_model)
         read = {name: adapter_for(config, given) for name, given in (adapters or {}).items()}
         weights = load_weights(folder, dtype, progress, quantize, device)
         transformer = Transformer(config, weights)
@@ -204,7 +208,7 @@ class Mistral:
     def _engine(self) -> Engine:
         return Engine(
             self.model,
-            self._vocab_size,
+            self.vocabulary.sampled,
             self.max_batch,
             self.prefill_chunk,
             self.cache_tokens,
@@ -735,13 +739,9 @@ class Mistral:
         return self._grammars.compile(constraint, starts_text)
 
     @property
-    def _vocab_size(self) -> int:
-        return _sampled(self.config, self.tokenizer)
-
-    @property
     def _holes(self) -> list[int]:
         holes = self.tokenizer.holes if self.tokenizer else ()
-        return [token_id for token_id in holes if token_id < self._vocab_size]
+        return [token_id for token_id in holes if token_id < self.vocabulary.sampled]
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:
@@ -761,12 +761,7 @@ def _sampling_defaults(model: Path, source: str | Path) -> dict[str, Any]:
 
 
 def _expect_usable(
-    config: MistralConfig,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    prefill_chunk: int,
-    max_batch: int,
-    cache_tokens: int | None,
+    vocabulary: Vocabulary, prefill_chunk: int, max_batch: int, cache_tokens: int | None
 ) -> None:
     sizes = {"prefill_chunk": prefill_chunk, "max_batch": max_batch}
     if cache_tokens is not None:
@@ -774,17 +769,11 @@ def _expect_usable(
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, expected an integer, 1 or more")
-    if tokenizer:
-        _expect_own_tokens(config, tokenizer, folder)
+    vocabulary.expect_own_tokenizer()
 
 
 def _expect_drafts(
-    config: MistralConfig,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    device: torch.device,
-    drafts: int | None,
-    draft_model: Mistral | None,
+    vocabulary: Vocabulary, device: torch.device, drafts: int | None, draft_model: Mistral | None
 ) -> None:
     if drafts is not None:
         expect_drafts(drafts)
@@ -795,50 +784,7 @@ def _expect_drafts(
         raise ValueError(
             f"draft_model is on {draft_model.model.device}, expected {device} like the model"
         )
-    count = _sampled(config, tokenizer)
-    given = f"draft_model is {draft_model.folder}, whose"
-    if draft_model.config.vocab_size < count:
-        raise ValueError(
-            f"{given} vocabulary has {draft_model.config.vocab_size} tokens, expected the {count} "
-            f"of {folder}"
-        )
-    if tokenizer is None or draft_model.tokenizer is None:
-        return
-    different = tokenizer.first_difference(draft_model.tokenizer, count)
-    if different is not None:
-        shown, expected = (_shown_token(t, different) for t in (draft_model.tokenizer, tokenizer))
-        raise ValueError(
-            f"{given} token {different} is {shown}, expected {expected} as in {folder}"
-        )
-
-
-def _shown_token(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token for an error message: the name of a control token, or bytes."""
-    if not tokenizer.known(token_id):
-        return "missing"
-    names = {control_id: name for name, control_id in tokenizer.control_ids.items()}
-    return names.get(token_id) or repr(tokenizer.token_bytes(token_id))
-
-
-def _sampled(config: MistralConfig, tokenizer: Tokenizer | None) -> int:
-    """The number of ids that are sampled. A model may have more rows than the tokenizer has tokens
-    (padding), or fewer (a padding token that was added without a row): only ids that have both."""
-    return min(tokenizer.vocab_size, config.vocab_size) if tokenizer else config.vocab_size
-
-
-def _expect_own_tokens(config: MistralConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    if tokenizer.base_size > config.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.base_size} tokens, but the model in {folder} "
-            f"only {config.vocab_size}: they do not belong together"
-        )
-    for token_id in config.eos_ids:
-        if not tokenizer.known(token_id):
-            raise ValueError(
-                f"{folder}: the end of text is token id {token_id}, but the tokenizer has no such "
-                "token, and a text would never end: are added_tokens.json, tokenizer_config.json "
-                "or tokenizer.json missing?"
-            )
+    vocabulary.expect_drafts_from(draft_model.vocabulary)
 
 
 def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

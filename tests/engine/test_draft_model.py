@@ -389,7 +389,7 @@ def test_the_current_device_has_two_names(monkeypatch, draft, model, is_same):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     other = Mistral.from_pretrained(DEMO_MODEL)
     monkeypatch.setattr(Transformer, "device", torch.device(draft))
-    given = other.config, other.tokenizer, other.folder, torch.device(model), None, other
+    given = other.vocabulary, torch.device(model), None, other
     if is_same:
         _expect_drafts(*given)
         return

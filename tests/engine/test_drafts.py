@@ -274,7 +274,7 @@ def test_texts_and_what_they_have_to_match(llm, seed):
         return [llm.request(ids[: 3 + i], p, index=i % 2) for i, p in enumerate(given)]
 
     def make():
-        return Engine(llm.model, llm._vocab_size, cache_tokens=4096, holes=llm._holes)
+        return Engine(llm.model, llm.vocabulary.sampled, cache_tokens=4096, holes=llm._holes)
 
     plain, known = plainly(make, requests())
     engine = make()
