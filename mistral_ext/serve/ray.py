@@ -75,11 +75,12 @@ class Replicas:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most:
-            text = f"replicas is {self.least} to {self.most}, expected 1 or more, in order"
-            raise ValueError(text)
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, expected 1 or more")
+        counts = self.least, self.most
+        if not all(isinstance(count, int) for count in counts) or not 1 <= self.least <= self.most:
+            given = " to ".join(map(repr, counts))
+            raise ValueError(f"replicas is {given}, expected integers of 1 or more, in order")
+        if not isinstance(self.threads, int) or self.threads < 1:
+            raise ValueError(f"threads is {self.threads!r}, expected an integer of 1 or more")
 
 
 def app(options: Mapping[str, Any]) -> Application:
@@ -96,17 +97,18 @@ def app(options: Mapping[str, Any]) -> Application:
     """
     given = dict(options)
     count = given.pop("replicas", 1)
-    least, most = count if isinstance(count, list | tuple) else (count, count)
+    least, most = count if isinstance(count, list) and len(count) == 2 else (count, count)
     replicas = Replicas(least, most, given.pop("threads", 1))
     names = {field.name for field in dataclasses.fields(Settings)}.difference(_UNFIT)
     chosen = {name: given.pop(name) for name in names & given.keys()}
-    for name in ("api_keys", "cors_origins", "moderate"):  # a config file has lists
-        if name in chosen:
-            chosen[name] = tuple(chosen[name])
+    for name in chosen.keys() & {"api_keys", "cors_origins", "moderate"}:
+        several = chosen[name]
+        chosen[name] = (several,) if isinstance(several, str) else tuple(several)
     model = given.setdefault("model", None)
-    arguments = inspect.signature(Mistral.from_pretrained).parameters
-    if unknown := given.keys() - arguments.keys():
-        known = {"replicas", "threads", *names, *arguments} - {"config_overrides"}
+    signature = inspect.signature(Mistral.from_pretrained)
+    arguments = signature.parameters.keys() - {"progress", "config_overrides"}
+    if unknown := given.keys() - arguments:
+        known = {"replicas", "threads", *names, *arguments}
         text = f"option {min(unknown)!r} is unknown, expected one of {', '.join(sorted(known))}"
         raise ValueError(text)
     settings = settings_for(model, **chosen)

@@ -88,7 +88,7 @@ def test_requests_beyond_the_queue_are_refused_and_a_disconnect_makes_room(clust
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
     wait_until(lambda: len(replicas_that_answer(cluster, n=3)) == 2)
-    wait_until(lambda: sum("499 disconnected" in line for line in cluster.lines[seen:]) == 2)
+    wait_until(lambda: sum("499 disconnected" in line for line in cluster.lines[seen:]) >= 2)
 
 
 class Stream(threading.Thread):
@@ -159,14 +159,14 @@ def test_sigterm_lets_requests_finish(cluster):
 @needs_ray
 def test_the_application_of_a_config_file():
     given = {"replicas": [1, 3], "threads": 2, "max_queue": 5, "max_batch": 4, "drain_seconds": 7}
-    application = ours.app({**given, "device": "cuda", "api_keys": ["k"], "model": "folder"})
+    application = ours.app({**given, "device": "cuda", "api_keys": "key", "model": "folder"})
     deployment = application._bound_deployment
     assert deployment._deployment_config.autoscaling_config.max_replicas == 3
     assert deployment.max_ongoing_requests >= 4 + 5
     assert deployment.ray_actor_options == {"num_cpus": 2, "num_gpus": 1}
     assert deployment._deployment_config.graceful_shutdown_timeout_s == 7
     settings, arguments, threads = deployment.init_args
-    assert (settings.model_name, settings.max_queue, settings.api_keys) == ("folder", 5, ("k",))
+    assert (settings.model_name, settings.max_queue, settings.api_keys) == ("folder", 5, ("key",))
     assert (arguments, threads) == ({"model": "folder", "device": "cuda", "max_batch": 4}, 2)
 
 
@@ -175,9 +175,11 @@ def test_the_application_of_a_config_file():
     [
         ({"modle": "x"}, "option 'modle' is unknown, expected one of .*, model, "),
         ({"port": 80}, "option 'port' is unknown"),
-        ({"replicas": 0}, "replicas is 0 to 0, expected 1 or more"),
+        ({"replicas": 0}, "replicas is 0 to 0, expected integers of 1 or more"),
         ({"replicas": [3, 2]}, "replicas is 3 to 2"),
-        ({"threads": 0}, "threads is 0, expected 1 or more"),
+        ({"replicas": "2"}, "replicas is '2' to '2', expected integers"),
+        ({"progress": True}, "option 'progress' is unknown"),
+        ({"threads": 0}, "threads is 0, expected an integer of 1 or more"),
         ({"max_queue": "8"}, "max_queue is '8', expected an integer of 0 or more"),
         ({"drain_seconds": -1}, "drain_seconds is -1, expected a number above 0"),
         ({"template": "v9"}, "template is 'v9', expected one of"),
@@ -196,7 +198,10 @@ def test_wrong_options_of_a_config_file(options, words):
         (["--max-unread", "9", "--ray"], "--max-unread does not go with --ray: Ray's proxy"),
         (["--log-requests", "x", "--ray"], "--log-requests does not go with --ray: each"),
         (["--replicas", "2"], "--replicas is given without --ray"),
-        (["--replicas", "3,2", "--ray"], "replicas is 3 to 2, expected 1 or more, in order"),
+        (
+            ["--replicas", "3,2", "--ray"],
+            "replicas is 3 to 2, expected integers of 1 or more, in order",
+        ),
     ],
 )
 def test_wrong_options_of_the_command(monkeypatch, capsys, options, words):
