@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
     least, most = args.replicas or (1, 1)
     cores = container_cores() or os.cpu_count() or 1
-    threads = args.threads or max(1, cores // most)
+    threads = args.threads or max(1, cores // max(1, most))
     arguments = {
         **model_arguments(args),
         "model": _found(args.model),

@@ -198,6 +198,7 @@ def test_wrong_options_of_a_config_file(options, words):
         (["--max-unread", "9", "--ray"], "--max-unread does not go with --ray: Ray's proxy"),
         (["--log-requests", "x", "--ray"], "--log-requests does not go with --ray: each"),
         (["--replicas", "2"], "--replicas is given without --ray"),
+        (["--replicas", "0", "--ray"], "replicas is 0 to 0, expected integers of 1 or more"),
         (
             ["--replicas", "3,2", "--ray"],
             "replicas is 3 to 2, expected integers of 1 or more, in order",
