@@ -242,7 +242,10 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
                 host, port = listener.getsockname()[:2]
             serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
         try:
-            serve.run(application(settings, arguments, replicas), name=_NAME)
+            try:
+                serve.run(application(settings, arguments, replicas), name=_NAME)
+            except RuntimeError as error:
+                raise RuntimeError(f"no replica could be started: {_reason(error)}") from None
             if is_running:
                 _log.info("serving %s where Ray Serve ran already", settings.model_name)
             else:
@@ -250,6 +253,16 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
             return _wait_for_signal(settings.drain_seconds)
         finally:
             _end(settings.drain_seconds)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Why the last replica could not be started, if Ray Serve knows; else the error."""
+    from ray import serve
+
+    status = serve.status().applications.get(_NAME)
+    reports = [found.message for found in status.deployments.values()] if status else []
+    lines = [line.strip() for line in "\n".join(reports).splitlines() if "Error: " in line]
+    return lines[-1] if lines else str(error)
 
 
 @contextmanager
