@@ -2,14 +2,14 @@
 
     python bench/serve.py                             # the demo model
     python bench/serve.py --model FOLDER --tokens 64
-    python bench/serve.py --gguf FILE --peers llama.cpp
+    python bench/serve.py --gguf FILE --peers llama.cpp --llama-server build/bin/llama-server
     python bench/serve.py --soak 10000
 
 For each number of clients, and each rate of a Poisson process, a line: tokens per second, requests
 per second that meet the limits (goodput), p50/p90/p99 of the time to the first token and between
 two tokens, errors, and the server's resident memory. `--long-prompt` then measures the gap between
-tokens of a stream while another client's long prompt is read. Servers take turns: the same load
-goes to one after the other. Machines are noisy: compare the ratios of one run.
+tokens of a stream while another client's long prompt is read. Servers take turns: each load goes to
+one after the other, while the others are idle. Machines are noisy: compare the ratios of one run.
 
 `--soak N` instead sends N requests of all kinds, a third of which hang up at a random time, and
 says what was not as it should be: errors, memory that grows, slots that are lost.
@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import os
 import shlex
 import shutil
 import socket
@@ -45,13 +46,20 @@ from serve_load import (
 from serve_soak import soak
 
 OURS = "mistral_ext"
+LLAMA_SERVER = "llama-server"
+
+# How requests ask servers to ignore the end of a text: as we, vLLM and llama.cpp have it, and for
+# others by its token.
+ENDLESS = {"ignore_eos": True}
+PEER_ENDLESS = {**ENDLESS, "logit_bias": {"2": -100}}
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     """How to start each server: name -> command, with {port} in it."""
     model = args.gguf or args.model
     ours = [sys.executable, "-m", "mistral_ext.cli", "serve", "--port", "{port}"]
-    ours += ["--max-batch", str(args.max_batch), "--max-queue", "256", *shlex.split(args.options)]
+    ours += ["--max-batch", str(args.max_batch), "--max-queue", "256"]
+    ours += ["--threads", str(args.threads), *shlex.split(args.options)]
     found = {OURS: [*ours, "--model", model] if model else ours}
     if args.peers == "llama.cpp":
         found["llama.cpp"] = llama_cpp(args)
@@ -65,13 +73,17 @@ def llama_cpp(args: argparse.Namespace) -> list[str]:
     """llama.cpp's server, or if there is only that, the one of llama-cpp-python."""
     if not args.gguf:
         raise SystemExit("--peers llama.cpp needs --gguf FILE, the weights that both can read")
-    context = str(args.max_batch * args.context)
-    if program := shutil.which("llama-server"):
-        slots = ["-np", str(args.max_batch)]
-        return [program, "-m", args.gguf, "--port", "{port}", "-c", context, *slots]
+    context, threads = str(args.max_batch * args.context), str(args.threads)
+    program = shutil.which(args.llama_server)
+    if program:
+        options = ["-c", context, "-np", str(args.max_batch), "-t", threads]
+        return [program, "-m", args.gguf, "--port", "{port}", *options]
+    if args.llama_server != LLAMA_SERVER:
+        raise SystemExit(f"--llama-server is {args.llama_server}, expected a program")
     if importlib.util.find_spec("llama_cpp"):
         module = [sys.executable, "-m", "llama_cpp.server", "--model", args.gguf]
-        return [*module, "--port", "{port}", "--n_ctx", context]
+        options = ["--n_ctx", context, "--n_threads", threads]
+        return [*module, "--port", "{port}", *options]
     raise SystemExit("--peers llama.cpp: neither llama-server nor llama_cpp.server is installed")
 
 
@@ -89,12 +101,19 @@ def running(command: list[str], log: Path) -> Iterator[tuple[str, int]]:
                 if process.poll() is not None:
                     raise SystemExit(f"{command[0]} ended with {process.returncode}: see {log}")
                 with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/v1/models").is_success:
+                    if _is_ready(url):
                         break
                 time.sleep(0.2)
             yield url, process.pid
         finally:
             process.terminate()
+
+
+def _is_ready(url: str) -> bool:
+    """Whether a server has loaded its model; not all of them have /health."""
+    return (
+        httpx.get(f"{url}/v1/models").is_success and httpx.get(f"{url}/health").status_code != 503
+    )
 
 
 def resident_mib(pid: int) -> float:
@@ -104,40 +123,55 @@ def resident_mib(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-async def measure(args: argparse.Namespace, target: Target, pid: int) -> list[dict]:
-    """All loads on one server, a line each."""
-    rows = []
+async def measure(
+    args: argparse.Namespace, servers: dict[str, tuple[Target, int]]
+) -> dict[str, list[dict]]:
+    """All loads on all servers, which take turns.
+
+    Args:
+        servers: their names, addresses and process ids.
+
+    Returns:
+        The rows of each server, a row for each load.
+    """
+    rows: dict[str, list[dict]] = {name: [] for name in servers}
+    loads = [("clients", clients) for clients in args.clients]
+    loads += [("requests/s", rate) for rate in args.rates]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
 
-        async def ask(number: int) -> Call:
-            return await complete(client, target, prompt(args.prompt, number), args.tokens)
+        async def load_of(target: Target, kind: str, size: int, requests: int) -> dict:
+            async def ask(number: int) -> Call:
+                return await complete(client, target, prompt(args.prompt, number), args.tokens)
 
-        await closed_loop(2, 4, ask)  # warm-up
-        loads = [("clients", clients) for clients in args.clients]
-        loads += [("requests/s", rate) for rate in args.rates]
-        for kind, size in loads:
             run, began = closed_loop if kind == "clients" else poisson, time.perf_counter()
-            calls = await run(size, args.requests, ask)
-            row = summary(calls, time.perf_counter() - began, args.most_first, args.most_gap)
-            rows.append({"load": f"{size} {kind}", **row, "resident_mib": resident_mib(pid)})
-            show(rows[-1])
-        if args.long_prompt:
+            calls = await run(size, requests, ask)
+            return summary(calls, time.perf_counter() - began, args.most_first, args.most_gap)
+
+        for target, _ in servers.values():
+            await load_of(target, "clients", 2, 4)  # warm-up
+        for kind, size in loads:
+            for name, (target, pid) in servers.items():
+                row = await load_of(target, kind, size, args.requests)
+                row = {"load": f"{size} {kind}", **row, "resident_mib": resident_mib(pid)}
+                rows[name].append(row)
+                show(name, row)
+        for name, (target, _) in servers.items() if args.long_prompt else ():
             row = await gap_beside_long_prompt(client, target, args.long_prompt)
-            rows.append({"load": "long prompt", **row})
-            shown = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in row.items())
-            print(f"  {rows[-1]['load']:>16} {shown}")
+            rows[name].append({"load": "long prompt", **row})
+            shown = ", ".join(f"{key} {1000 * value:.1f} ms" for key, value in row.items())
+            print(f"  {name:>12} {'long prompt':>13} {shown}")
     return rows
 
 
-def show(row: dict) -> None:
+def show(name: str, row: dict) -> None:
     """Prints a line."""
 
     def milliseconds(name: str) -> str:
         return "/".join(f"{1000 * value:.0f}" for value in row[name].values()) or "-"
 
     print(
-        f"  {row['load']:>16} {row['tokens_per_second']:8.1f} tokens/s "
+        f"  {name:>12} {row['load']:>13} {row['tokens_per_second']:8.1f} tokens/s "
         f"{row['good_per_second']:6.2f} good/s  first {milliseconds('first')} ms  "
         f"gap {milliseconds('gap')} ms  {row['failed']} failed  {row['resident_mib']:.0f} MiB",
         flush=True,
@@ -157,6 +191,9 @@ def main() -> None:
     parser.add_argument("--options", default="", help="more options of our server")
     parser.add_argument("--peers", choices=["llama.cpp"], help="other servers to measure")
     parser.add_argument(
+        "--llama-server", default=LLAMA_SERVER, metavar="PATH", help="the program of llama.cpp"
+    )
+    parser.add_argument(
         "--peer",
         action="append",
         default=[],
@@ -170,6 +207,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of a completion")
     parser.add_argument("--context", type=int, default=4096, help="tokens of a slot of a peer")
     parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each server")
     parser.add_argument("--long-prompt", type=int, default=0, metavar="WORDS")
     parser.add_argument("--most-first", type=float, default=2, help="seconds, for goodput")
     parser.add_argument("--most-gap", type=float, default=0.2, help="seconds, for goodput")
@@ -177,16 +215,18 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("/tmp"), help="folder of servers' output")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    facts, results = machine(), {}
+    facts = machine()
     print_machine(facts)
-    for name, command in commands(args).items():
-        print(name)
-        with running(command, args.log / f"serve-{name}.log") as (url, pid):
-            if args.soak and name == OURS:
-                results[name] = asyncio.run(soak(url, args.soak, lambda pid=pid: resident_mib(pid)))
-            elif not args.soak:
-                fields = {"ignore_eos": True} if name == OURS else {"logit_bias": {"2": -100}}
-                results[name] = asyncio.run(measure(args, Target(url, fields), pid))
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, command in commands(args).items():
+            url, pid = stack.enter_context(running(command, args.log / f"serve-{name}.log"))
+            servers[name] = Target(url, ENDLESS if name == OURS else PEER_ENDLESS), pid
+        if args.soak:
+            target, pid = servers[OURS]
+            results = {OURS: asyncio.run(soak(target.url, args.soak, lambda: resident_mib(pid)))}
+        else:
+            results = asyncio.run(measure(args, servers))
     if args.json:
         write_json(args.json, {"machine": facts, "servers": results})
 

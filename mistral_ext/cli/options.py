@@ -103,16 +103,21 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
     from mistral_ext.weights.hub import DEMO_MODEL
 
     return Mistral.from_pretrained(
-        args.model or DEMO_MODEL,
-        device=args.device,
-        dtype=dtype_of(args),
-        prefill_chunk=args.prefill_chunk,
-        quantize=args.quantize,
-        cache_tokens=args.cache_tokens,
-        generation_config=args.generation_config,
-        **more,
-        **config_overrides(args),
+        args.model or DEMO_MODEL, dtype=dtype_of(args), **model_arguments(args), **more
     )
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Mistral.from_pretrained` that `model` options give, except the model and
+    its dtype."""
+    return {
+        "device": args.device,
+        "prefill_chunk": args.prefill_chunk,
+        "quantize": args.quantize,
+        "cache_tokens": args.cache_tokens,
+        "generation_config": args.generation_config,
+        **config_overrides(args),
+    }
 
 
 def draft_model() -> argparse.ArgumentParser:

@@ -8,16 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-from mistral_ext.cli import options
+from mistral_ext.cli import options, serve_ray
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.options import load_model
 from mistral_ext.cli.start import start
 from mistral_ext.engine.params import MOST_DRAFTS, expect_drafts
 from mistral_ext.files import read_text_file
-
-_KEY_VARIABLE = "MISTRAL_EXT_API_KEY"
-_DEMO_NAME = "demo"
-_DEMO_TOKENS = 256  # default length of a reply: the demo model's tales have no end
+from mistral_ext.serve.settings import KEY_VARIABLE, TEMPLATES, expect_own_names, settings_for
 
 
 def add_to(commands: options.Commands) -> None:
@@ -45,7 +42,7 @@ def add_to(commands: options.Commands) -> None:
     )
     group.add_argument(
         "--template",
-        choices=("v1", "v2", "v3", "plain"),
+        choices=TEMPLATES,
         help="chat template; plain: messages as one text, for base models and by default the demo",
     )
     group.add_argument(
@@ -70,7 +67,6 @@ def add_to(commands: options.Commands) -> None:
     group.add_argument(
         "--max-unread",
         type=int,
-        default=1024,
         metavar="N",
         help="tokens that a client may leave unread before its request ends (1024)",
     )
@@ -87,7 +83,7 @@ def add_to(commands: options.Commands) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help=f"clients need it; may be repeated; better: the variable {_KEY_VARIABLE}",
+        help=f"clients need it; may be repeated; better: the variable {KEY_VARIABLE}",
     )
     group.add_argument("--api-key-file", metavar="FILE", help="the same, a key a line")
     group.add_argument(
@@ -105,74 +101,47 @@ def add_to(commands: options.Commands) -> None:
     group.add_argument(
         "--log-requests", metavar="FILE", help="write requests and answers to FILE, as JSON lines"
     )
+    serve_ray.add_to(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     expect_extra("server", "starlette", "uvicorn", "prometheus_client")
-    _check(args)
-    keys = _api_keys(args)
-    start(args)
-
-    from mistral_ext.serve.server import Server
-    from mistral_ext.serve.settings import Settings
-
-    is_demo = args.model is None
-    settings = Settings(
-        model_name=_model_name(args),
+    if args.drafts is not None:
+        expect_drafts(args.drafts)
+    settings = settings_for(
+        args.model,
+        model_name=args.served_model_name,
         host=args.host,
         port=args.port,
-        template=args.template or ("plain" if is_demo else None),
+        template=args.template,
         adapter_updates=args.adapter_updates,
-        max_tokens=args.max_tokens or (_DEMO_TOKENS if is_demo else None),
+        max_tokens=args.max_tokens,
         max_queue=args.max_queue,
         max_unread=args.max_unread,
-        body_bytes=args.max_body,
+        max_body=args.max_body,
         request_seconds=args.request_seconds,
         ping_seconds=args.ping_seconds,
         drain_seconds=args.drain_seconds,
-        api_keys=keys,
-        moderate=_moderated(args.moderate),
+        api_keys=_api_keys(args),
+        moderate=tuple(args.moderate.split(",")) if args.moderate else None,
         cors_origins=tuple(args.cors_origin),
         log_requests=Path(args.log_requests) if args.log_requests else None,
     )
+    expect_own_names(settings.model_name, [name for name, _ in args.adapter])
+    serve_ray.check(args)
+    start(args)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("mistral_ext").setLevel(logging.INFO)
+    if args.ray:
+        return serve_ray.run(args, settings)
+
+    from mistral_ext.serve.server import Server
+
     with Server(settings) as server:
         more = {"max_batch": args.max_batch, "drafts": args.drafts}
         more["draft_model"] = args.draft_model
         return server.run(load_model(args, adapters=dict(args.adapter), **more))
-
-
-def _model_name(args: argparse.Namespace) -> str:
-    return args.served_model_name or args.model or _DEMO_NAME
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.drafts is not None:
-        expect_drafts(args.drafts)
-    for name, least in (("max_queue", 0), ("max_unread", 2), ("max_body", 1), ("max_tokens", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
-    for name in ("request_seconds", "ping_seconds", "drain_seconds"):
-        value = getattr(args, name)
-        if not 0 < value < float("inf"):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value:g}, expected a number above 0")
-    names = [_model_name(args), *(name for name, _ in args.adapter)]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"--adapter has the name {name!r}, expected one that no model has")
-    if not 0 <= args.port < 2**16:
-        raise ValueError(f"--port is {args.port}, expected 0 to 65535")
-
-
-def _moderated(given: str | None) -> tuple[str, ...]:
-    names = tuple(given.split(",")) if given else ()
-    if not {*names} <= {"input", "output"}:
-        raise ValueError(f"--moderate is {given!r}, expected input, output or input,output")
-    return names
 
 
 def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
@@ -183,8 +152,6 @@ def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
         if not found:
             raise ValueError(f"{args.api_key_file} has no key, expected a key a line")
         keys += found
-    if _KEY_VARIABLE in os.environ:
-        keys.append(os.environ[_KEY_VARIABLE])
-    if not all(key and key.isascii() and key.isprintable() for key in keys):
-        raise ValueError("an API key is empty or not printable ASCII, expected text for a header")
+    if KEY_VARIABLE in os.environ:
+        keys.append(os.environ[KEY_VARIABLE])
     return tuple(keys)

@@ -30,6 +30,10 @@ class LoadedAdapter:
     is_loaded: bool = True
 
 
+class UnknownAdapterError(ValueError):
+    """No adapter has the name that is asked for."""
+
+
 class AdapterTable:
     """The names of a model's adapters. `Engine.between_steps` guards what changes it.
 
@@ -50,14 +54,15 @@ class AdapterTable:
         return list(self._by_name)
 
     def find(self, name: str | None) -> LoadedAdapter | None:
-        """The adapter of that name, ValueError if there is none; None: no adapter."""
+        """The adapter of that name, UnknownAdapterError if there is none; None: no adapter."""
         return None if name is None else self._loaded(name)
 
     def _loaded(self, name: str) -> LoadedAdapter:
         found = self._by_name.get(name)
         if found is None:
             expected = f"one of {', '.join(self._by_name)}" if self._by_name else "none"
-            raise ValueError(f"adapter is {name!r}, expected {expected}: load_adapter adds others")
+            text = f"adapter is {name!r}, expected {expected}: load_adapter adds others"
+            raise UnknownAdapterError(text)
         return found
 
     def expect_new(self, name: str) -> None:

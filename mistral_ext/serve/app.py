@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,11 +28,17 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import Route
 
+Lifespan: TypeAlias = Callable[[Any], AbstractAsyncContextManager[None]]
 _Answer: TypeAlias = Callable[[asgi.Scope, asgi.Send], Awaitable[None]]
 
 
-def build_app(service: Service) -> asgi.App:
-    """The ASGI application of a service. Its caller starts and stops the service."""
+def build_app(service: Service, lifespan: Lifespan | None = None) -> asgi.App:
+    """The ASGI application of a service.
+
+    Args:
+        service: the service.
+        lifespan: starts and stops the service; None: the caller does.
+    """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
@@ -77,6 +84,7 @@ def build_app(service: Service) -> asgi.App:
     return Starlette(
         routes=routes,
         middleware=middleware,
+        lifespan=lifespan,
         exception_handlers={HTTPException: _no_route, Exception: _bug},
     )
 

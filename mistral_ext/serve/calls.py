@@ -64,6 +64,9 @@ class Call(ABC):
             await self._fail(error)
         except DisconnectedError:
             record.status, record.reason = _CLOSED, "disconnected"
+        except asyncio.CancelledError:  # what Ray's server makes of a client that hangs up
+            record.status, record.reason = _CLOSED, "disconnected"
+            raise
         except SlowReaderError:
             record.status, record.reason = _CLOSED, "slow_reader"
         except BaseException:
@@ -74,7 +77,7 @@ class Call(ABC):
 
     async def read(self, scope: asgi.Scope, receive: asgi.Receive) -> dict[str, Any]:
         """The request's body, a JSON object."""
-        body = await asgi.read_object(scope, receive, self._service.settings.body_bytes)
+        body = await asgi.read_object(scope, receive, self._service.settings.max_body)
         self.record.body = body
         return body
 

@@ -60,6 +60,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param, code)
 
 
+def no_model(message: str) -> ApiError:
+    """There is no model, and no adapter, of the name that is asked for."""
+    return ApiError(404, message, "model", "model_not_found")
+
+
 def unsupported(name: str) -> ApiError:
     """A field asks for a function that this server does not have."""
     return ApiError(400, f"{name} is not supported", name, "unsupported_parameter")

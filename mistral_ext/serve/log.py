@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ class Record:
     texts: list[str | None] = field(default_factory=list)
 
 
+class _PrivateFile(RotatingFileHandler):
+    """A file that only its owner may read, and so is each file that takes its place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=_private)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 class RequestLog:
     """Writes records.
 
@@ -43,12 +58,7 @@ class RequestLog:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._file: RotatingFileHandler | None = None
-        if file is not None:
-            os.close(os.open(file, os.O_CREAT | os.O_APPEND, 0o600))  # readable by its owner only
-            self._file = RotatingFileHandler(
-                file, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8"
-            )
+        self._file = None if file is None else _PrivateFile(file)
 
     def write(self, record: Record) -> None:
         """Writes the line of a request that has ended."""

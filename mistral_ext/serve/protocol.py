@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from mistral_ext.engine.adapters import UnknownAdapterError
 from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
 from mistral_ext.serve import fields, tools
-from mistral_ext.serve.errors import ApiError, bad_request, unsupported
+from mistral_ext.serve.errors import ApiError, bad_request, no_model, unsupported
 from mistral_ext.serve.schema import Schema, check
 from mistral_ext.serve.structure import Structure, structure_of
 from mistral_ext.serve.tools import tool_use_of
@@ -265,15 +267,13 @@ def moderation_requests(
         adapter: see `Mistral.moderation_request`.
 
     Raises:
-        ApiError: 400, for a content that is too long, and for a base model.
+        ApiError: 400, for a content that is too long, and for a base model; 404 as `_refusing`.
     """
     room = context_length(llm) - 1 if cuts else None
-    try:
+    with _refusing(param):
         requests = [
             llm.moderation_request(content, template, salt, room, adapter) for content in contents
         ]
-    except ValueError as error:
-        raise bad_request(str(error), param) from error
     for request in requests:
         _check_length(len(request.prompt_ids), 1, context_length(llm), param)
     return requests
@@ -283,14 +283,12 @@ def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> lis
     """Requests for the hidden states of texts; see `Mistral.embedding_requests`.
 
     Raises:
-        ApiError: 400 for a text that is too long, or ids that the model lacks.
+        ApiError: 400 for a text that is too long, or ids that the model lacks; 404 as `_refusing`.
     """
     # JSON's 1.0 is an integer, too.
     given = [text if isinstance(text, str) else [int(i) for i in text] for text in texts]
-    try:
+    with _refusing("input", "texts"):
         requests = llm.embedding_requests(given, *options)
-    except ValueError as error:
-        raise bad_request(str(error).replace("texts", "input", 1), "input") from error
     for request in requests:
         _check_length(len(request.prompt_ids), None, context_length(llm), "input")
     return requests
@@ -324,17 +322,17 @@ def requests_of(
         adapter: see `Mistral.request`.
 
     Raises:
-        ApiError: 400 for a prompt that is too long, or an adapter that was removed.
+        ApiError: 400 for a prompt that is too long; 404 as `_refusing`.
     """
-    context = context_length(llm)
+    context, param = context_length(llm), "messages" if job.is_chat else "prompt"
     requests = []
     for ids in prompts:
-        _check_length(len(ids), job.max_tokens, context, "messages" if job.is_chat else "prompt")
+        _check_length(len(ids), job.max_tokens, context, param)
         room = context - len(ids)
         max_tokens = job.max_tokens or min(job.default_tokens or room, room)
         params = dataclasses.replace(job.params, max_tokens=max_tokens)
         for index in range(params.n):
-            try:
+            with _refusing(param):
                 request = llm.request(
                     ids,
                     params,
@@ -345,10 +343,26 @@ def requests_of(
                     tools=job.tools,
                     adapter=adapter,
                 )
-            except ValueError as error:  # the adapter was removed meanwhile; all else is checked
-                raise bad_request(str(error), "model") from error
             requests.append(request)
     return requests
+
+
+@contextmanager
+def _refusing(param: str, name: str | None = None) -> Iterator[None]:
+    """Raises ApiError for what the library refuses in the block: 404 if the adapter was removed
+    since the request came, else 400.
+
+    Args:
+        param: the field that is wrong then.
+        name: what the library calls that field, in its messages; None: nothing.
+    """
+    try:
+        yield
+    except UnknownAdapterError as error:
+        raise no_model(f"the model was removed: {error}") from error
+    except ValueError as error:
+        text = str(error)
+        raise bad_request(text.replace(name, param, 1) if name else text, param) from error
 
 
 def _check_length(prompt: int, max_tokens: int | None, context: int, param: str) -> None:

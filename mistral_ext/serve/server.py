@@ -79,7 +79,7 @@ async def _serve(service: Service, listener: socket.socket) -> int:
     server = UvicornServer(config)
     service.start()
     listener.listen(1024)
-    _announce(settings, listener)
+    announce(settings, *listener.getsockname()[:2])
     status = 0
     ending: asyncio.Task[None] | None = None
 
@@ -134,8 +134,13 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(settings: Settings, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
+def announce(settings: Settings, host: str, port: int) -> None:
+    """Logs where the server is, and warns if anyone may use it.
+
+    Args:
+        settings: the options.
+        host, port: the bound address, in numbers.
+    """
     address = ipaddress.ip_address(host.partition("%")[0])
     shown = f"[{host}]" if address.version == 6 else host
     _log.info("serving %s at http://%s:%d", settings.model_name, shown, port)

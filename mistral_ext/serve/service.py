@@ -186,7 +186,7 @@ class Service:
         models = self.models
         if model is not None and model not in models:
             text = f"model is {model!r:.200}, expected {' or '.join(map(repr, models))}"
-            raise ApiError(404, text, "model", "model_not_found")
+            raise errors.no_model(text)
         return None if model in (None, models[0]) else model
 
     def expect_writer(self) -> None:

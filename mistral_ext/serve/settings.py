@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # has an API key
+TEMPLATES = ("v1", "v2", "v3", "plain")
+
+# Of the demo model: it is no chat model, and its tales have no end.
+_DEMO: dict[str, Any] = {"model_name": "demo", "template": "plain", "max_tokens": 256}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of a server."""
+    """Options of a server.
+
+    Raises:
+        ValueError: an option is not in its range; the message names it.
+    """
 
     model_name: str  # by which clients ask for the model
     host: str = "127.0.0.1"
@@ -18,7 +30,7 @@ class Settings:
     max_tokens: int | None = None  # of a reply if the request has no limit; None: all that fit
     max_queue: int = 64  # completions that may wait, beyond those that run
     max_unread: int = 1024  # tokens that a client may leave unread
-    body_bytes: int = 4 * 2**20
+    max_body: int = 4 * 2**20  # bytes of a request
     request_seconds: float = 600.0  # from a request's arrival to its last token
     ping_seconds: float = 10.0  # silence after which a stream sends a comment
     drain_seconds: float = 30.0  # that requests get to end when the server is told to stop
@@ -26,3 +38,48 @@ class Settings:
     cors_origins: tuple[str, ...] = ()  # of web pages that may call it, "*" for all
     moderate: tuple[str, ...] = ()  # "input", "output" or both: the model judges them first
     log_requests: Path | None = None  # where requests and answers are written
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_queue", 0), ("max_unread", 2), ("max_body", 1)):
+            _expect_integer(name, getattr(self, name), least)
+        if self.max_tokens is not None:
+            _expect_integer("max_tokens", self.max_tokens, 1)
+        for name in ("request_seconds", "ping_seconds", "drain_seconds"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"{name} is {value!r}, expected a number above 0")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port is {self.port}, expected 0 to 65535")
+        if self.template not in (None, *TEMPLATES):
+            raise ValueError(f"template is {self.template!r}, expected one of {TEMPLATES}")
+        if not {*self.moderate} <= {"input", "output"}:
+            given = ",".join(self.moderate)
+            raise ValueError(f"moderate is {given!r}, expected input, output or input,output")
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
+            text = "an API key is empty or not printable ASCII, expected text for a header"
+            raise ValueError(text)
+
+
+def settings_for(model: str | None, **given: Any) -> Settings:
+    """The settings of a server of a model.
+
+    Args:
+        model: a path or hub id, by default also the name for clients; None: the demo model.
+        given: fields; those that are None have their defaults, of which the demo has others.
+    """
+    defaults = _DEMO if model is None else {"model_name": model}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return Settings(**{**defaults, **chosen})
+
+
+def expect_own_names(model_name: str, adapters: Iterable[str]) -> None:
+    """Raises ValueError if an adapter has the name of the model or of another adapter."""
+    names = [model_name, *adapters]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"an adapter has the name {name!r}, expected a name of its own")
+
+
+def _expect_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected an integer of {least} or more")

@@ -34,8 +34,9 @@ class Server:
         self._has_begun = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._has_begun.wait(100)
-        (address,) = (m for line in self.lines if (m := re.search(r"at (http://\S+)", line)))
+        assert self._has_begun.wait(250)
+        pattern = r"serving \S+ at (http://\S+)"
+        (address,) = (m for line in self.lines if (m := re.search(pattern, line)))
         self.url = address[1]
         self.http = httpx.Client(base_url=self.url, timeout=200)
 

@@ -12,6 +12,13 @@ from checkpoints import TOKENIZERS, write_checkpoint
 from servers import serving
 
 from mistral_ext import Mistral
+from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.protocol import (
+    completion_job,
+    embedding_requests,
+    moderation_requests,
+    requests_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +134,21 @@ def test_load_and_unload_while_it_runs(server, folder, expected):
         assert f" /v1/{verb}_lora_adapter {reply.status_code} " in line
     assert server.chat("Hi", model="b").status_code == 404
     assert said(server, "a") == expected["a"]
+
+
+@pytest.mark.parametrize("kind", ["completion", "embedding", "moderation"])
+def test_an_adapter_that_is_removed_meanwhile_is_no_model_any_more(folder, kind):
+    """After the name was looked up, and before the request reaches the engine."""
+    llm = Mistral.from_pretrained(folder)
+    make = {
+        "completion": lambda: requests_of(completion_job({"prompt": "Hi"}), [[1]], llm, "gone"),
+        "embedding": lambda: embedding_requests(llm, ["Hi"], None, "last", None, "gone"),
+        "moderation": lambda: moderation_requests(llm, None, ["Hi"], "input", None, adapter="gone"),
+    }
+    with pytest.raises(ApiError, match="the model was removed: adapter is 'gone'") as error:
+        make[kind]()
+    assert (error.value.status, error.value.param) == (404, "model")
+    assert error.value.code == "model_not_found"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ def test_loads_of_all_kinds(demo, capsys):
         clients=[1, 3], rates=[20], requests=6, prompt=5, tokens=4, long_prompt=200
     )
     args.most_first = args.most_gap = 100
-    rows = asyncio.run(serve.measure(args, Target(demo.url, {"ignore_eos": True}), os.getpid()))
+    server = Target(demo.url, serve.ENDLESS), os.getpid()
+    found = asyncio.run(serve.measure(args, {"first": server, "second": server}))
+    rows = found["first"]
+    assert len(found["second"]) == len(rows)
     assert [row["load"] for row in rows] == [
         "1 clients",
         "3 clients",
@@ -30,7 +33,25 @@ def test_loads_of_all_kinds(demo, capsys):
         assert row["first"]["p50"] > 0
         assert row["tokens_per_second"] / row["good_per_second"] == pytest.approx(4)
     assert rows[3]["p99_gap_beside"] > 0
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["first", "second"] * 4
+
+
+def test_the_command_of_a_peer(tmp_path, monkeypatch):
+    args = argparse.Namespace(gguf="m.gguf", model=None, options="", peer=[], peers="llama.cpp")
+    args.max_batch, args.context, args.threads = 4, 512, 2
+    args.llama_server = str(tmp_path / "llama-server")
+    with pytest.raises(SystemExit, match="llama-server, expected a program"):
+        serve.commands(args)
+    (tmp_path / "llama-server").touch(0o755)
+    found = serve.commands(args)
+    assert [command[command.index("--port") + 1] for command in found.values()] == ["{port}"] * 2
+    command = " ".join(found["llama.cpp"])
+    assert command.startswith(f"{tmp_path}/llama-server -m m.gguf ")
+    assert "-c 2048 -np 4 -t 2" in command
+    args.gguf = None
+    with pytest.raises(SystemExit, match="needs --gguf FILE"):
+        serve.commands(args)
 
 
 def test_soak_finds_no_fault_here(demo):

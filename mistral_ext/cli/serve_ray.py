@@ -1,0 +1,85 @@
+"""`mistral-ext serve --ray`: the server as replicas on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mistral_ext.cli.extras import expect_extra
+from mistral_ext.cli.options import model_arguments
+from mistral_ext.cli.threads import container_cores
+
+if TYPE_CHECKING:
+    from mistral_ext.serve.settings import Settings
+
+# Options that are for a server in one process, and why.
+_UNFIT = {
+    "adapter_updates": "a client would reach one replica only",
+    "max_unread": "Ray's proxy reads replies ahead of the client",
+    "log_requests": "each replica would write to the file",
+}
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    group = parser.add_argument_group("replicas (extra [ray])")
+    group.add_argument(
+        "--ray",
+        action="store_true",
+        help="serve replicas with Ray Serve, on the cluster of the variable RAY_ADDRESS, else on "
+        "this machine; --threads is of each replica",
+    )
+    group.add_argument(
+        "--replicas",
+        type=_replicas,
+        metavar="N|LEAST,MOST",
+        help="processes with a model each (default 1); LEAST,MOST: as many as the load needs",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises if options do not go together, or ray is missing."""
+    if not args.ray:
+        if args.replicas:
+            raise ValueError("--replicas is given without --ray, expected both")
+        return
+    expect_extra("ray", "ray")
+    for name, why in _UNFIT.items():
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --ray: {why}")
+
+
+def run(args: argparse.Namespace, settings: Settings) -> int:
+    """Serves; see `serve.ray.run`."""
+    from mistral_ext.serve import ray
+
+    least, most = args.replicas or (1, 1)
+    cores = container_cores() or os.cpu_count() or 1
+    threads = args.threads or max(1, cores // max(1, most))
+    arguments = {
+        **model_arguments(args),
+        "model": _found(args.model),
+        "dtype": args.dtype,
+        "max_batch": args.max_batch,
+        "drafts": args.drafts,
+        "draft_model": _found(args.draft_model),
+        "adapters": {name: _found(path) for name, path in args.adapter},
+    }
+    if args.generation_config != "auto":
+        arguments["generation_config"] = _found(args.generation_config)
+    return ray.run(settings, arguments, ray.Replicas(least, most, threads))
+
+
+def _found(path: str | None) -> str | None:
+    """A path of this machine in full, as replicas have another working directory."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    least, _, most = text.partition(",")
+    try:
+        return int(least), int(most or least)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or LEAST,MOST, e.g. 1,4") from None

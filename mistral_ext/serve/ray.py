@@ -1,0 +1,317 @@
+"""The server as replicas on a Ray cluster, behind Ray Serve. Needs the extra [ray].
+
+`app` is for a config file of Ray Serve, and `run` is `mistral-ext serve --ray`. Each replica has a
+model of its own in a process of its own; Ray Serve's proxy gives it requests, and replaces it when
+it dies or its engine fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mistral_ext.llm import DEFAULT_MAX_BATCH, Mistral
+from mistral_ext.serve import asgi, errors
+from mistral_ext.serve.app import build_app
+from mistral_ext.serve.log import RequestLog
+from mistral_ext.serve.server import announce, bind
+from mistral_ext.serve.service import Service
+from mistral_ext.serve.settings import KEY_VARIABLE, Settings, expect_own_names, settings_for
+from mistral_ext.weights.hub import DEMO_MODEL
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+_log = logging.getLogger("mistral_ext.serve")
+
+_NAME = "mistral_ext"  # of the application
+
+# Ray knows HTTP requests, and a replica knows completions: so many requests more may be with a
+# replica than it has places, so that it refuses them itself, and answers for its health.
+_SPARE_REQUESTS = 16
+
+# The end of replicas, beyond the time that their requests get.
+_STOP_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+
+# Says whether a cluster wants the token that Ray keeps in the user's home. A new cluster wants
+# it; a program that joins the cluster has to be told.
+_AUTH = "RAY_AUTH_MODE"
+
+# Of Ray Serve's own log, so that ours has the one line of a request.
+_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+
+# Tries to start a replica before Ray Serve gives up.
+_STARTS = 3
+
+# Fields of `Settings` that are Ray Serve's, or would differ between replicas, or have no effect
+# because Ray's proxy reads replies ahead of the client.
+_UNFIT = ("host", "port", "adapter_updates", "log_requests", "max_unread")
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicas:
+    """How many replicas there are, and what each of them gets.
+
+    Args:
+        least, most: replicas; if these differ, Ray Serve adds and removes replicas, so that each
+            has about as many requests as its batch has room for.
+        threads: cores that a replica reserves, and threads that its model uses.
+
+    Raises:
+        ValueError: a number is not in its range.
+    """
+
+    least: int = 1
+    most: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        counts = self.least, self.most
+        if not all(isinstance(count, int) for count in counts) or not 1 <= self.least <= self.most:
+            given = " to ".join(map(repr, counts))
+            raise ValueError(f"replicas is {given}, expected integers of 1 or more, in order")
+        if not isinstance(self.threads, int) or self.threads < 1:
+            raise ValueError(f"threads is {self.threads!r}, expected an integer of 1 or more")
+
+
+def app(options: Mapping[str, Any]) -> Application:
+    """The application of a config file of Ray Serve: `import_path: mistral_ext.serve.ray:app`.
+
+    Args:
+        options: the `args` of the config file. `model` is a path or hub id (default: the demo
+            model), `replicas` a number or [least, most], `threads` the cores of a replica; else
+            fields of `Settings` that fit a replica, or arguments of `Mistral.from_pretrained`. The
+            variable MISTRAL_EXT_API_KEY of the replicas is an API key, too.
+
+    Raises:
+        ValueError, TypeError: an option is unknown or wrong; the message names it.
+    """
+    given = dict(options)
+    count = given.pop("replicas", 1)
+    least, most = count if isinstance(count, list) and len(count) == 2 else (count, count)
+    replicas = Replicas(least, most, given.pop("threads", 1))
+    names = {field.name for field in dataclasses.fields(Settings)}.difference(_UNFIT)
+    chosen = {name: given.pop(name) for name in names & given.keys()}
+    for name in chosen.keys() & {"api_keys", "cors_origins", "moderate"}:
+        several = chosen[name]
+        chosen[name] = (several,) if isinstance(several, str) else tuple(several)
+    model = given.setdefault("model", None)
+    signature = inspect.signature(Mistral.from_pretrained)
+    arguments = signature.parameters.keys() - {"progress", "config_overrides"}
+    if unknown := given.keys() - arguments:
+        known = {"replicas", "threads", *names, *arguments}
+        text = f"option {min(unknown)!r} is unknown, expected one of {', '.join(sorted(known))}"
+        raise ValueError(text)
+    settings = settings_for(model, **chosen)
+    expect_own_names(settings.model_name, given.get("adapters") or ())
+    return application(settings, given, replicas)
+
+
+def application(
+    settings: Settings, arguments: Mapping[str, Any], replicas: Replicas
+) -> Application:
+    """The Ray Serve application.
+
+    Args:
+        settings: the options of each replica's server; host and port are Ray Serve's.
+        arguments: of `Mistral.from_pretrained`; dtype is a name, and model may be None (demo).
+        replicas: how many, and what they get.
+    """
+    from ray import serve
+
+    max_batch = arguments.get("max_batch", DEFAULT_MAX_BATCH)
+    on_gpu = str(arguments.get("device") or "cpu").startswith("cuda")
+    scale: dict[str, Any] = {"num_replicas": replicas.least}
+    if replicas.least < replicas.most:
+        limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
+        scale = {"autoscaling_config": {**limits, "target_ongoing_requests": max_batch}}
+    deployment = serve.deployment(
+        serve.ingress()(Replica),
+        name="replica",
+        max_ongoing_requests=max_batch + settings.max_queue + _SPARE_REQUESTS,
+        max_queued_requests=settings.max_queue + _SPARE_REQUESTS,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+        max_constructor_retry_count=_STARTS,
+        logging_config=_QUIET,
+        ray_actor_options={"num_cpus": replicas.threads, "num_gpus": int(on_gpu)},
+        **scale,
+    )
+    return deployment.bind(settings, dict(arguments), replicas.threads)
+
+
+class Replica:
+    """A model and its server, in a process that Ray starts. The arguments are those of
+    `application`."""
+
+    def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"{_replica_name()} %(message)s"))
+        log = logging.getLogger("mistral_ext")
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        if key := os.environ.get(KEY_VARIABLE):
+            settings = dataclasses.replace(settings, api_keys=(*settings.api_keys, key))
+        self._service = Service(_load(arguments), settings, RequestLog(None))
+
+    async def __serve_build_asgi_app__(self) -> asgi.App:
+        return _named(build_app(self._service, self._lifespan))
+
+    def check_health(self) -> None:
+        """Raises if Ray Serve has to replace the replica."""
+        if self._service.engine.is_dead:
+            raise RuntimeError("the engine has failed")
+
+    @asynccontextmanager
+    async def _lifespan(self, _: object) -> AsyncIterator[None]:
+        self._service.start()
+        try:
+            yield
+        finally:
+            self._service.end_all(errors.shutting_down())
+            self._service.stop()
+
+
+def _load(arguments: Mapping[str, Any]) -> Mistral:
+    import torch
+
+    given = dict(arguments)
+    model, dtype = given.pop("model") or DEMO_MODEL, given.pop("dtype", None)
+    return Mistral.from_pretrained(
+        model, dtype=getattr(torch, dtype) if dtype else None, progress=False, **given
+    )
+
+
+def _named(app: asgi.App) -> asgi.App:
+    """The application, whose answers say which replica has made them.
+
+    They have no id of ours as their x-request-id, because Ray's proxy adds an id of its own.
+    """
+    name = _replica_name().encode()
+
+    async def answer(scope: asgi.Scope, receive: asgi.Receive, send: asgi.Send) -> None:
+        async def send_named(message: asgi.Message) -> None:
+            if message["type"] == "http.response.start":
+                kept = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
+                message["headers"] = [*kept, (b"x-replica", name)]
+            await send(message)
+
+        await app(scope, receive, send_named)
+
+    return answer
+
+
+def _replica_name() -> str:
+    """The name that Ray Serve has given to this replica."""
+    from ray import serve
+
+    name: str = serve.get_replica_context().replica_id.unique_id
+    return name
+
+
+def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) -> int:
+    """Serves until SIGTERM or SIGINT, then lets replicas finish; a second signal ends them.
+
+    Joins the cluster that the variable RAY_ADDRESS names, or starts a cluster on this machine.
+    The arguments are those of `application`.
+
+    Returns:
+        The status to exit with.
+
+    Raises:
+        RuntimeError: no replica could be started; the message has Ray's reason.
+    """
+    with _cluster(replicas):
+        from ray import serve
+
+        is_running = bool(serve.status().proxies)
+        if not is_running:
+            with bind(settings.host, settings.port) as listener:  # or the reason why not
+                host, port = listener.getsockname()[:2]
+            serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
+        try:
+            try:
+                serve.run(application(settings, arguments, replicas), name=_NAME)
+            except RuntimeError as error:
+                raise RuntimeError(f"no replica could be started: {_reason(error)}") from None
+            if is_running:
+                _log.info("serving %s where Ray Serve ran already", settings.model_name)
+            else:
+                announce(settings, host, port)
+            return _wait_for_signal(settings.drain_seconds)
+        finally:
+            _end(settings.drain_seconds)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Why the last replica could not be started, if Ray Serve knows; else the error."""
+    from ray import serve
+
+    status = serve.status().applications.get(_NAME)
+    reports = [found.message for found in status.deployments.values()] if status else []
+    lines = [line.strip() for line in "\n".join(reports).splitlines() if "Error: " in line]
+    return lines[-1] if lines else str(error)
+
+
+@contextmanager
+def _cluster(replicas: Replicas) -> Iterator[None]:
+    """Connects to a Ray cluster; a cluster that is started for it has room for all replicas."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of requests
+    import ray
+    import ray.serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # which its import has set
+    given: dict[str, Any] = {}
+    if "RAY_ADDRESS" not in os.environ:
+        cores = max(os.cpu_count() or 1, replicas.most * replicas.threads)
+        given = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+    ray.init(logging_level=logging.WARNING, **given)
+    try:
+        if given:
+            address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH, "token")
+            _log.info("others join the Ray cluster with RAY_ADDRESS=%s %s=%s", address, _AUTH, mode)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _wait_for_signal(drain_seconds: float) -> int:
+    """Returns the status to exit with at the first signal; the second ends the process at once, and
+    with it a cluster of its own."""
+    status: list[int] = []
+    wake = threading.Event()
+
+    def on_signal(number: int, _: object) -> None:
+        if status:
+            os._exit(status[0])
+        status.append(130 if number == signal.SIGINT else 0)
+        wake.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    wake.wait()
+    _log.info("ending: requests have %g s to finish", drain_seconds)
+    return status[0]
+
+
+def _end(drain_seconds: float) -> None:
+    """Ends the application, and waits until its replicas have let requests finish."""
+    from ray import serve
+
+    deadline = time.monotonic() + drain_seconds + _STOP_SECONDS
+    serve.delete(_NAME, _blocking=False)
+    while _NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
