@@ -20,9 +20,11 @@ set(cpu_kernels
   ${root}/csrc/cpu/rotate.cpp
   ${root}/csrc/cpu/swiglu.cpp
   ${root}/csrc/cpu/swiglu_backward.cpp)
+set(cpu_linear_kernels ${root}/csrc/cpu/linear/linear.cpp)
 set(cpu_sources
   ${root}/csrc/cpu/dispatch.cpp
   ${root}/csrc/cpu/parallel.cpp
+  ${root}/csrc/cpu/processor.cpp
   ${root}/csrc/cpu/sample.cpp)
 
 # Kernels for CUDA, of which those for Hopper use instructions of sm_90a.

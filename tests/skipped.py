@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections import Counter
 from collections.abc import Iterable
 
@@ -10,13 +11,16 @@ import pytest
 from mistral_ext import ops
 
 # The instruction sets of csrc/cpu/isa.h, and what a processor needs to run each.
-INSTRUCTION_SETS = {
+X86_SETS = {
     "scalar": "nothing",
     "avx2": "AVX2, FMA and F16C",
+    "avxvnni": "AVX-VNNI",
     "avx512": "AVX-512 F, BW, DQ and VL",
     "avx512_bf16": "AVX-512 with bf16 and VNNI",
     "amx": "AMX with bf16, or leave to use it",
 }
+AARCH64_SETS = {"scalar": "nothing", "neon": "nothing", "neon_dotprod": "dot products"}
+INSTRUCTION_SETS = AARCH64_SETS if platform.machine() == "aarch64" else X86_SETS
 
 
 def isa_parameters() -> list:
@@ -28,8 +32,7 @@ def isa_parameters() -> list:
             isa,
             marks=pytest.mark.skipif(
                 isa not in supported,
-                reason=f"CPU kernels for {isa}, which a build for x86 holds: "
-                f"this processor lacks {needs}",
+                reason=f"CPU kernels for {isa}, which a build holds: this processor lacks {needs}",
             ),
         )
         for isa, needs in INSTRUCTION_SETS.items()

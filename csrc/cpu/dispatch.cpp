@@ -2,83 +2,74 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(MISTRAL_X86) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "isa.h"
 #include "kernels.h"
+#include "processor.h"
 
 namespace mistral::cpu {
 
-namespace scalar {
-extern const Kernels kernels;
-}
-#ifdef MISTRAL_X86
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
-namespace amx {
-extern const Kernels kernels;
-}
+#define KERNELS(isa)            \
+  namespace isa {               \
+  extern const Kernels kernels; \
+  }
+// A set with products of linear layers of its own alone (cmake/cpu.cmake).
+#define LINEAR_KERNELS(isa)                                             \
+  namespace isa {                                                       \
+  void linear(const LinearParams& p, int threads);                      \
+  int64_t linear_scratch_bytes(const LinearParams& p);                  \
+  bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens); \
+  }
+
+KERNELS(scalar)
+#if defined(MISTRAL_X86)
+KERNELS(avx2)
+LINEAR_KERNELS(avxvnni)
+KERNELS(avx512)
+KERNELS(avx512_bf16)
+KERNELS(amx)
+#elif defined(MISTRAL_AARCH64)
+KERNELS(neon)
+LINEAR_KERNELS(neon_dotprod)
 #endif
 
 namespace {
 
-// Whether the processor has AMX with bf16, and the operating system lets this process use it. A
-// process must ask, because tiles add 8 KB to what is saved of each thread.
-bool amx_permitted() {
-#if defined(MISTRAL_X86) && defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
+// The last set that this binary holds.
+constexpr Isa kNewest = Isa::MISTRAL_NEWEST_ISA;
 
-bool processor_has(Isa isa) {
-#ifdef MISTRAL_X86
-  switch (isa) {
-    case Isa::scalar: return true;
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl");
-    case Isa::avx512_bf16:
-      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16") &&
-             __builtin_cpu_supports("avx512vnni");
-    case Isa::amx: {
-      static const bool permitted = amx_permitted();
-      return permitted && processor_has(Isa::avx512_bf16);
-    }
-  }
-#endif
-  return isa == Isa::scalar;
-}
-
+// Null: this binary does not hold the set.
 const Kernels* table(Isa isa) {
-#ifdef MISTRAL_X86
-  if (isa == Isa::amx) return &amx::kernels;
-  if (isa == Isa::avx512_bf16) return &avx512_bf16::kernels;
-  if (isa == Isa::avx512) return &avx512::kernels;
-  if (isa == Isa::avx2) return &avx2::kernels;
+#define TABLE(set)                             \
+  if constexpr (Isa::set <= kNewest) {         \
+    if (isa == Isa::set) return &set::kernels; \
+  }
+#define LINEAR_TABLE(set, others)                                \
+  if constexpr (Isa::set <= kNewest) {                           \
+    static const Kernels set##_kernels = [] {                    \
+      Kernels kernels = others::kernels;                         \
+      kernels.linear = &set::linear;                             \
+      kernels.linear_scratch_bytes = &set::linear_scratch_bytes; \
+      kernels.linear_rounds = &set::linear_rounds;               \
+      return kernels;                                            \
+    }();                                                         \
+    if (isa == Isa::set) return &set##_kernels;                  \
+  }
+  TABLE(scalar)
+#if defined(MISTRAL_X86)
+  TABLE(avx2)
+#if defined(MISTRAL_AVXVNNI)
+  LINEAR_TABLE(avxvnni, avx2)
 #endif
-  return &scalar::kernels;
+  TABLE(avx512)
+  TABLE(avx512_bf16)
+  TABLE(amx)
+#elif defined(MISTRAL_AARCH64)
+  TABLE(neon)
+  LINEAR_TABLE(neon_dotprod, neon)
+#endif
+#undef TABLE
+#undef LINEAR_TABLE
+  return nullptr;
 }
 
 Isa find_supported(const std::string& wanted) {
@@ -129,20 +120,20 @@ Active& active() {
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::scalar: return "scalar";
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    case Isa::avx512_bf16: return "avx512_bf16";
-    case Isa::amx: return "amx";
+#define NAME(isa) \
+  case Isa::isa: return #isa;
+    MISTRAL_ISAS(NAME)
+#undef NAME
   }
   return "unknown";
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> supported;
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-    if (processor_has(isa)) supported.push_back(isa);
-  }
+#define ADD(isa) \
+  if (table(Isa::isa) && processor_has(Isa::isa)) supported.push_back(Isa::isa);
+  MISTRAL_ISAS(ADD)
+#undef ADD
   return supported;
 }
 

@@ -6,7 +6,22 @@
 
 namespace mistral::cpu {
 
-enum class Isa { scalar, avx2, avx512, avx512_bf16, amx };
+// Slowest first, those of x86 before those of aarch64.
+#define MISTRAL_ISAS(F) \
+  F(scalar)             \
+  F(avx2)               \
+  F(avxvnni)            \
+  F(avx512)             \
+  F(avx512_bf16)        \
+  F(amx)                \
+  F(neon)               \
+  F(neon_dotprod)
+
+enum class Isa {
+#define NAME(isa) isa,
+  MISTRAL_ISAS(NAME)
+#undef NAME
+};
 
 const char* name(Isa isa);
 

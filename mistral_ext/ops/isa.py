@@ -31,7 +31,7 @@ def exact_products() -> bool:
 
 
 def set_exact_products(exact: bool) -> None:
-    """Says how CPUs with AVX2 multiply by weights of 4 to 6 bits.
+    """Says how CPUs with AVX2 or NEON multiply by weights of 4 to 6 bits.
 
     It holds for the process. MISTRAL_EXT_EXACT=1 in the environment says it at the start.
 

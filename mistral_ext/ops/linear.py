@@ -31,12 +31,13 @@ def linear(
     where more than 8 are rounded to 8 bits; on CUDA devices up to 64 tokens of bfloat16 or float16.
 
     Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There
-    are exceptions on CPUs with AVX2. Up to 8 tokens of bfloat16 or float16 are rounded for "int8"
-    and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For formats
-    of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest magnitude of 32
-    neighbours; `set_exact_products` changes that. More than 8 tokens are not rounded by "iq4_nl"
-    and "iq4_xs" without AVX-512 VNNI, and in bfloat16 where the CPU multiplies bfloat16. ("int4"
-    has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K is at most 2^20.
+    are exceptions on CPUs with AVX2 or NEON. Up to 8 tokens of bfloat16 or float16 are rounded for
+    "int8" and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
+    formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
+    magnitude of 32 neighbours; `set_exact_products` changes that. More than 8 tokens are not
+    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, and in bfloat16 where the CPU multiplies
+    bfloat16. ("int4" has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K
+    is at most 2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.

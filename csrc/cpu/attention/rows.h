@@ -10,7 +10,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kRowBlock = 4;  // query rows that are multiplied at once
 // Vectors of columns that are multiplied with them: as many sums as the registers hold.
-constexpr int64_t kColumnVectors = Vec::width == 16 ? 4 : 2;
+constexpr int64_t kColumnVectors = Vec::width == 16 || Vec::width == 4 ? 4 : 2;
 
 // A row that has seen no key yet has the maximum -inf. Any finite value in its place gives the
 // probability exp(-inf) = 0 where inf - inf would be NaN.

@@ -123,7 +123,7 @@ struct Packing<Int16Chunk<format>> {
     pack_int16<Chunk>(x, inputs, out);
   }
 };
-#if defined(__AVX2__)
+#if defined(MISTRAL_VECTORS)
 template <WeightFormat format>
 struct Packing<InBytes<format>> {
   static int64_t elements(int64_t inputs) { return packed_byte_row(inputs); }

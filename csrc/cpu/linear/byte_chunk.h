@@ -15,7 +15,7 @@ constexpr bool has_bytes(WeightFormat format) {
 #if defined(__AVX512F__)
   // Other kernels for int4 are as fast as memory.
   if (format == WeightFormat::int4) return false;
-#elif !defined(__AVX2__)
+#elif !defined(MISTRAL_VECTORS)
   return false;
 #endif
   return info(format).element_bits == 32;
@@ -26,7 +26,7 @@ constexpr bool has_bytes(WeightFormat format) {
 // than floats.
 template <class T>
 constexpr bool has_many_bytes(WeightFormat format) {
-#if !defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
   if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return false;
 #endif
   return has_bytes(format) && std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
@@ -46,7 +46,7 @@ constexpr int64_t packed_byte_row(int64_t inputs) {
   return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
 }
 
-#if defined(__AVX2__)
+#if defined(MISTRAL_VECTORS)
 
 // The value of 256 that byte `byte` of vector `vector` holds.
 constexpr int byte_k_at(int vector, int byte) {
@@ -54,6 +54,10 @@ constexpr int byte_k_at(int vector, int byte) {
   const int place = byte % 4, half = vector % 2;
   return 32 * block_at(byte / 4) + 8 * (vector / 2) + 4 * (place % 2) + place / 2 + 2 * half;
 }
+
+#endif
+
+#if defined(__AVX2__)
 
 template <WeightFormat format>
 struct ByteChunk {
@@ -264,3 +268,7 @@ struct ByteChunk {
 #endif
 
 }  // namespace mistral::cpu::MISTRAL_ISA
+
+#if defined(MISTRAL_NEON)
+#include "byte_chunk_neon.h"
+#endif

@@ -28,9 +28,22 @@ struct ProductsOut {
   float* sums;
   int64_t stride_vector;
 
+#if defined(MISTRAL_VECTORS)
+  // Puts the sums of 8 tokens from `token` on, a multiple of 8.
+  MISTRAL_SIMD void put_8(int64_t row, int64_t token, Lanes8 of_tokens) const {
+    constexpr int64_t kTogether = mistral::min(8, Vec::width);
+    float values[8];
+    store_lanes(values, of_tokens);
+    for (int64_t i = 0; i < 8; i += kTogether) {
+      memcpy(at(row, token + i), values + i, kTogether * sizeof(float));
+    }
+  }
+
+ private:
   MISTRAL_SIMD float* at(int64_t row, int64_t token) const {
     return sums + token / Vec::width * stride_vector + row * Vec::width + token % Vec::width;
   }
+#endif
 };
 
 // The most tokens of a task.
@@ -39,7 +52,7 @@ constexpr int64_t kPanelTokens = 256;
 template <WeightFormat format>
 class BytePanel;
 
-#if defined(__AVX2__)
+#if defined(MISTRAL_VECTORS)
 
 template <WeightFormat format>
 class BytePanel {
@@ -58,7 +71,7 @@ class BytePanel {
 
   void multiply_rows(const ByteProducts& p, int64_t first, int64_t rows, const ProductsOut& out) {
     for (int64_t row = 0; row < rows; ++row) {
-      memset(totals_[row], 0, ceil_div(p.tokens, 8) * 8 * sizeof(__m256));
+      memset(totals_[row], 0, ceil_div(p.tokens, 8) * 8 * sizeof(Lanes8));
     }
     const int64_t chunks = ceil_div(p.w.inputs, kSuperBlock);
     for (int64_t begin = 0; begin < chunks; begin += kPanelChunks) {
@@ -75,7 +88,7 @@ class BytePanel {
     }
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t token = 0; token < p.tokens; token += 8) {
-        _mm256_storeu_ps(out.at(first + row, token), sums_of_lanes(totals_[row] + token));
+        out.put_8(first + row, token, sums_of_lanes(totals_[row] + token));
       }
     }
   }
@@ -90,7 +103,7 @@ class BytePanel {
   template <int N>
   void add_tokens(const char* x, int64_t stride_x, int64_t token, int64_t rows, int64_t count) {
     for (int64_t row = 0; row < rows; ++row) {
-      __m256 sums[N];
+      Lanes8 sums[N];
       for (int n = 0; n < N; ++n) sums[n] = totals_[row][token + n];
       for (int64_t i = 0; i < count; ++i) {
         add_chunk<N>(chunks_[row][i], x + i * int64_t{sizeof(ByteActivations)}, stride_x, sums);
@@ -99,7 +112,7 @@ class BytePanel {
     }
   }
 
-  __m256 totals_[kPanelRows][kPanelTokens];
+  Lanes8 totals_[kPanelRows][kPanelTokens];
   ByteChunk<format> chunks_[kPanelRows][kPanelChunks];
 };
 

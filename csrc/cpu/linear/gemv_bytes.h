@@ -18,7 +18,7 @@ struct InBytes {
   };
 };
 
-#if defined(__AVX2__)
+#if defined(MISTRAL_VECTORS)
 
 // Rounds 32 activations to integers of a 127th of their largest magnitude, and returns this unit: 0
 // if all are too small for its inverse, NaN if one is not finite. The integers are then 0.
@@ -26,15 +26,10 @@ inline float round_block(const float* x, Bytes32* out) {
   const int32_t bits = largest_magnitude(x, 32);
   float largest;
   memcpy(&largest, &bits, sizeof largest);
-  *out = _mm256_setzero_si256();
+  *out = zero_bytes();
   if (largest <= 0x1p-120f) return 0.0f;
   if (!(largest <= 0x1.fffffep127f)) return NAN;
-  const __m256 inverse = _mm256_set1_ps(127.0f / largest);
-  __m256i rounded[4];
-  for (int i = 0; i < 4; ++i) {
-    rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
-  }
-  *out = narrow_to_bytes(rounded);
+  *out = round_32(x, 127.0f / largest);
   return largest / 127.0f;
 }
 
@@ -43,12 +38,9 @@ inline void interleave_blocks(const Bytes32 blocks[8], int8_t (&out)[8][32]) {
   // In each half of a block the 4 bytes of a vector become neighbours.
   int8_t places[16];
   for (int i = 0; i < 16; ++i) places[i] = static_cast<int8_t>(byte_k_at(i / 4, i % 4));
-  const __m256i order =
-      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
   int32_t of_vectors[8][8];
   for (int lane = 0; lane < 8; ++lane) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(of_vectors[lane]),
-                        _mm256_shuffle_epi8(blocks[lane], order));
+    store_32(of_vectors[lane], shuffle_halves(blocks[lane], places));
   }
   for (int vector = 0; vector < 8; ++vector) {
     for (int lane = 0; lane < 8; ++lane) {
@@ -66,7 +58,7 @@ void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
   for (int lane = 0; lane < 8; ++lane) {
     packed.scale[lane] = round_block(values + 32 * block_at(lane), &blocks[lane]);
     int sums[8];  // of 4 neighbours each
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), sums_of_fours(blocks[lane]));
+    store_sums_of_fours(sums, blocks[lane]);
     const int first = sums[0] + sums[1] + sums[2] + sums[3];
     const int last = sums[4] + sums[5] + sums[6] + sums[7];
     packed.sum[lane] = packed.scale[lane] * static_cast<float>(first + last);
@@ -103,9 +95,9 @@ MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t i, ByteChunk<format>& 
 // Adds the products of a chunk with N tokens, whose packed activations are `stride_x` bytes apart.
 template <int N, WeightFormat format>
 MISTRAL_SIMD void add_chunk(const ByteChunk<format>& chunk, const char* x, int64_t stride_x,
-                            __m256* totals) {
+                            Lanes8* totals) {
   const ByteActivations* tokens[N];
-  __m256 sums[N];
+  Lanes8 sums[N];
   for (int n = 0; n < N; ++n) {
     tokens[n] = reinterpret_cast<const ByteActivations*>(x + n * stride_x);
     sums[n] = totals[n];
@@ -140,9 +132,9 @@ struct Few<InBytes<format>> {
     const int64_t block =
         mistral::max(int64_t{1}, kActivationBytes / (tokens * int64_t{sizeof(ByteActivations)}));
     const int64_t chunks = ceil_div(w.inputs, kSuperBlock);
-    __m256 totals[kGroupRows][N == 1 ? 1 : kGemvTokens];
+    Lanes8 totals[kGroupRows][N == 1 ? 1 : kGemvTokens];
     for (auto& row : totals) {
-      for (auto& total : row) total = _mm256_setzero_ps();
+      for (auto& total : row) total = zero_lanes();
     }
     fetch<3>(w.scales + 2 * rows * w.scale_bytes, rows * w.scale_bytes);
     for (int64_t begin = 0; begin < chunks; begin += N == 1 ? chunks : block) {
@@ -152,10 +144,10 @@ struct Few<InBytes<format>> {
       }
     }
     for (int64_t token = 0; token < (N == 1 ? 1 : tokens); ++token) {
-      __m256 of_rows[kGroupRows];
+      Lanes8 of_rows[kGroupRows];
       for (int row = 0; row < kGroupRows; ++row) of_rows[row] = totals[row][token];
       float sums[kGroupRows];
-      _mm256_storeu_ps(sums, sums_of_lanes(of_rows));
+      store_lanes(sums, sums_of_lanes(of_rows));
       memcpy(out + token * stride_out, sums, rows * sizeof(float));
     }
   }
@@ -163,8 +155,8 @@ struct Few<InBytes<format>> {
   template <int N>
   MISTRAL_SIMD static void multiply_row(const WeightRows& w, int64_t begin, int64_t end,
                                         const char* x, int64_t stride_x, int64_t tokens,
-                                        __m256* totals) {
-    __m256 total = totals[0];
+                                        Lanes8* totals) {
+    Lanes8 total = totals[0];
     for (int64_t i = begin; i < end; ++i) {
       fetch<0>(w.values + i * Chunk::kBytes + kAheadBytes, Chunk::kBytes);
       Chunk chunk;

@@ -26,7 +26,7 @@ struct Int16Chunk {
 template <class Chunk, class T>
 void pack_int16(const T* x, int64_t inputs, int16_t* out);
 
-#if defined(__AVX2__)
+#if defined(MISTRAL_VECTORS)
 
 struct Int16Arithmetic {
   using Element = int16_t;
@@ -131,7 +131,7 @@ struct Product<Int16Chunk<format>, R, N> {
               const Shorts activations =
                   load_shorts(line + n * stride_x + kBiases + i * Chunk::kStep);
               for (int r = 0; r < R; ++r) {
-                sums[n][r] = sums[n][r] + add_pairs(weights[r], activations);
+                sums[n][r] = add_pairs(sums[n][r], weights[r], activations);
               }
             }
           }
@@ -179,8 +179,8 @@ void pack_int16(const T* x, int64_t inputs, int16_t* out) {
     if (kBiases) {
       Ints sums = broadcast_int(0);
       for (int64_t i = 0; i < Chunk::kOperands; ++i) {
-        sums = sums + add_pairs(broadcast_short(-Chunk::kBias),
-                                load_shorts(line + kBiases + i * Chunk::kStep));
+        sums = add_pairs(sums, broadcast_short(-Chunk::kBias),
+                         load_shorts(line + kBiases + i * Chunk::kStep));
       }
       store_ints(line, sums);
     }

@@ -1,4 +1,4 @@
-// Vectors of 256 bits for products of 8-bit integers, on processors with AVX2 and wider ones alike.
+// Vectors of 256 bits for products of 8-bit integers, on all processors with vectors.
 #pragma once
 
 #include "simd.h"
@@ -8,10 +8,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 using Bytes32 = __m256i;
+using Lanes8 = __m256;  // floats
 
 MISTRAL_SIMD Bytes32 load_32(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
+MISTRAL_SIMD void store_32(void* p, Bytes32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+MISTRAL_SIMD Bytes32 zero_bytes() { return _mm256_setzero_si256(); }
 // The first `count` bytes, at most 32, then zeros.
 MISTRAL_SIMD Bytes32 load_first_bytes(const char* p, int64_t count) {
   switch (count) {  // without a copy that the load has to wait for
@@ -27,25 +30,36 @@ MISTRAL_SIMD Bytes32 load_first_bytes(const char* p, int64_t count) {
 MISTRAL_SIMD Bytes32 mask_bytes(Bytes32 x, char mask) {
   return _mm256_and_si256(x, _mm256_set1_epi8(mask));
 }
-// 32 integers that fit bytes.
-MISTRAL_SIMD Bytes32 narrow_to_bytes(const __m256i x[4]) {
+// The integers next to 32 products x * factor; they must fit bytes.
+MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
+  __m256i parts[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
+    parts[i] = _mm256_cvtps_epi32(scaled);
+  }
   // Packing works on each half of a vector, so the words come out of order.
-  const __m256i bytes =
-      _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
+                                           _mm256_packs_epi32(parts[2], parts[3]));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// The 32-bit sums of 4 neighbouring signed bytes.
-MISTRAL_SIMD __m256i sums_of_fours(Bytes32 x) {
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), x), _mm256_set1_epi16(1));
+// Byte i of each half becomes byte order[i] of that half.
+MISTRAL_SIMD Bytes32 shuffle_halves(Bytes32 x, const int8_t order[16]) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
+  return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(half));
+}
+// Stores the sums of 4 neighbouring signed bytes.
+MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);
+  store_32(out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
 // Products of unsigned and signed bytes are added up in lanes of 32 bits where an instruction does
 // that, else as pairs in lanes of 16 bits, which must hold the sums.
-#if defined(__AVX512VNNI__)
+#if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
   // As asm for the reason given at add_products (integers.h).
-  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(without_sign), "vm"(with_sign));
+  asm(MISTRAL_VNNI "vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(without_sign), "vm"(with_sign));
   return sums;
 }
 // The sums in lanes of 32 bits.
@@ -78,8 +92,10 @@ MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
 MISTRAL_SIMD __m256i blocks_to_lanes(__m256i x) {
   return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
+MISTRAL_SIMD Lanes8 zero_lanes() { return _mm256_setzero_ps(); }
+MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) { _mm256_storeu_ps(p, x); }
 // Lane i is the sum of the lanes of x[i].
-MISTRAL_SIMD __m256 sums_of_lanes(const __m256 x[8]) {
+MISTRAL_SIMD Lanes8 sums_of_lanes(const Lanes8 x[8]) {
   __m256 fours[2];
   for (int i = 0; i < 2; ++i) {
     const __m256* four = x + 4 * i;
@@ -91,4 +107,6 @@ MISTRAL_SIMD __m256 sums_of_lanes(const __m256 x[8]) {
 
 }  // namespace mistral::cpu::MISTRAL_ISA
 
+#elif defined(MISTRAL_NEON)
+#include "bytes_neon.h"
 #endif

@@ -37,8 +37,10 @@ MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)
 MISTRAL_SIMD Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 MISTRAL_SIMD Ints operator<<(Ints x, int bits) { return {_mm512_slli_epi32(x.v, bits)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
-// Lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
-MISTRAL_SIMD Ints add_pairs(Shorts a, Shorts b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+// Adds to lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
+MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
+  return {_mm512_add_epi32(sums.v, _mm512_madd_epi16(a.v, b.v))};
+}
 
 // Stores the nearest integers, which must fit 16 bits.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
@@ -115,8 +117,15 @@ MISTRAL_SIMD void store_ints(int16_t* p, Ints x) {
 MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm256_cvtepi32_ps(x.v)}; }
-// Lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
-MISTRAL_SIMD Ints add_pairs(Shorts a, Shorts b) { return {_mm256_madd_epi16(a.v, b.v)}; }
+// Adds to lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
+MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
+#if defined(MISTRAL_BYTE_PRODUCTS)
+  asm(MISTRAL_VNNI "vpdpwssd %2, %1, %0" : "+v"(sums.v) : "v"(a.v), "vm"(b.v));
+  return sums;
+#else
+  return {_mm256_add_epi32(sums.v, _mm256_madd_epi16(a.v, b.v))};
+#endif
+}
 
 // Stores the nearest integers, which must fit 16 bits.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
@@ -128,6 +137,8 @@ MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
 
 }  // namespace mistral::cpu::MISTRAL_ISA
 
+#elif defined(MISTRAL_NEON)
+#include "integers_neon.h"
 #endif
 
 namespace mistral::cpu::MISTRAL_ISA {

@@ -1,6 +1,6 @@
 // One vector of floats, as wide as the instruction set that this file is compiled for: 16 lanes
-// (AVX-512), 8 (AVX2) or 1 (everywhere). Kernels are written once against it; with one lane they
-// are their own plain scalar specification.
+// (AVX-512), 8 (AVX2), 4 (NEON, in neon.h) or 1 (everywhere). Kernels are written once against it;
+// with one lane they are their own plain scalar specification.
 //
 // 16-bit types are widened on load and rounded to nearest even on store.
 #pragma once
@@ -12,6 +12,23 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+
+// MISTRAL_NEON is a flag of the build: the scalar set of aarch64 is compiled with NEON too.
+//
+// MISTRAL_VECTORS: a vector has several lanes, and there are vectors of integers (integers.h).
+// MISTRAL_BYTE_PRODUCTS: on x86, an instruction adds up the products of four bytes.
+#if defined(__AVX2__) || defined(MISTRAL_NEON)
+#define MISTRAL_VECTORS
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define MISTRAL_BYTE_PRODUCTS
+#endif
+// The instructions of VNNI exist in two encodings: that of AVX-512, and that of AVX-VNNI.
+#if defined(__AVXVNNI__)
+#define MISTRAL_VNNI "%{vex%} "
+#else
+#define MISTRAL_VNNI
 #endif
 
 #define MISTRAL_SIMD [[gnu::always_inline]] inline
@@ -383,6 +400,12 @@ struct GroupScales {
   }
 };
 
+#elif defined(MISTRAL_NEON)
+
+}  // namespace mistral::cpu::MISTRAL_ISA
+#include "neon.h"
+namespace mistral::cpu::MISTRAL_ISA {
+
 #else
 
 struct Vec {
@@ -446,7 +469,7 @@ struct GroupScales {
 
 #endif
 
-#if defined(__AVX2__)
+#if defined(MISTRAL_VECTORS)
 
 // exp(x) to about 2 units in the last place. With x = n ln 2 + r, |r| <= ln 2 / 2:
 // exp(x) = 2^n exp(r), and exp(r) is its Taylor series. NaN stays NaN; exp(-inf) is 0.
@@ -510,7 +533,7 @@ MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
   out[0] = {_mm256_permute2f128_ps(low, high, 0x20)};
   out[1] = {_mm256_permute2f128_ps(low, high, 0x31)};
 }
-#else
+#elif !defined(MISTRAL_NEON)
 MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
   out[0] = a;
   out[1] = b;
@@ -576,7 +599,7 @@ MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
   return vmax(a, Vec{_mm256_permute_ps(a.v, 0b10110001)});
 }
-#else
+#elif !defined(MISTRAL_NEON)
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) { return a; }
 #endif
 

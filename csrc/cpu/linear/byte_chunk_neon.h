@@ -1,0 +1,114 @@
+// The part of byte_chunk.h for aarch64. Products of signed bytes are added up in lanes of 32 bits,
+// so values keep the numbers that they have, and no sum needs a correction but that of a minimum.
+#pragma once
+
+#include "unpack_words.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+template <WeightFormat format>
+struct ByteChunk {
+  static constexpr int kBits = static_cast<int>(info(format).bits);
+  static constexpr int64_t kBytes = kSuperBlock / 8 * kBits;
+  static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
+  static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
+  static constexpr bool kHalves = format == WeightFormat::q6_k;  // of a block have their own scales
+  static constexpr bool kMinimum = !kTable && !kHalves;
+
+  Bytes32 values[8];
+  Lanes8 factor;        // of each block
+  Lanes8 minimum;       // is added for each activation, if kMinimum
+  int32x4_t scales[4];  // if kHalves: of the first halves of the blocks, then of the last
+
+  // Unpacks `words`. `row_scales` are those of the row, `k` is the first value; `there`: how many
+  // there are.
+  MISTRAL_SIMD void take(const char* words, const char* row_scales, int group_log2, int64_t k,
+                         int64_t there) {
+    for (int half = 0; half < 2; ++half) take_half(words, half);
+    take_scales(row_scales, group_log2, k, there);
+  }
+
+  // Adds the products of each block with the activations of N tokens.
+  template <int N>
+  MISTRAL_SIMD void add(const ByteActivations* const (&x)[N], Lanes8 (&totals)[N]) const {
+    for (int half = 0; half < 2; ++half) {
+      int32x4_t sums[N], last[N];
+      for (int n = 0; n < N; ++n) sums[n] = last[n] = vdupq_n_s32(0);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        for (int n = 0; n < N; ++n) {
+          int32x4_t& sum = kHalves && i >= 4 ? last[n] : sums[n];
+          sum = add_byte_products(sum, values[i].v[half], vld1q_s8(x[n]->values[i] + 16 * half));
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        if (kHalves) {
+          sums[n] = vmlaq_s32(vmulq_s32(sums[n], scales[half]), last[n], scales[2 + half]);
+        }
+        float32x4_t& total = totals[n].v[half];
+        const float32x4_t scale = vmulq_f32(factor.v[half], vld1q_f32(x[n]->scale + 4 * half));
+        total = vfmaq_f32(total, vcvtq_f32_s32(sums[n]), scale);
+        if (kMinimum) {
+          total = vfmaq_f32(total, minimum.v[half], vld1q_f32(x[n]->sum + 4 * half));
+        }
+      }
+    }
+  }
+
+ private:
+  // Unpacks four blocks. Byte b of values[i] is that of lane b / 4.
+  MISTRAL_SIMD void take_half(const char* words, int half) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(words);
+    // Word i of each block.
+    const uint32x4x4_t lanes = vld4q_u32(reinterpret_cast<const uint32_t*>(words) + 16 * half);
+    uint8x16_t further[2] = {};
+    for (int i = 0; i < kBits - 4; ++i) further[i] = vld1q_u8(bytes + 128 + 32 * i + 16 * half);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      uint8x16_t word = vreinterpretq_u8_u32(lanes.val[i / 2]);
+      // Two's complement becomes unsigned values that are 8 larger.
+      if (kSigned) word = veorq_u8(word, vdupq_n_u8(0x88));
+      uint8x16_t value = i % 2 == 0 ? vandq_u8(word, vdupq_n_u8(15)) : vshrq_n_u8(word, 4);
+      if (kBits == 5) value = vorrq_u8(value, moved(further[0], i, 0x10));
+      if (kBits == 6) value = vorrq_u8(value, moved(further[i / 4], 2 * (i % 4), 0x30));
+      int8x16_t number = vreinterpretq_s8_u8(value);
+      if (kHalves) number = vsubq_s8(number, vdupq_n_s8(32));
+      if (kTable) number = vqtbl1q_s8(vld1q_s8(kTable4), value);
+      values[i].v[half] = number;
+    }
+  }
+
+  // The bits of each byte from bit `from` on, moved to bit 4.
+  MISTRAL_SIMD static uint8x16_t moved(uint8x16_t bytes, int from, uint8_t mask) {
+    return vandq_u8(from < 4 ? bytes << (4 - from) : bytes >> (from - 4), vdupq_n_u8(mask));
+  }
+
+  MISTRAL_SIMD void take_scales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
+    float factors[8], minima[8];
+    int32_t of_halves[16];
+    for (int lane = 0; lane < 8; ++lane) {
+      const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K, activations are 0
+      if constexpr (format == WeightFormat::int4) {
+        factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
+        minima[lane] = -8 * factors[lane];
+      } else if constexpr (kHalves) {
+        const char* group =
+            row_scales + (at >> group_log2) * info(format).group_scales * info(format).scale_bytes;
+        factors[lane] = half_at(group + 16);
+        of_halves[lane] = static_cast<int8_t>(group[2 * lane]);
+        of_halves[8 + lane] = static_cast<int8_t>(group[2 * lane + 1]);
+      } else {
+        const Scaling scaling = scaling_at<format>(row_scales, group_log2, at);
+        factors[lane] = scaling.factor;
+        minima[lane] = scaling.offset;
+      }
+    }
+    for (int half = 0; half < 2; ++half) {
+      factor.v[half] = vld1q_f32(factors + 4 * half);
+      if (kMinimum) minimum.v[half] = vld1q_f32(minima + 4 * half);
+    }
+    for (int i = 0; kHalves && i < 4; ++i) scales[i] = vld1q_s32(of_halves + 4 * i);
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

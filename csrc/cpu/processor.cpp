@@ -1,0 +1,85 @@
+#include "processor.h"
+
+#if defined(MISTRAL_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif defined(MISTRAL_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace mistral::cpu {
+
+#if defined(MISTRAL_X86)
+namespace {
+
+// Whether the processor has AMX with bf16, and the operating system lets this process use it. A
+// process must ask, because tiles add 8 KB to what is saved of each thread.
+bool amx_permitted() {
+#if defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_avx_vnni() {
+  constexpr unsigned kAvxVnni = 1u << 4;  // cpuid leaf 7, subleaf 1, eax
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnni);
+}
+
+}  // namespace
+
+bool processor_has(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::avxvnni: return processor_has(Isa::avx2) && has_avx_vnni();
+    case Isa::avx512:
+      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
+    case Isa::avx512_bf16:
+      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni");
+    case Isa::amx: {
+      static const bool permitted = amx_permitted();
+      return permitted && processor_has(Isa::avx512_bf16);
+    }
+    default: return false;
+  }
+}
+
+#elif defined(MISTRAL_AARCH64)
+
+bool processor_has(Isa isa) {
+  unsigned long capabilities = 0;
+#if defined(__linux__)
+  capabilities = getauxval(AT_HWCAP);
+#endif
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP of asm/hwcap.h
+  switch (isa) {
+    case Isa::scalar:
+    case Isa::neon: return true;
+    case Isa::neon_dotprod: return capabilities & kDotProduct;
+    default: return false;
+  }
+}
+
+#else
+
+bool processor_has(Isa isa) { return isa == Isa::scalar; }
+
+#endif
+
+}  // namespace mistral::cpu

@@ -1,0 +1,82 @@
+"""The kernels of sets that this processor lacks, against the scalar kernels (tests/isas): those of
+aarch64 in qemu, those of AVX-VNNI with its instructions emulated."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_ext import _C, ops
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "tests" / "isas"
+
+
+def lacks(need: str) -> None:
+    """Skips the test; where nothing may be missing, as in CI, fails it."""
+    if os.environ.get("MISTRAL_EXT_REQUIRE_EMULATOR") == "1":
+        pytest.fail(f"tests/isas needs {need}")
+    pytest.skip(f"tests/isas needs {need}")
+
+
+def run(*command: object) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+def build(name: str, *settings: str) -> Path:
+    folder = ROOT / "build" / name
+    run("cmake", "-GNinja", f"-S{SOURCES}", f"-B{folder}", *settings)
+    run("cmake", "--build", folder)
+    return folder / "compare"
+
+
+@pytest.mark.timeout(1200)  # a minute of two cores, for the compiler most of all
+def test_aarch64():
+    """Every kernel of neon, and the products of neon_dotprod."""
+    for tool in ("cmake", "ninja", "aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(tool) is None:
+            lacks(f"{tool} (Debian: cmake, ninja-build, g++-aarch64-linux-gnu, qemu-user)")
+    compare = build("isas-aarch64", f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / 'aarch64.cmake'}")
+    emulator = "qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"
+    text = run(*emulator, "-cpu", "max", compare)
+    for name in ("neon", "neon_dotprod"):
+        assert f"\n{name}: " in f"\n{text}"
+    # The first aarch64 has no dot product, so its instructions would be illegal there.
+    text = run(*emulator, "-cpu", "cortex-a53", compare, "none")
+    assert text.startswith("neon in use\n")
+
+
+@pytest.mark.skipif("avx2" not in ops.supported_isas(), reason="this processor lacks AVX2")
+def test_avxvnni():
+    library = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "libcpu.a"
+    if platform.system() != "Linux" or not library.exists():
+        lacks("the build tree of the extension, on Linux")
+    compare = build("isas", f"-DCPU_LIBRARY={library}")
+    text = run(compare, "avxvnni")
+    assert "\navxvnni: " in f"\n{text}"
+    if "avxvnni" not in ops.supported_isas():
+        assert "avxvnni: 0 instructions were emulated" not in text
+
+
+@pytest.mark.skipif("avx2" not in ops.supported_isas(), reason="this processor lacks AVX2")
+def test_the_compiled_module_holds_the_instructions_of_avxvnni():
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("no objdump found")
+    text = run(objdump, "-d", "--no-show-raw-insn", _C.__file__)
+    for name in ("vpdpbusd", "vpdpwssd"):
+        assert f"{{vex}} {name}" in text
