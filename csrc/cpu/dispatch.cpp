@@ -17,6 +17,7 @@ namespace scalar {
 extern const Kernels kernels;
 }
 #ifdef MISTRAL_X86
+constexpr Isa kNewestBuilt = Isa::MISTRAL_NEWEST_ISA;
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -48,23 +49,25 @@ bool amx_permitted() {
 #endif
 }
 
-bool processor_has(Isa isa) {
+// Whether this binary holds the set and the processor has it.
+bool runs(Isa isa) {
 #ifdef MISTRAL_X86
+  if (isa > kNewestBuilt) return false;
   switch (isa) {
     case Isa::scalar: return true;
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c");
     case Isa::avx512:
-      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+      return runs(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
-      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16") &&
+      return runs(Isa::avx512) && __builtin_cpu_supports("avx512bf16") &&
              __builtin_cpu_supports("avx512vnni");
     case Isa::amx: {
       static const bool permitted = amx_permitted();
-      return permitted && processor_has(Isa::avx512_bf16);
+      return permitted && runs(Isa::avx512_bf16);
     }
   }
 #endif
@@ -73,10 +76,15 @@ bool processor_has(Isa isa) {
 
 const Kernels* table(Isa isa) {
 #ifdef MISTRAL_X86
-  if (isa == Isa::amx) return &amx::kernels;
-  if (isa == Isa::avx512_bf16) return &avx512_bf16::kernels;
-  if (isa == Isa::avx512) return &avx512::kernels;
-  if (isa == Isa::avx2) return &avx2::kernels;
+#define TABLE(set)                             \
+  if constexpr (Isa::set <= kNewestBuilt) {    \
+    if (isa == Isa::set) return &set::kernels; \
+  }
+  TABLE(avx2)
+  TABLE(avx512)
+  TABLE(avx512_bf16)
+  TABLE(amx)
+#undef TABLE
 #endif
   return &scalar::kernels;
 }
@@ -141,7 +149,7 @@ const char* name(Isa isa) {
 std::vector<Isa> supported_isas() {
   std::vector<Isa> supported;
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-    if (processor_has(isa)) supported.push_back(isa);
+    if (runs(isa)) supported.push_back(isa);
   }
   return supported;
 }
