@@ -33,20 +33,18 @@ def keep(folder: Path, nvcc: str, source: Path, said: str) -> None:
     """Moves what nvcc has left in a folder to where kernel_report.compile_kernels looks for it."""
     inputs = kernel_report.inputs_of(nvcc, source)
     with kernel_report.alone():
-        for arch in kernel_report.architectures():
-            virtual = kernel_report.ptx_architecture(arch)
-            ptx = folder / f"{source.stem}.compute_{virtual}.ptx"
-            # nvcc names the architecture of the code too if it makes code for several of a PTX.
-            cubins = [ptx.with_suffix(f".sm_{arch}.cubin")]
-            if virtual == arch:
-                cubins.append(ptx.with_suffix(".cubin"))
-            for cubin in filter(Path.exists, cubins):
-                kept = kernel_report.ptx_of(source, virtual)
-                kept.write_bytes(ptx.read_bytes())
-                kernel_report.seal(kept, inputs, "")
-                cubin.replace(kernel_report.cubin_of(source, arch))
-                report = report_for(f"sm_{arch}", said)
-                kernel_report.seal(kernel_report.cubin_of(source, arch), inputs, report)
+        for ptx in folder.glob("*.ptx"):
+            virtual = re.search(r"(?m)^\.target sm_(\w+)", ptx.read_text())[1]
+            for arch in kernel_report.architectures():
+                # The architecture is in the name if the PTX becomes code for several.
+                names = [f".sm_{arch}.cubin", *([".cubin"] if arch == virtual else [])]
+                for cubin in filter(Path.exists, map(ptx.with_suffix, names)):
+                    kept = kernel_report.cubin_of(source, arch)
+                    cubin.replace(kept)
+                    kernel_report.seal(kept, inputs, report_for(f"sm_{arch}", said))
+            kept = kernel_report.ptx_of(source, virtual)
+            ptx.replace(kept)
+            kernel_report.seal(kept, inputs, "")
 
 
 def report_for(arch: str, said: str) -> str:

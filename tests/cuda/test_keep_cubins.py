@@ -53,7 +53,9 @@ def test_kernels_of_the_build_are_not_compiled_again(source, capfd):
 
 
 def test_what_the_build_lacks_or_has_of_other_sources_is_compiled(source):
-    assert compile_for(source, "arch=compute_80,code=sm_80") == 0
+    assert compile_for(source, "arch=compute_90a,code=sm_90a") == 0
+    files = ["twice.compute_90a.ptx", "twice.sm_90a.cubin"]
+    assert sorted(when_made()) == sorted([*files, *(f"{file}.log" for file in files)])
     source.write_text(KERNEL.replace("twice", "thrice"))
     cubins = kernel_report.compile_kernels(find_nvcc())
     assert {usage.kernel for usage in kernel_report.usages(cubins)} == {"thrice"}
