@@ -20,7 +20,7 @@ done
 
 # Of the two headers that the emulator has stand-ins for, this is the one that calls the runtime.
 g++ -x c++ "${flags[@]}" -include csrc/cuda/common/runtime.cuh /dev/null
-for source in csrc/cuda/*.cu csrc/cuda/*/*.cu python/*.cpp; do
-  echo "$source, with CUDA $oldest"
-  g++ -x c++ "${flags[@]}" -I tests/emulator/include -I csrc/cuda/common "$source"
-done
+flags+=(-I tests/emulator/include -I csrc/cuda/common)
+printf '%s\0' csrc/cuda/*.cu csrc/cuda/*/*.cu python/*.cpp |
+  xargs -0 -n 1 -P "$(nproc)" g++ -x c++ "${flags[@]}"
+echo "The kernels and bindings compile with the headers of CUDA $oldest."

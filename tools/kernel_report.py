@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
+from itertools import chain, groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,40 +73,58 @@ def architectures() -> list[str]:
     return re.findall(r"(\w+)-real", every)
 
 
+def ptx_architecture(arch: str) -> str:
+    """The architecture of the PTX from which code for this one is assembled, as in the build."""
+    return "80" if arch == "89" else arch
+
+
 def compile_kernels(nvcc: str) -> list[Cubin]:
     """Compiles what has changed since the last call, two files at a time.
 
-    RuntimeError with the compiler's words if a file does not compile.
+    A build with tools/keep_cubins.py counts as a call. RuntimeError with the compiler's words if a
+    file does not compile.
     """
-    csrc = ROOT / "csrc"
-    headers = sorted([*csrc.glob("*.h"), *csrc.glob("cuda/**/*.h"), *csrc.glob("cuda/**/*.cuh")])
-    shared = hashlib.sha256(nvcc_version(nvcc).encode())
-    for header in headers:
-        shared.update(header.read_bytes())
 
-    def compile_one(source: Path, arch: str) -> Cubin:
-        state = shared.copy()
-        state.update(source.read_bytes())
-        place = CUBINS / f"{source.stem}.sm_{arch}"
-        ptx, code = f"{place}.ptx", f"{place}.cubin"
-        return _make(
-            place,
-            f"sm_{arch}",
-            state.hexdigest(),
-            # in two steps, to keep the PTX
-            [nvcc, *FLAGS, f"-arch=compute_{arch}", "-ptx", source, "-o", ptx],
-            [nvcc, f"-arch=sm_{arch}", "--resource-usage", "-cubin", ptx, "-o", code],
-        )
+    def compile_one(source: Path, archs: list[str]) -> list[Cubin]:
+        inputs = inputs_of(nvcc, source)
+        virtual = ptx_architecture(archs[0])
+        ptx = ptx_of(source, virtual)
+        flags = [*FLAGS, f"-arch=compute_{virtual}"]
+        _make(ptx, inputs, [nvcc, *flags, "-ptx", source, "-o", ptx])
+        cubins = []
+        for arch in archs:
+            code = cubin_of(source, arch)
+            command = [nvcc, f"-arch=sm_{arch}", "--resource-usage", "-cubin", ptx, "-o", code]
+            cubins.append(Cubin(f"sm_{arch}", code, ptx, _make(code, inputs, command)))
+        return cubins
 
-    sources = sorted(csrc.glob("cuda/**/*.cu"))
+    groups = [list(group) for _, group in groupby(architectures(), ptx_architecture)]
     jobs = [
-        (source, arch)
-        for source in sources
-        for arch in architectures()
-        if arch == HOPPER or not source.stem.endswith("_sm90")
+        (source, archs)
+        for source in sorted((ROOT / "csrc").glob("cuda/**/*.cu"))
+        for archs in groups
+        if archs == [HOPPER] or not source.stem.endswith("_sm90")
     ]
-    with _alone(), ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda job: compile_one(*job), jobs))
+    with alone(), ThreadPoolExecutor(2) as pool:
+        return list(chain.from_iterable(pool.map(lambda job: compile_one(*job), jobs)))
+
+
+def inputs_of(nvcc: str, source: Path) -> str:
+    """A hash of all that the code of a file depends on."""
+    csrc = ROOT / "csrc"
+    headers = [*csrc.glob("*.h"), *csrc.glob("cuda/**/*.h"), *csrc.glob("cuda/**/*.cuh")]
+    state = hashlib.sha256(f"{nvcc_version(nvcc)} {FLAGS}".encode())
+    for path in (*sorted(headers), source):
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def ptx_of(source: Path, arch: str) -> Path:
+    return CUBINS / f"{source.stem}.compute_{arch}.ptx"
+
+
+def cubin_of(source: Path, arch: str) -> Path:
+    return CUBINS / f"{source.stem}.sm_{arch}.cubin"
 
 
 def reassemble(cubins: list[Cubin], ptxas: str, ptx_version: str) -> list[Cubin]:
@@ -117,22 +136,22 @@ def reassemble(cubins: list[Cubin], ptxas: str, ptx_version: str) -> list[Cubin]
     folder = CUBINS / f"ptx-{ptx_version}"
 
     def reassemble_one(cubin: Cubin) -> Cubin:
-        place = folder / cubin.path.stem
-        ptx, code = Path(f"{place}.ptx"), f"{place}.cubin"
+        code = folder / cubin.path.name
+        ptx = code.with_suffix(".ptx")
         text = cubin.ptx.read_text()
         text = re.sub(r"(?m)^\.version .*$", f".version {ptx_version}", text, count=1)
         ptx.write_text(text)
-        state = hashlib.sha256(version + text.encode()).hexdigest()
+        inputs = hashlib.sha256(version + text.encode()).hexdigest()
         command = [ptxas, "-v", f"-arch={cubin.arch}", ptx, "-o", code]
-        return _make(place, cubin.arch, state, command)
+        return Cubin(cubin.arch, code, ptx, _make(code, inputs, command))
 
-    with _alone(), ThreadPoolExecutor(2) as pool:
+    with alone(), ThreadPoolExecutor(2) as pool:
         folder.mkdir(exist_ok=True)
         return list(pool.map(reassemble_one, cubins))
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """A lock: in the block, no other process makes cubins, which would be the same."""
     CUBINS.mkdir(parents=True, exist_ok=True)
     with open(CUBINS / "lock", "w") as lock:
@@ -140,27 +159,30 @@ def _alone() -> Iterator[None]:
         yield
 
 
-def _make(place: Path, arch: str, inputs: str, *commands: list[str | Path]) -> Cubin:
-    """Runs the commands, which write `place`.ptx and .cubin, unless that has been done.
-
-    The log is written last and begins with a hash of the inputs and the commands: so nothing
-    unfinished or outdated is taken.
-    """
-    state = hashlib.sha256(f"{inputs} {commands}".encode()).hexdigest()
-    cubin, ptx, log = (Path(f"{place}.{kind}") for kind in ("cubin", "ptx", "log"))
-    done = all(path.exists() for path in (cubin, ptx, log)) and log.read_text().startswith(state)
-    if not done:
+def _make(path: Path, inputs: str, command: list[str | Path]) -> str:
+    """Runs the command, which writes `path`, unless that has been done; returns what it said."""
+    log = _log(path)
+    if not (path.exists() and log.exists() and log.read_text().startswith(inputs)):
         log.unlink(missing_ok=True)
-        said = ""
-        for command in commands:
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                raise RuntimeError(f"{place.name}:\n{result.stderr}{result.stdout}")
-            said += result.stderr
-        unfinished = Path(f"{place}.part")
-        unfinished.write_text(f"{state}\n{said}")
-        unfinished.replace(log)
-    return Cubin(arch, cubin, ptx, log.read_text())
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{path.stem}:\n{result.stderr}{result.stdout}")
+        seal(path, inputs, result.stderr)
+    return log.read_text()
+
+
+def _log(path: Path) -> Path:
+    return path.with_name(path.name + ".log")
+
+
+def seal(path: Path, inputs: str, said: str) -> None:
+    """Writes a log beside a file that is finished.
+
+    It begins with the hash of the inputs: so nothing unfinished or outdated is taken.
+    """
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(f"{inputs}\n{said}")
+    unfinished.replace(_log(path))
 
 
 _SHORTER = (

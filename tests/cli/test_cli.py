@@ -1,8 +1,10 @@
-"""The command line as a user meets it: in a process of its own, on the demo model."""
+"""The command line on the demo model: in a process of its own, as a user meets it, where the start
+and the end of a process or its streams matter. A process takes seconds to import torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pty
@@ -11,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,11 +33,26 @@ ONCE = "Once upon a time"
 SLOW_MODULES = {"torch", "numpy", "mistral_common", "transformers", "sentencepiece", "tokenizers"}
 
 
-def run(*args: str, stdin: str | bytes = b"", **env: str) -> subprocess.CompletedProcess:
-    data = stdin.encode() if isinstance(stdin, str) else stdin
+def run(*args: str, stdin: str | bytes = b"") -> subprocess.CompletedProcess:
+    """Runs the command line in this process."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    given = io.TextIOWrapper(io.BytesIO(as_bytes(stdin)), "utf-8")
+    with redirect_stdout(out), redirect_stderr(errors), mock.patch.object(sys, "stdin", given):
+        status = main(list(args))
+    written = (stream.buffer.getvalue() for stream in (out, errors))
+    return subprocess.CompletedProcess(args, status, *written)
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def run_process(
+    *args: str, stdin: str | bytes = b"", **env: str
+) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "mistral_ext.cli", *args],
-        input=data,
+        input=as_bytes(stdin),
         capture_output=True,
         env={**os.environ, **env},
         timeout=120,
@@ -58,7 +77,7 @@ def instruct(tmp_path_factory):
 
 
 def test_generate_streams_text_and_reports_timings():
-    process = run("generate", "--max-tokens", "20", ONCE)
+    process = run_process("generate", "--max-tokens", "20", ONCE)
     assert process.returncode == 0
     assert process.stdout.decode() == mistral_ext.generate(ONCE, max_tokens=20) + "\n"
     assert re.fullmatch(
@@ -75,6 +94,8 @@ def test_prompt_from_stdin_and_file(tmp_path):
     for args, stdin in (([], ONCE), (["-"], ONCE + "\n"), (["--file", str(file)], "")):
         process = run("generate", "--max-tokens", "5", "--echo", *args, stdin=stdin)
         assert process.stdout == expected
+    process = run_process("generate", "--max-tokens", "5", "--echo", stdin=ONCE)
+    assert process.stdout == expected
 
 
 def test_sampling_options_arrive():
@@ -135,7 +156,7 @@ def test_what_a_completion_has_to_match(tmp_path):
     assert "unclosed" in one_line_error(run("generate", ONCE, "--regex", "("))
     both = run("generate", ONCE, "--regex", "a", "--schema", str(schema))
     assert "schema and regex are given" in one_line_error(both)
-    missing = run("generate", ONCE, "--schema", str(tmp_path / "b.json"))
+    missing = run_process("generate", ONCE, "--schema", str(tmp_path / "b.json"))
     assert missing.returncode == 2
     assert b"b.json" in missing.stderr
 
@@ -182,12 +203,13 @@ def test_logprobs_of_rows_without_tokens(capsys):
         (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists, expected a new"),
     ],
 )
-def test_errors_are_one_line(args, message, tmp_path):
-    assert message in one_line_error(run(*args, HF_HUB_OFFLINE="1"))
+def test_errors_are_one_line(args, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert message in one_line_error(run(*args))
 
 
 def test_bytes_that_are_not_text():
-    assert "stdin is not UTF-8" in one_line_error(run("generate", stdin=b"\xff\xfe"))
+    assert "stdin is not UTF-8" in one_line_error(run_process("generate", stdin=b"\xff\xfe"))
 
 
 def test_wrong_usage_is_status_2():
@@ -200,14 +222,14 @@ def test_wrong_usage_is_status_2():
         (["quantize", "a", "b"], "the following arguments are required: --bits"),
         (["quantize", "a", "b", "--bits", "3"], "argument --bits: invalid choice: 3"),
     ):
-        process = run(*args)
+        process = run_process(*args)
         assert process.returncode == 2
         assert message in process.stderr.decode()
         assert process.stderr.count(b"\n") == 1
 
 
 def test_traceback_on_request():
-    process = run("generate", "--traceback", "--temperature", "-1", ONCE)
+    process = run_process("generate", "--traceback", "--temperature", "-1", ONCE)
     assert process.returncode == 1
     assert b"Traceback" in process.stderr
 
@@ -263,7 +285,7 @@ def test_perplexity(tmp_path):
 
 
 def test_info():
-    process = run("info", "--threads", "1", MISTRAL_EXT_ISA="scalar")
+    process = run_process("info", "--threads", "1", MISTRAL_EXT_ISA="scalar")
     shown = process.stdout.decode()
     assert f"mistral_ext      {mistral_ext.__version__}" in shown
     assert re.search(r"instruction set +scalar \(of scalar", shown)
@@ -291,7 +313,7 @@ def test_info_says_how_large_the_cache_is(instruct, capsys):
 
 
 def test_wrong_isa_is_one_line():
-    error = one_line_error(run("generate", ONCE, MISTRAL_EXT_ISA="mmx"))
+    error = one_line_error(run_process("generate", ONCE, MISTRAL_EXT_ISA="mmx"))
     assert "MISTRAL_EXT_ISA: instruction set is 'mmx', expected one that this processor" in error
 
 
