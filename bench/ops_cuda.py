@@ -2,6 +2,7 @@
 
     python bench/ops.py --device cuda [--dtype bf16] [--only attention] [--no-compile] [--json FILE]
     python bench/ops.py --device cuda --only "attention sm90"    # the kernel of sm_90a: only so
+    python bench/ops.py --device cuda --only gradients           # those of training: only so
 
 First the two ceilings of the machine: a copy, counting bytes read and written, and a matrix product
 of random bf16. Then each op: the bytes that have to be moved once, or the operations where they are
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from attention_cuda import SM90, decode_cases, prefill_cases, sm90_cases
+from gradients_cuda import GRADIENTS, gradient_cases
 from measure import print_header, print_row, write_json
 from measure_cuda import COMPILED, Case, eager_and_compiled, flashinfer, machine, measure
 from models import random_weight
@@ -241,8 +243,9 @@ def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 CASES = (
     *(rms_norm_cases, linear_cases, decode_cases, prefill_cases, rope_cases, swiglu_cases),
-    *(sample_cases, sm90_cases),
+    *(sample_cases, sm90_cases, gradient_cases),
 )
+ON_REQUEST = (SM90, GRADIENTS)
 
 COLUMNS = (
     ("op", -9),
@@ -351,7 +354,7 @@ def run(dtype: torch.dtype, only: str | None, json: str | None, compiling: bool 
     print_header(COLUMNS)
     rows, goals = [], []
     for case in (case for cases in CASES for case in cases(dtype)):
-        if case.op != only and (only or case.op == SM90):
+        if case.op != only and (only or case.op in ON_REQUEST):
             continue
         if not compiling:
             peers = {name: peer for name, peer in case.peers.items() if name not in COMPILED}

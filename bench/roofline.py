@@ -2,6 +2,7 @@
 
     python bench/roofline.py [--weights bf16|int8|int4] [--batch N] [--history N] [--layers 32]
                              [--bandwidth GB/s] [--matrix TFLOP/s] [--measured FILE]
+    python bench/roofline.py --training TOKENS [--weights ...]   # a pass of fine-tuning instead
 
 From the shapes of Mistral 7B alone: the bytes of weights, of cached keys and values and of
 activations that each launch reads or writes once, its FLOPs, and its floor, the longer of bytes
@@ -116,6 +117,66 @@ def decode_step(config: MistralConfig, kind: str, batch: int, history: int) -> I
     yield product("logits, argmax", config.vocab_size, dim, config.vocab_size, weight="output")
 
 
+def training_pass(config: MistralConfig, kind: str, tokens: int, rank: int) -> Iterator[Launch]:
+    """The launches of a pass of fine-tuning: one sample, an adapter on all linear layers.
+
+    A layer is computed forward, again for its gradients, and backward. Products are the vendor's,
+    by weights that are dequantised before each. Those of adapters count as one pass over x and one
+    over the result, with fp32 sums.
+    """
+    dim, hidden = config.dim, config.hidden_dim
+    queries, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    seen = min(tokens, config.sliding_window or tokens)
+    pairs = seen * (seen + 1) // 2 + (tokens - seen) * seen  # a query and a key that it sees
+    statistics = 4 * tokens * config.n_heads  # bytes of the log-sum-exps, or of delta
+    linears = {"layers.0.wqkv": (queries + 2 * kv, dim), "layers.0.wo": (dim, queries)}
+    linears |= {"layers.0.w13": (2 * hidden, dim), "layers.0.w2": (dim, hidden)}
+
+    def moved(name: str, columns: int, flops: int = 0, others: int = 0) -> Launch:
+        return Launch(name, activations=tokens * ELEMENT * columns + others, flops=flops)
+
+    def product(name: str, weight: str, rows: int, columns: int) -> Iterator[Launch]:
+        plain = rows * columns * ELEMENT
+        if kind != "bf16":
+            stored = weight_bytes(rows, columns, kind, f"{weight}.weight")
+            yield Launch("dequantise", weights=stored + plain)
+        yield Launch(
+            name,
+            weights=plain,
+            activations=tokens * ELEMENT * (rows + columns),
+            flops=2 * tokens * rows * columns,
+        )
+
+    def forward(which: str) -> Iterator[Launch]:
+        for weight, (rows, columns) in linears.items():
+            yield from product(f"products, {which}", weight, rows, columns)
+            of_adapter = 2 * tokens * rank * (rows + columns)
+            yield moved(f"adapters, {which}", columns + 2 * rows, of_adapter)
+        scores = 4 * pairs * queries
+        yield moved(f"attention, {which}", 2 * queries + 2 * kv, scores, statistics)
+        yield moved(f"the rest, {which}", 4 * dim + 2 * (queries + kv) + 3 * hidden)
+
+    def backward() -> Iterator[Launch]:
+        for weight, (rows, columns) in linears.items():
+            yield from product("products, backward", weight, rows, columns)
+            sums = 4 * tokens * rank * (rows + columns)  # d_hidden and d_b, d_x and d_a
+            yield moved("adapters, backward", 2 * rows + 3 * columns, sums)
+        yield moved("delta", 2 * queries, others=statistics)
+        yield moved("d_k, d_v", 2 * queries + 4 * kv, 8 * pairs * queries, 2 * statistics)
+        yield moved("d_q", 3 * queries + 2 * kv, 6 * pairs * queries, 2 * statistics)
+        yield moved("the rest, backward", 6 * dim + 2 * (queries + kv) + 5 * hidden)
+
+    for _ in range(config.n_layers):
+        for which in ("forward", "again"):
+            yield from forward(which)
+        yield from backward()
+    yield moved("the rest, forward", 2 * dim)
+    for name in ("logits", "logits, backward"):
+        yield from product(name, "output", config.vocab_size, dim)
+    yield moved("cross_entropy", 2 * config.vocab_size)
+    yield moved("the rest, backward", 3 * dim)
+
+
 def print_table(
     launches: list[Launch], bandwidth: float, matrix: float, measured: list[float] | None
 ) -> None:
@@ -130,7 +191,7 @@ def print_table(
         chosen = [i for i, launch in enumerate(launches) if name in (launch.name, None)]
         of_name = [launches[i] for i in chosen]
         floor = sum(launch.floor(bandwidth, matrix) for launch in of_name)
-        cells = [name or "step", str(len(chosen))]
+        cells = [name or "all", str(len(chosen))]
         cells += [
             f"{sum(getattr(launch, field) for launch in of_name) / scale:.2f}"
             for field, scale in (
@@ -147,6 +208,19 @@ def print_table(
         print_row(columns, cells)
 
 
+def print_training(args: argparse.Namespace) -> None:
+    config, tokens = mistral_7b(args.layers), args.training
+    launches = list(training_pass(config, args.weights, tokens, args.rank))
+    bandwidth, matrix = args.bandwidth * 1e9, args.matrix * 1e12
+    floor = sum(launch.floor(bandwidth, matrix) for launch in launches)
+    print(
+        f"\n{args.weights}, a pass of {tokens} tokens, rank {args.rank}, {config.n_layers} layers, "
+        f"{bandwidth / 1e9:.0f} GB/s, {matrix / 1e12:.0f} TFLOP/s: "
+        f"at most {tokens / floor:.0f} tokens/s"
+    )
+    print_table(launches, bandwidth, matrix, None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -160,7 +234,11 @@ def main() -> None:
     parser.add_argument(
         "--measured", metavar="FILE", help="from decode_cuda.py, which gives all else"
     )
+    parser.add_argument("--training", type=int, metavar="TOKENS", help="a pass of fine-tuning")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter, with --training")
     args = parser.parse_args()
+    if args.training:
+        return print_training(args)
 
     cases = [vars(args) | {"launches": None, "seconds": None}]
     bandwidth, matrix = args.bandwidth * 1e9, args.matrix * 1e12

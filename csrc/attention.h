@@ -44,7 +44,7 @@ struct AttentionParams {
   // D + 4].
   float* partials;
 
-  // CUDA only. Its kernels leave lse alone.
+  // CUDA only.
   int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
   int32_t splits;     // blocks among which the keys of a decode are divided
   int32_t prefill_splits;  // the same for a tile of prefill, in the kernel of sm_90a

@@ -10,6 +10,10 @@
 // arXiv:2205.14135, appendix B).
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 #include "ring.h"
 
@@ -44,5 +48,16 @@ namespace cpu {
 int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p, int threads);
 }  // namespace cpu
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p);
+
+// Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim (attention.h). Every row
+// of q, k, v, out and d_out and of the results must be 16-byte aligned. The results have the same
+// bits in every call.
+cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t stream);
+}  // namespace cuda
+#endif
 
 }  // namespace mistral

@@ -4,6 +4,10 @@
 //   logits = factor * (exp(logits) / sum(exp(logits)) - (1 at the target))
 #pragma once
 
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common.h"
 
 namespace mistral {
@@ -22,5 +26,12 @@ struct CrossEntropyParams {
 namespace cpu {
 void cross_entropy(const CrossEntropyParams& p, int threads);
 }
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+// The loss and the gradients of a row are NaN if its target is no index of a logit.
+cudaError_t cross_entropy(const CrossEntropyParams& p, cudaStream_t stream);
+}  // namespace cuda
+#endif
 
 }  // namespace mistral

@@ -68,6 +68,8 @@ void lora_gradient(const LoraGradientParams& p, int threads);
 namespace cuda {
 // The result of a token has the same bits whatever the other tokens and adapters are.
 cudaError_t lora(const LoraParams& p, cudaStream_t stream);
+// The results have the same bits in every call.
+cudaError_t lora_gradient(const LoraGradientParams& p, cudaStream_t stream);
 }  // namespace cuda
 #endif
 

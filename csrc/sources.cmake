@@ -30,6 +30,8 @@ set(cpu_sources
 # Kernels for CUDA, of which those for Hopper use instructions of sm_90a.
 set(cuda_kernels
   ${root}/csrc/cuda/attention/attention.cu
+  ${root}/csrc/cuda/attention/backward.cu
+  ${root}/csrc/cuda/cross_entropy.cu
   ${root}/csrc/cuda/linear/dequantize.cu
   ${root}/csrc/cuda/linear/gemv_int4.cu
   ${root}/csrc/cuda/linear/gemv_int8.cu
@@ -39,6 +41,7 @@ set(cuda_kernels
   ${root}/csrc/cuda/linear/gemv_words.cu
   ${root}/csrc/cuda/linear/linear.cu
   ${root}/csrc/cuda/lora.cu
+  ${root}/csrc/cuda/lora_gradient.cu
   ${root}/csrc/cuda/rms_norm.cu
   ${root}/csrc/cuda/rms_norm_backward.cu
   ${root}/csrc/cuda/rope.cu

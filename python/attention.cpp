@@ -31,15 +31,7 @@ void expect_prefill_kernel(const char* op, int device) {
 
 void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
   constexpr const char* op = "attention";
-  if (p.dtype == DType::f32) {
-    throw py::type_error(
-        "attention: q has dtype torch.float32, expected torch.bfloat16 or "
-        "torch.float16 on a CUDA device");
-  }
-  if (!cuda::attention_takes_head_dim(p.head_dim)) {
-    fail(op, "q has head dimension " + std::to_string(p.head_dim) +
-                 ", expected 64 or 128 on a CUDA device");
-  }
+  expect_cuda_heads(batch.q);
   if (!(p.scale > 0)) fail(op, "scale is " + std::to_string(p.scale) + ", expected more than 0");
   for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool}) {
     tensor->expect_aligned_rows();
@@ -79,12 +71,12 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   }
   if (!lse_.is_none()) {
     const Table lse(op, "lse", lse_, "float32");
-    expect_cpu(q);
     lse.expect_shape({p.tokens, p.heads});
     lse.expect_contiguous();
     lse.expect_device_of(q);
     p.lse = static_cast<float*>(lse.data());
-    for (int64_t i = 0; i < p.num_sequences; ++i) {
+    // A table in the memory of a GPU is not read back: that would make every call wait.
+    for (int64_t i = 0; !q.is_cuda() && i < p.num_sequences; ++i) {
       const int64_t position = p.sequences[i].position;
       if (position == 0) continue;
       fail(op, "sequences[" + std::to_string(i) + "].position is " + std::to_string(position) +

@@ -12,6 +12,13 @@
 namespace mistral::python {
 namespace {
 
+int64_t scratch_bytes(const Tensor& q, const AttentionBackwardParams& p) {
+#ifdef MISTRAL_CUDA
+  if (q.is_cuda()) return cuda::attention_backward_scratch_bytes(p);
+#endif
+  return q.is_cuda() ? 0 : cpu::attention_backward_scratch_bytes(p);
+}
+
 Call attention_backward(py::object q_, py::object k_, py::object v_, py::object out_,
                         py::object d_out_, py::object lse_, py::object sequences_, py::object d_q_,
                         py::object d_k_, py::object d_v_, std::optional<int64_t> window,
@@ -20,7 +27,6 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
   const Tensor q(op, "q", q_), k(op, "k", k_), v(op, "v", v_), out(op, "out", out_),
       d_out(op, "d_out", d_out_), d_q(op, "d_q", d_q_), d_k(op, "d_k", d_k_), d_v(op, "d_v", d_v_);
   const Table lse(op, "lse", lse_, "float32"), sequences(op, "sequences", sequences_);
-  expect_cpu(q);
   check_heads(q, k, v, window.value_or(kNoWindow));
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
   for (const Tensor* tensor : {&out, &d_out, &d_q}) {
@@ -32,6 +38,12 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
     tensor->expect_contiguous();
   }
   for (const Tensor* tensor : {&out, &d_out, &d_q, &d_k, &d_v}) tensor->expect_like(q);
+  if (q.is_cuda()) {
+    expect_cuda_heads(q);
+    for (const Tensor* tensor : {&q, &k, &v, &out, &d_out, &d_q, &d_k, &d_v}) {
+      tensor->expect_aligned_rows();
+    }
+  }
   lse.expect_shape({tokens, heads});
   lse.expect_contiguous();
   lse.expect_device_of(q);
@@ -62,10 +74,10 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
   p.stride_v_head = v.stride(1);
   p.window = window.value_or(kNoWindow);
   p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(dim))));
-  return {cpu::attention_backward_scratch_bytes(p), 0,
-          [p](void* workspace, int32_t*, ExecutionTarget target) mutable {
+  return {scratch_bytes(q, p), 0,
+          [p, q](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.delta = static_cast<float*>(workspace);
-            run_on_cpu(target, p, &cpu::attention_backward);
+            run(q, target, p, MISTRAL_KERNELS(attention_backward));
           }};
 }
 

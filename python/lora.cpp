@@ -97,7 +97,6 @@ void lora_gradient(py::object hidden_, py::object x_, py::object adapters_, py::
   const Table hidden(op, "hidden", hidden_, "float32"),
       adapters(op, "adapters", adapters_, "int32"), out(op, "out", out_, "float32");
   const Tensor x(op, "x", x_);
-  expect_cpu(x);
   x.expect_shape({-1, -1});
   x.expect_last_axis_contiguous();
   hidden.expect_shape({x.size(0), -1});
@@ -119,7 +118,7 @@ void lora_gradient(py::object hidden_, py::object x_, py::object adapters_, py::
   p.num_adapters = out.size(0);
   p.stride_hidden_token = hidden.stride(0);
   p.stride_x_token = x.stride(0);
-  run_on_cpu(target, p, &cpu::lora_gradient);
+  run(x, target, p, MISTRAL_KERNELS(lora_gradient));
 }
 
 }  // namespace

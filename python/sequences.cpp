@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "../csrc/attention.h"
+
 namespace mistral::python {
 namespace {
 
@@ -111,6 +113,18 @@ void check_head_dim(const Tensor& x) {
                    ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
 }
 
+void expect_cuda_heads(const Tensor& q) {
+  if (q.dtype() == DType::f32) {
+    throw py::type_error(std::string(q.op()) +
+                         ": q has dtype torch.float32, expected torch.bfloat16 or torch.float16 on "
+                         "a CUDA device");
+  }
+  if (!cuda::attention_takes_head_dim(q.size(2))) {
+    fail(q.op(), "q has head dimension " + std::to_string(q.size(2)) +
+                     ", expected 64 or 128 on a CUDA device");
+  }
+}
+
 RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::handle k_pool_,
                          py::handle v_pool_, py::handle sequences_, std::optional<int64_t> window_)
     : q(std::move(q_)),
@@ -142,8 +156,12 @@ void check_packed(const Tensor& x, const Table& table, bool with_positions) {
   table.expect_shape({-1, kSequenceFields});
   table.expect_contiguous();
   table.expect_device_of(x);
-  if (table.is_cuda()) return;
   const char* op = x.op();
+  if (table.is_cuda()) {
+    if (table.size(0) > 0 || x.size(0) == 0) return;
+    fail(op,
+         "sequences has 0 rows, expected 1 or more for " + std::to_string(x.size(0)) + " tokens");
+  }
   const auto* sequences = static_cast<const Sequence*>(table.data());
   int64_t packed = 0;
   for (int64_t i = 0; i < table.size(0); ++i) {

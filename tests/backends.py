@@ -23,11 +23,11 @@ from mistral_ext import _C
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
 # The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
-WITH_MEMORY = ("attention", "linear", "linear_argmax", "linear_rope")
+WITH_MEMORY = ("attention", "attention_backward", "linear", "linear_argmax", "linear_rope")
 OPS = (
     *WITH_MEMORY,
-    *("lora", "rms_norm", "rms_norm_backward", "rope", "rotate", "sample"),
-    *("swiglu", "swiglu_backward"),
+    *("cross_entropy", "lora", "lora_gradient", "rms_norm", "rms_norm_backward", "rope"),
+    *("rotate", "sample", "swiglu", "swiglu_backward"),
 )
 # The arguments that are constant (values, scales, the weights of a norm, frequencies): no kernel
 # writes them, so one may read them before the kernels ahead of it are done.

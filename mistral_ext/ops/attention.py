@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops import torch_gradients
 from mistral_ext.ops.library import Gradient, fake_empty, register
 from mistral_ext.ops.workspace import run
 
@@ -98,8 +96,7 @@ def _run_whole(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and [T, Hq] fp32, the log-sum-exp of each row's scores; [0, Hq] on CUDA devices,
-    where the gradient does not need it."""
+    """The result, and [T, Hq] fp32, the log-sum-exp of each row's scores."""
     _expect("q", q, q.ndim == 3, "[T, Hq, D]")
     _expect("k", k, k.ndim == 3, "[T, Hkv, D]")
     is_table = sequences.ndim == 2 and sequences.shape[1] == 5
@@ -115,7 +112,7 @@ def _run_whole(
     out = q.new_empty(q.shape)
     lse = _empty_lse(q)
     given = q, k, v, pool, pool, table, out, window, scale, None
-    run(_C.attention(*given, None if q.is_cuda else lse), q)
+    run(_C.attention(*given, lse), q)
     return out, lse
 
 
@@ -126,8 +123,7 @@ def _expect(name: str, tensor: Tensor, is_valid: bool, shape: str) -> None:
 
 
 def _empty_lse(q: Tensor) -> Tensor:
-    tokens, heads, _ = q.shape
-    return fake_empty(q, (0 if q.is_cuda else tokens, heads), dtype=torch.float32)
+    return fake_empty(q, q.shape[:2], dtype=torch.float32)
 
 
 def _fake_whole(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -145,9 +141,6 @@ def _run_backward(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.is_cuda:
-        factor = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-        return torch_gradients.attention_backward(q, k, v, d_out, sequences, window, factor)
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     given = q, k, v, out, d_out.contiguous(), lse, sequences
     run(_C.attention_backward(*given, *gradients, window, scale), q)

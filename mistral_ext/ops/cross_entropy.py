@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops import torch_gradients, torch_products
+from mistral_ext.ops import torch_products
 from mistral_ext.ops.library import Gradient, fake_empty, register
 from mistral_ext.ops.weight import Parts, Weight, in_order, parts_of
 from mistral_ext.ops.workspace import execution_target, run
@@ -40,7 +40,7 @@ def linear_cross_entropy(
         gradient. Losses come without their weights; that of an ignored token is 0.
 
     Raises:
-        ValueError: a target is no index of a logit; on CUDA devices it is not checked.
+        ValueError: a target is no index of a logit; on CUDA devices its loss is NaN instead.
         RuntimeError: by backward with create_graph=True: the gradient has no gradient.
     """
     x, _ = in_order(x, [weight])
@@ -103,9 +103,6 @@ class _Chunk:
 
     def losses(self, targets: Tensor, factors: Tensor | None) -> Tensor:
         """[T], the losses. With factors [T], the logits become factors times the gradients."""
-        if self._logits.is_cuda:
-            losses, self._logits = torch_gradients.cross_entropy(self._logits, targets, factors)
-            return losses
         losses = self._logits.new_empty(len(targets), dtype=torch.float32)
         target = execution_target(losses)
         _C.cross_entropy(self._logits, targets, factors, losses, target)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops import torch_gradients, torch_products
+from mistral_ext.ops import torch_products
 from mistral_ext.ops.library import Gradient, fake_empty, register, with_rows
 from mistral_ext.ops.routing import routed
 from mistral_ext.ops.weight import Parts, Quantized, Weight, Weights, in_order, parts_of
@@ -127,7 +127,7 @@ def _run_linear_backward(
 ) -> Tensor:
     parts, d_out = Parts(values, scales, formats, whole), with_rows(d_out)
     if d_out.is_cuda:
-        return torch_gradients.linear_backward(d_out, parts)
+        return torch_products.linear_backward(d_out, parts)
     d_x = d_out.new_empty((len(d_out), parts.inputs))
     run(_C.linear_backward(d_out, *parts[:3], d_x), d_x)
     return d_x

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
-from mistral_ext.ops import torch_gradients
 from mistral_ext.ops.library import Gradient, fake_empty, register, with_rows
 from mistral_ext.ops.workspace import execution_target
 
@@ -158,8 +157,6 @@ def _run_backward(
 
 def _sum_over_tokens(hidden: Tensor, x: Tensor, adapters: Tensor, count: int) -> Tensor:
     """[count, R, N] fp32: for each adapter the sum of hidden^T [T, R] x [T, N] over its tokens."""
-    if x.is_cuda:
-        return torch_gradients.lora_gradient(hidden, x, adapters, count)
     out = hidden.new_empty((count, hidden.shape[1], x.shape[1]))
     _C.lora_gradient(hidden, x, adapters, out, execution_target(x))
     return out

@@ -84,6 +84,21 @@ def linear_swiglu(
     return swiglu(gate, up)
 
 
+def linear_backward(d_out: Tensor, parts: Parts) -> Tensor:
+    """d_out [T, N] times the weights [N, K]: [T, K], for any number of tokens.
+
+    It takes the memory of the largest weight in the dtype of d_out.
+    """
+    d_x: Tensor | None = None
+    begin = 0
+    for weight in plain_weights(parts, d_out.dtype):
+        columns = d_out[:, begin : begin + len(weight)]
+        begin += len(weight)
+        d_x = columns @ weight if d_x is None else d_x.addmm_(columns, weight)
+    assert d_x is not None
+    return d_x
+
+
 def _products(
     op: str,
     x: Tensor,

@@ -82,6 +82,28 @@ def test_attention_is_made_of_tensor_core_products(kernels, kernel, dtype, head_
     assert code["STG.E.128"] > 0
 
 
+@pytest.mark.parametrize("gradients", ["keys", "queries"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_attention_are_made_of_tensor_core_products(
+    kernels, gradients, dtype, head_dim
+):
+    """The same, for products of 16 rows with the 32 of a tile; log-sum-exps and deltas come by 4
+    bytes. Each sum has one owner: nothing is added to global memory."""
+    code = kernels[f"attention_backward_{gradients}<{dtype}, {head_dim}>"]
+    product = "HMMA.16816.F32" + (".BF16" if dtype == "bf16" else "")
+    scores, sums = 4 * head_dim // 16, 2 * head_dim // 8
+    expected = 2 * scores + (2 if gradients == "keys" else 1) * sums
+    assert code[product] == count(code, "HMMA") == expected
+    statistics = count(code, "LDGSTS") - code["LDGSTS.E.BYPASS.128"]
+    assert (statistics > 0) == (gradients == "keys")
+    assert code["LDGSTS.E.BYPASS.128"] > 0
+    assert code["LDSM.16.M88.4"] > 0
+    assert code["LDSM.16.MT88.4"] > 0
+    assert count(code, "STG.") == code["STG.E.128"] > 0
+    assert count(code, "RED", "ATOM") == 0
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_hopper_attention_is_made_of_warpgroup_products(disassembly, dtype, head_dim):
@@ -194,6 +216,21 @@ def test_dequantised_values_are_moved_together(kernels, dtype, form, loads):
     assert {name: n for name, n in code.items() if name.startswith("LDG.")} == loads
     assert count(code, "STG.") == code["STG.E.128"] == (2 if dtype == "fp32" else 1)
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
+
+
+@pytest.mark.parametrize("dtype", ["bf16, 8", "fp16, 8", "fp32, 4"])
+def test_gradients_of_logits_and_adapters_are_moved_by_16_bytes(kernels, dtype):
+    """Only what a row or a token has one of comes by itself."""
+    code = kernels[f"cross_entropy_kernel<{dtype}>"]
+    assert code["LDG.E.128"] >= 2
+    assert code["STG.E.128"] > 0
+    assert count(code, "STG.") - code["STG.E.128"] == 1, "the loss"
+    code = kernels[f"lora_gradient_kernel<{dtype}>"]
+    assert code["LDG.E.128"] > 0
+    for name in ("cross_entropy", "lora_gradient"):
+        code = kernels[f"{name}_kernel<{dtype}>"]
+        assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"
+        assert count(code, "RED.", "ATOM") == 0
 
 
 def test_aligned_logits_are_read_by_16_bytes(kernels):

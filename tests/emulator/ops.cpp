@@ -73,6 +73,14 @@ void attention(const AttentionParams& given, int) {
   p.counters = scratch->counters.data();
   finish("attention", cuda::attention(p, nullptr), scratch);
 }
+int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p) {
+  return cuda::attention_backward_scratch_bytes(p);
+}
+void attention_backward(const AttentionBackwardParams& p, int) {
+  const auto bytes = static_cast<size_t>(cuda::attention_backward_scratch_bytes(p));
+  emulator::allocations().add(p.delta, bytes, "delta");
+  check("attention_backward", cuda::attention_backward(p, nullptr));
+}
 int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
 void linear(const LinearParams& given, int) {
   LinearParams p = given;

@@ -6,10 +6,15 @@ import gradients
 import pytest
 import reference
 import torch
+from backends import GPU, attention_of, configure, use
 from tolerance import DTYPES, assert_close
 
 from mistral_ext import _C, ops
-from mistral_ext.ops import torch_gradients
+
+# The backends of CUDA kernels, which take fewer dtypes and head dimensions.
+cuda_kernels = pytest.mark.parametrize(
+    "backend", ["emulator, late", "emulator, early", GPU], indirect=True
+)
 
 
 def table(counts):
@@ -62,10 +67,65 @@ def test_gradients_of_whole_sequences(isa, name, dtype, generator):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("count", "window"), [(1, None), (33, 1)])
-def test_a_row_that_sees_one_key(isa, count, window, dtype, generator):
-    """Its probability is 1 whatever q and k are: the parts of their gradients cancel, but for the
+CUDA_CASES = {
+    "ragged": ([5, 1, 0, 70, 3], None, 4, 2, 64),
+    "large heads": ([66, 17], None, 4, 1, 128),
+    "groups of three": ([45], 40, 6, 2, 128),
+    "a group that is never decoded": ([2, 35], 20, 17, 1, 64),
+    "W - 1, W and W + 1 tokens": ([30, 31, 32], 31, 2, 1, 64),
+}
+
+
+@cuda_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_gradients_by_cuda_kernels(backend, name, dtype, generator):
+    counts, window, heads, kv_heads, dim = CUDA_CASES[name]
+    given = inputs(sum(counts), heads, kv_heads, dim, dtype, generator)
+    d_out = torch.randn(sum(counts), heads, dim, generator=generator).to(dtype)
+    gradients.check(
+        lambda q, k, v: ops.attention(q, k, v, None, None, table(counts), window, 0.2),
+        plain(counts, window, 0.2),
+        given,
+        d_out,
+    )
+
+
+@cuda_kernels
+@pytest.mark.parametrize("window", [2, 31, 32, 33, 63, 64, 65, 96])
+def test_windows_around_the_tiles_of_cuda_kernels(backend, window, generator):
+    """64 keys or query rows of a block, 32 that it walks at a time."""
+    given = inputs(129, 2, 1, 64, torch.bfloat16, generator)
+    d_out = torch.randn(129, 2, 64, generator=generator).bfloat16()
+    gradients.check(
+        lambda q, k, v: ops.attention(q, k, v, None, None, table([129]), window),
+        plain([129], window),
+        given,
+        d_out,
+    )
+
+
+@pytest.mark.parametrize("prefill", ["", ", sm90"])
+@pytest.mark.parametrize("window", [None, 9])
+def test_log_sum_exp(emulator, prefill, window, generator):
+    """Of decodes and prompts. The kernel of sm_90a does not write it, so that of sm_80 runs."""
+    counts, dtype = [4, 70, 1, 12], torch.float16
+    q, k, v = inputs(sum(counts), 8, 2, 64, dtype, generator)
+    configure(emulator, f"emulator, late{prefill}")
+    with use(emulator), attention_of(f"emulator{prefill}", emulator):
+        _, lse = torch.ops.mistral_ext.attention.whole(q, k, v, table(counts), window, 0.3)
+    keys = k.repeat_interleave(4, 1).double()
+    for rows, q_rows, k_rows in zip(*(x.split(counts) for x in (lse, q, keys)), strict=True):
+        scores = 0.3 * torch.einsum("qhd,khd->qhk", q_rows.double(), k_rows)
+        hidden = torch.ones(len(rows), len(rows)).triu(1).bool()
+        if window is not None:
+            hidden |= torch.ones(len(rows), len(rows)).tril(-window).bool()
+        exact = scores.masked_fill(hidden[:, None], -torch.inf).logsumexp(2)
+        torch.testing.assert_close(rows, exact.float(), rtol=0, atol=2e-5)
+
+
+def check_rows_that_see_one_key(count, window, dtype, generator):
+    """Their probability is 1 whatever q and k are: the parts of their gradients cancel, but for the
     rounding of float32."""
     given = inputs(count, 4, 2, 64, dtype, generator)
     d_out = torch.randn(count, 4, 64, generator=generator).to(dtype)
@@ -75,6 +135,18 @@ def test_a_row_that_sees_one_key(isa, count, window, dtype, generator):
     for gradient in (d_q, d_k):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-5)
     assert_close(d_v, d_out.double().unflatten(1, (2, 2)).sum(2), d_out.unflatten(1, (2, 2)).sum(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("count", "window"), [(1, None), (33, 1)])
+def test_rows_that_see_one_key(isa, count, window, dtype, generator):
+    check_rows_that_see_one_key(count, window, dtype, generator)
+
+
+@cuda_kernels
+@pytest.mark.parametrize(("count", "window"), [(1, None), (33, 1)])
+def test_rows_that_see_one_key_by_cuda_kernels(backend, count, window, generator):
+    check_rows_that_see_one_key(count, window, torch.float16, generator)
 
 
 def test_scale_and_strided_gradient(isa, generator):
@@ -138,10 +210,10 @@ def test_any_number_of_threads_gives_the_same_bits(isa, generator):
         assert torch.equal(one, other)
 
 
-def test_nothing_leaks_between_sequences(isa, generator):
+def test_nothing_leaks_between_sequences(backend, generator):
     """The gradient of a sequence does not depend on its neighbours, to the bit."""
-    given = inputs(60, 2, 1, 32, torch.float32, generator)
-    d_out = torch.randn(60, 2, 32, generator=generator)
+    given = inputs(60, 2, 1, 64, torch.bfloat16, generator)
+    d_out = torch.randn(60, 2, 64, generator=generator).bfloat16()
 
     def attend(counts):
         return lambda q, k, v: ops.attention(q, k, v, None, None, table(counts))
@@ -150,18 +222,6 @@ def test_nothing_leaks_between_sequences(isa, generator):
     alone = gradients.differentiate(attend([37]), [x[13:50] for x in given], d_out[13:50])
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one[13:50], other)
-
-
-@pytest.mark.parametrize("window", [None, 30])
-def test_of_a_cuda_device_with_torch(window, generator, monkeypatch):
-    """In blocks of queries."""
-    monkeypatch.setattr(torch_gradients, "_QUERIES", 16)
-    counts = [50, 0, 21]
-    given = inputs(71, 4, 2, 32, torch.float32, generator)
-    d_out = torch.randn(71, 4, 32, generator=generator)
-    actual = torch_gradients.attention_backward(*given, d_out, table(counts), window, 0.25)
-    expected = gradients.differentiate(plain(counts, window, 0.25), given, d_out)
-    torch.testing.assert_close(actual, tuple(expected))
 
 
 def test_rings_have_no_gradient():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import backends
 import gradients
 import pytest
 import torch
@@ -7,8 +8,8 @@ from packed_weights import random_weight
 from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
-from mistral_ext import _C, ops
-from mistral_ext.ops import Quantized, torch_gradients
+from mistral_ext import ops
+from mistral_ext.ops import Quantized
 
 
 def plain_loss(x, wide, targets, weights=None):
@@ -140,14 +141,35 @@ def test_few_logits_are_in_memory(generator, monkeypatch):
     assert [shape for shape in made if 1000 in shape] == [(256, 1000), (256, 1000), (88, 1000)]
 
 
-def test_of_a_cuda_device_with_torch(generator):
-    logits = 4 * torch.randn(5, 30, generator=generator)
-    targets, factors = torch.tensor([0, 29, 3, 3, 7]), torch.rand(5, generator=generator)
-    expected = logits.clone(), torch.empty(5)
-    _C.cross_entropy(expected[0], targets, factors, expected[1], 1)
-    losses, d_logits = torch_gradients.cross_entropy(logits, targets, factors)
-    torch.testing.assert_close(d_logits, expected[0])
-    torch.testing.assert_close(losses, expected[1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 7, 1003, 9000])
+def test_rows_of_logits(backend, vocab, dtype, generator):
+    """The kernel alone, on rows that lie apart: few, odd and many logits, losses near and far."""
+    around = torch.full((7, vocab + 8), float("nan"), dtype=dtype)
+    logits = around[1:-1, :vocab]
+    logits.copy_(4 * torch.randn(5, vocab, generator=generator))
+    logits[3, vocab // 2 :] = -torch.inf
+    logits[4, vocab // 2] = 90
+    targets = torch.tensor([0, vocab - 1, vocab // 3, 0, vocab // 2])
+    factors, losses = torch.rand(5, generator=generator), torch.empty(5)
+    if vocab == 1:
+        logits[3] = 2
+
+    def loss(x):
+        return functional.cross_entropy(x, targets, reduction="none")
+
+    def gradient(x):
+        return gradients.differentiate(lambda x: loss(x).float() @ factors, [x], torch.ones(()))[0]
+
+    wide, narrow = logits.double(), logits.clone()
+    kernel = backends.in_use().cross_entropy
+    kernel(logits, targets, None, losses, 1)
+    assert torch.equal(logits, narrow), "without factors the logits stay"
+    assert_close(losses, loss(wide), loss(narrow).float())
+    kernel(logits, targets, factors, losses, 1)
+    assert_close(losses, loss(wide), loss(narrow).float())
+    assert_close(logits, gradient(wide), gradient(narrow))
+    assert around[:, vocab:].isnan().all()
 
 
 @pytest.mark.parametrize(

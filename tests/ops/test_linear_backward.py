@@ -11,7 +11,7 @@ from tolerance import DTYPES, assert_close
 from torch.nn import functional
 
 from mistral_ext import _C, ops
-from mistral_ext.ops import JoinedWeight, Quantized, torch_gradients
+from mistral_ext.ops import JoinedWeight, Quantized, torch_products
 from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.quantize import quantize
 
@@ -183,10 +183,15 @@ def test_weights_have_no_gradient(which):
 
 def test_of_a_cuda_device_with_torch(generator):
     """What routes there needs a device; what it computes does not."""
-    parts = [torch.randn(n, 24, generator=generator) for n in (5, 9)]
+    plain = torch.randn(5, 256, generator=generator)
+    parts = [plain, random_weight("q6_k", (9, 256), 256, generator)]
     d_out = torch.randn(6, 14, generator=generator)
-    d_x = torch_gradients.linear_backward(d_out, parts_of(parts))
-    assert_close(d_x, d_out.double() @ torch.cat(parts).double(), d_out @ torch.cat(parts))
+    d_x = torch_products.linear_backward(d_out, parts_of(parts))
+    wide = torch.cat([exact_weight(part) for part in parts])
+    assert_close(d_x, d_out.double() @ wide, d_out @ wide.float())
+    joined = JoinedWeight.join([plain, plain + 1], torch.device("cpu"))
+    d_x = torch_products.linear_backward(d_out[:, :10], parts_of(joined))
+    assert torch.equal(d_x, d_out[:, :10] @ torch.cat([plain, plain + 1]))
 
 
 @pytest.mark.parametrize(

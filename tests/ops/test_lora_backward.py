@@ -5,15 +5,14 @@ import pytest
 import torch
 from tolerance import DTYPES, assert_close
 
-from mistral_ext import _C, ops
-from mistral_ext.ops import torch_gradients
+from mistral_ext import ops
 
 # inputs, outputs of the parts, ranks of each adapter's parts, the adapter of each token
 CASES = {
     "one adapter": (40, [24], [[4]], [0] * 5),
     "query, key and value": (64, [32, 16, 16], [[3, 0, 8], [8, 5, 1]], [1, -1, 0, 0, 1]),
     "odd sizes": (37, [13, 5], [[2, 7], [1, 1], [9, 3]], [2, 2, 2, 0, 1, -1, 2]),
-    "many tokens": (72, [48, 300], [[6, 2], [0, 16]], ([0] * 21 + [1] * 7 + [-1] * 9) * 8),
+    "many tokens": (72, [48, 264], [[6, 2], [0, 16]], ([0] * 21 + [1] * 7 + [-1] * 9) * 8),
     "no token": (8, [8], [[1]], []),
     "no adapter": (16, [8], [[2]], [-1, -1]),
 }
@@ -109,11 +108,3 @@ def test_in_place_it_has_no_gradient():
     given = torch.zeros(3, 8), a, torch.zeros(1, 2, 4), torch.zeros(1, 1), ranks, adapters, [4]
     with pytest.raises(RuntimeError, match="lora: a requires a gradient, but"):
         ops.lora(*given, torch.zeros(3, 4))
-
-
-def test_of_a_cuda_device_with_torch(generator):
-    hidden, x = torch.randn(9, 5, generator=generator), torch.randn(9, 20, generator=generator)
-    adapters = torch.tensor([0, 1, -1, 0, 0, 2, 1, 1, -1], dtype=torch.int32)
-    out = torch.empty(3, 5, 20)
-    _C.lora_gradient(hidden, x, adapters, out, 1)
-    torch.testing.assert_close(torch_gradients.lora_gradient(hidden, x, adapters, 3), out)

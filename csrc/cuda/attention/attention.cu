@@ -54,6 +54,9 @@ bool prefills(const AttentionParams& p) {
   return group > kDecodeRows || !is_decode(p.max_count, group);
 }
 
+// Whether the kernel of sm_90a prefills. It writes no log-sum-exp.
+bool uses_hopper(const AttentionParams& p) { return active_prefill() == Prefill::sm90 && !p.lse; }
+
 template <class T, int D>
 cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
   const int64_t group = p.heads / p.kv_heads;
@@ -66,7 +69,7 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
     if (status != cudaSuccess || !prefills(p)) return status;
   }
   if constexpr (kHasHopper) {  // else there is nothing to link
-    if (active_prefill() == Prefill::sm90) return attention_hopper(p, stream);
+    if (uses_hopper(p)) return attention_hopper(p, stream);
   }
   const auto tiles = static_cast<unsigned>(prefill_tiles(p));
   return launch(attention_prefill<T, D>, dim3(tiles, kv_heads), dim3(kPrefillWarps * kWarp),
@@ -103,9 +106,7 @@ AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
   // kPartialRow
   scratch.partials =
       scratch.splits == 1 ? 0 : blocks * scratch.splits * kDecodeRows * (p.head_dim + 4);
-  if (active_prefill() == Prefill::sm90 && prefills(p)) {
-    add_hopper_scratch(scratch, p, longest);
-  }
+  if (uses_hopper(p) && prefills(p)) add_hopper_scratch(scratch, p, longest);
   return scratch;
 }
 

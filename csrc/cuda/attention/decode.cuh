@@ -119,7 +119,7 @@ struct DecodeBlock {
           [&](int warp) { return result_of(warp) + row * kPartialRow<D>; },
           [](const float* shared) { return load_shared16(shared); });
       if (splits == 1) {
-        store_result<T, D>(p, rows, row, d, merged);
+        store(row, d, merged);
         return;
       }
       float* partial = partial_of(split) + row * kPartialRow<D>;
@@ -138,7 +138,7 @@ struct DecodeBlock {
           splits, d, p.scale * kLog2e,
           [&](int part) { return partial_of(part) + row * kPartialRow<D>; },
           [](const float* global) { return load16(global); });
-      store_result<T, D>(p, rows, row, d, merged);
+      store(row, d, merged);
     });
   }
 
@@ -148,6 +148,11 @@ struct DecodeBlock {
   }
 
  private:
+  __device__ __forceinline__ void store(int row, int d, const Merged& merged) const {
+    store_result<T, D>(p, rows, row, d, merged);
+    if (p.lse && d == 0) store_lse(p, rows, row, merged.maximum, merged.total);
+  }
+
   // The stages of a warp. After the walk they hold its result.
   __device__ __forceinline__ T* stages_of(int warp) const {
     return q_tile.elements + kDecodeRows * D + warp * kDecodeWarpShared<D>;

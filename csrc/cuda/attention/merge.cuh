@@ -60,4 +60,10 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Que
   store16(global + d, round_to<T, 8>(out));
 }
 
+// The log-sum-exp of a row of attention.h, whose scores are unscaled here.
+__device__ __forceinline__ void store_lse(const AttentionParams& p, const QueryRows& rows, int row,
+                                          float maximum, float total) {
+  store_global(p.lse + rows.offset(row, p.heads, 1), maximum * p.scale + logf(total));
+}
+
 }  // namespace mistral::cuda

@@ -243,7 +243,8 @@ class Consumer {
                                             float (&out)[D / 2], const Softmax<1>& softmax) {
     const SharedTile<T, D> tile = {shared_.out[number_]};
     const int first_row = item.row + number_ * kConsumerRows;
-    store_rows(tile, warp_row(), as_fragments(out), softmax.total, [&](int row) -> T* {
+    const auto factor_of = [&](int r) { return softmax.inverse_total(r); };
+    store_rows(tile, warp_row(), as_fragments(out), factor_of, [&](int row) -> T* {
       if (first_row + row >= item.end_row) return nullptr;
       return static_cast<T*>(p_.out) +
              rows.offset(first_row + row, p_.stride_out_token, p_.stride_out_head);

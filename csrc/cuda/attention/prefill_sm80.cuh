@@ -8,6 +8,7 @@
 #pragma once
 
 #include "finish.cuh"
+#include "merge.cuh"
 #include "tile_sm80.cuh"
 
 namespace mistral::cuda {
@@ -100,11 +101,20 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   }
 
   // A warp's rows of q_tile are read by that warp alone.
-  store_rows(q_tile, warp_row, out, softmax.total, [&](int row) -> T* {
+  const auto factor_of = [&](int r) { return softmax.inverse_total(r); };
+  store_rows(q_tile, warp_row, out, factor_of, [&](int row) -> T* {
     if (tile_row + row > last_row) return nullptr;
     return static_cast<T*>(p.out) +
            rows.offset(tile_row + row, p.stride_out_token, p.stride_out_head);
   });
+  if (p.lse) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int row = tile_row + warp_row + 8 * r + lane / 4;
+      const float total = row_sum(softmax.total[r]);
+      if (lane % 4 == 0 && row <= last_row) store_lse(p, rows, row, softmax.maximum[r], total);
+    }
+  }
 
   if (has_late_tokens(p, s)) {
     const auto blocks = static_cast<int>(ceil_div(rows.count, kPrefillRows));

@@ -15,7 +15,8 @@ struct QueryRows {
   int group;
   int count;  // tokens * G
 
-  __device__ QueryRows(const AttentionParams& p, const Sequence& s, int kv_head)
+  template <class Params>
+  __device__ QueryRows(const Params& p, const Sequence& s, int kv_head)
       : first_token(s.first_token),
         first_head(kv_head * static_cast<int>(p.heads / p.kv_heads)),
         group(static_cast<int>(p.heads / p.kv_heads)),
@@ -30,7 +31,8 @@ struct QueryRows {
 };
 
 // The window as an int, which offsets fit too. kNoWindow becomes a window that no offset reaches.
-__device__ __forceinline__ int window_of(const AttentionParams& p) {
+template <class Params>
+__device__ __forceinline__ int window_of(const Params& p) {
   return static_cast<int>(min(p.window, int64_t{1} << 30));
 }
 
@@ -44,23 +46,28 @@ MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
 constexpr int kPrefillRows = 128;  // of a tile
 
 // Tiles are numbered without knowing the sequences' lengths on the host: sequence i, which begins
-// at packed row f, gets the numbers from f / 128 + i on, as many as it needs and sometimes one
-// too many (floor(f + c) - floor(f) + 1 >= ceil(c), in units of 128 rows).
+// at packed row f, gets the numbers from f / kRows + i on, as many as it needs and sometimes one
+// too many (floor(f + c) - floor(f) + 1 >= ceil(c), in units of kRows). A token has `group` rows.
+template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
-  return first_token * group / kPrefillRows + sequence;
+  return first_token * group / kRows + sequence;
 }
 
 // The tiles of all sequences, for one key/value head.
+template <int kRows = kPrefillRows, class Params>
+MISTRAL_HOST_DEVICE int tiles_of_all(const Params& p, int64_t group) {
+  return static_cast<int>(first_tile<kRows>(p.tokens, group, p.num_sequences));
+}
 MISTRAL_HOST_DEVICE int prefill_tiles(const AttentionParams& p) {
-  return static_cast<int>(p.tokens * (p.heads / p.kv_heads) / kPrefillRows + p.num_sequences);
+  return tiles_of_all(p, p.heads / p.kv_heads);
 }
 
-__device__ __forceinline__ int64_t sequence_of_tile(const AttentionParams& p, int64_t group,
-                                                    int64_t tile) {
+template <int kRows = kPrefillRows, class Params>
+__device__ __forceinline__ int64_t sequence_of_tile(const Params& p, int64_t group, int64_t tile) {
   int64_t low = 0, high = p.num_sequences - 1;
   while (low < high) {
     const int64_t middle = (low + high + 1) / 2;
-    if (first_tile(p.sequences[middle].first_token, group, middle) <= tile) {
+    if (first_tile<kRows>(p.sequences[middle].first_token, group, middle) <= tile) {
       low = middle;
     } else {
       high = middle - 1;

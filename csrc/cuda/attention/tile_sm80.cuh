@@ -191,6 +191,9 @@ struct Softmax {
     return {base, factor};
   }
 
+  // What a row's results are divided by, as a factor.
+  __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
+
   // Turns scores into probabilities relative to the new maximum, and rescales `out` to it. p has
   // the layout of an operand of the next product: p[m][n] holds the pairs of elements 0, 1 and 2,
   // 3.
@@ -245,23 +248,23 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
   }
 }
 
-// Stores a warp's results, 16 * kM rows of `out` from row `first` of the tile on, divided by their
-// totals. The results pass through the same rows of the tile in shared memory, which only this warp
-// uses, so that they are written 16 bytes at a time. row_at(row) is the destination of a row; null
-// from the first row on that is not stored.
-template <int kM, class T, int D, class RowAt>
+// Stores a warp's results, 16 * kM rows of `out` from row `first` of the tile on, each of the
+// lane's rows r times factor_of(r). The results pass through the same rows of the tile in shared
+// memory, which only this warp uses, so that they are written 16 bytes at a time. row_at(row) is
+// the destination of a row; null from the first row on that is not stored.
+template <int kM, class T, int D, class FactorOf, class RowAt>
 __device__ __forceinline__ void store_rows(SharedTile<T, D> tile, int first,
                                            const float (&out)[kM][D / 8][4],
-                                           const float (&totals)[2 * kM], const RowAt& row_at) {
+                                           const FactorOf& factor_of, const RowAt& row_at) {
   const int lane = threadIdx.x % kWarp;
   __syncwarp();
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
-    const float inverse = 1.0f / row_sum(totals[r]);
+    const float factor = factor_of(r);
     const int row = first + 8 * r + lane / 4, i = 2 * (r % 2);
 #pragma unroll
     for (int d = 0; d < D / 8; ++d) {
-      const uint32_t pair = pack<T>(out[r / 2][d][i] * inverse, out[r / 2][d][i + 1] * inverse);
+      const uint32_t pair = pack<T>(out[r / 2][d][i] * factor, out[r / 2][d][i + 1] * factor);
       memcpy(tile.chunk(row, d) + 2 * (lane % 4), &pair, sizeof pair);
     }
   }

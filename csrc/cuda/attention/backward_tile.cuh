@@ -1,0 +1,104 @@
+// What the kernels of attention's gradients share. A block of 4 warps owns 64 rows of two tensors
+// (keys and values, or queries and d_out), each warp 16 of them, and walks rows of the other two in
+// tiles of 32. A tile is copied while the one before it is multiplied.
+#pragma once
+
+#include "../../attention_backward.h"
+#include "tile_sm80.cuh"
+
+namespace mistral::cuda {
+
+constexpr int kBackwardWarps = 4;
+constexpr int kBackwardThreads = kBackwardWarps * kWarp;
+constexpr int kOwnRows = 16 * kBackwardWarps;
+constexpr int kWalkedRows = 32;
+
+// The shared memory of a block: its own two tiles, two stages of two tiles that it walks, and for
+// each stage the log-sum-exp and delta of its rows, if they are queries.
+template <class T, int D>
+struct BackwardShared {
+  T* elements;
+
+  static constexpr size_t kBytes = 2 * (kOwnRows + 2 * kWalkedRows) * D * sizeof(T);
+  static constexpr size_t kBytesWithStatistics = kBytes + 4 * kWalkedRows * sizeof(float);
+
+  __device__ __forceinline__ SharedTile<T, D> own(int tensor) const {
+    return {elements + tensor * kOwnRows * D};
+  }
+  __device__ __forceinline__ SharedTile<T, D> walked(int stage, int tensor) const {
+    return {elements + (2 * kOwnRows + (2 * stage + tensor) * kWalkedRows) * D};
+  }
+  __device__ __forceinline__ float* lse(int stage) const {
+    return reinterpret_cast<float*>(walked(2, 0).elements) + 2 * stage * kWalkedRows;
+  }
+  __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + kWalkedRows; }
+};
+
+// One key/value head of one sequence: its query rows, and its keys, counted from the first.
+template <class T, int D>
+struct BackwardHead {
+  const AttentionBackwardParams& p;
+  const QueryRows rows;
+  int64_t first_token;
+  int kv_head;
+  int keys;
+
+  __device__ BackwardHead(const AttentionBackwardParams& p, const Sequence& s, int kv_head)
+      : p(p),
+        rows(p, s, kv_head),
+        first_token(s.first_token),
+        kv_head(kv_head),
+        keys(static_cast<int>(s.count)) {}
+
+  // Starts the copy of kRows rows of queries and d_out, or of keys and values. Rows past the last
+  // become zeros, which add nothing to any sum.
+  template <int kRows>
+  __device__ __forceinline__ void copy_queries(SharedTile<T, D> q, SharedTile<T, D> d_out,
+                                               int first) const {
+    copy_rows<kRows, kBackwardThreads>(q, threadIdx.x, [&](int row) -> const T* {
+      if (first + row >= rows.count) return nullptr;
+      return static_cast<const T*>(p.q) +
+             rows.offset(first + row, p.stride_q_token, p.stride_q_head);
+    });
+    copy_rows<kRows, kBackwardThreads>(d_out, threadIdx.x, [&](int row) -> const T* {
+      if (first + row >= rows.count) return nullptr;
+      return static_cast<const T*>(p.d_out) + rows.offset(first + row, p.heads * D, D);
+    });
+  }
+  template <int kRows>
+  __device__ __forceinline__ void copy_keys(SharedTile<T, D> k, SharedTile<T, D> v,
+                                            int first) const {
+    copy_rows<kRows, kBackwardThreads>(k, threadIdx.x, [&](int row) -> const T* {
+      if (first + row >= keys) return nullptr;
+      return static_cast<const T*>(p.k) + (first_token + first + row) * p.stride_k_token +
+             kv_head * p.stride_k_head;
+    });
+    copy_rows<kRows, kBackwardThreads>(v, threadIdx.x, [&](int row) -> const T* {
+      if (first + row >= keys) return nullptr;
+      return static_cast<const T*>(p.v) + (first_token + first + row) * p.stride_v_token +
+             kv_head * p.stride_v_head;
+    });
+  }
+
+  // Where a query row's log-sum-exp and delta are.
+  __device__ __forceinline__ int64_t statistic(int row) const {
+    return rows.offset(row, p.heads, 1);
+  }
+};
+
+// A pair of neighbours of a product, as they come and as the next product takes them.
+template <class T>
+struct Differentiated {
+  uint32_t probabilities, d_scores;
+
+  // `lse` in powers of two. The scale of the scores is left to the end of the sums.
+  __device__ __forceinline__ Differentiated(float2 scores, float2 d_probabilities, float scale,
+                                            float2 lse, float2 delta) {
+    const float low = exp2_approx(scores.x * scale - lse.x);
+    const float high = exp2_approx(scores.y * scale - lse.y);
+    probabilities = pack<T>(low, high);
+    d_scores = pack<T>(low * (d_probabilities.x - delta.x), high * (d_probabilities.y - delta.y));
+  }
+};
+
+}  // namespace mistral::cuda

@@ -1,0 +1,105 @@
+// Grid: a block for each row. Its threads own every blockDim-th access of the row (16 bytes, or one
+// element where rows are not aligned). They read it once for the largest logit and the sum, and
+// once more for the gradient: the product that has made the logits has left them in the L2 cache.
+#include "../cross_entropy.h"
+
+#include <launch.cuh>
+
+#include "common/element.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+
+namespace mistral::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+
+// Every thread gets the maximum. `shared` has room for one float per warp.
+__device__ __forceinline__ float block_max(float value, float* shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  value = warp_max(value);
+  if (lane == 0) shared[warp] = value;
+  __syncthreads();
+  return warp_max(lane < kThreads / kWarp ? shared[lane] : -INFINITY);
+}
+
+// The largest of some logits, and the sum of exp(logit - base()) over them.
+struct LogSum {
+  float maximum = -INFINITY;
+  float total = 0.0f;
+
+  // Any finite value does for logits that are all -inf: exp of them is 0.
+  __device__ __forceinline__ float base() const { return maximum == -INFINITY ? 0.0f : maximum; }
+
+  template <class T, int N>
+  __device__ __forceinline__ void add(const Vec<T, N>& logits) {
+    float highest = maximum;
+#pragma unroll
+    for (int j = 0; j < N; ++j) highest = fmaxf(highest, logits[j]);
+    rise(highest);
+#pragma unroll
+    for (int j = 0; j < N; ++j) total += expf(logits[j] - base());
+  }
+
+  // Makes it that of all threads. `shared`: 2 floats per warp.
+  __device__ __forceinline__ void join_block(float* shared) {
+    rise(block_max(maximum, shared));
+    total = block_sum(total, shared + kThreads / kWarp);
+  }
+
+ private:
+  __device__ __forceinline__ void rise(float highest) {
+    const float before = base();
+    maximum = highest;
+    total *= expf(before - base());
+  }
+};
+
+template <class T, int N>
+__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const CrossEntropyParams p) {
+  const int64_t token = blockIdx.x, target = load_global(p.targets + token);
+  const bool valid = target >= 0 && target < p.vocab;
+  T* const logits = static_cast<T*>(p.logits) + token * p.stride_logits_token;
+  const float of_target = valid ? to_float(load_global(logits + target)) : NAN;
+
+  LogSum sum;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * N; i < p.vocab; i += kThreads * N) sum.add(load<N>(logits + i));
+  sum.join_block(dynamic_shared<float>());
+  const float base = sum.base();
+  if (threadIdx.x == 0) store_global(p.loss + token, logf(sum.total) + (base - of_target));
+  if (!p.factors) return;
+
+  const float factor = load_global(p.factors + token);
+  const float inverse = valid ? 1.0f / sum.total : NAN;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * N; i < p.vocab; i += kThreads * N) {
+    const Vec<T, N> values = load<N>(logits + i);
+    float gradients[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float probability = expf(values[j] - base) * inverse;
+      gradients[j] = factor * (i + j == target ? probability - 1.0f : probability);
+    }
+    store(logits + i, round_to<T>(gradients));
+  }
+}
+
+template <class T, int N>
+cudaError_t launch_rows(const CrossEntropyParams& p, cudaStream_t stream) {
+  return launch(cross_entropy_kernel<T, N>, dim3(static_cast<unsigned>(p.tokens)), dim3(kThreads),
+                2 * kThreads / kWarp * sizeof(float), stream, p);
+}
+
+}  // namespace
+
+cudaError_t cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
+  return with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kWide = kVec16<T>;
+    const bool wide = p.vocab % kWide == 0 && fit_vec16<T>({p.logits}, {p.stride_logits_token});
+    return wide ? launch_rows<T, kWide>(p, stream) : launch_rows<T, 1>(p, stream);
+  });
+}
+
+}  // namespace mistral::cuda
