@@ -38,8 +38,13 @@ from mistral_ext.weights.names import hugging_face_name
 # Name -> modules that it needs.
 PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}
 
-# Our name of the weights -> llama.cpp's.
+# The types of files that both engines run, by llama.cpp's names. A type is a mixture: llama.cpp
+# chooses the format of each matrix.
+FILE_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
+
+# Our name of the weights -> llama.cpp's. The first three are weights that this package makes.
 LLAMA_CPP_TYPES = {"bf16": "BF16", "int8": "Q8_0", "int4": "IQ4_XS"}
+LLAMA_CPP_TYPES |= {name.lower(): name for name in FILE_TYPES}
 
 
 class Transformers:
@@ -145,32 +150,57 @@ def llama_cpp_build() -> str:
     return " ".join(part.split("=")[0].split(":")[-1].strip() for part in info.split("|")[:-1])
 
 
-class LlamaCppFiles:
-    """The random model in llama.cpp's format, in a temporary folder, made when asked for."""
+def quantize_file(source: Path, target: Path, file_type: str) -> None:
+    """Has llama.cpp round a GGUF file to one of FILE_TYPES, quantised matrices too."""
+    llama_cpp = _llama_cpp()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread = torch.get_num_threads()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
+    params.allow_requantize = True
+    paths = str(source).encode(), str(target).encode()
+    if llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp could not make {file_type} of {source}")
 
-    def __init__(self, config: MistralConfig, weights: dict[str, Tensor]):
+
+class LlamaCppFiles:
+    """The random model in llama.cpp's format, made when asked for.
+
+    Args:
+        config: the shape.
+        weights: in bf16, with Mistral's names.
+        folder: where the files are kept, and found by the next run; None: a temporary folder.
+    """
+
+    def __init__(
+        self, config: MistralConfig, weights: dict[str, Tensor], folder: Path | None = None
+    ):
         self._config, self._weights = config, weights
-        self._folder = tempfile.TemporaryDirectory(prefix="mistral_ext-")
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="mistral_ext-")
+        self._folder = folder or Path(self._temporary.name)
 
     def path(self, file_type: str) -> Path:
-        """The file of "BF16", "Q8_0" or "IQ4_XS".
+        """The file of a type: "BF16" or one of FILE_TYPES.
 
         llama.cpp quantises by itself, as for anyone: with IQ4_XS, the output matrix becomes Q6_K.
         """
-        llama_cpp = _llama_cpp()
-        path = Path(self._folder.name, f"{file_type}.gguf")
-        if not path.exists() and file_type == "BF16":
-            self._write(path)
-        elif not path.exists():
-            params = llama_cpp.llama_model_quantize_default_params()
-            params.nthread = torch.get_num_threads()
-            params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{file_type}")
-            source = self.path("BF16")
-            if llama_cpp.llama_model_quantize(
-                str(source).encode(), str(path).encode(), ctypes.byref(params)
-            ):
-                raise RuntimeError(f"llama.cpp could not make {file_type} of {source}")
+        path = self._path(file_type)
+        if not path.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".part")
+            if file_type == "BF16":
+                self._write(unfinished)
+            else:
+                quantize_file(self.path("BF16"), unfinished, file_type)
+            unfinished.replace(path)
         return path
+
+    def release(self, file_type: str) -> None:
+        """Deletes a temporary file: the next type needs its memory and disk."""
+        if self._temporary:
+            self._path(file_type).unlink(missing_ok=True)
+
+    def _path(self, file_type: str) -> Path:
+        return self._folder / f"{self._config.n_layers} layers.{file_type}.gguf"
 
     def _write(self, path: Path) -> None:
         import gguf
@@ -204,7 +234,8 @@ class LlamaCppFiles:
         writer.close()
 
     def close(self) -> None:
-        self._folder.cleanup()
+        if self._temporary:
+            self._temporary.cleanup()
 
 
 class LlamaCpp:
@@ -216,12 +247,12 @@ class LlamaCpp:
         max_sequences: of all decoders and prompts since the last `prompt`.
     """
 
-    def __init__(self, path: Path, max_tokens: int = 2048, max_sequences: int = 8):
+    def __init__(self, path: Path, max_tokens: int = 2048, max_sequences: int = 16):
         from gguf import GGUFReader
 
         llama_cpp = _llama_cpp()
 
-        self.name = f"llama.cpp {path.stem}"
+        self.name = f"llama.cpp {path.stem.rpartition('.')[2]}"
         self.nbytes = sum(
             int(t.n_bytes) for t in GGUFReader(path).tensors if t.name != "token_embd.weight"
         )

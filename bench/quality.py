@@ -1,6 +1,7 @@
 """Measures what 8- and 4-bit weights cost: perplexity, and the distance of logits from fp32.
 
     python bench/quality.py [--layers 2] [--tokens 128] [--model MODEL] [--threads N] [--json FILE]
+    python bench/quality.py --model FILE.gguf --only peers [--tokens 512] [--calibrate 1536]
 
 For the demo model on text that it has never seen, and for a model of Mistral 7B's shape with random
 weights, few layers and random tokens. Weights are bfloat16 to begin with: `fp32` rounds nothing
@@ -16,6 +17,8 @@ floating point numbers of 8 bits, which some GPUs know.
 
 Takes a minute or two and 8 GB. `--model` measures another model instead, a folder or a GGUF file,
 on the first `--tokens` tokens of the same text; its weights are taken as they decode to bfloat16.
+If the package llama_cpp is installed, types of llama.cpp made of the same GGUF file follow, next to
+ours (quality_peers.py). `--calibrate N` adds int4 that is calibrated on the N tokens after those.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ from pathlib import Path
 import torch
 from measure import machine, print_header, print_machine, print_row, write_json
 from models import mistral_7b
+from quality_peers import measure_peers
 from torch import Tensor
 
 from mistral_ext import Mistral
@@ -44,6 +49,7 @@ from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.quantize import Quantization, quantize
 
+PARTS = ("formats", "ways", "peers")
 HELD_OUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "held_out.txt"
 COLUMNS = [("", -36), ("weights", 10), ("perplexity", 10), ("to bf16", 8)]
 COLUMNS += [("KL", 9), ("max", 8), ("mean", 8), ("same top", 8)]
@@ -80,6 +86,17 @@ def real(model: str, tokens: int) -> Subject:
     }
     ids = read_tokenizer(folder).encode(HELD_OUT.read_text())
     return Subject(folder.config, weights, ids[:tokens])
+
+
+def peers_of(model: str, tokens: int, calibration: int) -> dict[str, dict[str, float]]:
+    """Measures ways to round MODEL, llama.cpp's among them."""
+    path = resolve(model)
+    folder = read_folder(path)
+    ids = read_tokenizer(folder).encode(HELD_OUT.read_text())
+    print(f"\n{folder.config.n_layers} layers; {tokens} tokens compared; layers rounded, in fp32")
+    with tempfile.TemporaryDirectory(prefix="mistral_ext-") as made:
+        given = ids[:tokens], ids[tokens : tokens + calibration]
+        return measure_peers(path, folder.config, *given, Path(made), compare)
 
 
 def random_7b(layers: int, tokens: int) -> Subject:
@@ -215,6 +232,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the random model")
     parser.add_argument("--tokens", type=int, default=128, help="read by it, or by MODEL")
     parser.add_argument("--model", help="folder or GGUF file, to be measured instead")
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", help="a part of it; may be given several times"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens to calibrate MODEL's int4 with",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args()
@@ -223,8 +250,13 @@ def main() -> None:
     facts = machine()
     print_machine(facts)
     report: dict = {"machine": facts}
+    parts = args.only or PARTS
 
-    if args.model:
+    if args.model and "peers" in parts:
+        report["peers"] = peers_of(args.model, args.tokens, args.calibrate)
+    if parts == ["peers"]:
+        subjects = {}
+    elif args.model:
         subjects = {"model": real(args.model, args.tokens)}
     else:
         subjects = {"demo": demo(), "random_7b": random_7b(args.layers, args.tokens)}
@@ -234,12 +266,14 @@ def main() -> None:
             f"\n{title}: {subject.config.n_layers} layers; {len(subject.ids)} tokens compared, "
             f"whose logits have a standard deviation of {exact.std():.2f}"
         )
+        # Others are compared with bf16.
+        chosen = FORMATS if "formats" in parts else {"bf16": FORMATS["bf16"]}
         formats = {
             name: lambda make=make, weights=subject.weights: make(weights)
-            for name, make in FORMATS.items()
+            for name, make in chosen.items()
         }
         report[title] = measure(subject, formats, exact, None)
-        if title != "random_7b":
+        if title != "random_7b" and "ways" in parts:
             print(f"\nways to round, on the {title} in fp32")
             base = report[title]["bf16"].get("perplexity")
             ways = other_ways(subject.weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mistral_ext.bench import DTYPES as TORCH_NAMES
 from mistral_ext.bench.models import random_values
 from mistral_ext.model import rope
 
@@ -23,7 +24,7 @@ def scaled(tokens: int) -> int:
     return max(1, tokens // SHRINK)
 
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {name: getattr(torch, dtype) for name, dtype in TORCH_NAMES.items()}
 
 
 def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:

@@ -1,0 +1,11 @@
+"""Measuring speed: the limits of a machine, and models with random weights.
+
+The names by which benchmarks call weights are here, where `mistral-ext --help` finds them without
+torch.
+"""
+
+# Plain weights -> torch's name of their dtype.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+# What is measured if nothing else is asked for.
+DEFAULT_WEIGHTS = ("bf16", "int8", "int4")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mistral_ext.bench import DTYPES
 from mistral_ext.llm import Mistral
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
@@ -16,7 +17,7 @@ from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.device import expect_runnable, move_weights
 from mistral_ext.weights.quantize import NAMES, Quantization
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_NAMES_OF_DTYPES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
 
 
 def mistral_7b(layers: int) -> MistralConfig:
@@ -147,7 +148,7 @@ def formats_of(model: Transformer) -> str:
         for weights in (layer.qkv, [layer.wo], layer.gate_up, [layer.w2]):
             matrices += weights.parts if hasattr(weights, "parts") else weights
     for matrix in matrices:
-        name = matrix.format if isinstance(matrix, Quantized) else _DTYPES[matrix.dtype]
+        name = matrix.format if isinstance(matrix, Quantized) else _NAMES_OF_DTYPES[matrix.dtype]
         nbytes[name] = nbytes.get(name, 0) + matrix.nbytes
     return ", ".join(sorted(nbytes, key=nbytes.__getitem__, reverse=True))
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mistral_ext.bench import DEFAULT_WEIGHTS, DTYPES
 from mistral_ext.cli import options
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.start import start
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from mistral_ext.bench.speed import Speed
     from mistral_ext.llm import Mistral
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_DEFAULT_WEIGHTS = "bf16,int8,int4"
 _LAYERS = 2
 
 _COLUMNS = (
@@ -65,8 +64,8 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--weights",
         metavar="FORMAT,...",
-        help=f"of {', '.join((*_DTYPES, *options.QUANTIZE))}, and without --model formats of "
-        f"files, as q4_k. Default: {_DEFAULT_WEIGHTS}; with --model: as they are stored",
+        help=f"of {', '.join((*DTYPES, *options.QUANTIZE))}, and without --model formats of "
+        f"files, as q4_k. Default: {','.join(DEFAULT_WEIGHTS)}; with --model: as they are stored",
     )
     parser.add_argument(
         "--layers", type=int, metavar="N", help=f"without --model: of 32 (default {_LAYERS})"
@@ -138,9 +137,9 @@ def _weights(args: argparse.Namespace) -> list[str | None]:
 
     if args.weights is None and args.model:
         return [None]
-    known = dict.fromkeys((*_DTYPES, *options.QUANTIZE, *(() if args.model else FORMATS)))
+    known = dict.fromkeys((*DTYPES, *options.QUANTIZE, *(() if args.model else FORMATS)))
     names: list[str | None] = []
-    for name in (args.weights or _DEFAULT_WEIGHTS).split(","):
+    for name in (args.weights or ",".join(DEFAULT_WEIGHTS)).split(","):
         if name not in known:
             raise ValueError(f"--weights has {name!r}, expected of {', '.join(known)}")
         names.append(name)
@@ -208,11 +207,11 @@ def _load(args: argparse.Namespace, weights: str | None, device: torch.device) -
     from mistral_ext.bench.models import random_model
     from mistral_ext.llm import Mistral
 
-    dtype = getattr(torch, _DTYPES[weights]) if weights in _DTYPES else None
+    dtype = getattr(torch, DTYPES[weights]) if weights in DTYPES else None
     quantize = weights if weights in options.QUANTIZE else None
     if args.model:
         return Mistral.from_pretrained(args.model, device=device, dtype=dtype, quantize=quantize)
-    form = None if weights in _DTYPES else weights
+    form = None if weights in DTYPES else weights
     return random_model(args.layers or _LAYERS, form, dtype or torch.bfloat16, device)
 
 

@@ -96,16 +96,14 @@ struct ByteChunk {
     }
     words_to_lanes(in, lanes);
     __m256i further[2];
-    for (int i = 0; i < kBits - 4; ++i) further[i] = blocks_to_lanes(load_32(words + 128 + 32 * i));
+    for (int i = 0; i < kBits - 4; ++i) further[i] = load_blocks_to_lanes(words + 128 + 32 * i);
+    __m256i fifth[8];
+    if (kBits == 5) fifth_bits(further[0], fifth);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       const __m256i word = lanes[i / 2];
       values[i] = mask_bytes(i % 2 == 0 ? word : _mm256_srli_epi16(word, 4), 15);
-      if (kBits == 5) {
-        const __m256i bits =
-            i <= 4 ? _mm256_slli_epi32(further[0], 4 - i) : _mm256_srli_epi32(further[0], i - 4);
-        values[i] = _mm256_or_si256(values[i], mask_bytes(bits, 0x10));
-      }
+      if (kBits == 5) values[i] = _mm256_or_si256(values[i], mask_bytes(fifth[i], 0x10));
       if (kBits == 6) {
         const __m256i pairs = further[i / 4];
         const __m256i bits =
@@ -135,6 +133,15 @@ struct ByteChunk {
   }
 
  private:
+  // Moves bit i of each byte to bit 4 of out[i]. Doubling is cheaper than a shift, for which some
+  // processors have one unit.
+  MISTRAL_SIMD static void fifth_bits(__m256i x, __m256i (&out)[8]) {
+    out[4] = x;
+    for (int i = 3; i >= 0; --i) out[i] = _mm256_add_epi8(out[i + 1], out[i + 1]);
+    __m256i high = _mm256_srli_epi16(x, 4);
+    for (int i = 7; i >= 5; --i) out[i] = high = _mm256_add_epi8(high, high);
+  }
+
   // The sums of the products of each block. Each vector of values is multiplied by all tokens
   // before the next, so that the additions of a token need not wait for each other.
   template <int N>
@@ -209,21 +216,22 @@ struct ByteChunk {
       minimum = _mm256_mul_ps(least, _mm256_sub_ps(_mm256_setzero_ps(), half(group + 2)));
     } else if constexpr (format == WeightFormat::q6_k) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
-      scales = blocks_to_lanes(_mm256_cvtepi8_epi16(bytes));
+      const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, order));
       factor = half(group + 16);
     } else if constexpr (format == WeightFormat::iq4_xs) {
-      int low;
-      uint16_t high;
-      memcpy(&high, group + 2, sizeof high);
+      uint32_t low, high = 0;
+      memcpy(&high, group + 2, sizeof(uint16_t));
       memcpy(&low, group + 4, sizeof low);
-      const __m256i block = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-      const __m256i fours = _mm256_srlv_epi32(_mm256_set1_epi32(low), _mm256_slli_epi32(block, 2));
-      const __m256i twos = _mm256_srlv_epi32(_mm256_set1_epi32(high), _mm256_slli_epi32(block, 1));
-      const __m256i scale =
-          _mm256_or_si256(_mm256_and_si256(fours, _mm256_set1_epi32(15)),
-                          _mm256_slli_epi32(_mm256_and_si256(twos, _mm256_set1_epi32(3)), 4));
-      const __m256i centred = _mm256_sub_epi32(scale, _mm256_set1_epi32(32));
-      factor = _mm256_mul_ps(_mm256_cvtepi32_ps(centred), half(group));
+      // A byte for each two blocks, with the high bits of both.
+      high = (high | high << 8) & 0x00ff00ff;
+      high = (high | high << 4) & 0x0f0f0f0f;
+      constexpr uint32_t kFour = 0x0f0f0f0f, kTwo = 0x03030303;
+      const uint32_t even = (low & kFour) | (high & kTwo) << 4;
+      const uint32_t odd = (low >> 4 & kFour) | (high >> 2 & kTwo) << 4;
+      const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(even | uint64_t{odd} << 32));
+      const __m128i centred = _mm_sub_epi8(bytes, _mm_set1_epi8(32));
+      factor = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centred)), half(group));
     } else {
       take_group_scales(group, group_log2, there);
     }

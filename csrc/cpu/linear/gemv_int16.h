@@ -97,8 +97,10 @@ struct Int16Chunk<WeightFormat::int4> : Int16Layout {
 template <WeightFormat format, int R, int N>
 struct Product<Int16Chunk<format>, R, N> {
   using Chunk = Int16Chunk<format>;
+  // Sums of groups are added rarely: one total suffices, and leaves registers for more.
+  static constexpr int kTotals = Chunk::kGrouped ? 1 : kChains;
 
-  Vec totals[kChains][N][R];
+  Vec totals[kTotals][N][R];
 
   MISTRAL_SIMD void start(const int16_t*, int64_t) {
     for (auto& total : totals) {
@@ -135,7 +137,7 @@ struct Product<Int16Chunk<format>, R, N> {
               }
             }
           }
-          Vec(&total)[N][R] = sum.totals[chain];
+          Vec(&total)[N][R] = sum.totals[chain % kTotals];
           for (int n = 0; n < N; ++n) {
             for (int r = 0; r < R; ++r) {
               const Vec product = to_vec(sums[n][r]);
@@ -154,7 +156,7 @@ struct Product<Int16Chunk<format>, R, N> {
       memcpy(&unit, x + n * stride_x, sizeof unit);
       for (int r = 0; r < R; ++r) {
         Vec total = totals[0][n][r];
-        for (int i = 1; i < kChains; ++i) total = total + totals[i][n][r];
+        for (int i = 1; i < kTotals; ++i) total = total + totals[i][n][r];
         out[n * stride_out + r] = sum(total) * unit * row_scale<Chunk>(w, r);
       }
     }

@@ -89,8 +89,11 @@ MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   out[3] = _mm256_unpackhi_epi64(c, d);
 }
 // A word of each block, in the order of lanes.
-MISTRAL_SIMD __m256i blocks_to_lanes(__m256i x) {
-  return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+MISTRAL_SIMD __m256i load_blocks_to_lanes(const char* words) {
+  const __m128 first = _mm_loadu_ps(reinterpret_cast<const float*>(words));
+  const __m128 last = _mm_loadu_ps(reinterpret_cast<const float*>(words + 16));
+  return _mm256_castps_si256(_mm256_set_m128(_mm_shuffle_ps(first, last, 0b11011101),
+                                             _mm_shuffle_ps(first, last, 0b10001000)));
 }
 MISTRAL_SIMD Lanes8 zero_lanes() { return _mm256_setzero_ps(); }
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) { _mm256_storeu_ps(p, x); }

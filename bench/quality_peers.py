@@ -1,0 +1,175 @@
+"""A model rounded by us and, from the same file, by llama.cpp: bits, divergence and perplexity.
+
+A part of quality.py. All of them run in the same way, in float32 on our kernels, with only the
+matrices of the layers rounded: embeddings and output keep the values of the original.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import print_header, print_row
+from peers import available, quantize_file
+from torch import Tensor
+from torch.nn import functional
+
+from mistral_ext import Mistral
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops import Quantized, Weight
+from mistral_ext.weights.calibrate import calibrated
+from mistral_ext.weights.checkpoint import load_weights, tensor_shapes
+from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.gguf_model import gguf_name
+from mistral_ext.weights.quantize import Quantization
+
+FILE_TYPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
+COLUMNS = [("", -20), ("bits", 5), ("KL", 9), ("perplexity", 10), ("to fp32", 8), ("same top", 8)]
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Rounded:
+    """Weights in float32, with the layers' matrices rounded.
+
+    Attributes:
+        bits: of a value of these matrices, with its share of the scales.
+    """
+
+    weights: Weights
+    bits: float
+
+
+def is_rounded(name: str, weight: Tensor) -> bool:
+    return name.startswith("layers.") and weight.dim() == 2
+
+
+def rounded(exact: Weights, matrices: Weights, nbytes: int) -> Rounded:
+    """The exact weights with `matrices` in their place, which take `nbytes`."""
+    values = sum(matrix.numel() for matrix in matrices.values())
+    return Rounded(exact | matrices, 8 * nbytes / values)
+
+
+def made_here(exact: Weights, name: str) -> Rounded:
+    """Rounded to "int8" or "int4", as loading does it."""
+    quantization = Quantization.from_name(name)
+    return of_weights(
+        exact, {name: quantization.quantize(name, weight, name) for name, weight in exact.items()}
+    )
+
+
+def calibrated_here(exact: Weights, config: MistralConfig, ids: list[int], folder: Path) -> Rounded:
+    """Rounded to int4 by what the layers see of a text, as `mistral-ext quantize` does it.
+
+    Args:
+        folder: for intermediate results.
+    """
+    # A layer changes as it is rounded.
+    weights = ((name, exact[name].clone()) for name in tensor_shapes(config) if name in exact)
+    quantization = Quantization.from_name("int4")
+    made = calibrated(weights, config, quantization, ids, folder, torch.float32, progress=False)
+    return of_weights(exact, dict(made))
+
+
+def of_weights(exact: Weights, made: Mapping[str, Weight | None]) -> Rounded:
+    matrices, nbytes = {}, 0
+    for name, weight in exact.items():
+        if is_rounded(name, weight):
+            matrices[name] = made[name].dequantize()
+            nbytes += made[name].nbytes
+    return rounded(exact, matrices, nbytes)
+
+
+def of_file(exact: Weights, model: Path) -> Rounded:
+    """Rounded as a folder or a GGUF file has it."""
+    folder = read_folder(model)
+    stored = load_weights(folder, torch.float32, progress=False)
+    matrices, nbytes = {}, 0
+    for name, weight in exact.items():
+        if is_rounded(name, weight):
+            found = stored[name]
+            matrices[name] = found.dequantize() if isinstance(found, Quantized) else found
+            nbytes += folder.gguf.tensors[gguf_name(name)].nbytes if folder.gguf else found.nbytes
+    return rounded(exact, matrices, nbytes)
+
+
+def ways(
+    model: Path, exact: Weights, config: MistralConfig, calibration: list[int], folder: Path
+) -> Iterator[tuple[str, Callable[[], Rounded]]]:
+    """Names, and what makes the weights.
+
+    Args:
+        model: a folder or a GGUF file; llama.cpp rounds files only.
+        exact, config: its weights and shape.
+        calibration: tokens to calibrate int4 with; empty: it is left out.
+        folder: for what is made.
+    """
+    for name in ("int8", "int4"):
+        yield name, lambda name=name: made_here(exact, name)
+    if calibration:
+        yield (
+            "int4, calibrated",
+            lambda: calibrated_here(exact, config, calibration, folder / "calibration"),
+        )
+    if "llama.cpp" not in available() or not model.is_file():
+        return
+    for file_type in FILE_TYPES:
+
+        def by_llama_cpp(file_type: str = file_type) -> Rounded:
+            target = folder / f"{file_type}.gguf"
+            quantize_file(model, target, file_type)
+            return of_file(exact, target)
+
+        yield f"llama.cpp's {file_type}", by_llama_cpp
+
+
+def negative_log_likelihood(logits: Tensor, ids: list[int]) -> float:
+    """The mean over the tokens after the first, in nats."""
+    return functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:])).item()
+
+
+def measure_peers(
+    model: Path,
+    config: MistralConfig,
+    ids: list[int],
+    calibration: list[int],
+    folder: Path,
+    compare: Callable[[Tensor, Tensor], dict[str, float]],
+) -> dict[str, dict[str, Any]]:
+    """Prints and returns a row for each way.
+
+    Args:
+        ids: the logits after these are compared.
+        compare: from quality.py.
+    """
+
+    def logits_of(weights: Weights) -> Tensor:
+        llm = Mistral(config, Transformer(config, weights), None, model)
+        return llm.logits(ids, chunk=512)
+
+    stored = load_weights(read_folder(model), torch.float32, progress=False)
+    exact = {
+        name: weight.dequantize() if isinstance(weight, Quantized) else weight
+        for name, weight in stored.items()
+    }
+    expected = logits_of(exact)
+    base = negative_log_likelihood(expected, ids)
+    rows: dict[str, dict[str, Any]] = {"fp32": {"perplexity": math.exp(base)}}
+    print_header(COLUMNS)
+    print_row(COLUMNS, ["fp32", "", "", f"{math.exp(base):.3f}", "", ""])
+    for name, make in ways(model, exact, config, calibration, folder):
+        made = make()
+        logits = logits_of(made.weights)
+        row = {"bits": made.bits, "perplexity": math.exp(negative_log_likelihood(logits, ids))}
+        row |= compare(logits, expected)
+        rows[name] = row
+        cells = [f"{row['bits']:.2f}", f"{row['kl']:.2e}", f"{row['perplexity']:.3f}"]
+        cells += [f"{row['perplexity'] / math.exp(base) - 1:+.1%}", f"{row['same_top']:.1%}"]
+        print_row(COLUMNS, [name, *cells])
+    return rows

@@ -1,0 +1,63 @@
+"""bench/quality_peers.py: the ways to round a model, side by side."""
+
+from __future__ import annotations
+
+import pytest
+import quality_peers
+import torch
+import transformers
+from gguf_files import write_model
+from quality import compare
+from quality_peers import made_here, measure_peers, of_file
+
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.weights.checkpoint import load_weights
+from mistral_ext.weights.folder import read_folder
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return load_weights(read_folder(DEMO_MODEL), torch.float32, progress=False)
+
+
+def test_only_layers_are_rounded(exact):
+    eight, four = made_here(exact, "int8"), made_here(exact, "int4")
+    # Rows of 256 take 4.25 bits in 4, others 4.5.
+    assert eight.bits == 8.5
+    assert 4.25 <= four.bits <= 4.5
+    for name, weight in exact.items():
+        error = (four.weights[name] - weight).norm() / weight.norm()
+        is_rounded = name.startswith("layers.") and weight.dim() == 2
+        assert 0.05 < error < 0.1 if is_rounded else error == 0
+
+
+def test_layers_of_a_file(exact, tmp_path):
+    """Matrices that are multiplied in blocks, that are decoded, and that are plain."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    types = {"attn_q.": "Q8_0", "ffn_up.": "Q5_0"}
+    write_model(tmp_path / "model.gguf", model, types | {"token_embd": "Q8_0"})
+    read = of_file(exact, tmp_path / "model.gguf")
+    bits = {"attention.wq": 8.5, "feed_forward.w3": 5.5}
+    matrices = [name for name, w in exact.items() if name.startswith("layers.") and w.dim() == 2]
+    in_all = sum(
+        exact[name].numel() * bits.get(name.split(".", 2)[2].removesuffix(".weight"), 32)
+        for name in matrices
+    )
+    assert read.bits == pytest.approx(in_all / sum(exact[name].numel() for name in matrices))
+    expected = model.model.layers[1].mlp.up_proj.weight  # rounded by write_model
+    assert torch.equal(read.weights["layers.1.feed_forward.w3.weight"], expected)
+    assert torch.equal(read.weights["tok_embeddings.weight"], exact["tok_embeddings.weight"])
+
+
+def test_rows_of_a_model(exact, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_peers, "available", lambda: [])
+    ids = Tokenizer.from_folder(DEMO_MODEL).encode("Once upon a time there was a king who had")
+    config = read_folder(DEMO_MODEL).config
+    rows = measure_peers(DEMO_MODEL, config, ids, ids, tmp_path, compare)
+    assert list(rows) == ["fp32", "int8", "int4", "int4, calibrated"]
+    assert rows["int4, calibrated"]["bits"] == rows["int4"]["bits"]
+    assert 0 < rows["int8"]["kl"] < rows["int4"]["kl"] / 10
+    # Another text calibrates worse than the text itself.
+    assert 0 < rows["int4, calibrated"]["kl"] < rows["int4"]["kl"]
+    assert rows["int8"]["perplexity"] == pytest.approx(rows["fp32"]["perplexity"], rel=0.01)
