@@ -12,6 +12,7 @@ from transformers_models import (
     LLAMA,
     MISTRAL,
     WINDOW,
+    gradients,
     make_cache,
     make_pair,
     padding_mask,
@@ -117,3 +118,16 @@ def test_generate(device):
     exact = models.exact(found, attention_mask=mask, position_ids=positions).logits[:, 11:-1]
     reached = exact.gather(2, found[:, 12:, None])[..., 0]
     assert (exact.amax(2) - reached).max() < 0.05 * exact.std()
+
+
+@pytest.mark.parametrize("padding", [None, [0, 7, 30]])
+def test_gradients(device, padding):
+    ids = random_ids(3, 40)
+    given = {} if padding is None else {"attention_mask": padding_mask("right", padding, 40)}
+
+    def of_queries(model, device):
+        moved = {name: tensor.to(device) for name, tensor in given.items()}
+        name = "model.layers.0.self_attn.q_proj.weight"
+        return gradients(model, ids.to(device), **moved)[name]
+
+    assert_as_exact(*Models(MISTRAL, device).run(of_queries))
