@@ -8,6 +8,7 @@ from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_PROCESSORS = Path("/sys/devices/system/cpu")
 
 
 def check_threads(threads: int | None) -> None:
@@ -15,6 +16,20 @@ def check_threads(threads: int | None) -> None:
     most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
     if threads is not None and not 1 <= threads <= most:
         raise ValueError(f"--threads is {threads}, expected 1 to {most}")
+
+
+def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None:
+    """The cores that the logical processors are threads of, as Linux lists them; None: unknown.
+
+    Two threads of a core share its arithmetic and its way to memory, so a second one gains nothing.
+    """
+    try:
+        siblings = {
+            (root / f"cpu{i}" / "topology" / "thread_siblings_list").read_text() for i in processors
+        }
+    except OSError:
+        return None
+    return len(siblings) or None
 
 
 def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | None:

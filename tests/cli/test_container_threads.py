@@ -1,10 +1,10 @@
-"""mistral_ext.cli.threads: the limits of control groups, in files as Linux has them."""
+"""mistral_ext.cli.threads: limits of control groups, and cores, in files as Linux has them."""
 
 from __future__ import annotations
 
 import pytest
 
-from mistral_ext.cli.threads import container_cores
+from mistral_ext.cli.threads import container_cores, physical_cores
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,21 @@ def test_cores_of_a_control_group(tmp_path, own, files, cores):
 
 def test_another_system_has_no_control_groups(tmp_path):
     assert container_cores(tmp_path, tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("siblings", "processors", "cores"),
+    [
+        (["0,4", "1", "2", "3", "0,4"], {0, 1, 2, 3, 4}, 4),  # a hybrid processor
+        (["0-1", "0-1", "2-3", "2-3"], {0, 1, 2, 3}, 2),
+        (["0-1", "0-1", "2-3", "2-3"], {1, 2}, 2),
+        (["0", "1"], {0, 1, 2}, None),  # of the third nothing is known
+        ([], set(), None),
+    ],
+)
+def test_threads_of_a_core_count_once(tmp_path, siblings, processors, cores):
+    for i, text in enumerate(siblings):
+        folder = tmp_path / f"cpu{i}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(text + "\n")
+    assert physical_cores(processors, tmp_path) == cores
