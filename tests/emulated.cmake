@@ -9,8 +9,9 @@ endif()
 include(${CMAKE_CURRENT_LIST_DIR}/../csrc/sources.cmake)
 
 option(EMULATOR_SANITIZE "With AddressSanitizer, which then has to be preloaded into Python" OFF)
+set(sanitize "")  # for the sources that it is to watch
 if(EMULATOR_SANITIZE)
-  add_compile_options(-fsanitize=address -fno-omit-frame-pointer -g1 -O1)
+  set(sanitize -fsanitize=address -fno-omit-frame-pointer -g1 -O1)
   add_link_options(-fsanitize=address)
 endif()
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the kernels with AddressSanitizer: those for CUDA in the emulator, where it
 # watches what they do to memory without the wrappers of ptx.cuh, and those for the CPU, with
-# UndefinedBehaviorSanitizer too. tests/sanitize.sh [arguments of pytest]
+# UndefinedBehaviorSanitizer too. tests/sanitize.sh [options of pytest]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,8 +19,9 @@ sanitized_pytest() {
     ASAN_OPTIONS=detect_leaks=0 MISTRAL_EXT_SANITIZE=1 python -m pytest "$@"
 }
 # Copies that come early access what those that come late do, and launches that overlap what the
-# same launches do alone.
-sanitized_pytest -k "emulator and not early and not test_emulator_stream" "$@"
+# same launches do alone. Other files would take long to import.
+mapfile -t emulated < <(grep -rlE 'emulator|backend' tests --include='test_*.py')
+sanitized_pytest -k "emulator and not early and not test_emulator_stream" "$@" "${emulated[@]}"
 MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator" "$@" \
   tests/ops/test_{attention,linear,linear_argmax,linear_bytes,linear_rope,lora,rms_norm,rope,round_to_table,sample,swiglu}.py \
   tests/cpu/test_{simd,threads}.py

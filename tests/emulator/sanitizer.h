@@ -4,18 +4,18 @@
 
 #include <cstddef>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMULATOR_SANITIZE
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
 namespace emulator {
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef EMULATOR_SANITIZE
 constexpr bool kSanitized = true;
 
-inline void forbid(const void* begin, size_t bytes) { ASAN_POISON_MEMORY_REGION(begin, bytes); }
-inline void allow(const void* begin, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(begin, bytes); }
+inline void forbid(const void* begin, size_t bytes) { __asan_poison_memory_region(begin, bytes); }
+inline void allow(const void* begin, size_t bytes) { __asan_unpoison_memory_region(begin, bytes); }
 
 // Around a switch of stacks: before it, with the stack to come and a place to save the state of the
 // one to leave (null: it is left for good); after it, on the new stack, with what had been saved.
