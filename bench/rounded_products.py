@@ -25,13 +25,16 @@ from mistral_ext.ops import Quantized
 
 FORMATS = {"int4": 64, "q4_0": None, "q4_1": None, "q4_k": None, "q5_k": None, "q6_k": None}
 FORMATS |= {"iq4_nl": None, "iq4_xs": None}  # the group, None: the smallest
+# Weights in 8 bits, with a scale for each row or 32 values, have exact products alone.
+FORMATS |= {"int8": None, "q8_0": None}
 TOKENS = "1,4,8,64,256"
 COLUMNS = [("format", -8), ("tokens", 6), ("exact", 8), ("rounded", 8), ("gain", 6), ("of one", 6)]
 
 
 def random_weight(form: str, group: int | None) -> Quantized:
     weight = Quantized.empty((DIM, DIM), form, group)
-    weight.values.random_(-(2**31), 2**31 - 1)
+    of_value = torch.iinfo(weight.values.dtype)
+    weight.values.random_(of_value.min, of_value.max)
     if weight.scales.dtype == torch.uint8:
         weight.scales.fill_(0x2C)  # as fp16 a small number
     else:
