@@ -60,6 +60,7 @@ def test_aarch64():
     assert text.startswith("neon in use\n")
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif("avx2" not in ops.supported_isas(), reason="this processor lacks AVX2")
 def test_avxvnni():
     library = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "libcpu.a"
