@@ -1,6 +1,6 @@
 """Compiles a file and, if it holds kernels, keeps their PTX and machine code for the tests.
 
-    CMAKE_CUDA_COMPILER_LAUNCHER="python;tools/keep_cubins.py" pip install .
+    CMAKE_CUDA_COMPILER_LAUNCHER="python;$PWD/tools/keep_cubins.py" pip install .
 
 CMake puts this before each call of nvcc. The tests of the kernels' code (tests/cuda) and
 tools/kernel_report.py then take what the build has made, and need not compile it again.
