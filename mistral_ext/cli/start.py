@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 
-from mistral_ext.cli.threads import container_cores, physical_cores
+from mistral_ext.cli.threads import default_threads
 
 
 def end_on_ctrl_c() -> None:
@@ -30,13 +30,6 @@ def start(args: argparse.Namespace) -> None:
 
     import mistral_ext.llm  # noqa: F401
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    else:
-        # A torch without MKL begins with a thread for each logical processor.
-        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        known = [cores for cores in (container_cores(), physical_cores(own)) if cores is not None]
-        if known and min(known) < torch.get_num_threads():
-            torch.set_num_threads(min(known))
+    torch.set_num_threads(args.threads or default_threads(torch.get_num_threads()))
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)

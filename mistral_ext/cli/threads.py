@@ -18,6 +18,24 @@ def check_threads(threads: int | None) -> None:
         raise ValueError(f"--threads is {threads}, expected 1 to {most}")
 
 
+def default_threads(of_torch: int) -> int:
+    """The threads of a command without --threads.
+
+    Args:
+        of_torch: what torch begins with. A torch without MKL begins with a thread for each logical
+            processor.
+
+    Returns:
+        At most the physical cores, and what the container allows. A number in OMP_NUM_THREADS, from
+        which torch begins, is the user's and stays.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return of_torch
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    known = [cores for cores in (container_cores(), physical_cores(own)) if cores is not None]
+    return min([of_torch, *known])
+
+
 def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None:
     """The cores that the logical processors are threads of, as Linux lists them; None: unknown.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mistral_ext.cli.threads import container_cores, physical_cores
+from mistral_ext.cli import threads
+from mistral_ext.cli.threads import container_cores, default_threads, physical_cores
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,16 @@ def test_threads_of_a_core_count_once(tmp_path, siblings, processors, cores):
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(text + "\n")
     assert physical_cores(processors, tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("container", "physical", "count"),
+    [(None, None, 8), (2, None, 2), (None, 4, 4), (2, 4, 2), (6, 4, 4), (16, 16, 8)],
+)
+def test_threads_without_an_option(monkeypatch, container, physical, count):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "container_cores", lambda: container)
+    monkeypatch.setattr(threads, "physical_cores", lambda _: physical)
+    assert default_threads(8) == count
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert default_threads(8) == 8
