@@ -15,7 +15,6 @@ from mistral_ext.weights.safetensors_file import StoredTensor
 
 PEFT_PREFIX = "base_model.model."
 
-_EMBEDDINGS = "tok_embeddings.weight"
 _HF_MODULES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -53,17 +52,17 @@ def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[Stored
         format: "hf" or "mistral", of `mistral_ext.weights.folder.Layout`.
 
     Raises:
-        ValueError: two files hold a tensor of the same name.
+        ValueError: two tensors have the same name.
     """
+    given = [stored for stored in tensors if not stored.name.endswith(_IGNORED_SUFFIX)]
+    if format == "hf":
+        given = _with_hugging_face_names(given)
     found: dict[str, StoredTensor] = {}
-    for stored in tensors:
-        if stored.name.endswith(_IGNORED_SUFFIX):
-            continue
+    for stored in given:
         twin = found.setdefault(stored.name, stored)
         if twin is not stored:
             raise ValueError(f"tensor {stored.name!r} is in both {twin.file} and {stored.file}")
-    given = list(found.values())
-    return _with_hugging_face_names(given) if format == "hf" else given
+    return given
 
 
 def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
@@ -72,12 +71,10 @@ def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
     match = next((m for m in (embeddings.match(stored.name) for stored in tensors) if m), None)
     if match is None or match[0].startswith("model."):
         return tensors
-    wrapper, has_model = match[1] or "", match[2] is not None
+    has_model = match[2] is not None
 
     def base_name(name: str) -> str:
-        if not name.startswith(wrapper):
-            return name
-        name = name.removeprefix(wrapper)
+        name = name.removeprefix(PEFT_PREFIX)
         return name if has_model or name.startswith("lm_head.") else f"model.{name}"
 
     return [replace(stored, name=base_name(stored.name)) for stored in tensors]

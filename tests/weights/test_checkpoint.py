@@ -325,6 +325,12 @@ def test_names_that_begin_in_another_way(tmp_path, hf_weights, rename):
         assert torch.equal(weight, hf_weights[hugging_face_name(name)]), name
 
 
+def test_a_tensor_under_two_names_is_refused(tmp_path, hf_weights):
+    weights = {f"base_model.model.{name}": weight for name, weight in hf_weights.items()}
+    file = save_hf(tmp_path, weights | {"lm_head.weight": hf_weights["lm_head.weight"].clone()})
+    assert refusal(tmp_path) == f"tensor 'lm_head.weight' is in both {file} and {file}"
+
+
 def test_names_of_a_model_without_its_head(tmp_path, hf_weights):
     del hf_weights["lm_head.weight"]
     file = save_hf(tmp_path, {n.removeprefix("model."): w for n, w in hf_weights.items()})
