@@ -12,7 +12,7 @@ namespace mistral::cpu {
   namespace isa {               \
   extern const Kernels kernels; \
   }
-// A set with products of linear layers of its own alone (kernels.cmake).
+// A set with products of linear layers of its own alone (cmake/cpu.cmake).
 #define LINEAR_KERNELS(isa)                                             \
   namespace isa {                                                       \
   void linear(const LinearParams& p, int threads);                      \
