@@ -8,7 +8,6 @@ it dies or its engine fails.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import os
 import signal
@@ -19,12 +18,14 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mistral_ext.llm import DEFAULT_MAX_BATCH, Mistral
+from mistral_ext.model.config import DTYPES
 from mistral_ext.serve import asgi, errors
 from mistral_ext.serve.app import build_app
 from mistral_ext.serve.log import RequestLog
+from mistral_ext.serve.replicas import Replicas, expect_arguments, gpus_for, read_options
 from mistral_ext.serve.server import announce, bind
 from mistral_ext.serve.service import Service
-from mistral_ext.serve.settings import KEY_VARIABLE, Settings, expect_own_names, settings_for
+from mistral_ext.serve.settings import Settings, keys_of_environment
 from mistral_ext.weights.hub import DEMO_MODEL
 
 if TYPE_CHECKING:
@@ -46,41 +47,11 @@ _POLL_SECONDS = 0.2
 # it; a program that joins the cluster has to be told.
 _AUTH = "RAY_AUTH_MODE"
 
-# Of Ray Serve's own log, so that ours has the one line of a request.
+# Ray Serve's own log is quiet: ours has a line of each request.
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 # Tries to start a replica before Ray Serve gives up.
 _STARTS = 3
-
-# Fields of `Settings` that are Ray Serve's, or would differ between replicas, or have no effect
-# because Ray's proxy reads replies ahead of the client.
-_UNFIT = ("host", "port", "adapter_updates", "log_requests", "max_unread")
-
-
-@dataclasses.dataclass(frozen=True)
-class Replicas:
-    """How many replicas there are, and what each of them gets.
-
-    Args:
-        least, most: replicas; if these differ, Ray Serve adds and removes replicas, so that each
-            has about as many requests as its batch has room for.
-        threads: cores that a replica reserves, and threads that its model uses.
-
-    Raises:
-        ValueError: a number is not in its range.
-    """
-
-    least: int = 1
-    most: int = 1
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        counts = self.least, self.most
-        if not all(isinstance(count, int) for count in counts) or not 1 <= self.least <= self.most:
-            given = " to ".join(map(repr, counts))
-            raise ValueError(f"replicas is {given}, expected integers of 1 or more, in order")
-        if not isinstance(self.threads, int) or self.threads < 1:
-            raise ValueError(f"threads is {self.threads!r}, expected an integer of 1 or more")
 
 
 def app(options: Mapping[str, Any]) -> Application:
@@ -95,25 +66,7 @@ def app(options: Mapping[str, Any]) -> Application:
     Raises:
         ValueError, TypeError: an option is unknown or wrong; the message names it.
     """
-    given = dict(options)
-    count = given.pop("replicas", 1)
-    least, most = count if isinstance(count, list) and len(count) == 2 else (count, count)
-    replicas = Replicas(least, most, given.pop("threads", 1))
-    names = {field.name for field in dataclasses.fields(Settings)}.difference(_UNFIT)
-    chosen = {name: given.pop(name) for name in names & given.keys()}
-    for name in chosen.keys() & {"api_keys", "cors_origins", "moderate"}:
-        several = chosen[name]
-        chosen[name] = (several,) if isinstance(several, str) else tuple(several)
-    model = given.setdefault("model", None)
-    signature = inspect.signature(Mistral.from_pretrained)
-    arguments = signature.parameters.keys() - {"progress", "config_overrides"}
-    if unknown := given.keys() - arguments:
-        known = {"replicas", "threads", *names, *arguments}
-        text = f"option {min(unknown)!r} is unknown, expected one of {', '.join(sorted(known))}"
-        raise ValueError(text)
-    settings = settings_for(model, **chosen)
-    expect_own_names(settings.model_name, given.get("adapters") or ())
-    return application(settings, given, replicas)
+    return application(*read_options(options))
 
 
 def application(
@@ -123,13 +76,12 @@ def application(
 
     Args:
         settings: the options of each replica's server; host and port are Ray Serve's.
-        arguments: of `Mistral.from_pretrained`; dtype is a name, and model may be None (demo).
+        arguments: as `replicas.expect_arguments` accepts them.
         replicas: how many, and what they get.
     """
     from ray import serve
 
     max_batch = arguments.get("max_batch", DEFAULT_MAX_BATCH)
-    on_gpu = str(arguments.get("device") or "cpu").startswith("cuda")
     scale: dict[str, Any] = {"num_replicas": replicas.least}
     if replicas.least < replicas.most:
         limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
@@ -143,7 +95,10 @@ def application(
         graceful_shutdown_timeout_s=settings.drain_seconds,
         max_constructor_retry_count=_STARTS,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": replicas.threads, "num_gpus": int(on_gpu)},
+        ray_actor_options={
+            "num_cpus": replicas.threads,
+            "num_gpus": gpus_for(arguments.get("device")),
+        },
         **scale,
     )
     return deployment.bind(settings, dict(arguments), replicas.threads)
@@ -156,14 +111,14 @@ class Replica:
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:
         import torch
 
+        keys = (*settings.api_keys, *keys_of_environment())
+        settings = dataclasses.replace(settings, api_keys=keys)
         torch.set_num_threads(threads)
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"{_replica_name()} %(message)s"))
         log = logging.getLogger("mistral_ext")
         log.addHandler(handler)
         log.setLevel(logging.INFO)
-        if key := os.environ.get(KEY_VARIABLE):
-            settings = dataclasses.replace(settings, api_keys=(*settings.api_keys, key))
         self._service = Service(_load(arguments), settings, RequestLog(None))
 
     async def __serve_build_asgi_app__(self) -> asgi.App:
@@ -185,12 +140,10 @@ class Replica:
 
 
 def _load(arguments: Mapping[str, Any]) -> Mistral:
-    import torch
-
     given = dict(arguments)
     model, dtype = given.pop("model") or DEMO_MODEL, given.pop("dtype", None)
     return Mistral.from_pretrained(
-        model, dtype=getattr(torch, dtype) if dtype else None, progress=False, **given
+        model, dtype=DTYPES[dtype] if dtype else None, progress=False, **given
     )
 
 
@@ -231,8 +184,10 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
         The status to exit with.
 
     Raises:
+        ValueError, TypeError: an argument is wrong.
         RuntimeError: no replica could be started; the message has Ray's reason.
     """
+    expect_arguments(arguments)
     with _cluster(replicas):
         from ray import serve
 
