@@ -13,8 +13,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mistral_ext.llm import DEFAULT_MAX_BATCH, Mistral
@@ -185,29 +186,79 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
 
     Raises:
         ValueError, TypeError: an argument is wrong.
-        RuntimeError: no replica could be started; the message has Ray's reason.
+        RuntimeError: no replica could be started, or the cluster has the application already, or
+            Ray has failed; the message has Ray's reason.
     """
     expect_arguments(arguments)
-    with _cluster(replicas):
+    with _cluster(replicas) as is_own:
         from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
-        is_running = bool(serve.status().proxies)
-        if not is_running:
-            with bind(settings.host, settings.port) as listener:  # or the reason why not
-                host, port = listener.getsockname()[:2]
-            serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
         try:
+            status = serve.status()
+            if _NAME in status.applications:  # Ray Serve would replace it
+                text = f"the cluster has an application {_NAME!r} already, expected none"
+                raise RuntimeError(text)
+            announcement = _open(settings, is_own, has_proxies=bool(status.proxies))
             try:
-                serve.run(application(settings, arguments, replicas), name=_NAME)
-            except RuntimeError as error:
-                raise RuntimeError(f"no replica could be started: {_reason(error)}") from None
-            if is_running:
-                _log.info("serving %s where Ray Serve ran already", settings.model_name)
-            else:
-                announce(settings, host, port)
-            return _wait_for_signal(settings.drain_seconds)
-        finally:
-            _end(settings.drain_seconds)
+                _deploy(application(settings, arguments, replicas))
+                announcement()
+                return _wait_for_signal(settings.drain_seconds)
+            finally:
+                _end(settings.drain_seconds)
+        except (RayError, RayServeException) as error:
+            # A task's error has the traceback as its text.
+            raise RuntimeError(f"Ray Serve: {getattr(error, 'cause', error)}") from error
+
+
+def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], None]:
+    """Has Ray Serve's proxies listen.
+
+    Args:
+        settings: host and port are the proxies', unless the cluster has proxies.
+        is_own: nobody else uses the cluster.
+        has_proxies: Ray Serve runs on the cluster already.
+
+    Returns:
+        Logs where the server is, and warns if anyone may use it.
+    """
+    from ray import serve
+
+    host, port = settings.host, settings.port
+    if is_own:
+        with bind(host, port) as listener:  # or the reason why not
+            host, port = listener.getsockname()[:2]
+    elif not has_proxies and port == 0:
+        raise ValueError("--port is 0, expected 1 to 65535 on a cluster of several machines")
+    if not has_proxies:
+        serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
+    if is_own:
+        return partial(announce, settings, host, port)
+    where = f"address {host}, port {port}, of each machine with a replica"
+    if has_proxies:
+        where = "the address of Ray Serve, which ran already: --host and --port have no effect"
+    return partial(_announce_on_cluster, settings, where)
+
+
+def _announce_on_cluster(settings: Settings, where: str) -> None:
+    _log.info("serving %s at %s", settings.model_name, where)
+    if not settings.api_keys:
+        _log.warning("anyone who can reach Ray Serve may use it: give --api-key")
+
+
+def _deploy(app: Application) -> None:
+    """Starts the application's replicas.
+
+    Raises:
+        RuntimeError: none could be started.
+    """
+    from ray import serve
+
+    try:
+        serve.run(app, name=_NAME)
+    except RuntimeError as error:
+        raise RuntimeError(f"no replica could be started: {_reason(error)}") from None
 
 
 def _reason(error: RuntimeError) -> str:
@@ -221,8 +272,9 @@ def _reason(error: RuntimeError) -> str:
 
 
 @contextmanager
-def _cluster(replicas: Replicas) -> Iterator[None]:
-    """Connects to a Ray cluster; a cluster that is started for it has room for all replicas."""
+def _cluster(replicas: Replicas) -> Iterator[bool]:
+    """Connects to a Ray cluster. Yields whether it was started for this: then it has room for all
+    replicas."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of requests
     import ray
@@ -238,7 +290,7 @@ def _cluster(replicas: Replicas) -> Iterator[None]:
         if given:
             address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH, "token")
             _log.info("others join the Ray cluster with RAY_ADDRESS=%s %s=%s", address, _AUTH, mode)
-        yield
+        yield bool(given)
     finally:
         ray.shutdown()
 

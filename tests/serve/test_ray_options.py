@@ -1,8 +1,11 @@
-"""The server on a Ray cluster, as far as no cluster has to run: its options."""
+"""The server on a Ray cluster, as far as no cluster has to run: options, errors, announcements."""
 
 from __future__ import annotations
 
+import socket
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +127,72 @@ def test_without_ray_the_command_names_the_extra(monkeypatch, capsys):
     assert (
         capsys.readouterr().err == "mistral-ext: ray is missing: pip install 'mistral_ext[ray]'\n"
     )
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """In place of a cluster that others have started: what is called of Ray Serve, with the
+    cluster's applications and proxies."""
+    from ray import serve
+
+    cluster = SimpleNamespace(applications={}, proxies={}, calls=[], error=None)
+
+    def run(app, name):
+        cluster.calls.append(("run", name))
+        if cluster.error:
+            raise cluster.error
+
+    monkeypatch.setattr(ours, "_cluster", lambda _: nullcontext(False))
+    monkeypatch.setattr(ours, "_wait_for_signal", lambda _: 0)
+    monkeypatch.setattr(serve, "status", lambda: cluster)
+    monkeypatch.setattr(serve, "start", lambda **given: cluster.calls.append(("start", given)))
+    monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setattr(serve, "delete", lambda name, **_: cluster.calls.append(("delete", name)))
+    return cluster
+
+
+def run_on(cluster, **settings) -> list[str]:
+    """The names of the calls of a run with these settings."""
+    assert ours.run(settings_for(None, **settings), {}, replicas.Replicas()) == 0
+    return [name for name, _ in cluster.calls]
+
+
+@needs_ray
+def test_an_application_of_another_process_is_left_alone(joined):
+    joined.applications["mistral_ext"] = None
+    with pytest.raises(RuntimeError, match="has an application 'mistral_ext' already"):
+        run_on(joined)
+    assert joined.calls == []
+
+
+@needs_ray
+def test_proxies_of_a_cluster_listen_where_the_options_say(joined, caplog):
+    caplog.set_level("INFO")
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # on this machine, not on the cluster's
+        port = taken.getsockname()[1]
+        assert run_on(joined, port=port, api_keys=("k",)) == ["start", "run", "delete"]
+    assert joined.calls[0][1]["http_options"] == {"host": "127.0.0.1", "port": port}
+    assert f"address 127.0.0.1, port {port}, of each machine with a replica" in caplog.text
+    assert "anyone" not in caplog.text
+    with pytest.raises(ValueError, match="--port is 0, expected 1 to 65535"):
+        run_on(joined, port=0)
+
+
+@needs_ray
+def test_where_ray_serve_runs_it_keeps_its_address_and_is_open_without_a_key(joined, caplog):
+    caplog.set_level("INFO")
+    joined.proxies["node"] = "HEALTHY"
+    assert run_on(joined) == ["run", "delete"]
+    assert "--host and --port have no effect" in caplog.text
+    assert "anyone who can reach Ray Serve may use it" in caplog.text
+
+
+@needs_ray
+def test_errors_of_ray_serve_are_errors_of_the_command(joined):
+    from ray.exceptions import RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    reason = RayServeException("Prefix / is being used")
+    for joined.error in (reason, RayTaskError("deploy", "a traceback", reason)):
+        with pytest.raises(RuntimeError, match=r"^Ray Serve: Prefix / is being used$"):
+            run_on(joined)
