@@ -23,6 +23,10 @@ from mistral_ext.llm import DEMO_MODEL
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 
+# Between two times that replicas are asked who they are: requests take time of the processor from
+# replicas that start.
+PAUSE = 1.0
+
 EXAMPLE = Path(__file__).parents[2] / "examples/ray_batch.py"
 
 
@@ -51,7 +55,7 @@ def processes(cluster) -> dict[str, int]:
 
 
 def test_replicas_share_requests(cluster):
-    wait_until(lambda: len(replicas_that_answer(cluster)) == 2)
+    wait_until(lambda: len(replicas_that_answer(cluster)) == 2, PAUSE)
     answers = [cluster.chat(max_tokens=8, seed=1) for _ in range(4)]
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
     assert len(texts) == 1
@@ -121,7 +125,7 @@ def test_a_replica_that_dies_costs_its_own_requests_at_most(cluster):
         stream.join()
         is_whole = stream.text.endswith("data: [DONE]") and '"error"' not in stream.text
         assert is_whole == (stream.replica == survivor)
-    wait_until(lambda: replicas_that_answer(cluster) - {killed, survivor})  # in its place
+    wait_until(lambda: replicas_that_answer(cluster) - {killed, survivor}, PAUSE)  # in its place
 
 
 def test_batches_on_the_cluster(cluster, tmp_path):
