@@ -1,8 +1,9 @@
 """Complete many prompts on a Ray cluster (extra [ray]): each line of IN.jsonl is {"prompt": ...}.
 
-python examples/ray_batch.py IN.jsonl OUT_FOLDER FOLDER_OR_ID [REPLICAS]
+python examples/ray_batch.py IN.jsonl OUT_FOLDER FOLDER_OR_ID [REPLICAS [CORES]]
 
-It runs on the cluster that the variable RAY_ADDRESS names, else on this machine.
+It runs on the cluster that the variable RAY_ADDRESS names, else on this machine. Each replica has
+CORES cores and as many threads; by default there is a replica with a core.
 """
 
 import sys
@@ -12,7 +13,7 @@ import ray
 from mistral_ext import Mistral
 
 source, target, model = sys.argv[1:4]
-replicas = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+replicas, cores = (int(number) for number in [*sys.argv[4:6], 1, 1][:2])
 
 
 class Complete:
@@ -27,5 +28,5 @@ class Complete:
 
 
 prompts = ray.data.read_json(source)
-completed = prompts.map_batches(Complete, concurrency=replicas, batch_size=64)
+completed = prompts.map_batches(Complete, concurrency=replicas, num_cpus=cores, batch_size=64)
 completed.write_json(target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,14 @@ from mistral_ext.cli.options import load_model
 from mistral_ext.cli.start import start
 from mistral_ext.engine.params import MOST_DRAFTS, expect_drafts
 from mistral_ext.files import read_text_file
-from mistral_ext.serve.settings import KEY_VARIABLE, TEMPLATES, expect_own_names, settings_for
+from mistral_ext.serve.settings import (
+    KEY_VARIABLE,
+    TEMPLATES,
+    expect_own_names,
+    keys_of_environment,
+    settings_for,
+    texts_of,
+)
 
 
 def add_to(commands: options.Commands) -> None:
@@ -124,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         ping_seconds=args.ping_seconds,
         drain_seconds=args.drain_seconds,
         api_keys=_api_keys(args),
-        moderate=tuple(args.moderate.split(",")) if args.moderate else None,
+        moderate=texts_of("moderate", args.moderate) if args.moderate else None,
         cors_origins=tuple(args.cors_origin),
         log_requests=Path(args.log_requests) if args.log_requests else None,
     )
@@ -152,6 +158,4 @@ def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
         if not found:
             raise ValueError(f"{args.api_key_file} has no key, expected a key a line")
         keys += found
-    if KEY_VARIABLE in os.environ:
-        keys.append(os.environ[KEY_VARIABLE])
-    return tuple(keys)
+    return (*keys, *keys_of_environment())

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mistral_ext.cli.extras import expect_extra
 from mistral_ext.cli.options import model_arguments
-from mistral_ext.cli.threads import container_cores
+from mistral_ext.serve.settings import UNFIT_FOR_REPLICAS
 
 if TYPE_CHECKING:
     from mistral_ext.serve.settings import Settings
-
-# Options that are for a server in one process, and why.
-_UNFIT = {
-    "adapter_updates": "a client would reach one replica only",
-    "max_unread": "Ray's proxy reads replies ahead of the client",
-    "log_requests": "each replica would write to the file",
-}
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -46,18 +38,21 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError("--replicas is given without --ray, expected both")
         return
     expect_extra("ray", "ray")
-    for name, why in _UNFIT.items():
+    for name, why in UNFIT_FOR_REPLICAS.items():
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} does not go with --ray: {why}")
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Serves; see `serve.ray.run`."""
+    """Serves; see `serve.ray.run`. The command has started, so that torch has the threads that this
+    machine gives a command."""
+    import torch
+
     from mistral_ext.serve import ray
+    from mistral_ext.serve.replicas import Replicas
 
     least, most = args.replicas or (1, 1)
-    cores = container_cores() or os.cpu_count() or 1
-    threads = args.threads or max(1, cores // max(1, most))
+    threads = args.threads or max(1, torch.get_num_threads() // max(1, most))
     arguments = {
         **model_arguments(args),
         "model": _found(args.model),
@@ -69,7 +64,7 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
     }
     if args.generation_config != "auto":
         arguments["generation_config"] = _found(args.generation_config)
-    return ray.run(settings, arguments, ray.Replicas(least, most, threads))
+    return ray.run(settings, arguments, Replicas(least, most, threads))
 
 
 def _found(path: str | None) -> str | None:

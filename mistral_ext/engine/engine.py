@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch
 
-from mistral_ext.engine.adapters import LoadedAdapter
+from mistral_ext.engine.adapters import LoadedAdapter, UnknownAdapterError
 from mistral_ext.engine.draft_model import DraftModel
 from mistral_ext.engine.drafts import Drafter, default_drafts, room_for_drafts
 from mistral_ext.engine.graph_runner import make_runner
@@ -170,11 +170,12 @@ class Engine:
 
         Raises:
             ValueError: it can never fit into the cache, or its logit_bias has a token that may not
-                be sampled, or its adapter was removed.
+                be sampled.
+            UnknownAdapterError: its adapter was removed.
         """
         with self._lock:
             if request.adapter is not None and not request.adapter.is_loaded:
-                raise ValueError(f"adapter {request.adapter.name!r} was removed")
+                raise UnknownAdapterError(f"adapter {request.adapter.name!r} was removed")
             sequence = Sequence(next(self._ids), request, self._vocab_size, self._holes)
             self.scheduler.add(sequence)
             self._sequences[sequence.request_id] = sequence

@@ -65,6 +65,11 @@ def no_model(message: str) -> ApiError:
     return ApiError(404, message, "model", "model_not_found")
 
 
+def removed_model(error: Exception) -> ApiError:
+    """The adapter that is asked for was removed since the request came."""
+    return no_model(f"the model was removed: {error}")
+
+
 def unsupported(name: str) -> ApiError:
     """A field asks for a function that this server does not have."""
     return ApiError(400, f"{name} is not supported", name, "unsupported_parameter")

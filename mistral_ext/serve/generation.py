@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from mistral_ext.engine.adapters import UnknownAdapterError
 from mistral_ext.engine.request import Completion, Output, Request
 from mistral_ext.serve.engine_thread import EngineThread
-from mistral_ext.serve.errors import ApiError, bad_request, failed
+from mistral_ext.serve.errors import ApiError, bad_request, failed, removed_model
 from mistral_ext.serve.metrics import Metrics
 
 
@@ -70,11 +71,14 @@ class Generation:
         """Queues the completions.
 
         Raises:
-            ApiError: 400 if one can never run; then none is queued. 503 if the engine is dead.
+            ApiError: 400 if one can never run, 404 if its adapter was removed; then none is queued.
+                503 if the engine is dead.
         """
         try:
             for index, request in enumerate(self._requests):
                 self._ids.append(self._engine.add(request, partial(self._take, index)))
+        except UnknownAdapterError as error:
+            raise removed_model(error) from error
         except ValueError as error:
             raise bad_request(str(error)) from error
 

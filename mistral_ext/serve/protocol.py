@@ -13,7 +13,7 @@ from mistral_ext.engine.params import SamplingParams
 from mistral_ext.engine.request import Request
 from mistral_ext.llm import Mistral
 from mistral_ext.serve import fields, tools
-from mistral_ext.serve.errors import ApiError, bad_request, no_model, unsupported
+from mistral_ext.serve.errors import ApiError, bad_request, removed_model, unsupported
 from mistral_ext.serve.schema import Schema, check
 from mistral_ext.serve.structure import Structure, structure_of
 from mistral_ext.serve.tools import tool_use_of
@@ -267,7 +267,8 @@ def moderation_requests(
         adapter: see `Mistral.moderation_request`.
 
     Raises:
-        ApiError: 400, for a content that is too long, and for a base model; 404 as `_refusing`.
+        ApiError: 400, for a content that is too long, and for a base model; 404 if the adapter was
+            removed.
     """
     room = context_length(llm) - 1 if cuts else None
     with _refusing(param):
@@ -283,7 +284,8 @@ def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> lis
     """Requests for the hidden states of texts; see `Mistral.embedding_requests`.
 
     Raises:
-        ApiError: 400 for a text that is too long, or ids that the model lacks; 404 as `_refusing`.
+        ApiError: 400 for a text that is too long, or ids that the model lacks; 404 if the adapter
+            was removed.
     """
     # JSON's 1.0 is an integer, too.
     given = [text if isinstance(text, str) else [int(i) for i in text] for text in texts]
@@ -322,7 +324,7 @@ def requests_of(
         adapter: see `Mistral.request`.
 
     Raises:
-        ApiError: 400 for a prompt that is too long; 404 as `_refusing`.
+        ApiError: 400 for a prompt that is too long; 404 if the adapter was removed.
     """
     context, param = context_length(llm), "messages" if job.is_chat else "prompt"
     requests = []
@@ -359,7 +361,7 @@ def _refusing(param: str, name: str | None = None) -> Iterator[None]:
     try:
         yield
     except UnknownAdapterError as error:
-        raise no_model(f"the model was removed: {error}") from error
+        raise removed_model(error) from error
     except ValueError as error:
         text = str(error)
         raise bad_request(text.replace(name, param, 1) if name else text, param) from error

@@ -8,23 +8,25 @@ it dies or its engine fails.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mistral_ext.llm import DEFAULT_MAX_BATCH, Mistral
+from mistral_ext.model.config import DTYPES
 from mistral_ext.serve import asgi, errors
 from mistral_ext.serve.app import build_app
 from mistral_ext.serve.log import RequestLog
+from mistral_ext.serve.replicas import Replicas, expect_arguments, gpus_for, read_options
 from mistral_ext.serve.server import announce, bind
 from mistral_ext.serve.service import Service
-from mistral_ext.serve.settings import KEY_VARIABLE, Settings, expect_own_names, settings_for
+from mistral_ext.serve.settings import Settings, keys_of_environment
 from mistral_ext.weights.hub import DEMO_MODEL
 
 if TYPE_CHECKING:
@@ -46,41 +48,11 @@ _POLL_SECONDS = 0.2
 # it; a program that joins the cluster has to be told.
 _AUTH = "RAY_AUTH_MODE"
 
-# Of Ray Serve's own log, so that ours has the one line of a request.
+# Ray Serve's own log is quiet: ours has a line of each request.
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 # Tries to start a replica before Ray Serve gives up.
 _STARTS = 3
-
-# Fields of `Settings` that are Ray Serve's, or would differ between replicas, or have no effect
-# because Ray's proxy reads replies ahead of the client.
-_UNFIT = ("host", "port", "adapter_updates", "log_requests", "max_unread")
-
-
-@dataclasses.dataclass(frozen=True)
-class Replicas:
-    """How many replicas there are, and what each of them gets.
-
-    Args:
-        least, most: replicas; if these differ, Ray Serve adds and removes replicas, so that each
-            has about as many requests as its batch has room for.
-        threads: cores that a replica reserves, and threads that its model uses.
-
-    Raises:
-        ValueError: a number is not in its range.
-    """
-
-    least: int = 1
-    most: int = 1
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        counts = self.least, self.most
-        if not all(isinstance(count, int) for count in counts) or not 1 <= self.least <= self.most:
-            given = " to ".join(map(repr, counts))
-            raise ValueError(f"replicas is {given}, expected integers of 1 or more, in order")
-        if not isinstance(self.threads, int) or self.threads < 1:
-            raise ValueError(f"threads is {self.threads!r}, expected an integer of 1 or more")
 
 
 def app(options: Mapping[str, Any]) -> Application:
@@ -95,25 +67,7 @@ def app(options: Mapping[str, Any]) -> Application:
     Raises:
         ValueError, TypeError: an option is unknown or wrong; the message names it.
     """
-    given = dict(options)
-    count = given.pop("replicas", 1)
-    least, most = count if isinstance(count, list) and len(count) == 2 else (count, count)
-    replicas = Replicas(least, most, given.pop("threads", 1))
-    names = {field.name for field in dataclasses.fields(Settings)}.difference(_UNFIT)
-    chosen = {name: given.pop(name) for name in names & given.keys()}
-    for name in chosen.keys() & {"api_keys", "cors_origins", "moderate"}:
-        several = chosen[name]
-        chosen[name] = (several,) if isinstance(several, str) else tuple(several)
-    model = given.setdefault("model", None)
-    signature = inspect.signature(Mistral.from_pretrained)
-    arguments = signature.parameters.keys() - {"progress", "config_overrides"}
-    if unknown := given.keys() - arguments:
-        known = {"replicas", "threads", *names, *arguments}
-        text = f"option {min(unknown)!r} is unknown, expected one of {', '.join(sorted(known))}"
-        raise ValueError(text)
-    settings = settings_for(model, **chosen)
-    expect_own_names(settings.model_name, given.get("adapters") or ())
-    return application(settings, given, replicas)
+    return application(*read_options(options))
 
 
 def application(
@@ -123,13 +77,12 @@ def application(
 
     Args:
         settings: the options of each replica's server; host and port are Ray Serve's.
-        arguments: of `Mistral.from_pretrained`; dtype is a name, and model may be None (demo).
+        arguments: as `replicas.expect_arguments` accepts them.
         replicas: how many, and what they get.
     """
     from ray import serve
 
     max_batch = arguments.get("max_batch", DEFAULT_MAX_BATCH)
-    on_gpu = str(arguments.get("device") or "cpu").startswith("cuda")
     scale: dict[str, Any] = {"num_replicas": replicas.least}
     if replicas.least < replicas.most:
         limits = {"min_replicas": replicas.least, "max_replicas": replicas.most}
@@ -143,7 +96,10 @@ def application(
         graceful_shutdown_timeout_s=settings.drain_seconds,
         max_constructor_retry_count=_STARTS,
         logging_config=_QUIET,
-        ray_actor_options={"num_cpus": replicas.threads, "num_gpus": int(on_gpu)},
+        ray_actor_options={
+            "num_cpus": replicas.threads,
+            "num_gpus": gpus_for(arguments.get("device")),
+        },
         **scale,
     )
     return deployment.bind(settings, dict(arguments), replicas.threads)
@@ -156,14 +112,14 @@ class Replica:
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:
         import torch
 
+        keys = (*settings.api_keys, *keys_of_environment())
+        settings = dataclasses.replace(settings, api_keys=keys)
         torch.set_num_threads(threads)
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"{_replica_name()} %(message)s"))
         log = logging.getLogger("mistral_ext")
         log.addHandler(handler)
         log.setLevel(logging.INFO)
-        if key := os.environ.get(KEY_VARIABLE):
-            settings = dataclasses.replace(settings, api_keys=(*settings.api_keys, key))
         self._service = Service(_load(arguments), settings, RequestLog(None))
 
     async def __serve_build_asgi_app__(self) -> asgi.App:
@@ -185,12 +141,10 @@ class Replica:
 
 
 def _load(arguments: Mapping[str, Any]) -> Mistral:
-    import torch
-
     given = dict(arguments)
     model, dtype = given.pop("model") or DEMO_MODEL, given.pop("dtype", None)
     return Mistral.from_pretrained(
-        model, dtype=getattr(torch, dtype) if dtype else None, progress=False, **given
+        model, dtype=DTYPES[dtype] if dtype else None, progress=False, **given
     )
 
 
@@ -231,28 +185,80 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
         The status to exit with.
 
     Raises:
-        RuntimeError: no replica could be started; the message has Ray's reason.
+        ValueError, TypeError: an argument is wrong.
+        RuntimeError: no replica could be started, or the cluster has the application already, or
+            Ray has failed; the message has Ray's reason.
     """
-    with _cluster(replicas):
+    expect_arguments(arguments)
+    with _cluster(replicas) as is_own:
         from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
-        is_running = bool(serve.status().proxies)
-        if not is_running:
-            with bind(settings.host, settings.port) as listener:  # or the reason why not
-                host, port = listener.getsockname()[:2]
-            serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
         try:
+            status = serve.status()
+            if _NAME in status.applications:  # Ray Serve would replace it
+                text = f"the cluster has an application {_NAME!r} already, expected none"
+                raise RuntimeError(text)
+            announcement = _open(settings, is_own, has_proxies=bool(status.proxies))
             try:
-                serve.run(application(settings, arguments, replicas), name=_NAME)
-            except RuntimeError as error:
-                raise RuntimeError(f"no replica could be started: {_reason(error)}") from None
-            if is_running:
-                _log.info("serving %s where Ray Serve ran already", settings.model_name)
-            else:
-                announce(settings, host, port)
-            return _wait_for_signal(settings.drain_seconds)
-        finally:
-            _end(settings.drain_seconds)
+                _deploy(application(settings, arguments, replicas))
+                announcement()
+                return _wait_for_signal(settings.drain_seconds)
+            finally:
+                _end(settings.drain_seconds)
+        except (RayError, RayServeException) as error:
+            # A task's error has the traceback as its text.
+            raise RuntimeError(f"Ray Serve: {getattr(error, 'cause', error)}") from error
+
+
+def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], None]:
+    """Has Ray Serve's proxies listen.
+
+    Args:
+        settings: host and port are the proxies', unless the cluster has proxies.
+        is_own: nobody else uses the cluster.
+        has_proxies: Ray Serve runs on the cluster already.
+
+    Returns:
+        Logs where the server is, and warns if anyone may use it.
+    """
+    from ray import serve
+
+    host, port = settings.host, settings.port
+    if is_own:
+        with bind(host, port) as listener:  # or the reason why not
+            host, port = listener.getsockname()[:2]
+    elif not has_proxies and port == 0:
+        raise ValueError("--port is 0, expected 1 to 65535 on a cluster of several machines")
+    if not has_proxies:
+        serve.start(http_options={"host": host, "port": port}, logging_config=_QUIET)
+    if is_own:
+        return partial(announce, settings, host, port)
+    where = f"address {host}, port {port}, of each machine with a replica"
+    if has_proxies:
+        where = "the address of Ray Serve, which ran already: --host and --port have no effect"
+    return partial(_announce_on_cluster, settings, where)
+
+
+def _announce_on_cluster(settings: Settings, where: str) -> None:
+    _log.info("serving %s at %s", settings.model_name, where)
+    if not settings.api_keys:
+        _log.warning("anyone who can reach Ray Serve may use it: give --api-key")
+
+
+def _deploy(app: Application) -> None:
+    """Starts the application's replicas.
+
+    Raises:
+        RuntimeError: none could be started.
+    """
+    from ray import serve
+
+    try:
+        serve.run(app, name=_NAME)
+    except RuntimeError as error:
+        raise RuntimeError(f"no replica could be started: {_reason(error)}") from None
 
 
 def _reason(error: RuntimeError) -> str:
@@ -266,8 +272,9 @@ def _reason(error: RuntimeError) -> str:
 
 
 @contextmanager
-def _cluster(replicas: Replicas) -> Iterator[None]:
-    """Connects to a Ray cluster; a cluster that is started for it has room for all replicas."""
+def _cluster(replicas: Replicas) -> Iterator[bool]:
+    """Connects to a Ray cluster. Yields whether it was started for this: then it has room for all
+    replicas."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of requests
     import ray
@@ -283,7 +290,7 @@ def _cluster(replicas: Replicas) -> Iterator[None]:
         if given:
             address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH, "token")
             _log.info("others join the Ray cluster with RAY_ADDRESS=%s %s=%s", address, _AUTH, mode)
-        yield
+        yield bool(given)
     finally:
         ray.shutdown()
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # has an API key
 TEMPLATES = ("v1", "v2", "v3", "plain")
 
-# Of the demo model: it is no chat model, and its tales have no end.
+# Options that do not fit a server of several replicas on a Ray cluster, and why.
+UNFIT_FOR_REPLICAS = {
+    "adapter_updates": "a client would reach one replica only",
+    "max_unread": "Ray's proxy reads replies ahead of the client",
+    "log_requests": "each replica would write to the file",
+}
+
+# The demo model has defaults of its own: it is no chat model, and its tales have no end.
 _DEMO: dict[str, Any] = {"model_name": "demo", "template": "plain", "max_tokens": 256}
 
 
@@ -34,16 +42,19 @@ class Settings:
     request_seconds: float = 600.0  # from a request's arrival to its last token
     ping_seconds: float = 10.0  # silence after which a stream sends a comment
     drain_seconds: float = 30.0  # that requests get to end when the server is told to stop
-    api_keys: tuple[str, ...] = ()  # any of which opens the server; none: it is open
+    # Any of them opens the server; none: it is open.
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()  # of web pages that may call it, "*" for all
     moderate: tuple[str, ...] = ()  # "input", "output" or both: the model judges them first
     log_requests: Path | None = None  # where requests and answers are written
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.model_name, str) and self.model_name):
+            raise ValueError(f"model_name is {self.model_name!r}, expected some text")
         for name, least in (("max_queue", 0), ("max_unread", 2), ("max_body", 1)):
-            _expect_integer(name, getattr(self, name), least)
+            expect_integer(name, getattr(self, name), least)
         if self.max_tokens is not None:
-            _expect_integer("max_tokens", self.max_tokens, 1)
+            expect_integer("max_tokens", self.max_tokens, 1)
         for name in ("request_seconds", "ping_seconds", "drain_seconds"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 < value < float("inf")):
@@ -52,10 +63,13 @@ class Settings:
             raise ValueError(f"port is {self.port}, expected 0 to 65535")
         if self.template not in (None, *TEMPLATES):
             raise ValueError(f"template is {self.template!r}, expected one of {TEMPLATES}")
-        if not {*self.moderate} <= {"input", "output"}:
-            given = ",".join(self.moderate)
-            raise ValueError(f"moderate is {given!r}, expected input, output or input,output")
-        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
+        for kind in self.moderate:
+            if kind not in ("input", "output"):
+                raise ValueError(f"moderate has {kind!r}, expected input, output or input,output")
+        for origin in self.cors_origins:
+            if not (isinstance(origin, str) and origin):
+                raise ValueError(f"cors_origins has {origin!r}, expected some text")
+        if not all(map(_is_key, self.api_keys)):
             text = "an API key is empty or not printable ASCII, expected text for a header"
             raise ValueError(text)
 
@@ -72,6 +86,27 @@ def settings_for(model: str | None, **given: Any) -> Settings:
     return Settings(**{**defaults, **chosen})
 
 
+def keys_of_environment() -> tuple[str, ...]:
+    """The API key of the variable; an empty variable has an empty key, which `Settings` refuses:
+    the server would be open."""
+    return (os.environ[KEY_VARIABLE],) if KEY_VARIABLE in os.environ else ()
+
+
+def texts_of(name: str, given: object) -> tuple[str, ...]:
+    """The field `api_keys`, `cors_origins` or `moderate` from a list, or from a text, in which
+    commas separate what is moderated.
+
+    Raises:
+        ValueError: it is neither. The message does not show it: it may be a key.
+    """
+    if isinstance(given, str):
+        return tuple(given.split(",")) if name == "moderate" else (given,)
+    if not isinstance(given, list | tuple):
+        text = f"{name} is of type {type(given).__name__}, expected some text or a list of texts"
+        raise ValueError(text)
+    return tuple(given)
+
+
 def expect_own_names(model_name: str, adapters: Iterable[str]) -> None:
     """Raises ValueError if an adapter has the name of the model or of another adapter."""
     names = [model_name, *adapters]
@@ -80,6 +115,11 @@ def expect_own_names(model_name: str, adapters: Iterable[str]) -> None:
             raise ValueError(f"an adapter has the name {name!r}, expected a name of its own")
 
 
-def _expect_integer(name: str, value: object, least: int) -> None:
+def expect_integer(name: str, value: object, least: int) -> None:
+    """Raises ValueError, which names the option, unless it is an integer of `least` or more."""
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}, expected an integer of {least} or more")
+
+
+def _is_key(key: object) -> bool:
+    return isinstance(key, str) and key != "" and key.isascii() and key.isprintable()

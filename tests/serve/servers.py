@@ -96,10 +96,15 @@ class Server:
         return self.process.wait(60)
 
 
-def wait_until(condition) -> None:
-    """Returns when the condition holds; the limit of the test is the limit of the wait."""
+def wait_until(condition, seconds: float = 0.02) -> None:
+    """Returns when the condition holds; the limit of the test is the limit of the wait.
+
+    Args:
+        condition: a function, which is asked again and again.
+        seconds: between two times.
+    """
     while not condition():
-        time.sleep(0.02)
+        time.sleep(seconds)
 
 
 @contextmanager

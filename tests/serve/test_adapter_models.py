@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 
 import openai
@@ -12,7 +13,10 @@ from checkpoints import TOKENIZERS, write_checkpoint
 from servers import serving
 
 from mistral_ext import Mistral
+from mistral_ext.serve.engine_thread import EngineThread
 from mistral_ext.serve.errors import ApiError
+from mistral_ext.serve.generation import Generation
+from mistral_ext.serve.metrics import Metrics
 from mistral_ext.serve.protocol import (
     completion_job,
     embedding_requests,
@@ -147,8 +151,27 @@ def test_an_adapter_that_is_removed_meanwhile_is_no_model_any_more(folder, kind)
     }
     with pytest.raises(ApiError, match="the model was removed: adapter is 'gone'") as error:
         make[kind]()
-    assert (error.value.status, error.value.param) == (404, "model")
-    assert error.value.code == "model_not_found"
+    expect_no_model(error.value)
+
+
+def test_an_adapter_that_is_removed_before_its_request_starts_is_no_model_any_more(folder):
+    """Requests wait for those before them: see `Call.read_prompts`."""
+    llm = Mistral.from_pretrained(folder, adapters={"a": folder / "a"})
+    requests = embedding_requests(llm, ["Hi"], None, "last", None, "a")
+    llm.unload_adapter("a")
+
+    async def start():
+        engine = EngineThread(llm.engine, llm.model.device, lambda: None)
+        metrics = Metrics(lambda: llm.engine.load)
+        Generation(engine, requests, 0.0, metrics, None, lambda: None).start()
+
+    with pytest.raises(ApiError, match="the model was removed: adapter 'a' was removed") as error:
+        asyncio.run(start())
+    expect_no_model(error.value)
+
+
+def expect_no_model(error):
+    assert (error.status, error.param, error.code) == (404, "model", "model_not_found")
 
 
 @pytest.mark.parametrize(

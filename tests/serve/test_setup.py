@@ -87,7 +87,7 @@ def test_a_warning_where_everyone_may_come_in():
         (["--max-batch", "0"], "max_batch is 0"),
         (
             ["--moderate", "prompts"],
-            "moderate is 'prompts', expected input, output or",
+            "moderate has 'prompts', expected input, output or",
         ),
         (["--ping-seconds", "0"], "ping_seconds is 0.0, expected a number above 0"),
         (["--api-key", ""], "an API key is empty"),
