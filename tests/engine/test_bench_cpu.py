@@ -70,6 +70,10 @@ def test_options(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         options(monkeypatch, "--prompts", "64,0")
     assert "'64,0', expected numbers of 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options(monkeypatch, "--processor-time")
+    assert "expected --only decode,prefill with it" in capsys.readouterr().err
+    assert options(monkeypatch, "--processor-time", "--only", "decode").processor_time
     monkeypatch.setattr(cpu, "available", list)
     with pytest.raises(SystemExit):
         options(monkeypatch, "--weights", "q4_k_m")
