@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cpu
 import peers
+import plot
 import pytest
 import torch
 import turns
@@ -115,3 +116,15 @@ def test_temporary_files_go(monkeypatch):
     assert files.path("BF16").exists()
     files.close()
     assert not path.parent.exists()
+
+
+def test_the_title_of_the_plot():
+    row = {"nbytes": 100, "first_token": 1.0}
+    measured = {"limit": 2.0, "flops": 50}
+    row |= dict.fromkeys(("decode 1", "decode 8", "prefill 64", "prefill 512"), measured)
+    report = {"layers": 8, "machine": {"cpu": "EPYC", "threads": 2}}
+    report["model"] = {"bf16": {"mistral_ext": row}, "int8": {"mistral_ext": row}}
+    title = plot.title(report, plot.points(report))
+    assert title.endswith("EPYC, 2 threads: decode of 1, 8 at once; prefill of 64, 512 tokens")
+    report["model"] = {"bf16": {"mistral_ext": {"nbytes": 100, "decode 1": measured}}}
+    assert plot.title(report, plot.points(report)).endswith("threads: decode of 1 at once")
