@@ -1,8 +1,11 @@
-"""bench/quality_peers.py: the ways to round a model, side by side."""
+"""bench/quality.py and quality_peers.py: options, and the ways to round a model, side by side."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import quality
 import quality_peers
 import torch
 import transformers
@@ -61,3 +64,30 @@ def test_rows_of_a_model(exact, tmp_path, monkeypatch):
     # Another text calibrates worse than the text itself.
     assert 0 < rows["int4, calibrated"]["kl"] < rows["int4"]["kl"]
     assert rows["int8"]["perplexity"] == pytest.approx(rows["fp32"]["perplexity"], rel=0.01)
+
+
+def options(monkeypatch, *given):
+    monkeypatch.setattr(sys, "argv", ["quality.py", *given])
+    return quality.parse_options()
+
+
+def test_parts_of_a_run(monkeypatch):
+    assert options(monkeypatch).only == set(quality.PARTS)
+    peers = ("--only", "peers")
+    given = options(monkeypatch, "--model", "m", *peers, *peers, "--calibrate", "8")
+    assert given.only == {"peers"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--only peers", "--only peers needs --model"),
+        ("--only ways --only peers", "--only peers needs --model"),
+        ("--calibrate 8", "--calibrate needs --model, and the part peers"),
+        ("--calibrate 8 --model m --only ways", "--calibrate needs --model, and the part peers"),
+    ],
+)
+def test_options_that_would_be_ignored(monkeypatch, capsys, given, message):
+    with pytest.raises(SystemExit):
+        options(monkeypatch, *given.split())
+    assert message in capsys.readouterr().err
