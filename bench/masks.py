@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from arguments import at_least
 from measure import machine, print_machine, write_json
 
 from mistral_ext import SamplingParams
@@ -141,16 +142,20 @@ def step_seconds(layers: int, form: str, runs: int) -> float:
     return one + (LAYERS - 1) * (more - one) / (layers - 1)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
-    parser.add_argument("--layers", type=int, default=4, help="of the larger model, 2 or more")
+    parser.add_argument("--layers", type=at_least(2), default=4, help="of the larger model")
     parser.add_argument("--weights", default="int4", help="int4, int8, q4_k, ...")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=at_least(1), default=5)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_options()
     tokenizer = Tokenizer.from_folder(args.tokenizer)
     if tokenizer is None:
         raise SystemExit(f"--tokenizer is {args.tokenizer}, expected a folder with a tokenizer")
