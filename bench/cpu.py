@@ -27,7 +27,8 @@ It takes less than fifteen minutes on two cores and prints:
 Machines are noisy, virtual ones above all, whose memory may be twice as fast in the next second.
 So engines take turns; in decode a turn is two steps, of which the second is timed. The limit is
 measured before and after each, shares and ratios are taken within a turn, and the medians of those
-are shown. Where other programs run all the time, use --threads 1 --processor-time.
+are shown. Where other programs run all the time, use --only decode,prefill --threads 1
+--processor-time.
 
 --out writes cpu.json and cpu_roofline.png into a folder; plot.py draws it, which needs matplotlib.
 """
@@ -369,6 +370,10 @@ def parse_options() -> argparse.Namespace:
     for name in options.peers:
         if name not in available():
             parser.error(f"{name} needs the packages {', '.join(PEERS[name])}")
+    if options.processor_time and "linear" in options.only:
+        parser.error(
+            "--processor-time times the model only, expected --only decode,prefill with it"
+        )
     for kind in options.weights:
         if kind not in MADE and "llama.cpp" not in available():
             needed = ", ".join(PEERS["llama.cpp"])

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from arguments import at_least
 from measure import machine, print_machine, write_json
 
 from mistral_ext import SamplingParams
@@ -83,14 +84,16 @@ VALUE = {
 }
 
 
-def mask_seconds(tokenizer: Tokenizer, runs: int) -> tuple[list[float], float]:
-    """CPU seconds that the schema adds to each token, and those of compiling it."""
+def mask_seconds(
+    tokenizer: Tokenizer, runs: int, clock: Callable[[], float] = time.process_time
+) -> tuple[list[float], float]:
+    """Seconds of the clock that the schema adds to each token, and those of compiling it."""
     constraint = Constraint("schema", json.dumps(SCHEMA))
     compiler = GrammarCompiler(tokenizer)
     compiler.compile(Constraint("regex", "a"), starts_text=True)  # reads the vocabulary
-    begin = time.process_time()
+    begin = clock()
     grammar = compiler.compile(constraint, starts_text=True)
-    compiled = time.process_time() - begin
+    compiled = clock() - begin
     ids = tokenizer.encode(json.dumps(VALUE), bos=False)
     logits = torch.randn(1, tokenizer.vocab_size)
     masked, plain = (Sampler(1, tokenizer.vocab_size) for _ in range(2))
@@ -100,13 +103,13 @@ def mask_seconds(tokenizer: Tokenizer, runs: int) -> tuple[list[float], float]:
         for sampler in (masked, plain):
             sampler.start(0, SamplingParams(temperature=0), [1])
         for seconds, token_id in zip(added, ids, strict=True):
-            begin = time.process_time()
+            begin = clock()
             matcher.consume(token_id)
             masked.restrict(0, matcher.allowed)
             masked.draw_now([0], logits)
-            between = time.process_time()
+            between = clock()
             plain.draw_now([0], logits)
-            end = time.process_time()
+            end = clock()
             if turn > 0:  # the first one warms up
                 seconds.append(between - begin - (end - between))
     return [statistics.median(seconds) for seconds in added], compiled
@@ -139,16 +142,20 @@ def step_seconds(layers: int, form: str, runs: int) -> float:
     return one + (LAYERS - 1) * (more - one) / (layers - 1)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
-    parser.add_argument("--layers", type=int, default=4, help="of the larger model, 2 or more")
+    parser.add_argument("--layers", type=at_least(2), default=4, help="of the larger model")
     parser.add_argument("--weights", default="int4", help="int4, int8, q4_k, ...")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=at_least(1), default=5)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_options()
     tokenizer = Tokenizer.from_folder(args.tokenizer)
     if tokenizer is None:
         raise SystemExit(f"--tokenizer is {args.tokenizer}, expected a folder with a tokenizer")

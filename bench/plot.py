@@ -38,6 +38,21 @@ def points(report: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def title(report: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    """The model, the machine, and what the points are."""
+    parts = []
+    for part, unit in (("decode", "at once"), ("prefill", "tokens")):
+        measured = [point["what"].split() for point in found]
+        numbers = dict.fromkeys(number for name, number in measured if name == part)
+        if numbers:
+            parts.append(f"{part} of {', '.join(numbers)} {unit}")
+    machine = report["machine"]
+    return (
+        f"{report['layers']} layers of Mistral 7B, {machine['cpu']}, {machine['threads']} threads: "
+        f"{'; '.join(parts)}"
+    )
+
+
 def roofline(report: dict[str, Any], path: Path) -> None:
     """Writes the plot of what cpu.py measured as an image."""
     found = points(report)
@@ -54,11 +69,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
         where = (MARKERS[engine], across, up)
         shown.append(Point(point["weights"], engine, *where, is_open=is_open))
     levels = {INSTRUCTIONS[name]: peak for name, peak in peaks.items()}
-    title = (
-        f"{report['layers']} layers of Mistral 7B, {report['machine']['cpu']}, "
-        f"{report['machine']['threads']} threads: decode of 1 and 4, prefill of 256 and 1024 tokens"
-    )
-    draw(shown, Roofs(read, f"reads {read / 1e9:.0f} GB/s", levels), title, path)
+    draw(shown, Roofs(read, f"reads {read / 1e9:.0f} GB/s", levels), title(report, found), path)
 
 
 if __name__ == "__main__":

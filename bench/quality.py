@@ -225,7 +225,7 @@ def measure(
     return rows
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -233,7 +233,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="read by it, or by MODEL")
     parser.add_argument("--model", help="folder or GGUF file, to be measured instead")
     parser.add_argument(
-        "--only", choices=PARTS, action="append", help="a part of it; may be given several times"
+        "--only",
+        choices=PARTS,
+        action="append",
+        help="a part of it; may be given several times; peers needs --model",
     )
     parser.add_argument(
         "--calibrate",
@@ -244,17 +247,26 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    args = parser.parse_args()
+    options = parser.parse_args()
+    if not options.model and "peers" in (options.only or ()):
+        parser.error("--only peers needs --model")
+    options.only = set(options.only or PARTS)
+    if options.calibrate and not (options.model and "peers" in options.only):
+        parser.error("--calibrate needs --model, and the part peers")
+    return options
+
+
+def main() -> None:
+    args = parse_options()
     if args.threads:
         torch.set_num_threads(args.threads)
     facts = machine()
     print_machine(facts)
     report: dict = {"machine": facts}
-    parts = args.only or PARTS
 
-    if args.model and "peers" in parts:
+    if args.model and "peers" in args.only:
         report["peers"] = peers_of(args.model, args.tokens, args.calibrate)
-    if parts == ["peers"]:
+    if args.only == {"peers"}:
         subjects = {}
     elif args.model:
         subjects = {"model": real(args.model, args.tokens)}
@@ -267,13 +279,13 @@ def main() -> None:
             f"whose logits have a standard deviation of {exact.std():.2f}"
         )
         # Others are compared with bf16.
-        chosen = FORMATS if "formats" in parts else {"bf16": FORMATS["bf16"]}
+        chosen = FORMATS if "formats" in args.only else {"bf16": FORMATS["bf16"]}
         formats = {
             name: lambda make=make, weights=subject.weights: make(weights)
             for name, make in chosen.items()
         }
         report[title] = measure(subject, formats, exact, None)
-        if title != "random_7b" and "ways" in parts:
+        if title != "random_7b" and "ways" in args.only:
             print(f"\nways to round, on the {title} in fp32")
             base = report[title]["bf16"].get("perplexity")
             ways = other_ways(subject.weights)

@@ -28,6 +28,12 @@ from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.gguf_model import gguf_name
 from mistral_ext.weights.quantize import Quantization
 
+# As loading and `mistral-ext quantize` round.
+OURS = {
+    "int8": Quantization.from_bits(8),
+    "int4": Quantization.from_bits(4),
+    "4 bits, --group 64": Quantization.from_bits(4, group=64),
+}
 FILE_TYPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
 COLUMNS = [("", -20), ("bits", 5), ("KL", 9), ("perplexity", 10), ("to fp32", 8), ("same top", 8)]
 
@@ -56,9 +62,8 @@ def rounded(exact: Weights, matrices: Weights, nbytes: int) -> Rounded:
     return Rounded(exact | matrices, 8 * nbytes / values)
 
 
-def made_here(exact: Weights, name: str) -> Rounded:
-    """Rounded to "int8" or "int4", as loading does it."""
-    quantization = Quantization.from_name(name)
+def made_here(exact: Weights, quantization: Quantization) -> Rounded:
+    """Rounded as a whole model would be."""
     return of_weights(
         exact, {name: quantization.quantize(name, weight, name) for name, weight in exact.items()}
     )
@@ -72,8 +77,7 @@ def calibrated_here(exact: Weights, config: MistralConfig, ids: list[int], folde
     """
     # A layer changes as it is rounded.
     weights = ((name, exact[name].clone()) for name in tensor_shapes(config) if name in exact)
-    quantization = Quantization.from_name("int4")
-    made = calibrated(weights, config, quantization, ids, folder, torch.float32, progress=False)
+    made = calibrated(weights, config, OURS["int4"], ids, folder, torch.float32, progress=False)
     return of_weights(exact, dict(made))
 
 
@@ -110,8 +114,8 @@ def ways(
         calibration: tokens to calibrate int4 with; empty: it is left out.
         folder: for what is made.
     """
-    for name in ("int8", "int4"):
-        yield name, lambda name=name: made_here(exact, name)
+    for name, quantization in OURS.items():
+        yield name, lambda how=quantization: made_here(exact, how)
     if calibration:
         yield (
             "int4, calibrated",

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from arguments import at_least
 from measure import print_header, print_row
 from models import mistral_7b
 
@@ -221,23 +222,40 @@ def print_training(args: argparse.Namespace) -> None:
     print_table(launches, bandwidth, matrix, None)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", choices=KINDS, default="bf16")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="sequences")
-    parser.add_argument("--history", type=int, default=128, metavar="N", help="tokens seen so far")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--batch", type=at_least(1), metavar="N", help="sequences (default: 1)")
+    parser.add_argument(
+        "--history", type=at_least(0), metavar="N", help="tokens seen so far (default: 128)"
+    )
+    parser.add_argument("--layers", type=at_least(1), default=32)
     parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH / 1e9, metavar="GB/s")
     parser.add_argument("--matrix", type=float, default=H200_MATRIX / 1e12, metavar="TFLOP/s")
     parser.add_argument(
         "--measured", metavar="FILE", help="from decode_cuda.py, which gives all else"
     )
-    parser.add_argument("--training", type=int, metavar="TOKENS", help="a pass of fine-tuning")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter, with --training")
-    args = parser.parse_args()
-    if args.training:
+    parser.add_argument(
+        "--training", type=at_least(1), metavar="TOKENS", help="a pass of fine-tuning"
+    )
+    parser.add_argument(
+        "--rank", type=at_least(1), default=16, help="of the adapter, with --training"
+    )
+    options = parser.parse_args()
+    if options.training is not None:
+        for name in ("batch", "history", "measured"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is of a decode step, expected none with --training")
+    options.batch = 1 if options.batch is None else options.batch
+    options.history = 128 if options.history is None else options.history
+    return options
+
+
+def main() -> None:
+    args = parse_options()
+    if args.training is not None:
         return print_training(args)
 
     cases = [vars(args) | {"launches": None, "seconds": None}]

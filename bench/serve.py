@@ -10,6 +10,7 @@ per second that meet the limits (goodput), p50/p90/p99 of the time to the first 
 two tokens, errors, and the server's resident memory. `--long-prompt` then measures the gap between
 tokens of a stream while another client's long prompt is read. Servers take turns: each load goes to
 one after the other, while the others are idle. Machines are noisy: compare the ratios of one run.
+All servers run from the start, so memory must hold the models and caches of all of them at once.
 
 `--soak N` instead sends N requests of all kinds, a third of which hang up at a random time, and
 says what was not as it should be: errors, memory that grows, slots that are lost.
@@ -21,7 +22,6 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
-import os
 import shlex
 import shutil
 import socket
@@ -59,7 +59,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     model = args.gguf or args.model
     ours = [sys.executable, "-m", "mistral_ext.cli", "serve", "--port", "{port}"]
     ours += ["--max-batch", str(args.max_batch), "--max-queue", "256"]
-    ours += ["--threads", str(args.threads), *shlex.split(args.options)]
+    ours += [*threads(args, "--threads"), *shlex.split(args.options)]
     found = {OURS: [*ours, "--model", model] if model else ours}
     if args.peers == "llama.cpp":
         found["llama.cpp"] = llama_cpp(args)
@@ -69,20 +69,25 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     return found
 
 
+def threads(args: argparse.Namespace, option: str) -> list[str]:
+    """A server's option for --threads; none was given: nothing, so that its default holds."""
+    return [option, str(args.threads)] if args.threads else []
+
+
 def llama_cpp(args: argparse.Namespace) -> list[str]:
     """llama.cpp's server, or if there is only that, the one of llama-cpp-python."""
     if not args.gguf:
         raise SystemExit("--peers llama.cpp needs --gguf FILE, the weights that both can read")
-    context, threads = str(args.max_batch * args.context), str(args.threads)
+    context = str(args.max_batch * args.context)
     program = shutil.which(args.llama_server)
     if program:
-        options = ["-c", context, "-np", str(args.max_batch), "-t", threads]
+        options = ["-c", context, "-np", str(args.max_batch), *threads(args, "-t")]
         return [program, "-m", args.gguf, "--port", "{port}", *options]
     if args.llama_server != LLAMA_SERVER:
         raise SystemExit(f"--llama-server is {args.llama_server}, expected a program")
     if importlib.util.find_spec("llama_cpp"):
         module = [sys.executable, "-m", "llama_cpp.server", "--model", args.gguf]
-        options = ["--n_ctx", context, "--n_threads", threads]
+        options = ["--n_ctx", context, *threads(args, "--n_threads")]
         return [*module, "--port", "{port}", *options]
     raise SystemExit("--peers llama.cpp: neither llama-server nor llama_cpp.server is installed")
 
@@ -207,7 +212,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of a completion")
     parser.add_argument("--context", type=int, default=4096, help="tokens of a slot of a peer")
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each server")
+    parser.add_argument("--threads", type=int, help="of each server; default: its own")
     parser.add_argument("--long-prompt", type=int, default=0, metavar="WORDS")
     parser.add_argument("--most-first", type=float, default=2, help="seconds, for goodput")
     parser.add_argument("--most-gap", type=float, default=0.2, help="seconds, for goodput")

@@ -9,7 +9,7 @@ from typing import Any
 from measure import PAUSE, spin
 
 OURS = "mistral_ext"
-# Of the clock, for decode or prefill of one kind of weights, if two turns take no longer.
+# After so many seconds of the clock take_turns begins no further turn, but it always takes two.
 MOST_SECONDS = 40.0
 
 Clock = Callable[[], float]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import cpu
 import peers
+import plot
 import pytest
 import torch
 import turns
@@ -70,6 +71,10 @@ def test_options(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         options(monkeypatch, "--prompts", "64,0")
     assert "'64,0', expected numbers of 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options(monkeypatch, "--processor-time")
+    assert "expected --only decode,prefill with it" in capsys.readouterr().err
+    assert options(monkeypatch, "--processor-time", "--only", "decode").processor_time
     monkeypatch.setattr(cpu, "available", list)
     with pytest.raises(SystemExit):
         options(monkeypatch, "--weights", "q4_k_m")
@@ -111,3 +116,15 @@ def test_temporary_files_go(monkeypatch):
     assert files.path("BF16").exists()
     files.close()
     assert not path.parent.exists()
+
+
+def test_the_title_of_the_plot():
+    row = {"nbytes": 100, "first_token": 1.0}
+    measured = {"limit": 2.0, "flops": 50}
+    row |= dict.fromkeys(("decode 1", "decode 8", "prefill 64", "prefill 512"), measured)
+    report = {"layers": 8, "machine": {"cpu": "EPYC", "threads": 2}}
+    report["model"] = {"bf16": {"mistral_ext": row}, "int8": {"mistral_ext": row}}
+    title = plot.title(report, plot.points(report))
+    assert title.endswith("EPYC, 2 threads: decode of 1, 8 at once; prefill of 64, 512 tokens")
+    report["model"] = {"bf16": {"mistral_ext": {"nbytes": 100, "decode 1": measured}}}
+    assert plot.title(report, plot.points(report)).endswith("threads: decode of 1 at once")

@@ -1,14 +1,17 @@
-"""bench/quality_peers.py: the ways to round a model, side by side."""
+"""bench/quality.py and quality_peers.py: options, and the ways to round a model, side by side."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import quality
 import quality_peers
 import torch
 import transformers
 from gguf_files import write_model
 from quality import compare
-from quality_peers import made_here, measure_peers, of_file
+from quality_peers import OURS, made_here, measure_peers, of_file
 
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.text.tokenizer import Tokenizer
@@ -22,9 +25,9 @@ def exact():
 
 
 def test_only_layers_are_rounded(exact):
-    eight, four = made_here(exact, "int8"), made_here(exact, "int4")
+    eight, four, steps = (made_here(exact, quantization) for quantization in OURS.values())
     # Rows of 256 take 4.25 bits in 4, others 4.5.
-    assert eight.bits == 8.5
+    assert (eight.bits, steps.bits) == (8.5, 4.25)
     assert 4.25 <= four.bits <= 4.5
     for name, weight in exact.items():
         error = (four.weights[name] - weight).norm() / weight.norm()
@@ -55,9 +58,36 @@ def test_rows_of_a_model(exact, tmp_path, monkeypatch):
     ids = Tokenizer.from_folder(DEMO_MODEL).encode("Once upon a time there was a king who had")
     config = read_folder(DEMO_MODEL).config
     rows = measure_peers(DEMO_MODEL, config, ids, ids, tmp_path, compare)
-    assert list(rows) == ["fp32", "int8", "int4", "int4, calibrated"]
+    assert list(rows) == ["fp32", *OURS, "int4, calibrated"]
     assert rows["int4, calibrated"]["bits"] == rows["int4"]["bits"]
     assert 0 < rows["int8"]["kl"] < rows["int4"]["kl"] / 10
     # Another text calibrates worse than the text itself.
     assert 0 < rows["int4, calibrated"]["kl"] < rows["int4"]["kl"]
     assert rows["int8"]["perplexity"] == pytest.approx(rows["fp32"]["perplexity"], rel=0.01)
+
+
+def options(monkeypatch, *given):
+    monkeypatch.setattr(sys, "argv", ["quality.py", *given])
+    return quality.parse_options()
+
+
+def test_parts_of_a_run(monkeypatch):
+    assert options(monkeypatch).only == set(quality.PARTS)
+    peers = ("--only", "peers")
+    given = options(monkeypatch, "--model", "m", *peers, *peers, "--calibrate", "8")
+    assert given.only == {"peers"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--only peers", "--only peers needs --model"),
+        ("--only ways --only peers", "--only peers needs --model"),
+        ("--calibrate 8", "--calibrate needs --model, and the part peers"),
+        ("--calibrate 8 --model m --only ways", "--calibrate needs --model, and the part peers"),
+    ],
+)
+def test_options_that_would_be_ignored(monkeypatch, capsys, given, message):
+    with pytest.raises(SystemExit):
+        options(monkeypatch, *given.split())
+    assert message in capsys.readouterr().err

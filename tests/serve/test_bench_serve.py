@@ -49,6 +49,11 @@ def test_the_command_of_a_peer(tmp_path, monkeypatch):
     command = " ".join(found["llama.cpp"])
     assert command.startswith(f"{tmp_path}/llama-server -m m.gguf ")
     assert "-c 2048 -np 4 -t 2" in command
+    assert "--threads 2" in " ".join(found[serve.OURS])
+    args.threads = None  # each server's default
+    found = serve.commands(args)
+    assert "-t" not in found["llama.cpp"]
+    assert "--threads" not in found[serve.OURS]
     args.gguf = None
     with pytest.raises(SystemExit, match="needs --gguf FILE"):
         serve.commands(args)
