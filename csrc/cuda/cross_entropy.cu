@@ -49,7 +49,7 @@ struct LogSum {
 
  private:
   __device__ __forceinline__ void rise(float highest) {
-    const float before = base();
+    const float before = maximum;  // if -inf, the factor is 0: exp(0 - base()) may be inf
     maximum = highest;
     total *= expf(before - base());
   }
