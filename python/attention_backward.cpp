@@ -38,12 +38,6 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
     tensor->expect_contiguous();
   }
   for (const Tensor* tensor : {&out, &d_out, &d_q, &d_k, &d_v}) tensor->expect_like(q);
-  if (q.is_cuda()) {
-    expect_cuda_heads(q);
-    for (const Tensor* tensor : {&q, &k, &v, &out, &d_out, &d_q, &d_k, &d_v}) {
-      tensor->expect_aligned_rows();
-    }
-  }
   lse.expect_shape({tokens, heads});
   lse.expect_contiguous();
   lse.expect_device_of(q);
@@ -74,6 +68,12 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
   p.stride_v_head = v.stride(1);
   p.window = window.value_or(kNoWindow);
   p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(dim))));
+  if (q.is_cuda()) {
+    expect_cuda_heads(q, p.scale);
+    for (const Tensor* tensor : {&q, &k, &v, &out, &d_out, &d_q, &d_k, &d_v}) {
+      tensor->expect_aligned_rows();
+    }
+  }
   return {scratch_bytes(q, p), 0,
           [p, q](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.delta = static_cast<float*>(workspace);
