@@ -12,13 +12,6 @@
 namespace mistral::python {
 namespace {
 
-int64_t scratch_bytes(const Tensor& q, const AttentionBackwardParams& p) {
-#ifdef MISTRAL_CUDA
-  if (q.is_cuda()) return cuda::attention_backward_scratch_bytes(p);
-#endif
-  return q.is_cuda() ? 0 : cpu::attention_backward_scratch_bytes(p);
-}
-
 Call attention_backward(py::object q_, py::object k_, py::object v_, py::object out_,
                         py::object d_out_, py::object lse_, py::object sequences_, py::object d_q_,
                         py::object d_k_, py::object d_v_, std::optional<int64_t> window,
@@ -74,7 +67,7 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
       tensor->expect_aligned_rows();
     }
   }
-  return {scratch_bytes(q, p), 0,
+  return {attention_backward_scratch_bytes(p), 0,
           [p, q](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.delta = static_cast<float*>(workspace);
             run(q, target, p, MISTRAL_KERNELS(attention_backward));
