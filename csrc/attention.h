@@ -24,7 +24,8 @@ struct AttentionParams {
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
   float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row; null: not wanted.
-                              // Wanted only of sequences that begin at position 0
+                              // Wanted only of sequences that begin at position 0. With it the
+                              // kernel of sm_90a is not used
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R

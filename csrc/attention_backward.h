@@ -44,15 +44,16 @@ struct AttentionBackwardParams {
   float scale;     // usually 1 / sqrt(D)
 };
 
+inline int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p) {
+  return p.tokens * p.heads * int64_t{sizeof(float)};
+}
+
 namespace cpu {
-int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p, int threads);
 }  // namespace cpu
 
 #ifdef MISTRAL_CUDA
 namespace cuda {
-int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p);
-
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim (attention.h). Every row
 // of q, k, v, out and d_out and of the results must be 16-byte aligned. The results have the same
 // bits in every call.

@@ -30,13 +30,11 @@ void expect_prefill_kernel(const char* op, int device) {
 }
 
 void expect_cuda_kernel(const RaggedBatch& batch, const AttentionParams& p) {
-  constexpr const char* op = "attention";
-  expect_cuda_heads(batch.q);
-  if (!(p.scale > 0)) fail(op, "scale is " + std::to_string(p.scale) + ", expected more than 0");
+  expect_cuda_heads(batch.q, p.scale);
   for (const Tensor* tensor : {&batch.q, &batch.k, &batch.v, &batch.k_pool, &batch.v_pool}) {
     tensor->expect_aligned_rows();
   }
-  expect_prefill_kernel(op, batch.q.device_index());
+  expect_prefill_kernel(batch.q.op(), batch.q.device_index());
 }
 
 cuda::AttentionScratch cuda_scratch(const AttentionParams& p, int device_index) {

@@ -12,13 +12,6 @@
 namespace mistral::python {
 namespace {
 
-int64_t scratch_bytes(const Tensor& q, const AttentionBackwardParams& p) {
-#ifdef MISTRAL_CUDA
-  if (q.is_cuda()) return cuda::attention_backward_scratch_bytes(p);
-#endif
-  return q.is_cuda() ? 0 : cpu::attention_backward_scratch_bytes(p);
-}
-
 Call attention_backward(py::object q_, py::object k_, py::object v_, py::object out_,
                         py::object d_out_, py::object lse_, py::object sequences_, py::object d_q_,
                         py::object d_k_, py::object d_v_, std::optional<int64_t> window,
@@ -38,12 +31,6 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
     tensor->expect_contiguous();
   }
   for (const Tensor* tensor : {&out, &d_out, &d_q, &d_k, &d_v}) tensor->expect_like(q);
-  if (q.is_cuda()) {
-    expect_cuda_heads(q);
-    for (const Tensor* tensor : {&q, &k, &v, &out, &d_out, &d_q, &d_k, &d_v}) {
-      tensor->expect_aligned_rows();
-    }
-  }
   lse.expect_shape({tokens, heads});
   lse.expect_contiguous();
   lse.expect_device_of(q);
@@ -74,7 +61,13 @@ Call attention_backward(py::object q_, py::object k_, py::object v_, py::object 
   p.stride_v_head = v.stride(1);
   p.window = window.value_or(kNoWindow);
   p.scale = static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(dim))));
-  return {scratch_bytes(q, p), 0,
+  if (q.is_cuda()) {
+    expect_cuda_heads(q, p.scale);
+    for (const Tensor* tensor : {&q, &k, &v, &out, &d_out, &d_q, &d_k, &d_v}) {
+      tensor->expect_aligned_rows();
+    }
+  }
+  return {attention_backward_scratch_bytes(p), 0,
           [p, q](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.delta = static_cast<float*>(workspace);
             run(q, target, p, MISTRAL_KERNELS(attention_backward));

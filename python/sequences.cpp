@@ -113,7 +113,7 @@ void check_head_dim(const Tensor& x) {
                    ", expected a multiple of 32 up to " + std::to_string(kMaxHeadDim));
 }
 
-void expect_cuda_heads(const Tensor& q) {
+void expect_cuda_heads(const Tensor& q, float scale) {
   if (q.dtype() == DType::f32) {
     throw py::type_error(std::string(q.op()) +
                          ": q has dtype torch.float32, expected torch.bfloat16 or torch.float16 on "
@@ -122,6 +122,9 @@ void expect_cuda_heads(const Tensor& q) {
   if (!cuda::attention_takes_head_dim(q.size(2))) {
     fail(q.op(), "q has head dimension " + std::to_string(q.size(2)) +
                      ", expected 64 or 128 on a CUDA device");
+  }
+  if (!(scale > 0)) {
+    fail(q.op(), "scale is " + std::to_string(scale) + ", expected more than 0 on a CUDA device");
   }
 }
 

@@ -52,8 +52,9 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t wind
 // Checks the last axis of heads x [T, H, D].
 void check_head_dim(const Tensor& x);
 
-// Checks that attention and its gradient take q [T, Hq, D] on a CUDA device.
-void expect_cuda_heads(const Tensor& q);
+// Checks that attention and its gradient take q [T, Hq, D] and scale on a CUDA device: the kernels
+// multiply scores of -inf by scale.
+void expect_cuda_heads(const Tensor& q, float scale);
 
 // Checks that the sequences of a table [S, 5] hold the tokens of x, its first axis, one after
 // another; and their positions, if these are used. Rings are not looked at.

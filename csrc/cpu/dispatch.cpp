@@ -4,6 +4,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "linear_sets.h"
 #include "processor.h"
 
 namespace mistral::cpu {
@@ -12,24 +13,15 @@ namespace mistral::cpu {
   namespace isa {               \
   extern const Kernels kernels; \
   }
-// A set with products of linear layers of its own alone (cmake/cpu.cmake).
-#define LINEAR_KERNELS(isa)                                             \
-  namespace isa {                                                       \
-  void linear(const LinearParams& p, int threads);                      \
-  int64_t linear_scratch_bytes(const LinearParams& p);                  \
-  bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens); \
-  }
 
 KERNELS(scalar)
 #if defined(MISTRAL_X86)
 KERNELS(avx2)
-LINEAR_KERNELS(avxvnni)
 KERNELS(avx512)
 KERNELS(avx512_bf16)
 KERNELS(amx)
 #elif defined(MISTRAL_AARCH64)
 KERNELS(neon)
-LINEAR_KERNELS(neon_dotprod)
 #endif
 
 namespace {

@@ -1,4 +1,4 @@
-// What this processor runs.
+// Tells which instruction sets this processor runs.
 #pragma once
 
 #include "isa.h"

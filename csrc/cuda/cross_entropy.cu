@@ -14,15 +14,6 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// Every thread gets the maximum. `shared` has room for one float per warp.
-__device__ __forceinline__ float block_max(float value, float* shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  value = warp_max(value);
-  if (lane == 0) shared[warp] = value;
-  __syncthreads();
-  return warp_max(lane < kThreads / kWarp ? shared[lane] : -INFINITY);
-}
-
 // The largest of some logits, and the sum of exp(logit - base()) over them.
 struct LogSum {
   float maximum = -INFINITY;
@@ -49,7 +40,7 @@ struct LogSum {
 
  private:
   __device__ __forceinline__ void rise(float highest) {
-    const float before = base();
+    const float before = maximum;  // if -inf, the factor is 0: exp(0 - base()) may be inf
     maximum = highest;
     total *= expf(before - base());
   }

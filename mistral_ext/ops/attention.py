@@ -39,7 +39,7 @@ def attention(
         k_pool, v_pool: [R, D], the rings of all sequences; None: the sequences are whole.
         sequences: [S, 5] int64, the sequence table.
         window: W, keys that a query sees, itself included; None: all.
-        scale: factor of the scores; None: 1 / sqrt(D).
+        scale: factor of the scores, more than 0 on a CUDA device; None: 1 / sqrt(D).
         max_count: upper bound of the new tokens of any sequence; None: not known. It saves a
             launch on CUDA devices when all sequences decode.
 

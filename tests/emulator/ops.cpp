@@ -53,6 +53,13 @@ void finish(const char* op, cudaError_t status, const std::shared_ptr<Scratch>& 
   check(op, status);
 }
 
+// Lets kernels access an op's scratch, if it has any.
+template <class Params>
+void add_scratch(const Params&) {}
+void add_scratch(const AttentionBackwardParams& p) {
+  const auto bytes = static_cast<size_t>(attention_backward_scratch_bytes(p));
+  emulator::allocations().add(p.delta, bytes, "delta");
+}
 void add_scratch(const LinearParams& p) {
   const auto bytes = static_cast<size_t>(cuda::linear_scratch_bytes(p));
   if (bytes > 0) emulator::allocations().add(p.scratch, bytes, "scratch");
@@ -73,14 +80,6 @@ void attention(const AttentionParams& given, int) {
   p.counters = scratch->counters.data();
   finish("attention", cuda::attention(p, nullptr), scratch);
 }
-int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p) {
-  return cuda::attention_backward_scratch_bytes(p);
-}
-void attention_backward(const AttentionBackwardParams& p, int) {
-  const auto bytes = static_cast<size_t>(cuda::attention_backward_scratch_bytes(p));
-  emulator::allocations().add(p.delta, bytes, "delta");
-  check("attention_backward", cuda::attention_backward(p, nullptr));
-}
 int64_t linear_scratch_bytes(const LinearParams& p) { return cuda::linear_scratch_bytes(p); }
 void linear(const LinearParams& given, int) {
   LinearParams p = given;
@@ -93,8 +92,11 @@ void linear_rope(const LinearRopeParams& p, int) {
   add_scratch(p.linear);
   check("linear_rope", cuda::linear_rope(p, nullptr));
 }
-#define OP(op, Params) \
-  void op(const Params& p, int) { check(#op, cuda::op(p, nullptr)); }
+#define OP(op, Params)                \
+  void op(const Params& p, int) {     \
+    add_scratch(p);                   \
+    check(#op, cuda::op(p, nullptr)); \
+  }
 #define OP_WITH_SCRATCH(op, Params)  // above
 #define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
 #define OP_ON_CPU(op, Params) \

@@ -111,7 +111,7 @@ void compare_shape(const Set& set, const std::string& dtype, const Shape& shape)
     p.stride_k_token = p.stride_v_token = forward.p.stride_k_token;
     p.window = shape.window;
     p.scale = forward.p.scale;
-    Floats delta(static_cast<size_t>(cpu::attention_backward_scratch_bytes(p)) / sizeof(float) + 1);
+    Floats delta(static_cast<size_t>(attention_backward_scratch_bytes(p)) / sizeof(float) + 1);
     p.delta = delta.data();
     cpu::attention_backward(p, kThreads);
     return {widened(d_q), widened(d_k), widened(d_v)};

@@ -3,16 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/linear_sets.h"
 #include "compare.h"
 #if defined(MISTRAL_AVXVNNI)
 #include "trap.h"
-
-namespace mistral::cpu::avxvnni {
-void linear(const LinearParams& p, int threads);
-int64_t linear_scratch_bytes(const LinearParams& p);
-bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens);
-}  // namespace mistral::cpu::avxvnni
 #endif
 
 namespace mistral::comparison {
@@ -76,7 +70,7 @@ int main(int count, char** names) {
   const std::vector<cpu::Isa> isas = cpu::supported_isas();
   for (cpu::Isa isa : isas) {
     if (isa == cpu::Isa::scalar || !is_wanted(cpu::name(isa))) continue;
-    compare_set(set_of(cpu::name(isa), isa == cpu::Isa::avxvnni || isa == cpu::Isa::neon_dotprod));
+    compare_set(set_of(cpu::name(isa), cpu::is_linear_set(isa)));
   }
 #if defined(MISTRAL_AVXVNNI)
   if (is_wanted("avxvnni") &&

@@ -241,6 +241,25 @@ def test_rows_after_a_history_have_no_lse():
         _C.attention(q, q, q, pool, pool, rings, torch.empty_like(q), None, None, None, lse)
 
 
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU, for checks before any kernel runs."""
+
+    is_cpu = False
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("nan")])
+def test_cuda_kernels_take_positive_scales_alone(scale):
+    """They multiply a hidden score of -inf by it."""
+    q, lse = (torch.zeros(shape).as_subclass(OnCuda) for shape in ((2, 1, 64), (2, 1)))
+    q = q.bfloat16()
+    message = f"attention_backward: scale is {scale:f}, expected more than 0 on a CUDA device"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        _C.attention_backward(
+            *(q,) * 5, lse, table([2]).as_subclass(OnCuda), *(q,) * 3, None, scale
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -144,14 +144,17 @@ def test_few_logits_are_in_memory(generator, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 7, 1003, 9000])
 def test_rows_of_logits(backend, vocab, dtype, generator):
-    """The kernel alone, on rows that lie apart: few, odd and many logits, losses near and far."""
-    around = torch.full((7, vocab + 8), float("nan"), dtype=dtype)
+    """The kernel alone, on rows that lie apart: few, odd and many logits, losses near and far,
+    logits of which exp is 0 in float32."""
+    around = torch.full((9, vocab + 8), float("nan"), dtype=dtype)
     logits = around[1:-1, :vocab]
-    logits.copy_(4 * torch.randn(5, vocab, generator=generator))
+    logits.copy_(4 * torch.randn(7, vocab, generator=generator))
     logits[3, vocab // 2 :] = -torch.inf
     logits[4, vocab // 2] = 90
-    targets = torch.tensor([0, vocab - 1, vocab // 3, 0, vocab // 2])
-    factors, losses = torch.rand(5, generator=generator), torch.empty(5)
+    logits[5] -= 200
+    logits[6, : vocab // 2] = -1e4
+    targets = torch.tensor([0, vocab - 1, vocab // 3, 0, vocab // 2, vocab // 2, vocab - 1])
+    factors, losses = torch.rand(7, generator=generator), torch.empty(7)
     if vocab == 1:
         logits[3] = 2
 

@@ -215,10 +215,6 @@ void compute_delta(const AttentionBackwardParams& p, int threads) {
 
 }  // namespace
 
-int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p) {
-  return p.tokens * p.heads * int64_t{sizeof(float)};
-}
-
 void attention_backward(const AttentionBackwardParams& p, int threads) {
   const int64_t group = p.heads / p.kv_heads;
   const auto key_blocks = [&](const Sequence& s) { return ceil_div(s.count, kTile); };

@@ -64,10 +64,6 @@ cudaError_t launch_backward(const AttentionBackwardParams& p, cudaStream_t strea
 
 }  // namespace
 
-int64_t attention_backward_scratch_bytes(const AttentionBackwardParams& p) {
-  return p.tokens * p.heads * int64_t{sizeof(float)};
-}
-
 cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   switch (p.dtype) {

@@ -25,7 +25,7 @@ struct QueryGradients {
     head.template copy_queries<kOwnRows>(shared.own(0), shared.own(1), first_row);
     copy_step(key, 0);
 
-    // Of this lane's two rows. Rows past the last repeat it and are not stored.
+    // A lane has two rows. Rows past the last repeat it and are not stored.
     int own[2];
     float lse[2], delta[2];
 #pragma unroll

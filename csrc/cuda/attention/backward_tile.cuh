@@ -1,4 +1,4 @@
-// What the kernels of attention's gradients share. A block of 4 warps owns 64 rows of two tensors
+// The kernels of attention's gradients share this. A block of 4 warps owns 64 rows of two tensors
 // (keys and values, or queries and d_out), each warp 16 of them, and walks rows of the other two in
 // tiles of 32. A tile is copied while the one before it is multiplied.
 #pragma once
@@ -86,12 +86,12 @@ struct BackwardHead {
   }
 };
 
-// A pair of neighbours of a product, as they come and as the next product takes them.
+// Two neighbouring probabilities and score gradients, packed as an operand of the next product.
 template <class T>
 struct Differentiated {
   uint32_t probabilities, d_scores;
 
-  // `lse` in powers of two. The scale of the scores is left to the end of the sums.
+  // `lse` is a logarithm to base 2. The gradients of scores are multiplied by scale after the sums.
   __device__ __forceinline__ Differentiated(float2 scores, float2 d_probabilities, float scale,
                                             float2 lse, float2 delta) {
     const float low = exp2_approx(scores.x * scale - lse.x);

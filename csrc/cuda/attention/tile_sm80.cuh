@@ -191,7 +191,7 @@ struct Softmax {
     return {base, factor};
   }
 
-  // What a row's results are divided by, as a factor.
+  // The factor that divides a row's results by their total.
   __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
 
   // Turns scores into probabilities relative to the new maximum, and rescales `out` to it. p has

@@ -1,38 +1,52 @@
-// Sums over a warp and over a block.
+// Sums and maxima over a warp and over a block.
 #pragma once
 
 #include <cuda_runtime_api.h>
+
+#include <cmath>
 
 namespace mistral::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Every lane gets the same sum, with additions in the same order.
-__device__ __forceinline__ float warp_sum(float value) {
+struct Sum {
+  static constexpr float kOfNothing = 0.0f;
+  static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+};
+
+struct Maximum {
+  static constexpr float kOfNothing = -INFINITY;
+  static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// Every lane gets the same result, with operations in the same order.
+template <class Operation>
+__device__ __forceinline__ float reduce_warp(float value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
+    value = Operation::of(value, __shfl_xor_sync(kAllLanes, value, distance));
   }
   return value;
 }
 
-__device__ __forceinline__ float warp_max(float value) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
-  }
-  return value;
-}
-
-// Every thread of a block of whole warps gets the sum. `shared` has room for one float per warp; a
-// caller that uses it again must put a barrier in between.
-__device__ __forceinline__ float block_sum(float value, float* shared) {
+// Every thread of a block of whole warps gets the result. `shared` has room for one float per warp;
+// a caller that uses it again must put a barrier in between.
+template <class Operation>
+__device__ __forceinline__ float reduce_block(float value, float* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  value = warp_sum(value);
+  value = reduce_warp<Operation>(value);
   if (lane == 0) shared[warp] = value;
   __syncthreads();
-  return warp_sum(lane < warps ? shared[lane] : 0.0f);
+  return reduce_warp<Operation>(lane < warps ? shared[lane] : Operation::kOfNothing);
+}
+
+__device__ __forceinline__ float warp_sum(float value) { return reduce_warp<Sum>(value); }
+__device__ __forceinline__ float block_sum(float value, float* shared) {
+  return reduce_block<Sum>(value, shared);
+}
+__device__ __forceinline__ float block_max(float value, float* shared) {
+  return reduce_block<Maximum>(value, shared);
 }
 
 }  // namespace mistral::cuda

@@ -1,0 +1,34 @@
+// The instruction sets that have only products of linear layers of their own, and all other kernels
+// from another set. cmake/cpu.cmake lists them too.
+#pragma once
+
+#include "../linear.h"
+#include "isa.h"
+
+namespace mistral::cpu {
+
+#define MISTRAL_LINEAR_SETS(F) \
+  F(avxvnni)                   \
+  F(neon_dotprod)
+
+// Defined in a binary that holds the set.
+#define DECLARE(set)                                                    \
+  namespace set {                                                       \
+  void linear(const LinearParams& p, int threads);                      \
+  int64_t linear_scratch_bytes(const LinearParams& p);                  \
+  bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens); \
+  }
+MISTRAL_LINEAR_SETS(DECLARE)
+#undef DECLARE
+
+constexpr bool is_linear_set(Isa isa) {
+  switch (isa) {
+#define CASE(set) case Isa::set:
+    MISTRAL_LINEAR_SETS(CASE)
+#undef CASE
+    return true;
+    default: return false;
+  }
+}
+
+}  // namespace mistral::cpu
