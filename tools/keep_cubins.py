@@ -20,18 +20,18 @@ import kernel_report
 def compile_and_keep(nvcc: str, arguments: list[str], source: Path) -> int:
     """Runs nvcc, with the assembler's report about the kernels; returns its exit status."""
     kernel_report.CUBINS.mkdir(parents=True, exist_ok=True)
+    inputs = kernel_report.inputs_of(nvcc, source)  # before nvcc reads them: they may be edited
     with TemporaryDirectory(dir=kernel_report.CUBINS) as folder:
         command = [nvcc, *arguments, "--keep", f"--keep-dir={folder}", "--resource-usage"]
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if result.returncode == 0:
-            keep(Path(folder), nvcc, source, result.stderr)
+            keep(Path(folder), inputs, source, result.stderr)
         sys.stderr.write(without_report(result.stderr))
         return result.returncode
 
 
-def keep(folder: Path, nvcc: str, source: Path, said: str) -> None:
-    """Moves what nvcc has left in a folder to where kernel_report.compile_kernels looks for it."""
-    inputs = kernel_report.inputs_of(nvcc, source)
+def keep(folder: Path, inputs: str, source: Path, said: str) -> None:
+    """Moves what nvcc has made of the inputs to where kernel_report.compile_kernels looks for it."""
     with kernel_report.alone():
         for ptx in folder.glob("*.ptx"):
             virtual = re.search(r"(?m)^\.target sm_(\w+)", ptx.read_text())[1]

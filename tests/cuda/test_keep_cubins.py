@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import keep_cubins
 import kernel_report
 import pytest
@@ -52,11 +54,19 @@ def test_kernels_of_the_build_are_not_compiled_again(source, capfd):
     assert when_made() == kept
 
 
-def test_what_the_build_lacks_or_has_of_other_sources_is_compiled(source):
+def test_what_the_build_lacks_or_has_of_other_sources_is_compiled(source, monkeypatch):
+    run = subprocess.run
+
+    def run_and_edit(command, **options):
+        result = run(command, **options)
+        if "--keep" in command:
+            source.write_text(KERNEL.replace("twice", "thrice"))
+        return result
+
+    monkeypatch.setattr(subprocess, "run", run_and_edit)
     assert compile_for(source, "arch=compute_90a,code=sm_90a") == 0
     files = ["twice.compute_90a.ptx", "twice.sm_90a.cubin"]
     assert sorted(when_made()) == sorted([*files, *(f"{file}.log" for file in files)])
-    source.write_text(KERNEL.replace("twice", "thrice"))
     cubins = kernel_report.compile_kernels(find_nvcc())
     assert {usage.kernel for usage in kernel_report.usages(cubins)} == {"thrice"}
     assert len(cubins) == 3
