@@ -3,7 +3,8 @@
     CMAKE_CUDA_COMPILER_LAUNCHER="python;$PWD/tools/keep_cubins.py" pip install .
 
 CMake puts this before each call of nvcc. The tests of the kernels' code (tests/cuda) and
-tools/kernel_report.py then take what the build has made, and need not compile it again.
+tools/kernel_report.py then take what the build has made, and need not compile it again. A build
+whose options change the code, such as CUDAFLAGS=-lineinfo, leaves them nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import kernel_report
+
+# Arguments of nvcc on which the code of a kernel does not depend: they are for the host's compiler,
+# name files, or name the architectures, which `keep` tells apart. The second kind has a value.
+WITHOUT_EFFECT = re.compile(
+    r"-forward-unknown-to-host-compiler|(-ccbin|-Xcompiler|--generate-code|-gencode)=.*"
+    r"|-DMISTRAL_HOPPER|-MD|-c|.*\.cu"
+)
+WITHOUT_EFFECT_OF_VALUE = ("-ccbin", "-Xcompiler", "-isystem", "-MT", "-MF", "-x", "-o")
+
+
+def makes_the_same_code(arguments: list[str]) -> bool:
+    """Whether these arguments make the code that kernel_report.compile_kernels would make."""
+    left, effective = iter(arguments), set()
+    for argument in left:
+        if argument in WITHOUT_EFFECT_OF_VALUE:
+            next(left, None)
+        elif not WITHOUT_EFFECT.fullmatch(argument):
+            effective.add(argument)
+    return effective == set(kernel_report.FLAGS)
 
 
 def compile_and_keep(nvcc: str, arguments: list[str], source: Path) -> int:
@@ -31,7 +51,7 @@ def compile_and_keep(nvcc: str, arguments: list[str], source: Path) -> int:
 
 
 def keep(folder: Path, inputs: str, source: Path, said: str) -> None:
-    """Moves what nvcc has made of the inputs to where kernel_report.compile_kernels looks for it."""
+    """Moves what nvcc has made of the inputs to where kernel_report.compile_kernels looks."""
     with kernel_report.alone():
         for ptx in folder.glob("*.ptx"):
             virtual = re.search(r"(?m)^\.target sm_(\w+)", ptx.read_text())[1]
@@ -64,7 +84,8 @@ def without_report(said: str) -> str:
 def main() -> int:
     compiler, *arguments = sys.argv[1:]
     sources = [Path(argument) for argument in arguments if argument.endswith(".cu")]
-    if "-c" not in arguments or not sources:  # it links, or is tried by CMake
+    compiles = "-c" in arguments and sources  # else it links, or is tried by CMake
+    if not compiles or not makes_the_same_code(arguments):
         return subprocess.run([compiler, *arguments]).returncode
     return compile_and_keep(compiler, arguments, sources[0].resolve())
 
