@@ -20,7 +20,7 @@ X86_SETS = {
     "amx": "AMX with bf16, or leave to use it",
 }
 AARCH64_SETS = {"scalar": "nothing", "neon": "nothing", "neon_dotprod": "dot products"}
-INSTRUCTION_SETS = AARCH64_SETS if platform.machine() == "aarch64" else X86_SETS
+INSTRUCTION_SETS = AARCH64_SETS if platform.machine() in ("aarch64", "arm64") else X86_SETS
 
 
 def isa_parameters() -> list:
