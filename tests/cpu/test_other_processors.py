@@ -3,14 +3,15 @@ aarch64 in qemu, those of AVX-VNNI with its instructions emulated."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import skipped
 
 from mistral_ext import _C, ops
 
@@ -18,11 +19,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "isas"
 
 
-def lacks(need: str) -> None:
-    """Skips the test; where nothing may be missing, as in CI, fails it."""
-    if os.environ.get("MISTRAL_EXT_REQUIRE_EMULATOR") == "1":
-        pytest.fail(f"tests/isas needs {need}")
-    pytest.skip(f"tests/isas needs {need}")
+def lacks(need: str) -> NoReturn:
+    skipped.skip_or_fail(f"tests/isas needs {need}", "MISTRAL_EXT_REQUIRE_EMULATOR")
 
 
 def run(*command: object) -> str:
