@@ -81,6 +81,15 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@contextmanager
+def alone_in(build: Path) -> Iterator[None]:
+    """Makes a folder; in the block, no other pytest builds in it."""
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_emulator(folder: str) -> ModuleType:
     """Builds what has changed of tests/<folder> and loads its module, _<folder>.
 
@@ -92,9 +101,7 @@ def build_emulator(folder: str) -> ModuleType:
     sanitize = os.environ.get("MISTRAL_EXT_SANITIZE") == "1"
     suffix = "-sanitized" if sanitize else ""
     build = BUILDS / f"{folder}-{sys.implementation.cache_tag}{suffix}"
-    build.mkdir(parents=True, exist_ok=True)
-    with open(build / "lock", "w") as lock:  # against a second pytest that builds as well
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(build):
         _configure_and_build(SOURCES / folder, build, sanitize)
     (path,) = build.glob(f"_{folder}.*.so")
     spec = spec_from_file_location(f"_{folder}", path)

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import backends
 import pytest
 import skipped
 
 from mistral_ext import _C, ops
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "tests" / "isas"
+SOURCES = Path(__file__).parents[1] / "isas"
 
 
 def lacks(need: str) -> NoReturn:
@@ -36,9 +36,10 @@ def run(*command: object) -> str:
 
 
 def build(name: str, *settings: str) -> Path:
-    folder = ROOT / "build" / name
-    run("cmake", "-GNinja", f"-S{SOURCES}", f"-B{folder}", *settings)
-    run("cmake", "--build", folder)
+    folder = backends.BUILDS / name
+    with backends.alone_in(folder):
+        run("cmake", "-GNinja", f"-S{SOURCES}", f"-B{folder}", *settings)
+        run("cmake", "--build", folder)
     return folder / "compare"
 
 
@@ -61,7 +62,7 @@ def test_aarch64():
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif("avx2" not in ops.supported_isas(), reason="this processor lacks AVX2")
 def test_avxvnni():
-    library = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "libcpu.a"
+    library = backends.BUILDS / f"cmake-{sys.implementation.cache_tag}" / "libcpu.a"
     if platform.system() != "Linux" or not library.exists():
         lacks("the build tree of the extension, on Linux")
     compare = build("isas", f"-DCPU_LIBRARY={library}")
