@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import skipped
 import torch
 
 from mistral_ext import _C
@@ -80,6 +81,15 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@contextmanager
+def alone_in(build: Path) -> Iterator[None]:
+    """Makes a folder; in the block, no other pytest builds in it."""
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build_emulator(folder: str) -> ModuleType:
     """Builds what has changed of tests/<folder> and loads its module, _<folder>.
 
@@ -91,9 +101,7 @@ def build_emulator(folder: str) -> ModuleType:
     sanitize = os.environ.get("MISTRAL_EXT_SANITIZE") == "1"
     suffix = "-sanitized" if sanitize else ""
     build = BUILDS / f"{folder}-{sys.implementation.cache_tag}{suffix}"
-    build.mkdir(parents=True, exist_ok=True)
-    with open(build / "lock", "w") as lock:  # against a second pytest that builds as well
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone_in(build):
         _configure_and_build(SOURCES / folder, build, sanitize)
     (path,) = build.glob(f"_{folder}.*.so")
     spec = spec_from_file_location(f"_{folder}", path)
@@ -119,9 +127,7 @@ def _configure_and_build(source: Path, build: Path, sanitize: bool) -> None:
     except (ImportError, FileNotFoundError, subprocess.CalledProcessError) as error:
         problem = f"tests/{source.name} cannot be built: install {BUILD_NEEDS[source.name]}\n"
         problem += f"{error}\n{getattr(error, 'stderr', None) or ''}"
-        if os.environ.get("MISTRAL_EXT_REQUIRE_EMULATOR") == "1":
-            pytest.fail(problem)
-        pytest.skip(problem)
+        skipped.skip_or_fail(problem, "MISTRAL_EXT_REQUIRE_EMULATOR")
     built = run(["cmake", "--build", str(build)])
     if built.returncode != 0:
         pytest.fail(f"{source} does not compile:\n{built.stdout}")

@@ -8,19 +8,17 @@ import shutil
 import site
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import kernel_report
-import pytest
+import skipped
 
 # The oldest CUDA that the kernels are to be built with, and the version of its PTX.
 OLDEST_CUDA, OLDEST_PTX = "12.4", "8.4"
 
 
-def missing(problem: str) -> None:
-    """Skips the test; with MISTRAL_EXT_REQUIRE_CUDA_COMPILER=1, as in CI, that is a failure."""
-    if os.environ.get("MISTRAL_EXT_REQUIRE_CUDA_COMPILER") == "1":
-        pytest.fail(problem)
-    pytest.skip(problem)
+def missing(problem: str) -> NoReturn:
+    skipped.skip_or_fail(problem, "MISTRAL_EXT_REQUIRE_CUDA_COMPILER")
 
 
 def find_nvcc() -> str:

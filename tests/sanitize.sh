@@ -19,9 +19,11 @@ sanitized_pytest() {
     ASAN_OPTIONS=detect_leaks=0 MISTRAL_EXT_SANITIZE=1 python -m pytest "$@"
 }
 # Copies that come early access what those that come late do, and launches that overlap what the
-# same launches do alone. Other files would take long to import.
+# same launches do alone. Other files would take long to import. The name of a test says "emulator" if
+# its fixture is `backend`; the marker `sanitize` selects others.
 mapfile -t emulated < <(grep -rlE 'emulator|backend' tests --include='test_*.py')
-sanitized_pytest -k "emulator and not early and not test_emulator_stream" "$@" "${emulated[@]}"
-MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator" "$@" \
+sanitized_pytest -k "(emulator or sanitize) and not early and not test_emulator_stream" "$@" \
+  "${emulated[@]}"
+MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator and not sanitize" "$@" \
   tests/ops/test_{attention,linear,linear_argmax,linear_bytes,linear_rope,lora,rms_norm,rope,round_to_table,sample,swiglu}.py \
   tests/cpu/test_{simd,threads}.py

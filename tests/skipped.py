@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections import Counter
 from collections.abc import Iterable
+from typing import NoReturn
 
 import pytest
 
@@ -20,7 +22,7 @@ X86_SETS = {
     "amx": "AMX with bf16, or leave to use it",
 }
 AARCH64_SETS = {"scalar": "nothing", "neon": "nothing", "neon_dotprod": "dot products"}
-INSTRUCTION_SETS = AARCH64_SETS if platform.machine() == "aarch64" else X86_SETS
+INSTRUCTION_SETS = AARCH64_SETS if platform.machine() in ("aarch64", "arm64") else X86_SETS
 
 
 def isa_parameters() -> list:
@@ -37,6 +39,14 @@ def isa_parameters() -> list:
         )
         for isa, needs in INSTRUCTION_SETS.items()
     ]
+
+
+def skip_or_fail(problem: str, variable: str) -> NoReturn:
+    """Skips the test. If the environment variable is 1, as in CI, nothing may be missing: the test
+    fails."""
+    if os.environ.get(variable) == "1":
+        pytest.fail(problem)
+    pytest.skip(problem)
 
 
 def by_reason(reports: Iterable[pytest.TestReport]) -> list[str]:

@@ -3,7 +3,8 @@
     CMAKE_CUDA_COMPILER_LAUNCHER="python;$PWD/tools/keep_cubins.py" pip install .
 
 CMake puts this before each call of nvcc. The tests of the kernels' code (tests/cuda) and
-tools/kernel_report.py then take what the build has made, and need not compile it again.
+tools/kernel_report.py then take what the build has made, and need not compile it again. A build
+whose options change the code, such as CUDAFLAGS=-lineinfo, leaves them nothing.
 """
 
 from __future__ import annotations
@@ -16,22 +17,41 @@ from tempfile import TemporaryDirectory
 
 import kernel_report
 
+# Arguments of nvcc on which the code of a kernel does not depend: they are for the host's compiler,
+# name files, or name the architectures, which `keep` tells apart. The second kind has a value.
+WITHOUT_EFFECT = re.compile(
+    r"-forward-unknown-to-host-compiler|(-ccbin|-Xcompiler|--generate-code|-gencode)=.*"
+    r"|-DMISTRAL_HOPPER|-MD|-c|.*\.cu"
+)
+WITHOUT_EFFECT_OF_VALUE = ("-ccbin", "-Xcompiler", "-isystem", "-MT", "-MF", "-x", "-o")
+
+
+def makes_the_same_code(arguments: list[str]) -> bool:
+    """Whether these arguments make the code that kernel_report.compile_kernels would make."""
+    left, effective = iter(arguments), set()
+    for argument in left:
+        if argument in WITHOUT_EFFECT_OF_VALUE:
+            next(left, None)
+        elif not WITHOUT_EFFECT.fullmatch(argument):
+            effective.add(argument)
+    return effective == set(kernel_report.FLAGS)
+
 
 def compile_and_keep(nvcc: str, arguments: list[str], source: Path) -> int:
     """Runs nvcc, with the assembler's report about the kernels; returns its exit status."""
     kernel_report.CUBINS.mkdir(parents=True, exist_ok=True)
+    inputs = kernel_report.inputs_of(nvcc, source)  # before nvcc reads them: they may be edited
     with TemporaryDirectory(dir=kernel_report.CUBINS) as folder:
         command = [nvcc, *arguments, "--keep", f"--keep-dir={folder}", "--resource-usage"]
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if result.returncode == 0:
-            keep(Path(folder), nvcc, source, result.stderr)
+            keep(Path(folder), inputs, source, result.stderr)
         sys.stderr.write(without_report(result.stderr))
         return result.returncode
 
 
-def keep(folder: Path, nvcc: str, source: Path, said: str) -> None:
-    """Moves what nvcc has left in a folder to where kernel_report.compile_kernels looks for it."""
-    inputs = kernel_report.inputs_of(nvcc, source)
+def keep(folder: Path, inputs: str, source: Path, said: str) -> None:
+    """Moves what nvcc has made of the inputs to where kernel_report.compile_kernels looks."""
     with kernel_report.alone():
         for ptx in folder.glob("*.ptx"):
             virtual = re.search(r"(?m)^\.target sm_(\w+)", ptx.read_text())[1]
@@ -64,7 +84,8 @@ def without_report(said: str) -> str:
 def main() -> int:
     compiler, *arguments = sys.argv[1:]
     sources = [Path(argument) for argument in arguments if argument.endswith(".cu")]
-    if "-c" not in arguments or not sources:  # it links, or is tried by CMake
+    compiles = "-c" in arguments and sources  # else it links, or is tried by CMake
+    if not compiles or not makes_the_same_code(arguments):
         return subprocess.run([compiler, *arguments]).returncode
     return compile_and_keep(compiler, arguments, sources[0].resolve())
 

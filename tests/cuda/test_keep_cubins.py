@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import keep_cubins
 import kernel_report
 import pytest
@@ -52,14 +55,54 @@ def test_kernels_of_the_build_are_not_compiled_again(source, capfd):
     assert when_made() == kept
 
 
-def test_what_the_build_lacks_or_has_of_other_sources_is_compiled(source):
+def test_what_the_build_lacks_or_has_of_other_sources_is_compiled(source, monkeypatch):
+    run = subprocess.run
+
+    def run_and_edit(command, **options):
+        result = run(command, **options)
+        if "--keep" in command:
+            source.write_text(KERNEL.replace("twice", "thrice"))
+        return result
+
+    monkeypatch.setattr(subprocess, "run", run_and_edit)
     assert compile_for(source, "arch=compute_90a,code=sm_90a") == 0
     files = ["twice.compute_90a.ptx", "twice.sm_90a.cubin"]
     assert sorted(when_made()) == sorted([*files, *(f"{file}.log" for file in files)])
-    source.write_text(KERNEL.replace("twice", "thrice"))
     cubins = kernel_report.compile_kernels(find_nvcc())
     assert {usage.kernel for usage in kernel_report.usages(cubins)} == {"thrice"}
     assert len(cubins) == 3
+
+
+def arguments_of_the_build(*others):
+    """As CMake puts them together for a release."""
+    flags = ["-forward-unknown-to-host-compiler", "-DMISTRAL_HOPPER", *kernel_report.FLAGS]
+    targets = ["--generate-code=arch=compute_80,code=[sm_80]", "-Xcompiler=-fPIC"]
+    files = ["-isystem", "/cuda/include", "-MD", "-MT", "a.o", "-MF", "a.d", "-x", "cu"]
+    return [*flags, *targets, *others, *files, "-c", "/csrc/cuda/a.cu", "-o", "a.o"]
+
+
+def test_the_code_of_a_release_is_kept():
+    assert keep_cubins.makes_the_same_code(arguments_of_the_build())
+
+
+@pytest.mark.parametrize("other", ["-G", "-lineinfo", "-use_fast_math", "-DX", "-maxrregcount=64"])
+def test_code_of_other_options_is_not_kept(other):
+    assert not keep_cubins.makes_the_same_code(arguments_of_the_build(other))
+
+
+def test_code_without_the_options_of_a_release_is_not_kept():
+    debug = [argument for argument in arguments_of_the_build() if argument != "-DNDEBUG"]
+    assert not keep_cubins.makes_the_same_code(debug)
+
+
+@pytest.mark.parametrize(("others", "keeps"), [((), True), (("-G",), False)])
+def test_only_a_release_leaves_its_kernels(source, monkeypatch, others, keeps):
+    options = [*kernel_report.FLAGS, *others, "-gencode=arch=compute_80,code=sm_80"]
+    files = ["-c", str(source), "-o", str(source.with_suffix(".o"))]
+    monkeypatch.setattr(sys, "argv", ["keep_cubins.py", find_nvcc(), *options, *files])
+    assert keep_cubins.main() == 0
+    assert source.with_suffix(".o").exists()
+    assert ("twice.sm_80.cubin" in when_made()) == keeps
 
 
 def test_a_mistake_is_reported_and_leaves_nothing(source, capfd):

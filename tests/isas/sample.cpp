@@ -1,4 +1,4 @@
-// The op with one kernel: the tokens that x86 chooses.
+// `sample` has one kernel for all sets. It must choose the tokens that it chooses on x86.
 #include "compare.h"
 
 namespace mistral::comparison {

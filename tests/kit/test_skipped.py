@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import skipped
 
 from mistral_ext import ops
@@ -31,3 +32,12 @@ def test_all_instruction_sets_are_parameters():
     }
     assert set(marked) == set(skipped.INSTRUCTION_SETS)
     assert [isa for isa, skip in marked.items() if not skip] == ops.supported_isas()
+
+
+def test_what_is_missing_skips_a_test_or_fails_it(monkeypatch):
+    variable = "MISTRAL_EXT_REQUIRE_NOTHING"
+    with pytest.raises(pytest.skip.Exception, match="no compiler"):
+        skipped.skip_or_fail("no compiler", variable)
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(pytest.fail.Exception, match="no compiler"):
+        skipped.skip_or_fail("no compiler", variable)

@@ -105,6 +105,7 @@ def test_windows_around_the_tiles_of_cuda_kernels(backend, window, generator):
     )
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("prefill", ["", ", sm90"])
 @pytest.mark.parametrize("window", [None, 9])
 def test_log_sum_exp(emulator, prefill, window, generator):

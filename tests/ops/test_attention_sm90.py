@@ -55,6 +55,7 @@ def test_groups_and_tiles(backend, heads, kv_heads):
         batch.step(counts)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("copies", ["late", "early"])
 @pytest.mark.parametrize("seed", range(2))
 def test_keys_divided_among_blocks(emulator, seed, copies):

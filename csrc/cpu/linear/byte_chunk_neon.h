@@ -12,13 +12,14 @@ struct ByteChunk {
   static constexpr int64_t kBytes = kSuperBlock / 8 * kBits;
   static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
   static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
-  static constexpr bool kHalves = format == WeightFormat::q6_k;  // of a block have their own scales
-  static constexpr bool kMinimum = !kTable && !kHalves;
+  // Each half of a block has a scale of its own.
+  static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
+  static constexpr bool kMinimum = !kTable && !kScalesOfHalves;
 
   Bytes32 values[8];
   Lanes8 factor;        // of each block
   Lanes8 minimum;       // is added for each activation, if kMinimum
-  int32x4_t scales[4];  // if kHalves: of the first halves of the blocks, then of the last
+  int32x4_t scales[4];  // if kScalesOfHalves: of the first halves of the blocks, then of the last
 
   // Unpacks `words`. `row_scales` are those of the row, `k` is the first value; `there`: how many
   // there are.
@@ -37,12 +38,12 @@ struct ByteChunk {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         for (int n = 0; n < N; ++n) {
-          int32x4_t& sum = kHalves && i >= 4 ? last[n] : sums[n];
+          int32x4_t& sum = kScalesOfHalves && i >= 4 ? last[n] : sums[n];
           sum = add_byte_products(sum, values[i].v[half], vld1q_s8(x[n]->values[i] + 16 * half));
         }
       }
       for (int n = 0; n < N; ++n) {
-        if (kHalves) {
+        if (kScalesOfHalves) {
           sums[n] = vmlaq_s32(vmulq_s32(sums[n], scales[half]), last[n], scales[2 + half]);
         }
         float32x4_t& total = totals[n].v[half];
@@ -72,7 +73,7 @@ struct ByteChunk {
       if (kBits == 5) value = vorrq_u8(value, moved(further[0], i, 0x10));
       if (kBits == 6) value = vorrq_u8(value, moved(further[i / 4], 2 * (i % 4), 0x30));
       int8x16_t number = vreinterpretq_s8_u8(value);
-      if (kHalves) number = vsubq_s8(number, vdupq_n_s8(32));
+      if (kScalesOfHalves) number = vsubq_s8(number, vdupq_n_s8(32));
       if (kTable) number = vqtbl1q_s8(vld1q_s8(kTable4), value);
       values[i].v[half] = number;
     }
@@ -91,7 +92,7 @@ struct ByteChunk {
       if constexpr (format == WeightFormat::int4) {
         factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
         minima[lane] = -8 * factors[lane];
-      } else if constexpr (kHalves) {
+      } else if constexpr (kScalesOfHalves) {
         const char* group =
             row_scales + (at >> group_log2) * info(format).group_scales * info(format).scale_bytes;
         factors[lane] = half_at(group + 16);
@@ -107,7 +108,7 @@ struct ByteChunk {
       factor.v[half] = vld1q_f32(factors + 4 * half);
       if (kMinimum) minimum.v[half] = vld1q_f32(minima + 4 * half);
     }
-    for (int i = 0; kHalves && i < 4; ++i) scales[i] = vld1q_s32(of_halves + 4 * i);
+    for (int i = 0; kScalesOfHalves && i < 4; ++i) scales[i] = vld1q_s32(of_halves + 4 * i);
   }
 };
 

@@ -24,8 +24,9 @@
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define MISTRAL_BYTE_PRODUCTS
 #endif
-// The instructions of VNNI exist in two encodings: that of AVX-512, and that of AVX-VNNI.
-#if defined(__AVXVNNI__)
+// The instructions of VNNI exist in two encodings: that of AVX-512, and that of AVX-VNNI, which
+// lacks half of the registers that a compiler for AVX-512 uses.
+#if defined(__AVXVNNI__) && !defined(__AVX512VL__)
 #define MISTRAL_VNNI "%{vex%} "
 #else
 #define MISTRAL_VNNI
