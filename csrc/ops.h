@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "lora.h"
 #include "quantize.h"
+#include "repack.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "rotate.h"

@@ -25,6 +25,7 @@ set(cpu_sources
   ${root}/csrc/cpu/dispatch.cpp
   ${root}/csrc/cpu/parallel.cpp
   ${root}/csrc/cpu/processor.cpp
+  ${root}/csrc/cpu/repack.cpp
   ${root}/csrc/cpu/sample.cpp)
 
 # Kernels for CUDA, of which those for Hopper use instructions of sm_90a.
@@ -67,6 +68,7 @@ set(bindings
   ${root}/python/linear_checks.cpp
   ${root}/python/lora.cpp
   ${root}/python/quantize.cpp
+  ${root}/python/repack.cpp
   ${root}/python/rms_norm.cpp
   ${root}/python/rope.cpp
   ${root}/python/rotate.cpp

@@ -50,6 +50,7 @@ def attention_backward(
     window: int | None,
     scale: float | None,
 ) -> Call: ...
+def block_formats() -> dict[str, str]: ...
 def check_linear(
     op: str,
     x: Tensor,
@@ -160,6 +161,9 @@ def quantize_feedback(
     values: Tensor,
     scales: Tensor,
     target: int,
+) -> None: ...
+def repack(
+    blocks: Tensor, type: str, values: Tensor | None, scales: Tensor | None, target: int
 ) -> None: ...
 def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor, eps: float, target: int

@@ -47,25 +47,8 @@ def unpack_unsigned(words: Tensor) -> Tensor:
     return ((words.unsqueeze(2) >> _SHIFTS.to(words.device)) & 15).flatten(1)
 
 
-def pack_wide(values: Tensor, bits: int) -> Tensor:
-    """Packs [N, K] integers of 5 or 6 bits, for "q5_k" and "q6_k", into [N, bits K / 32] words."""
-    rows = values.to(torch.int32).unflatten(1, (-1, SUPER_BLOCK))  # [N, super-blocks, 256]
-    low = torch.empty(
-        (rows.shape[0] * rows.shape[1], SUPER_BLOCK // VALUES_PER_WORD),
-        dtype=torch.int32,
-        device=values.device,
-    )
-    pack(rows.flatten(0, 1), low)
-    shifts = _further_shifts(bits, values.device)
-    # [..., further words that share a block, 8 blocks, values that share a word]
-    high = (rows >> 4).view(*rows.shape[:2], _BLOCKS, len(shifts), -1).transpose(2, 3)
-    further = torch.sum(high << shifts.unsqueeze(1), dim=4, dtype=torch.int32)
-    words: Tensor = torch.cat([low.view(*rows.shape[:2], -1), further.flatten(2)], dim=2)
-    return words.flatten(1)
-
-
 def unpack_wide(words: Tensor, bits: int) -> Tensor:
-    """Unpacks what `pack_wide` packs: [N, bits K / 32] words into [N, K] int32."""
+    """Unpacks "q5_k" (5 bits) or "q6_k" (6): [N, bits K / 32] words into [N, K] int32."""
     of_block = SUPER_BLOCK // VALUES_PER_WORD
     rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
     low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)

@@ -59,36 +59,17 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     Returns:
         [N, K], contiguous.
     """
-    return in_steps(rows, block_type, block_type.decode, block_type.values, dtype)
-
-
-def in_steps(
-    rows: Tensor,
-    block_type: BlockType,
-    change: Callable[[Tensor], Tensor],
-    elements: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Changes the blocks of a matrix, a few rows at a time.
-
-    Args:
-        rows: [N, bytes of a row] uint8, contiguous.
-        block_type: the type of its blocks.
-        change: [B, bytes of a block] uint8 to [B, elements] of any dtype.
-
-    Returns:
-        [N, blocks of a row * elements] of `dtype`, contiguous.
-    """
     n_rows, n_bytes = rows.shape
-    blocks = n_bytes // block_type.nbytes
-    changed = torch.empty(n_rows, blocks * elements, dtype=dtype, device=rows.device)
-    step = max(1, _AT_ONCE // max(1, blocks * block_type.values))
-    for some, out in zip(torch.split(rows, step), torch.split(changed, step), strict=True):
-        out.view(-1, elements).copy_(change(some.view(-1, block_type.nbytes)))
-    return changed
+    columns = n_bytes // block_type.nbytes * block_type.values
+    decoded = torch.empty(n_rows, columns, dtype=dtype, device=rows.device)
+    step = max(1, _AT_ONCE // max(1, columns))
+    for some, out in zip(torch.split(rows, step), torch.split(decoded, step), strict=True):
+        blocks = some.view(-1, block_type.nbytes)
+        out.view(-1, block_type.values).copy_(block_type.decode(blocks))
+    return decoded
 
 
-# Parts of blocks. B blocks, each a row of bytes. *_integers: [B, values] uint8, without scales.
+# Parts of blocks. B blocks, each a row of bytes.
 
 
 def _fields(data: Tensor, bits: int, run: int) -> Tensor:
@@ -106,32 +87,21 @@ def _fields(data: Tensor, bits: int, run: int) -> Tensor:
 # Blocks of 32 values
 
 
-def q4_0_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 2:], 4, 16)
-
-
 def _q4_0(blocks: Tensor) -> Tensor:
-    return halves(blocks, 0) * (q4_0_integers(blocks).float() - 8)
-
-
-def q4_1_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 4:], 4, 16)
+    return halves(blocks, 0) * (_fields(blocks[:, 2:], 4, 16).float() - 8)
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
-    return halves(blocks, 0) * q4_1_integers(blocks) + halves(blocks, 2)
+    return halves(blocks, 0) * _fields(blocks[:, 4:], 4, 16) + halves(blocks, 2)
 
 
 def _five_bits(high: Tensor, low: Tensor) -> Tensor:
     return _fields(low, 4, 16) | _fields(high, 1, 1) << 4
 
 
-def q5_0_integers(blocks: Tensor) -> Tensor:
-    return _five_bits(blocks[:, 2:6], blocks[:, 6:])
-
-
 def _q5_0(blocks: Tensor) -> Tensor:
-    return halves(blocks, 0) * (q5_0_integers(blocks).float() - 16)
+    values = _five_bits(blocks[:, 2:6], blocks[:, 6:])
+    return halves(blocks, 0) * (values.float() - 16)
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
@@ -143,11 +113,8 @@ def _q8_0(blocks: Tensor) -> Tensor:
     return halves(blocks, 0) * blocks[:, 2:].view(torch.int8)
 
 
-iq4_nl_integers = q4_0_integers
-
-
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    return halves(blocks, 0) * looked_up(iq4_nl_integers(blocks))
+    return halves(blocks, 0) * looked_up(_fields(blocks[:, 2:], 4, 16))
 
 
 # Blocks of 256 values
@@ -158,56 +125,35 @@ def _q2_k(blocks: Tensor) -> Tensor:
     return scaled(_fields(blocks[:, 16:80], 2, 32), d * (packed & 15), dmin * (packed >> 4))
 
 
-def q3_k_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
-
-
-def q3_k_scales(blocks: Tensor) -> Tensor:
-    """[B, 16] uint8, 0 to 63."""
-    return _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
-
-
 def _q3_k(blocks: Tensor) -> Tensor:
-    scales = halves(blocks, 108) * (q3_k_scales(blocks).float() - 32)
-    return scaled(q3_k_integers(blocks).float() - 4, scales)
-
-
-def q4_k_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 16:], 4, 32)
+    values = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
+    scales = _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
+    return scaled(values.float() - 4, halves(blocks, 108) * (scales.float() - 32))
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
     scales, minima = scales_and_minima(blocks[:, 4:16])
     d, dmin = halves(blocks, 0), halves(blocks, 2)
-    return scaled(q4_k_integers(blocks), d * scales, dmin * minima)
-
-
-def q5_k_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
+    return scaled(_fields(blocks[:, 16:], 4, 32), d * scales, dmin * minima)
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     scales, minima = scales_and_minima(blocks[:, 4:16])
     d, dmin = halves(blocks, 0), halves(blocks, 2)
-    return scaled(q5_k_integers(blocks), d * scales, dmin * minima)
-
-
-def q6_k_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
+    values = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
+    return scaled(values, d * scales, dmin * minima)
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
+    values = _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
     scales = blocks[:, 192:208].view(torch.int8)
-    return scaled(q6_k_integers(blocks).float() - 32, halves(blocks, 208) * scales)
-
-
-def iq4_xs_integers(blocks: Tensor) -> Tensor:
-    return _fields(blocks[:, 8:], 4, 16)
+    return scaled(values.float() - 32, halves(blocks, 208) * scales)
 
 
 def _iq4_xs(blocks: Tensor) -> Tensor:
     scales = _fields(blocks[:, 4:8], 4, 1) | _fields(blocks[:, 2:4], 2, 1) << 4
-    return scaled(looked_up(iq4_xs_integers(blocks)), halves(blocks, 0) * (scales.float() - 32))
+    values = looked_up(_fields(blocks[:, 8:], 4, 16))
+    return scaled(values, halves(blocks, 0) * (scales.float() - 32))
 
 
 def _plain(name: str, dtype: torch.dtype) -> BlockType:

@@ -2,13 +2,13 @@
 
 Tensors are stored under names of their own, in blocks (gguf_blocks.py), and with the query and key
 rows in Mistral's order. Matrices that our kernels multiply as they are keep their numbers, with
-values and scales apart (gguf_planes.py); other tensors are decoded as they are read.
+values and scales apart (mistral_ext/ops/repack.py); other tensors are decoded as they are read.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized
-from mistral_ext.weights.gguf_blocks import BlockType, decode
+from mistral_ext.ops.repack import BLOCK_FORMATS, repack
+from mistral_ext.weights.gguf_blocks import decode
 from mistral_ext.weights.gguf_file import Gguf, GgufTensor
-from mistral_ext.weights.gguf_planes import PLANES, scales_of, values_of
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor
 
 _log = logging.getLogger("mistral_ext")
@@ -64,9 +64,9 @@ def gguf_name(name: str) -> str:
 def kept_formats(file: Gguf) -> dict[str, str]:
     """The formats of the matrices that are multiplied as they are, by the file's names."""
     return {
-        name: PLANES[tensor.type.name].format
+        name: BLOCK_FORMATS[tensor.type.name]
         for name, tensor in file.tensors.items()
-        if tensor.type.name in PLANES and len(tensor.shape) == 2
+        if tensor.type.name in BLOCK_FORMATS and len(tensor.shape) == 2
     }
 
 
@@ -117,22 +117,22 @@ def gguf_tensors(file: Gguf, dtype: torch.dtype, kept: Mapping[str, str]) -> Ite
 
 def _kept_tensors(tensor: GgufTensor, format: str) -> Iterator[StoredTensor]:
     parts = Quantized.empty(tensor.shape, format, device=torch.device("meta"))
-    for suffix, part, read in (
-        ("", parts.values, values_of),
-        (SCALE_SUFFIX, parts.scales, scales_of),
-    ):
+    for suffix, field in (("", "values"), (SCALE_SUFFIX, "scales")):
+        part: Tensor = getattr(parts, field)
         yield StoredTensor(
             tensor.name + suffix,
             tensor.file,
             part.dtype,
             tuple(part.shape),
             part.nbytes,
-            partial(_read_part, tensor, read),
+            partial(_read_part, tensor, field, part),
         )
 
 
-def _read_part(tensor: GgufTensor, part: Callable[[Tensor, BlockType], Tensor]) -> Tensor:
-    return part(tensor.rows(), tensor.type)
+def _read_part(tensor: GgufTensor, field: str, like: Tensor) -> Tensor:
+    part = torch.empty_like(like, device="cpu")
+    repack(tensor.rows(), tensor.type.name, **{field: part})
+    return part
 
 
 def default_dtype(file: Gguf) -> torch.dtype:

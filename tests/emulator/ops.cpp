@@ -101,6 +101,7 @@ void linear_rope(const LinearRopeParams& p, int) {
 #define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
 #define OP_ON_CPU(op, Params) \
   void op(const Params&, int) { throw std::logic_error(#op " has no CUDA kernel"); }
+#define OP_OF_ONE_KERNEL_ON_CPU(op, Params) OP_ON_CPU(op, Params)
 #define OP_ON_CPU_WITH_SCRATCH(op, Params) \
   OP_ON_CPU(op, Params)                    \
   int64_t op##_scratch_bytes(const Params&) { return 0; }

@@ -9,7 +9,6 @@ import torch
 from packed_weights import GROUPS, random_weight
 
 from mistral_ext.ops import Quantized
-from mistral_ext.ops.dequantize import pack_wide, unpack_wide
 from mistral_ext.ops.weight import FORMATS
 
 TABLE = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
@@ -78,14 +77,3 @@ def test_dequantize(form, group, generator):
     expected = torch.tensor([decoded(weight, k) for k in range(size)], dtype=torch.float64)
     # The formula is rounded to fp32 once.
     assert torch.equal(weight.dequantize()[0], expected.float())
-
-
-@pytest.mark.parametrize("bits", [5, 6])
-def test_packing_of_wide_values(bits, generator):
-    values = torch.randint(0, 2**bits, (3, 512), generator=generator, dtype=torch.int32)
-    words = pack_wide(values.clone(), bits)
-    assert words.shape == (3, bits * 512 // 32)
-    assert torch.equal(unpack_wide(words, bits), values)
-    assert torch.equal(pack_wide(values.to(torch.uint8), bits), words)
-    row = [word & 0xFFFFFFFF for word in words[1].tolist()]
-    assert [value_at(row, k, bits) for k in range(512)] == values[1].tolist()

@@ -57,14 +57,25 @@ constexpr int byte_k_at(int vector, int byte) {
 
 #endif
 
-#if defined(__AVX2__)
-
+// What distinguishes the formats.
 template <WeightFormat format>
-struct ByteChunk {
+struct ByteFormat {
   static constexpr int kBits = static_cast<int>(info(format).bits);
   static constexpr int64_t kBytes = kSuperBlock / 8 * kBits;
   static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
   static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
+  // Scales are bf16, and values are 8 too large once they have no sign.
+  static constexpr bool kBf16Scales = format == WeightFormat::int4;
+  // Each half of a block has a scale of its own.
+  static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
+};
+
+#if defined(__AVX2__)
+
+template <WeightFormat format>
+struct ByteChunk : ByteFormat<format> {
+  using Format = ByteFormat<format>;
+  using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable;
   static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
   static constexpr bool kMinimum =
       kSigned || kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;

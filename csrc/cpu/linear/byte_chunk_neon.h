@@ -7,13 +7,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 template <WeightFormat format>
-struct ByteChunk {
-  static constexpr int kBits = static_cast<int>(info(format).bits);
-  static constexpr int64_t kBytes = kSuperBlock / 8 * kBits;
-  static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
-  static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
-  // Each half of a block has a scale of its own.
-  static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
+struct ByteChunk : ByteFormat<format> {
+  using Format = ByteFormat<format>;
+  using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
   static constexpr bool kMinimum = !kTable && !kScalesOfHalves;
 
   Bytes32 values[8];
@@ -89,7 +85,7 @@ struct ByteChunk {
     int32_t of_halves[16];
     for (int lane = 0; lane < 8; ++lane) {
       const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K, activations are 0
-      if constexpr (format == WeightFormat::int4) {
+      if constexpr (Format::kBf16Scales) {
         factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
         minima[lane] = -8 * factors[lane];
       } else if constexpr (kScalesOfHalves) {

@@ -1,0 +1,31 @@
+"""Takes blocks of GGUF files apart, for weights in our formats: csrc/repack.h."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mistral_ext import _C
+from mistral_ext.ops.workspace import execution_target
+
+# The types of blocks that have a format, by ggml's names -> the format.
+BLOCK_FORMATS: dict[str, str] = _C.block_formats()
+
+
+def repack(
+    blocks: Tensor, type: str, values: Tensor | None = None, scales: Tensor | None = None
+) -> None:
+    """Fills the values or the scales of a `Quantized` weight, or both, from blocks, without loss.
+
+    The weight is [N, K] in the format `BLOCK_FORMATS[type]`, with the fewest values in a group.
+
+    Args:
+        blocks: [N, bytes of a row] uint8 on the CPU, at any address, such as the rows of a file
+            that is mapped into memory. The last axis is contiguous.
+        type: the type of the blocks, a key of `BLOCK_FORMATS`.
+        values, scales: those of the weight, on the CPU, contiguous; None: not wanted.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype or device, or the type has no
+            format; the message names it.
+    """
+    _C.repack(blocks, type, values, scales, execution_target(blocks))
