@@ -90,6 +90,7 @@ def test_nothing_is_spilled(usages):
     assert_no_local_memory(usages)
 
 
+@pytest.mark.timeout(900)  # it assembles every kernel
 def test_the_oldest_assembler_takes_the_kernels(cubins):
     """That of the oldest CUDA that is promised: without a warning, or a spill by its own choice of
     registers."""
