@@ -40,7 +40,7 @@ list(SUBLIST isas 0 ${count} isas)
 target_compile_definitions(cpu PRIVATE ${kind} MISTRAL_NEWEST_ISA=${MISTRAL_EXT_NEWEST_ISA})
 check_cxx_compiler_flag(-mavxvnni has_avxvnni)  # GCC 11
 foreach(isa IN LISTS isas)
-  if(isa STREQUAL avxvnni)
+  if("${isa}" STREQUAL "avxvnni")  # unquoted, it would be the variable
     if(NOT has_avxvnni)
       continue()
     endif()
