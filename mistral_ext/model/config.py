@@ -51,7 +51,7 @@ JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 # A cache has room for at least this many tokens, if a sequence can have as many.
 LEAST_CACHE_TOKENS = 4096
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class MistralConfig:
         )
         self._check(
             "dtype",
-            self.dtype is None or self.dtype in DTYPES.values(),
-            f"one of {', '.join(DTYPES)}",
+            self.dtype is None or self.dtype in _DTYPES.values(),
+            f"one of {', '.join(_DTYPES)}",
         )
 
     @property
@@ -284,6 +284,6 @@ def _dtype(values: dict[str, Any]) -> torch.dtype | None:
     name = values.get("dtype", values.get("torch_dtype"))
     if name is None:
         return None
-    if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -18,8 +18,9 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mistral_ext.llm import DEFAULT_MAX_BATCH, Mistral
-from mistral_ext.model.config import DTYPES
 from mistral_ext.serve import asgi, errors
 from mistral_ext.serve.app import build_app
 from mistral_ext.serve.log import RequestLog
@@ -110,8 +111,6 @@ class Replica:
     `application`."""
 
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:
-        import torch
-
         keys = (*settings.api_keys, *keys_of_environment())
         settings = dataclasses.replace(settings, api_keys=keys)
         torch.set_num_threads(threads)
@@ -143,9 +142,8 @@ class Replica:
 def _load(arguments: Mapping[str, Any]) -> Mistral:
     given = dict(arguments)
     model, dtype = given.pop("model") or DEMO_MODEL, given.pop("dtype", None)
-    return Mistral.from_pretrained(
-        model, dtype=DTYPES[dtype] if dtype else None, progress=False, **given
-    )
+    chosen = getattr(torch, dtype) if dtype else None
+    return Mistral.from_pretrained(model, dtype=chosen, progress=False, **given)
 
 
 def _named(app: asgi.App) -> asgi.App:

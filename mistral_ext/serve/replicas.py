@@ -9,7 +9,6 @@ from typing import Any
 
 from mistral_ext.engine.params import expect_drafts
 from mistral_ext.llm import Mistral
-from mistral_ext.model.config import DTYPES
 from mistral_ext.serve.settings import (
     UNFIT_FOR_REPLICAS,
     Settings,
@@ -18,6 +17,7 @@ from mistral_ext.serve.settings import (
     settings_for,
     texts_of,
 )
+from mistral_ext.weights.checkpoint import DTYPES
 from mistral_ext.weights.quantize import NAMES
 
 
@@ -86,7 +86,8 @@ def expect_arguments(arguments: Mapping[str, Any]) -> None:
         value = arguments.get(name)
         if value is not None and not (isinstance(value, str) and value):
             raise ValueError(f"{name} is {value!r}, expected a path or hub id")
-    for name, known in (("dtype", DTYPES), ("quantize", NAMES)):
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    for name, known in (("dtype", dtypes), ("quantize", NAMES)):
         value = arguments.get(name)
         if value not in (None, *known):
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")

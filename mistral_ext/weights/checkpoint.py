@@ -56,7 +56,8 @@ _LONG = 5.0  # seconds of quantising after which `load_weights` says how to do i
 
 _log = logging.getLogger("mistral_ext")
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Of weights that are not quantised.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def load_weights(
@@ -141,9 +142,9 @@ class Checkpoint:
         dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
     ) -> None:
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             raise ValueError(
-                f"dtype is {dtype!r}, expected one of torch's {_list(_DTYPES)}, or None"
+                f"dtype is {dtype!r}, expected one of torch's {_list(DTYPES)}, or None"
             )
         config = folder.config
         files = _files(folder)
@@ -194,7 +195,7 @@ class Checkpoint:
         self._quantized = quantized | packed
         self._parts = _match(tensors, files, config, self._quantized, dtype)
         self._dtype = dtype
-        self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], _DTYPES)
+        self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
         self._heads_in_pairs = {}  # number of heads of each weight with rows in Mistral's order
@@ -344,7 +345,7 @@ def _match(
                 "or architectures ['MistralModel'] in config.json for an embedding model"
             )
         stored = _take(found, stored_name, shape, weights)
-        stored_dtype = _expect_dtype(stored, _DTYPES)
+        stored_dtype = _expect_dtype(stored, DTYPES)
         matched[name] = (stored,)
         first = matched["tok_embeddings.weight"][0]
         if dtype is None and stored_dtype != first.dtype:
