@@ -131,7 +131,7 @@ def _sanitizer(tool: str, limit: int) -> Step:
 
 _WHOLE = ("tests/cuda/test_cuda.py", "tests/engine/test_whole_model.py")
 # Where the tests marked cuda are. To collect the others takes longer than to run many of these.
-MARKED = (*_WHOLE, "tests/ops")
+MARKED = (*_WHOLE, "tests/integrations/test_transformers_cuda.py", "tests/ops")
 _ATTENTION = ("tests/ops/test_attention_cuda.py", "tests/ops/test_attention_sm90.py")
 
 

@@ -70,8 +70,11 @@ def test_no_name_or_no_path(given, capsys):
     ("args", "message"),
     [
         (["generate", "--adapter", "a=./no/such", "Once"], "no adapter in 'no/such'"),
-        (["serve", "--adapter", "demo=x"], "--adapter has the name 'demo', expected one that no"),
-        (["serve", "--adapter", "a=x", "--adapter", "a=y"], "--adapter has the name 'a'"),
+        (
+            ["serve", "--adapter", "demo=x"],
+            "an adapter has the name 'demo', expected a name of its own",
+        ),
+        (["serve", "--adapter", "a=x", "--adapter", "a=y"], "an adapter has the name 'a'"),
         (["merge", "no/such", "x", "out"], "no/such"),
     ],
 )
