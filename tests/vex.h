@@ -1,9 +1,10 @@
 // Decodes instructions with VEX prefixes that this processor does not know, from the state in which
-// it refused them. For the emulations in tests/amx and tests/isas.
+// it refused them, and has others run them. For the emulations in tests/amx and tests/isas.
 #pragma once
 
 #include <ucontext.h>
 
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 
@@ -71,5 +72,40 @@ inline bool decode(const ucontext_t& context, const uint8_t* code, Instruction& 
   out.address = reinterpret_cast<char*>(base + displacement);
   return true;
 }
+
+// Runs an instruction on the state of the thread that met it. False: it is none of its own.
+using Execute = bool (*)(const Instruction&, ucontext_t&);
+
+// While it lives, `execute` runs the instructions that the processor does not know, of all threads
+// of the process. There is one at a time.
+class Trap {
+ public:
+  explicit Trap(Execute execute) {
+    execute_ = execute;
+    struct sigaction action{};
+    action.sa_sigaction = on_illegal_instruction;
+    action.sa_flags = SA_SIGINFO;
+    sigaction(SIGILL, &action, &before_);
+  }
+  ~Trap() { sigaction(SIGILL, &before_, nullptr); }
+  Trap(const Trap&) = delete;
+  Trap& operator=(const Trap&) = delete;
+
+ private:
+  static void on_illegal_instruction(int, siginfo_t*, void* context_) {
+    auto& context = *static_cast<ucontext_t*>(context_);
+    auto& next = context.uc_mcontext.gregs[REG_RIP];
+    Instruction instruction;
+    if (decode(context, reinterpret_cast<const uint8_t*>(next), instruction) &&
+        execute_(instruction, context)) {
+      next += instruction.bytes;
+    } else {
+      signal(SIGILL, SIG_DFL);  // and so it ends, when it is executed again
+    }
+  }
+
+  static inline Execute execute_;
+  struct sigaction before_;
+};
 
 }  // namespace mistral::vex

@@ -44,7 +44,7 @@ void rope(const RopeParams& p, int threads);
 int64_t linear_scratch_bytes(const LinearParams& p) { return amx::linear_scratch_bytes(p); }
 void linear(const LinearParams& p, int threads) {
   {
-    const emulated::Trap trap;
+    const vex::Trap trap(emulated::execute);
     amx::linear(p, threads);
   }
   check_released();
@@ -55,7 +55,7 @@ int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p) {
 }
 void linear_backward(const LinearBackwardParams& p, int threads) {
   {
-    const emulated::Trap trap;
+    const vex::Trap trap(emulated::execute);
     amx::linear_backward(p, threads);
   }
   check_released();

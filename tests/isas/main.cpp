@@ -75,7 +75,7 @@ int main(int count, char** names) {
 #if defined(MISTRAL_AVXVNNI)
   if (is_wanted("avxvnni") &&
       std::find(isas.begin(), isas.end(), cpu::Isa::avxvnni) == isas.end()) {
-    const emulated::Trap trap;
+    const vex::Trap trap(emulated::execute);
     compare_set({"avxvnni", &cpu::avxvnni::linear, &cpu::avxvnni::linear_scratch_bytes,
                  &cpu::avxvnni::linear_rounds, "avx2", true});
     printf("avxvnni: %lld instructions were emulated\n",

@@ -2,8 +2,6 @@
 
 #include <atomic>
 
-#include "../vex.h"
-
 namespace mistral::emulated {
 namespace {
 
@@ -63,7 +61,10 @@ int32_t add_pairs(int32_t sum, const char* a, const char* b) {
                               static_cast<uint32_t>(x[1] * y[1]));
 }
 
-bool execute(const vex::Instruction& i, Registers registers) {
+}  // namespace
+
+bool execute(const vex::Instruction& i, ucontext_t& context) {
+  Registers registers(context);
   constexpr int kByteProducts = 0x50, kPairs = 0x52;
   const bool known = i.opcode == kByteProducts || i.opcode == kPairs;
   if (!known || i.prefix != vex::p66 || i.w || !i.l) return false;
@@ -86,29 +87,6 @@ bool execute(const vex::Instruction& i, Registers registers) {
   count.fetch_add(1, std::memory_order_relaxed);
   return true;
 }
-
-void on_illegal_instruction(int, siginfo_t*, void* context_) {
-  auto& context = *static_cast<ucontext_t*>(context_);
-  auto& next = context.uc_mcontext.gregs[REG_RIP];
-  vex::Instruction instruction;
-  if (vex::decode(context, reinterpret_cast<const uint8_t*>(next), instruction) &&
-      execute(instruction, Registers(context))) {
-    next += instruction.bytes;
-  } else {
-    signal(SIGILL, SIG_DFL);  // and so it ends, when it is executed again
-  }
-}
-
-}  // namespace
-
-Trap::Trap() {
-  struct sigaction action{};
-  action.sa_sigaction = on_illegal_instruction;
-  action.sa_flags = SA_SIGINFO;
-  sigaction(SIGILL, &action, &before_);
-}
-
-Trap::~Trap() { sigaction(SIGILL, &before_, nullptr); }
 
 int64_t executed() { return count; }
 
