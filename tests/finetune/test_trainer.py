@@ -225,6 +225,8 @@ class _Signal:
     def __init__(self, monkeypatch, number: int) -> None:
         self.left = number
         self._loss = trainer_module.loss
+        # A shell starts what runs in its background with the signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         monkeypatch.setattr(trainer_module, "loss", self)
 
     def __call__(self, *args):
