@@ -118,7 +118,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
   const auto position_of = [&](int64_t row) { return s.position + token_of(row); };
 
   Rows rows;
-  rows.rows = ceil_div(count, kRowBlock) * kRowBlock;
+  rows.rows = ceil_div(count, Rows::kRowStep) * Rows::kRowStep;
   rows.clear(dim);
   for (int64_t row = 0; row < rows.rows; ++row) {
     const int64_t head = kv_head * group + (first_row + mistral::min(row, count - 1)) % group;

@@ -18,10 +18,11 @@ class DecodeRows {
  public:
   using Arithmetic = A;
   static constexpr int64_t kRows = 16;
+  static constexpr int64_t kRowStep = kRowBlock;
 
   alignas(64) Element q[kRows * kMaxHeadDim];  // [rows, D]
   alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], before division by the total
-  int64_t rows;                                // a multiple of kRowBlock
+  int64_t rows;                                // a multiple of kRowStep
 
   float maximum(int64_t row) const { return maximum_[row * kGroup]; }
   float total(int64_t row) const {

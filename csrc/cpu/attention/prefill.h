@@ -6,24 +6,112 @@
 // Tiles begin at multiples of kKeys, counted from position 0, wherever the chunk begins and whether
 // a key lies in the ring or in the chunk. A row's sums then have the same order however a prompt is
 // cut into chunks, and its result has the same bits.
+//
+// A products class multiplies a tile: VectorProducts here, AmxProducts in prefill_amx.h.
 #pragma once
 
 #include "rows.h"
+#if defined(__AMX_BF16__)
+#include "prefill_amx.h"
+#endif
 
 namespace mistral::cpu::MISTRAL_ISA {
+
+// Multiplies with vector instructions.
+template <class A>
+struct VectorProducts {
+  using Element = typename A::Element;
+  // Rows and keys are multiples of these, filled up where there are fewer.
+  static constexpr int64_t kRowStep = kRowBlock;
+  static constexpr int64_t kKeyStep = A::kDepth;
+
+  struct Setup {};
+
+  // scores [rows, kKeys] = q [rows, D] k^T, for the first `count` keys. k [D / kDepth, kKeys,
+  // kDepth]
+  template <int64_t kKeys>
+  static void score(const Element* q, int64_t rows, const Element* k, int64_t count, int64_t dim,
+                    float* scores) {
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      score_rows<kKeys>(q + row * dim, k, count, dim, scores + row * kKeys);
+    }
+  }
+
+  // out [rows, D] = factors * out + p [rows, kKeys] v, for the first `count` keys.
+  // v [kKeys / kDepth, D, kDepth]
+  template <int64_t kKeys>
+  static void accumulate(const Element* p, const float* factors, int64_t rows, const Element* v,
+                         int64_t count, int64_t dim, float* out) {
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      add_weighted<A>(
+          count, dim,
+          [&](int64_t key, int64_t d, auto& columns) {
+            const Element* values = v + key * dim + d * A::kDepth;
+            for (auto& column : columns) {
+              column = A::load(values);
+              values += kStep<A>;
+            }
+          },
+          [&](int64_t r, int64_t key) { return p + (row + r) * kKeys + key; },
+          [&](int64_t r) { return factors[row + r]; }, out + row * dim);
+    }
+  }
+
+ private:
+  template <int64_t kKeys>
+  static void score_rows(const Element* q, const Element* k, int64_t count, int64_t dim,
+                         float* scores) {
+    constexpr int64_t M = mistral::min(kKeys / Vec::width, kColumnVectors);
+    for (int64_t key = 0; key < count; key += M * Vec::width) {
+      Vec sums[kRowBlock][M];
+      for (auto& of_row : sums) {
+        for (Vec& sum : of_row) sum = broadcast(0.0f);
+      }
+      for (int64_t d = 0; d < dim; d += A::kDepth) {
+        typename A::Operand keys[M];
+        for (int64_t m = 0; m < M; ++m) {
+          keys[m] = A::load(k + d * kKeys + key * A::kDepth + m * kStep<A>);
+        }
+        for (int64_t r = 0; r < kRowBlock; ++r) {
+          const auto x = A::splat(q + r * dim + d);
+          for (int64_t m = 0; m < M; ++m) sums[r][m] = A::multiply_add(x, keys[m], sums[r][m]);
+        }
+      }
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        for (int64_t m = 0; m < M; ++m) {
+          store(scores + r * kKeys + key + m * Vec::width, sums[r][m]);
+        }
+      }
+    }
+  }
+};
+
+// The products class for keys of type T.
+template <class T>
+struct ProductsOf {
+  using type = VectorProducts<typename ArithmeticOf<T>::type>;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct ProductsOf<bf16> {
+  using type = AmxProducts;
+};
+#endif
 
 template <class T>
 class PrefillRows {
   using A = typename ArithmeticOf<T>::type;
+  using Products = typename ProductsOf<T>::type;
   using Element = typename A::Element;
 
  public:
   using Arithmetic = A;
-  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kRows = 128;
+  static constexpr int64_t kRowStep = Products::kRowStep;
 
   alignas(64) Element q[kRows * kMaxHeadDim];  // [rows, D]
   alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], before division by the total
-  int64_t rows;                                // a multiple of kRowBlock
+  int64_t rows;                                // a multiple of kRowStep
 
   float maximum(int64_t row) const { return maximum_[row]; }
   float total(int64_t row) const { return total_[row]; }
@@ -41,21 +129,23 @@ class PrefillRows {
   template <class KeyAt, class PositionOf>
   void attend(int64_t begin, int64_t end, const KeyAt& key_at, int64_t dim, int64_t window,
               float scale, const PositionOf& position_of) {
+    [[maybe_unused]] typename Products::Setup setup;
     Tile tile, next;
     const int64_t first = begin - begin % kKeys;
     find_keys(first, begin, end, key_at, tile);
     for (int64_t position = first; position < end; position += kKeys, tile = next) {
-      const int64_t count = mistral::min(kKeys, end - position);
+      const int64_t there = mistral::min(kKeys, end - position);
+      const int64_t count = ceil_div(there, Products::kKeyStep) * Products::kKeyStep;
       find_keys(position + kKeys, begin, end, key_at, next);
       pack_keys(tile, next, count, dim);
-      for (int64_t row = 0; row < rows; row += kRowBlock) score(row, count, dim);
+      Products::template score<kKeys>(q, rows, k_, count, dim, scores_);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t own = position_of(row);
-        hide(row, window_begin(own, window) - position, mistral::min(count, own + 1 - position));
+        hide(row, window_begin(own, window) - position, mistral::min(there, own + 1 - position));
         fold(row, scale);
       }
       pack_values(tile, next, count, dim);
-      for (int64_t row = 0; row < rows; row += kRowBlock) accumulate(row, count, dim);
+      Products::template accumulate<kKeys>(probabilities_, factors_, rows, v_, count, dim, out);
     }
   }
 
@@ -90,7 +180,6 @@ class PrefillRows {
     }
   }
 
-  // An odd last value is paired with itself: the second probability is 0.
   void pack_values(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += A::kDepth) {
       const T* values[A::kDepth];
@@ -104,32 +193,6 @@ class PrefillRows {
         for (int64_t i = 0; i < A::kDepth; ++i) {
           A::store(v_ + key * dim + d * A::kDepth + i * kStep<A>, columns[i]);
           values[i] += kStep<A>;
-        }
-      }
-    }
-  }
-
-  // scores = q k^T for kRowBlock rows
-  void score(int64_t row, int64_t count, int64_t dim) {
-    constexpr int64_t M = mistral::min(kKeys / Vec::width, kColumnVectors);
-    for (int64_t key = 0; key < count; key += M * Vec::width) {
-      Vec sums[kRowBlock][M];
-      for (auto& of_row : sums) {
-        for (Vec& sum : of_row) sum = broadcast(0.0f);
-      }
-      for (int64_t d = 0; d < dim; d += A::kDepth) {
-        typename A::Operand keys[M];
-        for (int64_t m = 0; m < M; ++m) {
-          keys[m] = A::load(k_ + d * kKeys + key * A::kDepth + m * kStep<A>);
-        }
-        for (int64_t r = 0; r < kRowBlock; ++r) {
-          const auto x = A::splat(q + (row + r) * dim + d);
-          for (int64_t m = 0; m < M; ++m) sums[r][m] = A::multiply_add(x, keys[m], sums[r][m]);
-        }
-      }
-      for (int64_t r = 0; r < kRowBlock; ++r) {
-        for (int64_t m = 0; m < M; ++m) {
-          store(scores_ + (row + r) * kKeys + key + m * Vec::width, sums[r][m]);
         }
       }
     }
@@ -164,21 +227,6 @@ class PrefillRows {
     factors_[row] = largest(exp(broadcast(maximum_[row]) - base));
     maximum_[row] = maximum;
     total_[row] = total_[row] * factors_[row] + sum(total);
-  }
-
-  // out = factor * out + p v for kRowBlock rows
-  void accumulate(int64_t row, int64_t count, int64_t dim) {
-    add_weighted<A>(
-        count, dim,
-        [&](int64_t key, int64_t d, auto& columns) {
-          const Element* values = v_ + key * dim + d * A::kDepth;
-          for (auto& column : columns) {
-            column = A::load(values);
-            values += kStep<A>;
-          }
-        },
-        [&](int64_t r, int64_t key) { return probabilities_ + (row + r) * kKeys + key; },
-        [&](int64_t r) { return factors_[row + r]; }, out + row * dim);
   }
 
   alignas(64) Element k_[kKeys * kMaxHeadDim];  // [D / kDepth, kKeys, kDepth]

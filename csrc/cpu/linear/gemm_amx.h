@@ -25,16 +25,7 @@ struct AmxTile {
   static constexpr int64_t kVectors = 2;
   static constexpr int rows(int) { return 2 * kTileRows; }
 
-  // While it lives, its thread may use tiles.
-  struct Setup {
-    Setup() {
-      static constexpr TileConfig config = whole_tiles();
-      tile_configure(config);
-    }
-    ~Setup() { tile_release(); }
-    Setup(const Setup&) = delete;
-    Setup& operator=(const Setup&) = delete;
-  };
+  using Setup = TilesInUse;
 
   // Like VectorTile::multiply, but a sum runs over all blocks, because the instruction itself sums
   // 32 products before it adds them. Not inlined, because GCC 12 would run out of registers for

@@ -41,6 +41,17 @@ constexpr TileConfig whole_tiles() {
 // Returns to the state before tile_configure, in which a switch of threads has no tiles to save.
 [[gnu::always_inline]] inline void tile_release() { asm volatile("tilerelease"); }
 
+// While it lives, its thread may use tiles.
+struct TilesInUse {
+  TilesInUse() {
+    static constexpr TileConfig config = whole_tiles();
+    tile_configure(config);
+  }
+  ~TilesInUse() { tile_release(); }
+  TilesInUse(const TilesInUse&) = delete;
+  TilesInUse& operator=(const TilesInUse&) = delete;
+};
+
 template <int tile>
 [[gnu::always_inline]] inline void tile_zero() {
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
