@@ -74,18 +74,9 @@ Isa find_supported(const std::string& wanted) {
                               "', expected one that this processor runs: " + names);
 }
 
-// Leaves out amx: it was tested in an emulator only, and never run or measured on hardware.
-Isa fastest_isa() {
-  Isa fastest = Isa::scalar;
-  for (Isa isa : supported_isas()) {
-    if (isa != Isa::amx) fastest = isa;
-  }
-  return fastest;
-}
-
 Isa initial_isa() {
   const char* wanted = std::getenv("MISTRAL_EXT_ISA");
-  if (!wanted || !*wanted) return fastest_isa();
+  if (!wanted || !*wanted) return supported_isas().back();
   try {
     return find_supported(wanted);
   } catch (const std::invalid_argument& error) {

@@ -29,8 +29,8 @@ const char* name(Isa isa);
 std::vector<Isa> supported_isas();
 
 // The set in use: the set that the environment variable MISTRAL_EXT_ISA names, else the fastest
-// supported set other than amx, which must be asked for. Throws std::invalid_argument, as every op
-// does, if the variable names an unsupported set.
+// supported set. Throws std::invalid_argument, as every op does, if the variable names an
+// unsupported set.
 Isa active_isa();
 
 // Throws std::invalid_argument for a name that is unknown or that this processor cannot run.

@@ -13,9 +13,9 @@ def supported_isas() -> list[str]:
 def active_isa() -> str:
     """The instruction set that the CPU kernels use.
 
-    It is the one that `select_isa` or MISTRAL_EXT_ISA named, else the fastest. amx is never the
-    default: it has not been tested or measured on hardware. If the environment variable names an
-    instruction set that this machine lacks, this function and every op raise ValueError.
+    It is the one that `select_isa` or MISTRAL_EXT_ISA named, else the fastest. If the environment
+    variable names an instruction set that this machine lacks, this function and every op raise
+    ValueError.
     """
     return _C.active_isa()
 
