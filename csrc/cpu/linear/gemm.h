@@ -5,7 +5,7 @@
 //     for each M vectors of tokens
 //       for each R rows: multiply, with the R x M sums in registers
 //
-// With few vectors of tokens, memory is the limit: then all of k is multiplied for kFewRows rows
+// With up to kFewTokens tokens, memory is the limit: then all of k is multiplied for kFewRows rows
 // before the next rows, so that memory is read along rows, kAheadBytes ahead.
 //
 // The lanes of a vector are tokens, and each value of a weight is broadcast to all lanes. So
@@ -39,6 +39,7 @@ struct VectorTile {
   // once for all of these rows, because the activations of all tokens may not fit the last-level
   // cache.
   static constexpr int64_t kTaskRows = 2 * kBlockRows;
+  static constexpr int64_t kFewTokens = 64;
   static constexpr int64_t kFewRows = 24;  // a multiple of rows()
 
   // The vectors of tokens and the rows that are multiplied at a time: as many as leave room in the
@@ -97,9 +98,6 @@ struct ManyBuffers {
   alignas(64) float sums[Tile::kBlockTokens * Tile::kTaskRows];
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
-
-// With so many vectors of tokens at most, memory is the limit.
-constexpr int64_t kFewVectors = 4;
 
 // The rows that a task multiplies: rows of one part of the weights, with SwiGLU of two parts.
 struct TaskRows {
@@ -193,7 +191,7 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
            Tile::kBlockDepth * sizeof(typename Tile::Element));
   }
-  const bool along_rows = vectors <= kFewVectors;
+  const bool along_rows = vectors * Vec::width <= Tile::kFewTokens;
   const int64_t most = along_rows ? Tile::kFewRows : Tile::kBlockRows;
   const int64_t blocks = ceil_div(inputs, Tile::kBlockDepth);
   const int64_t block_bytes = rows.first.bytes(Tile::kBlockDepth);
