@@ -1,5 +1,5 @@
-"""The linear kernel of AMX, with its instructions emulated on a processor without them (tests/amx):
-the tests of test_linear.py, the traffic of tiles, and the emulation itself."""
+"""The kernels that use AMX, with its instructions emulated on a processor without them (tests/amx):
+the tests of these ops, the traffic of tiles, and the emulation itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ import pytest
 import reference
 import torch
 from skipped import X86_SETS
+from test_attention import (
+    test_each_tensor_has_strides_of_its_own,  # noqa: F401
+    test_large_scores_do_not_overflow,  # noqa: F401
+    test_longer_than_the_kernels_tiles,  # noqa: F401
+    test_the_cut_of_a_prompt_changes_no_bit,  # noqa: F401
+)
 from test_linear import (  # collected here again, with this file's `isa` and `backend`
     check,
     inputs,
@@ -113,6 +119,16 @@ def test_other_dtypes_use_no_tiles(isa, amx):
     for dtype in (torch.float32, torch.float16):
         ops.linear(torch.ones(30, 64, dtype=dtype), torch.ones(40, 64, dtype=dtype))
     assert not any(amx.take_counts().values())
+
+
+def test_a_configuration_of_another_library_stays(isa, amx, generator):
+    others = config({0: 3, 1: 3, 2: 5}, {0: 16, 1: 20, 2: 16})
+    amx.configure(others)
+    try:
+        ops.linear(torch.ones(30, 64).bfloat16(), torch.ones(40, 64).bfloat16())
+        assert amx.configuration() == others
+    finally:
+        amx.release()
 
 
 def load(amx, tile: int, values: torch.Tensor) -> None:
