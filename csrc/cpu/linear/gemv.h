@@ -7,6 +7,7 @@
 // sequence gets the same bits alone and in a batch.
 #pragma once
 
+#include "../processor.h"
 #include "formats.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -41,11 +42,19 @@ constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
 // waits for the previous addition to the same sum.
 constexpr int kChains = 2;
 
-// Prefetches into the L1 cache. Weights, which are used once, have locality 0: no other cache keeps
-// them. With locality 3, all caches keep them.
+// Prefetches into all caches (locality 3), all but L1 (2), or L1 alone (0).
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
+}
+
+// Prefetches weights, which are used once.
+MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
+  if (kFetchesIntoL2) {
+    fetch<2>(from, bytes);
+  } else {
+    fetch<0>(from, bytes);
+  }
 }
 
 // Chunk::Scales, or NoScales if the format has no groups.
@@ -97,10 +106,10 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   const Scales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
     if (N == 1) {
-      fetch<0>(next + R * chunk * kBytes, R * kChains * kBytes);
+      fetch_weights(next + R * chunk * kBytes, R * kChains * kBytes);
     } else {
       for (int r = 0; r < R; ++r) {
-        fetch<0>(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+        fetch_weights(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
       }
     }
     load_scales(of_chains, chunk);
