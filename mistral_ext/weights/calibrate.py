@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_ext import ops
-from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.ops.quantize import round_with_feedback
 from mistral_ext.ops.weight import FORMATS
 from mistral_ext.weights.quantize import Quantization, expect_finite
+from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner
 
-_SEQUENCE = 1024  # tokens that see each other
 _DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
 _BLOCK = 256  # columns whose errors are made up for at a time
 
@@ -67,10 +66,7 @@ class CalibratedLayers:
         kept: Path,
         identity: str,
     ) -> None:
-        self._config, self._quantization, self._kept = config, quantization, kept
-        self._frequencies = rope.frequencies(
-            config.rope_theta, config.head_dim, "cpu", config.rope_scaling
-        )
+        self._runner, self._quantization, self._kept = LayerRunner(config), quantization, kept
         self._identity = hashlib.sha256(f"{identity} {quantization} {config}".encode()).hexdigest()
         self._hidden, self.done = embedded.clone(), 0
         kept.mkdir(parents=True, exist_ok=True)
@@ -105,8 +101,8 @@ class CalibratedLayers:
                 _round(errors, factor, importance, out)
                 _expect_finite_errors(errors, wide[name], full_name, out.format)
                 made[name], wide[name] = out, out.dequantize()
-        for tokens in self._hidden.split(_SEQUENCE):
-            self._run(wide, tokens, {})
+        for tokens in self._hidden.split(SEQUENCE):
+            tokens.copy_(self._runner.run(wide, tokens, partial(_product, wide)))
         _save({name: _parts(weight) for name, weight in made.items()}, file)
         self.done = index + 1
         state = {"identity": self._identity, "hidden": self._hidden, "done": self.done}
@@ -119,36 +115,20 @@ class CalibratedLayers:
         for source, names in _INPUTS.items():
             size = layer[f"{names[0]}.weight"].shape[1]
             hessians[source] = torch.zeros(size, size, dtype=torch.float32, device="cpu")
-        for tokens in self._hidden.split(_SEQUENCE):
-            self._run(layer, tokens.clone(), hessians)
-        return hessians
-
-    def _run(self, layer: dict[str, Tensor], h: Tensor, hessians: dict[str, Tensor]) -> None:
-        """Runs a sequence [T, E] through a layer, in place, and adds to the Hessians."""
-        config = self._config
-        sequences = torch.tensor([[0, len(h), 0, 0, len(h)]], device="cpu")
+        first = {names[0]: source for source, names in _INPUTS.items()}
 
         def product(x: Tensor, name: str) -> Tensor:
-            return x @ layer[f"{name}.weight"].T
+            if name in first:
+                hessians[first[name]].addmm_(x.T, x)
+            return _product(layer, x, name)
 
-        def see(source: str, x: Tensor) -> Tensor:
-            if source in hessians:
-                hessians[source].addmm_(x.T, x)
-            return x
+        for tokens in self._hidden.split(SEQUENCE):
+            self._runner.run(layer, tokens, product)
+        return hessians
 
-        x = ops.rms_norm(h, layer["attention_norm.weight"], config.norm_eps)
-        see("attention", x)
-        q, k, v = (
-            product(x, f"attention.{name}").unflatten(1, (-1, config.head_dim))
-            for name in ("wq", "wk", "wv")
-        )
-        q, k = (ops.rotate(heads, sequences, self._frequencies) for heads in (q, k))
-        window, scale = config.sliding_window, config.attention_scale
-        x = ops.attention(q, k, v, None, None, sequences, window, scale).flatten(1)
-        h += product(see("attended", x), "attention.wo")
-        x = see("feed_forward", ops.rms_norm(h, layer["ffn_norm.weight"], config.norm_eps))
-        x = ops.swiglu(product(x, "feed_forward.w1"), product(x, "feed_forward.w3"))
-        h += product(see("hidden", x), "feed_forward.w2")
+
+def _product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
+    return x @ layer[f"{name}.weight"].T
 
 
 def calibrated(
