@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ SEQUENCE = 1024  # tokens that see each other
 
 # Makes the product [T, N] of an input [T, K] with the matrix of a name such as "attention.wq".
 Product = Callable[[Tensor, str], Tensor]
+
+
+def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
+    """The hidden states [T, E] float32 before the first layer.
+
+    Args:
+        embeddings: [V, E].
+
+    Raises:
+        ValueError: there is no token, or a token is not in the vocabulary.
+    """
+    tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= len(embeddings):
+        raise ValueError(
+            f"token_ids has {len(tokens)} tokens of a vocabulary of {len(embeddings)}, expected at "
+            f"least one, each 0 to {len(embeddings) - 1}"
+        )
+    return embeddings.index_select(0, tokens).float()
 
 
 class LayerRunner:
