@@ -2,6 +2,7 @@
 
     python bench/quality.py [--layers 2] [--tokens 128] [--model MODEL] [--threads N] [--json FILE]
     python bench/quality.py --model FILE.gguf --only peers [--tokens 512] [--calibrate 1536]
+    python bench/quality.py --model FILE.gguf --only peers --calibrate 1536 --mixed 4.64,4.8,5.2
 
 For the demo model on text that it has never seen, and for a model of Mistral 7B's shape with random
 weights, few layers and random tokens. Weights are bfloat16 to begin with: `fp32` rounds nothing
@@ -18,7 +19,8 @@ floating point numbers of 8 bits, which some GPUs know.
 Takes a minute or two and 8 GB. `--model` measures another model instead, a folder or a GGUF file,
 on the first `--tokens` tokens of the same text; its weights are taken as they decode to bfloat16.
 If the package llama_cpp is installed, types of llama.cpp made of the same GGUF file follow, next to
-ours (quality_peers.py). `--calibrate N` adds int4 that is calibrated on the N tokens after those.
+ours (quality_peers.py). `--calibrate N` adds int4 that is calibrated on the N tokens after those,
+`--mixed BITS,...` int4 with as much int8 as so many bits of a weight in the layers allow.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ def real(model: str, tokens: int) -> Subject:
     return Subject(folder.config, weights, ids[:tokens])
 
 
-def peers_of(model: str, tokens: int, calibration: int) -> dict[str, dict[str, float]]:
+def peers_of(
+    model: str, tokens: int, calibration: int, mixed: list[float]
+) -> dict[str, dict[str, float]]:
     """Measures ways to round MODEL, llama.cpp's among them."""
     path = resolve(model)
     folder = read_folder(path)
@@ -96,7 +100,7 @@ def peers_of(model: str, tokens: int, calibration: int) -> dict[str, dict[str, f
     print(f"\n{folder.config.n_layers} layers; {tokens} tokens compared; layers rounded, in fp32")
     with tempfile.TemporaryDirectory(prefix="mistral_ext-") as made:
         given = ids[:tokens], ids[tokens : tokens + calibration]
-        return measure_peers(path, folder.config, *given, Path(made), compare)
+        return measure_peers(path, folder.config, *given, Path(made), compare, mixed)
 
 
 def random_7b(layers: int, tokens: int) -> Subject:
@@ -245,6 +249,13 @@ def parse_options() -> argparse.Namespace:
         metavar="N",
         help="tokens to calibrate MODEL's int4 with",
     )
+    parser.add_argument(
+        "--mixed",
+        type=lambda text: [float(bits) for bits in text.split(",")],
+        default=[],
+        metavar="BITS,...",
+        help="bits of a weight in MODEL's layers, for which int4 and int8 are mixed",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
@@ -253,6 +264,8 @@ def parse_options() -> argparse.Namespace:
     options.only = set(options.only or PARTS)
     if options.calibrate and not (options.model and "peers" in options.only):
         parser.error("--calibrate needs --model, and the part peers")
+    if options.mixed and not (options.model and "peers" in options.only):
+        parser.error("--mixed needs --model, and the part peers")
     return options
 
 
@@ -265,7 +278,7 @@ def main() -> None:
     report: dict = {"machine": facts}
 
     if args.model and "peers" in args.only:
-        report["peers"] = peers_of(args.model, args.tokens, args.calibrate)
+        report["peers"] = peers_of(args.model, args.tokens, args.calibrate, args.mixed)
     if args.only == {"peers"}:
         subjects = {}
     elif args.model:

@@ -7,7 +7,7 @@ matrices of the layers rounded: embeddings and output keep the values of the ori
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ from mistral_ext.weights.calibrate import calibrated
 from mistral_ext.weights.checkpoint import load_weights, tensor_shapes
 from mistral_ext.weights.folder import read_folder
 from mistral_ext.weights.gguf_model import gguf_name
+from mistral_ext.weights.mixed import Mixture
+from mistral_ext.weights.new_model import layout_of, weights_size
 from mistral_ext.weights.quantize import Quantization
+from mistral_ext.weights.sensitivity import Sensitivities, random_tokens
 
 # As loading and `mistral-ext quantize` round.
 OURS = {
@@ -35,7 +38,7 @@ OURS = {
     "4 bits, --group 64": Quantization.from_bits(4, group=64),
 }
 FILE_TYPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS")
-COLUMNS = [("", -20), ("bits", 5), ("KL", 9), ("perplexity", 10), ("to fp32", 8), ("same top", 8)]
+COLUMNS = [("", -26), ("bits", 5), ("KL", 9), ("perplexity", 10), ("to fp32", 8), ("same top", 8)]
 
 Weights = dict[str, Tensor]
 
@@ -69,16 +72,46 @@ def made_here(exact: Weights, quantization: Quantization) -> Rounded:
     )
 
 
-def calibrated_here(exact: Weights, config: MistralConfig, ids: list[int], folder: Path) -> Rounded:
-    """Rounded to int4 by what the layers see of a text, as `mistral-ext quantize` does it.
+def calibrated_here(
+    exact: Weights,
+    config: MistralConfig,
+    ids: list[int],
+    folder: Path,
+    quantization: Quantization = OURS["int4"],
+) -> Rounded:
+    """Rounded by what the layers see of a text, as `mistral-ext quantize` does it.
 
     Args:
         folder: for intermediate results.
     """
     # A layer changes as it is rounded.
     weights = ((name, exact[name].clone()) for name in tensor_shapes(config) if name in exact)
-    made = calibrated(weights, config, OURS["int4"], ids, folder, torch.float32, progress=False)
+    made = calibrated(weights, config, quantization, ids, folder, torch.float32, progress=False)
     return of_weights(exact, dict(made))
+
+
+class Mixtures:
+    """int4 with int8 where int4 loses the most, as `mistral-ext quantize --size` chooses.
+
+    Args:
+        ids: of a text, to choose by; empty: random tokens, as without --calibrate.
+    """
+
+    def __init__(self, exact: Weights, config: MistralConfig, ids: list[int]) -> None:
+        self._exact, self._config = exact, config
+        self._ids = ids or random_tokens(config.vocab_size)
+        self._sensitivities: dict[str, float] = {}
+
+    def of_bits(self, bits: float) -> Quantization:
+        """At most so many bits of a value of the layers' matrices, scales included."""
+        if not self._sensitivities:
+            measured = Sensitivities(self._exact.__getitem__, self._config)
+            self._sensitivities = measured.measure(self._ids, progress=False)
+        layout = layout_of(self._config, torch.float32, OURS["int4"])
+        layers = [weight for name, weight in layout.items() if is_rounded(name, self._exact[name])]
+        room = bits / 8 * sum(weight.shape.numel() for weight in layers)
+        size = weights_size(layout) + math.floor(room - sum(weight.nbytes for weight in layers))
+        return Mixture(size, self._config, torch.float32).best(self._sensitivities)
 
 
 def of_weights(exact: Weights, made: Mapping[str, Weight | None]) -> Rounded:
@@ -104,7 +137,12 @@ def of_file(exact: Weights, model: Path) -> Rounded:
 
 
 def ways(
-    model: Path, exact: Weights, config: MistralConfig, calibration: list[int], folder: Path
+    model: Path,
+    exact: Weights,
+    config: MistralConfig,
+    calibration: list[int],
+    folder: Path,
+    mixed: Sequence[float] = (),
 ) -> Iterator[tuple[str, Callable[[], Rounded]]]:
     """Names, and what makes the weights.
 
@@ -113,6 +151,7 @@ def ways(
         exact, config: its weights and shape.
         calibration: tokens to calibrate int4 with; empty: it is left out.
         folder: for what is made.
+        mixed: bits of a value, for which int4 and int8 are mixed.
     """
     for name, quantization in OURS.items():
         yield name, lambda how=quantization: made_here(exact, how)
@@ -121,6 +160,19 @@ def ways(
             "int4, calibrated",
             lambda: calibrated_here(exact, config, calibration, folder / "calibration"),
         )
+    for ids in [[], calibration] if calibration else [[]]:
+        mixtures = Mixtures(exact, config, ids)
+        for bits in mixed:
+
+            def mix(
+                bits: float = bits, ids: list[int] = ids, mixtures: Mixtures = mixtures
+            ) -> Rounded:
+                chosen = mixtures.of_bits(bits)
+                if not ids:
+                    return made_here(exact, chosen)
+                return calibrated_here(exact, config, ids, folder / "calibration", chosen)
+
+            yield f"mixed to {bits:g}{', calibrated' if ids else ''}", mix
     if "llama.cpp" not in available() or not model.is_file():
         return
     for file_type in FILE_TYPES:
@@ -145,12 +197,14 @@ def measure_peers(
     calibration: list[int],
     folder: Path,
     compare: Callable[[Tensor, Tensor], dict[str, float]],
+    mixed: Sequence[float] = (),
 ) -> dict[str, dict[str, Any]]:
     """Prints and returns a row for each way.
 
     Args:
         ids: the logits after these are compared.
         compare: from quality.py.
+        mixed: bits of a value, for which int4 and int8 are mixed.
     """
 
     def logits_of(weights: Weights) -> Tensor:
@@ -167,7 +221,7 @@ def measure_peers(
     rows: dict[str, dict[str, Any]] = {"fp32": {"perplexity": math.exp(base)}}
     print_header(COLUMNS)
     print_row(COLUMNS, ["fp32", "", "", f"{math.exp(base):.3f}", "", ""])
-    for name, make in ways(model, exact, config, calibration, folder):
+    for name, make in ways(model, exact, config, calibration, folder, mixed):
         made = make()
         logits = logits_of(made.weights)
         row = {"bits": made.bits, "perplexity": math.exp(negative_log_likelihood(logits, ids))}

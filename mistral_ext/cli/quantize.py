@@ -1,4 +1,4 @@
-"""`mistral-ext quantize`: write a model with weights in 8 or 4 bits."""
+"""`mistral-ext quantize`: write a model with weights in 8 or 4 bits, or in both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ def add_to(commands: options.Commands) -> None:
     )
     parser.add_argument("source", metavar="IN", help="model folder or hub id")
     parser.add_argument("target", metavar="OUT", help="folder to make")
-    parser.add_argument("--bits", type=int, choices=(8, 4), required=True)
+    bits = parser.add_mutually_exclusive_group(required=True)
+    bits.add_argument("--bits", type=int, choices=(8, 4))
+    bits.add_argument(
+        "--size",
+        metavar="SIZE",
+        help="4 bits for most matrices and 8 for those where 4 lose the most, in a file of at most "
+        "this size, 4.2GB or 4GiB for instance",
+    )
     parser.add_argument(
         "--group",
         type=int,
@@ -33,8 +40,8 @@ def add_to(commands: options.Commands) -> None:
     parser.add_argument(
         "--calibrate",
         metavar="TEXT",
-        help="for 4 bits: a text file, whose first 16384 tokens the model runs, so that errors are "
-        "small where its inputs are large; an interrupted run goes on where it was",
+        help="for 4 bits or --size: a text file, whose first 16384 tokens the model runs, so that "
+        "errors are small where its inputs are large; an interrupted run goes on where it was",
     )
     options.add_dtype(parser, "of embeddings and norms; default: as stored")
     parser.set_defaults(run=run)
@@ -42,6 +49,7 @@ def add_to(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start(args)
+    from mistral_ext.weights.folder import read_folder
     from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
     folder = quantize_checkpoint(
@@ -51,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
         args.group,
         options.dtype_of(args),
         calibration=_tokens(args) if args.calibrate else None,
+        size=args.size,
     )
-    weights = folder / "model.safetensors"
-    print(f"{weights}: {weights.stat().st_size / 1e9:.2f} GB", file=sys.stderr)
+    weights, form = folder / "model.safetensors", read_folder(folder).quantization
+    print(f"{weights}: {weights.stat().st_size / 1e9:.2f} GB, {form}", file=sys.stderr)
     return 0
 
 

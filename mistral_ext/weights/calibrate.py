@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_ext import ops
-from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.ops.quantize import round_with_feedback
 from mistral_ext.ops.weight import FORMATS
-from mistral_ext.weights.quantize import Quantization, expect_finite
+from mistral_ext.weights.quantize import Quantization, expect_finite, has_table
+from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner, embed
 
-_SEQUENCE = 1024  # tokens that see each other
 _DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
 _BLOCK = 256  # columns whose errors are made up for at a time
 
@@ -67,20 +66,13 @@ class CalibratedLayers:
         kept: Path,
         identity: str,
     ) -> None:
-        self._config, self._quantization, self._kept = config, quantization, kept
-        self._frequencies = rope.frequencies(
-            config.rope_theta, config.head_dim, "cpu", config.rope_scaling
-        )
-        self._identity = hashlib.sha256(f"{identity} {quantization} {config}".encode()).hexdigest()
+        self._runner, self._quantization, self._kept = LayerRunner(config), quantization, kept
+        identity = f"{identity} {quantization!r} {config}"
+        self._identity = hashlib.sha256(identity.encode()).hexdigest()
         self._hidden, self.done = embedded.clone(), 0
         kept.mkdir(parents=True, exist_ok=True)
         if (kept / "hidden.pt").exists():
-            state = _load(kept / "hidden.pt")
-            if state["identity"] != self._identity:
-                raise ValueError(
-                    f"{str(kept)!r} is of another calibration, expected the same arguments, or "
-                    "remove it"
-                )
+            state = load_state(kept / "hidden.pt", self._identity)
             self._hidden, self.done = state["hidden"], state["done"]
 
     def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
@@ -93,24 +85,26 @@ class CalibratedLayers:
         hessians = self._hessians(wide)
         made: dict[str, Weight] = dict(layer)
         for source, names in _INPUTS.items():
-            factor, importance = _factor(hessians.pop(source))
+            hessian, factor = hessians.pop(source), None
             for name in (f"{name}.weight" for name in names):
-                full_name = f"layers.{index}.{name}"
-                expect_finite(wide[name].abs().amax(1), full_name)
-                out = self._quantization.empty(
-                    full_name, tuple(layer[name].shape), torch.device("cpu")
-                )
+                full_name, weight = f"layers.{index}.{name}", wide[name]
+                out = self._quantization.empty(full_name, tuple(weight.shape), weight.device)
+                if out is not None and has_table(out.format):
+                    expect_finite(weight.abs().amax(1), full_name)
+                    factor = factor or _factor(hessian)
+                    errors = weight.clone()  # it may be a file's
+                    _round(errors, *factor, out)
+                    _expect_finite_errors(errors, weight, full_name, out.format)
+                else:  # errors of 8 bits are not worth it
+                    out = self._quantization.quantize(full_name, weight, full_name)
                 assert out is not None  # the layers' matrices are quantised
-                errors = wide[name].clone()  # it may be a file's
-                _round(errors, factor, importance, out)
-                _expect_finite_errors(errors, wide[name], full_name, out.format)
                 made[name], wide[name] = out, out.dequantize()
-        for tokens in self._hidden.split(_SEQUENCE):
-            self._run(wide, tokens, {})
-        _save({name: _parts(weight) for name, weight in made.items()}, file)
+        for tokens in self._hidden.split(SEQUENCE):
+            tokens.copy_(self._runner.run(wide, tokens, partial(_product, wide)))
+        save_state({name: _parts(weight) for name, weight in made.items()}, file)
         self.done = index + 1
         state = {"identity": self._identity, "hidden": self._hidden, "done": self.done}
-        _save(state, self._kept / "hidden.pt")
+        save_state(state, self._kept / "hidden.pt")
         return made
 
     def _hessians(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,36 +113,26 @@ class CalibratedLayers:
         for source, names in _INPUTS.items():
             size = layer[f"{names[0]}.weight"].shape[1]
             hessians[source] = torch.zeros(size, size, dtype=torch.float32, device="cpu")
-        for tokens in self._hidden.split(_SEQUENCE):
-            self._run(layer, tokens.clone(), hessians)
-        return hessians
-
-    def _run(self, layer: dict[str, Tensor], h: Tensor, hessians: dict[str, Tensor]) -> None:
-        """Runs a sequence [T, E] through a layer, in place, and adds to the Hessians."""
-        config = self._config
-        sequences = torch.tensor([[0, len(h), 0, 0, len(h)]], device="cpu")
+        first = {names[0]: source for source, names in _INPUTS.items()}
 
         def product(x: Tensor, name: str) -> Tensor:
-            return x @ layer[f"{name}.weight"].T
+            if name in first:
+                hessians[first[name]].addmm_(x.T, x)
+            return _product(layer, x, name)
 
-        def see(source: str, x: Tensor) -> Tensor:
-            if source in hessians:
-                hessians[source].addmm_(x.T, x)
-            return x
+        for tokens in self._hidden.split(SEQUENCE):
+            self._runner.run(layer, tokens, product)
+        return hessians
 
-        x = ops.rms_norm(h, layer["attention_norm.weight"], config.norm_eps)
-        see("attention", x)
-        q, k, v = (
-            product(x, f"attention.{name}").unflatten(1, (-1, config.head_dim))
-            for name in ("wq", "wk", "wv")
-        )
-        q, k = (ops.rotate(heads, sequences, self._frequencies) for heads in (q, k))
-        window, scale = config.sliding_window, config.attention_scale
-        x = ops.attention(q, k, v, None, None, sequences, window, scale).flatten(1)
-        h += product(see("attended", x), "attention.wo")
-        x = see("feed_forward", ops.rms_norm(h, layer["ffn_norm.weight"], config.norm_eps))
-        x = ops.swiglu(product(x, "feed_forward.w1"), product(x, "feed_forward.w3"))
-        h += product(see("hidden", x), "feed_forward.w2")
+
+def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
+    """Tells texts and models apart."""
+    tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
+    return hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
+
+
+def _product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
+    return x @ layer[f"{name}.weight"].T
 
 
 def calibrated(
@@ -181,14 +165,8 @@ def calibrated(
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
-    tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
-    if not len(tokens) or tokens.min() < 0 or tokens.max() >= len(embeddings):
-        raise ValueError(
-            f"token_ids has {len(tokens)} tokens of a vocabulary of {len(embeddings)}, expected at "
-            f"least one, each 0 to {len(embeddings) - 1}"
-        )
-    identity = hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
-    embedded = embeddings.index_select(0, tokens).float()
+    embedded = embed(token_ids, embeddings)
+    identity = identity_of(token_ids, embeddings)
     layers = CalibratedLayers(config, quantization, embedded, kept, identity)
     yield "tok_embeddings.weight", embeddings.to(dtype)
     output, layer = embeddings, dict[str, Tensor]()
@@ -261,11 +239,26 @@ def _weight(parts: tuple[Tensor, Tensor, str] | None, plain: Tensor) -> Weight:
     return plain if parts is None else Quantized(*parts)
 
 
-def _save(state: dict[str, Any], file: Path) -> None:
+def save_state(state: dict[str, Any], file: Path) -> None:
     """Writes a file that is whole or absent."""
     partial = file.with_suffix(".part")
     torch.save(state, partial)
     os.replace(partial, file)
+
+
+def load_state(file: Path, identity: str) -> dict[str, Any]:
+    """What `save_state` wrote, with the key "identity".
+
+    Raises:
+        ValueError: it has another identity.
+    """
+    state = _load(file)
+    if state["identity"] != identity:
+        raise ValueError(
+            f"{str(file.parent)!r} is of another calibration, expected the same arguments, or "
+            "remove it"
+        )
+    return state
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -160,6 +160,8 @@ class Checkpoint:
                 f"the weights in {str(folder.path)!r} are quantised already, as {stored}, and "
                 f"cannot be made {quantization}: start from the original"
             )
+        if stored:
+            _expect_known(stored.formats, config)
         self._quantizes = quantization if stored is None else None
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
@@ -229,6 +231,12 @@ class Checkpoint:
                 yield name, self._read(name, parts)
                 bar.update(n_bytes[name])
 
+    def read(self, name: str) -> Weight:
+        """Reads one weight, by Mistral's name; "output.weight" may be that of the embeddings."""
+        if name == "output.weight" and name not in self._parts:
+            name = "tok_embeddings.weight"
+        return self._read(name, self._parts[name])
+
     def _nbytes(self, name: str, parts: tuple[StoredTensor, ...]) -> int:
         quantized = self._quantizes and self._quantizes.parts(name, parts[0].shape)
         if quantized:
@@ -286,6 +294,17 @@ def _layers(config: MistralConfig) -> dict[str, Layer]:
         for name, shape in tensor_shapes(config).items()
         if len(shape) == 2
     }
+
+
+def _expect_known(names: Iterable[str], config: MistralConfig) -> None:
+    """Refuses formats of weights that the model does not have."""
+    shapes = tensor_shapes(config)
+    unknown = next((name for name in names if name not in shapes), None)
+    if unknown is not None:
+        raise ValueError(
+            f"formats of quantization_config has {hugging_face_name(unknown)!r}, expected weights "
+            f"of a model with n_layers={config.n_layers}"
+        )
 
 
 def _stored_name(name: str, layout: Layout) -> str:

@@ -19,6 +19,7 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.weights import generation_config
 from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
+from mistral_ext.weights.names import hugging_face_name
 from mistral_ext.weights.packed_settings import Packing, method_of, packing_of
 from mistral_ext.weights.quantize import Quantization
 
@@ -232,6 +233,10 @@ def config_json(
             "group_size": quantization.group,
             "output_format": quantization.output_format,
         }
+        if quantization.formats:
+            values["quantization_config"]["formats"] = {
+                hugging_face_name(name): form for name, form in quantization.formats.items()
+            }
     if instruct:
         values[_OWN_KEY] = {"instruct": True}
     return values

@@ -29,6 +29,8 @@ _HF_MODULES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+_MISTRAL_MODULES = {module: name for name, module in _HF_MODULES.items()}
+_EXAMPLE = "model.layers.0.self_attn.v_proj.weight"
 # Old versions of transformers stored the RoPE frequencies, which follow from the configuration.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -42,6 +44,27 @@ def hugging_face_name(name: str) -> str:
         _, layer, module = module.split(".", 2)
         prefix = f"model.layers.{layer}."
     return f"{prefix}{_HF_MODULES[module]}.weight"
+
+
+def mistral_name(name: str) -> str:
+    """The inverse of `hugging_face_name`.
+
+    Raises:
+        ValueError: no weight has this name.
+    """
+    module, prefix = name.removesuffix(".weight"), ""
+    if (match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)) is not None:
+        prefix, module = f"layers.{match[1]}.", match[2]
+    found = f"{prefix}{_MISTRAL_MODULES.get(module, '')}.weight"
+    try:
+        is_same = hugging_face_name(found) == name
+    except KeyError:
+        is_same = False
+    if not is_same:
+        raise ValueError(
+            f"tensor name is {name!r}, expected that of a weight, such as {_EXAMPLE!r}"
+        )
+    return found
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:

@@ -7,15 +7,41 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
-from mistral_ext.weights.checkpoint import named_parts
+from mistral_ext.weights.checkpoint import named_parts, tensor_shapes
 from mistral_ext.weights.folder import ModelFolder, companions, config_json
 from mistral_ext.weights.new_folder import new_folder
 from mistral_ext.weights.quantize import Quantization
-from mistral_ext.weights.safetensors_file import Writer
+from mistral_ext.weights.safetensors_file import Writer, file_size
+
+
+def layout_of(
+    config: MistralConfig, dtype: torch.dtype, quantization: Quantization
+) -> dict[str, Weight]:
+    """The weights of a quantised model by Mistral's names, on the meta device.
+
+    Args:
+        config: of the model.
+        dtype: of the weights that are not quantised.
+        quantization: the formats of the others.
+
+    Raises:
+        ValueError: a weight does not divide into groups.
+    """
+    layout: dict[str, Weight] = {}
+    for name, shape in tensor_shapes(config).items():
+        parts = quantization.parts(name, shape)
+        layout[name] = torch.empty(shape, dtype=dtype, device="meta") if parts is None else parts
+    return layout
+
+
+def weights_size(layout: Mapping[str, Weight]) -> int:
+    """Bytes of the file that `write_model` makes of these weights."""
+    return file_size(_tensors_of(layout))
 
 
 def write_model(
@@ -41,9 +67,7 @@ def write_model(
         FileExistsError: `target` is a file, or a folder with something in it.
         OSError: no space is left, or another failure of the system.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, weight in layout.items():
-        tensors |= named_parts(name, weight)
+    tensors = _tensors_of(layout)
     with new_folder(target) as folder:
         for file in companions(original.path):
             shutil.copyfile(file, folder / file.name)
@@ -53,3 +77,11 @@ def write_model(
             for name, weight in weights:
                 for stored_name, tensor in named_parts(name, weight).items():
                     writer.write(stored_name, tensor)
+
+
+def _tensors_of(layout: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """By the names under which Hugging Face's format stores them."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in layout.items():
+        tensors |= named_parts(name, weight)
+    return tensors

@@ -1,9 +1,9 @@
 """Quantises weights: chooses their values and scales.
 
 A weight is its value times a scale. `Quantization.format_of` says which matrix gets which format
-(csrc/formats.h). Matrices of the layers get the format that the caller wants. The output matrix
-always gets 8 bits, because it decides which token is chosen. Embeddings (a token reads only one
-row) and norms are not quantised.
+(csrc/formats.h). Matrices of the layers get the format that the caller wants; some of them may have
+another (mixed.py). The output matrix always gets 8 bits, because it decides which token is chosen.
+Embeddings (a token reads only one row) and norms are not quantised.
 
 8 bits: the scale is the largest magnitude over 127, of 32 neighbours in a row ("q8_0", 8.5 bits
 with the scales) or of the whole row ("int8", the format of older folders). Floating point numbers
@@ -29,8 +29,9 @@ scale does not shift all values of its group.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from torch import Tensor
 from mistral_ext.ops.dequantize import pack
 from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
+from mistral_ext.weights.names import mistral_name
 
 # The names by which callers choose a format.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
@@ -68,9 +70,11 @@ class Quantization:
     format: str  # the format of the layers' matrices, a key of FORMATS
     group: int | None = None  # weights that share a scale; None: the only or default size
     output_format: str = _OUTPUT_FORMAT
+    # The formats of weights that have another, by Mistral's names.
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (self.format, self.output_format):
+        for name in (self.format, self.output_format, *self.formats.values()):
             if name not in FORMATS:
                 raise ValueError(f"format is {name!r}, expected one of {', '.join(FORMATS)}")
         sizes = groups_of(self.format)
@@ -103,7 +107,8 @@ class Quantization:
         `format`, and 8 bits have a scale for each row there."""
         group = settings.get("group_size")
         if "format" in settings:
-            return cls(settings["format"], group, settings.get("output_format", _OUTPUT_FORMAT))
+            output_format = settings.get("output_format", _OUTPUT_FORMAT)
+            return cls(settings["format"], group, output_format, _formats_of(settings))
         bits = settings.get("bits")
         if bits not in (8, 4):
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
@@ -116,12 +121,16 @@ class Quantization:
 
     def __str__(self) -> str:
         whole_rows = not groups_of(self.format)
-        return self.format if whole_rows else f"{self.format} in groups of {self.group}"
+        shown = self.format if whole_rows else f"{self.format} in groups of {self.group}"
+        counts = Counter(self.formats.values())
+        return ", ".join([shown, *(f"{count} matrices {name}" for name, count in counts.items())])
 
     def format_of(self, name: str, columns: int) -> str | None:
         """The format of a weight, by Mistral's name and the length of its rows; None: it is not
         quantised."""
-        if name == "output.weight":
+        if name in self.formats:
+            wanted = self.formats[name]
+        elif name == "output.weight":
             wanted = self.output_format
         elif name.startswith("layers.") and not name.endswith("_norm.weight"):
             wanted = self.format
@@ -158,6 +167,21 @@ class Quantization:
         if chosen is None:
             return None
         return quantize(weight, chosen, self.group_of(chosen), stored_name, importance)
+
+
+def _formats_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The formats of single weights in a `quantization_config`, by Mistral's names."""
+    formats = settings.get("formats", {})
+    if not isinstance(formats, dict) or not all(isinstance(v, str) for v in formats.values()):
+        raise ValueError(
+            f"formats is {formats!r:.60}, expected an object from names of tensors to formats"
+        )
+    return {mistral_name(name): form for name, form in formats.items()}
+
+
+def has_table(name: str) -> bool:
+    """Whether a format has a table of values, whose scales are chosen by importance."""
+    return name in _OF_TABLE
 
 
 def groups_of(name: str) -> tuple[int, ...]:

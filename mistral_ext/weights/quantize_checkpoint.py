@@ -1,4 +1,4 @@
-"""Writes a model folder with weights in 8 or 4 bits: `mistral-ext quantize`."""
+"""Writes a model folder with weights in 8 or 4 bits, or both: `mistral-ext quantize`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from pathlib import Path
 
 import torch
 
-from mistral_ext.ops import Weight
 from mistral_ext.weights import checkpoint
 from mistral_ext.weights.calibrate import calibrated
-from mistral_ext.weights.folder import read_folder
+from mistral_ext.weights.folder import ModelFolder, read_folder
 from mistral_ext.weights.hub import resolve
+from mistral_ext.weights.mixed import Mixture, bytes_of
 from mistral_ext.weights.new_folder import expect_free
-from mistral_ext.weights.new_model import write_model
+from mistral_ext.weights.new_model import layout_of, write_model
 from mistral_ext.weights.quantize import Quantization
+from mistral_ext.weights.sensitivity import Sensitivities, random_tokens
 
 
 def quantize_checkpoint(
     source: str | Path,
     target: str | Path,
-    bits: int,
+    bits: int | None = None,
     group: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
     calibration: Sequence[int] | None = None,
+    size: str | int | None = None,
 ) -> Path:
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
@@ -35,14 +37,18 @@ def quantize_checkpoint(
     Args:
         source: a model folder, or a hub id.
         target: the folder to make; must not exist, or be empty.
-        bits: 8 ("q8_0") or 4 ("iq4_xs", and "iq4_nl" for rows that are no multiple of 256).
+        bits: 8 ("q8_0") or 4 ("iq4_xs", and "iq4_nl" for rows that are no multiple of 256); None:
+            `size` says it.
         group: for 4 bits, weights that share a scale, 32, 64 or 128: makes "int4" instead.
         dtype: dtype of embeddings and norms, which are not quantised; None: as stored.
         progress: show a progress bar if stderr is a terminal.
-        calibration: for 4 bits, the tokens of a text that the model runs, so that errors are small
-            where its inputs are large (`mistral_ext.weights.calibrate`). Layers that are done are
-            kept in a folder `target` + ".calibration", from which another call goes on after an
-            interruption. None: weights are rounded as they are.
+        calibration: for 4 bits or a `size`, the tokens of a text that the model runs, so that
+            errors are small where its inputs are large (`mistral_ext.weights.calibrate`). Layers
+            that are done are kept in a folder `target` + ".calibration", from which another call
+            goes on after an interruption. None: weights are rounded as they are.
+        size: instead of `bits`, the most bytes of the file of weights, "4.2GB" (10^9) or "4GiB"
+            (2^30) for instance: 4 bits for most matrices, 8 for those where 4 lose the most
+            (`mistral_ext.weights.sensitivity`).
 
     Returns:
         `target`.
@@ -53,10 +59,17 @@ def quantize_checkpoint(
             argument; as :func:`mistral_ext.weights.checkpoint.load_weights`.
         OSError: no space is left, or another failure of the system.
     """
-    quantization = Quantization.from_bits(bits, group)
-    if calibration is not None and (bits != 4 or group is not None):
+    if (bits is None) == (size is None):
+        raise ValueError(f"bits is {bits!r} and size is {size!r}, expected one of them")
+    if size is not None:
+        bytes_of(size)  # refuses what is no size
+        if group is not None:
+            raise ValueError(f"group is {group!r} and size is {size!r}, expected one of them")
+    quantization = Quantization.from_bits(4 if bits is None else bits, group)
+    if calibration is not None and (bits == 8 or group is not None):
         raise ValueError(
-            f"calibration is given with bits {bits!r} and group {group!r}, expected 4 and None"
+            f"calibration is given with bits {bits!r} and group {group!r}, expected 4 and None, "
+            "or a size"
         )
     target = Path(target)
     expect_free(target)
@@ -78,20 +91,39 @@ def quantize_checkpoint(
             "load it with quantize="
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
-    read = weights.weights(progress)
-    if calibration is not None:
-        wide = checkpoint.Checkpoint(original, torch.float32).weights(progress=False)
-        kept = target.with_name(f"{target.name}.calibration")
-        read = calibrated(
-            wide, original.config, quantization, calibration, kept, weights.dtype, progress
-        )
     # The output weights are stored in 8 bits, even if they were the embeddings before.
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
-
-    layout: dict[str, Weight] = {}
-    for name, shape in checkpoint.tensor_shapes(config).items():
-        parts = quantization.parts(name, shape)
-        plain = torch.empty(shape, dtype=weights.dtype, device="meta")
-        layout[name] = plain if parts is None else parts
+    wide = checkpoint.Checkpoint(original, torch.float32)
+    kept = target.with_name(f"{target.name}.calibration")
+    if size is not None:
+        mixture = Mixture(size, config, weights.dtype)
+        quantization = mixture.best(_sensitivities(wide, original, calibration, kept, progress))
+        weights = checkpoint.Checkpoint(original, dtype, quantization)
+    read = weights.weights(progress)
+    if calibration is not None:
+        read = calibrated(
+            wide.weights(progress=False),
+            original.config,
+            quantization,
+            calibration,
+            kept,
+            weights.dtype,
+            progress,
+        )
+    layout = layout_of(config, weights.dtype, quantization)
     write_model(target, original, config, layout, read, quantization)
     return target
+
+
+def _sensitivities(
+    weights: checkpoint.Checkpoint,
+    original: ModelFolder,
+    calibration: Sequence[int] | None,
+    kept: Path,
+    progress: bool,
+) -> dict[str, float]:
+    """What 4 bits lose in each matrix of the layers."""
+    sensitivities = Sensitivities(weights.read, original.config)
+    if calibration is not None:
+        return sensitivities.measure_once(calibration, kept, progress)
+    return sensitivities.measure(random_tokens(original.config.vocab_size), progress)

@@ -127,6 +127,32 @@ def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ..
 # Writing
 
 
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that a `Writer` makes of these tensors."""
+    _, header_bytes = _header(tensors)
+    return 8 + len(header_bytes) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], bytes]:
+    # Tensors with the largest elements come first: then each tensor is aligned to its elements,
+    # whatever the shapes. The tensors of Mistral 7B all begin at a multiple of 64 bytes.
+    by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in by_size:
+        tensor = tensors[name]
+        end = begin + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    header_bytes = json.dumps(header).encode()
+    return header, header_bytes + b" " * (-(8 + len(header_bytes)) % _ALIGNMENT)
+
+
 class Writer:
     """Writes a file whose tensors are known in advance, one after another, in any order.
 
@@ -142,24 +168,7 @@ class Writer:
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
-        # Tensors with the largest elements come first: then each tensor is aligned to its elements,
-        # whatever the shapes. The tensors of Mistral 7B all begin at a multiple of 64 bytes.
-        by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
-        begin = 0
-        for name in by_size:
-            tensor = tensors[name]
-            end = begin + tensor.nbytes
-            header[name] = {
-                "dtype": names[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-            begin = end
-        header_bytes = json.dumps(header).encode()
-        header_bytes += b" " * (-(8 + len(header_bytes)) % _ALIGNMENT)
-        self._header = header
+        self._header, header_bytes = _header(tensors)
         self._data_start = 8 + len(header_bytes)
         self._file = file.open("wb")
         self._file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)

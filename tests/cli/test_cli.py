@@ -201,6 +201,7 @@ def test_logprobs_of_rows_without_tokens(capsys):
         (["perplexity", "--file", "-"], "texts[0] is empty"),
         (["quantize", "no/such/folder", "out", "--bits", "4"], "no/such/folder"),
         (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists, expected a new"),
+        (["quantize", "a", "b", "--size", "4.2"], "size is '4.2', expected a number of bytes, or "),
     ],
 )
 def test_errors_are_one_line(args, message, monkeypatch):
@@ -219,7 +220,11 @@ def test_wrong_usage_is_status_2():
         (["generate", "--temp", "1", "x"], "unrecognized arguments: --temp"),
         (["generate", "--logit-bias", "x", "y"], "argument --logit-bias: 'x' is not ID=X"),
         (["generate", "--quantize", "int5", "x"], "argument --quantize: invalid choice: 'int5'"),
-        (["quantize", "a", "b"], "the following arguments are required: --bits"),
+        (["quantize", "a", "b"], "one of the arguments --bits --size is required"),
+        (
+            ["quantize", "a", "b", "--bits", "4", "--size", "4GB"],
+            "--size: not allowed with",
+        ),
         (["quantize", "a", "b", "--bits", "3"], "argument --bits: invalid choice: 3"),
     ):
         process = run_process(*args)
@@ -260,6 +265,20 @@ def test_quantize_takes_a_group_and_a_dtype(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == 32
     assert config["torch_dtype"] == "float32"
+
+
+def test_quantize_to_a_size(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The king's daughter went into the wood. " * 20)
+    for name, more in (("plain", []), ("calibrated", ["--calibrate", str(text)])):
+        folder = tmp_path / name
+        given = ["quantize", str(mistral_ext.llm.DEMO_MODEL), str(folder), "--size", "3.6MB", *more]
+        assert main(given) == 0
+        file = folder / "model.safetensors"
+        assert 3_500_000 < file.stat().st_size <= 3_600_000
+        formats = json.loads((folder / "config.json").read_text())["quantization_config"]["formats"]
+        shown = f"{file}: 0.00 GB, iq4_xs in groups of 256, {len(formats)} matrices q8_0"
+        assert shown in capsys.readouterr().err
 
 
 def test_perplexity(tmp_path):

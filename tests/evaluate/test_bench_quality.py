@@ -57,12 +57,16 @@ def test_rows_of_a_model(exact, tmp_path, monkeypatch):
     monkeypatch.setattr(quality_peers, "available", lambda: [])
     ids = Tokenizer.from_folder(DEMO_MODEL).encode("Once upon a time there was a king who had")
     config = read_folder(DEMO_MODEL).config
-    rows = measure_peers(DEMO_MODEL, config, ids, ids, tmp_path, compare)
-    assert list(rows) == ["fp32", *OURS, "int4, calibrated"]
+    rows = measure_peers(DEMO_MODEL, config, ids, ids, tmp_path, compare, mixed=[5.2])
+    mixed = ["mixed to 5.2", "mixed to 5.2, calibrated"]
+    assert list(rows) == ["fp32", *OURS, "int4, calibrated", *mixed]
     assert rows["int4, calibrated"]["bits"] == rows["int4"]["bits"]
     assert 0 < rows["int8"]["kl"] < rows["int4"]["kl"] / 10
     # Another text calibrates worse than the text itself.
     assert 0 < rows["int4, calibrated"]["kl"] < rows["int4"]["kl"]
+    for name, whole in zip(mixed, ("int4", "int4, calibrated"), strict=True):
+        assert 5.1 < rows[name]["bits"] <= 5.2
+        assert 0 < rows[name]["kl"] < 0.75 * rows[whole]["kl"]
     assert rows["int8"]["perplexity"] == pytest.approx(rows["fp32"]["perplexity"], rel=0.01)
 
 
@@ -74,8 +78,9 @@ def options(monkeypatch, *given):
 def test_parts_of_a_run(monkeypatch):
     assert options(monkeypatch).only == set(quality.PARTS)
     peers = ("--only", "peers")
-    given = options(monkeypatch, "--model", "m", *peers, *peers, "--calibrate", "8")
-    assert given.only == {"peers"}
+    more = ("--calibrate", "8", "--mixed", "4.8,5")
+    given = options(monkeypatch, "--model", "m", *peers, *peers, *more)
+    assert (given.only, given.mixed) == ({"peers"}, [4.8, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,8 @@ def test_parts_of_a_run(monkeypatch):
         ("--only peers", "--only peers needs --model"),
         ("--only ways --only peers", "--only peers needs --model"),
         ("--calibrate 8", "--calibrate needs --model, and the part peers"),
+        ("--mixed 5", "--mixed needs --model, and the part peers"),
+        ("--mixed 5 --model m --only ways", "--mixed needs --model, and the part peers"),
         ("--calibrate 8 --model m --only ways", "--calibrate needs --model, and the part peers"),
     ],
 )

@@ -1,0 +1,79 @@
+"""4 bits for most matrices and 8 for some, so that a model fits a size: `quantize --size 4.2GB`.
+
+8 bits go to the matrices that lose the most in 4 (sensitivity.py) for each byte that 8 take more,
+as far as there is room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import torch
+
+from mistral_ext.model.config import MistralConfig
+from mistral_ext.weights.new_model import layout_of, weights_size
+from mistral_ext.weights.quantize import Quantization
+
+_SMALL, _LARGE = Quantization.from_bits(4), Quantization.from_bits(8)
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+_UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
+
+
+def bytes_of(size: str | int) -> int:
+    """The bytes of a size such as "4.2GB", "3.9 GiB" or 4200000000: a GB has 10^9, a GiB 2^30.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    match = re.fullmatch(r"([0-9]+)(\.[0-9]+)? *([a-z]*)", str(size).strip().lower())
+    unit = None if match is None else _UNITS.get(match[3])
+    if match is None or unit is None or (match[2] and unit == 1):
+        raise ValueError(f"size is {size!r}, expected a number of bytes, or one such as 4.2GB")
+    return round(float(f"{match[1]}{match[2] or ''}") * unit)
+
+
+class Mixture:
+    """The formats of a model of a given size.
+
+    Args:
+        size: most bytes of the file of weights, as for `bytes_of`.
+        config: of the model.
+        dtype: of the weights that are not quantised.
+
+    Raises:
+        ValueError: it is no size, or less than 4 bits take, or more than 8 bits take.
+    """
+
+    def __init__(self, size: str | int, config: MistralConfig, dtype: torch.dtype) -> None:
+        self._size, self._config, self._dtype = bytes_of(size), config, dtype
+        least, most = (weights_size(layout_of(config, dtype, q)) for q in (_SMALL, _LARGE))
+        if not least <= self._size <= most:
+            raise ValueError(
+                f"size is {size!r}, expected {least} bytes (all matrices in 4 bits) to {most} "
+                "(all in 8)"
+            )
+
+    def best(self, sensitivities: Mapping[str, float]) -> Quantization:
+        """The formats that lose the least.
+
+        Args:
+            sensitivities: what 4 bits lose in each matrix of the layers, by Mistral's names.
+        """
+        small = layout_of(self._config, self._dtype, _SMALL)
+        large = layout_of(self._config, self._dtype, _LARGE)
+
+        def saved(name: str) -> float:
+            """For each byte that 8 bits take more."""
+            return sensitivities[name] / (large[name].nbytes - small[name].nbytes)
+
+        chosen: set[str] = set()
+        for name in sorted(sensitivities, key=saved, reverse=True):
+            layout = small | {other: large[other] for other in (*chosen, name)}
+            if weights_size(layout) <= self._size:
+                chosen.add(name)
+        formats = {name: _LARGE.format for name in sensitivities if name in chosen}
+        return dataclasses.replace(_SMALL, formats=formats)

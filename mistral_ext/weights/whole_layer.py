@@ -1,0 +1,69 @@
+"""A layer in float32, which reads a whole sequence and shows the inputs of its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
+from mistral_ext.model import rope
+from mistral_ext.model.config import MistralConfig
+
+SEQUENCE = 1024  # tokens that see each other
+
+# Makes the product [T, N] of an input [T, K] with the matrix of a name such as "attention.wq".
+Product = Callable[[Tensor, str], Tensor]
+
+
+def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
+    """The hidden states [T, E] float32 before the first layer.
+
+    Args:
+        embeddings: [V, E].
+
+    Raises:
+        ValueError: there is no token, or a token is not in the vocabulary.
+    """
+    tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
+    if not len(tokens) or tokens.min() < 0 or tokens.max() >= len(embeddings):
+        raise ValueError(
+            f"token_ids has {len(tokens)} tokens of a vocabulary of {len(embeddings)}, expected at "
+            f"least one, each 0 to {len(embeddings) - 1}"
+        )
+    return embeddings.index_select(0, tokens).float()
+
+
+class LayerRunner:
+    """Runs the layers of a model, with a gradient for the hidden states if they require it."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        self._config = config
+        self._frequencies = rope.frequencies(
+            config.rope_theta, config.head_dim, "cpu", config.rope_scaling
+        )
+
+    def run(self, layer: Mapping[str, Tensor], h: Tensor, product: Product) -> Tensor:
+        """The hidden states [T, E] after a layer, from those before it.
+
+        Args:
+            layer: float32 weights by their names in the layer; only the norms are used.
+            h: [T, E] float32, a sequence.
+            product: makes the products, in the order of the names in `checkpoint.tensor_shapes`
+                but for w2, which comes last.
+        """
+        config = self._config
+        sequences = torch.tensor([[0, len(h), 0, 0, len(h)]], device="cpu")
+        x = ops.rms_norm(h, layer["attention_norm.weight"], config.norm_eps)
+        q, k, v = (
+            product(x, f"attention.{name}").unflatten(1, (-1, config.head_dim))
+            for name in ("wq", "wk", "wv")
+        )
+        q, k = (ops.rotate(heads, sequences, self._frequencies) for heads in (q, k))
+        window, scale = config.sliding_window, config.attention_scale
+        x = ops.attention(q, k, v, None, None, sequences, window, scale).flatten(1)
+        h = h + product(x, "attention.wo")
+        x = ops.rms_norm(h, layer["ffn_norm.weight"], config.norm_eps)
+        x = ops.swiglu(product(x, "feed_forward.w1"), product(x, "feed_forward.w3"))
+        return h + product(x, "feed_forward.w2")
