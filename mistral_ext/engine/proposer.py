@@ -1,7 +1,8 @@
 """Proposes the next tokens of a sequence, from its earlier text or its grammar.
 
 Text repeats itself, so the tokens that followed the last tokens earlier in the same sequence often
-follow again. A grammar often leaves one text only.
+follow again. A grammar often leaves one text only, and where it leaves several, what was written
+in such a place before is likely.
 
 Source: Saxena 2023, prompt lookup decoding.
 """
@@ -11,21 +12,28 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
+from mistral_ext.engine.repeats import Repeats
+from mistral_ext.engine.state_guesses import STATES, StateGuesses
+
 if TYPE_CHECKING:
     from mistral_ext.text.grammar import Matcher
 
-_NGRAMS = (2, 3)  # tokens that have to match
 _MOST_MATCHING = 8  # longer matches are not told apart
-_FORCED = _MOST_MATCHING + 1
 
-_BY_MODEL = _FORCED + 1  # the first of four kinds, by the probability that a draft model gives
-
-# The share of drafts that are right before any was checked, by the number of tokens that match;
-# then for what a grammar forces, and by a draft model's probability. It counts as much as so many
-# checks.
-_EXPECTED = (0.0, 0.0, 0.35, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.3, 0.5, 0.7, 0.9)
+# The share of drafts of each kind that are right before any was checked: by the number of tokens
+# that match; then for what a grammar forces; by a draft model's probability; and by the kinds of
+# `StateGuesses`. It counts as much as so many checks.
+_EXPECTED = (0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95)
+_EXPECTED += (0.3, 0.5, 0.7, 0.9)
+_EXPECTED += (0.4, 0.7, 0.9, 0.4, 0.7, 0.9, 0.2, 0.4, 0.5)
 _EXPECTED_WEIGHT = 4.0
+_FORCED = _MOST_MATCHING + 1
+_BY_MODEL = _FORCED + 1  # the first of four
+_BY_STATE = _BY_MODEL + 4  # the first of those of `StateGuesses`
 _FORGETTING = 0.95  # weight of an earlier check at each later check
+
+# A guess is looked for behind others if all of them are right with this chance.
+_LEAST_CHANCE = 0.1
 
 _COST_OF_A_WAIT = 0.1  # tokens that a GPU could have generated while it waits for the host
 _MOST_GAIN = 4.0  # tokens that a sequence may lose again
@@ -44,9 +52,8 @@ class Proposer:
     def __init__(self, ids: List[int]) -> None:
         self.gain = 0.0
         self._ids = ids
-        self._indexed = 0
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position that followed it
-        self._source = self._matching = 0  # where the guess begins, and the tokens equal before it
+        self._repeats = Repeats(ids)
+        self._states: StateGuesses | None = None
         self._first: int | None = None  # of the proposed tokens
         self._kinds: list[int] = []  # of the proposed tokens, indices of the two lists below
         self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
@@ -59,22 +66,16 @@ class Proposer:
             most: tokens to propose at most.
             matcher: what the sequence has to match; None: nothing.
         """
-        tokens = matcher.forced(most) if matcher else []
-        self._kinds = [_FORCED] * len(tokens)
-        if not tokens:
-            tokens = self._repeated(most)
-            if matcher:
-                tokens = tokens[: matcher.count_allowed(tokens)]
-            matching = range(self._matching, self._matching + len(tokens))
-            self._kinds = [min(count, _MOST_MATCHING) for count in matching]
-        self._first = tokens[0] if tokens else None
-        chances = [self._right[kind] / self._checked[kind] for kind in self._kinds]
-        return list(zip(tokens, chances, strict=True))
+        guesses = self._matching(most, matcher) if matcher else self._repeated(most)
+        self._first = guesses[0][0] if guesses else None
+        self._kinds = [kind for _, kind in guesses]
+        return [(token, self._chance(kind)) for token, kind in guesses]
 
     @property
     def hope(self) -> float:
         """The chance that a guess of a draft model is right, before it is made."""
-        return sum(self._right[_BY_MODEL:]) / sum(self._checked[_BY_MODEL:])
+        of_model = slice(_BY_MODEL, _BY_STATE)
+        return sum(self._right[of_model]) / sum(self._checked[of_model])
 
     def prefers_model(self, guesses: List[tuple[int, float]]) -> bool:
         """Whether a draft model's guesses are more likely than these, which `propose` gave."""
@@ -85,7 +86,7 @@ class Proposer:
         place of proposed token `index` and of those behind it."""
         kind = _BY_MODEL + min(int(4 * probability), 3)
         self._kinds[index:] = [kind]
-        return self._right[kind] / self._checked[kind]
+        return self._chance(kind)
 
     def note(self, drafts: int, accepted: int, cost: float) -> None:
         """Counts drafts that were checked.
@@ -111,30 +112,54 @@ class Proposer:
         self._right[kind] = _FORGETTING * self._right[kind] + is_right
         self._checked[kind] = _FORGETTING * self._checked[kind] + 1
 
-    def _repeated(self, most: int) -> list[int]:
-        """The tokens that followed the last tokens earlier in the text; none if they are new."""
-        self._index()
-        tokens: list[int] = []
-        if self._matching:
-            for at in range(self._source, self._source + most):
-                past = at - len(self._ids)
-                tokens.append(self._ids[at] if past < 0 else tokens[past])
-        return tokens
+    def _chance(self, kind: int) -> float:
+        return self._right[kind] / self._checked[kind]
 
-    def _index(self) -> None:
-        ids = self._ids
-        for i in range(self._indexed, len(ids)):
-            if self._matching and ids[self._source] == ids[i]:
-                self._source += 1
-                self._matching += 1
+    def _repeated(self, most: int) -> list[tuple[int, int]]:
+        """The tokens that followed the last tokens earlier in the text, each with its kind; none if
+        the last tokens are new."""
+        place = self._repeats.place()
+        tokens: list[int] = []
+        guesses: list[tuple[int, int]] = []
+        while len(tokens) < most and (token := self._repeats.token(place, tokens)) is not None:
+            guesses.append((token, min(place.matching, _MOST_MATCHING)))
+            tokens.append(token)
+            place = place.next()
+        return guesses
+
+    def _matching(self, most: int, matcher: Matcher) -> list[tuple[int, int]]:
+        """Tokens that a grammar forces, or that are likely among those that it allows, each with
+        its kind."""
+        if self._states is None:
+            self._states = StateGuesses(self._ids, matcher.states)
+        self._states.update()
+        ahead, states = matcher.ahead(), matcher.states[-STATES:]
+        place = self._repeats.place()
+        guesses: list[tuple[int, int]] = []
+        tokens: list[int] = []
+        forced: list[int] = []
+        chance = 1.0
+        while len(guesses) < most and chance >= _LEAST_CHANCE:
+            forced = forced or ahead.forced()
+            if forced:
+                token, kind = forced.pop(0), _FORCED
             else:
-                self._matching = 0
-            for n in _NGRAMS:
-                if i + 1 < n:
-                    continue
-                ngram = tuple(ids[i + 1 - n : i + 1])
-                found = self._after.get(ngram)
-                if found is not None and self._matching < n:
-                    self._source, self._matching = found, n
-                self._after[ngram] = i + 1
-        self._indexed = len(ids)
+                likely = self._states.guesses(states)
+                by_kind = [(_BY_STATE + kind, token) for kind, token in likely]
+                repeated = self._repeats.token(place, tokens)
+                if repeated is not None:
+                    by_kind.append((min(place.matching, _MOST_MATCHING), repeated))
+                by_kind.sort(key=lambda guess: -self._chance(guess[0]))
+                allowed = (guess for guess in by_kind if ahead.may_take(guess[1]))
+                kind, token = next(allowed, (0, -1))
+                if token < 0:
+                    break
+            guesses.append((token, kind))
+            tokens.append(token)
+            chance *= self._chance(kind)
+            place = self._repeats.moved(place, tokens)
+            state = ahead.take(token)
+            if state is None:
+                break
+            states = [*states, state][-STATES:]
+        return guesses

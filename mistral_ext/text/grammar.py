@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -132,6 +132,7 @@ class Grammar:
             source = _source(constraint, is_spaced)
         except ValueError as error:
             raise self._problem(str(error)) from error
+        self._bytes = _single_bytes(vocabulary)
         self._prototype = LLMatcher(vocabulary, source, log_level=0, limits=_limits())
         if self._prototype.is_error():
             raise self._problem(self._prototype.get_error())
@@ -165,6 +166,10 @@ class Grammar:
             raise self._problem(_NO_TEXT)
         return allowed
 
+    def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
+        """A number for the bytes that may come next: states of the same kind have the same one."""
+        return hash(allowed[self._bytes].tobytes())
+
     def _problem(self, reason: str) -> ValueError:
         words = " ".join(reason.replace("<non-verbose/>", "").split())
         return ValueError(f"{self._name} cannot be used: {words:.300}")
@@ -184,6 +189,7 @@ class Matcher:
         allowed: [V] of the tokenizer's ids, which may come next. End tokens may when the text is
             whole.
         is_finished: the text is whole, and nothing else can follow.
+        states: what `Grammar.bytes_in` gives before each token so far, and now.
     """
 
     def __init__(
@@ -199,6 +205,8 @@ class Matcher:
         self._end_ids = [i for i in end_ids if i < len(first)]
         self._may_end = may_end
         self.is_finished = False
+        self.states: list[int] = []
+        self._ahead: Ahead | None = None
         self._update(first.copy())
 
     @property
@@ -215,24 +223,74 @@ class Matcher:
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")
         self._state.consume_token(token_id)  # an error shows in what follows
-        self._update(self._grammar.allowed(self._state))
+        known = self._ahead.known(token_id) if self._ahead else None
+        self._update(self._grammar.allowed(self._state) if known is None else known)
 
-    def forced(self, most: int) -> list[int]:
-        """Tokens, `most` at most, of the text that has to come next. A completion may also write
-        this text in other tokens."""
+    def ahead(self) -> Ahead:
+        """Follows guesses at what comes next, and leaves this matcher as it is."""
         # A copy is asked, because too much work would break the state.
-        return self._state.deep_copy().compute_ff_tokens()[:most]
-
-    def count_allowed(self, token_ids: Sequence[int]) -> int:
-        """How many of these tokens, from the first on, may come next if none ends the text."""
-        return self._state.deep_copy().validate_tokens(list(token_ids))
+        self._ahead = Ahead(self._grammar, self._state.deep_copy())
+        return self._ahead
 
     def _update(self, allowed: NDArray[np.bool_]) -> None:
+        self.states.append(self._grammar.bytes_in(allowed))
         allowed[self._end_ids] = False
         is_whole = self.is_accepting
         self.is_finished = is_whole and not allowed.any()
         allowed[self._end_ids] = is_whole and self._may_end
         self.allowed = allowed
+
+
+class Ahead:
+    """Follows guesses at the next tokens of a completion.
+
+    Args:
+        grammar: what it has to match.
+        state: the library's, before the first guess; it is changed.
+    """
+
+    def __init__(self, grammar: Grammar, state: LLMatcher) -> None:
+        self._grammar = grammar
+        self._state = state
+        self._guessed: deque[tuple[int, NDArray[np.bool_]]] = deque()
+
+    def forced(self) -> list[int]:
+        """The tokens of the text that has to come next. A completion may also write this text in
+        other tokens."""
+        return self._state.compute_ff_tokens()
+
+    def may_take(self, token_id: int) -> bool:
+        """Whether a token may come next, and does not end the text."""
+        return self._state.validate_tokens([token_id]) == 1
+
+    def take(self, token_id: int) -> int | None:
+        """Takes a guess that may come next.
+
+        Returns:
+            What `Grammar.bytes_in` gives behind it; None: nothing may follow, or that is too much
+            work to know.
+        """
+        self._state.consume_token(token_id)
+        try:
+            allowed = self._grammar.allowed(self._state)
+        except ValueError:
+            return None
+        self._guessed.append((token_id, allowed))
+        return self._grammar.bytes_in(allowed)
+
+    def known(self, token_id: int) -> NDArray[np.bool_] | None:
+        """What `Grammar.allowed` gives behind the token that the completion goes on with, if it and
+        all before it were guessed: right guesses cost no work twice."""
+        if self._guessed and self._guessed[0][0] == token_id:
+            return self._guessed.popleft()[1]
+        self._guessed.clear()
+        return None
+
+
+def _single_bytes(vocabulary: LLTokenizer) -> NDArray[np.intp]:
+    """The tokens of one byte, as far as the vocabulary has them."""
+    spelled = (vocabulary.greedy_tokenize(chr(byte)) for byte in range(128))
+    return np.array([tokens[0] for tokens in spelled if len(tokens) == 1], dtype=np.intp)
 
 
 def _limits() -> LLParserLimits:

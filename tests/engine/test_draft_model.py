@@ -34,7 +34,6 @@ from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.llm import DEMO_MODEL, _expect_drafts
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.text.grammar import Matcher
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_nothing_else_changes(models, rough, eager, monkeypatch, window, is_ahea
     assert_all_is_free(engine)
 
 
-def test_a_model_that_is_the_same_is_right(models, eager):
+def test_a_model_that_is_the_same_is_right(models, eager, only_models_guess):
     """Greedy or drawn: it chooses with the noise of the sequence."""
     for options in ({"temperature": 0.0}, {"temperature": 1.0, "presence_penalty": 1.0}):
         engine = engine_of(models[None], draft_model=models[None])
@@ -285,7 +284,7 @@ TEXTS = [
 @pytest.fixture
 def only_models_guess(monkeypatch):
     monkeypatch.setattr(Proposer, "_repeated", lambda self, most: [])
-    monkeypatch.setattr(Matcher, "forced", lambda self, most: [])
+    monkeypatch.setattr(Proposer, "_matching", lambda self, most, matcher: [])
 
 
 @pytest.mark.parametrize("options", TEXTS)

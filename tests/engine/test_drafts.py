@@ -28,6 +28,7 @@ from mistral_ext.engine.params import MOST_DRAFTS
 from mistral_ext.engine.pass_costs import PassCosts
 from mistral_ext.engine.proposer import Proposer
 from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.text.grammar import Ahead
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +328,35 @@ def test_forced_text_is_drafted(llm, eager, drafts):
     assert (timing.accepted_tokens > 5) == (drafts != 0)
 
 
+NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+FLAGS = {
+    "type": "object",
+    "properties": {name: {"type": "boolean"} for name in NAMES},
+    "required": NAMES,
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_white_space_is_guessed_as_it_was_written_before(llm, eager, seed):
+    """A grammar forces none of it. With guesses of what is forced or repeated alone it takes 44
+    passes and more."""
+    options = {"schema": FLAGS, "max_tokens": 200, "seed": seed, "temperature": float(seed)}
+    (plain,) = llm.generate("Once", drafts=0, **options)
+    (drafted,) = llm.generate("Once", **options)
+    assert content(drafted) == content(plain)
+    assert drafted.timing.decode_tokens - drafted.timing.accepted_tokens < 40
+
+
+def test_guesses_that_are_too_much_work_change_nothing(llm, eager, monkeypatch):
+    monkeypatch.setattr(Ahead, "take", lambda *_: None)
+    options = {"schema": FLAGS, "max_tokens": 200}
+    (plain,) = llm.generate("Once", drafts=0, **options)
+    (drafted,) = llm.generate("Once", **options)
+    assert content(drafted) == content(plain)
+    assert drafted.timing.drafted_tokens > 20
+
+
 def test_a_model_may_be_loaded_without_drafts(eager):
     llm = Mistral.from_pretrained(DEMO_MODEL, drafts=0)
     options = {"regex": "The quick brown fox jumps over the lazy dog", "max_tokens": 60}
@@ -358,6 +388,13 @@ class TestProposer:
         assert self.tokens([7, 7, 7]) == [7, 7, 7, 7]
         assert self.tokens([9, 1, 2, 5, 8, 1, 2, 6, 9, 1, 2]) == [5, 8, 1, 2]  # of the longer match
 
+    def test_the_text_behind_words_that_were_replaced(self):
+        begin = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
+        assert self.tokens([*begin, 9]) == []
+        assert self.tokens([*begin, 9, 5]) == [6, 7, 8, 1]
+        assert self.tokens([*begin, 9, 9, 7]) == [8, 1, 2, 3]
+        assert self.tokens([*begin, 9, 8]) == []  # too far behind
+
     def test_nothing_for_what_is_new(self):
         assert self.tokens([]) == self.tokens([1]) == self.tokens([1, 2, 3]) == []
         assert self.tokens([1, 2, 3, 2]) == []
@@ -367,7 +404,7 @@ class TestProposer:
         ids: list[int] = []
         growing = Proposer(ids)
         for _ in range(300):
-            ids.append(chance.randrange(6))
+            ids.append(chance.randrange(12))
             given = growing.propose(5, None)
             assert [token for token, _ in given] == self.tokens(list(ids), 5)
 

@@ -154,6 +154,42 @@ def test_matchers_of_a_grammar_are_independent(v3):
     assert (grammar.matcher().allowed == before).all()
 
 
+@pytest.mark.parametrize("kind", CONSTRAINTS)
+def test_guesses_change_nothing(kind, v3, monkeypatch):
+    """What was found out for right guesses is used, and is what is found out without them."""
+    grammar = GrammarCompiler(v3).compile(CONSTRAINTS[kind])
+    plain, guessed = grammar.matcher([v3.eos_id]), grammar.matcher([v3.eos_id])
+    rng, tokens, masks = random.Random(3), [], [plain.allowed]
+    while not plain.is_finished and len(tokens) < 40:
+        tokens.append(rng.choice([*set(np.flatnonzero(plain.allowed)) - {v3.eos_id}]))
+        plain.consume(tokens[-1])
+        masks.append(plain.allowed)
+    calls, allowed = [], grammar.allowed
+    monkeypatch.setattr(grammar, "allowed", lambda state: calls.append(0) or allowed(state))
+    for i, token in enumerate(tokens):
+        if i % 4 == 0:
+            ahead, states = guessed.ahead(), []
+            for right in tokens[i : i + 3]:
+                other = rng.choice(np.flatnonzero(masks[i + len(states)]).tolist())
+                guess = right if rng.random() < 0.8 or other == v3.eos_id else other
+                assert ahead.may_take(guess)
+                states.append(ahead.take(guess))
+                if guess != right:
+                    break
+        guessed.consume(token)
+        assert (guessed.allowed == masks[i + 1]).all()
+    assert guessed.states == plain.states
+    assert guessed.is_finished == plain.is_finished
+    calls.clear()
+    again = grammar.matcher()
+    ahead = again.ahead()
+    assert [ahead.take(token) for token in tokens] == plain.states[1:]
+    assert len(calls) == len(tokens)
+    for token in tokens:
+        again.consume(token)
+    assert len(calls) == len(tokens)
+
+
 def test_control_tokens_by_id(v3):
     """In Lark alone, and only where it names them."""
     control = v3.control_ids["[TOOL_CALLS]"]
