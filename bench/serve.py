@@ -9,8 +9,9 @@ For each number of clients, and each rate of a Poisson process, a line: tokens p
 per second that meet the limits (goodput), p50/p90/p99 of the time to the first token and between
 two tokens, errors, the server's resident memory, and tokens per second of its processor time,
 which tells more on a busy machine, with `--threads 1`. `--long-prompt` then measures the gap
-between tokens of a stream while another client's long prompt is read. Servers take turns: each load goes to
-one after the other, while the others are idle. Machines are noisy: compare the ratios of one run.
+between tokens of a stream while another client's long prompt is read. Servers take turns:
+each load goes to one after the other, while the others are idle. Machines are noisy: compare the
+ratios of one run.
 All servers run from the start, so memory must hold the models and caches of all of them at once.
 
 `--soak N` instead sends N requests of all kinds, a third of which hang up at a random time, and
