@@ -7,9 +7,11 @@
 
 For each number of clients, and each rate of a Poisson process, a line: tokens per second, requests
 per second that meet the limits (goodput), p50/p90/p99 of the time to the first token and between
-two tokens, errors, and the server's resident memory. `--long-prompt` then measures the gap between
-tokens of a stream while another client's long prompt is read. Servers take turns: each load goes to
-one after the other, while the others are idle. Machines are noisy: compare the ratios of one run.
+two tokens, errors, the server's resident memory, and tokens per second of its processor time,
+which tells more on a busy machine, with `--threads 1`. `--long-prompt` then measures the gap
+between tokens of a stream while another client's long prompt is read. Servers take turns:
+each load goes to one after the other, while the others are idle. Machines are noisy: compare the
+ratios of one run.
 All servers run from the start, so memory must hold the models and caches of all of them at once.
 
 `--soak N` instead sends N requests of all kinds, a third of which hang up at a random time, and
@@ -22,8 +24,10 @@ import argparse
 import asyncio
 import contextlib
 import importlib.util
+import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +125,12 @@ def _is_ready(url: str) -> bool:
     )
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has computed so far, in all threads, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_mib(pid: int) -> float:
     """Memory of a process, in MiB, mapped weights included."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -157,7 +167,9 @@ async def measure(
             await load_of(target, "clients", 2, 4)  # warm-up
         for kind, size in loads:
             for name, (target, pid) in servers.items():
+                before = processor_seconds(pid)
                 row = await load_of(target, kind, size, args.requests)
+                row["processor_seconds"] = processor_seconds(pid) - before
                 row = {"load": f"{size} {kind}", **row, "resident_mib": resident_mib(pid)}
                 rows[name].append(row)
                 show(name, row)
@@ -178,7 +190,8 @@ def show(name: str, row: dict) -> None:
     print(
         f"  {name:>12} {row['load']:>13} {row['tokens_per_second']:8.1f} tokens/s "
         f"{row['good_per_second']:6.2f} good/s  first {milliseconds('first')} ms  "
-        f"gap {milliseconds('gap')} ms  {row['failed']} failed  {row['resident_mib']:.0f} MiB",
+        f"gap {milliseconds('gap')} ms  {row['failed']} failed  {row['resident_mib']:.0f} MiB  "
+        f"{row['tokens'] / max(row['processor_seconds'], 1e-9):.1f} tokens/processor s",
         flush=True,
     )
 
@@ -220,6 +233,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=Path("/tmp"), help="folder of servers' output")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # or the servers would stay behind
     facts = machine()
     print_machine(facts)
     with contextlib.ExitStack() as stack:

@@ -133,6 +133,7 @@ def summary(calls: Sequence[Call], seconds: float, most_first: float, most_gap: 
             a request counts as good.
     """
     done = [call for call in calls if not call.error]
+    tokens = sum(call.tokens for call in done)
     good = [
         call
         for call in done
@@ -142,7 +143,8 @@ def summary(calls: Sequence[Call], seconds: float, most_first: float, most_gap: 
         "requests": len(calls),
         "errors": sorted({call.error for call in calls if call.error}),
         "failed": len(calls) - len(done),
-        "tokens_per_second": sum(call.tokens for call in done) / seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
         "good_per_second": len(good) / seconds,
         "first": percentiles([call.first for call in done]),
         "gap": percentiles([gap for call in done for gap in call.gaps]),

@@ -78,6 +78,15 @@ uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, 
   return total;
 }
 
+// At least gumbel(word), without a logarithm: -log(u) is at least 1 - u, whose binary exponent is
+// known. What is added covers the rounding of gumbel.
+double gumbel_bound(uint64_t word) {
+  constexpr double kLog2 = 0.6931471805599453;
+  const uint64_t units = (uint64_t{1} << 53) - (word >> 11);  // 1 - u, in units of 2^-53
+  return static_cast<double>(__builtin_clzll(units) - 10) * kLog2 + 1e-9;
+}
+
+// Most tokens are so unlikely that no noise of theirs wins: a bound saves them the logarithms.
 int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
              int64_t vocab_size, Rank threshold) {
   int64_t chosen = -1;
@@ -91,8 +100,10 @@ int64_t draw(const NoiseState& noise, float largest, double temperature, const u
       if (rank_of(keys[id], id) < threshold) continue;
       if (!made) random = noise_block(noise, block);
       made = true;
-      const double score =
-          scaled(value_of(keys[id]), largest, temperature) + gumbel(random.words[id - first]);
+      const uint64_t word = random.words[id - first];
+      const double base = scaled(value_of(keys[id]), largest, temperature);
+      if (chosen >= 0 && base + gumbel_bound(word) < highest) continue;
+      const double score = base + gumbel(word);
       if (chosen < 0 || score > highest) {
         chosen = id;
         highest = score;

@@ -7,7 +7,8 @@
 
 `scheduler` decides what a step does, `runner` does it, `slots` has the memory. A step makes up to
 two passes over the weights. The first reads the next pieces of prompts. The second computes the
-next token of every sequence whose prompt has been read.
+next token of every sequence whose prompt has been read. On a CPU the first may pause between two
+layers, and goes on in the next step, so that the second waits little for it (`pace`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from mistral_ext.engine.graph_runner import make_runner
 from mistral_ext.engine.memory import default_slots
 from mistral_ext.engine.model_guesses import ModelGuesses
 from mistral_ext.engine.prefix_cache import LEAST_PIECE
+from mistral_ext.engine.prompt_reader import PromptReader
 from mistral_ext.engine.request import Output, Request
-from mistral_ext.engine.runner import Piece, Step, Verified
+from mistral_ext.engine.runner import Step, Verified
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.scheduler import Scheduler
 from mistral_ext.engine.sequence import Sequence
@@ -40,8 +42,8 @@ from mistral_ext.model.transformer import Transformer
 
 _T = TypeVar("_T")
 
-# Prompt tokens in a pass while other sequences generate. Such a pass takes about as long as a few
-# decode steps on a CPU, and as one decode step on a GPU.
+# Prompt tokens in a pass while other sequences generate. On a GPU the pass takes about as long as a
+# decode step. On a CPU it may take a few times as long; that is where `Pace` begins.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
 # How often a thread that waits for a step to end looks whether its work was done meanwhile.
@@ -118,6 +120,8 @@ class Engine:
         self.runner = make_runner(model, self.pool, self._sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
         self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
+        layers = len(model.layers)
+        self._reader = PromptReader(self.runner, self.scheduler, self.pool, layers, chunk)
         guesses = None
         if draft_model is not None:
             sizes = max_batch, cache_tokens, self.scheduler.busy_chunk
@@ -192,7 +196,6 @@ class Engine:
             if sequence is not None:
                 sequence.is_aborted = True
                 self._aborted.append(sequence)
-                self._free_adapter(sequence)
 
     def outputs(self, requests: Collection[Request]) -> Outputs:
         """Adds requests, and returns an iterator over their outputs. The iterator steps the engine,
@@ -243,9 +246,10 @@ class Engine:
             raise problem[0]
 
     def adapters_in_use(self) -> list[LoadedAdapter]:
-        """The adapters of the requests that have not ended."""
+        """The adapters of the requests that have not ended, and of a pass that has paused."""
         with self._lock:
-            given = [sequence.request.adapter for sequence in self._sequences.values()]
+            sequences = *self._sequences.values(), *self._reader.paused
+            given = [sequence.request.adapter for sequence in sequences]
         return [adapter for adapter in given if adapter is not None]
 
     def _work_between(self) -> None:
@@ -272,10 +276,7 @@ class Engine:
     def _step(self) -> list[Output]:
         with self._lock:
             self._work_between()
-            while self._aborted:
-                sequence = self._aborted.pop()
-                if sequence.finish_reason is None:
-                    self.scheduler.release(sequence)
+            self._release_aborted()
             self.scheduler.admit()
         outputs: list[Output] = []
         try:
@@ -286,6 +287,20 @@ class Engine:
             with self._lock:
                 self._drafter.keep_only(list(self.scheduler.running()))
         return outputs
+
+    def _release_aborted(self) -> None:
+        reading = self._reader.paused
+        if all(sequence.is_aborted for sequence in reading):
+            self._reader.forget()
+            reading = []
+        # Others wait for the rest of a pass that has paused: it still writes to their extents.
+        staying = [sequence for sequence in self._aborted if sequence in reading]
+        for sequence in self._aborted:
+            if sequence not in staying:
+                if sequence.finish_reason is None:
+                    self.scheduler.release(sequence)
+                self._free_adapter(sequence)
+        self._aborted = staying
 
     def _deliver(self, outputs: list[Output]) -> None:
         """Hands outputs to the listeners of their requests."""
@@ -307,15 +322,15 @@ class Engine:
             self._between.append(lambda: adapter.free(self.adapters_in_use()))
 
     def _read(self, outputs: list[Output]) -> None:
-        pieces = self.scheduler.next_pieces()
+        pieces = self._reader.next_pieces()
         if not pieces:
             return
         sequences = [sequence for sequence, _ in pieces]
-        given = [_piece(sequence, count) for sequence, count in pieces]
-        for sequence, count in pieces:
-            sequence.note_read(count)
-        logits = self._run(sequences, lambda: self.runner.read(given))
+        logits = self._run(sequences, lambda: self._reader.go_on(pieces))
+        if logits is None:
+            return
         if isinstance(logits, Exception):
+            self._reader.forget()
             outputs += self._fail(sequences, logits)
             return
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
@@ -346,6 +361,7 @@ class Engine:
         """
         with self._lock:
             sequences = self.scheduler.next_decode()
+            self._reader.forget_if_lost()
         # A step can continue from the tokens of the step before only if this key is the same.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
         goes_on = all(sequence.generates for sequence in sequences)
@@ -371,6 +387,8 @@ class Engine:
         else:
             is_usual = self._launch(sequences, key, outputs)
         seconds = time.perf_counter() - began if is_usual else None
+        if seconds is not None:
+            self._reader.pace.note_step(seconds)
         self._drafter.note(len(sequences), seconds, drafts, accepted)
 
     def _drafts(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
@@ -522,7 +540,9 @@ class Engine:
         except BaseException:
             with self._lock:
                 self._under_way.clear()
-                for sequence in [*sequences, *self.scheduler.decoding]:
+                sequences = *sequences, *self._reader.paused, *self.scheduler.decoding
+                self._reader.forget()
+                for sequence in sequences:
                     if sequence.extent is not None:
                         self.scheduler.put_back(sequence)
             raise
@@ -584,14 +604,3 @@ class Outputs(Iterator[Output]):
     def __del__(self) -> None:
         if self._open:
             self.close()
-
-
-def _piece(sequence: Sequence, count: int) -> Piece:
-    begin, request = sequence.place.length, sequence.request
-    end = begin + count
-    if request.reports_prompt:
-        logits = max(0, end - max(begin, sequence.reported))
-    else:
-        logits = int(end == sequence.prompt_length and request.params is not None)
-    ids = sequence.ids[begin:end]
-    return Piece(sequence.place, ids, logits, request.adapter_slot, request.hidden)

@@ -47,6 +47,7 @@ class GraphRunner(Runner):
     """
 
     ahead = 1
+    pauses = False
 
     def __init__(
         self,

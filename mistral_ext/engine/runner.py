@@ -67,6 +67,78 @@ class Verified:
     is_usual: bool = True
 
 
+class Reading:
+    """A pass that reads pieces of several prompts, in parts of some layers each.
+
+    Args:
+        model: the weights.
+        pool: the cache.
+        pieces: what to read.
+    """
+
+    def __init__(self, model: Transformer, pool: SlotPool, pieces: Sequence[Piece]) -> None:
+        self._model, self._pool, self._pieces = model, pool, pieces
+        tokens = [token_id for piece in pieces for token_id in piece.token_ids]
+        rows: list[int] = []
+        end = 0
+        for piece in pieces:
+            end += len(piece.token_ids)
+            rows += range(end - piece.logits, end)
+        table = pool.table({piece.extent: len(piece.token_ids) for piece in pieces})
+        adapters = [piece.adapter for piece in pieces for _ in piece.token_ids]
+        device = model.device
+        self._has_results = bool(rows)
+        self._token_ids = _int64(tokens, device)
+        self._table = table.to(device)
+        self._max_count = max(len(piece.token_ids) for piece in pieces)
+        self._rows = None if len(rows) == len(tokens) else _int64(rows, device)
+        self._adapters = _slots(adapters, device)
+        self._done = 0
+        self._h: Tensor | None = None
+
+    @property
+    def layers_left(self) -> int:
+        return len(self._model.layers) - self._done
+
+    def advance(self, layers: int | None = None) -> None:
+        """Computes the next layers; None: all that are left."""
+        begin, left = self._done, self.layers_left
+        self._done += left if layers is None else min(layers, left)
+        self._h = self._model.step(
+            self._token_ids,
+            self._table,
+            self._pool,
+            self._max_count,
+            self._rows,
+            self._adapters,
+            range(begin, self._done),
+            self._h,
+        )
+
+    def results(self) -> list[Tensor]:
+        """The logits or hidden states of each piece, as of `Runner.read`; all layers are done."""
+        h, pieces, model = self._h, self._pieces, self._model
+        assert h is not None
+        if not self._has_results:
+            return [h.new_empty(0, model.output.shape[0], dtype=torch.float32)] * len(pieces)
+        counts = [piece.logits for piece in pieces]
+        if any(piece.hidden for piece in pieces):
+            return self._some_hidden(h.split(counts))
+        return list(model.logits(h).split(counts))
+
+    def _some_hidden(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The logits or hidden states of pieces, given their rows of the residual stream."""
+        pieces = self._pieces
+        plain = [part for piece, part in zip(pieces, parts, strict=True) if not piece.hidden]
+        logits = iter(())
+        if plain:
+            logits = iter(self._model.logits(torch.cat(plain)).split([len(p) for p in plain]))
+        return [
+            self._model.hidden(part) if piece.hidden else next(logits)
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
+
+
 class Runner:
     """Computes a step when it is launched.
 
@@ -77,9 +149,12 @@ class Runner:
 
     Attributes:
         ahead: decode steps that may be under way when another is launched.
+        pauses: whether passes over prompts are made in parts while other sequences generate. Their
+            time can be measured only where they are done when their call returns.
     """
 
     ahead = 0
+    pauses = True
 
     def __init__(self, model: Transformer, pool: SlotPool, sampler: Sampler) -> None:
         self._model = model
@@ -93,40 +168,14 @@ class Runner:
             The logits of each piece, [piece.logits, V] fp32; or its hidden states,
             [piece.logits, E] fp32.
         """
-        tokens = [token_id for piece in pieces for token_id in piece.token_ids]
-        rows: list[int] = []
-        counts, end = [], 0
-        for piece in pieces:
-            end += len(piece.token_ids)
-            rows += range(end - piece.logits, end)
-            counts.append(piece.logits)
-        table = self._pool.table({piece.extent: len(piece.token_ids) for piece in pieces})
-        adapters = [piece.adapter for piece in pieces for _ in piece.token_ids]
-        device = self._model.device
-        h = self._model.step(
-            _int64(tokens, device),
-            table.to(device),
-            self._pool,
-            max_count=max(len(piece.token_ids) for piece in pieces),
-            rows=None if len(rows) == len(tokens) else _int64(rows, device),
-            adapters=_slots(adapters, device),
-        )
-        if not rows:
-            return [h.new_empty(0, self._model.output.shape[0], dtype=torch.float32)] * len(pieces)
-        if any(piece.hidden for piece in pieces):
-            return self._some_hidden(pieces, h.split(counts))
-        return list(self._model.logits(h).split(counts))
+        reading = self.begin(pieces)
+        reading.advance()
+        return reading.results()
 
-    def _some_hidden(self, pieces: Sequence[Piece], parts: Sequence[Tensor]) -> list[Tensor]:
-        """The logits or hidden states of pieces, given their rows of the residual stream."""
-        plain = [part for piece, part in zip(pieces, parts, strict=True) if not piece.hidden]
-        logits = iter(())
-        if plain:
-            logits = iter(self._model.logits(torch.cat(plain)).split([len(p) for p in plain]))
-        return [
-            self._model.hidden(part) if piece.hidden else next(logits)
-            for piece, part in zip(pieces, parts, strict=True)
-        ]
+    def begin(self, pieces: Sequence[Piece]) -> Reading:
+        """Prepares the pass of `read`, which then may be made in parts. Until it is done, no extent
+        of the pieces may move or be given away."""
+        return Reading(self._model, self._pool, pieces)
 
     def launch(
         self,

@@ -3,8 +3,8 @@
 Nothing here touches a tensor of the model.
 
 A request waits until there is a row of the sampler for it and room in the cache for its prompt.
-Then its prompt is read, piece by piece. Pieces are small while other sequences generate, so that a
-long prompt delays them little. Prompts that are being read take turns.
+Then its prompt is read, piece by piece. Pieces may be smaller while other sequences generate, so
+that a long prompt delays them little. Prompts that are being read take turns.
 
 Prompts and generated tokens are read in separate passes. The rounding of a product depends on its
 number of tokens, so in a common pass a text would depend on the rest of the batch. In separate
@@ -50,7 +50,7 @@ class Scheduler:
         decoding: sequences that generate, in the order of admission.
         prefixes: extents that ended requests have left.
         preemptions: how often a sequence was put back.
-        busy_chunk: as given, and no more than `chunk`.
+        busy_chunk: as given, and no more than `chunk`; the engine may change it.
     """
 
     def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:

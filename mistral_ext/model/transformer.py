@@ -120,6 +120,8 @@ class Transformer:
         max_count: int,
         rows: Tensor | None = None,
         adapters: Tensor | None = None,
+        layers: range | None = None,
+        h: Tensor | None = None,
     ) -> Tensor:
         """The part of `forward` before the logits, with tensors on the model's device. It does not
         wait for the device.
@@ -128,16 +130,22 @@ class Transformer:
             max_count: upper bound of the new tokens of any sequence.
             adapters: [T] int32, the slot of each token's adapter in `adapters`, or -1; None: no
                 token has an adapter. It does not change the bits of a token without.
+            layers: run only these; None: all.
+            h: [T, E], what the call for the layers before has returned, which this call changes;
+                None: begin with the embeddings.
 
         Returns:
-            [N, E], the residual stream, for `logits` or `greedy`.
+            [N, E], the residual stream, for `logits` or `greedy`; [T, E] after a layer that is not
+            the last.
         """
         config = self.config
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
-        h = self.embed(token_ids)  # [T, E], the residual stream
+        if h is None:
+            h = self.embed(token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        for i, layer in enumerate(self.layers):
+        for i in range(config.n_layers) if layers is None else layers:
+            layer = self.layers[i]
             rings = cache.k[i], cache.v[i], sequences
             rotated = *rings, self.frequencies, window
             adapted = self.adapters.of_layer(i, adapters)

@@ -112,8 +112,8 @@ def test_the_last_token_alone_is_asked_for(models):
     instruction = "Given a question, retrieve passages that answer it. " * 6
     alone = [llm.embed(text, instruction) for text in TEXTS]
     llm = Mistral(llm.config, llm.model, llm.tokenizer, llm.folder, prefill_chunk=48)
-    read, pieces = llm.engine.runner.read, []
-    llm.engine.runner.read = lambda given: pieces.extend(given) or read(given)
+    read, pieces = llm.engine.runner.begin, []
+    llm.engine.runner.begin = lambda given: pieces.extend(given) or read(given)
     assert torch.equal(llm.embed(TEXTS, instruction), torch.cat(alone))
     assert sum(piece.logits for piece in pieces) == len(TEXTS)
     prompts = [r.prompt_ids for r in llm.embedding_requests(TEXTS, instruction)]

@@ -159,7 +159,7 @@ def test_abort_frees_at_the_next_step(models, phase):
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("work", ["read", "launch"])
+@pytest.mark.parametrize("work", ["begin", "launch"])
 def test_abort_while_a_pass_is_made(models, work, monkeypatch):
     """Another thread may do so at any time."""
     engine = engine_of(models[None])
@@ -306,13 +306,13 @@ def test_a_long_prompt_holds_no_stream_up(models):
     engine = engine_of(models[None], prefill_chunk=512)
     engine.add(request(prompt(10), 50))
     engine.step()
-    read, pieces = engine.runner.read, []
+    read, pieces = engine.runner.begin, []
 
     def counts(given):
         pieces.append(sum(len(piece.token_ids) for piece in given))
         return read(given)
 
-    engine.runner.read = counts
+    engine.runner.begin = counts
     engine.add(request(prompt(3000), 5))
     for _ in range(45):
         before = len(pieces)
@@ -496,8 +496,8 @@ def test_logits_of_the_end_of_a_prompt_take_its_beginning_from_the_cache(models,
     given = {"params": None, "max_length": 340, "prompt_logits": True}
     whole = [logits_of(engine_of(models[window]), [Request(p, **given)])[0] for p in prompts]
     engine, tokens = engine_of(models[window], prefill_chunk=chunk), []
-    read = engine.runner.read
-    engine.runner.read = lambda pieces: (
+    read = engine.runner.begin
+    engine.runner.begin = lambda pieces: (
         tokens.extend(len(p.token_ids) for p in pieces) or read(pieces)
     )
     ends = logits_of(engine, [Request(p, logits_from=299, **given) for p in prompts])

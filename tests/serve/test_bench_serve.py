@@ -31,7 +31,9 @@ def test_loads_of_all_kinds(demo, capsys):
         assert (row["requests"], row["failed"], row["errors"]) == (6, 0, [])
         assert 0 < row["gap"]["p50"] <= row["gap"]["p99"]
         assert row["first"]["p50"] > 0
+        assert row["tokens"] == 24
         assert row["tokens_per_second"] / row["good_per_second"] == pytest.approx(4)
+    assert sum(row["processor_seconds"] for row in rows[:3]) > 0  # of this process: its clients
     assert rows[3]["p99_gap_beside"] > 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["first", "second"] * 4

@@ -1,0 +1,112 @@
+"""Passes over prompts, which pause while other sequences generate: see `pace`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mistral_ext.engine.pace import Pace
+from mistral_ext.engine.runner import Piece, Reading, Runner
+from mistral_ext.engine.scheduler import Scheduler
+from mistral_ext.engine.sequence import Sequence
+from mistral_ext.engine.slots import Extent, SlotPool
+
+
+@dataclass(frozen=True)
+class _Paused:
+    """A pass that has begun, and whose last layers have not been computed."""
+
+    pieces: list[tuple[Sequence, int]]
+    extents: list[Extent]
+    reading: Reading
+
+
+class PromptReader:
+    """Reads the pieces of prompts that the scheduler chooses.
+
+    Args:
+        runner, scheduler, pool: of the engine.
+        layers: of the model.
+        most: tokens of a pass.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, pool: SlotPool, layers: int, most: int
+    ) -> None:
+        self._runner, self._scheduler, self._pool = runner, scheduler, pool
+        self._paused: _Paused | None = None
+        self.pace = Pace(layers, scheduler.busy_chunk, most)
+
+    @property
+    def paused(self) -> list[Sequence]:
+        """The sequences of the pass that has paused; none: there is no such pass."""
+        return [sequence for sequence, _ in self._paused.pieces] if self._paused else []
+
+    def next_pieces(self) -> list[tuple[Sequence, int]]:
+        """What `go_on` has to be given: sequences, and how many tokens of each."""
+        return self._paused.pieces if self._paused else self._scheduler.next_pieces()
+
+    def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
+        """Computes the next layers of a pass, all of them if no other sequence waits for it.
+
+        Returns:
+            The results of the pieces (`Runner.read`) once the pass is done; None: it pauses.
+        """
+        paused = self._paused or self._begin(pieces)
+        reading, is_wanted = paused.reading, not any(s.is_aborted for s, _ in pieces)
+        if not (self._runner.pauses and self._scheduler.decoding and is_wanted):
+            self._paused = None
+            reading.advance()
+            return reading.results()
+        if self._paused is None:
+            self.pace.begin(sum(count for _, count in pieces))
+        layers, began = min(self.pace.layers(), reading.layers_left), time.perf_counter()
+        reading.advance(layers)
+        self.pace.note_read(layers, time.perf_counter() - began)
+        if reading.layers_left:
+            if self._paused is None:
+                # Some layers have lost what the new tokens replace: nobody may copy that.
+                for sequence, count in pieces:
+                    self._pool.note_drafts(sequence.place, count - 1)
+            self._paused = paused
+            return None
+        self._paused = None
+        self.pace.end()
+        self._scheduler.busy_chunk = self.pace.tokens
+        return reading.results()
+
+    def _begin(self, pieces: list[tuple[Sequence, int]]) -> _Paused:
+        given = [_piece(sequence, count) for sequence, count in pieces]
+        reading = self._runner.begin(given)
+        for sequence, count in pieces:
+            sequence.note_read(count)
+        return _Paused(pieces, [piece.extent for piece in given], reading)
+
+    def forget(self) -> None:
+        """Gives up a pass that has paused. Its sequences have to be put back or released."""
+        self._paused = None
+
+    def forget_if_lost(self) -> None:
+        """Gives up a pass that has paused if one of its sequences was put back meanwhile. So are
+        the others: the pass may have replaced keys that their pieces have to see again."""
+        if self._paused is None:
+            return
+        placed = zip(self.paused, self._paused.extents, strict=True)
+        kept = [sequence for sequence, extent in placed if sequence.extent is extent]
+        if len(kept) < len(self.paused):
+            self.forget()
+            for sequence in kept:
+                self._scheduler.put_back(sequence)
+
+
+def _piece(sequence: Sequence, count: int) -> Piece:
+    begin, request = sequence.place.length, sequence.request
+    end = begin + count
+    if request.reports_prompt:
+        logits = max(0, end - max(begin, sequence.reported))
+    else:
+        logits = int(end == sequence.prompt_length and request.params is not None)
+    ids = sequence.ids[begin:end]
+    return Piece(sequence.place, ids, logits, request.adapter_slot, request.hidden)
