@@ -38,6 +38,10 @@ constexpr int64_t block_values(int tokens, int64_t value_bytes) {
 // Bytes of a packed activation.
 template <class Chunk>
 constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
+// Whether two rows are multiplied by one token at a time, so that they share the loads of
+// activations: where a group has scales, unpacking takes the longest.
+template <class Chunk>
+constexpr bool kPairsRows = Chunk::kGrouped;
 // The independent sums of a row. Neighbouring chunks go to different sums, because an addition
 // waits for the previous addition to the same sum.
 constexpr int kChains = 2;
@@ -233,10 +237,9 @@ void multiply_group(const WeightRows& w, int64_t count,
                     int64_t stride_out) {
   constexpr int R = rows_at_a_time(N);
   if constexpr (N == 1) {
-    // Formats with groups take the longest to unpack. Two of their rows, if short enough that the
-    // prefetch has both in the cache, share the loads of activations.
+    // Two rows must be so short that the prefetch has both in the cache.
     int64_t row = 0;
-    if (Chunk::kGrouped && 2 * w.row_bytes <= kAheadBytes) {
+    if (kPairsRows<Chunk> && 2 * w.row_bytes <= kAheadBytes) {
       for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
     }
     for (; row < count; ++row) multiply_one<Chunk, 1>(w.from(row), x, out + row);

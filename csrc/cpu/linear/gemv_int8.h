@@ -40,6 +40,10 @@ struct InIntegers {
 template <WeightFormat format>
 constexpr int64_t kPackedBytes<InIntegers<format>> = 2;
 
+// Bytes need no unpacking, and a single stream is read fastest.
+template <WeightFormat format>
+constexpr bool kPairsRows<InIntegers<format>> = false;
+
 // Packs the K activations of a token, at an address that is a multiple of 64.
 template <WeightFormat format, class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
