@@ -23,9 +23,11 @@ _MOST_MATCHING = 8  # longer matches are not told apart
 # The share of drafts of each kind that are right before any was checked: by the number of tokens
 # that match; then for what a grammar forces; by a draft model's probability; and by the kinds of
 # `StateGuesses`. It counts as much as so many checks.
-_EXPECTED = (0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95)
-_EXPECTED += (0.3, 0.5, 0.7, 0.9)
-_EXPECTED += (0.4, 0.7, 0.9, 0.4, 0.7, 0.9, 0.2, 0.4, 0.5)
+_EXPECTED = (
+    *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95),
+    *(0.3, 0.5, 0.7, 0.9),
+    *(0.4, 0.7, 0.9, 0.4, 0.7, 0.9, 0.2, 0.4, 0.5),
+)
 _EXPECTED_WEIGHT = 4.0
 _FORCED = _MOST_MATCHING + 1
 _BY_MODEL = _FORCED + 1  # the first of four

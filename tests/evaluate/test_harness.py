@@ -155,13 +155,13 @@ def test_no_room_for_a_completion(short):
 def test_a_context_is_read_once(llm, monkeypatch):
     context = llm.tokenizer.encode(" ".join([STORY] * 20))
     ends = [llm.tokenizer.encode(text, bos=False) for text in ("one.", "two.", "three.", "four.")]
-    read, counts = llm.engine.runner.read, []
+    begin, counts = llm.engine.runner.begin, []
 
     def counted(pieces):
         counts.extend(len(piece.token_ids) for piece in pieces)
-        return read(pieces)
+        return begin(pieces)
 
-    monkeypatch.setattr(llm.engine.runner, "read", counted)
+    monkeypatch.setattr(llm.engine.runner, "begin", counted)
     given = [(context, end) for end in ends]
     together = dict(likelihoods(llm, given, progress=False))
     assert sum(counts) <= len(context) + 8 + 3 * 40
@@ -196,15 +196,15 @@ def test_conversations_have_the_tokens_of_chat(short, monkeypatch):
 
 def test_an_interrupted_run_goes_on(llm, cloze, tmp_path, monkeypatch):
     """Each answer is kept as soon as it is there."""
-    read, reads = llm.engine.runner.read, []
+    begin, reads = llm.engine.runner.begin, []
 
     def fail_later(pieces):
         reads.append(len(pieces))
         if len(reads) == 3:
             raise RuntimeError("the power went off")
-        return read(pieces)
+        return begin(pieces)
 
-    monkeypatch.setattr(llm.engine.runner, "read", fail_later)
+    monkeypatch.setattr(llm.engine.runner, "begin", fail_later)
     given = {"num_fewshot": 3, "cache": tmp_path / "answers", "progress": False}
     with pytest.raises(RuntimeError, match="the power"):
         evaluate(llm, [cloze], **given)
@@ -212,7 +212,7 @@ def test_an_interrupted_run_goes_on(llm, cloze, tmp_path, monkeypatch):
     with SqliteDict(tmp_path / "answers_rank0.db") as answers:
         assert 0 < len(answers) < 32
     results = evaluate(llm, [cloze], **given)["results"]
-    monkeypatch.setattr(llm.engine.runner, "read", lambda pieces: pytest.fail("read again"))
+    monkeypatch.setattr(llm.engine.runner, "begin", lambda pieces: pytest.fail("read again"))
     assert evaluate(llm, [cloze], **given)["results"] == results
 
 

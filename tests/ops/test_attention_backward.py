@@ -151,11 +151,12 @@ def test_rows_that_see_one_key_by_cuda_kernels(backend, count, window, generator
 
 
 def test_scale_and_strided_gradient(isa, generator):
-    given = inputs(20, 2, 1, 32, torch.float32, generator)
-    d_out = torch.randn(2, 20, 32, generator=generator).transpose(0, 1)
+    # So many tokens that the largest error of torch is no lucky draw.
+    given = inputs(100, 4, 2, 32, torch.float32, generator)
+    d_out = torch.randn(4, 100, 32, generator=generator).transpose(0, 1)
     gradients.check(
-        lambda q, k, v: ops.attention(q, k, v, None, None, table([20]), 6, 0.5),
-        plain([20], 6, 0.5),
+        lambda q, k, v: ops.attention(q, k, v, None, None, table([100]), 6, 0.5),
+        plain([100], 6, 0.5),
         given,
         d_out,
     )

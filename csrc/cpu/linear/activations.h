@@ -76,8 +76,8 @@ struct FewChunkOf {
       kFits && Int16Chunk<format>::template kFastest<typename ArithmeticOf<T>::type>;
   using InFloatsOrInt16 =
       std::conditional_t<kInInt16, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
-  using type =
-      std::conditional_t<kFits && has_int8_products(format), InIntegers<format>, InFloatsOrInt16>;
+  using type = std::conditional_t<kFits && has_int8_products(format),
+                                  InIntegers<(info(format).least_group != 0)>, InFloatsOrInt16>;
 };
 
 // Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
@@ -133,15 +133,15 @@ struct Packing<InBytes<format>> {
   }
 };
 #endif
-template <WeightFormat format>
-struct Packing<InIntegers<format>> {
-  using Chunk = InIntegers<format>;
+template <bool has_blocks>
+struct Packing<InIntegers<has_blocks>> {
+  using Chunk = InIntegers<has_blocks>;
   static int64_t elements(int64_t inputs) {
     return Chunk::kHeadBytes + padded(inputs) / Chunk::kValues * Chunk::kLineBytes;
   }
   template <class T>
   static void pack(const T* x, int64_t inputs, uint8_t* out) {
-    pack_integers<format>(x, inputs, out);
+    pack_integers<Chunk>(x, inputs, out);
   }
 };
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../simd/integers.h"
-#include "word_scales.h"
+#include "unpack_words.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 

@@ -22,14 +22,14 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 // Packed activations of a token: a TokenHead, then for each chunk a line of its high bytes and its
 // low bytes. Where blocks have scales, the line begins with -128 times the sums of high bytes.
-template <WeightFormat format>
+template <bool has_blocks>
 struct InIntegers {
   struct Arithmetic {
     using Element = uint8_t;
   };
   struct Scales;
   static constexpr int64_t kValues = 64;
-  static constexpr bool kGrouped = info(format).least_group != 0;
+  static constexpr bool kGrouped = has_blocks;
   static constexpr int64_t kHeadBytes = 128;
   static constexpr int64_t kOffsetBytes = kGrouped ? 64 : 0;
   static constexpr int64_t kLineBytes = kOffsetBytes + 2 * kValues;
@@ -37,15 +37,15 @@ struct InIntegers {
   static constexpr int64_t bytes(int64_t values) { return values; }
 };
 
-template <WeightFormat format>
-constexpr int64_t kPackedBytes<InIntegers<format>> = 2;
+template <bool has_blocks>
+constexpr int64_t kPackedBytes<InIntegers<has_blocks>> = 2;
 
 // Bytes need no unpacking, and a single stream is read fastest.
-template <WeightFormat format>
-constexpr bool kPairsRows<InIntegers<format>> = false;
+template <bool has_blocks>
+constexpr bool kPairsRows<InIntegers<has_blocks>> = false;
 
 // Packs the K activations of a token, at an address that is a multiple of 64.
-template <WeightFormat format, class T>
+template <class Chunk, class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
 // Whether a format has these products: its values are bytes.
@@ -65,11 +65,11 @@ struct TokenHead {
 
   static const TokenHead& of(const uint8_t* x) { return *reinterpret_cast<const TokenHead*>(x); }
 };
-static_assert(sizeof(TokenHead) == InIntegers<WeightFormat::int8>::kHeadBytes);
+static_assert(sizeof(TokenHead) == InIntegers<false>::kHeadBytes);
 
 template <int R, int N>
-struct Product<InIntegers<WeightFormat::int8>, R, N> {
-  using Chunk = InIntegers<WeightFormat::int8>;
+struct Product<InIntegers<false>, R, N> {
+  using Chunk = InIntegers<false>;
   // An addition waits for the previous addition to the same sum, so one row and token use two sums.
   static constexpr int kSums = R * N == 1 ? kChains : 1;
 
@@ -126,8 +126,8 @@ struct Product<InIntegers<WeightFormat::int8>, R, N> {
 };
 
 // The scales of neighbouring chunks, two of each.
-template <WeightFormat format>
-struct InIntegers<format>::Scales {
+template <bool has_blocks>
+struct InIntegers<has_blocks>::Scales {
   using Loaded = __m512;
 
   __mmask8 there;
@@ -145,8 +145,8 @@ struct InIntegers<format>::Scales {
 };
 
 template <int R, int N>
-struct Product<InIntegers<WeightFormat::q8_0>, R, N> {
-  using Chunk = InIntegers<WeightFormat::q8_0>;
+struct Product<InIntegers<true>, R, N> {
+  using Chunk = InIntegers<true>;
 
   Vec totals[N][R];
 
@@ -192,9 +192,8 @@ struct Product<InIntegers<WeightFormat::q8_0>, R, N> {
   }
 };
 
-template <WeightFormat format, class T>
+template <class Chunk, class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out) {
-  using Chunk = InIntegers<format>;
   const auto values_at = [&](int64_t k) {
     return k + Vec::width <= inputs ? load(x + k)
                                     : load_first(x + k, mistral::max(int64_t{0}, inputs - k));
