@@ -327,8 +327,8 @@ def use_stream(emulator: ModuleType) -> Iterator[None]:
 
 
 def use_amx(amx: ModuleType) -> AbstractContextManager[None]:
-    """Within it, `mistral_ext.ops` multiplies with the kernels of AMX, emulated."""
-    names = "linear", "linear_argmax", "linear_backward", "linear_rope"
+    """Within it, `mistral_ext.ops` runs the kernels that use AMX, emulated."""
+    names = "attention", "linear", "linear_argmax", "linear_backward", "linear_rope"
     multiplies = {op: getattr(amx, op) for op in names}
     amx.set_exact_products(_C.exact_products())
     isas = {"supported_isas": lambda: [*_C.supported_isas(), "amx"]}

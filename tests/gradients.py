@@ -32,7 +32,8 @@ def check(
     actual = differentiate(f, inputs, d_out)
     inputs, d_out = [x.contiguous() for x in inputs], d_out.contiguous()
     exact = differentiate(reference, [x.double() for x in inputs], d_out.double())
-    plain = differentiate(reference, inputs, d_out)
+    # torch's product with AMX reads past the end of rows of an odd size.
+    plain = differentiate(reference, [x.contiguous() for x in inputs], d_out.contiguous())
     for given, one, wide, narrow in zip(inputs, actual, exact, plain, strict=True):
         assert one.dtype == given.dtype
         assert_close(one, wide, narrow, dim)

@@ -30,6 +30,12 @@ bool amx_permitted() {
 #endif
 }
 
+bool is_intel() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return false;
+  return ebx == signature_INTEL_ebx && ecx == signature_INTEL_ecx && edx == signature_INTEL_edx;
+}
+
 bool has_avx_vnni() {
   constexpr unsigned kAvxVnni = 1u << 4;  // cpuid leaf 7, subleaf 1, eax
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -37,6 +43,8 @@ bool has_avx_vnni() {
 }
 
 }  // namespace
+
+const bool kFetchesIntoL2 = is_intel();
 
 bool processor_has(Isa isa) {
   switch (isa) {
@@ -62,6 +70,8 @@ bool processor_has(Isa isa) {
 
 #elif defined(MISTRAL_AARCH64)
 
+const bool kFetchesIntoL2 = false;
+
 bool processor_has(Isa isa) {
   unsigned long capabilities = 0;
 #if defined(__linux__)
@@ -77,6 +87,8 @@ bool processor_has(Isa isa) {
 }
 
 #else
+
+const bool kFetchesIntoL2 = false;
 
 bool processor_has(Isa isa) { return isa == Isa::scalar; }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from mistral_ext.bench import DTYPES
 from mistral_ext.llm import Mistral
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.ops import JoinedWeight, Quantized, Weight
+from mistral_ext.ops import JoinedWeight, Quantized, Weight, memory
 from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.device import expect_runnable, move_weights
 from mistral_ext.weights.quantize import NAMES, Quantization
@@ -106,8 +105,6 @@ def random_weight(
     values.random_(integers.min, integers.max)
     # Bytes of scales hold fp16 numbers, too: 0x1111 is a small one.
     scales.fill_(1e-3 if scales.is_floating_point() else 0x11)
-    if device.type == "cpu":
-        values, scales = on_large_pages(values), on_large_pages(scales)
     return Quantized(values, scales, form)
 
 
@@ -118,20 +115,9 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     return block.repeat(-(-count // block.numel()))[:count].view(shape)
 
 
-_LARGE_PAGE = 2**21
-
-
 def on_large_pages(x: Tensor) -> Tensor:
-    """A copy in memory of 2 MB pages, where the system has them.
-
-    Models are mapped from files, whose pages Linux joins to large ones; memory that a process asks
-    for has them on request only. With small ones a step is 5 to 8 % slower here.
-    """
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    pages = mmap.mmap(-1, (x.nbytes // _LARGE_PAGE + 2) * _LARGE_PAGE, flags=private)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
+    """A copy in large pages, as the weights of a model are."""
+    return memory.empty(x.shape, x.dtype).copy_(x)
 
 
 def step_bytes(model: Transformer) -> int:

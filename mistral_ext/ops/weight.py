@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext import _C
+from mistral_ext.ops import memory
 from mistral_ext.ops.dequantize import DEQUANTIZE
 from mistral_ext.ops.workspace import execution_target
 
@@ -96,9 +97,16 @@ class Quantized(NamedTuple):
         """
         facts, (rows, size) = FORMATS[format], shape
         groups = size // (group or facts.least_group or size)
+        device = device or torch.get_default_device()
+
+        def empty(columns: int, dtype: torch.dtype) -> Tensor:
+            if device.type == "cpu":
+                return memory.empty((rows, columns), dtype)
+            return torch.empty(rows, columns, dtype=dtype, device=device)
+
         return cls(
-            torch.empty(rows, facts.elements(size), dtype=facts.value_dtype, device=device),
-            torch.empty(rows, groups * facts.group_scales, dtype=facts.scale_dtype, device=device),
+            empty(facts.elements(size), facts.value_dtype),
+            empty(groups * facts.group_scales, facts.scale_dtype),
             format,
         )
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext.files import refuse_lfs_pointer
+from mistral_ext.ops import memory
 from mistral_ext.weights.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, BlockType
 
 _MAGIC = b"GGUF"
@@ -89,6 +90,7 @@ class GgufTensor:
             pages = mmap.mmap(
                 f.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=start
             )
+        memory.ask_for_large_pages(pages)
         data = torch.frombuffer(pages, dtype=torch.uint8, count=self.nbytes, offset=skipped)
         return data.view(-1, self.type.row_bytes(self.shape[-1]))
 

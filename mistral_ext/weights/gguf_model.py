@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
-from mistral_ext.ops import Quantized
+from mistral_ext.ops import Quantized, memory
 from mistral_ext.ops.repack import BLOCK_FORMATS, repack
 from mistral_ext.weights.gguf_blocks import decode
 from mistral_ext.weights.gguf_file import Gguf, GgufTensor
@@ -130,7 +130,7 @@ def _kept_tensors(tensor: GgufTensor, format: str) -> Iterator[StoredTensor]:
 
 
 def _read_part(tensor: GgufTensor, field: str, like: Tensor) -> Tensor:
-    part = torch.empty_like(like, device="cpu")
+    part = memory.empty(like.shape, like.dtype)
     repack(tensor.rows(), tensor.type.name, **{field: part})
     return part
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mistral_ext.ops import Quantized
+from mistral_ext.ops import Quantized, memory
 
 _log = logging.getLogger("mistral_ext")
 
@@ -81,7 +81,7 @@ class GroupedMatrix:
     def values(self) -> Tensor:
         """Reads the values as `Quantized` has them."""
         rows, size = self.shape
-        out = torch.empty_like(self.form.values, device="cpu")
+        out = memory.empty(self.form.values.shape, self.form.values.dtype)
         step = max(_ROWS, _AT_ONCE // size // _ROWS * _ROWS)
         for begin in range(0, rows, step):
             block = slice(begin, min(rows, begin + step))
@@ -131,7 +131,7 @@ class GroupedMatrix:
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`."""
         weight = self.form._replace(values=self.values(), scales=self.scales())
-        out = torch.empty(self.shape, dtype=dtype, device="cpu")
+        out = memory.empty(self.shape, dtype)
         step = max(1, _AT_ONCE // self.shape[1])
         for begin in range(0, self.shape[0], step):
             rows = slice(begin, begin + step)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_ext.ops import memory
+
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -115,6 +117,7 @@ def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ..
         pages = mmap.mmap(
             f.fileno(), offset - start + n_bytes, access=mmap.ACCESS_COPY, offset=start
         )
+    memory.ask_for_large_pages(pages)
     data = torch.frombuffer(pages, dtype=torch.uint8, count=n_bytes, offset=offset - start)
     if data.data_ptr() % dtype.itemsize:  # the format permits a header of any length
         data = data.clone()

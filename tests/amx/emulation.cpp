@@ -76,17 +76,18 @@ void configure(const TileConfig& config) {
     valid = valid && (unused || (fits && tile < kTiles));
   }
   if (config.palette == 1 && !valid) return fail("ldtilecfg: the configuration is not valid");
-  if (config.palette == 0) return release();
+  if (config.palette == 0) {
+    if (state.config.palette != 0) --configured;
+    state = State{};
+    return;
+  }
   if (state.config.palette == 0) ++configured;
   state.config = config;
   for (int tile = 0; tile < kTiles; ++tile) clear(tile);
   ++configurations;
 }
 
-void release() {
-  if (state.config.palette != 0) --configured;
-  state = State{};
-}
+TileConfig configuration() { return state.config; }
 
 void zero(int tile) {
   if (usable("tilezero", tile)) clear(tile);

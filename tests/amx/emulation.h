@@ -14,7 +14,7 @@
 namespace mistral::cpu::emulated {
 
 void configure(const TileConfig& config);
-void release();
+TileConfig configuration();
 void zero(int tile);
 void load(int tile, const void* p, int64_t stride);
 void store(int tile, void* p, int64_t stride);
@@ -26,7 +26,7 @@ struct Counts {
 };
 Counts take_counts();
 
-// Threads that have not released their tiles.
+// Threads whose tiles are in use.
 int configured_threads();
 
 // The first error since the last call, or "".

@@ -1,12 +1,13 @@
-// The module `_amx`: `linear`, `linear_backward` and `linear_rope` of mistral_ext._C with the
-// kernels of AMX, on emulated instructions, and these on their own. Errors of the emulation are
-// exceptions here.
+// The module `_amx`: `attention`, `linear`, `linear_backward` and `linear_rope` of mistral_ext._C
+// with the kernels of AMX, on emulated instructions, and these on their own. Errors of the
+// emulation are exceptions here.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "../../csrc/attention.h"
 #include "../../csrc/linear.h"
 #include "../../python/ops.h"
 #include "emulation.h"
@@ -22,10 +23,16 @@ void check() {
   if (!error.empty()) throw std::runtime_error(error);
 }
 
-// After a kernel.
-void check_released() {
+// Runs a kernel, which has to leave the tiles of all threads as they were.
+template <class Kernel>
+void run(const Kernel& kernel) {
+  const int before = emulated::configured_threads();
+  {
+    const vex::Trap trap(emulated::execute);
+    kernel();
+  }
   check();
-  if (emulated::configured_threads() != 0) {
+  if (emulated::configured_threads() != before) {
     throw std::runtime_error("a thread has not released its tiles");
   }
 }
@@ -38,27 +45,28 @@ void linear(const LinearParams& p, int threads);
 int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p);
 void linear_backward(const LinearBackwardParams& p, int threads);
 void rope(const RopeParams& p, int threads);
+int64_t attention_scratch_bytes(const AttentionParams& p);
+void attention(const AttentionParams& p, int threads);
 }  // namespace amx
 
 // The bindings call these.
 int64_t linear_scratch_bytes(const LinearParams& p) { return amx::linear_scratch_bytes(p); }
 void linear(const LinearParams& p, int threads) {
-  {
-    const vex::Trap trap(emulated::execute);
-    amx::linear(p, threads);
-  }
-  check_released();
+  run([&] { amx::linear(p, threads); });
 }
 
 int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p) {
   return amx::linear_backward_scratch_bytes(p);
 }
 void linear_backward(const LinearBackwardParams& p, int threads) {
-  {
-    const vex::Trap trap(emulated::execute);
-    amx::linear_backward(p, threads);
-  }
-  check_released();
+  run([&] { amx::linear_backward(p, threads); });
+}
+
+int64_t attention_scratch_bytes(const AttentionParams& p) {
+  return amx::attention_scratch_bytes(p);
+}
+void attention(const AttentionParams& p, int threads) {
+  run([&] { amx::attention(p, threads); });
 }
 
 void linear_rope(const LinearRopeParams& p, int threads) {
@@ -73,6 +81,7 @@ using namespace mistral::cpu;
 
 PYBIND11_MODULE(_amx, m) {
   python::bind_call(m);
+  python::bind_attention(m);
   python::bind_linear(m);
   python::bind_linear_backward(m);
   m.def("configure", [](const py::bytes& bytes) {
@@ -84,7 +93,11 @@ PYBIND11_MODULE(_amx, m) {
     check();
   });
   m.def("configure_whole_tiles", [] { emulated::configure(whole_tiles()); });
-  m.def("release", [] { emulated::release(); });
+  m.def("configuration", [] {
+    const TileConfig config = emulated::configuration();
+    return py::bytes(reinterpret_cast<const char*>(&config), sizeof config);
+  });
+  m.def("release", [] { emulated::configure(TileConfig{}); });
   m.def("zero", [](int tile) {
     emulated::zero(tile);
     check();

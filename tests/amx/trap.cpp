@@ -13,8 +13,9 @@ bool execute(const Instruction& i, ucontext_t&) {
     TileConfig config;
     memcpy(&config, i.address, sizeof config);
     configure(config);
-  } else if (i.opcode == 0x49 && i.prefix == none && i.reg == 0 && i.rm == 0) {
-    release();
+  } else if (i.opcode == 0x49 && i.prefix == p66 && memory) {
+    const TileConfig config = configuration();
+    memcpy(i.address, &config, sizeof config);
   } else if (i.opcode == 0x49 && i.prefix == pF2 && !memory && i.rm == 0) {
     zero(i.reg);
   } else if (i.opcode == 0x4b && i.prefix == pF2 && memory && i.rm % 8 == 4) {

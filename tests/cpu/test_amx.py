@@ -1,5 +1,5 @@
-"""The linear kernel of AMX, with its instructions emulated on a processor without them (tests/amx):
-the tests of test_linear.py, the traffic of tiles, and the emulation itself."""
+"""The kernels that use AMX, with its instructions emulated on a processor without them (tests/amx):
+the tests of these ops, the traffic of tiles, and the emulation itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ import pytest
 import reference
 import torch
 from skipped import X86_SETS
+from test_attention import (
+    test_each_tensor_has_strides_of_its_own,  # noqa: F401
+    test_large_scores_do_not_overflow,  # noqa: F401
+    test_longer_than_the_kernels_tiles,  # noqa: F401
+    test_the_cut_of_a_prompt_changes_no_bit,  # noqa: F401
+)
 from test_linear import (  # collected here again, with this file's `isa` and `backend`
     check,
     inputs,
@@ -31,6 +37,8 @@ from tolerance import assert_close
 
 from mistral_ext import _C, ops
 from mistral_ext.weights.quantize import quantize
+
+pytestmark = pytest.mark.usefixtures("exact_products")  # as in the files of these tests
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +121,16 @@ def test_other_dtypes_use_no_tiles(isa, amx):
     for dtype in (torch.float32, torch.float16):
         ops.linear(torch.ones(30, 64, dtype=dtype), torch.ones(40, 64, dtype=dtype))
     assert not any(amx.take_counts().values())
+
+
+def test_a_configuration_of_another_library_stays(isa, amx, generator):
+    others = config({0: 3, 1: 3, 2: 5}, {0: 16, 1: 20, 2: 16})
+    amx.configure(others)
+    try:
+        ops.linear(torch.ones(30, 64).bfloat16(), torch.ones(40, 64).bfloat16())
+        assert amx.configuration() == others
+    finally:
+        amx.release()
 
 
 def load(amx, tile: int, values: torch.Tensor) -> None:
@@ -244,15 +262,6 @@ def test_mistakes_are_found(amx, mistake, message):
         amx.release()
 
 
-def test_a_thread_that_keeps_its_tiles_is_found(isa, amx):
-    amx.configure_whole_tiles()
-    x = torch.ones(2, 64, dtype=torch.bfloat16)  # so few that the kernel itself uses none
-    with pytest.raises(RuntimeError, match="a thread has not released its tiles"):
-        ops.linear(x, x)
-    amx.release()
-    ops.linear(x, x)
-
-
 @pytest.mark.skipif("neon" in ops.supported_isas(), reason="a build for other processors")
 def test_the_compiled_module_holds_the_instructions():
     objdump = shutil.which("objdump")
@@ -260,5 +269,5 @@ def test_the_compiled_module_holds_the_instructions():
         pytest.skip("no objdump found")
     command = [objdump, "-d", "--no-show-raw-insn", _C.__file__]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    for name in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "tilerelease"):
+    for name in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "sttilecfg"):
         assert f"\t{name}" in text

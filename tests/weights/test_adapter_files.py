@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -36,7 +37,8 @@ def llm(base):
 
 @torch.inference_mode()
 def logits_of(model):
-    return model(torch.tensor([IDS])).logits[0]
+    """In float64, so that only our rounding counts."""
+    return copy.deepcopy(model).double()(torch.tensor([IDS])).logits[0].float()
 
 
 SETTINGS = {

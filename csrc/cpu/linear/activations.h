@@ -77,7 +77,7 @@ struct FewChunkOf {
   using InFloatsOrInt16 =
       std::conditional_t<kInInt16, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
   using type =
-      std::conditional_t<kFits && has_int8_products(format), Int8InIntegers, InFloatsOrInt16>;
+      std::conditional_t<kFits && has_int8_products(format), InIntegers<format>, InFloatsOrInt16>;
 };
 
 // Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
@@ -133,14 +133,15 @@ struct Packing<InBytes<format>> {
   }
 };
 #endif
-template <>
-struct Packing<Int8InIntegers> {
+template <WeightFormat format>
+struct Packing<InIntegers<format>> {
+  using Chunk = InIntegers<format>;
   static int64_t elements(int64_t inputs) {
-    return Int8InIntegers::kHeadBytes + 2 * padded(inputs);
+    return Chunk::kHeadBytes + padded(inputs) / Chunk::kValues * Chunk::kLineBytes;
   }
   template <class T>
   static void pack(const T* x, int64_t inputs, uint8_t* out) {
-    pack_integers(x, inputs, out);
+    pack_integers<format>(x, inputs, out);
   }
 };
 

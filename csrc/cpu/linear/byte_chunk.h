@@ -1,11 +1,12 @@
 // 256 values of a row as operands of products of bytes. The 8 lanes of every vector hold the 8
 // blocks of 32 values, so 16-bit sums of several products stay within a block, and the scales of
-// all blocks are one vector: one conversion to floats serves 256 values.
+// all blocks are one vector: one conversion to floats serves 256 values. AVX-512 with VNNI has
+// a chunk of its own (byte_chunk_512.h), and so has aarch64.
 #pragma once
 
 #include <type_traits>
 
-#include "../simd/bytes.h"
+#include "byte_activations.h"
 #include "formats.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -32,31 +33,6 @@ constexpr bool has_many_bytes(WeightFormat format) {
   return has_bytes(format) && std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
 }
 
-// The activations of 256 values of k. Value i of a vector is that of lane i / 4, in the order of
-// the weights (byte_k_at).
-struct ByteActivations {
-  int8_t values[8][32];
-  float scale[8];      // of a block, in the order of lanes
-  float sum[8];        // of the scaled values of a block
-  int16_t halves[16];  // the sums of the first and the last 16 values of a block
-};
-
-// The bytes of the packed K activations of a token.
-constexpr int64_t packed_byte_row(int64_t inputs) {
-  return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
-}
-
-#if defined(MISTRAL_VECTORS)
-
-// The value of 256 that byte `byte` of vector `vector` holds.
-constexpr int byte_k_at(int vector, int byte) {
-  // Value e of a word: int4_shift(e) is 8 place + 4 half.
-  const int place = byte % 4, half = vector % 2;
-  return 32 * block_at(byte / 4) + 8 * (vector / 2) + 4 * (place % 2) + place / 2 + 2 * half;
-}
-
-#endif
-
 // What distinguishes the formats.
 template <WeightFormat format>
 struct ByteFormat {
@@ -70,7 +46,7 @@ struct ByteFormat {
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
 };
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
 
 template <WeightFormat format>
 struct ByteChunk : ByteFormat<format> {
@@ -288,6 +264,8 @@ struct ByteChunk : ByteFormat<format> {
 
 }  // namespace mistral::cpu::MISTRAL_ISA
 
-#if defined(MISTRAL_NEON)
+#if defined(__AVX512VNNI__)
+#include "byte_chunk_512.h"
+#elif defined(MISTRAL_NEON)
 #include "byte_chunk_neon.h"
 #endif

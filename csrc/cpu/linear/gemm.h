@@ -5,6 +5,9 @@
 //     for each M vectors of tokens
 //       for each R rows: multiply, with the R x M sums in registers
 //
+// With up to kFewTokens tokens, memory is the limit: then all of k is multiplied for kFewRows rows
+// before the next rows, so that memory is read along rows, kAheadBytes ahead.
+//
 // The lanes of a vector are tokens, and each value of a weight is broadcast to all lanes. So
 // weights stay in the order of their file, and only activations are packed:
 //
@@ -17,6 +20,7 @@
 #if defined(__AMX_BF16__)
 #include "gemm_amx.h"
 #endif
+#include "gemv.h"
 #include "unpack.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -35,6 +39,8 @@ struct VectorTile {
   // once for all of these rows, because the activations of all tokens may not fit the last-level
   // cache.
   static constexpr int64_t kTaskRows = 2 * kBlockRows;
+  static constexpr int64_t kFewTokens = 64;
+  static constexpr int64_t kFewRows = 24;  // a multiple of rows()
 
   // The vectors of tokens and the rows that are multiplied at a time: as many as leave room in the
   // registers for the sums, the vectors and a broadcast value.
@@ -118,14 +124,22 @@ void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
   }
 }
 
-// Multiplies one block, the rows from first_row on and the values from `begin` on, by all tokens of
-// the task. Adds to the sums, or sets them if `begin` is 0. x: the packed activations of the block.
-// first_sum: the row of buffers.sums where the sums of `rows` begin.
+// The values that are multiplied after those of a block, to be prefetched meanwhile.
+struct NextValues {
+  int64_t first_row;
+  int64_t count;  // rows
+  int64_t begin;  // bytes of a row
+  int64_t bytes;
+};
+
+// Multiplies one block, `count` rows from first_row on and the values from `begin` on, by all
+// tokens of the task. Adds to the sums, or sets them if `begin` is 0. x: the packed activations of
+// the block. first_sum: the row of buffers.sums where the sums of `rows` begin.
 template <class Tile>
 void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_row,
-                    int64_t first_sum, int64_t begin, int64_t depth,
-                    const typename Tile::Element* x, int64_t vectors, ManyBuffers<Tile>& buffers) {
-  const int64_t count = mistral::min(Tile::kBlockRows, rows.count - first_row);
+                    int64_t count, int64_t first_sum, int64_t begin, int64_t depth,
+                    const NextValues& next, const typename Tile::Element* x, int64_t vectors,
+                    ManyBuffers<Tile>& buffers) {
   for (int64_t row = 0; row < count; ++row) {
     const WeightRows w = rows.at(first_row + row);
     for (int64_t k = 0; k < depth; k += kUnpacked) {
@@ -133,21 +147,18 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
     }
   }
 
-  // Before each tile, a share of the next values of these rows is prefetched. The hardware does not
-  // prefetch them, because rows are far apart and a block reads few bytes of each.
-  const int64_t next = rows.first.bytes(begin + depth);
-  const int64_t next_bytes =
-      mistral::min(rows.first.bytes(Tile::kBlockDepth), rows.first.row_bytes - next);
+  // Before each tile, a share of the next values is prefetched. The hardware does not prefetch
+  // them, because rows are far apart and a block reads few bytes of each.
   const int64_t steps = ceil_div(vectors, Tile::kVectors);
-  const int64_t step_bytes = ceil_div(ceil_div(next_bytes, steps), 64) * 64;
+  const int64_t step_bytes = ceil_div(ceil_div(next.bytes, steps), 64) * 64;
 
   const int64_t stride_x = depth * Vec::width;
   for (int64_t vector = 0; vector < vectors; vector += Tile::kVectors) {
     const int64_t from_byte = vector / Tile::kVectors * step_bytes;
-    const int64_t to_byte = mistral::min(from_byte + step_bytes, next_bytes);
+    const int64_t to_byte = mistral::min(from_byte + step_bytes, next.bytes);
     const auto fetch = [&](int64_t row, int64_t tile_rows) {
-      for (int64_t r = row; r < mistral::min(row + tile_rows, count); ++r) {
-        const char* values = rows.at(first_row + r).values + next;
+      for (int64_t r = row; r < mistral::min(row + tile_rows, next.count); ++r) {
+        const char* values = rows.at(next.first_row + r).values + next.begin;
         for (int64_t byte = from_byte; byte < to_byte; byte += 64) {
           __builtin_prefetch(values + byte, 0, 2);  // into the L2 cache
         }
@@ -180,11 +191,37 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
            Tile::kBlockDepth * sizeof(typename Tile::Element));
   }
-  for (int64_t begin = 0; begin < inputs; begin += Tile::kBlockDepth) {
+  const bool along_rows = vectors * Vec::width <= Tile::kFewTokens;
+  const int64_t most = along_rows ? Tile::kFewRows : Tile::kBlockRows;
+  const int64_t blocks = ceil_div(inputs, Tile::kBlockDepth);
+  const int64_t block_bytes = rows.first.bytes(Tile::kBlockDepth);
+  const auto count_from = [&](int64_t row) {
+    return mistral::max(int64_t{0}, mistral::min(most, rows.count - row));
+  };
+  // Along rows, those so far ahead that kAheadBytes are on their way; past the end of rows the next
+  // rows begin.
+  const int64_t ahead = along_rows ? ceil_div(kAheadBytes, most * block_bytes) : 1;
+  const auto next_of = [&](int64_t row, int64_t block) {
+    const int64_t next = block + ahead;
+    const int64_t first = along_rows ? row + next / blocks * most : row;
+    const int64_t begin = (along_rows ? next % blocks : next) * block_bytes;
+    return NextValues{first, count_from(first), begin,
+                      mistral::min(block_bytes, rows.first.row_bytes - begin)};
+  };
+  const auto multiply = [&](int64_t row, int64_t block) {
+    const int64_t begin = block * Tile::kBlockDepth;
     const int64_t depth = mistral::min(Tile::kBlockDepth, inputs - begin);
-    const auto* block = x + (begin * all_vectors + first_vector * depth) * Vec::width;
-    for (int64_t row = 0; row < rows.count; row += Tile::kBlockRows) {
-      multiply_block(rows, unpack, row, first_sum, begin, depth, block, vectors, buffers);
+    const auto* from = x + (begin * all_vectors + first_vector * depth) * Vec::width;
+    multiply_block(rows, unpack, row, count_from(row), first_sum, begin, depth, next_of(row, block),
+                   from, vectors, buffers);
+  };
+  if (along_rows) {
+    for (int64_t row = 0; row < rows.count; row += most) {
+      for (int64_t block = 0; block < blocks; ++block) multiply(row, block);
+    }
+  } else {
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t row = 0; row < rows.count; row += most) multiply(row, block);
     }
   }
 }

@@ -24,6 +24,8 @@ struct AmxTileOf {
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kTaskRows = kBlocks * kBlockRows;
+  static constexpr int64_t kFewTokens = 256;
+  static constexpr int64_t kFewRows = 2 * kTileRows;
   static constexpr int64_t kVectors = 2;
   static constexpr int rows(int) { return 2 * kTileRows; }
 

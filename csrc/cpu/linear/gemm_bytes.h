@@ -71,7 +71,7 @@ class BytePanel {
 
   void multiply_rows(const ByteProducts& p, int64_t first, int64_t rows, const ProductsOut& out) {
     for (int64_t row = 0; row < rows; ++row) {
-      memset(totals_[row], 0, ceil_div(p.tokens, 8) * 8 * sizeof(Lanes8));
+      memset(totals_[row], 0, ceil_div(p.tokens, 8) * 8 * sizeof(ByteSums));
     }
     const int64_t chunks = ceil_div(p.w.inputs, kSuperBlock);
     for (int64_t begin = 0; begin < chunks; begin += kPanelChunks) {
@@ -103,7 +103,7 @@ class BytePanel {
   template <int N>
   void add_tokens(const char* x, int64_t stride_x, int64_t token, int64_t rows, int64_t count) {
     for (int64_t row = 0; row < rows; ++row) {
-      Lanes8 sums[N];
+      ByteSums sums[N];
       for (int n = 0; n < N; ++n) sums[n] = totals_[row][token + n];
       for (int64_t i = 0; i < count; ++i) {
         add_chunk<N>(chunks_[row][i], x + i * int64_t{sizeof(ByteActivations)}, stride_x, sums);
@@ -112,7 +112,7 @@ class BytePanel {
     }
   }
 
-  Lanes8 totals_[kPanelRows][kPanelTokens];
+  ByteSums totals_[kPanelRows][kPanelTokens];
   ByteChunk<format> chunks_[kPanelRows][kPanelChunks];
 };
 

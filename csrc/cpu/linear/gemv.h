@@ -7,6 +7,7 @@
 // sequence gets the same bits alone and in a batch.
 #pragma once
 
+#include "../processor.h"
 #include "formats.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -37,15 +38,27 @@ constexpr int64_t block_values(int tokens, int64_t value_bytes) {
 // Bytes of a packed activation.
 template <class Chunk>
 constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
+// Whether two rows are multiplied by one token at a time, so that they share the loads of
+// activations: where a group has scales, unpacking takes the longest.
+template <class Chunk>
+constexpr bool kPairsRows = Chunk::kGrouped;
 // The independent sums of a row. Neighbouring chunks go to different sums, because an addition
 // waits for the previous addition to the same sum.
 constexpr int kChains = 2;
 
-// Prefetches into the L1 cache. Weights, which are used once, have locality 0: no other cache keeps
-// them. With locality 3, all caches keep them.
+// Prefetches into all caches (locality 3), all but L1 (2), or L1 alone (0).
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
+}
+
+// Prefetches weights, which are used once.
+MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
+  if (kFetchesIntoL2) {
+    fetch<2>(from, bytes);
+  } else {
+    fetch<0>(from, bytes);
+  }
 }
 
 // Chunk::Scales, or NoScales if the format has no groups.
@@ -97,10 +110,10 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   const Scales of_chains(w.group_log2, kChains * kValues);
   for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
     if (N == 1) {
-      fetch<0>(next + R * chunk * kBytes, R * kChains * kBytes);
+      fetch_weights(next + R * chunk * kBytes, R * kChains * kBytes);
     } else {
       for (int r = 0; r < R; ++r) {
-        fetch<0>(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+        fetch_weights(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
       }
     }
     load_scales(of_chains, chunk);
@@ -224,10 +237,9 @@ void multiply_group(const WeightRows& w, int64_t count,
                     int64_t stride_out) {
   constexpr int R = rows_at_a_time(N);
   if constexpr (N == 1) {
-    // Formats with groups take the longest to unpack. Two of their rows, if short enough that the
-    // prefetch has both in the cache, share the loads of activations.
+    // Two rows must be so short that the prefetch has both in the cache.
     int64_t row = 0;
-    if (Chunk::kGrouped && 2 * w.row_bytes <= kAheadBytes) {
+    if (kPairsRows<Chunk> && 2 * w.row_bytes <= kAheadBytes) {
       for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
     }
     for (; row < count; ++row) multiply_one<Chunk, 1>(w.from(row), x, out + row);

@@ -4,7 +4,6 @@
 // values of a row are unpacked once for all tokens.
 #pragma once
 
-#include "../simd/integers.h"
 #include "byte_chunk.h"
 #include "gemv.h"
 
@@ -19,63 +18,6 @@ struct InBytes {
 };
 
 #if defined(MISTRAL_VECTORS)
-
-// Rounds 32 activations to integers of a 127th of their largest magnitude, and returns this unit: 0
-// if all are too small for its inverse, NaN if one is not finite. The integers are then 0.
-inline float round_block(const float* x, Bytes32* out) {
-  const int32_t bits = largest_magnitude(x, 32);
-  float largest;
-  memcpy(&largest, &bits, sizeof largest);
-  *out = zero_bytes();
-  if (largest <= 0x1p-120f) return 0.0f;
-  if (!(largest <= 0x1.fffffep127f)) return NAN;
-  *out = round_32(x, 127.0f / largest);
-  return largest / 127.0f;
-}
-
-// The bytes of 8 blocks of 32, in the order of the lanes, as ByteActivations has them.
-inline void interleave_blocks(const Bytes32 blocks[8], int8_t (&out)[8][32]) {
-  // In each half of a block the 4 bytes of a vector become neighbours.
-  int8_t places[16];
-  for (int i = 0; i < 16; ++i) places[i] = static_cast<int8_t>(byte_k_at(i / 4, i % 4));
-  int32_t of_vectors[8][8];
-  for (int lane = 0; lane < 8; ++lane) {
-    store_32(of_vectors[lane], shuffle_halves(blocks[lane], places));
-  }
-  for (int vector = 0; vector < 8; ++vector) {
-    for (int lane = 0; lane < 8; ++lane) {
-      memcpy(out[vector] + 4 * lane, &of_vectors[lane][vector], sizeof(int32_t));
-    }
-  }
-}
-
-// Packs `count` activations, whole blocks of 32 and at most kSuperBlock, and zeros after them.
-template <class T>
-void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
-  float values[kSuperBlock] = {};
-  for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
-  Bytes32 blocks[8];
-  for (int lane = 0; lane < 8; ++lane) {
-    packed.scale[lane] = round_block(values + 32 * block_at(lane), &blocks[lane]);
-    int sums[8];  // of 4 neighbours each
-    store_sums_of_fours(sums, blocks[lane]);
-    const int first = sums[0] + sums[1] + sums[2] + sums[3];
-    const int last = sums[4] + sums[5] + sums[6] + sums[7];
-    packed.sum[lane] = packed.scale[lane] * static_cast<float>(first + last);
-    packed.halves[2 * lane] = static_cast<int16_t>(first);
-    packed.halves[2 * lane + 1] = static_cast<int16_t>(last);
-  }
-  interleave_blocks(blocks, packed.values);
-}
-
-// Packs the K activations of a token as ByteActivations.
-template <class T>
-void pack_bytes(const T* x, int64_t inputs, char* out) {
-  auto* packed = reinterpret_cast<ByteActivations*>(out);
-  for (int64_t begin = 0; begin < inputs; begin += kSuperBlock) {
-    pack_super_block(x + begin, mistral::min(kSuperBlock, inputs - begin), *packed++);
-  }
-}
 
 // Unpacks 256 values of the first row, from chunk `i` on; values past K are zeros.
 template <WeightFormat format>
@@ -95,9 +37,9 @@ MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t i, ByteChunk<format>& 
 // Adds the products of a chunk with N tokens, whose packed activations are `stride_x` bytes apart.
 template <int N, WeightFormat format>
 MISTRAL_SIMD void add_chunk(const ByteChunk<format>& chunk, const char* x, int64_t stride_x,
-                            Lanes8* totals) {
+                            ByteSums* totals) {
   const ByteActivations* tokens[N];
-  Lanes8 sums[N];
+  ByteSums sums[N];
   for (int n = 0; n < N; ++n) {
     tokens[n] = reinterpret_cast<const ByteActivations*>(x + n * stride_x);
     sums[n] = totals[n];
@@ -132,10 +74,7 @@ struct Few<InBytes<format>> {
     const int64_t block =
         mistral::max(int64_t{1}, kActivationBytes / (tokens * int64_t{sizeof(ByteActivations)}));
     const int64_t chunks = ceil_div(w.inputs, kSuperBlock);
-    Lanes8 totals[kGroupRows][N == 1 ? 1 : kGemvTokens];
-    for (auto& row : totals) {
-      for (auto& total : row) total = zero_lanes();
-    }
+    ByteSums totals[kGroupRows][N == 1 ? 1 : kGemvTokens] = {};
     fetch<3>(w.scales + 2 * rows * w.scale_bytes, rows * w.scale_bytes);
     for (int64_t begin = 0; begin < chunks; begin += N == 1 ? chunks : block) {
       const int64_t end = N == 1 ? chunks : mistral::min(begin + block, chunks);
@@ -144,7 +83,7 @@ struct Few<InBytes<format>> {
       }
     }
     for (int64_t token = 0; token < (N == 1 ? 1 : tokens); ++token) {
-      Lanes8 of_rows[kGroupRows];
+      ByteSums of_rows[kGroupRows];
       for (int row = 0; row < kGroupRows; ++row) of_rows[row] = totals[row][token];
       float sums[kGroupRows];
       store_lanes(sums, sums_of_lanes(of_rows));
@@ -155,10 +94,10 @@ struct Few<InBytes<format>> {
   template <int N>
   MISTRAL_SIMD static void multiply_row(const WeightRows& w, int64_t begin, int64_t end,
                                         const char* x, int64_t stride_x, int64_t tokens,
-                                        Lanes8* totals) {
-    Lanes8 total = totals[0];
+                                        ByteSums* totals) {
+    ByteSums total = totals[0];
     for (int64_t i = begin; i < end; ++i) {
-      fetch<0>(w.values + i * Chunk::kBytes + kAheadBytes, Chunk::kBytes);
+      fetch_weights(w.values + i * Chunk::kBytes + kAheadBytes, Chunk::kBytes);
       Chunk chunk;
       take_chunk(w, i, chunk);
       const char* from = x + i * int64_t{sizeof(ByteActivations)};

@@ -27,7 +27,7 @@ struct Few<UnpackedWords> {
     for (int64_t token = 0; token < tokens; ++token) totals[token] = broadcast(0.0f);
     for (int64_t begin = 0; begin < w.inputs; begin += kUnpackedBlock) {
       const int64_t end = mistral::min(begin + kUnpackedBlock, padded(w.inputs));
-      fetch<0>(w.values + w.bytes(begin) + kAheadBytes, w.bytes(end - begin));
+      fetch_weights(w.values + w.bytes(begin) + kAheadBytes, w.bytes(end - begin));
       for (int64_t k = begin; k < end; k += kUnpacked) unpack(w, k, values + k - begin);
       for (int64_t token = 0; token < tokens; ++token) {
         const float* from = x + token * stride_x + begin;

@@ -4,6 +4,9 @@
 #pragma once
 
 #include "formats.h"
+#if defined(__AVX512F__)
+#include "word_scales.h"
+#endif
 
 namespace mistral::cpu::MISTRAL_ISA {
 
@@ -86,6 +89,50 @@ MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   return load_words(further);
 }
 
+#if defined(__AVX512F__)
+
+// The scaling of each of a vector of words.
+template <WeightFormat format>
+MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* offset) {
+  const int64_t first = k - k % kSuperBlock;
+  const WordScales<format> scales(w.scales, w.group_log2, first,
+                                  mistral::min(kSuperBlock, w.inputs - first));
+  const bool last = k != first;
+  *factor = {last ? scales.factors[1] : scales.factors[0]};
+  if (WordScales<format>::kMinima) {
+    const __m512i of_words = lanes_of([](int lane) { return lane / 2; });
+    *offset = {lanes_at(last ? _mm512_add_epi32(of_words, _mm512_set1_epi32(8)) : of_words,
+                        scales.minima)};
+  } else {
+    constexpr float kTooLarge = format == WeightFormat::q4_0   ? 8.0f
+                                : format == WeightFormat::q6_k ? 32.0f
+                                                               : 0.0f;
+    *offset = *factor * broadcast(-kTooLarge);
+  }
+}
+
+#else
+
+// The scaling of each of a vector of words.
+template <WeightFormat format>
+MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* offset) {
+  // Words of one group or half of it share the scaling.
+  constexpr int kAlike = mistral::min(Vec::width, format == WeightFormat::q6_k ? 2 : 4);
+  float factors[Vec::width], offsets[Vec::width];
+  for (int lane = 0; lane < Vec::width; lane += kAlike) {
+    const int64_t at = mistral::min(k + 8 * lane, w.inputs - 1);
+    const Scaling scaling = scaling_at<format>(w.scales, w.group_log2, at);
+    for (int i = 0; i < kAlike; ++i) {
+      factors[lane + i] = scaling.factor;
+      offsets[lane + i] = scaling.offset;
+    }
+  }
+  *factor = load(factors);
+  *offset = load(offsets);
+}
+
+#endif
+
 // Puts 8 vectors of the first row, those of the values from k on, each word's value i in vector i:
 // the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values).
 template <WeightFormat format, class Put>
@@ -101,19 +148,8 @@ MISTRAL_SIMD void unpack_words(const WeightRows& w, int64_t k, const Put& put) {
     values = rest;
   }
 
-  // Words of one group or half of it share the scaling.
-  constexpr int kAlike = mistral::min(Vec::width, format == WeightFormat::q6_k ? 2 : 4);
-  float factors[Vec::width], offsets[Vec::width];
-  for (int lane = 0; lane < Vec::width; lane += kAlike) {
-    const int64_t at = mistral::min(k + 8 * lane, w.inputs - 1);
-    const Scaling scaling = scaling_at<format>(w.scales, w.group_log2, at);
-    for (int i = 0; i < kAlike; ++i) {
-      factors[lane + i] = scaling.factor;
-      offsets[lane + i] = scaling.offset;
-    }
-  }
-  const Vec factor = load(factors), offset = load(offsets);
-
+  Vec factor, offset;
+  scalings<format>(w, k, &factor, &offset);
   Words words = load_words(values), further{};
   if (kBits > 4) further = further_bits<format>(super_block, k % kSuperBlock / 8);
   for (int i = 0; i < 8; ++i) {

@@ -10,9 +10,9 @@ constexpr int kTiles = 8;
 constexpr int kTileRows = 16;
 constexpr int kTileRowBytes = 64;
 
-// The operand of ldtilecfg.
+// The operand of ldtilecfg and sttilecfg.
 struct TileConfig {
-  uint8_t palette;
+  uint8_t palette;    // 0: tiles are not in use, and a switch of threads has none to save
   uint8_t start_row;  // where an interrupted load or store goes on
   uint8_t reserved[14];
   uint16_t row_bytes[16];
@@ -38,18 +38,25 @@ constexpr TileConfig whole_tiles() {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
-// Returns to the state before tile_configure, in which a switch of threads has no tiles to save.
-[[gnu::always_inline]] inline void tile_release() { asm volatile("tilerelease"); }
+[[gnu::always_inline]] inline void tile_store_config(TileConfig& config) {
+  asm volatile("sttilecfg %0" : "=m"(config));
+}
 
-// While it lives, its thread may use tiles.
-struct TilesInUse {
+// While it lives, its thread may use tiles. Then the configuration before it is valid again: other
+// libraries configure the tiles of a thread once, and rely on it later.
+class TilesInUse {
+ public:
   TilesInUse() {
+    tile_store_config(before_);
     static constexpr TileConfig config = whole_tiles();
     tile_configure(config);
   }
-  ~TilesInUse() { tile_release(); }
+  ~TilesInUse() { tile_configure(before_); }
   TilesInUse(const TilesInUse&) = delete;
   TilesInUse& operator=(const TilesInUse&) = delete;
+
+ private:
+  TileConfig before_;
 };
 
 template <int tile>

@@ -78,8 +78,8 @@ MISTRAL_SIMD __m256i widen_sums(__m256i sums) {
 // suffice where there are several sums.
 MISTRAL_SIMD void keep_order(__m256i& sums) { asm("" : "+v"(sums)); }
 
-// Words 4 b + i of 8 blocks b become lane lane_of(b) of out[i]; lane l has block block_at(l).
-constexpr int block_at(int lane) { return 2 * (lane % 4) + lane / 4; }
+// Words 4 b + i of 8 blocks b become lane lane_of(b) of out[i].
+constexpr int lane_of(int block) { return block % 2 * 4 + block / 2; }
 MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
   const __m256i c = _mm256_unpackhi_epi32(in[0], in[1]), d = _mm256_unpackhi_epi32(in[2], in[3]);
@@ -95,7 +95,6 @@ MISTRAL_SIMD __m256i load_blocks_to_lanes(const char* words) {
   return _mm256_castps_si256(_mm256_set_m128(_mm_shuffle_ps(first, last, 0b11011101),
                                              _mm_shuffle_ps(first, last, 0b10001000)));
 }
-MISTRAL_SIMD Lanes8 zero_lanes() { return _mm256_setzero_ps(); }
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) { _mm256_storeu_ps(p, x); }
 // Lane i is the sum of the lanes of x[i].
 MISTRAL_SIMD Lanes8 sums_of_lanes(const Lanes8 x[8]) {
@@ -107,6 +106,16 @@ MISTRAL_SIMD Lanes8 sums_of_lanes(const Lanes8 x[8]) {
   return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
                        _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 }
+
+#if defined(__AVX512F__)
+MISTRAL_SIMD Lanes8 sums_of_lanes(const __m512 x[8]) {
+  Lanes8 halves[8];
+  for (int i = 0; i < 8; ++i) {
+    halves[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
+  }
+  return sums_of_lanes(halves);
+}
+#endif
 
 }  // namespace mistral::cpu::MISTRAL_ISA
 

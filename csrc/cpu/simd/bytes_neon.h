@@ -56,10 +56,9 @@ MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t 
 #endif
 }
 
-// Lane l has block block_at(l) of 8 blocks.
-constexpr int block_at(int lane) { return lane; }
+// The lane of each of 8 blocks.
+constexpr int lane_of(int block) { return block; }
 
-MISTRAL_SIMD Lanes8 zero_lanes() { return {{vdupq_n_f32(0), vdupq_n_f32(0)}}; }
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) {
   for (int i = 0; i < 2; ++i) vst1q_f32(p + 4 * i, x.v[i]);
 }

@@ -1,0 +1,118 @@
+// Activations in 8 bits: each block of 32 activations of a token is rounded to integers of a 127th
+// of its largest magnitude. 256 of them are packed in the order in which byte_chunk.h multiplies
+// them.
+#pragma once
+
+#include "../simd/bytes.h"
+#include "../simd/integers.h"
+#include "formats.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+#if defined(__AVX512VNNI__)
+
+using ByteSums = __m512;  // the sums of an output
+
+// 256 activations, for vectors whose lanes hold 16 words of weights each.
+struct ByteActivations {
+  int8_t values[4][64];
+  float scale[2][16];  // of the block of each word
+  float sum[16];       // of each 16 scaled values
+
+  // The activations of the low or the high halves of the bytes of a word.
+  int8_t* word(int block, int word, int half) {
+    return values[block / 4 * 2 + half] + (block % 4 * 4 + word) * 4;
+  }
+  void set_scale(int block, float of_block, int first_sum, int last_sum) {
+    for (int i = 0; i < 4; ++i) scale[block / 4][block % 4 * 4 + i] = of_block;
+    sum[2 * block] = of_block * static_cast<float>(first_sum);
+    sum[2 * block + 1] = of_block * static_cast<float>(last_sum);
+  }
+};
+
+#elif defined(MISTRAL_VECTORS)
+
+using ByteSums = Lanes8;
+
+// 256 activations, for vectors whose lanes hold the 8 blocks.
+struct ByteActivations {
+  int8_t values[8][32];
+  float scale[8];      // of a block, in the order of lanes
+  float sum[8];        // of the scaled values of a block
+  int16_t halves[16];  // the sums of the first and the last 16 values of a block
+
+  int8_t* word(int block, int word, int half) {
+    return values[2 * word + half] + 4 * lane_of(block);
+  }
+  void set_scale(int block, float of_block, int first_sum, int last_sum) {
+    const int lane = lane_of(block);
+    scale[lane] = of_block;
+    sum[lane] = of_block * static_cast<float>(first_sum + last_sum);
+    halves[2 * lane] = static_cast<int16_t>(first_sum);
+    halves[2 * lane + 1] = static_cast<int16_t>(last_sum);
+  }
+};
+
+#else
+
+struct ByteActivations {};
+
+#endif
+
+// The bytes of the packed K activations of a token.
+constexpr int64_t packed_byte_row(int64_t inputs) {
+  return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
+}
+
+#if defined(MISTRAL_VECTORS)
+
+// Rounds 32 activations, and returns their unit: 0 if all are too small for its inverse, NaN if a
+// value is not finite. The integers are then 0.
+inline float round_block(const float* x, Bytes32* out) {
+  const int32_t bits = largest_magnitude(x, 32);
+  float largest;
+  memcpy(&largest, &bits, sizeof largest);
+  *out = zero_bytes();
+  if (largest <= 0x1p-120f) return 0.0f;
+  if (!(largest <= 0x1.fffffep127f)) return NAN;
+  *out = round_32(x, 127.0f / largest);
+  return largest / 127.0f;
+}
+
+// Packs `count` activations, whole blocks of 32 and at most kSuperBlock, and zeros after them.
+template <class T>
+void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
+  float values[kSuperBlock] = {};
+  for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
+  // Moves the four values of each half of the bytes of a word together: value e of a word is at bit
+  // int4_shift(e).
+  int8_t places[16];
+  for (int i = 0; i < 16; ++i) {
+    const int place = i % 4, half = i / 4 % 2;
+    places[i] = static_cast<int8_t>(i / 8 * 8 + place % 2 * 4 + place / 2 + 2 * half);
+  }
+  for (int block = 0; block < 8; ++block) {
+    Bytes32 rounded;
+    const float scale = round_block(values + 32 * block, &rounded);
+    int sums[8];  // of 4 neighbours each
+    store_sums_of_fours(sums, rounded);
+    packed.set_scale(block, scale, sums[0] + sums[1] + sums[2] + sums[3],
+                     sums[4] + sums[5] + sums[6] + sums[7]);
+    int32_t fours[8];
+    store_32(fours, shuffle_halves(rounded, places));
+    for (int i = 0; i < 8; ++i) memcpy(packed.word(block, i / 2, i % 2), &fours[i], 4);
+  }
+}
+
+// Packs the K activations of a token as ByteActivations.
+template <class T>
+void pack_bytes(const T* x, int64_t inputs, char* out) {
+  auto* packed = reinterpret_cast<ByteActivations*>(out);
+  for (int64_t begin = 0; begin < inputs; begin += kSuperBlock) {
+    pack_super_block(x + begin, mistral::min(kSuperBlock, inputs - begin), *packed++);
+  }
+}
+
+#endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA
