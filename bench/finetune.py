@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 from measure import machine, print_header, print_machine, print_row, write_json
-from models import mistral_7b, quantized, random_weights
+from models import mistral_7b, random_weights
 from peers import Transformers
 
 from mistral_ext import ops
+from mistral_ext.bench import models
 from mistral_ext.finetune.batches import passes
 from mistral_ext.finetune.data import Sample
 from mistral_ext.finetune.layers import TrainedAdapter, loss
@@ -42,13 +43,15 @@ COLUMNS = (("engine", -16), ("tokens/s", 9), ("cpu s", 8), ("peak MB", 9), ("wei
 def our_step(
     config: MistralConfig, name: str, ids: torch.Tensor, rank: int
 ) -> tuple[Callable[[], float], int]:
-    plain = random_weights(config)
-    model = Transformer(config, plain if name == "bf16" else quantized(plain, name))
-    del plain
+    if name == "bf16":
+        weights = dict(random_weights(config))
+    else:  # as they are, so that the weights of 32 layers fit
+        weights = models.random_weights(config, name, torch.bfloat16, torch.device("cpu"))
+    model = Transformer(config, weights)
+    del weights
     adapter = TrainedAdapter.new(config, rank, 2.0, TARGETS, 0, model.device)
     optimizer = torch.optim.AdamW(adapter.parameters.values(), lr=1e-4)
-    weights = torch.ones(len(ids))
-    (batch,) = passes([Sample(ids.int(), weights)], len(ids))
+    (batch,) = passes([Sample(ids.int(), torch.ones(len(ids)))], len(ids))
 
     def step() -> float:
         optimizer.zero_grad()

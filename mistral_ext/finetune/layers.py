@@ -7,9 +7,8 @@ computed again for its gradients, so only the input of each layer stays in memor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from mistral_ext.model.adapters import GROUPS
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Layer, Transformer, shapes
 from mistral_ext.ops import LowRank, Weight, Weights
+from mistral_ext.ops.low_rank_update import low_rank_update
 from mistral_ext.weights.checkpoint import tensor_shapes
 
 Pair = tuple[Tensor, Tensor]  # a [rank, K] and b [N, rank], both float32
@@ -133,54 +133,5 @@ def _adapted(
     pairs = adapter.of_layer(layer, group)
     if not any(pairs):
         return out
-    matrices = [matrix for pair in pairs for matrix in (pair or (None, None))]
     parts = [outputs for outputs, _ in shapes(weight)]
-    added: Tensor = _Update.apply(out, x, adapter.scale, parts, *matrices)  # type: ignore[no-untyped-call]
-    return added
-
-
-class _Update(torch.autograd.Function):
-    """out + scale * (x @ a.T) @ b.T for weights with the same x, whose outputs lie side by side.
-
-    The products are float32, and the sum is rounded once, as by `ops.lora`. Only x itself is kept
-    for the gradients, not a float32 copy of it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: Tensor,
-        x: Tensor,
-        scale: float,
-        parts: Sequence[int],
-        *matrices: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, *matrices)
-        ctx.scale, ctx.parts = scale, parts
-        wide, added = x.float(), out.to(torch.float32, copy=True)
-        for columns, a, b in _each_part(added, parts, matrices):
-            if a is not None and b is not None:
-                columns.addmm_(wide @ a.T, b.T, alpha=scale)
-        return added.to(out.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, *matrices = ctx.saved_tensors
-        wide, d_wide = x.float(), d_out.float()
-        d_x = torch.zeros_like(wide)
-        gradients: list[Tensor | None] = []
-        for columns, a, b in _each_part(d_wide, ctx.parts, matrices):
-            if a is None or b is None:
-                gradients += [None, None]
-                continue
-            d_hidden = ctx.scale * (columns @ b)  # [T, rank]
-            d_x.addmm_(d_hidden, a)
-            gradients += [d_hidden.T @ wide, ctx.scale * (columns.T @ (wide @ a.T))]
-        return d_out, d_x.to(x.dtype), None, None, *gradients
-
-
-def _each_part(
-    joined: Tensor, parts: Sequence[int], matrices: Sequence[Tensor | None]
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """For each of the weights its columns of [T, N], a and b."""
-    return zip(joined.split(list(parts), dim=1), matrices[::2], matrices[1::2], strict=True)
+    return low_rank_update(out, x, pairs, adapter.scale, parts)

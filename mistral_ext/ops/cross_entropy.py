@@ -16,13 +16,13 @@ from mistral_ext.ops.workspace import execution_target, run
 IGNORED = -100  # the target of a token without loss, as in torch
 # Tokens whose logits exist at a time: few enough for memory, and enough that unpacking the weight
 # is a small part of a product.
-_CHUNK = 256
+_CHUNK = 512
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Weight, targets: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The cross entropy of the logits x @ weight.T, without more than 256 rows of logits in memory.
+    """The cross entropy of the logits x @ weight.T, without more than 512 rows of logits in memory.
 
     The op has a gradient for x, which is computed together with the loss. Logits and their
     gradients have the dtype of x, sums are in fp32. Tokens that are ignored cost nothing. Products

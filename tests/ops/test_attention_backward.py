@@ -46,6 +46,7 @@ CASES = {
     "ragged": ([5, 1, 0, 70, 3], None, 4, 2, 64),
     "a window below the length": ([40, 9], 7, 4, 1, 64),
     "a window of several tiles": ([200], 90, 2, 2, 64),
+    "a window of several AMX tiles": ([430], 290, 2, 1, 32),
     "large heads": ([130, 17], None, 4, 1, 128),
     "larger heads": ([19], 5, 3, 3, 160),
     "groups of three": ([67], 64, 6, 2, 96),

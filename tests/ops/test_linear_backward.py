@@ -15,9 +15,10 @@ from mistral_ext.ops import JoinedWeight, Quantized, torch_products
 from mistral_ext.ops.weight import parts_of
 from mistral_ext.weights.quantize import quantize
 
-# (T, K, N): one, primes, tails of every vector, tile and block; 513 tokens are more than are packed
-# at a time, and 530 outputs more than a block along the sum.
+# (T, K, N): one, primes, tails of every vector, tile and block; 513 tokens, and 1157 in AMX tiles,
+# are more than are packed at a time, and 530 outputs more than a block along the sum.
 SHAPES = [(1, 1, 1), (3, 7, 33), (13, 257, 66), (9, 130, 530), (513, 33, 13), (40, 96, 3)]
+SHAPES += [(1157, 32, 13)]
 SHAPES += [(12, 256, 70), (35, 768, 98)]  # whole super-blocks of GGUF's formats
 
 pytestmark = pytest.mark.usefixtures("exact_products")

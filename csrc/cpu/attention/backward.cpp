@@ -1,68 +1,154 @@
 // A task computes d_k and d_v of a block of keys of one key/value head, or d_q of a block of query
 // rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Both kinds
 // of tasks compute the scores, so that no two tasks add to the same sum: results do not depend on
-// the number of threads. All products are computed in fp32.
+// the number of threads. A task for keys computes the scores transposed, [keys, rows], which is how
+// the products for d_k and d_v need the probabilities.
+//
+// A products class multiplies a tile: VectorProducts here, in fp32, and for bf16 the AMX tiles of
+// prefill_amx.h.
 #include "../../attention_backward.h"
 
 #include "../kernels.h"
 #include "../parallel.h"
 #include "rows.h"
+#if defined(__AMX_BF16__)
+#include "prefill_amx.h"
+#endif
 
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kTile = 64;   // query rows, and keys, that are multiplied at a time
 constexpr int64_t kDepth = 32;  // products that are summed before the sum joins the result
 
-// out [rows, columns] += a b, with a(row, k) the address of an element of a, and b [depth,
-// columns]. `rows` is a multiple of kRowBlock, `columns` of 32.
-template <class At>
-void add_product(int64_t rows, int64_t depth, int64_t columns, const At& a, const float* b,
-                 float* out) {
-  for (int64_t row = 0; row < rows; row += kRowBlock) {
-    for (int64_t first = 0; first < depth; first += kDepth) {
-      add_weighted<Fp32>(
-          mistral::min(kDepth, depth - first), columns,
-          [&](int64_t k, int64_t column, auto& values) {
-            const float* from = b + (first + k) * columns + column;
-            for (Vec& value : values) {
-              value = load(from);
-              from += Vec::width;
-            }
-          },
-          [&](int64_t r, int64_t k) { return a(row + r, first + k); }, [](int64_t) { return 1.0f; },
-          out + row * columns);
+// Multiplies with vector instructions, in fp32.
+struct VectorProducts {
+  using Arithmetic = Fp32;
+  static constexpr int64_t kTile = 64;     // query rows, and keys, that are multiplied at a time
+  static constexpr int64_t kStep = kTile;  // they are filled up to a multiple of this
+
+  struct Setup {};
+
+  // out [rows, kTile] = a [rows, D] b, with b [D, kTile]
+  static void score(const float* a, int64_t rows, const float* b, int64_t, int64_t dim,
+                    float* out) {
+    memset(out, 0, static_cast<size_t>(rows * kTile) * sizeof(float));
+    add_product(a, rows, dim, dim, b, kTile, out);
+  }
+
+  // out [rows, D] += a [rows, kTile] b, for the first `count` of kTile. b [kTile, D]
+  static void accumulate(const float* a, int64_t rows, const float* b, int64_t count, int64_t dim,
+                         float* out) {
+    add_product(a, rows, kTile, count, b, dim, out);
+  }
+
+ private:
+  // out [rows, columns] += a [rows, depth] b [depth, columns]
+  static void add_product(const float* a, int64_t rows, int64_t stride_a, int64_t depth,
+                          const float* b, int64_t columns, float* out) {
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      for (int64_t first = 0; first < depth; first += kDepth) {
+        add_weighted<Fp32>(
+            mistral::min(kDepth, depth - first), columns,
+            [&](int64_t k, int64_t column, auto& values) {
+              const float* from = b + (first + k) * columns + column;
+              for (Vec& value : values) {
+                value = load(from);
+                from += Vec::width;
+              }
+            },
+            [&](int64_t r, int64_t k) { return a + (row + r) * stride_a + first + k; },
+            [](int64_t) { return 1.0f; }, out + row * columns);
+      }
     }
   }
-}
-
-// Neighbouring rows of one head [kTile, D] in fp32. Rows past the last are zeros.
-struct Rows {
-  alignas(64) float at[kTile * kMaxHeadDim];
-
-  // address(row): where a row begins.
-  template <class Address>
-  void take(int64_t count, int64_t dim, const Address& address) {
-    for (int64_t row = 0; row < count; ++row) {
-      const auto* from = address(row);
-      for (int64_t d = 0; d < dim; d += Vec::width) store(at + row * dim + d, load(from + d));
-    }
-    memset(at + count * dim, 0, static_cast<size_t>((kTile - count) * dim) * sizeof(float));
-  }
-  void clear(int64_t dim) { memset(at, 0, static_cast<size_t>(kTile * dim) * sizeof(float)); }
 };
 
-// The same rows as columns, [D, kTile].
-struct Columns {
-  alignas(64) float at[kMaxHeadDim * kTile];
+#if defined(__AMX_BF16__)
+// Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
+struct TileProducts {
+  using Arithmetic = Bf16;
+  // So many that packing them is a small part of the work. A task takes 600 KB of L2 with D = 128.
+  static constexpr int64_t kTile = 128;
+  static constexpr int64_t kStep = AmxProducts::kRowStep;
 
-  void take(const Rows& rows, int64_t dim) {
-    for (int64_t row = 0; row < kTile; row += Vec::width) {
-      for (int64_t d = 0; d < dim; d += Vec::width) {
-        Vec square[Vec::width];
-        for (int64_t i = 0; i < Vec::width; ++i) square[i] = load(rows.at + (row + i) * dim + d);
+  using Setup = AmxProducts::Setup;
+
+  // As above, with b [D / 2, kTile, 2]; the first `count` columns.
+  static void score(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
+                    float* out) {
+    AmxProducts::score<kTile>(a, rows, b, count, dim, out);
+  }
+
+  // As above, with b [kTile / 2, D, 2].
+  static void accumulate(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
+                         float* out) {
+    AmxProducts::add<kTile>(a, rows, b, count, dim, out);
+  }
+};
+#endif
+
+// The products class for keys of type T.
+template <class T>
+struct ProductsFor {
+  using type = VectorProducts;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct ProductsFor<bf16> {
+  using type = TileProducts;
+};
+#endif
+
+// Neighbouring rows of one head, up to kTile, in the layouts of the operands of products.
+template <class Products>
+struct Block {
+  using A = typename Products::Arithmetic;
+  using Element = typename A::Element;
+  static constexpr int64_t kTile = Products::kTile;
+
+  alignas(64) Element rows[kTile * kMaxHeadDim];     // [kTile, D]
+  alignas(64) Element columns[kMaxHeadDim * kTile];  // [D / kDepth, kTile, kDepth]
+
+  // address(row): where a row begins. Rows past the last are zeros.
+  template <class Address>
+  void take(int64_t count, int64_t filled, int64_t dim, const Address& address) {
+    for (int64_t row = 0; row < count; ++row) {
+      const auto* from = address(row);
+      for (int64_t d = 0; d < dim; d += kStep<A>) {
+        A::store(rows + row * dim + d, A::load_row(from + d));
+      }
+    }
+    memset(rows + count * dim, 0, static_cast<size_t>((filled - count) * dim) * sizeof(Element));
+  }
+
+  void make_columns(int64_t filled, int64_t dim) {
+    for (int64_t row = 0; row < filled; row += Vec::width) {
+      for (int64_t d = 0; d < dim; d += kStep<A>) {
+        typename A::Operand square[Vec::width];
+        for (int64_t i = 0; i < Vec::width; ++i) square[i] = A::load(rows + (row + i) * dim + d);
         transpose(square);
-        for (int64_t i = 0; i < Vec::width; ++i) store(at + (d + i) * kTile + row, square[i]);
+        for (int64_t i = 0; i < Vec::width; ++i) {
+          A::store(columns + (d + i * A::kDepth) * kTile + row * A::kDepth, square[i]);
+        }
+      }
+    }
+  }
+
+  // Puts kDepth rows at a time beside each other, [kTile / kDepth, D, kDepth], in place.
+  void pair_rows(int64_t filled, int64_t dim) {
+    if constexpr (A::kDepth > 1) {
+      for (int64_t row = 0; row < filled; row += A::kDepth) {
+        Element apart[A::kDepth * kMaxHeadDim];
+        memcpy(apart, rows + row * dim, static_cast<size_t>(A::kDepth * dim) * sizeof(Element));
+        for (int64_t d = 0; d < dim; d += kStep<A>) {
+          const Element* from[A::kDepth];
+          for (int64_t n = 0; n < A::kDepth; ++n) from[n] = apart + n * dim + d;
+          typename A::Operand pairs[A::kDepth];
+          A::load_columns(from, pairs);
+          for (int64_t n = 0; n < A::kDepth; ++n) {
+            A::store(rows + row * dim + d * A::kDepth + n * kStep<A>, pairs[n]);
+          }
+        }
       }
     }
   }
@@ -71,23 +157,45 @@ struct Columns {
 // One key/value head of one sequence.
 template <class T>
 class Head {
+  using Products = typename ProductsFor<T>::type;
+  using A = typename Products::Arithmetic;
+  using Element = typename A::Element;
+  static constexpr int64_t kRowStep = Products::kStep;
+
  public:
+  static constexpr int64_t kTile = Products::kTile;
+
   Head(const AttentionBackwardParams& p, const Sequence& s, int64_t kv_head)
       : p_(p), s_(s), kv_head_(kv_head), group_(p.heads / p.kv_heads), dim_(p.head_dim) {}
 
   void key_gradients(int64_t first_key) {
-    take_keys(first_key);
-    d_keys_.clear(dim_);
-    d_values_.clear(dim_);
+    take_keys(first_key, s_.count);
+    clear(d_keys_, keys_);
+    clear(d_values_, keys_);
     const int64_t last_token = mistral::min(s_.count, first_key + keys_ + p_.window - 1);
     for (int64_t row = first_key * group_; row < last_token * group_; row += kTile) {
       take_rows(row, last_token * group_);
-      score(row, first_key);
-      const auto transposed = [](const float* x) {
-        return [x](int64_t key, int64_t row) { return x + row * kTile + key; };
-      };
-      add_product(kTile, rows_, dim_, transposed(probabilities_), d_out_.at, d_values_.at);
-      add_product(kTile, rows_, dim_, transposed(d_scores_), q_.at, d_keys_.at);
+      q_.make_columns(filled(rows_), dim_);
+      d_out_.make_columns(filled(rows_), dim_);
+      q_.pair_rows(filled(rows_), dim_);
+      d_out_.pair_rows(filled(rows_), dim_);
+      // Keys from `seen` on are later than all rows.
+      const int64_t seen = mistral::min(keys_, (row + rows_ - 1) / group_ + 1 - first_key);
+      Products::score(k_.rows, filled(seen), q_.columns, filled(rows_), dim_, scores_);
+      Products::score(v_.rows, filled(seen), d_out_.columns, filled(rows_), dim_, d_products_);
+      for (int64_t key = 0; key < seen; ++key) {
+        differentiate(
+            key, filled(rows_), [this](int64_t i) { return load(lse_ + i); },
+            [this](int64_t i) { return load(delta_ + i); });
+        // The key is seen by the tokens [own, own + window).
+        const int64_t own = first_key + key;
+        hide(key, own * group_ - row, (mistral::min(last_token, own + p_.window)) * group_ - row,
+             filled(rows_));
+      }
+      for (int64_t key = seen; key < filled(seen); ++key) hide(key, 0, 0, filled(rows_));
+      Products::accumulate(probabilities_, filled(seen), d_out_.rows, filled(rows_), dim_,
+                           d_values_);
+      Products::accumulate(d_scores_, filled(seen), q_.rows, filled(rows_), dim_, d_keys_);
     }
     const int64_t out = ((s_.first_token + first_key) * p_.kv_heads + kv_head_) * dim_;
     for (int64_t key = 0; key < keys_; ++key) {
@@ -98,15 +206,25 @@ class Head {
 
   void query_gradients(int64_t first_row) {
     take_rows(first_row, s_.count * group_);
-    d_q_.clear(dim_);
+    clear(d_q_, rows_);
     const int64_t end = (first_row + rows_ - 1) / group_ + 1;
     for (int64_t key = window_begin(first_row / group_, p_.window); key < end; key += kTile) {
-      take_keys(key);
-      score(first_row, key);
-      add_product(
-          kTile, keys_, dim_,
-          [this](int64_t row, int64_t key) { return d_scores_ + row * kTile + key; }, k_.at,
-          d_q_.at);
+      take_keys(key, end);
+      k_.make_columns(filled(keys_), dim_);
+      v_.make_columns(filled(keys_), dim_);
+      k_.pair_rows(filled(keys_), dim_);
+      Products::score(q_.rows, filled(rows_), k_.columns, filled(keys_), dim_, scores_);
+      Products::score(d_out_.rows, filled(rows_), v_.columns, filled(keys_), dim_, d_products_);
+      for (int64_t row = 0; row < rows_; ++row) {
+        const Vec lse = broadcast(lse_[row]), delta = broadcast(delta_[row]);
+        differentiate(
+            row, filled(keys_), [lse](int64_t) { return lse; }, [delta](int64_t) { return delta; });
+        const int64_t token = (first_row + row) / group_;
+        hide(row, window_begin(token, p_.window) - key, mistral::min(keys_, token + 1 - key),
+             filled(keys_));
+      }
+      for (int64_t row = rows_; row < filled(rows_); ++row) hide(row, 0, 0, filled(keys_));
+      Products::accumulate(d_scores_, filled(rows_), k_.rows, filled(keys_), dim_, d_q_);
     }
     for (int64_t row = 0; row < rows_; ++row) {
       put(d_q_, row, static_cast<T*>(p_.d_q) + query_index(first_row + row) * dim_);
@@ -114,83 +232,96 @@ class Head {
   }
 
  private:
+  static int64_t filled(int64_t rows) { return ceil_div(rows, kRowStep) * kRowStep; }
+
+  void clear(float* sums, int64_t rows) const {
+    memset(sums, 0, static_cast<size_t>(filled(rows) * dim_) * sizeof(float));
+  }
+
   // The index of a query row in [T, Hq].
   int64_t query_index(int64_t row) const {
     return (s_.first_token + row / group_) * p_.heads + kv_head_ * group_ + row % group_;
   }
 
-  void take_keys(int64_t first) {
-    keys_ = mistral::min(kTile, s_.count - first);
+  // Keys from `first` on, before `end`.
+  void take_keys(int64_t first, int64_t end) {
+    keys_ = mistral::min(kTile, end - first);
     const int64_t token = s_.first_token + first;
-    const T* k = static_cast<const T*>(p_.k) + token * p_.stride_k_token;
-    const T* v = static_cast<const T*>(p_.v) + token * p_.stride_v_token;
-    // The values first: the rows of k_ are read again.
-    k_.take(keys_, dim_,
-            [&](int64_t key) { return v + key * p_.stride_v_token + kv_head_ * p_.stride_v_head; });
-    value_columns_.take(k_, dim_);
-    k_.take(keys_, dim_,
-            [&](int64_t key) { return k + key * p_.stride_k_token + kv_head_ * p_.stride_k_head; });
-    key_columns_.take(k_, dim_);
+    const T* k =
+        static_cast<const T*>(p_.k) + token * p_.stride_k_token + kv_head_ * p_.stride_k_head;
+    const T* v =
+        static_cast<const T*>(p_.v) + token * p_.stride_v_token + kv_head_ * p_.stride_v_head;
+    k_.take(keys_, filled(keys_), dim_, [&](int64_t key) { return k + key * p_.stride_k_token; });
+    v_.take(keys_, filled(keys_), dim_, [&](int64_t key) { return v + key * p_.stride_v_token; });
   }
 
   // Rows from `first` on, before `end`.
   void take_rows(int64_t first, int64_t end) {
     rows_ = mistral::min(kTile, end - first);
-    q_.take(rows_, dim_, [&](int64_t row) {
+    q_.take(rows_, filled(rows_), dim_, [&](int64_t row) {
       const int64_t token = s_.first_token + (first + row) / group_;
       const int64_t head = kv_head_ * group_ + (first + row) % group_;
       return static_cast<const T*>(p_.q) + token * p_.stride_q_token + head * p_.stride_q_head;
     });
-    d_out_.take(rows_, dim_, [&](int64_t row) {
+    d_out_.take(rows_, filled(rows_), dim_, [&](int64_t row) {
       return static_cast<const T*>(p_.d_out) + query_index(first + row) * dim_;
     });
+    for (int64_t row = 0; row < filled(rows_); ++row) {
+      const int64_t index = query_index(first + row);
+      lse_[row] = row < rows_ ? p_.lse[index] : INFINITY;  // its probabilities are 0
+      delta_[row] = row < rows_ ? p_.delta[index] : 0.0f;
+    }
   }
 
-  // Computes the probabilities of a tile, and the gradients of the products of queries and keys.
-  void score(int64_t first_row, int64_t first_key) {
-    memset(probabilities_, 0, sizeof probabilities_);
-    memset(d_scores_, 0, sizeof d_scores_);
-    const auto elements = [this](const Rows& rows) {
-      return [&rows, dim = dim_](int64_t row, int64_t d) { return rows.at + row * dim + d; };
-    };
-    add_product(kTile, dim_, kTile, elements(q_), key_columns_.at, probabilities_);
-    add_product(kTile, dim_, kTile, elements(d_out_), value_columns_.at, d_scores_);
-    for (int64_t row = 0; row < rows_; ++row) differentiate(first_row, row, first_key);
-  }
-
-  void differentiate(int64_t first_row, int64_t row, int64_t first_key) {
-    const int64_t index = query_index(first_row + row), token = (first_row + row) / group_;
-    const Vec lse = broadcast(p_.lse[index]), delta = broadcast(p_.delta[index]);
+  // Computes a line of probabilities, and of the gradients of the products of queries and keys.
+  // lse(i) and delta(i) are those of the columns from i on.
+  template <class Lse, class Delta>
+  void differentiate(int64_t line, int64_t count, const Lse& lse, const Delta& delta) {
     const Vec scale = broadcast(p_.scale);
-    float* probabilities = probabilities_ + row * kTile;
-    float* d_scores = d_scores_ + row * kTile;
-    for (int64_t j = 0; j < kTile; j += Vec::width) {
-      const Vec probability = exp(load(probabilities + j) * scale - lse);
-      store(probabilities + j, probability);
-      store(d_scores + j, probability * (load(d_scores + j) - delta) * scale);
-    }
-    // The row sees the keys [begin, end) of the tile.
-    const int64_t begin = window_begin(token, p_.window) - first_key;
-    const int64_t end = mistral::min(keys_, token + 1 - first_key);
-    for (int64_t j = 0; j < kTile; ++j) {
-      if (j >= begin && j < end) continue;
-      probabilities[j] = 0.0f;
-      d_scores[j] = 0.0f;
+    for (int64_t j = line * kTile; j < line * kTile + count; j += kStep<A>) {
+      Vec p[A::kDepth], d_scores[A::kDepth];
+      for (int64_t n = 0; n < A::kDepth; ++n) {
+        const int64_t at = j + n * Vec::width, column = at - line * kTile;
+        p[n] = exp(load(scores_ + at) * scale - lse(column));
+        d_scores[n] = p[n] * (load(d_products_ + at) - delta(column)) * scale;
+      }
+      A::store(probabilities_ + j, A::convert(p));
+      A::store(d_scores_ + j, A::convert(d_scores));
     }
   }
 
-  void put(const Rows& rows, int64_t row, T* out) const {
-    for (int64_t d = 0; d < dim_; d += Vec::width) store(out + d, load(rows.at + row * dim_ + d));
+  // Leaves the columns [begin, end) of the first `count` of a line.
+  void hide(int64_t line, int64_t begin, int64_t end, int64_t count) {
+    const auto clear_columns = [&](int64_t first, int64_t last) {
+      for (int64_t j = line * kTile + first; j < line * kTile + last; ++j) {
+        probabilities_[j] = Element{};
+        d_scores_[j] = Element{};
+      }
+    };
+    clear_columns(0, mistral::min(begin, count));
+    clear_columns(mistral::max(end, int64_t{0}), count);
+  }
+
+  void put(const float* sums, int64_t row, T* out) const {
+    for (int64_t d = 0; d < dim_; d += Vec::width) store(out + d, load(sums + row * dim_ + d));
   }
 
   const AttentionBackwardParams& p_;
   const Sequence& s_;
   int64_t kv_head_, group_, dim_;
   int64_t rows_, keys_;  // in the tile
-  Rows q_, d_out_, k_, d_q_, d_keys_, d_values_;
-  Columns key_columns_, value_columns_;
-  alignas(64) float probabilities_[kTile * kTile];  // [rows, keys]
-  alignas(64) float d_scores_[kTile * kTile];       // [rows, keys]
+  Block<Products> q_, d_out_, k_, v_;
+  alignas(64) float lse_[kTile];    // of the rows
+  alignas(64) float delta_[kTile];  // of the rows
+  // [rows, D] or [keys, D]
+  alignas(64) float d_q_[kTile * kMaxHeadDim];
+  alignas(64) float d_keys_[kTile * kMaxHeadDim];
+  alignas(64) float d_values_[kTile * kMaxHeadDim];
+  // [rows, keys] or [keys, rows]
+  alignas(64) float scores_[kTile * kTile];
+  alignas(64) float d_products_[kTile * kTile];  // d_out v^T
+  alignas(64) Element probabilities_[kTile * kTile];
+  alignas(64) Element d_scores_[kTile * kTile];
 };
 
 // delta = sum(d_out * out) of every query row
@@ -217,20 +348,22 @@ void compute_delta(const AttentionBackwardParams& p, int threads) {
 
 void attention_backward(const AttentionBackwardParams& p, int threads) {
   const int64_t group = p.heads / p.kv_heads;
-  const auto key_blocks = [&](const Sequence& s) { return ceil_div(s.count, kTile); };
-  const auto tasks_of = [&](const Sequence& s) {
-    return p.kv_heads * (key_blocks(s) + ceil_div(s.count * group, kTile));
-  };
-  int64_t tasks = 0;
-  for (int64_t i = 0; i < p.num_sequences; ++i) tasks += tasks_of(p.sequences[i]);
-
   with_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
+    constexpr int64_t kTile = Head<T>::kTile;
+    const auto key_blocks = [&](const Sequence& s) { return ceil_div(s.count, kTile); };
+    const auto tasks_of = [&](const Sequence& s) {
+      return p.kv_heads * (key_blocks(s) + ceil_div(s.count * group, kTile));
+    };
+    int64_t tasks = 0;
+    for (int64_t i = 0; i < p.num_sequences; ++i) tasks += tasks_of(p.sequences[i]);
+
     compute_delta<T>(p, threads);
     parallel_for(threads, tasks, [&](int64_t task) {
       const Sequence* s = p.sequences;
       while (task >= tasks_of(*s)) task -= tasks_of(*s++);
       const int64_t block = task / p.kv_heads;
+      [[maybe_unused]] typename ProductsFor<T>::type::Setup setup;
       Head<T> head(p, *s, task % p.kv_heads);
       if (block < key_blocks(*s)) {
         head.key_gradients(block * kTile);

@@ -34,6 +34,13 @@ struct AmxProducts {
   static void accumulate(const bf16* p, const float* factors, int64_t rows, const bf16* v,
                          int64_t count, int64_t dim, float* out) {
     for (int64_t row = 0; row < rows; ++row) scale_row(out + row * dim, factors[row], dim);
+    add<kKeys>(p, rows, v, count, dim, out);
+  }
+
+  // The same with factors of 1.
+  template <int64_t kKeys>
+  static void add(const bf16* p, int64_t rows, const bf16* v, int64_t count, int64_t dim,
+                  float* out) {
     for (int64_t row = 0; row < rows; row += kRowStep) {
       for (int64_t d = 0; d < dim; d += 2 * kTileRows) {
         float* sums = out + row * dim + d;

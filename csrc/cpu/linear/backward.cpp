@@ -1,9 +1,8 @@
-// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W, so a block of W is
-// transposed as it is unpacked: its columns take the place of rows of weights, and d_out that of
-// the activations.
+// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W, so the lanes of a vector
+// are columns of W, which take the place of tokens in gemm.h, and the tokens that of rows of
+// weights: each value of d_out is broadcast to all lanes. So a block of W is packed as it is
+// unpacked, without being transposed, and d_out stays in the order of its rows.
 #include "../../linear.h"
-
-#include <type_traits>
 
 #include "../kernels.h"
 #include "../parallel.h"
@@ -13,135 +12,113 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kColumns = 128;  // inputs of a task: whole runs of kUnpacked values
-static_assert(kColumns % kUnpacked == 0, "");
-
-// Tokens whose d_out is packed at a time, so that scratch memory does not grow with T.
-template <class Tile>
-constexpr int64_t kPackedTokens = 2 * Tile::kBlockTokens;
-
-template <class Tile>
-struct BackwardBuffers {
-  static constexpr int64_t kRows = kColumns + 32;  // the last tile may reach past the columns
-  static_assert(kRows <= Tile::kTaskRows, "");
-
-  alignas(64) float sums[Tile::kBlockTokens * Tile::kTaskRows];           // as in ManyBuffers
-  alignas(64) typename Tile::Element weights[kRows * Tile::kBlockDepth];  // [columns, rows of W]
+// The tile class, and the inputs of a task: whole runs of kUnpacked values.
+template <class T>
+struct BackwardTileOf {
+  using type = typename TileOf<T>::type;
+  static constexpr int64_t kColumns = 128;
 };
-
-// Transposes kUnpacked values of Vec::width rows, whose values begin kUnpacked elements apart.
-// Value i of a row goes to line Order::k_at(i) of `out`.
-template <class Order, class Element>
-void transpose_into(const Element* rows, Element* out, int64_t stride_out) {
-  if constexpr (std::is_same_v<Element, float>) {
-    for (int64_t k = 0; k < kUnpacked; k += Vec::width) {
-      Vec square[Vec::width];
-      for (int64_t i = 0; i < Vec::width; ++i) square[i] = load(rows + i * kUnpacked + k);
-      transpose(square);
-      for (int64_t i = 0; i < Vec::width; ++i) {
-        store(out + Order::k_at(k + i) * stride_out, square[i]);
-      }
-    }
-  } else {
-    for (int64_t k = 0; k < kUnpacked; ++k) {
-      Element* line = out + Order::k_at(k) * stride_out;
-      for (int64_t i = 0; i < Vec::width; ++i) line[i] = rows[i * kUnpacked + k];
-    }
-  }
-}
-
-// Unpacks `depth` rows of a part from `begin` on, kColumns values of each from `column` on. Rows
-// past the last are zeros.
-template <WeightFormat format, class T, class Tile>
-void unpack_transposed(const WeightPart& part, int64_t inputs, int64_t begin, int64_t depth,
-                       int64_t column, typename Tile::Element* out) {
-  using Element = typename Tile::Element;
-  using Order = typename ChunkOf<format, float>::type;
-  const WeightRows all = rows_of<T>(part, inputs, 0);
-  for (int64_t row = 0; row < depth; row += Vec::width) {
-    for (int64_t k = 0; k < kColumns; k += kUnpacked) {
-      alignas(64) Element rows[Vec::width * kUnpacked];
-      for (int64_t i = 0; i < Vec::width; ++i) {
-        Element* to = rows + i * kUnpacked;
-        if (begin + row + i < part.rows) {
-          unpack<format, T>(all.from(begin + row + i), column + k, to);
-        } else {
-          memset(to, 0, kUnpacked * sizeof(Element));
-        }
-      }
-      transpose_into<Order>(rows, out + k * Tile::kBlockDepth + row, Tile::kBlockDepth);
-    }
-  }
-}
-
-// Packs the columns of one part of d_out, for one vector of tokens, as pack_vector does.
-template <class T, class Tile>
-void pack_part(const T* d_out, int64_t stride, int64_t tokens, int64_t outputs, int64_t vectors,
-               int64_t vector, typename Tile::Element* packed) {
-  using Order = typename ChunkOf<WeightFormat::plain, float>::type;
-  const int64_t all = padded(outputs);
-  for (int64_t begin = 0; begin < all; begin += Tile::kBlockDepth) {
-    const int64_t depth = mistral::min(Tile::kBlockDepth, all - begin);
-    alignas(64) typename Tile::Element rows[Vec::width * Tile::kBlockDepth] = {};
-    for (int64_t i = 0; i < mistral::min(Vec::width, tokens - vector * Vec::width); ++i) {
-      pack_row<Order>(d_out + (vector * Vec::width + i) * stride + begin,
-                      mistral::min(depth, outputs - begin), rows + i * depth);
-    }
-    pack_vector<Tile>(rows, depth, 1, 0,
-                      packed + begin * vectors * Vec::width + vector * depth * Vec::width);
-  }
-}
-
-template <class Element>
-int64_t packed_bytes(int64_t vectors, int64_t outputs) {
-  return vectors * Vec::width * padded(outputs) * int64_t{sizeof(Element)};
-}
+#if defined(__AMX_BF16__)
+// The tiles multiply so fast that unpacking counts, so a task has more tokens and fewer columns
+// than in gemm.h. The sums (576 KB) and the packed block of W (64 KB) stay in L2.
+template <>
+struct BackwardTileOf<bf16> {
+  using type = AmxTileOf<6>;
+  static constexpr int64_t kColumns = 256;
+};
+#endif
 
 template <class T>
 class LinearBackward {
-  using Tile = typename TileOf<T>::type;
+  using Tile = typename BackwardTileOf<T>::type;
   using Element = typename Tile::Element;
+  using A = typename ArithmeticOf<T>::type;
+  static constexpr int64_t kColumns = BackwardTileOf<T>::kColumns;
+  static constexpr int64_t kTaskTokens = Tile::kTaskRows;
+  // Tokens whose d_out is packed at a time, so that scratch memory does not grow with T.
+  static constexpr int64_t kPackedTokens = 2 * kTaskTokens;
+  // Tiles have as many tokens. d_out is filled up with zeros.
+  static constexpr int64_t kTileTokens =
+      mistral::max(Tile::rows(1), Tile::rows(static_cast<int>(Tile::kVectors)));
+  static_assert(kTaskTokens % kTileTokens == 0 && kColumns % kUnpacked == 0, "");
+  static_assert(kUnpacked / Vec::width % Tile::kVectors == 0, "");
+
+  struct Buffers {
+    alignas(64) float sums[kColumns * kTaskTokens];             // [columns / width, tokens, width]
+    alignas(64) Element weights[kColumns * Tile::kBlockDepth];  // as x in gemm.h
+  };
 
  public:
-  explicit LinearBackward(const LinearBackwardParams& p)
-      : p_(p), vectors_(ceil_div(mistral::min(p.tokens, kPackedTokens<Tile>), Vec::width)) {}
+  explicit LinearBackward(const LinearBackwardParams& p) : p_(p) {
+    for (int64_t i = 0; i < p.num_parts; ++i) {
+      with_format(p.parts[i].format, [&](auto format) { in_words_ |= !in_order(format); });
+    }
+  }
 
   int64_t scratch_bytes() const {
-    int64_t bytes = 0;
-    for (int64_t i = 0; i < p_.num_parts; ++i) bytes += part_bytes(i);
-    return bytes;
+    return packed_tokens() * packed_outputs(p_.num_parts) * int64_t{sizeof(Element)};
   }
 
   void run(int threads) {
-    for (int64_t first = 0; first < p_.tokens; first += kPackedTokens<Tile>) {
-      const int64_t tokens = mistral::min(kPackedTokens<Tile>, p_.tokens - first);
+    const int64_t share = packed_tokens();
+    for (int64_t first = 0; first < p_.tokens; first += share) {
+      const int64_t tokens = mistral::min(share, p_.tokens - first);
       pack(first, tokens, threads);
-      const int64_t token_blocks = ceil_div(tokens, Tile::kBlockTokens);
-      parallel_for(threads, ceil_div(p_.inputs, kColumns) * token_blocks, [&](int64_t task) {
-        const int64_t begin = task % token_blocks * Tile::kBlockTokens;
-        multiply(first, begin, mistral::min(Tile::kBlockTokens, tokens - begin),
-                 task / token_blocks * kColumns);
+      const int64_t blocks = ceil_div(tokens, kTaskTokens);
+      const int64_t of_block = up_to_tiles(ceil_div(tokens, blocks));
+      parallel_for(threads, ceil_div(p_.inputs, kColumns) * blocks, [&](int64_t task) {
+        const int64_t begin = task % blocks * of_block;
+        multiply(first, begin, mistral::min(of_block, tokens - begin), task / blocks * kColumns);
       });
     }
   }
 
  private:
-  int64_t part_bytes(int64_t part) const {
-    return packed_bytes<Element>(vectors_, p_.parts[part].rows);
+  static int64_t up_to_tiles(int64_t tokens) { return ceil_div(tokens, kTileTokens) * kTileTokens; }
+
+  template <class Format>
+  static constexpr bool in_order(Format) {
+    return ChunkOf<Format::value, float>::type::kInOrder;
   }
 
-  Element* packed(int64_t part) const {
-    char* next = static_cast<char*>(p_.scratch);
-    for (int64_t i = 0; i < part; ++i) next += part_bytes(i);
-    return reinterpret_cast<Element*>(next);
+  // Equal shares of the tokens, of whole tiles.
+  int64_t packed_tokens() const {
+    return up_to_tiles(
+        ceil_div(p_.tokens, mistral::max(int64_t{1}, ceil_div(p_.tokens, kPackedTokens))));
+  }
+
+  // The outputs of the parts before `part`, each filled up to whole blocks.
+  int64_t packed_outputs(int64_t part) const {
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < part; ++i) {
+      outputs += ceil_div(p_.parts[i].rows, Tile::kBlockDepth) * Tile::kBlockDepth;
+    }
+    return outputs;
+  }
+
+  // The packed d_out of a part from output `begin` on, [outputs / kBlockDepth, tokens,
+  // kBlockDepth]: rows of one block are near each other, so that they do not compete for the same
+  // lines of the L1 cache.
+  Element* packed(int64_t part, int64_t begin) const {
+    return static_cast<Element*>(p_.scratch) + (packed_outputs(part) + begin) * packed_tokens();
   }
 
   void pack(int64_t first_token, int64_t tokens, int threads) const {
-    parallel_for(threads, ceil_div(tokens, Vec::width), [&](int64_t vector) {
+    using Order = typename ChunkOf<WeightFormat::plain, float>::type;
+    parallel_for(threads, ceil_div(up_to_tiles(tokens), kTileTokens), [&](int64_t tile) {
       const T* d_out = static_cast<const T*>(p_.d_out) + first_token * p_.stride_d_out_token;
       for (int64_t i = 0; i < p_.num_parts; d_out += p_.parts[i++].rows) {
-        pack_part<T, Tile>(d_out, p_.stride_d_out_token, tokens, p_.parts[i].rows, vectors_, vector,
-                           packed(i));
+        for (int64_t begin = 0; begin < p_.parts[i].rows; begin += Tile::kBlockDepth) {
+          const int64_t count = mistral::min(Tile::kBlockDepth, p_.parts[i].rows - begin);
+          for (int64_t t = tile * kTileTokens; t < (tile + 1) * kTileTokens; ++t) {
+            Element* to = packed(i, begin) + t * Tile::kBlockDepth;
+            if (t < tokens) {
+              pack_row<Order>(d_out + t * p_.stride_d_out_token + begin, count, to);
+            } else {
+              memset(to, 0, padded(count) * sizeof(Element));
+            }
+          }
+        }
       }
     });
   }
@@ -149,9 +126,9 @@ class LinearBackward {
   // Computes kColumns columns of d_x, for a block of the packed tokens.
   void multiply(int64_t first_token, int64_t begin_token, int64_t tokens, int64_t column) const {
     [[maybe_unused]] typename Tile::Setup setup;
-    BackwardBuffers<Tile> buffers;
-    memset(buffers.weights + kColumns * Tile::kBlockDepth, 0,
-           (buffers.kRows - kColumns) * Tile::kBlockDepth * sizeof(Element));
+    Buffers buffers;
+    const int64_t columns =
+        mistral::min(kColumns, ceil_div(p_.inputs - column, kUnpacked) * kUnpacked);
     bool first = true;
     for (int64_t i = 0; i < p_.num_parts; ++i) {
       const WeightPart& part = p_.parts[i];
@@ -159,42 +136,105 @@ class LinearBackward {
       for (int64_t begin = 0; begin < outputs; begin += Tile::kBlockDepth, first = false) {
         const int64_t depth = mistral::min(Tile::kBlockDepth, outputs - begin);
         with_format(part.format, [&](auto format) {
-          unpack_transposed<format.value, T, Tile>(part, p_.inputs, begin, depth, column,
-                                                   buffers.weights);
+          unpack_block<format.value>(part, begin, depth, column, columns, buffers.weights);
         });
-        const Element* x = packed(i) + begin * vectors_ * Vec::width + begin_token * depth;
-        multiply_block(x, ceil_div(tokens, Vec::width), depth, first, buffers);
+        multiply_block(packed(i, begin) + begin_token * Tile::kBlockDepth, tokens,
+                       Fetch(part, p_.inputs, begin + depth, column, columns), columns, depth,
+                       first, buffers);
       }
     }
     if (first) memset(buffers.sums, 0, sizeof buffers.sums);  // there are no outputs
     write(buffers.sums, first_token + begin_token, tokens, column);
   }
 
-  static void multiply_block(const Element* x, int64_t vectors, int64_t depth, bool first,
-                             BackwardBuffers<Tile>& buffers) {
-    const int64_t stride_x = depth * Vec::width;
-    const auto fetch_nothing = [](int64_t, int64_t) {};
-    for (int64_t vector = 0; vector < vectors; vector += Tile::kVectors) {
-      const Element* from = x + vector * stride_x;
-      float* sums = buffers.sums + vector * Tile::kTaskRows * Vec::width;
-      if (vector + Tile::kVectors <= vectors) {
-        multiply_vectors<Tile, Tile::kVectors>(buffers.weights, kColumns, from, stride_x, depth,
-                                               first, sums, fetch_nothing);
-      } else {
-        multiply_vectors<Tile, 1>(buffers.weights, kColumns, from, stride_x, depth, first, sums,
-                                  fetch_nothing);
+  // Unpacks and packs `depth` rows of a part from `begin` on, some columns of each. Rows past the
+  // last are zeros.
+  template <WeightFormat format>
+  void unpack_block(const WeightPart& part, int64_t begin, int64_t depth, int64_t column,
+                    int64_t columns, Element* out) const {
+    const WeightRows all = rows_of<T>(part, p_.inputs, 0);
+    for (int64_t row = 0; row < depth; row += A::kDepth) {
+      for (int64_t k = 0; k < columns; k += kUnpacked) {
+        alignas(64) Element values[A::kDepth][kUnpacked];
+        for (int64_t i = 0; i < A::kDepth; ++i) {
+          if (begin + row + i < part.rows) {
+            unpack<format, T>(all.from(begin + row + i), column + k, values[i]);
+            if (in_words_ && in_order(FormatConstant<format>{})) to_order_of_words(values[i]);
+          } else {
+            memset(values[i], 0, sizeof values[i]);
+          }
+        }
+        for (int64_t i = 0; i < kUnpacked; i += kStep<A>) {
+          const Element* rows[A::kDepth];
+          for (int64_t n = 0; n < A::kDepth; ++n) rows[n] = values[n] + i;
+          typename A::Operand vectors[A::kDepth];
+          A::load_columns(rows, vectors);
+          for (int64_t n = 0; n < A::kDepth; ++n) {
+            A::store(out + (k + i + n * Vec::width) * depth + row * Vec::width, vectors[n]);
+          }
+        }
       }
     }
   }
 
-  // Transposes the sums [tokens / width, columns, width] into rows of d_x.
+  // Parts in words and other parts share the sums, whose columns are then in the order of words.
+  static void to_order_of_words(Element* values) {
+    Element in_order[kUnpacked];
+    memcpy(in_order, values, sizeof in_order);
+    for (int64_t i = 0; i < kUnpacked; ++i) values[i] = in_order[UnpackedWords::k_at(i)];
+  }
+
+  // Prefetches the values of the next block, a few rows at a time: rows are far apart, and the
+  // hardware does not prefetch them.
+  class Fetch {
+   public:
+    Fetch(const WeightPart& part, int64_t inputs, int64_t begin, int64_t column, int64_t columns)
+        : rows_(rows_of<T>(part, inputs, begin)),
+          left_(mistral::min(Tile::kBlockDepth, part.rows - begin)),
+          first_byte_(rows_.bytes(column)),
+          end_byte_(rows_.bytes(mistral::min(column + columns, inputs))) {}
+
+    void operator()(int64_t rows) {
+      for (; rows > 0 && left_ > 0; --rows, --left_) {
+        for (int64_t byte = first_byte_; byte < end_byte_; byte += 64) {
+          __builtin_prefetch(rows_.values + byte, 0, 2);  // into the L2 cache
+        }
+        rows_.values += rows_.row_bytes;
+      }
+    }
+
+   private:
+    WeightRows rows_;
+    int64_t left_, first_byte_, end_byte_;
+  };
+
+  static void multiply_block(const Element* d_out, int64_t tokens, Fetch fetch, int64_t columns,
+                             int64_t depth, bool first, Buffers& buffers) {
+    const int64_t stride = depth * Vec::width;
+    const int64_t steps =
+        ceil_div(tokens, Tile::kBlockRows) * columns / Vec::width / Tile::kVectors;
+    const int64_t rows_of_step = ceil_div(Tile::kBlockDepth, steps);
+    for (int64_t token = 0; token < tokens; token += Tile::kBlockRows) {
+      const int64_t count = mistral::min(Tile::kBlockRows, tokens - token);
+      for (int64_t vector = 0; vector < columns / Vec::width; vector += Tile::kVectors) {
+        fetch(rows_of_step);
+        multiply_vectors<Tile, static_cast<int>(Tile::kVectors)>(
+            d_out + token * Tile::kBlockDepth, count, buffers.weights + vector * stride, stride,
+            depth, first, buffers.sums + (vector * kTaskTokens + token) * Vec::width,
+            [](int64_t, int64_t) {});
+      }
+    }
+  }
+
+  // Puts the sums into rows of d_x.
   void write(const float* sums, int64_t first_token, int64_t tokens, int64_t column) const {
     const int64_t count = mistral::min(kColumns, p_.inputs - column);
     for (int64_t token = 0; token < tokens; ++token) {
-      const float* from =
-          sums + token / Vec::width * Tile::kTaskRows * Vec::width + token % Vec::width;
-      float row[kColumns];
-      for (int64_t i = 0; i < count; ++i) row[i] = from[i * Vec::width];
+      alignas(64) float row[kColumns];
+      for (int64_t i = 0; i < count; i += Vec::width) {
+        store(row + i, load(sums + i * kTaskTokens + token * Vec::width));
+      }
+      if (in_words_) to_natural_order(row, count, sums + token * Vec::width);
       T* out = static_cast<T*>(p_.d_x) + (first_token + token) * p_.stride_d_x_token + column;
       int64_t i = 0;
       for (; i + Vec::width <= count; i += Vec::width) store(out + i, load(row + i));
@@ -202,8 +242,18 @@ class LinearBackward {
     }
   }
 
+  // Only the last kUnpacked columns may be incomplete, and then in the middle, too.
+  static void to_natural_order(float* row, int64_t count, const float* sums) {
+    for (int64_t k = 0; k < count; k += kUnpacked) {
+      for (int64_t i = 0; i < 8; ++i) {
+        const float* from = sums + (k + i * Vec::width) * kTaskTokens;
+        for (int64_t lane = 0; lane < Vec::width; ++lane) row[k + lane * 8 + i] = from[lane];
+      }
+    }
+  }
+
   const LinearBackwardParams& p_;
-  int64_t vectors_;  // of tokens, in the packed d_out
+  bool in_words_ = false;  // whether the columns of the sums are in the order of words
 };
 
 }  // namespace

@@ -13,7 +13,9 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-struct AmxTile {
+// kBlocks: blocks of rows in a task.
+template <int64_t kBlocks>
+struct AmxTileOf {
   using Element = bf16;
   static constexpr int64_t kDepth = 2;
   static constexpr int64_t kBlockDepth = 128;
@@ -21,7 +23,7 @@ struct AmxTile {
   // that fetching a block of activations is.
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
-  static constexpr int64_t kTaskRows = 3 * kBlockRows;
+  static constexpr int64_t kTaskRows = kBlocks * kBlockRows;
   static constexpr int64_t kFewTokens = 256;
   static constexpr int64_t kFewRows = 2 * kTileRows;
   static constexpr int64_t kVectors = 2;
@@ -98,5 +100,7 @@ struct AmxTile {
     for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(p) + i * 64);
   }
 };
+
+using AmxTile = AmxTileOf<3>;
 
 }  // namespace mistral::cpu::MISTRAL_ISA
