@@ -48,12 +48,13 @@ class _ByKernels(torch.autograd.Function):
     def forward(
         ctx: Any, out: Tensor, x: Tensor, scale: float, parts: list[int], *matrices: Tensor | None
     ) -> Tensor:
-        a, b, *tables = _stack(x, scale, parts, matrices)
+        a, b, scales, ranks, adapters = _stack(x, scale, parts, matrices)
         hidden = x.new_zeros((len(x), *a.shape[1:3]), dtype=torch.float32)
-        given = x, a.to(x.dtype), b.to(x.dtype), *tables, parts
-        _C.lora(*given, hidden, out, execution_target(x))
+        low, high = a.to(x.dtype), b.to(x.dtype)
+        target = execution_target(x)
+        _C.lora(x, low, high, scales, ranks, adapters, parts, hidden, out, target)
         ctx.mark_dirty(out)
-        ctx.save_for_backward(hidden, x, a, b, *tables)
+        ctx.save_for_backward(hidden, x, a, b, scales, ranks, adapters)
         ctx.ranks = [None if matrix is None else len(matrix) for matrix in matrices[::2]]
         ctx.parts = parts
         return out
