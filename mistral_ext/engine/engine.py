@@ -336,6 +336,8 @@ class Engine:
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
             with self._lock:
                 self.scheduler.note_read(sequence, count)
+            if sequence.is_aborted:  # while its pass paused: it has no outputs any more
+                continue
             if sequence.request.reports_prompt and len(of_piece):
                 outputs.append(sequence.report(of_piece))
             if sequence.reads_prompt:

@@ -64,7 +64,10 @@ class PromptReader:
             self.pace.begin(sum(count for _, count in pieces))
         layers, began = min(self.pace.layers(), reading.layers_left), time.perf_counter()
         reading.advance(layers)
-        self.pace.note_read(layers, time.perf_counter() - began)
+        # Pieces without logits leave the last layer early, so that its time tells little.
+        whole = layers - (reading.layers_left == 0)
+        if whole > 0:
+            self.pace.note_read(whole, time.perf_counter() - began)
         if reading.layers_left:
             if self._paused is None:
                 # Some layers have lost what the new tokens replace: nobody may copy that.
