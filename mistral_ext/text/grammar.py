@@ -126,6 +126,7 @@ class Grammar:
         from llguidance import LLMatcher
 
         self.is_spent = False
+        self._given = vocabulary, constraint, is_spaced
         self._vocabulary = vocabulary
         self._name = constraint.kind
         try:
@@ -143,9 +144,19 @@ class Grammar:
             behind.consume_tokens(vocabulary.greedy_tokenize(" "))
             self.allowed(behind)
 
+    def anew(self) -> Grammar:
+        """The same grammar with an automaton that has not grown yet."""
+        return Grammar(*self._given)
+
+    def state(self, token_ids: list[int]) -> LLMatcher:
+        """The library's, behind these tokens of a completion."""
+        state = self._prototype.deep_copy()
+        state.consume_tokens(token_ids)
+        return state
+
     def matcher(self, end_ids: Sequence[int] = (), may_end: bool = True) -> Matcher:
         """A matcher for a new completion."""
-        return Matcher(self, self._prototype.deep_copy(), self._first, end_ids, may_end)
+        return Matcher(self, self.state([]), self._first, end_ids, may_end)
 
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
         """The tokens that may come next in a state, without the end.
@@ -156,9 +167,11 @@ class Grammar:
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         # With an error the mask is of the end alone, as at a good end.
         if matcher.is_error():
-            self.is_spent = True
             reason = matcher.get_error()
-            raise self._problem(_NO_TEXT if "NoExtension" in reason else reason)
+            if "NoExtension" in reason:
+                raise self._problem(_NO_TEXT)
+            self.is_spent = True
+            raise self._problem(reason)
         size = self._vocabulary.vocab_size
         allowed = np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
         allowed[self._vocabulary.eos_token] = False
@@ -206,6 +219,7 @@ class Matcher:
         self._may_end = may_end
         self.is_finished = False
         self.states: list[int] = []
+        self._token_ids: list[int] = []
         self._ahead: Ahead | None = None
         self._update(first.copy())
 
@@ -223,14 +237,32 @@ class Matcher:
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")
         self._state.consume_token(token_id)  # an error shows in what follows
+        self._token_ids.append(token_id)
         known = self._ahead.known(token_id) if self._ahead else None
-        self._update(self._grammar.allowed(self._state) if known is None else known)
+        if known is None or self._state.is_error():
+            known = self._next()
+        self._update(known)
 
     def ahead(self) -> Ahead:
         """Follows guesses at what comes next, and leaves this matcher as it is."""
         # A copy is asked, because too much work would break the state.
         self._ahead = Ahead(self._grammar, self._state.deep_copy())
         return self._ahead
+
+    def _next(self) -> NDArray[np.bool_]:
+        """`Grammar.allowed` of this state.
+
+        If the automaton has grown too large, the completion gets another: other completions use it,
+        too, and so do guesses.
+        """
+        try:
+            return self._grammar.allowed(self._state)
+        except ValueError:
+            if not self._grammar.is_spent:
+                raise
+        self._grammar = self._grammar.anew()
+        self._state = self._grammar.state(self._token_ids)
+        return self._grammar.allowed(self._state)
 
     def _update(self, allowed: NDArray[np.bool_]) -> None:
         self.states.append(self._grammar.bytes_in(allowed))

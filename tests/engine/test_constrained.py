@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 
 import jsonschema
+import numpy as np
 import pydantic
 import pytest
 from replays import Replays
@@ -15,6 +17,7 @@ from mistral_ext.engine import engine
 from mistral_ext.engine.graph_runner import GraphRunner
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.text import grammar
+from mistral_ext.text.constraint import Constraint
 
 PROMPT = "Once upon a time there was"
 SCHEMA = {
@@ -219,6 +222,25 @@ def test_too_much_work_on_the_way_is_an_error_and_passes(llm, monkeypatch):
     assert "too many states" in str(error)
     (again,) = run(llm, requests_of(llm, [{**hard, "max_tokens": 3}]))
     assert again.finish_reason == "length"
+
+
+def test_guesses_do_not_spend_the_limits_of_a_completion(llm, monkeypatch):
+    """Looking ahead makes the automaton larger, which all completions of a grammar share."""
+    monkeypatch.setitem(grammar._LIMITS, "max_lexer_states", 2000)
+    compiler = grammar.GrammarCompiler(llm.tokenizer)
+    compiled = compiler.compile(Constraint("regex", r"(.*a.{14}b|.*c.{10}d)+"))
+    matcher, other = compiled.matcher(), compiled.matcher()
+    chosen, guessed = random.Random(1), random.Random(2)
+    for _ in range(20):
+        allowed = np.flatnonzero(matcher.allowed).tolist()
+        ahead = matcher.ahead()
+        for _ in range(7):
+            guess = guessed.choice(allowed)
+            if not ahead.may_take(guess) or ahead.take(guess) is None:
+                break
+        matcher.consume(chosen.choice(allowed))
+    assert compiled.is_spent  # else the test shows nothing
+    other.consume(chosen.choice(np.flatnonzero(other.allowed).tolist()))
 
 
 @pytest.mark.parametrize(
