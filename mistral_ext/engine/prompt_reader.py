@@ -55,8 +55,8 @@ class PromptReader:
             The results of the pieces (`Runner.read`) once the pass is done; None: it pauses.
         """
         paused = self._paused or self._begin(pieces)
-        reading, is_wanted = paused.reading, not any(s.is_aborted for s, _ in pieces)
-        if not (self._runner.pauses and self._scheduler.decoding and is_wanted):
+        reading = paused.reading
+        if not (self._runner.pauses and self._scheduler.decoding):
             self._paused = None
             reading.advance()
             return reading.results()
