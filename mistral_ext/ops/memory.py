@@ -34,7 +34,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     n_bytes = count * dtype.itemsize
     if n_bytes < LARGE_PAGE:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    # Longer by a page, so that whole pages fit wherever the memory begins.
+    # Longer by a page, so that the tensor can begin with a page wherever the memory begins.
     pages = mmap.mmap(-1, n_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     ask_for_large_pages(pages)
-    return torch.frombuffer(pages, dtype=dtype, count=count).view(tuple(shape))
+    begin = -torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr() % LARGE_PAGE
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=begin).view(tuple(shape))

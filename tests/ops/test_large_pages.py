@@ -41,4 +41,5 @@ def test_empty_is_like_that_of_torch(shape, dtype):
 def test_long_weights_ask_for_large_pages():
     weight = Quantized.empty((4096, 4096), "q8_0")
     assert "hg" in flags_of(weight.values)
+    assert weight.values.data_ptr() % memory.LARGE_PAGE == 0
     assert "hg" not in flags_of(torch.empty(1 << 24, dtype=torch.uint8))
