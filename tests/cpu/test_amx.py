@@ -11,6 +11,7 @@ import backends
 import pytest
 import reference
 import torch
+from ragged import RaggedBatch
 from skipped import X86_SETS
 from test_attention import (
     test_each_tensor_has_strides_of_its_own,  # noqa: F401
@@ -30,6 +31,7 @@ from test_linear import (  # collected here again, with this file's `isa` and `b
     test_linear_swiglu,  # noqa: F401
     test_long_rows,  # noqa: F401
     test_several_weights_with_a_norm_are_the_plain_steps,  # noqa: F401
+    test_swiglu_of_two_formats_in_large_tasks,  # noqa: F401
     test_what_is_not_finite_stays_in_its_row_and_token,  # noqa: F401
 )
 from test_linear_backward import test_gradient_of_x_by_every_format  # noqa: F401
@@ -117,13 +119,21 @@ def test_swiglu_of_several_blocks(isa, amx, generator):
     assert amx.take_counts()["configured"] == 5  # tasks of 96 rows of each
 
 
+def test_attention_of_prompts_uses_tiles(isa, amx):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        RaggedBatch([40], 8, 4, 2, 64, dtype).step((33,))
+        counts = amx.take_counts()
+        assert bool(counts["dots"]) == (dtype == torch.bfloat16)
+
+
 def test_other_dtypes_use_no_tiles(isa, amx):
     for dtype in (torch.float32, torch.float16):
         ops.linear(torch.ones(30, 64, dtype=dtype), torch.ones(40, 64, dtype=dtype))
     assert not any(amx.take_counts().values())
 
 
-def test_a_configuration_of_another_library_stays(isa, amx, generator):
+def test_a_configuration_of_another_library_stays(isa, amx):
+    """So few rows are one task, which runs on the calling thread."""
     others = config({0: 3, 1: 3, 2: 5}, {0: 16, 1: 20, 2: 16})
     amx.configure(others)
     try:

@@ -258,6 +258,23 @@ def test_linear_swiglu(backend, tokens, dtype, generator):
         assert torch.equal(fused, ops.linear_swiglu(normalised, [gate, up]))
 
 
+@pytest.mark.parametrize("tokens", [40, 512])
+def test_swiglu_of_two_formats_in_large_tasks(isa, tokens, generator):
+    """On one thread a task has the most rows, and ends with the rows of the second format."""
+    size, rows = 128, 720
+    x = inputs(tokens, size, torch.bfloat16, generator) / 8
+    gate = torch.randn(rows, size, generator=generator).bfloat16()
+    up = quantize(torch.randn(rows, size, generator=generator), "q8_0")
+    rounded = [ops.linear(x, weight) for weight in (gate, up)]
+    exact = reference.swiglu(*(x.double() @ exact_weight(w).T for w in (gate, up)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_close(ops.linear_swiglu(x, [gate, up]), exact, reference.swiglu(*rounded))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("tokens", [3, 30])
 def test_any_number_of_threads_gives_the_same_bits(isa, tokens, generator):
     x = inputs(tokens, 96, torch.bfloat16, generator)

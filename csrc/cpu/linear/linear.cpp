@@ -274,13 +274,17 @@ void linear_many(const LinearParams& p, int threads) {
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
   const int64_t parts = swiglu ? 2 : 1;  // parts whose rows go together
-  // As many rows as leave enough tasks to share out. Parts of different formats need whole tiles,
-  // because each may overwrite sums up to the end of its last tile.
-  const bool apart = swiglu && p.parts[0].format != p.parts[1].format;
-  int64_t rows_per_task = apart ? Tile::kBlockRows : Tile::kTaskRows / parts;
-  while (!apart && rows_per_task > Tile::kBlockRows / parts &&
+  // As many rows as leave enough tasks to share out.
+  int64_t rows_per_task = Tile::kTaskRows / parts;
+  while (rows_per_task > Tile::kBlockRows / parts &&
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
     rows_per_task -= Tile::kBlockRows / parts;
+  }
+  // Two formats are multiplied one after the other, and the second may overwrite sums up to the end
+  // of its last tile. So its rows must be whole tiles: else that is behind the rows of the task.
+  static_assert(2 * Tile::kBlockRows <= Tile::kTaskRows, "");
+  if (swiglu && p.parts[0].format != p.parts[1].format) {
+    rows_per_task = mistral::min(rows_per_task, Tile::kBlockRows);
   }
   // Consecutive tasks take the blocks of tokens of the same rows, while these are in the cache.
   parallel_for(threads, count_blocks(p, rows_per_task) * token_blocks, [&](int64_t task) {
