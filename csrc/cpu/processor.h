@@ -9,9 +9,10 @@ namespace mistral::cpu {
 // the sets of other processors.
 bool processor_has(Isa isa);
 
-// Whether weights, which are used once, are prefetched into the L2 cache, not into L1 alone.
-// Intel's processors wait for few lines of L1 at a time and for many of L2: there a core reads
-// twice as fast. On AMD's, L1 is as fast, and weights do not replace what L2 holds.
+// Whether weights, which are used once, are prefetched into the L2 cache, not into L1 alone. A core
+// of Intel's can wait for few lines of its L1 at a time, but for many of its L2: it reads weights
+// twice as fast through L2. A core of AMD's is as fast through L1, and then weights do not replace
+// what L2 holds.
 extern const bool kFetchesIntoL2;
 
 }  // namespace mistral::cpu

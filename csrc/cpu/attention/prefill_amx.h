@@ -29,7 +29,8 @@ struct AmxProducts {
     }
   }
 
-  // The instruction itself sums 32 products before it adds them.
+  // The sums run on in `out`. No digits are lost, because the instruction sums 32 products before
+  // it adds them.
   template <int64_t kKeys>
   static void accumulate(const bf16* p, const float* factors, int64_t rows, const bf16* v,
                          int64_t count, int64_t dim, float* out) {

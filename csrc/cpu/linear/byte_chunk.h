@@ -185,13 +185,8 @@ struct ByteChunk : ByteFormat<format> {
   // `group`: the scales of the first group.
   MISTRAL_SIMD void take_scales(const char* group, int group_log2, int64_t there) {
     if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
-      uint32_t packed[4], unpacked[4];
-      memcpy(packed, group, sizeof packed);
-      constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x03030303;
-      unpacked[0] = packed[1] & kSix;
-      unpacked[1] = (packed[3] & kFour) | (packed[1] >> 6 & kTwo) << 4;
-      unpacked[2] = packed[2] & kSix;
-      unpacked[3] = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
+      uint32_t unpacked[4];
+      six_bit_scales(group, unpacked);
       const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
       const __m128i all = _mm_shuffle_epi8(
           _mm_setr_epi32(static_cast<int>(unpacked[0]), static_cast<int>(unpacked[1]),
@@ -207,16 +202,7 @@ struct ByteChunk : ByteFormat<format> {
       scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, order));
       factor = half(group + 16);
     } else if constexpr (format == WeightFormat::iq4_xs) {
-      uint32_t low, high = 0;
-      memcpy(&high, group + 2, sizeof(uint16_t));
-      memcpy(&low, group + 4, sizeof low);
-      // A byte for each two blocks, with the high bits of both.
-      high = (high | high << 8) & 0x00ff00ff;
-      high = (high | high << 4) & 0x0f0f0f0f;
-      constexpr uint32_t kFour = 0x0f0f0f0f, kTwo = 0x03030303;
-      const uint32_t even = (low & kFour) | (high & kTwo) << 4;
-      const uint32_t odd = (low >> 4 & kFour) | (high >> 2 & kTwo) << 4;
-      const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(even | uint64_t{odd} << 32));
+      const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(split_scales(group)));
       const __m128i centred = _mm_sub_epi8(bytes, _mm_set1_epi8(32));
       factor = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centred)), half(group));
     } else {

@@ -51,6 +51,33 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   return w.from(first);
 }
 
+// The scales and minima of 6 bits behind the two units of a super-block: a byte for each, the
+// scales of 8 blocks and then their minima.
+MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
+  uint32_t packed[4];
+  memcpy(packed, group, sizeof packed);
+  constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x03030303;
+  bytes[0] = packed[1] & kSix;
+  bytes[1] = (packed[3] & kFour) | (packed[1] >> 6 & kTwo) << 4;
+  bytes[2] = packed[2] & kSix;
+  bytes[3] = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
+}
+
+// The scales, 32 too large, behind the unit of a super-block that has no minima: a byte for each,
+// of blocks 0, 2, 4, 6 and then of blocks 1, 3, 5, 7.
+MISTRAL_SIMD uint64_t split_scales(const char* group) {
+  uint32_t low, high = 0;
+  memcpy(&high, group + 2, sizeof(uint16_t));
+  memcpy(&low, group + 4, sizeof low);
+  // A byte for each two blocks, with the high bits of both.
+  high = (high | high << 8) & 0x00ff00ff;
+  high = (high | high << 4) & 0x0f0f0f0f;
+  constexpr uint32_t kFour = 0x0f0f0f0f, kTwo = 0x03030303;
+  const uint32_t even = (low & kFour) | (high & kTwo) << 4;
+  const uint32_t odd = (low >> 4 & kFour) | (high >> 2 & kTwo) << 4;
+  return even | uint64_t{odd} << 32;
+}
+
 // A chunk is the part of a row that gemv.h reads at a time: kValues values, which unpack to
 // kVectors operands. Position i of the operands holds value k_at(i) of the row, so activations are
 // packed in the same order; kInOrder says that this is the order of memory. If kGrouped, Scales

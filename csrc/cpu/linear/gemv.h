@@ -46,13 +46,13 @@ constexpr bool kPairsRows = Chunk::kGrouped;
 // waits for the previous addition to the same sum.
 constexpr int kChains = 2;
 
-// Prefetches into all caches (locality 3), all but L1 (2), or L1 alone (0).
+// Prefetches into L1 and all other caches (locality 3), into all others (2), or into L1 alone (0).
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
-// Prefetches weights, which are used once.
+// Prefetches weights, which are used once, into the cache that suits the processor.
 MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
   if (kFetchesIntoL2) {
     fetch<2>(from, bytes);

@@ -38,7 +38,7 @@ struct InIntegers {
 };
 
 template <bool has_blocks>
-constexpr int64_t kPackedBytes<InIntegers<has_blocks>> = 2;
+constexpr int64_t kPackedBytes<InIntegers<has_blocks>> = has_blocks ? 3 : 2;
 
 // Bytes need no unpacking, and a single stream is read fastest.
 template <bool has_blocks>
@@ -210,9 +210,12 @@ void pack_integers(const T* x, int64_t inputs, uint8_t* out) {
     for (int64_t i = 0; i < kValues; i += Vec::width) {
       split_rounded(values_at(begin + i) * broadcast(unit.inverse), high + i, high + kValues + i);
     }
-    if (Chunk::kGrouped) sum = broadcast_int(0);
-    sum = add_products(sum, broadcast_byte(1), load_bytes(high));
-    if (Chunk::kGrouped) store_ints(reinterpret_cast<int16_t*>(line), minus_128_times(sum));
+    const Ints of_chunk = add_products(broadcast_int(0), broadcast_byte(1), load_bytes(high));
+    if constexpr (Chunk::kGrouped) {
+      store_ints(reinterpret_cast<int16_t*>(line), minus_128_times(of_chunk));
+    } else {
+      sum = sum + of_chunk;
+    }
     line += Chunk::kLineBytes;
   }
   head.offset = minus_128_times(sum);

@@ -124,15 +124,10 @@ struct WordScales {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     const char* group = row_scales + (k >> group_log2) * kGroupBytes;
     if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
-      uint32_t packed[4];
-      memcpy(packed, group, sizeof packed);
-      constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x03030303;
-      const uint32_t last_scales = (packed[3] & kFour) | (packed[1] >> 6 & kTwo) << 4;
-      const uint32_t last_minima = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
+      uint32_t bytes[4];
+      six_bit_scales(group, bytes);
       // Scales in lanes 0 to 7, minima in the others.
-      const __m512 all = widen_signed(
-          _mm_setr_epi32(static_cast<int>(packed[1] & kSix), static_cast<int>(last_scales),
-                         static_cast<int>(packed[2] & kSix), static_cast<int>(last_minima)));
+      const __m512 all = widen_signed(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
       const __m512 units = _mm512_mask_sub_ps(half_in_all_lanes(group), 0xff00, _mm512_setzero_ps(),
                                               half_in_all_lanes(group + 2));
       const __m512 scaled = _mm512_mul_ps(all, units);
@@ -145,16 +140,7 @@ struct WordScales {
         factors[i] = lanes_at(lanes_of([&](int lane) { return 8 * i + lane / 2; }), halves);
       }
     } else if constexpr (format == WeightFormat::iq4_xs) {
-      uint32_t low, high = 0;
-      memcpy(&high, group + 2, sizeof(uint16_t));
-      memcpy(&low, group + 4, sizeof low);
-      // A byte for each two blocks, with the high bits of both.
-      high = (high | high << 8) & 0x00ff00ff;
-      high = (high | high << 4) & 0x0f0f0f0f;
-      constexpr uint32_t kFour = 0x0f0f0f0f, kTwo = 0x03030303;
-      const uint32_t even = (low & kFour) | (high & kTwo) << 4;
-      const uint32_t odd = (low >> 4 & kFour) | (high >> 2 & kTwo) << 4;
-      const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(even | uint64_t{odd} << 32));
+      const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(split_scales(group)));
       const __m512 scales = widen_signed(_mm_sub_epi8(bytes, _mm_set1_epi8(32)));
       spread(_mm512_mul_ps(scales, half_in_all_lanes(group)),
              [](int block) { return block % 2 * 4 + block / 2; });
