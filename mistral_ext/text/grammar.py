@@ -292,7 +292,7 @@ class Ahead:
         return self._state.compute_ff_tokens()
 
     def may_take(self, token_id: int) -> bool:
-        """Whether a token may come next, and does not end the text."""
+        """Whether a token may come next. A text that is whole may be ended, too."""
         return self._state.validate_tokens([token_id]) == 1
 
     def take(self, token_id: int) -> int | None:
