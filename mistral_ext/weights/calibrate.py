@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.ops.quantize import round_with_feedback
 from mistral_ext.ops.weight import FORMATS
+from mistral_ext.weights import whole_layer
 from mistral_ext.weights.quantize import Quantization, expect_finite, has_table
 from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner, embed
 
@@ -100,7 +101,7 @@ class CalibratedLayers:
                 assert out is not None  # the layers' matrices are quantised
                 made[name], wide[name] = out, out.dequantize()
         for tokens in self._hidden.split(SEQUENCE):
-            tokens.copy_(self._runner.run(wide, tokens, partial(_product, wide)))
+            tokens.copy_(self._runner.run(wide, tokens, partial(whole_layer.product, wide)))
         save_state({name: _parts(weight) for name, weight in made.items()}, file)
         self.done = index + 1
         state = {"identity": self._identity, "hidden": self._hidden, "done": self.done}
@@ -118,7 +119,7 @@ class CalibratedLayers:
         def product(x: Tensor, name: str) -> Tensor:
             if name in first:
                 hessians[first[name]].addmm_(x.T, x)
-            return _product(layer, x, name)
+            return whole_layer.product(layer, x, name)
 
         for tokens in self._hidden.split(SEQUENCE):
             self._runner.run(layer, tokens, product)
@@ -129,10 +130,6 @@ def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
     """Tells texts and models apart."""
     tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
     return hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
-
-
-def _product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
-    return x @ layer[f"{name}.weight"].T
 
 
 def calibrated(

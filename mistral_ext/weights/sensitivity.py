@@ -13,7 +13,7 @@ that of a layer, of the output matrix, and of the hidden states before each laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mistral_ext import ops
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
+from mistral_ext.weights import whole_layer
 from mistral_ext.weights.calibrate import identity_of, load_state, save_state
 from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.quantize import Quantization, expect_finite
@@ -72,7 +73,9 @@ class Sensitivities:
             states = [embed(token_ids[:_TOKENS], self._read("tok_embeddings.weight"))]
             for index in range(n_layers):
                 layer = self._layer(index)
-                states.append(self._runner.run(layer, states[-1], partial(_product, layer)))
+                states.append(
+                    self._runner.run(layer, states[-1], partial(whole_layer.product, layer))
+                )
                 bar.update()
             gradient = self._gradient(states.pop())
             for index in reversed(range(n_layers)):
@@ -91,7 +94,9 @@ class Sensitivities:
         Raises:
             ValueError: as `measure`, or the folder is of another text or model.
         """
-        identity = identity_of(token_ids, self._read("tok_embeddings.weight"))
+        embeddings = self._read("tok_embeddings.weight")
+        embed(token_ids, embeddings)  # not the first tokens alone have to be right
+        identity = f"{identity_of(token_ids, embeddings)} {self._config}"
         file = kept / "sensitivities.pt"
         if not file.exists():
             state = {"identity": identity, "found": self.measure(token_ids, progress)}
@@ -123,7 +128,7 @@ class Sensitivities:
             found[full_name] = changes.mul_(of_output).sum(1).square_().mean().item() / 2
 
         def product(x: Tensor, name: str) -> Tensor:
-            y = _product(layer, x, name)
+            y = whole_layer.product(layer, x, name)
             y.register_hook(partial(measure, f"{name}.weight", x.detach()))
             return y
 
@@ -143,7 +148,3 @@ class Sensitivities:
         assert isinstance(weight, Tensor)  # it is not quantised
         expect_finite(weight.abs().amax(), name)
         return weight.float()
-
-
-def _product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
-    return x @ layer[f"{name}.weight"].T

@@ -35,6 +35,11 @@ def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
     return embeddings.index_select(0, tokens).float()
 
 
+def product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
+    """The product [T, N] of x [T, K] with the matrix `name` of a layer, such as "attention.wq"."""
+    return x @ layer[f"{name}.weight"].T
+
+
 class LayerRunner:
     """Runs the layers of a model, with a gradient for the hidden states if they require it."""
 
@@ -45,7 +50,7 @@ class LayerRunner:
         )
 
     def run(self, layer: Mapping[str, Tensor], h: Tensor, product: Product) -> Tensor:
-        """The hidden states [T, E] after a layer, from those before it.
+        """The hidden states [T, E] after a layer, from those before it, which stay as they are.
 
         Args:
             layer: float32 weights by their names in the layer; only the norms are used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,25 @@ def test_a_matrix_that_4_bits_hold_loses_nothing(tmp_path):
     model.save_pretrained(tmp_path / "model")
     found = measure(tmp_path / "model", random_tokens(131))
     assert found[name] < 1e-3 * min(loss for other, loss in found.items() if other != name)
+
+
+def test_what_is_kept_is_of_one_text_and_one_model(tmp_path):
+    write_checkpoint(tmp_path / "model")
+    read, ids = read_folder(tmp_path / "model"), random_tokens(131)
+    weights = Checkpoint(read, torch.float32)
+
+    def measure_once(token_ids, config):
+        sensitivities = Sensitivities(weights.read, config)
+        return sensitivities.measure_once(token_ids, tmp_path / "kept", progress=False)
+
+    found = measure_once(ids, read.config)
+    assert measure_once(ids, read.config) == found
+    others = replace(read.config, rope_theta=2 * read.config.rope_theta)
+    for token_ids, config in (([*ids, 5], read.config), (ids, others)):
+        with pytest.raises(ValueError, match="of another calibration"):
+            measure_once(token_ids, config)
+    with pytest.raises(ValueError, match="token_ids has"):
+        measure_once([*ids, 131], read.config)
 
 
 def test_tied_embeddings_are_the_output(tmp_path):
