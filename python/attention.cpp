@@ -98,6 +98,10 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
             p.partials = static_cast<float*>(workspace);
             p.counters = zeros;
             run(q, target, p, MISTRAL_KERNELS(attention));
+          },
+          [p] {
+            check_rows(op, p);
+            return cpu::attention_scratch_bytes(p);
           }};
 }
 

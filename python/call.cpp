@@ -10,6 +10,11 @@ void bind_call(py::module_& m) {
       .def_readonly("workspace_bytes", &Call::workspace_bytes)
       .def_readonly("counters", &Call::counters)
       .def("run", &Call::run, py::arg("workspace"), py::arg("counters"), py::arg("target"));
+  py::class_<Recording>(m, "Recording", py::module_local())
+      .def(py::init<>())
+      .def("add", &Recording::add, py::arg("call"))
+      .def("recheck", &Recording::recheck)
+      .def("run", &Recording::run, py::arg("workspace"), py::arg("threads"));
 }
 
 }  // namespace mistral::python

@@ -1,10 +1,13 @@
 // A call of an op that needs scratch memory. Its arguments are checked, but its kernel is not
-// started. Python asks how much memory the call needs, then runs it with that memory.
+// started. Python asks how much memory the call needs, then runs it with that memory. On the CPU a
+// call can be run again, for what its tensors then hold.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <utility>
+#include <vector>
 
 #include "device.h"
 
@@ -16,9 +19,16 @@ class Call {
   // the address of `counters` ints.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
-  // Holds the addresses of the tensors but does not own them: they must outlive the call.
-  Call(int64_t workspace_bytes, int64_t counters, Start start)
-      : workspace_bytes(workspace_bytes), counters(counters), start_(std::move(start)) {}
+  // Checks what the tensors hold by now, as far as kernels trust it, and returns workspace_bytes.
+  using Recheck = std::function<int64_t()>;
+
+  // Holds the addresses of the tensors but does not own them: they must outlive the call. recheck:
+  // null if the call trusts no contents.
+  Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
+      : workspace_bytes(workspace_bytes),
+        counters(counters),
+        start_(std::move(start)),
+        recheck_(std::move(recheck)) {}
 
   const int64_t workspace_bytes;  // on the device of the tensors
   const int64_t counters;         // ints on a CUDA device, zero before and after; 0 on the CPU
@@ -28,8 +38,32 @@ class Call {
            target);
   }
 
+  int64_t recheck() const { return recheck_ ? recheck_() : workspace_bytes; }
+
  private:
   Start start_;
+  Recheck recheck_;
+};
+
+// Calls on the CPU that are run one after another, again and again, without Python between them.
+class Recording {
+ public:
+  void add(const Call& call) { calls_.push_back(call); }
+
+  // Checks all calls again, and returns the bytes of a workspace that each of them may use.
+  int64_t recheck() const {
+    int64_t most = 0;
+    for (const Call& call : calls_) most = std::max(most, call.recheck());
+    return most;
+  }
+
+  void run(uintptr_t workspace_address, ExecutionTarget threads) const {
+    const WithoutGil without_gil;  // once for all calls
+    for (const Call& call : calls_) call.run(workspace_address, 0, threads);
+  }
+
+ private:
+  std::vector<Call> calls_;
 };
 
 }  // namespace mistral::python

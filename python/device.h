@@ -1,6 +1,7 @@
 // Runs an op's kernel on the device of its tensors.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "tensor.h"
@@ -18,6 +19,17 @@ namespace mistral::python {
 
 // Where a call runs: on a CPU the number of threads, on a CUDA device the handle of a stream.
 using ExecutionTarget = int64_t;
+
+// Lets other threads run Python during its own lifetime. Does nothing where that is so already.
+class WithoutGil {
+ public:
+  WithoutGil() {
+    if (PyGILState_Check()) released_.emplace();
+  }
+
+ private:
+  std::optional<py::gil_scoped_release> released_;
+};
 
 #ifdef MISTRAL_CUDA
 
@@ -56,12 +68,12 @@ template <class Params>
 void run(const Tensor& x, ExecutionTarget target, const Params& p, void (*cpu)(const Params&, int),
          cudaError_t (*cuda)(const Params&, cudaStream_t)) {
   if (!x.is_cuda()) {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     return cpu(p, static_cast<int>(target));
   }
   cudaError_t status;
   {
-    const py::gil_scoped_release release;
+    const WithoutGil without_gil;
     const CurrentDevice device(x.device_index());
     status = device.status();
     if (status == cudaSuccess) status = cuda(p, reinterpret_cast<cudaStream_t>(target));
@@ -79,7 +91,7 @@ void run(const Tensor& x, ExecutionTarget target, const Params& p,
          "tensors are on a CUDA device, expected cpu: this build of mistral_ext has no CUDA "
          "kernels. Install it again with nvcc on PATH and MISTRAL_EXT_CUDA=on");
   }
-  const py::gil_scoped_release release;
+  const WithoutGil without_gil;
   cpu(p, static_cast<int>(target));
 }
 
@@ -92,7 +104,7 @@ inline void expect_cpu(const Tensor& x) {
 
 template <class Params>
 void run_on_cpu(ExecutionTarget target, const Params& p, void (*cpu)(const Params&, int)) {
-  const py::gil_scoped_release release;
+  const WithoutGil without_gil;
   cpu(p, static_cast<int>(target));
 }
 

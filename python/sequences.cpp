@@ -4,8 +4,6 @@
 #include <string>
 #include <utility>
 
-#include "../csrc/attention.h"
-
 namespace mistral::python {
 namespace {
 
@@ -42,41 +40,40 @@ bool shares_ring(const Sequence* sequences, int64_t i) {
          s.ring_row == before.ring_row && s.capacity == before.capacity;
 }
 
-// Every row must describe tokens and a ring that exist, and nothing may overlap: the kernels
-// trust the table. Rows that share a ring are stored before any of them attends, so no row may
-// take a slot that the first of them still reads.
-void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_heads,
-                 int64_t pool_rows, int64_t window) {
-  const auto* sequences = static_cast<const Sequence*>(table.data());
+}  // namespace
+
+// Rows that share a ring are stored before any of them attends, so no row may take a slot that the
+// first of them still reads.
+void check_rows(const char* op, const AttentionParams& p) {
   int64_t packed = 0, shared = 0;                  // shared: rows before this one in its ring
   std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) rows
-  for (int64_t i = 0; i < table.size(0); ++i) {
-    const Sequence& s = sequences[i];
-    packed = check_tokens(op, i, s, packed, tokens);
+  for (int64_t i = 0; i < p.num_sequences; ++i) {
+    const Sequence& s = p.sequences[i];
+    packed = check_tokens(op, i, s, packed, p.tokens);
     check_position(op, i, s);
     if (s.capacity < 1) fail(op, at(i, "capacity", s.capacity) + ", expected 1 or more");
-    if (s.capacity < window && s.capacity < s.position + s.count) {
+    if (s.capacity < p.window && s.capacity < s.position + s.count) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window or " +
                    std::to_string(s.position + s.count) + ", the sequence's length, or more");
     }
     // A division, because the product of a wrong capacity may not fit.
-    if (s.ring_row < 0 || s.ring_row > pool_rows ||
-        s.capacity > (pool_rows - s.ring_row) / kv_heads) {
-      fail(op, at(i, "ring_row", s.ring_row) + " and its ring has " + std::to_string(kv_heads) +
+    if (s.ring_row < 0 || s.ring_row > p.pool_rows ||
+        s.capacity > (p.pool_rows - s.ring_row) / p.kv_heads) {
+      fail(op, at(i, "ring_row", s.ring_row) + " and its ring has " + std::to_string(p.kv_heads) +
                    " heads of " + std::to_string(s.capacity) + " rows, expected it to lie in the " +
-                   "pool's " + std::to_string(pool_rows) + " rows");
+                   "pool's " + std::to_string(p.pool_rows) + " rows");
     }
-    shared = shares_ring(sequences, i) ? shared + 1 : 0;
-    if (shared > 0 && s.capacity <= s.position && s.capacity - shared < window) {
+    shared = shares_ring(p.sequences, i) ? shared + 1 : 0;
+    if (shared > 0 && s.capacity <= s.position && s.capacity - shared < p.window) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window and " +
                    std::to_string(shared) + " more, one for each row before it in its ring, or " +
                    std::to_string(s.position + 1) + ", the sequence's length, or more");
     }
-    if (shared == 0) rings.emplace_back(s.ring_row, s.ring_row + kv_heads * s.capacity);
+    if (shared == 0) rings.emplace_back(s.ring_row, s.ring_row + p.kv_heads * s.capacity);
   }
-  if (packed != tokens) {
+  if (packed != p.tokens) {
     fail(op, "sequences has " + std::to_string(packed) + " new tokens, expected " +
-                 std::to_string(tokens) + " like q");
+                 std::to_string(p.tokens) + " like q");
   }
   std::sort(rings.begin(), rings.end());
   for (size_t i = 1; i < rings.size(); ++i) {
@@ -87,8 +84,6 @@ void check_table(const char* op, const Table& table, int64_t tokens, int64_t kv_
     }
   }
 }
-
-}  // namespace
 
 void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
   const char* op = q.op();
@@ -152,7 +147,11 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
                  " tokens of q");
   }
   // A table in the memory of a GPU is not read back: that would make every call wait.
-  if (!q.is_cuda()) check_table(op, table, tokens, kv_heads, k_pool.size(0), window);
+  if (q.is_cuda()) return;
+  AttentionParams p{};
+  fill(p);
+  p.pool_rows = k_pool.size(0);
+  check_rows(op, p);
 }
 
 void check_packed(const Tensor& x, const Table& table, bool with_positions) {

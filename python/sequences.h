@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "../csrc/attention.h"
 #include "../csrc/ring.h"
 #include "tensor.h"
 
@@ -45,6 +46,10 @@ struct RaggedBatch {
     p.window = window;
   }
 };
+
+// Checks the rows of a table in the memory of the CPU, which the kernels trust: each has tokens and
+// a ring that exist, and nothing overlaps. Looks at the table, and at the sizes that it has to fit.
+void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].
 void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window);

@@ -8,14 +8,13 @@ next step before it knows the tokens of the last step, and the GPU never waits f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from mistral_ext.engine.runner import Runner, Step, Verified, choose
+from mistral_ext.engine.runner import Runner, Step, Verified, captures_steps, choose
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.slots import Extent, SlotPool
 from mistral_ext.model.transformer import Transformer
@@ -256,6 +255,6 @@ class _HostCopy:
 
 
 def make_runner(model: Transformer, pool: SlotPool, sampler: Sampler) -> Runner:
-    """The runner for the model's device. MISTRAL_EXT_GRAPHS=0 has a GPU launch each step anew."""
-    graphs = model.device.type == "cuda" and os.environ.get("MISTRAL_EXT_GRAPHS") != "0"
+    """The runner for the model's device."""
+    graphs = model.device.type == "cuda" and captures_steps()
     return (GraphRunner if graphs else Runner)(model, pool, sampler)

@@ -5,12 +5,14 @@ On the CPU a pass is done when its call returns. `graph_runner` has the runner f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mistral_ext.engine.recorded_steps import RecordedSteps
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.slots import Extent, SlotPool
 from mistral_ext.model.transformer import Transformer
@@ -160,6 +162,8 @@ class Runner:
         self._model = model
         self._pool = pool
         self._sampler = sampler
+        records = model.device.type == "cpu" and captures_steps()
+        self._recorded = RecordedSteps(model, pool) if records else None
 
     def read(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """Reads pieces of several prompts in one pass.
@@ -197,13 +201,8 @@ class Runner:
         if token_ids is None:
             raise ValueError("token_ids is None, expected the ids to read: this runner keeps none")
         model, device = self._model, self._model.device
-        h = model.step(
-            _int64(token_ids, device),
-            self._pool.table(dict.fromkeys(extents, 1)).to(device),
-            self._pool,
-            max_count=1,
-            adapters=_slots(adapters, device),
-        )
+        table = self._pool.table(dict.fromkeys(extents, 1))
+        h = self._step(token_ids, table, adapters)
         greedy = self._sampler.needs_no_draw(rows)
         logits, sampled = choose(model, self._sampler, h, _int64(rows, device), greedy)
         chosen: list[int] = sampled.tolist()
@@ -238,13 +237,26 @@ class Runner:
         Args:
             greedy: all sequences take the largest logit.
         """
-        model, device = self._model, self._model.device
-        tokens, slots = _int64(token_ids, device), _slots(adapters, device)
-        h = model.step(tokens, table.to(device), self._pool, max_count=1, adapters=slots)
+        model = self._model
+        h = self._step(token_ids, table, adapters)
         if not greedy:
             return Verified(model.logits(h), None)
         logits, largest = model.greedy(h, self._sampler.vocab_size)
         return Verified(logits.float(), largest.tolist())
+
+    def _step(self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]) -> Tensor:
+        """[T, E], the residual stream of T tokens, each with a row of the table and an adapter."""
+        device = self._model.device
+        tokens, slots = _int64(token_ids, device), _slots(adapters, device)
+        if self._recorded is not None:
+            return self._recorded.run(tokens, table, slots)
+        return self._model.step(tokens, table.to(device), self._pool, max_count=1, adapters=slots)
+
+
+def captures_steps() -> bool:
+    """Whether decode steps are recorded, or captured as CUDA graphs, and then repeated. With
+    MISTRAL_EXT_GRAPHS=0 Python makes each step anew."""
+    return os.environ.get("MISTRAL_EXT_GRAPHS") != "0"
 
 
 def choose(

@@ -114,7 +114,7 @@ class Transformer:
     @torch.inference_mode()
     def step(
         self,
-        token_ids: Tensor,
+        token_ids: Tensor | None,
         sequences: Tensor,
         cache: Cache,
         max_count: int,
@@ -127,12 +127,13 @@ class Transformer:
         wait for the device.
 
         Args:
+            token_ids: as of `forward`; None with `h`.
             max_count: upper bound of the new tokens of any sequence.
             adapters: [T] int32, the slot of each token's adapter in `adapters`, or -1; None: no
                 token has an adapter. It does not change the bits of a token without.
             layers: run only these; None: all.
-            h: [T, E], what the call for the layers before has returned, which this call changes;
-                None: begin with the embeddings.
+            h: [T, E], the embeddings, or what the call for the layers before has returned, which
+                this call changes; None: begin with the embeddings of `token_ids`.
 
         Returns:
             [N, E], the residual stream, for `logits` or `greedy`; [T, E] after a layer that is not
@@ -142,6 +143,7 @@ class Transformer:
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
         if h is None:
+            assert token_ids is not None
             h = self.embed(token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for i in range(config.n_layers) if layers is None else layers:

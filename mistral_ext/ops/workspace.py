@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from mistral_ext import _C
+
+
+@contextmanager
+def noting(calls: list[_C.Call]) -> Iterator[None]:
+    """Adds the calls that this thread makes on the CPU to a list."""
+    before, _of_thread.calls = _of_thread.calls, calls
+    try:
+        yield
+    finally:
+        _of_thread.calls = before
 
 
 def execution_target(x: Tensor) -> int:
@@ -24,7 +36,9 @@ def run(call: _C.Call, x: Tensor) -> None:
     """
     target = execution_target(x)
     if not x.is_cuda:
-        call.run(_memory_on_cpu(call.workspace_bytes), 0, target)
+        if _of_thread.calls is not None:
+            _of_thread.calls.append(call)
+        call.run(memory_on_cpu(call.workspace_bytes), 0, target)
         return
     # This reference is held until the launch: memory freed earlier could go to another call.
     memory = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=x.device)
@@ -32,9 +46,11 @@ def run(call: _C.Call, x: Tensor) -> None:
     call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), target)
 
 
-class _MemoryOfThread(threading.local):
-    """The workspace of a thread's calls, as large as the largest call so far has needed. New pages
-    for every call would cost time."""
+class _OfThread(threading.local):
+    """The workspace of a thread's calls, as large as the largest call so far has needed: new pages
+    for every call would cost time. And where its calls are noted."""
+
+    calls: list[_C.Call] | None = None  # None: nowhere
 
     def __init__(self) -> None:
         self.grow(0)
@@ -45,12 +61,12 @@ class _MemoryOfThread(threading.local):
         self.address = -(-self._tensor.data_ptr() // 64) * 64  # the start of a cache line
 
 
-_memory_of_thread = _MemoryOfThread()
+_of_thread = _OfThread()
 
 
-def _memory_on_cpu(nbytes: int) -> int:
+def memory_on_cpu(nbytes: int) -> int:
     """The address of a workspace of that many bytes."""
-    memory = _memory_of_thread
+    memory = _of_thread
     if memory.nbytes < nbytes:
         memory.grow(nbytes)
     return memory.address

@@ -1,0 +1,76 @@
+"""Decode steps on the CPU without Python between their kernels, as a CUDA graph has them on a GPU.
+
+A step is recorded for each number of tokens. Tokens, positions and places are data: they are copied
+to where the recording reads them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_ext.engine.pass_costs import MOST_ROWS
+from mistral_ext.engine.slots import SlotPool
+from mistral_ext.model.transformer import Transformer
+from mistral_ext.ops.recording import Recording, record
+
+
+class RecordedSteps:
+    """Runs the layers for the next tokens of sequences, each with a row of the table.
+
+    Steps of up to `MOST_ROWS` tokens without adapters are recorded: the kernels of larger steps
+    take much longer than Python does, and a recording keeps the memory between all kernels.
+
+    Args:
+        model: the weights, on the CPU.
+        pool: the cache.
+    """
+
+    def __init__(self, model: Transformer, pool: SlotPool) -> None:
+        self._model = model
+        self._pool = pool
+        self._steps: dict[int, _Step] = {}
+
+    @torch.inference_mode()
+    def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> Tensor:
+        """What `Transformer.step` returns. The next call overwrites it.
+
+        Args:
+            token_ids: [T] int64.
+            table: [T, 5] int64, the sequence table.
+            adapters: as of `Transformer.step`.
+        """
+        size = len(token_ids)
+        if adapters is not None or size > MOST_ROWS:
+            return self._model.step(token_ids, table, self._pool, max_count=1, adapters=adapters)
+        if size not in self._steps:
+            self._steps[size] = _Step(self._model, self._pool, size)
+        return self._steps[size].run(token_ids, table)
+
+
+class _Step:
+    """A step for a fixed number of tokens."""
+
+    def __init__(self, model: Transformer, pool: SlotPool, size: int) -> None:
+        self._model = model
+        self._pool = pool
+        self._h = torch.empty(size, model.config.dim, dtype=model.dtype)
+        self._table = torch.empty(size, 5, dtype=torch.int64)
+        self._can_record = True
+        self._recording: Recording | None = None
+
+    def run(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        self._h.copy_(self._model.embed(token_ids))
+        self._table.copy_(table)
+        if self._recording is not None and self._recording.is_valid:
+            self._recording.run()
+        elif self._can_record:
+            self._recording = record(self._layers)
+            self._can_record = self._recording is not None
+        else:
+            self._layers()
+        return self._h
+
+    def _layers(self) -> None:
+        """Changes the residual stream in place."""
+        self._model.step(None, self._table, self._pool, max_count=1, h=self._h)

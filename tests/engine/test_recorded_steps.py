@@ -1,0 +1,94 @@
+"""Decode steps that are recorded once: every completion is what Python's own steps give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drafting import WINDOW, Oracle, content, engine_of, of_every_kind, plainly, request, run
+from drafting import prompt as prompt_of
+
+from mistral_ext import Mistral, ops
+from mistral_ext.engine.recorded_steps import RecordedSteps
+from mistral_ext.engine.slots import SlotPool
+from mistral_ext.llm import DEMO_MODEL
+from mistral_ext.ops.recording import Recording
+from mistral_ext.weights.quantize import quantize
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """The recordings of the steps that are repeated."""
+    runs = []
+    run_recording = Recording.run
+
+    def counted(recording):
+        runs.append(recording)
+        run_recording(recording)
+
+    monkeypatch.setattr(Recording, "run", counted)
+    return runs
+
+
+def python_engine(model, monkeypatch):
+    """An engine whose steps Python makes."""
+    with monkeypatch.context() as changed:
+        changed.setenv("MISTRAL_EXT_GRAPHS", "0")
+        return engine_of(model)
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_nothing_else_changes(models, window, repeated, monkeypatch):
+    """With every option, in batches and with drafts, beyond where rings wrap and extents move."""
+    requests = of_every_kind(3)
+    expected, known = plainly(lambda: python_engine(models[window], monkeypatch), requests)
+    assert not repeated
+    engine = engine_of(models[window])
+    engine._drafter = Oracle(known, 0.8, idle=0.5)
+    assert [content(c) for c in run(engine, requests)] == [content(c) for c in expected]
+    assert len(set(map(id, repeated))) > 4, "each number of tokens has a recording"
+    assert len(repeated) > 50
+
+
+def test_a_change_of_kernels_makes_a_new_recording(models, repeated, monkeypatch):
+    model, isa = models[None], ops.active_isa()
+    engine, python = engine_of(model), python_engine(model, monkeypatch)
+    requests = [request(prompt_of(5, 5), 6, temperature=1.0)]
+    try:
+        for chosen in (isa, "scalar", isa):
+            ops.select_isa(chosen)
+            got, expected = run(engine, requests), run(python, requests)
+            assert [content(c) for c in got] == [content(c) for c in expected]
+    finally:
+        ops.select_isa(isa)
+    assert len(set(map(id, repeated))) == 3
+
+
+def test_weights_with_an_order_are_not_recorded(repeated):
+    """Torch brings their inputs into that order."""
+    model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16).model
+    requests = [request(prompt_of(9, 9), 8, temperature=0.0)]
+    for layer in model.layers:
+        layer.wo = quantize(layer.wo, "int8")
+    expected = run(engine_of(model), requests)
+    assert repeated
+    repeated.clear()
+    for layer in model.layers:
+        order = torch.randperm(layer.wo.shape[1])
+        layer.wo = layer.wo._replace(values=layer.wo.values[:, order].contiguous(), order=order)
+    got = run(engine_of(model), requests)
+    assert not repeated
+    assert [c.token_ids for c in got] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_larger_steps_are_not_recorded(models, repeated, tokens):
+    model = models[None]
+    pool = SlotPool(model.config, 16 * tokens, model.dtype)
+    steps = RecordedSteps(model, pool)
+    table = pool.table(dict.fromkeys([pool.allocate(1, 16) for _ in range(tokens)], 1))
+    token_ids = torch.arange(3, 3 + tokens)
+    results = [steps.run(token_ids, table, None).clone() for _ in range(2)]
+    assert len(repeated) == (tokens == 8)
+    expected = model.step(token_ids, table, pool, max_count=1)
+    assert torch.equal(results[0], expected)
+    assert torch.equal(results[1], expected)

@@ -1,0 +1,136 @@
+"""Work that is repeated without Python: the same bits for new values, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from packed_weights import random_weight
+
+from mistral_ext import ops
+from mistral_ext.ops import Quantized
+from mistral_ext.ops.recording import record
+
+HEADS, KV_HEADS, DIM, SIZE, TOKENS = 4, 2, 32, 256, 3
+CAPACITY = 2500  # more than two segments of the keys that a task attends to
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+class Layer:
+    """The attention of a layer, on tensors that stay where they are."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.wq = random_weight("q4_k", (HEADS * DIM, SIZE), 256, generator)
+        self.wk, self.wv = random(KV_HEADS * DIM, SIZE), random(KV_HEADS * DIM, SIZE)
+        self.wo = random(SIZE, HEADS * DIM)
+        self.norm = random(SIZE)
+        self.frequencies = torch.rand(DIM // 2, generator=generator, dtype=torch.float64)
+        self.rings = [random(TOKENS * KV_HEADS * CAPACITY, DIM) for _ in range(2)]
+        self.table = torch.zeros(TOKENS, 5, dtype=torch.int64)
+        self.h = random(TOKENS, SIZE)
+        self.set_positions(0, 5, 70)
+
+    def set_positions(self, *positions: int) -> None:
+        for i, position in enumerate(positions):
+            row = i, 1, position, i * KV_HEADS * CAPACITY, CAPACITY
+            self.table[i] = torch.tensor(row)
+
+    def work(self) -> None:
+        """Adds to h, and to the rings."""
+        rings = *self.rings, self.table
+        weights = self.wq, self.wk, self.wv
+        qkv = ops.linear_rope(self.h, weights, self.norm, 1e-5, *rings, self.frequencies)
+        q, k, v = qkv.unflatten(1, (-1, DIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        x = ops.attention(q, k, v, *rings, max_count=1)
+        ops.linear_residual(x.flatten(1), self.wo, self.h)
+
+    def state(self) -> list[torch.Tensor]:
+        return [self.h.clone(), *(ring.clone() for ring in self.rings)]
+
+    def restore(self, state: list[torch.Tensor]) -> None:
+        for tensor, value in zip((self.h, *self.rings), state, strict=True):
+            tensor.copy_(value)
+
+
+def fill_freed_memory() -> None:
+    gc.collect()
+    for size in (8, 64, 512, 4096, 2**15):
+        for _ in range(64):
+            torch.full((size,), float("nan"))
+
+
+def test_new_values_have_the_bits_of_new_calls(isa, generator):
+    """Also where attention needs more memory than when it was recorded."""
+    layer = Layer(generator)
+    recording = record(layer.work)
+    assert recording is not None
+    fill_freed_memory()
+    for positions in ((1, 6, 71), (1023, 2048, 12), (2499, 2499, 2499)):
+        layer.set_positions(*positions)
+        before = layer.state()
+        layer.work()
+        expected = layer.state()
+        layer.restore(before)
+        recording.run()
+        assert all(map(torch.equal, layer.state(), expected))
+        assert not torch.equal(layer.h, before[0])
+
+
+def test_a_table_is_checked_each_time(generator):
+    layer = Layer(generator)
+    recording = record(layer.work)
+    layer.table[1, 4] = CAPACITY + 1
+    before = layer.state()
+    with pytest.raises(ValueError, match=r"attention: sequences has a ring at row 10000, expected"):
+        recording.run()
+    assert all(map(torch.equal, layer.state(), before))
+
+
+def test_other_kernels_need_a_new_recording(generator):
+    recording = record(Layer(generator).work)
+    assert recording.is_valid
+    isa, exact = ops.active_isa(), ops.exact_products()
+    try:
+        ops.set_exact_products(not exact)
+        assert not recording.is_valid
+        ops.set_exact_products(exact)
+        ops.select_isa("scalar")
+        assert not recording.is_valid
+    finally:
+        ops.set_exact_products(exact)
+        ops.select_isa(isa)
+    assert recording.is_valid
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x, w: x.add_(1),
+        lambda x, w: ops.linear(x, w).float(),
+        lambda x, w: ops.linear(x.clone(), w),
+        lambda x, w: ops.linear(torch.zeros_like(x), w),
+        lambda x, w: ops.rms_norm(x, x[0], 1e-5),  # needs no workspace, so it is no call
+        lambda x, w: ops.linear(x, Quantized(*w[:3], torch.arange(SIZE).flip(0))),
+    ],
+)
+def test_what_cannot_be_repeated(work, generator):
+    x = torch.randn(TOKENS, SIZE, generator=generator, dtype=torch.bfloat16)
+    weight = random_weight("q4_k", (8, SIZE), 256, generator)
+    assert record(lambda: ops.linear(x, weight)) is not None
+    assert record(lambda: work(x, weight)) is None
+
+
+def test_work_that_fails_is_not_recorded(generator):
+    x = torch.randn(TOKENS, SIZE, generator=generator)
+    with pytest.raises(ValueError, match=r"expected \[any, 256\]"):
+        record(lambda: ops.linear(x, x[:, 1:]))
+    ops.linear(x, x)  # and later calls are not noted
