@@ -54,8 +54,8 @@ class _Step:
     def __init__(self, model: Transformer, pool: SlotPool, size: int) -> None:
         self._model = model
         self._pool = pool
-        self._h = torch.empty(size, model.config.dim, dtype=model.dtype)
-        self._table = torch.empty(size, 5, dtype=torch.int64)
+        self._h = torch.empty(size, model.config.dim, dtype=model.dtype, device="cpu")
+        self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
         self._can_record = True
         self._recording: Recording | None = None
 

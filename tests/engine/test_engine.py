@@ -328,16 +328,20 @@ def test_ctrl_c_leaves_the_engine_as_it_was(models, monkeypatch):
     requests = [request(prompt(n, n), 30) for n in (20, 50)]
     for when in range(1, 12, 2):
         engine = engine_of(models[48])
-        step, calls = models[48].step, iter(range(1000))
+        calls = iter(range(1000))
 
-        def interrupted(*args, when=when, calls=calls, step=step, **options):
-            if next(calls) == when:
-                step(*args, **options)  # its tokens are stored, and nobody knows
-                raise KeyboardInterrupt
-            return step(*args, **options)
+        def interrupts(step, when=when, calls=calls):
+            def interrupted(*args, **options):
+                result = step(*args, **options)
+                if next(calls) == when:  # its tokens are stored, and nobody knows
+                    raise KeyboardInterrupt
+                return result
+
+            return interrupted
 
         with monkeypatch.context() as patch:
-            patch.setattr(models[48], "step", interrupted)
+            patch.setattr(models[48], "step", interrupts(models[48].step))  # reads prompts
+            patch.setattr(engine.runner, "_step", interrupts(engine.runner._step))
             ids = [engine.add(r) for r in requests]
             results = {}
             interruptions = 0

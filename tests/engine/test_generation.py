@@ -135,16 +135,16 @@ def test_stream_broken_off_leaves_the_model_usable(llm):
 
 def test_keyboard_interrupt_leaves_the_model_usable(llm, monkeypatch):
     before = llm.generate(PROMPTS, max_tokens=5)
-    step, calls = llm.model.step, []
+    step, calls = llm.engine.runner._step, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.model, "step", interrupted)
+        patch.setattr(llm.engine.runner, "_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, max_tokens=5)
     after = llm.generate(PROMPTS, max_tokens=5)
