@@ -63,7 +63,7 @@ class _Recorder(TorchDispatchMode):
     """Notes the calls of our kernels, and keeps the tensors of all operations."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
         self.is_complete = True
 
