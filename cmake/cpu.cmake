@@ -21,7 +21,9 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(kind MISTRAL_AARCH64)
   set(neon -DMISTRAL_NEON)
   set(neon_dotprod ${neon} -march=armv8.2-a+dotprod)
-  list(APPEND isas neon neon_dotprod)
+  # Every processor with bf16 has dot products too.
+  set(neon_bf16 ${neon} -march=armv8.2-a+dotprod+bf16)
+  list(APPEND isas neon neon_dotprod neon_bf16)
 endif()
 
 # Sets that have products of linear layers of their own, and all else from the set before them.

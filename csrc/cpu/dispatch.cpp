@@ -22,6 +22,7 @@ KERNELS(avx512_bf16)
 KERNELS(amx)
 #elif defined(MISTRAL_AARCH64)
 KERNELS(neon)
+KERNELS(neon_bf16)
 #endif
 
 namespace {
@@ -58,6 +59,7 @@ const Kernels* table(Isa isa) {
 #elif defined(MISTRAL_AARCH64)
   TABLE(neon)
   LINEAR_TABLE(neon_dotprod, neon)
+  TABLE(neon_bf16)
 #endif
 #undef TABLE
 #undef LINEAR_TABLE

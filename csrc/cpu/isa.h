@@ -15,7 +15,8 @@ namespace mistral::cpu {
   F(avx512_bf16)        \
   F(amx)                \
   F(neon)               \
-  F(neon_dotprod)
+  F(neon_dotprod)       \
+  F(neon_bf16)
 
 enum class Isa {
 #define NAME(isa) isa,

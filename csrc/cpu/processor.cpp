@@ -73,15 +73,18 @@ bool processor_has(Isa isa) {
 const bool kFetchesIntoL2 = false;
 
 bool processor_has(Isa isa) {
-  unsigned long capabilities = 0;
+  unsigned long capabilities = 0, capabilities2 = 0;
 #if defined(__linux__)
   capabilities = getauxval(AT_HWCAP);
+  capabilities2 = getauxval(AT_HWCAP2);
 #endif
-  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP of asm/hwcap.h
+  // HWCAP_ASIMDDP and HWCAP2_BF16 of asm/hwcap.h
+  constexpr unsigned long kDotProduct = 1ul << 20, kBf16 = 1ul << 14;
   switch (isa) {
     case Isa::scalar:
     case Isa::neon: return true;
     case Isa::neon_dotprod: return capabilities & kDotProduct;
+    case Isa::neon_bf16: return processor_has(Isa::neon_dotprod) && (capabilities2 & kBf16);
     default: return false;
   }
 }

@@ -67,9 +67,16 @@ class DecodeRows {
   static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
   static constexpr int64_t kLanes = kRowBlock * kGroup;
 
-  // The index of row r's score or probability of a key.
+  // Neighbouring keys of a row, of which an operand holds kDepth.
+  static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
+
+  // The index of row r's score of a key.
   static int64_t index(int64_t r, int64_t key) {
     return key / kGroup * kLanes + r * kGroup + key % kGroup;
+  }
+  // The index of its probability.
+  static int64_t probability_index(int64_t r, int64_t key) {
+    return (key / kNeighbours * kRowBlock + r) * kNeighbours + key % kNeighbours;
   }
 
   // scores = q k^T. Keys past the last repeat the last key; their scores are hidden.
@@ -131,6 +138,10 @@ class DecodeRows {
           p[n] = exp(load(scores_ + j + n * kLanes) * broadcast(scale) - base);
           sum = sum + p[n];
         }
+        if constexpr (kGroup < A::kDepth) {
+          const Vec first = p[0], second = p[1];
+          interleave(first, second, p);
+        }
         A::store(probabilities_ + j, A::convert(p));
       }
       store(maximum, highest);
@@ -157,7 +168,7 @@ class DecodeRows {
             for (const T*& value : values) value += kStep<A>;
           }
         },
-        [&](int64_t r, int64_t key) { return probabilities_ + index(r, key); },
+        [&](int64_t r, int64_t key) { return probabilities_ + probability_index(r, key); },
         [&](int64_t r) { return factors_[r * kGroup]; }, out + row * dim);
   }
 

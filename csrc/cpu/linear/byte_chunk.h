@@ -22,15 +22,19 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
-// Whether bytes are the fastest for many tokens of type T too. Products of pairs of bf16 are as
-// fast. Values of a table need VNNI: AVX2 has to widen each product of theirs, which takes longer
-// than floats.
+// Whether bytes are the fastest for many tokens of type T too. On x86 products of pairs of bf16 are
+// as fast. Values of a table need VNNI: AVX2 has to widen each product of theirs, which takes
+// longer than floats.
 template <class T>
 constexpr bool has_many_bytes(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
   if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return false;
 #endif
+#if defined(MISTRAL_NEON)
+  return has_bytes(format);
+#else
   return has_bytes(format) && std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
+#endif
 }
 
 // What distinguishes the formats.

@@ -99,7 +99,7 @@ struct PlainChunk {
 
  private:
   static Vec load_as(const T* p, Fp32) { return load(p); }
-#if defined(__AVX512BF16__)
+#if defined(MISTRAL_BF16_PAIRS)
   static Pairs load_as(const bf16* p, Bf16) { return load_pairs(p); }
 #endif
 

@@ -18,7 +18,7 @@ MISTRAL_SIMD void put(float* out, Vec first, Vec second) {
   store(out, first);
   store(out + Vec::width, second);
 }
-#if defined(__AVX512BF16__)
+#if defined(MISTRAL_BF16_PAIRS)
 MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
   store_pairs(out, to_pairs(first, second));
 }

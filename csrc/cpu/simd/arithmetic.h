@@ -33,7 +33,7 @@ struct Fp32 {
   static Operand convert(const Vec x[kDepth]) { return x[0]; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(MISTRAL_BF16_PAIRS)
 
 struct Bf16 {
   using Element = bf16;
@@ -59,7 +59,7 @@ template <class T>
 struct ArithmeticOf {
   using type = Fp32;
 };
-#if defined(__AVX512BF16__)
+#if defined(MISTRAL_BF16_PAIRS)
 template <>
 struct ArithmeticOf<bf16> {
   using type = Bf16;

@@ -110,4 +110,40 @@ MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
 }
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) { return a; }
 
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+
+#define MISTRAL_BF16_PAIRS
+
+// 4 pairs of bf16, whose products one instruction adds to the 4 lanes of a Vec
+struct Pairs {
+  bfloat16x8_t v;
+};
+MISTRAL_SIMD Pairs load_pairs(const bf16* p) {
+  return {vreinterpretq_bf16_u16(vld1q_u16(&p->bits))};
+}
+MISTRAL_SIMD void store_pairs(bf16* p, Pairs x) {
+  vst1q_u16(&p->bits, vreinterpretq_u16_bf16(x.v));
+}
+MISTRAL_SIMD Pairs broadcast_pair(const bf16* p) {
+  uint32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return {vreinterpretq_bf16_u32(vdupq_n_u32(pair))};
+}
+MISTRAL_SIMD Vec dot(Pairs a, Pairs b, Vec c) { return {vbfdotq_f32(c.v, a.v, b.v)}; }
+MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
+  return {vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(first.v), second.v)};
+}
+MISTRAL_SIMD void interleave(Pairs a, Pairs b, Pairs out[2]) {
+  const uint32x4_t left = vreinterpretq_u32_bf16(a.v), right = vreinterpretq_u32_bf16(b.v);
+  out[0] = {vreinterpretq_bf16_u32(vzip1q_u32(left, right))};
+  out[1] = {vreinterpretq_bf16_u32(vzip2q_u32(left, right))};
+}
+MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
+  const uint16x8_t left = vreinterpretq_u16_bf16(a.v), right = vreinterpretq_u16_bf16(b.v);
+  out[0] = {vreinterpretq_bf16_u16(vzip1q_u16(left, right))};
+  out[1] = {vreinterpretq_bf16_u16(vzip2q_u16(left, right))};
+}
+
+#endif
+
 }  // namespace mistral::cpu::MISTRAL_ISA

@@ -243,6 +243,8 @@ struct GroupScales {
 
 #if defined(__AVX512BF16__)
 
+#define MISTRAL_BF16_PAIRS
+
 // 16 pairs of bf16, whose products one instruction adds to the 16 lanes of a Vec
 struct Pairs {
   __m512i v;
