@@ -21,7 +21,7 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(kind MISTRAL_AARCH64)
   set(neon -DMISTRAL_NEON)
   set(neon_dotprod ${neon} -march=armv8.2-a+dotprod)
-  # Every processor with bf16 has dot products too.
+  # csrc/cpu/processor.cpp asks for both.
   set(neon_bf16 ${neon} -march=armv8.2-a+dotprod+bf16)
   list(APPEND isas neon neon_dotprod neon_bf16)
 endif()

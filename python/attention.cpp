@@ -56,9 +56,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
   out.expect_shape({q.size(0), q.size(1), q.size(2)});
   out.expect_like(q);
   out.expect_last_axis_contiguous();
-  AttentionParams p{};
-  batch.fill(p);
-  p.pool_rows = batch.k_pool.size(0);
+  AttentionParams p = batch.table_params();
   p.out = out.data();
   p.stride_out_token = out.stride(0);
   p.stride_out_head = out.stride(1);

@@ -19,11 +19,11 @@ class Call {
   // the address of `counters` ints.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
-  // Checks what the tensors hold by now, as far as kernels trust it, and returns workspace_bytes.
+  // Checks the sequence table again, and returns the bytes of the workspace that it takes now.
   using Recheck = std::function<int64_t()>;
 
   // Holds the addresses of the tensors but does not own them: they must outlive the call. recheck:
-  // null if the call trusts no contents.
+  // null if the call has no sequence table.
   Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
       : workspace_bytes(workspace_bytes),
         counters(counters),
@@ -46,6 +46,7 @@ class Call {
 };
 
 // Calls on the CPU that are run one after another, again and again, without Python between them.
+// One thread at a time may run them.
 class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }

@@ -20,14 +20,20 @@ namespace mistral::python {
 // Where a call runs: on a CPU the number of threads, on a CUDA device the handle of a stream.
 using ExecutionTarget = int64_t;
 
-// Lets other threads run Python during its own lifetime. Does nothing where that is so already.
+// Lets other threads run Python during its own lifetime. It does nothing within the lifetime of
+// another WithoutGil of the same thread.
 class WithoutGil {
  public:
   WithoutGil() {
-    if (PyGILState_Check()) released_.emplace();
+    if (depth_++ == 0) released_.emplace();
   }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+  ~WithoutGil() { --depth_; }
 
  private:
+  // Python's own answer is no help: with subinterpreters it always says that the GIL is held.
+  static inline thread_local int depth_ = 0;
   std::optional<py::gil_scoped_release> released_;
 };
 

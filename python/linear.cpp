@@ -150,10 +150,15 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
                           sequences, window);
   batch.fill(p.rope);
   p.rope.frequencies = checked_frequencies(batch.q, frequencies);
-  return {scratch_bytes(x, p.linear), 0,
+  const int64_t workspace_bytes = scratch_bytes(x, p.linear);
+  return {workspace_bytes, 0,
           [x, p](void* workspace, int32_t*, ExecutionTarget target) mutable {
             p.linear.scratch = workspace;
             run(x, target, p, MISTRAL_KERNELS(linear_rope));
+          },
+          [table = batch.table_params(), workspace_bytes] {
+            check_rows(op, table);
+            return workspace_bytes;
           }};
 }
 

@@ -147,11 +147,7 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
                  " tokens of q");
   }
   // A table in the memory of a GPU is not read back: that would make every call wait.
-  if (q.is_cuda()) return;
-  AttentionParams p{};
-  fill(p);
-  p.pool_rows = k_pool.size(0);
-  check_rows(op, p);
+  if (!q.is_cuda()) check_rows(op, table_params());
 }
 
 void check_packed(const Tensor& x, const Table& table, bool with_positions) {

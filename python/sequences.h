@@ -45,10 +45,18 @@ struct RaggedBatch {
     p.stride_v_head = v.stride(1);
     p.window = window;
   }
+
+  // The table, and all that its rows have to fit.
+  AttentionParams table_params() const {
+    AttentionParams p{};
+    fill(p);
+    p.pool_rows = k_pool.size(0);
+    return p;
+  }
 };
 
 // Checks the rows of a table in the memory of the CPU, which the kernels trust: each has tokens and
-// a ring that exist, and nothing overlaps. Looks at the table, and at the sizes that it has to fit.
+// a ring that exist, and nothing overlaps. `p` needs only the fields of RaggedBatch::table_params.
 void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].

@@ -266,7 +266,7 @@ def check_chat(case: Case) -> None:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    """Within it, a model that is loaded on a CUDA device decodes step by step."""
+    """Within it, a model that is loaded launches every kernel of a step."""
     before = os.environ.get("MISTRAL_EXT_GRAPHS")
     os.environ["MISTRAL_EXT_GRAPHS"] = "0"
     try:

@@ -21,7 +21,12 @@ X86_SETS = {
     "avx512_bf16": "AVX-512 with bf16 and VNNI",
     "amx": "AMX with bf16, or leave to use it",
 }
-AARCH64_SETS = {"scalar": "nothing", "neon": "nothing", "neon_dotprod": "dot products"}
+AARCH64_SETS = {
+    "scalar": "nothing",
+    "neon": "nothing",
+    "neon_dotprod": "dot products",
+    "neon_bf16": "dot products and bf16",
+}
 INSTRUCTION_SETS = AARCH64_SETS if platform.machine() in ("aarch64", "arm64") else X86_SETS
 
 

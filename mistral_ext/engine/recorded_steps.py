@@ -1,10 +1,12 @@
 """Decode steps on the CPU without Python between their kernels, as a CUDA graph has them on a GPU.
 
 A step is recorded for each number of tokens. Tokens, positions and places are data: they are copied
-to where the recording reads them.
+to where the recording reads them. A recording lasts until a weight of the model is replaced.
 """
 
 from __future__ import annotations
+
+from operator import is_not
 
 import torch
 from torch import Tensor
@@ -32,8 +34,9 @@ class RecordedSteps:
         self._steps: dict[int, _Step] = {}
 
     @torch.inference_mode()
-    def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> Tensor:
-        """What `Transformer.step` returns. The next call overwrites it.
+    def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
+        """What `Transformer.step` returns, which the next call overwrites; and whether later such
+        calls take as long: nothing was recorded.
 
         Args:
             token_ids: [T] int64.
@@ -42,7 +45,8 @@ class RecordedSteps:
         """
         size = len(token_ids)
         if adapters is not None or size > MOST_ROWS:
-            return self._model.step(token_ids, table, self._pool, max_count=1, adapters=adapters)
+            h = self._model.step(token_ids, table, self._pool, max_count=1, adapters=adapters)
+            return h, True
         if size not in self._steps:
             self._steps[size] = _Step(self._model, self._pool, size)
         return self._steps[size].run(token_ids, table)
@@ -56,21 +60,38 @@ class _Step:
         self._pool = pool
         self._h = torch.empty(size, model.config.dim, dtype=model.dtype, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
+        self._weights: list[object] = []  # at the last call; they live as long as the recording
         self._can_record = True
         self._recording: Recording | None = None
 
-    def run(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def run(self, token_ids: Tensor, table: Tensor) -> tuple[Tensor, bool]:
         self._h.copy_(self._model.embed(token_ids))
         self._table.copy_(table)
+        weights = _weights(self._model)
+        if len(weights) != len(self._weights) or any(map(is_not, weights, self._weights)):
+            self._weights, self._can_record, self._recording = weights, True, None
         if self._recording is not None and self._recording.is_valid:
             self._recording.run()
-        elif self._can_record:
-            self._recording = record(self._layers)
-            self._can_record = self._recording is not None
-        else:
+            return self._h, True
+        if not self._can_record:
             self._layers()
-        return self._h
+            return self._h, True
+        self._recording = record(self._layers, [self._h])
+        self._can_record = self._recording is not None
+        return self._h, False
 
     def _layers(self) -> None:
         """Changes the residual stream in place."""
         self._model.step(None, self._table, self._pool, max_count=1, h=self._h)
+
+
+def _weights(model: Transformer) -> list[object]:
+    """All that a step multiplies with, in order. A recording has their addresses."""
+    weights: list[object] = [model.frequencies]
+    for layer in model.layers:
+        for weight in vars(layer).values():
+            if isinstance(weight, list):
+                weights += weight
+            else:
+                weights.append(weight)
+    return weights

@@ -143,7 +143,8 @@ class Transformer:
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
         if h is None:
-            assert token_ids is not None
+            if token_ids is None:
+                raise ValueError("token_ids is None, expected the ids to read where h is None")
             h = self.embed(token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for i in range(config.n_layers) if layers is None else layers:

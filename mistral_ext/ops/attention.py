@@ -77,7 +77,7 @@ def _run(
 ) -> Tensor:
     out = q.new_empty(q.shape)
     given = q, k, v, k_pool, v_pool, sequences, out
-    run(_C.attention(*given, window, scale, max_count), q)
+    run(_C.attention(*given, window, scale, max_count), q, out)
     return out
 
 

@@ -35,7 +35,7 @@ def linear(
     "int8" and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
     formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
     magnitude of 32 neighbours; `set_exact_products` changes that. More than 8 tokens are not
-    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, and in bfloat16 where the CPU multiplies
+    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, and in bfloat16 on x86 that multiplies
     bfloat16. ("int4" has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K
     is at most 2^20.
 
@@ -70,7 +70,7 @@ def _run_linear(
     eps: float = 1e-5,
 ) -> Tensor:
     out = x.new_empty((len(x), parts.outputs))
-    run(_C.linear("linear", x, *parts[:3], norm, eps, out), x)
+    run(_C.linear("linear", x, *parts[:3], norm, eps, out), x, out)
     return out
 
 
@@ -165,7 +165,7 @@ def _run_linear_residual(
     parts: Parts,
     residual: Tensor,
 ) -> None:
-    run(_C.linear("linear_residual", x, *parts[:3], None, 0.0, residual), x)
+    run(_C.linear("linear_residual", x, *parts[:3], None, 0.0, residual), x, residual)
 
 
 def _fake_linear_residual(*_: object) -> None:
@@ -231,7 +231,7 @@ def _run_linear_rope(
     call = _C.linear_rope(
         x, *weights, norm, eps, out, k_pool, v_pool, sequences, frequencies, window
     )
-    run(call, x)
+    run(call, x, out)
     return out
 
 
@@ -327,7 +327,8 @@ def _run_linear_swiglu(
     added: Tensor | None = None,
 ) -> Tensor:
     out = x.new_empty((len(x), len(parts.values[0])))
-    run(_C.linear("linear_swiglu", x, *parts[:3], norm, eps, out, added), x)
+    call = _C.linear("linear_swiglu", x, *parts[:3], norm, eps, out, added)
+    run(call, x, out if added is None else None)
     return out
 
 

@@ -1,17 +1,15 @@
-"""Work of ops on the CPU that is done once, and then again without Python.
+"""Repeats the kernels of ops on the CPU without Python.
 
-Python, torch's dispatcher and the checks of the arguments take tens of microseconds a call. A
-kernel of a small model takes no longer.
+Python, torch's dispatcher and the checks of the arguments take tens of microseconds a call, as long as
+a kernel of a small model takes (`bench/serve.py` with one client).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mistral_ext import _C
 from mistral_ext.ops import workspace
@@ -20,12 +18,14 @@ from mistral_ext.ops import workspace
 class Recording:
     """The calls of a piece of work, on the memory that it used when it was recorded.
 
-    What may differ when it is repeated are the values in its tensors: tables are checked anew.
+    Only the values in that memory may differ when the work is repeated. One thread at a time may
+    repeat it. Its weights, rings, tables and other tensors that come from outside have to live as
+    long as it does; it keeps all others.
     """
 
     def __init__(self) -> None:
         self._calls = _C.Recording()
-        self._kept: list[object] = []  # tensors that the calls read and write
+        self._kept: list[Tensor] = []
         self._settings = _settings()
 
     @property
@@ -34,7 +34,7 @@ class Recording:
         return self._settings == _settings()
 
     def run(self) -> None:
-        """Repeats the work.
+        """Repeats the work. No other thread may choose other kernels (`select_isa`) meanwhile.
 
         Raises:
             ValueError: a sequence table is not valid.
@@ -43,56 +43,46 @@ class Recording:
         self._calls.run(memory, torch.get_num_threads())
 
 
-def record(work: Callable[[], object]) -> Recording | None:
+def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | None:
     """Does the work, and records it.
 
     Args:
-        work: on the CPU, without gradients. What it does depends on no value of a tensor.
+        work: calls of ops, without gradients. What it does depends on no value of a tensor. It
+            changes nothing but by ops.
+        given: the tensors with which the work begins.
 
     Returns:
-        The recording; None: the work has operations of torch that compute something, or ops without
-        a workspace, which cannot be repeated.
+        The recording; None: the work cannot be repeated, because an op has no workspace, or needs
+        memory that is gone, or reads what torch has computed.
     """
-    recorder = _Recorder()
-    with recorder:
+    recorder = _Recorder(given)
+    with workspace.heard_by(recorder):
         work()
     return recorder.recording if recorder.is_complete else None
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes the calls of our kernels, and keeps the tensors of all operations."""
+class _Recorder:
+    """Notes calls, and where their inputs come from: what torch computes is not computed again, so
+    each x has to lie in the memory of a given tensor, or in that of an earlier result."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, given: Sequence[Tensor]) -> None:
         self.recording = Recording()
         self.is_complete = True
+        self._known = set(map(_address, given))
 
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        calls: list[_C.Call] = []
-        with workspace.noting(calls):
-            result = func(*args, **(kwargs or {}))
-        if func.namespace == "mistral_ext":
-            is_repeatable = bool(calls)
-        else:
-            is_repeatable = not func._schema.is_mutable and _is_view(args, result)
-        self.is_complete &= is_repeatable
-        for call in calls:
-            self.recording._calls.add(call)
-        self.recording._kept += [args, kwargs, result]
-        return result
+    def note(self, call: _C.Call, x: Tensor, out: Tensor) -> None:
+        self.is_complete &= _address(x) in self._known
+        self._known.add(_address(out))
+        self.recording._calls.add(call)
+        self.recording._kept += [x, out]
+
+    def give_up(self) -> None:
+        self.is_complete = False
 
 
-def _is_view(args: Sequence[Any], result: Any) -> bool:
-    """Whether all tensors of a result lie in the memory of the arguments."""
-    given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-    results = result if isinstance(result, list | tuple) else [result]
-    return all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in given for x in results)
+def _address(x: Tensor) -> int:
+    """Where the memory begins of which x is a part."""
+    return x.untyped_storage().data_ptr()
 
 
 def _settings() -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,32 +13,60 @@ from torch import Tensor
 from mistral_ext import _C
 
 
+class Recorder(Protocol):
+    """Hears of the kernels that a thread runs on the CPU: see `recording`."""
+
+    def note(self, call: _C.Call, x: Tensor, out: Tensor) -> None:
+        """A call was made, which reads x and writes to `out`."""
+
+    def give_up(self) -> None:
+        """A kernel was run that cannot be repeated."""
+
+
 @contextmanager
-def noting(calls: list[_C.Call]) -> Iterator[None]:
-    """Adds the calls that this thread makes on the CPU to a list."""
-    before, _of_thread.calls = _of_thread.calls, calls
+def heard_by(recorder: Recorder) -> Iterator[None]:
+    """Has a recorder hear of the kernels of this thread."""
+    before = _of_thread.recorder
     try:
+        _of_thread.recorder = recorder
         yield
     finally:
-        _of_thread.calls = before
+        _of_thread.recorder = before
 
 
 def execution_target(x: Tensor) -> int:
-    """Where a kernel on x runs: on a CPU the number of threads, on a GPU the current stream."""
+    """Where a kernel on x runs: on a CPU the number of threads, on a GPU the current stream.
+
+    It is for ops without a workspace, whose kernels cannot be repeated.
+    """
+    if _of_thread.recorder is not None:
+        _of_thread.recorder.give_up()
+    return _target(x)
+
+
+def _target(x: Tensor) -> int:
     if x.is_cuda:
         return torch.cuda.current_stream(x.device).cuda_stream
     return torch.get_num_threads()
 
 
-def run(call: _C.Call, x: Tensor) -> None:
+def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
     """Runs a checked call on the device of x, its first argument, with the workspace that it needs.
 
     The caller keeps all tensors of the call alive.
+
+    Args:
+        out: what the call writes, if it can be repeated: x and `out` are all of its tensors that
+            may be gone by then.
     """
-    target = execution_target(x)
+    target = _target(x)
+    recorder = _of_thread.recorder
+    if recorder is not None:
+        if out is None or x.is_cuda:
+            recorder.give_up()
+        else:
+            recorder.note(call, x, out)
     if not x.is_cuda:
-        if _of_thread.calls is not None:
-            _of_thread.calls.append(call)
         call.run(memory_on_cpu(call.workspace_bytes), 0, target)
         return
     # This reference is held until the launch: memory freed earlier could go to another call.
@@ -48,9 +77,9 @@ def run(call: _C.Call, x: Tensor) -> None:
 
 class _OfThread(threading.local):
     """The workspace of a thread's calls, as large as the largest call so far has needed: new pages
-    for every call would cost time. And where its calls are noted."""
+    for every call would cost time. And who hears of its kernels, if anybody does."""
 
-    calls: list[_C.Call] | None = None  # None: nowhere
+    recorder: Recorder | None = None
 
     def __init__(self) -> None:
         self.grow(0)

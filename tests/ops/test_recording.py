@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from packed_weights import random_weight
 
 from mistral_ext import ops
-from mistral_ext.ops import Quantized
+from mistral_ext.ops import Quantized, workspace
 from mistral_ext.ops.recording import record
+from mistral_ext.weights.quantize import quantize
 
 HEADS, KV_HEADS, DIM, SIZE, TOKENS = 4, 2, 32, 256, 3
 CAPACITY = 2500  # more than two segments of the keys that a task attends to
@@ -61,19 +60,21 @@ class Layer:
             tensor.copy_(value)
 
 
-def fill_freed_memory() -> None:
-    gc.collect()
-    for size in (8, 64, 512, 4096, 2**15):
-        for _ in range(64):
-            torch.full((size,), float("nan"))
+def take_freed_memory() -> list[torch.Tensor]:
+    """Tensors where the results of `work` lay, if these are gone."""
+    return [
+        torch.full((TOKENS, columns), 7.0, dtype=torch.bfloat16)
+        for columns in (HEADS * DIM, (HEADS + 2 * KV_HEADS) * DIM)
+        for _ in range(64)
+    ]
 
 
 def test_new_values_have_the_bits_of_new_calls(isa, generator):
     """Also where attention needs more memory than when it was recorded."""
     layer = Layer(generator)
-    recording = record(layer.work)
+    recording = record(layer.work, [layer.h])
     assert recording is not None
-    fill_freed_memory()
+    others = take_freed_memory()
     for positions in ((1, 6, 71), (1023, 2048, 12), (2499, 2499, 2499)):
         layer.set_positions(*positions)
         before = layer.state()
@@ -83,54 +84,79 @@ def test_new_values_have_the_bits_of_new_calls(isa, generator):
         recording.run()
         assert all(map(torch.equal, layer.state(), expected))
         assert not torch.equal(layer.h, before[0])
+    assert all((other == 7).all() for other in others)
 
 
 def test_a_table_is_checked_each_time(generator):
     layer = Layer(generator)
-    recording = record(layer.work)
+    recording = record(layer.work, [layer.h])
     layer.table[1, 4] = CAPACITY + 1
     before = layer.state()
-    with pytest.raises(ValueError, match=r"attention: sequences has a ring at row 10000, expected"):
+    with pytest.raises(
+        ValueError, match="linear_rope: sequences has a ring at row 10000, expected"
+    ):
         recording.run()
     assert all(map(torch.equal, layer.state(), before))
 
+    layer.set_positions(0, 5, 70)
+    rings = *layer.rings, layer.table
+    q = torch.randn(TOKENS, HEADS, DIM, generator=generator).bfloat16()
+    recording = record(lambda: ops.attention(q, q[:, :2], q[:, :2], *rings), [q])
+    layer.table[2, 1] = 2
+    with pytest.raises(ValueError, match="attention: sequences.2..count is 2, expected 0 to 1"):
+        recording.run()
+
 
 def test_other_kernels_need_a_new_recording(generator):
-    recording = record(Layer(generator).work)
+    layer = Layer(generator)
+    recording = record(layer.work, [layer.h])
     assert recording.is_valid
     isa, exact = ops.active_isa(), ops.exact_products()
     try:
         ops.set_exact_products(not exact)
         assert not recording.is_valid
         ops.set_exact_products(exact)
-        ops.select_isa("scalar")
-        assert not recording.is_valid
+        for other in ops.supported_isas():
+            ops.select_isa(other)
+            assert recording.is_valid == (other == isa)
     finally:
         ops.set_exact_products(exact)
         ops.select_isa(isa)
     assert recording.is_valid
 
 
+def packed(weight: torch.Tensor) -> tuple:
+    return quantize(weight, "int8")[:3]
+
+
+def heads(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x.unflatten(1, (-1, DIM)).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+
+
 @pytest.mark.parametrize(
     "work",
     [
-        lambda x, w: x.add_(1),
-        lambda x, w: ops.linear(x, w).float(),
         lambda x, w: ops.linear(x.clone(), w),
+        lambda x, w: ops.linear(ops.linear(x, w) + 1, w),
         lambda x, w: ops.linear(torch.zeros_like(x), w),
-        lambda x, w: ops.rms_norm(x, x[0], 1e-5),  # needs no workspace, so it is no call
-        lambda x, w: ops.linear(x, Quantized(*w[:3], torch.arange(SIZE).flip(0))),
+        lambda x, w: ops.rms_norm(x, x[0], 1e-5),  # has no workspace
+        lambda x, w: ops.linear(x, Quantized(*packed(w), torch.arange(SIZE).flip(0))),
+        lambda x, w: ops.linear_swiglu(x, [w, w], added=torch.zeros(TOKENS, 2 * len(w))),
+        lambda x, w: ops.linear_argmax(x, w),
+        lambda x, w: ops.attention(*heads(x), None, None, torch.tensor([[0, TOKENS, 0, 0, 0]])),
+        lambda x, w: ops.linear_cross_entropy(x, w, torch.zeros(TOKENS, dtype=torch.int64)),
     ],
 )
 def test_what_cannot_be_repeated(work, generator):
     x = torch.randn(TOKENS, SIZE, generator=generator, dtype=torch.bfloat16)
-    weight = random_weight("q4_k", (8, SIZE), 256, generator)
-    assert record(lambda: ops.linear(x, weight)) is not None
-    assert record(lambda: work(x, weight)) is None
+    weight = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.bfloat16)
+    assert record(lambda: ops.linear(x, weight), [x]) is not None
+    assert record(lambda: work(x, weight), [x]) is None
 
 
 def test_work_that_fails_is_not_recorded(generator):
     x = torch.randn(TOKENS, SIZE, generator=generator)
     with pytest.raises(ValueError, match=r"expected \[any, 256\]"):
-        record(lambda: ops.linear(x, x[:, 1:]))
-    ops.linear(x, x)  # and later calls are not noted
+        record(lambda: ops.linear(x, x[:, 1:]), [x])
+    ops.linear(x, x)
+    assert workspace._of_thread.recorder is None

@@ -67,7 +67,7 @@ class DecodeRows {
   static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
   static constexpr int64_t kLanes = kRowBlock * kGroup;
 
-  // Neighbouring keys of a row, of which an operand holds kDepth.
+  // The keys of a row whose probabilities are neighbours: at least the kDepth keys of an operand.
   static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
 
   // The index of row r's score of a key.
@@ -139,6 +139,8 @@ class DecodeRows {
           sum = sum + p[n];
         }
         if constexpr (kGroup < A::kDepth) {
+          // Each p has one key, and a lane for each row.
+          static_assert(kGroup == 1 && A::kDepth == 2 && kLanes == Vec::width, "");
           const Vec first = p[0], second = p[1];
           interleave(first, second, p);
         }

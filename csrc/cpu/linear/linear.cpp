@@ -237,8 +237,7 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
                   ceil_div(p.tokens, Vec::width), first_token / Vec::width,
                   ceil_div(tokens, Vec::width), buffers);
   };
-  // Tiles of AMX have more tokens, and no products in bytes (has_many_bytes).
-  static_assert(Tile::kBlockTokens <= kPanelTokens || Tile::kDepth == 2, "");
+  static_assert(Tile::kBlockTokens <= kPanelTokens || !has_many_bytes<T>(WeightFormat::q4_k), "");
   const auto multiply_bytes = [&](int64_t part, int64_t first_row) {
     const int64_t stride_x = packed_byte_row(p.inputs);
     const ByteProducts products = {rows_at(part), block.count,
