@@ -91,7 +91,7 @@ MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
 }
 
 // The first position of a chunk that is stored. Earlier tokens of the chunk would lose their slots
-// to later ones.
+// to later tokens.
 MISTRAL_HOST_DEVICE int64_t first_stored(const Sequence& s) {
   return max(s.position, s.position + s.count - s.capacity);
 }

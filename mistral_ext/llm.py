@@ -91,8 +91,8 @@ class Mistral(RequestMaker):
             takes more memory.
         max_batch: completions generated at once. On the CPU, up to 8 do not change each other's
             text; with more, products round differently.
-        cache_tokens: tokens that the cache has room for: those of running completions, and those
-            kept for later prompts. None: see `engine.memory.default_slots`.
+        cache_tokens: tokens that the cache has room for: the tokens of running completions, and
+            tokens kept for later prompts. None: see `engine.memory.default_slots`.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: tokens to guess at a time, 0 to 7, for completions whose options do not say. Guesses
             that are right are generated together; the text is the same. None: 7 on the CPU or with
@@ -154,8 +154,8 @@ class Mistral(RequestMaker):
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
                 "OWNER/NAME:FILE.gguf".
             device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
-            dtype: float32, bfloat16 or float16; None: as stored. Another dtype than the stored one
-                copies all weights except quantised ones.
+            dtype: float32, bfloat16 or float16; None: as stored. A dtype other than the stored
+                dtype copies all weights except quantised weights.
             prefill_chunk, max_batch, cache_tokens, drafts: see `Mistral`.
             progress: show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
@@ -216,8 +216,9 @@ class Mistral(RequestMaker):
         The model's weights, of whatever format, stay as they are, and requests that run go on.
 
         Args:
-            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or a hub
-                id of one; or what such a file holds, as `weights.adapters.read_adapter` gives it.
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or the
+                hub id of an adapter; or the contents of such a file, as
+                `weights.adapters.read_adapter` gives them.
             name: a new name.
 
         Raises:
@@ -262,9 +263,10 @@ class Mistral(RequestMaker):
         Args:
             prompts: text, token ids, or a list of prompts. Text is tokenized with a
                 beginning-of-text token; token ids are not changed.
-            special_tokens: control tokens that a text spells out, such as "[INST]", are those
-                tokens; else they are text.
-            adapter: the name of a loaded adapter; None: none. Or a list with one for each prompt.
+            special_tokens: control tokens that a text spells out, such as "[INST]", become these
+                tokens; else they stay text.
+            adapter: the name of a loaded adapter; None: none. Or a list with a name or None for
+                each prompt.
             sampling: fields of `SamplingParams`.
 
         Returns:

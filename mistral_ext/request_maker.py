@@ -179,7 +179,7 @@ class RequestMaker:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> list[Request]:
-        """The requests to `engine` that `embed` makes, of a salt; see `Request`."""
+        """The requests to `engine` that `embed` makes. salt: see `Request`."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
         tokenizer = self.require_tokenizer()

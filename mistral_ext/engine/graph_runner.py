@@ -169,8 +169,8 @@ class _Batch:
             self._adapters.copy_(torch.tensor(adapters, dtype=torch.int32, device="cpu"))
 
     def follow(self, last: _Batch) -> None:
-        """Goes on where the last step ended, which was perhaps of another kind: a bias is read from
-        the moment on when any completion has had one."""
+        """Goes on where the last step ended. That step may have been of another kind: steps read
+        biases only from the moment on when a completion has had a bias."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)

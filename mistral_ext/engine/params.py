@@ -32,7 +32,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # > 0: divides the logits of tokens in prompt and completion
     presence_penalty: float = 0.0  # [-2, 2]: subtracted once for a token in the completion
     frequency_penalty: float = 0.0  # [-2, 2]: subtracted for each time it is there
-    seed: int | None = None  # [0, 2^64); None: a fresh one
+    seed: int | None = None  # [0, 2^64); None: a fresh seed
     stop: str | Sequence[str] | None = None  # strings that end the completion, not part of it
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these token ids
     logprobs: int | None = None  # report the log-probability of each token and this many others

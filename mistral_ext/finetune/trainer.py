@@ -316,7 +316,7 @@ class Trainer:
         return writer
 
     def _write_adapter(self) -> None:
-        """Writes the adapter of this moment to the output, in place of an earlier one."""
+        """Writes the adapter of this moment to the output, in place of an earlier adapter."""
         with TemporaryDirectory(prefix=_PART, dir=self.output) as folder:
             write_adapter_files(Path(folder), self._adapter.low_ranks(), str(self._llm.folder))
             sync_files(Path(folder))

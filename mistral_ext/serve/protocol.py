@@ -189,7 +189,7 @@ def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Converts OpenAI's messages to those of `Mistral.chat`."""
+    """Converts OpenAI's messages to messages for `Mistral.chat`."""
     roles = {"developer": "system"}
     plain: list[Mapping[str, Any]] = [
         {

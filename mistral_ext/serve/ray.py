@@ -107,7 +107,7 @@ def application(
 
 
 class Replica:
-    """A model and its server, in a process that Ray starts. The arguments are those of
+    """A model and its server, in a process that Ray starts. Takes the arguments of
     `application`."""
 
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:

@@ -153,7 +153,7 @@ class Quantization:
         return self.empty(name, shape, torch.device("meta"))
 
     def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> Quantized | None:
-        """The same as `parts`, on a device, to be filled."""
+        """The tensors that `parts` describes, on a device, to be filled."""
         chosen = self.format_of(name, shape[-1])
         if chosen is None:
             return None
@@ -301,7 +301,8 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 
 
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[..., 1] scales for 4 bits: among the scales tried, those with the least squared error.
+    """[..., 1] scales for 4 bits: the scales with the least squared error among the scales that are
+    tried.
 
     With u the weights of a group and q the values that a tried scale gives, the best scale for
     these values is u.q / q.q, and it leaves the squared error u.u - (u.q)^2 / q.q.

@@ -67,19 +67,21 @@ struct VectorProducts {
 // Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
 struct TileProducts {
   using Arithmetic = Bf16;
-  // So many that packing them is a small part of the work. A task takes 600 KB of L2 with D = 128.
+  // With this many rows and keys, packing them is a small part of the work. A task takes 600 KB of
+  // L2 with D = 128.
   static constexpr int64_t kTile = 128;
   static constexpr int64_t kStep = AmxProducts::kRowStep;
 
   using Setup = AmxProducts::Setup;
 
-  // As above, with b [D / 2, kTile, 2]; the first `count` columns.
+  // The same products as VectorProducts::score, with b [D / 2, kTile, 2]; only the first `count`
+  // columns.
   static void score(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
                     float* out) {
     AmxProducts::score<kTile>(a, rows, b, count, dim, out);
   }
 
-  // As above, with b [kTile / 2, D, 2].
+  // The same products as VectorProducts::accumulate, with b [kTile / 2, D, 2].
   static void accumulate(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
                          float* out) {
     AmxProducts::add<kTile>(a, rows, b, count, dim, out);
@@ -274,7 +276,7 @@ class Head {
   }
 
   // Computes a line of probabilities, and of the gradients of the products of queries and keys.
-  // lse(i) and delta(i) are those of the columns from i on.
+  // lse(i) and delta(i) are the values for the columns from i on.
   template <class Lse, class Delta>
   void differentiate(int64_t line, int64_t count, const Lse& lse, const Delta& delta) {
     const Vec scale = broadcast(p_.scale);
