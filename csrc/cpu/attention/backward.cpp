@@ -174,7 +174,7 @@ class Head {
     take_keys(first_key, s_.count);
     clear(d_keys_, keys_);
     clear(d_values_, keys_);
-    const int64_t last_token = mistral::min(s_.count, first_key + keys_ + p_.window - 1);
+    const int64_t last_token = mistral::min(s_.count, window_end(first_key + keys_ - 1, p_.window));
     for (int64_t row = first_key * group_; row < last_token * group_; row += kTile) {
       take_rows(row, last_token * group_);
       q_.make_columns(filled(rows_), dim_);
@@ -189,10 +189,10 @@ class Head {
         differentiate(
             key, filled(rows_), [this](int64_t i) { return load(lse_ + i); },
             [this](int64_t i) { return load(delta_ + i); });
-        // The key is seen by the tokens [own, own + window).
+        // The tokens [own, window_end) see the key.
         const int64_t own = first_key + key;
-        hide(key, own * group_ - row, (mistral::min(last_token, own + p_.window)) * group_ - row,
-             filled(rows_));
+        hide(key, own * group_ - row,
+             mistral::min(last_token, window_end(own, p_.window)) * group_ - row, filled(rows_));
       }
       for (int64_t key = seen; key < filled(seen); ++key) hide(key, 0, 0, filled(rows_));
       Products::accumulate(probabilities_, filled(seen), d_out_.rows, filled(rows_), dim_,
