@@ -21,7 +21,7 @@ from drafting import (
 )
 
 from mistral_ext import Mistral, SamplingParams
-from mistral_ext.engine import engine as engine_module
+from mistral_ext.engine import passes as passes_module
 from mistral_ext.engine.drafts import Drafter
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.params import MOST_DRAFTS
@@ -155,7 +155,7 @@ def test_a_pass_that_fails_fails_its_requests_and_the_next_ones_run(models, monk
     for broken in ("verify", "_choose"):
         engine = engine_of(models[None])
         engine.passes.drafter = Oracle(known)
-        place = engine if broken == "_choose" else engine.runner
+        place = engine.passes if broken == "_choose" else engine.runner
 
         def breaks(*args):
             raise RuntimeError("out of memory")
@@ -188,7 +188,7 @@ def test_a_proposer_that_fails_leaves_its_sequence_without_drafts(models, eager,
 def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
     """The first guess reads the whole text."""
     clock = [0.0]
-    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(passes_module.time, "perf_counter", lambda: clock[0])
     engine, seconds = engine_of(models[None]), []
     launch = engine.runner.launch
 
