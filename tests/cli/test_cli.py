@@ -143,7 +143,7 @@ def test_a_draft_model(tmp_path, capsys):
     assert capsys.readouterr().out == mistral_ext.generate(ONCE, max_tokens=20) + "\n"
     write_checkpoint(tmp_path, vocab_size=100)
     assert main([*generate, "--draft-model", str(tmp_path)]) == 1
-    assert f"draft_model is {tmp_path}, whose vocabulary has 100 tokens" in capsys.readouterr().err
+    assert f"--draft-model is {tmp_path}, whose vocabulary has 100 tokens" in capsys.readouterr().err
 
 
 def test_what_a_completion_has_to_match(tmp_path):
@@ -156,7 +156,7 @@ def test_what_a_completion_has_to_match(tmp_path):
     assert re.fullmatch(rb"[0-9]{4}\n", run("generate", ONCE, "--regex", "[0-9]{4}").stdout)
     assert "unclosed" in one_line_error(run("generate", ONCE, "--regex", "("))
     both = run("generate", ONCE, "--regex", "a", "--schema", str(schema))
-    assert "schema and regex are given" in one_line_error(both)
+    assert "--schema and --regex are given" in one_line_error(both)
     missing = run_process("generate", ONCE, "--schema", str(tmp_path / "b.json"))
     assert missing.returncode == 2
     assert b"b.json" in missing.stderr

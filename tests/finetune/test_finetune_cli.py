@@ -57,7 +57,7 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--rank", "0"], "--rank is 0, expected an integer, 1 or more"),
-        (["--targets", "wx"], "targets is ('wx',), expected some of"),
+        (["--targets", "wx"], "--targets is ('wx',), expected some of"),
         (["--data", "none.jsonl"], "none.jsonl: No such file"),
         (["--resume"], "no checkpoint in"),
     ],
