@@ -180,9 +180,9 @@ class Engine:
             return sequence.request_id
 
     def abort(self, request_id: int) -> None:
-        """Ends a request at the next step, whatever it is doing, but for a pass over prompts that
-        it shares with others: then at the end of the pass. It has no more outputs. A request that
-        has ended, or that is not known, is left alone."""
+        """Ends a request at the next step, whatever it is doing. If it shares a pass over prompts
+        with other requests, it ends with the pass. It has no more outputs. A request that has
+        ended, or that is not known, is left alone."""
         with self._lock:
             self._listeners.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)

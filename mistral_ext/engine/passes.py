@@ -104,7 +104,7 @@ class Passes:
                     self._accept(sequence, sampled[0], of_piece[-1], outputs)
 
     def decode(self, outputs: list[Output]) -> None:
-        """Launches the next decode step, and reads the oldest one if enough steps are under way.
+        """Launches the next decode step, and reads the oldest step if enough steps are under way.
 
         A step continues on the device from the tokens of the step before. It cannot if the
         sequences or their places have changed, or if a sequence reads known tokens again; and
@@ -153,8 +153,8 @@ class Passes:
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
     ) -> bool:
-        """Launches a step without drafts. Returns `is_usual`: whether later such calls take as long
-        as this one, which then is the time of a step."""
+        """Launches a step without drafts. Returns `is_usual`: whether the time of this call is the
+        usual time of a step."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]

@@ -348,7 +348,8 @@ class Trainer:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Has products keep the precision of activations, because rounded ones have no gradient."""
+    """Has products keep the precision of activations, because rounded activations have no
+    gradient."""
     before = ops.exact_products()
     ops.set_exact_products(True)
     try:
@@ -362,7 +363,7 @@ class _Stop(Exception):
 
 
 def _until(interruption: Interruption, batches: Iterable[Pass]) -> Iterator[Pass]:
-    """The passes of a step; raises _Stop before the next one after a signal."""
+    """The passes of a step; after a signal, raises _Stop before the next pass."""
     for batch in batches:
         if interruption.requested:
             raise _Stop

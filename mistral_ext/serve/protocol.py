@@ -303,7 +303,7 @@ def prompts_of(prompt: Any) -> Sequence[Any]:
 
 
 def compile_grammar(llm: Mistral, job: Job) -> None:
-    """Compiles what a job's completions have to match, for `requests_of`, which finds it there.
+    """Compiles the constraint of a job's completions. `requests_of` then finds it compiled.
 
     Raises:
         ApiError: 400 if that cannot be: nobody gets a free text instead.
