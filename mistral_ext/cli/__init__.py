@@ -49,7 +49,10 @@ def _run(argv: list[str] | None) -> int:
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if args.traceback:
             raise
-        print(f"mistral-ext: {as_typed(_one_line(error), args.flags)}", file=sys.stderr)
+        message = _one_line(error)
+        if not isinstance(error, OSError | ImportError):  # these name files and packages
+            message = as_typed(message, args.flags)
+        print(f"mistral-ext: {message}", file=sys.stderr)
         return 1
     finally:
         _drop_unwritten()
