@@ -21,8 +21,8 @@
 #ifdef __CUDACC__
 #define MISTRAL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// always_inline, because these headers are compiled once per instruction set: an out-of-line
-// copy could be the AVX-512 one, and the linker would hand it to the scalar code as well.
+// always_inline, because these headers are compiled once per instruction set: the linker keeps one
+// out-of-line copy, and if that is the copy for AVX-512, the scalar code calls it too.
 #define MISTRAL_HOST_DEVICE [[gnu::always_inline]] inline
 #endif
 

@@ -52,8 +52,8 @@ enum class WeightFormat {
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
-// The further bits of a byte of a word lie in the same byte of a further word, which has those of
-// four words (q5_k) or two (q6_k).
+// The further bits of a byte of a word lie in the same byte of a further word, which has the
+// further bits of four words (q5_k) or of two (q6_k).
 MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
   return shift / 8 * 8 + 2 * word + shift % 8 / 4;
 }

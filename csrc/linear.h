@@ -72,7 +72,7 @@ struct LinearParams {
 };
 
 // linear with query, key and value as parts 0, 1 and 2, then rope, in one pass. The results have
-// the same bits as those of the two ops.
+// the same bits as the results of the two ops.
 struct LinearRopeParams {
   LinearParams linear;
   RopeParams rope;  // q, k and v are in linear.out, as [T, Hq + 2 Hkv, D]

@@ -8,7 +8,7 @@ namespace mistral {
 
 struct QuantizeParams {
   DType dtype;              // of weight
-  bool two_levels;          // whether the scales are those of iq4_xs; else of iq4_nl
+  bool two_levels;          // whether the format is iq4_xs; else it is iq4_nl
   const void* weight;       // [N, K]
   const float* importance;  // [K], how much an error in an input counts; null: all count the same
   uint32_t* values;         // [N, K / 8], contiguous

@@ -90,8 +90,13 @@ MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
   return max(0, position - window + 1);
 }
 
+// The first position whose query no longer sees the key at `position`.
+MISTRAL_HOST_DEVICE int64_t window_end(int64_t position, int64_t window) {
+  return position + window;
+}
+
 // The first position of a chunk that is stored. Earlier tokens of the chunk would lose their slots
-// to later ones.
+// to later tokens.
 MISTRAL_HOST_DEVICE int64_t first_stored(const Sequence& s) {
   return max(s.position, s.position + s.count - s.capacity);
 }

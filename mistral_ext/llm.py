@@ -1,6 +1,7 @@
 """Text from a model: load it, complete prompts, stream, chat.
 
 All functions here send requests to the engine (`mistral_ext.engine.engine`) and read its outputs.
+`mistral_ext.request_maker` makes the requests.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mistral_ext.chat import Chat
 from mistral_ext.engine.adapters import AdapterTable, LoadedAdapter
-from mistral_ext.engine.embedding import POOLINGS, pool
+from mistral_ext.engine.embedding import pool
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.outputs import outputs_of
 from mistral_ext.engine.params import SamplingParams, expect_drafts
@@ -25,29 +25,21 @@ from mistral_ext.engine.request import Completion, Request
 from mistral_ext.engine.stream import Stream
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.text.chat_template import (
-    ChatTemplate,
-    chat_template_of,
-    encode_chat,
-    tool_format,
-)
-from mistral_ext.text.grammar import Grammar, GrammarCompiler
-from mistral_ext.text.guardrails import Moderation, encode_question, label_ids, with_safe_prompt
-from mistral_ext.text.text_stream import TextStream
-from mistral_ext.text.tokenizer import Tokenizer, expect_token_ids
-from mistral_ext.text.tool_calls import ToolFormat, ToolUse
+from mistral_ext.request_maker import Prompt, RequestMaker, is_one
+from mistral_ext.text.chat_template import ChatTemplate
+from mistral_ext.text.guardrails import Moderation, label_ids, with_safe_prompt
+from mistral_ext.text.tokenizer import Tokenizer
+from mistral_ext.text.tool_calls import ToolUse
 from mistral_ext.text.tool_parser import ToolParser
 from mistral_ext.vocabulary import Vocabulary
 from mistral_ext.weights.adapters import Adapter, adapter_for
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.device import find_device, is_same_device
-from mistral_ext.weights.folder import ModelFolder, is_instruct, read_folder
+from mistral_ext.weights.folder import ModelFolder, read_folder
 from mistral_ext.weights.generation_config import generation_config_file, sampling_defaults
 from mistral_ext.weights.hub import DEMO_MODEL, resolve
 
 DEFAULT_MAX_BATCH = 8
-
-Prompt = str | Sequence[int]
 
 
 def generate(
@@ -73,7 +65,7 @@ def generate(
     texts = [
         completion.text or "" for completion in llm.generate(prompt, special_tokens, **sampling)
     ]
-    return texts[0] if _is_one(prompt) and len(texts) == 1 else texts
+    return texts[0] if is_one(prompt) and len(texts) == 1 else texts
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,7 +80,7 @@ def read_tokenizer(folder: ModelFolder) -> Tokenizer | None:
     return Tokenizer.from_gguf(folder.path, folder.gguf.metadata)
 
 
-class Mistral:
+class Mistral(RequestMaker):
     """A model with its tokenizer, ready to generate.
 
     Attributes:
@@ -99,8 +91,8 @@ class Mistral:
             takes more memory.
         max_batch: completions generated at once. On the CPU, up to 8 do not change each other's
             text; with more, products round differently.
-        cache_tokens: tokens that the cache has room for: those of running completions, and those
-            kept for later prompts. None: see `engine.memory.default_slots`.
+        cache_tokens: tokens that the cache has room for: the tokens of running completions, and
+            tokens kept for later prompts. None: see `engine.memory.default_slots`.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: tokens to guess at a time, 0 to 7, for completions whose options do not say. Guesses
             that are right are generated together; the text is the same. None: 7 on the CPU or with
@@ -124,22 +116,17 @@ class Mistral:
         drafts: int | None = None,
         draft_model: Mistral | None = None,
     ) -> None:
-        self.vocabulary = Vocabulary(config, tokenizer, folder)
-        _expect_usable(self.vocabulary, prefill_chunk, max_batch, cache_tokens)
-        _expect_drafts(self.vocabulary, model.device, drafts, draft_model)
-        self.config = config
+        vocabulary = Vocabulary(config, tokenizer, folder)
+        _expect_usable(vocabulary, prefill_chunk, max_batch, cache_tokens)
+        _expect_drafts(vocabulary, model.device, drafts, draft_model)
+        super().__init__(vocabulary, AdapterTable(model.adapters), sampling_defaults or {})
         self.model = model
-        self.tokenizer = tokenizer
-        self.folder = folder
         self.prefill_chunk = prefill_chunk
         self.max_batch = max_batch
         self.cache_tokens = cache_tokens
-        self.sampling_defaults = dict(sampling_defaults or {})
         self.drafts = drafts
         self.draft_model = draft_model
-        self.adapters = AdapterTable(model.adapters)
         self._making_engine = threading.Lock()
-        self._grammars = GrammarCompiler(tokenizer) if tokenizer else None
 
     @classmethod
     def from_pretrained(
@@ -167,8 +154,8 @@ class Mistral:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
                 "OWNER/NAME:FILE.gguf".
             device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
-            dtype: float32, bfloat16 or float16; None: as stored. Another dtype than the stored one
-                copies all weights except quantised ones.
+            dtype: float32, bfloat16 or float16; None: as stored. A dtype other than the stored
+                dtype copies all weights except quantised weights.
             prefill_chunk, max_batch, cache_tokens, drafts: see `Mistral`.
             progress: show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
@@ -229,8 +216,9 @@ class Mistral:
         The model's weights, of whatever format, stay as they are, and requests that run go on.
 
         Args:
-            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or a hub
-                id of one; or what such a file holds, as `weights.adapters.read_adapter` gives it.
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or the
+                hub id of an adapter; or the contents of such a file, as
+                `weights.adapters.read_adapter` gives them.
             name: a new name.
 
         Raises:
@@ -275,9 +263,10 @@ class Mistral:
         Args:
             prompts: text, token ids, or a list of prompts. Text is tokenized with a
                 beginning-of-text token; token ids are not changed.
-            special_tokens: control tokens that a text spells out, such as "[INST]", are those
-                tokens; else they are text.
-            adapter: the name of a loaded adapter; None: none. Or a list with one for each prompt.
+            special_tokens: control tokens that a text spells out, such as "[INST]", become these
+                tokens; else they stay text.
+            adapter: the name of a loaded adapter; None: none. Or a list with a name or None for
+                each prompt.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -325,7 +314,7 @@ class Mistral:
         """
         params = self._params_of_one(sampling)
         self.require_tokenizer()
-        if not _is_one(prompt):
+        if not is_one(prompt):
             raise TypeError("prompt is a list of prompts, expected one: generate takes several")
         ids = self._encode_all(prompt, special_tokens)[0]
         request = self.request(ids, params, adapter=adapter)
@@ -371,29 +360,6 @@ class Mistral:
         parser = ToolParser(use.form) if use else None
         request = self.request(ids, params, starts_text=True, tools=use, adapter=adapter)
         return Stream(self.engine.outputs([request]), parser).read()
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: ChatTemplate | None = None,
-    ) -> list[int]:
-        """The token ids of the prompt that `chat` makes of a conversation.
-
-        Args:
-            messages: as in `chat`.
-            tools: functions that the model may call, in OpenAI's format.
-            template: as in `chat`.
-        """
-        return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
-
-    def tool_format(self, template: ChatTemplate | None = None) -> ToolFormat | None:
-        """How the model writes calls of tools; None: it takes no tools.
-
-        Args:
-            template: as in `chat`.
-        """
-        return tool_format(self.require_tokenizer(), self.chat_template(template))
 
     def start_chat(
         self,
@@ -449,38 +415,6 @@ class Mistral:
             if output.prompt_logits is not None and len(output.prompt_logits):
                 moderation = self.moderation_of(output.prompt_logits[-1])
         return moderation
-
-    def moderation_request(
-        self,
-        content: str | Sequence[Mapping[str, Any]],
-        template: ChatTemplate | None = None,
-        salt: str | None = None,
-        room: int | None = None,
-        adapter: str | None = None,
-    ) -> Request:
-        """The request to `engine` that `moderate` makes. It gives the logits for `moderation_of`.
-
-        Args:
-            content, template, adapter: as in `moderate`.
-            salt: see `Request`.
-            room: tokens at most; if there are more, only the end of the content is judged. None: a
-                content that is too long is an error.
-        """
-        self.expect_writer()
-        tokenizer = self.require_tokenizer()
-        begin, _ = label_ids(tokenizer)
-        encode = functools.partial(self.encode_chat, template=template)
-        room = None if room is None else room - len(begin)
-        ids = self._check_ids(encode_question(content, encode, tokenizer, room) + begin, "content")
-        return Request(
-            ids,
-            None,
-            len(ids),
-            prompt_logits=True,
-            logits_from=len(ids) - 1,
-            salt=salt,
-            adapter=self.adapters.find(adapter),
-        )
 
     def moderation_of(self, logits: Tensor) -> Moderation:
         """The judgement in the logits [V] after the last token of a `moderation_request`."""
@@ -564,191 +498,6 @@ class Mistral:
                 pool(pooled[number], output.hidden, pooling)
         return torch.nn.functional.normalize(pooled, dim=1)
 
-    def embedding_requests(
-        self,
-        texts: Sequence[Prompt],
-        instruction: str | None = None,
-        pooling: str = "last",
-        salt: str | None = None,
-        adapter: str | None = None,
-    ) -> list[Request]:
-        """The requests to `engine` that `embed` makes, of a salt; see `Request`."""
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
-        tokenizer = self.require_tokenizer()
-        requests = []
-        for i, text in enumerate(texts):
-            if text == "":
-                raise ValueError(f"texts[{i}] is empty, expected some text")
-            if isinstance(text, str):
-                asked = text if instruction is None else f"Instruct: {instruction}\nQuery: {text}"
-                text = tokenizer.encode(asked) + [tokenizer.eos_id] * (pooling == "last")
-            ids = self._check_ids(text, f"texts[{i}]")
-            request = Request(
-                ids,
-                None,
-                len(ids),
-                hidden=True,
-                logits_from=len(ids) - 1 if pooling == "last" else 0,
-                salt=salt,
-                adapter=self.adapters.find(adapter),
-            )
-            requests.append(request)
-        return requests
-
-    def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ValueError if the folder had none."""
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{self.folder} has no tokenizer (tokenizer.model or tokenizer.json): "
-                "text is not possible, use token ids with Mistral.generate"
-            )
-        return self.tokenizer
-
-    def chat_template(self, template: ChatTemplate | None = None) -> ChatTemplate:
-        """The chat template to use; ValueError if the model is a base model."""
-        if template:
-            return template
-        tokenizer = self.require_tokenizer()
-        return chat_template_of(self.folder, tokenizer, is_instruct(self.folder))
-
-    def expect_writer(self) -> None:
-        """Refuses an embedding model, whose checkpoint has no output weights.
-
-        Raises:
-            ValueError: the model does not write text.
-        """
-        if not self.config.writes_text:
-            raise ValueError(
-                f"{self.folder} is an embedding model (MistralModel), which does not write text: "
-                "use Mistral.embed"
-            )
-
-    @property
-    def max_length(self) -> int | None:
-        """Tokens of prompt and completion together, at most; None: no limit.
-
-        A model with a window sees W tokens at any position, so it has no limit. A model without a
-        window is limited to the positions it was trained for.
-        """
-        return None if self.config.sliding_window else self.config.max_positions
-
-    def _encode_all(
-        self, prompts: Prompt | Sequence[Prompt], special_tokens: bool
-    ) -> list[list[int]]:
-        if not isinstance(prompts, Sequence):
-            raise TypeError(
-                f"prompts is {prompts!r:.60}, expected text, token ids, or a list of those"
-            )
-        encoded = []
-        several = not _is_one(prompts)
-        given: Sequence[Any] = prompts if several else [prompts]  # checked one by one
-        for i, prompt in enumerate(given):
-            name = f"prompts[{i}]" if several else "prompt"
-            if isinstance(prompt, str):
-                if not prompt:
-                    raise ValueError(f"{name} is empty, expected some text")
-                prompt = self.require_tokenizer().encode(prompt, special_tokens=special_tokens)
-            encoded.append(self._check_ids(prompt, name))
-        return encoded
-
-    def _check_ids(self, ids: Sequence[int], name: str) -> list[int]:
-        expect_token_ids(ids, self.config.vocab_size, name)
-        if self.max_length is not None and len(ids) >= self.max_length:
-            raise ValueError(
-                f"{name} has {len(ids)} tokens, expected fewer than {self.max_length}, the "
-                "positions that the model was trained for (max_positions)"
-            )
-        return list(ids)
-
-    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        return SamplingParams.from_options({**self.sampling_defaults, **sampling})
-
-    def _params_of_one(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        params = self._params(sampling)
-        if params.n != 1:
-            raise ValueError(f"n is {params.n}, expected 1: generate makes several completions")
-        return params
-
-    def request(
-        self,
-        ids: list[int],
-        params: SamplingParams,
-        index: int = 0,
-        starts_text: bool = False,
-        reuse_completions: bool = False,
-        salt: str | None = None,
-        stop_token_ids: Sequence[int] = (),
-        tools: ToolUse | None = None,
-        adapter: str | None = None,
-    ) -> Request:
-        """Makes a request to `engine`, for callers that step the engine themselves.
-
-        Args:
-            ids: the prompt, token ids of the model.
-            params: the options.
-            index: which of the prompt's n completions to make.
-            starts_text: the completion begins a text, as a reply does; else it continues a text.
-            reuse_completions, salt: see `Request`.
-            stop_token_ids: tokens that end the completion, besides the model's own.
-            tools: functions that the completion may call.
-            adapter: the name of a loaded adapter; None: none.
-        """
-        self.expect_writer()
-        max_length = len(ids) + params.max_tokens
-        text = None
-        if self.tokenizer:
-            text = TextStream(
-                self.tokenizer,
-                params.stop or (),
-                strip_first_space=starts_text,
-                divider=tools.divider if tools else None,
-            )
-        elif params.stop:
-            self.require_tokenizer()
-        return Request(
-            ids,
-            params,
-            max_length=min(max_length, self.max_length or max_length),
-            eos_ids=(*self._eos_ids, *stop_token_ids),
-            index=index,
-            text=text,
-            reuse_completions=reuse_completions,
-            salt=salt,
-            grammar=self.grammar(params, starts_text, tools),
-            adapter=self.adapters.find(adapter),
-        )
-
-    def grammar(
-        self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
-    ) -> Grammar | None:
-        """Compiles the constraint of the options; None: there is none. The latest are kept.
-
-        Args:
-            params, starts_text, tools: as in `request`.
-
-        Raises:
-            ValueError: it does not compile.
-            ImportError: llguidance is missing.
-        """
-        constraint = tools.constraint(params.constraint) if tools else params.constraint
-        if constraint is None:
-            return None
-        self.require_tokenizer()
-        assert self._grammars is not None
-        return self._grammars.compile(constraint, starts_text)
-
-    @property
-    def _holes(self) -> list[int]:
-        holes = self.tokenizer.holes if self.tokenizer else ()
-        return [token_id for token_id in holes if token_id < self.vocabulary.sampled]
-
-    @property
-    def _eos_ids(self) -> tuple[int, ...]:
-        # A fine-tune may name its own token for the end of a turn only in the tokenizer's files.
-        eos_ids = self.config.eos_ids
-        return (*eos_ids, self.tokenizer.eos_id) if self.tokenizer else eos_ids
-
 
 def _sampling_defaults(model: Path, source: str | Path) -> dict[str, Any]:
     file = generation_config_file(model, source)
@@ -785,10 +534,3 @@ def _expect_drafts(
             f"draft_model is on {draft_model.model.device}, expected {device} like the model"
         )
     vocabulary.expect_drafts_from(draft_model.vocabulary)
-
-
-def _is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """Whether `prompt` is a single prompt (text or token ids), not a list of prompts."""
-    return isinstance(prompt, str) or (
-        isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Integral)
-    )

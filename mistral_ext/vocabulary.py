@@ -10,7 +10,7 @@ from mistral_ext.text.tokenizer import Tokenizer
 
 
 class Vocabulary(NamedTuple):
-    """The tokens of a model and of its tokenizer, if it has one, in a folder."""
+    """The tokens of the model in a folder, and of its tokenizer, if it has a tokenizer."""
 
     config: MistralConfig
     tokenizer: Tokenizer | None

@@ -8,7 +8,7 @@
 
 namespace mistral::python {
 
-// What MISTRAL_EXT_EXACT says, until it is set.
+// Whether products are exact. It begins as MISTRAL_EXT_EXACT says, and may be set.
 bool& exact_products();
 
 // The names of weights in errors.

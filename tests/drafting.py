@@ -96,7 +96,7 @@ def content(completion):
 def plainly(make_engine, requests):
     """The completions without drafts, and what an `Oracle` knows."""
     engine = make_engine()
-    engine._drafter.choose = lambda *_: {}
+    engine.passes.drafter.choose = lambda *_: {}
     plain = run(engine, requests)
     return plain, {key(r): c.token_ids for r, c in zip(requests, plain, strict=True)}
 
@@ -111,10 +111,10 @@ def check_adapters(folder) -> None:
     options = {"max_tokens": 30, "ignore_eos": True, "seed": 1, "temperature": 0.5, "logprobs": 0}
     plain = llm.generate(prompts, adapter=names, drafts=0, **options)
     known = {(tuple(p), 1, 0): c.token_ids for p, c in zip(prompts, plain, strict=True)}
-    llm.engine._drafter = Oracle(known)
+    llm.engine.passes.drafter = Oracle(known)
     drafted = llm.generate(prompts, adapter=names, **options)
     assert [content(c) for c in drafted] == [content(c) for c in plain]
-    assert llm.engine._drafter.passes > 5
+    assert llm.engine.passes.drafter.passes > 5
 
 
 def assert_empty(engine: Engine) -> None:

@@ -342,13 +342,13 @@ def check_drafts(case: Case) -> None:
         known = {tuple(p): c.token_ids for p, c in zip(prompts, plain, strict=True)}
         with without_graphs():
             steps = case.load()
-            steps.engine._drafter = Known(known)
+            steps.engine.passes.drafter = Known(known)
             one_by_one = steps.generate(prompts, **options | choice)
         if case.llm.model.device.type == "cpu":  # a GPU rounds by the number of tokens
             one_by_one = plain
         llm = case.load()
         for _ in range(2):  # the second finds its graphs
-            llm.engine._drafter = Known(known)
+            llm.engine.passes.drafter = Known(known)
             drafted = llm.generate(prompts, **options | choice)
             for prompt, a, b in zip(prompts, drafted, one_by_one, strict=True):
                 assert a.timing.drafted_tokens > a.timing.accepted_tokens > 0

@@ -1,4 +1,4 @@
-// The instruction sets that the CPU kernels are compiled for, and the one in use.
+// The instruction sets that the CPU kernels are compiled for, and the set in use.
 #pragma once
 
 #include <string>
@@ -6,7 +6,7 @@
 
 namespace mistral::cpu {
 
-// Slowest first, those of x86 before those of aarch64.
+// Slowest first; the sets of x86 come before the sets of aarch64.
 #define MISTRAL_ISAS(F) \
   F(scalar)             \
   F(avx2)               \

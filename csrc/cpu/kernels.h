@@ -2,8 +2,9 @@
 //
 // Every kernel file is compiled once per set, with the compiler's flags for it and with
 // MISTRAL_ISA naming the namespace that keeps the copies apart. dispatch.cpp picks the table at
-// run time. Kernel files use no templates or inline functions of the standard library: the
-// linker keeps one copy of those, and it could be one that the processor cannot run.
+// run time. Kernel files use no templates or inline functions of the standard library: the linker
+// keeps one copy of such a function, and this copy could have instructions that the processor
+// lacks.
 #pragma once
 
 #include "../ops.h"

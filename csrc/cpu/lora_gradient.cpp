@@ -13,8 +13,8 @@ constexpr int64_t kTaskColumns = 256;
 // The tokens whose products are summed before the sum joins the result. One running sum over
 // thousands of tokens would lose digits.
 constexpr int64_t kBlockTokens = 128;
-constexpr int64_t kTileRows = 4;  // 4 rows x 2 vectors keep 8 sums in registers
-constexpr int64_t kTileVectors = 2;
+constexpr int64_t kSumRows = 4;  // 4 rows x 2 vectors keep 8 sums in registers
+constexpr int64_t kSumVectors = 2;
 
 // Adds the products of `count` tokens to kRows rows and kVectors vectors of `out`. load_at and
 // store_at access a vector.
@@ -50,8 +50,8 @@ void add_rows(const LoraGradientParams& p, const int64_t* tokens, int64_t count,
   const auto load_whole = [](const auto* from) { return load(from); };
   const auto store_whole = [](float* to, Vec x) { store(to, x); };
   int64_t n = begin;
-  for (; n + kTileVectors * Vec::width <= end; n += kTileVectors * Vec::width) {
-    add_products<T, kRows, kTileVectors>(p, tokens, count, row, n, out, load_whole, store_whole);
+  for (; n + kSumVectors * Vec::width <= end; n += kSumVectors * Vec::width) {
+    add_products<T, kRows, kSumVectors>(p, tokens, count, row, n, out, load_whole, store_whole);
   }
   for (; n + Vec::width <= end; n += Vec::width) {
     add_products<T, kRows, 1>(p, tokens, count, row, n, out, load_whole, store_whole);
@@ -74,8 +74,8 @@ void sum_columns(const LoraGradientParams& p, int64_t adapter, int64_t begin, in
       if (p.adapters[token] == adapter) tokens[count++] = token;
     }
     int64_t row = 0;
-    for (; row + kTileRows <= p.rank; row += kTileRows) {
-      add_rows<T, kTileRows>(p, tokens, count, row, begin, end, out);
+    for (; row + kSumRows <= p.rank; row += kSumRows) {
+      add_rows<T, kSumRows>(p, tokens, count, row, begin, end, out);
     }
     for (; row < p.rank; ++row) add_rows<T, 1>(p, tokens, count, row, begin, end, out);
   }

@@ -14,8 +14,8 @@ MISTRAL_SIMD Vec add_rounded(Vec x, Vec residual) {
   return round_to<T>(x + residual);
 }
 
-// Returns sum(h^2); leaves h in residual if there is one. Sums in blocks, because one running sum
-// over thousands of elements would lose digits, most of all with one lane.
+// Returns sum(h^2); leaves h in `residual` unless it is null. Sums in blocks, because one running
+// sum over thousands of elements would lose digits, most of all with one lane.
 template <class T>
 float add_and_square(const T* x, T* residual, int64_t dim) {
   Vec squares = broadcast(0.0f);

@@ -1,4 +1,4 @@
-// What kernels need to know of this processor.
+// The facts about this processor that kernels depend on.
 #pragma once
 
 #include "isa.h"

@@ -86,7 +86,7 @@ void store_wide(const uint8_t* integers, uint8_t* out) {
     for (int i = 0; i < 4; ++i) {
       const int shift = kBits == 5 ? fifth_bit_shift(i, 0) : high_bits_shift(i, 0);
       const uint32_t word = high_words[4 * block + i];
-      // The high bits of a byte's second integer go beside those of its first.
+      // The high bits of a byte's second integer go beside the high bits of its first.
       const uint32_t bits = (word | word >> (8 - kBits)) & kMask;
       words[kBlocks * (4 + i / kShare) + block] |= bits << shift;
     }

@@ -79,7 +79,7 @@ uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, 
 }
 
 // At least gumbel(word), without a logarithm: -log(u) is at least 1 - u, whose binary exponent is
-// known. What is added covers the rounding of gumbel.
+// known. The addend covers the rounding of gumbel.
 double gumbel_bound(uint64_t word) {
   constexpr double kLog2 = 0.6931471805599453;
   const uint64_t units = (uint64_t{1} << 53) - (word >> 11);  // 1 - u, in units of 2^-53

@@ -7,5 +7,5 @@ torch.
 # Plain weights -> torch's name of their dtype.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-# What is measured if nothing else is asked for.
+# The weights that are measured by default.
 DEFAULT_WEIGHTS = ("bf16", "int8", "int4")

@@ -103,7 +103,7 @@ def random_weight(
     values, scales = Quantized.empty(shape, form, group, device)[:2]
     integers = torch.iinfo(values.dtype)
     values.random_(integers.min, integers.max)
-    # Bytes of scales hold fp16 numbers, too: 0x1111 is a small one.
+    # Bytes of scales hold fp16 numbers, too: 0x1111 is a small number.
     scales.fill_(1e-3 if scales.is_floating_point() else 0x11)
     return Quantized(values, scales, form)
 

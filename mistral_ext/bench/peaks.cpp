@@ -1,6 +1,6 @@
-// What this machine can do at most: how fast its threads read memory, and how fast they multiply
-// when all operands are in registers. Built and called by peaks.py, with -march=native: what the
-// compiler may use is what the processor has.
+// The limits of this machine: how fast its threads read memory, and how fast they multiply when all
+// operands are in registers. Built and called by peaks.py, with -march=native: what the compiler
+// may use is what the processor has.
 
 #include <algorithm>
 #include <atomic>

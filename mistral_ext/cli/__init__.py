@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    from mistral_ext.cli.parser import parse
+    from mistral_ext.cli.parser import as_typed, parse
     from mistral_ext.cli.threads import check_threads
 
     if sys.stderr is None:  # closed: print would write to stdout
@@ -49,7 +49,10 @@ def _run(argv: list[str] | None) -> int:
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if args.traceback:
             raise
-        print(f"mistral-ext: {_one_line(error)}", file=sys.stderr)
+        message = _one_line(error)
+        if not isinstance(error, OSError | ImportError):  # these name files and packages
+            message = as_typed(message, args.flags)
+        print(f"mistral-ext: {message}", file=sys.stderr)
         return 1
     finally:
         _drop_unwritten()

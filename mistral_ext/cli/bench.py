@@ -141,7 +141,7 @@ def _weights(args: argparse.Namespace) -> list[str | None]:
     names: list[str | None] = []
     for name in (args.weights or ",".join(DEFAULT_WEIGHTS)).split(","):
         if name not in known:
-            raise ValueError(f"--weights has {name!r}, expected of {', '.join(known)}")
+            raise ValueError(f"--weights has {name!r}, expected some of {', '.join(known)}")
         names.append(name)
     return names
 

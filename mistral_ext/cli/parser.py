@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from mistral_ext import __version__
@@ -35,6 +37,8 @@ _COMMANDS = (
     info,
 )
 
+_NAME = re.compile(r"(?<![\w./-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/]|\.\w)")
+
 
 class _Parser(argparse.ArgumentParser):
     """Takes no abbreviated options, and reports wrong usage in one line."""
@@ -47,10 +51,39 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, and in `run` the function of the command; SystemExit for wrong usage."""
+    """The arguments, in `run` the function of the command, and in `flags` its options by the names
+    that Python has for them; SystemExit for wrong usage."""
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_to(commands)
+    for command_parser in commands.choices.values():
+        command_parser.set_defaults(flags=_flags(command_parser))
     return parser.parse_args(argv)
+
+
+def as_typed(message: str, flags: Mapping[str, str]) -> str:
+    """An error message of the library, in which options have the names that a user types.
+
+    A name of several words, such as max_tokens, is certain to be a name, unless it is part of a
+    path or follows a colon: a key of a file does. Other words are names where a message begins with
+    them or joins them to its beginning, as in "group is 32 and size is '1MB', expected".
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        return flags.get(match[0], match[0])
+
+    problem, comma, expected = message.partition(",")
+    problem = re.sub(r"(^|(?<= and ))\w+(?= (is|are|has|and) )", flag, problem)
+    return _NAME.sub(flag, problem + comma + expected)
+
+
+def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The options of a command, by the names that arguments of the library have."""
+    flags = {}
+    for action in parser._actions:
+        if action.option_strings:
+            flags[action.dest] = action.option_strings[-1]
+            flags[f"{action.dest}s"] = action.option_strings[-1]  # all values of a repeated option
+    return flags

@@ -46,7 +46,8 @@ class AdapterTable:
         self._by_name: dict[str, LoadedAdapter] = {}
 
     def reserve(self, count: int) -> None:
-        """Has the first adapter take the memory of so many, so that the others are not copied."""
+        """Gives the first adapter memory for `count` adapters, so that loading the others copies
+        none."""
         self._adapters.reserve(count)
 
     @property

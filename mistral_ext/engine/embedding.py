@@ -11,8 +11,8 @@ def pool(pooled: Tensor, hidden: Tensor, pooling: str) -> None:
     """Takes the next tokens of a text.
 
     Args:
-        pooled: [E] fp32, changed; 0 before the first tokens. In the end its direction is that of
-            the embedding.
+        pooled: [E] fp32, changed; 0 before the first tokens. In the end it has the direction of the
+            embedding.
         hidden: [n, E] fp32, the tokens' hidden states.
         pooling: one of `POOLINGS`.
     """

@@ -57,8 +57,8 @@ class GraphRunner(Runner):
     ) -> None:
         super().__init__(model, pool, sampler)
         self._device = device or CudaGraphs(model.device)
-        self._batches: dict[tuple[int, _Choice, bool, bool], _Batch] = {}
-        self._last: _Batch  # that ran
+        self._captured: dict[tuple[int, _Choice, bool, bool], _CapturedStep] = {}
+        self._last: _CapturedStep  # that ran
         self._generation = model.adapters.generation
 
     def launch(
@@ -69,38 +69,38 @@ class GraphRunner(Runner):
         adapters: Sequence[int] = (),
     ) -> Step:
         choice = _Choice.LARGEST if self._sampler.needs_no_draw(rows) else _Choice.DRAWN
-        batch = self._batch(len(rows), choice, adapters)
+        step = self._captured_step(len(rows), choice, adapters)
         if token_ids is None:
-            batch.follow(self._last)
+            step.follow(self._last)
         else:
             table = self._pool.table(dict.fromkeys(extents, 1))
-            batch.start(rows, token_ids, table, adapters)
-        self._last = batch
-        is_usual, results = batch.is_captured, batch.run()
+            step.start(rows, token_ids, table, adapters)
+        self._last = step
+        is_usual, results = step.is_captured, step.run()
         return Step(results.token_ids, results.logits, is_usual)
 
     def _verify_rows(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int], greedy: bool
     ) -> Verified:
         choice = _Choice.LARGEST if greedy else _Choice.BY_CALLER
-        batch = self._batch(len(token_ids), choice, adapters)
-        batch.start([0] * len(token_ids), token_ids, table, adapters)  # no row is drawn from
-        is_usual, results = batch.is_captured, batch.run()
+        step = self._captured_step(len(token_ids), choice, adapters)
+        step.start([0] * len(token_ids), token_ids, table, adapters)  # no row is drawn from
+        is_usual, results = step.is_captured, step.run()
         return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
 
-    def _batch(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _Batch:
-        """The batch of a kind, which remembers its graph."""
+    def _captured_step(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _CapturedStep:
+        """The step of a kind, which remembers its graph once it is captured."""
         if self._generation != self._model.adapters.generation:
             self._generation = self._model.adapters.generation
-            for old in [kind for kind in self._batches if kind[-1]]:
-                del self._batches[old]  # its graph reads stacks that are gone
+            for old in [kind for kind in self._captured if kind[-1]]:
+                del self._captured[old]  # its graph reads stacks that are gone
         adapted = max(adapters, default=-1) >= 0
         kind = size, choice, choice is _Choice.DRAWN and self._sampler.biased, adapted
-        if kind not in self._batches:
-            self._batches[kind] = _Batch(
+        if kind not in self._captured:
+            self._captured[kind] = _CapturedStep(
                 size, choice, adapted, self._model, self._pool, self._sampler, self._device
             )
-        return self._batches[kind]
+        return self._captured[kind]
 
 
 class _Results:
@@ -119,7 +119,7 @@ class _Results:
         return self._token_ids.wait()
 
 
-class _Batch:
+class _CapturedStep:
     """A step for a fixed number of tokens, and its state on the device."""
 
     @torch.inference_mode(False)  # the state outlives the call
@@ -168,9 +168,9 @@ class _Batch:
         if self._adapted:
             self._adapters.copy_(torch.tensor(adapters, dtype=torch.int32, device="cpu"))
 
-    def follow(self, last: _Batch) -> None:
-        """Goes on where the last step ended, which was perhaps of another kind: a bias is read from
-        the moment on when any completion has had one."""
+    def follow(self, last: _CapturedStep) -> None:
+        """Goes on where the last step ended. That step may have been of another kind: steps read
+        biases only from the moment on when a completion has had a bias."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)

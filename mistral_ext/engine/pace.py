@@ -13,8 +13,8 @@ from __future__ import annotations
 # tokens of a stream is twice its usual length, and rarely three times: times vary.
 _SHARE = 1.0
 
-# A pass gets more tokens as long as so many layers fit into a part: a layer then still fits if the
-# tokens are twice as many and each costs more, for instance because the prompt has grown long.
+# A pass gets more tokens as long as this many layers fit into a part: a layer then still fits if
+# the tokens are twice as many and each costs more, for instance because the prompt has grown long.
 _LAYERS_TO_SPARE = 4
 
 _NEWEST = 0.2  # weight of the last measurement

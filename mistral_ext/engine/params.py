@@ -12,7 +12,7 @@ from typing import Any
 
 from mistral_ext.text.constraint import Constraint, schema_text
 
-MOST_DRAFTS = 7  # of a completion in a pass: with its next token the rows of a pass of gemv
+MOST_DRAFTS = 7  # of a completion in a pass; with its next token, the rows that gemv takes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # > 0: divides the logits of tokens in prompt and completion
     presence_penalty: float = 0.0  # [-2, 2]: subtracted once for a token in the completion
     frequency_penalty: float = 0.0  # [-2, 2]: subtracted for each time it is there
-    seed: int | None = None  # [0, 2^64); None: a fresh one
+    seed: int | None = None  # [0, 2^64); None: a fresh seed
     stop: str | Sequence[str] | None = None  # strings that end the completion, not part of it
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these token ids
     logprobs: int | None = None  # report the log-probability of each token and this many others
@@ -107,7 +107,7 @@ class SamplingParams:
                 raise ValueError(f"logit_bias has token id {token_id}, expected the id of a token")
 
     def _check_constraints(self) -> None:
-        """All texts are, and there is one at most."""
+        """Raises unless all constraints are texts, and there is one at most."""
         given = [x for x in ("schema", "regex", "grammar") if getattr(self, x) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given, expected one of them")

@@ -45,7 +45,7 @@ class PromptReader:
         return [sequence for sequence, _ in self._paused.pieces] if self._paused else []
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """What `go_on` has to be given: sequences, and how many tokens of each."""
+        """The pieces for the next call of `go_on`: sequences, and how many tokens of each."""
         return self._paused.pieces if self._paused else self._scheduler.next_pieces()
 
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
@@ -70,7 +70,8 @@ class PromptReader:
             self.pace.note_read(whole, time.perf_counter() - began)
         if reading.layers_left:
             if self._paused is None:
-                # Some layers have lost what the new tokens replace: nobody may copy that.
+                # Some layers have lost the tokens that the new tokens replace: nobody may copy
+                # these.
                 for sequence, count in pieces:
                     self._pool.note_drafts(sequence.place, count - 1)
             self._paused = paused
@@ -92,8 +93,9 @@ class PromptReader:
         self._paused = None
 
     def forget_if_lost(self) -> None:
-        """Gives up a pass that has paused if one of its sequences was put back meanwhile. So are
-        the others: the pass may have replaced keys that their pieces have to see again."""
+        """Gives up a pass that has paused if one of its sequences was put back meanwhile. Puts the
+        other sequences back too: the pass may have replaced keys that their pieces have to see
+        again."""
         if self._paused is None:
             return
         placed = zip(self.paused, self._paused.extents, strict=True)

@@ -75,8 +75,8 @@ class Request:
         salt: a cached prefix serves only requests of the same salt.
         reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
             conversation then need not read its replies again. But the keys and values of a
-            generated token differ in their last bits from those of a prompt's token, so the text
-            may depend on what is still in the cache.
+            generated token differ in their last bits from the keys and values of a prompt's token,
+            so the text may depend on what is still in the cache.
         grammar: what the completion has to match; None: nothing.
         adapter: what is added to the model's weights; None: nothing.
     """
@@ -121,7 +121,7 @@ class Output:
 
     request_id: int
     text: str = ""  # the part of the completion's text that became final
-    token_ids: list[int] = field(default_factory=list)  # new ones
+    token_ids: list[int] = field(default_factory=list)  # the new tokens
     logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if asked for
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
     hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt

@@ -73,7 +73,7 @@ class Sampler:
             prompt_ids: tokens of the prompt, for the repetition penalty.
             index: which of the prompt's n completions this is.
             completion_ids: tokens that were drawn already.
-            seed: seed of the draws, [0, 2^64); None: the options' seed, or a fresh one.
+            seed: seed of the draws, [0, 2^64); None: the options' seed, or a fresh seed.
 
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.

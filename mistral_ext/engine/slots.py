@@ -153,8 +153,8 @@ class SlotPool:
         return False
 
     def copy(self, source: Extent, target: Extent, length: int) -> None:
-        """Copies the first `length` tokens of an extent to an empty one, which has room for them.
-        `can_rewind(source, length)` must hold."""
+        """Copies the first `length` tokens of an extent to an empty extent, which has room for
+        them. `can_rewind(source, length)` must hold."""
         target.oldest = self._copy(source, target, length)
         target.length = length
 
@@ -213,8 +213,8 @@ class SlotPool:
         return max(0, unused, unseen)
 
     def note_drafts(self, extent: Extent, count: int) -> None:
-        """Notes that `count` tokens are stored behind the next one. They do not count as tokens of
-        the sequence before `advance` says so; until then later tokens may replace them."""
+        """Notes that `count` tokens are stored behind the next token. They do not count as tokens
+        of the sequence before `advance` says so; until then later tokens may replace them."""
         stored = extent.length + 1 + count
         extent.oldest = max(extent.oldest, stored - extent.capacity)
 
@@ -233,8 +233,8 @@ class SlotPool:
         extent.oldest = min(extent.oldest, length)
 
     def _copy(self, source: Extent, target: Extent, length: int) -> int:
-        """Copies tokens before `length`: the last ones that the source still has and the target has
-        room for. Returns the position of the first."""
+        """Copies tokens before `length`: the last tokens that the source still has and for which
+        the target has room. Returns the position of the first."""
         begin = max(source.oldest, length - target.capacity)
         overlap = (
             source.first < target.first + target.capacity

@@ -69,8 +69,8 @@ def compare(
 
     Args:
         first, second: models with the same tokens; the first is the standard.
-        texts: each is read after a beginning-of-text token. Of a text longer than a model without a
-            window knows positions, the first part is read.
+        texts: each is read after a beginning-of-text token. If a text has more tokens than a model
+            without a window knows positions, its first part is read.
         progress: show a progress bar if stderr is a terminal.
         chunk: tokens in a piece; up to 8 are rounded as generated tokens are. Its logits take
             chunk * vocabulary * 4 bytes, of each model.

@@ -40,8 +40,8 @@ def likelihoods(
 
     Args:
         llm: the model.
-        pairs: token ids of a context and of its continuation, at least one of each. A model without
-            a window must know as many positions as they have tokens, less one.
+        pairs: token ids of a context and of its continuation, at least one of each. A pair may have
+            at most one token more than a model without a window knows positions.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter; None: none.
 

@@ -47,7 +47,7 @@ class Confusion:
     def precision(self, label: str) -> float | None:
         """The share of contents found to be `label` that are. None: there are none.
 
-        Contents known only as flagged may be of any category, and do not count for one.
+        Contents known only as flagged may be of any category, so they count for none.
         """
         unknown = 0 if label in (ACCEPTABLE, FLAGGED) else self.counts.get((FLAGGED, label), 0)
         return _share(self._both(label), self._count(found=label) - unknown)

@@ -24,8 +24,8 @@ class Benchmark:
         task: a task or group of lm-evaluation-harness.
         metric: of the task.
         shots: examples before each question.
-        paper, card: percentages; those of the paper that take the majority of several answers are
-            None.
+        paper, card: percentages. None in `paper`: the paper's figure takes the majority of several
+            answers.
         runs_code: the task runs programs that the model writes.
     """
 
@@ -74,12 +74,13 @@ def measure(
     run_code: bool = False,
     **options: Any,
 ) -> Iterator[Measured]:
-    """Runs benchmarks as they were published, those with equal numbers of examples together.
+    """Runs benchmarks as they were published. Benchmarks with equal numbers of examples run
+    together.
 
     Args:
         llm: the model.
-        tasks: the harness' names of some of the tasks of `PUBLISHED`; None: all, but not those that
-            run code unless run_code.
+        tasks: the harness' names of some of the tasks of `PUBLISHED`; None: all, but benchmarks
+            that run code only with run_code.
         run_code: see `evaluate`.
         options: more arguments of `evaluate`.
 
@@ -97,7 +98,7 @@ def measure(
 
 
 def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
-    """The benchmarks to run, those with equal numbers of examples next to each other.
+    """The benchmarks to run. Benchmarks with equal numbers of examples are neighbours.
 
     Args:
         tasks, run_code: as in `measure`.
@@ -127,7 +128,7 @@ def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | No
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """The results beside the published ones, as a Markdown table."""
+    """The results beside the published results, as a Markdown table."""
     lines = [
         "| benchmark | shots | metric | this model | paper | model card | difference "
         "| in standard errors |",

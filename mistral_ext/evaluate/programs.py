@@ -36,7 +36,7 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
     """Runs a Python program in an empty folder, with an empty environment and this interpreter.
 
     Args:
-        source: the program. What it prints is dropped.
+        source: the program. Its output is dropped.
         seconds: of processor time.
         memory: bytes of its address space, the interpreter's included.
 
@@ -78,8 +78,8 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[str]:
-    """An empty folder. What the program makes that cannot be removed, such as folders in folders
-    beyond Python's depth, stays and ends no evaluation."""
+    """An empty folder. Files of the program that cannot be removed, such as folders in folders
+    beyond Python's depth, stay there, and the evaluation goes on."""
     folder = tempfile.mkdtemp()
     try:
         yield folder
@@ -95,6 +95,6 @@ def _write(process: subprocess.Popen[bytes], given: bytes) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process, and those that it started and left in its group."""
+    """Ends the process, and the processes that it started and left in its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

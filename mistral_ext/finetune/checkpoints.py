@@ -58,11 +58,11 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     base: str,
 ) -> Path:
-    """Writes `output`/checkpoint-N, and then removes older ones.
+    """Writes `output`/checkpoint-N, and then removes older checkpoints.
 
     Args:
         progress: how far the run has come.
-        run: the values that a resumed run must have in common with this one, as JSON.
+        run: the values that a resumed run must have in common with this run, as JSON.
         base: the name of the model, for readers.
     """
     target = output / f"checkpoint-{progress.step:06}"

@@ -117,8 +117,9 @@ class _Reader:
         return self._sample(ids, [0.0] + [1.0] * (len(ids) - 1))
 
     def _of_messages(self, messages: Any, tools: Any) -> Iterator[Sample]:
-        """One sample, unless the template writes earlier turns in another way once more follow: it
-        may move the system prompt to the last turn, say. Then there is a sample for each turn."""
+        """One sample, unless the template writes earlier turns in another way once more turns
+        follow (it may move the system prompt to the last turn, say). Then there is a sample for
+        each turn."""
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise TypeError(f"messages is {messages!r:.60}, expected a list of objects")
         factors = [_weight(message, f"messages[{i}]") for i, message in enumerate(messages)]

@@ -12,7 +12,7 @@ _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Interruption:
-    """A context in which the first signal only sets a flag; a second one has its usual effect.
+    """A context in which the first signal only sets a flag; a second signal has its usual effect.
 
     Nothing changes for signals that are ignored, SIGHUP under nohup for instance, nor outside the
     main thread, the only one that may handle signals.

@@ -1,7 +1,7 @@
 """The model as it is trained: whole samples without a cache, with gradients for an adapter.
 
-The model's own weights have no gradients, and may have any format. What a layer computes inside is
-computed again for its gradients, so only the input of each layer stays in memory.
+The model's own weights have no gradients, and may have any format. The intermediate results of a
+layer are computed again for its gradients, so only the input of each layer stays in memory.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class TrainedAdapter:
         }
 
     def low_ranks(self) -> dict[str, LowRank]:
-        """The adapter as `weights.adapters` writes it. The tensors are those that are learned."""
+        """The adapter as `weights.adapters` writes it. The tensors share the memory of the learned
+        tensors."""
         return {
             name: LowRank(a.detach(), b.detach(), self.scale) for name, (a, b) in self.pairs.items()
         }

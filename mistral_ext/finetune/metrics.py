@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines, TensorBoard, and a plot of the losses."""
+"""The reports of a run: JSON lines, TensorBoard, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def expect_tensorboard() -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; a last one that was cut off, by a loss of power say, is left out."""
+    """The lines of a file, without a last line that was cut off, for instance by a loss of
+    power."""
     if not path.exists():
         return []
     rows = []

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-# Mistral's names of the linear layers of a block: those in model.adapters.GROUPS, whose module
-# imports torch.
+# Mistral's names of the linear layers of a block, as in model.adapters.GROUPS, whose module imports
+# torch.
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 

@@ -316,7 +316,7 @@ class Trainer:
         return writer
 
     def _write_adapter(self) -> None:
-        """Writes the adapter of this moment to the output, in place of an earlier one."""
+        """Writes the adapter of this moment to the output, in place of an earlier adapter."""
         with TemporaryDirectory(prefix=_PART, dir=self.output) as folder:
             write_adapter_files(Path(folder), self._adapter.low_ranks(), str(self._llm.folder))
             sync_files(Path(folder))
@@ -348,7 +348,8 @@ class Trainer:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Has products keep the precision of activations, because rounded ones have no gradient."""
+    """Has products keep the precision of activations, because rounded activations have no
+    gradient."""
     before = ops.exact_products()
     ops.set_exact_products(True)
     try:
@@ -362,7 +363,7 @@ class _Stop(Exception):
 
 
 def _until(interruption: Interruption, batches: Iterable[Pass]) -> Iterator[Pass]:
-    """The passes of a step; raises _Stop before the next one after a signal."""
+    """The passes of a step; after a signal, raises _Stop before the next pass."""
     for batch in batches:
         if interruption.requested:
             raise _Stop

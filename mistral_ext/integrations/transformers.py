@@ -109,7 +109,7 @@ def _documents(
     offset: int,
     device: torch.device | str,
 ) -> Tensor | None:
-    """[B, T] numbers of packed sequences, from 1 on; None: there is one in each row.
+    """[B, T] numbers of packed sequences, from 1 on; None: each row is one sequence.
 
     A token that does not see the token before it begins a sequence.
     """

@@ -32,12 +32,12 @@ def linear_cross_entropy(
         x: [T, K].
         weight: [V, K], as in `linear`.
         targets: [T] int64, 0 to V - 1, or -100: the token is ignored.
-        weights: [T] float32, factors of the tokens' losses in the sum; None: 1. Those of ignored
-            tokens are not used.
+        weights: [T] float32, factors of the tokens' losses in the sum; None: 1. The factors of
+            ignored tokens are not used.
 
     Returns:
         ([] float32, the sum of the losses, [T] float32, the loss of each token). The sum has the
-        gradient. Losses come without their weights; that of an ignored token is 0.
+        gradient. Losses come without their weights; the loss of an ignored token is 0.
 
     Raises:
         ValueError: a target is no index of a logit; on CUDA devices its loss is NaN instead.

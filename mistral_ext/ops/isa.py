@@ -13,9 +13,9 @@ def supported_isas() -> list[str]:
 def active_isa() -> str:
     """The instruction set that the CPU kernels use.
 
-    It is the one that `select_isa` or MISTRAL_EXT_ISA named, else the fastest. If the environment
-    variable names an instruction set that this machine lacks, this function and every op raise
-    ValueError.
+    It is the set that `select_isa` or MISTRAL_EXT_ISA named, else the fastest set. If the
+    environment variable names an instruction set that this machine lacks, this function and every
+    op raise ValueError.
     """
     return _C.active_isa()
 
@@ -26,7 +26,8 @@ def select_isa(name: str) -> None:
 
 
 def exact_products() -> bool:
-    """What `set_exact_products` was called with; before that, what MISTRAL_EXT_EXACT says."""
+    """Whether products are exact: as `set_exact_products` set it, and before that as
+    MISTRAL_EXT_EXACT says."""
     return _C.exact_products()
 
 

@@ -192,9 +192,9 @@ def linear_rope(
 ) -> Tensor:
     """Computes query, key and value of x, rotates q and k, and appends k and v to the rings.
 
-    The result is that of `linear` followed by `rope`, to the bit. On CUDA devices it takes one
-    launch for up to 64 tokens if all weights are plain, "int8", "int4" or "q8_0". Like `rope`, it
-    leaves some tokens for `attention` to append.
+    The result has the same bits as that of `linear` followed by `rope`. On CUDA devices it takes
+    one launch for up to 64 tokens if all weights are plain, "int8", "int4" or "q8_0". Like `rope`,
+    it leaves some tokens for `attention` to append.
 
     Args:
         x: [T, K].
@@ -260,7 +260,7 @@ def linear_argmax(
         x: [T, K].
         weight: [N, K], as in `linear`.
         norm, eps: as in `linear`.
-        limit: number of outputs to choose from, the first ones, up to 2^24; None: all.
+        limit: choose among the first `limit` outputs, up to 2^24; None: among all.
 
     Returns:
         ([T, N] outputs, [T] int64 indices). The index is -1 if an output is NaN or all are -inf.

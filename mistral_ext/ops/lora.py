@@ -129,7 +129,7 @@ def _run_backward(
     adapters: Tensor,
     parts: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Of several parts the sum is rounded once.
+    # The sum over several parts is rounded once, at the end.
     d_x = x.new_zeros(x.shape, dtype=x.dtype if len(parts) == 1 else torch.float32)
     d_a, d_b = (stack.new_empty(stack.shape, dtype=torch.float32) for stack in (a, b))
     end = 0

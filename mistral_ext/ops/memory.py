@@ -29,7 +29,8 @@ def ask_for_large_pages(pages: mmap.mmap) -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU, as `torch.empty` makes it: in large pages, if it is as long as one."""
+    """A tensor on the CPU, as `torch.empty` makes it: in large pages, if it is at least as long as
+    a large page."""
     count = math.prod(shape)
     n_bytes = count * dtype.itemsize
     if n_bytes < LARGE_PAGE:

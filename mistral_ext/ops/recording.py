@@ -1,7 +1,7 @@
 """Repeats the kernels of ops on the CPU without Python.
 
-Python, torch's dispatcher and the checks of the arguments take tens of microseconds a call, as long as
-a kernel of a small model takes (`bench/serve.py` with one client).
+Python, torch's dispatcher and the checks of the arguments take tens of microseconds a call, as long
+as a kernel of a small model takes (`bench/serve.py` with one client).
 """
 
 from __future__ import annotations

@@ -102,8 +102,9 @@ class Call(ABC):
     async def read_prompts(
         self, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, Output] | None, None]:
-        """As `outputs`, of requests that only read their prompts, in batches one after another, so
-        that any number of them takes `Service.reading_places` of the queue."""
+        """The outputs of requests that only read their prompts, in the form of `outputs`. The
+        requests run in batches, one after another, so that any number of them takes only
+        `Service.reading_places` of the queue."""
         service = self._service
         size = service.llm.max_batch
         for begin in range(0, len(requests), size):

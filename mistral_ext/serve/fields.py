@@ -87,7 +87,7 @@ _MOST_INPUTS = 2048
 
 
 def _one_or_several(**limits: int) -> Schema:
-    """Texts or token ids; `limits` are those of a list of them."""
+    """One text or list of token ids, or a list of several; `limits` are for the list of several."""
     text: Schema = {"type": "string", "minLength": 1}
     several = [
         {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
@@ -199,7 +199,8 @@ NEUTRAL: dict[str, Schema] = {
 
 
 def request_schema(fields: Mapping[str, Schema], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The schema of a request with these fields, and with those that are ignored or neutral."""
+    """The schema of a request with these fields, and with the fields that are ignored or
+    neutral."""
     properties: dict[str, Any] = {
         name: schema if name in required else {"anyOf": [schema, {"type": "null"}]}
         for name, schema in {**NEUTRAL, **fields}.items()

@@ -15,7 +15,7 @@ from typing import Any
 _log = logging.getLogger("mistral_ext.serve")
 
 _FILE_BYTES = 64 * 2**20
-_FILES = 8  # older ones are deleted
+_FILES = 8  # older files are deleted
 
 
 @dataclass

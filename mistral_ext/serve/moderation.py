@@ -47,7 +47,7 @@ async def judge(
 
 
 class ModerationCall(Call):
-    """A request to the endpoint. The arguments are those of `Call`."""
+    """A request to the endpoint. Takes the arguments of `Call`."""
 
     def __init__(self, service: Service, path: str, send: asgi.Send) -> None:
         super().__init__(service, f"modr-{secrets.token_hex(12)}", path, send)

@@ -189,7 +189,7 @@ def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Converts OpenAI's messages to those of `Mistral.chat`."""
+    """Converts OpenAI's messages to messages for `Mistral.chat`."""
     roles = {"developer": "system"}
     plain: list[Mapping[str, Any]] = [
         {
@@ -303,7 +303,7 @@ def prompts_of(prompt: Any) -> Sequence[Any]:
 
 
 def compile_grammar(llm: Mistral, job: Job) -> None:
-    """Compiles what a job's completions have to match, for `requests_of`, which finds it there.
+    """Compiles the constraint of a job's completions. `requests_of` then finds it compiled.
 
     Raises:
         ApiError: 400 if that cannot be: nobody gets a free text instead.

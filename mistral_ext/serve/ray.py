@@ -37,8 +37,8 @@ _log = logging.getLogger("mistral_ext.serve")
 
 _NAME = "mistral_ext"  # of the application
 
-# Ray knows HTTP requests, and a replica knows completions: so many requests more may be with a
-# replica than it has places, so that it refuses them itself, and answers for its health.
+# Ray counts HTTP requests, a replica counts completions. A replica may get this many more requests
+# than it has places, so that it refuses requests itself, and still says whether it is healthy.
 _SPARE_REQUESTS = 16
 
 # The end of replicas, beyond the time that their requests get.
@@ -107,7 +107,7 @@ def application(
 
 
 class Replica:
-    """A model and its server, in a process that Ray starts. The arguments are those of
+    """A model and its server, in a process that Ray starts. Takes the arguments of
     `application`."""
 
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:

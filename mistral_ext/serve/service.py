@@ -174,7 +174,7 @@ class Service:
 
     @property
     def models(self) -> list[str]:
-        """The names that requests may ask for: the model's, and those of its adapters."""
+        """The names that requests may ask for: the names of the model and of its adapters."""
         return [self.settings.model_name, *self.llm.adapters.names]
 
     def adapter_of(self, model: str | None) -> str | None:
@@ -197,7 +197,8 @@ class Service:
             raise errors.bad_request(text, "model")
 
     async def drain(self) -> None:
-        """Refuses new requests, and waits for the running ones; ends them when the time is over."""
+        """Refuses new requests, and waits for the running requests; ends them when the time is
+        over."""
         self.is_draining = True
         if not self._taken:
             return

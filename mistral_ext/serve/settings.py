@@ -36,7 +36,7 @@ class Settings:
     template: str | None = None  # of chats: v1, v2, v3 or plain; None: the model's own
     adapter_updates: bool = False  # clients may load and unload adapters
     max_tokens: int | None = None  # of a reply if the request has no limit; None: all that fit
-    max_queue: int = 64  # completions that may wait, beyond those that run
+    max_queue: int = 64  # completions that may wait, besides those running
     max_unread: int = 1024  # tokens that a client may leave unread
     max_body: int = 4 * 2**20  # bytes of a request
     request_seconds: float = 600.0  # from a request's arrival to its last token
@@ -79,7 +79,7 @@ def settings_for(model: str | None, **given: Any) -> Settings:
 
     Args:
         model: a path or hub id, by default also the name for clients; None: the demo model.
-        given: fields; those that are None have their defaults, of which the demo has others.
+        given: fields. A field that is None has its default; the demo has some defaults of its own.
     """
     defaults = _DEMO if model is None else {"model_name": model}
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -246,10 +246,10 @@ def extend_chat(
     or without the end of the turn. The model may spell a reply in other tokens than the tokenizer
     would. The result then keeps the model's tokens, so that nothing is read again.
 
-    If the text of cached_ids is not the beginning of the conversation's text, the result is that of
-    encode_chat(), and only a common prefix with cached_ids can be reused. Examples are a reply cut
-    at a stop string, a system prompt (v2 and v3 move it to the new turn), and a template that trims
-    replies.
+    If the text of cached_ids is not the beginning of the conversation's text, the result is the
+    same as encode_chat()'s, and only a common prefix with cached_ids can be reused. Examples are a
+    reply cut at a stop string, a system prompt (v2 and v3 move it to the new turn), and a template
+    that trims replies.
     """
     ids = encode_chat(tokenizer, messages, template, tools)
     # The model may end a turn with another token than the template writes between turns.

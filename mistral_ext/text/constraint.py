@@ -88,7 +88,8 @@ def closed(schema: Any) -> Any:
 
 
 def _levels(text: str) -> int:
-    """How deep brackets are nested; those in strings and behind backslashes count too, at worst."""
+    """How deep brackets are nested, at most: brackets in strings and after backslashes count
+    too."""
     depth = deepest = 0
     for character in text:
         if character in "([{":

@@ -40,7 +40,7 @@ _NO_TEXT = "no text matches it"
 
 
 class GrammarCompiler:
-    """Makes grammars for a tokenizer, and keeps the last ones. Any thread may use it."""
+    """Makes grammars for a tokenizer, and keeps the latest. Any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -52,8 +52,8 @@ class GrammarCompiler:
 
         Args:
             constraint: what completions have to match.
-            starts_text: completions begin a text and do not continue one, so that a space which
-                encoding would put first is no part of what has to match.
+            starts_text: completions begin a text and do not continue one. A space that encoding
+                would put first then does not have to match.
 
         Raises:
             ValueError: it does not compile, or nothing matches it.
@@ -145,11 +145,11 @@ class Grammar:
             self.allowed(behind)
 
     def anew(self) -> Grammar:
-        """The same grammar with an automaton that has not grown yet."""
+        """This grammar, with an automaton that has not grown yet."""
         return Grammar(*self._given)
 
     def state(self, token_ids: list[int]) -> LLMatcher:
-        """The library's, behind these tokens of a completion."""
+        """The library's matcher, after these tokens of a completion."""
         state = self._prototype.deep_copy()
         state.consume_tokens(token_ids)
         return state
@@ -162,10 +162,11 @@ class Grammar:
         """The tokens that may come next in a state, without the end.
 
         Raises:
-            ValueError: that is too much work; or nothing may come, and the text is not whole.
+            ValueError: the grammar takes too much work; or no token may come, and the text is not
+                whole.
         """
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        # With an error the mask is of the end alone, as at a good end.
+        # After an error the mask allows the end alone, as it does where a text may end.
         if matcher.is_error():
             reason = matcher.get_error()
             if "NoExtension" in reason:
@@ -180,7 +181,8 @@ class Grammar:
         return allowed
 
     def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
-        """A number for the bytes that may come next: states of the same kind have the same one."""
+        """A number for the bytes that may come next: states of the same kind have the same
+        number."""
         return hash(allowed[self._bytes].tobytes())
 
     def _problem(self, reason: str) -> ValueError:
@@ -311,8 +313,8 @@ class Ahead:
         return self._grammar.bytes_in(allowed)
 
     def known(self, token_id: int) -> NDArray[np.bool_] | None:
-        """What `Grammar.allowed` gives behind the token that the completion goes on with, if it and
-        all before it were guessed: right guesses cost no work twice."""
+        """The tokens that `Grammar.allowed` gives after the completion's next token, if this token
+        and all before it were guessed: right guesses cost no work twice. None: they were not."""
         if self._guessed and self._guessed[0][0] == token_id:
             return self._guessed.popleft()[1]
         self._guessed.clear()
@@ -349,7 +351,7 @@ def _grammars(constraint: Constraint, is_spaced: bool) -> list[dict[str, Any]]:
     body: dict[str, Any] = {"name": "body"}
     if constraint.kind == "schema":
         body["json_schema"] = guided(json.loads(constraint.text))
-        space = '" "?'  # models like to begin with one, and to JSON it is nothing
+        space = '" "?'  # models like to begin with a space, and JSON ignores it
     else:
         is_regex = constraint.kind == "regex"
         body["lark_grammar"] = constraint.text

@@ -51,8 +51,8 @@ class Moderation:
     """A model's judgement of a content.
 
     Attributes:
-        scores: the probability of each of `CATEGORIES`, 0 to 1. What is missing to 1 in their sum
-            is the probability of acceptable content.
+        scores: the probability of each of `CATEGORIES`, 0 to 1. The rest, up to 1, is the
+            probability of acceptable content.
     """
 
     scores: Mapping[str, float]

@@ -17,15 +17,16 @@ def encode_reply(
 ) -> tuple[list[int], list[int]]:
     """Token ids of the prompt that asks for a conversation's last message, and of that message.
 
-    The prompt is the one that `encode_chat` makes, so a model that learns to continue it is asked
-    in the same way later.
+    `encode_chat` makes the same prompt, so a model that learns to continue it is asked in the same
+    way later.
 
     Args:
         messages: as in `encode_chat`, but the last one is the assistant's.
         template, tools: as in `encode_chat`.
 
     Returns:
-        The ids of the prompt, and those of the reply with what the template writes after it.
+        The ids of the prompt, and the ids of the reply with the text that the template writes after
+        it.
 
     Raises:
         ValueError: the messages are no conversation, or the template writes the conversation in

@@ -38,8 +38,8 @@ def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
 
-# One U+FFFD for each byte that is not UTF-8, as SentencePiece decodes; "replace" would write one
-# for a whole incomplete character.
+# One U+FFFD for each byte that is not UTF-8, as SentencePiece decodes; "replace" would write a
+# single U+FFFD for a whole incomplete character.
 codecs.register_error(UTF8_ERRORS, _replace_bytes)
 
 
@@ -215,9 +215,9 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True, special_tokens: bool = False) -> list[int]:
         """Token ids of text, after <s> if bos and if the model's texts begin so (`adds_bos`).
 
-        Control tokens spelled out in text stay text, unless special_tokens: then they are those
-        tokens, as in the text that a chat template writes. A text that spells out <s> at its
-        start gets no second <s>.
+        Control tokens that the text spells out stay text. With special_tokens they become control
+        tokens, as in the text that a chat template writes. A text that spells out <s> at its start
+        gets no second <s>.
         """
         check_text(text, "text")
         ids = self.encode_pieces(self.split_control_tokens(text) if special_tokens else [text])

@@ -46,7 +46,7 @@ def json_vocabulary(
 
     Args:
         path: for errors.
-        data: the contents; the marks of its added tokens are changed to those of `added`.
+        data: the contents; the marks of its added tokens are changed to the marks of `added`.
         added: tokens, and the names of the beginning and the end of a text.
         adds_bos: encoding begins with the beginning-of-text token; None: as the contents say.
     """

@@ -105,7 +105,7 @@ def _text(values: Mapping[str, Any], key: str, place: str) -> str:
 
 
 def _id(given: str) -> str:
-    """An id in Mistral's form: the given one, or one that is made of it."""
+    """An id in Mistral's form: the given id, or a new id that is made of it."""
     if _ID.fullmatch(given):
         return given
     number = int.from_bytes(hashlib.sha256(given.encode()).digest(), "big")

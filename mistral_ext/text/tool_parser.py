@@ -13,7 +13,8 @@ _HEAD = re.compile(re.escape(HEAD.format("NAME")).replace("NAME", '"([^"]+)"'))
 class ToolParser:
     """Divides one completion into text and calls.
 
-    The completion matches the grammar of `ToolUse.constraint`: what begins like a call is one.
+    The completion matches the grammar of `ToolUse.constraint`: a text that begins like a call is a
+    call.
 
     Args:
         form: how the model writes calls.
@@ -35,8 +36,8 @@ class ToolParser:
         """Takes what an output of the engine has.
 
         Args:
-            token_ids: new ones.
-            text: that became final with them.
+            token_ids: the new tokens.
+            text: the text that became final with them.
             is_last: nothing follows.
 
         Returns:

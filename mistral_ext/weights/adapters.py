@@ -349,7 +349,7 @@ class _Pairs:
     def matched(self) -> dict[str, tuple[Tensor, Tensor]]:
         """a [rank, K] and b [N, rank] of each weight."""
         if not self._found:
-            raise ValueError(f"{self._file} has no tensors, expected those of an adapter")
+            raise ValueError(f"{self._file} has no tensors, expected tensors of an adapter")
         return {name: self._read(name, given) for name, given in self._found.items()}
 
     def _read(self, name: str, given: Mapping[int, StoredTensor]) -> tuple[Tensor, Tensor]:

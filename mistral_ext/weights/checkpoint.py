@@ -56,7 +56,7 @@ _LONG = 5.0  # seconds of quantising after which `load_weights` says how to do i
 
 _log = logging.getLogger("mistral_ext")
 
-# Of weights that are not quantised.
+# The dtypes of weights that are not quantised.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -340,7 +340,7 @@ def _match(
     quantized: Mapping[str, Quantized],
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """The stored tensors of each weight: one, or values and scales like those of `quantized`.
+    """The stored tensors of each weight: one tensor, or values and scales as in `quantized`.
 
     Raises ValueError unless the files hold exactly the tensors that are expected.
     """

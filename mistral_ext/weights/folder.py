@@ -33,7 +33,7 @@ class Layout:
     shards: str | None = None  # pattern of the listed files, if `file` is an index
 
 
-# In order of preference: the first one that is complete is read.
+# In order of preference: the first complete layout is read.
 LAYOUTS = (
     Layout("model.safetensors", "hf"),
     Layout("model.safetensors.index.json", "hf", shards="model-*.safetensors"),
@@ -94,7 +94,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     Args:
         path: a local folder, or a GGUF file, in several parts or not (see
             :func:`mistral_ext.weights.hub.resolve` for hub ids). The end tokens of a folder's
-            ``generation_config.json`` join those of the configuration.
+            ``generation_config.json`` join the end tokens of the configuration.
         overrides: fields of `MistralConfig`, e.g. ``sliding_window=None``; they win over the file.
 
     Raises:
@@ -136,8 +136,8 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
 
 
 def find_weights(folder: str | Path) -> WeightFiles | None:
-    """The weights to read in a folder that may hold several: the first complete ones of
-    :data:`LAYOUTS`. If none are complete, the first ones at all; without any, None."""
+    """The weights to read in a folder that may hold several: the first complete weights of
+    :data:`LAYOUTS`. If none are complete, the first weights at all; without any, None."""
     folder = Path(folder)
     found = [_weights(folder, layout) for layout in LAYOUTS if (folder / layout.file).is_file()]
     complete = [w for w in found if all(f.is_file() and not is_lfs_pointer(f) for f in w.files)]

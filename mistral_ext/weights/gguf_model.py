@@ -177,8 +177,8 @@ def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
         overrides: fields of `MistralConfig`; they win over the file.
 
     Raises:
-        ValueError: the file describes another kind of model, or lacks what describes one; names
-            the file and the key.
+        ValueError: the file describes another kind of model, or lacks a part of its description;
+            the message names the file and the key.
         TypeError: an override that is not a field.
     """
     return _Metadata(file).config(overrides)

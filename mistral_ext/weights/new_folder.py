@@ -30,7 +30,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Until then it lies beside `target` under another name. After an error, Ctrl-C, SIGTERM or SIGHUP
     nothing is left. All its files are on the disk before it gets its name, so not even a power cut
-    leaves a half-written one.
+    leaves a half-written folder.
 
     Args:
         target: must not exist, or be an empty folder.
@@ -46,7 +46,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         _log.warning("%s: another run is writing it, or was killed: then remove it", left)
     with (
         _cleaning_up_first(),
-        # The folder inside becomes the target: unlike the temporary one, everyone may read it.
+        # The folder inside becomes the target: unlike the temporary folder, everyone may read it.
         tempfile.TemporaryDirectory(
             prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary,

@@ -80,7 +80,7 @@ def write_model(
 
 
 def _tensors_of(layout: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """By the names under which Hugging Face's format stores them."""
+    """The tensors by the names under which Hugging Face's format stores them."""
     tensors: dict[str, Tensor] = {}
     for name, weight in layout.items():
         tensors |= named_parts(name, weight)

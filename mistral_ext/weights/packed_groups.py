@@ -141,7 +141,7 @@ class GroupedMatrix:
 
 
 def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
-    """The places of the columns of a matrix such that those of a group are neighbours.
+    """The places of the columns of a matrix such that the columns of a group are neighbours.
 
     Args:
         g_idx: [K], the group of each column.
@@ -190,7 +190,7 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
     Args:
         words: [N, K / 8].
         places: [K], in [even values, odd values]: for all words the values of their bytes' low
-            halves, then for all words those of the high halves.
+            halves, then for all words the values of the high halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")

@@ -49,7 +49,7 @@ def gptq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
         return _transposed(words.read()[:, some])
 
     def zero() -> Tensor:
-        # A word as a whole: the writers subtract 1 from each of its values so, with carries.
+        # Adds to words as a whole, with carries, because the writers subtract in the same way.
         stored = zeros.read() + (0x11111111 if packing.zero_minus_one else 0)
         return unpack_along(stored, 1).T
 

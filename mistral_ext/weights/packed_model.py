@@ -95,7 +95,7 @@ def read_packed(
                 plain = torch.empty(module.shape, dtype=dtype, device="meta")
                 found.append(_stored(weight, file, plain, partial(matrix.decoded, dtype)))
                 decoded_bytes += plain.nbytes
-        # All tensors of a plain layer, and what nobody expects in a packed layer.
+        # The rest: all tensors of a plain layer, or tensors that a packed layer should not have.
         found += module.left.values()
     _expect_same_orders(kept)
     _say_what_changes(packing, quantization or dtype, decoded_bytes)
@@ -118,7 +118,7 @@ def _say_what_changes(
 
 
 def default_dtype(tensors: Iterable[StoredTensor], embeddings: str) -> torch.dtype:
-    """The dtype to compute in: that of the embeddings, by the files' name of them."""
+    """The dtype to compute in, which is the dtype of the tensor named `embeddings`."""
     for stored in tensors:
         if stored.name == embeddings and isinstance(stored.dtype, torch.dtype):
             return stored.dtype

@@ -38,7 +38,7 @@ class ModuleTensors:
     def take_optional(
         self, suffix: str, shape: tuple[int, ...], dtypes: Dtypes
     ) -> StoredTensor | None:
-        """As `take`; None: there is no such tensor."""
+        """Does the same as `take`, but returns None if there is no such tensor."""
         stored = self.left.pop(suffix, None)
         if stored is None:
             return None

@@ -52,7 +52,8 @@ _FOR_OTHER_ROWS = {"iq4_xs": "iq4_nl"}
 _DEFAULT_GROUPS = {"int4": 64}
 _OUTPUT_FORMAT = "q8_0"
 
-# Scales to try, relative to that of the largest magnitude. Twice as many gain 0.3 % of the error.
+# Scales to try, relative to the scale of the largest magnitude. Twice as many scales reduce the
+# error by 0.3 %.
 _TRIED = (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06)
 
 # Weights worked on at a time: intermediate results of so few stay in the caches.
@@ -89,22 +90,22 @@ class Quantization:
 
     @classmethod
     def from_name(cls, name: str) -> Quantization:
-        """From a caller's `quantize`: "int8" or "int4"."""
+        """The quantisation that a caller's `quantize` names: "int8" or "int4"."""
         if name not in NAMES:
             raise ValueError(f"quantize is {name!r}, expected 'int8', 'int4' or None")
         return cls(NAMES[name])
 
     @classmethod
     def from_bits(cls, bits: int, group: int | None = None) -> Quantization:
-        """From a number of bits: 8 or 4. 4 bits with a `group` are "int4"."""
+        """The quantisation to a number of bits: 8 or 4. 4 bits with a `group` are "int4"."""
         if bits not in (8, 4):
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
         return cls("int4" if bits == 4 and group is not None else NAMES[f"int{bits}"], group)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Quantization:
-        """From a `quantization_config`. Folders of version 0.1 or before have `bits` in place of
-        `format`, and 8 bits have a scale for each row there."""
+        """The quantisation that a `quantization_config` describes. Folders of version 0.1 or before
+        have `bits` in place of `format`, and 8 bits have a scale for each row there."""
         group = settings.get("group_size")
         if "format" in settings:
             output_format = settings.get("output_format", _OUTPUT_FORMAT)
@@ -153,7 +154,7 @@ class Quantization:
         return self.empty(name, shape, torch.device("meta"))
 
     def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> Quantized | None:
-        """The same as `parts`, on a device, to be filled."""
+        """The tensors that `parts` describes, on a device, to be filled."""
         chosen = self.format_of(name, shape[-1])
         if chosen is None:
             return None
@@ -301,7 +302,8 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 
 
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[..., 1] scales for 4 bits: among the scales tried, those with the least squared error.
+    """[..., 1] scales for 4 bits: the scales with the least squared error among the scales that are
+    tried.
 
     With u the weights of a group and q the values that a tried scale gives, the best scale for
     these values is u.q / q.q, and it leaves the squared error u.u - (u.q)^2 / q.q.

@@ -122,7 +122,7 @@ def _sensitivities(
     kept: Path,
     progress: bool,
 ) -> dict[str, float]:
-    """What 4 bits lose in each matrix of the layers."""
+    """The loss of 4 bits in each matrix of the layers."""
     sensitivities = Sensitivities(weights.read, original.config)
     if calibration is not None:
         return sensitivities.measure_once(calibration, kept, progress)

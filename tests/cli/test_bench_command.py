@@ -158,8 +158,8 @@ def test_without_matplotlib(quick, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--weights", "q9"], "--weights has 'q9', expected of bf16, fp16"),
-        (["--model", "x", "--weights", "q4_k"], "--weights has 'q4_k', expected of bf16"),
+        (["--weights", "q9"], "--weights has 'q9', expected some of bf16, fp16"),
+        (["--model", "x", "--weights", "q4_k"], "--weights has 'q4_k', expected some of bf16"),
         (["--model", "x", "--layers", "2"], "--layers is given, expected none with --model"),
         (["--layers", "33"], "--layers is 33, expected 1 to 32"),
         (["--prompt", "0"], "--prompt is 0, expected 1 or more"),

@@ -27,6 +27,7 @@ import mistral_ext
 from mistral_ext import Mistral
 from mistral_ext.cli import main
 from mistral_ext.cli.output import report
+from mistral_ext.cli.parser import as_typed
 from mistral_ext.evaluate.perplexity import perplexity
 
 ONCE = "Once upon a time"
@@ -142,7 +143,7 @@ def test_a_draft_model(tmp_path, capsys):
     assert capsys.readouterr().out == mistral_ext.generate(ONCE, max_tokens=20) + "\n"
     write_checkpoint(tmp_path, vocab_size=100)
     assert main([*generate, "--draft-model", str(tmp_path)]) == 1
-    assert f"draft_model is {tmp_path}, whose vocabulary has 100 tokens" in capsys.readouterr().err
+    assert f"--draft-model is {tmp_path}, whose vocabulary has 100" in capsys.readouterr().err
 
 
 def test_what_a_completion_has_to_match(tmp_path):
@@ -155,7 +156,7 @@ def test_what_a_completion_has_to_match(tmp_path):
     assert re.fullmatch(rb"[0-9]{4}\n", run("generate", ONCE, "--regex", "[0-9]{4}").stdout)
     assert "unclosed" in one_line_error(run("generate", ONCE, "--regex", "("))
     both = run("generate", ONCE, "--regex", "a", "--schema", str(schema))
-    assert "schema and regex are given" in one_line_error(both)
+    assert "--schema and --regex are given" in one_line_error(both)
     missing = run_process("generate", ONCE, "--schema", str(tmp_path / "b.json"))
     assert missing.returncode == 2
     assert b"b.json" in missing.stderr
@@ -186,27 +187,58 @@ def test_logprobs_of_rows_without_tokens(capsys):
     [
         (["generate", ""], "prompt is empty"),
         (["generate"], "prompt is empty"),
-        (["generate", "--temperature", "-1", ONCE], "temperature is -1.0, expected"),
+        (["generate", "--temperature", "-1", ONCE], ": --temperature is -1.0, expected"),
         (["generate", "--file", "no-such-file"], "no-such-file: No such file or directory"),
         (["generate", "--file", "x", ONCE], "a prompt and --file were given"),
         (["generate", "--model", "no/such/folder", ONCE], "no/such/folder"),
         (["generate", "--model", ".", ONCE], "config.json"),
         (["generate", "--threads", "0", ONCE], "--threads is 0, expected 1 to "),
         (["generate", "--threads", "100000", ONCE], "--threads is 100000, expected 1 to "),
-        (["generate", "--device", "potato", ONCE], "device is 'potato', expected 'cpu' or 'cuda'"),
-        (["generate", "--cache-tokens", "20", ONCE], "there are 20: ask for fewer"),
-        (["generate", "--logit-bias", "99999=1", ONCE], "logit_bias has token id 99999"),
+        (
+            ["generate", "--device", "potato", ONCE],
+            ": --device is 'potato', expected 'cpu'",
+        ),
+        (
+            ["generate", "--cache-tokens", "20", ONCE],
+            "or make --cache-tokens larger",
+        ),
+        (["generate", "--logit-bias", "99999=1", ONCE], ": --logit-bias has token id 99999"),
         (["chat"], "base model"),
         (["perplexity", "--file", "no-such-file"], "no-such-file: No such file or directory"),
         (["perplexity", "--file", "-"], "texts[0] is empty"),
         (["quantize", "no/such/folder", "out", "--bits", "4"], "no/such/folder"),
         (["quantize", "no/such/folder", ".", "--bits", "4"], "'.' exists, expected a new"),
-        (["quantize", "a", "b", "--size", "4.2"], "size is '4.2', expected a number of bytes, or "),
+        (
+            ["quantize", "a", "b", "--size", "4.2"],
+            ": --size is '4.2', expected a number",
+        ),
     ],
 )
 def test_errors_are_one_line(args, message, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert message in one_line_error(run(*args))
+
+
+def test_names_of_options_in_errors():
+    flags = {"max_tokens": "--max-tokens", "size": "--size", "group": "--group"}
+    for message, shown in (
+        ("max_tokens is 0, expected 1", "--max-tokens is 0, expected 1"),
+        (
+            "group is 8 and size is '1', expected one",
+            "--group is 8 and --size is '1', expected one",
+        ),
+        ("group and size are given", "--group and --size are given"),
+        (
+            "top_k is 2, expected none with max_tokens",
+            "top_k is 2, expected none with --max-tokens",
+        ),
+        ("x has 2 values, expected a size", "x has 2 values, expected a size"),
+        ("a.json: max_tokens is 0", "a.json: max_tokens is 0"),
+        ("/a/max_tokens/b and max_tokens.txt", "/a/max_tokens/b and max_tokens.txt"),
+        ("the group is empty", "the group is empty"),
+        ("--size is 2", "--size is 2"),
+    ):
+        assert as_typed(message, flags) == shown
 
 
 def test_bytes_that_are_not_text():

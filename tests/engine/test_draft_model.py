@@ -57,7 +57,7 @@ def eager(monkeypatch):
 
 
 def pool_of(engine):
-    return engine._drafter._model._model.pool
+    return engine.passes.drafter._model._model.pool
 
 
 def assert_all_is_free(engine):
@@ -175,7 +175,7 @@ def test_a_draft_model_that_fails_leaves_sequences_without_drafts(models, eager,
     requests = [request(prompt(40), 30)]
     plain, _ = plainly(lambda: engine_of(models[None]), requests)
     engine = engine_of(models[None], draft_model=models[None])
-    guesser = engine._drafter._model._model
+    guesser = engine.passes.drafter._model._model
     guesser._runner.launch = None
     assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
     assert [r.message for r in caplog.records] == [
@@ -199,7 +199,7 @@ def test_guesses_that_are_not_worth_their_time_are_not_made(models, rough, monke
 
 def reads_of(engine):
     """The numbers of tokens of each pass of `DraftModel.prepare`, from now on."""
-    runner, counts = engine._drafter._model._model._runner, []
+    runner, counts = engine.passes.drafter._model._model._runner, []
     read = runner.read
 
     def counted(pieces):
@@ -232,11 +232,11 @@ def test_sequences_share_the_tokens_that_a_step_reads(models, rough, eager):
 def test_a_pass_of_guesses_has_few_rows_and_is_noted_by_them(models, rough, eager, monkeypatch):
     """With several sequences that have several unread tokens each."""
     engine = engine_of(models[None], draft_model=rough[None])
-    runner, rows, noted = engine._drafter._model._model._runner, [], []
+    runner, rows, noted = engine.passes.drafter._model._model._runner, [], []
     launch, verify = runner.launch, runner.verify
     runner.launch = lambda *given: rows.append(len(given[1])) or launch(*given)
     runner.verify = lambda *given: rows.append(sum(map(len, given[2]))) or verify(*given)
-    costs = engine._drafter._model.costs
+    costs = engine.passes.drafter._model.costs
     monkeypatch.setattr(costs, "note", lambda rows, seconds: noted.append(rows))
     guess, turns = ModelGuesses.guess, iter(range(1000))
 

@@ -21,7 +21,7 @@ from drafting import (
 )
 
 from mistral_ext import Mistral, SamplingParams
-from mistral_ext.engine import engine as engine_module
+from mistral_ext.engine import passes as passes_module
 from mistral_ext.engine.drafts import Drafter
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.params import MOST_DRAFTS
@@ -44,7 +44,7 @@ def test_nothing_else_changes(models, window, seed):
     make = lambda: engine_of(models[window])  # noqa: E731
     plain, known = plainly(make, requests)
     engine = make()
-    engine._drafter = Oracle(known, (0.5, 0.8, 0.97)[seed % 3], seed)
+    engine.passes.drafter = Oracle(known, (0.5, 0.8, 0.97)[seed % 3], seed)
     drafted = run(engine, requests)
     assert [content(c) for c in drafted] == [content(c) for c in plain]
     timings = [c.timing for c in drafted]
@@ -61,9 +61,9 @@ def test_weights_of_few_bits(quantize):
     requests = [request(prompt(n, n), 40, temperature=t) for n, t in ((9, 0.0), (40, 1.0))]
     plain, known = plainly(lambda: engine_of(model), requests)
     engine = engine_of(model)
-    engine._drafter = Oracle(known)
+    engine.passes.drafter = Oracle(known)
     assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
-    assert engine._drafter.passes > 5
+    assert engine.passes.drafter.passes > 5
 
 
 def test_each_draft_has_the_adapter_of_its_sequence(tmp_path):
@@ -75,12 +75,12 @@ def test_a_draft_saves_a_pass(models, window, monkeypatch):
     requests = [request(prompt(40), 110, temperature=0.0)]
     _, known = plainly(lambda: engine_of(models[window]), requests)
     engine = engine_of(models[window])
-    engine._drafter = Oracle(known, share=1.0)
-    engine._drafter.random.choice = lambda choices: choices[0]  # all for which there is room
+    engine.passes.drafter = Oracle(known, share=1.0)
+    engine.passes.drafter.random.choice = lambda choices: choices[0]  # all for which there is room
     monkeypatch.setattr(engine.runner, "launch", None)  # no pass is without drafts
     (completion,) = run(engine, requests)
     # The first token is of the prompt; 13 passes of 8 tokens and one of 5 give the others.
-    assert engine._drafter.passes == 14
+    assert engine.passes.drafter.passes == 14
     assert completion.timing.drafted_tokens == completion.timing.accepted_tokens == 13 * 7 + 4
 
 
@@ -90,9 +90,9 @@ def test_what_is_put_back_is_the_same(models, window):
     requests = [request(prompt(n, n), 150, seed=n) for n in (120, 130)]
     plain, known = plainly(lambda: engine_of(models[window]), requests)
     engine = engine_of(models[window], cache_tokens=520 if window is None else 300)
-    engine._drafter = Oracle(known)
+    engine.passes.drafter = Oracle(known)
     assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
-    assert engine._drafter.passes > 30
+    assert engine.passes.drafter.passes > 30
     assert (engine.scheduler.preemptions > 0) == (window is None)
     assert_empty(engine)
 
@@ -109,8 +109,8 @@ def test_a_later_request_finds_a_sound_cache(models, more):
     later = request([*ids[: least + more], *prompt(40, 1)], 8)
     plain, known = plainly(lambda: engine_of(models[WINDOW], max_batch=1), [first, later])
     engine = engine_of(models[WINDOW], max_batch=1)
-    engine._drafter = Oracle(known, share=0.0)
-    engine._drafter.random.choice = lambda choices: choices[0]
+    engine.passes.drafter = Oracle(known, share=0.0)
+    engine.passes.drafter.random.choice = lambda choices: choices[0]
     assert [content(c) for c in run(engine, [first, later])] == [content(c) for c in plain]
     assert plain[1].timing.cached_tokens == least + more
 
@@ -121,7 +121,7 @@ def test_abort(models, when, monkeypatch):
     requests = [request(prompt(40), 60), request(prompt(50, 1), 60, temperature=0.0)]
     plain, known = plainly(lambda: engine_of(models[None]), requests)
     engine = engine_of(models[None])
-    engine._drafter = Oracle(known)
+    engine.passes.drafter = Oracle(known)
     heard = []
     kept = engine.add(requests[0], heard.append)
     victim = engine.add(requests[1])
@@ -132,10 +132,10 @@ def test_abort(models, when, monkeypatch):
             if when == "read":
                 engine.abort(victim)
             else:
-                monkeypatch.setattr(engine, "_choose", abort_and_choose)
+                monkeypatch.setattr(engine.passes, "_choose", abort_and_choose)
         return verify(*args)
 
-    choose = engine._choose
+    choose = engine.passes._choose
 
     def abort_and_choose(*args):
         engine.abort(victim)
@@ -154,8 +154,8 @@ def test_a_pass_that_fails_fails_its_requests_and_the_next_ones_run(models, monk
     plain, known = plainly(lambda: engine_of(models[None]), requests)
     for broken in ("verify", "_choose"):
         engine = engine_of(models[None])
-        engine._drafter = Oracle(known)
-        place = engine if broken == "_choose" else engine.runner
+        engine.passes.drafter = Oracle(known)
+        place = engine.passes if broken == "_choose" else engine.runner
 
         def breaks(*args):
             raise RuntimeError("out of memory")
@@ -188,7 +188,7 @@ def test_a_proposer_that_fails_leaves_its_sequence_without_drafts(models, eager,
 def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
     """The first guess reads the whole text."""
     clock = [0.0]
-    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(passes_module.time, "perf_counter", lambda: clock[0])
     engine, seconds = engine_of(models[None]), []
     launch = engine.runner.launch
 
@@ -196,8 +196,8 @@ def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
         clock[0] += by
         return result
 
-    engine._drafter.choose = lambda *_: later(100, {})
-    engine._drafter.note = lambda plain, took, *_: seconds.append(took)
+    engine.passes.drafter.choose = lambda *_: later(100, {})
+    engine.passes.drafter.note = lambda plain, took, *_: seconds.append(took)
     monkeypatch.setattr(engine.runner, "launch", lambda *args: later(1, launch(*args)))
     run(engine, [request(prompt(9), 5)])
     assert seconds == [1.0] * 4
@@ -209,8 +209,8 @@ def test_ctrl_c_leaves_the_engine_as_it_was(models, when, monkeypatch):
     requests = [request(prompt(n, n), 20 + n // 3) for n in (20, 70)]
     plain, known = plainly(lambda: engine_of(models[WINDOW]), requests)
     engine = engine_of(models[WINDOW])
-    engine._drafter = Oracle(known)
-    verify, choose, passes, interruptions = engine.runner.verify, engine._choose, [], []
+    engine.passes.drafter = Oracle(known)
+    verify, choose, passes, interruptions = engine.runner.verify, engine.passes._choose, [], []
 
     def interrupt(now):
         if now and not interruptions:
@@ -231,7 +231,7 @@ def test_ctrl_c_leaves_the_engine_as_it_was(models, when, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "verify", verify_or_not)
     if when != "verified":
-        monkeypatch.setattr(engine, "_choose", choose_or_not)
+        monkeypatch.setattr(engine.passes, "_choose", choose_or_not)
     heard = [[] for _ in requests]
     for one, outputs in zip(requests, heard, strict=True):
         engine.add(one, outputs.append)
@@ -279,7 +279,7 @@ def test_texts_and_what_they_have_to_match(llm, seed):
 
     plain, known = plainly(make, requests())
     engine = make()
-    engine._drafter = Oracle(known, seed=seed)
+    engine.passes.drafter = Oracle(known, seed=seed)
     drafted = run(engine, requests())
     assert [content(c) for c in drafted] == [content(c) for c in plain]
     assert {c.finish_reason for c in plain} == {"stop", "length"}

@@ -67,10 +67,10 @@ def test_nothing_else_changes(models, graphs, monkeypatch, window):
     requests = of_every_kind(1)
     plain, known = in_time(models[window], requests, monkeypatch)
     engine = engine_of(models[window])
-    engine._drafter = Oracle(known, idle=0.6)
+    engine.passes.drafter = Oracle(known, idle=0.6)
     ahead = launches_of(engine)
     assert [content(c) for c in run(engine, requests)] == [content(c) for c in plain]
-    assert engine._drafter.passes > 20
+    assert engine.passes.drafter.passes > 20
     assert sum(ahead) > 10
     assert_empty(engine)
 
@@ -139,7 +139,7 @@ def test_nothing_waits_for_a_draft_model_that_cannot_guess(models, graphs, eager
     monkeypatch.setattr(ModelGuesses, "_seconds", lambda self, rows: 0.01)
     monkeypatch.setattr(Proposer, "_repeated", lambda self, most: [])
     engine = engine_of(models[None], draft_model=models[None])
-    pool, ahead = engine._drafter._model._model.pool, launches_of(engine)
+    pool, ahead = engine.passes.drafter._model._model.pool, launches_of(engine)
     taken = pool.allocate(pool.slots, pool.slots)
     run(engine, [request(prompt(40), 30)])
     assert sum(ahead) == 28  # all but the first
@@ -171,7 +171,7 @@ def test_only_replays_say_what_a_pass_costs(models, graphs):
     """Not a pass that loads kernels or captures them, and not one that nobody waits for."""
     engine = engine_of(models[None])
     noted = []
-    engine._drafter.note = lambda plain, seconds, *rest: noted.append(seconds is not None)
+    engine.passes.drafter.note = lambda plain, seconds, *rest: noted.append(seconds is not None)
     run(engine, [request(prompt(9), 8)])
     assert noted == [False, False, *[True] * 5]
 

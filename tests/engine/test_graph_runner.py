@@ -288,7 +288,7 @@ def test_launches_of_a_step(tmp_path, emulator, completions, temperature):
     with use(emulator):
         runner.launch(extents, rows, [5] * completions)
         emulator.take_launches()
-        (batch,) = runner._batches.values()
+        (batch,) = runner._captured.values()
         with Operators() as asked:
             batch.step()
     names = [

@@ -43,7 +43,7 @@ def test_nothing_else_changes(models, window, repeated, monkeypatch):
     expected, known = plainly(lambda: python_engine(models[window], monkeypatch), requests)
     assert not repeated
     engine = engine_of(models[window])
-    engine._drafter = Oracle(known, 0.8, idle=0.5)
+    engine.passes.drafter = Oracle(known, 0.8, idle=0.5)
     assert [content(c) for c in run(engine, requests)] == [content(c) for c in expected]
     assert len(set(map(id, repeated))) > 4, "each number of tokens has a recording"
     assert len(repeated) > 50

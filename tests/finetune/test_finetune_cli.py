@@ -56,8 +56,8 @@ def test_ctrl_c_says_how_to_go_on(command, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0"], "rank is 0, expected an integer, 1 or more"),
-        (["--targets", "wx"], "targets is ('wx',), expected some of"),
+        (["--rank", "0"], "--rank is 0, expected an integer, 1 or more"),
+        (["--targets", "wx"], "--targets is ('wx',), expected some of"),
         (["--data", "none.jsonl"], "none.jsonl: No such file"),
         (["--resume"], "no checkpoint in"),
     ],

@@ -41,8 +41,8 @@ def weights(shape, isa, generator):
 
 
 def is_rounded(name: str, tokens: int, isa: str, dtype: torch.dtype = torch.float32) -> bool:
-    """More than 8 tokens are not rounded in bf16 where a set of x86 multiplies bf16; nor, on x86 without
-    VNNI, where weights are values of a table."""
+    """More than 8 tokens are not rounded in bf16 where a set of x86 multiplies bf16; nor, on x86
+    without VNNI, where weights are values of a table."""
     if tokens <= 8:
         return True
     if isa in ("avx512_bf16", "amx"):

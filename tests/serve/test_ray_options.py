@@ -106,13 +106,13 @@ def test_a_replica_refuses_an_empty_key_of_the_environment(monkeypatch):
         (["--max-unread", "9", "--ray"], "--max-unread does not go with --ray: Ray's proxy"),
         (["--log-requests", "x", "--ray"], "--log-requests does not go with --ray: each"),
         (["--replicas", "2"], "--replicas is given without --ray"),
-        (["--replicas", "0", "--ray"], "replicas is 0, expected integers of 1 or more"),
+        (["--replicas", "0", "--ray"], "--replicas is 0, expected integers of 1 or more"),
         (
             ["--replicas", "3,2", "--ray"],
-            "replicas is 3 to 2, expected integers of 1 or more, in order",
+            "--replicas is 3 to 2, expected integers of 1 or more, in order",
         ),
-        (["--device", "cuda:1", "--ray"], "device is 'cuda:1', expected cpu or cuda, as a replica"),
-        (["--max-batch", "0", "--ray"], "max_batch is 0, expected an integer of 1 or more"),
+        (["--device", "cuda:1", "--ray"], "--device is 'cuda:1', expected cpu or cuda, as"),
+        (["--max-batch", "0", "--ray"], "--max-batch is 0, expected an integer of 1 or more"),
     ],
 )
 def test_wrong_options_of_the_command(monkeypatch, capsys, options, words):

@@ -81,15 +81,16 @@ def test_a_warning_where_everyone_may_come_in():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--port", "70000"], "port is 70000, expected 0 to 65535"),
-        (["--drafts", "8"], "drafts is 8, expected an integer from 0 to 7"),
-        (["--max-queue", "-1"], "max_queue is -1, expected an integer of 0 or more"),
-        (["--max-batch", "0"], "max_batch is 0"),
+        (["--port", "70000"], "--port is 70000, expected 0 to 65535"),
+        (["--drafts", "8"], "--drafts is 8, expected an integer from 0 to 7"),
+        (["--max-queue", "-1"], "--max-queue is -1, expected an integer of 0 or more"),
+        (["--max-batch", "0"], "--max-batch is 0"),
         (
             ["--moderate", "prompts"],
-            "moderate has 'prompts', expected input, output or",
+            "--moderate has 'prompts', expected input, output or",
         ),
-        (["--ping-seconds", "0"], "ping_seconds is 0.0, expected a number above 0"),
+        (["--ping-seconds", "0"], "--ping-seconds is 0.0, expected a number above 0"),
+        (["--cors-origin", ""], "--cors-origin has '', expected some text"),
         (["--api-key", ""], "an API key is empty"),
         (["--api-key-file", "/no/such/file"], "/no/such/file: No such file"),
         (["--log-requests", "/no/such/folder/x"], "/no/such/folder/x: No such file"),

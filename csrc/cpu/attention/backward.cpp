@@ -67,19 +67,21 @@ struct VectorProducts {
 // Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
 struct TileProducts {
   using Arithmetic = Bf16;
-  // So many that packing them is a small part of the work. A task takes 600 KB of L2 with D = 128.
+  // With this many rows and keys, packing them is a small part of the work. A task takes 600 KB of
+  // L2 with D = 128.
   static constexpr int64_t kTile = 128;
   static constexpr int64_t kStep = AmxProducts::kRowStep;
 
   using Setup = AmxProducts::Setup;
 
-  // As above, with b [D / 2, kTile, 2]; the first `count` columns.
+  // The same products as VectorProducts::score, with b [D / 2, kTile, 2]; only the first `count`
+  // columns.
   static void score(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
                     float* out) {
     AmxProducts::score<kTile>(a, rows, b, count, dim, out);
   }
 
-  // As above, with b [kTile / 2, D, 2].
+  // The same products as VectorProducts::accumulate, with b [kTile / 2, D, 2].
   static void accumulate(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
                          float* out) {
     AmxProducts::add<kTile>(a, rows, b, count, dim, out);
@@ -172,7 +174,7 @@ class Head {
     take_keys(first_key, s_.count);
     clear(d_keys_, keys_);
     clear(d_values_, keys_);
-    const int64_t last_token = mistral::min(s_.count, first_key + keys_ + p_.window - 1);
+    const int64_t last_token = mistral::min(s_.count, window_end(first_key + keys_ - 1, p_.window));
     for (int64_t row = first_key * group_; row < last_token * group_; row += kTile) {
       take_rows(row, last_token * group_);
       q_.make_columns(filled(rows_), dim_);
@@ -187,10 +189,10 @@ class Head {
         differentiate(
             key, filled(rows_), [this](int64_t i) { return load(lse_ + i); },
             [this](int64_t i) { return load(delta_ + i); });
-        // The key is seen by the tokens [own, own + window).
+        // The tokens [own, window_end) see the key.
         const int64_t own = first_key + key;
-        hide(key, own * group_ - row, (mistral::min(last_token, own + p_.window)) * group_ - row,
-             filled(rows_));
+        hide(key, own * group_ - row,
+             mistral::min(last_token, window_end(own, p_.window)) * group_ - row, filled(rows_));
       }
       for (int64_t key = seen; key < filled(seen); ++key) hide(key, 0, 0, filled(rows_));
       Products::accumulate(probabilities_, filled(seen), d_out_.rows, filled(rows_), dim_,
@@ -274,7 +276,7 @@ class Head {
   }
 
   // Computes a line of probabilities, and of the gradients of the products of queries and keys.
-  // lse(i) and delta(i) are those of the columns from i on.
+  // lse(i) and delta(i) are the values for the columns from i on.
   template <class Lse, class Delta>
   void differentiate(int64_t line, int64_t count, const Lse& lse, const Delta& delta) {
     const Vec scale = broadcast(p_.scale);

@@ -165,7 +165,7 @@ class PrefillRows {
     }
   }
 
-  // Packs the keys of a tile and fetches those of the next.
+  // Packs the keys of a tile and fetches the keys of the next tile.
   void pack_keys(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += Vec::width) {
       for (int64_t i = 0; i < Vec::width; ++i) prefetch(next.keys[key + i].k, dim);

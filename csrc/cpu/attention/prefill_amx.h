@@ -1,6 +1,6 @@
 // The products of prefill.h in AMX: 32 query rows times 32 keys, or 32 columns of values, with the
-// sums in 2 x 2 tiles. What prefill.h packs are operands as they are: q and the probabilities are
-// operand a, transposed keys and paired values operand b.
+// sums in 2 x 2 tiles. The arrays that prefill.h packs are operands as they are: q and the
+// probabilities are operand a, transposed keys and paired values operand b.
 #pragma once
 
 #include "../simd/amx.h"
@@ -38,7 +38,7 @@ struct AmxProducts {
     add<kKeys>(p, rows, v, count, dim, out);
   }
 
-  // The same with factors of 1.
+  // accumulate with factors of 1.
   template <int64_t kKeys>
   static void add(const bf16* p, int64_t rows, const bf16* v, int64_t count, int64_t dim,
                   float* out) {
@@ -53,8 +53,8 @@ struct AmxProducts {
   }
 
  private:
-  // Tiles 0 and 1 hold the sums of the first 16 rows, tiles 2 and 3 those of the others. Operands a
-  // [32, depth] and b [depth / 2, 32, 2] have rows of stride_a and 2 stride_b elements.
+  // Tiles 0 and 1 hold the sums of the first 16 rows, tiles 2 and 3 the sums of the other rows.
+  // Operands a [32, depth] and b [depth / 2, 32, 2] have rows of stride_a and 2 stride_b elements.
   MISTRAL_SIMD static void add_products(const bf16* a, int64_t stride_a, const bf16* b,
                                         int64_t stride_b, int64_t depth) {
     constexpr int64_t kBytes = sizeof(bf16), kDepth = 2 * kTileRows;

@@ -68,7 +68,7 @@ MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, con
   }
 }
 
-// The same for all columns.
+// add_weighted_columns for all columns.
 template <class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted(int64_t keys, int64_t dim, const Values& values,
                                const Weights& weights, const Factor& factor, float* out) {

@@ -32,8 +32,9 @@ constexpr TileConfig whole_tiles() {
 }
 
 // Configures the tiles of this thread and sets them to zero. The compiler's intrinsics are not used
-// here: in GCC 12 this one declares only 8 of the 64 bytes as read, and those that load and store
-// tiles declare no memory at all, so the compiler may drop or move writes to that memory.
+// here. In GCC 12 the intrinsic of ldtilecfg declares only 8 of the 64 bytes as read, and the
+// intrinsics that load and store tiles declare no memory at all, so the compiler may drop or move
+// writes to that memory.
 [[gnu::always_inline]] inline void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
@@ -42,8 +43,8 @@ constexpr TileConfig whole_tiles() {
   asm volatile("sttilecfg %0" : "=m"(config));
 }
 
-// While it lives, its thread may use tiles. Then the configuration before it is valid again: other
-// libraries configure the tiles of a thread once, and rely on it later.
+// While it lives, its thread may use tiles. At its end the earlier configuration is valid again:
+// other libraries configure the tiles of a thread once, and rely on it later.
 class TilesInUse {
  public:
   TilesInUse() {

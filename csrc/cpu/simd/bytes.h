@@ -58,7 +58,7 @@ MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
 #if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
-  // As asm for the reason given at add_products (integers.h).
+  // Written as asm for the reason given at add_products (integers.h).
   asm(MISTRAL_VNNI "vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(without_sign), "vm"(with_sign));
   return sums;
 }

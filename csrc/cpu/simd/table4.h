@@ -14,8 +14,8 @@ constexpr int nearest_index(int x) {
   return index;
 }
 
-// 16 neighbouring integers, from a multiple of 16 on, have one index or two. In the order of the
-// integers' high four bits.
+// 16 neighbouring integers, from a multiple of 16 on, have one index or two. Buckets are in the
+// order of the integers' high four bits.
 struct Buckets {
   int8_t first[16];  // the index of the smallest integer
   int8_t last[16];   // the largest integer with that index; 127 if all have it
@@ -46,7 +46,7 @@ constexpr bool two_indices_at_most() {
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
 // The numbers x * factor are rounded to integers first, which matters only half-way between two
-// values. Where that product is NaN, the index is that of any value.
+// values. Where the product is NaN, the index may be any.
 
 MISTRAL_SIMD int nearest_index(float x, float factor) {
   const float scaled = x * factor;
@@ -70,7 +70,8 @@ MISTRAL_SIMD Bytes32 nearest_indices(const float* x, float factor) {
   __m256i parts[4];
   for (int i = 0; i < 4; ++i) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
-    // What is too large for an integer becomes the smallest, as all that is too small does.
+    // The conversion turns a number that no integer can hold into the smallest integer. For numbers
+    // that are too small this is right; the minimum keeps numbers from being too large.
     parts[i] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127)));
   }
   const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),

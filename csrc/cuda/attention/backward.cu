@@ -1,6 +1,6 @@
-// Three launches: delta of every query row, the gradients of keys and values, those of queries. The
-// last two compute the scores again, each for itself, so that sums need no atomic additions
-// (FlashAttention-2, Dao 2023, arXiv:2307.08691, but for that).
+// Three launches: delta of every query row, the gradients of keys and values, and the gradients of
+// queries. Each of the last two launches computes the scores again, so that no sum needs atomic
+// additions. The rest is as in FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 #include "../../attention_backward.h"
 
 #include <launch.cuh>

@@ -6,7 +6,7 @@
 // block among 4 warps, which take tiles of 16 in turn. Each warp has two stages of shared memory of
 // its own, fills both before it begins, and then works on one while the other is on its way: so the
 // block needs no barrier until the results of its warps are merged. With several splits each block
-// leaves its result in `partials`, and the last one to arrive merges them.
+// leaves its result in `partials`, and the last block to arrive merges the results.
 #pragma once
 
 #include "finish.cuh"

@@ -58,8 +58,8 @@ __device__ __forceinline__ void issue_out(float (&out)[D / 2],
   wgmma_commit();
 }
 
-// Turns scores into probabilities relative to the new maximum; The results so far of the lane's row
-// r must be multiplied by factors[r].
+// Turns scores into probabilities relative to the new maximum. The results so far of the lane's row
+// r must then be multiplied by factors[r].
 template <int kCount>
 __device__ __forceinline__ void exponentiate(Softmax<1>& softmax, float (&scores)[kCount],
                                              float (&factors)[2]) {
@@ -164,7 +164,7 @@ class Consumer {
   __device__ __forceinline__ void multiply(const WorkItem& item, int before, int i) {
     const QueryRows rows(p_, item.sequence, item.kv_head);
     const int first_row = item.row + number_ * kConsumerRows;
-    // Offsets of rows among the keys; rows past the end repeat the last one and are not stored.
+    // Offsets of rows among the keys; rows past the end repeat the last row and are not stored.
     const int own_first = static_cast<int>(item.keys.count) - 1 - rows.token(item.end_row - 1);
     const auto offset_of = [&](int row) {
       return own_first + rows.token(static_cast<int>(min(first_row + row, item.end_row - 1)));

@@ -3,8 +3,8 @@
 // Grid: (tiles of query rows, Hkv). A block of 4 warps owns 128 query rows of one sequence and
 // key/value head, each warp 32 of them, and walks the keys that any row sees in tiles of 64. The
 // values of a tile are copied while its keys are multiplied, and the keys of the next tile while
-// its values are multiplied. Tiles outside the window are never loaded; only those at its two edges
-// are masked.
+// its values are multiplied. Tiles outside the window are never loaded; only the tiles at its two
+// edges are masked.
 #pragma once
 
 #include "finish.cuh"

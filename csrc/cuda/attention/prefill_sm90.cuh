@@ -7,7 +7,7 @@
 //
 // A block is three warpgroups. The first feeds the other two (this file): it claims the items and
 // fills two stages of keys and of values. The others (multiply_sm90.cuh) own 64 query
-// rows each; while one multiplies, the other one does its softmax.
+// rows each; while one of them multiplies, the other computes its softmax.
 #pragma once
 
 #include <ptx_sm90.cuh>
@@ -57,7 +57,7 @@ struct WorkItem {
   VisibleKeys keys;
   int index;  // of the sequence
   int kv_head;
-  int number;   // of the tile, among those of all heads
+  int number;   // of the tile, among the tiles of all heads
   int row;      // the tile's first, among the rows of the sequence
   int end_row;  // after the tile's last row
   int part, parts;

@@ -17,11 +17,12 @@ constexpr int kPartTiles = 4;  // the fewest tiles of keys for which a part is w
 cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 
 // Adds the scratch that attention_hopper needs if no sequence sees more than `longest` keys. Its
-// counters lie after those of the late tokens: one for the work queue and, if keys are divided, one
-// for the rows of each consumer.
+// counters lie after the counters of the late tokens: a counter for the work queue and, if keys are
+// divided, a counter for the rows of each consumer.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
-  // As many parts as give every multiprocessor a block, as long as a part is worth its merge.
+  // There are enough parts to give every multiprocessor a block, but no part so short that it is
+  // not worth its merge.
   const int64_t group = p.heads / p.kv_heads;
   const int64_t tiles = ceil_div(p.tokens * group, kPrefillRows) * p.kv_heads;
   const int64_t wanted = multiprocessors() / max(tiles, 1);

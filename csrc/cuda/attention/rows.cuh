@@ -46,8 +46,9 @@ MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
 constexpr int kPrefillRows = 128;  // of a tile
 
 // Tiles are numbered without knowing the sequences' lengths on the host: sequence i, which begins
-// at packed row f, gets the numbers from f / kRows + i on, as many as it needs and sometimes one
-// too many (floor(f + c) - floor(f) + 1 >= ceil(c), in units of kRows). A token has `group` rows.
+// at packed row f, gets the numbers from f / kRows + i on. These are as many as it needs, and
+// sometimes one more (floor(f + c) - floor(f) + 1 >= ceil(c), in units of kRows). A token has
+// `group` rows.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
   return first_token * group / kRows + sequence;

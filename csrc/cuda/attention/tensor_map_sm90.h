@@ -9,7 +9,7 @@
 
 namespace mistral::cuda {
 
-// A tensor of 16-bit elements. Axis 0 is the one whose elements lie side by side.
+// A tensor of 16-bit elements. The elements of axis 0 lie side by side.
 struct TensorMapShape {
   int rank;                  // 2 to 5
   uint64_t sizes[5];         // at least 1

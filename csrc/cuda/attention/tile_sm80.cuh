@@ -229,8 +229,8 @@ struct Softmax {
 };
 
 // Hides the scores of keys that a row does not see: keys after the row, and keys W or more
-// positions before it. `own` are the offsets of the lane's rows, `first` that of the tile's first
-// key.
+// positions before it. `own`: the offsets of the lane's rows. `first`: the offset of the tile's
+// first key.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
                                      int first, int window) {

@@ -1,4 +1,4 @@
-// Finds the last of several blocks to finish, which may then use the results of all.
+// Finds the last of several blocks to finish, which may then use the results of all of them.
 #pragma once
 
 #include <launch.cuh>
@@ -26,7 +26,7 @@ __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int 
   return *last;
 }
 
-// The same among blocks. Uses the first word of shared memory.
+// arrives_last for whole blocks. Uses the first word of shared memory.
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
   return arrives_last(counter, blocks, threadIdx.x, dynamic_shared<int>(), [] { __syncthreads(); });
 }

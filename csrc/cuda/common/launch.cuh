@@ -17,8 +17,8 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
 }
 
 // A kernel must ask for more than 48 KB of shared memory, and the amount is its limit from then on.
-// So this asks for all that a block can have: with less, another thread could lower the limit
-// between this call and its launch.
+// This function always asks for all that a block can have. Otherwise another thread could lower the
+// limit between this call and the launch.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
   int most = 0;

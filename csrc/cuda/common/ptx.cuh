@@ -73,7 +73,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
-// The same for 4 bytes, of which the first `bytes` are read and the others become zeros; through
+// Starts a copy of 4 bytes: the first `bytes` are read, the others become zeros. It goes through
 // L1, because neighbours are copied soon.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
                                            Site = Site::here()) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
                : "memory");
 }
 
-// The same with each matrix transposed: rows as stored become columns.
+// ldmatrix_x4 with each matrix transposed: rows as stored become columns.
 __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* shared_row,
                                                        Site = Site::here()) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -12,9 +12,9 @@
 namespace mistral::cuda {
 
 // ---- Barriers in shared memory (mbarrier): 8 bytes, 8-byte aligned. A phase is complete when all
-// arrivals and all the bytes that were expected have come; the next one then begins by itself.
+// arrivals and all the bytes that were expected have come. The next phase then begins by itself.
 
-// Sets the number of arrivals that complete a phase, including those of cp_async_arrive.
+// Sets the number of arrivals that complete a phase, including the arrivals of cp_async_arrive.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals,
                                               Site = Site::here()) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -210,7 +210,7 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_
   }
 }
 
-// The same with a in registers: warp w has rows 16 * w to 16 * w + 15, as in mma_m16n8k16.
+// The same product with a in registers: warp w has rows 16 * w to 16 * w + 15, as in mma_m16n8k16.
 template <class T, int N, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate, Site = Site::here()) {
@@ -250,8 +250,8 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)
 #undef MISTRAL_D8
 
 // ---- Registers of a warpgroup, whose threads all call these together. Every thread starts with
-// the equal share of __launch_bounds__(threads, 1). kRegisters counts those of a thread, a multiple
-// of 8.
+// the equal share of __launch_bounds__(threads, 1). kRegisters counts the registers of a thread, a
+// multiple of 8.
 
 // Waits until other warpgroups have given up enough.
 template <int kRegisters>
@@ -267,7 +267,7 @@ __device__ __forceinline__ void registers_decrease(Site = Site::here()) {
 }
 
 // ---- Barriers 1 to 15 of a block, for some of its warps: `threads` counts the participants, 32
-// for each warp. (Barrier 0 is that of __syncthreads.)
+// for each warp. (__syncthreads uses barrier 0.)
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

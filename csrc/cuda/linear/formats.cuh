@@ -43,7 +43,7 @@ struct WeightTile {
   }
 };
 
-// What most formats have in common.
+// The traits that most formats share.
 struct Common {
   using Scales = NoScales;
   static constexpr bool kRowScaled = false, kGrouped = false;

@@ -63,8 +63,8 @@ int64_t linear_shared_bytes(const LinearParams& p) {
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
-// What the phases of a product know. It is computed once: the compiler would load p again after
-// each instruction of ptx.cuh.
+// The facts that all phases of a product use. They are computed once: the compiler would load p
+// again after each instruction of ptx.cuh.
 struct Work {
   int warp;
   int inputs;     // K
@@ -93,8 +93,8 @@ struct StepPlan {
   static constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
   // Steps whose x is loaded together.
   static constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
-  // Units that are unrolled: if the registers do not suffice for the operands of all, those of a
-  // batch.
+  // The number of units that are unrolled. If the registers do not suffice for the operands of all
+  // units, only the units of a batch are unrolled.
   static constexpr int kUnits = kScarce ? max(1, kBatch / W::kUnitSteps)
                                 : kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1
                                                                                  : W::kUnits;

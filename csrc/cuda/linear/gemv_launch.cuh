@@ -60,7 +60,7 @@ cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t str
   return launch_linear<W, 2, 8, false>(p, stream, rope...);
 }
 
-// The same for a format without every kernel.
+// launch_tokens for a format that lacks some kernels.
 template <class W>
 cudaError_t launch_with_few_kernels(const LinearParams& p, bool in_block, cudaStream_t stream) {
   constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as much as fits in shared memory

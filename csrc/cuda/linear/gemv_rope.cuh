@@ -1,5 +1,5 @@
 // RoPE and the append to the rings in the kernel of the product of query, key and value. Sums are
-// rounded before they are rotated, so the results have the same bits as those of rope.
+// rounded before they are rotated, so the results have the same bits as the results of rope.
 #pragma once
 
 #include "../../linear.h"

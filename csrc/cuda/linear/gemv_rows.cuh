@@ -24,7 +24,7 @@ class LaneRows {
     }
   }
 
-  // Takes the rows that normalise_x has written, instead of those of p.x.
+  // Takes the rows that normalise_x has written, instead of the rows of p.x.
   __device__ __forceinline__ void use_normalised(const LinearParams& p, const void* rows,
                                                  int lane) {
     rows_ = static_cast<const uint4*>(rows);
@@ -48,7 +48,7 @@ class LaneRows {
   }
 
  private:
-  // What a lane needs of a row for a step, whose values of the lane begin at k.
+  // Loads what a lane needs of a row for a step. The lane's values of the step begin at k.
   __device__ __forceinline__ uint4 load_step(const uint4* row, int k) const {
     if constexpr (W::kHalfSteps) {  // K consists of whole chunks
       const auto* const from = reinterpret_cast<const uint2*>(row) + static_cast<uint32_t>(k) / 4;

@@ -9,8 +9,8 @@
 
 namespace mistral::cuda {
 
-// The outputs that a lane finishes among 8 tokens and one tile: those of tokens 2 (lane % 4) and
-// the next, in rows lane / 4 and lane / 4 + 8, in the order of the sums.
+// The outputs that a lane finishes among 8 tokens and one tile, in the order of the sums: outputs
+// of tokens 2 (lane % 4) and the next, in rows lane / 4 and lane / 4 + 8.
 template <class W>
 struct Outputs {
   using T = typename W::Element;
@@ -85,8 +85,8 @@ struct Outputs {
   }
 
  private:
-  // What is added to the product whose output is at `output`. A call in several launches moves
-  // p.out and p.added by the same columns.
+  // The numbers that are added to the product whose output is at `output`. A call in several
+  // launches moves p.out and p.added by the same columns.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;

@@ -24,7 +24,7 @@ struct GroupSums {
     for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sums_of_x[n], ones, x[i]);
   }
 
-  // Ends a group: adds its sums, scaled, to those of the rows, and begins with the next group.
+  // Ends a group: adds its sums, scaled, to the sums of the rows, and begins with the next group.
   // `scales`: of the lane's two rows of each tile; i: see scales.cuh.
   __device__ __forceinline__ void add_to(float (&out)[kM][kN][4],
                                          typename W::Scales (&scales)[kM][2], int i) {

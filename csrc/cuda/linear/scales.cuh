@@ -28,7 +28,7 @@ __device__ __forceinline__ float half_of(uint32_t word, int i) {
 __device__ __forceinline__ float small_float(uint32_t number) {
   return __uint_as_float(number | 0x4b000000u) - 8388608.0f;
 }
-// The same of byte i of a word.
+// Byte i of a word as a float, in the same way.
 __device__ __forceinline__ float byte_float(uint32_t word, int i) {
   return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650u | i)) - 8388608.0f;
 }

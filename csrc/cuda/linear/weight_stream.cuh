@@ -43,7 +43,7 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
   return blocks;
 }
 
-// What a block of threads works on at a time: neighbouring outputs of one part.
+// The outputs that a block of threads computes at a time: neighbours in one part.
 template <bool kRope>
 struct OutputBlock {
   int part;
@@ -207,7 +207,7 @@ class WeightStream {
     }
   }
 
-  // Starts the copy of the next chunk, into the stage before the current one.
+  // Starts the copy of the next chunk, into the stage before the current stage.
   __device__ __forceinline__ void copy_next() {
     const int stage = filled_;
     filled_ = next_of(filled_);
@@ -294,7 +294,7 @@ class WeightStream {
   int filled_ = 0;                     // the stage that is filled next
   int current_ = Layout::kStages - 1;  // the stage that is worked on
 
-  // What this lane copies next, in the upper and the lower half of a tile.
+  // The values that this lane copies next, in the upper and the lower half of a tile.
   int block_;
   int chunk_ = 0;
   const char* rows_[2];

@@ -111,7 +111,7 @@ struct FiveBits {
   }
 };
 
-// The same for kCount pairs of q6_k, whose values are 32 too large.
+// Adds the high two bits to kCount pairs of q6_k, whose values are 32 too large.
 struct SixBits {
   template <class T, int kCount>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
