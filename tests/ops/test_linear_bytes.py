@@ -91,6 +91,22 @@ def test_any_number_of_tokens_gives_the_same_bits(isa, dtype, generator):
             assert torch.equal(prompt, alone.repeat(3, 1)[:23]), name
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+@pytest.mark.parametrize("size", [96, 2304])
+def test_a_row_gets_the_same_bits_at_any_place(isa, tokens, size, generator):
+    """Kernels multiply rows in groups, which may begin at any row."""
+    x = torch.randn(tokens, size, generator=generator).bfloat16()
+    made = weights((39, size), isa, generator)
+    made["q8_0"] = quantize(torch.randn(39, size, generator=generator), "q8_0")
+    for name, weight in made.items():
+        out = ops.linear(x, weight)
+        for first in (1, 2, 3, 38):
+            some = weight._replace(values=weight.values[first:], scales=weight.scales[first:])
+            assert torch.equal(ops.linear(x, some), out[:, first:]), name
+            some = weight._replace(values=weight.values[:first], scales=weight.scales[:first])
+            assert torch.equal(ops.linear(x, some), out[:, :first]), name
+
+
 @pytest.mark.parametrize("tokens", [2, 19])
 def test_exact_products_are_asked_for(isa, tokens, generator):
     x = torch.randn(tokens, 256, generator=generator)
