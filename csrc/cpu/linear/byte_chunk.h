@@ -22,15 +22,21 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
-// Whether bytes are the fastest for many tokens of type T too. Products of pairs of bf16 are as
-// fast. Values of a table need VNNI: AVX2 has to widen each product of theirs, which takes longer
-// than floats.
+// The most tokens of type T for which bytes are the fastest, where there are more than kGemvTokens.
+// Pairs of bf16 are as fast for many tokens, and tiles are faster for all. Values of a table need
+// VNNI: AVX2 has to widen each product of theirs, which takes longer than floats.
 template <class T>
-constexpr bool has_many_bytes(WeightFormat format) {
+constexpr int64_t most_byte_tokens(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
-  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return false;
+  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return 0;
 #endif
-  return has_bytes(format) && std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
+  if (!has_bytes(format)) return 0;
+  if (std::is_same_v<typename ArithmeticOf<T>::type, Fp32>) return INT64_MAX;
+#if defined(__AMX_BF16__)
+  return 0;
+#else
+  return 32;
+#endif
 }
 
 // What distinguishes the formats.

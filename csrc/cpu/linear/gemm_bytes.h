@@ -89,10 +89,17 @@ class BytePanel {
     }
   }
 
+  // Prefetches the next block meanwhile: of the same rows, or of the rows after them.
   void unpack(const WeightRows& w, int64_t rows, int64_t begin, int64_t count) {
+    const bool last = (begin + count) * kSuperBlock >= w.inputs;
+    const char* next =
+        last ? w.from(kPanelRows).values : w.values + (begin + count) * Chunk::kBytes;
     for (int64_t row = 0; row < rows; row += R) {
       const WeightRows from = w.from(row);
       for (int64_t i = 0; i < count; ++i) {
+        for (int r = 0; r < R; ++r) {
+          fetch<2>(next + (row + r) * w.row_bytes + i * Chunk::kBytes, Chunk::kBytes);
+        }
         take_chunk(from, rows - row, begin + i, chunks_[row / R][i]);
       }
     }

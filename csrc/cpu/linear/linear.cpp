@@ -237,7 +237,7 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
                   ceil_div(p.tokens, Vec::width), first_token / Vec::width,
                   ceil_div(tokens, Vec::width), buffers);
   };
-  // Pairs of bf16 are not multiplied in bytes (has_many_bytes).
+  // Few tokens in pairs of bf16 are multiplied in bytes (most_byte_tokens).
   static_assert(Tile::kBlockTokens <= kPanelTokens || Tile::kDepth == 2, "");
   const auto multiply_bytes = [&](int64_t part, int64_t first_row) {
     const int64_t stride_x = packed_byte_row(p.inputs);
