@@ -35,9 +35,9 @@ def linear(
     "int8" and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
     formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
     magnitude of 32 neighbours; `set_exact_products` changes that. More than 8 tokens are not
-    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, and in bfloat16 on x86 that multiplies
-    bfloat16. ("int4" has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K
-    is at most 2^20.
+    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 where the CPU has AMX. Nor
+    are more than 31 in bfloat16 on x86 that multiplies bfloat16. ("int4" has kernels of 16 bits or
+    bfloat16 where the CPU has AVX-512.) With "int8" K is at most 2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.

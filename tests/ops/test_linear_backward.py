@@ -156,22 +156,24 @@ def test_rounding_of_what_has_no_kernel(dtype, form, message):
 
 
 def test_which_products_are_rounded(isa):
-    """The rules of docs/kernels.md, for 8 tokens and for 9."""
+    """The rules of docs/kernels.md, where the numbers of tokens change them."""
 
     def rounded(dtype, form):
-        return [_C.linear_rounds(dtype, form, tokens) for tokens in (8, 9)]
+        return [_C.linear_rounds(dtype, form, tokens) for tokens in (8, 9, 32, 33)]
 
-    has_bf16 = isa in ("avx512_bf16", "amx")
     for dtype in DTYPES:
         for form in ("plain", "int8", "q8_0"):
-            assert rounded(dtype, form) == [False, False]
-        many = not (has_bf16 and dtype == torch.bfloat16)
-        assert rounded(dtype, "q4_k") == ([False, False] if isa == "scalar" else [True, many])
-        adds_fours = isa not in ("avx2", "avx512") and many
-        table = [False, False] if isa == "scalar" else [True, adds_fours]
+            assert rounded(dtype, form) == [False] * 4
+        most = float("inf")
+        if dtype == torch.bfloat16:
+            most = {"avx512_bf16": 32, "amx": 8}.get(isa, most)
+        many = [isa != "scalar" and tokens <= most for tokens in (8, 9, 32, 33)]
+        assert rounded(dtype, "q4_k") == many
+        adds_fours = isa not in ("avx2", "avx512")
+        table = many if adds_fours else [True, False, False, False]
         assert rounded(dtype, "iq4_xs") == rounded(dtype, "iq4_nl") == table
         others = isa == "scalar" or isa.startswith("avx512") or isa == "amx"
-        assert rounded(dtype, "int4") == [not others] * 2
+        assert rounded(dtype, "int4") == [not others] * 4
 
 
 @pytest.mark.parametrize("which", ["weight", "norm"])

@@ -41,12 +41,12 @@ def weights(shape, isa, generator):
 
 
 def is_rounded(name: str, tokens: int, isa: str, dtype: torch.dtype = torch.float32) -> bool:
-    """More than 8 tokens are not rounded in bf16 where a set of x86 multiplies bf16; nor, on x86
-    without VNNI, where weights are values of a table."""
+    """More than 31 tokens are not rounded in bf16 where a set of x86 multiplies bf16, nor more than
+    8 in tiles; nor, on x86 without VNNI, more than 8 where weights are values of a table."""
     if tokens <= 8:
         return True
     if isa in ("avx512_bf16", "amx"):
-        return dtype != torch.bfloat16
+        return dtype != torch.bfloat16 or (isa == "avx512_bf16" and tokens <= 31)
     return isa not in ("avx2", "avx512") or not name.startswith("iq4")
 
 
@@ -86,9 +86,26 @@ def test_any_number_of_tokens_gives_the_same_bits(isa, dtype, generator):
         alone = torch.cat([ops.linear(row, weight) for row in x.split(1)])
         for tokens in (2, 3, 5, 8):
             assert torch.equal(ops.linear(x[:tokens], weight), alone[:tokens]), name
-        if is_rounded(name, 23, isa, dtype):
-            prompt = ops.linear(x.repeat(3, 1)[:23], weight)
-            assert torch.equal(prompt, alone.repeat(3, 1)[:23]), name
+        for tokens in (23, 31, 32):
+            if is_rounded(name, tokens, isa, dtype):
+                prompt = ops.linear(x.repeat(5, 1)[:tokens], weight)
+                assert torch.equal(prompt, alone.repeat(5, 1)[:tokens]), name
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+@pytest.mark.parametrize("size", [96, 2304])
+def test_a_row_gets_the_same_bits_at_any_place(isa, tokens, size, generator):
+    """Kernels multiply rows in groups, which may begin at any row."""
+    x = torch.randn(tokens, size, generator=generator).bfloat16()
+    made = weights((39, size), isa, generator)
+    made["q8_0"] = quantize(torch.randn(39, size, generator=generator), "q8_0")
+    for name, weight in made.items():
+        out = ops.linear(x, weight)
+        for first in (1, 2, 3, 38):
+            some = weight._replace(values=weight.values[first:], scales=weight.scales[first:])
+            assert torch.equal(ops.linear(x, some), out[:, first:]), name
+            some = weight._replace(values=weight.values[:first], scales=weight.scales[:first])
+            assert torch.equal(ops.linear(x, some), out[:, :first]), name
 
 
 @pytest.mark.parametrize("tokens", [2, 19])

@@ -8,6 +8,7 @@
 #include "gemv_bytes.h"
 #include "gemv_int16.h"
 #include "gemv_int8.h"
+#include "gemv_pairs.h"
 #include "gemv_unpacked.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -76,14 +77,15 @@ struct FewChunkOf {
       kFits && Int16Chunk<format>::template kFastest<typename ArithmeticOf<T>::type>;
   using InFloatsOrInt16 =
       std::conditional_t<kInInt16, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
-  using type = std::conditional_t<kFits && has_int8_products(format),
-                                  InIntegers<(info(format).least_group != 0)>, InFloatsOrInt16>;
+  using InFewerBits =
+      std::conditional_t<kFits && has_int8_products(format), InIntegers, InFloatsOrInt16>;
+  using type = std::conditional_t<kFits && has_pair_products(format), InPairs, InFewerBits>;
 };
 
 // Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
 template <class T>
 bool rounds_to_bytes(WeightFormat format, int64_t tokens) {
-  return tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format);
+  return has_bytes(format) && (tokens <= kGemvTokens || tokens <= most_byte_tokens<T>(format));
 }
 
 // Whether a part is multiplied in bytes.
@@ -133,17 +135,26 @@ struct Packing<InBytes<format>> {
   }
 };
 #endif
-template <bool has_blocks>
-struct Packing<InIntegers<has_blocks>> {
-  using Chunk = InIntegers<has_blocks>;
+#if defined(__AVX512VNNI__)
+template <>
+struct Packing<InIntegers> {
   static int64_t elements(int64_t inputs) {
-    return Chunk::kHeadBytes + padded(inputs) / Chunk::kValues * Chunk::kLineBytes;
+    return InIntegers::kHeadBytes + padded(inputs) / InIntegers::kValues * InIntegers::kLineBytes;
   }
   template <class T>
   static void pack(const T* x, int64_t inputs, uint8_t* out) {
-    pack_integers<Chunk>(x, inputs, out);
+    pack_integers(x, inputs, out);
   }
 };
+template <>
+struct Packing<InPairs> {
+  static int64_t elements(int64_t inputs) { return packed_pair_row(inputs); }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, char* out) {
+    pack_pairs(x, inputs, out);
+  }
+};
+#endif
 
 // A type that is the same for two chunk types if their activations are packed alike.
 template <class Chunk>

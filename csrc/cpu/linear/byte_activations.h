@@ -6,27 +6,32 @@
 #include "../simd/bytes.h"
 #include "../simd/integers.h"
 #include "formats.h"
+#include "mixed_rows.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
 #if defined(__AVX512VNNI__)
 
-using ByteSums = __m512;  // the sums of an output
+using ByteSums = __m512;  // the sums of four outputs
 
-// 256 activations, for vectors whose lanes hold 16 words of weights each.
+// 256 activations, for vectors that hold 16 words of weights each, those of blocks 0 to 3 or of
+// blocks 4 to 7.
 struct ByteActivations {
-  int8_t values[4][64];
-  float scale[2][16];  // of the block of each word
-  float sum[16];       // of each 16 scaled values
+  struct Block {
+    float scale;
+    float sum;              // of the scaled values
+    int32_t minus_sums[2];  // of the first and the last 16 values
+  };
 
-  // The activations of the low or the high halves of the bytes of a word.
+  int8_t values[2][2][64];  // of the low and the high halves of bytes
+  Block blocks[2][4];
+
   int8_t* word(int block, int word, int half) {
-    return values[block / 4 * 2 + half] + (block % 4 * 4 + word) * 4;
+    return values[block / 4][half] + (block % 4 * 4 + word) * 4;
   }
   void set_scale(int block, float of_block, int first_sum, int last_sum) {
-    for (int i = 0; i < 4; ++i) scale[block / 4][block % 4 * 4 + i] = of_block;
-    sum[2 * block] = of_block * static_cast<float>(first_sum);
-    sum[2 * block + 1] = of_block * static_cast<float>(last_sum);
+    const float sum = of_block * static_cast<float>(first_sum + last_sum);
+    blocks[block / 4][block % 4] = {of_block, sum, {-first_sum, -last_sum}};
   }
 };
 
@@ -52,6 +57,11 @@ struct ByteActivations {
     halves[2 * lane + 1] = static_cast<int16_t>(last_sum);
   }
 };
+
+// out[i]: the sum of x[i].
+MISTRAL_SIMD void store_row_sums(const ByteSums (&x)[8], float* out) {
+  store_lanes(out, sums_of_lanes(x));
+}
 
 #else
 

@@ -1,7 +1,7 @@
-// 256 values of a row as operands of products of bytes. The 8 lanes of every vector hold the 8
-// blocks of 32 values, so 16-bit sums of several products stay within a block, and the scales of
-// all blocks are one vector: one conversion to floats serves 256 values. AVX-512 with VNNI has
-// a chunk of its own (byte_chunk_512.h), and so has aarch64.
+// 256 values of kRows rows as operands of products of bytes. Here, of one row: the 8 lanes of every
+// vector hold the 8 blocks of 32 values, so 16-bit sums of several products stay within a block,
+// and the scales of all blocks are one vector: one conversion to floats serves 256 values. AVX-512
+// with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64.
 #pragma once
 
 #include <type_traits>
@@ -22,18 +22,25 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
-// Whether bytes are the fastest for many tokens of type T too. On x86 products of pairs of bf16 are
-// as fast. Values of a table need VNNI: AVX2 has to widen each product of theirs, which takes
-// longer than floats.
+// The most tokens of type T for which bytes are the fastest, where there are more than kGemvTokens.
+// On x86 pairs of bf16 are as fast for many tokens, and tiles are faster for all. Values of a table
+// need VNNI: AVX2 has to widen each product of theirs, which takes longer than floats.
+//
+// 31, because the engine relies on it that from 32 tokens on (LEAST_PIECE of prefix_cache.py) the
+// bits of a token do not depend on their number.
 template <class T>
-constexpr bool has_many_bytes(WeightFormat format) {
+constexpr int64_t most_byte_tokens(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
-  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return false;
+  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return 0;
 #endif
-#if defined(MISTRAL_NEON)
-  return has_bytes(format);
+  if (!has_bytes(format)) return 0;
+  if (std::is_same_v<typename ArithmeticOf<T>::type, Fp32>) return INT64_MAX;
+#if defined(__AMX_BF16__)
+  return 0;
+#elif defined(__AVX512BF16__)
+  return 31;
 #else
-  return has_bytes(format) && std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
+  return INT64_MAX;
 #endif
 }
 
@@ -41,13 +48,24 @@ constexpr bool has_many_bytes(WeightFormat format) {
 template <WeightFormat format>
 struct ByteFormat {
   static constexpr int kBits = static_cast<int>(info(format).bits);
-  static constexpr int64_t kBytes = kSuperBlock / 8 * kBits;
+  static constexpr int64_t kValues = kSuperBlock;
+  static constexpr int64_t kBytes = kValues / 8 * kBits;
   static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
   static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
   // Scales are bf16, and values are 8 too large once they have no sign.
   static constexpr bool kBf16Scales = format == WeightFormat::int4;
   // Each half of a block has a scale of its own.
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
+
+  // Of packed activations, which have a unit for each block.
+  static constexpr int64_t kHeadBytes = 0;
+  static constexpr int64_t kLineBytes = sizeof(ByteActivations);
+  static constexpr float unit(const char*) { return 1.0f; }
+
+#if defined(MISTRAL_VECTORS)
+  using Sums = ByteSums;
+  static void store_sums(const Sums (&sums)[8], float, float* out) { store_row_sums(sums, out); }
+#endif
 };
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
@@ -56,6 +74,8 @@ template <WeightFormat format>
 struct ByteChunk : ByteFormat<format> {
   using Format = ByteFormat<format>;
   using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable;
+  static constexpr int kRows = 1;
+  using OneRow = ByteChunk;
   static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
   static constexpr bool kMinimum =
       kSigned || kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
@@ -75,10 +95,11 @@ struct ByteChunk : ByteFormat<format> {
   __m256 minimum;  // is added for each activation, if kMinimum
   __m256i scales;  // q6_k: of the halves of each block, in 16 bits
 
-  // Unpacks `words`. `row_scales` are those of the row, `k` is the first value; `there`: how many
-  // there are.
-  MISTRAL_SIMD void take(const char* words, const char* row_scales, int group_log2, int64_t k,
-                         int64_t there) {
+  // Unpacks the words of a row. `row_scales` are those of the row, `k` is the first value; `there`:
+  // how many there are.
+  MISTRAL_SIMD void take(const char* const (&row_words)[1], const char* const (&row_scales)[1],
+                         int group_log2, int64_t k, int64_t there) {
+    const char* words = row_words[0];
     __m256i in[4], lanes[4];
     for (int i = 0; i < 4; ++i) {
       in[i] = load_32(words + 32 * i);
@@ -108,12 +129,14 @@ struct ByteChunk : ByteFormat<format> {
       }
     }
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
-    take_scales(row_scales + (k >> group_log2) * kGroupBytes, group_log2, there);
+    take_scales(row_scales[0] + (k >> group_log2) * kGroupBytes, group_log2, there);
   }
 
   // Adds the products of each block with the activations of N tokens.
   template <int N>
-  MISTRAL_SIMD void add(const ByteActivations* const (&x)[N], __m256 (&totals)[N]) const {
+  MISTRAL_SIMD void add(const char* const (&lines)[N], __m256 (&totals)[N]) const {
+    const ByteActivations* x[N];
+    for (int n = 0; n < N; ++n) x[n] = reinterpret_cast<const ByteActivations*>(lines[n]);
     __m256i sums[N];
     multiply(x, sums);
     for (int n = 0; n < N; ++n) {

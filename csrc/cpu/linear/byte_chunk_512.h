@@ -1,81 +1,247 @@
-// The part of byte_chunk.h for AVX-512 with VNNI. Each instruction multiplies 16 words of weights
-// as they come from memory, those of four blocks, so nothing has to be moved between lanes but
-// scales.
+// The part of byte_chunk.h for AVX-512 with VNNI: 256 values of four rows at a time, in vectors
+// that mix the rows (mixed_rows.h). A 128-bit lane is a block of 32 values, and in the sums has a
+// place for each row, so one conversion to floats and one scaling serve 512 values.
 #pragma once
 
-#include "../simd/integers.h"
-#include "unpack_words.h"
+#include "byte_scales_512.h"
+#include "mixed_rows.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
+// What is alike for four rows and for one.
 template <WeightFormat format>
-struct ByteChunk : ByteFormat<format> {
+struct ByteVectors : ByteFormat<format> {
   using Format = ByteFormat<format>;
-  using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable;
-  using Scales = WordScales<format>;
-  // Values are unpacked to unsigned bytes, which are too large by this.
-  static constexpr int kOffset = kTable ? 128 : kSigned ? 8 : kBits == 6 ? 32 : 0;
+  using Format::kBits, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
+  // Values are unpacked to unsigned bytes, which are too large by this power of two, or 0.
+  static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
-  Bytes values[4];  // words 0 to 15, their low and their high halves of bytes, then words 16 to 31
-  __m512 factors[2];  // of words 0 to 15 and of words 16 to 31
-  __m512 minima;      // is added for each activation of 16 values
-
-  // Unpacks `words`. `row_scales` are those of the row, `k` is the first value; `there`: how many
-  // there are.
-  MISTRAL_SIMD void take(const char* words, const char* row_scales, int group_log2, int64_t k,
-                         int64_t there) {
-    for (int i = 0; i < 2; ++i) {
-      __m512i word = _mm512_loadu_si512(words + 64 * i);
-      // Two's complement becomes unsigned values that are 8 larger.
-      if (kSigned) word = _mm512_xor_si512(word, _mm512_set1_epi8(static_cast<char>(0x88)));
-      const __m512i further = further_words(words + kSuperBlock / 2, i);
-      for (int half = 0; half < 2; ++half) {
-        const __m512i shifted = half == 0 ? word : _mm512_srli_epi16(word, 4);
-        __m512i value = _mm512_and_si512(shifted, _mm512_set1_epi8(15));
-        if (kBits > 4) value = _mm512_or_si512(value, further_bits(further, half));
-        if (kTable) value = _mm512_xor_si512(look_up(value), _mm512_set1_epi8(-128));
-        values[2 * i + half] = {value};
-      }
+  // The low or the high halves of the bytes of words, as values.
+  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
+    const __m512i fifteen = _mm512_set1_epi8(15);
+    const __m512i shifted = half == 0 ? words : _mm512_srli_epi16(words, 4);
+    if (kSigned) {
+      // Two's complement becomes unsigned values that are 8 larger: (a ^ b) & c.
+      return {_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(8), fifteen, 0x28)};
     }
-    const Scales scales(row_scales, group_log2, k, there);
-    factors[0] = scales.factors[0];
-    factors[1] = scales.factors[1];
-    if (Scales::kMinima) {
-      minima = scales.minima;
-    } else {
-      minima = _mm512_mul_ps(scales.halves, _mm512_set1_ps(-kOffset));
-    }
+    const __m512i value = _mm512_and_si512(shifted, fifteen);
+    if (kTable) return {look_up(value)};
+    if (kBits == 4) return {value};
+    const auto shift = [&](int lane) {
+      const int bit =
+          kBits == 5 ? fifth_bit_shift(lane % 4, 4 * half) : high_bits_shift(lane % 4, 4 * half);
+      return (4 - bit + 32) % 32;
+    };
+    const __m512i moved = _mm512_rolv_epi32(further, lanes_of(shift));
+    const __m512i mask = _mm512_set1_epi8(kBits == 5 ? 0x10 : 0x30);
+    return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
   }
 
-  // Adds the products with the activations of N tokens.
-  template <int N>
-  MISTRAL_SIMD void add(const ByteActivations* const (&x)[N], ByteSums (&totals)[N]) const {
-    Ints sums[N][2];
-    for (int i = 0; i < 2; ++i) {
-      for (int n = 0; n < N; ++n) sums[n][i] = broadcast_int(0);
-      for (int j = 2 * i; j < 2 * i + 2; ++j) {
-        for (int n = 0; n < N; ++n) {
-          sums[n][i] = add_products(sums[n][i], values[j], load_bytes(x[n]->values[j]));
-        }
-      }
+  // Adds scaled sums to those of a chunk. `first` and `second` are sums of the same rows, of
+  // different halves of blocks. `blocks`: of the activations, a lane for each.
+  MISTRAL_SIMD static void add_scaled(Ints first, Ints second, const ByteScales<format>& scales,
+                                      __m512i blocks, int i, __m512& sum) {
+    if (i == 0) sum = _mm512_setzero_ps();
+    const __m512 unit = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_AAAA));
+    if (scales.kMinima) {
+      const __m512 sums = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_BBBB));
+      sum = _mm512_fmadd_ps(sums, scales.minima[i], sum);
     }
-    for (int n = 0; n < N; ++n) {
-      const auto scaled = [&](int i) {
-        return _mm512_mul_ps(factors[i], _mm512_loadu_ps(x[n]->scale[i]));
-      };
-      __m512 sum = _mm512_mul_ps(minima, _mm512_loadu_ps(x[n]->sum));
-      sum = _mm512_fmadd_ps(to_vec(sums[n][0]).v, scaled(0), sum);
-      sum = _mm512_fmadd_ps(to_vec(sums[n][1]).v, scaled(1), sum);
-      totals[n] = _mm512_add_ps(totals[n], sum);
+    if (kScalesOfHalves) {
+      // Which halves are the first ones differs from row to row, but not the sum of both. The asm
+      // keeps GCC from making one of the products a part of the sum, which would round it
+      // otherwise.
+      __m512 a = _mm512_mul_ps(to_vec(first).v, _mm512_mul_ps(scales.factors[i], unit));
+      __m512 b = _mm512_mul_ps(to_vec(second).v, _mm512_mul_ps(scales.other_factors[i], unit));
+      asm("" : "+v"(a), "+v"(b));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
+    } else {
+      const __m512 factor = _mm512_mul_ps(scales.factors[i], unit);
+      sum = _mm512_fmadd_ps(to_vec(first + second).v, factor, sum);
     }
   }
 
  private:
   MISTRAL_SIMD static __m512i look_up(__m512i values) {
-    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kTable4));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), values);
+    constexpr int kOffset = 1 << kOffsetLog2;
+    alignas(16) uint8_t table[16];
+    for (int i = 0; i < 16; ++i) table[i] = static_cast<uint8_t>(kTable4[i] + kOffset);
+    const __m128i loaded = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(loaded), values);
+  }
+};
+
+template <WeightFormat format>
+struct ByteRow;
+
+template <WeightFormat format>
+struct ByteChunk : ByteVectors<format> {
+  using Vectors = ByteVectors<format>;
+  using Vectors::kBits, Vectors::kOffsetLog2;
+  using OneRow = ByteRow<format>;
+  static constexpr int kRows = 4;
+
+  // Of blocks 0 to 3 and of blocks 4 to 7: the mixed vectors' low and high halves of bytes.
+  Bytes values[2][4][2];
+  ByteScales<format> scales;
+
+  // Unpacks the words of each row. `row_scales` are those of the rows, `k` is the first value;
+  // `there`: how many there are.
+  MISTRAL_SIMD void take(const char* const (&words)[kRows], const char* const (&row_scales)[kRows],
+                         int group_log2, int64_t k, int64_t there) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m512i rows[kRows], mixed[kRows], further[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = _mm512_loadu_si512(words[r] + 64 * i);
+      mix_rows(rows, mixed);
+      mix_further(words, i, further);
+#pragma GCC unroll 4
+      for (int j = 0; j < kRows; ++j) {
+        for (int half = 0; half < 2; ++half) {
+          values[i][j][half] = Vectors::unpacked(mixed[j], further[j], half);
+        }
+      }
+    }
+    scales.take(row_scales, group_log2, k, there);
   }
 
+  // Adds the products with the activations of N tokens.
+  template <int N>
+  MISTRAL_SIMD void add(const char* const (&lines)[N], ByteSums (&totals)[N]) const {
+    const ByteActivations* x[N];
+    for (int n = 0; n < N; ++n) x[n] = reinterpret_cast<const ByteActivations*>(lines[n]);
+    __m512 sums[N];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m512i blocks[N];  // a lane for each block
+      Ints first[N], second[N];
+      for (int n = 0; n < N; ++n) {
+        blocks[n] = _mm512_loadu_si512(x[n]->blocks[i]);
+        first[n] = second[n] = minus_offsets(blocks[n]);
+      }
+      // Each pair of mixed vectors gives sums of two words of each row.
+      const auto multiply = [&](Ints(&sums)[N], int j) {
+        for (int n = 0; n < N; ++n) {
+          for (int half = 0; half < 2; ++half) {
+            sums[n] = add_products(sums[n], values[i][j][half], load_bytes(x[n]->values[i][half]));
+          }
+        }
+      };
+      multiply(first, 1);
+      multiply(second, 3);
+      for (int n = 0; n < N; ++n) {
+        first[n] = swap_neighbours(first[n]);
+        second[n] = swap_neighbours(second[n]);
+      }
+      multiply(first, 0);
+      multiply(second, 2);
+      for (int n = 0; n < N; ++n) {
+        Vectors::add_scaled(first[n], swap_pairs(second[n]), scales, blocks[n], i, sums[n]);
+      }
+    }
+    for (int n = 0; n < N; ++n) totals[n] = _mm512_add_ps(totals[n], sums[n]);
+  }
+
+ private:
+  // Where sums begin: minus the products of activations with the offset of the unpacked values.
+  MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
+    if (kOffsetLog2 == 0) return broadcast_int(0);
+    // Of the halves of blocks to which the words belong.
+    return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
+  }
+
+  // For each word of a mixed vector the word that has its further bits.
+  MISTRAL_SIMD static void mix_further(const char* const (&words)[kRows], int i,
+                                       __m512i (&mixed)[kRows]) {
+    const char* all[kRows];  // those of the super-block
+    for (int r = 0; r < kRows; ++r) all[r] = words[r] + kSuperBlock / 2;
+    if (kBits == 5) {
+      const auto both = [&](int r) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(load_32(all[r])), load_32(all[r + 1]), 1);
+      };
+      const __m512i first = both(0), last = both(2);
+      for (int j = 0; j < kRows; ++j) {
+        const auto at = [&](int lane) { return (lane % 4 ^ j) * 8 + 4 * i + lane / 4; };
+        mixed[j] = _mm512_permutex2var_epi32(first, lanes_of(at), last);
+      }
+    } else if (kBits == 6) {
+      __m512i rows[kRows];
+      for (int r = 0; r < kRows; ++r) rows[r] = _mm512_loadu_si512(all[r]);
+      // Words of two rows, each second place of the other one.
+      const auto of_pair = [&](int r, int j) {
+        const auto at = [&](int lane) {
+          return (lane % 2 ^ j) * 16 + lane % 4 / 2 * 8 + 4 * i + lane / 4;
+        };
+        return _mm512_permutex2var_epi32(rows[r], lanes_of(at), rows[r + 1]);
+      };
+      mix_pairs(of_pair(0, 0), of_pair(0, 1), of_pair(2, 0), of_pair(2, 1), mixed);
+    } else {
+      for (__m512i& none : mixed) none = _mm512_setzero_si512();
+    }
+  }
+};
+
+// As ByteChunk, of one row: its sums are at all places of a lane.
+template <WeightFormat format>
+struct ByteRow : ByteVectors<format> {
+  using Vectors = ByteVectors<format>;
+  using Vectors::kBits, Vectors::kOffsetLog2, Vectors::kScalesOfHalves;
+  static constexpr int kRows = 1;
+  static void store_sums(const ByteSums (&sums)[8], float, float* out) {
+    store_sums_of_one(sums, out);
+  }
+
+  Bytes values[2][2];
+  ByteScales<format> scales;
+
+  MISTRAL_SIMD void take(const char* const (&words)[1], const char* const (&row_scales)[1],
+                         int group_log2, int64_t k, int64_t there) {
+    for (int i = 0; i < 2; ++i) {
+      const __m512i loaded = _mm512_loadu_si512(words[0] + 64 * i);
+      const __m512i further = further_words(words[0] + kSuperBlock / 2, i);
+      for (int half = 0; half < 2; ++half) {
+        values[i][half] = Vectors::unpacked(loaded, further, half);
+      }
+    }
+    const WordScales<format> of_words(row_scales[0], group_log2, k, there);
+    for (int i = 0; i < 2; ++i) {
+      scales.factors[i] = of_words.factors[i];
+      if (kScalesOfHalves) {
+        scales.other_factors[i] =
+            _mm512_shuffle_ps(scales.factors[i], scales.factors[i], 0b01001110);
+      }
+      if (scales.kMinima) {
+        const auto at = [&](int lane) { return 8 * i + lane / 4 * 2; };
+        scales.minima[i] = lanes_at(lanes_of(at), of_words.minima);
+      }
+    }
+  }
+
+  template <int N>
+  MISTRAL_SIMD void add(const char* const (&lines)[N], ByteSums (&totals)[N]) const {
+    for (int n = 0; n < N; ++n) {
+      const auto* x = reinterpret_cast<const ByteActivations*>(lines[n]);
+      __m512 sum;
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m512i blocks = _mm512_loadu_si512(x->blocks[i]);
+        Ints sums = broadcast_int(0);
+        if (kOffsetLog2 != 0) {
+          // At one of the two places of a half.
+          const __m512i halves = _mm512_maskz_shuffle_epi32(0x5555, blocks, _MM_PERM_DDCC);
+          sums = Ints{halves} << kOffsetLog2;
+        }
+        for (int half = 0; half < 2; ++half) {
+          sums = add_products(sums, values[i][half], load_bytes(x->values[i][half]));
+        }
+        sums = sums + swap_neighbours(sums);
+        Vectors::add_scaled(sums, swap_pairs(sums), scales, blocks, i, sum);
+      }
+      totals[n] = _mm512_add_ps(totals[n], sum);
+    }
+  }
+
+ private:
   // For each of 16 words the word that has its further bits. `all`: those of the super-block.
   MISTRAL_SIMD static __m512i further_words(const char* all, int i) {
     if (kBits == 5) {
@@ -87,17 +253,6 @@ struct ByteChunk : ByteFormat<format> {
       return _mm512_permutexvar_epi32(lanes_of(at), _mm512_loadu_si512(all));
     }
     return _mm512_setzero_si512();
-  }
-
-  // Moves the further bits of the low or the high halves of bytes above their four bits.
-  MISTRAL_SIMD static __m512i further_bits(__m512i words, int half) {
-    const auto shift = [&](int lane) {
-      const int bit =
-          kBits == 5 ? fifth_bit_shift(lane % 4, 4 * half) : high_bits_shift(lane % 4, 4 * half);
-      return (4 - bit + 32) % 32;
-    };
-    const __m512i moved = _mm512_rolv_epi32(words, lanes_of(shift));
-    return _mm512_and_si512(moved, _mm512_set1_epi8(kBits == 5 ? 0x10 : 0x30));
   }
 };
 

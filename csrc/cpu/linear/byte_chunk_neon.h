@@ -10,6 +10,8 @@ template <WeightFormat format>
 struct ByteChunk : ByteFormat<format> {
   using Format = ByteFormat<format>;
   using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
+  static constexpr int kRows = 1;
+  using OneRow = ByteChunk;
   static constexpr bool kMinimum = !kTable && !kScalesOfHalves;
 
   Bytes32 values[8];
@@ -17,17 +19,19 @@ struct ByteChunk : ByteFormat<format> {
   Lanes8 minimum;       // is added for each activation, if kMinimum
   int32x4_t scales[4];  // if kScalesOfHalves: of the first halves of the blocks, then of the last
 
-  // Unpacks `words`. `row_scales` are those of the row, `k` is the first value; `there`: how many
-  // there are.
-  MISTRAL_SIMD void take(const char* words, const char* row_scales, int group_log2, int64_t k,
-                         int64_t there) {
-    for (int half = 0; half < 2; ++half) take_half(words, half);
-    take_scales(row_scales, group_log2, k, there);
+  // Unpacks the words of a row. `row_scales` are those of the row, `k` is the first value; `there`:
+  // how many there are.
+  MISTRAL_SIMD void take(const char* const (&words)[1], const char* const (&row_scales)[1],
+                         int group_log2, int64_t k, int64_t there) {
+    for (int half = 0; half < 2; ++half) take_half(words[0], half);
+    take_scales(row_scales[0], group_log2, k, there);
   }
 
   // Adds the products of each block with the activations of N tokens.
   template <int N>
-  MISTRAL_SIMD void add(const ByteActivations* const (&x)[N], Lanes8 (&totals)[N]) const {
+  MISTRAL_SIMD void add(const char* const (&lines)[N], Lanes8 (&totals)[N]) const {
+    const ByteActivations* x[N];
+    for (int n = 0; n < N; ++n) x[n] = reinterpret_cast<const ByteActivations*>(lines[n]);
     for (int half = 0; half < 2; ++half) {
       int32x4_t sums[N], last[N];
       for (int n = 0; n < N; ++n) sums[n] = last[n] = vdupq_n_s32(0);

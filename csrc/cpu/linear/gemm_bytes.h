@@ -28,22 +28,9 @@ struct ProductsOut {
   float* sums;
   int64_t stride_vector;
 
-#if defined(MISTRAL_VECTORS)
-  // Puts the sums of 8 tokens from `token` on, a multiple of 8.
-  MISTRAL_SIMD void put_8(int64_t row, int64_t token, Lanes8 of_tokens) const {
-    constexpr int64_t kTogether = mistral::min(8, Vec::width);
-    float values[8];
-    store_lanes(values, of_tokens);
-    for (int64_t i = 0; i < 8; i += kTogether) {
-      memcpy(at(row, token + i), values + i, kTogether * sizeof(float));
-    }
+  void put(int64_t row, int64_t token, float sum) const {
+    sums[token / Vec::width * stride_vector + row * Vec::width + token % Vec::width] = sum;
   }
-
- private:
-  MISTRAL_SIMD float* at(int64_t row, int64_t token) const {
-    return sums + token / Vec::width * stride_vector + row * Vec::width + token % Vec::width;
-  }
-#endif
 };
 
 // The most tokens of a task.
@@ -66,12 +53,15 @@ class BytePanel {
   }
 
  private:
+  using Chunk = ByteChunk<format>;
+  static constexpr int R = Chunk::kRows;
   static constexpr int64_t kPanelRows = 16;
   static constexpr int64_t kPanelChunks = 8;
 
   void multiply_rows(const ByteProducts& p, int64_t first, int64_t rows, const ProductsOut& out) {
-    for (int64_t row = 0; row < rows; ++row) {
-      memset(totals_[row], 0, ceil_div(p.tokens, 8) * 8 * sizeof(ByteSums));
+    const int64_t groups = ceil_div(rows, R);
+    for (int64_t i = 0; i < groups; ++i) {
+      memset(totals_[i], 0, ceil_div(p.tokens, 8) * 8 * sizeof(ByteSums));
     }
     const int64_t chunks = ceil_div(p.w.inputs, kSuperBlock);
     for (int64_t begin = 0; begin < chunks; begin += kPanelChunks) {
@@ -80,40 +70,56 @@ class BytePanel {
       const char* x = p.x + begin * int64_t{sizeof(ByteActivations)};
       int64_t token = 0;
       for (; token + 4 <= p.tokens; token += 4) {
-        add_tokens<4>(x + token * p.stride_x, p.stride_x, token, rows, count);
+        add_tokens<4>(x + token * p.stride_x, p.stride_x, token, groups, count);
       }
       for (; token < p.tokens; ++token) {
-        add_tokens<1>(x + token * p.stride_x, p.stride_x, token, rows, count);
+        add_tokens<1>(x + token * p.stride_x, p.stride_x, token, groups, count);
       }
     }
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < groups; ++i) {
       for (int64_t token = 0; token < p.tokens; token += 8) {
-        out.put_8(first + row, token, sums_of_lanes(totals_[row] + token));
+        ByteSums of_tokens[8];
+        memcpy(of_tokens, totals_[i] + token, sizeof of_tokens);
+        float sums[8][R];
+        store_row_sums(of_tokens, sums[0]);
+        for (int64_t r = 0; r < mistral::min(int64_t{R}, rows - i * R); ++r) {
+          for (int t = 0; t < 8; ++t) out.put(first + i * R + r, token + t, sums[t][r]);
+        }
       }
     }
   }
 
+  // Prefetches the next block meanwhile: of the same rows, or of the rows after them.
   void unpack(const WeightRows& w, int64_t rows, int64_t begin, int64_t count) {
-    for (int64_t row = 0; row < rows; ++row) {
+    const bool last = (begin + count) * kSuperBlock >= w.inputs;
+    const char* next =
+        last ? w.from(kPanelRows).values : w.values + (begin + count) * Chunk::kBytes;
+    for (int64_t row = 0; row < rows; row += R) {
       const WeightRows from = w.from(row);
-      for (int64_t i = 0; i < count; ++i) take_chunk(from, begin + i, chunks_[row][i]);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int r = 0; r < R; ++r) {
+          fetch<2>(next + (row + r) * w.row_bytes + i * Chunk::kBytes, Chunk::kBytes);
+        }
+        take_chunk(from, rows - row, begin + i, chunks_[row / R][i]);
+      }
     }
   }
 
   template <int N>
-  void add_tokens(const char* x, int64_t stride_x, int64_t token, int64_t rows, int64_t count) {
-    for (int64_t row = 0; row < rows; ++row) {
+  void add_tokens(const char* x, int64_t stride_x, int64_t token, int64_t groups, int64_t count) {
+    for (int64_t i = 0; i < groups; ++i) {
       ByteSums sums[N];
-      for (int n = 0; n < N; ++n) sums[n] = totals_[row][token + n];
-      for (int64_t i = 0; i < count; ++i) {
-        add_chunk<N>(chunks_[row][i], x + i * int64_t{sizeof(ByteActivations)}, stride_x, sums);
+      for (int n = 0; n < N; ++n) sums[n] = totals_[i][token + n];
+      for (int64_t j = 0; j < count; ++j) {
+        add_chunk<N>(chunks_[i][j], x + j * int64_t{sizeof(ByteActivations)}, stride_x, sums);
       }
-      for (int n = 0; n < N; ++n) totals_[row][token + n] = sums[n];
+      for (int n = 0; n < N; ++n) totals_[i][token + n] = sums[n];
     }
   }
 
-  ByteSums totals_[kPanelRows][kPanelTokens];
-  ByteChunk<format> chunks_[kPanelRows][kPanelChunks];
+  // A group of rows is kRows rows of a chunk.
+  ByteSums totals_[kPanelRows / R][kPanelTokens];
+  Chunk chunks_[kPanelRows / R][kPanelChunks];
 };
 
 #endif

@@ -107,16 +107,6 @@ MISTRAL_SIMD Lanes8 sums_of_lanes(const Lanes8 x[8]) {
                        _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
 }
 
-#if defined(__AVX512F__)
-MISTRAL_SIMD Lanes8 sums_of_lanes(const __m512 x[8]) {
-  Lanes8 halves[8];
-  for (int i = 0; i < 8; ++i) {
-    halves[i] = _mm256_add_ps(_mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(x[i], 1));
-  }
-  return sums_of_lanes(halves);
-}
-#endif
-
 }  // namespace mistral::cpu::MISTRAL_ISA
 
 #elif defined(MISTRAL_NEON)

@@ -1,0 +1,189 @@
+// The scales of 256 values of four rows, for byte_chunk_512.h: a 128-bit lane for each block of 32
+// values, in it a scale for each row.
+#pragma once
+
+#include "unpack_words.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+template <WeightFormat format>
+struct ByteScales {
+  static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
+  static constexpr bool kMinima =
+      kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
+  static constexpr int kRows = 4;
+
+  // Of blocks 0 to 3 and of blocks 4 to 7. In q6_k rows 0 and 1 have the scales of the first halves
+  // of blocks in `factors`, rows 2 and 3 those of the last halves; `other_factors` has the others.
+  __m512 factors[2], other_factors[2];
+  __m512 minima[2];  // is added for each activation, if kMinima
+
+  // `row_scales` are those of the rows, `k` is the first value, a multiple of 256; `there`: how
+  // many there are.
+  MISTRAL_SIMD void take(const char* const (&row_scales)[kRows], int group_log2, int64_t k,
+                         int64_t there) {
+    constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
+    const char* groups[kRows];
+    for (int r = 0; r < kRows; ++r) groups[r] = row_scales[r] + (k >> group_log2) * kGroupBytes;
+    if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
+      take_six_bits(groups);
+    } else if constexpr (format == WeightFormat::q6_k) {
+      take_bytes(groups);
+    } else if constexpr (format == WeightFormat::iq4_xs) {
+      take_split(groups);
+    } else if constexpr (kPairs) {
+      take_pairs(groups, group_log2, there);
+    } else {
+      take_halves(groups, group_log2, there);
+    }
+  }
+
+ private:
+  MISTRAL_SIMD static __m128i load_16(const char* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  // 16 bytes of each row, a lane for each.
+  MISTRAL_SIMD static __m512i load_lanes(const char* const (&from)[kRows]) {
+    __m512i all = _mm512_castsi128_si512(load_16(from[0]));
+    all = _mm512_inserti32x4(all, load_16(from[1]), 1);
+    all = _mm512_inserti32x4(all, load_16(from[2]), 2);
+    return _mm512_inserti32x4(all, load_16(from[3]), 3);
+  }
+  // The low and the high 16 bits of each lane.
+  MISTRAL_SIMD static __m512 low_halves(__m512i x) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+  }
+  MISTRAL_SIMD static __m512 high_halves(__m512i x) { return low_halves(_mm512_srli_epi32(x, 16)); }
+  MISTRAL_SIMD static __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
+
+  // Scales of one group or of several, of 32, 64 or 128 values: a number of 16 bits each.
+  MISTRAL_SIMD void take_halves(const char* const (&groups)[kRows], int group_log2, int64_t there) {
+    const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
+    const auto both = [&](int r) {
+      return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_maskz_loadu_epi16(mask, groups[r])),
+                                     _mm_maskz_loadu_epi16(mask, groups[r + 1]), 1);
+    };
+    const __m256i first = both(0), last = both(2);
+    for (int i = 0; i < 2; ++i) {
+      // The numbers of a row are 8 apart.
+      int16_t rows[16], blocks[16];
+      for (int lane = 0; lane < 16; ++lane) {
+        rows[lane] = static_cast<int16_t>(lane % 4 * 8);
+        blocks[lane] = static_cast<int16_t>(4 * i + lane / 4);
+      }
+      const __m256i of_groups =
+          _mm256_srl_epi16(load_32(blocks), _mm_cvtsi32_si128(group_log2 - 5));
+      const __m256i at = _mm256_add_epi16(load_32(rows), of_groups);
+      factors[i] = _mm512_cvtph_ps(_mm256_permutex2var_epi16(first, at, last));
+    }
+  }
+
+  // As take_halves, with two numbers each.
+  MISTRAL_SIMD void take_pairs(const char* const (&groups)[kRows], int group_log2, int64_t there) {
+    const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
+    const auto both = [&](int r) {
+      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi32(mask, groups[r])),
+                                _mm256_maskz_loadu_epi32(mask, groups[r + 1]), 1);
+    };
+    const __m512i first = both(0), last = both(2);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i of_groups = _mm512_srl_epi32(
+          lanes_of([&](int lane) { return 4 * i + lane / 4; }), _mm_cvtsi32_si128(group_log2 - 5));
+      const __m512i at =
+          _mm512_add_epi32(lanes_of([](int lane) { return lane % 4 * 8; }), of_groups);
+      const __m512i pairs = _mm512_permutex2var_epi32(first, at, last);
+      factors[i] = low_halves(pairs);
+      minima[i] = high_halves(pairs);
+      if (format == WeightFormat::q4_z) minima[i] = _mm512_mul_ps(minima[i], minus(factors[i]));
+    }
+  }
+
+  // Two units and scales and minima of 6 bits, as in six_bit_scales (formats.h).
+  MISTRAL_SIMD void take_six_bits(const char* const (&groups)[kRows]) {
+    const __m512i all = load_lanes(groups);
+    const __m512i units =
+        _mm512_permutexvar_epi32(lanes_of([](int lane) { return lane % 4 * 4; }), all);
+    const __m512 scale = low_halves(units), least = minus(high_halves(units));
+    // Each row's lane becomes bytes: the scales of 8 blocks and then their minima. The first four
+    // are in one word, the last four have their low and their high bits in two words.
+    const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+      const uint32_t words[4] = {a, b, c, d};
+      return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });
+    };
+    const __m512i high =
+        _mm512_srlv_epi32(_mm512_shuffle_epi32(all, _MM_PERM_CCBB), of_words(0, 2, 0, 2));
+    const __m512i low =
+        _mm512_srlv_epi32(_mm512_shuffle_epi32(all, _MM_PERM_DDDD), of_words(32, 0, 32, 4));
+    constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x30303030;
+    const __m512i bytes = _mm512_ternarylogic_epi32(
+        high, of_words(kSix, kTwo, kSix, kTwo),
+        _mm512_and_si512(low, _mm512_set1_epi32(static_cast<int32_t>(kFour))),
+        0xea);  // (a & b) | c
+    const auto numbers = [&](int word) {
+      const __m512i of_rows =
+          _mm512_permutexvar_epi32(lanes_of([&](int lane) { return lane % 4 * 4 + word; }), bytes);
+      const auto at = [](int lane) {  // the byte of a row's word
+        return static_cast<int32_t>(0x80808000u) | (lane % 4 * 4 + lane / 4);
+      };
+      return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(of_rows, lanes_of(at)));
+    };
+    for (int i = 0; i < 2; ++i) {
+      factors[i] = _mm512_mul_ps(numbers(i), scale);
+      minima[i] = _mm512_mul_ps(numbers(2 + i), least);
+    }
+  }
+
+  // Scales of 16 values in a byte each, with a sign, and a unit behind them.
+  MISTRAL_SIMD void take_bytes(const char* const (&groups)[kRows]) {
+    const __m512i all = load_lanes(groups);
+    // A unit has 16 bits, and two bytes 0 come after it.
+    int32_t units[kRows];
+    for (int r = 0; r < kRows; ++r) memcpy(&units[r], groups[r] + 16, sizeof units[r]);
+    const __m512 unit =
+        low_halves(_mm512_broadcast_i32x4(_mm_setr_epi32(units[0], units[1], units[2], units[3])));
+    for (int i = 0; i < 2; ++i) {
+      const auto scales_of = [&](bool other) {
+        const __m512i of_rows = _mm512_permutexvar_epi32(
+            lanes_of([&](int lane) { return lane % 4 * 4 + 2 * i + lane / 8; }), all);
+        // To the highest byte of each word, so that a shift widens it.
+        const auto at = [&](int lane) {
+          const int byte = lane % 4 * 4 + lane / 4 % 2 * 2 + (lane % 4 / 2 != other);
+          return static_cast<int32_t>(0x808080u | static_cast<uint32_t>(byte) << 24);
+        };
+        const __m512i high = _mm512_shuffle_epi8(of_rows, lanes_of(at));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(high, 24)), unit);
+      };
+      factors[i] = scales_of(false);
+      other_factors[i] = scales_of(true);
+    }
+  }
+
+  // A unit, and scales of 6 bits whose low and high bits lie apart, as in scaling_at
+  // (unpack_words.h).
+  MISTRAL_SIMD void take_split(const char* const (&groups)[kRows]) {
+    const auto both = [&](int r) {
+      const auto* first = reinterpret_cast<const __m128i*>(groups[r]);
+      const auto* second = reinterpret_cast<const __m128i*>(groups[r + 1]);
+      return _mm_castsi128_ps(_mm_unpacklo_epi64(_mm_loadl_epi64(first), _mm_loadl_epi64(second)));
+    };
+    const __m128 rows[2] = {both(0), both(2)};
+    const __m512i first =
+        _mm512_broadcast_i32x4(_mm_castps_si128(_mm_shuffle_ps(rows[0], rows[1], 0b10001000)));
+    const __m512i last =
+        _mm512_broadcast_i32x4(_mm_castps_si128(_mm_shuffle_ps(rows[0], rows[1], 0b11011101)));
+    const __m512 unit = low_halves(first);
+    for (int i = 0; i < 2; ++i) {
+      const auto shifted = [&](__m512i x, int begin, int bits) {
+        const auto shift = [&](int lane) { return begin + bits * (4 * i + lane / 4); };
+        return _mm512_srlv_epi32(x, lanes_of(shift));
+      };
+      const __m512i low = _mm512_and_si512(shifted(last, 0, 4), _mm512_set1_epi32(15));
+      const __m512i scale = _mm512_ternarylogic_epi32(
+          shifted(first, 12, 2), _mm512_set1_epi32(0x30), low, 0xea);  // (a & b) | c
+      const __m512i centred = _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
+      factors[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(centred), unit);
+    }
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

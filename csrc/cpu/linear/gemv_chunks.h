@@ -1,0 +1,149 @@
+// gemv in integers: rows are unpacked once for all tokens, kRows rows of a chunk of kValues values
+// at a time. A chunk type has
+//
+//   take(values, scales, group_log2, k, there)   unpacks the values from k on of kRows rows
+//   add(x, totals)                               adds their products with N tokens' activations
+//   Sums, store_sums                             the totals of kRows rows, in vectors
+//   kBytes, kHeadBytes, kLineBytes               of a row's chunk; of a packed token: a head, and a
+//                                                line for each chunk
+//   unit(x)                                      a factor of all products of a packed token
+//   OneRow                                       a chunk type of one row with the same additions
+//
+// One token takes one row at a time, a single stream through memory. More tokens take kRows rows,
+// which share instructions. Rows do not depend on each other, and a row gets the same bits alone
+// and at any place among others.
+#pragma once
+
+#include "gemv.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// Unpacks chunk i of the first kRows rows; values past K are zeros. Of fewer `rows` the last one
+// stands for those that are missing.
+template <class Chunk>
+MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk& chunk) {
+  constexpr int R = Chunk::kRows;
+  constexpr int64_t kBytes = Chunk::kBytes;
+  const char *values[R], *scales[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = r == 0 ? 0 : mistral::min(int64_t{r}, rows - 1);
+    values[r] = w.values + row * w.row_bytes + i * kBytes;
+    scales[r] = w.scales + row * w.scale_bytes;
+  }
+  const int64_t there = mistral::min(Chunk::kValues, w.inputs - i * Chunk::kValues);
+  char rest[R][kBytes];
+  if (there < Chunk::kValues) {
+    memset(rest, 0, sizeof rest);
+    for (int r = 0; r < R; ++r) {
+      memcpy(rest[r], values[r], w.bytes(there));
+      values[r] = rest[r];
+    }
+  }
+  chunk.take(values, scales, w.group_log2, i * Chunk::kValues, there);
+}
+
+// Adds the products of a chunk with N tokens, whose packed activations are `stride_x` bytes apart.
+template <int N, class Chunk>
+MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
+                            typename Chunk::Sums* totals) {
+  const char* lines[N];
+  typename Chunk::Sums sums[N];
+  for (int n = 0; n < N; ++n) {
+    lines[n] = x + n * stride_x;
+    sums[n] = totals[n];
+  }
+  chunk.add(lines, sums);
+  for (int n = 0; n < N; ++n) totals[n] = sums[n];
+}
+
+template <class Chunk>
+struct FewInChunks {
+  static void multiply(const WeightRows& w, int64_t count, const char* x, int64_t stride_x,
+                       int64_t tokens, float* out, int64_t stride_out) {
+    if (tokens == 1) return multiply_one<typename Chunk::OneRow>(w, count, x, out);
+    constexpr int64_t kRows = int64_t{kGroupRows} * Chunk::kRows;
+    for (int64_t row = 0; row < count; row += kRows) {
+      multiply_group(w.from(row), mistral::min(kRows, count - row), x, stride_x, tokens, out + row,
+                     stride_out);
+    }
+  }
+
+ private:
+  template <class One>
+  static void multiply_one(const WeightRows& w, int64_t count, const char* x, float* out) {
+    const int64_t chunks = ceil_div(w.inputs, One::kValues);
+    for (int64_t first = 0; first < count; first += kGroupRows) {
+      const WeightRows group = w.from(first);
+      const int64_t rows = mistral::min(int64_t{kGroupRows}, count - first);
+      fetch<3>(group.scales + 2 * rows * w.scale_bytes, rows * w.scale_bytes);
+      typename One::Sums totals[kGroupRows] = {};
+      for (int64_t row = 0; row < rows; ++row) {
+        const WeightRows of_row = group.from(row);
+        typename One::Sums total = {};
+        for (int64_t i = 0; i < chunks; ++i) {
+          fetch_weights(of_row.values + i * One::kBytes + kAheadBytes, One::kBytes);
+          One chunk;
+          take_chunk(of_row, 1, i, chunk);
+          add_chunk<1>(chunk, x + One::kHeadBytes + i * One::kLineBytes, 0, &total);
+        }
+        totals[row] = total;
+      }
+      float sums[kGroupRows];
+      One::store_sums(totals, One::unit(x), sums);
+      memcpy(out + first, sums, rows * sizeof(float));
+    }
+  }
+
+  // Multiplies a group of rows in blocks of k, whose activations stay in the L1 cache.
+  static void multiply_group(const WeightRows& w, int64_t rows, const char* x, int64_t stride_x,
+                             int64_t tokens, float* out, int64_t stride_out) {
+    constexpr int R = Chunk::kRows;
+    constexpr int64_t kActivationBytes = R == 1 ? 1 << 14 : 3 << 13;
+    const int64_t chunks = ceil_div(w.inputs, Chunk::kValues);
+    const int64_t block = mistral::max(int64_t{1}, kActivationBytes / (tokens * Chunk::kLineBytes));
+    typename Chunk::Sums totals[kGroupRows][kGemvTokens] = {};
+    for (int64_t begin = 0; begin < chunks; begin += block) {
+      const int64_t end = mistral::min(begin + block, chunks);
+      for (int64_t row = 0; row < rows; row += R) {
+        if (begin == 0) {
+          fetch<3>(w.from(row + kGroupRows * R).scales, R * w.scale_bytes);
+        }
+        const char* next = next_of(w, row, rows, begin, end, chunks);
+        for (int64_t i = begin; i < end; ++i) {
+          for (int r = 0; r < R; ++r) {
+            fetch_weights(next + r * w.row_bytes + (i - begin) * Chunk::kBytes, Chunk::kBytes);
+          }
+          Chunk chunk;
+          take_chunk(w.from(row), rows - row, i, chunk);
+          const char* line = x + Chunk::kHeadBytes + i * Chunk::kLineBytes;
+          for (int64_t token = 0; token < tokens; ++token) {
+            add_chunk<1>(chunk, line + token * stride_x, 0, totals[row / R] + token);
+          }
+        }
+      }
+    }
+    for (int64_t token = 0; token < tokens; ++token) {
+      typename Chunk::Sums of_rows[kGroupRows];
+      for (int i = 0; i < kGroupRows; ++i) of_rows[i] = totals[i][token];
+      float sums[kGroupRows * R];
+      Chunk::store_sums(of_rows, Chunk::unit(x + token * stride_x), sums);
+      memcpy(out + token * stride_out, sums, rows * sizeof(float));
+    }
+  }
+
+  // What is multiplied kAheadBytes after chunks `begin` to `end` of a row of a group of `rows`: the
+  // same chunks of a later row, the next block of the first rows, or the next group.
+  static const char* next_of(const WeightRows& w, int64_t row, int64_t rows, int64_t begin,
+                             int64_t end, int64_t chunks) {
+    constexpr int R = Chunk::kRows;
+    const int64_t block_bytes = (end - begin) * Chunk::kBytes;
+    const int64_t ahead = row + ceil_div(ceil_div(kAheadBytes, block_bytes), R) * R;
+    const auto from = [&](int64_t of_row, int64_t chunk) {
+      return w.from(of_row).values + chunk * Chunk::kBytes;
+    };
+    if (ahead < rows) return from(ahead, begin);
+    return end < chunks ? from(ahead - rows, end) : from(ahead, 0);
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA

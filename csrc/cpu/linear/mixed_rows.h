@@ -1,0 +1,52 @@
+// Vectors that mix four rows, for products on AVX-512 with VNNI in which one conversion to floats
+// serves all of them.
+//
+// A 128-bit lane of a vector from memory has four neighbouring words of a row. In mixed vector j,
+// place p of each lane keeps word p, but of row p ^ j: nothing moves. All mixed vectors are
+// multiplied by the same activations, as they lie in memory. The sums of row r are then at place r
+// ^ j, and swaps bring them to place r before they are added.
+#pragma once
+
+#include "../simd/integers.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// Mixes pairs of rows: `a` has rows 0 and 1 alternately, `b` rows 1 and 0, `c` and `d` likewise
+// rows 2 and 3.
+MISTRAL_SIMD void mix_pairs(__m512i a, __m512i b, __m512i c, __m512i d, __m512i (&mixed)[4]) {
+  mixed[0] = _mm512_mask_blend_epi32(0xcccc, a, c);
+  mixed[1] = _mm512_mask_blend_epi32(0xcccc, b, d);
+  mixed[2] = _mm512_mask_blend_epi32(0xcccc, c, a);
+  mixed[3] = _mm512_mask_blend_epi32(0xcccc, d, b);
+}
+
+MISTRAL_SIMD void mix_rows(const __m512i (&rows)[4], __m512i (&mixed)[4]) {
+  const auto alternate = [&](int even, int odd) {
+    return _mm512_mask_blend_epi32(0xaaaa, rows[even], rows[odd]);
+  };
+  mix_pairs(alternate(0, 1), alternate(1, 0), alternate(2, 3), alternate(3, 2), mixed);
+}
+
+// Place p of the result is place p ^ 1, or p ^ 2, of its lane.
+MISTRAL_SIMD Ints swap_neighbours(Ints x) { return {_mm512_shuffle_epi32(x.v, _MM_PERM_CDAB)}; }
+MISTRAL_SIMD Ints swap_pairs(Ints x) { return {_mm512_shuffle_epi32(x.v, _MM_PERM_BADC)}; }
+
+// The sums of the four places of all lanes.
+MISTRAL_SIMD __m128 sums_of_places(__m512 x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+// out[4 i + r]: the sum of row r of x[i].
+MISTRAL_SIMD void store_row_sums(const __m512 (&x)[8], float* out) {
+  for (int i = 0; i < 8; ++i) _mm_storeu_ps(out + 4 * i, sums_of_places(x[i]));
+}
+// out[i]: the sum of the first place of x[i].
+MISTRAL_SIMD void store_sums_of_one(const __m512 (&x)[8], float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = _mm_cvtss_f32(sums_of_places(x[i]));
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA
+
+#endif
