@@ -133,7 +133,7 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
       table(op, "sequences", sequences_),
       window(window_.value_or(kNoWindow)) {
   check_heads(q, k, v, window);
-  const int64_t tokens = q.size(0), kv_heads = k.size(1);
+  const int64_t tokens = q.size(0);
   k_pool.expect_shape({-1, q.size(2)});
   v_pool.expect_shape({k_pool.size(0), q.size(2)});
   for (const Tensor* tensor : {&k_pool, &v_pool}) tensor->expect_like(q);
