@@ -37,28 +37,18 @@ struct ByteVectors : ByteFormat<format> {
     return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
   }
 
-  // Adds scaled sums to those of a chunk. `first` and `second` are sums of the same rows, of
-  // different halves of blocks. `blocks`: of the activations, a lane for each.
-  MISTRAL_SIMD static void add_scaled(Ints first, Ints second, const ByteScales<format>& scales,
-                                      __m512i blocks, int i, __m512& sum) {
-    if (i == 0) sum = _mm512_setzero_ps();
-    const __m512 unit = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_AAAA));
-    if (scales.kMinima) {
-      const __m512 sums = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_BBBB));
-      sum = _mm512_fmadd_ps(sums, scales.minima[i], sum);
+  // The products of sums with the scales of their weights and activations, or with minima the sums
+  // of all products.
+  MISTRAL_SIMD static __m512 scaled(Ints sums, __m512 factor, __m512 unit, __m512 minimum,
+                                    __m512 activations) {
+    const __m512 scale = _mm512_mul_ps(factor, unit);
+    if (ByteScales<format>::kMinima) {
+      return _mm512_fmadd_ps(to_vec(sums).v, scale, _mm512_mul_ps(minimum, activations));
     }
-    if (kScalesOfHalves) {
-      // Which halves are the first ones differs from row to row, but not the sum of both. The asm
-      // keeps GCC from making one of the products a part of the sum, which would round it
-      // otherwise.
-      __m512 a = _mm512_mul_ps(to_vec(first).v, _mm512_mul_ps(scales.factors[i], unit));
-      __m512 b = _mm512_mul_ps(to_vec(second).v, _mm512_mul_ps(scales.other_factors[i], unit));
-      asm("" : "+v"(a), "+v"(b));
-      sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
-    } else {
-      const __m512 factor = _mm512_mul_ps(scales.factors[i], unit);
-      sum = _mm512_fmadd_ps(to_vec(first + second).v, factor, sum);
-    }
+    __m512 product = _mm512_mul_ps(to_vec(sums).v, scale);
+    // Keeps GCC from rounding products otherwise, where they are added.
+    asm("" : "+v"(product));
+    return product;
   }
 
  private:
@@ -77,7 +67,7 @@ struct ByteRow;
 template <WeightFormat format>
 struct ByteChunk : ByteVectors<format> {
   using Vectors = ByteVectors<format>;
-  using Vectors::kBits, Vectors::kOffsetLog2;
+  using Vectors::kBits, Vectors::kOffsetLog2, Vectors::kScalesOfHalves;
   using OneRow = ByteRow<format>;
   static constexpr int kRows = 4;
 
@@ -110,7 +100,7 @@ struct ByteChunk : ByteVectors<format> {
   MISTRAL_SIMD void add(const char* const (&lines)[N], ByteSums (&totals)[N]) const {
     const ByteActivations* x[N];
     for (int n = 0; n < N; ++n) x[n] = reinterpret_cast<const ByteActivations*>(lines[n]);
-    __m512 sums[N];
+    __m512 sums[N][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
       __m512i blocks[N];  // a lane for each block
@@ -136,13 +126,27 @@ struct ByteChunk : ByteVectors<format> {
       multiply(first, 0);
       multiply(second, 2);
       for (int n = 0; n < N; ++n) {
-        Vectors::add_scaled(first[n], swap_pairs(second[n]), scales, blocks[n], i, sums[n]);
+        sums[n][i] = scaled_sums(first[n], swap_pairs(second[n]), blocks[n], i);
       }
     }
-    for (int n = 0; n < N; ++n) totals[n] = _mm512_add_ps(totals[n], sums[n]);
+    for (int n = 0; n < N; ++n) {
+      totals[n] = _mm512_add_ps(totals[n], _mm512_add_ps(sums[n][0], sums[n][1]));
+    }
   }
 
  private:
+  // `first` and `second` are sums of the same rows, of different halves of blocks. `blocks`: of the
+  // activations, a lane for each.
+  MISTRAL_SIMD __m512 scaled_sums(Ints first, Ints second, __m512i blocks, int i) const {
+    const __m512 unit = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_AAAA));
+    const __m512 activations = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_BBBB));
+    const auto scaled = [&](Ints sums, __m512 factor) {
+      return Vectors::scaled(sums, factor, unit, scales.minima[i], activations);
+    };
+    if (!kScalesOfHalves) return scaled(first + second, scales.factors[i]);
+    return _mm512_add_ps(scaled(first, scales.factors[i]), scaled(second, scales.other_factors[i]));
+  }
+
   // Where sums begin: minus the products of activations with the offset of the unpacked values.
   MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
     if (kOffsetLog2 == 0) return broadcast_int(0);
@@ -181,7 +185,8 @@ struct ByteChunk : ByteVectors<format> {
   }
 };
 
-// As ByteChunk, of one row: its sums are at all places of a lane.
+// As ByteChunk, of one row. Sums of blocks 0 to 3 are at the first two places of a lane and those
+// of blocks 4 to 7 at the last two; with scales of halves of blocks, one place is a half.
 template <WeightFormat format>
 struct ByteRow : ByteVectors<format> {
   using Vectors = ByteVectors<format>;
@@ -192,7 +197,8 @@ struct ByteRow : ByteVectors<format> {
   }
 
   Bytes values[2][2];
-  ByteScales<format> scales;
+  __m512 factors;
+  __m512 minima;
 
   MISTRAL_SIMD void take(const char* const (&words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
@@ -204,16 +210,14 @@ struct ByteRow : ByteVectors<format> {
       }
     }
     const WordScales<format> of_words(row_scales[0], group_log2, k, there);
-    for (int i = 0; i < 2; ++i) {
-      scales.factors[i] = of_words.factors[i];
-      if (kScalesOfHalves) {
-        scales.other_factors[i] =
-            _mm512_shuffle_ps(scales.factors[i], scales.factors[i], 0b01001110);
-      }
-      if (scales.kMinima) {
-        const auto at = [&](int lane) { return 8 * i + lane / 4 * 2; };
-        scales.minima[i] = lanes_at(lanes_of(at), of_words.minima);
-      }
+    if (kScalesOfHalves) {
+      factors = _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], kEven);
+    } else {
+      factors = _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], 0);
+    }
+    if (WordScales<format>::kMinima) {
+      const auto at = [](int lane) { return 2 * (lane % 4 / 2 * 4 + lane / 4); };
+      minima = lanes_at(lanes_of(at), of_words.minima);
     }
   }
 
@@ -221,27 +225,50 @@ struct ByteRow : ByteVectors<format> {
   MISTRAL_SIMD void add(const char* const (&lines)[N], ByteSums (&totals)[N]) const {
     for (int n = 0; n < N; ++n) {
       const auto* x = reinterpret_cast<const ByteActivations*>(lines[n]);
-      __m512 sum;
-#pragma GCC unroll 2
+      __m512 blocks[2];  // a lane for each block
+      Ints sums[2];
       for (int i = 0; i < 2; ++i) {
-        const __m512i blocks = _mm512_loadu_si512(x->blocks[i]);
-        Ints sums = broadcast_int(0);
+        const __m512i of_blocks = _mm512_loadu_si512(x->blocks[i]);
+        blocks[i] = _mm512_castsi512_ps(of_blocks);
+        sums[i] = broadcast_int(0);
         if (kOffsetLog2 != 0) {
-          // At one of the two places of a half.
-          const __m512i halves = _mm512_maskz_shuffle_epi32(0x5555, blocks, _MM_PERM_DDCC);
-          sums = Ints{halves} << kOffsetLog2;
+          // Each of the two numbers once: in their places, or in those of their halves. (Masks of
+          // registers would be loaded in each iteration.)
+          const auto mask = [](int lane) {
+            return kScalesOfHalves ? -(lane % 2 == 0) : -(lane % 4 >= 2);
+          };
+          const __m512i placed =
+              kScalesOfHalves ? _mm512_shuffle_epi32(of_blocks, _MM_PERM_DDCC) : of_blocks;
+          sums[i] = Ints{_mm512_and_si512(placed, lanes_of(mask))} << kOffsetLog2;
         }
         for (int half = 0; half < 2; ++half) {
-          sums = add_products(sums, values[i][half], load_bytes(x->values[i][half]));
+          sums[i] = add_products(sums[i], values[i][half], load_bytes(x->values[i][half]));
         }
-        sums = sums + swap_neighbours(sums);
-        Vectors::add_scaled(sums, swap_pairs(sums), scales, blocks, i, sum);
       }
+      const __m512 unit = _mm512_shuffle_ps(blocks[0], blocks[1], 0);
+      const __m512 activations = _mm512_shuffle_ps(blocks[0], blocks[1], 0b01010101);
+      __m512 sum = Vectors::scaled(added(sums), factors, unit, minima, activations);
+      if (kScalesOfHalves) sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0b10110001));
+      sum = _mm512_add_ps(sum, _mm512_shuffle_ps(sum, sum, 0b01001110));
       totals[n] = _mm512_add_ps(totals[n], sum);
     }
   }
 
  private:
+  static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // places of two vectors
+
+  // Adds the places of each block, or of each half, and puts the sums where they belong.
+  MISTRAL_SIMD static Ints added(const Ints (&sums)[2]) {
+    if (kScalesOfHalves) {
+      const __m512 first = _mm512_castsi512_ps(sums[0].v), last = _mm512_castsi512_ps(sums[1].v);
+      return Ints{_mm512_castps_si512(_mm512_shuffle_ps(first, last, kEven))} +
+             Ints{_mm512_castps_si512(_mm512_shuffle_ps(first, last, kOdd))};
+    }
+    const Ints pairs = Ints{_mm512_unpacklo_epi64(sums[0].v, sums[1].v)} +
+                       Ints{_mm512_unpackhi_epi64(sums[0].v, sums[1].v)};
+    return pairs + swap_neighbours(pairs);
+  }
+
   // For each of 16 words the word that has its further bits. `all`: those of the super-block.
   MISTRAL_SIMD static __m512i further_words(const char* all, int i) {
     if (kBits == 5) {
