@@ -32,8 +32,9 @@ class RecordedSteps:
         self._steps: dict[int, _Step] = {}
 
     @torch.inference_mode()
-    def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> Tensor:
-        """What `Transformer.step` returns. The next call overwrites it.
+    def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
+        """What `Transformer.step` returns, which the next call overwrites; and whether later such
+        calls take as long: nothing was recorded.
 
         Args:
             token_ids: [T] int64.
@@ -42,7 +43,8 @@ class RecordedSteps:
         """
         size = len(token_ids)
         if adapters is not None or size > MOST_ROWS:
-            return self._model.step(token_ids, table, self._pool, max_count=1, adapters=adapters)
+            h = self._model.step(token_ids, table, self._pool, max_count=1, adapters=adapters)
+            return h, True
         if size not in self._steps:
             self._steps[size] = _Step(self._model, self._pool, size)
         return self._steps[size].run(token_ids, table)
@@ -59,17 +61,19 @@ class _Step:
         self._can_record = True
         self._recording: Recording | None = None
 
-    def run(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def run(self, token_ids: Tensor, table: Tensor) -> tuple[Tensor, bool]:
+        is_usual = True
         self._h.copy_(self._model.embed(token_ids))
         self._table.copy_(table)
         if self._recording is not None and self._recording.is_valid:
             self._recording.run()
         elif self._can_record:
+            is_usual = False
             self._recording = record(self._layers)
             self._can_record = self._recording is not None
         else:
             self._layers()
-        return self._h
+        return self._h, is_usual
 
     def _layers(self) -> None:
         """Changes the residual stream in place."""

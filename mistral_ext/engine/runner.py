@@ -46,7 +46,7 @@ class Step:
             could be chosen.
         logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
             `ahead` later steps of N sequences have been launched.
-        is_usual: later such steps take as long: nothing was prepared for it.
+        is_usual: later such steps take as long: nothing was prepared for it, or recorded in it.
     """
 
     token_ids: Callable[[], list[int]]
@@ -202,11 +202,11 @@ class Runner:
             raise ValueError("token_ids is None, expected the ids to read: this runner keeps none")
         model, device = self._model, self._model.device
         table = self._pool.table(dict.fromkeys(extents, 1))
-        h = self._step(token_ids, table, adapters)
+        h, is_usual = self._step(token_ids, table, adapters)
         greedy = self._sampler.needs_no_draw(rows)
         logits, sampled = choose(model, self._sampler, h, _int64(rows, device), greedy)
         chosen: list[int] = sampled.tolist()
-        return Step(lambda: chosen, logits.float())
+        return Step(lambda: chosen, logits.float(), is_usual)
 
     def verify(
         self,
@@ -238,19 +238,23 @@ class Runner:
             greedy: all sequences take the largest logit.
         """
         model = self._model
-        h = self._step(token_ids, table, adapters)
+        h, is_usual = self._step(token_ids, table, adapters)
         if not greedy:
-            return Verified(model.logits(h), None)
+            return Verified(model.logits(h), None, is_usual)
         logits, largest = model.greedy(h, self._sampler.vocab_size)
-        return Verified(logits.float(), largest.tolist())
+        return Verified(logits.float(), largest.tolist(), is_usual)
 
-    def _step(self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]) -> Tensor:
-        """[T, E], the residual stream of T tokens, each with a row of the table and an adapter."""
+    def _step(
+        self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]
+    ) -> tuple[Tensor, bool]:
+        """[T, E], the residual stream of T tokens, each with a row of the table and an adapter; and
+        `is_usual`."""
         device = self._model.device
         tokens, slots = _int64(token_ids, device), _slots(adapters, device)
         if self._recorded is not None:
             return self._recorded.run(tokens, table, slots)
-        return self._model.step(tokens, table.to(device), self._pool, max_count=1, adapters=slots)
+        h = self._model.step(tokens, table.to(device), self._pool, max_count=1, adapters=slots)
+        return h, True
 
 
 def captures_steps() -> bool:

@@ -254,7 +254,7 @@ def test_a_pass_of_guesses_has_few_rows_and_is_noted_by_them(models, rough, eage
     monkeypatch.setattr(DraftModel, "prepare", prepared)
     requests = [request(prompt(40, n), 60) for n in range(4)]
     assert sum(c.timing.accepted_tokens for c in run(engine, requests)) > 5
-    assert noted == rows
+    assert noted == [n for i, n in enumerate(rows) if n in rows[:i]]  # the first is recorded
     assert max(rows) == 8
     assert sum(ready) > 20
 
