@@ -1,7 +1,8 @@
 """A draft model: a smaller model of the same vocabulary, which guesses sequences' next tokens.
 
 It has a cache of its own, and in it an extent for each sequence that it was asked about. A sequence
-that goes on in other tokens than were guessed is rewound to the last token that is right.
+that goes on in other tokens than were guessed is rewound to the last token that is right. What is
+there of an ended sequence is kept for others that begin alike: above all the next turn of a chat.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mistral_ext.engine.params import MOST_DRAFTS
 from mistral_ext.engine.pass_costs import MOST_ROWS
+from mistral_ext.engine.prefix_cache import PrefixCache
 from mistral_ext.engine.runner import Piece, Runner
 from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.sequence import Sequence
@@ -47,6 +49,7 @@ class DraftModel:
 
     Attributes:
         pool: the cache.
+        prefixes: what sequences that have ended left in it.
         rows: of the last pass of `guess`.
         is_usual: later passes take as long as the last one of `guess`: see `Step`.
     """
@@ -61,6 +64,7 @@ class DraftModel:
         make_runner: Callable[[Transformer, SlotPool, Sampler], Runner],
     ) -> None:
         self.pool = SlotPool(model.config, slots, model.dtype, model.device)
+        self.prefixes = PrefixCache(self.pool)
         self._given = sampler
         self._sampler = Sampler(rows, sampler.vocab_size, model.device)
         self._runner = make_runner(model, self.pool, self._sampler)
@@ -137,9 +141,11 @@ class DraftModel:
             yield self._guesses(token_ids, logits)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Frees the memory of all other sequences."""
-        for sequence in self._places.keys() - set(sequences):
-            self.pool.release(self._places.pop(sequence).extent)
+        """Keeps what others may use of all other sequences, as long as nothing needs its memory."""
+        for sequence in [s for s in self._places if s not in sequences]:
+            place = self._places.pop(sequence)
+            self.pool.rewind(place.extent, place.known)
+            self.prefixes.add(place.extent, sequence, exact=place.known)
 
     def _guesses(self, token_ids: list[int], logits: Tensor) -> list[tuple[int, float]]:
         if -1 in token_ids:
@@ -161,7 +167,7 @@ class DraftModel:
         # The last token is read again, at worst, because the next one comes from its logits.
         place.known, place.guesses = min(place.known + right, len(ids) - 1), []
         self.pool.rewind(place.extent, place.known)
-        if not self._has_room(place.extent, len(ids) - place.known + MOST_DRAFTS):
+        if not self.prefixes.grow(place.extent, len(ids) - place.known + MOST_DRAFTS):
             self.pool.release(self._places.pop(sequence).extent)
             return None
         return place
@@ -169,16 +175,14 @@ class DraftModel:
     def _enter(self, sequence: Sequence) -> _Place | None:
         """A place for a sequence; None: there is no room, or it would take more than half of the
         sequence's steps to read it, a chunk in each."""
+        match = self.prefixes.find(sequence, running=())
+        unread = len(sequence.ids) - (0 if match is None else match.length)
         left = sequence.request.max_length - len(sequence.ids)
-        if 2 * len(sequence.ids) > left * self._chunk:
+        if 2 * unread > left * self._chunk:
             return None
         most = slots_needed(self.pool.window, sequence.request.max_length + MOST_DRAFTS)
-        extent = self.pool.allocate(min(len(sequence.ids), most), most)
+        extent = self.prefixes.extent(match, min(len(sequence.ids), most), most)
         if extent is None:
             return None
-        self._places[sequence] = _Place(extent)
+        self._places[sequence] = _Place(extent, known=extent.length)
         return self._places[sequence]
-
-    def _has_room(self, extent: Extent, count: int) -> bool:
-        """Makes an extent grow for `count` more tokens; False: there is no room."""
-        return self.pool.has_room(extent, count) or self.pool.grow(extent, count)

@@ -188,7 +188,7 @@ class Drafter:
             return
         cost = max(0.0, plain * (after / before - 1)) / (rows - plain)  # of a draft, in tokens
         for sequence, given in drafts.items():
-            sequence.proposer.note(len(given), accepted[sequence], cost * len(given))
+            sequence.proposer.note(accepted[sequence], cost * len(given))
 
 
 def _rows(

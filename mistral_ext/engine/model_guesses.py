@@ -82,7 +82,7 @@ class ModelGuesses:
                 if sequence not in going:
                     continue
                 index = len(guesses[sequence])
-                chance = sequence.proposer.chance_by_model(index, probability)
+                chance = sequence.proposer.chance_by_model(index, token_id, probability)
                 guesses[sequence].append((token_id, chance))
                 going[sequence] *= chance
                 plan.expected += going[sequence]

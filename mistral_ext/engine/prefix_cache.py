@@ -64,11 +64,59 @@ class PrefixCache:
         """Takes over the extent of a sequence that has ended, or releases it if it has no use."""
         extent, request = sequence.place, sequence.request
         is_of_use = shareable_length(sequence) >= LEAST_PIECE or not request.reports_prompt
-        if extent.length < LEAST_PIECE or not is_of_use:
+        if is_of_use:
+            self.add(extent, sequence, sequence.exact)
+        else:
+            self._pool.release(extent)
+
+    def add(self, extent: Extent, sequence: Sequence, exact: int) -> None:
+        """Takes over an extent that holds the beginning of a sequence, the first `exact` tokens as
+        they are read as parts of a prompt; or releases it if it is too short."""
+        if extent.length < LEAST_PIECE:
             self._pool.release(extent)
             return
         ids = sequence.ids[: extent.length]
-        self._entries.append(_Entry(extent, ids, sequence.exact, request.prefix_owner))
+        self._entries.append(_Entry(extent, ids, exact, sequence.request.prefix_owner))
+
+    def extent(self, match: Match | None, length: int, most: int) -> Extent | None:
+        """An extent for a sequence, with the beginning that `find` has found; None: there is no
+        room, even without the extents of ended requests.
+
+        Args:
+            length: tokens that it has to have slots for at once.
+            most: slots that it may grow to.
+        """
+        if match is None:
+            return self._allocate(length, most)
+        if not (match.is_kept and match.is_all):
+            extent = self._allocate(length, most, spare=match.extent)
+            if extent is not None:
+                self._pool.copy(match.extent, extent, match.length)
+            if extent is not None or not match.is_kept:
+                return extent
+        extent = match.extent
+        self._entries = [entry for entry in self._entries if entry.extent is not extent]
+        self._pool.rewind(extent, match.length)
+        extent.most = max(most, extent.capacity)
+        if self.grow(extent, length - match.length):
+            return extent
+        self._pool.release(extent)
+        return None
+
+    def grow(self, extent: Extent, count: int) -> bool:
+        """Makes an extent grow for `count` more tokens; releases extents of ended requests until
+        there is room. False: there is none."""
+        while not self._pool.has_room(extent, count) and not self._pool.grow(extent, count):
+            if not self.drop_oldest():
+                return False
+        return True
+
+    def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
+        """An extent; releases extents of ended requests, but not `spare`, until there is room."""
+        while (extent := self._pool.allocate(length, most)) is None:
+            if not self.drop_oldest(spare):
+                return None
+        return extent
 
     def drop_oldest(self, spare: Extent | None = None) -> bool:
         """Gives the least recently used extent back to the pool, but not `spare`; False: there is
@@ -79,10 +127,6 @@ class PrefixCache:
                 self._pool.release(entry.extent)
                 return True
         return False
-
-    def take(self, extent: Extent) -> None:
-        """Hands an extent over to a request that goes on from it."""
-        self._entries = [entry for entry in self._entries if entry.extent is not extent]
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
         """The longest beginning of a sequence's prompt that a kept or running extent holds."""

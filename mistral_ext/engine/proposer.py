@@ -9,6 +9,7 @@ Source: Saxena 2023, prompt lookup decoding.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as List
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ _MOST_MATCHING = 8  # longer matches are not told apart
 _EXPECTED = (
     *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95),
     *(0.3, 0.5, 0.7, 0.9),
-    *(0.4, 0.7, 0.9, 0.4, 0.7, 0.9, 0.2, 0.4, 0.5),
+    *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
 )
 _EXPECTED_WEIGHT = 4.0
 _FORCED = _MOST_MATCHING + 1
@@ -46,18 +47,21 @@ class Proposer:
 
     Args:
         ids: the tokens of the sequence, a list that grows.
+        ends: tokens that end it. They are never proposed: nothing comes behind them, and the pass
+            that reads the token before one chooses it anyway.
 
     Attributes:
         gain: tokens that drafts have gained so far; negative: lost.
     """
 
-    def __init__(self, ids: List[int]) -> None:
+    def __init__(self, ids: List[int], ends: Collection[int] = ()) -> None:
         self.gain = 0.0
         self._ids = ids
+        self._ends = ends
         self._repeats = Repeats(ids)
         self._states: StateGuesses | None = None
-        self._first: int | None = None  # of the proposed tokens
-        self._kinds: list[int] = []  # of the proposed tokens, indices of the two lists below
+        self._proposed: list[tuple[int, int]] = []  # tokens and kinds, indices of the lists below
+        self._begin = 0  # the position that the first of them may have
         self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
         self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)
 
@@ -68,10 +72,11 @@ class Proposer:
             most: tokens to propose at most.
             matcher: what the sequence has to match; None: nothing.
         """
+        self._check()
         guesses = self._matching(most, matcher) if matcher else self._repeated(most)
-        self._first = guesses[0][0] if guesses else None
-        self._kinds = [kind for _, kind in guesses]
-        return [(token, self._chance(kind)) for token, kind in guesses]
+        ends = (i for i, (token, _) in enumerate(guesses) if token in self._ends)
+        self._proposed, self._begin = guesses[: next(ends, most)], len(self._ids)
+        return [(token, self._chance(kind)) for token, kind in self._proposed]
 
     @property
     def hope(self) -> float:
@@ -83,36 +88,36 @@ class Proposer:
         """Whether a draft model's guesses are more likely than these, which `propose` gave."""
         return not guesses or guesses[0][1] < self.hope
 
-    def chance_by_model(self, index: int, probability: float) -> float:
-        """The chance of a guess of a draft model, which gives it this probability. It takes the
+    def chance_by_model(self, index: int, token: int, probability: float) -> float:
+        """The chance of a token that a draft model guesses with this probability. It takes the
         place of proposed token `index` and of those behind it."""
         kind = _BY_MODEL + min(int(4 * probability), 3)
-        self._kinds[index:] = [kind]
+        self._proposed[index:] = [(token, kind)]
         return self._chance(kind)
 
-    def note(self, drafts: int, accepted: int, cost: float) -> None:
+    def note(self, accepted: int, cost: float) -> None:
         """Counts drafts that were checked.
 
         Args:
-            drafts: the number of proposed tokens, from the first on, that were checked.
-            accepted: how many were right, from the first on.
+            accepted: how many were right.
             cost: of the drafts, in tokens that could have been generated instead.
         """
         self.gain = min(self.gain + accepted - cost, _MOST_GAIN)
-        for index in range(min(accepted + 1, drafts)):
-            self._check(index, index < accepted)
 
     def note_wait(self) -> None:
-        """Counts a wait for the token of which the first proposed token was a guess, and which the
-        sequence has now: a step is read before the next one is launched."""
+        """Counts a wait for the tokens of the steps under way: the next step is not launched before
+        they are read."""
         self.gain -= _COST_OF_A_WAIT
-        if self._first is not None:
-            self._check(0, self._first == self._ids[-1])
 
-    def _check(self, index: int, is_right: bool) -> None:
-        kind = self._kinds[index]
-        self._right[kind] = _FORGETTING * self._right[kind] + is_right
-        self._checked[kind] = _FORGETTING * self._checked[kind] + 1
+    def _check(self) -> None:
+        """Counts which of the proposed tokens were right, also of those that were in no pass, as
+        far as the tokens in their places are known."""
+        for (token, kind), came in zip(self._proposed, self._ids[self._begin :], strict=False):
+            self._right[kind] = _FORGETTING * self._right[kind] + (token == came)
+            self._checked[kind] = _FORGETTING * self._checked[kind] + 1
+            if token != came:
+                break
+        self._proposed = []
 
     def _chance(self, kind: int) -> float:
         return self._right[kind] / self._checked[kind]

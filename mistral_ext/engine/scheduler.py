@@ -216,40 +216,12 @@ class Scheduler:
         # A sequence that was put back gets all slots that it can need, so that it never is again.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
-        if match is None:
-            return self._allocate(length, most), 0
-        if not (match.is_kept and match.is_all):
-            extent = self._allocate(length, most, spare=match.extent)
-            if extent is not None:
-                self._pool.copy(match.extent, extent, match.length)
-            if extent is not None or not match.is_kept:
-                return extent, match.exact
-        extent = match.extent
-        self.prefixes.take(extent)
-        self._pool.rewind(extent, match.length)
-        extent.most = max(most, extent.capacity)
-        if not self._grow(extent, length - match.length):
-            self._pool.release(extent)
-            return None, 0
-        return extent, match.exact
-
-    def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
-        """An extent; releases extents of ended requests, but not `spare`, until there is room."""
-        while (extent := self._pool.allocate(length, most)) is None:
-            if not self.prefixes.drop_oldest(spare):
-                return None
-        return extent
-
-    def _grow(self, extent: Extent, count: int) -> bool:
-        """Makes an extent grow for `count` more tokens, as `_allocate` makes room."""
-        while not self._pool.has_room(extent, count) and not self._pool.grow(extent, count):
-            if not self.prefixes.drop_oldest():
-                return False
-        return True
+        extent = self.prefixes.extent(match, length, most)
+        return extent, 0 if match is None else match.exact
 
     def _make_room(self, sequence: Sequence) -> None:
         """Gives a sequence room for one more token; at worst the sequence itself is put back."""
-        while sequence.extent is not None and not self._grow(sequence.extent, 1):
+        while sequence.extent is not None and not self.prefixes.grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
 
 

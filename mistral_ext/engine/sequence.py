@@ -57,7 +57,6 @@ class Sequence:
         self.is_aborted = False
         self.seed = 0
         self.matcher: Matcher | None = None
-        self.proposer = Proposer(self.ids)
         self.drafted = self.accepted = 0
         self._vocab_size = vocab_size
         self._holes = holes
@@ -72,6 +71,7 @@ class Sequence:
             self._others = params.logprobs
             if request.grammar is not None:
                 self.matcher = request.grammar.matcher(request.eos_ids, not params.ignore_eos)
+        self.proposer = Proposer(self.ids, self._eos_ids)
         self._read = self._cached = 0
         self._added = time.perf_counter()
         self._started = self._first = self._last = 0.0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as List
 
 STATES = 3  # the present one and those before it, that are compared at most
-_MOST_RUNS = 3  # longer runs are not told apart
+_MOST_RUN = 3  # longer runs are not told apart
 
 
 class StateGuesses:
@@ -26,7 +26,8 @@ class StateGuesses:
         self._states = states
         self._begin = len(ids) - len(states) + 1  # of what has to match
         self._noted = 0
-        # Last states -> the token that followed the last time, and how many times in a row it did.
+        # Last states -> the token that followed the last time, and how many times in a row it did;
+        # 0 times if it was another one before. What changes is content rather than form.
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def update(self) -> None:
@@ -35,8 +36,8 @@ class StateGuesses:
             token_id = self._ids[self._begin + i]
             for n in range(1, min(STATES, i + 1) + 1):
                 states = tuple(self._states[i + 1 - n : i + 1])
-                before, run = self._after.get(states, (-1, 0))
-                self._after[states] = token_id, (run + 1 if before == token_id else 1)
+                before, run = self._after.get(states, (token_id, 0))
+                self._after[states] = token_id, (run + 1 if before == token_id else 0)
         self._noted = len(self._states) - 1
 
     def guesses(self, states: List[int]) -> Iterator[tuple[int, int]]:
@@ -50,4 +51,4 @@ class StateGuesses:
             found = self._after.get(tuple(states[-n:]))
             if found is not None:
                 token_id, run = found
-                yield (STATES - n) * _MOST_RUNS + min(run, _MOST_RUNS) - 1, token_id
+                yield (STATES - n) * (_MOST_RUN + 1) + min(run, _MOST_RUN), token_id

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from adapters import write_peft
@@ -60,7 +62,14 @@ def pool_of(engine):
     return engine.passes.drafter._model._model.pool
 
 
+def drop_kept(model):
+    """Frees what ended sequences have left in a draft model's cache."""
+    while model.prefixes.drop_oldest():
+        pass
+
+
 def assert_all_is_free(engine):
+    drop_kept(engine._drafter._model._model)
     assert pool_of(engine).free_slots == pool_of(engine).slots
     assert_empty(engine)
 
@@ -123,6 +132,7 @@ def test_wrong_guesses_are_rewound(models, rough, window):
     assert kept.pool.free_slots < kept.pool.slots
     kept.keep_only(sequences[:1])
     kept.keep_only([])
+    drop_kept(kept)
     assert kept.pool.free_slots == kept.pool.slots
 
 
@@ -160,6 +170,7 @@ def test_memory_is_freed_with_the_request(models, rough, eager):
     pool, free = pool_of(engine), []
     while engine.has_work:
         ended = {output.request_id for output in engine.step() if output.is_last}
+        drop_kept(engine._drafter._model._model)
         free.append(pool.free_slots)
         if first in ended:
             engine.abort(second)
@@ -219,6 +230,45 @@ def test_a_text_is_read_if_much_is_left_to_write(models, rough, eager, max_token
     assert (completion.timing.drafted_tokens > 0) == is_read
 
 
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_the_next_turn_of_a_chat_is_not_read_whole(models, rough, eager, window):
+    """It begins with the tokens of the turn before; nothing else changes."""
+    engine, ids = engine_of(models[window], draft_model=rough[window]), []
+    counts = reads_of(engine)
+    for new in (60 if window else 300, 10, 40):
+        turn = request([*ids, *prompt(new, new)], 60)
+        (plain,), _ = plainly(lambda: engine_of(models[window]), [turn])
+        counts.clear()
+        (drafted,) = run(engine, [turn])
+        assert content(drafted) == content(plain)
+        assert drafted.timing.accepted_tokens > 0
+        # The last guesses of a turn came from its text, so the draft model has not read all of it.
+        assert new - 10 < sum(map(sum, counts)) < new + 60
+        ids = [*turn.prompt_ids, *plain.token_ids]
+    assert_all_is_free(engine)
+
+
+def test_sequences_of_another_salt_read_for_themselves(models, rough, eager):
+    engine = engine_of(models[None], draft_model=rough[None])
+    counts, read = reads_of(engine), []
+    for salt in ("a", "a", "b"):
+        counts.clear()
+        run(engine, [replace(request(prompt(200), 60), salt=salt)])
+        read.append(sum(map(sum, counts)))
+    assert read[1] < 50 < 150 < read[0]
+    assert read[2] == read[0]
+
+
+def test_what_is_kept_makes_room_for_what_runs(models, rough, eager):
+    """With room for one sequence alone."""
+    engine = engine_of(models[None], draft_model=rough[None], cache_tokens=512)
+    for seed in range(4):
+        (completion,) = run(engine, [request(prompt(250, seed), 150)])
+        assert completion.timing.accepted_tokens > 0
+        assert pool_of(engine).free_slots < 512
+    assert_all_is_free(engine)
+
+
 def test_sequences_share_the_tokens_that_a_step_reads(models, rough, eager):
     """So that a step takes no longer with more of them."""
     engine = engine_of(models[None], draft_model=rough[None])
@@ -254,7 +304,7 @@ def test_a_pass_of_guesses_has_few_rows_and_is_noted_by_them(models, rough, eage
     monkeypatch.setattr(DraftModel, "prepare", prepared)
     requests = [request(prompt(40, n), 60) for n in range(4)]
     assert sum(c.timing.accepted_tokens for c in run(engine, requests)) > 5
-    assert noted == rows
+    assert noted == [n for i, n in enumerate(rows) if n in rows[:i]]  # the first is recorded
     assert max(rows) == 8
     assert sum(ready) > 20
 
@@ -269,7 +319,8 @@ def test_wrong_guesses_end(models, eager, monkeypatch):
         self._noise += 1
 
     monkeypatch.setattr(Sampler, "follow", otherwise)
-    (completion,) = run(engine, [request(prompt(40), 200, temperature=2.0)])
+    (completion,) = run(engine, [request(prompt(40), 200, temperature=2.0, seed=0)])
+    assert completion.timing.accepted_tokens == 0
     assert completion.timing.drafted_tokens < 60
 
 
@@ -289,7 +340,7 @@ def only_models_guess(monkeypatch):
 
 @pytest.mark.parametrize("options", TEXTS)
 def test_texts_and_what_they_have_to_match(eager, only_models_guess, options):
-    """And again, when the prompt is in the cache of the model, but not of the draft model."""
+    """And again, when the prompt is in the caches of both models."""
     draft = Mistral.from_pretrained(DEMO_MODEL, quantize="int4")
     llm = Mistral.from_pretrained(DEMO_MODEL, draft_model=draft)
     options = {"max_tokens": 30, "seed": 3, "n": 2} | options

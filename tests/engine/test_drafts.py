@@ -200,7 +200,7 @@ def test_the_time_of_a_pass_is_not_that_of_the_guesses(models, monkeypatch):
     engine.passes.drafter.note = lambda plain, took, *_: seconds.append(took)
     monkeypatch.setattr(engine.runner, "launch", lambda *args: later(1, launch(*args)))
     run(engine, [request(prompt(9), 5)])
-    assert seconds == [1.0] * 4
+    assert seconds == [None, 1.0, 1.0, 1.0]  # the first step is recorded
 
 
 @pytest.mark.parametrize("when", ["verified", "second token", "after an end"])
@@ -409,18 +409,48 @@ class TestProposer:
             assert [token for token, _ in given] == self.tokens(list(ids), 5)
 
     def test_what_was_right_counts(self):
-        ids = [1, 2, 3, 4, 1, 2]
+        ids = [1, 2, 3, 1, 2]
         proposer = Proposer(ids)
         ((_, before),) = proposer.propose(1, None)
-        proposer.note(1, 1, 0.25)
+        ids += [3, 1, 2]
         ((_, after),) = proposer.propose(1, None)
         assert before < after < 1
+        for new in range(10, 60):
+            ids += [new, 1, 2]
+            ((_, after),) = proposer.propose(1, None)
+        assert after < 0.1
+
+    def test_what_was_in_no_pass_counts_too(self):
+        """Up to the first that was wrong, or that nobody knows yet."""
+        checks = []
+        for came in ([3, 4, 5], [3, 9, 5], [3]):
+            ids = [1, 2, 3, 4, 5, 1, 2]
+            proposer = Proposer(ids)
+            proposer.propose(3, None)
+            ids += came
+            before = list(proposer._checked)
+            proposer.propose(3, None)
+            proposer.propose(3, None)  # which counts nothing again
+            after = proposer._checked
+            checks.append(sum(a != b for a, b in zip(after, before, strict=True)))
+        assert checks == [3, 2, 1]
+
+    def test_tokens_that_end_the_sequence_are_not_proposed(self):
+        ids = [1, 2, 3, 4, 5, 6, 1, 2]
+        for ends, tokens in (((5, 9), [3, 4]), ((3,), []), ((9,), [3, 4, 5, 6, 1])):
+            given = Proposer(ids, ends).propose(5, None)
+            assert [token for token, _ in given] == tokens
+
+    def test_what_drafts_gain_and_cost(self):
+        proposer = Proposer([1])
+        proposer.note(1, 0.25)
         assert proposer.gain == 0.75
         for _ in range(50):
-            proposer.note(1, 0, 0.25)
-        ((_, after),) = proposer.propose(1, None)
-        assert after < 0.1
+            proposer.note(0, 0.25)
         assert proposer.gain < -10
+        proposer.gain = 3.0
+        proposer.note(7, 0.5)
+        assert proposer.gain == 4.0
 
 
 class Given:

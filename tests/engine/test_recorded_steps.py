@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drafting import WINDOW, Oracle, content, engine_of, of_every_kind, plainly, request, run
+from drafting import (
+    VOCABULARY,
+    WINDOW,
+    Oracle,
+    content,
+    engine_of,
+    of_every_kind,
+    plainly,
+    request,
+    run,
+)
 from drafting import prompt as prompt_of
 
-from mistral_ext import Mistral, ops
+from mistral_ext import Mistral, SamplingParams, ops
 from mistral_ext.engine.recorded_steps import RecordedSteps
+from mistral_ext.engine.runner import Runner
+from mistral_ext.engine.sampling import Sampler
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops.recording import Recording
@@ -84,6 +96,23 @@ def test_weights_with_an_order_are_not_recorded(repeated):
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 
 
+@pytest.mark.parametrize("has_drafts", [False, True])
+def test_a_step_that_is_recorded_does_not_say_what_others_cost(models, has_drafts):
+    model = models[None]
+    pool, sampler = SlotPool(model.config, 16, model.dtype), Sampler(1, VOCABULARY)
+    extent, runner = pool.allocate(16, 16), Runner(model, pool, sampler)
+    for temperature in (0.0, 1.0):
+        sampler.start(0, SamplingParams(temperature=temperature), [1])
+        are_usual = []
+        for _ in range(3):
+            if has_drafts:
+                step = runner.verify([extent], [0], [[5, 6]], [-1])
+            else:
+                step = runner.launch([extent], [0], [5])
+            are_usual.append(step.is_usual)
+        assert are_usual == [temperature == 1.0, True, True]
+
+
 @pytest.mark.parametrize("tokens", [8, 9])
 def test_steps_of_up_to_8_tokens_are_recorded(models, repeated, tokens):
     model = models[None]
@@ -91,11 +120,12 @@ def test_steps_of_up_to_8_tokens_are_recorded(models, repeated, tokens):
     steps = RecordedSteps(model, pool)
     table = pool.table(dict.fromkeys([pool.allocate(1, 16) for _ in range(tokens)], 1))
     token_ids = torch.arange(3, 3 + tokens)
-    results = []
-    for usual in (tokens > 8, True):
+    results, are_usual = [], []
+    for _ in range(2):
         h, is_usual = steps.run(token_ids, table, None)
         results.append(h.clone())
-        assert is_usual == usual
+        are_usual.append(is_usual)
+    assert are_usual == [tokens > 8, True]
     assert len(repeated) == (tokens == 8)
     expected = model.step(token_ids, table, pool, max_count=1)
     assert torch.equal(results[0], expected)
