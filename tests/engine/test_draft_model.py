@@ -69,7 +69,7 @@ def drop_kept(model):
 
 
 def assert_all_is_free(engine):
-    drop_kept(engine._drafter._model._model)
+    drop_kept(engine.passes.drafter._model._model)
     assert pool_of(engine).free_slots == pool_of(engine).slots
     assert_empty(engine)
 
@@ -170,7 +170,7 @@ def test_memory_is_freed_with_the_request(models, rough, eager):
     pool, free = pool_of(engine), []
     while engine.has_work:
         ended = {output.request_id for output in engine.step() if output.is_last}
-        drop_kept(engine._drafter._model._model)
+        drop_kept(engine.passes.drafter._model._model)
         free.append(pool.free_slots)
         if first in ended:
             engine.abort(second)
