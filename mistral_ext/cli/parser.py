@@ -37,7 +37,8 @@ _COMMANDS = (
     info,
 )
 
-_NAME = re.compile(r"(?<![\w./-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/]|\.\w)")
+_NAME = re.compile(r"(?<![\w./'-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/']|\.\w)")
+_OF_A_FILE = re.compile(r"\S*[/.]\S*:? ")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,14 +67,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def as_typed(message: str, flags: Mapping[str, str]) -> str:
     """An error message of the library, in which options have the names that a user types.
 
-    A name of several words, such as max_tokens, is certain to be a name, unless it is part of a
-    path or follows a colon: a key of a file does. Other words are names where a message begins with
-    them or joins them to its beginning, as in "group is 32 and size is '1MB', expected".
+    A message that begins with a file is about keys of the file, and stays as it is. A name of
+    several words, such as max_tokens, is certain to be a name, unless it is part of a path, is
+    quoted or follows a colon: a key of a file does. Other words are names where a message begins
+    with them or joins them to its beginning, as in "group is 32 and size is '1MB', expected".
     """
 
     def flag(match: re.Match[str]) -> str:
         return flags.get(match[0], match[0])
 
+    if _OF_A_FILE.match(message):
+        return message
     problem, comma, expected = message.partition(",")
     problem = re.sub(r"(^|(?<= and ))\w+(?= (is|are|has|and) )", flag, problem)
     return _NAME.sub(flag, problem + comma + expected)
@@ -85,5 +89,6 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     for action in parser._actions:
         if action.option_strings:
             flags[action.dest] = action.option_strings[-1]
-            flags[f"{action.dest}s"] = action.option_strings[-1]  # all values of a repeated option
+            if isinstance(action, argparse._AppendAction):  # all its values
+                flags[f"{action.dest}s"] = action.option_strings[-1]
     return flags

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as List
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -96,7 +97,8 @@ class DraftModel:
                     ready.append(sequence)
                 budget -= len(pieces[sequence].token_ids)
         if pieces:
-            self._runner.read(list(pieces.values()))
+            with self._forgotten_on_failure(pieces):
+                self._runner.read(list(pieces.values()))
         for sequence, piece in pieces.items():
             self.pool.advance(piece.extent, len(piece.token_ids))
             places[sequence].known = piece.extent.length
@@ -117,7 +119,8 @@ class DraftModel:
         extents, rows = [place.extent for place in places], [s.sampler_row for s in sequences]
         self._sampler.follow(self._given, rows)
         unread = [s.ids[e.length :] for s, e in zip(sequences, extents, strict=True)]
-        first = self._runner.verify(extents, rows, unread, [-1] * len(rows))
+        with self._forgotten_on_failure(sequences):
+            first = self._runner.verify(extents, rows, unread, [-1] * len(rows))
         self.rows, self.is_usual = sum(map(len, unread)), first.is_usual
         last, end = [], -1
         for place, tokens in zip(places, unread, strict=True):
@@ -130,26 +133,42 @@ class DraftModel:
             token_ids = self._sampler.draw_now(rows, logits)
         else:
             token_ids = [first.largest[row] for row in last]
-        yield self._guesses(token_ids, logits)
+        yield self._guesses(sequences, token_ids, logits)
         for _ in range(MOST_DRAFTS - 1):
-            step = self._runner.launch(extents, rows, token_ids)
+            with self._forgotten_on_failure(sequences):
+                step = self._runner.launch(extents, rows, token_ids)
             for place, token_id in zip(places, token_ids, strict=True):
                 self.pool.advance(place.extent, 1)
                 place.guesses.append(token_id)
             self.rows, self.is_usual = len(rows), step.is_usual
             token_ids, logits = step.token_ids(), step.logits
-            yield self._guesses(token_ids, logits)
+            yield self._guesses(sequences, token_ids, logits)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
         """Keeps what others may use of all other sequences, as long as nothing needs its memory."""
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
+            # All of it may serve others: guesses need no exact bits.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
-    def _guesses(self, token_ids: list[int], logits: Tensor) -> list[tuple[int, float]]:
+    @contextmanager
+    def _forgotten_on_failure(self, sequences: Collection[Sequence]) -> Iterator[None]:
+        """Forgets what was read of sequences if a pass over them fails, for nobody knows what it
+        has written."""
+        try:
+            yield
+        except BaseException:
+            for sequence in sequences:
+                self.pool.release(self._places.pop(sequence).extent)
+            raise
+
+    def _guesses(
+        self, sequences: List[Sequence], token_ids: list[int], logits: Tensor
+    ) -> list[tuple[int, float]]:
         if -1 in token_ids:
-            raise self._sampler.problem(logits[token_ids.index(-1)])
+            with self._forgotten_on_failure(sequences):
+                raise self._sampler.problem(logits[token_ids.index(-1)])
         of_all = logits[:, : self._sampler.vocab_size].softmax(-1)
         return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
 

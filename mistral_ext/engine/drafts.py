@@ -116,7 +116,7 @@ class Drafter:
         return self._best(rows, plain, cost)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Frees what the drafts of all other sequences need."""
+        """Lets go of what is known of all other sequences."""
         if self._model is not None:
             self._model.keep_only(sequences)
 

@@ -93,7 +93,7 @@ class ModelGuesses:
         return guesses
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Frees the memory of all other sequences."""
+        """Lets go of all other sequences: others may use what was read of them."""
         self._model.keep_only(sequences)
 
     def _is_worth(self, plan: _Plan, going: Mapping[Sequence, float]) -> bool:

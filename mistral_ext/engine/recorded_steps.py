@@ -6,6 +6,7 @@ to where the recording reads them. A recording lasts until a weight of the model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import is_not
 
 import torch
@@ -60,14 +61,15 @@ class _Step:
         self._pool = pool
         self._h = torch.empty(size, model.config.dim, dtype=model.dtype, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
-        self._weights: list[object] = []  # at the last call; they live as long as the recording
+        self._weights: Sequence[object] = ()  # at the last call; they live as long as the recording
         self._can_record = True
         self._recording: Recording | None = None
 
     def run(self, token_ids: Tensor, table: Tensor) -> tuple[Tensor, bool]:
         self._h.copy_(self._model.embed(token_ids))
         self._table.copy_(table)
-        weights = _weights(self._model)
+        # A recording has the addresses of what it multiplies with.
+        weights = self._model.frequencies, *self._model.weights_of_layers()
         if len(weights) != len(self._weights) or any(map(is_not, weights, self._weights)):
             self._weights, self._can_record, self._recording = weights, True, None
         if self._recording is not None and self._recording.is_valid:
@@ -83,15 +85,3 @@ class _Step:
     def _layers(self) -> None:
         """Changes the residual stream in place."""
         self._model.step(None, self._table, self._pool, max_count=1, h=self._h)
-
-
-def _weights(model: Transformer) -> list[object]:
-    """All that a step multiplies with, in order. A recording has their addresses."""
-    weights: list[object] = [model.frequencies]
-    for layer in model.layers:
-        for weight in vars(layer).values():
-            if isinstance(weight, list):
-                weights += weight
-            else:
-                weights.append(weight)
-    return weights

@@ -9,7 +9,8 @@ that a long prompt delays them little. Prompts that are being read take turns.
 Prompts and generated tokens are read in separate passes. The rounding of a product depends on its
 number of tokens, so in a common pass a text would depend on the rest of the batch. In separate
 passes it does not: pieces of prompts have at least `LEAST_PIECE` tokens, from where on a token's
-bits do not depend on the number of tokens, and neither do they for up to 8 generated tokens.
+bits do not depend on the number of tokens, and neither do they for up to 8 generated tokens. A
+prompt that is too short for that is read alone.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. Then
 the sequence that came last is put back: it waits, its prompt is read again, and the tokens that it
@@ -30,9 +31,8 @@ from mistral_ext.engine.prefix_cache import (
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 
-# The gemv kernels multiply passes of up to this many tokens (`ops.linear`). A prompt this short is
-# read alone: with other prompts in its pass, gemm would multiply it, and round differently.
-_FEW_TOKENS = 8
+# The gemv kernels multiply passes of up to this many tokens (`ops.linear`).
+FEW_TOKENS = 8
 
 
 class Scheduler:
@@ -43,6 +43,8 @@ class Scheduler:
         rows: sequences that may generate at a time.
         chunk: tokens of prompts to read in a pass, at most, while nobody generates.
         busy_chunk: the same while somebody does.
+        few_tokens: passes of up to this many tokens round differently from passes of LEAST_PIECE
+            tokens. So a prompt of so few is read alone. No fewer than FEW_TOKENS.
 
     Attributes:
         waiting: sequences that are not admitted yet, in the order of service.
@@ -53,7 +55,15 @@ class Scheduler:
         busy_chunk: as given, and no more than `chunk`; the engine may change it.
     """
 
-    def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:
+    def __init__(
+        self,
+        pool: SlotPool,
+        rows: int,
+        chunk: int,
+        busy_chunk: int,
+        few_tokens: int = FEW_TOKENS,
+    ) -> None:
+        self._few_tokens = few_tokens
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Sequence] = deque()
         self.decoding: list[Sequence] = []
@@ -111,11 +121,11 @@ class Scheduler:
         if first.request.chunk is not None:
             unread = first.prompt_length - first.place.length
             return [(first, min(unread, first.request.chunk))]
-        if _is_read_alone(first):
+        if self._is_read_alone(first):
             return [(first, first.prompt_length)]
         pieces: list[tuple[Sequence, int]] = []
         for sequence in self.reading:
-            if sequence.request.chunk is not None or (pieces and _is_read_alone(sequence)):
+            if sequence.request.chunk is not None or (pieces and self._is_read_alone(sequence)):
                 continue
             count = _piece(sequence.prompt_length - sequence.place.length, budget)
             if pieces and count > budget:
@@ -125,6 +135,9 @@ class Scheduler:
             if budget < LEAST_PIECE:
                 break
         return pieces
+
+    def _is_read_alone(self, sequence: Sequence) -> bool:
+        return sequence.prompt_length <= self._few_tokens
 
     def note_read(self, sequence: Sequence, count: int) -> None:
         """Counts prompt tokens that were read; after the last of them the sequence generates."""
@@ -223,10 +236,6 @@ class Scheduler:
         """Gives a sequence room for one more token; at worst the sequence itself is put back."""
         while sequence.extent is not None and not self.prefixes.grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
-
-
-def _is_read_alone(sequence: Sequence) -> bool:
-    return sequence.request.params is not None and sequence.prompt_length <= _FEW_TOKENS
 
 
 def _goes_on(sequence: Sequence) -> bool:

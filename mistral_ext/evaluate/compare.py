@@ -5,8 +5,8 @@ probabilities from the first model's, in nats a token, how often both have the s
 token, and both perplexities. Both models read the same tokens, in pieces of the same size.
 
 CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as
-when tokens are generated. But some do so for up to 8 tokens only: with weights in `iq4_nl` and
-`iq4_xs` those without AVX-512 VNNI, and in bf16 those that multiply bf16. To see there what
+when tokens are generated. But some do so for few tokens only: with weights in `iq4_nl` and `iq4_xs`
+those of x86 without VNNI, and in bf16 those of x86 that multiply bf16. To see there what
 generated tokens get, pass chunk=8. To see what the weights alone cost anywhere, call
 `ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
 """

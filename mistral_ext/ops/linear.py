@@ -27,8 +27,8 @@ def linear(
     """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
 
     A product of few tokens takes as long as reading the weights (gemv kernels). A token's result
-    does not depend, to the bit, on the number of tokens in the call up to 8 tokens, or any number
-    where more than 8 are rounded to 8 bits; on CUDA devices up to 64 tokens of bfloat16 or float16.
+    does not depend, to the bit, on the number of tokens in the call up to 8 tokens, or as many as
+    are rounded to 8 bits (see below); on CUDA devices up to 64 tokens of bfloat16 or float16.
 
     Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There
     are exceptions on CPUs with AVX2 or NEON. Up to 8 tokens of bfloat16 or float16 are rounded for
@@ -84,14 +84,25 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
     ctx.save_for_backward(None if norm is None else x, norm, whole, *values, *scales)
 
 
+def rounds(dtype: torch.dtype, format: str, tokens: int) -> bool:
+    """Whether a product on the CPU rounds x to 8 bits: see `linear`.
+
+    Args:
+        dtype: of x.
+        format: of the weight.
+        tokens: T, the rows of x.
+    """
+    return not _C.exact_products() and _C.linear_rounds(dtype, format, tokens)
+
+
 def _expect_exact(x: Tensor, formats: list[str]) -> None:
     """Raises RuntimeError if the product rounds x to 8 bits."""
-    if x.is_cuda or _C.exact_products():
+    if x.is_cuda:
         return
     for name in formats:
         # Where one token is not rounded, none are. Reading len(x) fixes it for torch.compile, which
         # then compiles for each number of tokens.
-        if _C.linear_rounds(x.dtype, name, 1) and _C.linear_rounds(x.dtype, name, len(x)):
+        if rounds(x.dtype, name, 1) and rounds(x.dtype, name, len(x)):
             raise RuntimeError(
                 f"linear: x requires a gradient, but its product with a weight in {name!r} rounds "
                 "it to 8 bits, which has none: call ops.set_exact_products(True)"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mistral_ext import Mistral, SamplingParams
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.request import Request
+from mistral_ext.llm import DEMO_MODEL
 
 VOCABULARY = 131
 
@@ -322,6 +323,35 @@ def test_a_long_prompt_holds_no_stream_up(models):
     while engine.has_work:
         engine.step()
     assert max(pieces) == 512  # when nobody waits any more
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_short_prompt_gets_what_it_gets_alone(isa, quantize):
+    """Also where products of few tokens round differently from products of many."""
+    model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16, quantize=quantize).model
+    requests = [request(prompt(n, n), 3) for n in (40, 6, 12, 20, 31)]
+    engine = engine_of(model, max_batch=len(requests))
+    completions = [content(completion) for completion in run(engine, requests)]
+    assert completions == alone(model, *requests)
+
+
+def test_a_short_text_has_the_logits_that_it_has_alone(isa):
+    model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16, quantize="int4").model
+    lengths = (40, 6, 20)
+
+    def logits(*lengths):
+        engine, found = engine_of(model), {}
+        for n in lengths:
+            engine.add(Request(prompt(n, n), None, max_length=n, prompt_logits=True))
+        while engine.has_work:
+            for output in engine.step():
+                if output.prompt_logits is not None:
+                    found[output.request_id] = output.prompt_logits.clone()
+        return [found[i] for i in range(len(lengths))]
+
+    together = logits(*lengths)
+    for n, found in zip(lengths, together, strict=True):
+        assert torch.equal(found, logits(n)[0])
 
 
 def test_ctrl_c_leaves_the_engine_as_it_was(models, monkeypatch):

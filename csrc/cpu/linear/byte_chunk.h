@@ -22,26 +22,33 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
+// Whether bytes may be the fastest for more than kGemvTokens tokens of type T: not where tiles
+// multiply them.
+template <class T>
+constexpr bool has_many_bytes() {
+#if defined(__AMX_BF16__)
+  return std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
+#else
+  return true;
+#endif
+}
+
 // The most tokens of type T for which bytes are the fastest, where there are more than kGemvTokens.
-// On x86 pairs of bf16 are as fast for many tokens, and tiles are faster for all. Values of a table
-// need VNNI: AVX2 has to widen each product of theirs, which takes longer than floats.
+// Values of a table need VNNI: AVX2 has to widen each of their products, which takes longer than
+// floats. On x86 pairs of bf16 are as fast for many tokens.
 //
-// 31, because the engine relies on it that from 32 tokens on (LEAST_PIECE of prefix_cache.py) the
-// bits of a token do not depend on their number.
+// Bytes end at 31 tokens there: the engine assumes that from 32 tokens on (LEAST_PIECE of
+// prefix_cache.py) the bits of a token do not depend on the number of tokens.
 template <class T>
 constexpr int64_t most_byte_tokens(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
   if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return 0;
 #endif
-  if (!has_bytes(format)) return 0;
-  if (std::is_same_v<typename ArithmeticOf<T>::type, Fp32>) return INT64_MAX;
-#if defined(__AMX_BF16__)
-  return 0;
-#elif defined(__AVX512BF16__)
-  return 31;
-#else
-  return INT64_MAX;
+  if (!has_bytes(format) || !has_many_bytes<T>()) return 0;
+#if defined(__AVX512BF16__)
+  if (std::is_same_v<typename ArithmeticOf<T>::type, Bf16>) return 31;
 #endif
+  return INT64_MAX;
 }
 
 // What distinguishes the formats.
@@ -56,6 +63,14 @@ struct ByteFormat {
   static constexpr bool kBf16Scales = format == WeightFormat::int4;
   // Each half of a block has a scale of its own.
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
+  // A group has two numbers: its scale, and its zero point or its minimum.
+  static constexpr bool kZeroPoints = format == WeightFormat::q4_z;
+  static constexpr bool kPairs = kZeroPoints || format == WeightFormat::q4_1;
+  // A super-block has scales of 6 bits: with minima in six_bit_scales, alone in split_scales.
+  static constexpr bool kSixBitScales =
+      format == WeightFormat::q4_k || format == WeightFormat::q5_k;
+  static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
+  static constexpr bool kMinima = kPairs || kSixBitScales;
 
   // Of packed activations, which have a unit for each block.
   static constexpr int64_t kHeadBytes = 0;
@@ -73,12 +88,10 @@ struct ByteFormat {
 template <WeightFormat format>
 struct ByteChunk : ByteFormat<format> {
   using Format = ByteFormat<format>;
-  using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable;
+  using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable, Format::kPairs;
   static constexpr int kRows = 1;
   using OneRow = ByteChunk;
-  static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
-  static constexpr bool kMinimum =
-      kSigned || kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
+  static constexpr bool kMinimum = kSigned || Format::kMinima;
   // Without lanes of 32 bits, values of a table keep their sign: it is given to the activations,
   // and the magnitudes are multiplied. Else they become unsigned values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
@@ -185,7 +198,7 @@ struct ByteChunk : ByteFormat<format> {
   // Minus the products of activations with the offset of the unpacked values, where the sums begin.
   MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
-    if (format == WeightFormat::q6_k) {  // by 32
+    if (Format::kScalesOfHalves) {  // by 32
       return _mm256_sub_epi32(zero,
                               _mm256_slli_epi32(_mm256_madd_epi16(scales, load_32(x.halves)), 5));
     }
@@ -199,7 +212,7 @@ struct ByteChunk : ByteFormat<format> {
   // The sums of the products of vector i, and those after it that have the same scale, in 32 bits;
   // in q6_k times that scale.
   MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
-    if (format != WeightFormat::q6_k) return widen_sums(sums);
+    if (!Format::kScalesOfHalves) return widen_sums(sums);
     if (kSumsOf32Bits) {
       const __m256i first = i < 4 ? _mm256_slli_epi32(scales, 16) : scales;
       return _mm256_mullo_epi32(sums, _mm256_srai_epi32(first, 16));
@@ -211,7 +224,7 @@ struct ByteChunk : ByteFormat<format> {
 
   // `group`: the scales of the first group.
   MISTRAL_SIMD void take_scales(const char* group, int group_log2, int64_t there) {
-    if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
+    if constexpr (Format::kSixBitScales) {
       uint32_t unpacked[4];
       six_bit_scales(group, unpacked);
       const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
@@ -223,12 +236,12 @@ struct ByteChunk : ByteFormat<format> {
       const __m256 least = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
       factor = _mm256_mul_ps(scale, half(group));
       minimum = _mm256_mul_ps(least, _mm256_sub_ps(_mm256_setzero_ps(), half(group + 2)));
-    } else if constexpr (format == WeightFormat::q6_k) {
+    } else if constexpr (Format::kScalesOfHalves) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
       const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
       scales = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, order));
       factor = half(group + 16);
-    } else if constexpr (format == WeightFormat::iq4_xs) {
+    } else if constexpr (Format::kSplitScales) {
       const __m128i bytes = _mm_cvtsi64_si128(static_cast<int64_t>(split_scales(group)));
       const __m128i centred = _mm_sub_epi8(bytes, _mm_set1_epi8(32));
       factor = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centred)), half(group));
@@ -252,13 +265,13 @@ struct ByteChunk : ByteFormat<format> {
       const __m256i halves = _mm256_permute4x64_epi64(apart, 0b11011000);
       factor = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
       minimum = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
-      if (format == WeightFormat::q4_z) {
+      if (Format::kZeroPoints) {
         minimum = _mm256_mul_ps(minimum, _mm256_sub_ps(_mm256_setzero_ps(), factor));
       }
     } else {
       const __m128i halves = _mm256_castsi256_si128(scales_there);
       const __m256 scale =
-          format == WeightFormat::int4
+          Format::kBf16Scales
               ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
               : _mm256_cvtph_ps(halves);
       factor = _mm256_permutevar8x32_ps(scale, index);

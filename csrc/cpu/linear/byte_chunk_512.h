@@ -42,7 +42,7 @@ struct ByteVectors : ByteFormat<format> {
   MISTRAL_SIMD static __m512 scaled(Ints sums, __m512 factor, __m512 unit, __m512 minimum,
                                     __m512 activations) {
     const __m512 scale = _mm512_mul_ps(factor, unit);
-    if (ByteScales<format>::kMinima) {
+    if (Format::kMinima) {
       return _mm512_fmadd_ps(to_vec(sums).v, scale, _mm512_mul_ps(minimum, activations));
     }
     __m512 product = _mm512_mul_ps(to_vec(sums).v, scale);

@@ -8,15 +8,13 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 template <WeightFormat format>
 struct ByteScales {
-  static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
-  static constexpr bool kMinima =
-      kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
+  using Format = ByteFormat<format>;
   static constexpr int kRows = 4;
 
   // Of blocks 0 to 3 and of blocks 4 to 7. In q6_k rows 0 and 1 have the scales of the first halves
   // of blocks in `factors`, rows 2 and 3 those of the last halves; `other_factors` has the others.
   __m512 factors[2], other_factors[2];
-  __m512 minima[2];  // is added for each activation, if kMinima
+  __m512 minima[2];  // is added for each activation, if Format::kMinima
 
   // `row_scales` are those of the rows, `k` is the first value, a multiple of 256; `there`: how
   // many there are.
@@ -25,13 +23,13 @@ struct ByteScales {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     const char* groups[kRows];
     for (int r = 0; r < kRows; ++r) groups[r] = row_scales[r] + (k >> group_log2) * kGroupBytes;
-    if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
+    if constexpr (Format::kSixBitScales) {
       take_six_bits(groups);
-    } else if constexpr (format == WeightFormat::q6_k) {
+    } else if constexpr (Format::kScalesOfHalves) {
       take_bytes(groups);
-    } else if constexpr (format == WeightFormat::iq4_xs) {
+    } else if constexpr (Format::kSplitScales) {
       take_split(groups);
-    } else if constexpr (kPairs) {
+    } else if constexpr (Format::kPairs) {
       take_pairs(groups, group_log2, there);
     } else {
       take_halves(groups, group_log2, there);
@@ -94,7 +92,7 @@ struct ByteScales {
       const __m512i pairs = _mm512_permutex2var_epi32(first, at, last);
       factors[i] = low_halves(pairs);
       minima[i] = high_halves(pairs);
-      if (format == WeightFormat::q4_z) minima[i] = _mm512_mul_ps(minima[i], minus(factors[i]));
+      if (Format::kZeroPoints) minima[i] = _mm512_mul_ps(minima[i], minus(factors[i]));
     }
   }
 

@@ -41,10 +41,10 @@ constexpr int64_t kPackedBytes<InIntegers> = 2;
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
-// Whether a format has these products.
+// Whether a format has these products: its values are bytes, of which a row shares a scale.
 constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
-  return format == WeightFormat::int8;
+  return info(format).bits == 8 && info(format).least_group == 0;
 #else
   return false;
 #endif

@@ -17,10 +17,10 @@ struct InPairs {
   };
 };
 
-// Whether a format has these products.
+// Whether a format has these products: its values are bytes, of which a group shares a scale.
 constexpr bool has_pair_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
-  return format == WeightFormat::q8_0;
+  return info(format).bits == 8 && info(format).least_group != 0;
 #else
   return false;
 #endif
@@ -48,9 +48,8 @@ struct PairChunk {
 
   using Sums = __m512;
   static void store_sums(const Sums (&sums)[8], float unit, float* out) {
-    Sums scaled[8];
-    for (int i = 0; i < 8; ++i) scaled[i] = _mm512_mul_ps(sums[i], _mm512_set1_ps(unit));
-    store_row_sums(scaled, out);
+    store_row_sums(sums, out);
+    for (int i = 0; i < 8 * kRows; ++i) out[i] *= unit;
   }
 
   Shorts values[2][kRows][2];  // of each 64 values, the mixed vectors' even and odd bytes
