@@ -1,7 +1,8 @@
-// 256 values of kRows rows as operands of products of bytes. Here, of one row: the 8 lanes of every
-// vector hold the 8 blocks of 32 values, so 16-bit sums of several products stay within a block,
-// and the scales of all blocks are one vector: one conversion to floats serves 256 values. AVX-512
-// with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64.
+// 256 values of kRows rows as operands of products of bytes. The chunk here has one row. The 8
+// lanes of every vector hold the 8 blocks of 32 values. So 16-bit sums of several products stay
+// within a block, the scales of all blocks are one vector, and one conversion to floats serves 256
+// values. AVX-512 with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64
+// (byte_chunk_neon.h).
 #pragma once
 
 #include <type_traits>
@@ -26,8 +27,8 @@ constexpr bool has_bytes(WeightFormat format) {
 // On x86 pairs of bf16 are as fast for many tokens, and tiles are faster for all. Values of a table
 // need VNNI: AVX2 has to widen each product of theirs, which takes longer than floats.
 //
-// 31, because the engine relies on it that from 32 tokens on (LEAST_PIECE of prefix_cache.py) the
-// bits of a token do not depend on their number.
+// 31, because the engine relies on this: from 32 tokens on (LEAST_PIECE of prefix_cache.py) the
+// bits of a token do not depend on the number of tokens.
 template <class T>
 constexpr int64_t most_byte_tokens(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
@@ -57,7 +58,7 @@ struct ByteFormat {
   // Each half of a block has a scale of its own.
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
 
-  // Of packed activations, which have a unit for each block.
+  // The sizes of packed activations, which have a unit for each block.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
   static constexpr float unit(const char*) { return 1.0f; }
@@ -79,12 +80,13 @@ struct ByteChunk : ByteFormat<format> {
   static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
   static constexpr bool kMinimum =
       kSigned || kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
-  // Without lanes of 32 bits, values of a table keep their sign: it is given to the activations,
-  // and the magnitudes are multiplied. Else they become unsigned values that are 128 larger.
+  // Without lanes of 32 bits, values of a table keep their sign. The sign is moved to the
+  // activations, and the magnitudes of the values are multiplied. With lanes of 32 bits the values
+  // become unsigned values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
   static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // of the values as multiplied
-  // The vectors whose products are summed before the sums are widened: as many as fit a lane, but
-  // in q6_k at most the 4 that share scales.
+  // The number of vectors whose products are summed before the sums are widened. It is as many as
+  // fit a lane, but in q6_k at most the 4 that share scales.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
   // A lane of 16 bits gets two products of each vector, with activations up to 127.
@@ -95,8 +97,9 @@ struct ByteChunk : ByteFormat<format> {
   __m256 minimum;  // is added for each activation, if kMinimum
   __m256i scales;  // q6_k: of the halves of each block, in 16 bits
 
-  // Unpacks the words of a row. `row_scales` are those of the row, `k` is the first value; `there`:
-  // how many there are.
+  // Unpacks the words of a row, and takes the scales from `row_scales`, which are those of the
+  // whole row. `k` is the number of the first value in the row, and `there` is how many values
+  // there are.
   MISTRAL_SIMD void take(const char* const (&row_words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     const char* words = row_words[0];
@@ -157,7 +160,7 @@ struct ByteChunk : ByteFormat<format> {
   }
 
   // The sums of the products of each block. Each vector of values is multiplied by all tokens
-  // before the next, so that the additions of a token need not wait for each other.
+  // before the next vector, so that the additions of a token need not wait for each other.
   template <int N>
   MISTRAL_SIMD void multiply(const ByteActivations* const (&x)[N], __m256i (&sums)[N]) const {
     for (int n = 0; n < N; ++n) sums[n] = minus_offsets(*x[n]);
@@ -182,7 +185,8 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Minus the products of activations with the offset of the unpacked values, where the sums begin.
+  // Where the sums begin: minus the products of the activations with the offset of the unpacked
+  // values.
   MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
     if (format == WeightFormat::q6_k) {  // by 32
@@ -196,8 +200,8 @@ struct ByteChunk : ByteFormat<format> {
     return zero;
   }
 
-  // The sums of the products of vector i, and those after it that have the same scale, in 32 bits;
-  // in q6_k times that scale.
+  // Widens to 32 bits the sums of the products of vector i and of the vectors after it that have
+  // the same scale. In q6_k also multiplies them by that scale.
   MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
     if (format != WeightFormat::q6_k) return widen_sums(sums);
     if (kSumsOf32Bits) {
@@ -237,7 +241,7 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Scales of groups of 32, 64 or 128 values, one or two of 16 bits each.
+  // Takes scales of groups of 32, 64 or 128 values. A group has one or two numbers of 16 bits.
   MISTRAL_SIMD void take_group_scales(const char* group, int group_log2, int64_t there) {
     constexpr int64_t kSize = kPairs ? 4 : 2;
     const __m256i scales_there = load_first_bytes(group, (there >> group_log2) * kSize);
