@@ -1,9 +1,9 @@
 // Causal sliding-window grouped-query attention of a ragged batch over ring caches.
 //
-// Each query attends to the history in its sequence's ring and to its own chunk's keys up to
-// itself, W keys at most (ring.h), with softmax(scale * q k^T) v accumulated online in fp32
-// (Milakov and Gimelshein 2018, arXiv:1805.02867). Then the chunk's remaining tokens are
-// appended to the rings: see `stored_after_attention`.
+// Each query attends to at most W keys (ring.h): the history in the ring of its sequence, and the
+// keys of its own chunk up to itself. softmax(scale * q k^T) v is accumulated online in fp32
+// (Milakov and Gimelshein 2018, arXiv:1805.02867). Then the tokens of the chunk that had to wait
+// for attention are appended to the rings: see `stored_after_attention`.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -24,7 +24,7 @@ struct AttentionParams {
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
   float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row; null: not wanted.
-                              // Wanted only of sequences that begin at position 0. With it the
+                              // Only for sequences that begin at position 0. With it the
                               // kernel of sm_90a is not used
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
@@ -39,10 +39,10 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for partial results, each over a part of the keys. CPU: attention_scratch_bytes(p).
-  // CUDA: null if neither a decode nor a tile of prefill is split; otherwise decodes use [S, Hkv,
-  // splits, 16, D + 4], and prefill then reuses the memory as [Hkv * tiles * 2, prefill_splits, 64,
-  // D + 4].
+  // Scratch for partial results, each of which covers a part of the keys. CPU:
+  // attention_scratch_bytes(p). CUDA: null if the keys of no decode and of no tile of prefill are
+  // divided. Otherwise decodes use [S, Hkv, splits, 16, D + 4], and prefill then reuses the memory
+  // as [Hkv * tiles * 2, prefill_splits, 64, D + 4].
   float* partials;
 
   // CUDA only.
@@ -70,7 +70,7 @@ struct AttentionScratch {
   int64_t counters;  // ints
 };
 // The scratch that `attention` needs for p if no sequence sees more than `longest` keys. Every
-// field of p but the scratch must be set.
+// field of p must be set except those for scratch.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k and v

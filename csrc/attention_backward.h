@@ -1,4 +1,4 @@
-// The gradients of causal sliding-window grouped-query attention of a packed batch: the sequences
+// The gradients of causal sliding-window grouped-query attention of a packed batch. The sequences
 // begin with the call, so all keys are in k and v, and no ring is read.
 //
 // With the scores s = scale * q k^T of a row, p = exp(s - lse) and delta = sum(d_out * out):
@@ -55,8 +55,8 @@ void attention_backward(const AttentionBackwardParams& p, int threads);
 #ifdef MISTRAL_CUDA
 namespace cuda {
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim (attention.h). Every row
-// of q, k, v, out and d_out and of the results must be 16-byte aligned. The results have the same
-// bits in every call.
+// of q, k, v, out and d_out and of the gradients must be 16-byte aligned. The gradients have the
+// same bits in every call.
 cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t stream);
 }  // namespace cuda
 #endif

@@ -1,4 +1,4 @@
-// Shared by every kernel and params struct: the glossary of shape letters and the element types.
+// What all kernels and params structs share: the glossary of shape letters and the element types.
 //
 //   T    new tokens of a call, all sequences packed one after another
 //   S    sequences of a call
@@ -12,8 +12,8 @@
 //   C    slots of one sequence's ring
 //   R    rows of the key or value pool of one layer: the sum over its rings of Hkv * C
 //
-// In params structs every pointer carries its shape in a comment; strides count elements and
-// are named after the axis they step over; the last axis always has stride 1.
+// In params structs every pointer carries its shape in a comment. Strides count elements and are
+// named after the axis that they step over. The last axis always has stride 1.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@
 #ifdef __CUDACC__
 #define MISTRAL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// always_inline, because these headers are compiled once per instruction set: the linker keeps one
-// out-of-line copy, and if that is the copy for AVX-512, the scalar code calls it too.
+// always_inline, because these headers are compiled once per instruction set. The linker keeps only
+// one out-of-line copy of a function. If that were the copy for AVX-512, the scalar code would call
+// it too.
 #define MISTRAL_HOST_DEVICE [[gnu::always_inline]] inline
 #endif
 
@@ -42,8 +43,8 @@ MISTRAL_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a
 MISTRAL_HOST_DEVICE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 MISTRAL_HOST_DEVICE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Calls f with a value of the C++ type that stores `dtype`: with_dtype(d, [&](auto t) {
-// using T = decltype(t); ... }).
+// Calls f with a value of the C++ type that stores `dtype`. For example:
+// with_dtype(d, [&](auto t) { using T = decltype(t); ... }).
 template <class F>
 [[gnu::always_inline]] inline void with_dtype(DType dtype, const F& f) {
   switch (dtype) {
@@ -53,8 +54,8 @@ template <class F>
   }
 }
 
-// The largest head dimension. All are multiples of 32, so that half a head, the unit of rotation,
-// is a whole number of 16-lane vectors.
+// The largest head dimension. All head dimensions are multiples of 32, so that half a head, the
+// unit of rotation, is a whole number of 16-lane vectors.
 constexpr int64_t kMaxHeadDim = 256;
 constexpr bool is_head_dim(int64_t dim) { return dim >= 32 && dim % 32 == 0 && dim <= kMaxHeadDim; }
 

@@ -29,7 +29,7 @@ void cross_entropy(const CrossEntropyParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 namespace cuda {
-// The loss and the gradients of a row are NaN if its target is no index of a logit.
+// If the target of a row is no index of a logit, the loss and the gradients of the row are NaN.
 cudaError_t cross_entropy(const CrossEntropyParams& p, cudaStream_t stream);
 }  // namespace cuda
 #endif

@@ -1,5 +1,5 @@
-// The one list of weight formats, and how each is stored. Everything that differs between formats
-// is here, in the traits of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for
+// The one list of weight formats, and how each is stored. Everything else that differs between
+// formats is in the traits of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for
 // Python, in mistral_ext/ops/weight.py.
 #pragma once
 
@@ -52,8 +52,8 @@ enum class WeightFormat {
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
-// The further bits of a byte of a word lie in the same byte of a further word, which has the
-// further bits of four words (q5_k) or of two (q6_k).
+// The further bits of words lie in further words, of which each serves four words (q5_k) or two
+// (q6_k). The further bits of a byte lie in the same byte of the further word.
 MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
   return shift / 8 * 8 + 2 * word + shift % 8 / 4;
 }
@@ -61,14 +61,14 @@ MISTRAL_HOST_DEVICE constexpr int high_bits_shift(int word, int shift) {
   return shift / 8 * 8 + 4 * (word % 2) + shift % 8 / 2;
 }
 
-// The values of iq4_nl and iq4_xs: denser near 0, where most weights are.
+// The values of iq4_nl and iq4_xs. They are denser near 0, where most weights are.
 constexpr int8_t kTable4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                 1,    13,   25,  38,  53,  69,  89,  113};
 
 // The values of q*_k and iq4_xs that share a d.
 constexpr int64_t kSuperBlock = 256;
 
-// The longest row of int8: the sums of its integer products fit 32 bits.
+// The longest row of int8. The sums of its integer products just fit 32 bits.
 constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
 
 struct FormatInfo {
@@ -79,8 +79,8 @@ struct FormatInfo {
   int64_t element_bits;     // bits of an element of the values
   int64_t scale_bytes;      // bytes of an element of the scales
   int64_t group_scales;     // elements of the scales of a group
-  // The fewest and the most neighbouring values that share scales, powers of two. 0: the whole row
-  // shares a scale.
+  // The fewest and the most neighbouring values that share scales, both powers of two. 0: the whole
+  // row shares a scale.
   int64_t least_group;
   int64_t most_group;
   int64_t most_inputs = 0;  // the values of the longest row; 0: any number
@@ -105,7 +105,8 @@ constexpr FormatInfo kFormats[kNumFormats] = {
   return kFormats[static_cast<int>(format)];
 }
 
-// Calls f with the format as a constant: with_format(format, [&](auto f) { ... f.value ... }).
+// Calls f with the format as a constant. For example:
+// with_format(format, [&](auto f) { ... f.value ... }).
 template <WeightFormat value_>
 struct FormatConstant {
   static constexpr WeightFormat value = value_;

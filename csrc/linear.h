@@ -1,6 +1,7 @@
-// Linear layers, x weight^T. With few tokens (gemv) reading the weights limits the speed, with many
-// (gemm) arithmetic does. The neighbouring operations of the model are fused: RMSNorm before the
-// product; a residual add, SwiGLU, RoPE with the append to the rings, or an argmax after it.
+// Linear layers, x weight^T. With few tokens (gemv), reading the weights limits the speed; with
+// many (gemm), arithmetic does. The neighbouring operations of the model are fused: an RMSNorm
+// before the product, and after it a residual add, SwiGLU, RoPE with the append to the rings, or an
+// argmax.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -14,7 +15,7 @@
 
 namespace mistral {
 
-// The use of the product.
+// What is done with the product.
 //   store   out = product
 //   add     out += product
 //   swiglu  out = silu(product with the first part) * (product with the second)
@@ -35,11 +36,12 @@ struct WeightPart {
 // The most weights that are multiplied in one pass: query, key and value.
 constexpr int64_t kMaxParts = 3;
 
-// The most tokens of one pass over the weights on a CUDA device: a block keeps the sums of all of
+// The most tokens of one pass over the weights on a CUDA device. A block keeps the sums of all of
 // them in registers.
 constexpr int64_t kMaxPassTokens = 64;
 
-// The argmax of a pass, while the blocks of a CUDA device contribute to it. Zero before and after.
+// The argmax of a pass, while the blocks of a CUDA device contribute to it. All of it is zero
+// before and after.
 struct RunningArgmax {
   int32_t arrived;                          // blocks that are done
   unsigned long long best[kMaxPassTokens];  // Ranks, in the type of atomicMax
@@ -71,8 +73,8 @@ struct LinearParams {
   RunningArgmax* running;  // on CUDA devices
 };
 
-// linear with query, key and value as parts 0, 1 and 2, then rope, in one pass. The results have
-// the same bits as the results of the two ops.
+// In one pass: linear with query, key and value as parts 0, 1 and 2, then rope. The results have
+// the same bits as those of the two ops.
 struct LinearRopeParams {
   LinearParams linear;
   RopeParams rope;  // q, k and v are in linear.out, as [T, Hq + 2 Hkv, D]
@@ -95,8 +97,8 @@ struct LinearBackwardParams {
 
 namespace cpu {
 
-// Up to this many tokens are multiplied by gemv.h. The result of a token then has the same bits
-// whatever the other tokens are.
+// gemv.h multiplies up to this many tokens. The result of a token then has the same bits whatever
+// the other tokens are.
 constexpr int64_t kGemvTokens = 8;
 
 int64_t linear_scratch_bytes(const LinearParams& p);
@@ -108,15 +110,16 @@ bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens);
 int64_t linear_backward_scratch_bytes(const LinearBackwardParams& p);
 void linear_backward(const LinearBackwardParams& p, int threads);
 
-// Runs linear, then rope: RoPE is only a hundredth of the time of a layer.
+// Runs linear, then rope. They are not fused here, because RoPE takes only a hundredth of the time
+// of a layer.
 void linear_rope(const LinearRopeParams& p, int threads);
 
 }  // namespace cpu
 
 #ifdef MISTRAL_CUDA
 
-// Converts a weight with scales to `dtype`, for products that other libraries compute, or the rows
-// of embeddings that tokens ask for.
+// Converts a weight with scales to `dtype`. This is for products that other libraries compute, and
+// for the rows of embeddings that tokens ask for.
 struct DequantizeParams {
   DType dtype;
   WeightPart weight;
@@ -131,8 +134,8 @@ namespace cuda {
 // K must be a multiple of this, so that the rows of every part are read in accesses of 16 bytes.
 int64_t row_unit(const LinearParams& p);
 
-// K must be a multiple of 8, rows of `out` 16-byte aligned and rows of the weight 8-byte aligned,
-// scales 4-byte aligned.
+// K must be a multiple of 8. Rows of `out` must be 16-byte aligned, rows of the weight 8-byte
+// aligned, and scales 4-byte aligned.
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
 
 int64_t linear_scratch_bytes(const LinearParams& p);
@@ -143,8 +146,8 @@ int64_t linear_scratch_bytes(const LinearParams& p);
 // has the same bits whatever the other tokens are.
 cudaError_t linear(const LinearParams& p, cudaStream_t stream);
 
-// One pass for up to 64 tokens if all parts have the same format and group, which has a kernel with
-// RoPE (plain, int8, int4, q8_0); otherwise linear, then rope.
+// One pass for up to 64 tokens, if all parts have the same format and group and the format has a
+// kernel with RoPE (plain, int8, int4, q8_0). Otherwise runs linear, then rope.
 cudaError_t linear_rope(const LinearRopeParams& p, cudaStream_t stream);
 
 }  // namespace cuda

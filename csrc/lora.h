@@ -4,8 +4,8 @@
 //   out   += hidden B
 //
 // Adapters lie one behind another in stacked tensors, padded to the largest rank. Weights that are
-// multiplied with the same x, such as query, key and value, are parts of one call, whose outputs
-// lie side by side.
+// multiplied with the same x, such as query, key and value, are parts of one call. The outputs of
+// the parts lie side by side.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -40,8 +40,9 @@ struct LoraParams {
   int64_t stride_out_token;
 };
 
-// The gradient of the stacked A (x: the layer's input, hidden: the gradient of x A^T) or of the
-// stacked B (x: the gradient of the layer's output): for each adapter, over the tokens that use it,
+// The gradient of the stacked A or of the stacked B. For A, x is the input of the layer and
+// `hidden` is the gradient of x A^T. For B, x is the gradient of the output of the layer. For each
+// adapter, over the tokens that use it:
 //
 //   out = sum(hidden^T x)
 struct LoraGradientParams {

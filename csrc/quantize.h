@@ -19,9 +19,9 @@ struct QuantizeParams {
   int64_t stride_weight_row;
 };
 
-// Rounds up to 256 neighbouring columns of a weight, one column after another. The error of a
-// column is made up for in the columns that follow: the step of GPTQ within a block (Frantar et al.
-// 2022, arXiv:2210.17323, algorithm 1). The columns after the block are left to the caller.
+// Rounds up to 256 neighbouring columns of a weight, one column after another. The following
+// columns make up for the error of a column. This is the step of GPTQ within a block (Frantar et
+// al. 2022, arXiv:2210.17323, algorithm 1). The caller corrects the columns after the block.
 struct QuantizeFeedbackParams {
   bool two_levels;      // as above
   float* weight;        // [N, B], changed; on return its errors, each over the factor's diagonal

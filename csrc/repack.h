@@ -1,6 +1,6 @@
-// Takes the blocks of GGUF files apart, without loss: a file has the scales of each block beside
-// its values, and our kernels have them in separate arrays, with the values in words (formats.h).
-// Only for the CPU: files are read there.
+// Takes the blocks of GGUF files apart, without loss. A file has the scales of each block beside
+// its values. Our kernels have scales and values in separate arrays, and the values in words
+// (formats.h). Only for the CPU: files are read there.
 //
 // Source of the layouts of blocks: ggml's ggml-common.h and ggml-quants.c (MIT).
 #pragma once
@@ -9,8 +9,8 @@
 
 namespace mistral {
 
-// The types of blocks that have a format. Q5_0 and Q3_K become formats with more bits for the same
-// numbers, the others the format of their own name.
+// The types of blocks that can be taken apart. Q5_0 and Q3_K become formats with more bits for the
+// same numbers. The others become the format of their own name.
 enum class BlockType { q4_0, q4_1, q5_0, q8_0, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs };
 
 struct BlockInfo {
@@ -32,7 +32,7 @@ constexpr BlockInfo kBlockTypes[kNumBlockTypes] = {
   return kBlockTypes[static_cast<int>(type)];
 }
 
-// Bytes of the values and of the scales that a block becomes.
+// The number of bytes of the values, and of the scales, that a block becomes.
 [[gnu::always_inline]] inline constexpr int64_t value_bytes(const BlockInfo& block) {
   return block.values * info(block.format).bits / 8;
 }

@@ -1,8 +1,8 @@
-// Ring arithmetic: the only place that knows where a token's key and value live.
+// Ring arithmetic. Only this file knows where the key and the value of a token live.
 //
 // A sequence owns a ring of C slots in the layer's key pool and, at the same rows, in its value
 // pool, both [R, D]. The ring is head-major, [Hkv, C, D], so that the keys of one head are
-// contiguous, and starts at row `ring_row`:
+// contiguous. It starts at row `ring_row`:
 //
 //     row(head, position) = ring_row + head * C + position mod C
 //
@@ -11,8 +11,8 @@
 // the ring plus the chunk's own keys hold all that is seen. A sequence that never grows past C
 // tokens needs no more than C slots, whatever the window.
 //
-// A chunk must not overwrite tokens that it still needs: token p takes the slot of token p - C, and
-// while the first query of the chunk sees p - C, p waits until attention is done. So a new token is
+// A chunk must not overwrite tokens that it still needs. Token p takes the slot of token p - C. If
+// the first query of the chunk sees p - C, then p waits until attention is done. So a new token is
 //   - never stored, if a later token of its own chunk takes the same slot;
 //   - stored before attention (by rope), if no query of the chunk sees what it replaces; this
 //     is every decode step, and every chunk that does not wrap;
@@ -24,8 +24,8 @@
 
 namespace mistral {
 
-// One row of the sequence table, an int64 tensor [S, 5] in the memory of the device, so that a
-// captured CUDA graph serves every step.
+// One row of the sequence table. The table is an int64 tensor [S, 5] in the memory of the device,
+// so that a captured CUDA graph serves every step.
 struct Sequence {
   int64_t first_token;  // where its new tokens begin in the packed tensors [T, ...]
   int64_t count;        // how many they are: 1 = decode, more = a prompt chunk, 0 = idle
@@ -36,8 +36,8 @@ struct Sequence {
 constexpr int64_t kSequenceFields = 5;
 static_assert(sizeof(Sequence) == kSequenceFields * sizeof(int64_t), "read as rows of int64");
 
-// The sequence that owns a packed token: tokens are packed in the order of the table, so it is the
-// last one that begins at or before the token.
+// The index of the sequence that owns a packed token. Tokens are packed in the order of the table,
+// so this is the last sequence that begins at or before the token.
 MISTRAL_HOST_DEVICE int64_t find_sequence(const Sequence* sequences, int64_t num_sequences,
                                           int64_t token) {
   int64_t low = 0, high = num_sequences - 1;

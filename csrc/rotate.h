@@ -1,5 +1,5 @@
 // Rotary position embedding of the heads of x, without rings: `out` is x rotated by the angles of
-// rope.h. The rotation by the negated angles is the gradient.
+// rope.h. With the negated angles this computes the gradient.
 #pragma once
 
 #ifdef MISTRAL_CUDA

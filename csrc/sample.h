@@ -11,9 +11,9 @@
 // index) and the counter (token / 4 + 1, step, 0, 0), its upper 53 bits as a fraction. These are
 // the numbers of numpy's Generator(Philox(key=[seed, index], counter=[0, step, 0, 0])).random(V).
 //
-// The functions below are that definition, for both devices. Results that must agree between
-// devices are computed in double or in integers. Sums of probabilities are in fixed point, so that
-// their order does not matter.
+// The functions below are that definition, for CPU and CUDA devices. Results that must agree
+// between devices are computed in double or in integers. Sums of probabilities are in fixed point,
+// so that their order does not matter.
 #pragma once
 
 #include <cmath>
@@ -28,8 +28,8 @@
 
 namespace mistral {
 
-// One row of the options table, a float64 tensor [M, 7] in the memory of the device, so that a
-// captured CUDA graph serves every step.
+// One row of the options table. The table is a float64 tensor [M, 7] in the memory of the device,
+// so that a captured CUDA graph serves every step.
 struct SamplingOptions {
   double temperature;         // 0: greedy
   double top_k;               // the k most likely tokens; 0: all
@@ -142,7 +142,7 @@ MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
   return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
 }
 
-// The token of this rank; -1 if there is nothing to choose from.
+// The token of this rank, or -1 if there is nothing to choose from.
 MISTRAL_HOST_DEVICE int64_t greedy_choice(Rank best) {
   return can_choose(best) ? id_of_rank(best) : -1;
 }
@@ -165,8 +165,9 @@ MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o
   return static_cast<Rank>(key) << kIdBits;
 }
 
-// The probabilities of a row relative to the largest, in units so small that a sum over the
-// vocabulary just fits 63 bits: 2^-47 for 32768 tokens. Probabilities below half a unit become 0.
+// The probabilities of a row relative to the largest. They are in units so small that a sum over
+// the vocabulary just fits 63 bits: 2^-47 for 32768 tokens. Probabilities below half a unit become
+// 0.
 struct Weights {
   float largest;
   double temperature;
@@ -185,7 +186,7 @@ MISTRAL_HOST_DEVICE double weight_scale(int64_t vocab_size) {
 }
 
 // A filter that sums a measure over the tokens, from the most likely down, until the sum is enough.
-// `measure` is the amount of one token.
+// `measure` is what one token adds to the sum.
 struct TopK {
   double k;
   MISTRAL_HOST_DEVICE uint64_t measure(uint32_t) const { return 1; }
@@ -211,7 +212,7 @@ MISTRAL_HOST_DEVICE PhiloxBlock noise_block(const NoiseState& noise, int64_t blo
                 {{static_cast<uint64_t>(block) + 1, static_cast<uint64_t>(noise.step), 0, 0}});
 }
 
-// A word of 0 gives -inf: never chosen, unless nothing else is left.
+// A word of 0 gives -inf. Such a token is never chosen, unless nothing else is left.
 MISTRAL_HOST_DEVICE double gumbel(uint64_t word) {
   constexpr double kUnit = 1.0 / static_cast<double>(int64_t{1} << 53);
   return -log(-log(static_cast<double>(word >> 11) * kUnit));

@@ -103,7 +103,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
           }};
 }
 
-// The head dimensions that all ops take on a kind of device.
+// The head dimensions that all ops take on devices of this type.
 std::vector<int64_t> head_dims(const std::string& device_type) {
   const auto taken = [&](int64_t dim) {
     if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);

@@ -1,6 +1,6 @@
-// A call of an op that needs scratch memory. Its arguments are checked, but its kernel is not
-// started. Python asks how much memory the call needs, then runs it with that memory. On the CPU a
-// call can be run again, for what its tensors then hold.
+// A call of an op that needs scratch memory. Its arguments have been checked, but its kernel has
+// not been started. Python asks how much memory the call needs, then runs it with that memory. On
+// the CPU a call can be run again, on what its tensors then hold.
 #pragma once
 
 #include <algorithm>
@@ -15,15 +15,16 @@ namespace mistral::python {
 
 class Call {
  public:
-  // Starts the kernel. workspace: the address of workspace_bytes bytes, a multiple of 64. counters:
-  // the address of `counters` ints.
+  // Starts the kernel. `workspace` points to workspace_bytes bytes and is aligned to 64 bytes.
+  // `counters` points to as many ints as the member `counters` says.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
-  // Checks the sequence table again, and returns the bytes of the workspace that it takes now.
+  // Checks the sequence table again, and returns the bytes of workspace that the call needs with
+  // the present table.
   using Recheck = std::function<int64_t()>;
 
-  // Holds the addresses of the tensors but does not own them: they must outlive the call. recheck:
-  // null if the call has no sequence table.
+  // Holds the addresses of the tensors but does not own them: they must outlive the call. `recheck`
+  // is null if the call has no sequence table.
   Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
       : workspace_bytes(workspace_bytes),
         counters(counters),
@@ -45,13 +46,13 @@ class Call {
   Recheck recheck_;
 };
 
-// Calls on the CPU that are run one after another, again and again, without Python between them.
-// One thread at a time may run them.
+// Calls on the CPU that run one after another without Python between them, as often as wanted. Only
+// one thread at a time may run them.
 class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }
 
-  // Checks all calls again, and returns the bytes of a workspace that each of them may use.
+  // Checks all calls again, and returns the bytes of a workspace that suffices for each of them.
   int64_t recheck() const {
     int64_t most = 0;
     for (const Call& call : calls_) most = std::max(most, call.recheck());

@@ -17,11 +17,11 @@ namespace mistral::python {
 #define MISTRAL_KERNELS(op) &cpu::op
 #endif
 
-// Where a call runs: on a CPU the number of threads, on a CUDA device the handle of a stream.
+// Where a call runs: the number of threads on a CPU, the handle of a stream on a CUDA device.
 using ExecutionTarget = int64_t;
 
-// Lets other threads run Python during its own lifetime. It does nothing within the lifetime of
-// another WithoutGil of the same thread.
+// Lets other threads run Python as long as this object lives. It does nothing if the same thread
+// already has a living WithoutGil.
 class WithoutGil {
  public:
   WithoutGil() {
@@ -32,7 +32,8 @@ class WithoutGil {
   ~WithoutGil() { --depth_; }
 
  private:
-  // Python's own answer is no help: with subinterpreters it always says that the GIL is held.
+  // Counts the living objects of this thread. Python's own answer is no help: with subinterpreters
+  // it always says that the GIL is held.
   static inline thread_local int depth_ = 0;
   std::optional<py::gil_scoped_release> released_;
 };
@@ -66,8 +67,8 @@ class CurrentDevice {
 // The id of the CUDA graph that a stream is being captured into, or 0. No two graphs share an id.
 uint64_t capture_id(ExecutionTarget target);
 
-// Throws ValueError if the device is older than the kernels' instructions, and otherwise
-// RuntimeError with the message of the CUDA runtime.
+// Throws ValueError if the device is too old for the kernels, otherwise RuntimeError with the
+// message of the CUDA runtime.
 [[noreturn]] void fail_launch(const char* op, int index, cudaError_t status);
 
 template <class Params>

@@ -11,8 +11,8 @@
 namespace mistral::python {
 namespace {
 
-// For linear_rope: takes the head dimension from the pool, and checks that the weights have whole
-// heads.
+// For linear_rope: sets the head dimension to that of the pool, and checks that the weights have
+// whole heads.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
@@ -99,7 +99,7 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
   return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
 }
 
-// Only checks, for a caller that multiplies with torch. out and added may be None.
+// Only checks the arguments, for a caller that multiplies with torch. out and added may be None.
 void check_linear(const std::string& name, py::object x_, py::list values, py::list scales,
                   py::list formats, py::object norm, double eps, py::object out, py::object added) {
   const Op op = find_op(name);
@@ -125,7 +125,7 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
           }};
 }
 
-// Only checks, for a caller that multiplies with torch and calls rope.
+// Only checks the arguments, for a caller that multiplies with torch and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
                        py::object norm, double eps, py::object k_pool) {
   LinearParams p = checked_linear(kLinearRope, Tensor(kLinearRope, "x", x),
@@ -175,7 +175,7 @@ LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::o
   return p;
 }
 
-// Only checks, for a caller that multiplies with torch.
+// Only checks the arguments, for a caller that multiplies with torch.
 void check_linear_argmax(py::object x, py::list values, py::list scales, py::list formats,
                          py::object norm, double eps, std::optional<int64_t> limit) {
   checked_argmax(Tensor(kLinearArgmax, "x", x), {values, scales, formats}, norm, eps, limit,
@@ -203,7 +203,7 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 #ifdef MISTRAL_CUDA
 
-// out = the weight, or its rows by their indices [T], on a CUDA device.
+// Writes to out the weight, or the rows of it that the indices [T] name, on a CUDA device.
 void dequantize(py::object values, py::object scales, const std::string& format,
                 py::object indices_, py::object out_, ExecutionTarget target) {
   constexpr const char* op = "dequantize";

@@ -8,7 +8,8 @@
 
 namespace mistral::python {
 
-// Whether products are exact. It begins as MISTRAL_EXT_EXACT says, and may be set.
+// Whether products are exact. The environment variable MISTRAL_EXT_EXACT gives the first value, and
+// the caller may set it.
 bool& exact_products();
 
 // The names of weights in errors.
@@ -19,7 +20,7 @@ struct Names {
 
 Names names_of(Epilogue epilogue, size_t parts);
 
-// The weights of a call: the values of each, its scales (None if it has none) and the name of its
+// The weights of a call. For each: its values, its scales (None if it has none) and the name of its
 // format.
 struct Weights {
   py::list values, scales, formats;

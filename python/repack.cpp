@@ -18,7 +18,7 @@ BlockType type_of(const std::string& name) {
   fail(op, "type is '" + name + "', expected one of " + names);
 }
 
-// The address of a part to fill; null: it is not wanted.
+// The address of a part to fill, or null if the caller does not want the part.
 uint8_t* address_of(const char* name, const py::object& part_, const char* dtype,
                     const Tensor& blocks, int64_t elements) {
   if (part_.is_none()) return nullptr;

@@ -32,7 +32,7 @@ void check_position(const char* op, int64_t i, const Sequence& s) {
   }
 }
 
-// Whether row i goes on in the ring of the row before it, with the next token.
+// Whether row i is the next token of the sequence in the row before it, in the same ring.
 bool shares_ring(const Sequence* sequences, int64_t i) {
   if (i == 0) return false;
   const Sequence &s = sequences[i], &before = sequences[i - 1];
@@ -42,8 +42,8 @@ bool shares_ring(const Sequence* sequences, int64_t i) {
 
 }  // namespace
 
-// Rows that share a ring are stored before any of them attends, so no row may take a slot that the
-// first of them still reads.
+// Rows that share a ring are stored before any of them attends. So no row may take a slot that the
+// first of these rows still reads.
 void check_rows(const char* op, const AttentionParams& p) {
   int64_t packed = 0, shared = 0;                  // shared: rows before this one in its ring
   std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) rows
@@ -56,7 +56,7 @@ void check_rows(const char* op, const AttentionParams& p) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window or " +
                    std::to_string(s.position + s.count) + ", the sequence's length, or more");
     }
-    // A division, because the product of a wrong capacity may not fit.
+    // Divides, because the product with a wrong capacity may overflow.
     if (s.ring_row < 0 || s.ring_row > p.pool_rows ||
         s.capacity > (p.pool_rows - s.ring_row) / p.kv_heads) {
       fail(op, at(i, "ring_row", s.ring_row) + " and its ring has " + std::to_string(p.kv_heads) +

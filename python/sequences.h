@@ -55,8 +55,9 @@ struct RaggedBatch {
   }
 };
 
-// Checks the rows of a table in the memory of the CPU, which the kernels trust: each has tokens and
-// a ring that exist, and nothing overlaps. `p` needs only the fields of RaggedBatch::table_params.
+// Checks the rows of a table in the memory of the CPU, because the kernels trust them. The tokens
+// and the ring of each row must exist, and nothing may overlap. Of `p` only the fields of
+// RaggedBatch::table_params are needed.
 void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].
@@ -65,12 +66,12 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t wind
 // Checks the last axis of heads x [T, H, D].
 void check_head_dim(const Tensor& x);
 
-// Checks that attention and its gradient take q [T, Hq, D] and scale on a CUDA device: the kernels
-// multiply scores of -inf by scale.
+// Checks that attention and its gradient on a CUDA device take q [T, Hq, D] and scale. The scale
+// must be positive, because the kernels multiply scores of -inf by it.
 void expect_cuda_heads(const Tensor& q, float scale);
 
-// Checks that the sequences of a table [S, 5] hold the tokens of x, its first axis, one after
-// another; and their positions, if these are used. Rings are not looked at.
+// Checks that the sequences of a table [S, 5] hold the tokens of x (its first axis) one after
+// another. If with_positions, checks their positions too. Does not look at rings.
 void check_packed(const Tensor& x, const Table& sequences, bool with_positions);
 
 // Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.

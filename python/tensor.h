@@ -1,6 +1,7 @@
-// A torch tensor as the bindings see it: the address and the layout of its elements, read through
-// torch's Python attributes, so that this module needs no torch headers and no libtorch. The checks
-// name the op, the argument, and what was expected and given.
+// A torch tensor as the bindings see it: the address and the layout of its elements. They are read
+// through the Python attributes of the tensor, so that this module needs no torch headers and no
+// libtorch. The messages of failed checks name the op, the argument, and what was expected and
+// given.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -34,8 +35,8 @@ class Tensor {
   // Columns of a matrix [T, N] as heads [T, count, dim], from column first * dim on.
   Tensor heads(const char* name, int64_t first, int64_t count, int64_t dim) const;
 
-  // Throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1 is any
-  // size.
+  // These throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1
+  // stands for any size.
   void expect_shape(std::initializer_list<int64_t> expected) const;
   void expect_device_of(const Tensor& other) const;
   void expect_like(const Tensor& other) const;  // of the same dtype and device
@@ -45,8 +46,8 @@ class Tensor {
   void expect_aligned_rows() const;
 
  protected:
-  // `dtype`: the only dtype that is accepted, by its name in torch; null: any that the kernels
-  // know.
+  // `dtype` is the name in torch of the only dtype that is accepted. If it is null, all dtypes that
+  // the kernels know are accepted.
   Tensor(const char* op, const char* name, py::handle object, const char* dtype);
 
   [[noreturn]] void fail(const std::string& problem) const;

@@ -1,5 +1,5 @@
-// Copies one new token's keys and values into its ring: rope does it for the tokens that may be
-// stored before attention, attention for the others.
+// Copies the keys and values of one new token into its ring. rope does this for the tokens that may
+// be stored before attention, and attention for the others.
 #pragma once
 
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Params: RopeParams or AttentionParams, which name these fields alike.
+// Params is RopeParams or AttentionParams: the fields that are used have the same names in both.
 template <class T, class Params>
 [[gnu::always_inline]] inline void append(const Params& p, const Sequence& s, int64_t token) {
   const int64_t position = s.position + token - s.first_token;

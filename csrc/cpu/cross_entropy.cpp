@@ -58,7 +58,7 @@ float row_loss(const CrossEntropyParams& p, int64_t token) {
   if (p.factors) {
     const float factor = p.factors[token];
     to_probabilities(logits, p.vocab, maximum, total, factor);
-    // Not the rounded probability minus 1, which would be rounded twice.
+    // Computed anew: the stored probability minus 1 would be rounded twice.
     from_float(factor * (expf(logit - maximum) / total - 1.0f), of_target);
   }
   return logf(total) + (maximum - logit);

@@ -92,7 +92,7 @@ struct Active {
   const Kernels* kernels;
 };
 
-// Initialised at the first use, not when the module is loaded, so that an error reaches the caller.
+// Initialised at the first use, not when the module is loaded, so that the caller gets the error.
 Active& active() {
   static Active instance = [] {
     const Isa isa = initial_isa();

@@ -26,12 +26,12 @@ enum class Isa {
 
 const char* name(Isa isa);
 
-// The sets that this binary holds and this processor runs, slowest first.
+// The supported sets, slowest first: those that this binary holds and this processor runs.
 std::vector<Isa> supported_isas();
 
-// The set in use: the set that the environment variable MISTRAL_EXT_ISA names, else the fastest
-// supported set. Throws std::invalid_argument, as every op does, if the variable names an
-// unsupported set.
+// The set in use. It is the set that the environment variable MISTRAL_EXT_ISA names, else the
+// fastest supported set. If the variable names an unsupported set, this function and every op throw
+// std::invalid_argument.
 Isa active_isa();
 
 // Throws std::invalid_argument for a name that is unknown or that this processor cannot run.

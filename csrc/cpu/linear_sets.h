@@ -1,5 +1,5 @@
-// The instruction sets that have only products of linear layers of their own, and all other kernels
-// from another set. cmake/cpu.cmake lists them too.
+// The instruction sets for which only the products of linear layers are compiled. All their other
+// kernels are those of another set. cmake/cpu.cmake lists these sets too.
 #pragma once
 
 #include "../linear.h"

@@ -1,7 +1,8 @@
-// Two loops over tasks: the first computes `hidden`, a few rows of A for a block of tokens a task,
-// the second adds to `out`, a block of outputs for a block of tokens a task. Tokens of a block that
-// are neighbours and use the same adapter are computed together, so that each value of A and B is
-// read once for all of them. The order of the additions of an output depends on nothing else.
+// Two loops over tasks. The first computes `hidden`: a task computes a few rows of A for a block of
+// tokens. The second adds to `out`: a task adds a block of outputs for a block of tokens.
+// Neighbouring tokens of a block that use the same adapter are computed together, so that each
+// value of A and B is read once for all of them. The order of the additions of an output does not
+// depend on this.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -16,8 +17,8 @@ constexpr int64_t kTaskRows = 4;  // 4 rows x 2 tokens keep 8 sums in registers
 constexpr int64_t kTaskOutputs = 1024;
 constexpr int64_t kTileTokens = 2;
 constexpr int64_t kTileVectors = 4;
-// Sums of this many vectors are added up: one running sum over thousands of values would lose
-// digits, most of all with one lane.
+// This many vectors are summed on their own, and then the sums are added up. One running sum over
+// thousands of values would lose digits, most of all with one lane.
 constexpr int64_t kVectorsPerSum = 32;
 
 template <int64_t kCount>
@@ -29,7 +30,8 @@ int64_t rank_of(const LoraParams& p, int64_t adapter, int64_t part) {
   return p.ranks[adapter * p.num_parts + part];
 }
 
-// Calls f(token, count, adapter) for up to kTileTokens neighbours of the same adapter at a time.
+// Calls f(token, count, adapter) for the tokens of a block that have an adapter: `count` neighbours
+// with the same adapter at a time, at most kTileTokens.
 template <class F>
 void for_each_tile(const LoraParams& p, int64_t block, const F& f) {
   const int64_t end = mistral::min((block + 1) * kTaskTokens, p.tokens);
@@ -81,7 +83,7 @@ void multiply(const T* a, const T* x, int64_t stride_x, int64_t dim, float* out)
   }
 }
 
-// Rows [first, first + kRows) of one part of `hidden`, for kTokens tokens of one adapter.
+// Computes rows [first, first + kRows) of one part of `hidden`, for kTokens tokens of one adapter.
 template <class T, int64_t kRows, int64_t kTokens>
 void shrink(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t first) {
   const int64_t row = part * p.max_rank + first, rows = p.num_parts * p.max_rank;
@@ -107,7 +109,7 @@ void shrink_rows(const LoraParams& p, int64_t token, int64_t adapter, int64_t pa
   }
 }
 
-// Outputs [begin, end), of one part, for kTokens tokens of one adapter.
+// Computes outputs [begin, end) of one part, for kTokens tokens of one adapter.
 template <class T, class Out, int64_t kTokens>
 void expand(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t begin,
             int64_t end) {

@@ -10,8 +10,8 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 constexpr int64_t kTaskColumns = 256;
-// The tokens whose products are summed before the sum joins the result. One running sum over
-// thousands of tokens would lose digits.
+// The number of tokens whose products are summed before the sum is added to the result. One running
+// sum over thousands of tokens would lose digits.
 constexpr int64_t kBlockTokens = 128;
 constexpr int64_t kSumRows = 4;  // 4 rows x 2 vectors keep 8 sums in registers
 constexpr int64_t kSumVectors = 2;

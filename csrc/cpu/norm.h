@@ -1,5 +1,5 @@
-// RMSNorm of one row. The row is read twice, the second time from the cache: once for the sum of
-// squares (with a residual, also to add and store it), once to scale.
+// RMSNorm of one row. The row is read twice, the second time from the cache. The first pass sums
+// the squares; with a residual, it also adds this and stores the sum. The second pass scales.
 #pragma once
 
 #include "simd/simd.h"
@@ -8,13 +8,14 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kVectorsPerBlock = 32;
 
-// h = x + residual, rounded to T as the plain computation would, so that fused and unfused agree
+// h = x + residual, rounded to T as the separate addition would, so that fused and unfused ops
+// agree
 template <class T>
 MISTRAL_SIMD Vec add_rounded(Vec x, Vec residual) {
   return round_to<T>(x + residual);
 }
 
-// Returns sum(h^2); leaves h in `residual` unless it is null. Sums in blocks, because one running
+// Returns sum(h^2). Stores h in `residual` unless this is null. Sums in blocks, because one running
 // sum over thousands of elements would lose digits, most of all with one lane.
 template <class T>
 float add_and_square(const T* x, T* residual, int64_t dim) {

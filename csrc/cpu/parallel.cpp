@@ -14,12 +14,13 @@
 namespace mistral::cpu {
 namespace {
 
-// How long a thread spins for the next loop before it sleeps. Python takes less time from one op to
-// the next, so the threads stay awake for a whole decode step. Waking a thread takes about as long
-// as a small op.
+// How long a thread spins for the next loop before it sleeps. Python takes less time than this from
+// one op to the next, so the threads stay awake for a whole decode step. Waking a thread takes
+// about as long as a small op.
 constexpr std::chrono::microseconds kWatch{100};
 
-// A caller may ask for any number of threads; more than a few for each processor only take turns.
+// The limit for the threads that a caller asks for. More than a few for each processor would only
+// take turns.
 int most_threads() {
   static const int most = std::max(16, 4 * static_cast<int>(std::thread::hardware_concurrency()));
   return most;
@@ -46,9 +47,9 @@ bool watch(const F& happened) {
   return false;
 }
 
-// Workers sleep between loops. A loop is published under `mutex` by bumping `loop`; a worker joins
-// it if it is wanted there, and the caller leaves when nobody is in it any more. The tasks
-// themselves are claimed with one atomic counter. `loop` and `inside` are atomic because threads
+// Workers sleep between loops. A caller publishes a loop by adding 1 to `loop` under `mutex`. A
+// worker joins the loop if it is wanted there. The caller leaves when nobody is inside the loop any
+// more. Tasks are claimed with one atomic counter. `loop` and `inside` are atomic because threads
 // watch them without the lock.
 class Pool {
  public:
@@ -132,8 +133,8 @@ class Pool {
   std::atomic<int64_t> next_{0};
 };
 
-// Never destroyed: workers may still wait on it while the process exits. A forked child has none
-// of its parent's threads, so it starts with a new pool.
+// The pool is never destroyed, because workers may still wait on it while the process exits. A
+// forked child has none of the threads of its parent, so it starts with a new pool.
 Pool* pool = nullptr;
 
 void make_pool() { pool = new Pool; }

@@ -15,8 +15,8 @@ namespace mistral::cpu {
 #if defined(MISTRAL_X86)
 namespace {
 
-// Whether the processor has AMX with bf16, and the operating system lets this process use it. A
-// process must ask, because tiles add 8 KB to what is saved of each thread.
+// Whether the processor has AMX with bf16 and the operating system lets this process use it. A
+// process must ask, because tiles add 8 KB to what the system saves of each thread.
 bool amx_permitted() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx

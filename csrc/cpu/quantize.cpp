@@ -1,9 +1,10 @@
 // One task rounds a row.
 //
-// Scales are searched: a few scales are tried for each 32 values, and the scale with the least
-// weighted squared error is taken. With t the table's values that a tried scale chooses for the
-// weights x, and v how much the error of each weight counts, the best scale for these t is
-// sum(v x t) / sum(v t t), and it leaves the error sum(v x x) - sum(v x t)^2 / sum(v t t).
+// Scales are searched: for each 32 values a few scales are tried, and the scale with the least
+// weighted squared error is taken. Let x be the weights, t the values of the table that a tried
+// scale chooses for them, and v how much the error of each weight counts. Then the best scale for
+// these t is sum(v x t) / sum(v t t), and it leaves the error
+// sum(v x x) - sum(v x t)^2 / sum(v t t).
 #include "../quantize.h"
 
 #include "kernels.h"
@@ -16,9 +17,9 @@ namespace {
 
 constexpr int kGroups = kSuperBlock / kGroup4;  // groups of a super-block
 
-// The magnitudes of the table's ends, over the magnitude of the scaled largest weight. A factor
-// above 1 leaves the end of the table unused; below 1 cuts off the largest weight. Twice as many
-// take 0.3 % off the error.
+// The scales that are tried. Each is given as the magnitude of the end of the table over that of
+// the largest weight after scaling. Above 1 the end of the table is unused; below 1 the largest
+// weight is cut off. Twice as many would take another 0.3 % off the error.
 constexpr float kTried[] = {0.86f, 0.94f, 1.02f, 1.10f};
 
 // 32 weights, and how much the error of each counts.
@@ -93,7 +94,8 @@ float as_f16(float scale, f16* out) {
   return to_float(*out);
 }
 
-// Scales of iq4_xs: the scale of a group is that of the super-block times its multiple, -32 to 31.
+// The scales of iq4_xs. The scale of a group is the scale of the super-block times the multiple of
+// the group, from -32 to 31.
 struct TwoLevels {
   f16 scale;
   uint16_t high;  // bits 4 and 5 of each multiple + 32
@@ -109,7 +111,8 @@ static_assert(sizeof(TwoLevels) == 8, "GGUF's layout");
 
 constexpr int kLeastMultiple = -32, kMostMultiple = 31;
 
-// The scale of a super-block: its largest group scale gets the multiple of the largest magnitude.
+// The scale of a super-block. It gives the largest group scale the multiple of the largest
+// magnitude.
 float upper_scale(const float* group_scales, f16* out) {
   float largest = 0.0f;
   for (int i = 0; i < kGroups; ++i) {
@@ -118,8 +121,8 @@ float upper_scale(const float* group_scales, f16* out) {
   return as_f16(largest / kLeastMultiple, out);
 }
 
-// The multiple with the least error, among those next to the group's best scale. The middle if sums
-// are not finite.
+// The multiple with the least error, among those next to the best scale of the group. If sums are
+// not finite, the middle one.
 int best_multiple(const Group& g, float group_scale, float upper) {
   const float nearest = rintf(group_scale * inverse(upper));
   const int middle = static_cast<int>(fminf(fmaxf(nearest, kLeastMultiple), kMostMultiple));
@@ -154,8 +157,8 @@ void round_group(const Group& g, uint32_t* words, f16* scale) {
   nearest_words(g.x, inverse(as_f16(best_scale(g), scale)), words);
 }
 
-// Sets how much the error of each weight counts: as the input does, and more for large weights.
-// Returns the error of zeros.
+// Sets how much the error of each weight counts: as its input does, and more for large weights.
+// Returns the error that remains if all weights become 0.
 MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
   Vec error = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
@@ -210,8 +213,8 @@ void round_row(const QuantizeParams& p, int64_t row) {
   p.largest[row] = largest;
 }
 
-// Rounds the columns of one group of a row, one after another, and takes the error of each, as far
-// as the factor says, off the columns that follow.
+// Rounds the columns of one group of a row, one after another. The columns that follow a column
+// make up for its error, as far as the factor says.
 void feed_back(const QuantizeFeedbackParams& p, float* row, int64_t first, float scale,
                uint32_t* words) {
   for (int i = 0; i < kGroup4 / 8; ++i) words[i] = 0;

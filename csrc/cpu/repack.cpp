@@ -1,6 +1,6 @@
 // A block is taken apart in two steps: its integers become a byte each, and these are packed into
-// words. Compiled once, not for every instruction set: a compiler vectorises the loops for the
-// oldest of them, and a weight takes less than a nanosecond.
+// words. This file is compiled once, not for every instruction set. A compiler vectorises the loops
+// even for the oldest set, and a weight takes less than a nanosecond.
 #include "../repack.h"
 
 #include <cstring>
@@ -18,9 +18,9 @@ uint32_t load_word(const uint8_t* from) {
 
 // ---- Integers of blocks, a byte each
 
-// Adds the integers of fields: every kRun bytes hold the lowest kBits bits of as many integers,
-// then the next higher bits of as many integers that follow, and so on. `shift`: the place of the
-// fields in the integers.
+// ORs the fields of kBits bits in kBytes bytes, shifted by `shift`, into integers. The lowest
+// fields of kRun bytes belong to kRun integers, the next higher fields of the same bytes to the
+// next kRun integers, and so on.
 template <int kBits, int kRun, int kBytes>
 void add_fields(const uint8_t* in, int shift, uint8_t* integers) {
   constexpr int kMask = (1 << kBits) - 1;
@@ -36,7 +36,8 @@ void add_fields(const uint8_t* in, int shift, uint8_t* integers) {
 // Adds bit i % 8 of byte i / 8 to integer i of 32, as its fifth bit.
 void add_fifth_bits(const uint8_t* in, uint8_t* integers) {
   for (int i = 0; i < 4; ++i) {
-    // Each byte of eight keeps another bit. A byte that is not 0 then carries into its highest bit.
+    // Each of the eight bytes keeps another bit. If a byte is not 0, the sum carries into its
+    // highest bit.
     const uint64_t bits = (in[i] * uint64_t{0x0101010101010101}) & 0x8040201008040201;
     const uint64_t fifth = ((bits + 0x7f7f7f7f7f7f7f7f) >> 3) & 0x1010101010101010;
     uint64_t eight;
@@ -71,7 +72,8 @@ void store_words(const uint8_t* integers, uint8_t* out) {
   memcpy(out, words, sizeof words);
 }
 
-// Words of the low bits of 256 integers, then further words of their fifth or high two bits.
+// Writes words with the low bits of 256 integers, then further words with their fifth or high two
+// bits.
 template <int kBits>
 void store_wide(const uint8_t* integers, uint8_t* out) {
   constexpr int kBlocks = 8;               // of 32 integers

@@ -1,5 +1,5 @@
-// One task samples one row, in a few passes over it. Compiled once, not for every instruction set:
-// the time goes into exp and log of the C library.
+// One task samples one row, in a few passes over it. This file is compiled once, not for every
+// instruction set: the time goes into exp and log of the C library.
 #include "../sample.h"
 
 #include "parallel.h"
@@ -32,11 +32,11 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
 }
 
 // Returns the lowest rank that the filter leaves. Measures are summed from the highest rank down
-// until the filter is satisfied; if all ranks at or above `threshold` are not enough, the result is
+// until the filter is satisfied. If all ranks at or above `threshold` are not enough, the result is
 // `threshold`. The rank is found digit by digit, from the front: a histogram of the next digit,
 // over the ranks that begin with the digits found so far, tells how far the sum gets with each
-// digit. `measures` [V] holds the measures of the tokens at or above the threshold; null: each is
-// 1.
+// digit. `measures` [V] holds the measures of the tokens at or above the threshold. If it is null,
+// each measure is 1.
 template <class Top>
 Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int64_t vocab_size,
             Rank threshold) {
@@ -78,15 +78,16 @@ uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, 
   return total;
 }
 
-// At least gumbel(word), without a logarithm: -log(u) is at least 1 - u, whose binary exponent is
-// known. The addend covers the rounding of gumbel.
+// A number that is at least gumbel(word), found without a logarithm. -log(u) is at least 1 - u,
+// whose binary exponent is known. The addend covers the rounding of gumbel.
 double gumbel_bound(uint64_t word) {
   constexpr double kLog2 = 0.6931471805599453;
   const uint64_t units = (uint64_t{1} << 53) - (word >> 11);  // 1 - u, in units of 2^-53
   return static_cast<double>(__builtin_clzll(units) - 10) * kLog2 + 1e-9;
 }
 
-// Most tokens are so unlikely that no noise of theirs wins: a bound saves them the logarithms.
+// Most tokens are so unlikely that no noise makes them win. A bound of the noise saves them the
+// logarithms.
 int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
              int64_t vocab_size, Rank threshold) {
   int64_t chosen = -1;

@@ -1,6 +1,7 @@
-// Grid: a block for each row. Its threads own every blockDim-th access of the row (16 bytes, or one
-// element where rows are not aligned). They read it once for the largest logit and the sum, and
-// once more for the gradient: the product that has made the logits has left them in the L2 cache.
+// Grid: a block for each row. A thread owns every blockDim-th access of the row (16 bytes, or one
+// element where rows are not aligned). The row is read once for the largest logit and the sum, and
+// once more for the gradient: by then it is in the L2 cache, where the product that made the logits
+// has left it.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>
@@ -19,7 +20,7 @@ struct LogSum {
   float maximum = -INFINITY;
   float total = 0.0f;
 
-  // Any finite value does for logits that are all -inf: exp of them is 0.
+  // If all logits are -inf, any finite value does, because exp of them is then 0.
   __device__ __forceinline__ float base() const { return maximum == -INFINITY ? 0.0f : maximum; }
 
   template <class T, int N>
@@ -32,7 +33,7 @@ struct LogSum {
     for (int j = 0; j < N; ++j) total += expf(logits[j] - base());
   }
 
-  // Makes it that of all threads. `shared`: 2 floats per warp.
+  // Joins the results of all threads of the block. `shared`: 2 floats per warp.
   __device__ __forceinline__ void join_block(float* shared) {
     rise(block_max(maximum, shared));
     total = block_sum(total, shared + kThreads / kWarp);

@@ -5,9 +5,10 @@
 // rows are not aligned), so all loads of a row are under way at once.
 // expand: a thread owns one access of outputs for kTile tokens, and goes through the rows of B.
 //
-// Tiles of one token are for decode steps, whose time is that of a launch. Larger tiles, for
-// prompts, read A and B fewer times. If the tokens of a tile use different adapters, the tile is
-// computed token by token. The order of the additions of an output is the same in all tiles.
+// Tiles of one token are for decode steps, in which a kernel takes little longer than its launch.
+// Larger tiles are for prompts, and read A and B fewer times. If the tokens of a tile use different
+// adapters, the tile is computed token by token. The additions of an output have the same order in
+// all tiles.
 #include "../lora.h"
 
 #include <launch.cuh>
@@ -25,8 +26,8 @@ constexpr int kExpandThreads = 128;
 constexpr int kLargeTile = 4;
 constexpr int64_t kMostDecodeTokens = 64;  // with more tokens the tiles are large
 
-// How many of the tile's tokens, from `token` on, are computed at once: kTile if all of them use
-// the adapter of the first, else 1.
+// How many tokens of the tile are computed at once, from `token` on: kTile if all of them use the
+// adapter of the first, else 1.
 template <int kTile>
 __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token) {
   if (token + kTile > p.tokens) return 1;
@@ -38,7 +39,7 @@ __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token
   return alike ? kTile : 1;
 }
 
-// Rows [first, first + kRows) of a part of `hidden`, for kTokens tokens of one adapter.
+// Computes rows [first, first + kRows) of a part of `hidden`, for kTokens tokens of one adapter.
 template <class T, int N, int kTokens, int kRows>
 __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64_t part,
                                        int64_t first) {
@@ -88,7 +89,7 @@ __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64
   store_global(hidden + i / kTokens, load_global(p.scales + of_part) * sum);
 }
 
-// Grid: the tiles of tokens, by the blocks of rows of all parts.
+// Grid: (tiles of tokens, blocks of rows of all parts).
 template <class T, int N, int kTile>
 __global__ void __launch_bounds__(kShrinkThreads) shrink_kernel(const LoraParams p) {
   let_later_kernels_begin();
@@ -117,7 +118,7 @@ __device__ __forceinline__ void add(Out* out, const float (&sums)[N]) {
   }
 }
 
-// Outputs [column, column + N), of one part, for kTokens tokens of one adapter.
+// Computes outputs [column, column + N) of one part, for kTokens tokens of one adapter.
 template <class T, class Out, int N, int kTokens>
 __device__ __forceinline__ void expand(const LoraParams& p, int64_t token, int64_t part,
                                        int64_t column) {
@@ -146,7 +147,7 @@ __device__ __forceinline__ void expand(const LoraParams& p, int64_t token, int64
   }
 }
 
-// Grid: the tiles of tokens, by the blocks of outputs.
+// Grid: (tiles of tokens, blocks of outputs).
 template <class T, class Out, int N, int kTile>
 __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams p) {
   let_later_kernels_begin();

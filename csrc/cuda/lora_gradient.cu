@@ -1,7 +1,8 @@
-// Grid: the tiles of columns, by the tiles of rows, by the adapters. A block owns the sums of a
-// tile, so no two blocks add to the same sum. Its threads share the tokens: 4 neighbours own the
-// columns of a tile (16 bytes each, or one element where rows are not aligned), and take the tokens
-// of their group. At the end the groups' sums are added, in the warps and then over the warps.
+// Grid: (tiles of columns, tiles of rows, adapters). A block owns the sums of a tile, so no two
+// blocks add to the same sum. Its threads are in groups of 4 neighbours, which share out the
+// tokens. The 4 threads own the columns of the tile (16 bytes each, or one element where rows are
+// not aligned). At the end the sums of the groups are added, first within a warp and then over the
+// warps.
 #include "../lora.h"
 
 #include <launch.cuh>

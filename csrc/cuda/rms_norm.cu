@@ -1,8 +1,7 @@
-// Grid: one block per row. A thread owns every blockDim-th access (16 bytes, or one element where
-// rows are not aligned) of its row, and keeps up to kHeld of them in registers from the sum of
+// Grid: one block per row. A thread owns every blockDim-th access of its row (16 bytes, or one
+// element where rows are not aligned). It keeps up to kHeld of them in registers from the sum of
 // squares to the scaling, so that each element is read once and written once. A row that is longer
-// than the registers of a block hold is processed in parts, and every part but the last is read
-// again.
+// than this is processed in parts, and every part but the last is read again.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -18,7 +17,8 @@ namespace {
 constexpr int kHeld = 4;
 constexpr int kMaxThreads = 512;
 
-// x + residual, rounded to T as a separate addition is, so that both give the same result
+// x + residual, rounded to T as by a separate addition, so that fused and separate ops give the
+// same result.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& residual) {
   float sum[N];
@@ -27,7 +27,8 @@ __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& re
   return round_to<T>(sum);
 }
 
-// At most 64 registers a thread, so that 1024 threads of a multiprocessor have loads under way.
+// At most 64 registers a thread, so that a multiprocessor has room for 1024 threads, all with loads
+// under way.
 template <class T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormParams p) {
   const int64_t token = blockIdx.x;

@@ -1,7 +1,7 @@
 // Grid: one block per token. Its threads first share out the D/2 angles, whose cosine and sine go
-// to shared memory; then they share out the heads of q, k and v. An item is 16 bytes of the first
-// half of a head (one element, where rows are not aligned) and the matching bytes of its second
-// half. q and k are read once and rotated in place. The rotated k, and v, are stored in the ring.
+// to shared memory. Then they share out the heads of q, k and v. An item is 16 bytes of the first
+// half of a head (one element, where rows are not aligned) and the matching bytes of the second
+// half. q and k are read once and rotated in place. v and the rotated k are stored in the ring.
 #include "../rope.h"
 
 #include <launch.cuh>

@@ -8,15 +8,15 @@
 
 namespace mistral::cuda {
 
-// The angle per position as a 64-bit fraction of a turn. Its product with a position, in unsigned
-// arithmetic that wraps around, is the angle of the position without whole turns. This is exact
-// however large the position is.
+// The angle per position as a 64-bit fraction of a turn. Multiplied by a position, in unsigned
+// arithmetic that wraps around, it gives the angle of the position without whole turns. This is
+// exact however large the position is.
 __device__ __forceinline__ uint64_t turns_per_position(double radians) {
   // 1 / (2 pi) as the sum of two doubles, because one double is not exact to 2^-64 of a turn.
   constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;
   const double turns = radians * kInverse;
   const double rest = fma(radians, kInverse, -turns) + radians * kInverseRest;
-  // A fraction that rounds to 1 is a whole turn: it becomes 2^63, and by the shift 0.
+  // A fraction that rounds to 1 is a whole turn. It becomes 2^63 here, and the shift makes it 0.
   const auto fraction = static_cast<uint64_t>((turns - floor(turns)) * 0x1p63) << 1;
   return fraction + static_cast<uint64_t>(static_cast<int64_t>(rest * 0x1p64));
 }

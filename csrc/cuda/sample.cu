@@ -1,6 +1,6 @@
-// Grid: one block per row. A thread owns every kThreads-th group of four tokens, the four that
-// share a block of Philox, from the first pass over the row to the last; so what it writes to the
-// scratch in one pass it reads in the next without a barrier.
+// Grid: one block per row. A thread owns every kThreads-th group of four tokens, in all passes over
+// the row. So it may read in one pass what it wrote to the scratch in an earlier pass, without a
+// barrier. The four tokens of a group share a block of Philox.
 //
 // Results do not depend on the order of the threads, because only integers are added up.
 #include "../sample.h"
@@ -26,8 +26,8 @@ struct Shared {
   uint64_t sums[kBins];            // of the bins; of warps, in block_reduce
 };
 
-// ---- Groups of four, in accesses of 16 bytes if kWide. Loads past the end of a row give 0; a key
-// of 0 is below every threshold.
+// ---- Groups of four, in accesses of 16 bytes if kWide. Loads past the end of a row give 0. As a
+// key this is below every threshold.
 
 template <bool kWide, class T>
 __device__ __forceinline__ void load_group(T (&values)[kGroup], const T* row, int first,
@@ -153,11 +153,11 @@ struct Row {
   }
 
   // Returns the lowest rank that the filter leaves. Measures are summed from the highest rank down
-  // until the filter is satisfied; if all ranks at or above `threshold` are not enough, the result
+  // until the filter is satisfied. If all ranks at or above `threshold` are not enough, the result
   // is `threshold`. The rank is found digit by digit, from the front: a histogram of the next
   // digit, over the ranks that begin with the digits found so far, tells how far the sum gets with
-  // each digit. `measures` [V] holds the measures of the tokens at or above the threshold; null:
-  // each is 1.
+  // each digit. `measures` [V] holds the measures of the tokens at or above the threshold. If it is
+  // null, each measure is 1.
   template <class Top>
   __device__ Rank select(const Top& top, const uint64_t* measures, Rank threshold,
                          Rank best) const {
@@ -185,7 +185,7 @@ struct Row {
       if (lane == 0) shared->sums[warp] = sum;
       __syncthreads();
 
-      // Every warp decides for itself: lane i has the sum down to digit i.
+      // Every warp finds the digit for itself: lane i has the sum of the measures down to digit i.
       uint64_t down_to = above;
       for (int digit = kBins - 1; digit >= lane; --digit) down_to += shared->sums[digit];
       const unsigned enough = __ballot_sync(kAllLanes, lane < kBins && top.reached(down_to));

@@ -12,17 +12,17 @@ const char* name(Prefill prefill);
 
 std::vector<Prefill> built_prefills();  // the kernels of this build
 
-// The kernel in use: the kernel that the environment variable MISTRAL_EXT_ATTENTION names, else
-// sm80, because sm90 has not run on hardware yet. Throws std::invalid_argument, as `attention`
-// does, if this build does not have the named kernel.
+// The kernel in use. It is the kernel that the environment variable MISTRAL_EXT_ATTENTION names,
+// else sm80, because sm90 has not run on hardware yet. If this build does not have the named
+// kernel, this function and `attention` throw std::invalid_argument.
 Prefill active_prefill();
 
 // Throws std::invalid_argument if this build does not have the kernel.
 void select_prefill(const std::string& name);
 
-// Whether the kernels of a decode step may overlap. A kernel then fetches its first weights while
-// the kernels before it end, so none of these kernels may write the weights. Set by the
-// environment variable MISTRAL_EXT_OVERLAP, 0 or 1, or by `overlap`.
+// Whether the kernels of a decode step may overlap. If so, a kernel fetches its first weights while
+// the kernels before it end, so none of these may write weights. The environment variable
+// MISTRAL_EXT_OVERLAP (0 or 1) sets this, and so does `overlap`.
 bool overlapping();
 void overlap(bool wanted);
 

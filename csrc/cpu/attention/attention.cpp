@@ -1,6 +1,6 @@
-// A task owns query rows of one key/value head of one sequence: row r is query head r mod G of
-// token r / G, so that the heads of a group share every key and value that is loaded. It walks the
-// keys that any of its rows sees: the history, which lies in the ring, then the chunk.
+// A task owns query rows of one key/value head of one sequence. Row r is query head r mod G of
+// token r / G, so that the heads of a group share every key and value that is loaded. The task
+// walks the keys that any of its rows sees: the history, which lies in the ring, then the chunk.
 //
 // In prefill the rows are divided among tasks. In decode there are too few rows, so the keys are
 // divided into segments, whose results are merged at the end. The start of a segment depends on its
@@ -37,8 +37,8 @@ struct Division {
   }
 };
 
-// The results of the segments, [Hkv, segments, rows, D + 2]: a row's weighted values, the total to
-// divide them by, and the maximum that both are relative to.
+// Where the result of a row over a segment is, in [Hkv, segments, rows, D + 2]: the weighted
+// values, the total to divide them by, and the maximum to which both are relative.
 float* partial_row(const AttentionParams& p, const Division& division, float* partials,
                    int64_t kv_head, int64_t segment, int64_t row) {
   const int64_t index = (kv_head * division.segments + segment) * division.rows + row;
@@ -70,7 +70,8 @@ class Source {
     return token < 0 ? of_slot(ring_slot(s_, position)) : of_token(token);
   }
 
-  // Calls f with the keys at positions [begin, end) in runs whose keys are equally far apart.
+  // Calls f with the keys at positions [begin, end), in up to three runs. The keys of a run are
+  // equally far apart.
   template <class F>
   void for_each_run(int64_t begin, int64_t end, const F& f) const {
     const int64_t history_end = mistral::min(end, s_.position);

@@ -1,11 +1,11 @@
 // A task computes d_k and d_v of a block of keys of one key/value head, or d_q of a block of query
 // rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Both kinds
-// of tasks compute the scores, so that no two tasks add to the same sum: results do not depend on
-// the number of threads. A task for keys computes the scores transposed, [keys, rows], which is how
-// the products for d_k and d_v need the probabilities.
+// of tasks compute the scores anew, so no two tasks add to the same sum, and the results do not
+// depend on the number of threads. A task for keys computes the scores transposed, [keys, rows],
+// which is how the products for d_k and d_v need the probabilities.
 //
-// A products class multiplies a tile: VectorProducts here, in fp32, and for bf16 the AMX tiles of
-// prefill_amx.h.
+// A class of products multiplies tiles: VectorProducts, in fp32, or for bf16 on processors with AMX
+// TileProducts, with the tiles of prefill_amx.h.
 #include "../../attention_backward.h"
 
 #include "../kernels.h"
@@ -67,15 +67,15 @@ struct VectorProducts {
 // Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
 struct TileProducts {
   using Arithmetic = Bf16;
-  // With this many rows and keys, packing them is a small part of the work. A task takes 600 KB of
-  // L2 with D = 128.
+  // The rows and keys of a tile. With so many, packing them is a small part of the work. A task
+  // takes 600 KB of L2 with D = 128.
   static constexpr int64_t kTile = 128;
   static constexpr int64_t kStep = AmxProducts::kRowStep;
 
   using Setup = AmxProducts::Setup;
 
-  // The same products as VectorProducts::score, with b [D / 2, kTile, 2]; only the first `count`
-  // columns.
+  // The same products as VectorProducts::score, with b [D / 2, kTile, 2]. Only the first `count`
+  // columns are computed.
   static void score(const bf16* a, int64_t rows, const bf16* b, int64_t count, int64_t dim,
                     float* out) {
     AmxProducts::score<kTile>(a, rows, b, count, dim, out);
@@ -111,7 +111,7 @@ struct Block {
   alignas(64) Element rows[kTile * kMaxHeadDim];     // [kTile, D]
   alignas(64) Element columns[kMaxHeadDim * kTile];  // [D / kDepth, kTile, kDepth]
 
-  // address(row): where a row begins. Rows past the last are zeros.
+  // Takes `count` rows, which begin at address(row), and fills up to `filled` rows with zeros.
   template <class Address>
   void take(int64_t count, int64_t filled, int64_t dim, const Address& address) {
     for (int64_t row = 0; row < count; ++row) {
@@ -136,7 +136,7 @@ struct Block {
     }
   }
 
-  // Puts kDepth rows at a time beside each other, [kTile / kDepth, D, kDepth], in place.
+  // Puts each kDepth rows beside each other, in place: [kTile / kDepth, D, kDepth].
   void pair_rows(int64_t filled, int64_t dim) {
     if constexpr (A::kDepth > 1) {
       for (int64_t row = 0; row < filled; row += A::kDepth) {
@@ -276,7 +276,7 @@ class Head {
   }
 
   // Computes a line of probabilities, and of the gradients of the products of queries and keys.
-  // lse(i) and delta(i) are the values for the columns from i on.
+  // lse(i) and delta(i) are vectors: the values for the columns from i on.
   template <class Lse, class Delta>
   void differentiate(int64_t line, int64_t count, const Lse& lse, const Delta& delta) {
     const Vec scale = broadcast(p_.scale);
@@ -292,7 +292,7 @@ class Head {
     }
   }
 
-  // Leaves the columns [begin, end) of the first `count` of a line.
+  // Hides all but the columns [begin, end) of the first `count` columns of a line.
   void hide(int64_t line, int64_t begin, int64_t end, int64_t count) {
     const auto clear_columns = [&](int64_t first, int64_t last) {
       for (int64_t j = line * kTile + first; j < line * kTile + last; ++j) {

@@ -1,6 +1,6 @@
-// Attention with few query rows, as in decode: reading the keys and values limits the speed. Keys
-// and values are multiplied as they come from memory, in blocks that stay in the L1 cache, while
-// the next block is fetched.
+// Attention with few query rows, as in decode. Reading the keys and values limits the speed. They
+// are multiplied as they come from memory, in blocks that stay in the L1 cache, while the next
+// block is fetched.
 //
 // A vector holds the scores of kRowBlock rows x kGroup keys, [row][key], so that one softmax serves
 // all rows of a block.
@@ -39,7 +39,7 @@ class DecodeRows {
     }
   }
 
-  // Attends all rows, whose positions are position_of(row), to `keys`.
+  // Attends to `keys` with all rows. position_of(row) is the position of a row.
   template <class PositionOf>
   void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
               const PositionOf& position_of) {
@@ -61,13 +61,14 @@ class DecodeRows {
   }
 
  private:
-  // Keys of a block: at D = 128 in bf16, a page of keys and a page of values. Larger blocks were
-  // slower.
+  // Keys of a block. At D = 128 in bf16 its keys fill a page of memory, and so do its values.
+  // Larger blocks were slower.
   static constexpr int64_t kKeys = 16;
   static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
   static constexpr int64_t kLanes = kRowBlock * kGroup;
 
-  // The keys of a row whose probabilities are neighbours: at least the kDepth keys of an operand.
+  // How many neighbouring keys have their probabilities of a row side by side: at least the kDepth
+  // keys of an operand.
   static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
 
   // The index of row r's score of a key.
@@ -79,11 +80,13 @@ class DecodeRows {
     return (key / kNeighbours * kRowBlock + r) * kNeighbours + key % kNeighbours;
   }
 
-  // scores = q k^T. Keys past the last repeat the last key; their scores are hidden.
+  // scores = q k^T. Past the last key the last key is repeated, and the scores of the repetitions
+  // are hidden.
   //
-  // The next block is fetched in the order of addresses, although rows are read side by side: the
-  // hardware prefetchers then join in, which is worth 15 %. In a ring the next block follows this
-  // one. The keys of a chunk may be further apart, but with few rows a chunk has only one block.
+  // The next block is fetched in the order of addresses, although the rows of this block are read
+  // side by side. The hardware prefetchers then join in, which is worth 15 %. In a ring the next
+  // block follows this one in memory. The keys of a chunk may be further apart, but with few query
+  // rows a chunk has only one block.
   void score(const T* k, int64_t stride, int64_t count, int64_t row, int64_t dim) {
     const T* next = k + kKeys * dim;
     for (int64_t key = 0; key < count; key += kGroup) {
@@ -118,8 +121,9 @@ class DecodeRows {
     }
   }
 
-  // Folds the scores into the running softmax. Writes the probabilities relative to the new
-  // maximum, and the factors that rescale the earlier sums of the rows to it.
+  // Folds the scores into the running softmax. Writes the probabilities, which are relative to the
+  // maximum of all scores so far. Also writes factors: the earlier sums of the rows, which are
+  // relative to the earlier maximum, must be multiplied by them.
   void fold(int64_t row, float scale) {
     for (int64_t i = 0; i < kLanes; i += Vec::width) {
       float* maximum = maximum_ + row * kGroup + i;
@@ -152,7 +156,8 @@ class DecodeRows {
     }
   }
 
-  // out = factor * out + p v. An odd last value is paired with itself: the second probability is 0.
+  // out = factor * out + p v. If the number of values is odd, the last one is paired with itself,
+  // and its second probability is 0.
   void accumulate(const T* v, int64_t stride, int64_t count, int64_t row, int64_t dim) {
     const T* next = v + kKeys * dim;
     add_weighted<A>(
@@ -174,8 +179,8 @@ class DecodeRows {
         [&](int64_t r) { return factors_[r * kGroup]; }, out + row * dim);
   }
 
-  // Arranged like a vector of scores, with a lane for each row and key of a group. All lanes of a
-  // row hold the same maximum and factor. The total of a row is the sum of its lanes.
+  // These are arranged like a vector of scores, with a lane for each row and key of a group. All
+  // lanes of a row hold the same maximum and factor. The total of a row is the sum of its lanes.
   alignas(64) float maximum_[kRows * kGroup];
   alignas(64) float total_[kRows * kGroup];
   alignas(64) float factors_[kLanes];

@@ -1,13 +1,13 @@
-// Attention with many query rows, as in prefill: arithmetic limits the speed. The keys of a tile
+// Attention with many query rows, as in prefill. Arithmetic limits the speed. The keys of a tile
 // are transposed once for all rows. Both products then add up rows of a matrix, each multiplied by
-// one number: rows of the transposed keys by elements of q, rows of values by probabilities. So no
-// sum runs across the lanes of a vector.
+// one number: rows of the transposed keys by elements of q, and rows of values by probabilities. So
+// no sum runs across the lanes of a vector.
 //
-// Tiles begin at multiples of kKeys, counted from position 0, wherever the chunk begins and whether
-// a key lies in the ring or in the chunk. A row's sums then have the same order however a prompt is
-// cut into chunks, and its result has the same bits.
+// Tiles begin at multiples of kKeys, counted from position 0. It does not matter where the chunk
+// begins, or whether a key lies in the ring or in the chunk. So the sums of a row have the same
+// order however a prompt is cut into chunks, and its result has the same bits.
 //
-// A products class multiplies a tile: VectorProducts here, AmxProducts in prefill_amx.h.
+// A class of products multiplies a tile: VectorProducts here, or AmxProducts in prefill_amx.h.
 #pragma once
 
 #include "rows.h"
@@ -21,7 +21,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <class A>
 struct VectorProducts {
   using Element = typename A::Element;
-  // Rows and keys are multiples of these, filled up where there are fewer.
+  // The numbers of rows and keys are multiples of these. Where there are fewer, they are filled up.
   static constexpr int64_t kRowStep = kRowBlock;
   static constexpr int64_t kKeyStep = A::kDepth;
 
@@ -124,8 +124,8 @@ class PrefillRows {
     }
   }
 
-  // Attends all rows, whose positions are position_of(row), to the keys at positions [begin, end).
-  // key_at(position) points to a key and its value.
+  // Attends to the keys at positions [begin, end) with all rows. position_of(row) is the position
+  // of a row, and key_at(position) points to a key and its value.
   template <class KeyAt, class PositionOf>
   void attend(int64_t begin, int64_t end, const KeyAt& key_at, int64_t dim, int64_t window,
               float scale, const PositionOf& position_of) {
@@ -156,7 +156,8 @@ class PrefillRows {
     KeyValue<T> keys[kKeys];
   };
 
-  // Positions outside [begin, end) get the nearest key inside; their scores are hidden.
+  // Finds the kKeys keys from `position` on. A position outside [begin, end) gets the nearest key
+  // inside, and its scores are hidden.
   template <class KeyAt>
   static void find_keys(int64_t position, int64_t begin, int64_t end, const KeyAt& key_at,
                         Tile& tile) {
@@ -205,8 +206,9 @@ class PrefillRows {
     for (int64_t j = mistral::max(end, 0); j < kKeys; ++j) scores[j] = -INFINITY;
   }
 
-  // Folds a row's scores into its running softmax. Writes the probabilities relative to the new
-  // maximum, and the factor that rescales the earlier sums of the row to it.
+  // Folds the scores of a row into its running softmax. Writes the probabilities, which are
+  // relative to the maximum of all scores so far. Also writes a factor: the earlier sums of the
+  // row, which are relative to the earlier maximum, must be multiplied by it.
   void fold(int64_t row, float scale) {
     const float* scores = scores_ + row * kKeys;
     Vec highest = broadcast(maximum_[row]);

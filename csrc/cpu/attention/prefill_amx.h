@@ -1,6 +1,6 @@
-// The products of prefill.h in AMX: 32 query rows times 32 keys, or 32 columns of values, with the
-// sums in 2 x 2 tiles. The arrays that prefill.h packs are operands as they are: q and the
-// probabilities are operand a, transposed keys and paired values operand b.
+// The products of prefill.h in AMX: 32 query rows times 32 keys, or times 32 columns of values,
+// with the sums in 2 x 2 tiles. The arrays that prefill.h packs are used as they are. q and the
+// probabilities are operand a, transposed keys and paired values are operand b.
 #pragma once
 
 #include "../simd/amx.h"
@@ -29,8 +29,8 @@ struct AmxProducts {
     }
   }
 
-  // The sums run on in `out`. No digits are lost, because the instruction sums 32 products before
-  // it adds them.
+  // All tiles of keys add to the sums in `out`. This loses no digits, because the instruction sums
+  // 32 products before it adds them.
   template <int64_t kKeys>
   static void accumulate(const bf16* p, const float* factors, int64_t rows, const bf16* v,
                          int64_t count, int64_t dim, float* out) {

@@ -1,4 +1,4 @@
-// Shared by the attention kernels for few and for many query rows.
+// What the attention kernels for few and for many query rows share.
 //
 // Both keep, for each row, the running maximum of its scores and, relative to it, the sums of the
 // probabilities and of the weighted values: the online softmax.
@@ -9,7 +9,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kRowBlock = 4;  // query rows that are multiplied at once
-// Vectors of columns that are multiplied with them: as many sums as the registers hold.
+// The number of vectors of columns that are computed together: as many sums as the registers hold.
 constexpr int64_t kColumnVectors = Vec::width == 16 || Vec::width == 4 ? 4 : 2;
 
 // A row that has seen no key yet has the maximum -inf. Any finite value in its place gives the
@@ -43,8 +43,8 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 // weights(r, key) points to the weights of row r for kDepth keys from `key` on. values(key, d,
 // columns) loads M vectors of the values of these keys. factor(r) is the factor of row r.
 //
-// The new sums begin at zero and are added to `out` at the end: adding thousands of keys to `out`
-// one by one would round the large number each time.
+// The new sums begin at zero and are added to `out` at the end. If thousands of keys were added to
+// `out` one by one, this large number would be rounded each time.
 template <int64_t M, class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {

@@ -1,5 +1,5 @@
-// Packs activations: converts them to the type that is multiplied, and puts them in the order in
-// which the weight format stores its values along k.
+// Packs activations: converts them to the type that is multiplied, and puts them in the order of k
+// in which the weight format stores its values.
 #pragma once
 
 #include <type_traits>
@@ -48,7 +48,7 @@ void pack_row(const T* x, int64_t inputs, Element* out) {
 template <class Tile>
 void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
                  int64_t vector, typename Tile::Element* out) {
-  // An element, or a pair of them, has 4 bytes and moves as a whole.
+  // A unit is an element or a pair of them. It has 4 bytes and moves as a whole.
   constexpr int64_t kUnits = 8;
   static_assert(sizeof(typename Tile::Element) * Tile::kDepth == sizeof(uint32_t), "");
   const int64_t all = padded(inputs);
@@ -94,7 +94,8 @@ bool in_bytes(const LinearParams& p, int64_t part) {
   return !p.exact && rounds_to_bytes<T>(p.parts[part].format, p.tokens);
 }
 
-// Calls f with a value of the chunk type for a part of the weights, of few tokens or in bytes.
+// Calls f with a value of the chunk type for a part of the weights. The part must be multiplied
+// with few tokens, or in bytes.
 template <class T, class F>
 auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   return with_format(p.parts[part].format, [&](auto format) {
@@ -156,7 +157,7 @@ struct Packing<InPairs> {
 };
 #endif
 
-// A type that is the same for two chunk types if their activations are packed alike.
+// Has a type that is the same for two chunk types if their activations are packed alike.
 template <class Chunk>
 struct PackedAlike {
   using type = Chunk;
@@ -168,8 +169,8 @@ struct PackedAlike<InBytes<format>> {
 template <class>
 constexpr char kMark = 0;
 
-// A mark of the way in which the activations of a part are packed: parts with the same mark share
-// them.
+// A mark that tells how the activations of a part are packed. Parts with the same mark share the
+// packed activations.
 template <class T>
 const void* packing_mark(const LinearParams& p, int64_t part) {
   if (p.tokens <= kGemvTokens || in_bytes<T>(p, part)) {

@@ -1,7 +1,7 @@
-// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W, so the lanes of a vector
-// are columns of W, which take the place of tokens in gemm.h, and the tokens that of rows of
-// weights: each value of d_out is broadcast to all lanes. So a block of W is packed as it is
-// unpacked, without being transposed, and d_out stays in the order of its rows.
+// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W. So columns of W take the
+// place that tokens have in gemm.h: they are the lanes of a vector. Tokens take the place of the
+// rows of weights: each value of d_out is broadcast to all lanes. So a block of W is packed as it
+// is unpacked, without being transposed, and d_out stays in the order of its rows.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -12,15 +12,15 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The tile class, and the inputs of a task: whole runs of kUnpacked values.
+// The tile class, and the inputs (columns of W) of a task: whole runs of kUnpacked values.
 template <class T>
 struct BackwardTileOf {
   using type = typename TileOf<T>::type;
   static constexpr int64_t kColumns = 128;
 };
 #if defined(__AMX_BF16__)
-// The tiles multiply so fast that unpacking counts, so a task has more tokens and fewer columns
-// than in gemm.h. The sums (576 KB) and the packed block of W (64 KB) stay in L2.
+// The tiles multiply so fast that the time to unpack weights counts. So a task has more tokens and
+// fewer columns than in gemm.h. The sums (576 KB) and the packed block of W (64 KB) stay in L2.
 template <>
 struct BackwardTileOf<bf16> {
   using type = AmxTileOf<6>;
@@ -37,7 +37,7 @@ class LinearBackward {
   static constexpr int64_t kTaskTokens = Tile::kTaskRows;
   // Tokens whose d_out is packed at a time, so that scratch memory does not grow with T.
   static constexpr int64_t kPackedTokens = 2 * kTaskTokens;
-  // Tiles have as many tokens. d_out is filled up with zeros.
+  // The number of tokens of a tile. d_out is filled up with zeros to whole tiles.
   static constexpr int64_t kTileTokens =
       mistral::max(Tile::rows(1), Tile::rows(static_cast<int>(Tile::kVectors)));
   static_assert(kTaskTokens % kTileTokens == 0 && kColumns % kUnpacked == 0, "");
@@ -87,7 +87,7 @@ class LinearBackward {
         ceil_div(p_.tokens, mistral::max(int64_t{1}, ceil_div(p_.tokens, kPackedTokens))));
   }
 
-  // The outputs of the parts before `part`, each filled up to whole blocks.
+  // The number of outputs of the parts before `part`, each filled up to whole blocks.
   int64_t packed_outputs(int64_t part) const {
     int64_t outputs = 0;
     for (int64_t i = 0; i < part; ++i) {
@@ -96,8 +96,8 @@ class LinearBackward {
     return outputs;
   }
 
-  // The packed d_out of a part from output `begin` on, [outputs / kBlockDepth, tokens,
-  // kBlockDepth]: rows of one block are near each other, so that they do not compete for the same
+  // Where the packed d_out of a part from output `begin` on is: [outputs / kBlockDepth, tokens,
+  // kBlockDepth]. Rows of one block are near each other, so that they do not compete for the same
   // lines of the L1 cache.
   Element* packed(int64_t part, int64_t begin) const {
     return static_cast<Element*>(p_.scratch) + (packed_outputs(part) + begin) * packed_tokens();
@@ -147,8 +147,8 @@ class LinearBackward {
     write(buffers.sums, first_token + begin_token, tokens, column);
   }
 
-  // Unpacks and packs `depth` rows of a part from `begin` on, some columns of each. Rows past the
-  // last are zeros.
+  // Unpacks and packs `columns` columns, from `column` on, of `depth` rows of a part, from `begin`
+  // on. Rows past the last are zeros.
   template <WeightFormat format>
   void unpack_block(const WeightPart& part, int64_t begin, int64_t depth, int64_t column,
                     int64_t columns, Element* out) const {
@@ -177,14 +177,15 @@ class LinearBackward {
     }
   }
 
-  // Parts in words and other parts share the sums, whose columns are then in the order of words.
+  // Parts in words and other parts add to the same sums. The columns of the sums are then in the
+  // order of words, so the values of the other parts are put in this order.
   static void to_order_of_words(Element* values) {
     Element in_order[kUnpacked];
     memcpy(in_order, values, sizeof in_order);
     for (int64_t i = 0; i < kUnpacked; ++i) values[i] = in_order[UnpackedWords::k_at(i)];
   }
 
-  // Prefetches the values of the next block, a few rows at a time: rows are far apart, and the
+  // Prefetches the values of the next block, a few rows at a time. Rows are far apart, so the
   // hardware does not prefetch them.
   class Fetch {
    public:

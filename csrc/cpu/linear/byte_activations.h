@@ -1,6 +1,6 @@
-// Activations in 8 bits: each block of 32 activations of a token is rounded to integers of a 127th
-// of its largest magnitude. 256 of them are packed in the order in which byte_chunk.h multiplies
-// them.
+// Activations in 8 bits. Each block of 32 activations of a token is rounded to integers, in units
+// of a 127th of its largest magnitude. 256 activations are packed together, in the order in which
+// byte_chunk.h multiplies them.
 #pragma once
 
 #include "../simd/bytes.h"
@@ -14,8 +14,8 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 using ByteSums = __m512;  // the sums of four outputs
 
-// 256 activations, for vectors that hold 16 words of weights each, those of blocks 0 to 3 or of
-// blocks 4 to 7.
+// 256 activations, for vectors of 16 words of weights each, which are the words of blocks 0 to 3 or
+// of blocks 4 to 7.
 struct ByteActivations {
   struct Block {
     float scale;
@@ -76,8 +76,8 @@ constexpr int64_t packed_byte_row(int64_t inputs) {
 
 #if defined(MISTRAL_VECTORS)
 
-// Rounds 32 activations, and returns their unit: 0 if all are too small for its inverse, NaN if a
-// value is not finite. The integers are then 0.
+// Rounds 32 activations, and returns their unit. The unit is 0 if all are too small for its
+// inverse, and NaN if a value is not finite. In both cases the integers are 0.
 inline float round_block(const float* x, Bytes32* out) {
   const int32_t bits = largest_magnitude(x, 32);
   float largest;
@@ -89,13 +89,14 @@ inline float round_block(const float* x, Bytes32* out) {
   return largest / 127.0f;
 }
 
-// Packs `count` activations, whole blocks of 32 and at most kSuperBlock, and zeros after them.
+// Packs `count` activations, which are whole blocks of 32 and at most kSuperBlock, and zeros up to
+// kSuperBlock.
 template <class T>
 void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
   float values[kSuperBlock] = {};
   for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
-  // Moves the four values of each half of the bytes of a word together: value e of a word is at bit
-  // int4_shift(e).
+  // Moves the four values of the low halves of the bytes of a word together, and those of the high
+  // halves: value e of a word is at bit int4_shift(e).
   int8_t places[16];
   for (int i = 0; i < 16; ++i) {
     const int place = i % 4, half = i / 4 % 2;

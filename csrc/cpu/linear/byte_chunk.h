@@ -1,7 +1,8 @@
-// 256 values of kRows rows as operands of products of bytes. Here, of one row: the 8 lanes of every
-// vector hold the 8 blocks of 32 values, so 16-bit sums of several products stay within a block,
-// and the scales of all blocks are one vector: one conversion to floats serves 256 values. AVX-512
-// with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64.
+// 256 values of kRows rows as operands of products of bytes. The chunk here has one row. The 8
+// lanes of every vector hold the 8 blocks of 32 values. So 16-bit sums of several products stay
+// within a block, the scales of all blocks are one vector, and one conversion to floats serves 256
+// values. AVX-512 with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64
+// (byte_chunk_neon.h).
 #pragma once
 
 #include <type_traits>
@@ -72,7 +73,7 @@ struct ByteFormat {
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
-  // Of packed activations, which have a unit for each block.
+  // The sizes of packed activations, which have a unit for each block.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
   static constexpr float unit(const char*) { return 1.0f; }
@@ -92,12 +93,13 @@ struct ByteChunk : ByteFormat<format> {
   static constexpr int kRows = 1;
   using OneRow = ByteChunk;
   static constexpr bool kMinimum = kSigned || Format::kMinima;
-  // Without lanes of 32 bits, values of a table keep their sign: it is given to the activations,
-  // and the magnitudes are multiplied. Else they become unsigned values that are 128 larger.
+  // Without lanes of 32 bits, values of a table keep their sign. The sign is moved to the
+  // activations, and the magnitudes of the values are multiplied. With lanes of 32 bits the values
+  // become unsigned values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
   static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // of the values as multiplied
-  // The vectors whose products are summed before the sums are widened: as many as fit a lane, but
-  // in q6_k at most the 4 that share scales.
+  // The number of vectors whose products are summed before the sums are widened. It is as many as
+  // fit a lane, but in q6_k at most the 4 that share scales.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
   // A lane of 16 bits gets two products of each vector, with activations up to 127.
@@ -108,8 +110,9 @@ struct ByteChunk : ByteFormat<format> {
   __m256 minimum;  // is added for each activation, if kMinimum
   __m256i scales;  // q6_k: of the halves of each block, in 16 bits
 
-  // Unpacks the words of a row. `row_scales` are those of the row, `k` is the first value; `there`:
-  // how many there are.
+  // Unpacks the words of a row, and takes the scales from `row_scales`, which are those of the
+  // whole row. `k` is the number of the first value in the row, and `there` is how many values
+  // there are.
   MISTRAL_SIMD void take(const char* const (&row_words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     const char* words = row_words[0];
@@ -170,7 +173,7 @@ struct ByteChunk : ByteFormat<format> {
   }
 
   // The sums of the products of each block. Each vector of values is multiplied by all tokens
-  // before the next, so that the additions of a token need not wait for each other.
+  // before the next vector, so that the additions of a token need not wait for each other.
   template <int N>
   MISTRAL_SIMD void multiply(const ByteActivations* const (&x)[N], __m256i (&sums)[N]) const {
     for (int n = 0; n < N; ++n) sums[n] = minus_offsets(*x[n]);
@@ -195,7 +198,8 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Minus the products of activations with the offset of the unpacked values, where the sums begin.
+  // Where the sums begin: minus the products of the activations with the offset of the unpacked
+  // values.
   MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
     if (Format::kScalesOfHalves) {  // by 32
@@ -209,8 +213,8 @@ struct ByteChunk : ByteFormat<format> {
     return zero;
   }
 
-  // The sums of the products of vector i, and those after it that have the same scale, in 32 bits;
-  // in q6_k times that scale.
+  // Widens to 32 bits the sums of the products of vector i and of the vectors after it that have
+  // the same scale. In q6_k also multiplies them by that scale.
   MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
     if (!Format::kScalesOfHalves) return widen_sums(sums);
     if (kSumsOf32Bits) {
@@ -250,7 +254,7 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Scales of groups of 32, 64 or 128 values, one or two of 16 bits each.
+  // Takes scales of groups of 32, 64 or 128 values. A group has one or two numbers of 16 bits.
   MISTRAL_SIMD void take_group_scales(const char* group, int group_log2, int64_t there) {
     constexpr int64_t kSize = kPairs ? 4 : 2;
     const __m256i scales_there = load_first_bytes(group, (there >> group_log2) * kSize);

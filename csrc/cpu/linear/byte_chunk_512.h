@@ -1,6 +1,7 @@
-// The part of byte_chunk.h for AVX-512 with VNNI: 256 values of four rows at a time, in vectors
-// that mix the rows (mixed_rows.h). A 128-bit lane is a block of 32 values, and in the sums has a
-// place for each row, so one conversion to floats and one scaling serve 512 values.
+// The part of byte_chunk.h for AVX-512 with VNNI. 256 values of four rows are multiplied at a time,
+// in vectors that mix the rows (mixed_rows.h). A 128-bit lane of a vector is a block of 32 values.
+// In the sums it has a place for each row, so one conversion to floats and one scaling serve 512
+// values.
 #pragma once
 
 #include "byte_scales_512.h"
@@ -8,15 +9,16 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// What is alike for four rows and for one.
+// What the chunks of four rows and of one row share.
 template <WeightFormat format>
 struct ByteVectors : ByteFormat<format> {
   using Format = ByteFormat<format>;
   using Format::kBits, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
-  // Values are unpacked to unsigned bytes, which are too large by this power of two, or 0.
+  // Values are unpacked to unsigned bytes. These are too large by 2^kOffsetLog2, or by nothing if
+  // it is 0.
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
-  // The low or the high halves of the bytes of words, as values.
+  // The values in the low halves (half = 0) or the high halves of the bytes of words.
   MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
     const __m512i fifteen = _mm512_set1_epi8(15);
     const __m512i shifted = half == 0 ? words : _mm512_srli_epi16(words, 4);
@@ -37,8 +39,8 @@ struct ByteVectors : ByteFormat<format> {
     return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
   }
 
-  // The products of sums with the scales of their weights and activations, or with minima the sums
-  // of all products.
+  // The products of sums with the scales of their weights and activations. With minima, the
+  // products of the minima with the sums of the activations are added.
   MISTRAL_SIMD static __m512 scaled(Ints sums, __m512 factor, __m512 unit, __m512 minimum,
                                     __m512 activations) {
     const __m512 scale = _mm512_mul_ps(factor, unit);
@@ -46,7 +48,8 @@ struct ByteVectors : ByteFormat<format> {
       return _mm512_fmadd_ps(to_vec(sums).v, scale, _mm512_mul_ps(minimum, activations));
     }
     __m512 product = _mm512_mul_ps(to_vec(sums).v, scale);
-    // Keeps GCC from rounding products otherwise, where they are added.
+    // Keeps GCC from fusing the product with the addition that follows, which would round
+    // differently.
     asm("" : "+v"(product));
     return product;
   }
@@ -71,12 +74,14 @@ struct ByteChunk : ByteVectors<format> {
   using OneRow = ByteRow<format>;
   static constexpr int kRows = 4;
 
-  // Of blocks 0 to 3 and of blocks 4 to 7: the mixed vectors' low and high halves of bytes.
+  // The first index is 0 for blocks 0 to 3 and 1 for blocks 4 to 7, the second is the mixed vector,
+  // and the third is the half of the bytes.
   Bytes values[2][4][2];
   ByteScales<format> scales;
 
-  // Unpacks the words of each row. `row_scales` are those of the rows, `k` is the first value;
-  // `there`: how many there are.
+  // Unpacks the words of each row, and takes the scales from `row_scales`, which are those of the
+  // whole rows. `k` is the number of the first value in a row, and `there` is how many values there
+  // are.
   MISTRAL_SIMD void take(const char* const (&words)[kRows], const char* const (&row_scales)[kRows],
                          int group_log2, int64_t k, int64_t there) {
 #pragma GCC unroll 2
@@ -109,7 +114,7 @@ struct ByteChunk : ByteVectors<format> {
         blocks[n] = _mm512_loadu_si512(x[n]->blocks[i]);
         first[n] = second[n] = minus_offsets(blocks[n]);
       }
-      // Each pair of mixed vectors gives sums of two words of each row.
+      // Two mixed vectors together give the sums of two words of each row.
       const auto multiply = [&](Ints(&sums)[N], int j) {
         for (int n = 0; n < N; ++n) {
           for (int half = 0; half < 2; ++half) {
@@ -135,8 +140,8 @@ struct ByteChunk : ByteVectors<format> {
   }
 
  private:
-  // `first` and `second` are sums of the same rows, of different halves of blocks. `blocks`: of the
-  // activations, a lane for each.
+  // `first` and `second` are sums of the same rows, over different halves of the blocks. `blocks`
+  // describes the activations, with a lane for each block.
   MISTRAL_SIMD __m512 scaled_sums(Ints first, Ints second, __m512i blocks, int i) const {
     const __m512 unit = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_AAAA));
     const __m512 activations = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_BBBB));
@@ -147,14 +152,14 @@ struct ByteChunk : ByteVectors<format> {
     return _mm512_add_ps(scaled(first, scales.factors[i]), scaled(second, scales.other_factors[i]));
   }
 
-  // Where sums begin: minus the products of activations with the offset of the unpacked values.
+  // Where sums begin: minus the products of the activations with the offset of the unpacked values.
   MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
     if (kOffsetLog2 == 0) return broadcast_int(0);
-    // Of the halves of blocks to which the words belong.
+    // The sums of the halves of blocks to which the words belong.
     return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
   }
 
-  // For each word of a mixed vector the word that has its further bits.
+  // Finds for each word of a mixed vector the word that has its further bits.
   MISTRAL_SIMD static void mix_further(const char* const (&words)[kRows], int i,
                                        __m512i (&mixed)[kRows]) {
     const char* all[kRows];  // those of the super-block
@@ -171,7 +176,7 @@ struct ByteChunk : ByteVectors<format> {
     } else if (kBits == 6) {
       __m512i rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = _mm512_loadu_si512(all[r]);
-      // Words of two rows, each second place of the other one.
+      // Words of two rows: every second place has a word of the other row.
       const auto of_pair = [&](int r, int j) {
         const auto at = [&](int lane) {
           return (lane % 2 ^ j) * 16 + lane % 4 / 2 * 8 + 4 * i + lane / 4;
@@ -185,8 +190,9 @@ struct ByteChunk : ByteVectors<format> {
   }
 };
 
-// As ByteChunk, of one row. Sums of blocks 0 to 3 are at the first two places of a lane and those
-// of blocks 4 to 7 at the last two; with scales of halves of blocks, one place is a half.
+// Like ByteChunk, but of one row. The sums of blocks 0 to 3 are at the first two places of a lane,
+// those of blocks 4 to 7 at the last two. If halves of blocks have scales, each of the two places
+// is a half.
 template <WeightFormat format>
 struct ByteRow : ByteVectors<format> {
   using Vectors = ByteVectors<format>;
@@ -269,7 +275,8 @@ struct ByteRow : ByteVectors<format> {
     return pairs + swap_neighbours(pairs);
   }
 
-  // For each of 16 words the word that has its further bits. `all`: those of the super-block.
+  // Finds for each of 16 words the word that has its further bits. `all` are the further words of
+  // the super-block.
   MISTRAL_SIMD static __m512i further_words(const char* all, int i) {
     if (kBits == 5) {
       const __m512i words = _mm512_castsi256_si512(load_32(all));

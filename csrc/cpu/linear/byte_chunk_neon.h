@@ -1,5 +1,5 @@
-// The part of byte_chunk.h for aarch64. Products of signed bytes are added up in lanes of 32 bits,
-// so values keep the numbers that they have, and no sum needs a correction but that of a minimum.
+// The part of byte_chunk.h for aarch64. Products of signed bytes are added up in lanes of 32 bits.
+// So values keep the numbers that they have, and sums need no correction, except by a minimum.
 #pragma once
 
 #include "unpack_words.h"
@@ -19,8 +19,9 @@ struct ByteChunk : ByteFormat<format> {
   Lanes8 minimum;       // is added for each activation, if kMinimum
   int32x4_t scales[4];  // if kScalesOfHalves: of the first halves of the blocks, then of the last
 
-  // Unpacks the words of a row. `row_scales` are those of the row, `k` is the first value; `there`:
-  // how many there are.
+  // Unpacks the words of a row, and takes the scales from `row_scales`, which are those of the
+  // whole row. `k` is the number of the first value in the row, and `there` is how many values
+  // there are.
   MISTRAL_SIMD void take(const char* const (&words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     for (int half = 0; half < 2; ++half) take_half(words[0], half);

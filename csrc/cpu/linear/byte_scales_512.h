@@ -1,5 +1,5 @@
-// The scales of 256 values of four rows, for byte_chunk_512.h: a 128-bit lane for each block of 32
-// values, in it a scale for each row.
+// The scales of 256 values of four rows, for byte_chunk_512.h. A 128-bit lane is for a block of 32
+// values, and has a scale for each row.
 #pragma once
 
 #include "unpack_words.h"
@@ -11,13 +11,14 @@ struct ByteScales {
   using Format = ByteFormat<format>;
   static constexpr int kRows = 4;
 
-  // Of blocks 0 to 3 and of blocks 4 to 7. In q6_k rows 0 and 1 have the scales of the first halves
-  // of blocks in `factors`, rows 2 and 3 those of the last halves; `other_factors` has the others.
+  // Element 0 is for blocks 0 to 3, element 1 for blocks 4 to 7. In q6_k each half of a block has a
+  // scale. In `factors` rows 0 and 1 have the scales of the first halves, and rows 2 and 3 those of
+  // the last halves. `other_factors` has the others.
   __m512 factors[2], other_factors[2];
   __m512 minima[2];  // is added for each activation, if Format::kMinima
 
-  // `row_scales` are those of the rows, `k` is the first value, a multiple of 256; `there`: how
-  // many there are.
+  // `row_scales` are the scales of the whole rows. `k` is the number of the first value, a multiple
+  // of 256, and `there` is how many values there are.
   MISTRAL_SIMD void take(const char* const (&row_scales)[kRows], int group_log2, int64_t k,
                          int64_t there) {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
@@ -54,7 +55,8 @@ struct ByteScales {
   MISTRAL_SIMD static __m512 high_halves(__m512i x) { return low_halves(_mm512_srli_epi32(x, 16)); }
   MISTRAL_SIMD static __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
-  // Scales of one group or of several, of 32, 64 or 128 values: a number of 16 bits each.
+  // Takes the scales of one group or of several groups of 32, 64 or 128 values. Each is one number
+  // of 16 bits.
   MISTRAL_SIMD void take_halves(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
@@ -102,8 +104,8 @@ struct ByteScales {
     const __m512i units =
         _mm512_permutexvar_epi32(lanes_of([](int lane) { return lane % 4 * 4; }), all);
     const __m512 scale = low_halves(units), least = minus(high_halves(units));
-    // Each row's lane becomes bytes: the scales of 8 blocks and then their minima. The first four
-    // are in one word, the last four have their low and their high bits in two words.
+    // The lane of each row becomes bytes: the scales of 8 blocks and then their minima. The first
+    // four of each lie in one word. The last four have their low and their high bits in two words.
     const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
       const uint32_t words[4] = {a, b, c, d};
       return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });

@@ -6,8 +6,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Rows of activations and of unpacked weights are padded with zeros to a multiple of this, a whole
-// number of chunks of every format.
+// Rows of activations and of unpacked weights are padded with zeros to a multiple of this. It is a
+// whole number of chunks of every format.
 constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
 constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 
@@ -51,8 +51,8 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   return w.from(first);
 }
 
-// The scales and minima of 6 bits behind the two units of a super-block: a byte for each, the
-// scales of 8 blocks and then their minima.
+// Unpacks the scales and minima of 6 bits, which lie behind the two units of a super-block. Gives a
+// byte for each: the scales of 8 blocks and then their minima.
 MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   uint32_t packed[4];
   memcpy(packed, group, sizeof packed);
@@ -63,8 +63,8 @@ MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   bytes[3] = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
 }
 
-// The scales, 32 too large, behind the unit of a super-block that has no minima: a byte for each,
-// of blocks 0, 2, 4, 6 and then of blocks 1, 3, 5, 7.
+// The scales of a super-block that has no minima, which lie behind its unit. They are 32 too large.
+// Gives a byte for each: of blocks 0, 2, 4, 6 and then of blocks 1, 3, 5, 7.
 MISTRAL_SIMD uint64_t split_scales(const char* group) {
   uint32_t low, high = 0;
   memcpy(&high, group + 2, sizeof(uint16_t));
@@ -80,7 +80,7 @@ MISTRAL_SIMD uint64_t split_scales(const char* group) {
 
 // A chunk is the part of a row that gemv.h reads at a time: kValues values, which unpack to
 // kVectors operands. Position i of the operands holds value k_at(i) of the row, so activations are
-// packed in the same order; kInOrder says that this is the order of memory. If kGrouped, Scales
+// packed in the same order. kInOrder says that this is the order of memory. If kGrouped, Scales
 // loads the scales of neighbouring chunks and gives each lane its factor.
 
 template <class A, class T>
@@ -194,8 +194,9 @@ struct Int4PairsChunk {
 
 #endif
 
-// The formats that have no chunk of their own: unpack.h makes floats of them, which gemv_unpacked.h
-// multiplies. Activations are packed in the order in which words are unpacked.
+// The formats that have no chunk of their own. unpack.h makes floats of their values, and
+// gemv_unpacked.h multiplies these. Activations are packed in the order in which words are
+// unpacked.
 struct UnpackedWords {
   using Arithmetic = Fp32;
   static constexpr bool kInOrder = false;

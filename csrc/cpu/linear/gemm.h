@@ -5,15 +5,15 @@
 //     for each M vectors of tokens
 //       for each R rows: multiply, with the R x M sums in registers
 //
-// With up to kFewTokens tokens, memory is the limit: then all of k is multiplied for kFewRows rows
-// before the next rows, so that memory is read along rows, kAheadBytes ahead.
+// With up to kFewTokens tokens, memory limits the speed. All of k is then multiplied for kFewRows
+// rows before the next rows, so that memory is read along rows and prefetched kAheadBytes ahead.
 //
 // The lanes of a vector are tokens, and each value of a weight is broadcast to all lanes. So
 // weights stay in the order of their file, and only activations are packed:
 //
 //   x [K / kBlockDepth, T / width, kBlockDepth / kDepth, width, kDepth]
 //
-// A tile class multiplies R rows by M vectors and sets the sizes of the blocks: VectorTile here,
+// A tile class multiplies R rows by M vectors and sets the sizes of the blocks: VectorTile here, or
 // AmxTile in gemm_amx.h.
 #pragma once
 
@@ -42,8 +42,8 @@ struct VectorTile {
   static constexpr int64_t kFewTokens = 64;
   static constexpr int64_t kFewRows = 24;  // a multiple of rows()
 
-  // The vectors of tokens and the rows that are multiplied at a time: as many as leave room in the
-  // registers for the sums, the vectors and a broadcast value.
+  // How many vectors of tokens, and how many rows, are multiplied at a time: as many as leave room
+  // in the registers for the sums, the vectors and a broadcast value.
   static constexpr int64_t kVectors = Vec::width == 1 ? 1 : 2;
   static constexpr int rows(int vectors) {
     return Vec::width == 1 ? 4 : Vec::width == 8 && vectors == 2 ? 6 : 12;
@@ -51,10 +51,10 @@ struct VectorTile {
 
   struct Setup {};
 
-  // sums [M, R of kTaskRows, width] = the products over `depth` values, or += if this is not the
-  // first block of k. A block is summed on its own, because one running sum over thousands of
-  // values would lose digits. `weights` and `sums` belong to all rows of a block; the R rows begin
-  // at `row`.
+  // sums [M, R of kTaskRows, width] = the products over `depth` values if this is the first block
+  // of k; otherwise adds them to `sums`. A block is summed on its own, because one running sum over
+  // thousands of values would lose digits. `weights` and `sums` belong to all rows of a block; the
+  // R rows begin at `row`.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {
@@ -99,7 +99,7 @@ struct ManyBuffers {
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
-// The rows that a task multiplies: rows of one part of the weights, with SwiGLU of two parts.
+// The rows that a task multiplies: rows of one part of the weights, or with SwiGLU of both parts.
 struct TaskRows {
   WeightRows first, second;
   int64_t count;        // of all
@@ -132,9 +132,9 @@ struct NextValues {
   int64_t bytes;
 };
 
-// Multiplies one block, `count` rows from first_row on and the values from `begin` on, by all
-// tokens of the task. Adds to the sums, or sets them if `begin` is 0. x: the packed activations of
-// the block. first_sum: the row of buffers.sums where the sums of `rows` begin.
+// Multiplies one block by all tokens of the task. The block has `count` rows from first_row on, and
+// the values from `begin` on. Adds to the sums, or sets them if `begin` is 0. `x` holds the packed
+// activations of the block. first_sum is the row of buffers.sums where the sums of `rows` begin.
 template <class Tile>
 void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_row,
                     int64_t count, int64_t first_sum, int64_t begin, int64_t depth,
@@ -176,9 +176,9 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
   }
 }
 
-// Multiplies up to kTaskRows rows by up to kBlockTokens tokens: `vectors` vectors from first_vector
-// on, of the all_vectors in the packed x. Writes buffers.sums from row first_sum on. The last tile
-// may overwrite rows of the sums past `rows`.
+// Multiplies up to kTaskRows rows by up to kBlockTokens tokens. These are `vectors` vectors from
+// first_vector on; the packed x has all_vectors. Writes buffers.sums from row first_sum on. The
+// last tile may overwrite rows of the sums past `rows`.
 template <class Tile>
 void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_sum,
                    const typename Tile::Element* x, int64_t all_vectors, int64_t first_vector,
@@ -198,8 +198,8 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
   const auto count_from = [&](int64_t row) {
     return mistral::max(int64_t{0}, mistral::min(most, rows.count - row));
   };
-  // Along rows, those so far ahead that kAheadBytes are on their way; past the end of rows the next
-  // rows begin.
+  // What is prefetched. Along rows, it is a block so far ahead that kAheadBytes are on their way;
+  // past the end of the rows the next rows begin.
   const int64_t ahead = along_rows ? ceil_div(kAheadBytes, most * block_bytes) : 1;
   const auto next_of = [&](int64_t row, int64_t block) {
     const int64_t next = block + ahead;

@@ -1,5 +1,5 @@
-// The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2
-// tiles. Unpacked weights are operand a as they are, packed activations operand b.
+// The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2 tiles.
+// Unpacked weights are used as they are, as operand a; packed activations are operand b.
 //
 // Loading the tiles limits the speed. A product takes 16 cycles and a load from the L1 cache 8, so
 // 4 loads for 4 products take half of their time. The weights of a block (24 KB) therefore stay in
@@ -19,8 +19,8 @@ struct AmxTileOf {
   using Element = bf16;
   static constexpr int64_t kDepth = 2;
   static constexpr int64_t kBlockDepth = 128;
-  // Enough tokens that unpacking a block of weights is a small part of the work, and enough rows
-  // that fetching a block of activations is.
+  // There are enough tokens that unpacking a block of weights is a small part of the work, and
+  // enough rows that fetching a block of activations is a small part too.
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kTaskRows = kBlocks * kBlockRows;
@@ -57,8 +57,8 @@ struct AmxTileOf {
     const float* next_sums =
         row + R < kBlockRows ? sums + R * kTileRows : all_sums + M * kVectorSums;
 
-    // Tiles 0 and 1 hold the sums of the first and the second 16 rows with the first vector, tiles
-    // 2 and 3 their sums with the second vector.
+    // Tiles 0 and 1 hold the sums of the first vector of tokens, with the first and the second 16
+    // rows. Tiles 2 and 3 hold those of the second vector.
     if (first) {
       tile_zero<0>();
       tile_zero<1>();

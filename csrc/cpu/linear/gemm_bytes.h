@@ -1,14 +1,13 @@
 // The product of many tokens with rows of a weight in bytes (byte_chunk.h). The additions behind an
-// output, and their order, are those of gemv_bytes.h: a token gets the same bits with any number of
+// output and their order are those of gemv_bytes.h, so a token gets the same bits with any number of
 // tokens that are multiplied in bytes.
 //
 //   for each kPanelRows rows, for each block of kPanelChunks chunks of k
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each row: add the products of the block
 //
-// A sum is a vector until all of k is added: a block of 32 values has a lane, or on AVX-512 four
-// lanes. Sums of the panel's rows and the panel stay in the L2 cache, the activations of 4 tokens
-// in L1.
+// output and their order are those of gemv_bytes.h, so a token gets the same bits with any number of
+// tokens that are multiplied in bytes.
 #pragma once
 
 #include "gemv_bytes.h"
@@ -90,7 +89,7 @@ class BytePanel {
     }
   }
 
-  // Prefetches the next block meanwhile: of the same rows, or of the rows after them.
+  // Meanwhile prefetches the next block, of the same rows or of the rows after them.
   void unpack(const WeightRows& w, int64_t rows, int64_t begin, int64_t count) {
     const bool last = (begin + count) * kSuperBlock >= w.inputs;
     const char* next =

@@ -1,7 +1,7 @@
-// The product of few tokens with rows of a weight. The rows are read from memory once: each group
+// The product of few tokens with rows of a weight. The rows are read from memory once. Each group
 // of rows is multiplied by several tokens at a time, and further tokens find the group in the
-// cache. Meanwhile the next weights are prefetched: with one token in the order of addresses, which
-// memory delivers fastest, with several tokens in the order of their blocks.
+// cache. Meanwhile the next weights are prefetched. With one token this is done in the order of
+// addresses, in which memory is fastest; with several tokens in the order of their blocks.
 //
 // The additions behind an output, and their order, do not depend on the number of tokens. A
 // sequence gets the same bits alone and in a batch.
@@ -78,10 +78,10 @@ struct ScalesOf<Chunk, true> {
 };
 
 // Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. `chain`
-// says to which of the kChains sums the chunk goes, values[r] points to the chunk of row r, and
-// scales[r] are its factors if the format has groups. `end` must be K or a multiple of kChains
-// chunks. Prefetches as many bytes from `next` on: with one token in the order of addresses, across
-// whole rows, with more tokens from R rows side by side.
+// says to which of the kChains sums the chunk goes. values[r] points to the chunk of row r. If the
+// format has groups, scales[r] are the factors of the chunk. `end` must be K or a multiple of
+// kChains chunks. Prefetches as many bytes from `next` on: with one token in the order of
+// addresses, across whole rows; with more tokens from R rows side by side.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
@@ -143,15 +143,15 @@ MISTRAL_SIMD float row_scale(const WeightRows& w, int row) {
   return to_float(reinterpret_cast<const bf16*>(w.scales)[row]);
 }
 
-// The sums of the products of the first R rows of `w` with the activations x of N tokens, which are
+// The sums of the products of the first R rows of `w` with the activations x of N tokens. x is
 // packed in the order of Chunk::k_at and padded with zeros. All functions are inlined, so that the
-// sums stay in registers. start and finish take x too, because some formats keep a scale or an
+// sums stay in registers. `start` and `finish` take x too, because some formats keep a scale or an
 // offset in it (gemv_int8.h, gemv_int16.h).
 template <class Chunk, int R, int N>
 struct Product {
   using A = typename Chunk::Arithmetic;
-  // Whether the products of a chunk are summed on their own: a group needs its own sum to scale it,
-  // and a single lane would lose digits over thousands of values.
+  // Whether the products of a chunk are summed on their own. A group needs a sum of its own, which
+  // is then scaled. And a single lane would lose digits over thousands of values.
   static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
   static constexpr int kTotals = kSumsChunks && Vec::width > 1 ? 1 : kChains;
 
@@ -237,7 +237,8 @@ void multiply_group(const WeightRows& w, int64_t count,
                     int64_t stride_out) {
   constexpr int R = rows_at_a_time(N);
   if constexpr (N == 1) {
-    // Two rows must be so short that the prefetch has both in the cache.
+    // Two rows are multiplied together only if they are so short that the prefetch has both in the
+    // cache.
     int64_t row = 0;
     if (kPairsRows<Chunk> && 2 * w.row_bytes <= kAheadBytes) {
       for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
@@ -254,8 +255,8 @@ void multiply_group(const WeightRows& w, int64_t count,
         mistral::min(int64_t{kGroupRows}, R * ceil_div(kAheadBytes, R * Chunk::bytes(kValues)));
     for (int64_t k = 0; k < w.inputs; k += kValues) {
       const int64_t end = mistral::min(k + kValues, w.inputs);
-      // The values that are multiplied kAheadRows rows later: the same block of a later row, the
-      // next block of the first rows, or the next group.
+      // The values that are multiplied kAheadRows rows later. They are the same block of a later
+      // row, the next block of the first rows, or the next group.
       const auto next_of = [&](int64_t row) {
         const int64_t ahead = row + kAheadRows;
         if (ahead < count) return w.from(ahead).values + Chunk::bytes(k);

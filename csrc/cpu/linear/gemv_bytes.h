@@ -1,6 +1,7 @@
-// gemv with activations of 8 bits: each block of 32 activations of a token is rounded to integers
-// of a 127th of its largest magnitude, and multiplied by weights of 4 to 6 bits as integers. That
-// adds far less error than such weights have, and takes a fifth of the instructions of floats.
+// gemv with activations of 8 bits. Each block of 32 activations of a token is rounded to integers,
+// in units of a 127th of its largest magnitude. The integers are multiplied by weights of 4 to 6
+// bits. This adds far less error than such weights have, and takes a fifth of the instructions of
+// floats.
 #pragma once
 
 #include "byte_chunk.h"

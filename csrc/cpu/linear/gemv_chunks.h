@@ -9,17 +9,17 @@
 //   unit(x)                                      a factor of all products of a packed token
 //   OneRow                                       a chunk type of one row with the same additions
 //
-// One token takes one row at a time, a single stream through memory. More tokens take kRows rows,
-// which share instructions. Rows do not depend on each other, and a row gets the same bits alone
-// and at any place among others.
+// With one token, one row is multiplied at a time, as a single stream through memory. With more
+// tokens, kRows rows are multiplied together and share instructions. Rows do not depend on each
+// other. A row gets the same bits alone and at any place among others.
 #pragma once
 
 #include "gemv.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Unpacks chunk i of the first kRows rows; values past K are zeros. Of fewer `rows` the last one
-// stands for those that are missing.
+// Unpacks chunk i of the first kRows rows. Values past K are zeros. If `rows` is less than kRows,
+// the last row stands for the missing rows.
 template <class Chunk>
 MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk& chunk) {
   constexpr int R = Chunk::kRows;
@@ -131,8 +131,9 @@ struct FewInChunks {
     }
   }
 
-  // What is multiplied kAheadBytes after chunks `begin` to `end` of a row of a group of `rows`: the
-  // same chunks of a later row, the next block of the first rows, or the next group.
+  // The address of what is multiplied kAheadBytes after chunks `begin` to `end` of a row, in a
+  // group of `rows`. This is the same chunks of a later row, the next block of the first rows, or
+  // the next group.
   static const char* next_of(const WeightRows& w, int64_t row, int64_t rows, int64_t begin,
                              int64_t end, int64_t chunks) {
     constexpr int R = Chunk::kRows;

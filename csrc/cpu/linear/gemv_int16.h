@@ -1,12 +1,12 @@
-// gemv for weights of 8 and 4 bits, in 16-bit integers: widening every weight to a float would take
-// longer than reading it from memory. One instruction multiplies 16-bit integers and adds pairs of
-// products, which is exact. AVX2 has no instruction for bytes that neither saturates nor loses bits
-// of the activations.
+// gemv for weights of 8 and 4 bits, in 16-bit integers, because widening every weight to a float
+// would take longer than reading it from memory. One instruction multiplies 16-bit integers and
+// adds pairs of products, which is exact. With the instructions of AVX2 for bytes, sums would
+// saturate or the activations would lose bits.
 //
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
 // (unit_of in integers.h). A packed token is a head, which holds the unit, and a line for each
-// chunk. If a format unpacks to unsigned values, kBias too large, a line begins with the correction
-// for each lane of the sums.
+// chunk. If a format unpacks to unsigned values, which are kBias too large, a line begins with the
+// correction for each lane of the sums.
 #pragma once
 
 #include "../simd/integers.h"
@@ -14,8 +14,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A chunk of a format in 16-bit integers. kFastest: whether no other products are faster, for
-// activations that are otherwise multiplied by the arithmetic A.
+// A chunk of a format in 16-bit integers. kFastest says whether these products are the fastest for
+// activations that would otherwise be multiplied by the arithmetic A.
 template <WeightFormat format>
 struct Int16Chunk {
   template <class A>
@@ -97,7 +97,7 @@ struct Int16Chunk<WeightFormat::int4> : Int16Layout {
 template <WeightFormat format, int R, int N>
 struct Product<Int16Chunk<format>, R, N> {
   using Chunk = Int16Chunk<format>;
-  // Sums of groups are added rarely: one total suffices, and leaves registers for more.
+  // Sums of groups are added rarely, so one total suffices and leaves registers for more.
   static constexpr int kTotals = Chunk::kGrouped ? 1 : kChains;
 
   Vec totals[kTotals][N][R];

@@ -1,16 +1,15 @@
-// gemv for weights of 8 bits with a scale for each row, in integers: widening them to floats would
-// take longer than fast memory takes to bring them. VNNI multiplies bytes as they are.
+// gemv for weights of 8 bits with a scale for each row, in integers. Widening the weights to floats
+// would take longer than fast memory takes to bring them. VNNI multiplies bytes as they are.
 //
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
 // (unit_of in integers.h). An instruction multiplies unsigned bytes by signed bytes, so an
 // activation is split into a signed high byte and an unsigned low byte. Low bytes are multiplied by
-// the signed weight, high bytes by the weight as an unsigned byte, which is 128 larger:
+// the signed weight, high bytes by the weight plus 128, which is an unsigned byte:
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
-// The second sum is packed with the activations. The sums of a whole row are integers. They are
-// exact for rows of up to kMaxInt8Inputs values: they may wrap around on the way, but the results
-// fit.
+// The sum of high is packed with the activations. All sums of a row are integers. They are exact
+// for rows of up to kMaxInt8Inputs values: they may wrap around on the way, but the results fit.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +19,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Packed activations of a token: a TokenHead, then for each chunk a line of its high bytes and its
-// low bytes.
+// The packed activations of a token: a TokenHead, then for each chunk a line with its high bytes
+// and its low bytes.
 struct InIntegers {
   struct Arithmetic {
     using Element = uint8_t;

@@ -36,8 +36,8 @@ struct PairChunk {
   static constexpr int64_t kValues = 128;
   static constexpr int64_t kBytes = kValues;
 
-  // A packed token begins with its unit. A line has, for each 64 values, those with even numbers
-  // and then the others.
+  // A packed token begins with its unit. For each 64 values, a line has those with even numbers and
+  // then those with odd numbers.
   static constexpr int64_t kHeadBytes = 64;
   static constexpr int64_t kLineBytes = kValues * int64_t{sizeof(int16_t)};
   static float unit(const char* x) {
@@ -110,7 +110,7 @@ struct PairChunk {
   }
 };
 
-// As PairChunk, of one row: its sums are at all places of a lane.
+// Like PairChunk, but of one row, whose sums are at all places of a lane.
 struct PairRow {
   static constexpr int kRows = 1;
   static constexpr int64_t kValues = PairChunk::kValues;

@@ -1,7 +1,7 @@
 // First the activations of each token are packed: normalised if there is a norm, converted, and put
 // in the order of k of the weight format (activations.h). Then each thread multiplies blocks of
-// rows of the weights and writes the outputs: up to kGemvTokens tokens with a file gemv*.h, more
-// tokens with gemm.h or gemm_bytes.h.
+// rows of the weights and writes the outputs. The products of up to kGemvTokens tokens are in the
+// files gemv*.h, those of more tokens in gemm.h and gemm_bytes.h.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -13,13 +13,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The fewest bytes of weights that a thread takes at a time in gemv, with SwiGLU of each part. The
+// The fewest bytes of weights that a thread takes at a time in gemv; with SwiGLU, of each part. The
 // prefetch comes too late for the first bytes of a range, so ranges must be much longer.
 constexpr int64_t kLeastBytes = 1 << 16;
 constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
 
-// Neighbouring rows of one part, or with SwiGLU of both gate and up, whose outputs are written
-// together.
+// Neighbouring rows whose outputs are written together: rows of one part, or with SwiGLU of both
+// gate and up.
 struct RowBlock {
   int64_t part;
   int64_t first;
@@ -38,7 +38,7 @@ int64_t count_blocks(const LinearParams& p, int64_t rows) {
   return count;
 }
 
-// At most `most` rows of one part, from row `row` of all parts together on.
+// At most `most` rows of one part. `row` is the first, counted through all parts.
 RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
   int64_t part = 0, first = row;
   while (first >= p.parts[part].rows) first -= p.parts[part++].rows;
@@ -54,7 +54,8 @@ RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
   return block_from(p, row + index * rows, rows);
 }
 
-// Writes `count` outputs of one token, which begin at `column`. `up`: for SwiGLU.
+// Writes `count` outputs of one token, from column `column` on. `up`: the sums of the second part,
+// for SwiGLU.
 template <class T>
 void finish(const LinearParams& p, int64_t token, int64_t column, const float* product,
             const float* up, int64_t count) {
@@ -131,7 +132,7 @@ struct Scratch {
   }
 };
 
-// Packs a token for a kernel of few tokens, or in bytes.
+// Packs a token for products with few tokens or in bytes.
 template <class T>
 void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t token,
                 const T* x) {
@@ -145,8 +146,8 @@ void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, 
 template <class T>
 void linear_few(const LinearParams& p, int threads) {
   const Scratch<T> scratch(p);
-  // Calls f with the chunk type of the part, its packed activations and their elements for each
-  // token.
+  // Calls f with the chunk type of the part, its packed activations, and the number of their
+  // elements for each token.
   const auto with_chunk = [&](int64_t part, const auto& f) {
     with_few_chunk<T>(p, part, [&](auto chunk) {
       using Chunk = decltype(chunk);
@@ -184,7 +185,8 @@ void linear_few(const LinearParams& p, int threads) {
   });
 }
 
-// Packs the activations of a vector of tokens, of which x has `count`, for a part of this format.
+// Packs the activations of a vector of tokens for a part of this format. x has `count` of these
+// tokens.
 template <WeightFormat format, class T>
 void pack_for_many(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t vectors,
                    int64_t vector, const T* const* x, int64_t count) {
@@ -222,7 +224,7 @@ void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t vecto
   }
 }
 
-// Writes buffers.sums: the products of the block's rows, with SwiGLU of those of both parts.
+// Writes buffers.sums: the products of the rows of the block; with SwiGLU, of both parts.
 template <class T, class Tile>
 void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const RowBlock& block,
                          int64_t first_token, int64_t tokens, ManyBuffers<Tile>& buffers) {
@@ -249,10 +251,11 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
 
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   if (swiglu && p.parts[0].format == p.parts[1].format && !in_bytes<T>(p, 0)) {
-    // In one call, so that both share the activations in the cache.
+    // Both parts are multiplied in one call, so that they share the activations in the cache.
     return multiply(0, {rows_at(0), rows_at(1), 2 * block.count, block.count}, 0);
   }
-  // In the order of their rows: multiply_many may overwrite rows of the sums past its own.
+  // The parts are multiplied in the order of their rows, because multiply_many may overwrite rows
+  // of the sums past its own.
   for (int64_t i = 0; i < (swiglu ? 2 : 1); ++i) {
     const int64_t part = block.part + i, first_row = i * block.count;
     if (in_bytes<T>(p, part)) {
@@ -279,8 +282,9 @@ void linear_many(const LinearParams& p, int threads) {
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
     rows_per_task -= Tile::kBlockRows / parts;
   }
-  // Two formats are multiplied one after the other, and the second may overwrite sums up to the end
-  // of its last tile. So its rows must be whole tiles: else that is behind the rows of the task.
+  // Two formats are multiplied one after the other, and the second product may overwrite sums up to
+  // the end of its last tile. With at most kBlockRows rows of each part, that end is still within
+  // the kTaskRows rows of the sums.
   static_assert(2 * Tile::kBlockRows <= Tile::kTaskRows, "");
   if (swiglu && p.parts[0].format != p.parts[1].format) {
     rows_per_task = mistral::min(rows_per_task, Tile::kBlockRows);

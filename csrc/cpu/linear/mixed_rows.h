@@ -2,8 +2,8 @@
 // serves all of them.
 //
 // A 128-bit lane of a vector from memory has four neighbouring words of a row. In mixed vector j,
-// place p of each lane keeps word p, but of row p ^ j: nothing moves. All mixed vectors are
-// multiplied by the same activations, as they lie in memory. The sums of row r are then at place r
+// place p of each lane keeps word p, but of row p ^ j, so nothing moves. All mixed vectors are
+// multiplied by the same activations, as these lie in memory. The sums of row r are then at place r
 // ^ j, and swaps bring them to place r before they are added.
 #pragma once
 

@@ -8,8 +8,9 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kUnpacked = 8 * Vec::width;  // values that are unpacked at a time
 
-// Unpacks kUnpacked values of the first row, from k on, a multiple of kUnpacked. Values past K are
-// finite; those of activations are 0. Values of words come in the order of Int4Chunk::k_at.
+// Unpacks kUnpacked values of the first row, from k on, which is a multiple of kUnpacked. Values
+// past K are finite: there the activations are 0. Values of words come in the order of
+// Int4Chunk::k_at.
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 
@@ -24,7 +25,8 @@ MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
 }
 #endif
 
-// The address of the values from k on, or of a copy of them that is padded with zeros.
+// The address of the values from k on. Where the row ends before kUnpacked values, the address of a
+// copy that is padded with zeros.
 struct ValuesAt {
   const char* values;
   char rest[kUnpacked * sizeof(float)];

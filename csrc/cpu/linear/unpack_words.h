@@ -1,6 +1,6 @@
 // Unpacks the formats of words (csrc/formats.h) other than int4 to floats, a vector of words at a
-// time. Every value is fma(q, factor, offset), with a factor and an offset for each word; no
-// rounding precedes that of the fma.
+// time. Every value is fma(q, factor, offset), with a factor and an offset for each word. Nothing
+// is rounded before this fma.
 #pragma once
 
 #include "formats.h"
@@ -20,9 +20,10 @@ MISTRAL_SIMD float half_at(const char* p) {
 }
 MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
 
-// Finds the scale and the minimum of block 0 to 7 of q4_k or q5_k in the 12 bytes of a super-block.
-// Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
-// other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
+// Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k in the 12 bytes of a
+// super-block. Bytes 0 to 3 hold the scales of the first four blocks in their low 6 bits, and bytes
+// 4 to 7 their minima. The other 2 bits of these bytes are the high bits for the last four blocks.
+// The low 4 bits of these are in bytes 8 to 11.
 MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {
   const int first_scale = byte_at(bytes + block % 4),
             first_minimum = byte_at(bytes + 4 + block % 4);
@@ -36,7 +37,7 @@ MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* m
   }
 }
 
-// The scaling of the values around k of the first row; `scales`: of that row.
+// The scaling of the values around k of the first row. `scales` are those of this row.
 template <WeightFormat format>
 MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   constexpr int64_t kGroupBytes =
@@ -70,8 +71,9 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   }
 }
 
-// The bits above the fourth of a vector of words, moved so that all words have them at the places
-// that word 0 of a block has. `words`: of the super-block; first: the number of the first word.
+// The bits above the fourth of a vector of words. They are moved to the places that those of word 0
+// of a block have. `words` are those of the super-block, and `first` is the number of the first
+// word.
 template <WeightFormat format>
 MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   uint32_t further[Vec::width];
@@ -118,8 +120,8 @@ struct WordScales {
   __m512 halves;      // the factor of each 16 values
   __m512 minima;      // is added to each 16 values, if kMinima
 
-  // `row_scales` are those of the row, `k` is the first value, a multiple of 256; `there`: how many
-  // there are.
+  // `row_scales` are the scales of the whole row. `k` is the number of the first value, a multiple
+  // of 256, and `there` is how many values there are.
   MISTRAL_SIMD WordScales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     const char* group = row_scales + (k >> group_log2) * kGroupBytes;
@@ -150,7 +152,7 @@ struct WordScales {
   }
 
  private:
-  // Gives each lane the scale of its block, which is lane at(block) of `scales`.
+  // Gives each lane the scale of its block, which is in lane at(block) of `scales`.
   template <class At>
   MISTRAL_SIMD void spread(__m512 scales, const At& at) {
     for (int i = 0; i < 2; ++i) {
@@ -159,7 +161,7 @@ struct WordScales {
     halves = lanes_at(lanes_of([&](int half) { return at(half / 2); }), scales);
   }
 
-  // Scales of groups of 32, 64 or 128 values, one or two of 16 bits each.
+  // Takes scales of groups of 32, 64 or 128 values. A group has one or two numbers of 16 bits.
   MISTRAL_SIMD void take_groups(const char* group, int group_log2, int64_t there) {
     constexpr int kNumbers = kPairs ? 2 : 1;
     const auto count = static_cast<unsigned>((there >> group_log2) * kNumbers);
@@ -227,8 +229,8 @@ MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* off
 
 #endif
 
-// Puts 8 vectors of the first row, those of the values from k on, each word's value i in vector i:
-// the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values).
+// Unpacks 8 vectors of values of the first row, from k on. Vector i has value i of each word, which
+// is the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values) for each vector.
 template <WeightFormat format, class Put>
 MISTRAL_SIMD void unpack_words(const WeightRows& w, int64_t k, const Put& put) {
   constexpr int64_t kValues = 8 * Vec::width;

@@ -1,5 +1,6 @@
-// The instructions of AMX, one function each. A thread has 8 tiles, matrix registers of up to 16
-// rows of 64 bytes, which it has to configure before it uses them. Tests emulate them: tests/amx.
+// One function for each instruction of AMX. A thread has 8 tiles, which are matrix registers of up
+// to 16 rows of 64 bytes. The thread must configure its tiles before it uses them. tests/amx
+// emulates the instructions.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,8 @@ constexpr TileConfig whole_tiles() {
   asm volatile("sttilecfg %0" : "=m"(config));
 }
 
-// While it lives, its thread may use tiles. At its end the earlier configuration is valid again:
-// other libraries configure the tiles of a thread once, and rely on it later.
+// As long as this object lives, its thread may use tiles. Its end restores the earlier
+// configuration, because other libraries configure the tiles of a thread once and rely on it later.
 class TilesInUse {
  public:
   TilesInUse() {
@@ -65,7 +66,7 @@ template <int tile>
   asm volatile("tilezero %%tmm%c0" : : "i"(tile));
 }
 
-// Loads or stores a tile, whose rows lie `stride` bytes apart.
+// Loads or stores a tile. Its rows lie `stride` bytes apart in memory.
 template <int tile>
 [[gnu::always_inline]] inline void tile_load(const void* p, int64_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(tile) : "memory");
@@ -75,8 +76,9 @@ template <int tile>
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
 }
 
-// c [16][16] floats += a [16][32] * b, of bf16; b holds rows 2 k and 2 k + 1 in pairs:
-// [16][16 columns][2]. The products of 32 values are summed on their own, then added to c.
+// c += a * b, with c [16][16] in fp32 and a [16][32] in bf16. b holds 32 rows of 16 columns of
+// bf16, rows 2 k and 2 k + 1 in pairs: [16][16 columns][2]. The 32 products of a sum are added on
+// their own, then to c.
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));

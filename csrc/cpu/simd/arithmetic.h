@@ -1,8 +1,8 @@
 // The two ways to compute products: in fp32, or in pairs of bf16 where the instruction set has
 // them.
 //
-// Element is the type of the factors, Operand a vector of them. Each lane of an operand holds
-// kDepth neighbours along the sum.
+// Element is the type of the factors, and Operand is a vector of them. A lane of an operand holds
+// kDepth factors that are neighbours along the sum.
 #pragma once
 
 #include "simd.h"

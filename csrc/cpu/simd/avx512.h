@@ -105,10 +105,11 @@ MISTRAL_SIMD Vec to_vec(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
 MISTRAL_SIMD Vec look_up(Words w) {
   return {_mm512_permutexvar_ps(w.v, _mm512_load_ps(kFloatTable4.values))};
 }
-// Loads the scales of one or two Words, whose values share scales in groups of 2^group_log2. Each
+// Loads the scales of one or two Words. Their values share scales in groups of 2^group_log2, and a
 // lane has 8 values.
 struct GroupScales {
-  // The index of each lane's scale, in the high half: a bf16 is the high half of a float.
+  // The index of the scale of each lane, as the index of a 16-bit element. It is in the high half
+  // of the lane, because a bf16 is the high half of a float.
   __m512i index[2];
   __mmask8 there;  // mask of the scales that exist
 
@@ -156,8 +157,8 @@ MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
 }
 // values 2 i and 2 i + 1 of every word
 MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
-  // The look-up takes 5 bits of each half word. The highest belongs to another value, so the table
-  // holds each of the 16 values twice.
+  // The look-up takes 5 bits of each half word. The highest of them belongs to another value, so
+  // the table holds each of the 16 values twice.
   const __m512i values = _mm512_broadcast_i64x4(
       _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                         int16_t(0xc100), int16_t(0xc0e0), int16_t(0xc0c0), int16_t(0xc0a0),

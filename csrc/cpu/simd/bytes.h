@@ -30,7 +30,7 @@ MISTRAL_SIMD Bytes32 load_first_bytes(const char* p, int64_t count) {
 MISTRAL_SIMD Bytes32 mask_bytes(Bytes32 x, char mask) {
   return _mm256_and_si256(x, _mm256_set1_epi8(mask));
 }
-// The integers next to 32 products x * factor; they must fit bytes.
+// Rounds the 32 products x * factor to the nearest integers, which must fit bytes.
 MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
   __m256i parts[4];
   for (int i = 0; i < 4; ++i) {
@@ -53,8 +53,8 @@ MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   store_32(out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// Products of unsigned and signed bytes are added up in lanes of 32 bits where an instruction does
-// that, else as pairs in lanes of 16 bits, which must hold the sums.
+// Products of unsigned and signed bytes are added up in lanes of 32 bits, where an instruction does
+// that. Elsewhere pairs of products are added up in lanes of 16 bits, and the sums must fit these.
 #if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
@@ -74,11 +74,11 @@ MISTRAL_SIMD __m256i widen_sums(__m256i sums) {
 }
 #endif
 
-// Has sums added in the order of the code: GCC would add in a tree, for which registers do not
-// suffice where there are several sums.
+// Makes the compiler add sums in the order of the code. GCC would add in a tree. Where there are
+// several sums, registers do not suffice for that.
 MISTRAL_SIMD void keep_order(__m256i& sums) { asm("" : "+v"(sums)); }
 
-// Words 4 b + i of 8 blocks b become lane lane_of(b) of out[i].
+// Moves word 4 b + i of the words in `in`, for each block b of 8, to lane lane_of(b) of out[i].
 constexpr int lane_of(int block) { return block % 2 * 4 + block / 2; }
 MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);

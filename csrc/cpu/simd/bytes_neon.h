@@ -1,4 +1,4 @@
-// The part of bytes.h for aarch64: two vectors of NEON for each of 256 bits.
+// The part of bytes.h for aarch64. Each 256 bits are two vectors of NEON.
 #pragma once
 
 #include "simd.h"
@@ -20,7 +20,7 @@ MISTRAL_SIMD void store_32(void* p, Bytes32 x) {
   for (int i = 0; i < 2; ++i) vst1q_s8(static_cast<int8_t*>(p) + 16 * i, x.v[i]);
 }
 MISTRAL_SIMD Bytes32 zero_bytes() { return {{vdupq_n_s8(0), vdupq_n_s8(0)}}; }
-// The integers next to 32 products x * factor; they must fit bytes.
+// Rounds the 32 products x * factor to the nearest integers, which must fit bytes.
 MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
   int16x4_t fours[8];
   for (int i = 0; i < 8; ++i) {
@@ -45,8 +45,8 @@ MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   for (int i = 0; i < 2; ++i) vst1q_s32(out + 4 * i, vpaddlq_s16(vpaddlq_s8(x.v[i])));
 }
 
-// Adds to each lane the products of 4 bytes. Without the instruction for it, pairs of them are
-// added in 16 bits, where two products up to 127 x 127 fit.
+// Adds to each lane the sum of the products of 4 bytes. Without the instruction for it, pairs of
+// products are added in 16 bits, which two products of up to 127 x 127 fit.
 MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t b) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return vdotq_s32(sums, a, b);

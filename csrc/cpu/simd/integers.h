@@ -1,4 +1,4 @@
-// Vectors of integers: of 16 bits, whose products are added in pairs, and with VNNI also of bytes.
+// Vectors of 16-bit integers, whose products are added in pairs. With VNNI also vectors of bytes.
 #pragma once
 
 #include "simd.h"
@@ -65,16 +65,16 @@ MISTRAL_SIMD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
 // Turns signed bytes into unsigned bytes that are 128 larger.
 MISTRAL_SIMD Bytes add_128(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
 
-// Adds to each lane the products of 4 unsigned bytes and 4 signed bytes. Written as asm, because
-// with the intrinsic GCC 12 copies the sums to other registers and back in every iteration of a
-// loop with many sums.
+// Adds to each lane the sum of the products of 4 unsigned bytes and 4 signed bytes. Written as asm,
+// because with the intrinsic GCC 12 copies the sums to other registers and back in every iteration
+// of a loop with many sums.
 MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(without_sign.v), "vm"(with_sign.v));
   return sums;
 }
 
-// Rounds to integers, which must fit 16 bits, and stores their signed high bytes and unsigned low
-// bytes.
+// Rounds to integers, which must fit 16 bits. Stores their high bytes, which are signed, and their
+// low bytes, which are unsigned.
 MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
   _mm_storeu_si128(static_cast<__m128i*>(high),
@@ -155,11 +155,11 @@ struct Unit {
   float inverse;
 };
 
-// The unit in which the largest of some numbers uses all bits of an integer. A bf16 of at least
-// 2^-7 times the largest is then exact, and no number is off by more than 2^-15 times the largest.
-// The unit is computed from the exponent bits of a float. If the largest magnitude is not finite,
-// all products become NaN. If the unit would not be a normal number, fewer bits are used.
-// magnitude: the bits of the largest magnitude, as a float. NaN is above infinity.
+// The unit in which the largest of some numbers uses all bits of an integer. `magnitude` is the
+// largest magnitude of the numbers, as the bits of a float; NaN is above infinity. In this unit a
+// bf16 of at least 2^-7 times the largest is exact, and no number is off by more than 2^-15 times
+// the largest. The unit is computed from the exponent bits of the float. If the magnitude is not
+// finite, all products become NaN. If the unit would not be a normal number, fewer bits are used.
 inline Unit unit_of(int32_t magnitude) {
   constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
   const int32_t exponent = magnitude & kInfinite;

@@ -31,8 +31,8 @@ MISTRAL_SIMD void store_ints(int16_t* p, Ints x) { vst1q_s16(p, vreinterpretq_s1
 MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {vdupq_n_s32(x)}; }
 MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {vaddq_s32(a.v, b.v)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {vcvtq_f32_s32(x.v)}; }
-// Adds to lane i: a[i] * b[i] + a[i + 4] * b[i + 4]. On x86 the lanes have other pairs, which
-// matters only where the words of a vector belong to several groups; here they never do.
+// Adds to lane i: a[i] * b[i] + a[i + 4] * b[i + 4]. On x86 a lane has another pair. This would
+// matter only if the words of a vector belonged to several groups, and here they never do.
 MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
   sums.v = vmlal_s16(sums.v, vget_low_s16(a.v), vget_low_s16(b.v));
   return {vmlal_high_s16(sums.v, a.v, b.v)};

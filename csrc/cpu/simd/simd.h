@@ -1,6 +1,6 @@
-// One vector of floats, as wide as the instruction set that this file is compiled for: 16 lanes
-// (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Kernels are written once against it;
-// with one lane they are their own plain scalar specification.
+// A vector of floats that is as wide as the instruction set for which this file is compiled: 16
+// lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Kernels are written once, for all
+// widths. With one lane they are their own plain scalar specification.
 //
 // 16-bit types are widened on load and rounded to nearest even on store.
 #pragma once
@@ -24,8 +24,8 @@
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define MISTRAL_BYTE_PRODUCTS
 #endif
-// The instructions of VNNI exist in two encodings: that of AVX-512, and that of AVX-VNNI, which
-// lacks half of the registers that a compiler for AVX-512 uses.
+// The instructions of VNNI exist in two encodings, of AVX-512 and of AVX-VNNI. The second lacks
+// half of the registers that a compiler for AVX-512 uses.
 #if defined(__AVXVNNI__) && !defined(__AVX512VL__)
 #define MISTRAL_VNNI "%{vex%} "
 #else
@@ -36,7 +36,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Scalar conversions: all that the scalar set uses. The other sets use them for the last few
+// Scalar conversions. The scalar set uses nothing else. The other sets use them for the last few
 // elements of a row.
 
 MISTRAL_SIMD float to_float(float x) { return x; }
@@ -150,7 +150,8 @@ MISTRAL_SIMD Vec exp(Vec x) { return {expf(x.v)}; }
 
 MISTRAL_SIMD Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(broadcast(0.0f) - x)); }
 
-// The last n < width elements of a row; lanes past them are 0 and are not stored.
+// The last n < width elements of a row. When they are loaded, the lanes past them become 0; when
+// they are stored, these lanes are left out.
 template <class T>
 MISTRAL_SIMD Vec load_first(const T* p, int64_t n) {
   T buffer[Vec::width] = {};
@@ -230,8 +231,8 @@ MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   }
 }
 
-// Lane i is the sum of the lanes of a[i]. This is the sum of the rows of the transpose, added while
-// transposing.
+// Lane i becomes the sum of the lanes of a[i]. This is the sum of the rows of the transpose: they
+// are added while the vectors are transposed.
 MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   Vec left[Vec::width];
   for (int i = 0; i < Vec::width; ++i) left[i] = a[i];

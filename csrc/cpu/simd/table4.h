@@ -1,4 +1,5 @@
-// The values of kTable4 next to given numbers, 32 at a time, and their indices in words.
+// Finds the values of kTable4 next to given numbers, 32 at a time, and writes their indices as
+// words.
 #pragma once
 
 #include "bytes.h"
@@ -7,15 +8,16 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int kGroup4 = 32;  // numbers at a time
 
-// The index of the value of kTable4 next to an integer. Half-way the larger value is taken.
+// The index of the value of kTable4 that is nearest to an integer. Half-way between two values the
+// larger is taken.
 constexpr int nearest_index(int x) {
   int index = 0;
   for (int i = 1; i < 16; ++i) index += 2 * x >= kTable4[i - 1] + kTable4[i];
   return index;
 }
 
-// 16 neighbouring integers, from a multiple of 16 on, have one index or two. Buckets are in the
-// order of the integers' high four bits.
+// A bucket is 16 neighbouring integers, from a multiple of 16 on. They have at most two indices.
+// Buckets are in the order of the high four bits of their integers.
 struct Buckets {
   int8_t first[16];  // the index of the smallest integer
   int8_t last[16];   // the largest integer with that index; 127 if all have it
@@ -45,8 +47,8 @@ constexpr bool two_indices_at_most() {
 }
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
-// The numbers x * factor are rounded to integers first, which matters only half-way between two
-// values. Where the product is NaN, the index may be any.
+// The numbers x * factor are rounded to integers first. This matters only half-way between two
+// values. If a product is NaN, its index may be any.
 
 MISTRAL_SIMD int nearest_index(float x, float factor) {
   const float scaled = x * factor;
@@ -70,8 +72,8 @@ MISTRAL_SIMD Bytes32 nearest_indices(const float* x, float factor) {
   __m256i parts[4];
   for (int i = 0; i < 4; ++i) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
-    // The conversion turns a number that no integer can hold into the smallest integer. For numbers
-    // that are too small this is right; the minimum keeps numbers from being too large.
+    // The conversion turns a number that does not fit an integer into the smallest integer. For
+    // numbers that are too small this is right. The minimum keeps the others from being too large.
     parts[i] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127)));
   }
   const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
@@ -89,7 +91,7 @@ MISTRAL_SIMD void nearest_values(const float* x, float factor, int8_t* out) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), values);
 }
 
-// Words as csrc/formats.h has them: 2 j + k of 8 values is nibble j % 2 of byte 2 k + j / 2.
+// Words as csrc/formats.h has them: value 2 j + k of 8 is nibble j % 2 of byte 2 k + j / 2.
 MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
   const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
                                          0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);

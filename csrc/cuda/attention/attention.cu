@@ -54,7 +54,7 @@ bool prefills(const AttentionParams& p) {
   return group > kDecodeRows || !is_decode(p.max_count, group);
 }
 
-// Whether the kernel of sm_90a prefills. It writes no log-sum-exp.
+// Whether the kernel of sm_90a prefills. It cannot write a log-sum-exp.
 bool uses_hopper(const AttentionParams& p) { return active_prefill() == Prefill::sm90 && !p.lse; }
 
 template <class T, int D>
@@ -103,7 +103,7 @@ AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
   scratch.splits = static_cast<int32_t>(max(min(wanted, sensible), 1));
   scratch.prefill_splits = 1;
   scratch.counters = blocks;
-  // kPartialRow
+  // D + 4 is kPartialRow (merge.cuh).
   scratch.partials =
       scratch.splits == 1 ? 0 : blocks * scratch.splits * kDecodeRows * (p.head_dim + 4);
   if (uses_hopper(p) && prefills(p)) add_hopper_scratch(scratch, p, longest);

@@ -1,8 +1,8 @@
 // The gradients of keys and values.
 //
 // Grid: (tiles of keys, Hkv). A block owns 64 keys of one sequence and key/value head, and walks
-// the query rows of all heads of the group that see any of them. So no two blocks add to the same
-// sum. Products are transposed: rows are keys, columns are query rows.
+// all query rows of the group that see any of them. So no two blocks add to the same sum. Scores
+// are computed transposed: rows are keys, columns are query rows.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -45,7 +45,7 @@ struct KeyGradients {
     }
   }
 
-  // The results pass through the rows of the block's own tiles.
+  // The results go through the block's own tiles in shared memory: each warp uses its rows of them.
   __device__ __forceinline__ void store(const float (&d_k)[1][D / 8][4],
                                         const float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp);
@@ -75,7 +75,8 @@ struct KeyGradients {
     cp_async_commit();
   }
 
-  // Hides the scores of keys, from `key` on, that the query rows from `first_row` on do not see.
+  // Hides the scores that query rows do not see. `first_row`: the first of the query rows. `key`:
+  // the warp's first key.
   __device__ __forceinline__ void hide(float (&scores)[1][kColumns][4], int first_row, int key,
                                        int window) const {
     const int lane = threadIdx.x % kWarp, group = head.rows.group;

@@ -64,7 +64,8 @@ struct QueryGradients {
     }
   }
 
-  // The results pass through the rows of the block's tile of queries.
+  // The results go through the block's tile of queries in shared memory: each warp uses its rows of
+  // it.
   __device__ __forceinline__ void store(const float (&d_q)[1][D / 8][4]) const {
     store_rows(
         shared.own(0), 16 * (threadIdx.x / kWarp), d_q, [&](int) { return head.p.scale; },

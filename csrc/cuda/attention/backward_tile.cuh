@@ -1,6 +1,6 @@
-// The kernels of attention's gradients share this. A block of 4 warps owns 64 rows of two tensors
-// (keys and values, or queries and d_out), each warp 16 of them, and walks rows of the other two in
-// tiles of 32. A tile is copied while the one before it is multiplied.
+// What the kernels of attention's gradients share. A block of 4 warps owns 64 rows of two tensors:
+// keys and values, or queries and d_out. Each warp owns 16 of these rows. The block walks rows of
+// the other two tensors in tiles of 32. A tile is copied while the one before it is multiplied.
 #pragma once
 
 #include "../../attention_backward.h"
@@ -13,8 +13,8 @@ constexpr int kBackwardThreads = kBackwardWarps * kWarp;
 constexpr int kOwnRows = 16 * kBackwardWarps;
 constexpr int kWalkedRows = 32;
 
-// The shared memory of a block: its own two tiles, two stages of two tiles that it walks, and for
-// each stage the log-sum-exp and delta of its rows, if they are queries.
+// The shared memory of a block: its own two tiles, then two stages, each with the two tiles that
+// are walked. If queries are walked, each stage also has the log-sum-exp and delta of its rows.
 template <class T, int D>
 struct BackwardShared {
   T* elements;
@@ -34,7 +34,8 @@ struct BackwardShared {
   __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + kWalkedRows; }
 };
 
-// One key/value head of one sequence: its query rows, and its keys, counted from the first.
+// One key/value head of one sequence, with its query rows and its keys. Both are counted from the
+// first of the sequence.
 template <class T, int D>
 struct BackwardHead {
   const AttentionBackwardParams& p;
@@ -50,8 +51,8 @@ struct BackwardHead {
         kv_head(kv_head),
         keys(static_cast<int>(s.count)) {}
 
-  // Starts the copy of kRows rows of queries and d_out, or of keys and values. Rows past the last
-  // become zeros, which add nothing to any sum.
+  // Each starts the copy of kRows rows: copy_queries of queries and d_out, copy_keys of keys and
+  // values. Rows past the last become zeros, which add nothing to any sum.
   template <int kRows>
   __device__ __forceinline__ void copy_queries(SharedTile<T, D> q, SharedTile<T, D> d_out,
                                                int first) const {
@@ -80,7 +81,7 @@ struct BackwardHead {
     });
   }
 
-  // Where a query row's log-sum-exp and delta are.
+  // The index in p.lse and p.delta of a query row.
   __device__ __forceinline__ int64_t statistic(int row) const {
     return rows.offset(row, p.heads, 1);
   }
@@ -91,7 +92,8 @@ template <class T>
 struct Differentiated {
   uint32_t probabilities, d_scores;
 
-  // `lse` is a logarithm to base 2. The gradients of scores are multiplied by scale after the sums.
+  // `lse` is a logarithm to base 2. d_scores lack the factor p.scale: the sums of their products
+  // are multiplied by it in the end.
   __device__ __forceinline__ Differentiated(float2 scores, float2 d_probabilities, float scale,
                                             float2 lse, float2 delta) {
     const float low = exp2_approx(scores.x * scale - lse.x);

@@ -1,12 +1,13 @@
-// Decode: few queries, many keys, limited by reading the cache once.
+// Decode has few queries and many keys. Reading the cache, each key and value once, limits its
+// speed.
 //
-// Grid: (splits, Hkv, S). The query rows of one sequence and key/value head, at most 16 (all heads
-// of the group for 1 token, or for a few), are one operand of the products, so each key and value
-// is loaded once for all of them. The keys that they see are divided among `splits` blocks and in a
-// block among 4 warps, which take tiles of 16 in turn. Each warp has two stages of shared memory of
-// its own, fills both before it begins, and then works on one while the other is on its way: so the
-// block needs no barrier until the results of its warps are merged. With several splits each block
-// leaves its result in `partials`, and the last block to arrive merges the results.
+// Grid: (splits, Hkv, S). A sequence and key/value head has at most 16 query rows here: all heads
+// of the group, for one token or a few. They are one operand of the products, so each key and value
+// is loaded once for all of them. The keys that they see are divided among `splits` blocks, and in
+// a block among 4 warps, which take tiles of 16 keys in turn. Each warp has two stages of shared
+// memory of its own. It fills both before it begins, and then works on one while the other is on
+// its way. So the warps walk the keys without a barrier of the block. With several splits each
+// block leaves its result in `partials`, and the last block to arrive merges the results.
 #pragma once
 
 #include "finish.cuh"

@@ -1,4 +1,4 @@
-// Partial results, each over a part of the keys, and their merge.
+// Merges partial results, each of which covers a part of the keys.
 #pragma once
 
 #include "../common/vec.cuh"
@@ -6,8 +6,8 @@
 
 namespace mistral::cuda {
 
-// The result of a query row over a part of the keys: D unnormalised sums, the maximum, the total,
-// and two floats that keep the next row aligned.
+// The floats of a partial result, which has one query row and a part of the keys: D unnormalised
+// sums, the maximum, the total, and two that only keep the next row aligned.
 template <int D>
 constexpr int kPartialRow = D + 4;
 
@@ -19,8 +19,8 @@ struct Merged {
 };
 
 // Merges elements d to d + 7 of `parts` results. row_of(i) is where the row begins in part i, and
-// read(address) loads 4 floats from there. Among 8 neighbouring lanes, 4 begin with the upper half
-// of their 8 elements, so that the 8 lanes together read 128 bytes from all banks.
+// read(address) loads 4 floats. Among 8 neighbouring lanes, 4 begin with the upper half of their 8
+// elements, so that the 8 lanes together read 128 bytes from all banks.
 template <int D, class RowOf, class Read>
 __device__ __forceinline__ Merged merge(int parts, int d, float scale, const RowOf& row_of,
                                         const Read& read) {
@@ -60,7 +60,8 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Que
   store16(global + d, round_to<T, 8>(out));
 }
 
-// The log-sum-exp of a row of attention.h, whose scores are unscaled here.
+// Stores the log-sum-exp of a row (attention.h). `maximum` is that of the unscaled scores, `total`
+// is a sum of exponentials of scaled scores.
 __device__ __forceinline__ void store_lse(const AttentionParams& p, const QueryRows& rows, int row,
                                           float maximum, float total) {
   store_global(p.lse + rows.offset(row, p.heads, 1), maximum * p.scale + logf(total));

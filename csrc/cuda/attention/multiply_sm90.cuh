@@ -1,5 +1,5 @@
-// The consumers of prefill_sm90.cuh: a warpgroup's 64 query rows times the keys, the softmax in
-// registers, and the probabilities times the values.
+// The consumers of prefill_sm90.cuh. Each is a warpgroup with 64 query rows. It multiplies them by
+// the keys, computes the softmax in registers, and multiplies the probabilities by the values.
 //
 // A consumer issues the product with the keys of a tile together with the product with the values
 // of the tile before. The softmax of the scores runs while the product with the values is under
@@ -251,8 +251,8 @@ class Consumer {
     });
   }
 
-  // Writes the partial results to `partials`. Returns true in the last warpgroup to do so for these
-  // rows, after it has merged and stored them.
+  // Writes the partial results of this warpgroup to `partials`. The last warpgroup that does so for
+  // these rows then merges all parts, stores the results and returns true. The others return false.
   __device__ __forceinline__ bool merge_parts(const WorkItem& item, const QueryRows& rows,
                                               float (&out)[D / 2], const Softmax<1>& softmax) {
     const int64_t rows_before = int64_t{item.number} * kConsumers + number_;

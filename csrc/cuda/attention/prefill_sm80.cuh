@@ -1,10 +1,10 @@
 // Prefill: FlashAttention-2 (Dao 2023, arXiv:2307.08691) over a ring.
 //
 // Grid: (tiles of query rows, Hkv). A block of 4 warps owns 128 query rows of one sequence and
-// key/value head, each warp 32 of them, and walks the keys that any row sees in tiles of 64. The
-// values of a tile are copied while its keys are multiplied, and the keys of the next tile while
-// its values are multiplied. Tiles outside the window are never loaded; only the tiles at its two
-// edges are masked.
+// key/value head, of which each warp owns 32. It walks the keys that any of these rows sees in
+// tiles of 64. The values of a tile are copied while its keys are multiplied, and the keys of the
+// next tile while its values are multiplied. Tiles outside the window are never loaded; only the
+// tiles at its two edges are masked.
 #pragma once
 
 #include "finish.cuh"
@@ -100,7 +100,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
     multiply_values(out, probabilities, v_tile);
   }
 
-  // A warp's rows of q_tile are read by that warp alone.
+  // Only this warp reads its rows of q_tile, so it may overwrite them without a barrier.
   const auto factor_of = [&](int r) { return softmax.inverse_total(r); };
   store_rows(q_tile, warp_row, out, factor_of, [&](int row) -> T* {
     if (tile_row + row > last_row) return nullptr;

@@ -2,12 +2,12 @@
 //
 // Grid: a block for each multiprocessor, or fewer if there is less to do. A block takes one work
 // item after the other: a tile of 128 query rows of one sequence and key/value head, and the keys
-// that any row sees in tiles of 128. Items are claimed from a counter, the last tiles first,
-// because they see the most keys, so that the blocks end together.
+// that any of these rows sees, in tiles of 128. Blocks claim items from a counter. The last tiles
+// come first, because they see the most keys: so the blocks end together.
 //
-// A block is three warpgroups. The first feeds the other two (this file): it claims the items and
-// fills two stages of keys and of values. The others (multiply_sm90.cuh) own 64 query
-// rows each; while one of them multiplies, the other computes its softmax.
+// A block is three warpgroups. The first, the producer (this file), claims the items and fills two
+// stages of keys and two of values. The other two, the consumers (multiply_sm90.cuh), own 64 query
+// rows each. While one of them multiplies, the other computes its softmax.
 #pragma once
 
 #include <ptx_sm90.cuh>
@@ -34,8 +34,8 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
 // which it waits for its turn to multiply.
 constexpr int kProducerBarrier = 1, kConsumerBarrier = 2, kTurnBarrier = 4;
 
-// A tile [kRows, D] as TMA writes it and wgmma reads it: columns of 64 elements one after the
-// other, each with rows of 128 bytes, in which chunk c of 16 bytes is in place c ^ (row % 8).
+// A tile [kRows, D] as TMA writes it and wgmma reads it. Columns of 64 elements lie one after the
+// other. Each has rows of 128 bytes, in which chunk c of 16 bytes is in place c ^ (row % 8).
 template <class T, int D, int kRows>
 struct SwizzledTile {
   static constexpr int kChunk = 8;  // elements
@@ -81,7 +81,8 @@ struct alignas(1024) HopperShared {
   int last[kConsumers];  // of arrives_last
 };
 
-// For use n of the stages or item slots, counted from 0: the slot, and the parity of its phase.
+// The uses of the stages, or of the item slots, are counted from 0. For use n: the stage or slot,
+// and the parity of its phase.
 __device__ __forceinline__ int stage_of(int n) { return n % 2; }
 __device__ __forceinline__ uint32_t parity_of(int n) { return n / 2 % 2; }
 static_assert(kHopperStages == 2);
@@ -120,7 +121,7 @@ class WorkQueue {
     for (;;) {
       const int claimed = claim();
       if (claimed >= items) {
-        // Each block gets here once. The last one leaves the counter to the next launch.
+        // Each block gets here once. The last one sets the counter to zero for the next launch.
         if (claimed == items + static_cast<int>(gridDim.x) - 1) store_global(counter(), int32_t{0});
         item.key_tiles = 0;
         return;

@@ -13,7 +13,8 @@ constexpr int kConsumers = 2;     // warpgroups, each with its share of a tile's
 constexpr int kConsumerRows = kPrefillRows / kConsumers;
 constexpr int kPartTiles = 4;  // the fewest tiles of keys for which a part is worth its merge
 
-// Prefills the sequences that attention_decode leaves. Needs the same of p as `attention`.
+// Prefills the sequences that attention_decode leaves out. p must meet the conditions of
+// `attention` (attention.h).
 cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 
 // Adds the scratch that attention_hopper needs if no sequence sees more than `longest` keys. Its

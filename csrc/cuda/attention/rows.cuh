@@ -1,5 +1,5 @@
-// The query rows of a sequence and key/value head, which sequences are decoded and which prefilled,
-// and the tiles of prefill.
+// The query rows of a sequence and key/value head, the choice between decode and prefill for each
+// sequence, and the numbers of the tiles of prefill.
 #pragma once
 
 #include <launch.cuh>
@@ -30,7 +30,8 @@ struct QueryRows {
   }
 };
 
-// The window as an int, which offsets fit too. kNoWindow becomes a window that no offset reaches.
+// The window as an int, because offsets among the keys are ints. kNoWindow becomes a window that no
+// offset reaches.
 template <class Params>
 __device__ __forceinline__ int window_of(const Params& p) {
   return static_cast<int>(min(p.window, int64_t{1} << 30));
@@ -45,16 +46,16 @@ MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
 
 constexpr int kPrefillRows = 128;  // of a tile
 
-// Tiles are numbered without knowing the sequences' lengths on the host: sequence i, which begins
-// at packed row f, gets the numbers from f / kRows + i on. These are as many as it needs, and
-// sometimes one more (floor(f + c) - floor(f) + 1 >= ceil(c), in units of kRows). A token has
-// `group` rows.
+// The number of the first tile of a sequence. The host, which sizes the grid, does not know the
+// lengths of the sequences. So sequence i, which begins at packed row f, gets the numbers from
+// f / kRows + i on. These are as many as it needs, and sometimes one more: in units of kRows, c
+// rows get floor(f + c) - floor(f) + 1 >= ceil(c) numbers. A token has `group` rows.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
   return first_token * group / kRows + sequence;
 }
 
-// The tiles of all sequences, for one key/value head.
+// The number of tiles of all sequences, for one key/value head.
 template <int kRows = kPrefillRows, class Params>
 MISTRAL_HOST_DEVICE int tiles_of_all(const Params& p, int64_t group) {
   return static_cast<int>(first_tile<kRows>(p.tokens, group, p.num_sequences));

@@ -1,5 +1,6 @@
-// Descriptions of tensors for the copy engine (tma_load_2d and its like in ptx_sm90.cuh), made on
-// the host and passed to kernels as a parameter, const __grid_constant__ CUtensorMap.
+// Makes maps, which describe tensors to the copy engine (tma_load_2d and its like in ptx_sm90.cuh).
+// They are made on the host, and passed to kernels as a parameter of type const __grid_constant__
+// CUtensorMap.
 #pragma once
 
 #include <cuda.h>
@@ -17,9 +18,9 @@ struct TensorMapShape {
   uint32_t box[5];           // what one copy brings: 64 elements of axis 0, 1 to 256 of the others
 };
 
-// `base` is a multiple of 16. A copy puts the rows of a box, 128 bytes each, into shared memory one
-// after another, with piece i of 16 bytes of row r in place (i ^ r) % 8 (the 128-byte swizzle).
-// Elements outside the tensor become zeros. Making a map touches no memory of the device.
+// `base` must be a multiple of 16. A copy puts the rows of a box, 128 bytes each, into shared
+// memory one after another. In row r, piece i of 16 bytes goes to place (i ^ r) % 8 (the 128-byte
+// swizzle). Elements outside the tensor become zeros. Making a map touches no memory of the device.
 cudaError_t make_tensor_map(CUtensorMap* map, const void* base, const TensorMapShape& shape);
 
 }  // namespace mistral::cuda

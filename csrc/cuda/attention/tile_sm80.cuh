@@ -1,8 +1,9 @@
-// Operations on tiles that the prefill and the decode kernel share: 16 query rows per m16n8k16
-// product, keys and values in swizzled shared memory, the running softmax in registers.
+// Operations on tiles that the prefill and decode kernels share. An m16n8k16 product takes 16 query
+// rows. Keys and values are in swizzled shared memory, the running softmax is in registers.
 //
 // In a warp's 16 x 8 product lane l holds elements of row l / 4 (values 0 and 1) and of row
-// l / 4 + 8 (values 2 and 3), in columns 2 * (l % 4) and the next: a row's 4 lanes are neighbours.
+// l / 4 + 8 (values 2 and 3), in columns 2 * (l % 4) and the next. So the 4 lanes of a row are
+// neighbours.
 #pragma once
 
 #include <launch.cuh>
@@ -17,9 +18,9 @@ namespace mistral::cuda {
 
 constexpr float kLog2e = 1.44269504f;
 
-// A tile [rows, D] in shared memory. ldmatrix reads the same 16-byte chunk of 8 rows at once, and
-// rows are a multiple of 128 bytes: chunk c of row r is therefore kept in place c ^ (r % 8), so
-// that the 8 lie in different banks.
+// A tile [rows, D] in shared memory. ldmatrix reads the same 16-byte chunk of 8 rows at once. Rows
+// are a multiple of 128 bytes long, so the 8 would lie in the same banks. Therefore chunk c of row
+// r is kept in place c ^ (r % 8).
 template <class T, int D>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(T);  // elements
@@ -33,10 +34,11 @@ struct SharedTile {
   }
 };
 
-// The keys and values of one sequence and head that a tile of queries sees, counted from the first
-// of them: offset o is position `begin` + o. The first `history` are in the ring, the others in the
-// chunk. All threads of a block use the same keys. Registers are scarce, so the block keeps this
-// struct in shared memory and reads the pointers from the params.
+// The keys and values of one sequence and head that a tile of queries sees. They are counted from
+// the first: offset o is position `begin` + o. The first `history` of them are in the ring, the
+// others in the chunk. In prefill registers are scarce, and all threads of a block use the same
+// keys, so the struct is in shared memory. It holds no pointers to tensors: these are read from the
+// params.
 struct VisibleKeys {
   int64_t ring;   // row of the head's slot 0 in the pools
   int64_t token;  // packed token where offset 0 would be
@@ -55,7 +57,7 @@ struct VisibleKeys {
         first_slot(static_cast<int>(ring_slot(s, begin))),
         capacity(static_cast<int>(s.capacity)) {}
 
-  // Row `offset` of the keys and of the values, null past the last.
+  // The address of row `offset` of the keys or of the values; null past the last row.
   template <class T, int D>
   __device__ __forceinline__ const T* k(const AttentionParams& p, int offset) const {
     return row<T, D>(p.k_pool, p.k, p.stride_k_token, p.stride_k_head, offset);
@@ -195,8 +197,8 @@ struct Softmax {
   __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
 
   // Turns scores into probabilities relative to the new maximum, and rescales `out` to it. p has
-  // the layout of an operand of the next product: p[m][n] holds the pairs of elements 0, 1 and 2,
-  // 3.
+  // the layout of an operand of the next product: p[m][n] holds elements 0 and 1 of scores[m][n] as
+  // one pair, and elements 2 and 3 as another.
   template <class T, int kN, int kD8>
   __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&out)[kM][kD8][4]) {
@@ -248,10 +250,10 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
   }
 }
 
-// Stores a warp's results, 16 * kM rows of `out` from row `first` of the tile on, each of the
-// lane's rows r times factor_of(r). The results pass through the same rows of the tile in shared
-// memory, which only this warp uses, so that they are written 16 bytes at a time. row_at(row) is
-// the destination of a row; null from the first row on that is not stored.
+// Stores a warp's results: 16 * kM rows of `out`, which begin at row `first` of the tile. The
+// lane's row r is multiplied by factor_of(r). The results go through the same rows of the tile in
+// shared memory, which only this warp uses, so that they are written 16 bytes at a time.
+// row_at(row) is the destination of a row. It is null from the first row on that is not stored.
 template <int kM, class T, int D, class FactorOf, class RowAt>
 __device__ __forceinline__ void store_rows(SharedTile<T, D> tile, int first,
                                            const float (&out)[kM][D / 8][4],

@@ -7,16 +7,17 @@
 
 namespace mistral::cuda {
 
-// Returns true to all threads of the last party to arrive. The other parties' reads and writes
-// before their arrival are then complete. The counter is zero before and after. A party is a block
-// or a warpgroup: `sync` is a barrier of its threads, `last` a word of its shared memory.
+// A party is a block or a warpgroup. `sync` is a barrier of its threads, and `last` is a word of
+// its shared memory. Returns true to all threads of the last party to arrive. What the other
+// parties read and wrote before they arrived is then complete. The counter is zero before the first
+// arrival and after the last.
 template <class Sync>
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int thread, int* last,
                                              const Sync& sync) {
   sync();
   if (thread == 0) {
-    // The fences of one thread suffice, because the barriers order the accesses of the other
-    // threads around them.
+    // The fences of one thread suffice for its whole party, because the barriers order the accesses
+    // of the other threads around them.
     __threadfence();
     *last = atomicAdd(counter, 1) == parties - 1;
     __threadfence();

@@ -19,7 +19,7 @@ struct Devices {
   std::string problem;  // why there are none, in the runtime's words; empty if there are some
 };
 
-// Works on a machine without a driver: that is a problem to report, not an error.
+// Works on a machine without a driver too: the missing driver is then the `problem`, not an error.
 Devices devices();
 
 }  // namespace mistral::cuda

@@ -16,9 +16,9 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   return checked(cudaDeviceGetAttribute(value, attribute, device));
 }
 
-// A kernel must ask for more than 48 KB of shared memory, and the amount is its limit from then on.
-// This function always asks for all that a block can have. Otherwise another thread could lower the
-// limit between this call and the launch.
+// A kernel that is to use more than 48 KB of shared memory must ask for it. The amount that it asks
+// for becomes its limit. This function always asks for all that a block can have. Otherwise another
+// thread could lower the limit between this call and the launch.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
   int most = 0;
@@ -27,9 +27,9 @@ inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   return checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
-// Launches `kernel` on the current device and returns what went wrong with the launch itself.
-// Allocates nothing and waits for nothing, so a stream that is being captured may be used. An
-// empty grid is no work and no error.
+// Launches `kernel` on the current device. Returns an error of the launch, but no error that the
+// kernel meets while it runs. Allocates nothing and waits for nothing, so it also works on a stream
+// that captures a CUDA graph. With an empty grid it does nothing and returns success.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config,
                    Arguments... arguments) {
@@ -65,10 +65,10 @@ inline bool waits(const void* kernel) {
          attributes.ptxVersion >= 90;
 }
 
-// Launches a kernel that may begin before the earlier kernels of the stream are done (programmatic
-// dependent launch), if overlap is wanted (selection.h) and the code of the kernel supports it. All
-// threads of the kernel must call wait_for_earlier_kernels (ptx.cuh). Before that they may
-// store nothing, and read only memory that no kernel ahead writes, such as weights.
+// Launches a kernel. If overlap is wanted (selection.h) and the code of the kernel supports it, the
+// kernel may begin before the earlier kernels of the stream are done (programmatic dependent
+// launch). So all its threads must call wait_for_earlier_kernels (ptx.cuh). Before that call they
+// may store nothing, and may read only memory that no earlier kernel writes, such as weights.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
@@ -83,14 +83,16 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 bl
   return launch(kernel, config, arguments...);
 }
 
-// Multiprocessors of the current device. Not cached: the runtime answers from a table of its own.
+// The number of multiprocessors of the current device. It is not cached here, because the runtime
+// answers from a table of its own.
 inline int multiprocessors() {
   int count = 1;
   device_attribute(&count, cudaDevAttrMultiProcessorCount);
   return count;
 }
 
-// Bytes of shared memory, including the bytes that the runtime keeps for itself.
+// Bytes of shared memory of the current device. `of_multiprocessor` includes the bytes that the
+// runtime keeps for itself in each block.
 struct SharedMemorySize {
   int of_block = 48 * 1024;  // the most that a block can have
   int of_multiprocessor = 48 * 1024;

@@ -1,5 +1,5 @@
-// Machine instructions without a C++ equivalent, one small function each, as in the PTX ISA
-// (section 9.7 of its manual). The emulator replaces this file: see runtime.cuh.
+// Machine instructions that C++ cannot express, with one small function for each. Section 9.7 of
+// the manual of the PTX ISA describes them. The emulator replaces this file: see runtime.cuh.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,13 +9,14 @@
 
 namespace mistral::cuda {
 
-// The place in the source of a memory access. It is empty here. In the emulator it is a file and a
-// line, which appear in error messages; accesses of a warp from one place count as one request.
+// The place in the source that accesses memory. Here it is empty. In the emulator it is a file and
+// a line, which appear in error messages, and the accesses of a warp from one place count as one
+// request.
 struct Site {
   __device__ static constexpr Site here() { return {}; }
 };
 
-// ---- Memory. Addresses must be multiples of the access.
+// ---- Memory. Addresses must be multiples of the size of the access.
 
 __device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::here()) {
   // Written as asm: if a pointer is chosen among several, the compiler may not know that it is
@@ -64,8 +65,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 
 // ---- Asynchronous copies from global to shared memory.
 
-// Starts a copy of 16 bytes, through L2 only; writes zeros and reads nothing if not `valid`. This
-// thread may read the result after cp_async_wait, other threads after a barrier too.
+// Starts a copy of 16 bytes, through L2 only. If not `valid`, it reads nothing and writes zeros.
+// This thread may read the result after cp_async_wait. Other threads may read it after that and a
+// barrier.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
                                             Site = Site::here()) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -73,8 +75,8 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
-// Starts a copy of 4 bytes: the first `bytes` are read, the others become zeros. It goes through
-// L1, because neighbours are copied soon.
+// Starts a copy of 4 bytes. The first `bytes` of them are read, the others become zeros. The copy
+// goes through L1, because neighbouring words are copied soon.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
                                            Site = Site::here()) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
@@ -82,19 +84,19 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
                : "memory");
 }
 
-// Makes one group of this thread's copies since the last commit.
+// Makes this thread's copies since the last commit one group.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until at most the `kPending` latest groups of this thread are under way.
+// Waits until this thread's groups are complete, all but the latest `kPending`.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Matrices. All lanes of a warp take part. A lane's position in a fragment is
-// row = lane / 4 and the pair of columns 2 * (lane % 4) and the next.
+// ---- Matrices. All lanes of a warp make these calls together. A lane holds a pair of elements of
+// each 8x8 matrix: row lane / 4, columns 2 * (lane % 4) and the next.
 
 // Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of a row of 16 bytes: row
 // i % 8 of matrix i / 8. r[j] becomes this lane's pair of matrix j.
@@ -115,9 +117,10 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const v
                : "memory");
 }
 
-// d += a * b: a is [16, 16], b [16, 8], d [16, 8]. a[0..3] are the 8x8 quarters (top left, bottom
-// left, top right, bottom right); b[0..1] the upper and the lower half, as their transposes'
-// pairs; d[0..1] this lane's pair in the top half, d[2..3] in the bottom half.
+// d += a * b, where a is [16, 16], b [16, 8] and d [16, 8]. Every register of a and b holds the
+// pair of an 8x8 matrix. a[0..3]: the quarters of a (top left, bottom left, top right, bottom
+// right). b[0] and b[1]: the transposes of the upper and the lower half of b. d[0..1] is the pair
+// of the top half of d, and d[2..3] of the bottom half.
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -141,7 +144,8 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- Overlap of kernels (launch_overlapping), from capability 9.0 on. Elsewhere these do nothing.
+// ---- Overlap of kernels (launch_overlapping), from capability 9.0 on. In code for older devices
+// these functions do nothing.
 
 // Waits until all kernels before this one are done and what they wrote can be read.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
@@ -150,7 +154,7 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 #endif
 }
 
-// The kernel after this one may begin when all blocks have come here or are done.
+// Lets the next kernel begin when all blocks of this one have made this call or are done.
 __device__ __forceinline__ void let_later_kernels_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,7 +1,7 @@
-// Instructions of sm_90 and sm_90a alone: barriers in shared memory, the copy engine (TMA), matrix
-// products by a warpgroup (wgmma) and the registers that it may have. One small function each, as
-// in the PTX ISA (section 9.7). For kernels that are compiled for sm_90a and nothing else. The
-// emulator replaces this file, like ptx.cuh.
+// Instructions of sm_90 and sm_90a, with one small function for each: barriers in shared memory,
+// the copy engine (TMA), matrix products by a warpgroup (wgmma), and the registers of a warpgroup.
+// Section 9.7 of the manual of the PTX ISA describes them. Only kernels that are compiled for
+// sm_90a and nothing else may include this file. The emulator replaces it, as it does ptx.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -11,8 +11,9 @@
 
 namespace mistral::cuda {
 
-// ---- Barriers in shared memory (mbarrier): 8 bytes, 8-byte aligned. A phase is complete when all
-// arrivals and all the bytes that were expected have come. The next phase then begins by itself.
+// ---- Barriers in shared memory (mbarrier). A barrier has 8 bytes, is 8-byte aligned, and goes
+// through phases. A phase is complete when all arrivals and all the bytes that were expected have
+// come. The next phase then begins by itself.
 
 // Sets the number of arrivals that complete a phase, including the arrivals of cp_async_arrive.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals,
@@ -28,7 +29,7 @@ __device__ __forceinline__ void mbarrier_init_fence(Site = Site::here()) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives. Threads that wait for the phase see what this thread wrote before.
+// Arrives. Threads that wait for the phase then see what this thread wrote before it arrived.
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, Site = Site::here()) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
@@ -72,16 +73,16 @@ __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::
 
 // Orders the ordinary accesses that this thread has made, or has seen complete, before later
 // accesses of wgmma and TMA. It is needed before wgmma or TMA read what stores or cp.async have
-// written. Either the thread that has written calls it, after the stores or completed copies and
-// before the barrier; or the thread that starts the wgmma or TMA calls it after the barrier, as
-// where cp_async_arrive leaves no thread to wait.
+// written. The thread that has written calls it, after its stores or completed copies and before
+// the barrier. Or the thread that starts the wgmma or TMA calls it, after the barrier. The second
+// way is for cp_async_arrive, with which no thread waits for its own copies.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- TMA: copies of boxes of a tensor, which the map describes (tensor_map_sm90.h), to shared
-// memory. One thread starts a copy for all. The map must be a kernel parameter, const
-// __grid_constant__.
+// ---- TMA copies boxes of a tensor to shared memory. A map describes the tensor and the box
+// (tensor_map_sm90.h). It must be a kernel parameter, const __grid_constant__. One thread starts a
+// copy for all threads.
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Site = Site::here()) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -108,9 +109,10 @@ __device__ __forceinline__ void tma_load_3d(void* shared, const CUtensorMap* map
       : "memory");
 }
 
-// ---- wgmma: products by a warpgroup, 4 warps of which the first is a multiple of 4. All their
-// threads call these together. The products are asynchronous: until wgmma_wait the registers of d
-// and a must not be touched, nor the operands in shared memory overwritten.
+// ---- wgmma: products by a warpgroup. A warpgroup is 4 neighbouring warps, and the number of its
+// first warp is a multiple of 4. All threads of the warpgroup make these calls together. The
+// products are asynchronous. Until wgmma_wait no code may touch the registers of d and a, or
+// overwrite the operands in shared memory.
 
 // Must be called after registers of d or a have been accessed and before the products that use
 // them.
@@ -118,42 +120,43 @@ __device__ __forceinline__ void wgmma_fence(Site = Site::here()) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Makes one group of the products since the last commit.
+// Makes the products since the last commit one group.
 __device__ __forceinline__ void wgmma_commit(Site = Site::here()) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most the `kPending` latest groups are under way.
+// Waits until all groups but the latest `kPending` are complete.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Must be called on each d after the wait for it and before its use: the compiler takes d for ready
-// as soon as wgmma_m64 is issued, and could move uses of d before the wait. Must also be called
-// after other code has set d, before the wgmma_fence of the products that add to it. Emits no
-// instruction.
+// Keeps the compiler from moving uses of d. It emits no instruction. The compiler takes d for ready
+// as soon as wgmma_m64 is issued, so it could move a use of d before the wait. Call this on each d
+// after the wait and before d is used. Call it too where other code has set d, before the
+// wgmma_fence of the products that add to d.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Must be called on an operand a in registers before the wgmma_fence of its products: the compiler
-// could otherwise compute it after the fence.
+// The same for an operand a in registers: call this before the wgmma_fence of its products. The
+// compiler could otherwise compute a after the fence.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 #pragma unroll
   for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// Describes a matrix of 16-bit elements in shared memory with the 128-byte swizzle: rows of 128
-// bytes, in which piece i of 16 bytes of row r lies in place (i ^ r) % 8. An atom is 8 rows, 1024
-// bytes at an address that is a multiple of 1024. `shared` must lie in row 0 of an atom.
-//   K-major, of 64 k a row: `stride_bytes` leads from 8 rows to the next 8; `leading_bytes` has no
-//   meaning. The next 16 k are 32 bytes further.
-//   MN-major, of 64 m or n a row: `stride_bytes` leads from 8 k to the next 8, `leading_bytes` from
-//   64 m or n to the next 64.
+// Describes a matrix of 16-bit elements in shared memory to wgmma. The matrix has the 128-byte
+// swizzle: its rows have 128 bytes, and piece i (16 bytes) of row r lies in place (i ^ r) % 8. An
+// atom is 8 rows, or 1024 bytes, and begins at a multiple of 1024. `shared` must lie in row 0 of an
+// atom.
+//   K-major, with 64 k in a row: `stride_bytes` is the way from 8 rows to the next 8, and
+//   `leading_bytes` has no meaning. The next 16 k are 32 bytes further.
+//   MN-major, with 64 m or n in a row: `stride_bytes` is the way from 8 k to the next 8, and
+//   `leading_bytes` from 64 m or n to the next 64.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes,
                                                      uint32_t stride_bytes, Site = Site::here()) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
@@ -174,17 +177,18 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_
   MISTRAL_NAMES_32                                                                     \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// The text: `accumulate` names an operand that is 0 or 1, `last` says which operands are
-// transposed.
+// The text of the instruction. `accumulate` names an operand that is 0 or 1. `last` says which
+// operands are transposed.
 #define MISTRAL_WGMMA(shape, type, d, a, b, accumulate, last)                       \
   "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " accumulate                  \
   ", 0;\n"                                                                          \
   "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" d "}, " a ", " b \
   ", accumulate, 1, 1, " last ";\n}"
 
-// d = a * b, or d += a * b: a is [64, 16] in shared memory, K-major; b [N, 16] K-major or [16, N]
-// MN-major (kTransposeB) in shared memory. Warp w has rows 16 * w to 16 * w + 15 of d [64, N], and
-// d[4 * j .. 4 * j + 3] of a lane are the columns from 8 * j as in mma_m16n8k16.
+// d = a * b or, if `accumulate`, d += a * b. Both operands are in shared memory. a is [64, 16],
+// K-major. b is [N, 16], K-major, or with kTransposeB [16, N], MN-major. Warp w has rows 16 * w to
+// 16 * w + 15 of d [64, N]. In a lane, d[4 * j .. 4 * j + 3] belong to the 8 columns from 8 * j on,
+// as d does in mma_m16n8k16.
 template <class T, int N, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_t b,
                                           bool accumulate, Site = Site::here()) {
@@ -210,7 +214,8 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_
   }
 }
 
-// The same product with a in registers: warp w has rows 16 * w to 16 * w + 15, as in mma_m16n8k16.
+// The same product with a in registers: warp w holds rows 16 * w to 16 * w + 15 of a, as in
+// mma_m16n8k16.
 template <class T, int N, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate, Site = Site::here()) {
@@ -249,11 +254,13 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)
 #undef MISTRAL_D32
 #undef MISTRAL_D8
 
-// ---- Registers of a warpgroup, whose threads all call these together. Every thread starts with
-// the equal share of __launch_bounds__(threads, 1). kRegisters counts the registers of a thread, a
+// ---- Moves registers between the warpgroups of a block. A warpgroup that only loads gives up
+// registers, so that one that computes can have more. All threads of the warpgroup make the call
+// together. A kernel with __launch_bounds__(threads, 1) starts with the registers of the SM divided
+// equally among its threads. kRegisters is the number of registers of a thread after the call, a
 // multiple of 8.
 
-// Waits until other warpgroups have given up enough.
+// Waits until other warpgroups have given up enough registers.
 template <int kRegisters>
 __device__ __forceinline__ void registers_increase(Site = Site::here()) {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256);
@@ -266,8 +273,8 @@ __device__ __forceinline__ void registers_decrease(Site = Site::here()) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Barriers 1 to 15 of a block, for some of its warps: `threads` counts the participants, 32
-// for each warp. (__syncthreads uses barrier 0.)
+// ---- Barriers 1 to 15 of a block. Each may be for only some of its warps: `threads` is the number
+// of threads that take part, 32 for each warp. (__syncthreads uses barrier 0.)
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

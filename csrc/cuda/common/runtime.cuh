@@ -1,8 +1,9 @@
-// The launch of a kernel and its shared memory, which need a CUDA compiler and a device.
+// Launches kernels and gives them shared memory, for which a CUDA compiler and a device are needed.
 //
-// It is included in angle brackets, as ptx.cuh is: the emulator (tests/emulator) compiles kernels
-// with the host compiler and has headers of these names earlier on its include path. The emulator
-// defines the other functions of the runtime that the host side of the kernels calls.
+// This file and ptx.cuh are included in angle brackets, so that the emulator (tests/emulator) can
+// replace them. It compiles kernels with the host compiler, and its headers of these names come
+// earlier on the include path. The emulator defines the other functions of the runtime that the
+// host side of the kernels calls.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,9 +16,9 @@ cudaError_t start(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...
   return ::cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// The block's shared memory, `shared_bytes` of the launch. Kernels have no other: a static array
-// could be neither poisoned nor bounds-checked by the emulator. It is aligned to the unit of the
-// 128-byte swizzle of TMA and wgmma.
+// The block's shared memory: the `shared_bytes` of its launch. Kernels use no static arrays,
+// because the emulator could neither poison them nor check their bounds. The memory is aligned to
+// the unit of the 128-byte swizzle of TMA and wgmma.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char shared_memory[];

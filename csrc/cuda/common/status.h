@@ -7,17 +7,17 @@
 
 namespace mistral::cuda {
 
-// Returns the status of a call of the runtime. The runtime also keeps the error of a failed call
-// for cudaGetLastError, and the next code that asks, for instance torch after a launch of its own,
-// would take the error for its own. So each call that may fail goes through here, which clears the
-// error.
+// Returns the status of a call of the runtime. If the call failed, this clears the error, which the
+// runtime also keeps for cudaGetLastError. Otherwise the next code that asks, for instance torch
+// after a launch of its own, would take the error for its own. So each call that may fail goes
+// through here.
 inline cudaError_t checked(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }
 
-// Describes an error in the words of the runtime, with the versions of runtime and driver, whose
-// mismatch is a common cause.
+// Describes an error in the words of the runtime. Names the versions of runtime and driver, because
+// a mismatch of the two is a common cause.
 inline std::string describe(cudaError_t status) {
   const auto version = [](cudaError_t (*get)(int*)) {
     int number = 0;  // 13000 for 13.0; a driver that is not there has 0

@@ -1,6 +1,6 @@
-// Neighbouring elements in registers, and their way from and to global memory: every access of a
-// kernel to a tensor goes through here or through cp_async_16, where the emulator checks and
-// counts it.
+// Neighbouring elements in registers, and how they are loaded and stored. Every access of a kernel
+// to a tensor goes through here or through a function of ptx.cuh or ptx_sm90.cuh, where the
+// emulator checks and counts it.
 #pragma once
 
 #include <initializer_list>
@@ -11,8 +11,8 @@
 
 namespace mistral::cuda {
 
-// N elements of T: 16 bytes, the widest access there is, or one element, for rows that are not
-// aligned to 16 bytes.
+// A vector of N elements of T. It has 16 bytes, the widest access there is, or one element, for
+// rows that are not aligned to 16 bytes.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Vec {
   static_assert(N == 1 || N * sizeof(T) == 16);

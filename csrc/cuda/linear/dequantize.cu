@@ -12,7 +12,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kValues = 8;
 
-// 8 values from k on of the row that begins at `row`, as pairs of bf16, which hold them exactly.
+// The 8 values from k on of the row that begins at `row`. They are pairs of bf16, which hold the
+// values exactly.
 template <class W>
 __device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t (&pairs)[4]) {
   using T = typename W::Element;

@@ -1,10 +1,10 @@
 // Loads weights of each format from shared memory, widens them and arranges them as operands of
 // m16n8k16.
 //
-// A chunk is 128 bytes of a row: a cache line, which holds 64, 128 or 256 values. A dot product
-// does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of values
-// as they are stored. In every step of 32 values of k a lane has 8 neighbours, from k_at on, of two
-// rows of the weights and, in the same order, of each token.
+// A chunk is 128 bytes of a row, which is a cache line and holds 64, 128 or 256 values. A dot
+// product does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of
+// values as they are stored. A step is 32 values of k. In it a lane has 8 neighbours, from k_at on,
+// of each of two rows of the weights. Of each token it has the same 8 in the same order.
 #pragma once
 
 #include <ptx.cuh>
@@ -23,8 +23,8 @@ constexpr int kTileBytes = kTileRows * kChunkBytes;
 
 // The chunks of 16 rows in shared memory. The place of piece i (16 bytes) of a row depends on the
 // row, by the swizzle of the format (`turned`), so that pieces that are read together lie in
-// different banks. Behind them are the further bits of the 16 rows (q5_k, q6_k), of which the same
-// word of 8 rows is read together.
+// different banks. Behind the chunks are the further bits of the 16 rows (q5_k, q6_k). There the
+// same word of 8 rows is read together.
 template <class W>
 struct WeightTile {
   static constexpr int kBytes = kTileBytes + kTileRows * W::kFurtherBytes;
@@ -72,8 +72,9 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
 }
 
 // The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
-// to a whole row (kRowScaled), or to groups (kGrouped): Scales has the scales of 2^group_log2
-// values, and each 2^scaled_log2 values, a whole number of steps or half a step, have a Scaling.
+// to a whole row (kRowScaled) or to a group (kGrouped). For groups, Scales has the scales of
+// 2^group_log2 values. One Scaling is for 2^scaled_log2 values, which are a whole number of steps
+// or half a step.
 
 template <class T>
 struct PlainWeights : Common {
@@ -167,8 +168,8 @@ struct Q8Weights : Common {
   }
 };
 
-// The formats of words, by how these are widened, by their scales, and by the size of their groups
-// (0: as the weight has it).
+// The formats of words. The parameters are how words are widened, what scales they have, and the
+// size of their groups (0: the size that the weight has).
 template <class T, class Words, class Scales_, int kGroup>
 struct WordWeights : Common {
   using Element = T;
@@ -266,8 +267,8 @@ struct Q5KWeights : WordWeights<T, FiveBits, SixBitScales, 256> {
   }
 };
 
-// Either product of a step has values with a scale of their own: a lane has 4 neighbours of each
-// 16.
+// Each of the two products of a step has 16 values with a scale of their own. Of them a lane has 4
+// neighbours.
 template <class T>
 struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   static constexpr bool kHalfSteps = true;

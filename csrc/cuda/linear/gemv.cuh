@@ -1,27 +1,27 @@
-// gemv: products of up to 64 tokens, limited by reading the weights once.
+// gemv: products of up to 64 tokens. Reading the weights once limits their speed.
 //
 // Grid: as many blocks as run at the same time, or fewer. A block takes blocks of 16 kM outputs (8
-// kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share out the chunks of K; each streams its
-// chunks through stages of its own (weight_stream.cuh), multiplies 16 rows with 8 tokens at a time
-// on the tensor cores, and keeps the sums in registers. At the end of a block of outputs the warps'
-// sums are added through shared memory, in the order of the warps, while the next chunks are on
-// their way: the stream goes on from block to block without a gap.
+// kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share out the chunks of K. Each warp
+// streams its chunks through stages of its own (weight_stream.cuh), multiplies 16 rows with 8
+// tokens at a time on the tensor cores, and keeps the sums in registers. At the end of a block of
+// outputs the sums of the warps are added through shared memory, in the order of the warps. The
+// next chunks are on their way meanwhile, so the stream goes on from block to block without a gap.
 //
-// Bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
-// or 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages * 2 KB = 48 KB
-// (kM = 2: 8 * 1 * 4 KB = 32 KB), and two of them fit on a multiprocessor, unless one takes the
-// room for normalised rows of x: 16 of K = 4096 are 129 KB.
+// Bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB,
+// which is 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages * 2 KB = 48 KB
+// (kM = 2: 8 * 1 * 4 KB = 32 KB). Two blocks fit on a multiprocessor, unless normalised rows of x
+// take the room: 16 rows of K = 4096 are 129 KB.
 //
 // Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
 // need all of x: with 16 tokens, x has as many bytes as the weights have in 16 bits, and four times
-// as many as in 4 bits. Shared memory delivers 128 bytes a clock. Without it, x would come from L2
-// and compete with the weights, because L1 is too small for it.
+// as many as in 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
+// would come from L2 and compete with the weights, because L1 is too small for it.
 //
 // K is not divided among blocks. With 16 rows a block, even the smallest matrix of Mistral 7B has
 // 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have enough
 // bytes under way for the full bandwidth of the memory, so an uneven last round costs little. There
-// are no partial sums in global memory, and the result of a token depends on its row of x and the
-// row of the weights alone: not on the other tokens, the other parts, or the GPU.
+// are no partial sums in global memory, and the result of a token depends only on its row of x and
+// the row of the weights, not on the other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -41,12 +41,13 @@ namespace mistral::cuda {
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
-// Blocks of a multiprocessor that its registers are to suffice for.
+// The number of blocks of a multiprocessor for which its registers are to suffice.
 template <int kM, int kN>
 constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
 
-// Sizes of shared memory: the floats of the sums of a round; the bytes of the stages and of two
-// alternating rounds; these with the normalised rows of x; and these with the tokens of RopeFinish.
+// Sizes of shared memory. In their order: the floats of the sums of a round; the bytes of the
+// stages and of two alternating rounds; these and the normalised rows of x; these and the tokens of
+// RopeFinish.
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
@@ -63,8 +64,8 @@ int64_t linear_shared_bytes(const LinearParams& p) {
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
-// The facts that all phases of a product use. They are computed once: the compiler would load p
-// again after each instruction of ptx.cuh.
+// The facts that all phases of a product use. They are computed once, because the compiler would
+// load p again after each instruction of ptx.cuh.
 struct Work {
   int warp;
   int inputs;     // K
@@ -100,7 +101,7 @@ struct StepPlan {
                                                                                  : W::kUnits;
 };
 
-// For the lane's two rows of each tile: the bytes before their scales (skipped_bytes).
+// Finds skipped_bytes of the scales of the lane's two rows of each tile.
 template <class W, int kM, bool kRope>
 __device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const LinearParams& p,
                                              const OutputBlock<kRope>& block, const Work& work,
@@ -133,14 +134,14 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
 }
 
 // Multiplies the operands of a step, and adds the sums of a group to `sums` where the group ends.
-// `a`: of step i of a unit, in each tile; `x`: of each 8 tokens. `steps_log2`: of the steps that
-// share a Scaling.
+// `a`: the operands of the steps of a unit, for each tile; this is step i of them. `x`: the operand
+// of each 8 tokens. `steps_log2`: the number of steps that share a Scaling, as a power of two.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],
                                               const StepOperands (&a)[kM][W::kUnitSteps], int i,
                                               const uint4 (&x)[kN], int step, int steps_log2) {
-  // The products of a step that have the same scales: both, or one after the other.
+  // How many products of a step have the same scales: both, or only one.
   constexpr int kTogether = W::kHalfSteps ? 1 : 2;
 #pragma unroll
   for (int product = 0; product < 2; product += kTogether) {
@@ -199,9 +200,10 @@ __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const 
   }
 }
 
-// Adds up the sums of the warps and finishes the outputs. Rounds over the tiles and tokens: every
-// warp stores its sums, and one or two warps add them up. `round` counts the rounds of this block
-// of threads: two buffers in `partial_sums` alternate, so that a round needs one barrier.
+// Adds up the sums of the warps and finishes the outputs, in rounds over the tiles and tokens. In a
+// round every warp stores its sums, and one or two warps add them up. `round` counts the rounds of
+// this block of threads. Two buffers in `partial_sums` alternate, so that a round needs only one
+// barrier.
 template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,
                                        const OutputBlock<Finish::kRope>& block,
@@ -239,8 +241,9 @@ __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const Lin
   }
 }
 
-// The product of x with the weights of all blocks of outputs. Phases: start the stream of weights,
-// prepare x, and for each block of outputs the warps' products, which are then added up.
+// Multiplies x with the weights of all blocks of outputs. First it starts the stream of weights and
+// prepares x. Then, for each block of outputs, the warps multiply their chunks, and the products
+// are added up.
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -248,7 +251,8 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + StageLayout<W, kM>::kBytes);
   WeightStream<W, kM, Finish::kRope> stream(p, shared, work.blocks, work.chunks);
-  // Weights are constant, so their first stages are already under way before the input is there.
+  // Weights are constant, so the copies of the first stages are already under way before x is
+  // there.
   wait_for_earlier_kernels();
   let_later_kernels_begin();
   finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));

@@ -1,8 +1,8 @@
 // Finds the largest output of each token in the kernel of the product, without a second pass over
 // the logits.
 //
-// Outputs are compared by their ranks (sample.h), integers of which no two are equal, so neither
-// the order of blocks nor that of warps matters.
+// Outputs are compared by their ranks (sample.h). These are integers, and no two are equal, so the
+// order of blocks and warps does not matter.
 #pragma once
 
 #include "../../linear.h"
@@ -12,8 +12,8 @@
 
 namespace mistral::cuda {
 
-// Called by all lanes of a warp. `best` is the highest rank among a lane's own outputs; 0: it has
-// none. Lanes that are 4 apart have outputs of the same token.
+// Called by all lanes of a warp. `best` is the highest rank among a lane's own outputs, or 0 if it
+// has none. Lanes that are 4 apart have outputs of the same token.
 __device__ __forceinline__ void contribute(const LinearParams& p, int token, Rank best) {
 #pragma unroll
   for (int distance = 4; distance < kWarp; distance *= 2) {

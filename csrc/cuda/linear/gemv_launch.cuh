@@ -1,4 +1,4 @@
-// Launches the kernels of a weight format: what gemv_<format>.cu instantiates.
+// Launches the kernels of a weight format. gemv_<format>.cu instantiates these functions.
 #pragma once
 
 #include <launch.cuh>

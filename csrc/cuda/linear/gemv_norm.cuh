@@ -37,7 +37,7 @@ struct RowsInShared {
   }
 };
 
-// A row in global memory, of any length, which is read twice.
+// A row in global memory, of any length. It is read twice.
 template <class T>
 struct RowInGlobal {
   const T* x;
@@ -51,9 +51,9 @@ struct RowInGlobal {
 };
 
 // Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block.
-// `rows` keeps 8 elements of row i, from k on, for the second pass, and stores the result. `sums`:
-// shared memory of kTokens * kLinearWarps floats. Results in shared memory need a barrier after the
-// call.
+// `rows` keeps 8 elements of row i, from k on, for the second pass, and stores the result. `sums`
+// is shared memory for kTokens * kLinearWarps floats. If the results are in shared memory, the
+// caller must put a barrier after the call.
 template <class T, int kTokens, class Rows>
 __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
                                                float* sums, const Rows& rows) {
@@ -98,8 +98,8 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
   }
 }
 
-// Normalises x into rows in shared memory, each normalised_row long. `sums`: shared memory of 8 kN
-// * kLinearWarps floats. The rows need a barrier after the call.
+// Normalises x into rows in shared memory, each normalised_row long. `sums` is shared memory for 8
+// kN * kLinearWarps floats. The caller must put a barrier after the call.
 template <class W, int kN>
 __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::Element* rows,
                                             float* sums, int chunks) {

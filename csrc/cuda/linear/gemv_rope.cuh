@@ -1,5 +1,6 @@
-// RoPE and the append to the rings in the kernel of the product of query, key and value. Sums are
-// rounded before they are rotated, so the results have the same bits as the results of rope.
+// Rotates and appends to the rings in the kernel of the product of query, key and value. Sums are
+// rounded before they are rotated, so the results have the same bits as those of the separate op
+// rope.
 #pragma once
 
 #include "../../linear.h"
@@ -17,8 +18,8 @@ struct NewToken {
   bool stored;     // in its ring, by this kernel
 };
 
-// The outputs that a lane finishes: for tokens 2 (lane % 4) and the next, the pair of rows lane / 4
-// and D/2 below.
+// The outputs that a lane finishes: for each of tokens 2 (lane % 4) and the next, a pair, which is
+// row lane / 4 and the row D/2 below it.
 template <class W>
 struct RotatedOutputs {
   using T = typename W::Element;

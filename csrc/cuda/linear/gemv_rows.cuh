@@ -1,5 +1,5 @@
-// The rows of x as operands of the tensor cores: from global memory, or from the rows in shared
-// memory that the block has normalised.
+// The rows of x as operands of the tensor cores. They come from global memory, or from shared
+// memory, where the block has put the normalised rows.
 #pragma once
 
 #include <ptx.cuh>
@@ -10,7 +10,7 @@
 
 namespace mistral::cuda {
 
-// The lane's row in each 8 tokens. Past the last token it is the row of the last token, whose
+// The lane's row in each 8 tokens. Past the last token it is the row of the last token, and its
 // product is not stored.
 template <class W, int kN, bool kNormalised>
 class LaneRows {

@@ -1,4 +1,4 @@
-// Finishes the outputs of a product, each on its own: scales by row, the residual, SwiGLU, and the
+// Finishes the outputs of a product one by one: scales by row, the residual, SwiGLU, and the
 // largest output.
 #pragma once
 
@@ -85,16 +85,17 @@ struct Outputs {
   }
 
  private:
-  // The numbers that are added to the product whose output is at `output`. A call in several
-  // launches moves p.out and p.added by the same columns.
+  // Where the numbers are that are added to the product whose output is at `output`. A call in
+  // several launches moves p.out and p.added by the same number of columns, so the column in p.out
+  // is also that in p.added.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;
   }
 };
 
-// Finishes each output on its own. A barrier follows `begin` if kRope; otherwise `begin` does
-// nothing. `outputs` loads ahead of time what the end of a round needs.
+// Finishes outputs one by one. The kernel has a barrier after `begin` only if kRope; here `begin`
+// does nothing. `outputs` loads ahead of time what the end of a round needs.
 template <class W>
 struct StoreFinish {
   static constexpr bool kRope = false;

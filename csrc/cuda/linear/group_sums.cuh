@@ -15,7 +15,8 @@ struct GroupSums {
   float sums[kM][kN][4] = {};
   float sums_of_x[kN][4] = {};  // the same in every row; with W::kOffset
 
-  // Adds the x of a step, as operands of two products, by a product with ones.
+  // Adds the x of a step to sums_of_x, by a product with ones. x is given as the operands of two
+  // products.
   __device__ __forceinline__ void add_x(int n, const uint32_t (&x)[2][2]) {
     using T = typename W::Element;
     constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
@@ -24,8 +25,8 @@ struct GroupSums {
     for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sums_of_x[n], ones, x[i]);
   }
 
-  // Ends a group: adds its sums, scaled, to the sums of the rows, and begins with the next group.
-  // `scales`: of the lane's two rows of each tile; i: see scales.cuh.
+  // Ends a group. Adds the sums of the group, scaled, to the sums of the rows, and begins with the
+  // next group. `scales` are those of the lane's two rows of each tile. i: see scales.cuh.
   __device__ __forceinline__ void add_to(float (&out)[kM][kN][4],
                                          typename W::Scales (&scales)[kM][2], int i) {
 #pragma unroll

@@ -29,7 +29,8 @@ int64_t tokens_of_pass(const LinearParams& p) {
   return most;
 }
 
-// The number of first parts that one launch multiplies: parts of the same format and group.
+// The number of parts that one launch multiplies: the first, and those right after it with the same
+// format and group.
 int64_t parts_alike(const LinearParams& p) {
   int64_t count = 1;
   while (count < p.num_parts && p.parts[count].format == p.parts[0].format &&
@@ -58,8 +59,9 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
   return status;
 }
 
-// Rows are read 16 bytes at a time. Offsets in rows, in x and in the outputs are counted in 32
-// bits. Tensor cores have no product of fp32 precision. An argmax takes a single launch.
+// Whether the kernels take p. They read rows 16 bytes at a time, and count offsets in rows, in x
+// and in the outputs in 32 bits. Tensor cores have no product of fp32 precision. An argmax takes a
+// single launch.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
   for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
@@ -67,7 +69,7 @@ bool has_kernel(const LinearParams& p) {
          !(p.epilogue == Epilogue::argmax && is_mixed(p));
 }
 
-// Bytes of the normalised rows of a pass in scratch memory; 0: there are none, or each block
+// Bytes of the normalised rows of a pass in scratch memory. 0: nothing is normalised, or each block
 // normalises the rows itself.
 int64_t normalised_bytes(const LinearParams& p) {
   if (!p.norm) return 0;

@@ -1,7 +1,7 @@
-// Scales of groups, as formats store them (csrc/formats.h). Each type is made from the scales of a
-// group, or of the first of neighbouring groups, in shared memory or in registers. `next` is called
-// once for all values that share a Scaling, in their order; i counts them from the beginning of
-// 256 values.
+// Scales of groups, as formats store them (csrc/formats.h). An object is made from the scales of a
+// group, or of several neighbouring groups, in shared memory or in registers. `next` is called once
+// for all values that share a Scaling, in the order of the values. i is the number of the Scaling
+// within 256 values, for types that need it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace mistral::cuda {
 
-// A weight is factor * q + offset. Formats without an offset (kOffset) leave it 0.
+// A weight is factor * q + offset. In formats without an offset (kOffset is false) it is 0.
 struct Scaling {
   float factor;
   float offset;
@@ -70,8 +70,8 @@ struct PairedScales {
   }
 };
 
-// q4_k and q5_k: for 32 values. See packed_scales (cpu/linear/unpack_words.h) for the 6-bit
-// numbers.
+// q4_k and q5_k: a Scaling is for 32 values. See packed_scales (cpu/linear/unpack_words.h) for the
+// 6-bit numbers.
 struct SixBitScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 4;
@@ -95,7 +95,7 @@ struct SixBitScales {
   }
 };
 
-// q6_k: for 16 values.
+// q6_k: a Scaling is for 16 values.
 struct ByteScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 5;
@@ -113,7 +113,7 @@ struct ByteScales {
   }
 };
 
-// iq4_xs: for 32 values.
+// iq4_xs: a Scaling is for 32 values.
 struct SplitScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 2;

@@ -1,5 +1,5 @@
-// Streams weights from global memory to a warp, through stages of shared memory that belong to this
-// warp alone, so that no barrier of the block is needed.
+// Streams weights from global memory to a warp. The stages of shared memory that they go through
+// belong to this warp alone, so no barrier of the block is needed.
 #pragma once
 
 #include <ptx.cuh>
@@ -13,21 +13,21 @@ namespace mistral::cuda {
 constexpr int kLinearWarps = 8;
 constexpr int kLinearThreads = kLinearWarps * kWarp;
 
-// The outputs of a tile of 16 rows, as a power of two. With SwiGLU a tile has 8 rows of gate above
-// 8 rows of up, so that a lane gets both products of an output.
+// The number of outputs of a tile of 16 rows, as a power of two. With SwiGLU a tile has 8 rows of
+// gate above 8 rows of up, so that a lane gets both products of an output.
 MISTRAL_HOST_DEVICE int tile_outputs_log2(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 3 : 4;
 }
 
-// The rows from the beginning of a tile to the beginning of the next tile in its block, as a power
-// of two. With RoPE a tile has 8 rows of the first half of a head above the 8 rows of its second
-// half that form pairs with them, so that a lane gets both elements of a pair.
+// The distance, in rows, from a tile to the next tile of its block, as a power of two. With RoPE a
+// tile has 8 rows of the first half of a head above the 8 rows of its second half that form pairs
+// with them, so that a lane gets both elements of a pair.
 template <bool kRope>
 __device__ __forceinline__ int tile_step_log2(const LinearParams& p) {
   return kRope ? 3 : tile_outputs_log2(p);
 }
 
-// Blocks of kM tiles that the rows of a part are divided into.
+// The number of blocks of kM tiles in a part.
 template <int kM>
 MISTRAL_HOST_DEVICE int blocks_of_part(const LinearParams& p, int part) {
   static_assert(kM == 1 || kM == 2);
@@ -43,7 +43,7 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
   return blocks;
 }
 
-// The outputs that a block of threads computes at a time: neighbours in one part.
+// The outputs that a block of threads computes at a time. They are neighbours in one part.
 template <bool kRope>
 struct OutputBlock {
   int part;
@@ -96,14 +96,16 @@ __device__ __forceinline__ int scale_bytes(const LinearParams& p, int values) {
   return (values >> W::group_log2(p)) * kGroupBytes<typename W::Scales>;
 }
 
-// The words in shared memory for the scales of a chunk of one row, in the smallest groups, and one
-// more: for what is copied too, and so that rows begin in different banks.
+// The words in shared memory for the scales of a chunk of one row, if groups have the smallest
+// size. There is one more word, for the scale of the row before, and so that rows begin in
+// different banks.
 template <class W>
 constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W::Scales> / 4 + 1;
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// The bytes that lie before `begin` in its word. (If a row begins at a word, all of its chunks do.)
+// The bytes that lie before `begin` in its word. (If the scales of a row begin at a word, those of
+// all its chunks do.)
 template <class W>
 __device__ __forceinline__ int skipped_bytes(const void* begin) {
   if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
@@ -115,22 +117,22 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
 
 template <class W, int kM>
 struct StageLayout {
-  // With further bits, a tile has more bytes, and blocks may have as few as 99 KB.
+  // With further bits a tile has more bytes, and on some devices a block may have only 99 KB.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
-// The chunks of a warp, through one block of outputs after the other. A stage holds a chunk of kM
-// tiles of 16 rows.
+// The chunks of a warp, in one block of outputs after the other. A stage holds a chunk of each row
+// of kM tiles of 16 rows.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
   static constexpr int kRowChunk = kChunkBytes + W::kFurtherBytes;  // a chunk of one row
 
  public:
-  // `shared`: Layout::kBytes, all values before all scales.
+  // `shared` has Layout::kBytes bytes: the values of all warps and stages, then their scales.
   __device__ WeightStream(const LinearParams& p, char* shared, int blocks, int chunks)
       : p_(p), blocks_(blocks), chunks_(chunks), row_bytes_(static_cast<int>(W::bytes(p.inputs))) {
     const int warp = threadIdx.x / kWarp;
@@ -156,8 +158,8 @@ class WeightStream {
   __device__ __forceinline__ WeightTile<W> tile(int m) const {
     return {values_ + current_ * Layout::kValueBytes + m * WeightTile<W>::kBytes};
   }
-  // The scales of the current chunk in row `row` of tile m, after the `skipped` bytes of the row
-  // before.
+  // The scales of the current chunk in row `row` of tile m. They lie after the `skipped` bytes,
+  // which belong to the row before.
   __device__ __forceinline__ const char* scales(int m, int row, int skipped) const {
     return scales_ + current_ * Layout::kScaleBytes + m * kTileScaleBytes<W> +
            row * kScaleWords<W> * 4 + skipped;
@@ -233,7 +235,7 @@ class WeightStream {
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
         const WeightTile<W> tile = {to + m * WeightTile<W>::kBytes};
-        // With RoPE, the lower half is in the same part: one pointer is enough.
+        // With RoPE the lower half is in the same part as the upper half, so one pointer is enough.
         const char* const begin =
             kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
         cp_async_16(tile.piece(4 * i + lane / 8, lane % 8), begin + int64_t{row} * row_bytes_,

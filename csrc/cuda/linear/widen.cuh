@@ -1,6 +1,6 @@
-// Widens integers of 4 to 8 bits to pairs of bf16 or fp16, without a conversion: their bits become
-// the low mantissa bits of a power of two whose mantissa unit is 1, and subtracting the power is
-// exact. Scales are applied to the sums, in fp32 (scales.cuh).
+// Widens integers of 4 to 8 bits to pairs of bf16 or fp16, without a conversion. Their bits become
+// the low mantissa bits of a power of two in which one unit of the mantissa is 1. To subtract the
+// power is exact. Scales are applied to the sums, in fp32 (scales.cuh).
 #pragma once
 
 #include <ptx.cuh>
@@ -43,8 +43,9 @@ __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
   }
 }
 
-// Widens the pair of 4-bit values in bits 0 to 3 and 16 to 19, less kLess. `further`: their bits
-// above the fourth, in place. `flipped`: what is inverted before.
+// Widens the 4-bit values in bits 0 to 3 and 16 to 19 of `pair`, and subtracts kLess from them.
+// `further`: the bits of the values above the fourth, in their places. `flipped`: the bits of
+// `pair` that are inverted first.
 template <class T, int kLess>
 __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, uint32_t flipped = 0,
                                                uint32_t further = 0) {
@@ -53,7 +54,7 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, uint32_t flipped =
                            kPower + kLess * 0x00010001u);
 }
 
-// How words (csrc/formats.h) become 4 pairs, in the order of their values.
+// These structs widen words (csrc/formats.h) to 4 pairs, in the order of the values.
 struct SignedWords {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t* pairs) {
@@ -99,7 +100,8 @@ struct TableWords {
   }
 };
 
-// Adds their fifth bits to words of q5_k. `further`: so shifted that the first value's is lowest.
+// Words of q5_k, with their fifth bits. `further` is shifted so that the fifth bit of the first
+// value is the lowest.
 struct FiveBits {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
@@ -111,7 +113,7 @@ struct FiveBits {
   }
 };
 
-// Adds the high two bits to kCount pairs of q6_k, whose values are 32 too large.
+// kCount pairs of q6_k, with their high two bits. The stored values are 32 too large.
 struct SixBits {
   template <class T, int kCount>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
