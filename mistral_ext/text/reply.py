@@ -1,4 +1,4 @@
-"""Replies as a model has to write them: what it learns from a conversation."""
+"""Encodes the replies of a conversation as a model has to write them, for training."""
 
 from __future__ import annotations
 
