@@ -280,7 +280,8 @@ def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(values: dict[str, Any]) -> torch.dtype | None:
-    """The stored dtype; old transformers call the key ``torch_dtype``."""
+    """The dtype in which the weights are stored. Old versions of transformers call the key
+    ``torch_dtype``."""
     name = values.get("dtype", values.get("torch_dtype"))
     if name is None:
         return None
