@@ -41,7 +41,7 @@ _NAME = re.compile(r"(?<![\w./-])(?<!: )[a-z]+(_[a-z]+)+(?![\w/]|\.\w)")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated options, and reports wrong usage in one line."""
+    """A parser that takes no abbreviated options, and reports wrong usage in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -51,8 +51,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, in `run` the function of the command, and in `flags` its options by the names
-    that Python has for them; SystemExit for wrong usage."""
+    """Parses the arguments. The result also has `run`, the function of the command, and `flags`,
+    the command's options by the names that Python has for them. Raises SystemExit for wrong
+    usage."""
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -66,9 +67,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def as_typed(message: str, flags: Mapping[str, str]) -> str:
     """An error message of the library, in which options have the names that a user types.
 
-    A name of several words, such as max_tokens, is certain to be a name, unless it is part of a
-    path or follows a colon: a key of a file does. Other words are names where a message begins with
-    them or joins them to its beginning, as in "group is 32 and size is '1MB', expected".
+    A name of several words, such as max_tokens, is taken for an option wherever it stands, unless
+    it is part of a path or follows a colon, as a key of a file does. A name of one word is taken
+    for an option only at the beginning of a message or in a list at its beginning, as in "group is
+    32 and size is '1MB', expected".
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -80,7 +82,7 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The options of a command, by the names that arguments of the library have."""
+    """The options of a command, by the names of the library's arguments that they set."""
     flags = {}
     for action in parser._actions:
         if action.option_strings:

@@ -31,7 +31,8 @@ _log = logging.getLogger("mistral_ext")
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
 # Tokens to guess at a time. On a GPU the rounding of a product depends on its number of tokens. So
-# drafts could change which of two nearly equally likely tokens is chosen.
+# drafts could change which of two nearly equally likely tokens is chosen, and there are none by
+# default.
 _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 

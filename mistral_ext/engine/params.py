@@ -86,7 +86,7 @@ class SamplingParams:
 
     @functools.cached_property
     def constraint(self) -> Constraint | None:
-        """The constraint of the completion; None: there is none."""
+        """The constraint of the completion. None: the completion need not match anything."""
         texts = {"schema": self.schema, "regex": self.regex, "grammar": self.grammar}
         given = [Constraint(kind, str(text)) for kind, text in texts.items() if text is not None]
         return given[0] if given else None

@@ -3,8 +3,8 @@
 Equal beginnings of prompts have equal keys and values (to the bit on the CPU), however the prompts
 are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning that it
 shares with an earlier prompt. Generated tokens are computed by other kernels, and differ in their
-last bits. Only requests that ask for them reuse them. Only requests with the same salt and adapter
-share anything.
+last bits. A request reuses generated tokens only if it asks for that. Only requests with the same
+salt and adapter share anything.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 _MOST_MATCHING = 8  # longer matches are not told apart
 
-# The expected share of right drafts of each kind, before any was checked. The kinds are: by the
-# number of tokens that match; then what a grammar forces; by a draft model's probability; and the
-# kinds of `StateGuesses`. This share counts as much as _EXPECTED_WEIGHT checks.
+# The expected share of right drafts of each kind, before any was checked. There are kinds by the
+# number of tokens that match, a kind for what a grammar forces, kinds by a draft model's
+# probability, and the kinds of `StateGuesses`, in this order. This share counts as much as
+# _EXPECTED_WEIGHT checks.
 _EXPECTED = (
     *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95),
     *(0.3, 0.5, 0.7, 0.9),

@@ -194,8 +194,8 @@ class Runner:
         Args:
             extents: the sequences' places in the cache.
             rows: the sequences' rows of the sampler.
-            token_ids: the N tokens to read; None: the tokens that the step before samples, which
-                must have the same sequences.
+            token_ids: the N tokens to read. None: the tokens that the step before samples. That
+                step must have the same sequences.
             adapters: the slots of the sequences' adapters, or -1; empty: no sequence has an
                 adapter.
         """

@@ -30,7 +30,7 @@ class Sampler:
     Args:
         rows: the number of completions at a time.
         vocab_size: V, the number of ids that may be chosen.
-        device: where the logits are.
+        device: the device of the logits.
         holes: ids below V that no token has, and that are never chosen.
 
     Attributes:

@@ -97,7 +97,8 @@ class LayerAdapters:
 
     Args:
         stacks: the adapters of the layer.
-        slots: [T] int32, the slot of each token's adapter, or -1; None: no token has an adapter.
+        slots: [T] int32, the slot of each token's adapter, or -1 for a token without one. None:
+            no token has an adapter.
     """
 
     def __init__(self, stacks: Mapping[str, Stack], slots: Tensor | None) -> None:

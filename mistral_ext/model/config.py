@@ -128,7 +128,7 @@ class MistralConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """The factor of attention's scores; None: 1 / sqrt(head_dim)."""
+        """The factor of attention's scores. None: 1 / sqrt(head_dim)."""
         if not isinstance(self.rope_scaling, Yarn):
             return None
         return self.rope_scaling.attention_factor**2 / math.sqrt(self.head_dim)

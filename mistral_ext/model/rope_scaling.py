@@ -123,7 +123,7 @@ RopeScaling: TypeAlias = Linear | Llama3 | Yarn | Factors
 
 
 def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | None:
-    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``; None: RoPE is not scaled.
+    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``. None: RoPE is not scaled.
 
     Dynamic scaling counts as none: it begins after `max_positions`, where the engine ends.
 

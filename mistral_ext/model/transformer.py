@@ -102,7 +102,7 @@ class Transformer:
         Args:
             token_ids: [T] int64 on the CPU, the new tokens of all sequences.
             sequences: the sequence table on the CPU (see `mistral_ext.ops`).
-            cache: where keys and values are.
+            cache: the memory of keys and values.
             rows: [N] int64 on the CPU, the tokens to compute logits for. None: all T tokens.
 
         Returns:

@@ -96,8 +96,8 @@ def halves(data: Tensor, begin: int) -> Tensor:
 
 
 def scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """Computes scale * value - minimum, [N, K] fp32. Each group has a scale and a minimum: [N,
-    groups, ...].
+    """Computes scale * value - minimum: [N, K] fp32. `scales` and `minima` are [N, groups, ...],
+    with one of each for every group.
 
     `values` [N, K] may have any dtype. If they are fp32 they are overwritten.
     """

@@ -67,8 +67,8 @@ def _find(name: str) -> torch._ops.OpOverload:
 
 
 def _guard(name: str) -> Callable[..., Any]:
-    """Makes the implementation that torch calls where it records gradients, for an op that has
-    none. It refuses arguments that require a gradient.
+    """Makes the implementation that torch calls where it records gradients, for an op without a
+    gradient. It refuses arguments that require a gradient.
 
     Otherwise `backward` would silently leave out this op's gradient. The implementation also tells
     torch which tensors the op has changed in place, because gradients of other operations that need

@@ -262,7 +262,7 @@ def linear_argmax(
     Args:
         x: [T, K].
         weight: [N, K], as in `linear`.
-        norm, eps: as in `linear`.
+        norm, eps: the arguments of `linear` with these names.
         limit: choose among the first `limit` outputs, at most 2^24. None: choose among all outputs.
 
     Returns:
@@ -310,7 +310,7 @@ def linear_swiglu(
     Args:
         x: [T, K].
         weights: (gate, up), [F, K] each, as in `linear`.
-        norm, eps: as in `linear`.
+        norm, eps: the arguments of `linear` with these names.
         added: [T, 2 F] float32, a tensor to add to the products with gate and up, as `lora`
             computes it. None: nothing is added. Our kernels add before they round. Torch's products
             are rounded before the sum.

@@ -79,7 +79,7 @@ class AddedTokens:
 
 
 def read_added_tokens(folder: Path) -> AddedTokens:
-    """Reads those of these files that a model folder has.
+    """Reads the files that list added tokens, as many of them as a model folder has.
 
     Raises:
         ValueError: a file is damaged; the message names it.

@@ -218,7 +218,7 @@ def encode_chat(
 
 
 def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | None:
-    """How a model with this chat template writes calls of tools; None: its template takes no tools,
+    """How a model with this chat template writes calls of tools. None: the template takes no tools,
     or writes calls in a format that is not known."""
     control_ids = tokenizer.control_ids
     if isinstance(template, JinjaTemplate):
@@ -477,7 +477,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
 
 
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
-    """The file with a folder's chat templates, and their texts by name; None: it has none."""
+    """The file with a folder's chat templates, and their texts by name. None: the folder has no
+    template."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         more = sorted((folder / "additional_chat_templates").glob("*.jinja"))

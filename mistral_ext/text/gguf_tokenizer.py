@@ -61,7 +61,7 @@ _PRE = {
 
 
 def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | None:
-    """The vocabulary of a GGUF file; None: it has none.
+    """The vocabulary of a GGUF file. None: the file has no vocabulary.
 
     Args:
         path: the path of the file, for error messages.

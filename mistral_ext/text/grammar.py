@@ -202,7 +202,7 @@ class Matcher:
         state: llguidance's matcher, before the first token.
         first: the tokens that may come first, as `Grammar.allowed` gives them.
         end_ids: tokens that end the completion.
-        may_end: whether these tokens may be chosen. If not, the completion goes on as long as the
+        may_end: whether end tokens may be chosen. If not, the completion goes on as long as the
             grammar allows.
 
     Attributes:

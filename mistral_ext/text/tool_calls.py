@@ -61,7 +61,7 @@ class ToolFormat:
 
     Attributes:
         begin: what comes before calls: the id of a control token, or text.
-        end: what comes after each call; None: one list has all calls, and nothing comes after it.
+        end: what comes after each call. None: one list has all calls, and nothing comes after it.
     """
 
     begin: int | str
@@ -74,7 +74,7 @@ class ToolUse:
 
     Attributes:
         form: how the model writes calls.
-        tools: in OpenAI's format, for the chat template.
+        tools: the functions in OpenAI's format, for the chat template.
         must_call: whether the completion has to be calls, without text.
         names: the functions that may be called.
         parallel: whether a completion may have several calls.

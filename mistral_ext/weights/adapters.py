@@ -379,7 +379,8 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
 
     Args:
         target: the folder to make; must not exist, or be empty.
-        adapter: as `read_adapter` gives it; float32, bfloat16 or float16, on any device.
+        adapter: the adapter, in the form that `read_adapter` returns. Its matrices are float32,
+            bfloat16 or float16, on any device.
         base: the name of the model, for readers.
 
     Returns:
@@ -402,7 +403,7 @@ def write_adapter_files(folder: Path, adapter: Adapter, base: str = "") -> None:
 
     Args:
         folder: a folder that exists.
-        adapter, base: as in `write_adapter`.
+        adapter, base: the arguments of `write_adapter` with these names.
     """
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.items():

@@ -147,8 +147,8 @@ def calibrated(
     """Quantises the weights of a model by what it sees of a text.
 
     Args:
-        weights: by Mistral's names, not quantised, in the order of `checkpoint.tensor_shapes`; the
-            output matrix may be missing.
+        weights: the weights by Mistral's names, not quantised, in the order of
+            `checkpoint.tensor_shapes`. The output matrix may be missing.
         config: the configuration of the model.
         quantization: the formats of the weights. The format of the layers is "iq4_xs" or "iq4_nl".
         token_ids: the tokens of the text.

@@ -73,8 +73,8 @@ def load_weights(
     operating system may evict them again, since they belong to the file.
 
     Args:
-        folder: from :func:`mistral_ext.weights.folder.read_folder`. If it holds several formats,
-            the first of `LAYOUTS` that is complete is used.
+        folder: the result of :func:`mistral_ext.weights.folder.read_folder`. If it holds several
+            formats, the first of `LAYOUTS` that is complete is used.
         dtype: convert to bfloat16, float16 or float32. None keeps the stored dtype and copies
             nothing. Quantised weights are not converted.
         progress: show a progress bar if stderr is a terminal.
@@ -131,7 +131,7 @@ class Checkpoint:
     """The weights of a folder, checked and not yet read: see :func:`load_weights`.
 
     Args:
-        folder, dtype: as for :func:`load_weights`.
+        folder, dtype: the arguments of :func:`load_weights` with these names.
         quantization: how to quantise the weights. None: they stay as they are stored.
 
     Attributes:

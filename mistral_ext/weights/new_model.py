@@ -58,7 +58,7 @@ def write_model(
     Args:
         target: the folder to make; must not exist, or be empty.
         original: the model whose other files are copied.
-        config: of the new model.
+        config: the configuration of the new model.
         layout: the weights by Mistral's names, with their dtypes and shapes (on the meta device,
             for instance).
         weights: the same weights with their values, in any order.

@@ -62,7 +62,7 @@ def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object, str]:
 
 
 def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
-    """How the matrices of a folder are packed; None: they are not.
+    """How the matrices of a folder are packed. None: they are not packed.
 
     Args:
         config: the contents of config.json, without settings of this package.

@@ -127,8 +127,8 @@ class Quantization:
         return ", ".join([shown, *(f"{count} matrices {name}" for name, count in counts.items())])
 
     def format_of(self, name: str, columns: int) -> str | None:
-        """The format of a weight, by Mistral's name and the length of its rows; None: it is not
-        quantised."""
+        """The format of a weight, by Mistral's name and the length of its rows. None: the weight is
+        not quantised."""
         if name in self.formats:
             wanted = self.formats[name]
         elif name == "output.weight":
@@ -141,7 +141,8 @@ class Quantization:
         return wanted if divides else _FOR_OTHER_ROWS.get(wanted, wanted)
 
     def group_of(self, format: str) -> int | None:
-        """The number of neighbours that share scales in a format of `format_of`; None: a row."""
+        """The number of neighbours that share scales in a format of `format_of`. None: a whole row
+        shares them."""
         return self.group if format == self.format else Quantization(format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
