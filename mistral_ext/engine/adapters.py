@@ -36,8 +36,8 @@ class UnknownAdapterError(ValueError):
 
 
 class AdapterTable:
-    """The names of a model's adapters. Call the methods that change it by `Engine.between_steps`
-    only.
+    """The names of a model's adapters. While an engine runs the model, call methods that change the
+    table by `Engine.between_steps`.
 
     Args:
         adapters: the adapters of the model, which have no names.

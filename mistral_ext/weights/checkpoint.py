@@ -81,8 +81,8 @@ def load_weights(
         quantize: "int8" or "int4": quantise the weights to this format, one after another, unless
             they are stored in it. None: keep them as they are stored.
         device: where the model is to run. A model that cannot run there is refused before its
-            weights are read; otherwise its weights are moved there. None: the weights are only
-            read, and stay mapped files.
+            weights are read; otherwise its weights are moved there. None: the weights are read, and
+            stay on the CPU.
 
     Returns:
         Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. On a GPU
