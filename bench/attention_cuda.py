@@ -82,13 +82,14 @@ def decode_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def visible_pairs(tokens: int, history: int, window: int | None) -> int:
-    """Pairs of a new token and one that it sees."""
+    """The number of pairs of a new token and a token that it sees."""
     return sum(min(p + 1, window or p + 1) for p in range(history, history + tokens))
 
 
 @dataclass
 class Chunk:
-    """New tokens of one sequence on a full ring, and how the peers attend to what they see."""
+    """New tokens of one sequence on a full ring, and calls of the peers that do the same
+    attention."""
 
     tokens: int
     history: int
@@ -97,7 +98,7 @@ class Chunk:
 
     @property
     def seen(self) -> int:
-        """Keys of the history that a peer is given."""
+        """The number of keys of the history that a peer is given."""
         return min(self.history, self.window or self.history)
 
     def make(self) -> Any:
@@ -207,8 +208,8 @@ SM90 = "attention sm90"  # measured only if asked for: the kernel has not run on
 
 
 def sm90_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Prompts in one piece, and their last chunks of 2048. The kernel of sm_80 is one of the peers,
-    and where its time is ahead, that is what a model gets by default."""
+    """Prompts in one piece, and their last chunks of 2048. The kernel of sm_80 is one of the peers.
+    Where it is faster, a model gets it by default."""
     prompts = [(tokens, 0, None) for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768)]
     windows = [(tokens, 0, WINDOW) for tokens in (8192, 16384, 32768)]
     chunks = [(2048, 14336, None), (2048, 14336, WINDOW)]

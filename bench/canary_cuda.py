@@ -66,7 +66,8 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
 
 
 def expect(actual: Tensor, plainly: Callable[..., Tensor], *arguments: Any) -> None:
-    """As close to `plainly` in fp32 as tests/tolerance.py asks for."""
+    """Raises unless `actual` is as close to the result of `plainly` in fp32 as tests/tolerance.py
+    asks for."""
     wide = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     assert_close(actual, plainly(*wide).double(), plainly(*arguments))
 
@@ -183,7 +184,7 @@ def two_layers() -> MistralConfig:
 
 
 def model_folders(scratch: Path, wanted: list[str]) -> Iterator[tuple[str, Path, list[int]]]:
-    """Name, folder and a long prompt of each of MODELS that is wanted."""
+    """Yields the name, the folder and a long prompt of each of MODELS that is wanted."""
     config = two_layers()
     folder = scratch / "bf16"
     folder.mkdir()

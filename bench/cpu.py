@@ -117,10 +117,11 @@ class Ours:
 def decoder(
     model: Transformer, batch: int, ids: list[int], adapters: list[int] | None = None
 ) -> Callable[[], None]:
-    """Reads a prompt in each of `batch` sequences, and returns what decodes a token of each.
+    """Reads a prompt in each of `batch` sequences, and returns a function that decodes a token of
+    each.
 
     Args:
-        adapters: the slot of the adapter of each sequence; None: they have none.
+        adapters: the slot of each sequence's adapter. None: the sequences have no adapters.
     """
     capacity = len(ids) + 1024
     cache = SlotPool(model.config, capacity * batch, model.dtype)

@@ -48,7 +48,8 @@ STEPS, RUNS = scaled(32), 5
 
 
 def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]:
-    """Launches a step, and waits for the step before. Only this function knows the engine."""
+    """Returns a function that launches a step and waits for the step before. No other function here
+    knows the engine."""
     config = model.config
     capacity = min(config.sliding_window, history + 4 * STEPS * (RUNS + 2))
     cache = SlotPool(config, capacity * batch, model.dtype, GPU)
@@ -73,7 +74,7 @@ def our_step(model: Transformer, batch: int, history: int) -> Callable[[], None]
 
 
 def seconds_of(step: Callable[[], None]) -> float:
-    """Seconds of a step among many: the median of several runs."""
+    """The seconds of a step among many steps: the median of several runs."""
     samples = []
     for run in range(1 + RUNS):
         torch.cuda.synchronize()
@@ -87,7 +88,8 @@ def seconds_of(step: Callable[[], None]) -> float:
 
 
 def kernel_seconds(step: Callable[[], None], launches: int) -> list[float] | None:
-    """Seconds of each of our kernels in a step, in order; None if a step has fewer kernels."""
+    """The seconds of each of our kernels in a step, in order. None if a step has fewer than
+    `launches` kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -103,7 +105,7 @@ def kernel_seconds(step: Callable[[], None], launches: int) -> list[float] | Non
 
 @contextmanager
 def torch_products() -> Iterator[None]:
-    """Within it, products are torch's, of few tokens too."""
+    """In the block, torch makes all products, those of few tokens too."""
     most, routing.MOST_TOKENS_ON_CUDA = routing.MOST_TOKENS_ON_CUDA, 0
     try:
         yield
@@ -133,7 +135,8 @@ def measure(
 def peer_seconds(
     config: MistralConfig, history: int, wanted: str
 ) -> Iterator[tuple[str, float | str]]:
-    """Seconds of a step of each peer whose name has `wanted` in it, or what went wrong."""
+    """Yields the name of each peer that `wanted` is a part of, with the seconds of its step, or
+    with what went wrong."""
     weights = random_weights_on_gpu(config)
     ids = torch.randint(3, config.vocab_size, (history,)).tolist()
 

@@ -40,7 +40,7 @@ PROMPTS = Path(__file__).with_name("drafts_prompts.json")
 
 
 def decode(llm: Mistral, ids: list[int], **options: Any) -> tuple[Completion, float]:
-    """A completion, and the CPU seconds of its tokens after the first."""
+    """Returns a completion, and the CPU seconds that its tokens after the first took."""
     request = llm.request(ids, SamplingParams(**options), starts_text=True)
     outputs = llm.engine.outputs([request])
     output = next(outputs)
@@ -76,7 +76,8 @@ def compare(llm: Mistral, prompt: dict[str, Any], tokens: int, runs: int) -> dic
 
 
 def pass_costs(model: Transformer, runs: int) -> dict[int, float]:
-    """CPU seconds of a pass by its tokens, relative to a pass of one that comes just before."""
+    """The CPU seconds of a pass for each number of tokens, relative to a pass of one token that is
+    made just before."""
     pool, sampler = SlotPool(model.config, _PROMPT + 8, model.dtype), Sampler(1, 32)
     extent = pool.allocate(_PROMPT + 8, _PROMPT + 8)
     assert extent is not None

@@ -31,7 +31,8 @@ TEXT = Path(__file__).parent.parent / "tests" / "data" / "held_out.txt"
 
 
 def make_questions(count: int, shots: int, seed: int = 0) -> list[Instance]:
-    """Requests, four for each question: examples of about 100 words and an answer each."""
+    """Makes requests, four for each question. Each has examples of about 100 words as its context,
+    and one of the question's answers."""
     draw = random.Random(seed)
     words = TEXT.read_text().split()
 

@@ -88,7 +88,7 @@ def peft_step(
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of an engine in this process."""
+    """Measures an engine in this process, and returns its figures."""
     config = mistral_7b(options.layers)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, config.vocab_size, (options.tokens + 1,), generator=generator)
@@ -112,7 +112,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _forget_peak() -> None:
-    """Has `_peak_bytes` begin here: in the set-up there were weights of two formats."""
+    """Has `_peak_bytes` count only what comes after this call. Before, in the set-up, there were
+    weights of two formats in memory."""
     Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 

@@ -34,7 +34,7 @@ from mistral_ext.weights.hub import resolve
 
 
 def run_ours(llm: Mistral, ids: list[int], tokens: int) -> tuple[float, float]:
-    """Prompt and decode tokens per second."""
+    """Returns the prompt tokens and the decoded tokens per second."""
     (completion,) = llm.generate([ids], max_tokens=tokens + 1, ignore_eos=True, drafts=0)
     timing = completion.timing
     return timing.prompt_rate, timing.decode_rate
@@ -50,7 +50,7 @@ def run_theirs(peer: Transformers, ids: list[int], tokens: int) -> tuple[float, 
 
 
 def peak_memory() -> int:
-    """Bytes resident at most so far."""
+    """The most bytes that have been resident so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -27,7 +27,8 @@ def gradient_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _attention(dtype: torch.dtype) -> Iterator[Case]:
-    """Peers: the gradient of torch's attention, which has no window."""
+    """Cases of attention's gradient. The peer is the gradient of torch's attention, which has no
+    window."""
 
     def ours(given):
         return torch.ops.mistral_ext.attention_backward(*given.whole, given.table, WINDOW)
@@ -61,7 +62,8 @@ def _attention(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def _logits(dtype: torch.dtype) -> Case:
-    """They are read and written once; the kernel reads them a second time."""
+    """The case of the logits' gradient. Its bytes count one read and one write of the logits. The
+    kernel reads them a second time."""
 
     def make():
         return SimpleNamespace(

@@ -6,8 +6,8 @@
 A model of Mistral 7B's shape with random weights and adapters on all linear layers decodes a token
 of one sequence with an adapter, and of eight with one adapter or with eight. Times are seconds of
 the processor, of all threads, so that other processes matter less. `x none` is the time of the step
-over that of the same step without adapters. The two take turns, because machines are noisy: a ratio
-is taken within a turn, and the median of those is shown.
+over that of the same step without adapters. The two take turns, because machines are noisy. A ratio
+is taken within a turn, and the median of the ratios is shown.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python bench/masks.py --tokenizer FOLDER [--layers 4] [--weights int4] [--runs 5] [--json FILE]
 
 FOLDER has a tokenizer of Mistral's. A text that matches the schema is followed token by token, as a
-completion is: the matcher takes the token and says which may come next, the sampler's row gets that
-as its bias, and draws. What a greedy draw takes without a schema is subtracted. The step is that of
-layers of Mistral 7B's shape with random weights; 32 layers follow from one and from `--layers`.
+completion is: the matcher takes the token and says which may come next, and the sampler's row gets
+that as its bias and draws. The time of a greedy draw without a schema is subtracted. The step is
+that of layers of Mistral 7B's shape with random weights; 32 layers follow from one and from
+`--layers`.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ VALUE = {
 def mask_seconds(
     tokenizer: Tokenizer, runs: int, clock: Callable[[], float] = time.process_time
 ) -> tuple[list[float], float]:
-    """Seconds of the clock that the schema adds to each token, and those of compiling it."""
+    """Returns the seconds that the schema adds to each token, and the seconds of compiling it, both
+    by `clock`."""
     constraint = Constraint("schema", json.dumps(SCHEMA))
     compiler = GrammarCompiler(tokenizer)
     compiler.compile(Constraint("regex", "a"), starts_text=True)  # reads the vocabulary
@@ -129,7 +131,8 @@ def step_of(layers: int, form: str) -> Callable[[], object]:
 
 
 def step_seconds(layers: int, form: str, runs: int) -> float:
-    """CPU seconds of a decode step of 32 layers, from those of one and of `layers`."""
+    """The CPU seconds of a decode step of 32 layers, extrapolated from steps of one layer and of
+    `layers` layers."""
     steps = {count: step_of(count, form) for count in (1, layers)}
     samples: dict[int, list[float]] = {count: [] for count in steps}
     for turn in range(4 * runs + 1):

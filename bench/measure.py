@@ -28,14 +28,15 @@ def median_seconds(
 ) -> list[float]:
     """The median time of one call of each function.
 
-    The functions take turns, so that what else the machine does hits all of them alike: their
-    ratio means something where the times alone would not. Each begins after a pause, in which the
-    threads of the one before, torch's above all, stop spinning on the cores that it needs.
+    The functions take turns, so that other work of the machine slows all of them alike. So their
+    ratios are reliable even if the times alone are not. Each function begins after a pause, in
+    which the threads of the function before, torch's above all, stop spinning on the cores that it
+    needs.
 
     Args:
-        functions: what to call; each is called once more to warm up.
-        seconds: how long to go on, for each function, within these bounds:
-        least, most: calls of each.
+        functions: the functions to call. Each is called once more to warm up.
+        seconds: how long to go on for each function, within the bounds `least` and `most`.
+        least, most: bounds of the number of calls of each function.
     """
     for function in functions:
         function()
@@ -51,16 +52,18 @@ def median_seconds(
 
 
 def spin(seconds: float) -> None:
-    """Waits without letting the processor rest: it would begin the next call slowly."""
+    """Waits without letting the processor rest. A processor that has rested would begin the next
+    call slowly."""
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop:
         pass
 
 
 def rotate(make: Callable[[], T], nbytes: int) -> Callable[[], T]:
-    """Returns a function that gives one of several `make()` in turn, `nbytes` each.
+    """Calls `make` several times, and returns a function that gives one of the results in turn. A
+    result has `nbytes` bytes.
 
-    They are as many as it takes for one to have left the caches when its turn comes again.
+    There are so many results that each has left the caches when its turn comes again.
     """
     count = max(2, -(-BEYOND_CACHES // max(nbytes, 2**20)))
     turns = cycle([make() for _ in range(count)])
@@ -70,8 +73,8 @@ def rotate(make: Callable[[], T], nbytes: int) -> Callable[[], T]:
 def keep_freed_memory() -> None:
     """Has glibc's malloc keep what is freed, instead of returning large blocks to the system.
 
-    An op that allocates its result is otherwise timed with the page faults of fresh memory, or
-    without, as the sizes fall: that says nothing about the op.
+    Otherwise an op that allocates its result is timed with the page faults of fresh memory at some
+    sizes and without them at others. That would say nothing about the op.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -90,7 +93,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the sources beside this file; None: they are not a git checkout."""
+    """The commit of the sources that this file belongs to. None: they are not a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
@@ -112,7 +115,8 @@ def print_machine(facts: dict[str, Any]) -> None:
 
 
 def print_header(columns: Sequence[tuple[str, int]]) -> None:
-    """columns: (title, width), a negative width for text, which is aligned to the left."""
+    """Prints the head of a table. A column is (title, width). A negative width aligns the column to
+    the left, for text."""
     print_row(columns, [title for title, _ in columns])
 
 

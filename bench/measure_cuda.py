@@ -27,11 +27,12 @@ class Case:
     """One row of the table.
 
     Args:
-        make: a new set of inputs.
-        ours: the op, called with one set.
-        peers: what makes a function that does the same; it may fail.
-        nbytes: moved by a call, each byte once.
-        flops: of a call, where they and not the bytes are the limit.
+        make: a function that returns a new set of inputs.
+        ours: a function that calls the op with a set of inputs.
+        peers: for each name a function that makes a function which does the same as `ours`. Making
+            it may fail.
+        nbytes: the bytes that a call moves, each counted once.
+        flops: the FLOPs of a call, if they and not the bytes are the limit.
     """
 
     op: str
@@ -47,7 +48,7 @@ class Case:
 
 
 def capture(call: Call, inputs: list[Any]) -> Callable[[], None]:
-    """Captures the call on all inputs as one CUDA graph; returns a function to replay it."""
+    """Captures calls on all inputs as one CUDA graph. Returns a function that replays the graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, loads and plans what happens once
@@ -63,7 +64,7 @@ def capture(call: Call, inputs: list[Any]) -> Callable[[], None]:
 
 
 def elapsed(run: Callable[[], None], times: int) -> float:
-    """Seconds of one of several runs, queued one after the other."""
+    """The seconds of one run: the mean of `times` runs that are queued one after the other."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(times):
@@ -74,7 +75,7 @@ def elapsed(run: Callable[[], None], times: int) -> float:
 
 
 def median_seconds(runs: list[Callable[[], None]]) -> list[float]:
-    """The median time of each, taking turns."""
+    """The median time of each of the runs, which take turns."""
     plans = []
     for run in runs:
         run()
@@ -90,7 +91,7 @@ def median_seconds(runs: list[Callable[[], None]]) -> list[float]:
 
 
 def beyond_cache() -> int:
-    """Bytes that do not fit in L2 by far."""
+    """A number of bytes that is far too large for the L2 cache."""
     return 4 * torch.cuda.get_device_properties(GPU).L2_cache_size
 
 
@@ -122,7 +123,8 @@ def measure(case: Case, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The facts that figures depend on, and the machine's ceilings per second."""
+    """The facts that figures depend on, and the machine's limits: bytes and operations per
+    second."""
     device = torch.cuda.get_device_properties(GPU)
     return {
         "gpu": device.name,
@@ -158,7 +160,8 @@ def compiled(function: Callable) -> Callable:
 def eager_and_compiled(
     function: Callable, arguments: Callable[[Any], tuple]
 ) -> dict[str, Callable[[], Call]]:
-    """Two peers of a function of tensors, which `arguments` takes from a set of inputs."""
+    """Two peers: a function of tensors as it is, and compiled. `arguments` takes the function's
+    arguments from a set of inputs."""
 
     def peer(function):
         return lambda given: function(*arguments(given))

@@ -1,4 +1,5 @@
-"""Random weights of Mistral 7B's shape: on a GPU, and those that other engines take too."""
+"""Random weights of Mistral 7B's shape: weights on a GPU, and weights that other engines can take,
+too."""
 
 from __future__ import annotations
 
@@ -17,14 +18,15 @@ from mistral_ext.weights.quantize import Quantization
 
 
 def random_weight(rows: int, size: int, form: str | None, dtype: torch.dtype) -> Weight:
-    """On the GPU, in a format or, with None, plain."""
+    """Makes a random weight on the GPU, in a format. If `form` is None, it is a plain tensor."""
     return models.random_weight((rows, size), form, dtype, torch.device(GPU))
 
 
 def random_weights_on_gpu(
     config: MistralConfig, name: str = "bf16"
 ) -> dict[str, Weight | JoinedWeight]:
-    """In "bf16", "int8" or "int4", where and as loading puts them."""
+    """Makes random weights in "bf16", "int8" or "int4", on the GPU and joined, as if a model had
+    been loaded."""
     form = None if name == "bf16" else name
     gpu = torch.device(GPU)
     weights: dict[str, Weight | JoinedWeight] = {
@@ -35,7 +37,7 @@ def random_weights_on_gpu(
 
 
 def random_weights(config: MistralConfig) -> dict[str, Tensor]:
-    """In bf16. Tensors of one shape are equal."""
+    """Makes random weights in bf16. Tensors of the same shape are equal."""
     block = torch.randn(2**22).mul_(0.02).bfloat16()  # repeated: making more would take minutes
     weights = {}
     for name, shape in tensor_shapes(config).items():
@@ -66,7 +68,8 @@ def quantized(weights: dict[str, Tensor], name: str) -> dict[str, Weight]:
 
 
 def separated(weights: dict[str, Weight | JoinedWeight]) -> dict[str, Weight]:
-    """The same weights under Mistral's names, those that are joined as views of the whole."""
+    """The same weights, all under Mistral's names. Weights that are joined become views of the
+    whole."""
     names = {"wqkv": ("wq", "wk", "wv"), "w13": ("w1", "w3")}
     result: dict[str, Weight] = {}
     for name, weight in weights.items():

@@ -194,7 +194,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """One adapter of rank 16 on the largest matrix."""
+    """The cases of `lora`: one adapter of rank 16 on the largest matrix."""
     rank, scale = 16, 0.5
     a, b = random(rank, DIM, dtype=dtype), random(rank, HIDDEN, dtype=dtype)
     stack = a[None, None], b[None], torch.tensor([[scale]]), torch.tensor([[rank]]).int()

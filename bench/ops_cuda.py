@@ -90,7 +90,7 @@ def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     """The products of a decode step, as the model fuses them. The peer is torch's product of plain
-    weights alone, without what is fused here."""
+    weights alone. It does not do what is fused into ours."""
     qkv = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
     products = {
         "qkv + rope, append": (qkv, DIM),
@@ -276,7 +276,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Goal:
-    """A figure of one row, or its ratio to that of another one."""
+    """A goal for a figure of one row, or for the ratio of this figure to that of another row."""
 
     row: str  # "op shape"
     figure: str
@@ -285,7 +285,7 @@ class Goal:
     over: str | None = None
 
     def report(self, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-        """None if a row is missing."""
+        """Compares the goal with what was measured. None if a row is missing."""
         if self.row not in rows or (self.over and self.over not in rows):
             return None
         value = rows[self.row][self.figure]
@@ -334,12 +334,12 @@ GOALS = (
 
 
 def run(dtype: torch.dtype, only: str | None, json: str | None, compiling: bool = True) -> None:
-    """The benchmark.
+    """Runs the benchmark.
 
     Args:
-        only: rows of this op.
-        json: a file, written again after every row.
-        compiling: with peers that have to be compiled.
+        only: the op whose rows to measure. None: the rows of all ops that need not be asked for.
+        json: a file that is written again after every row. None: no file is written.
+        compiling: whether to measure peers that have to be compiled, too.
     """
     if _C.cuda_architectures is None or not torch.cuda.is_available():
         raise SystemExit("ops: --device cuda needs a CUDA device and a build with CUDA")

@@ -38,8 +38,8 @@ from mistral_ext.weights.names import hugging_face_name
 # Name -> modules that it needs.
 PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}
 
-# The types of files that both engines run, by llama.cpp's names. A type is a mixture: llama.cpp
-# chooses the format of each matrix.
+# The types of files that both engines run, by llama.cpp's names. In a file of one type llama.cpp
+# chooses the format of each matrix, so the formats may differ.
 FILE_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 # Our name of the weights -> llama.cpp's. The first three are weights that this package makes.
@@ -51,8 +51,8 @@ class Transformers:
     """transformers' model over the same tensors.
 
     Args:
-        config: the shape.
-        weights: in bf16, with Mistral's names.
+        config: the configuration, which gives the shapes.
+        weights: the weights in bf16, with Mistral's names.
     """
 
     name = "transformers"
@@ -101,7 +101,8 @@ class Transformers:
         return step
 
     def compiled_decoder(self, batch: int, ids: list[int]) -> Callable[[], None]:
-        """The same, compiled, with a cache of fixed size: on a CUDA device as a CUDA graph."""
+        """Does the same as `decoder`, with a compiled model and a cache of fixed size. On a CUDA
+        device it runs as a CUDA graph."""
         import transformers
 
         length = len(ids) + 1024
@@ -136,7 +137,8 @@ def available() -> list[str]:
 
 
 def _llama_cpp():
-    """The module, without its log, which tells of every tensor; errors are returned, too."""
+    """The module llama_cpp with its log turned off, which has a line for every tensor. Errors are
+    not lost, as functions return them, too."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL + 1)
@@ -151,7 +153,8 @@ def llama_cpp_build() -> str:
 
 
 def quantize_file(source: Path, target: Path, file_type: str) -> None:
-    """Has llama.cpp round a GGUF file to one of FILE_TYPES, quantised matrices too."""
+    """Has llama.cpp round a GGUF file to one of FILE_TYPES. Matrices that are quantised already are
+    rounded, too."""
     llama_cpp = _llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread = torch.get_num_threads()
@@ -163,12 +166,13 @@ def quantize_file(source: Path, target: Path, file_type: str) -> None:
 
 
 class LlamaCppFiles:
-    """The random model in llama.cpp's format, made when asked for.
+    """Files with the random model in llama.cpp's format. Each is made when it is asked for.
 
     Args:
-        config: the shape.
-        weights: in bf16, with Mistral's names.
-        folder: where the files are kept, and found by the next run; None: a temporary folder.
+        config: the configuration, which gives the shapes.
+        weights: the weights in bf16, with Mistral's names.
+        folder: the folder where the files are kept, and where the next run finds them. None: a
+            temporary folder.
     """
 
     def __init__(
@@ -181,7 +185,8 @@ class LlamaCppFiles:
     def path(self, file_type: str) -> Path:
         """The file of a type: "BF16" or one of FILE_TYPES.
 
-        llama.cpp quantises by itself, as for anyone: with IQ4_XS, the output matrix becomes Q6_K.
+        llama.cpp quantises with its defaults. With IQ4_XS, for instance, the output matrix becomes
+        Q6_K.
         """
         path = self._path(file_type)
         if not path.exists():
@@ -195,7 +200,7 @@ class LlamaCppFiles:
         return path
 
     def release(self, file_type: str) -> None:
-        """Deletes a temporary file: the next type needs its memory and disk."""
+        """Deletes a temporary file, because the next type needs the memory and the disk space."""
         if self._temporary:
             self._path(file_type).unlink(missing_ok=True)
 
@@ -243,8 +248,9 @@ class LlamaCpp:
 
     Args:
         path: the file.
-        max_tokens: of all sequences together.
-        max_sequences: of all decoders and prompts since the last `prompt`.
+        max_tokens: the most tokens of all sequences together.
+        max_sequences: the most sequences of all decoders and prompts since the last call of
+            `prompt`.
     """
 
     def __init__(self, path: Path, max_tokens: int = 2048, max_sequences: int = 16):
@@ -293,12 +299,13 @@ class LlamaCpp:
         return step
 
     def _decode(self, first: int, length: int, new: list[list[int]]) -> list[int]:
-        """Runs new tokens, as many for each, of neighbouring sequences; returns those after them.
+        """Runs new tokens of neighbouring sequences, the same number for each. Returns the token
+        that follows in each sequence.
 
         Args:
-            first: number of the first sequence.
-            length: tokens that each of them has already.
-            new: for each, its new tokens.
+            first: the number of the first sequence.
+            length: the number of tokens that each sequence has already.
+            new: the new tokens of each sequence.
         """
         batch, at, last = self._batch, 0, []
         for sequence, ids in enumerate(new, start=first):

@@ -39,7 +39,7 @@ def points(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def title(report: dict[str, Any], found: list[dict[str, Any]]) -> str:
-    """The model, the machine, and what the points are."""
+    """A title that names the model, the machine, and what the points are."""
     parts = []
     for part, unit in (("decode", "at once"), ("prefill", "tokens")):
         measured = [point["what"].split() for point in found]

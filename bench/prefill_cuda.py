@@ -31,7 +31,7 @@ def kernels() -> list[str]:
 
 
 def read(model: Transformer, ids: torch.Tensor, chunk: int) -> float:
-    """Seconds."""
+    """Reads a prompt, and returns the seconds that it took."""
     capacity = min(len(ids), model.config.sliding_window)
     cache = SlotPool(model.config, capacity, model.dtype, GPU)
     ring = cache.allocate(capacity, capacity)

@@ -42,7 +42,7 @@ def timed_step(engine: Engine) -> float:
 
 
 def measure(llm: Mistral, tokens: int, pauses: bool) -> dict[str, float]:
-    """Seconds of the steps of a stream, alone and beside a prompt of so many tokens."""
+    """The seconds of the steps of a stream, alone and beside a prompt of `tokens` tokens."""
     engine = Engine(llm.model, llm.config.vocab_size, 2, cache_tokens=3 * tokens + 2048, drafts=0)
     engine.runner.pauses = pauses
 

@@ -61,7 +61,7 @@ Weights = dict[str, Tensor | Quantized]
 
 @dataclass
 class Subject:
-    """A model in bfloat16, and what it is measured on."""
+    """A model in bfloat16, and the tokens that it is measured on."""
 
     config: MistralConfig
     weights: dict[str, Tensor]
@@ -131,7 +131,7 @@ FORMATS |= {name + FEW: FORMATS[name] for name in ("bf16", "int8", "int4")}
 
 
 def e4m3(weight: Tensor, _: int) -> Tensor:
-    """To floating point numbers of 8 bits, with a scale for each row."""
+    """Rounds to floating point numbers of 8 bits, with a scale for each row."""
     largest = torch.finfo(torch.float8_e4m3fn).max
     scales = weight.float().abs().amax(1, keepdim=True) / largest
     return (weight.float() / scales).to(torch.float8_e4m3fn).float() * scales
@@ -142,7 +142,7 @@ def eight_bits(weight: Tensor, group: int) -> Tensor:
 
 
 def q8_0(weight: Tensor, _: int) -> Tensor:
-    """As llama.cpp rounds to Q8_0: by the code of its package gguf."""
+    """Rounds to Q8_0 as llama.cpp does, with the code of its package gguf."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType.Q8_0
@@ -151,7 +151,8 @@ def q8_0(weight: Tensor, _: int) -> Tensor:
 
 
 def plain_rounding(weight: Tensor, group: int) -> Tensor:
-    """To the largest magnitude of a group over 7: what the search for scales is better than."""
+    """Rounds with the largest magnitude of a group over 7 as its scale. This shows what the search
+    for better scales gains."""
     groups = weight.float().unflatten(1, (-1, group))
     scales = (groups.abs().amax(2, keepdim=True) / 7).bfloat16().float()
     return ((groups / scales).round().clamp(-8, 7) * scales).flatten(1)
@@ -162,7 +163,8 @@ def searched(weight: Tensor, group: int) -> Tensor:
 
 
 def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
-    """Name -> makes fp32 weights with only the layers' matrices rounded."""
+    """Other ways to round. For each name there is a function that makes fp32 weights in which only
+    the layers' matrices are rounded."""
 
     def apply(method: Callable[[Tensor, int], Tensor], group: int) -> Weights:
         made: Weights = {}
@@ -186,7 +188,7 @@ def other_ways(weights: dict[str, Tensor]) -> dict[str, Callable[[], Weights]]:
 
 
 def compare(logits: Tensor, exact: Tensor) -> dict[str, float]:
-    """Of [T, V] logits each."""
+    """Compares two sets of logits, [T, V] each."""
     divergence, largest, total = 0.0, 0.0, 0.0
     for ours, theirs in zip(logits.split(256), exact.split(256), strict=True):
         expected, got = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
@@ -205,7 +207,8 @@ def compare(logits: Tensor, exact: Tensor) -> dict[str, float]:
 def measure(
     subject: Subject, variants: dict[str, Callable[[], Weights]], exact: Tensor, base: float | None
 ) -> dict[str, dict[str, float]]:
-    """A row for each variant. base: the perplexity in bf16; None: it is among the variants."""
+    """Prints and returns a row for each variant. `base` is the perplexity in bf16. None: bf16 is
+    one of the variants."""
     rows = {}
     print_header(COLUMNS)
     for name, make in variants.items():

@@ -48,7 +48,7 @@ class Rounded:
     """Weights in float32, with the layers' matrices rounded.
 
     Attributes:
-        bits: of a value of these matrices, with its share of the scales.
+        bits: the bits of a value of these matrices, with its share of the scales.
     """
 
     weights: Weights
@@ -60,13 +60,14 @@ def is_rounded(name: str, weight: Tensor) -> bool:
 
 
 def rounded(exact: Weights, matrices: Weights, nbytes: int) -> Rounded:
-    """The exact weights with `matrices` in their place, which take `nbytes`."""
+    """The exact weights, with `matrices` in the place of those of the same names. In their format
+    `matrices` take `nbytes` bytes."""
     values = sum(matrix.numel() for matrix in matrices.values())
     return Rounded(exact | matrices, 8 * nbytes / values)
 
 
 def made_here(exact: Weights, quantization: Quantization) -> Rounded:
-    """Rounded as a whole model would be."""
+    """Weights that are rounded by us, as a whole model would be."""
     return of_weights(
         exact, {name: quantization.quantize(name, weight, name) for name, weight in exact.items()}
     )
@@ -79,10 +80,11 @@ def calibrated_here(
     folder: Path,
     quantization: Quantization = OURS["int4"],
 ) -> Rounded:
-    """Rounded by what the layers see of a text, as `mistral-ext quantize` does it.
+    """Weights that are rounded by what the layers see of a text, as `mistral-ext quantize
+    --calibrate` does it.
 
     Args:
-        folder: for intermediate results.
+        folder: a folder for intermediate results.
     """
     # A layer changes as it is rounded.
     weights = ((name, exact[name].clone()) for name in tensor_shapes(config) if name in exact)
@@ -94,7 +96,8 @@ class Mixtures:
     """int4 with int8 where int4 loses the most, as `mistral-ext quantize --size` chooses.
 
     Args:
-        ids: of a text, to choose by; empty: random tokens, as without --calibrate.
+        ids: the tokens of a text by which to choose. Empty: random tokens are used, as without
+            --calibrate.
     """
 
     def __init__(self, exact: Weights, config: MistralConfig, ids: list[int]) -> None:
@@ -103,7 +106,8 @@ class Mixtures:
         self._sensitivities: dict[str, float] = {}
 
     def of_bits(self, bits: float) -> Quantization:
-        """At most so many bits of a value of the layers' matrices, scales included."""
+        """The formats with at most `bits` bits for a value of the layers' matrices, scales
+        included."""
         if not self._sensitivities:
             measured = Sensitivities(self._exact.__getitem__, self._config)
             self._sensitivities = measured.measure(self._ids, progress=False)
@@ -124,7 +128,7 @@ def of_weights(exact: Weights, made: Mapping[str, Weight | None]) -> Rounded:
 
 
 def of_file(exact: Weights, model: Path) -> Rounded:
-    """Rounded as a folder or a GGUF file has it."""
+    """Weights that are rounded as a folder or a GGUF file has them."""
     folder = read_folder(model)
     stored = load_weights(folder, torch.float32, progress=False)
     matrices, nbytes = {}, 0
@@ -144,14 +148,14 @@ def ways(
     folder: Path,
     mixed: Sequence[float] = (),
 ) -> Iterator[tuple[str, Callable[[], Rounded]]]:
-    """Names, and what makes the weights.
+    """Yields the name of each way to round, with a function that makes the weights.
 
     Args:
-        model: a folder or a GGUF file; llama.cpp rounds files only.
-        exact, config: its weights and shape.
-        calibration: tokens to calibrate int4 with; empty: it is left out.
-        folder: for what is made.
-        mixed: bits of a value, for which int4 and int8 are mixed.
+        model: a folder or a GGUF file. llama.cpp only rounds files.
+        exact, config: the model's exact weights and its configuration.
+        calibration: tokens to calibrate int4 with. Empty: calibrated int4 is left out.
+        folder: a folder for the files that are made.
+        mixed: numbers of bits of a value. int4 and int8 are mixed to reach each of them.
     """
     for name, quantization in OURS.items():
         yield name, lambda how=quantization: made_here(exact, how)
@@ -186,7 +190,7 @@ def ways(
 
 
 def negative_log_likelihood(logits: Tensor, ids: list[int]) -> float:
-    """The mean over the tokens after the first, in nats."""
+    """The mean negative log-likelihood of the tokens after the first, in nats."""
     return functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:])).item()
 
 
@@ -202,9 +206,9 @@ def measure_peers(
     """Prints and returns a row for each way.
 
     Args:
-        ids: the logits after these are compared.
-        compare: from quality.py.
-        mixed: bits of a value, for which int4 and int8 are mixed.
+        ids: the tokens. The logits after each of them are compared.
+        compare: the function `compare` of quality.py.
+        mixed: numbers of bits of a value. int4 and int8 are mixed to reach each of them.
     """
 
     def logits_of(weights: Weights) -> Tensor:

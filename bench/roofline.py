@@ -38,11 +38,11 @@ H200_MATRIX = 788e12  # FLOP/s
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of a step.
+    """A launch of one kernel in a step.
 
     Attributes:
-        weights, cache, activations: bytes, each moved once.
-        flops: multiplications and additions.
+        weights, cache, activations: the bytes of each kind that are moved, each byte counted once.
+        flops: the number of multiplications and additions.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Launch:
         return self.weights + self.cache + self.activations
 
     def floor(self, bandwidth: float, matrix: float) -> float:
-        """Seconds."""
+        """The least seconds that the launch can take."""
         return max(self.nbytes / bandwidth, self.flops / matrix)
 
 
 def weight_bytes(rows: int, columns: int, kind: str, name: str) -> int:
-    """Bytes of a stored matrix, its scales included. name: Mistral's."""
+    """The bytes of a stored matrix, its scales included. `name` is Mistral's name of the matrix."""
     if kind == "bf16":
         return rows * columns * ELEMENT
     return Quantization.from_name(kind).parts(name, (rows, columns)).nbytes
@@ -72,9 +72,9 @@ def decode_step(config: MistralConfig, kind: str, batch: int, history: int) -> I
 
     Args:
         config: the model's shape.
-        kind: of the weights, one of KINDS.
-        batch: sequences, a token each.
-        history: tokens that each has seen.
+        kind: the kind of the weights, one of KINDS.
+        batch: the number of sequences, with one token each.
+        history: the number of tokens that each sequence has already.
     """
 
     def product(
@@ -122,8 +122,8 @@ def training_pass(config: MistralConfig, kind: str, tokens: int, rank: int) -> I
     """The launches of a pass of fine-tuning: one sample, an adapter on all linear layers.
 
     A layer is computed forward, again for its gradients, and backward. Products are the vendor's,
-    by weights that are dequantised before each. Those of adapters count as one pass over x and one
-    over the result, with fp32 sums.
+    by weights that are dequantised before each. The products of adapters count as one pass over x
+    and one over the result, with fp32 sums.
     """
     dim, hidden = config.dim, config.hidden_dim
     queries, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -181,7 +181,8 @@ def training_pass(config: MistralConfig, kind: str, tokens: int, rank: int) -> I
 def print_table(
     launches: list[Launch], bandwidth: float, matrix: float, measured: list[float] | None
 ) -> None:
-    """One row for all launches of a name. measured: seconds of each launch, in the same order."""
+    """Prints one row for all launches with the same name. `measured` has the seconds of each
+    launch, in the same order."""
     columns = [("launch", -24), ("times", 5), ("weights, MB", 11), ("cache, MB", 9)]
     columns += [("other, MB", 9), ("GFLOP", 7), ("floor, us", 9)]
     if measured:

@@ -52,14 +52,14 @@ from serve_soak import soak
 OURS = "mistral_ext"
 LLAMA_SERVER = "llama-server"
 
-# How requests ask servers to ignore the end of a text: as we, vLLM and llama.cpp have it, and for
-# others by its token.
+# How requests ask servers to ignore the end of a text. The field `ignore_eos` is for us, vLLM and
+# llama.cpp. For other servers the token of the end also gets a low bias.
 ENDLESS = {"ignore_eos": True}
 PEER_ENDLESS = {**ENDLESS, "logit_bias": {"2": -100}}
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
-    """How to start each server: name -> command, with {port} in it."""
+    """The command that starts each server, by its name. {port} in a command stands for the port."""
     model = args.gguf or args.model
     ours = [sys.executable, "-m", "mistral_ext.cli", "serve", "--port", "{port}"]
     ours += ["--max-batch", str(args.max_batch), "--max-queue", "256"]
@@ -74,12 +74,14 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def threads(args: argparse.Namespace, option: str) -> list[str]:
-    """A server's option for --threads; none was given: nothing, so that its default holds."""
+    """The arguments with which a server gets the number of --threads. Empty if that was not given,
+    so that the server's default holds."""
     return [option, str(args.threads)] if args.threads else []
 
 
 def llama_cpp(args: argparse.Namespace) -> list[str]:
-    """llama.cpp's server, or if there is only that, the one of llama-cpp-python."""
+    """The command of llama.cpp's server, or of llama-cpp-python's server if llama.cpp's is not
+    installed."""
     if not args.gguf:
         raise SystemExit("--peers llama.cpp needs --gguf FILE, the weights that both can read")
     context = str(args.max_batch * args.context)
@@ -126,13 +128,13 @@ def _is_ready(url: str) -> bool:
 
 
 def processor_seconds(pid: int) -> float:
-    """What a process has computed so far, in all threads, in seconds."""
+    """The seconds of processor time that a process has used so far, in all threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process, in MiB, mapped weights included."""
+    """The resident memory of a process in MiB, mapped weights included."""
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
@@ -141,10 +143,10 @@ def resident_mib(pid: int) -> float:
 async def measure(
     args: argparse.Namespace, servers: dict[str, tuple[Target, int]]
 ) -> dict[str, list[dict]]:
-    """All loads on all servers, which take turns.
+    """Puts all loads on all servers, which take turns.
 
     Args:
-        servers: their names, addresses and process ids.
+        servers: for each server's name its address and process id.
 
     Returns:
         The rows of each server, a row for each load.
@@ -155,20 +157,21 @@ async def measure(
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
 
-        async def load_of(target: Target, kind: str, size: int, requests: int) -> dict:
+        async def load_of(target: Target, kind: str, size: int, requests: int, first: int) -> dict:
             async def ask(number: int) -> Call:
-                return await complete(client, target, prompt(args.prompt, number), args.tokens)
+                text = prompt(args.prompt, first + number)  # no load has prompts of another load
+                return await complete(client, target, text, args.tokens)
 
             run, began = closed_loop if kind == "clients" else poisson, time.perf_counter()
             calls = await run(size, requests, ask)
             return summary(calls, time.perf_counter() - began, args.most_first, args.most_gap)
 
         for target, _ in servers.values():
-            await load_of(target, "clients", 2, 4)  # warm-up
-        for kind, size in loads:
+            await load_of(target, "clients", 2, 4, first=0)  # warm-up
+        for i, (kind, size) in enumerate(loads, 1):
             for name, (target, pid) in servers.items():
                 before = processor_seconds(pid)
-                row = await load_of(target, kind, size, args.requests)
+                row = await load_of(target, kind, size, args.requests, i * 10**6)
                 row["processor_seconds"] = processor_seconds(pid) - before
                 row = {"load": f"{size} {kind}", **row, "resident_mib": resident_mib(pid)}
                 rows[name].append(row)
@@ -182,7 +185,7 @@ async def measure(
 
 
 def show(name: str, row: dict) -> None:
-    """Prints a line."""
+    """Prints the line of a server and a load."""
 
     def milliseconds(name: str) -> str:
         return "/".join(f"{1000 * value:.0f}" for value in row[name].values()) or "-"

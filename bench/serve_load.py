@@ -8,7 +8,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,9 @@ class Target:
     """A server.
 
     Args:
-        url: its address.
-        fields: more fields of each request, as its way to ignore the end of a text.
+        url: the address of the server.
+        fields: further fields of each request, such as the server's way to ignore the end of a
+            text.
     """
 
     url: str
@@ -76,8 +77,8 @@ async def complete(
             if response.status_code != 200:
                 call.error = f"status {response.status_code}"
                 return call
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
+            async for line in _lines(response):
+                if not line.startswith(b"data: {"):
                     continue
                 event = json.loads(line[6:])
                 if "error" in event:
@@ -93,10 +94,20 @@ async def complete(
     return call
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The lines of a stream of events. httpx also ends lines at characters such as U+2028, which
+    texts may have."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+
+
 async def closed_loop(
     clients: int, requests: int, ask: Callable[[int], Awaitable[Call]]
 ) -> list[Call]:
-    """So many clients, each of which asks again as soon as it has its answer."""
+    """Runs `clients` clients. Each asks again as soon as it has its answer."""
     numbers, calls = iter(range(requests)), []
 
     async def client() -> None:
@@ -108,7 +119,8 @@ async def closed_loop(
 
 
 async def poisson(rate: float, requests: int, ask: Callable[[int], Awaitable[Call]]) -> list[Call]:
-    """Requests that come at random times, `rate` a second on average, whether or not others end."""
+    """Makes requests at random times, `rate` a second on average. They do not wait for others to
+    end."""
     choose, tasks = random.Random(0), []
     for number in range(requests):
         tasks.append(asyncio.ensure_future(ask(number)))
@@ -117,7 +129,7 @@ async def poisson(rate: float, requests: int, ask: Callable[[int], Awaitable[Cal
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99; none of no values."""
+    """The percentiles p50, p90 and p99 of values. Empty if there are no values."""
     if not values:
         return {}
     cuts = statistics.quantiles([*values, *values[:1]], n=100, method="inclusive")
@@ -128,9 +140,9 @@ def summary(calls: Sequence[Call], seconds: float, most_first: float, most_gap: 
     """Figures of a run.
 
     Args:
-        seconds: that it took.
-        most_first, most_gap: seconds to the first token, and between tokens on average, up to which
-            a request counts as good.
+        seconds: the seconds that the run took.
+        most_first, most_gap: the limits of a good request: seconds to the first token, and seconds
+            between tokens on average.
     """
     done = [call for call in calls if not call.error]
     tokens = sum(call.tokens for call in done)
@@ -157,7 +169,7 @@ async def gap_beside_long_prompt(
     """Gaps of a stream, alone and while another client's long prompt is read.
 
     Args:
-        words: of the long prompt.
+        words: the number of words of the long prompt.
     """
     call = Call()
     stream = asyncio.ensure_future(complete(client, target, prompt(8, -1), _ENDLESS, call))

@@ -19,12 +19,12 @@ async def soak(url: str, requests: int, memory: Callable[[], float]) -> dict:
     """Sends requests, and says what came of them and what is left.
 
     Args:
-        url: of the server.
-        requests: how many.
-        memory: the server's, in MiB.
+        url: the address of the server.
+        requests: the number of requests.
+        memory: a function that returns the server's memory in MiB.
 
     Raises:
-        RuntimeError: there were errors that nobody asked for, or a slot was lost.
+        RuntimeError: there were errors other than those that were provoked, or a slot was lost.
     """
     outcomes: Counter[str] = Counter()
     choose = random.Random(0)
@@ -83,7 +83,7 @@ async def _send(client: httpx.AsyncClient, body: dict, patience: float | None) -
 
 
 async def _what_is_left(client: httpx.AsyncClient) -> float:
-    """Completions that run or wait a little after the last request."""
+    """The number of completions that still run or wait a little after the last request."""
     await asyncio.sleep(1)
     text = (await client.get("/metrics")).text
     found = re.findall(r"^mistral_ext_num_requests_(?:running|waiting) (\S+)$", text, re.M)

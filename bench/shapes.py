@@ -20,7 +20,7 @@ SHRINK = 1
 
 
 def scaled(tokens: int) -> int:
-    """As many tokens, but for a stand-in of a GPU."""
+    """The number of tokens, made smaller if a stand-in takes the place of a GPU."""
     return max(1, tokens // SHRINK)
 
 
@@ -33,12 +33,12 @@ def random(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
 
 
 def frequencies(device: str = "cpu") -> Tensor:
-    """Of RoPE, [D/2]."""
+    """The frequencies of RoPE, [D/2]."""
     return rope.frequencies(THETA, HEAD_DIM, device)
 
 
 class Rings:
-    """Full rings for `sequences`, and what rope and attention need beside them."""
+    """Full rings for `sequences`, and the other arguments that rope and attention need."""
 
     def __init__(
         self,

@@ -34,12 +34,12 @@ def take_turns(
     """Calls the functions in turn.
 
     Args:
-        functions: by name of the engine and number of what it does.
-        limit: measures the machine; called between all of them, each time after a pause, in which
-            the threads of the function before go to sleep.
-        turns: how many, or fewer where they take too long, but at least two.
-        clock: what times a function.
-        in_a_row: calls of a function in its turn, of which the last one is timed.
+        functions: the functions, by the name of an engine and the number that says what it does.
+        limit: a function that measures a limit of the machine. It is called between all functions,
+            each time after a pause in which the threads of the function before go to sleep.
+        turns: the number of turns. There are fewer if they take too long, but at least two.
+        clock: the clock that times a function.
+        in_a_row: the number of calls of a function in its turn. The last of them is timed.
 
     Returns:
         For each turn the seconds of each function, and the mean of the limits before and after.
@@ -74,10 +74,10 @@ def summarize(
 
     Args:
         what: "decode" or "prefill".
-        turns: from take_turns; each number once for each engine.
-        engines: ours is one of them.
-        n_flops: of what is done with a number.
-        work: of an engine with a number, in the unit of the limit.
+        turns: the result of take_turns, with each number once for each engine.
+        engines: the engines. Ours is one of them.
+        n_flops: a function that returns the FLOPs of what is done with a number.
+        work: a function that returns the work of an engine with a number, in the unit of the limit.
 
     Returns:
         {engine: {"decode 1": {...}, ...}} with the medians of seconds and limit and, as medians of

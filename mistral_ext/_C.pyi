@@ -6,7 +6,8 @@ from typing import Any, TypedDict
 from torch import Tensor, dtype
 
 class Call:
-    """A checked call that waits for its memory."""
+    """A call of a kernel whose arguments are checked. To run, it needs memory for intermediate
+    results and counters of the sizes that it names."""
 
     @property
     def workspace_bytes(self) -> int: ...
@@ -15,7 +16,7 @@ class Call:
     def run(self, workspace: int, counters: int, target: int) -> None: ...
 
 class Recording:
-    """Calls on the CPU, to be run again and again."""
+    """Calls of kernels on the CPU. They can be run any number of times."""
 
     def add(self, call: Call) -> None: ...
     def recheck(self) -> int: ...

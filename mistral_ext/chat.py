@@ -20,16 +20,16 @@ class Chat:
     reply that is still being written. `Mistral.start_chat` makes it.
 
     Args:
-        tokenizer, template: of the model.
-        start_reply: generates a reply to a conversation of these tokens, by these fields of
-            `SamplingParams`.
+        tokenizer, template: the tokenizer and the chat template of the model.
+        start_reply: a function that generates a reply to a conversation, given its tokens and
+            fields of `SamplingParams`.
         messages: the conversation so far.
 
     Attributes:
         messages: the conversation so far, as `Mistral.chat` takes it.
-        ids: its tokens, as the model read and wrote them.
+        ids: the tokens of the conversation, as the model read and wrote them.
         prompt_ids: the tokens that the last reply answers.
-        completion: the last reply; None if it was closed before its end.
+        completion: the last reply. None if it was closed before its end.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Reply(Iterator[str]):
             return piece
 
     def close(self) -> None:
-        """Aborts the reply, if it has not ended; its text so far stays in the conversation."""
+        """Aborts the reply, if it has not ended. Its text so far stays in the conversation."""
         with self._chat._lock:
             if not self._is_open:
                 return

@@ -14,7 +14,7 @@ def read_text_file(path: str | Path) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8.
+        ValueError: the file is not UTF-8.
     """
     return decode_text(Path(path).read_bytes(), str(path))
 

@@ -52,13 +52,13 @@ def generate(
 
     Args:
         prompt: text, token ids, or a list of prompts.
-        model: a Mistral, a model folder or a hub id; None: the small demo model of this package.
-            The last folder or id stays loaded.
+        model: a Mistral, a model folder or a hub id. None: the small demo model of this package.
+            The model of the last folder or id stays loaded.
         special_tokens: see `Mistral.generate`.
         sampling: fields of `SamplingParams`.
 
     Returns:
-        The completion's text; a list of texts for a list of prompts or with n > 1.
+        The text of the completion, or a list of texts for a list of prompts or with n > 1.
     """
     llm = model if isinstance(model, Mistral) else _load(str(model or DEMO_MODEL))
     llm.require_tokenizer()
@@ -74,7 +74,7 @@ def _load(model: str) -> Mistral:
 
 
 def read_tokenizer(folder: ModelFolder) -> Tokenizer | None:
-    """The tokenizer of a model folder or a GGUF file; None: it has none."""
+    """The tokenizer of a model folder or a GGUF file. None: it has no tokenizer."""
     if folder.gguf is None:
         return Tokenizer.from_folder(folder.path)
     return Tokenizer.from_gguf(folder.path, folder.gguf.metadata)
@@ -86,17 +86,18 @@ class Mistral(RequestMaker):
     Attributes:
         config: the model's shape and constants.
         model: the transformer.
-        tokenizer: None if the folder had none; prompts are then lists of token ids.
-        prefill_chunk: prompt tokens read in one pass, at least 32. A larger chunk is faster and
-            takes more memory.
-        max_batch: completions generated at once. On the CPU, up to 8 do not change each other's
-            text; with more, products round differently.
-        cache_tokens: tokens that the cache has room for: the tokens of running completions, and
-            tokens kept for later prompts. None: see `engine.memory.default_slots`.
+        tokenizer: the tokenizer. None if the folder had none; prompts are then lists of token ids.
+        prefill_chunk: the number of prompt tokens read in one pass, at least 32. A larger chunk is
+            faster and takes more memory.
+        max_batch: the number of completions generated at once. On the CPU, up to 8 do not change
+            each other's text. With more, products round differently.
+        cache_tokens: the number of tokens that the cache has room for: the tokens of running
+            completions, and tokens kept for later prompts. None: `engine.memory.default_slots`
+            decides by the free memory.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
-        drafts: tokens to guess at a time, 0 to 7, for completions whose options do not say. Guesses
-            that are right are generated together; the text is the same. None: 7 on the CPU or with
-            a draft model, else 0.
+        drafts: the number of tokens to guess at a time, 0 to 7, for completions whose options do
+            not set it. Guesses that are right are generated together; the text is the same. None: 7
+            on the CPU or with a draft model, else 0.
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device.
         adapters: the loaded adapters: `load_adapter` adds to them.
@@ -154,17 +155,19 @@ class Mistral(RequestMaker):
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
                 "OWNER/NAME:FILE.gguf".
             device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
-            dtype: float32, bfloat16 or float16; None: as stored. A dtype other than the stored
-                dtype copies all weights except quantised weights.
+            dtype: float32, bfloat16 or float16. None: the dtype in which the weights are stored.
+                Another dtype means that all weights are copied, except quantised weights.
             prefill_chunk, max_batch, cache_tokens, drafts: see `Mistral`.
             progress: show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
-                `mistral_ext.weights.quantize`; None: as stored. `quantize_checkpoint` writes the
-                result to a folder.
+                `mistral_ext.weights.quantize`. None: they stay as they are stored.
+                `quantize_checkpoint` writes the result to a folder.
             generation_config: where the defaults of sampling come from. "auto": the model's own
-                ``generation_config.json``; else another folder or file; None: `SamplingParams`.
-            adapters: names, and the adapters that get them, as for `load_adapter`.
-            draft_model: see `Mistral`; or what `model` takes, to be loaded as it is stored.
+                ``generation_config.json``. A path: another folder or file. None: the defaults of
+                `SamplingParams`.
+            adapters: for each name the adapter that gets it, as `load_adapter` takes it.
+            draft_model: a draft model (see `Mistral`), or a path or hub id, from which it is loaded
+                as it is stored.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -206,7 +209,8 @@ class Mistral(RequestMaker):
 
     @property
     def engine(self) -> Engine:
-        """The engine, which completes all requests of all threads; made when first needed."""
+        """The engine, which completes all requests of all threads. It is made when it is first
+        needed."""
         with self._making_engine:
             return self._engine
 
@@ -219,7 +223,7 @@ class Mistral(RequestMaker):
             path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or the
                 hub id of an adapter; or the contents of such a file, as
                 `weights.adapters.read_adapter` gives them.
-            name: a new name.
+            name: a name that no other adapter has.
 
         Raises:
             FileNotFoundError, ValueError: the adapter is damaged, belongs to another model or needs
@@ -233,13 +237,13 @@ class Mistral(RequestMaker):
         """Removes an adapter. Requests that use it go on to their end; then its memory is freed.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: no adapter has that name.
         """
         self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
-        # Without an engine there are no requests, and the engine, when it is made, sees how much
-        # memory is left.
+        # If there is no engine yet, no request can use an adapter. An engine that is made later
+        # sees how much memory the adapters have left.
         with self._making_engine:
             engine = self.__dict__.get("_engine")
             if engine is None:
@@ -263,10 +267,10 @@ class Mistral(RequestMaker):
         Args:
             prompts: text, token ids, or a list of prompts. Text is tokenized with a
                 beginning-of-text token; token ids are not changed.
-            special_tokens: control tokens that a text spells out, such as "[INST]", become these
-                tokens; else they stay text.
-            adapter: the name of a loaded adapter; None: none. Or a list with a name or None for
-                each prompt.
+            special_tokens: whether control tokens that a text spells out, such as "[INST]", become
+                these tokens. If False, they stay text.
+            adapter: the name of a loaded adapter, or a list with a name or None for each prompt.
+                None: the model is used without an adapter.
             sampling: fields of `SamplingParams`.
 
         Returns:
@@ -307,10 +311,10 @@ class Mistral(RequestMaker):
         """Completes one prompt, giving its text piece by piece as it is decoded.
 
         Args:
-            prompt, special_tokens, adapter, sampling: as for `generate`.
+            prompt, special_tokens, adapter, sampling: the arguments of `generate`, with one prompt.
 
         Returns:
-            An iterator over pieces of text; its `completion` is set when it ends.
+            An iterator over pieces of text. Its attribute `completion` is set when it ends.
         """
         params = self._params_of_one(sampling)
         self.require_tokenizer()
@@ -334,17 +338,20 @@ class Mistral(RequestMaker):
         """Replies to a conversation with an Instruct model.
 
         Args:
-            messages: dicts with "role" ("system", "user", "assistant" or "tool") and "content"; an
-                assistant's may have "tool_calls", and a tool's has "tool_call_id", as OpenAI's.
-            template: "v1", "v2" or "v3" of Mistral's chat templates; None: the model's own.
+            messages: dicts with "role" ("system", "user", "assistant" or "tool") and "content"; a
+                message of the assistant may have "tool_calls", and a message of a tool has
+                "tool_call_id", as in OpenAI's API.
+            template: "v1", "v2" or "v3" of Mistral's chat templates. None: the model's own
+                template.
             tools: functions that the model may call, in OpenAI's format.
             tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
-            safe_prompt: begin with the system prompt `mistral_ext.text.guardrails.SAFE_PROMPT`.
-            adapter: the name of a loaded adapter; None: none.
+            safe_prompt: whether to begin with the system prompt
+                `mistral_ext.text.guardrails.SAFE_PROMPT`.
+            adapter: the name of a loaded adapter. None: the model is used without an adapter.
             sampling: fields of `SamplingParams`.
 
         Returns:
-            The reply, a `Completion`; the functions that it calls are its `tool_calls`.
+            The reply, a `Completion`. The functions that it calls are in its `tool_calls`.
 
         Raises:
             ValueError: the model is a base model or takes no tools, the messages are not a
@@ -372,7 +379,7 @@ class Mistral(RequestMaker):
 
         Args:
             system: the system prompt.
-            template, safe_prompt, adapter: as in `chat`.
+            template, safe_prompt, adapter: the arguments of `chat` with these names.
         """
         self.adapters.find(adapter)
         messages: list[Mapping[str, Any]] = []
@@ -402,8 +409,8 @@ class Mistral(RequestMaker):
         """Has the model say whether a content is acceptable; see `mistral_ext.text.guardrails`.
 
         Args:
-            content: a text; or messages, the last of which is meant.
-            template, adapter: as in `chat`.
+            content: a text, or messages, of which the last one is judged.
+            template, adapter: the arguments of `chat` with these names.
 
         Raises:
             ValueError: the model is a base model, or the content is too long.
@@ -432,8 +439,8 @@ class Mistral(RequestMaker):
 
         Args:
             token_ids: [T] ints.
-            chunk: tokens read in one pass; None: all.
-            adapter: the name of a loaded adapter; None: none.
+            chunk: the number of tokens read in one pass. None: all tokens are read in one pass.
+            adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
         Returns:
             [T, V] fp32, an ordinary tensor: it may be changed, and used in a loss.
@@ -472,7 +479,8 @@ class Mistral(RequestMaker):
         pooling: str = "last",
         adapter: str | None = None,
     ) -> Tensor:
-        """Embeddings of texts, which are close to each other where the texts are.
+        """Embeddings of texts. Texts of similar meaning have embeddings that are close to each
+        other.
 
         Args:
             texts: text, or a list of texts and of lists of token ids. Token ids are not changed.
@@ -480,10 +488,11 @@ class Mistral(RequestMaker):
                 "Instruct: INSTRUCTION\\nQuery: TEXT". Documents have none.
             pooling: "last": the hidden state of the end token, which is put behind each text;
                 "mean": the mean over all tokens.
-            adapter: the name of a loaded adapter; None: none.
+            adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
         Returns:
-            [N, E] fp32, of the length 1; the hidden states are those after the last norm.
+            [N, E] fp32. Each embedding has length 1. It comes from the hidden states after the last
+            norm.
 
         Raises:
             ValueError, TypeError: the message names the text or option that is wrong.

@@ -65,12 +65,13 @@ class RequestMaker:
         Args:
             ids: the prompt, token ids of the model.
             params: the options.
-            index: which of the prompt's n completions to make.
-            starts_text: the completion begins a text, as a reply does; else it continues a text.
+            index: the number of the completion among the prompt's n completions.
+            starts_text: whether the completion begins a text, as a reply does. If False, it
+                continues a text.
             reuse_completions, salt: see `Request`.
             stop_token_ids: tokens that end the completion, besides the model's own.
-            tools: functions that the completion may call.
-            adapter: the name of a loaded adapter; None: none.
+            tools: the functions that the completion may call.
+            adapter: the name of a loaded adapter. None: the model is used without an adapter.
         """
         self.expect_writer()
         max_length = len(ids) + params.max_tokens
@@ -100,13 +101,15 @@ class RequestMaker:
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
     ) -> Grammar | None:
-        """Compiles the constraint of the options; None: there is none. The latest are kept.
+        """Compiles the constraint that the options set. Returns None if they set no constraint.
+        Grammars that were used last are kept, so that a repeated constraint is not compiled again.
 
         Args:
-            params, starts_text, tools: as in `request`.
+            params, starts_text, tools: the arguments of `request` with these names.
 
         Raises:
-            ValueError: it does not compile.
+            ValueError: the constraint does not compile, nothing matches it, or the model has no
+                tokenizer.
             ImportError: llguidance is missing.
         """
         constraint = tools.constraint(params.constraint) if tools else params.constraint
@@ -125,17 +128,17 @@ class RequestMaker:
         """The token ids of the prompt that `chat` makes of a conversation.
 
         Args:
-            messages: as in `chat`.
-            tools: functions that the model may call, in OpenAI's format.
-            template: as in `chat`.
+            messages: the messages, as `chat` takes them.
+            tools: the functions that the model may call, in OpenAI's format.
+            template: the chat template, as `chat` takes it.
         """
         return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
 
     def tool_format(self, template: ChatTemplate | None = None) -> ToolFormat | None:
-        """How the model writes calls of tools; None: it takes no tools.
+        """How the model writes calls of tools. None: the model takes no tools.
 
         Args:
-            template: as in `chat`.
+            template: the chat template, as `chat` takes it.
         """
         return tool_format(self.require_tokenizer(), self.chat_template(template))
 
@@ -150,10 +153,10 @@ class RequestMaker:
         """The request to `engine` that `moderate` makes. It gives the logits for `moderation_of`.
 
         Args:
-            content, template, adapter: as in `moderate`.
+            content, template, adapter: the arguments of `moderate` with these names.
             salt: see `Request`.
-            room: tokens at most; if there are more, only the end of the content is judged. None: a
-                content that is too long is an error.
+            room: the most tokens of the request. If there would be more, only the end of the
+                content is judged. None: a content that is too long is an error.
         """
         self.expect_writer()
         tokenizer = self.require_tokenizer()
@@ -179,7 +182,8 @@ class RequestMaker:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> list[Request]:
-        """The requests to `engine` that `embed` makes. salt: see `Request`."""
+        """The requests to `engine` that `embed` makes. `Request` explains `salt`, and `embed` the
+        other arguments."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
         tokenizer = self.require_tokenizer()
@@ -204,7 +208,7 @@ class RequestMaker:
         return requests
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer; ValueError if the folder had none."""
+        """The tokenizer. Raises ValueError if the folder had none."""
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.folder} has no tokenizer (tokenizer.model or tokenizer.json): "
@@ -213,7 +217,7 @@ class RequestMaker:
         return self.tokenizer
 
     def chat_template(self, template: ChatTemplate | None = None) -> ChatTemplate:
-        """The chat template to use; ValueError if the model is a base model."""
+        """The chat template to use. Raises ValueError if the model is a base model."""
         if template:
             return template
         tokenizer = self.require_tokenizer()
@@ -233,7 +237,8 @@ class RequestMaker:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of prompt and completion together, at most; None: no limit.
+        """The most tokens that a prompt and its completion may have together. None: there is no
+        limit.
 
         A model with a window sees W tokens at any position, so it has no limit. A model without a
         window is limited to the positions it was trained for.

@@ -27,7 +27,8 @@ class Vocabulary(NamedTuple):
         return min(self.tokenizer.vocab_size, size) if self.tokenizer else size
 
     def expect_own_tokenizer(self) -> None:
-        """ValueError: the tokenizer is another model's, or lacks a token that ends a text."""
+        """Raises ValueError if the tokenizer is another model's, or lacks a token that ends a
+        text."""
         if self.tokenizer is None:
             return
         if self.tokenizer.base_size > self.config.vocab_size:
@@ -44,7 +45,8 @@ class Vocabulary(NamedTuple):
                 )
 
     def expect_drafts_from(self, draft: Vocabulary) -> None:
-        """ValueError: a draft model lacks a token that is sampled, or has another in its place."""
+        """Raises ValueError if a draft model lacks a token that is sampled, or has another token in
+        its place."""
         given, count = f"draft_model is {draft.folder}, whose", self.sampled
         if draft.config.vocab_size < count:
             raise ValueError(

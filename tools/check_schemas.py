@@ -54,7 +54,7 @@ def schemas_of(folder: Path) -> Iterator[str]:
 
 
 def outcome(schema: str, completion: Completion) -> str:
-    """In a word: "valid", "cut off" or "INVALID", with what is wrong."""
+    """The outcome: "valid", "cut off", or "INVALID" with what is wrong."""
     if completion.finish_reason == "length":
         return "cut off"
     schema = json.loads(schema)
@@ -69,7 +69,7 @@ def outcome(schema: str, completion: Completion) -> str:
 
 
 def check(llm: Mistral, schemas: Iterator[str], **options: object) -> tuple[Counter, list[str]]:
-    """How often each outcome came, and what is not valid."""
+    """Returns how often each outcome came, and the completions that are not valid."""
     counts, prompt = Counter(), llm.tokenizer.encode(PROMPT)
     outputs, asked = llm.engine.outputs([]), {}
     for schema in schemas:

@@ -4,7 +4,7 @@
 
 CMake puts this before each call of nvcc. The tests of the kernels' code (tests/cuda) and
 tools/kernel_report.py then take what the build has made, and need not compile it again. A build
-whose options change the code, such as CUDAFLAGS=-lineinfo, leaves them nothing.
+with options that change the code, such as CUDAFLAGS=-lineinfo, keeps nothing for them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from tempfile import TemporaryDirectory
 
 import kernel_report
 
-# Arguments of nvcc on which the code of a kernel does not depend: they are for the host's compiler,
-# name files, or name the architectures, which `keep` tells apart. The second kind has a value.
+# Arguments of nvcc on which the code of a kernel does not depend. They are for the host's compiler,
+# name files, or name the architectures, which `keep` tells apart. The arguments of the second list
+# are followed by a value.
 WITHOUT_EFFECT = re.compile(
     r"-forward-unknown-to-host-compiler|(-ccbin|-Xcompiler|--generate-code|-gencode)=.*"
     r"|-DMISTRAL_HOPPER|-MD|-c|.*\.cu"
@@ -76,7 +77,7 @@ def report_for(arch: str, said: str) -> str:
 
 
 def without_report(said: str) -> str:
-    """What a compiler says that is not asked for a report."""
+    """What a compiler says apart from the report, as if it had not been asked for one."""
     report = r"ptxas info .*\n|    \d+ bytes stack frame, .*\n"
     return re.sub(rf"(?m)^({report})", "", said)
 

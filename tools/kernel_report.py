@@ -34,7 +34,8 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-DMISTRAL_CUDA", f"-I{INCLUDES}")
 
 @dataclass(frozen=True, order=True)
 class Usage:
-    """The usage of a kernel on an architecture; memory in bytes of a thread (`shared`: a block)."""
+    """What a kernel uses on an architecture. Memory is in bytes for each thread, `shared` in bytes
+    for each block."""
 
     kernel: str
     arch: str
@@ -61,7 +62,7 @@ def find_nvcc() -> str | None:
 
 @functools.cache
 def nvcc_version(nvcc: str) -> str:
-    """As in "13.0.88"."""
+    """The version of nvcc, such as "13.0.88"."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     return re.search(r", V([\d.]+)", text)[1]
 
@@ -81,8 +82,8 @@ def ptx_architecture(arch: str) -> str:
 def compile_kernels(nvcc: str) -> list[Cubin]:
     """Compiles what has changed since the last call, two files at a time.
 
-    A build with tools/keep_cubins.py counts as a call. RuntimeError with the compiler's words if a
-    file does not compile.
+    A build with tools/keep_cubins.py counts as a call. Raises RuntimeError with the compiler's
+    words if a file does not compile.
     """
 
     def compile_one(source: Path, archs: list[str]) -> list[Cubin]:
@@ -128,9 +129,10 @@ def cubin_of(source: Path, arch: str) -> Path:
 
 
 def reassemble(cubins: list[Cubin], ptxas: str, ptx_version: str) -> list[Cubin]:
-    """The same PTX through another assembler, labelled with the version that this one has of it.
+    """Assembles the same PTX with another assembler. The PTX is relabelled with the version of PTX
+    that this assembler knows.
 
-    RuntimeError with the assembler's words if it does not take a file.
+    Raises RuntimeError with the assembler's words if it does not take a file.
     """
     version = subprocess.run([ptxas, "--version"], check=True, capture_output=True).stdout
     folder = CUBINS / f"ptx-{ptx_version}"
@@ -152,7 +154,8 @@ def reassemble(cubins: list[Cubin], ptxas: str, ptx_version: str) -> list[Cubin]
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A lock: in the block, no other process makes cubins, which would be the same."""
+    """A lock. In the block, no other process makes cubins, because these would be the same
+    files."""
     CUBINS.mkdir(parents=True, exist_ok=True)
     with open(CUBINS / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -178,7 +181,7 @@ def _log(path: Path) -> Path:
 def seal(path: Path, inputs: str, said: str) -> None:
     """Writes a log beside a file that is finished.
 
-    It begins with the hash of the inputs: so nothing unfinished or outdated is taken.
+    The log begins with the hash of the inputs. So no file that is unfinished or outdated is taken.
     """
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(f"{inputs}\n{said}")

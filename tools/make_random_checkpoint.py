@@ -54,7 +54,8 @@ def release_config(version: str, n_layers: int) -> MistralConfig:
 
 
 def params(config: MistralConfig) -> dict:
-    """The contents of params.json, with the gaps of the real ones: v0.1 has no rope_theta."""
+    """The contents of params.json. Keys that the real files lack are left out: v0.1 has no
+    rope_theta."""
     values = {
         "dim": config.dim,
         "n_layers": config.n_layers,
@@ -71,7 +72,8 @@ def params(config: MistralConfig) -> dict:
 
 
 def random_weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Uniform with standard deviation WEIGHT_STD (faster to make than normal); norms are ones."""
+    """A random weight: uniform values with standard deviation WEIGHT_STD, which are faster to make
+    than normal ones. Norms are ones."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     bound = WEIGHT_STD * math.sqrt(3)

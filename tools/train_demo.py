@@ -105,7 +105,7 @@ def build_model(args: argparse.Namespace) -> MistralForCausalLM:
 
 
 def batches(tokens: torch.Tensor, length: int, batch: int) -> Iterator[torch.Tensor]:
-    """Endless [batch, length + 1] windows; every epoch cuts the tokens at new places."""
+    """Yields windows [batch, length + 1] without end. Every epoch cuts the tokens at new places."""
     while True:
         first = int(torch.randint(length, ()))
         starts = torch.arange(first, len(tokens) - length, length)
@@ -117,10 +117,10 @@ def batches(tokens: torch.Tensor, length: int, batch: int) -> Iterator[torch.Ten
 def held_out_nats(
     model: MistralForCausalLM, documents: list[list[int]], length: int = 1024
 ) -> float:
-    """Sum over all tokens but BOS of -ln p(token | the document before it), in eval mode.
+    """The sum of -ln p(token | the document before it) over all tokens but BOS, in eval mode.
 
-    Long documents go through in pieces; each re-reads as many tokens as the stacked sliding
-    windows can reach back, so the sum is that of one pass over the whole document.
+    Long documents go through in pieces. Each piece reads again as many earlier tokens as the
+    stacked sliding windows can reach back, so the sum is that of one pass over the whole document.
     """
     config = model.config
     reach = config.num_hidden_layers * (config.sliding_window - 1)
@@ -146,7 +146,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def parameter_groups(model: MistralForCausalLM, weight_decay: float) -> list[dict]:
-    """Matrices decay, norm gains do not."""
+    """The parameters in two groups: matrices, which get weight decay, and the gains of norms, which
+    get none."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim == 2], "weight_decay": weight_decay},
@@ -200,7 +201,8 @@ def train(
 
 
 def save(model: MistralForCausalLM, tokenizer: bytes, out: Path) -> None:
-    """Write the folder under another name first: OUT is there and complete, or not there."""
+    """Write the model's folder. It is written under another name first, so OUT is complete or
+    absent."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + "."))
     try:

@@ -16,7 +16,7 @@ from gpu_check.runner import Check
 
 
 def show(command: str, stages: list[plan.Stage]) -> None:
-    """The plan: what runs side by side stands on one line."""
+    """Prints the plan. What runs side by side stands on one line."""
     print(f"\n{command}: at most {plan.LIMITS[command]} s")
     begin = 0
     for stage in stages:
@@ -30,7 +30,8 @@ def show(command: str, stages: list[plan.Stage]) -> None:
 
 
 def failed_before(path: Path, work: Path) -> dict[str, Any]:
-    """Writes down which tests have failed according to a report; the facts that say so."""
+    """Writes a list of the tests that have failed according to a report. Returns the facts that the
+    list gives to the check."""
     facts = {}
     for name, tests in json.loads(path.read_text())["tests"].items():
         if tests["failures"]:
@@ -54,7 +55,8 @@ def run(
 
 
 def stand_in(step: plan.Step) -> plan.Step:
-    """The same without a GPU: tests are skipped, scripts run at small shapes on the CPU."""
+    """The same step without a GPU: tests are skipped, and scripts run at small shapes on the
+    CPU."""
     command = list(step.command)
     if step.name == "machine":
         command.append("--stand-in")

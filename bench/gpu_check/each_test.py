@@ -93,7 +93,8 @@ class _Results:
 
 
 def lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The lines of a file of results; none if there is no file. An incomplete line is left out."""
+    """The lines of a file of results. There are none if there is no file. An incomplete line is
+    left out."""
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -103,7 +104,8 @@ def lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The result of each test in a file: the last, but a failure stays one."""
+    """The result of each test in a file. It is the test's last result, unless an earlier one was a
+    failure."""
     results: dict[str, dict[str, Any]] = {}
     for line in lines(path):
         if "test" in line:

@@ -52,7 +52,8 @@ def output_of(*command: str) -> str | None:
 
 
 def ask(program: str) -> dict[str, Any]:
-    """The JSON that a program prints; {"error": its last words} if it prints none."""
+    """Runs a program and returns the JSON that it prints, or {"error": its last words} if it prints
+    none."""
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT
     )
@@ -63,7 +64,7 @@ def ask(program: str) -> dict[str, Any]:
 
 
 def take(folder: Path) -> str | None:
-    """Puts the extension of a folder into this checkout; what was wrong, if something was."""
+    """Puts the extension of a folder into this checkout. Returns what was wrong, or None."""
     for suffix in EXTENSION_SUFFIXES:
         for module in sorted(folder.rglob(f"_C{suffix}")):
             target = ROOT / "mistral_ext" / module.name

@@ -29,12 +29,14 @@ class Step:
     """One process, its log in NAME.log and its figures, if it has any, in NAME.json.
 
     Attributes:
-        limit: seconds, then it is stopped.
-        command: with {work} for the folder of logs and figures.
-        environment: what is set for it alone.
-        needs: facts of machine.py without which it is left out.
-        impossible: what a log says of a tool that this machine cannot have: that is no failure.
-        only_if_needed: it takes the place of nothing; if it runs, later limits shrink alike.
+        limit: the seconds after which the step is stopped.
+        command: the command. {work} in it stands for the folder of logs and figures.
+        environment: environment variables that are set for this step alone.
+        needs: facts of machine.py. The step is left out unless all of them are true.
+        impossible: a text in the log that shows that this machine cannot run the tool. That is no
+            failure.
+        only_if_needed: whether the step has no share of the plan's time. If it runs, all later
+            limits shrink by the same factor.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Step:
 
     @property
     def tests(self) -> bool:
-        """Whether it runs pytest and leaves NAME.tests."""
+        """Whether the step runs pytest and leaves NAME.tests."""
         return "gpu_check.run_tests" in self.command
 
 
@@ -59,12 +61,12 @@ def seconds_of(stage: Stage) -> int:
 
 
 def total(stages: Sequence[Stage]) -> int:
-    """The longest that the stages may take, with what is kept in reserve."""
+    """The longest time that the stages may take, with the reserve."""
     return RESERVE + sum(map(seconds_of, stages))
 
 
 def check(command: str, stages: Sequence[Stage]) -> None:
-    """ValueError if the limits add up to more than a command may take."""
+    """Raises ValueError if the limits add up to more than a command may take."""
     if total(stages) > LIMITS[command]:
         raise ValueError(
             f"the steps of {command!r} may take {total(stages)} s, "
@@ -73,7 +75,8 @@ def check(command: str, stages: Sequence[Stage]) -> None:
 
 
 def stages(command: str, build: Path | None = None) -> list[Stage]:
-    """The stages of "first" or "second"; build: a folder with the built extension."""
+    """The stages of the command "first" or "second". `build` is a folder with the built extension,
+    if there is one."""
     planned = [*_ready(build), *(_first() if command == "first" else _second())]
     check(command, planned)
     return planned

@@ -29,7 +29,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def summary(log: Path) -> str:
-    """The line of a log that says most: counts of tests or of the sanitizer, else the last one."""
+    """The line of a log that says most: the counts of tests or of the sanitizer, else the last
+    line."""
     lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()]
     lines = [line for line in lines if line] or [""]
     telling = [line for line in lines if re.search(r"ERROR SUMMARY|\d (passed|failed)\b", line)]
@@ -37,7 +38,8 @@ def summary(log: Path) -> str:
 
 
 def tests_of(results: Path) -> dict[str, Any]:
-    """Counts, and what failed, with its message; tests that began and did not end with it."""
+    """The counts of results, and the tests that failed, with their messages. Tests that began and
+    did not end count as failed."""
     found = each_test.read(results)
     failed = {
         test: result["message"] if result["outcome"] == "failed" else "it has not ended"
@@ -48,7 +50,7 @@ def tests_of(results: Path) -> dict[str, Any]:
 
 
 def archive(work: Path) -> bytes:
-    """All files of a folder, those that are long without their middle."""
+    """An archive of all files of a folder. Long files are stored without their middle."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=4) as tar:
         for path in sorted(work.iterdir()):
@@ -62,7 +64,7 @@ def archive(work: Path) -> bytes:
 
 
 def save(out: Path, work: Path, head: dict[str, Any], steps: Sequence[dict[str, Any]]) -> None:
-    """Writes both files: what is known so far."""
+    """Writes report.json and logs.tar.gz with what is known so far."""
     report = {**head, "machine": {}, "steps": list(steps), "tests": {}, "measured": {}}
     for path in sorted(work.iterdir()):
         if path.suffix == ".tests":
@@ -79,11 +81,11 @@ def save(out: Path, work: Path, head: dict[str, Any], steps: Sequence[dict[str, 
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The results of one GPU, as bench/results keeps them: what was found last of each thing, and
-    by which command, at which commit.
+    """The results of one GPU, as bench/results keeps them: the last result of each step, with the
+    command and the commit that it comes from.
 
     Raises:
-        ValueError: the reports are of several GPUs.
+        ValueError: the reports are of different GPUs.
     """
     gpus = sorted({report["machine"].get("gpu", "none") for report in reports})
     if len(gpus) != 1:

@@ -49,7 +49,8 @@ def _count_ended(results: Path) -> int:
 
 
 def _note_crash(results: Path) -> bool:
-    """Writes that a test has failed which began and did not end; whether there was one."""
+    """If a test began and did not end, writes that it has failed. Returns whether there was such a
+    test."""
     begun = [test for test, result in read(results).items() if result["outcome"] == "begun"]
     with open(results, "a", encoding="utf-8") as file:
         for test in begun:

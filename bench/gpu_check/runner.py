@@ -53,7 +53,7 @@ class Running:
         return time.monotonic() - self._begin
 
     def ended(self) -> bool:
-        """Whether it has; ends it if its time is up."""
+        """Whether the step has ended. If its time is up, this ends it."""
         if self._process is None or self._process.poll() is not None:
             return True
         if self.seconds > self.limit and not self._killed:
@@ -95,11 +95,11 @@ class Check:
     """One command.
 
     Args:
-        command: "first" or "second".
-        stages: its plan.
-        out: gets report.json and logs.tar.gz.
+        command: the command, "first" or "second".
+        stages: the plan of the command.
+        out: the folder for report.json and logs.tar.gz.
         work: an empty folder for logs and figures.
-        facts: what is known beside what machine.py finds out, for `Step.needs`.
+        facts: facts for `Step.needs`, besides those that machine.py finds out.
         patience: a factor of all limits, for a machine whose speed is not the point.
     """
 
@@ -122,7 +122,8 @@ class Check:
         self._running: dict[int, Running] = {}  # lane -> its step under way
 
     def run(self) -> int:
-        """Runs all; 1 if a step failed, took too long, or could not run at all."""
+        """Runs all steps. Returns 1 if a step failed, took too long, or could not run at all, else
+        0."""
         try:
             for i, stage in enumerate(self._stages):
                 self._run_stage(stage, self._scale(self._stages[i:]))

@@ -57,7 +57,7 @@ class Graph:
 
 
 class Profile(contextlib.nullcontext):
-    """Sees nothing."""
+    """Takes the place of torch's profiler, and records nothing."""
 
     def __init__(self, **_) -> None:
         super().__init__(self)

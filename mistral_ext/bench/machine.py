@@ -13,7 +13,7 @@ from mistral_ext import __version__, ops
 
 
 def software_and_processor() -> dict[str, Any]:
-    """The versions of what computes, and the processor that does."""
+    """The versions of the software that computes, and facts about the processor."""
     return {
         "mistral_ext": __version__,
         "torch": torch.__version__,
@@ -40,7 +40,7 @@ def processor_name() -> str:
 
 
 def memory_bytes() -> int:
-    """The machine's memory."""
+    """The bytes of memory that the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -50,7 +50,8 @@ def is_busy(facts: dict[str, Any]) -> bool:
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process has in use, mapped files included; None: the system does not say."""
+    """The bytes of memory that this process has in use, mapped files included. None: the system
+    does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -20,7 +20,7 @@ _NAMES_OF_DTYPES = {getattr(torch, dtype): name for name, dtype in DTYPES.items(
 
 
 def mistral_7b(layers: int) -> MistralConfig:
-    """Mistral 7B v0.1 with fewer layers."""
+    """The configuration of Mistral 7B v0.1, with another number of layers."""
     return MistralConfig(
         vocab_size=32000,
         dim=4096,
@@ -44,11 +44,11 @@ def random_model(
     """A model of Mistral 7B's shape with random weights and no tokenizer.
 
     Args:
-        layers: of 32.
-        form, dtype, device: as of `random_weights`.
+        layers: the number of layers, 32 in the real model.
+        form, dtype, device: the arguments of `random_weights`.
 
     Raises:
-        ValueError: there are no kernels for it on the device.
+        ValueError: the device has no kernels for such a model.
     """
     config = mistral_7b(layers)
     expect_runnable(config, dtype, 0, device)
@@ -61,13 +61,14 @@ def random_model(
 def random_weights(
     config: MistralConfig, form: str | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Weight]:
-    """Weights of a model.
+    """Makes random weights of a model, for measurements of speed.
 
     Args:
-        config: the model's shape.
-        form: "int8", "int4" or a key of `mistral_ext.ops.weight.FORMATS`; None: plain.
-        dtype: of plain weights, norms and embeddings among them.
-        device: where they are.
+        config: the configuration, which gives the shapes.
+        form: the format of the matrices: "int8", "int4" or a key of
+            `mistral_ext.ops.weight.FORMATS`. None: they are plain tensors.
+        dtype: the dtype of plain weights. Norms and embeddings are always plain.
+        device: the device to make the weights on.
     """
     quantization = None if form is None else Quantization(NAMES.get(form, form))
     made: dict[str, Weight] = {}
@@ -88,14 +89,14 @@ def random_weight(
     device: torch.device,
     group: int | None = None,
 ) -> Weight:
-    """A weight [N, K].
+    """Makes a random weight [N, K], for measurements of speed.
 
     Args:
-        form: its format; None: plain. The values of a quantised weight are random bits and its
-            scales are equal, because the time that it takes does not depend on them.
-        dtype: of a plain weight.
-        device: where it is.
-        group: values that share scales; None: the fewest that the format allows.
+        form: the format of the weight. None: it is a plain tensor. The values of a quantised weight
+            are random bits, and its scales are all equal, because speed does not depend on them.
+        dtype: the dtype of a plain weight.
+        device: the device to make the weight on.
+        group: the number of values that share scales. None: the fewest that the format allows.
     """
     if form is None:
         plain = random_values(shape, dtype, device).mul_(1 / 64)
@@ -109,25 +110,28 @@ def random_weight(
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normally distributed; a block of them repeated, because only making them takes long."""
+    """Normally distributed values. One block of them is repeated, because making all of them takes
+    long."""
     count = torch.Size(shape).numel()
     block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
     return block.repeat(-(-count // block.numel()))[:count].view(shape)
 
 
 def on_large_pages(x: Tensor) -> Tensor:
-    """A copy in large pages, as the weights of a model are."""
+    """A copy of a tensor in large pages, in which the weights of a model are, too."""
     return memory.empty(x.shape, x.dtype).copy_(x)
 
 
 def step_bytes(model: Transformer) -> int:
-    """Bytes of weights that a decode step reads: of the embeddings one row, and all of the rest."""
+    """The bytes of weights that a decode step reads. It reads all weights, but only one row of the
+    embeddings."""
     unread = 0 if model.embeddings is model.output else model.embeddings.nbytes
     return model.nbytes - model.adapters.nbytes - unread
 
 
 def formats_of(model: Transformer) -> str:
-    """The formats of the matrices that a decode step reads, that of most bytes first."""
+    """The formats of the matrices that a decode step reads. The format with the most bytes comes
+    first."""
     nbytes: dict[str, int] = {}
     matrices = [model.output]
     for layer in model.layers:
@@ -140,10 +144,14 @@ def formats_of(model: Transformer) -> str:
 
 
 def flops(config: MistralConfig, batch: int, tokens: int, history: int = 0) -> int:
-    """FLOPs of `tokens` new tokens in each of `batch` sequences, where only the logits of the last
-    are wanted: the matrices of the layers for each token, but in the last layer those after
-    attention, and the output matrix, only for the last; and the products of attention with
-    `history` and each other, as long as no window is full."""
+    """The FLOPs of `tokens` new tokens in each of `batch` sequences, if only the logits of the last
+    token are wanted.
+
+    Each token is multiplied with the matrices of the layers. Only the last token is multiplied with
+    the output matrix, and with the matrices of the last layer that follow attention. Attention
+    multiplies each token with `history` earlier tokens and with the new tokens up to itself. That
+    holds as long as no window is full.
+    """
     sizes = {
         name: shape[0] * shape[1]
         for name, shape in tensor_shapes(config).items()

@@ -1,8 +1,10 @@
-"""The limits of this machine's processor, measured with peaks.cpp: shares of speed refer to them.
+"""The limits of this machine's processor, measured with peaks.cpp. Speeds are given as shares of
+these limits.
 
-How fast the threads read memory beyond the caches, with the best plain loop, and how fast they
-multiply and add with all operands in registers, for each instruction that the processor has.
-peaks.cpp is compiled for the very machine when it is first needed, which takes some seconds.
+One limit is how fast the threads read memory beyond the caches, with the best plain loop. The
+others are how fast they multiply and add with all operands in registers, one limit for each
+instruction that the processor has. peaks.cpp is compiled for the very machine when it is first
+needed, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-# More than the last-level cache of the machines at hand; inputs that a model would read from
-# memory are rotated over this much.
+# More than the last-level cache of the machines at hand. If a model would read an input from
+# memory, a benchmark uses several copies of it in turn, which have this size together.
 BEYOND_CACHES = 256 * 2**20  # bytes
 
 PASSES = 8
@@ -42,7 +44,8 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """peaks.cpp, compiled for this very machine; None, with a warning, if that is impossible."""
+    """Compiles peaks.cpp for this very machine, and loads it. Returns None, with a warning, if that
+    is impossible."""
     source = Path(__file__).with_suffix(".cpp")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
@@ -76,7 +79,7 @@ def _buffer() -> torch.Tensor:
 
 
 def buffer_bytes() -> int:
-    """Memory that `read_bandwidth` keeps, once it was called."""
+    """The bytes of memory that `read_bandwidth` keeps once it was called. 0 before that."""
     return _buffer().nbytes if _buffer.cache_info().currsize else 0
 
 
@@ -97,9 +100,9 @@ def _faster_loop(library: ctypes.CDLL) -> int:
 def read_bandwidth(passes: int = PASSES) -> float:
     """Bytes per second that as many threads as torch has read from memory, over all passes.
 
-    Not the best pass: what is compared with it, a decode step for instance, takes as long as
-    several, in which the memory of a virtual machine is not at its best all the time. Without a C++
-    compiler it is torch's sum that reads, which is up to a tenth slower.
+    All passes count, not only the best. A decode step, which is compared with this, takes as long
+    as several passes, and the memory of a virtual machine is not at its best all that time. Without
+    a C++ compiler torch's sum does the reading, which is up to a tenth slower.
     """
     library = _library()
     if library is not None:
@@ -112,10 +115,10 @@ def read_bandwidth(passes: int = PASSES) -> float:
 
 
 def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> dict[str, float]:
-    """Operations per second of each of these instructions that there is, by its name.
+    """Operations per second of each of the named instructions that this processor has, by its name.
 
-    A multiplication and an addition are two operations. A pass takes some milliseconds; here the
-    best one counts, as what registers allow does not depend on what else the machine does.
+    A multiplication and an addition are two operations. A pass takes some milliseconds. Only the
+    best pass counts, because what registers allow does not depend on what else the machine does.
     """
     library = _library()
     if library is None:
@@ -126,8 +129,8 @@ def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> d
 
 
 def matrix_rate(passes: int = PASSES) -> float:
-    """Operations per second of the best instruction for bf16 matrices that there is; without any,
-    of fp32's; 0 without a C++ compiler."""
+    """Operations per second of the best instruction for bf16 matrices that this processor has. If
+    it has none, of the best for fp32. 0 without a C++ compiler."""
     measured = (rates(passes, (name,)) for name in _OF_MATRICES)
     return matrix_rate_of(next(filter(None, measured), {}))
 

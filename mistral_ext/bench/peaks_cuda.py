@@ -1,4 +1,4 @@
-"""The limits of a GPU, as far as torch reaches them: shares of speed refer to them."""
+"""The limits of a GPU, as far as torch reaches them. Speeds are given as shares of these limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _TIMES = 20
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> float:
-    """Bytes per second that a copy of so many bytes moves: each is read and written."""
+    """Bytes per second that a copy of `nbytes` bytes moves. Each byte counts twice, as it is read
+    and written."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / _seconds(lambda: target.copy_(source), device)
@@ -25,7 +26,7 @@ def product_rate(device: torch.device, size: int) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a run, the mean of several that are queued."""
+    """The seconds of one call of `run`: the mean of several calls that are queued together."""
     run()
     torch.cuda.synchronize(device)
     begin = time.perf_counter()

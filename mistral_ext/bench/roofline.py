@@ -1,9 +1,9 @@
 """Draws a roofline: how near each point is to what the machine can do.
 
-Across: FLOPs per byte of weights. Up: GFLOPs per second. The roofs are the limits of the machine:
-the slope is its bandwidth, the levels are the peaks of its instructions. A point is drawn at its
-share of the limit that was measured with it, under the median of that limit: the memory of a shared
-machine is not equally fast at all times.
+The horizontal axis has FLOPs per byte of weights, the vertical axis GFLOPs per second. The roofs
+are the limits of the machine: the slope is its bandwidth, and the levels are the peaks of its
+instructions. A point is drawn at its share of the limit that was measured with it, under the median
+of that limit: the memory of a shared machine is not equally fast at all times.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Point(NamedTuple):
     """Something measured.
 
     Attributes:
-        weights: their format, which decides the colour.
+        weights: the format of the weights, which decides the colour.
         series: what the legend calls points with this marker.
-        marker: matplotlib's.
+        marker: the marker, by matplotlib's name.
         flops_per_byte: where the point is from left to right.
-        flops: per second.
+        flops: the FLOPs per second.
         label: what is written beside it.
-        is_open: it is drawn as an outline.
+        is_open: whether the marker is drawn as an outline.
     """
 
     weights: str
@@ -47,9 +47,9 @@ class Roofs(NamedTuple):
     """The limits of a machine.
 
     Attributes:
-        read: bytes of memory per second.
+        read: the bytes of memory that are read per second.
         read_label: what is written along the slope.
-        levels: operations per second, by the name of what does them.
+        levels: operations per second, by the name of the instruction that does them.
     """
 
     read: float

@@ -29,9 +29,10 @@ class Limits(NamedTuple):
     """The limits of a device.
 
     Attributes:
-        read: bytes of memory per second: a CPU's threads read, a GPU copies.
-        products: operations per second of the best instruction for bf16 matrices in registers; of a
-            GPU, of a product of large bf16 matrices. 0: not measured, for lack of a C++ compiler.
+        read: bytes of memory per second: those that a CPU's threads read, or a GPU's copy moves.
+        products: operations per second. On a CPU they are those of the best instruction for bf16
+            matrices in registers, on a GPU those of a product of large bf16 matrices. 0: they were
+            not measured, for lack of a C++ compiler.
     """
 
     read: float
@@ -54,9 +55,10 @@ class Rate:
 
     Attributes:
         tokens_per_second: the median of the turns.
-        share: of the limit, the median of the turns; None: the limit was not measured.
-        limit: bytes or operations per second, the median of the turns.
-        flops_per_byte: operations for each byte of weights, which are read once.
+        share: the share of the limit, the median of the turns. None: the limit was not measured.
+        limit: the limit in bytes or operations per second, the median of the turns.
+        flops_per_byte: the number of operations for each byte of weights. The weights are read
+            once.
     """
 
     tokens_per_second: float
@@ -70,14 +72,16 @@ class Speed:
     """The speed of a model.
 
     Attributes:
-        weights: the formats of its matrices, that of most bytes first.
-        step_bytes: weights that a decode step reads.
-        decode: its share is that of the bandwidth.
-        prompt: its share is that of `Limits.products`.
-        first_token_seconds: after the first prompt, with the engine and its cache yet to be made.
-        memory: after the first prompt, bytes that the process has resident with the model; on a
-            GPU, that torch has reserved there at most. None: the system does not say.
-        turns: how many there were.
+        weights: the formats of the model's matrices. The format with the most bytes comes first.
+        step_bytes: the bytes of weights that a decode step reads.
+        decode: the rate of decoding. Its share is the share of `Limits.read`.
+        prompt: the rate of reading a prompt. Its share is the share of `Limits.products`.
+        first_token_seconds: the seconds from the first prompt to its first token. The engine and
+            its cache are made in this time, too.
+        memory: the bytes of memory in use after the first prompt. On a CPU it is the resident
+            memory of the process with the model, on a GPU the most that torch has reserved there.
+            None: the system does not say.
+        turns: the number of turns.
     """
 
     weights: str
@@ -100,8 +104,8 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
 
     Args:
         llm: the model, which has made no completion yet.
-        prompt_tokens: in a prompt.
-        decode_tokens: generated after the first.
+        prompt_tokens: the number of tokens in a prompt.
+        decode_tokens: the number of tokens to generate after the first.
 
     Raises:
         ValueError: the prompt is too long for the model, or the model does not write text.
@@ -152,8 +156,8 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
 
 
 def _complete(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
-    """Seconds until the first token of a new prompt, and of a decode step after it. The tokens come
-    to the CPU, so a GPU has computed them."""
+    """Returns the seconds until the first token of a new prompt, and the seconds of a decode step
+    after it. The tokens come to the CPU, so a GPU has finished them when the time is taken."""
     # Other tokens each time: the engine remembers prompts.
     ids = torch.randint(llm.config.vocab_size, (prompt_tokens,)).tolist()
     (completion,) = llm.generate([ids], max_tokens=1 + decode_tokens, ignore_eos=True, drafts=0)

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
     Args:
-        argv: the arguments; None: those of this process.
+        argv: the arguments. None: the arguments of this process.
     """
     try:
         if argv is None:
@@ -65,7 +65,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _drop_unwritten() -> None:
-    """Discards unwritten text, because nobody reads it. Python would report it again at exit."""
+    """Discards text that could not be written, because nobody reads it. Otherwise Python would
+    report the failure again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

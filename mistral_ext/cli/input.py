@@ -9,7 +9,7 @@ from mistral_ext.files import decode_text, read_text_file
 
 
 def stdin() -> TextIO:
-    """Standard input; ValueError if it is closed."""
+    """Standard input. Raises ValueError if it is closed."""
     if sys.stdin is None:
         raise ValueError("stdin is closed, expected text in it")
     return sys.stdin

@@ -72,7 +72,8 @@ def add_dtype(parser: argparse._ActionsContainer, text: str) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
-    """The dtype that --dtype names; None if it was not given. Needs torch: call `start` first."""
+    """The dtype that --dtype names, or None if the option was not given. This needs torch, so call
+    `start` first."""
     import torch
 
     dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None
@@ -121,7 +122,8 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draft_model() -> argparse.ArgumentParser:
-    """The option of a command that generates text with a model of the user's."""
+    """The option that names a draft model, for commands that generate text with a model that the
+    user names."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--draft-model",

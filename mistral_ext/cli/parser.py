@@ -42,7 +42,7 @@ _OF_A_FILE = re.compile(r"\S*[/.]\S*:? ")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviated options, and reports wrong usage in one line."""
+    """A parser that takes no abbreviated options, and reports wrong usage in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -52,8 +52,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, in `run` the function of the command, and in `flags` its options by the names
-    that Python has for them; SystemExit for wrong usage."""
+    """Parses the arguments. The result also has `run`, the function of the command, and `flags`,
+    the command's options by the names that Python has for them. Raises SystemExit for wrong
+    usage."""
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -84,7 +85,7 @@ def as_typed(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The options of a command, by the names that arguments of the library have."""
+    """The options of a command, by the names of the library's arguments that they set."""
     flags = {}
     for action in parser._actions:
         if action.option_strings:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
-    """The options."""
+    """Adds the options for Ray to the parser of `mistral-ext serve`."""
     group = parser.add_argument_group("replicas (extra [ray])")
     group.add_argument(
         "--ray",
@@ -32,7 +32,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises if options do not go together, or ray is missing."""
+    """Raises an error if options do not go together, or if ray is missing."""
     if not args.ray:
         if args.replicas:
             raise ValueError("--replicas is given without --ray, expected both")
@@ -44,8 +44,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Serves; see `serve.ray.run`. The command has started, so that torch has the threads that this
-    machine gives a command."""
+    """Serves; see `serve.ray.run`. Call `start` first, so that torch uses as many threads as a
+    command may use on this machine."""
     import torch
 
     from mistral_ext.serve import ray
@@ -68,7 +68,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _found(path: str | None) -> str | None:
-    """A path of this machine in full, as replicas have another working directory."""
+    """The absolute form of a path that exists on this machine, as replicas have another working
+    directory. Other names stay as they are."""
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 

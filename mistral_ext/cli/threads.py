@@ -1,4 +1,4 @@
-"""How many threads a command may use, and uses unless it is told."""
+"""How many threads a command may use, and how many it uses by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PROCESSORS = Path("/sys/devices/system/cpu")
 
 
 def check_threads(threads: int | None) -> None:
-    """ValueError for a number of threads below 1, or far above the number of processors."""
+    """Raises ValueError for a number of threads below 1, or far above the number of processors."""
     most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
     if threads is not None and not 1 <= threads <= most:
         raise ValueError(f"--threads is {threads}, expected 1 to {most}")
@@ -22,12 +22,12 @@ def default_threads(of_torch: int) -> int:
     """The threads of a command without --threads.
 
     Args:
-        of_torch: what torch begins with. A torch without MKL begins with a thread for each logical
-            processor.
+        of_torch: the number of threads that torch begins with. Without MKL that is one for each
+            logical processor.
 
     Returns:
-        At most the physical cores, and what the container allows. A number in OMP_NUM_THREADS, from
-        which torch begins, is the user's and stays.
+        The number of threads: no more than the physical cores, and no more than the container
+        allows. If the user has set OMP_NUM_THREADS, torch begins with that number, and it stays.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return of_torch
@@ -37,7 +37,8 @@ def default_threads(of_torch: int) -> int:
 
 
 def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None:
-    """The cores that the logical processors are threads of, as Linux lists them; None: unknown.
+    """The number of cores that these logical processors are threads of, as Linux lists them. None:
+    it is unknown.
 
     Two threads of a core share its arithmetic and its way to memory, so a second one gains nothing.
     """
@@ -58,10 +59,10 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
 
     Args:
         root: where control groups are mounted, version 2 or 1.
-        own: lists the groups of this process.
+        own: the file that lists the groups of this process.
 
     Returns:
-        None: there is no limit, or none that can be read.
+        The number of cores. None: there is no limit, or none that can be read.
     """
     try:
         groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
@@ -84,7 +85,7 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
 
 
 def _quota(folder: Path, version_1: bool) -> float | None:
-    """Cores that a control group may use."""
+    """The number of cores that a control group may use. None: it sets no limit."""
     try:
         if version_1:
             quota = (folder / "cpu.cfs_quota_us").read_text()

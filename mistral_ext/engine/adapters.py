@@ -14,14 +14,15 @@ _log = logging.getLogger("mistral_ext")
 
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter of the model.
+    """An adapter that a running model has.
 
     Attributes:
-        name: by which requests ask for it.
+        name: the name by which requests ask for it.
         slot: its index in the stacks of `model.adapters`.
-        free: `AdapterTable.free`. It is called between steps, after a request with this adapter has
-            ended: the request may have kept the memory of an adapter that was removed.
-        is_loaded: False once it was removed. Sequences that run go on with it.
+        free: the method `AdapterTable.free`. It is called between steps, after a request with this
+            adapter has ended, because memory of removed adapters may have been kept for that
+            request.
+        is_loaded: False once the adapter was removed. Sequences that run go on with it.
     """
 
     name: str
@@ -35,10 +36,11 @@ class UnknownAdapterError(ValueError):
 
 
 class AdapterTable:
-    """The names of a model's adapters. `Engine.between_steps` guards what changes it.
+    """The names of a model's adapters. While an engine runs the model, call methods that change the
+    table by `Engine.between_steps`.
 
     Args:
-        adapters: where the model has them.
+        adapters: the adapters of the model, which have no names.
     """
 
     def __init__(self, adapters: Adapters) -> None:
@@ -46,8 +48,8 @@ class AdapterTable:
         self._by_name: dict[str, LoadedAdapter] = {}
 
     def reserve(self, count: int) -> None:
-        """Gives the first adapter memory for `count` adapters, so that loading the others copies
-        none."""
+        """Has the first adapter that is loaded take memory for `count` adapters. Loading the others
+        then copies no adapter."""
         self._adapters.reserve(count)
 
     @property
@@ -55,7 +57,8 @@ class AdapterTable:
         return list(self._by_name)
 
     def find(self, name: str | None) -> LoadedAdapter | None:
-        """The adapter of that name, UnknownAdapterError if there is none; None: no adapter."""
+        """The adapter with a name, or None if the name is None. Raises UnknownAdapterError if no
+        adapter has the name."""
         return None if name is None else self._loaded(name)
 
     def _loaded(self, name: str) -> LoadedAdapter:
@@ -80,7 +83,8 @@ class AdapterTable:
 
         Args:
             name: a new name.
-            weights: as `model.adapters.Adapters.put` takes them.
+            weights: what the adapter adds to each weight, as `model.adapters.Adapters.put` takes
+                it.
             in_use: adapters of requests that have not ended, whose slots must stay as they are.
         """
         self.expect_new(name)
@@ -90,11 +94,11 @@ class AdapterTable:
         self._by_name[name] = LoadedAdapter(name, slot, self.free)
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Its memory is freed at once, or after the requests that use it or an
-        adapter in a later slot.
+        """Removes an adapter. Its memory is freed at once, or when no request uses it or an adapter
+        in a later slot any more.
 
         Args:
-            name: of the adapter.
+            name: the name of the adapter.
             in_use: adapters of requests that have not ended.
         """
         removed = self._loaded(name)
@@ -103,10 +107,10 @@ class AdapterTable:
         self.free(in_use)
 
     def free(self, in_use: Collection[LoadedAdapter]) -> None:
-        """Frees the memory of removed adapters as far as no request is in the way.
+        """Frees the memory of removed adapters as far as no request needs it.
 
-        A failure is logged: the requests of the step before have nothing to do with it, and the
-        next call tries again.
+        A failure is only logged, because the requests of the step before have nothing to do with
+        it. The next call tries again.
 
         Args:
             in_use: adapters of requests that have not ended.

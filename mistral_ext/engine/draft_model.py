@@ -1,8 +1,9 @@
 """A draft model: a smaller model of the same vocabulary, which guesses sequences' next tokens.
 
-It has a cache of its own, and in it an extent for each sequence that it was asked about. A sequence
-that goes on in other tokens than were guessed is rewound to the last token that is right. What is
-there of an ended sequence is kept for others that begin alike: above all the next turn of a chat.
+The draft model has a cache of its own, with an extent for each sequence that it was asked about. If
+a sequence goes on in other tokens than were guessed, its extent is rewound to the last token that
+is right. The extent of an ended sequence is kept for later sequences that begin alike, above all
+for the next turn of a chat.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class _Place:
     """What the cache holds of a sequence.
 
     Attributes:
-        extent: its slots. The tokens in them are `known` of its own, then `guesses`.
+        extent: the slots of the sequence. They hold its first `known` tokens, then `guesses`.
     """
 
     extent: Extent
@@ -41,18 +42,18 @@ class DraftModel:
     """Guesses the next tokens of sequences as the sampler would choose them, from its own logits.
 
     Args:
-        model: its weights, on the device of the sampler.
-        sampler: of the sequences, which has their options and state; not changed.
-        rows: of the sampler.
-        slots: tokens that the cache has room for.
-        chunk: tokens of all sequences that `prepare` reads at most.
+        model: the weights of the draft model, on the device of the sampler.
+        sampler: the sampler of the sequences, which has their options and state. It is not changed.
+        rows: the number of rows of the sampler.
+        slots: the number of tokens that the cache has room for.
+        chunk: the most tokens that a call of `prepare` reads, of all sequences together.
         make_runner: makes the runner, given a model, a cache and a sampler.
 
     Attributes:
         pool: the cache.
-        prefixes: what sequences that have ended left in it.
-        rows: of the last pass of `guess`.
-        is_usual: later passes take as long as the last one of `guess`: see `Step`.
+        prefixes: the extents of sequences that have ended.
+        rows: the number of rows of the last pass of `guess`.
+        is_usual: whether later passes take as long as the last pass of `guess`: see `Step`.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class DraftModel:
         that have many unread tokens are read, `chunk` of all sequences together.
 
         Returns:
-            Those of them that `guess` may be given, together: they have room, and are read but for
-            the rows of its first pass.
+            The sequences that may be given to `guess`, all in one call. They have room for guesses,
+            and all their tokens are read but those that the first pass of `guess` reads.
         """
         places = {s: place for s in sequences if (place := self._place(s)) is not None}
         rows, budget = MOST_ROWS - len(places), self._chunk
@@ -106,11 +107,13 @@ class DraftModel:
 
     def guess(self, sequences: List[Sequence]) -> Iterator[list[tuple[int, float]]]:
         """Guesses tokens of sequences which `prepare` has returned. Each iteration is a pass of
-        `MOST_ROWS` rows at most. All guesses are drawn among the tokens that the sampler allows as
-        the first, so for a sequence that has to match a grammar only the first is of use.
+        `MOST_ROWS` rows at most. All guesses are drawn from the tokens that the sampler allows for
+        the first of them. So for a sequence that has to match a grammar only the first guess is of
+        use.
 
         Yields:
-            For each sequence its next token, and the probability that the model gives it; 7 times.
+            For each sequence its next token, and the probability that the model gives this token.
+            There are 7 iterations at most.
 
         Raises:
             ValueError: the model chooses no token.
@@ -145,7 +148,8 @@ class DraftModel:
             yield self._guesses(sequences, token_ids, logits)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Keeps what others may use of all other sequences, as long as nothing needs its memory."""
+        """Gives up the places of all other sequences. Their extents stay for later sequences that
+        begin alike, until something needs the memory."""
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
@@ -173,8 +177,8 @@ class DraftModel:
         return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
 
     def _place(self, sequence: Sequence) -> _Place | None:
-        """The place of a sequence, rewound to the last token that is right, and with room for all
-        others and the guesses; None: it has no place."""
+        """The place of a sequence, rewound to the last token that is right, with room for the
+        sequence's other tokens and for guesses. None: there is no room for the sequence."""
         place = self._places.get(sequence) or self._enter(sequence)
         if place is None:
             return None
@@ -192,8 +196,8 @@ class DraftModel:
         return place
 
     def _enter(self, sequence: Sequence) -> _Place | None:
-        """A place for a sequence; None: there is no room, or it would take more than half of the
-        sequence's steps to read it, a chunk in each."""
+        """Makes a place for a sequence. None: there is no room, or to read the sequence would take
+        more than half of the steps that it has left, with a chunk in each step."""
         match = self.prefixes.find(sequence, running=())
         unread = len(sequence.ids) - (0 if match is None else match.length)
         left = sequence.request.max_length - len(sequence.ids)

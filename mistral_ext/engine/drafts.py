@@ -1,4 +1,4 @@
-"""Drafts: guesses of sequences' next tokens, which one pass checks beside the next tokens.
+"""Drafts: guesses of sequences' next tokens. The pass that computes the next tokens checks them.
 
 A draft is accepted only if it is the token that would have been chosen without it, so drafts change
 the speed of a text and nothing else. `Drafter` decides which of the tokens that a `Proposer` or a
@@ -30,13 +30,14 @@ _log = logging.getLogger("mistral_ext")
 # The tokens that wrong drafts may cost a sequence: so many, and this share of its completion.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
-# Tokens to guess at a time. On a GPU a product rounds by its number of tokens, so that drafts may
-# decide between tokens that are nearly as likely.
+# Tokens to guess at a time. On a GPU the rounding of a product depends on its number of tokens. So
+# drafts could change which of two nearly equally likely tokens is chosen, and there are none by
+# default.
 _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 
 def default_drafts(device: torch.device, has_draft_model: bool) -> int:
-    """Tokens to guess at a time, at most, for requests that do not say."""
+    """The most tokens to guess at a time, for requests that do not set `drafts`."""
     return MOST_DRAFTS if has_draft_model else _DRAFTS[device.type]
 
 
@@ -45,8 +46,8 @@ def room_for_drafts(sequence: Sequence, pool: SlotPool, drafts: int, unknown: in
 
     Args:
         pool: the cache, where the sequence has its place.
-        drafts: the most if its request does not say.
-        unknown: tokens of steps under way, which come before the drafts.
+        drafts: the most drafts if the request of the sequence does not set a number.
+        unknown: the number of tokens that steps under way compute. They come before the drafts.
     """
     params = sequence.request.params
     if params is None or not sequence.generates:
@@ -63,7 +64,8 @@ def _may_lose(sequence: Sequence) -> bool:
 
 
 def _tried(sequences: Collection[Sequence], work: Callable[[], _T], nothing: _T) -> _T:
-    """What `work` returns. If it fails, `nothing`, and the sequences have no drafts from now on."""
+    """Calls `work` and returns its result. If it fails, returns `nothing`, and the sequences have
+    no drafts from now on."""
     try:
         return work()
     except Exception as error:
@@ -77,7 +79,8 @@ class Drafter:
     """Decides which drafts the sequences of a pass get.
 
     Args:
-        model: guesses where neither the text nor its grammar does; None: nothing does.
+        model: guesses tokens where this is more promising than the sequence's text or grammar.
+            None: there is no draft model.
     """
 
     def __init__(self, model: ModelGuesses | None = None) -> None:
@@ -90,11 +93,11 @@ class Drafter:
         """The drafts that make a pass worth more than it costs.
 
         Args:
-            sequences: of the pass, all of them, with a row each.
+            sequences: all sequences of the pass. Each has one row.
             room: how many drafts each of them may have.
-            unknown: tokens that each sequence has before the drafts, and that are guesses too. A
-                draft model does not guess them: a sequence that it has read, and may guess for once
-                they are known, has no drafts in the result.
+            unknown: how many tokens of each sequence, before the drafts, are still being computed
+                and so are guesses too. A draft model does not guess beyond such tokens. A sequence
+                that it could guess for once they are known is in the result without drafts.
         """
         plain = len(sequences)
         cost = self._costs.seconds(plain)
@@ -127,10 +130,10 @@ class Drafter:
     def _ready(
         self, plain: int, proposed: Mapping[Sequence, List[tuple[int, float]]]
     ) -> List[Sequence]:
-        """The sequences for which the draft model is asked, and which it has read.
+        """The sequences for which the draft model is to guess, and whose tokens it has read.
 
         Args:
-            proposed: guesses that need no model, of each sequence.
+            proposed: for each sequence the guesses from its text and grammar.
         """
         model = self._model
         if model is None or not model.are_worth(plain, proposed):
@@ -149,7 +152,8 @@ class Drafter:
     def _best(
         self, rows: list[tuple[float, Sequence, int]], plain: int, cost: float
     ) -> dict[Sequence, list[int]]:
-        """The most likely drafts, as many as raise the number of tokens per second most."""
+        """The most likely drafts. Their number is the one with the most expected tokens per
+        second."""
         rows.sort(key=lambda row: -row[0])  # stable: drafts of a sequence stay in their order
         best, count, expected = LEAST_ADVANTAGE * plain / cost, 0, float(plain)
         for i, (chance, _, _) in enumerate(rows[: MOST_ROWS - plain], 1):
@@ -172,9 +176,10 @@ class Drafter:
         """Counts a pass.
 
         Args:
-            plain: its sequences.
-            seconds: that it took; None: its time says nothing about others.
-            drafts: that were in it.
+            plain: the number of sequences of the pass.
+            seconds: the time that the pass took. None: it says nothing about the time of other
+                passes.
+            drafts: the drafts of each sequence that were in the pass.
             accepted: how many of each sequence's drafts were right.
         """
         rows = plain + sum(map(len, drafts.values()))
@@ -194,7 +199,8 @@ class Drafter:
 def _rows(
     sequence: Sequence, guesses: List[tuple[int, float]], unknown: int = 0
 ) -> list[tuple[float, Sequence, int]]:
-    """The guesses behind the unknown tokens, with the chance that all up to them are right."""
+    """The guesses behind the unknown tokens. Each has the chance that it and all guesses before it
+    are right."""
     rows, chance = [], 1.0
     for i, (token, of_token) in enumerate(guesses):
         chance *= of_token

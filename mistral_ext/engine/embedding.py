@@ -8,11 +8,11 @@ POOLINGS = ("last", "mean")
 
 
 def pool(pooled: Tensor, hidden: Tensor, pooling: str) -> None:
-    """Takes the next tokens of a text.
+    """Adds the next tokens of a text to its embedding.
 
     Args:
-        pooled: [E] fp32, changed; 0 before the first tokens. In the end it has the direction of the
-            embedding.
+        pooled: [E] fp32, the embedding so far, which is changed. It is 0 before the first tokens,
+            and has the direction of the embedding after the last.
         hidden: [n, E] fp32, the tokens' hidden states.
         pooling: one of `POOLINGS`.
     """

@@ -7,8 +7,9 @@
 
 `scheduler` decides what a step does, `passes` and `runner` do it, `slots` has the memory. A step
 makes up to two passes over the weights. The first reads the next pieces of prompts. The second
-computes the next token of every sequence whose prompt has been read. On a CPU the first may pause
-between two layers, and goes on in the next step, so that the second waits little for it (`pace`).
+computes the next token of every sequence whose prompt has been read. On a CPU the first pass may
+pause between two layers, and goes on in the next step. So the second pass waits little for it
+(`pace`).
 """
 
 from __future__ import annotations
@@ -61,21 +62,22 @@ class Engine:
 
     Args:
         model: the weights.
-        vocab_size: number of ids that may be sampled.
-        max_batch: sequences that may generate at a time.
-        prefill_chunk: prompt tokens in a pass, at most; no fewer than 32.
-        cache_tokens: tokens that the cache has room for; None: see `memory.default_slots`.
+        vocab_size: the number of ids that may be sampled.
+        max_batch: the number of sequences that may generate at a time.
+        prefill_chunk: the most prompt tokens in a pass, 32 or more.
+        cache_tokens: the number of tokens that the cache has room for. None: `memory.default_slots`
+            decides by the free memory.
         holes: ids below vocab_size that no token has, and that are never sampled.
-        drafts: tokens to guess at a time, at most, for requests that do not say (see `drafts`);
-            None: 7 on the CPU or with a draft model, else 0.
-        draft_model: guesses tokens where the text does not repeat itself; on the same device, and
-            with a row for each id that may be sampled.
+        drafts: the most tokens to guess at a time, for requests that do not set a number (see
+            `drafts`). None: 7 on the CPU or with a draft model, else 0.
+        draft_model: a model that guesses tokens where the text does not repeat itself. It is on the
+            same device, and has a row for each id that may be sampled.
 
     Attributes:
         pool: cache memory.
-        scheduler: the policy.
-        runner: the mechanism.
-        passes: what a step does with both.
+        scheduler: decides what a step does.
+        runner: computes the passes.
+        passes: makes the two passes of a step, with the scheduler and the runner.
     """
 
     def __init__(
@@ -168,9 +170,9 @@ class Engine:
             Its id.
 
         Raises:
-            ValueError: it can never fit into the cache, or its logit_bias has a token that may not
-                be sampled.
-            UnknownAdapterError: its adapter was removed.
+            ValueError: the request can never fit into the cache, or its logit_bias has a token that
+                may not be sampled.
+            UnknownAdapterError: the adapter of the request was removed.
         """
         with self._lock:
             if request.adapter is not None and not request.adapter.is_loaded:
@@ -183,9 +185,9 @@ class Engine:
             return sequence.request_id
 
     def abort(self, request_id: int) -> None:
-        """Ends a request at the next step, whatever it is doing. If it shares a pass over prompts
-        with other requests, it ends with the pass. It has no more outputs. A request that has
-        ended, or that is not known, is left alone."""
+        """Ends a request at the next step, whether it waits, is read or generates. If it shares a
+        pass over prompts with other requests, it ends with the pass. It has no more outputs. A
+        request that has ended, or that is not known, is left alone."""
         with self._lock:
             self._listeners.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)
@@ -198,7 +200,7 @@ class Engine:
         unless another thread does.
 
         Raises:
-            ValueError: as `add`; then none of the requests stays.
+            ValueError: `add` refuses one of the requests. None of them then stays in the engine.
         """
         outputs = Outputs(self)
         try:
@@ -220,7 +222,8 @@ class Engine:
         return self._step_and_let_go()
 
     def between_steps(self, work: Callable[[], object]) -> None:
-        """Calls `work` while no step is under way and no request is added, and waits for it."""
+        """Calls `work` at a time when no step is under way and no request is being added. Returns
+        when `work` is done."""
         done = threading.Event()
         problem: list[BaseException] = []
 
@@ -233,8 +236,8 @@ class Engine:
 
         with self._lock:
             self._between.append(run)
-        # A thread that steps without a pause hardly ever leaves the lock to others, but it does the
-        # work itself when a step begins.
+        # A thread that makes steps without a pause hardly ever leaves the lock to other threads.
+        # But that thread does the work itself between its steps.
         while not done.is_set():
             if self._stepping.acquire(timeout=_POLL_SECONDS):
                 self._let_go()
@@ -312,7 +315,8 @@ class Engine:
                     listener(output)
 
     def _free_adapter(self, sequence: Sequence) -> None:
-        """Has memory freed after the step that the adapter of an ended sequence may have held."""
+        """Called when a sequence has ended. Has the memory of removed adapters freed after the
+        step, if the sequence may have needed it."""
         adapter = sequence.request.adapter
         if adapter is not None:
             self._between.append(lambda: adapter.free(self.adapters_in_use()))

@@ -32,17 +32,17 @@ class GraphRunner(Runner):
     """Queues a decode step on a CUDA device and returns at once.
 
     There is a graph for each number of tokens and each way to choose, with and without adapters.
-    The second such step captures it, and it lasts as long as the runner, or with adapters as long
-    as their stacks. Fewer sizes with padded batches would slow every step; a capture takes about as
-    long as one step that Python launches.
+    The second step of a kind captures the graph. It lasts as long as the runner, or with adapters
+    as long as their stacks. Graphs of fewer sizes, with padded batches, would slow every step; a
+    capture takes about as long as one step that Python launches.
 
     To a graph, a draft is a sequence of its own, which has the ring of the sequence that it belongs
-    to. So a pass with drafts is the step of as many sequences as it has tokens. It is read before
-    `verify` returns: how far each sequence goes on depends on it.
+    to. So a pass with drafts is a step of as many sequences as the pass has tokens. Its results are
+    read before `verify` returns, because they decide how far each sequence goes on.
 
     Args:
-        model, pool, sampler: as for `Runner`, on the device.
-        device: captures work, and copies results to the host.
+        model, pool, sampler: the arguments of `Runner`, on the device.
+        device: an object that captures work as graphs, and copies results to the host.
     """
 
     ahead = 1
@@ -89,7 +89,7 @@ class GraphRunner(Runner):
         return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
 
     def _captured_step(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _CapturedStep:
-        """The step of a kind, which remembers its graph once it is captured."""
+        """The step of this size and kind. It keeps its graph once the graph is captured."""
         if self._generation != self._model.adapters.generation:
             self._generation = self._model.adapters.generation
             for old in [kind for kind in self._captured if kind[-1]]:
@@ -104,7 +104,8 @@ class GraphRunner(Runner):
 
 
 class _Results:
-    """Copies of the results of one step; the next step overwrites the graph's own memory."""
+    """Copies of the results of one step. They are needed because the next step overwrites the
+    graph's own memory."""
 
     def __init__(self, size: int, vocab_size: int, device: CudaGraphs) -> None:
         self.logits = torch.empty(size, vocab_size, dtype=torch.float32, device=device.name)
@@ -169,8 +170,9 @@ class _CapturedStep:
             self._adapters.copy_(torch.tensor(adapters, dtype=torch.int32, device="cpu"))
 
     def follow(self, last: _CapturedStep) -> None:
-        """Goes on where the last step ended. That step may have been of another kind: steps read
-        biases only from the moment on when a completion has had a bias."""
+        """Takes over the tokens, sequences and adapters with which the last step ended. That step
+        may have been of another kind, because steps read biases only once a completion has had a
+        bias."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)
@@ -202,8 +204,8 @@ class _CapturedStep:
             return
         greedy = self._choice is _Choice.LARGEST
         self._logits, self._sampled = choose(model, sampler, h, self._rows, greedy)
-        # The id -1 means that no token could be chosen. The host reports this later; the next step,
-        # which may be under way by then, needs an id that exists.
+        # The id -1 means that no token could be chosen. The host reports this later. The next step
+        # may be under way by then, and needs an id that exists.
         torch.clamp(self._sampled, min=0, out=self._tokens)
         self._sequences[:, 2].add_(1)
 
@@ -212,7 +214,7 @@ class CudaGraphs:
     """Captures work of a CUDA device as graphs, and copies results to the host.
 
     Args:
-        name: the device.
+        name: the name of the device.
     """
 
     def __init__(self, name: torch.device) -> None:
@@ -224,8 +226,8 @@ class CudaGraphs:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Captures the work without doing it; returns a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph would also collect garbage and give all unused memory back. Other threads
-        # of the process may go on allocating.
+        # This does not use torch.cuda.graph, which would also collect garbage and give all unused
+        # memory back. Other threads of the process may go on allocating meanwhile.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

@@ -29,10 +29,12 @@ def default_slots(
     The cache has room for all that `max_batch` sequences can need, if there is memory for it.
 
     Args:
-        weight_bytes: size of the weights. On the CPU they may be mapped files, whose memory the
+        weight_bytes: the size of the weights. On the CPU they may be mapped files, whose memory the
             system counts as available although it is in use.
-        loaded: the weights are on the device already. A GPU then counts their memory as used.
-        token_bytes: that a token takes; None: in this model alone.
+        loaded: whether the weights are on the device already. A GPU then counts their memory as
+            used.
+        token_bytes: the bytes that a token takes, with the cache of a draft model for instance.
+            None: the bytes that it takes in this model alone.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
@@ -65,7 +67,8 @@ def _meminfo(name: str) -> int:
 
 
 def _cgroup(name: str) -> int | None:
-    """A number that this process' control group (version 2) sets; None: it sets none."""
+    """The value of a setting of this process' control group (version 2). None: it has no such
+    value."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
         text = Path("/sys/fs/cgroup", group.lstrip("/"), name).read_text().strip()

@@ -16,9 +16,9 @@ class _Plan:
     """A pass with the guesses so far.
 
     Attributes:
-        rows: of the pass.
-        expected: tokens that it is expected to give.
-        seconds: that the guesses took.
+        rows: the number of rows of the pass.
+        expected: the number of tokens that the pass is expected to give.
+        seconds: the time that the guesses took.
     """
 
     rows: int
@@ -31,12 +31,12 @@ class ModelGuesses:
 
     Args:
         model: the draft model.
-        share: the time of a pass of the model relative to one that checks guesses, as long as it
-            was not measured.
+        share: the time of a pass of the draft model relative to a pass that checks guesses. It is
+            used until times have been measured.
 
     Attributes:
-        costs: of the passes of the draft model.
-        pass_costs: of the passes that check guesses; the caller adds to it.
+        costs: what passes of the draft model cost.
+        pass_costs: what passes that check guesses cost. The caller notes them here.
     """
 
     def __init__(self, model: DraftModel, share: float) -> None:
@@ -46,12 +46,12 @@ class ModelGuesses:
         self._share = share
 
     def are_worth(self, plain: int, asking: Collection[Sequence]) -> bool:
-        """Whether first guesses are expected to be worth their time, for some sequences of a pass
-        of `plain` rows."""
+        """Whether a first guess for each of `asking` is expected to be worth its time, in a pass
+        that has `plain` rows without guesses."""
         return self._is_worth(_Plan(plain, plain), dict.fromkeys(asking, 1.0))
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """`DraftModel.prepare`."""
+        """Does what `DraftModel.prepare` does."""
         return self._model.prepare(sequences)
 
     def guess(
@@ -62,8 +62,8 @@ class ModelGuesses:
         `DraftModel.guess`.
 
         Args:
-            plain: rows of the pass without guesses.
-            asking: sequences -> guesses at most.
+            plain: the number of rows of the pass without guesses.
+            asking: for each sequence the most guesses that it may have.
 
         Raises:
             ValueError: the model chooses no token.
@@ -97,8 +97,8 @@ class ModelGuesses:
         self._model.keep_only(sequences)
 
     def _is_worth(self, plan: _Plan, going: Mapping[Sequence, float]) -> bool:
-        """Whether another guess for each of some sequences is, given the chance that all of its
-        guesses so far are right."""
+        """Whether one more guess for each sequence of `going` is worth its time. `going` has the
+        chance that all guesses of a sequence so far are right."""
         if not going or plan.rows + len(going) > MOST_ROWS:
             return False
         more = sum(chance * sequence.proposer.hope for sequence, chance in going.items())
@@ -107,7 +107,8 @@ class ModelGuesses:
         return (plan.expected + more) * now > LEAST_ADVANTAGE * plan.expected * then
 
     def _take_cost(self, plan: _Plan, plain: int, sequences: Collection[Sequence]) -> None:
-        """Has sequences pay for the time of the guesses, in tokens that it could have given."""
+        """Charges the sequences for the time of the guesses, in tokens that could have been
+        generated in that time."""
         for sequence in sequences:
             cost = plain * plan.seconds / self._pass_seconds(plain)
             sequence.proposer.gain -= cost / len(sequences)
@@ -116,5 +117,5 @@ class ModelGuesses:
         return self.pass_costs.seconds(rows) or 1.0
 
     def _seconds(self, rows: int) -> float:
-        """Of a pass of the draft model."""
+        """The expected time of a pass of the draft model."""
         return self.costs.seconds(rows) or self._share * self._pass_seconds(rows)

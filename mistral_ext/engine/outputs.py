@@ -17,8 +17,8 @@ def outputs_of(engine: Engine, requests: Iterable[Request]) -> Iterator[tuple[in
     few of the requests at a time.
 
     Raises:
-        ValueError: as `Engine.add`; the other requests end.
-        Exception: what a request failed with; the others end.
+        ValueError: `Engine.add` refuses a request. The other requests end.
+        Exception: the error with which a request failed. The other requests end.
     """
     waiting = enumerate(requests)
     outputs = engine.outputs([])

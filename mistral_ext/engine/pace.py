@@ -1,34 +1,37 @@
 """How much of a prompt is read between two decode steps of other sequences.
 
 A pass of a long prompt takes many times as long as a decode step, and streams would stand still
-meanwhile. So the pass is made in parts of some layers each, with a decode step after each part.
-Parts change no bit of the result, because each layer still sees all tokens of the pass. A pass of
-many tokens costs less for each token, as it unpacks the weights once for all of them; so passes
-have as many tokens as one layer has time for.
+meanwhile. So the pass is made in parts of some layers each, with a decode step after each part. The
+parts change no bit of the result, because each layer still sees all tokens of the pass. The more
+tokens a pass has, the less it costs for each token, as it unpacks the weights once for all of them.
+So a pass has as many tokens as one layer can compute in the time of a part.
 """
 
 from __future__ import annotations
 
 # A part of a pass takes at most this share of the time of a decode step. So the gap between two
-# tokens of a stream is twice its usual length, and rarely three times: times vary.
+# tokens of a stream grows to twice its usual length. Times vary, so it is rarely three times as
+# long.
 _SHARE = 1.0
 
-# A pass gets more tokens as long as this many layers fit into a part: a layer then still fits if
-# the tokens are twice as many and each costs more, for instance because the prompt has grown long.
+# Passes get more tokens as long as this many layers fit into a part. A layer then still fits into a
+# part with twice as many tokens that each cost more, for instance because the prompt has grown
+# long.
 _LAYERS_TO_SPARE = 4
 
 _NEWEST = 0.2  # weight of the last measurement
 
 
 class Pace:
-    """Measures passes, and decides how long the next may be.
+    """Measures passes, and decides how many tokens the next pass of prompts may have, and how many
+    of its layers are computed before the next decode step.
 
     Args:
-        layers: of the model.
-        least, most: tokens of a pass.
+        layers: the number of layers of the model.
+        least, most: bounds of the number of tokens of a pass.
 
     Attributes:
-        tokens: of the next pass of prompts beside sequences that generate, at most.
+        tokens: the most tokens of the next pass of prompts while other sequences generate.
     """
 
     def __init__(self, layers: int, least: int, most: int) -> None:
@@ -40,7 +43,7 @@ class Pace:
         self._tokens = 0  # of the present pass
 
     def note_step(self, seconds: float) -> None:
-        """Takes the seconds of a decode step."""
+        """Notes how many seconds a decode step took."""
         if self._step is None:
             self._step = seconds
         # A machine that is busy for a moment tells nothing.
@@ -53,7 +56,7 @@ class Pace:
         self._tokens = tokens
 
     def note_read(self, layers: int, seconds: float) -> None:
-        """Takes the seconds of some layers of a pass."""
+        """Notes how many seconds some layers of a pass took."""
         self._of_layer = seconds / layers
 
     def end(self) -> None:
@@ -69,7 +72,7 @@ class Pace:
         return max(1, min(int(self._fitting()), self._layers))
 
     def _fitting(self) -> float:
-        """Layers of the pass that take as long as a part may; 1 while that is unknown."""
+        """The number of layers of the pass that fit into a part. 1 while that is unknown."""
         if self._step is None or self._of_layer is None:
             return 1.0
         return _SHARE * self._step / max(self._of_layer, 1e-9)

@@ -1,4 +1,5 @@
-"""How to choose tokens, and when to stop: the options of a completion. Knows nothing of torch."""
+"""The options of a completion: how to choose tokens, and when to stop. This module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ class SamplingParams:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """Makes the options from keyword arguments; TypeError for a name that does not exist."""
+        """Makes the options from keyword arguments. Raises TypeError for a name that does not
+        exist."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
@@ -84,7 +86,7 @@ class SamplingParams:
 
     @functools.cached_property
     def constraint(self) -> Constraint | None:
-        """The constraint of the completion; None: there is none."""
+        """The constraint of the completion. None: the completion need not match anything."""
         texts = {"schema": self.schema, "regex": self.regex, "grammar": self.grammar}
         given = [Constraint(kind, str(text)) for kind, text in texts.items() if text is not None]
         return given[0] if given else None
@@ -96,8 +98,8 @@ class SamplingParams:
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
     def check_vocabulary(self, vocab_size: int, holes: Collection[int] = ()) -> None:
-        """ValueError if logit_bias has an id that is not below `vocab_size`, or that is a hole: an
-        id that no token has."""
+        """Raises ValueError if logit_bias has an id that is not below `vocab_size`, or that is a
+        hole: an id that no token has."""
         for token_id in self.logit_bias or ():
             if token_id >= vocab_size:
                 raise ValueError(
@@ -107,7 +109,8 @@ class SamplingParams:
                 raise ValueError(f"logit_bias has token id {token_id}, expected the id of a token")
 
     def _check_constraints(self) -> None:
-        """Raises unless all constraints are texts, and there is one at most."""
+        """Raises TypeError or ValueError unless all constraints are texts, and at most one is
+        given."""
         given = [x for x in ("schema", "regex", "grammar") if getattr(self, x) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given, expected one of them")

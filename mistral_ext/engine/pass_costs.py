@@ -21,7 +21,7 @@ class PassCosts:
         self._seconds: dict[int, tuple[float, int]] = {}  # rows -> (seconds, pass that told)
 
     def note(self, rows: int, seconds: float) -> None:
-        """Takes the seconds of a pass."""
+        """Notes how many seconds a pass took."""
         before = self._seconds.get(rows)
         if before is not None:
             # A machine that is busy for a moment tells nothing.
@@ -36,7 +36,7 @@ class PassCosts:
                 del self._seconds[rows]
 
     def seconds(self, rows: int) -> float | None:
-        """An estimate; None: no pass was measured."""
+        """The expected seconds of a pass. None: no pass was measured."""
         if not self._seconds:
             return None
         nearest = min(self._seconds, key=lambda known: abs(known - rows))

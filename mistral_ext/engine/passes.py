@@ -42,9 +42,9 @@ class Passes:
     """Makes the passes, for one thread at a time.
 
     Args:
-        runner, scheduler, reader, drafter, sampler, pool: of the engine.
-        lock: guards the scheduler and the pool.
-        most_drafts: tokens to guess at a time, at most, for requests that do not say.
+        runner, scheduler, reader, drafter, sampler, pool: the parts of the engine with these names.
+        lock: the lock that guards the scheduler and the pool.
+        most_drafts: the most tokens to guess at a time, for requests that do not set a number.
 
     Attributes:
         drafter: guesses the tokens that a pass checks.
@@ -106,10 +106,10 @@ class Passes:
     def decode(self, outputs: list[Output]) -> None:
         """Launches the next decode step, and reads the oldest step if enough steps are under way.
 
-        A step continues on the device from the tokens of the step before. It cannot if the
-        sequences or their places have changed, or if a sequence reads known tokens again; and
-        drafts have to follow known tokens. Then this call reads the results of all steps under way,
-        and launches none.
+        A step continues on the device from the tokens of the step before. There are three
+        exceptions: the sequences or their places have changed; a sequence reads known tokens again;
+        or the next step is to have drafts, which have to follow known tokens. Then this call reads
+        the results of all steps under way, and launches no step.
         """
         with self._lock:
             sequences = self._scheduler.next_decode()
@@ -144,8 +144,9 @@ class Passes:
         self.drafter.note(len(sequences), seconds, drafts, accepted)
 
     def _drafts(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
-        """The drafts of the next step. While steps are under way, whose tokens nobody knows, they
-        only say that the next step should wait for these tokens."""
+        """The drafts of the next step. While steps are under way, their tokens are not known, and
+        drafts cannot be checked. If there are drafts then, the next step should wait for these
+        tokens."""
         unknown = len(self._under_way)
         room = [room_for_drafts(s, self._pool, self._most_drafts, unknown) for s in sequences]
         return self.drafter.choose(sequences, room, unknown)
@@ -181,9 +182,9 @@ class Passes:
         accepted: dict[Sequence, int],
         outputs: list[Output],
     ) -> bool:
-        """Makes a step with drafts, and counts in `accepted` which are right. The tokens of a
-        sequence are chosen one after the other, each as without drafts, until a draft is not the
-        token that was chosen. Returns `is_usual`, as `_launch` does."""
+        """Makes a step with drafts, and counts in `accepted` how many of each sequence's drafts are
+        right. The tokens of a sequence are chosen one after the other, each as without drafts,
+        until a draft is not the token that was chosen. Returns `is_usual`, as `_launch` does."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = [[s.next_id, *drafts.get(s, ())] for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -223,7 +224,8 @@ class Passes:
         return step.is_usual
 
     def _choose(self, step: Verified, waiting: list[tuple[int, Sequence]]) -> list[int]:
-        """The token that each of some sequences gets from its row of a step; -1 for none."""
+        """The tokens that some sequences get from their rows of a step: `waiting` has a row and a
+        sequence for each. -1 where no token can be chosen."""
         rows = [row for row, _ in waiting]
         if step.largest is not None:
             return [step.largest[row] for row in rows]

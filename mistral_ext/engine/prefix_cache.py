@@ -2,8 +2,9 @@
 
 Equal beginnings of prompts have equal keys and values (to the bit on the CPU), however the prompts
 are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning that it
-shares with an earlier prompt. Generated tokens are computed by other kernels; they count only for a
-request that asks for them. Only requests with the same salt and adapter share anything.
+shares with an earlier prompt. Generated tokens are computed by other kernels, and differ in their
+last bits. A request reuses generated tokens only if it asks for that. Only requests with the same
+salt and adapter share anything.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class Match:
         extent: the slots that hold it.
         length: tokens of the prompt that need not be read.
         exact: how many of these tokens were read as parts of a prompt.
-        is_kept: the extent belongs to the cache, not to a sequence that is running.
-        is_all: the extent has nothing more to offer to others.
+        is_kept: whether the extent belongs to the prefix cache, and not to a sequence that is
+            running.
+        is_all: whether the match is all that the extent has to offer to other requests.
     """
 
     extent: Extent
@@ -50,7 +52,7 @@ class PrefixCache:
     """Extents of ended requests, the least recently used first.
 
     Args:
-        pool: where the extents are.
+        pool: the cache memory that holds the extents.
     """
 
     def __init__(self, pool: SlotPool) -> None:
@@ -70,8 +72,9 @@ class PrefixCache:
             self._pool.release(extent)
 
     def add(self, extent: Extent, sequence: Sequence, exact: int) -> None:
-        """Takes over an extent that holds the beginning of a sequence, the first `exact` tokens as
-        they are read as parts of a prompt; or releases it if it is too short."""
+        """Takes over an extent that holds the beginning of a sequence, or releases it if it is too
+        short. Of its tokens the first `exact` have the keys and values of tokens that are read as
+        parts of a prompt."""
         if extent.length < LEAST_PIECE:
             self._pool.release(extent)
             return
@@ -79,12 +82,12 @@ class PrefixCache:
         self._entries.append(_Entry(extent, ids, exact, sequence.request.prefix_owner))
 
     def extent(self, match: Match | None, length: int, most: int) -> Extent | None:
-        """An extent for a sequence, with the beginning that `find` has found; None: there is no
-        room, even without the extents of ended requests.
+        """Makes an extent for a sequence, with the beginning that `find` has found. None: there is
+        no room, even without the extents of ended requests.
 
         Args:
-            length: tokens that it has to have slots for at once.
-            most: slots that it may grow to.
+            length: the number of tokens for which it must have slots at once.
+            most: the number of slots that it may grow to.
         """
         if match is None:
             return self._allocate(length, most)
@@ -104,23 +107,24 @@ class PrefixCache:
         return None
 
     def grow(self, extent: Extent, count: int) -> bool:
-        """Makes an extent grow for `count` more tokens; releases extents of ended requests until
-        there is room. False: there is none."""
+        """Makes an extent grow for `count` more tokens. Releases extents of ended requests until
+        there is room. Returns False if there is no room even then."""
         while not self._pool.has_room(extent, count) and not self._pool.grow(extent, count):
             if not self.drop_oldest():
                 return False
         return True
 
     def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
-        """An extent; releases extents of ended requests, but not `spare`, until there is room."""
+        """Allocates an extent. Releases extents of ended requests, but not `spare`, until there is
+        room. None: there is no room even then."""
         while (extent := self._pool.allocate(length, most)) is None:
             if not self.drop_oldest(spare):
                 return None
         return extent
 
     def drop_oldest(self, spare: Extent | None = None) -> bool:
-        """Gives the least recently used extent back to the pool, but not `spare`; False: there is
-        none."""
+        """Gives the least recently used extent other than `spare` back to the pool. Returns False
+        if there is no such extent."""
         for entry in self._entries:
             if entry.extent is not spare:
                 self._entries.remove(entry)

@@ -27,9 +27,9 @@ class PromptReader:
     """Reads the pieces of prompts that the scheduler chooses.
 
     Args:
-        runner, scheduler, pool: of the engine.
-        layers: of the model.
-        most: tokens of a pass.
+        runner, scheduler, pool: the parts of the engine with these names.
+        layers: the number of layers of the model.
+        most: the most tokens of a pass.
     """
 
     def __init__(
@@ -41,18 +41,19 @@ class PromptReader:
 
     @property
     def paused(self) -> list[Sequence]:
-        """The sequences of the pass that has paused; none: there is no such pass."""
+        """The sequences of the pass that has paused. Empty if no pass has paused."""
         return [sequence for sequence, _ in self._paused.pieces] if self._paused else []
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """The pieces for the next call of `go_on`: sequences, and how many tokens of each."""
+        """The pieces of prompts for the next call of `go_on`: sequences, and how many tokens of
+        each to read."""
         return self._paused.pieces if self._paused else self._scheduler.next_pieces()
 
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
         """Computes the next layers of a pass, all of them if no other sequence waits for it.
 
         Returns:
-            The results of the pieces (`Runner.read`) once the pass is done; None: it pauses.
+            The results of the pieces (see `Runner.read`) if the pass is done. None: it pauses.
         """
         paused = self._paused or self._begin(pieces)
         reading = paused.reading
@@ -70,8 +71,8 @@ class PromptReader:
             self.pace.note_read(whole, time.perf_counter() - began)
         if reading.layers_left:
             if self._paused is None:
-                # Some layers have lost the tokens that the new tokens replace: nobody may copy
-                # these.
+                # In some layers the new tokens have replaced older ones. This note says so, and
+                # nobody copies the older tokens any more.
                 for sequence, count in pieces:
                     self._pool.note_drafts(sequence.place, count - 1)
             self._paused = paused
@@ -94,8 +95,8 @@ class PromptReader:
 
     def forget_if_lost(self) -> None:
         """Gives up a pass that has paused if one of its sequences was put back meanwhile. Puts the
-        other sequences back too: the pass may have replaced keys that their pieces have to see
-        again."""
+        other sequences back too: the pass may have replaced keys that these sequences' pieces need
+        when they are read again."""
         if self._paused is None:
             return
         placed = zip(self.paused, self._paused.extents, strict=True)

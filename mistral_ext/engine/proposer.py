@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 _MOST_MATCHING = 8  # longer matches are not told apart
 
-# The share of drafts of each kind that are right before any was checked: by the number of tokens
-# that match; then for what a grammar forces; by a draft model's probability; and by the kinds of
-# `StateGuesses`. It counts as much as so many checks.
+# The expected share of right drafts of each kind, before any was checked. There are kinds by the
+# number of tokens that match, a kind for what a grammar forces, kinds by a draft model's
+# probability, and the kinds of `StateGuesses`, in this order. This share counts as much as
+# _EXPECTED_WEIGHT checks.
 _EXPECTED = (
     *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95),
     *(0.3, 0.5, 0.7, 0.9),
@@ -47,11 +48,12 @@ class Proposer:
 
     Args:
         ids: the tokens of the sequence, a list that grows.
-        ends: tokens that end it. They are never proposed: nothing comes behind them, and the pass
-            that reads the token before one chooses it anyway.
+        ends: the tokens that end the sequence. They are never proposed: nothing comes behind them,
+            and the pass that reads the token before such a token chooses it anyway.
 
     Attributes:
-        gain: tokens that drafts have gained so far; negative: lost.
+        gain: the number of tokens that drafts have gained so far. Negative if drafts have cost more
+            than they gained.
     """
 
     def __init__(self, ids: List[int], ends: Collection[int] = ()) -> None:
@@ -66,11 +68,12 @@ class Proposer:
         self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)
 
     def propose(self, most: int, matcher: Matcher | None) -> list[tuple[int, float]]:
-        """Tokens that may follow, each with the chance that it is right if all before it are.
+        """Proposes tokens that may follow. Each comes with the chance that it is right if all
+        tokens before it are.
 
         Args:
-            most: tokens to propose at most.
-            matcher: what the sequence has to match; None: nothing.
+            most: the most tokens to propose.
+            matcher: says what the sequence has to match. None: it need not match anything.
         """
         self._check()
         guesses = self._matching(most, matcher) if matcher else self._repeated(most)
@@ -80,17 +83,19 @@ class Proposer:
 
     @property
     def hope(self) -> float:
-        """The chance that a guess of a draft model is right, before it is made."""
+        """The chance that the next guess of a draft model is right, before the model has made
+        it."""
         of_model = slice(_BY_MODEL, _BY_STATE)
         return sum(self._right[of_model]) / sum(self._checked[of_model])
 
     def prefers_model(self, guesses: List[tuple[int, float]]) -> bool:
-        """Whether a draft model's guesses are more likely than these, which `propose` gave."""
+        """Whether a draft model's guesses are likelier to be right than `guesses`, the result of
+        `propose`."""
         return not guesses or guesses[0][1] < self.hope
 
     def chance_by_model(self, index: int, token: int, probability: float) -> float:
-        """The chance of a token that a draft model guesses with this probability. It takes the
-        place of proposed token `index` and of those behind it."""
+        """The chance that a token is right which a draft model guesses with this probability. The
+        token takes the place of the proposed token `index` and of all tokens behind that."""
         kind = _BY_MODEL + min(int(4 * probability), 3)
         self._proposed[index:] = [(token, kind)]
         return self._chance(kind)
@@ -100,18 +105,17 @@ class Proposer:
 
         Args:
             accepted: how many were right.
-            cost: of the drafts, in tokens that could have been generated instead.
+            cost: the cost of the drafts, in tokens that could have been generated instead.
         """
         self.gain = min(self.gain + accepted - cost, _MOST_GAIN)
 
     def note_wait(self) -> None:
-        """Counts a wait for the tokens of the steps under way: the next step is not launched before
-        they are read."""
+        """Counts what it costs that the next step waits for the tokens of the steps under way."""
         self.gain -= _COST_OF_A_WAIT
 
     def _check(self) -> None:
-        """Counts which of the proposed tokens were right, also of those that were in no pass, as
-        far as the tokens in their places are known."""
+        """Counts which of the proposed tokens were right, as far as the tokens in their places are
+        known. Proposed tokens that were in no pass count, too."""
         for (token, kind), came in zip(self._proposed, self._ids[self._begin :], strict=False):
             self._right[kind] = _FORGETTING * self._right[kind] + (token == came)
             self._checked[kind] = _FORGETTING * self._checked[kind] + 1
@@ -123,8 +127,8 @@ class Proposer:
         return self._right[kind] / self._checked[kind]
 
     def _repeated(self, most: int) -> list[tuple[int, int]]:
-        """The tokens that followed the last tokens earlier in the text, each with its kind; none if
-        the last tokens are new."""
+        """The tokens that followed the last tokens earlier in the text, each with its kind. Empty
+        if the last tokens are new."""
         place = self._repeats.place()
         tokens: list[int] = []
         guesses: list[tuple[int, int]] = []

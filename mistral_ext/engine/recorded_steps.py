@@ -1,7 +1,8 @@
 """Decode steps on the CPU without Python between their kernels, as a CUDA graph has them on a GPU.
 
-A step is recorded for each number of tokens. Tokens, positions and places are data: they are copied
-to where the recording reads them. A recording lasts until a weight of the model is replaced.
+A step is recorded for each number of tokens. Tokens, positions and places in the cache are data:
+before each step they are copied to where the recording reads them. A recording lasts until a weight
+of the model is replaced.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class RecordedSteps:
 
     @torch.inference_mode()
     def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
-        """What `Transformer.step` returns, which the next call overwrites; and whether later such
-        calls take as long: nothing was recorded.
+        """Returns the result of `Transformer.step`, which the next call overwrites, and whether
+        later calls of this size take as long. They do not if this call recorded the step.
 
         Args:
             token_ids: [T] int64.
             table: [T, 5] int64, the sequence table.
-            adapters: as of `Transformer.step`.
+            adapters: the argument of `Transformer.step`.
         """
         size = len(token_ids)
         if adapters is not None or size > MOST_ROWS:

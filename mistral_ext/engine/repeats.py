@@ -17,9 +17,10 @@ class Place(NamedTuple):
 
     Attributes:
         source: the position of the token that may follow.
-        matching: tokens before it that are equal to the last ones of the text; 0: there is no such
-            place.
-        left: the position where the last match of two tokens or more ended; -1: there was none.
+        matching: how many tokens before it are the same as the last tokens of the text. 0: there is
+            no such place.
+        left: the position where the last match of two tokens or more ended. -1: there was no such
+            match.
     """
 
     source: int = 0
@@ -27,7 +28,7 @@ class Place(NamedTuple):
     left: int = -1
 
     def next(self) -> Place:
-        """The place behind the token that was expected."""
+        """The next place, if the expected token has followed."""
         return Place(self.source + 1, self.matching + 1, self.left)
 
 
@@ -45,7 +46,8 @@ class Repeats:
         self._place = Place()
 
     def place(self) -> Place:
-        """Where the last tokens of the text stood before: the most tokens, the last time."""
+        """The place behind an earlier occurrence of the last tokens of the text: of as many tokens
+        as possible, and the latest such occurrence."""
         ids = self._ids
         for i in range(self._indexed, len(ids)):
             last = ids[max(0, i - 2) : i + 1]
@@ -57,7 +59,8 @@ class Repeats:
         return self._place
 
     def token(self, place: Place, guesses: List[int]) -> int | None:
-        """The token that may follow the text and some guesses; None: they stand nowhere before."""
+        """The token that may follow the text and some guesses. None: the last of these tokens stand
+        nowhere earlier in the text."""
         if not place.matching:
             return None
         past = place.source - len(self._ids)
@@ -70,8 +73,8 @@ class Repeats:
         return self._moved(place, last, -1 if before is None else before, len(self._ids))
 
     def _moved(self, place: Place, last: List[int], expected: int, end: int) -> Place:
-        """The place behind a token, the last of `last`, where another one was expected. Tokens
-        before the position `end` are earlier text."""
+        """The next place, after the token last[-1] has followed where `expected` was expected.
+        Tokens before the position `end` are earlier text."""
         source, matching, left = place
         if matching and expected == last[-1]:
             source, matching = source + 1, matching + 1

@@ -52,7 +52,8 @@ class Completion:
     tool_calls: Sequence[ToolCall] = ()
 
     def divided(self, parser: ToolParser) -> Completion:
-        """The completion, whose outputs a parser has taken, with its calls apart from its text."""
+        """This completion with calls of tools apart from its text. `parser` has read all outputs of
+        the completion."""
         reason = parser.reason(self.finish_reason)
         return replace(self, text=parser.content, finish_reason=reason, tool_calls=parser.calls)
 
@@ -63,22 +64,24 @@ class Request:
 
     Args:
         prompt_ids: at least one token id.
-        params: how to choose tokens. None: choose none, only read the prompt, for its logits.
-        max_length: tokens of prompt and completion together, at most.
+        params: how to choose tokens. None: only read the prompt, for its logits, and choose no
+            tokens.
+        max_length: the most tokens of prompt and completion together.
         eos_ids: tokens that end the completion.
         index: which of the prompt's n completions this is.
         text: turns the completion's token ids into text; None without a tokenizer.
         prompt_logits: also give the logits that follow each token of the prompt, from the token
             `logits_from` on. The tokens before it may come from the cache.
-        hidden: the same with hidden states, after the last norm.
-        chunk: tokens of the prompt to read in one pass, exactly; None: as many as the engine likes.
+        hidden: give hidden states, after the last norm, in place of these logits.
+        chunk: the exact number of tokens of the prompt to read in one pass. None: the engine
+            decides.
         salt: a cached prefix serves only requests of the same salt.
         reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
             conversation then need not read its replies again. But the keys and values of a
             generated token differ in their last bits from the keys and values of a prompt's token,
             so the text may depend on what is still in the cache.
-        grammar: what the completion has to match; None: nothing.
-        adapter: what is added to the model's weights; None: nothing.
+        grammar: what the completion has to match. None: it need not match anything.
+        adapter: the adapter to use. None: the model's own weights are used alone.
     """
 
     prompt_ids: Sequence[int]
@@ -98,7 +101,7 @@ class Request:
 
     @property
     def adapter_slot(self) -> int:
-        """The slot of its adapter; -1: it has none."""
+        """The slot of the request's adapter. -1: it has none."""
         return -1 if self.adapter is None else self.adapter.slot
 
     @property
@@ -108,7 +111,7 @@ class Request:
 
     @property
     def reports_prompt(self) -> bool:
-        """Whether it needs results for tokens of the prompt, from `logits_from` on."""
+        """Whether the request needs results for tokens of its prompt, from `logits_from` on."""
         return self.prompt_logits or self.hidden
 
 

@@ -23,11 +23,11 @@ class Piece:
     """Tokens of a prompt to read.
 
     Attributes:
-        extent: where its keys and values go.
+        extent: the extent that stores the keys and values of the tokens.
         token_ids: the tokens.
         logits: how many of the last tokens to compute logits for.
-        adapter: the slot of its adapter; -1: none.
-        hidden: give their hidden states in place of the logits.
+        adapter: the slot of the sequence's adapter. -1: it has no adapter.
+        hidden: give the hidden states of these tokens in place of logits.
     """
 
     extent: Extent
@@ -46,7 +46,8 @@ class Step:
             could be chosen.
         logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
             `ahead` later steps of N sequences have been launched.
-        is_usual: later such steps take as long: nothing was prepared for it, or recorded in it.
+        is_usual: whether later steps of this size take as long. They do not if something was
+            prepared for this step, or recorded in it.
     """
 
     token_ids: Callable[[], list[int]]
@@ -60,8 +61,8 @@ class Verified:
 
     Attributes:
         logits: [T, V] fp32, a row for each token that was read.
-        largest: [T], the id of the largest logit of each row, -1 where there is none; None if not
-            all sequences take the largest logit: the caller draws.
+        largest: [T], the id of the largest logit of each row, -1 where there is none. None: some
+            sequence does not take the largest logit, so the caller has to draw.
     """
 
     logits: Tensor
@@ -103,7 +104,7 @@ class Reading:
         return len(self._model.layers) - self._done
 
     def advance(self, layers: int | None = None) -> None:
-        """Computes the next layers; None: all that are left."""
+        """Computes the next `layers` layers. None: all layers that are left."""
         begin, left = self._done, self.layers_left
         self._done += left if layers is None else min(layers, left)
         self._h = self._model.step(
@@ -118,7 +119,7 @@ class Reading:
         )
 
     def results(self) -> list[Tensor]:
-        """The logits or hidden states of each piece, as of `Runner.read`; all layers are done."""
+        """The result of `Runner.read`, once all layers are done."""
         h, pieces, model = self._h, self._pieces, self._model
         assert h is not None
         if not self._has_results:
@@ -150,7 +151,7 @@ class Runner:
         sampler: the state of sampling.
 
     Attributes:
-        ahead: decode steps that may be under way when another is launched.
+        ahead: how many decode steps may be under way when another is launched.
         pauses: whether passes over prompts are made in parts while other sequences generate. Their
             time can be measured only where they are done when their call returns.
     """
@@ -193,8 +194,8 @@ class Runner:
         Args:
             extents: the sequences' places in the cache.
             rows: the sequences' rows of the sampler.
-            token_ids: the N tokens to read; None: the tokens that the step before samples, which
-                must have the same sequences.
+            token_ids: the N tokens to read. None: the tokens that the step before samples. That
+                step must have the same sequences.
             adapters: the slots of the sequences' adapters, or -1; empty: no sequence has an
                 adapter.
         """
@@ -218,7 +219,7 @@ class Runner:
         """Reads the next token of each of N sequences, and drafts of the tokens behind it.
 
         Args:
-            extents, rows, adapters: as of `launch`.
+            extents, rows, adapters: the arguments of `launch` with these names.
             token_ids: for each sequence its next token and its drafts.
         """
         counts = list(map(len, token_ids))
@@ -247,8 +248,8 @@ class Runner:
     def _step(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]
     ) -> tuple[Tensor, bool]:
-        """[T, E], the residual stream of T tokens, each with a row of the table and an adapter; and
-        `is_usual`."""
+        """Runs the layers for T tokens, each with a row of the table and an adapter. Returns the
+        residual stream [T, E], and `is_usual` as in `Step`."""
         device = self._model.device
         tokens, slots = _int64(token_ids, device), _slots(adapters, device)
         if self._recorded is not None:
@@ -266,7 +267,8 @@ def captures_steps() -> bool:
 def choose(
     model: Transformer, sampler: Sampler, h: Tensor, rows: Tensor, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """(logits [N, V], token ids [N]) of a step; greedy: no row needs a draw of `sampler`."""
+    """Returns (logits [N, V], token ids [N]) of a step. With `greedy` no row needs a draw of
+    `sampler`."""
     if greedy:
         return model.greedy(h, sampler.vocab_size)
     logits = model.logits(h)

@@ -28,13 +28,13 @@ class Sampler:
     The state of a completion is a row of a few tensors on the device: see `ops.sample`.
 
     Args:
-        rows: completions at a time.
+        rows: the number of completions at a time.
         vocab_size: V, the number of ids that may be chosen.
-        device: where the logits are.
+        device: the device of the logits.
         holes: ids below V that no token has, and that are never chosen.
 
     Attributes:
-        vocab_size: as given.
+        vocab_size: the argument of this name.
     """
 
     def __init__(
@@ -68,12 +68,13 @@ class Sampler:
         """Gives a row to a completion.
 
         Args:
-            row: 0 to rows - 1; its last completion has ended.
+            row: the row, 0 to rows - 1. The completion that had it last must have ended.
             params: the options.
             prompt_ids: tokens of the prompt, for the repetition penalty.
             index: which of the prompt's n completions this is.
             completion_ids: tokens that were drawn already.
-            seed: seed of the draws, [0, 2^64); None: the options' seed, or a fresh seed.
+            seed: the seed of the draws, 0 to 2^64 - 1. None: the seed of the options, or a random
+                seed if they have none.
 
         Raises:
             ValueError: logit_bias has a token that is not in the vocabulary.
@@ -111,11 +112,11 @@ class Sampler:
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
     def follow(self, other: Sampler, rows: Sequence[int]) -> None:
-        """Takes over what some completions have in another sampler of as many rows and tokens. If
-        none of them needs a draw (`needs_no_draw`), no more than this is taken over.
+        """Copies the state of some completions from another sampler, which has as many rows and
+        tokens. If none of them needs a draw (`needs_no_draw`), only this fact is noted.
 
         Args:
-            rows: the completions' rows, the same in both.
+            rows: the rows of the completions, which are the same in both samplers.
         """
         for row in rows:
             self._plainly_greedy[row] = other._plainly_greedy[row]
@@ -135,7 +136,7 @@ class Sampler:
         """Has a row choose among some tokens only, until the next call of this or of `start`.
 
         Args:
-            row: as in `start`, which comes before.
+            row: a row that `start` has given to a completion.
             allowed: [V or more], whether a token may be chosen.
         """
         if self._bias is None:

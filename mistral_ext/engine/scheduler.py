@@ -40,11 +40,11 @@ class Scheduler:
 
     Args:
         pool: cache memory.
-        rows: sequences that may generate at a time.
-        chunk: tokens of prompts to read in a pass, at most, while nobody generates.
-        busy_chunk: the same while somebody does.
+        rows: the number of sequences that may generate at a time.
+        chunk: the most tokens of prompts to read in a pass while no sequence generates.
+        busy_chunk: the most tokens of prompts to read in a pass while a sequence generates.
         few_tokens: passes of up to this many tokens round differently from passes of LEAST_PIECE
-            tokens. So a prompt of so few is read alone. No fewer than FEW_TOKENS.
+            tokens, so a prompt of so few tokens is read alone. At least FEW_TOKENS.
 
     Attributes:
         waiting: sequences that are not admitted yet, in the order of service.
@@ -52,7 +52,7 @@ class Scheduler:
         decoding: sequences that generate, in the order of admission.
         prefixes: extents that ended requests have left.
         preemptions: how often a sequence was put back.
-        busy_chunk: as given, and no more than `chunk`; the engine may change it.
+        busy_chunk: the argument of this name, limited to `chunk`. The engine may change it.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Scheduler:
         """Queues a sequence.
 
         Raises:
-            ValueError: it can never fit into the cache.
+            ValueError: the sequence can never fit into the cache.
         """
         needed = self._needed(sequence)
         if needed > self._pool.slots:
@@ -167,7 +167,7 @@ class Scheduler:
         """Lets go of a sequence that has ended, wherever it is.
 
         Args:
-            keep: its keys and values are sound, and other requests may use them.
+            keep: whether its keys and values are sound, so that other requests may use them.
         """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -213,7 +213,8 @@ class Scheduler:
         return not any(self._is_worth_waiting_for(s, sequence) for s in self.reading)
 
     def _is_worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
-        """Whether another sequence is reading tokens that this one would have to read as well."""
+        """Whether `other` is reading tokens that `sequence` would have to read as well, if it did
+        not wait."""
         if other.request.prefix_owner != sequence.request.prefix_owner:
             return False
         if other.request.chunk is not None:
@@ -233,7 +234,8 @@ class Scheduler:
         return extent, 0 if match is None else match.exact
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Gives a sequence room for one more token; at worst the sequence itself is put back."""
+        """Gives a sequence room for one more token. If there is none, puts back the sequences that
+        came last, which may include this one."""
         while sequence.extent is not None and not self.prefixes.grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
 
@@ -244,7 +246,7 @@ def _goes_on(sequence: Sequence) -> bool:
 
 
 def _piece(unread: int, budget: int) -> int:
-    """Tokens of a prompt to read next. Neither they nor the remaining tokens are fewer than
-    LEAST_PIECE, so they may exceed the budget a little."""
+    """How many tokens of a prompt to read next. Neither this piece nor the rest of the prompt may
+    have fewer than LEAST_PIECE tokens, so the piece may exceed the budget a little."""
     count = min(budget, unread - LEAST_PIECE)
     return count if count >= LEAST_PIECE and unread > budget else unread

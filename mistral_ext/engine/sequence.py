@@ -19,25 +19,26 @@ class Sequence:
     """The tokens of a request, and where they are.
 
     Args:
-        request_id: the engine's name for it; later requests have larger ones.
-        request: as given to the engine.
+        request_id: the id that the engine gave to the request. Later requests have larger ids.
+        request: the request, as the engine got it.
         vocab_size: number of ids that may be sampled.
         holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
-        ids: the prompt, then what was generated.
-        seed: the seed of its draws.
-        extent: its slots of the cache; None while it waits.
-        row: its row of the sampler; None while it waits.
+        ids: the tokens of the prompt, then those that were generated.
+        seed: the seed of the draws of its tokens.
+        extent: the sequence's slots of the cache. None while it waits.
+        row: the sequence's row of the sampler. None while it waits.
         exact: tokens at the beginning of the extent that were read as parts of a prompt.
-        reported: tokens of the prompt that need no result: it was given, or is not asked for.
-        is_drawing: the sampler's row is in the state that the next draw needs.
-        was_put_back: it ran before, and lost its place.
-        finish_reason: why it has ended; None while it goes on.
-        is_aborted: nobody waits for its outputs any more.
-        matcher: says which tokens may come next; None: all.
-        proposer: guesses its next tokens.
-        drafted, accepted: drafts that were checked, and those of them that were right.
+        reported: how many tokens of the prompt need no result any more, because it was given or is
+            not asked for.
+        is_drawing: whether the sampler's row is in the state that the next draw needs.
+        was_put_back: whether the sequence ran before, and lost its place in the cache.
+        finish_reason: why the sequence has ended. None while it goes on.
+        is_aborted: whether the request was aborted, so that nobody waits for its outputs.
+        matcher: says which tokens may come next. None: any token may.
+        proposer: guesses the next tokens.
+        drafted, accepted: the numbers of drafts that were checked, and of those that were right.
     """
 
     def __init__(
@@ -78,13 +79,14 @@ class Sequence:
 
     @property
     def place(self) -> Extent:
-        """Its extent, while it runs."""
+        """The sequence's extent. The sequence must be running."""
         assert self.extent is not None
         return self.extent
 
     @property
     def sampler_row(self) -> int:
-        """Its row of the sampler, while it runs and is to generate."""
+        """The sequence's row of the sampler. The sequence must be running, and be one that
+        generates tokens."""
         assert self.row is not None
         return self.row
 
@@ -106,7 +108,7 @@ class Sequence:
 
     @property
     def is_open(self) -> bool:
-        """Whether it goes on, as far as is known."""
+        """Whether the sequence goes on, by the tokens that are known so far."""
         return self.finish_reason is None and not self.is_aborted
 
     def note_read(self, count: int) -> None:
@@ -126,7 +128,7 @@ class Sequence:
         return Output(self.request_id, prompt_logits=results)
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
-        """Takes the next token, sampled from logits [V or more]."""
+        """Appends the next token, which was sampled from logits [V or more]."""
         self._last = time.perf_counter()
         if len(self.ids) == self.prompt_length:
             self._first = self._last

@@ -17,7 +17,7 @@ A ring here has more slots than the window. The additional slots are its *slack*
 be taken back (`rewind`), and the next query still finds all keys that it sees.
 
 An extent begins small. When it is full it grows to twice its size, up to the most that its sequence
-can need: a ring, or without a window its longest length. To grow, an extent is copied once.
+can need: a ring, or without a window its longest length. When it grows, its tokens are copied once.
 
 Mistral 7B takes 131,072 bytes a token in bfloat16, over its 32 layers.
 """
@@ -52,9 +52,9 @@ class Extent:
 
     Attributes:
         first: its first slot in the pool.
-        capacity: C, its slots.
+        capacity: C, the number of its slots.
         most: slots that it may grow to.
-        length: tokens of the sequence that have been stored.
+        length: the number of tokens of the sequence that have been stored.
         oldest: the first position whose slot no later token has taken.
     """
 
@@ -69,13 +69,14 @@ class SlotPool:
     """Gives out extents of the cache.
 
     Args:
-        config: gives the layers, key/value heads, head dimension and window.
-        slots: size of the pool.
-        dtype, device: of the keys and values.
+        config: the model's configuration, which gives layers, key/value heads, head dimension and
+            window.
+        slots: the number of slots of the pool.
+        dtype, device: the dtype and device of the keys and values.
 
     Attributes:
         k, v: a tensor [R, D] per layer, R = Hkv * slots.
-        slots, window: as given.
+        slots, window: the number of slots, and the window of the model.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class SlotPool:
         """Allocates an empty extent.
 
         Args:
-            length: tokens that it has to have slots for at once.
+            length: the number of tokens for which it must have slots at once.
             most: slots that it may grow to.
 
         Returns:
@@ -180,8 +181,9 @@ class SlotPool:
         attention computes each with the bits of a step that has one token.
 
         Args:
-            extents: of the sequences.
-            counts: for each of them its next token and its drafts, at most 1 + `room_for_drafts`.
+            extents: the extents of the sequences.
+            counts: for each sequence the number of its tokens, the next one and the drafts: at most
+                1 + `room_for_drafts`.
 
         Returns:
             [T, 5] int64 on the CPU.
@@ -194,7 +196,8 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def append(self, counts: Mapping[Extent, int]) -> Tensor:
-        """Returns `table`, and counts the new tokens as stored: for a call that is made next."""
+        """Returns `table`, and counts the new tokens as stored. The call that stores them must be
+        made next."""
         table = self.table(counts)
         for extent, count in counts.items():
             self.advance(extent, count)
@@ -206,8 +209,9 @@ class SlotPool:
         extent.oldest = max(extent.oldest, extent.length - extent.capacity)
 
     def room_for_drafts(self, extent: Extent) -> int:
-        """How many tokens may be stored behind the next one before any of them attends. An extent
-        does not grow for them, and none takes a slot that the next token sees."""
+        """How many drafts may be stored behind the next token, before any of these tokens attends.
+        The extent does not grow for drafts, and no draft may take a slot that the next token
+        sees."""
         unused = extent.capacity - extent.length - 1
         unseen = 0 if self.window is None else extent.capacity - self.window
         return max(0, unused, unseen)
@@ -258,7 +262,8 @@ class SlotPool:
 
 
 def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list[tuple[int, int]]]:
-    """(first of `count` consecutive free slots, the lowest there are; the free ranges then)."""
+    """Takes the lowest `count` consecutive free slots. Returns the first of them, or None if there
+    are none, and the free ranges that are left."""
     for i, (first, available) in enumerate(free):
         if available >= count:
             rest = [(first + count, available - count)] if available > count else []

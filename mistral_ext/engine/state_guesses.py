@@ -14,11 +14,11 @@ _MOST_RUN = 3  # longer runs are not told apart
 
 
 class StateGuesses:
-    """What a completion wrote in the states of its grammar.
+    """Remembers what a completion wrote in each state of its grammar.
 
     Args:
         ids: the tokens of the sequence, a list that grows.
-        states: `Matcher.states` of its completion, a list that grows with it.
+        states: the list `Matcher.states` of the completion, which grows with it.
     """
 
     def __init__(self, ids: List[int], states: List[int]) -> None:
@@ -26,12 +26,13 @@ class StateGuesses:
         self._states = states
         self._begin = len(ids) - len(states) + 1  # of what has to match
         self._noted = 0
-        # Last states -> the token that followed the last time, and how many times in a row it did;
-        # 0 times if it was another one before. What changes is content rather than form.
+        # Last states -> the token that followed the last time, and how many times in a row it did.
+        # The number is 0 if another token followed before: a token that changes is content rather
+        # than form.
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def update(self) -> None:
-        """Takes the tokens that have been added to the sequence."""
+        """Notes the tokens that have been added to the sequence."""
         for i in range(self._noted, len(self._states) - 1):
             token_id = self._ids[self._begin + i]
             for n in range(1, min(STATES, i + 1) + 1):
@@ -41,11 +42,12 @@ class StateGuesses:
         self._noted = len(self._states) - 1
 
     def guesses(self, states: List[int]) -> Iterator[tuple[int, int]]:
-        """Tokens that may follow, each behind its kind: for as many states as are the same, from
-        `STATES` down to 1, a kind for each length of run.
+        """Yields (kind, token) for tokens that may follow. The last states are looked up, first
+        `STATES` of them, then fewer, down to 1. There is a kind for each number of states and each
+        number of times in a row that the token followed.
 
         Args:
-            states: the last `STATES` or fewer, the present one included.
+            states: the last states, `STATES` or fewer, with the present state at the end.
         """
         for n in range(len(states), 0, -1):
             found = self._after.get(tuple(states[-n:]))

@@ -13,8 +13,8 @@ class Stream:
     """Iterator over the text of one completion.
 
     Args:
-        outputs: of the engine, for this completion alone.
-        parser: takes calls of tools out of the text; None: there are none.
+        outputs: the outputs of the engine for this completion alone.
+        parser: takes calls of tools out of the text. None: the completion has no calls.
 
     Attributes:
         token_ids: the tokens generated so far.

@@ -1,14 +1,15 @@
 """How far the predictions of one model are from those of another, on the same text.
 
-It says what a quantisation costs: the Kullback-Leibler divergence of the second model's next-token
-probabilities from the first model's, in nats a token, how often both have the same most likely
-token, and both perplexities. Both models read the same tokens, in pieces of the same size.
+The comparison shows what a quantisation costs. It gives the Kullback-Leibler divergence of the
+second model's next-token probabilities from the first model's, in nats for each token, how often
+both have the same most likely token, and both perplexities. Both models read the same tokens, in
+pieces of the same size.
 
 CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as
-when tokens are generated. But some do so for few tokens only: with weights in `iq4_nl` and `iq4_xs`
-those of x86 without VNNI, and in bf16 those of x86 that multiply bf16. To see there what
-generated tokens get, pass chunk=8. To see what the weights alone cost anywhere, call
-`ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
+when tokens are generated. But some CPUs do so for few tokens only: CPUs of x86 without VNNI with
+weights in `iq4_nl` and `iq4_xs`, and CPUs of x86 that multiply bf16 with activations in bf16. On
+those, pass chunk=8 to see what generated tokens get. To see what the weights alone cost anywhere,
+call `ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Comparison:
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """exp of `nlls`."""
+        """The perplexity of each model: exp of `nlls`."""
         first, second = (math.exp(min(nll, 700.0)) for nll in self.nlls)
         return first, second
 
@@ -68,16 +69,18 @@ def compare(
     """Compares two models on texts.
 
     Args:
-        first, second: models with the same tokens; the first is the standard.
+        first, second: models with the same tokens. The first is the standard that the second is
+            compared with.
         texts: each is read after a beginning-of-text token. If a text has more tokens than a model
             without a window knows positions, its first part is read.
         progress: show a progress bar if stderr is a terminal.
-        chunk: tokens in a piece; up to 8 are rounded as generated tokens are. Its logits take
-            chunk * vocabulary * 4 bytes, of each model.
-        adapters: the names of a loaded adapter of each model; None: none.
+        chunk: the number of tokens in a piece. Up to 8 are rounded as generated tokens are. The
+            logits of a piece take chunk * vocabulary * 4 bytes for each model.
+        adapters: for each model the name of a loaded adapter. None: the model is used without an
+            adapter.
 
     Raises:
-        ValueError: a text is too short, the models have other tokens, or a model does not write
+        ValueError: a text is too short, the models have different tokens, or a model does not write
             text.
     """
     if chunk < 1:
@@ -128,7 +131,8 @@ def _same_ids(first: Mistral, second: Mistral, text: str, name: str) -> list[int
 def _logprobs(
     llm: Mistral, ids: Sequence[int], size: int, chunk: int, adapter: str | None
 ) -> Iterator[Tensor]:
-    """Log-probabilities after each token, [n, size] fp32 on the CPU, in pieces of `chunk`."""
+    """Yields the log-probabilities of the next token after each token, [n, size] fp32 on the CPU,
+    in pieces of `chunk` tokens."""
     used = llm.adapters.find(adapter)
     request = Request(ids, None, len(ids), prompt_logits=True, chunk=chunk, adapter=used)
     for output in llm.engine.outputs([request]):

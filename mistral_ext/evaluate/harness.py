@@ -49,16 +49,18 @@ def evaluate(
         llm: the model.
         tasks: names of the harness' tasks and groups, paths of task files (YAML), or the dicts that
             such files hold.
-        num_fewshot: examples before each question; None: as the tasks say.
-        limit: questions of each task: so many, or below 1 this share of them. None: all.
-        chat: put questions in the model's chat template.
-        system: a system prompt.
-        cache: prefix of the files in which answers are kept; a later call goes on from them. None:
-            keep none.
-        run_code: let tasks run the programs that the model writes, on this machine.
+        num_fewshot: the number of examples before each question. None: the number that the task
+            sets.
+        limit: the number of questions of each task, or their share if it is below 1. None: all
+            questions.
+        chat: whether to put questions in the model's chat template.
+        system: a system prompt. None: there is none.
+        cache: the prefix of the names of files in which answers are kept. A later call goes on from
+            these answers. None: answers are not kept.
+        run_code: whether tasks may run the programs that the model writes, on this machine.
         include: a folder with more tasks.
         progress: show progress bars if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
         options: more arguments of `lm_eval.simple_evaluate`.
 
     Returns:
@@ -93,7 +95,7 @@ def evaluate(
 
 
 def _task(task: str | dict[str, Any], known: Sequence[str]) -> str | dict[str, Any]:
-    """A task as the harness takes it."""
+    """A task in the form that the harness takes."""
     if isinstance(task, str) and _is_file(task):
         if not Path(task).is_file():
             raise FileNotFoundError(2, "No such file or directory", task)
@@ -110,12 +112,12 @@ def _is_file(task: str) -> bool:
 
 
 def harness_model(llm: Mistral, progress: bool = True, adapter: str | None = None) -> LM:
-    """A model as the harness' functions take it.
+    """Makes a model that the harness' functions take.
 
     Args:
         llm: the model.
         progress: show progress bars if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Raises:
         ImportError: lm_eval is missing.
@@ -138,7 +140,7 @@ class HarnessModel:
     Args:
         llm: the model.
         progress: show progress bars if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
     """
 
     def __init__(self, llm: Mistral, progress: bool = True, adapter: str | None = None) -> None:
@@ -163,12 +165,12 @@ class HarnessModel:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that the model can see and predict together; None: no limit."""
+        """The most tokens that the model can see and predict together. None: there is no limit."""
         return self._llm.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells tokenizers apart in the harness' cache of requests."""
+        """A name that tells tokenizers apart in the harness' cache of requests."""
         return str(self._tokenizer.path).replace("/", "__")
 
     def tok_encode(
@@ -178,8 +180,8 @@ class HarnessModel:
 
         Args:
             string: the text.
-            add_special_tokens: begin with <s>; None: if the model's texts do, and the text does not
-                spell it out.
+            add_special_tokens: whether the ids begin with <s>. None: they do if the model's texts
+                begin so, and if the text does not spell out <s> itself.
         """
         if string in self._chats:
             return self._chats[string]
@@ -198,7 +200,8 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """The results of requests: texts (or None), tokens of the context, of the continuation."""
+        """The results of requests. A request has texts (or None), the tokens of a context and the
+        tokens of its continuation."""
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for i, result in likelihoods(self._llm, pairs, self._progress, self._adapter):
@@ -255,11 +258,13 @@ class HarnessModel:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation, up to the reply; it stands for the tokens of `Mistral.chat`.
+        """The text of a conversation, up to the reply. When the harness gives this text back, it is
+        encoded as the tokens of `Mistral.chat`.
 
         Args:
             chat_history: messages, {"role": ..., "content": ...}.
-            add_generation_prompt: False: the last message is the beginning of the reply.
+            add_generation_prompt: whether the model is to reply to the last message. If False, the
+                last message is the beginning of the reply.
         """
         begun = "" if add_generation_prompt else chat_history[-1]["content"]
         ids = self._llm.encode_chat(chat_history if add_generation_prompt else chat_history[:-1])
@@ -272,14 +277,15 @@ class HarnessModel:
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """The template, for the harness' records; "" if none is used."""
+        """The chat template, for the harness' records. It is "" if no template is used."""
         if not chat_template:
             return ""
         template = self._llm.chat_template()
         return template if isinstance(template, str) else template.source()
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Drops the first tokens of what the model cannot see as a whole."""
+        """Drops the first tokens of a context that the model cannot see as a whole with its
+        continuation."""
         if self.max_length is None:
             return context, continuation
         ids = [*context, *continuation][-(self.max_length + 1) :]
@@ -298,7 +304,7 @@ class HarnessModel:
         return ids[-(self.max_length - max_tokens) :]
 
     def _params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """A task's options of a completion."""
+        """The options of a completion that a task sets."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         options = normalize_gen_kwargs(dict(given), _MAX_TOKENS)

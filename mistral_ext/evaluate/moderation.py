@@ -24,9 +24,9 @@ class Case:
     """A content whose category is known.
 
     Attributes:
-        content: a text; or messages, the last of which is meant.
+        content: a text, or messages, of which the last one is judged.
         expected: one of `LABELS`, or `FLAGGED`.
-        place: where it was read, for messages.
+        place: where the content was read, for error messages.
     """
 
     content: str | Sequence[Mapping[str, Any]]
@@ -36,16 +36,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often contents of a category got a category.
+    """How often the model gave each category to contents of each known category.
 
     Attributes:
-        counts: by (expected, found); found is one of `LABELS`.
+        counts: the number of contents for each (expected, found). `found` is one of `LABELS`.
     """
 
     counts: Mapping[tuple[str, str], int]
 
     def precision(self, label: str) -> float | None:
-        """The share of contents found to be `label` that are. None: there are none.
+        """Of the contents that the model found to be `label`, the share that are. None: it found no
+        content to be `label`.
 
         Contents known only as flagged may be of any category, so they count for none.
         """
@@ -53,7 +54,8 @@ class Confusion:
         return _share(self._both(label), self._count(found=label) - unknown)
 
     def recall(self, label: str) -> float | None:
-        """The share of contents which are `label` that were found. None: there are none."""
+        """Of the contents that are `label`, the share that the model found to be. None: no content
+        is `label`."""
         return _share(self._both(label), self._count(expected=label))
 
     @property
@@ -133,14 +135,14 @@ def moderate(
         llm: an Instruct model.
         cases: the contents.
         progress: show a progress bar if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Yields:
         The index of a case, and what the model thinks of it, in the order in which they are done.
 
     Raises:
-        ValueError: the model cannot read a content, which is too long for instance; names its
-            place, before any is read.
+        ValueError: the model cannot read a content, for instance because it is too long. This is
+            found before any content is read. The message names the content's place.
     """
     requests = [_request(llm, case, adapter) for case in cases]
     with tqdm(total=len(cases), unit="contents", disable=None if progress else True) as bar:

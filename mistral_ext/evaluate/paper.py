@@ -20,13 +20,13 @@ class Benchmark:
     """A row of the published table.
 
     Attributes:
-        title: its name there.
-        task: a task or group of lm-evaluation-harness.
-        metric: of the task.
-        shots: examples before each question.
-        paper, card: percentages. None in `paper`: the paper's figure takes the majority of several
-            answers.
-        runs_code: the task runs programs that the model writes.
+        title: the name of the benchmark in the table.
+        task: the name of a task or group of lm-evaluation-harness.
+        metric: the metric of the task that is compared.
+        shots: the number of examples before each question.
+        paper, card: the percentages in the paper and in the model card. None in `paper`: the
+            paper's figure is for the majority of several answers.
+        runs_code: whether the task runs programs that the model writes.
     """
 
     title: str
@@ -64,7 +64,7 @@ class Measured:
 
     @property
     def difference(self) -> float:
-        """To the model card's figure."""
+        """The difference to the model card's figure."""
         return self.value - self.benchmark.card
 
 
@@ -79,8 +79,8 @@ def measure(
 
     Args:
         llm: the model.
-        tasks: the harness' names of some of the tasks of `PUBLISHED`; None: all, but benchmarks
-            that run code only with run_code.
+        tasks: the harness' names of some of the tasks of `PUBLISHED`. None: all tasks, but tasks
+            that run code only if `run_code` is True.
         run_code: see `evaluate`.
         options: more arguments of `evaluate`.
 
@@ -101,7 +101,7 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
     """The benchmarks to run. Benchmarks with equal numbers of examples are neighbours.
 
     Args:
-        tasks, run_code: as in `measure`.
+        tasks, run_code: the arguments of `measure` with these names.
     """
     by_task = {b.task: b for b in PUBLISHED}
     for task in tasks or ():
@@ -117,8 +117,8 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
 
 
 def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """A metric of the harness' results for a task, and its standard error. Metrics are called by
-    their name and that of a filter; the first filter is the task's own."""
+    """A metric of the harness' results for a task, and its standard error. The harness names a
+    metric by its name and the name of a filter. The first filter is the task's own."""
     for name, value in results.items():
         if name.split(",")[0] != metric:
             continue

@@ -1,10 +1,10 @@
 """Perplexity: how well a model predicts a text.
 
 It is exp of the mean negative log-likelihood of the text's tokens, each predicted from all those
-before it that the model can see. It is exact: a text goes through the ring cache once, in chunks,
-so every token sees its whole window, wherever a chunk begins. There are no strides, and no
-restarts that would have to predict with a short context. Perplexities compare between models with
-the same tokenizer only.
+before it that the model can see. The measurement is exact: a text goes through the ring cache once,
+in chunks. So every token sees its whole window, wherever a chunk begins. There are no strides, and
+no restarts that would have to predict with a short context. Perplexities compare between models
+with the same tokenizer only.
 
 A model without a window knows `max_positions` positions. A longer text is cut into segments of that
 length. Each segment starts with its own beginning-of-text token, and does not see the others.
@@ -62,9 +62,9 @@ def perplexity(
         llm: the model; it reads llm.prefill_chunk tokens in one pass.
         texts: a text, or several texts or lists of token ids. A beginning-of-text token comes
             before each and is not predicted.
-        max_tokens: predict no more than the first tokens of each text; None: all.
+        max_tokens: how many of the first tokens of each text to predict. None: all tokens.
         progress: show a progress bar if stderr is a terminal.
-        adapter: the name of a loaded adapter; None: none.
+        adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Raises:
         ValueError, TypeError: a text is empty, or holds a token that the model does not know, or

@@ -1,8 +1,8 @@
 """Runs programs that a model wrote, each in a process of its own with limits.
 
 The limits keep a program that loops, hogs memory or writes a file without end from harming the
-machine by accident. They are no wall against a program that means harm: it has the rights of this
-user, reads the user's files and reaches the network. Run unknown models in a container or a virtual
+machine by accident. They do not stop a program that means harm: it has the rights of this user, and
+can read the user's files and reach the network. Run unknown models in a container or a virtual
 machine.
 """
 
@@ -37,12 +37,12 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
 
     Args:
         source: the program. Its output is dropped.
-        seconds: of processor time.
-        memory: bytes of its address space, the interpreter's included.
+        seconds: the seconds of processor time that the program may take.
+        memory: the bytes that its address space may have, with the interpreter's.
 
     Returns:
-        `PASSED`: it ran to its end. Else why not: "failed: " and the name of the exception,
-        `OUT_OF_TIME`, or `ENDED` for a program that ended the process.
+        `PASSED` if the program ran to its end. Otherwise the reason why not: "failed: " and the
+        name of the exception, `OUT_OF_TIME`, or `ENDED` for a program that ended the process.
     """
     key = secrets.token_hex()
     program = source.encode("utf-8", "surrogatepass")

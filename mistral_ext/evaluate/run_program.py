@@ -1,10 +1,10 @@
 """Runs a program with limits of its process: `programs.run_program` starts this file, not as a
-module, in a process of its own. Arguments are the limits and the sizes in bytes of the program and
-of a key, and these two are the input.
+module, in a process of its own. The arguments are the limits, the size of the program in bytes and
+the size of a key in bytes. The program and the key come as the input.
 
-The program has passed if it runs to its end. Only then is that reported, with the key: what ends
-the process before, `exit(0)` too, has not passed. The key is read after the program has run, so
-that a program gets it only if it searches the open files for it.
+The program has passed if it runs to its end. Only then is that reported, with the key. A program
+that ends the process before that, even by `exit(0)`, has not passed. The key is read after the
+program has run. So a program could only get the key if it searched the open files for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _read(file: int, size: int) -> bytes:
-    """Reads so many bytes, and no more as a buffered file would."""
+    """Reads `size` bytes, and none beyond them. A buffered file would read more."""
     data = b""
     while len(data) < size and (more := os.read(file, size - len(data))):
         data += more

@@ -1,6 +1,7 @@
 """Fine-tuning: LoRA adapters for models whose own weights, of whatever format, stay as they are.
 
-The trainer is imported when it is first used: the command line reads the options without torch.
+The trainer is imported when it is first used, so that the command line can read the options without
+importing torch.
 """
 
 from typing import TYPE_CHECKING

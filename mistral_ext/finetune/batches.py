@@ -14,7 +14,8 @@ from mistral_ext.ops.cross_entropy import IGNORED
 
 
 class Pass(NamedTuple):
-    """Samples that go through the model at once. None sees another: each is a sequence of its own.
+    """Samples that go through the model at once. Each is a sequence of its own, so no sample sees
+    another.
 
     The last token of a sample is only a target.
     """
@@ -36,8 +37,8 @@ def step_samples(n_samples: int, batch_size: int, step: int, seed: int) -> list[
     """Which samples a step reads.
 
     Args:
-        step: counts from 0, over all epochs.
-        seed: of the order, which is another in each epoch.
+        step: the number of the step, from 0, counted over all epochs.
+        seed: the seed of the order of the samples, which differs in each epoch.
     """
     epoch, index = divmod(step, steps_of_epoch(n_samples, batch_size))
     generator = torch.Generator().manual_seed(seed)

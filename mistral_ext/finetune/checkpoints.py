@@ -38,10 +38,10 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        step: steps that are done.
-        best_loss: the lowest loss of the evaluations; None: there was none.
-        without_gain: evaluations since then.
-        evaluated: the step after which the last evaluation was; -1: there was none.
+        step: the number of steps that are done.
+        best_loss: the lowest loss of all evaluations. None: there was no evaluation.
+        without_gain: the number of evaluations since the one with the lowest loss.
+        evaluated: the step after which the last evaluation was. -1: there was no evaluation.
     """
 
     step: int = 0
@@ -63,7 +63,7 @@ def write_checkpoint(
     Args:
         progress: how far the run has come.
         run: the values that a resumed run must have in common with this run, as JSON.
-        base: the name of the model, for readers.
+        base: the name of the model, for people who read the files.
     """
     target = output / f"checkpoint-{progress.step:06}"
     if not target.exists():
@@ -98,7 +98,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint of a run; None: there is none."""
+    """The last checkpoint of a run. None: the run has no checkpoint."""
     found = _checkpoints(output)
     return found[-1] if found else None
 
@@ -141,7 +141,7 @@ def read_checkpoint(
 
 
 def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of AdamW by names; 0 before the first step."""
+    """The tensors of AdamW's state by names. They are 0 before the first step."""
     moments = {}
     for name, parameter in adapter.parameters.items():
         state = optimizer.state.get(parameter, {})

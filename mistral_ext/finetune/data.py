@@ -6,9 +6,9 @@ A line is an object with "text", or with "messages" and perhaps "tools":
     {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
 
 A text is trained on as a whole, and ends with the end-of-text token. In a conversation only the
-assistant's messages are, each after the prompt that `Mistral.chat` would make for it. An
-assistant's message may have a "weight", a factor of its loss, from 1e-6 to 1e6; 0: it is only
-read.
+assistant's messages are trained on, each after the prompt that `Mistral.chat` would make for it. An
+assistant's message may have a "weight", the factor of its loss: a number from 1e-6 to 1e6, or 0 if
+the message is only read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mistral_ext.text.reply import encode_reply
 
 
 class Sample(NamedTuple):
-    """Tokens that are read one after another, and see no other sample."""
+    """Tokens that are read one after another. They see no tokens of other samples."""
 
     ids: Tensor  # [n] int32, n >= 2
     weights: Tensor  # [n] float32, factor of the loss of each token; 0: it is only read
@@ -47,7 +47,7 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
     Args:
         path: the file, UTF-8.
         llm: the model that is to be trained, whose tokenizer and chat template are used.
-        most_tokens: most tokens that a sample may have.
+        most_tokens: the most tokens that a sample may have.
 
     Raises:
         FileNotFoundError: there is no such file.

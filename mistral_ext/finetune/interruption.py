@@ -14,8 +14,8 @@ _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 class Interruption:
     """A context in which the first signal only sets a flag; a second signal has its usual effect.
 
-    Nothing changes for signals that are ignored, SIGHUP under nohup for instance, nor outside the
-    main thread, the only one that may handle signals.
+    Nothing changes for signals that are ignored, for instance SIGHUP under nohup. Nothing changes
+    in threads other than the main thread either, as only the main thread may handle signals.
 
     Attributes:
         requested: whether there was a signal.

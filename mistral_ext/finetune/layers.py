@@ -51,7 +51,7 @@ class TrainedAdapter:
         """An adapter that changes nothing yet: a is random, as peft makes it, and b is 0.
 
         Args:
-            targets: of the linear layers of each block, "wq" for instance.
+            targets: the linear layers of each block that get an update, "wq" for instance.
         """
         generator = torch.Generator().manual_seed(seed)
         pairs = {}
@@ -68,7 +68,7 @@ class TrainedAdapter:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """The matrices by names of their own."""
+        """The learned matrices by names, for the optimiser and checkpoints."""
         return {
             f"{name}.{which}": matrix
             for name, pair in self.pairs.items()
@@ -91,7 +91,7 @@ def loss(model: Transformer, adapter: TrainedAdapter, batch: Pass) -> Tensor:
     """The sum of the weighted cross entropies of a pass: a float32 scalar.
 
     Args:
-        batch: on the model's device.
+        batch: the samples of the pass, on the model's device.
     """
     h = model.embed(batch.token_ids)
     for i, layer in enumerate(model.layers):

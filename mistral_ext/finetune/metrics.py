@@ -22,9 +22,10 @@ class Metrics:
     """The figures of a run, appended to `folder`/metrics.jsonl as they come.
 
     Args:
-        folder: of the run.
-        step, evaluated: of the run's `Progress`; lines of what comes after are removed.
-        tensorboard: also write for TensorBoard, into `folder`/tensorboard.
+        folder: the folder of the run.
+        step, evaluated: the attributes of the run's `Progress`. Lines of later steps and
+            evaluations are removed from the file.
+        tensorboard: whether to write for TensorBoard, too, into `folder`/tensorboard.
 
     Raises:
         ImportError: tensorboard is asked for and missing.
@@ -98,7 +99,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_plot(folder: Path) -> Path | None:
-    """Draws the losses of `folder`/metrics.jsonl as a PNG; None: matplotlib is missing."""
+    """Draws the losses of `folder`/metrics.jsonl as a PNG, and returns its path. None: matplotlib
+    is missing."""
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure

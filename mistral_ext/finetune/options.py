@@ -17,28 +17,32 @@ class TrainingOptions:
     """How to train an adapter.
 
     Args:
-        rank: of the two matrices that are learned for each weight.
-        alpha: the update of a weight is alpha / rank * B A; None: 2 * rank.
-        targets: weights of each layer that get an update, of wq, wk, wv, wo, w1, w3 and w2.
+        rank: the rank of the two matrices that are learned for each weight.
+        alpha: a factor: the update of a weight is alpha / rank * B A. None: alpha is 2 * rank.
+        targets: the weights of each layer that get an update: some of wq, wk, wv, wo, w1, w3 and
+            w2.
         epochs: number of passes over the data.
-        max_steps: end after so many steps; None: after the epochs.
+        max_steps: the number of steps after which the run ends. None: it ends after the epochs.
         batch_size: samples in a step. The loss of a step is the mean over its tokens, weighted by
             `weight`, however they are spread over passes.
         tokens_per_pass: tokens that go through the model at once, at most; a sample may not have
             more. It decides how much memory is needed, and does not change what is learned.
-        learning_rate: the highest; it rises to there in a straight line, and falls to 0 as a
-            cosine.
-        warmup: share of the steps in which it rises, 0 to 1.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        max_grad_norm: longer gradients are shortened to this length; None: none are.
-        eval_every: steps between two evaluations; None: an epoch.
-        patience: end after so many evaluations in a row without a new lowest loss; None: go on. It
-            needs held-out data.
-        checkpoint_every: steps between two checkpoints; None: an epoch.
-        sample_tokens: length of the text that the model writes at each evaluation; 0: no text.
-        seed: of the first values of the adapter and of the order of the samples.
-        tensorboard: also write the figures for TensorBoard.
+        learning_rate: the highest learning rate. The rate rises to it in a straight line, and then
+            falls to 0 as a cosine.
+        warmup: the share of the steps in which the learning rate rises, 0 to 1.
+        weight_decay: the weight decay of AdamW.
+        betas: the two betas of AdamW.
+        max_grad_norm: the greatest norm of the gradients. If it is greater, they are scaled down to
+            this norm. None: they are not scaled.
+        eval_every: the number of steps between two evaluations. None: an epoch lies between them.
+        patience: the number of evaluations in a row without a new lowest loss after which the run
+            ends. It needs held-out data. None: the run does not end early.
+        checkpoint_every: the number of steps between two checkpoints. None: an epoch lies between
+            them.
+        sample_tokens: the number of tokens of the text that the model writes at each evaluation. 0:
+            it writes no text.
+        seed: the seed of the first values of the adapter and of the order of the samples.
+        tensorboard: whether to write the figures for TensorBoard, too.
 
     Raises:
         ValueError: an option is out of range; the message names it.

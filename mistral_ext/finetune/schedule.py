@@ -6,13 +6,14 @@ import math
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, highest: float) -> float:
-    """Rises in a straight line, and falls to 0 as a cosine.
+    """The learning rate rises in a straight line during warm-up, then falls to 0 as a cosine.
 
     Args:
-        step: counts from 0.
-        steps: of the run.
-        warmup_steps: in which it rises; the first has highest / warmup_steps.
-        highest: the learning rate after warm-up.
+        step: the number of this step, from 0.
+        steps: the number of steps in the run.
+        warmup_steps: the number of warm-up steps. The first step has the rate highest /
+            warmup_steps.
+        highest: the rate at the end of warm-up.
 
     Source: Loshchilov and Hutter 2016, arXiv:1608.03983, equation 5, without restarts.
     """

@@ -48,8 +48,9 @@ class TrainingResult:
 
     Attributes:
         output: the folder with the adapter.
-        steps: that were done, fewer than planned if `patience` ended the run.
-        eval_loss: the lowest held-out loss, that of the adapter; None: there is no held-out data.
+        steps: the number of steps that were done, fewer than planned if `patience` ended the run.
+        eval_loss: the lowest held-out loss, which is the loss of the adapter. None: there is no
+            held-out data.
     """
 
     output: Path
@@ -70,7 +71,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Trainer:
-    """Trains a LoRA adapter for a model. The model's own weights, of whatever format, stay as are.
+    """Trains a LoRA adapter for a model. The model's own weights, of whatever format, stay as they
+    are.
 
     All input is checked here, before `train` begins. `output` becomes a folder with the adapter in
     peft's format, which `Mistral.load_adapter` and peft load; metrics.jsonl, with the figures of
@@ -83,11 +85,12 @@ class Trainer:
     Args:
         llm: the model, in bfloat16 or float32.
         data: the training data, see `mistral_ext.finetune.data`.
-        output: the folder to make; must not exist, or be empty, unless `resume`.
-        eval_data: held-out data of the same form; None: none.
-        resume: go on from the newest checkpoint in `output`, with the same data and options.
+        output: the folder to make. It must not exist or must be empty, unless `resume` is True.
+        eval_data: held-out data of the same form. None: there is no held-out data.
+        resume: whether to go on from the newest checkpoint in `output`. The data and options must
+            be the same.
         progress: show a progress bar if stderr is a terminal.
-        options: fields of `TrainingOptions`.
+        options: the fields of `TrainingOptions`.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, TypeError, ImportError: the message names
@@ -160,10 +163,10 @@ class Trainer:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def train(self) -> TrainingResult:
-        """Runs to the end.
+        """Trains until the run ends.
 
         Raises:
-            Interrupted: by Ctrl-C, SIGTERM or SIGHUP. The state is saved first.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP came. The state is saved first.
             RuntimeError: a loss or a gradient is not finite; the last checkpoint stays.
         """
         self.output.mkdir(parents=True, exist_ok=True)
@@ -215,13 +218,13 @@ class Trainer:
         return not ended
 
     def _step(self, interruption: Interruption) -> dict[str, float]:
-        """One step of the optimiser: its figures."""
+        """Makes one step of the optimiser, and returns its figures."""
         begin = time.perf_counter()
         options, step = self.options, self._progress.step
         chosen = step_samples(len(self._samples), options.batch_size, step, options.seed)
         samples = [self._samples[i] for i in chosen]
-        # The mean over the tokens of the step. Means of the passes, averaged, would give a token in
-        # a pass with few of them more weight.
+        # The loss is the mean over all tokens of the step. An average of the passes' means would
+        # give more weight to tokens in passes with few tokens.
         total = math.fsum(sample.weights.sum(dtype=torch.float64).item() for sample in samples)
         summed, tokens = 0.0, 0
         self._optimizer.zero_grad()
@@ -256,7 +259,8 @@ class Trainer:
         return math.ceil(self.options.warmup * self.steps)
 
     def _evaluate(self, metrics: Metrics, interruption: Interruption) -> None:
-        """Measures the held-out loss, keeps the adapter if it is the best, and has it write."""
+        """Measures the held-out loss, keeps the adapter if it is the best so far, and has the model
+        write a text."""
         progress = self._progress
         if self._eval_passes:
             value = self._eval_loss(interruption)
@@ -280,7 +284,7 @@ class Trainer:
 
     @torch.no_grad()
     def _eval_loss(self, interruption: Interruption) -> float:
-        """The mean over the tokens of the held-out data."""
+        """The mean loss over the tokens of the held-out data."""
         values = [
             loss(self._model, self._adapter, batch.to(self._model.device)).item()
             for batch in _until(interruption, self._eval_passes)

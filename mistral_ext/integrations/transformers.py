@@ -66,15 +66,15 @@ def document_mask(
     """The mask function of transformers: which sequence each key belongs to.
 
     Args:
-        batch_size: B.
-        q_length: T, new tokens in each row of the batch.
-        kv_length: keys that the attention function is given; a static cache has room for more than
-            there are.
-        q_offset, kv_offset: position of the first new token, and of the first key.
-        mask_function: says whether a query sees a key, by (row, head, query, key).
-        attention_mask: [B, keys] bool, False at padding; None: there is none.
-        use_vmap: mask_function has parts that the caller of the model has added.
-        device: where the mask shall be.
+        batch_size: B, the number of rows of the batch.
+        q_length: T, the number of new tokens in each row of the batch.
+        kv_length: the number of keys that the attention function gets. A static cache has room for
+            more keys than there are tokens.
+        q_offset, kv_offset: the positions of the first new token and of the first key.
+        mask_function: a function of (row, head, query, key) that says whether a query sees a key.
+        attention_mask: [B, keys] bool, False at padding. None: there is no padding.
+        use_vmap: whether `mask_function` has parts that the caller of the model has added.
+        device: the device of the result.
 
     Returns:
         [B, K] int64, for each key up to the last new token the number of its sequence, from 1 on,
@@ -109,7 +109,8 @@ def _documents(
     offset: int,
     device: torch.device | str,
 ) -> Tensor | None:
-    """[B, T] numbers of packed sequences, from 1 on; None: each row is one sequence.
+    """The number of the packed sequence that each token belongs to, [B, T], from 1 on. None: each
+    row is one sequence.
 
     A token that does not see the token before it begins a sequence.
     """
@@ -131,8 +132,8 @@ def _documents(
 class _Layout(NamedTuple):
     """Where the sequences of a batch are.
 
-    key_order [B, K] and query_order [B, T] put padding before the tokens of its row; they are None
-    if no sequence has padding between its tokens.
+    key_order [B, K] and query_order [B, T] are orders that put the padding of a row before its
+    tokens. They are None if no sequence has padding between its tokens.
     """
 
     spans: tuple[tuple[Span, ...], ...]  # for each row; runs of padding count as sequences, too
@@ -155,14 +156,14 @@ def _layout_of_mask(mask: Tensor, count: int) -> _Layout:
 
 
 def _runs(values: list[int]) -> tuple[Span, ...]:
-    """[begin, end) of each run of equal values."""
+    """The range [begin, end) of each run of equal values."""
     begins = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return tuple(zip(begins, [*begins[1:], len(values)], strict=True))
 
 
 class _LastLayout:
-    """Keeps the layout of the last mask, because all layers of a model have the same. To read a
-    mask from a GPU makes a call wait."""
+    """Keeps the layout of the last mask, because all layers of a model get the same mask. Reading a
+    mask from a GPU makes a call wait, so it is done once."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, _Layout] | None = None
@@ -187,16 +188,17 @@ def _table(
     capacity: int,
     device: torch.device,
 ) -> tuple[Tensor, int]:
-    """The sequence table (see `mistral_ext.ops`), and the most new tokens of a sequence.
+    """Returns the sequence table (see `mistral_ext.ops`), and the largest number of new tokens of a
+    sequence.
 
-    A key/value head of a sequence is a sequence of the table: so a sequence may begin anywhere in
-    its row of the keys [B, Hkv, C, D], without a copy.
+    Each key/value head of a sequence is a sequence of the table. So a sequence may begin anywhere
+    in its row of the keys [B, Hkv, C, D], and no copy is needed.
 
     Args:
         spans: the sequences in each row of the batch.
-        count: T, new tokens in each row.
+        count: T, the number of new tokens in each row.
         kv_heads, capacity: Hkv and C.
-        device: of the table.
+        device: the device of the table.
     """
     table, token = [], 0
     for row, of_row in enumerate(spans):
@@ -230,11 +232,13 @@ def attention_forward(
         query: [B, Hq, T, D], rotated.
         key, value: [B, Hkv, K, D], the cache and the new tokens, at the end or, in a static cache,
             where the mask ends.
-        attention_mask: from `document_mask`, or None.
-        dropout: 0.
-        scaling: factor of the scores; None: 1 / sqrt(D).
-        sliding_window: keys that a query sees, itself included; None: all.
-        kwargs: what else transformers passes; what would change the result raises ValueError.
+        attention_mask: the result of `document_mask`.
+        dropout: the dropout, which must be 0.
+        scaling: the factor of the scores. None: 1 / sqrt(D).
+        sliding_window: how many keys a query sees, its own included. None: a query sees all keys up
+            to its own.
+        kwargs: other arguments that transformers passes. Those that would change the result raise
+            ValueError.
 
     Returns:
         ([B, T, Hq, D], None).
@@ -266,7 +270,7 @@ def _attention(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """[B, T, Hq, D], of the arguments of `attention_forward`."""
+    """Computes the result [B, T, Hq, D] of `attention_forward`, from its arguments."""
     batch, heads, count, dim = query.shape
     kv_heads, end = key.shape[1], spans[0][-1][1]
     table, most = _table(spans, count, kv_heads, key.shape[2], query.device)
@@ -285,7 +289,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """x [B, H, n or more, D], with the first n of its third axis in another order [B, n]."""
+    """Takes the first n places of the third axis of x [B, H, n or more, D], in the order [B, n]."""
     x = x[:, :, : order.shape[1]]
     return x.gather(2, order[:, None, :, None].expand_as(x))
 
@@ -316,14 +320,15 @@ def _expect_supported(
 def accelerate_model(model: PreTrainedModel) -> int:
     """Has the modules of a loaded model compute with our kernels, where that pays.
 
-    Its RMSNorms change, and in bfloat16 and float16 its feed-forward blocks, projections and output
-    matrix, as far as they are plain `torch.nn.Linear` without a bias. Quantised layers, adapters
-    and modules with a hook of accelerate (offloaded weights, for instance) stay. Adapters may also
-    be attached later. In float32 torch's products are faster, for one token and for prompts.
-    docs/performance.md has figures.
+    The model's RMSNorms change. In bfloat16 and float16 its feed-forward blocks, projections and
+    output matrix change as well, as far as they are plain `torch.nn.Linear` without a bias.
+    Quantised layers, adapters and modules with a hook of accelerate (offloaded weights, for
+    instance) stay as they are. Adapters may also be attached later. In float32 torch's products are
+    faster, for one token and for prompts. docs/performance.md has figures.
 
     The parameters stay the model's own, and the modules in their places, so `state_dict` and saving
-    are as before. They are for inference: what would need a gradient raises RuntimeError.
+    are as before. The changed modules are for inference: what would need a gradient raises
+    RuntimeError.
 
     Args:
         model: a Mistral or Llama of transformers, in the dtype in which it will run.
@@ -349,7 +354,8 @@ def accelerate_model(model: PreTrainedModel) -> int:
 
 
 def _replacement(module: torch.nn.Module) -> Callable[..., Tensor] | None:
-    """The function to take the place of a module's `forward`; None: there is none."""
+    """The function that takes the place of a module's `forward`. None: the module stays as it
+    is."""
     if _has_hook(module):
         return None
     name = type(module).__name__

@@ -1,7 +1,7 @@
 """Adapters of a model's linear layers, stacked so that one pass serves several of them.
 
 An adapter has a slot, its index in the stacks, and a token of a pass names the slot of its adapter.
-So which adapter a sequence uses is data: a captured graph serves any.
+So which adapter a sequence uses is data, and a captured graph serves all adapters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Stack:
 
     @classmethod
     def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:
-        """Without adapters, with the dtype and device of `like`, for weights of these shapes."""
+        """A stack without adapters, with the dtype and device of `like`, for weights of these
+        shapes."""
         parts = [outputs for outputs, _ in shapes]
         _, inputs = shapes[0]
         zeros = torch.zeros(slots, len(parts), device=like.device)
@@ -58,14 +59,14 @@ class Stack:
         return self.a.nbytes + self.b.nbytes
 
     def take(self, other: Stack) -> None:
-        """Copies the adapters of a stack that is not larger."""
+        """Copies the adapters of `other`, a stack that is not larger."""
         self.a[: other.slots, :, : other.max_rank] = other.a
         self.b[: other.slots, : other.max_rank] = other.b
         self.scales[: other.slots] = other.scales
         self.ranks[: other.slots] = other.ranks
 
     def first(self, slots: int) -> Stack:
-        """A copy of the first slots, of the largest rank among them."""
+        """A copy of the first slots, with room for the largest rank among them."""
         rank = int(self.ranks[:slots].max())
         a = self.a[:slots, :, :rank].clone(memory_format=torch.contiguous_format)
         b = self.b[:slots, :rank].clone(memory_format=torch.contiguous_format)
@@ -78,7 +79,8 @@ class Stack:
         self.ranks[slot] = 0
 
     def put(self, slot: int, updates: Sequence[LowRank | None]) -> None:
-        """Sets the adapter of a slot, by its update of each part."""
+        """Sets the adapter of a slot. `updates` has its update of each weight of the group, or
+        None."""
         columns = self.b[slot].split(list(self.parts), dim=1)
         for part, update in enumerate(updates):
             rank = 0
@@ -95,7 +97,8 @@ class LayerAdapters:
 
     Args:
         stacks: the adapters of the layer.
-        slots: [T] int32, the slot of each token's adapter, or -1; None: no token has an adapter.
+        slots: [T] int32, the slot of each token's adapter, or -1 for a token without one. None:
+            no token has an adapter.
     """
 
     def __init__(self, stacks: Mapping[str, Stack], slots: Tensor | None) -> None:
@@ -106,12 +109,13 @@ class LayerAdapters:
         return group in self._stacks
 
     def of_tokens(self, rows: Tensor) -> LayerAdapters:
-        """For some of the tokens only."""
+        """The same for some of the tokens, by their indices `rows`."""
         slots = None if self._slots is None else self._slots.index_select(0, rows)
         return LayerAdapters(self._stacks, slots)
 
     def add(self, group: str, x: Tensor, out: Tensor) -> None:
-        """Adds to the products of x [T, K] with the weights of a group: out [T, N]."""
+        """Adds what the adapters contribute to `out` [T, N], the products of x [T, K] with the
+        weights of a group."""
         stack = self._stacks.get(group)
         if stack is not None:
             assert self._slots is not None
@@ -123,7 +127,7 @@ class Adapters:
     """The adapters of a model, by their slots.
 
     Args:
-        n_layers: of the model.
+        n_layers: the number of layers of the model.
         shapes: the shapes [N, K] of the weights in each of `GROUPS`.
         like: a tensor with the model's dtype and device.
 
@@ -152,8 +156,8 @@ class Adapters:
         """Sets the adapter of a slot.
 
         Args:
-            slot: its index, 0 or more.
-            adapter: what it adds to weights, by names such as "layers.0.attention.wq".
+            slot: the index of the slot, 0 or more.
+            adapter: what the adapter adds to weights, by names such as "layers.0.attention.wq".
         """
         self._slots = max(self._slots, slot + 1)
         for i, layer in enumerate(self.layers):
@@ -168,13 +172,14 @@ class Adapters:
         """The adapters of a layer, for the tokens of a pass.
 
         Args:
-            layer: its index.
-            slots: [T] int32, the slot of each token's adapter, or -1; None: no token has one.
+            layer: the index of the layer.
+            slots: [T] int32, the slot of each token's adapter, or -1 for a token without an
+                adapter. None: no token has an adapter.
         """
         return LayerAdapters({} if slots is None else self.layers[layer], slots)
 
     def reserve(self, slots: int) -> None:
-        """Has stacks that are made from now on hold so many slots, so that they need not grow."""
+        """Has stacks that are made from now on hold `slots` slots, so that they need not grow."""
         self._slots = max(self._slots, slots)
 
     @torch.no_grad()
@@ -200,7 +205,8 @@ class Adapters:
                     del layer[group]
 
     def _make_room(self, layer: dict[str, Stack], group: str, rank: int) -> None:
-        """Has the group of a layer hold all slots, with this rank at least."""
+        """Makes the stack of a group of a layer large enough for all slots, and for adapters of
+        this rank."""
         before = layer.get(group)
         if before is not None:
             if before.slots >= self._slots and before.max_rank >= rank:

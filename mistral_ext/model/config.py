@@ -128,7 +128,7 @@ class MistralConfig:
 
     @property
     def attention_scale(self) -> float | None:
-        """The factor of attention's scores; None: 1 / sqrt(head_dim)."""
+        """The factor of attention's scores. None: 1 / sqrt(head_dim)."""
         if not isinstance(self.rope_scaling, Yarn):
             return None
         return self.rope_scaling.attention_factor**2 / math.sqrt(self.head_dim)
@@ -280,7 +280,8 @@ def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(values: dict[str, Any]) -> torch.dtype | None:
-    """The stored dtype; old transformers call the key ``torch_dtype``."""
+    """The dtype in which the weights are stored. Old versions of transformers call the key
+    ``torch_dtype``."""
     name = values.get("dtype", values.get("torch_dtype"))
     if name is None:
         return None

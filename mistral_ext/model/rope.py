@@ -16,8 +16,8 @@ def frequencies(
 ) -> Tensor:
     """[D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
 
-    Other implementations round them to float32, which makes an error of 0.003 in the angles at
-    position 10^5.
+    Other implementations round the frequencies to float32, which makes an error of 0.003 in the
+    angles at position 10^5.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 15.
     """

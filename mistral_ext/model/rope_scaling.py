@@ -1,4 +1,5 @@
-"""Scaled RoPE: changed frequencies, with which models read longer texts than at first.
+"""Scaled RoPE: changed frequencies, with which models read longer texts than those of their first
+training.
 
 The kinds are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files), computed as
 transformers computes them, but in float64. A further kind comes from GGUF files, which hold the
@@ -20,7 +21,7 @@ _FACTORS = "factors"  # our own name, for the divisors in GGUF files
 
 @dataclass(frozen=True)
 class Linear:
-    """All frequencies divided by one factor: positions lie closer together.
+    """Divides all frequencies by one factor, as if positions were closer together.
 
     Source: Chen et al. 2023, arXiv:2306.15595.
     """
@@ -36,7 +37,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Llama3:
-    """Low frequencies divided by a factor, high frequencies kept, a smooth passage between.
+    """Divides low frequencies by a factor, and keeps high frequencies. In between the divisor
+    changes smoothly.
 
     Source: Llama 3.1, as transformers has it (`rope_type: llama3`).
     """
@@ -63,8 +65,8 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Low frequencies divided, high frequencies kept, a linear passage over the dimensions between;
-    queries and keys both grow by `attention_factor`.
+    """Divides low frequencies, and keeps high frequencies. The dimensions in between are a linear
+    mixture. Queries and keys are both multiplied by `attention_factor`.
 
     Source: Peng et al. 2023, arXiv:2309.00071.
     """
@@ -106,7 +108,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Factors:
-    """Each frequency divided by a factor of its own: `rope_freqs.weight` of GGUF files."""
+    """Divides each frequency by a factor of its own: `rope_freqs.weight` of GGUF files."""
 
     factors: tuple[float, ...]  # D/2
 
@@ -121,16 +123,17 @@ RopeScaling: TypeAlias = Linear | Llama3 | Yarn | Factors
 
 
 def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | None:
-    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``; None: RoPE is not scaled.
+    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``. None: RoPE is not scaled.
 
     Dynamic scaling counts as none: it begins after `max_positions`, where the engine ends.
 
     Args:
-        rope: the object.
-        max_positions: of the model; the original positions, if the object does not name them.
+        rope: the object with the settings.
+        max_positions: the most positions of the model. They are also the original positions, if
+            `rope` does not name those.
 
     Raises:
-        ValueError: a kind that is not supported, or a number that is missing or impossible.
+        ValueError: the kind is not supported, or a number is missing or impossible.
     """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind in (None, "default", "dynamic"):

@@ -43,11 +43,13 @@ class Transformer:
     """The model without tokenizer or sampling: token ids and a cache in, logits out.
 
     Args:
-        config: its shape and constants.
-        weights: from `checkpoint.load_weights`; they are not copied. Matrices may be `Quantized`.
+        config: the shapes and constants of the model.
+        weights: the result of `checkpoint.load_weights`. The tensors are not copied. Matrices may
+            be `Quantized`.
 
     Attributes:
-        adapters: what a pass may add to the weights of the layers; none at first.
+        adapters: the adapters that a pass may add to the weights of the layers. There are none at
+            first.
     """
 
     def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
@@ -110,8 +112,8 @@ class Transformer:
         Args:
             token_ids: [T] int64 on the CPU, the new tokens of all sequences.
             sequences: the sequence table on the CPU (see `mistral_ext.ops`).
-            cache: where keys and values are.
-            rows: [N] int64 on the CPU, which of the T tokens to compute logits for; None: all.
+            cache: the memory of keys and values.
+            rows: [N] int64 on the CPU, the tokens to compute logits for. None: all T tokens.
 
         Returns:
             [N, V] fp32 logits, on the model's device.
@@ -133,17 +135,18 @@ class Transformer:
         layers: range | None = None,
         h: Tensor | None = None,
     ) -> Tensor:
-        """The part of `forward` before the logits, with tensors on the model's device. It does not
-        wait for the device.
+        """Does the part of `forward` before the logits, with tensors on the model's device. It does
+        not wait for the device.
 
         Args:
-            token_ids: as of `forward`; None with `h`.
-            max_count: upper bound of the new tokens of any sequence.
-            adapters: [T] int32, the slot of each token's adapter in `adapters`, or -1; None: no
-                token has an adapter. It does not change the bits of a token without.
-            layers: run only these; None: all.
-            h: [T, E], the embeddings, or what the call for the layers before has returned, which
-                this call changes; None: begin with the embeddings of `token_ids`.
+            token_ids: the argument of `forward`, on the model's device. None if `h` is given.
+            max_count: an upper bound of the number of new tokens of any sequence.
+            adapters: [T] int32, the slot of each token's adapter in the attribute `adapters`, or -1
+                for a token without an adapter. None: no token has an adapter. The bits of a token
+                without an adapter do not depend on the adapters of other tokens.
+            layers: the layers to run. None: all layers.
+            h: [T, E], the embeddings, or the result of the call for the layers before. This call
+                changes it. None: begin with the embeddings of `token_ids`.
 
         Returns:
             [N, E], the residual stream, for `logits` or `greedy`; [T, E] after a layer that is not
@@ -203,7 +206,7 @@ class Transformer:
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
-        """[N, V] fp32."""
+        """The logits [N, V] fp32 of rows of the residual stream."""
         return ops.linear(h, self.output, self.norm, self.config.norm_eps).float()
 
     @torch.inference_mode()
@@ -226,7 +229,7 @@ def shapes(weights: Weight | Weights) -> list[torch.Size]:
 
 
 def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
-    """A weight that may not be quantised."""
+    """The weight of a name. Raises an error if it is quantised."""
     weight = weights[name]
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} is quantised, expected a tensor")
@@ -251,7 +254,8 @@ def _rows(weight: Weight, indices: Tensor, dtype: torch.dtype) -> Tensor:
 def _together(
     weights: Mapping[str, Weight | JoinedWeight], joined: str, prefix: str, *names: str
 ) -> Weights:
-    """Weights that are multiplied in one pass, joined or not."""
+    """The weights that are multiplied in one pass: as a `JoinedWeight` if they are joined, else one
+    by one."""
     whole = weights.get(joined)
     if isinstance(whole, JoinedWeight):
         return whole

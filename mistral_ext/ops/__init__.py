@@ -2,8 +2,8 @@
 
 Gradients: `rms_norm` without a residual, `rotate`, `attention` without pools, `linear`, `swiglu`,
 `lora` without `out` and `linear_cross_entropy` have them for activations and adapters, not for
-weights. Where torch records gradients, any other argument that requires one raises RuntimeError.
-docs/kernels.md says what computes them.
+weights. Where torch records gradients, any other argument that requires a gradient raises
+RuntimeError. docs/kernels.md says what computes them.
 
 Tensors are float32, bfloat16 or float16; all tensors of a call have the same dtype. Kernels compute
 in float32. (`sample` has other dtypes.) No op copies an argument or makes it contiguous: the last

@@ -36,12 +36,13 @@ def attention(
         q: [T, Hq, D], rotated.
         k: [T, Hkv, D], rotated.
         v: [T, Hkv, D].
-        k_pool, v_pool: [R, D], the rings of all sequences; None: the sequences are whole.
+        k_pool, v_pool: [R, D], the rings of all sequences. None: the sequences are whole.
         sequences: [S, 5] int64, the sequence table.
-        window: W, keys that a query sees, itself included; None: all.
-        scale: factor of the scores, more than 0 on a CUDA device; None: 1 / sqrt(D).
-        max_count: upper bound of the new tokens of any sequence; None: not known. It saves a
-            launch on CUDA devices when all sequences decode.
+        window: W, how many keys a query sees, its own included. None: a query sees all keys up to
+            its own.
+        scale: the factor of the scores, more than 0 on a CUDA device. None: 1 / sqrt(D).
+        max_count: an upper bound of the number of new tokens of any sequence. It saves a launch on
+            CUDA devices when all sequences decode. None: the bound is not known.
 
     Returns:
         [T, Hq, D].
@@ -96,7 +97,7 @@ def _run_whole(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and [T, Hq] fp32, the log-sum-exp of each row's scores."""
+    """Returns the result of attention, and the log-sum-exp of each row's scores, [T, Hq] fp32."""
     _expect("q", q, q.ndim == 3, "[T, Hq, D]")
     _expect("k", k, k.ndim == 3, "[T, Hkv, D]")
     is_table = sequences.ndim == 2 and sequences.shape[1] == 5

@@ -31,17 +31,19 @@ def linear_cross_entropy(
     Args:
         x: [T, K].
         weight: [V, K], as in `linear`.
-        targets: [T] int64, 0 to V - 1, or -100: the token is ignored.
-        weights: [T] float32, factors of the tokens' losses in the sum; None: 1. The factors of
-            ignored tokens are not used.
+        targets: [T] int64, the index of the right logit, 0 to V - 1, or -100 for a token that is
+            ignored.
+        weights: [T] float32, the factors of the tokens' losses in the sum. None: all factors are 1.
+            The factors of ignored tokens are not used.
 
     Returns:
         ([] float32, the sum of the losses, [T] float32, the loss of each token). The sum has the
         gradient. Losses come without their weights; the loss of an ignored token is 0.
 
     Raises:
-        ValueError: a target is no index of a logit; on CUDA devices its loss is NaN instead.
-        RuntimeError: by backward with create_graph=True: the gradient has no gradient.
+        ValueError: a target is not the index of a logit. On CUDA devices the loss of such a token
+            is NaN instead.
+        RuntimeError: backward was called with create_graph=True, but the gradient has no gradient.
     """
     x, _ = in_order(x, [weight])
     with_gradient = torch.is_grad_enabled() and x.requires_grad
@@ -102,14 +104,15 @@ class _Chunk:
         run(_C.linear("linear_cross_entropy", *given, None, True), x)
 
     def losses(self, targets: Tensor, factors: Tensor | None) -> Tensor:
-        """[T], the losses. With factors [T], the logits become factors times the gradients."""
+        """The losses [T]. If factors [T] are given, the logits are overwritten with their
+        gradients, times the factors."""
         losses = self._logits.new_empty(len(targets), dtype=torch.float32)
         target = execution_target(losses)
         _C.cross_entropy(self._logits, targets, factors, losses, target)
         return losses
 
     def gradient(self) -> Tensor:
-        """[T, K], of x."""
+        """The gradient [T, K] of x."""
         gradient: Tensor = torch.ops.mistral_ext.linear_backward(self._logits, *self._parts)
         return gradient
 

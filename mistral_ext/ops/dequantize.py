@@ -60,7 +60,8 @@ def unpack_wide(words: Tensor, bits: int) -> Tensor:
 
 
 def _further_shifts(bits: int, device: torch.device) -> Tensor:
-    """[further words of a block, values that share it]: where the bits above the fourth are."""
+    """The shifts to the bits above the fourth: [further words of a block, values that share such a
+    word]."""
     per_value = bits - 4
     word = torch.arange(4, dtype=torch.int32, device="cpu").unsqueeze(1)
     within = _SHIFTS % 8 // 4 * per_value
@@ -72,10 +73,12 @@ def _further_shifts(bits: int, device: torch.device) -> Tensor:
 
 
 def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., 8] each, 0 to 63, from the 12 bytes [..., 12] of "q4_k" and "q5_k".
+    """Unpacks scales and minima, [..., 8] each and 0 to 63, from the 12 bytes [..., 12] of "q4_k"
+    and "q5_k".
 
-    Bytes 0 to 3 and 4 to 7 hold the first four scales and minima in their low 6 bits, and in the
-    other two the high bits of the last four, whose low 4 bits are in bytes 8 to 11.
+    Bytes 0 to 3 are for scales and bytes 4 to 7 for minima. Their low 6 bits hold the first four
+    scales or minima, and their high 2 bits the high bits of the last four. The low 4 bits of the
+    last four are in bytes 8 to 11.
     """
     first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
     last_scales = low & 15 | (first_scales >> 6) << 4
@@ -87,14 +90,16 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def halves(data: Tensor, begin: int) -> Tensor:
-    """[..., 1] fp32: the fp16 at byte `begin` of each row of `data` [..., bytes] uint8."""
+    """Reads the fp16 number at byte `begin` of each row of `data` [..., bytes] uint8: [..., 1]
+    fp32."""
     return data[..., begin : begin + 2].contiguous().view(torch.float16).float()
 
 
 def scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """[N, K] fp32: scale * value - minimum, with one of each for every group: [N, groups, ...].
+    """Computes scale * value - minimum: [N, K] fp32. `scales` and `minima` are [N, groups, ...],
+    with one of each for every group.
 
-    `values` [N, K] of any dtype; they are overwritten if they are fp32.
+    `values` [N, K] may have any dtype. If they are fp32 they are overwritten.
     """
     factors = scales.flatten(1)
     groups: Tensor = values.float().unflatten(1, (factors.shape[1], -1))

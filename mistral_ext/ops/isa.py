@@ -21,20 +21,22 @@ def active_isa() -> str:
 
 
 def select_isa(name: str) -> None:
-    """Makes the CPU kernels use instruction set `name`; ValueError if this machine cannot."""
+    """Makes the CPU kernels use instruction set `name`. Raises ValueError if this machine lacks
+    it."""
     _C.select_isa(name)
 
 
 def exact_products() -> bool:
-    """Whether products are exact: as `set_exact_products` set it, and before that as
-    MISTRAL_EXT_EXACT says."""
+    """Whether products are exact: `set_exact_products` decides, and before it is called the
+    environment variable MISTRAL_EXT_EXACT."""
     return _C.exact_products()
 
 
 def set_exact_products(exact: bool) -> None:
     """Says how CPUs with AVX2 or NEON multiply by weights of 4 to 6 bits.
 
-    It holds for the process. MISTRAL_EXT_EXACT=1 in the environment says it at the start.
+    The setting holds for the whole process. MISTRAL_EXT_EXACT=1 in the environment turns exact
+    products on from the start.
 
     Args:
         exact: True: activations keep their precision, as in `linear`. False, the default: each
@@ -46,7 +48,7 @@ def set_exact_products(exact: bool) -> None:
 
 
 def head_dims(device_type: str) -> list[int]:
-    """The head dimensions that all ops take on a "cpu" or "cuda" device; empty if this build has no
+    """The head dimensions that all ops take on a "cpu" or "cuda" device. Empty if this build has no
     kernels for the device."""
     has_kernels = device_type != "cuda" or _C.cuda_architectures is not None
     return _C.head_dims(device_type) if has_kernels else []

@@ -29,11 +29,12 @@ def register(
     """Registers an op with torch.library.
 
     Args:
-        schema: name, arguments, and which of them the op changes.
-        run: the op, on the CPU and on CUDA devices, with the arguments of the schema.
-        fake: gives torch.compile and torch.export the shapes without running anything.
-        gradient: None: the op refuses arguments that require a gradient. An op that changes an
-            argument can have none.
+        schema: the op's name, its arguments, and which of them it changes, in torch's notation.
+        run: the implementation on the CPU and on CUDA devices. It takes the arguments of the
+            schema.
+        fake: an implementation that computes only shapes, for torch.compile and torch.export.
+        gradient: how the op is differentiated. None: the op refuses arguments that require a
+            gradient. It must be None for an op that changes an argument.
     """
     name = schema.partition("(")[0]  # with the overload, if it has one
     _library.define(schema)
@@ -57,7 +58,7 @@ def register(
 
 
 def _find(name: str) -> torch._ops.OpOverload:
-    """The op of a name, which may name an overload: "rms_norm.residual"."""
+    """The op of a name. The name may include an overload, as in "rms_norm.residual"."""
     packet, _, overload = name.partition(".")
     op: torch._ops.OpOverload = getattr(
         getattr(torch.ops.mistral_ext, packet), overload or "default"
@@ -66,10 +67,12 @@ def _find(name: str) -> torch._ops.OpOverload:
 
 
 def _guard(name: str) -> Callable[..., Any]:
-    """The implementation that torch calls where it records gradients; it refuses to.
+    """Makes the implementation that torch calls where it records gradients, for an op without a
+    gradient. It refuses arguments that require a gradient.
 
-    Otherwise `backward` would silently leave out this op's gradient. Gradients of other operations
-    that need tensors which this op has changed in place would be wrong.
+    Otherwise `backward` would silently leave out this op's gradient. The implementation also tells
+    torch which tensors the op has changed in place, because gradients of other operations that need
+    those tensors would be wrong.
     """
 
     def run(*arguments: Any) -> Any:

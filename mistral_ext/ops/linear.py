@@ -51,7 +51,8 @@ def linear(
             those of query, key and value: they are multiplied in one pass, as if they lay one below
             the other, and each may have its own format. Or a `JoinedWeight`, which torch multiplies
             as one matrix.
-        norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product; None: none.
+        norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product. None: x is
+            multiplied as it is.
         eps: epsilon of the RMSNorm.
 
     Returns:
@@ -88,9 +89,9 @@ def rounds(dtype: torch.dtype, format: str, tokens: int) -> bool:
     """Whether a product on the CPU rounds x to 8 bits: see `linear`.
 
     Args:
-        dtype: of x.
-        format: of the weight.
-        tokens: T, the rows of x.
+        dtype: the dtype of x.
+        format: the format of the weight.
+        tokens: T, the number of rows of x.
     """
     return not _C.exact_products() and _C.linear_rounds(dtype, format, tokens)
 
@@ -100,8 +101,8 @@ def _expect_exact(x: Tensor, formats: list[str]) -> None:
     if x.is_cuda:
         return
     for name in formats:
-        # Where one token is not rounded, none are. Reading len(x) fixes it for torch.compile, which
-        # then compiles for each number of tokens.
+        # If a single token is not rounded, no number of tokens is. So len(x) is only read if it
+        # matters: reading it makes torch.compile compile anew for each number of tokens.
         if rounds(x.dtype, name, 1) and rounds(x.dtype, name, len(x)):
             raise RuntimeError(
                 f"linear: x requires a gradient, but its product with a weight in {name!r} rounds "
@@ -210,12 +211,14 @@ def linear_rope(
     Args:
         x: [T, K].
         weights: (wq, wk, wv), [Hq * D, K], [Hkv * D, K] and [Hkv * D, K], as in `linear`.
-        norm: [K], the weight of an RMSNorm of x before the product; None: none.
+        norm: [K], the weight of an RMSNorm of x before the product. None: x is multiplied as it is.
         eps: epsilon of the RMSNorm.
         k_pool, v_pool: [R, D], the rings of all sequences.
         sequences: [S, 5] int64, the sequence table.
-        frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
-        window: W, keys that a query sees, itself included; None: all.
+        frequencies: [D/2] float64, radians per position, the result of
+            `mistral_ext.model.rope.frequencies`.
+        window: W, how many keys a query sees, its own included. None: a query sees all keys up to
+            its own.
 
     Returns:
         [T, (Hq + 2 Hkv) * D]: for each token the heads of q, then of k, then of v.
@@ -270,8 +273,8 @@ def linear_argmax(
     Args:
         x: [T, K].
         weight: [N, K], as in `linear`.
-        norm, eps: as in `linear`.
-        limit: choose among the first `limit` outputs, up to 2^24; None: among all.
+        norm, eps: the arguments of `linear` with these names.
+        limit: choose among the first `limit` outputs, at most 2^24. None: choose among all outputs.
 
     Returns:
         ([T, N] outputs, [T] int64 indices). The index is -1 if an output is NaN or all are -inf.
@@ -318,9 +321,10 @@ def linear_swiglu(
     Args:
         x: [T, K].
         weights: (gate, up), [F, K] each, as in `linear`.
-        norm, eps: as in `linear`.
-        added: [T, 2 F] float32, added to the products with gate and up, as `lora` computes it;
-            None: nothing. Our kernels add before they round, torch's products are rounded first.
+        norm, eps: the arguments of `linear` with these names.
+        added: [T, 2 F] float32, a tensor to add to the products with gate and up, as `lora`
+            computes it. None: nothing is added. Our kernels add before they round. Torch's products
+            are rounded before the sum.
 
     Returns:
         [T, F].

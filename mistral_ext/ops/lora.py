@@ -40,19 +40,21 @@ def lora(
     other adapters.
 
     Without `out` the op returns what it would add to it. Only then does it have gradients, for x, a
-    and b, which add up in fp32. a and b may then be float32 beside x of another dtype: they are
-    rounded to it for the product, their gradients are not. So an optimiser can keep float32.
+    and b, which add up in fp32. a and b may then be float32 while x has another dtype. They are
+    rounded to the dtype of x for the product, and their gradients are float32. So an optimiser can
+    keep a and b in float32.
 
     Args:
         x: [T, K].
         a: [adapters, parts, max_rank, K], contiguous.
         b: [adapters, max_rank, N], contiguous; N is the sum of `parts`.
         scales: [adapters, parts] float32.
-        ranks: [adapters, parts] int32, 0 (the part has none) to max_rank. Values of a and b beyond
-            the rank are not read.
-        adapters: [T] int32, the adapter of each token; negative: none.
-        parts: the outputs of each part; up to 3 parts.
-        out: [T, N], with the dtype of x or float32, updated in place; None: a new tensor.
+        ranks: [adapters, parts] int32, the rank of each update, 0 (the part has no update) to
+            max_rank. Values of a and b beyond the rank are not read.
+        adapters: [T] int32, the index of each token's adapter. Negative: the token has no adapter.
+        parts: the number of outputs of each part. There are up to 3 parts.
+        out: [T, N], with the dtype of x or float32, updated in place. None: the update is returned
+            instead.
 
     Returns:
         Without `out` [T, N] with the dtype of x, else None.
@@ -105,7 +107,7 @@ def _run_added(
     adapters: Tensor,
     parts: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The result, and [T, parts, max_rank] fp32, scale * x A^T."""
+    """Returns the result, and scale * x A^T, [T, parts, max_rank] fp32."""
     out = x.new_zeros((len(x), sum(parts)))
     hidden = x.new_zeros((len(x), *a.shape[1:3]), dtype=torch.float32)
     given = x, a.to(x.dtype), b.to(x.dtype), scales, ranks, adapters, list(parts)
@@ -157,7 +159,8 @@ def _run_backward(
 
 
 def _sum_over_tokens(hidden: Tensor, x: Tensor, adapters: Tensor, count: int) -> Tensor:
-    """[count, R, N] fp32: for each adapter the sum of hidden^T [T, R] x [T, N] over its tokens."""
+    """For each adapter the sum over its tokens of the products of `hidden` [T, R] and x [T, N]:
+    [count, R, N] fp32."""
     out = hidden.new_empty((count, hidden.shape[1], x.shape[1]))
     _C.lora_gradient(hidden, x, adapters, out, execution_target(x))
     return out

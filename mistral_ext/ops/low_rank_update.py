@@ -30,9 +30,10 @@ def low_rank_update(
         out: [T, N], the products of x with one to three weights, whose outputs lie side by side.
             Its bits must not be needed by another gradient.
         x: [T, K].
-        pairs: for each weight a [rank, K] and b [outputs, rank], both float32, or None: no update.
+        pairs: for each weight the matrices a [rank, K] and b [outputs, rank], both float32. None
+            for a weight without an update.
         scale: the factor of b @ a.
-        parts: the outputs of each weight; N is their sum.
+        parts: the number of outputs of each weight. N is their sum.
 
     Returns:
         [T, N], with the dtype of x.
@@ -91,7 +92,8 @@ def _stack(
 
 
 class _ByTorch(torch.autograd.Function):
-    """Only x itself is kept for the gradients, not a float32 copy of it."""
+    """The update by torch's products. For the gradients it keeps only x itself, not a float32 copy
+    of it."""
 
     @staticmethod
     def forward(
@@ -124,5 +126,5 @@ class _ByTorch(torch.autograd.Function):
 def _each_part(
     joined: Tensor, parts: Sequence[int], matrices: Sequence[Tensor | None]
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """For each of the weights its columns of `joined`, a and b."""
+    """Yields for each weight its columns of `joined`, its a and its b."""
     return zip(joined.split(list(parts), dim=1), matrices[::2], matrices[1::2], strict=True)

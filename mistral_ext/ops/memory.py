@@ -20,8 +20,8 @@ LARGE_PAGE = 2**21  # bytes
 def ask_for_large_pages(pages: mmap.mmap) -> None:
     """Asks for large pages, for a mapping of a file or of memory that has not been touched yet.
 
-    Linux alone has them on request. A file's pages are large if its file system permits it, and if
-    they are not in memory as small ones already.
+    Only Linux has large pages on request. A file's pages become large if its file system permits
+    it, and if they are not in memory as small pages already.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without large pages

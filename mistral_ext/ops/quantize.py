@@ -20,7 +20,8 @@ def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = N
         weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
         out: the weight to fill, on the CPU.
         importance: [K] float32, how much an error in each input counts, such as the mean square of
-            that input; None: all count the same, as 32 neighbours do whose importance is 0.
+            that input. None: all errors count the same. They also do within 32 neighbours whose
+            importance is 0.
 
     Returns:
         [N] float32, the largest magnitude in each row; not finite if the row holds NaN or infinity.
@@ -50,11 +51,13 @@ def round_with_feedback(
             errors, each divided by the diagonal of the factor.
         factor: [B, B] float32, upper triangular: the block of the Cholesky factor of the inverse
             Hessian.
-        out: the columns to fill, in "iq4_nl" or, for B = 256, "iq4_xs". Rows may be apart.
-        importance: [B] float32, as for `round_to_table`; scales are chosen by it.
+        out: the columns to fill, in "iq4_nl" or, for B = 256, "iq4_xs". The rows need not be
+            contiguous with each other.
+        importance: [B] float32, how much an error in each input counts, as in `round_to_table`. It
+            decides which scales are chosen.
 
     Raises:
-        ValueError, TypeError: as `round_to_table`.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device. The message names it.
     """
     target = execution_target(weight)
     _C.quantize_feedback(weight, factor, importance, out.values, out.scales, target)

@@ -19,8 +19,8 @@ class Recording:
     """The calls of a piece of work, on the memory that it used when it was recorded.
 
     Only the values in that memory may differ when the work is repeated. One thread at a time may
-    repeat it. Its weights, rings, tables and other tensors that come from outside have to live as
-    long as it does; it keeps all others.
+    repeat the work. Weights, rings, tables and other tensors that come from outside have to live as
+    long as the recording. The recording keeps all other tensors alive.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,8 @@ class Recording:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the kernels are still chosen as they were: workspaces are sized for them."""
+        """Whether the settings that choose the kernels are the same as when this was recorded. If
+        not, the sizes of the workspaces may be wrong."""
         return self._settings == _settings()
 
     def run(self) -> None:
@@ -52,7 +53,7 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
         given: the tensors with which the work begins.
 
     Returns:
-        The recording; None: the work cannot be repeated, because an op has no workspace, or needs
+        The recording. None: the work cannot be repeated, because an op has no workspace, or needs
         memory that is gone, or reads what torch has computed.
     """
     recorder = _Recorder(given)
@@ -62,8 +63,9 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
 
 
 class _Recorder:
-    """Notes calls, and where their inputs come from: what torch computes is not computed again, so
-    each x has to lie in the memory of a given tensor, or in that of an earlier result."""
+    """Notes calls, and checks where their inputs come from. What torch computes is not computed
+    again when the work is repeated. So each x has to lie in the memory of a given tensor, or of the
+    result of an earlier call."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.recording = Recording()
@@ -81,7 +83,7 @@ class _Recorder:
 
 
 def _address(x: Tensor) -> int:
-    """Where the memory begins of which x is a part."""
+    """The address at which the memory begins that x is a part of."""
     return x.untyped_storage().data_ptr()
 
 

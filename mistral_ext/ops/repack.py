@@ -22,7 +22,8 @@ def repack(
         blocks: [N, bytes of a row] uint8 on the CPU, at any address, such as the rows of a file
             that is mapped into memory. The last axis is contiguous.
         type: the type of the blocks, a key of `BLOCK_FORMATS`.
-        values, scales: the parts of the weight to fill, on the CPU, contiguous; None: not wanted.
+        values, scales: the parts of the weight to fill, on the CPU, contiguous. None for a part
+            that is not wanted.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device, or the type has no

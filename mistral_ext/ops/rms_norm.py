@@ -21,13 +21,14 @@ def rms_norm(
     the sum. Without, it normalises x. The normalised value is rounded to the dtype before it is
     multiplied by weight, because Mistral was trained so.
 
-    Without a residual the op has a gradient for x. It leaves out the rounding.
+    Without a residual the op has a gradient for x. The gradient is that of the formula without the
+    rounding.
 
     Args:
         x: [T, E].
         weight: [E].
-        eps: added to the mean square.
-        residual: [T, E], updated in place.
+        eps: a number that is added to the mean square.
+        residual: [T, E], updated in place. None: x is normalised as it is.
 
     Returns:
         [T, E].

@@ -25,9 +25,10 @@ def rope(
     Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i] (the order of
     Hugging Face checkpoints).
 
-    A token is not appended here if a query of the same chunk still attends to the position in its
-    slot. `attention` appends it instead. Call `rope` and then `attention` with the same table and
-    window, and all new tokens are in the rings.
+    A new token takes a slot of a ring, which may hold an older token. As long as a query of the
+    same chunk still sees the older token, `rope` does not append the new one, and leaves that to
+    `attention`. So call `rope` and then `attention` with the same table and window. Then all new
+    tokens are in the rings.
 
     Scaled RoPE is a matter of the frequencies. If a model also multiplies cosine and sine by a
     factor m, as YaRN does, give `attention` the scale m^2 / sqrt(D).
@@ -38,8 +39,10 @@ def rope(
         v: [T, Hkv, D].
         k_pool, v_pool: [R, D], the rings of all sequences.
         sequences: [S, 5] int64, the sequence table.
-        frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
-        window: W, keys that a query sees, itself included; None: all.
+        frequencies: [D/2] float64, radians per position, the result of
+            `mistral_ext.model.rope.frequencies`.
+        window: W, how many keys a query sees, its own included. None: a query sees all keys up to
+            its own.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 34.
     """

@@ -19,8 +19,9 @@ def rotate(x: Tensor, sequences: Tensor, frequencies: Tensor) -> Tensor:
 
     Args:
         x: [T, H, D], any number of heads.
-        sequences: [S, 5] int64, the sequence table; its rings are not used.
-        frequencies: [D/2] float64, radians per position, as of `mistral_ext.model.rope`.
+        sequences: [S, 5] int64, the sequence table. Its columns for rings are not used.
+        frequencies: [D/2] float64, radians per position, the result of
+            `mistral_ext.model.rope.frequencies`.
 
     Returns:
         [T, H, D].
@@ -47,7 +48,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    """The rotation by the negated angles."""
+    """The gradient of a rotation, which is the rotation by the negated angles."""
     d_x = torch.ops.mistral_ext.rotate(with_rows(d_out), *ctx.saved_tensors, not ctx.backward)
     return d_x, None, None, None
 

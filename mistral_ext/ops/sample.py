@@ -37,11 +37,12 @@ def sample(
 
     Args:
         logits: [N, V] float32, V up to 2^24.
-        rows: [N] int64, the row of the tables for each row of logits; all different.
+        rows: [N] int64, the row of the tables for each row of logits. No two are the same.
         options: [M, 7] float64.
-        noise: [M, 3] int64; the op adds 1 to step.
-        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt); the op counts the choice.
-        bias: [M, V] float32, added to the logits; None: no bias.
+        noise: [M, 3] int64. The op adds 1 to the column step.
+        history: [M, V] int32, 2 * (times chosen) + (1 if in the prompt) for each token. The op
+            counts the chosen token here.
+        bias: [M, V] float32, added to the logits. None: nothing is added.
 
     Returns:
         [N] int64 token ids. The id is -1 if a logit is NaN or all are -inf; the state of such a row

@@ -1,7 +1,7 @@
 """The ops of linear.py, with torch's products: see routing.py.
 
 Quantised weights are dequantised first, one after the other. For many tokens that costs less than a
-product of our own that is slower than the vendor's.
+product of our own, which would be slower than the vendor's.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def linear_swiglu(
 
 
 def linear_backward(d_out: Tensor, parts: Parts) -> Tensor:
-    """d_out [T, N] times the weights [N, K]: [T, K], for any number of tokens.
+    """The product [T, K] of d_out [T, N] with the weights [N, K], for any number of tokens.
 
     It takes the memory of the largest weight in the dtype of d_out.
     """
@@ -117,7 +117,8 @@ def _side_by_side(products: list[Tensor]) -> Tensor:
 
 
 def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weights in a dtype; parts of a `JoinedWeight` come as the whole.
+    """Yields the weights, dequantised to `dtype` if they are quantised. Parts of a `JoinedWeight`
+    come as the whole.
 
     They come one after the other, so that only one dequantised weight takes memory at a time.
     """

@@ -28,11 +28,11 @@ class Format(NamedTuple):
     most_group: int  # ... to here; 0: a whole row
 
     def elements(self, size: int) -> int:
-        """Elements of the values of a row of K = `size` values."""
+        """The number of elements of the tensor `values` for a row of K = `size` values."""
         return size * self.bits // (8 * self.value_dtype.itemsize)
 
     def size(self, elements: int) -> int:
-        """K of a row whose values have so many elements."""
+        """The length K of a row whose values have `elements` elements."""
         return elements * 8 * self.value_dtype.itemsize // self.bits
 
 
@@ -93,7 +93,8 @@ class Quantized(NamedTuple):
         """A weight [N, K] whose tensors have yet to be filled.
 
         Args:
-            group: number of values that share scales, a divisor of K; None: the smallest.
+            group: the number of values that share scales, a divisor of K. None: the smallest that
+                the format has.
         """
         facts, (rows, size) = FORMATS[format], shape
         groups = size // (group or facts.least_group or size)
@@ -197,9 +198,9 @@ Weights: TypeAlias = Sequence[Weight] | JoinedWeight
 def in_order(
     x: Tensor, weights: Weights, norm: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x [T, K], and the weight [K] of an RMSNorm of it, in the order of the weights' values.
+    """Puts x [T, K], and the weight [K] of an RMSNorm of x, into the order of the weights' values.
 
-    The weights of a call have the same `order`; that of the first is used.
+    All weights of a call must have the same `order`. The order of the first weight is used.
 
     Raises:
         ValueError: only some of the weights have an order.

@@ -14,18 +14,18 @@ from mistral_ext import _C
 
 
 class Recorder(Protocol):
-    """Hears of the kernels that a thread runs on the CPU: see `recording`."""
+    """An object that is told which kernels a thread runs on the CPU: see `recording`."""
 
     def note(self, call: _C.Call, x: Tensor, out: Tensor) -> None:
-        """A call was made, which reads x and writes to `out`."""
+        """Called after a call was made that reads x and writes to `out`."""
 
     def give_up(self) -> None:
-        """A kernel was run that cannot be repeated."""
+        """Called if a kernel was run that cannot be repeated."""
 
 
 @contextmanager
 def heard_by(recorder: Recorder) -> Iterator[None]:
-    """Has a recorder hear of the kernels of this thread."""
+    """Tells a recorder of the kernels that this thread runs in the block."""
     before = _of_thread.recorder
     try:
         _of_thread.recorder = recorder
@@ -37,7 +37,8 @@ def heard_by(recorder: Recorder) -> Iterator[None]:
 def execution_target(x: Tensor) -> int:
     """Where a kernel on x runs: on a CPU the number of threads, on a GPU the current stream.
 
-    It is for ops without a workspace, whose kernels cannot be repeated.
+    This function is for ops without a workspace. Their kernels cannot be repeated, so a recorder
+    gives up.
     """
     if _of_thread.recorder is not None:
         _of_thread.recorder.give_up()
@@ -56,8 +57,8 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
     The caller keeps all tensors of the call alive.
 
     Args:
-        out: what the call writes, if it can be repeated: x and `out` are all of its tensors that
-            may be gone by then.
+        out: the tensor that the call writes to, if the call can be repeated. x and `out` must then
+            be the only tensors of the call that a recorder has to keep alive.
     """
     target = _target(x)
     recorder = _of_thread.recorder
@@ -94,7 +95,7 @@ _of_thread = _OfThread()
 
 
 def memory_on_cpu(nbytes: int) -> int:
-    """The address of a workspace of that many bytes."""
+    """The address of this thread's workspace, which has at least `nbytes` bytes."""
     memory = _of_thread
     if memory.nbytes < nbytes:
         memory.grow(nbytes)

@@ -19,8 +19,8 @@ class AdapterCall(Call):
     """A request to one of the endpoints.
 
     Args:
-        service, path, send: as in `Call`.
-        loads: adds an adapter; else it removes an adapter.
+        service, path, send: the arguments of `Call` with these names.
+        loads: whether the request loads an adapter. If False, it removes one.
     """
 
     def __init__(self, service: Service, loads: bool, path: str, send: asgi.Send) -> None:

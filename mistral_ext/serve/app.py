@@ -37,7 +37,7 @@ def build_app(service: Service, lifespan: Lifespan | None = None) -> asgi.App:
 
     Args:
         service: the service.
-        lifespan: starts and stops the service; None: the caller does.
+        lifespan: starts and stops the service. None: the caller starts and stops it.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -139,7 +139,7 @@ class _Plain:
 
 
 class _Get:
-    """An endpoint that answers without reading anything, an ASGI application."""
+    """An endpoint that answers without reading a body. It is an ASGI application."""
 
     def __init__(self, answer: _Answer) -> None:
         self._answer = answer

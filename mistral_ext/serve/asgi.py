@@ -30,7 +30,7 @@ class SlowReaderError(Exception):
 
 
 def header(scope: Scope, name: str) -> str | None:
-    """The value of a header of the request; None: it has no such header."""
+    """The value of a header of the request. None: the request has no such header."""
     wanted = name.encode()
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), None)
 
@@ -39,11 +39,12 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
     """The JSON object that is the body of a request.
 
     Args:
-        most: bytes of the body, at most.
+        most: the most bytes that the body may have.
 
     Raises:
-        ApiError: 413 if it is larger, 408 if it comes too slowly, 400 if it is not a JSON object.
-        DisconnectedError: the client hung up before its end.
+        ApiError: 413 if the body is larger, 408 if it comes too slowly, 400 if it is not a JSON
+            object.
+        DisconnectedError: the client hung up before the end of the body.
     """
     _check_content_type(scope)
     try:
@@ -129,7 +130,8 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 async def send_bytes(
     send: Send, data: bytes, content_type: str, status: int = 200, **headers: str
 ) -> None:
-    """Sends a whole answer; names of `headers` have underscores for hyphens."""
+    """Sends a whole answer. The names of `headers` are written with underscores in place of
+    hyphens."""
     fields = {"content-type": content_type, "content-length": str(len(data))}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     await send({"type": "http.response.start", "status": status, "headers": _encoded(fields)})
@@ -150,7 +152,7 @@ class EventStream:
     """An answer of server-sent events. It begins with the first event.
 
     Attributes:
-        has_begun: the status, 200, has been sent.
+        has_begun: whether the status, 200, has been sent.
     """
 
     def __init__(self, send: Send, **headers: str) -> None:

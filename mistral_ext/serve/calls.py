@@ -22,7 +22,8 @@ class Endpoint:
     """An endpoint, an ASGI application.
 
     Args:
-        make_call: makes a call of its path and what sends its answer.
+        make_call: makes a `Call`, given the path of the request and a function that sends the
+            answer.
     """
 
     def __init__(self, make_call: Callable[[str, asgi.Send], Call]) -> None:
@@ -33,16 +34,16 @@ class Endpoint:
 
 
 class Call(ABC):
-    """One HTTP request. A class of an endpoint has an `answer`.
+    """One HTTP request. Each endpoint has a subclass, whose `answer` does the endpoint's work.
 
     Args:
-        service: the state that requests share.
-        request_id: that no other request has.
-        path: of the endpoint.
-        send: sends the answer.
+        service: the state that all requests share.
+        request_id: an id that no other request has.
+        path: the path of the endpoint.
+        send: a function that sends the answer.
 
     Attributes:
-        record: what the log says about it.
+        record: what the log says about this request.
     """
 
     def __init__(self, service: Service, request_id: str, path: str, send: asgi.Send) -> None:
@@ -55,7 +56,7 @@ class Call(ABC):
         """Reads the request and sends its answer."""
 
     async def run(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
-        """Answers, also where that fails, and notes what has happened."""
+        """Answers the request, with an error if that fails, and notes what has happened."""
         record = self.record
         try:
             await self.answer(scope, receive)
@@ -91,8 +92,8 @@ class Call(ABC):
         )
 
     async def outputs(self, generation: Generation) -> AsyncIterator[tuple[int, Output] | None]:
-        """All outputs of a generation, with the numbers of their completions; None from time to
-        time while there are none."""
+        """Yields all outputs of a generation, with the numbers of their completions. Yields None
+        from time to time while no output comes."""
         left = len(generation.progress)
         while left:
             come = await generation.next(self._service.settings.ping_seconds)

@@ -26,8 +26,8 @@ class CompletionCall(Call):
     """A request to one of the endpoints.
 
     Args:
-        service, path, send: as in `Call`.
-        is_chat: prompts are conversations.
+        service, path, send: the arguments of `Call` with these names.
+        is_chat: whether prompts are conversations.
     """
 
     def __init__(self, service: Service, is_chat: bool, path: str, send: asgi.Send) -> None:
@@ -54,7 +54,7 @@ class CompletionCall(Call):
             await asgi.until_disconnect(receive, self._complete(job, adapter))
 
     async def _fail(self, error: ApiError) -> None:
-        """Sends an error, in the stream if that has begun."""
+        """Sends an error. If the stream has begun, the error is sent in it."""
         if self._events.has_begun:
             await self._events.fail(error)
         else:
@@ -122,8 +122,8 @@ class CompletionCall(Call):
                 raise filtered(moderation.category, self._param)
 
     async def _checked(self, job: Job, outputs: _Outputs) -> _Outputs:
-        """Holds the outputs back until the model has judged all of them, and takes the texts away
-        that it thinks are not acceptable."""
+        """Holds the outputs back until the model has judged all of them. Takes away the texts that
+        the model judges not acceptable."""
         held: list[tuple[int, Output]] = []
         texts: dict[int, str] = {}
         async for come in outputs:
@@ -143,7 +143,8 @@ class CompletionCall(Call):
                 yield index, _withheld(output)
 
     async def _judge(self, job: Job, contents: Sequence[Any], kind: str) -> list[Moderation]:
-        """Has the model judge contents: the end of a content that does not fit the context."""
+        """Has the model judge contents. If a content does not fit the context, its end is
+        judged."""
         service = self._service
         requests = await service.moderation_requests(contents, self._param, job.salt, True)
         ping = self._events.ping if job.stream else None

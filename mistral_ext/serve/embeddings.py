@@ -61,9 +61,9 @@ class EmbeddingCall(Call):
         """[N, E] fp32, the pooled hidden states of N texts, on the CPU.
 
         Args:
-            texts: texts and token ids.
+            texts: the texts, each as text or as token ids.
             given: the fields of the HTTP request.
-            adapter: the name of a loaded adapter; None: none.
+            adapter: the name of a loaded adapter. None: the model is used without an adapter.
         """
         service = self._service
         pooling = given.get("pooling", "last")

@@ -23,8 +23,8 @@ class EngineThread:
 
     Args:
         engine: the engine.
-        device: of its model.
-        on_death: the thread calls this when it ends after a failure.
+        device: the device of the engine's model.
+        on_death: a function that the thread calls when it ends after a failure.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class EngineThread:
 
         Raises:
             ApiError: 503 if the thread has died.
-            ValueError: as `Engine.add`.
+            ValueError: `Engine.add` refuses the request.
         """
         if self._is_dead:
             raise out_of_order()

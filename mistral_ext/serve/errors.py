@@ -11,7 +11,7 @@ class ApiError(Exception):
 
     Args:
         status: the HTTP status.
-        message: for people.
+        message: what is wrong, in words for people.
         param: the field of the request that is wrong.
         code: a name of the error, for programs.
         headers: further headers of the answer.
@@ -61,17 +61,17 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def no_model(message: str) -> ApiError:
-    """There is no model, and no adapter, of the name that is asked for."""
+    """Neither the model nor an adapter has the name that the request asks for."""
     return ApiError(404, message, "model", "model_not_found")
 
 
 def removed_model(error: Exception) -> ApiError:
-    """The adapter that is asked for was removed since the request came."""
+    """The adapter that the request asks for was removed after the request came."""
     return no_model(f"the model was removed: {error}")
 
 
 def unsupported(name: str) -> ApiError:
-    """A field asks for a function that this server does not have."""
+    """A field asks for something that this server cannot do."""
     return ApiError(400, f"{name} is not supported", name, "unsupported_parameter")
 
 
@@ -82,7 +82,7 @@ def too_busy() -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """The server finishes what it has, and takes nothing new."""
+    """The server is ending: it finishes its requests, and takes no new ones."""
     message = "the server is shutting down"
     headers = {"retry-after": "5", "connection": "close"}
     return ApiError(503, message, code="shutting_down", headers=headers)

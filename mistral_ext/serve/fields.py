@@ -1,4 +1,5 @@
-"""The fields of requests, as JSON Schema. Requests are checked by it, and /openapi.json shows it.
+"""The fields of requests, as JSON Schema. Requests are checked against these schemas, and
+/openapi.json shows them.
 
 A field that is null counts as missing.
 """
@@ -87,7 +88,8 @@ _MOST_INPUTS = 2048
 
 
 def _one_or_several(**limits: int) -> Schema:
-    """One text or list of token ids, or a list of several; `limits` are for the list of several."""
+    """The schema of a text or a list of token ids, or of a list of several of these. `limits` are
+    for the list of several."""
     text: Schema = {"type": "string", "minLength": 1}
     several = [
         {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
@@ -179,8 +181,8 @@ IGNORED = (
     "verbosity",
 )
 
-# Unsupported fields that would change the text: name -> the values without effect. Other values are
-# refused.
+# Fields that would change the text, and that are not supported: name -> the values that have no
+# effect. Other values are refused.
 NEUTRAL: dict[str, Schema] = {
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},

@@ -33,16 +33,16 @@ class Generation:
     `_take`, which the engine's thread calls.
 
     Args:
-        engine: the thread.
+        engine: the thread that steps the engine.
         requests: the completions' requests.
         began: when the HTTP request arrived, a time of `time.perf_counter`.
-        metrics: counts tokens and times.
-        max_unread: outputs that may wait. If there are more, the completions end, and `on_overflow`
-            is called. None: any number, because no client has to read them first.
+        metrics: the figures, which count tokens and times.
+        max_unread: the number of outputs that may wait. If there are more, the completions end, and
+            `on_overflow` is called. None: any number may wait, because no client has to read them.
 
     Attributes:
         progress: the progress of each completion.
-        began: as given.
+        began: the argument of this name.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Generation:
         """Queues the completions.
 
         Raises:
-            ApiError: 400 if one can never run, 404 if its adapter was removed; then none is queued.
-                503 if the engine is dead.
+            ApiError: 400 if a completion can never run, 404 if its adapter was removed, 503 if the
+                engine is dead. `close` then ends completions that were queued before.
         """
         try:
             for index, request in enumerate(self._requests):
@@ -83,7 +83,8 @@ class Generation:
             raise bad_request(str(error)) from error
 
     async def next(self, seconds: float) -> tuple[int, Output] | None:
-        """The next output, with the number of its completion; None: timeout.
+        """The next output, with the number of its completion. None: no output came within
+        `seconds`.
 
         Raises:
             ApiError: a completion has failed, or `fail` was called.
@@ -107,7 +108,7 @@ class Generation:
         self._wake()
 
     def close(self) -> None:
-        """Ends the completions that have not ended; their memory is free within a step."""
+        """Ends the completions that have not ended. Their memory is freed within a step."""
         self._engine.abort(self._ids)
 
     async def _wait_until(self, deadline: float) -> None:

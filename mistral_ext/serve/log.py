@@ -36,7 +36,8 @@ class Record:
 
 
 class _PrivateFile(RotatingFileHandler):
-    """A file that only its owner may read, and so is each file that takes its place."""
+    """A log file that only its owner may read. The same holds for each file that takes its
+    place."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")
@@ -53,8 +54,8 @@ class RequestLog:
     """Writes records.
 
     Args:
-        file: gets a JSON object for each request, prompts and completions included. It is moved
-            aside when it is large. None: texts are written nowhere.
+        file: a file that gets a JSON object for each request, with prompts and completions. It is
+            moved aside when it is large. None: texts are not written anywhere.
     """
 
     def __init__(self, file: Path | None) -> None:

@@ -15,8 +15,9 @@ class LogprobWriter:
 
     Args:
         tokenizer: knows the bytes of tokens.
-        starts_text: the completion begins a text, and its first token's space is not part of it.
-        offset: characters of the text before the completion.
+        starts_text: whether the completion begins a text. Then the space of its first token is not
+            part of the text.
+        offset: the number of characters of the text before the completion.
     """
 
     def __init__(self, tokenizer: Tokenizer, starts_text: bool, offset: int = 0) -> None:
@@ -27,7 +28,7 @@ class LogprobWriter:
         self._offset = offset
 
     def chat(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """For /v1/chat/completions."""
+        """Writes the log-probabilities of tokens as /v1/chat/completions has them."""
         content = []
         for token in tokens:
             entry = self._entry(token.token_id, token.logprob)
@@ -37,7 +38,7 @@ class LogprobWriter:
         return {"content": content, "refusal": None}
 
     def text(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """For /v1/completions."""
+        """Writes the log-probabilities of tokens as /v1/completions has them."""
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -82,5 +83,6 @@ class LogprobWriter:
 
 
 def _finite(logprob: float) -> float:
-    """A number for JSON, which has no infinity: OpenAI writes -9999.0 for impossible tokens."""
+    """A log-probability that JSON can hold. JSON has no infinity, so an impossible token gets
+    -9999.0, as from OpenAI."""
     return max(logprob, -9999.0)

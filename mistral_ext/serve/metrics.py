@@ -16,10 +16,10 @@ _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Metrics:
-    """Counts what happens. Any thread may call it.
+    """Counts what happens in the server. Any thread may call the methods.
 
     Args:
-        load: gives the present load of the engine.
+        load: a function that returns the present load of the engine.
     """
 
     def __init__(self, load: Callable[[], Load]) -> None:
@@ -54,7 +54,7 @@ class Metrics:
         self._length = histogram("request_generation_tokens", "Completion's length", _TOKENS)
 
     def first_token(self, seconds: float) -> None:
-        """A completion has its first token, `seconds` after it arrived."""
+        """A completion has its first token, `seconds` after its request arrived."""
         self._first.observe(seconds)
         self._generated.inc()
 

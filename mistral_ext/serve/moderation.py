@@ -27,11 +27,11 @@ async def judge(
     """Has the model judge contents.
 
     Args:
-        call: for which it is asked.
-        service: the state that requests share.
-        requests: of `Service.moderation_requests`.
-        kind: of the contents, for the figures: "input", "output" or "request".
-        ping: called from time to time while there is no result.
+        call: the call for which the model judges.
+        service: the state that all requests share.
+        requests: the result of `Service.moderation_requests`.
+        kind: the kind of the contents, for the figures: "input", "output" or "request".
+        ping: a function that is called from time to time while there is no result.
     """
     found: dict[int, Moderation] = {}
     async with aclosing(call.read_prompts(requests)) as outputs:

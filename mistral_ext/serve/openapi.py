@@ -71,7 +71,7 @@ def description(adapter_updates: bool) -> dict[str, Any]:
     """The description, an OpenAPI 3.1 document.
 
     Args:
-        adapter_updates: clients may load and unload adapters.
+        adapter_updates: whether clients may load and unload adapters.
     """
     return {
         "openapi": "3.1.0",
@@ -153,7 +153,7 @@ def _adapter_updates() -> dict[str, Any]:
 
 
 def _strict(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """An object that has all of these."""
+    """The schema of an object that must have all of these properties."""
     return {"type": "object", "properties": dict(properties), "required": list(properties)}
 
 

@@ -14,8 +14,8 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Only scripts and styles of these files run, and no other server is used. So whatever a model
-# writes stays text.
+# Browsers may only run scripts and use styles from these files, and load nothing from another
+# server. So whatever a model writes stays text.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -45,15 +45,18 @@ class Job:
     """The work of a request: `params.n` completions of each prompt.
 
     Attributes:
-        is_chat: the prompt is a conversation, and the completions are replies.
-        prompts: conversations, texts or token ids.
-        params: all but max_tokens, which depends on the prompt's length.
-        max_tokens: as asked for; None: `default_tokens`.
-        default_tokens: fewer if they do not fit; None: all that fit.
-        stream, include_usage, echo: as asked for.
+        is_chat: whether the prompts are conversations, and the completions replies.
+        prompts: the prompts: conversations, texts or token ids.
+        params: the options of the completions. max_tokens is not set yet, because it depends on the
+            prompt's length.
+        max_tokens: the most tokens of a completion, as the request asks. None: `default_tokens`.
+        default_tokens: the most tokens of a completion if the request does not say, or fewer if
+            they do not fit. None: as many as fit.
+        stream, include_usage, echo: the fields of the request with these names.
         salt, stop_token_ids: see `Mistral.request`.
-        structure: which field says what completions have to match; None: they are free.
-        tools: functions that completions may call; None: none.
+        structure: the field that says what completions have to match. None: they need not match
+            anything.
+        tools: the functions that completions may call. None: they may call none.
     """
 
     is_chat: bool
@@ -96,9 +99,9 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
     """The job of a request to /v1/chat/completions.
 
     Args:
-        body: as it came.
-        default_tokens: see `Job`.
-        form: how the model writes calls of tools; None: it takes no tools.
+        body: the body of the request, unchecked.
+        default_tokens: the attribute of `Job` with this name.
+        form: how the model writes calls of tools. None: the model takes no tools.
 
     Raises:
         ApiError: 400, for a field that is wrong.
@@ -113,7 +116,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
 
 
 def completion_job(body: dict[str, Any]) -> Job:
-    """The job of a request to /v1/completions; errors as `chat_job`."""
+    """The job of a request to /v1/completions. Raises the same errors as `chat_job`."""
     given = check_fields(body, _COMPLETION)
     logprobs = int(given["logprobs"]) if "logprobs" in given else None
     if given.get("echo") and logprobs is not None:
@@ -183,7 +186,8 @@ def _token_id(key: str) -> int:
 
 
 def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The messages of a request, with the system prompt of guardrails if it asks for it."""
+    """The messages of a request. If the request asks for the system prompt of guardrails, it is
+    among them."""
     messages = _messages_of(given["messages"])
     return with_safe_prompt(messages) if given.get("safe_prompt") else messages
 
@@ -210,7 +214,7 @@ def _text(content: str | Sequence[Mapping[str, str]] | None) -> str:
 
 
 def context_length(llm: Mistral) -> int:
-    """Tokens of prompt and completion together that a request may have."""
+    """The most tokens that the prompt and completion of a request may have together."""
     positions: int = llm.config.max_positions
     return positions if llm.max_length is None else min(positions, llm.engine.pool.slots)
 
@@ -222,12 +226,12 @@ def encode(
     is_chat: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt of a job.
+    """The token ids of a prompt of a job.
 
     Args:
-        prompt: a conversation, text or token ids.
-        template: of conversations; None: the model's own.
-        is_chat: the prompt is a conversation.
+        prompt: a conversation, a text or token ids.
+        template: the chat template of conversations. None: the model's own template.
+        is_chat: whether the prompt is a conversation.
         tools: functions that a reply may call.
 
     Raises:
@@ -259,11 +263,12 @@ def moderation_requests(
     """Requests that have the model judge contents; see `Mistral.moderation_request`.
 
     Args:
-        template: of conversations; None: the model's own.
+        template: the chat template of conversations. None: the model's own template.
         contents: texts, or conversations whose last message is meant.
-        param: the field that they come from.
+        param: the field of the request that the contents come from.
         salt: see `Request`.
-        cuts: has the end of a content that is too long judged, not refused.
+        cuts: whether to judge the end of a content that is too long. If False, such a content is
+            refused.
         adapter: see `Mistral.moderation_request`.
 
     Raises:
@@ -306,7 +311,8 @@ def compile_grammar(llm: Mistral, job: Job) -> None:
     """Compiles the constraint of a job's completions. `requests_of` then finds it compiled.
 
     Raises:
-        ApiError: 400 if that cannot be: nobody gets a free text instead.
+        ApiError: 400 if the constraint cannot be compiled. The request never gets a text without
+            its constraint instead.
     """
     try:
         llm.grammar(job.params, starts_text=job.is_chat, tools=job.tools)
@@ -320,7 +326,7 @@ def requests_of(
     """A job's requests to the engine, n for each prompt.
 
     Args:
-        prompts: token ids of the prompts.
+        prompts: the token ids of the prompts.
         adapter: see `Mistral.request`.
 
     Raises:
@@ -355,8 +361,9 @@ def _refusing(param: str, name: str | None = None) -> Iterator[None]:
     since the request came, else 400.
 
     Args:
-        param: the field that is wrong then.
-        name: what the library calls that field, in its messages; None: nothing.
+        param: the field of the request that is wrong in this case.
+        name: the name of that field in the library's messages, which is replaced by `param`. None:
+            the messages do not name the field.
     """
     try:
         yield

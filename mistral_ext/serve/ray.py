@@ -1,8 +1,8 @@
 """The server as replicas on a Ray cluster, behind Ray Serve. Needs the extra [ray].
 
 `app` is for a config file of Ray Serve, and `run` is `mistral-ext serve --ray`. Each replica has a
-model of its own in a process of its own; Ray Serve's proxy gives it requests, and replaces it when
-it dies or its engine fails.
+model of its own in a process of its own. Ray Serve gives requests to replicas, and replaces a
+replica when it dies or its engine fails.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _SPARE_REQUESTS = 16
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
-# Says whether a cluster wants the token that Ray keeps in the user's home. A new cluster wants
-# it; a program that joins the cluster has to be told.
+# This variable says whether a cluster wants the token that Ray keeps in the user's home. A new
+# cluster wants it. A program that joins such a cluster has to set the variable.
 _AUTH = "RAY_AUTH_MODE"
 
 # Ray Serve's own log is quiet: ours has a line of each request.
@@ -77,9 +77,9 @@ def application(
     """The Ray Serve application.
 
     Args:
-        settings: the options of each replica's server; host and port are Ray Serve's.
-        arguments: as `replicas.expect_arguments` accepts them.
-        replicas: how many, and what they get.
+        settings: the options of each replica's server. Its host and port are for Ray Serve.
+        arguments: arguments of `Mistral.from_pretrained` that `replicas.expect_arguments` accepts.
+        replicas: how many replicas there are, and what they get.
     """
     from ray import serve
 
@@ -147,9 +147,9 @@ def _load(arguments: Mapping[str, Any]) -> Mistral:
 
 
 def _named(app: asgi.App) -> asgi.App:
-    """The application, whose answers say which replica has made them.
+    """Wraps an application so that its answers say which replica has made them.
 
-    They have no id of ours as their x-request-id, because Ray's proxy adds an id of its own.
+    Our own x-request-id is left out of the answers, because Ray's proxy adds an id of its own.
     """
     name = _replica_name().encode()
 
@@ -214,12 +214,13 @@ def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], N
     """Has Ray Serve's proxies listen.
 
     Args:
-        settings: host and port are the proxies', unless the cluster has proxies.
-        is_own: nobody else uses the cluster.
-        has_proxies: Ray Serve runs on the cluster already.
+        settings: the options, whose host and port are for the proxies. They have no effect if the
+            cluster has proxies already.
+        is_own: whether the cluster was started for this server alone.
+        has_proxies: whether Ray Serve runs on the cluster already.
 
     Returns:
-        Logs where the server is, and warns if anyone may use it.
+        A function that logs where the server is, and warns if anyone may use it.
     """
     from ray import serve
 
@@ -249,7 +250,7 @@ def _deploy(app: Application) -> None:
     """Starts the application's replicas.
 
     Raises:
-        RuntimeError: none could be started.
+        RuntimeError: no replica could be started.
     """
     from ray import serve
 
@@ -260,7 +261,8 @@ def _deploy(app: Application) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """Why the last replica could not be started, if Ray Serve knows; else the error."""
+    """The reason why the last replica could not be started. If Ray Serve does not know it, the text
+    of the error."""
     from ray import serve
 
     status = serve.status().applications.get(_NAME)
@@ -271,8 +273,8 @@ def _reason(error: RuntimeError) -> str:
 
 @contextmanager
 def _cluster(replicas: Replicas) -> Iterator[bool]:
-    """Connects to a Ray cluster. Yields whether it was started for this: then it has room for all
-    replicas."""
+    """Connects to a Ray cluster. Yields whether the cluster was started by this call. Such a
+    cluster has room for all replicas."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of requests
     import ray
@@ -294,8 +296,8 @@ def _cluster(replicas: Replicas) -> Iterator[bool]:
 
 
 def _wait_for_signal(drain_seconds: float) -> int:
-    """Returns the status to exit with at the first signal; the second ends the process at once, and
-    with it a cluster of its own."""
+    """Waits for the first signal, and returns the status to exit with. A second signal ends the
+    process at once, and with it a cluster that it has started."""
     status: list[int] = []
     wake = threading.Event()
 

@@ -26,9 +26,9 @@ class Replicas:
     """How many replicas there are, and what each of them gets.
 
     Args:
-        least, most: replicas; if these differ, Ray Serve adds and removes replicas, so that each
-            has about as many requests as its batch has room for.
-        threads: cores that a replica reserves, and threads that its model uses.
+        least, most: bounds of the number of replicas. If they differ, Ray Serve adds and removes
+            replicas, so that each has about as many requests as its batch has room for.
+        threads: the number of cores that a replica reserves, and of threads that its model uses.
 
     Raises:
         ValueError: a number is not in its range.
@@ -52,7 +52,7 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], 
     """The arguments of `ray.application`.
 
     Args:
-        options: as `ray.app` takes them.
+        options: the options that `ray.app` takes.
 
     Raises:
         ValueError, TypeError: an option is unknown or wrong; the message names it.
@@ -81,7 +81,8 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], 
 
 def expect_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises ValueError or TypeError for arguments of `Mistral.from_pretrained` with which no
-    replica could load a model; dtype is a name, and model may be None (demo)."""
+    replica could load a model. Here dtype is the name of a dtype, and model may be None, which is
+    the demo model."""
     for name in ("model", "draft_model", "generation_config"):
         value = arguments.get(name)
         if value is not None and not (isinstance(value, str) and value):
@@ -108,7 +109,8 @@ def gpus_for(device: object) -> int:
     """The GPUs that a replica reserves, for `device` of `Mistral.from_pretrained`.
 
     Raises:
-        ValueError: it is no device, or not the first GPU: Ray shows a replica its own GPU alone.
+        ValueError: `device` is not a device, or is a GPU other than the first. Ray shows a replica
+            its own GPU alone, which is then the first.
     """
     if device is None or device == "cpu":
         return 0

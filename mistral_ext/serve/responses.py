@@ -20,9 +20,9 @@ class Answer:
 
     Args:
         job: the request's job.
-        prompts: token ids of its prompts.
-        model: its name.
-        tokenizer: the model's.
+        prompts: the token ids of the job's prompts.
+        model: the name of the model.
+        tokenizer: the tokenizer of the model.
         answer_id: the id of the answer and of all its chunks.
     """
 
@@ -47,11 +47,11 @@ class Answer:
 
     @property
     def completions(self) -> list[Completion]:
-        """The completions that have ended, with calls apart from texts; in order."""
+        """The completions that have ended, in order. Their calls are apart from their texts."""
         return [completion for _, completion in sorted(self._completions.items())]
 
     def take(self, index: int, output: Output) -> None:
-        """Takes an output, for `whole`."""
+        """Takes an output, which `whole` will need."""
         self._deltas(index, output)
 
     def whole(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Answer:
                 yield self._chunk(index, text=self._echo[index])
 
     def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
-        """The chunks of an output; none if it has nothing to show yet."""
+        """The chunks of an output. There are none if it has nothing to show yet."""
         logprobs = None
         if output.logprobs:
             writer = self._logprobs[index]
@@ -167,7 +167,7 @@ def new_id(is_chat: bool) -> str:
 
 
 def _echo(job: Job, index: int, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer) -> str:
-    """The prompt's text, if it is to stand before the completion's."""
+    """The text of a completion's prompt if the request has `echo`, else ""."""
     if not job.echo:
         return ""
     prompt = job.prompts[index // job.params.n]

@@ -16,7 +16,8 @@ Schema: TypeAlias = Mapping[str, Any]
 
 
 def check(value: Any, schema: Schema, name: str) -> None:
-    """Raises ApiError 400 unless a value fits the schema; names the field and what was expected."""
+    """Raises ApiError 400 unless a value fits the schema. The message names the field and what was
+    expected."""
     if "anyOf" in schema:
         _check_any(value, schema, name)
         return
@@ -40,7 +41,8 @@ def check(value: Any, schema: Schema, name: str) -> None:
 
 
 def _are_integers(values: list[Any], schema: Schema) -> bool:
-    """Whether all values are valid integers. There may be a million: they are checked at once."""
+    """Whether all values are valid integers. There may be a million, so they are checked at once
+    and not one by one."""
     if schema.get("type") != "integer" or {*map(type, values)} != {int}:
         return False
     least, most = min(values), max(values)

@@ -25,7 +25,8 @@ _UNSENT_MS = 60_000
 
 
 class Server:
-    """Binds the address and opens the log, before a model is loaded.
+    """Serves a model on an address. The address is bound and the log is opened at once, before a
+    model is loaded.
 
     Args:
         settings: the options.
@@ -47,7 +48,8 @@ class Server:
         self._log.close()
 
     def run(self, llm: Mistral) -> int:
-        """Serves until SIGTERM or SIGINT, then finishes its requests; a second signal ends them.
+        """Serves until SIGTERM or SIGINT, and then finishes the requests that it has. A second
+        signal ends them.
 
         Args:
             llm: the model, with a tokenizer.
@@ -112,7 +114,7 @@ def bind(host: str, port: int) -> socket.socket:
     """Binds a socket, which does not listen yet.
 
     Raises:
-        OSError: it cannot be bound; the message names the address.
+        OSError: the socket cannot be bound. The message names the address.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -139,7 +141,7 @@ def announce(settings: Settings, host: str, port: int) -> None:
 
     Args:
         settings: the options.
-        host, port: the bound address, in numbers.
+        host, port: the address that is bound, in numbers.
     """
     address = ipaddress.ip_address(host.partition("%")[0])
     shown = f"[{host}]" if address.version == 6 else host

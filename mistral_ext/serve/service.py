@@ -49,8 +49,8 @@ class Service:
 
     Attributes:
         llm, settings, tokenizer, engine, metrics, log: shared by requests.
-        tool_format: how the model writes calls of tools; None: it takes no tools.
-        is_draining: new requests are refused.
+        tool_format: how the model writes calls of tools. None: the model takes no tools.
+        is_draining: whether new requests are refused.
     """
 
     def __init__(self, llm: Mistral, settings: Settings, log: RequestLog) -> None:
@@ -68,8 +68,8 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # Texts, grammars and adapters are prepared outside the event loop, one at a time: some take
-        # a while.
+        # Texts, grammars and adapters are prepared outside the event loop, because that may take a
+        # while. One is prepared at a time.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:
@@ -94,8 +94,8 @@ class Service:
         """Reserves places in the queue for `count` completions.
 
         Args:
-            count: of the completions.
-            param: the field of the request that asks for so many.
+            count: the number of completions.
+            param: the field of the request that sets their number.
 
         Raises:
             ApiError: 503 if new requests are refused, 429 if there is no room now, 400 if there can
@@ -178,7 +178,8 @@ class Service:
         return [self.settings.model_name, *self.llm.adapters.names]
 
     def adapter_of(self, model: str | None) -> str | None:
-        """The adapter that a request asks for as its model; None: it asks for the model itself.
+        """The adapter that a request asks for as its model. None: the request asks for the model
+        itself.
 
         Raises:
             ApiError: 404 if there is no such model.
@@ -197,8 +198,8 @@ class Service:
             raise errors.bad_request(text, "model")
 
     async def drain(self) -> None:
-        """Refuses new requests, and waits for the running requests; ends them when the time is
-        over."""
+        """Refuses new requests, and waits for the running requests. Ends those that still run when
+        the time is over."""
         self.is_draining = True
         if not self._taken:
             return
@@ -221,7 +222,8 @@ class Service:
 
 
 def _template(name: str | None, llm: Mistral) -> ChatTemplate | None:
-    """The chat template; None: the model has none, and each conversation is told so."""
+    """The chat template. None: the model has none, so each request with a conversation gets an
+    error."""
     if name == "plain":
         return JinjaTemplate(Path("plain"), {"default": _PLAIN}, llm.require_tokenizer())
     with suppress(ValueError):

@@ -78,8 +78,10 @@ def settings_for(model: str | None, **given: Any) -> Settings:
     """The settings of a server of a model.
 
     Args:
-        model: a path or hub id, by default also the name for clients; None: the demo model.
-        given: fields. A field that is None has its default; the demo has some defaults of its own.
+        model: a path or hub id. It is also the name of the model for clients, unless `given` has
+            another. None: the demo model.
+        given: the fields of `Settings`. A field that is None gets its default. The demo has some
+            defaults of its own.
     """
     defaults = _DEMO if model is None else {"model_name": model}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -87,17 +89,18 @@ def settings_for(model: str | None, **given: Any) -> Settings:
 
 
 def keys_of_environment() -> tuple[str, ...]:
-    """The API key of the variable; an empty variable has an empty key, which `Settings` refuses:
-    the server would be open."""
+    """The API key in the environment variable, if it is set. An empty variable gives an empty key,
+    which `Settings` refuses. If it were ignored, the server would be open."""
     return (os.environ[KEY_VARIABLE],) if KEY_VARIABLE in os.environ else ()
 
 
 def texts_of(name: str, given: object) -> tuple[str, ...]:
-    """The field `api_keys`, `cors_origins` or `moderate` from a list, or from a text, in which
-    commas separate what is moderated.
+    """The value of the field `api_keys`, `cors_origins` or `moderate`, from a list of texts or from
+    a text. In a text for `moderate`, commas separate several values.
 
     Raises:
-        ValueError: it is neither. The message does not show it: it may be a key.
+        ValueError: `given` is neither a text nor a list. The message does not show it, because it
+            may be a key.
     """
     if isinstance(given, str):
         return tuple(given.split(",")) if name == "moderate" else (given,)

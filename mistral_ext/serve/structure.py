@@ -57,8 +57,8 @@ class Structure(NamedTuple):
     """A constraint of completions.
 
     Attributes:
-        field: the field of the request that has it.
-        option: the option of `SamplingParams` that it becomes.
+        field: the field of the request that has the constraint.
+        option: the option of `SamplingParams` that the constraint becomes.
         value: the value of the option.
     """
 
@@ -68,13 +68,13 @@ class Structure(NamedTuple):
 
 
 def structure_of(given: Mapping[str, Any]) -> Structure | None:
-    """The constraint of a request; None: there is none.
+    """The constraint of a request's completions. None: the request has no constraint.
 
     Args:
         given: the fields of a request, checked against `FIELDS`.
 
     Raises:
-        ApiError: 400, for a format without its schema, or several constraints.
+        ApiError: 400, for a format without its schema, or for several constraints.
     """
     found = [*_of_format(given.get("response_format"))]
     for name in ("json", "regex", "grammar", "choice"):

@@ -19,8 +19,8 @@ class TokensCall(Call):
     """A request to one of the endpoints.
 
     Args:
-        service, path, send: as in `Call`.
-        backwards: from tokens to text.
+        service, path, send: the arguments of `Call` with these names.
+        backwards: whether to turn tokens into text. If False, text is turned into tokens.
     """
 
     def __init__(self, service: Service, backwards: bool, path: str, send: asgi.Send) -> None:

@@ -64,11 +64,11 @@ OF_MESSAGE: dict[str, Schema] = {
 
 
 def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | None:
-    """The use of tools that a request asks for; None: none.
+    """The use of tools that a request asks for. None: it asks for none.
 
     Args:
         given: the fields of a request, checked against `FIELDS`.
-        form: how the model writes calls; None: it takes no tools.
+        form: how the model writes calls. None: the model takes no tools.
 
     Raises:
         ApiError: 400, for tools that are wrong, or that the model does not take.
@@ -84,7 +84,7 @@ def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | 
 
 def delta_of(piece: ToolDelta) -> dict[str, Any]:
     """New text of a call, as an element of a delta's tool_calls. A client joins the texts of all
-    pieces of a call, so that the id, the type and the name may come only once."""
+    pieces of a call, so the id, the type and the name must come only once."""
     if piece.call:
         return {"index": piece.index, **piece.call.as_message()}
     return {"index": piece.index, "function": {"arguments": piece.arguments}}

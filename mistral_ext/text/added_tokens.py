@@ -47,10 +47,10 @@ class AddedToken:
     """A token that is found in a text as it is written.
 
     Attributes:
-        control: the token is a signal, not text: a file marks it special, or it is written
-            <|like this|>.
-        lstrip, rstrip: white space on its left or right side belongs to the token.
-        single_word: the token is not found inside a word.
+        control: whether the token is a signal and not text. It is if a file marks it special, or if
+            it is written <|like this|>.
+        lstrip, rstrip: whether white space on the left or right side of the token belongs to it.
+        single_word: whether the token is not found inside a word.
     """
 
     id: int
@@ -66,11 +66,11 @@ class AddedTokens:
     """The tokens and names of tokens that the files of a folder add to the base vocabulary.
 
     Attributes:
-        tokens: by id; some may belong to the base vocabulary.
-        names: the content of "bos_token", "eos_token" and so on, if a file names them; None: a file
-            says that there is no such token.
-        prefix: encoding puts a space before a text. This says which pieces of a text that was cut
-            at added tokens get it: "first", "all", or "unspaced" (pieces that begin with none).
+        tokens: the added tokens by their ids. Some may belong to the base vocabulary.
+        names: the texts of the tokens for "bos_token", "eos_token" and so on, as far as a file
+            names them. The text is None if a file says that there is no such token.
+        prefix: which pieces get the space that encoding puts before a text, if a text was cut at
+            added tokens: "first", "all", or "unspaced" (the pieces that do not begin with a space).
     """
 
     tokens: dict[int, AddedToken]
@@ -79,7 +79,7 @@ class AddedTokens:
 
 
 def read_added_tokens(folder: Path) -> AddedTokens:
-    """Reads the files of a model folder, as many as there are.
+    """Reads the files that list added tokens, as many of them as a model folder has.
 
     Raises:
         ValueError: a file is damaged; the message names it.
@@ -117,7 +117,8 @@ def read_added_tokens(folder: Path) -> AddedTokens:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token, which files give by itself or in an object; None: not given."""
+    """The text of a token. A file has the text itself, or an object with the text. None: it has
+    neither."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -211,7 +212,8 @@ class TokenFinder:
         return [piece for piece in pieces if piece != ""]
 
     def starts(self) -> re.Pattern[str]:
-        """A pattern that matches one character: any at which a token begins, even in another."""
+        """A pattern that matches a single character: each character of a text at which a token
+        begins, even inside another token."""
         return re.compile(f"(?=(?:{self._any})).", re.DOTALL)
 
 

@@ -48,9 +48,9 @@ class JinjaTemplate:
     """The chat template of a fine-tune.
 
     Args:
-        path: its file, for errors.
+        path: the file of the template, for error messages.
         sources: templates by name; "default" is used, or "tool_use" if there are tools.
-        tokenizer: names the tokens that the template may write.
+        tokenizer: the tokenizer, which knows the names of the tokens that the template may write.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
@@ -85,10 +85,11 @@ class JinjaTemplate:
     def encode(
         self, messages: Sequence[Message], tools: Tools | None = None, asks: bool = True
     ) -> list[int]:
-        """The token ids of a conversation. Messages and tools are text, whatever they spell.
+        """The token ids of a conversation. Messages and tools are encoded as text, even where they
+        spell out a control token.
 
         Args:
-            asks: end with what the template writes before a reply.
+            asks: whether to end with what the template writes before a reply.
         """
         text, unmarked = self._render(messages, tools, asks)
         pieces = self._tokenizer.split_control_tokens(text)
@@ -102,7 +103,8 @@ class JinjaTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Tools | None, asks: bool = True
     ) -> tuple[str, Callable[[str], str]]:
-        """The text with marks, and a function that takes them out.
+        """Renders a conversation. Returns the text with marks, and a function that takes the marks
+        out.
 
         Where a message spells out a control token, a mark replaces the token's first character. The
         mark is a character that occurs nowhere else. A template may cut, join and measure its
@@ -159,13 +161,13 @@ def chat_template_of(
     mistral-common is right.
 
     Args:
-        folder: of the model.
-        tokenizer: the model's.
-        is_instruct: a folder without a template is that of a Mistral Instruct model.
+        folder: the folder of the model.
+        tokenizer: the tokenizer of the model.
+        is_instruct: whether the model is a Mistral Instruct model, if the folder has no template.
 
     Raises:
-        ValueError: the model is a base model, or a file or template is damaged; the message names
-            it.
+        ValueError: the model seems to be a base model, or a file or template is damaged. The
+            message names it.
     """
     folder = Path(folder)
     found = _read_templates(folder)
@@ -197,9 +199,11 @@ def encode_chat(
             last one is the user's or a tool's. With Mistral's templates, neighbours of the same
             role are joined by an empty line; a model's own template may refuse them, or take more
             keys.
-        template: "v1", "v2" or "v3", or a model's own; None: the tokenizer's version.
+        template: the chat template: "v1", "v2" or "v3", or the model's own. None: the template of
+            the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
-        asks: False: the last message is the assistant's, and the ids end with it.
+        asks: whether the ids end where the model is to reply. If False, the last message is the
+            assistant's, and the ids end with it.
 
     Raises ValueError that says which message, or which order of roles, is wrong.
     """
@@ -214,7 +218,7 @@ def encode_chat(
 
 
 def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | None:
-    """How a model with this chat template writes calls of tools; None: its template takes no tools,
+    """How a model with this chat template writes calls of tools. None: the template takes no tools,
     or writes calls in a format that is not known."""
     control_ids = tokenizer.control_ids
     if isinstance(template, JinjaTemplate):
@@ -261,7 +265,8 @@ def extend_chat(
 
 
 def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | None:
-    """How many of the ids make up this transcript; None: it ends within a token, or differs."""
+    """How many of the first ids have the transcript `text`. None: `text` ends within a token, or
+    differs."""
     if not transcript(tokenizer, ids).startswith(text):
         return None
     length = 0
@@ -278,7 +283,8 @@ def transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
 
 
 def _check_messages(messages: Sequence[Message], template: ChatTemplate, asks: bool) -> None:
-    """Raises unless messages are a conversation that a template may take."""
+    """Raises TypeError or ValueError unless messages are a conversation that a template may
+    take."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
             f"messages is {messages!r:.60}, expected a list of dicts "
@@ -319,8 +325,8 @@ def _check_tools(tools: Any) -> None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy of plain lists, dicts, strings and numbers. Other objects are refused: a template
-    could call their methods."""
+    """A copy of a value made of lists, dicts, strings and numbers. Other objects are refused,
+    because a template could call their methods."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -451,7 +457,7 @@ _SYSTEM_PROBE = [{"role": "system", "content": "zero"}, *_PROBE]
 
 
 def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
-    """Whether a template writes what mistral-common does, white space apart."""
+    """Whether a template writes the same text as mistral-common, apart from white space."""
     if "[INST]" not in template.source():
         return False
     for probe in (_PROBE, _SYSTEM_PROBE):
@@ -471,7 +477,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
 
 
 def _read_templates(folder: Path) -> tuple[Path, dict[str, str]] | None:
-    """The file with a folder's chat templates, and their texts by name; None: it has none."""
+    """The file with a folder's chat templates, and their texts by name. None: the folder has no
+    template."""
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         more = sorted((folder / "additional_chat_templates").glob("*.jinja"))

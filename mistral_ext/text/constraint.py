@@ -23,11 +23,13 @@ class Constraint:
 
     Args:
         kind: "schema", "regex", "grammar" or "tools".
-        text: JSON, a regular expression in the syntax of Rust's regex crate, or Lark.
-        content: with "tools", what @content in the text is; None: there is none.
+        text: the rule itself: JSON, a regular expression in the syntax of Rust's regex crate, or
+            Lark.
+        content: with "tools", the constraint that @content in the text stands for. None: the text
+            has no @content.
 
     Raises:
-        ValueError: it is too long, too deep or no Unicode.
+        ValueError: the text is too long, has brackets nested too deep, or is not valid Unicode.
     """
 
     kind: str
@@ -49,11 +51,12 @@ def schema_text(schema: object) -> str:
     """A JSON schema as JSON text.
 
     Args:
-        schema: a dict, JSON text, or a pydantic model. The objects of a model that says nothing of
-            other properties have none: it would ignore them, and they need not end.
+        schema: a dict, JSON text, or a pydantic model. If a pydantic model does not say whether its
+            objects may have other properties, they have none: the model would ignore such
+            properties, and a completion could go on with them for ever.
 
     Raises:
-        TypeError, ValueError: it is something else.
+        TypeError, ValueError: `schema` is something else.
     """
     if hasattr(schema, "model_json_schema"):
         schema = closed(schema.model_json_schema())
@@ -70,14 +73,15 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema with llguidance's options. Options of the schema's own would relax it: they are
-    replaced."""
+    """Adds llguidance's options to a schema. They replace options that the schema has, because
+    those could relax it."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
     return {**schema, "x-guidance": options}
 
 
 def closed(schema: Any) -> Any:
-    """A schema whose objects have no other properties, unless it says which."""
+    """A copy of a schema. Its objects have no properties but those that are listed, unless the
+    schema says that they may have others."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -88,7 +92,7 @@ def closed(schema: Any) -> Any:
 
 
 def _levels(text: str) -> int:
-    """How deep brackets are nested, at most: brackets in strings and after backslashes count
+    """How deep the brackets of a text are nested. Brackets in strings and after backslashes count
     too."""
     depth = deepest = 0
     for character in text:

@@ -1,9 +1,9 @@
 """Tokenizers from the metadata of GGUF files.
 
 Two kinds are read. "llama" is SentencePiece: a model of that library is made in memory, and the
-library encodes with it. "gpt2" is byte-level BPE: a tokenizer.json is made in memory. Files only
-name the way in which byte-level BPE cuts a text into words before it merges bytes
-(`tokenizer.ggml.pre`).
+library encodes with it. "gpt2" is byte-level BPE: a tokenizer.json is made in memory. Byte-level
+BPE cuts a text into words before it merges bytes. GGUF files do not hold the rules for this, but
+only a name for them (`tokenizer.ggml.pre`).
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ _PRE = {
 
 
 def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | None:
-    """The vocabulary of a GGUF file; None: it has none.
+    """The vocabulary of a GGUF file. None: the file has no vocabulary.
 
     Args:
-        path: the file, for errors.
-        metadata: of the file.
+        path: the path of the file, for error messages.
+        metadata: the metadata of the file.
 
     Raises:
         ValueError: the kind of tokenizer is not supported, or its tokens are damaged.
@@ -82,7 +82,7 @@ def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | Non
 
 
 def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates of a GGUF file by name, "default" the first; empty without any."""
+    """The chat templates of a GGUF file by name, "default" first. Empty if it has none."""
     key = "tokenizer.chat_template"
     templates = {
         "default" if name == key else name.removeprefix(f"{key}."): text
@@ -146,7 +146,8 @@ class _Tokens:
         return value
 
     def added(self, types: Iterable[int], ids: Mapping[str, int | None]) -> AddedTokens:
-        """Makes added tokens of the tokens of some types; `ids`: tokens with a special use."""
+        """Makes added tokens of the tokens of some types. `ids` has the ids of tokens with a
+        special use, such as "eos"."""
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
             if kind in types and text:
@@ -174,8 +175,8 @@ def _sentencepiece(tokens: _Tokens) -> Vocabulary:
 
 
 def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: bool) -> bytes:
-    """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto): BPE with bytes for
-    characters without a token, and texts taken as they are."""
+    """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto). It describes BPE that
+    spells characters without a token in bytes, and that does not normalise texts."""
     proto = bytearray()
     for text, score, kind in pieces:
         if kind == _USER_DEFINED and has_control_shape(text):

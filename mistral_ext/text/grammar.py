@@ -1,8 +1,8 @@
 """Grammars that say which tokens may come next in a completion that has to match something.
 
 `GrammarCompiler` makes a `Grammar` of a `Constraint` for a tokenizer, with the library llguidance
-(extra `[structure]`), and a `Matcher` follows one completion. All of it fails closed: what is not
-understood is an error, never a completion without a constraint.
+(extra `[structure]`), and a `Matcher` follows one completion. What is not understood is an error,
+and never leads to a completion without its constraint.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from numpy.typing import NDArray
 
-# The limits of llguidance's work: a grammar that needs more is refused. They bound a compilation by
-# about a second, and a step by some tens of milliseconds.
+# The limits of llguidance's work: a grammar that needs more is refused. With these limits a
+# compilation takes about a second at most, and a step some tens of milliseconds.
 _LIMITS: dict[str, Any] = {
     "max_grammar_size": 20_000,
     "initial_lexer_fuel": 200_000,
@@ -40,7 +40,8 @@ _NO_TEXT = "no text matches it"
 
 
 class GrammarCompiler:
-    """Makes grammars for a tokenizer, and keeps the latest. Any thread may use it."""
+    """Compiles grammars for a tokenizer, and keeps those that were used last. Any thread may use
+    it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -48,15 +49,15 @@ class GrammarCompiler:
         self._kept: OrderedDict[tuple[Constraint, bool], Grammar] = OrderedDict()
 
     def compile(self, constraint: Constraint, starts_text: bool = False) -> Grammar:
-        """The grammar of a constraint.
+        """Compiles the grammar of a constraint, or returns a grammar that was kept.
 
         Args:
             constraint: what completions have to match.
-            starts_text: completions begin a text and do not continue one. A space that encoding
-                would put first then does not have to match.
+            starts_text: whether completions begin a text and do not continue one. The space that
+                encoding puts before a text is then no part of what has to match.
 
         Raises:
-            ValueError: it does not compile, or nothing matches it.
+            ValueError: the constraint does not compile, or nothing matches it.
             ImportError: llguidance is missing.
         """
         key = constraint, starts_text and self._tokenizer.adds_first_space
@@ -111,15 +112,17 @@ class Grammar:
     """A constraint, compiled for a tokenizer.
 
     Args:
-        vocabulary: of the tokenizer.
+        vocabulary: the tokenizer's vocabulary, as llguidance has it.
         constraint: what completions have to match.
-        is_spaced: a space comes before it: needed before text, possible before JSON.
+        is_spaced: whether a space precedes what has to match. It must be there before text, and may
+            be there before JSON.
 
     Attributes:
-        is_spent: its automaton, which grows with use, has reached its limits: compile it anew.
+        is_spent: whether its automaton, which grows with use, has reached its limits. Then use
+            `anew`.
 
     Raises:
-        ValueError: it does not compile, or nothing matches it.
+        ValueError: the constraint does not compile, or nothing matches it.
     """
 
     def __init__(self, vocabulary: LLTokenizer, constraint: Constraint, is_spaced: bool) -> None:
@@ -145,11 +148,11 @@ class Grammar:
             self.allowed(behind)
 
     def anew(self) -> Grammar:
-        """This grammar, with an automaton that has not grown yet."""
+        """Compiles this grammar again, so that its automaton has not grown yet."""
         return Grammar(*self._given)
 
     def state(self, token_ids: list[int]) -> LLMatcher:
-        """The library's matcher, after these tokens of a completion."""
+        """A matcher of llguidance, after these tokens of a completion."""
         state = self._prototype.deep_copy()
         state.consume_tokens(token_ids)
         return state
@@ -159,11 +162,12 @@ class Grammar:
         return Matcher(self, self.state([]), self._first, end_ids, may_end)
 
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
-        """The tokens that may come next in a state, without the end.
+        """The tokens that may come next in a state. Tokens that end a completion are not among
+        them.
 
         Raises:
-            ValueError: the grammar takes too much work; or no token may come, and the text is not
-                whole.
+            ValueError: the grammar takes too much work, or no token may come next although the text
+                is not whole.
         """
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         # After an error the mask allows the end alone, as it does where a text may end.
@@ -181,8 +185,8 @@ class Grammar:
         return allowed
 
     def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
-        """A number for the bytes that may come next: states of the same kind have the same
-        number."""
+        """A number for the set of bytes that may come next. States in which the same bytes may come
+        next have the same number."""
         return hash(allowed[self._bytes].tobytes())
 
     def _problem(self, reason: str) -> ValueError:
@@ -191,20 +195,22 @@ class Grammar:
 
 
 class Matcher:
-    """Follows one completion.
+    """Follows one completion, and says which tokens may come next.
 
     Args:
-        grammar: what it has to match.
-        state: the library's, before the first token.
-        first: which tokens may come first.
+        grammar: what the completion has to match.
+        state: llguidance's matcher, before the first token.
+        first: the tokens that may come first, as `Grammar.allowed` gives them.
         end_ids: tokens that end the completion.
-        may_end: whether they may be chosen; otherwise it goes on as long as the grammar does.
+        may_end: whether end tokens may be chosen. If not, the completion goes on as long as the
+            grammar allows.
 
     Attributes:
-        allowed: [V] of the tokenizer's ids, which may come next. End tokens may when the text is
-            whole.
-        is_finished: the text is whole, and nothing else can follow.
-        states: what `Grammar.bytes_in` gives before each token so far, and now.
+        allowed: [V], whether each of the tokenizer's ids may come next. End tokens may come when
+            the text is whole.
+        is_finished: whether the text is whole, and nothing else can follow.
+        states: the numbers of `Grammar.bytes_in` for the states before each token so far, and for
+            the present state.
     """
 
     def __init__(
@@ -234,7 +240,8 @@ class Matcher:
         """Takes the next token.
 
         Raises:
-            ValueError: it may not come here, or what may come next is too much work to know.
+            ValueError: the token may not come here, or it takes too much work to find out what may
+                come next.
         """
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")
@@ -246,7 +253,8 @@ class Matcher:
         self._update(known)
 
     def ahead(self) -> Ahead:
-        """Follows guesses at what comes next, and leaves this matcher as it is."""
+        """Returns an object that follows guesses at the next tokens. This matcher stays as it
+        is."""
         # A copy is asked, because too much work would break the state.
         self._ahead = Ahead(self._grammar, self._state.deep_copy())
         return self._ahead
@@ -254,8 +262,8 @@ class Matcher:
     def _next(self) -> NDArray[np.bool_]:
         """`Grammar.allowed` of this state.
 
-        If the automaton has grown too large, the completion gets another: other completions use it,
-        too, and so do guesses.
+        Other completions and guesses use the same automaton, and it grows with use. If it has grown
+        too large, this completion gets a new one.
         """
         try:
             return self._grammar.allowed(self._state)
@@ -279,8 +287,8 @@ class Ahead:
     """Follows guesses at the next tokens of a completion.
 
     Args:
-        grammar: what it has to match.
-        state: the library's, before the first guess; it is changed.
+        grammar: what the completion has to match.
+        state: llguidance's matcher, before the first guess. It is changed.
     """
 
     def __init__(self, grammar: Grammar, state: LLMatcher) -> None:
@@ -289,20 +297,20 @@ class Ahead:
         self._guessed: deque[tuple[int, NDArray[np.bool_]]] = deque()
 
     def forced(self) -> list[int]:
-        """The tokens of the text that has to come next. A completion may also write this text in
-        other tokens."""
+        """The tokens of the text that has to come next, if the grammar leaves no choice. A
+        completion may also write this text in other tokens."""
         return self._state.compute_ff_tokens()
 
     def may_take(self, token_id: int) -> bool:
-        """Whether a token may come next. A text that is whole may be ended, too."""
+        """Whether a token may come next. If the text is whole, a token that ends it may come."""
         return self._state.validate_tokens([token_id]) == 1
 
     def take(self, token_id: int) -> int | None:
         """Takes a guess that may come next.
 
         Returns:
-            What `Grammar.bytes_in` gives behind it; None: nothing may follow, or that is too much
-            work to know.
+            The number of `Grammar.bytes_in` for the state behind the guess. None: nothing may
+            follow, or it takes too much work to find out what may.
         """
         self._state.consume_token(token_id)
         try:
@@ -313,8 +321,8 @@ class Ahead:
         return self._grammar.bytes_in(allowed)
 
     def known(self, token_id: int) -> NDArray[np.bool_] | None:
-        """The tokens that `Grammar.allowed` gives after the completion's next token, if this token
-        and all before it were guessed: right guesses cost no work twice. None: they were not."""
+        """The result of `Grammar.allowed` behind the completion's next token, if this token and all
+        before it were guessed. So right guesses cost no work twice. None: they were not guessed."""
         if self._guessed and self._guessed[0][0] == token_id:
             return self._guessed.popleft()[1]
         self._guessed.clear()

@@ -2,8 +2,8 @@
 section 5).
 
 The system prompt asks for replies without harmful content. Self-reflection has the model say which
-kind of content a text is, in one of four words. The model's answer can only be one of them, and
-their probabilities are the scores.
+kind of content a text is, in one of four words. The model's answer can only be one of these words,
+and the words' probabilities are the scores.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Moderation:
         """The judgement that the logits of an answer express.
 
         Args:
-            logits: of the next token of each of `LABELS`; see `label_ids`.
+            logits: for each of `LABELS` the logit of the token that tells it from the others; see
+                `label_ids`.
         """
         most = max(logits.values())
         weights = {label: math.exp(logit - most) for label, logit in logits.items()}
@@ -93,8 +94,8 @@ def question(content: str | Sequence[Message], end: int | None = None) -> list[M
     """The conversation that asks a model for the category of a content.
 
     Args:
-        content: a text; or messages, the last of which is meant.
-        end: shows only so many characters of the content's end; None: all.
+        content: a text, or messages. With messages the question is about the last one.
+        end: the number of characters at the end of the content to show. None: all of it.
     """
     is_text, text = isinstance(content, str), _written(content)
     what = "this text" if is_text else "the last message of this conversation"
@@ -124,11 +125,12 @@ def encode_question(
     """Token ids of the `question` about a content.
 
     Args:
-        content: as of `question`.
-        encode: a conversation, as a prompt.
-        tokenizer: with which `encode` does so.
-        room: as many tokens at most, with the end of the content if not all fits. It does not hold
-            where the question alone has more. None: any number.
+        content: the content, as `question` takes it.
+        encode: a function that encodes a conversation as a prompt.
+        tokenizer: the tokenizer that `encode` uses.
+        room: the most tokens of the result. If not all of the content fits, its end is used. A
+            question that is longer without any content is returned as it is. None: there is no
+            limit.
     """
     ids, text = encode(question(content)), _written(content)
     end = len(text)

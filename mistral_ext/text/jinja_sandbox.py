@@ -115,8 +115,8 @@ class SandboxedTemplate:
             variables: strings, numbers, None, lists and dicts only.
 
         Raises:
-            ValueError: the template raises an exception, whose message is given; or it fails, or
-                exceeds a limit.
+            ValueError: the template raises an exception, whose message this error has, or the
+                template fails or exceeds a limit.
         """
         token = _METER.set(_Meter(_text_size(variables)))
         try:
@@ -338,7 +338,8 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Inserts a step into loops and macros, and measures results that come without a call."""
+    """Changes a template so that loops and macros count a step, and so that results that come
+    without a call are measured."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.visit_Macro(node)
@@ -374,7 +375,7 @@ def _call(method: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}: templates mark the text that a model is trained on."""
+    """The tag {% generation %}, with which templates mark the text that a model is trained on."""
 
     tags = {"generation"}  # noqa: RUF012  as the base class has it
 

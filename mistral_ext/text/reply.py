@@ -1,4 +1,4 @@
-"""Replies as a model has to write them: what it learns from a conversation."""
+"""Encodes the replies of a conversation as a model has to write them, for training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def encode_reply(
     way later.
 
     Args:
-        messages: as in `encode_chat`, but the last one is the assistant's.
-        template, tools: as in `encode_chat`.
+        messages: the messages, as `encode_chat` takes them, but the last one is the assistant's.
+        template, tools: the arguments of `encode_chat` with these names.
 
     Returns:
         The ids of the prompt, and the ids of the reply with the text that the template writes after

@@ -9,8 +9,9 @@ from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
 from mistral_ext.text.vocabulary import BYTE_TOKEN, SPACE, Vocabulary, named_id, piece_bytes
 
-# Protocol buffers may be appended to each other; then the last value of a field counts. These bytes
-# are normalizer_spec { add_dummy_prefix: false }.
+# Protocol buffers may be appended to each other, and then the last value of a field counts. These
+# bytes, appended to a model, turn off the space before a text: they are normalizer_spec {
+# add_dummy_prefix: false }.
 _NO_FIRST_SPACE = b"\x1a\x02\x18\x00"
 
 
@@ -30,10 +31,10 @@ def sentencepiece_vocabulary(
     """A vocabulary from the bytes of a SentencePiece model.
 
     Args:
-        path: for errors.
-        model: its protocol buffer.
+        path: the path of the file, for error messages.
+        model: the bytes of the model, which are a protocol buffer.
         added: tokens that SentencePiece must not find by itself; the model may have them too.
-        bos_id: the beginning-of-text token; None: the model's.
+        bos_id: the beginning-of-text token. None: the token that the model names.
     """
     from sentencepiece import SentencePieceProcessor
 

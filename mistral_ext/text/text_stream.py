@@ -23,13 +23,14 @@ class TextStream:
     Args:
         tokenizer: supplies the bytes of each token.
         stop: strings that end the text; they are not part of it.
-        strip_first_space: the ids start a text (a chat reply, or a completion of nothing), so the
-            space that encoding puts there is dropped; False: they continue a text.
-        divider: the id of a control token that divides the text: stop strings and characters do
-            not reach across it, so what was held back is final when it comes. None: no token does.
+        strip_first_space: whether the ids start a text (a chat reply, or a completion of nothing),
+            so that the space that encoding puts there is dropped. If False, they continue a text.
+        divider: the id of a control token that divides the text. Stop strings and characters do not
+            reach across it, so text that was held back is final when this token comes. None: no
+            token divides the text.
 
     Attributes:
-        stopped: a stop string has been found; later ids add nothing.
+        stopped: whether a stop string has been found. Later ids then add nothing.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class TextStream:
         return held[:cut]
 
     def _partial_stop(self, held: str) -> int:
-        """Start of the longest end of `held` that a stop string begins with; len(held): none."""
+        """Where the longest end of `held` starts that may be the beginning of a stop string.
+        len(held) if there is none."""
         for start in range(max(0, len(held) - self._longest_stop + 1), len(held)):
             tail = held[start:]
             if any(s.startswith(tail) for s in self._stop):

@@ -92,7 +92,7 @@ class Tokenizer:
     Args:
         encode: returns the ids of a text.
         token_bytes: bytes of each id; None if no token has the id.
-        encode_rest: returns the ids of a text after a control token; None: `encode`.
+        encode_rest: returns the ids of a text after a control token. None: `encode` does this, too.
         added: tokens beyond the base vocabulary; their flags count for control tokens.
     """
 
@@ -179,8 +179,8 @@ class Tokenizer:
         return len(self._token_bytes)
 
     def first_difference(self, other: Tokenizer, count: int) -> int | None:
-        """The lowest of the first `count` ids that is not the same token in another vocabulary;
-        None: all are."""
+        """The lowest of the first `count` ids that is another token in the vocabulary `other`.
+        None: all these ids are the same tokens."""
         names, others = (
             {token_id: name for name, token_id in one.control_ids.items()} for one in (self, other)
         )
@@ -243,7 +243,8 @@ class Tokenizer:
         return ids
 
     def control_token_starts(self) -> re.Pattern[str]:
-        """A pattern of one character: any of a text at which it spells out a control token."""
+        """A pattern that matches a single character: each character of a text at which a control
+        token is spelled out."""
         return self._control_finder.starts()
 
     def decode(self, ids: Iterable[int], strip_first_space: bool = True) -> str:

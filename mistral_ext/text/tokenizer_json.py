@@ -29,7 +29,9 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     """Reads a ``tokenizer.json`` and the tokens that files beside it add.
 
     Raises:
-        ValueError: the file is damaged, or has another kind of tokenizer.
+        ValueError: the file or one beside it is damaged, or its tokenizer is neither BPE with byte
+            fallback nor byte-level BPE, or no token for the beginning or the end of a text is
+            found.
     """
     refuse_lfs_pointer(path)
     try:
@@ -45,10 +47,13 @@ def json_vocabulary(
     """A vocabulary from the contents of a ``tokenizer.json``.
 
     Args:
-        path: for errors.
-        data: the contents; the marks of its added tokens are changed to the marks of `added`.
-        added: tokens, and the names of the beginning and the end of a text.
-        adds_bos: encoding begins with the beginning-of-text token; None: as the contents say.
+        path: the path of the file, for error messages.
+        data: the contents. They are changed: of their added tokens, those are marked special that
+            are control tokens in `added`.
+        added: the added tokens, and the names of the tokens for the beginning and the end of a
+            text.
+        adds_bos: whether encoding begins with the beginning-of-text token. None: the contents
+            decide.
     """
     try:
         model = data["model"]

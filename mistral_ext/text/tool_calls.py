@@ -32,7 +32,7 @@ class ToolCall:
 
     Attributes:
         call_id: 9 letters and digits.
-        name: of the function.
+        name: the name of the function.
         arguments: a JSON object. It is incomplete if `max_tokens` or a stop string cut it off.
     """
 
@@ -61,7 +61,7 @@ class ToolFormat:
 
     Attributes:
         begin: what comes before calls: the id of a control token, or text.
-        end: what comes after each call; None: one list has all calls, and nothing comes after it.
+        end: what comes after each call. None: one list has all calls, and nothing comes after it.
     """
 
     begin: int | str
@@ -74,10 +74,10 @@ class ToolUse:
 
     Attributes:
         form: how the model writes calls.
-        tools: in OpenAI's format, for the chat template.
-        must_call: the completion is calls, and no text.
+        tools: the functions in OpenAI's format, for the chat template.
+        must_call: whether the completion has to be calls, without text.
         names: the functions that may be called.
-        parallel: a completion may have several calls.
+        parallel: whether a completion may have several calls.
     """
 
     form: ToolFormat
@@ -94,14 +94,14 @@ class ToolUse:
         choice: str | Mapping[str, Any] = "auto",
         parallel: bool = True,
     ) -> ToolUse | None:
-        """The use of tools that a conversation asks for; None: none.
+        """The use of tools that a conversation asks for. None: it asks for none.
 
         Args:
-            form: how the model writes calls; None: it takes no tools.
+            form: how the model writes calls. None: the model takes no tools.
             tools: functions in OpenAI's format.
             choice: "none"; "auto", the model decides; "required", it calls a function; or
                 {"type": "function", "function": {"name": ...}}, it calls this function.
-            parallel: it may make several calls.
+            parallel: whether the model may make several calls.
 
         Raises:
             ValueError, TypeError: the message names the tool or option.
@@ -128,17 +128,18 @@ class ToolUse:
 
     @property
     def divider(self) -> int | None:
-        """The control token between text and calls; None: text divides them."""
+        """The control token that divides text from calls. None: the format marks calls by text
+        instead."""
         return self.form.begin if isinstance(self.form.begin, int) else None
 
     def constraint(self, content: Constraint | None) -> Constraint:
         """The rule for a completion: calls, or text unless it must call.
 
         Args:
-            content: what the text has to match; None: nothing.
+            content: the constraint that the text has to match. None: the text may be anything.
 
         Raises:
-            ValueError: text that matches could not be told from calls.
+            ValueError: a text that matches `content` could not be told from calls.
         """
         if content and self.form.end is not None and not self.must_call:
             raise ValueError(
@@ -149,7 +150,8 @@ class ToolUse:
         return Constraint("tools", self._grammar(content is None), text)
 
     def _grammar(self, is_free: bool) -> str:
-        """In llguidance's Lark; @content is the constraint of the text, unless the text is free."""
+        """The grammar in llguidance's Lark. @content stands for the constraint of the text, if
+        `is_free` is False."""
         form, start, text = self.form, "start: calls", ["content: @content"]
         begin, end = _in_lark(form.begin), _in_lark(form.end or "")
         free = "(?s:.*)"
@@ -229,7 +231,7 @@ def new_call_id() -> str:
 
 
 def _chosen(choice: object) -> str:
-    """The name in a choice of a function."""
+    """The name of the function that a choice names."""
     if isinstance(choice, Mapping) and choice.get("type") == "function":
         function = choice.get("function")
         if isinstance(function, Mapping) and isinstance(function.get("name"), str):

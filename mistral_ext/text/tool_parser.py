@@ -13,8 +13,8 @@ _HEAD = re.compile(re.escape(HEAD.format("NAME")).replace("NAME", '"([^"]+)"'))
 class ToolParser:
     """Divides one completion into text and calls.
 
-    The completion matches the grammar of `ToolUse.constraint`: a text that begins like a call is a
-    call.
+    The completion has to match the grammar of `ToolUse.constraint`. So a text that begins like a
+    call is a call.
 
     Args:
         form: how the model writes calls.
@@ -33,12 +33,12 @@ class ToolParser:
         self._arguments: _Object | None = None  # of the call that is being written
 
     def push(self, token_ids: Sequence[int], text: str, is_last: bool) -> Iterator[str | ToolDelta]:
-        """Takes what an output of the engine has.
+        """Takes the new tokens and text of an output of the engine.
 
         Args:
             token_ids: the new tokens.
             text: the text that became final with them.
-            is_last: nothing follows.
+            is_last: whether this is the last output.
 
         Returns:
             New pieces of the text, and of calls.
@@ -100,7 +100,7 @@ class _Object:
         self._is_string = self._is_escaped = False
 
     def length_in(self, text: str) -> int:
-        """How much of the next text belongs to the object."""
+        """How many of the next characters belong to the object."""
         for i, character in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False
@@ -117,6 +117,7 @@ class _Object:
 
 
 def _before_part(text: str, mark: str) -> int:
-    """Where a part of a mark starts at the end of a text; the text's length: nowhere."""
+    """Where, at the end of a text, the beginning of a mark starts. The length of the text if it
+    ends with no part of the mark."""
     starts = range(max(0, len(text) - len(mark) + 1), len(text))
     return next((i for i in starts if mark.startswith(text[i:])), len(text))

@@ -13,7 +13,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Vocabulary(NamedTuple):
-    """See the arguments of `Tokenizer`."""
+    """What a tokenizer file says. The arguments and attributes of `Tokenizer` explain the
+    fields."""
 
     encode: Callable[[str], list[int]]
     token_bytes: Sequence[bytes | None]
@@ -34,6 +35,7 @@ def piece_bytes(piece: str) -> bytes:
 def named_id(
     added: AddedTokens, key: str, ids: Mapping[str, int], default: int | None
 ) -> int | None:
-    """The id of the token that the files name, for instance as eos_token; None: it has none."""
+    """The id of the token that the files name for a use such as "eos_token". If they name none, or
+    one that `ids` does not have, this is `default`."""
     name = added.names.get(key)
     return default if name is None else ids.get(name, default)

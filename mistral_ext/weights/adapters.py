@@ -1,8 +1,8 @@
 """LoRA adapters in files: peft's, Mistral's own and GGUF's.
 
-All of them become the same: what is added to each weight (`LowRank`), by Mistral's names without
-".weight", as "layers.0.attention.wq". The rows of b of wq and wk are in Hugging Face's order, as
-those of the weights are (`checkpoint`).
+Files of all three kinds are read into the same dict: Mistral's name of a weight without ".weight",
+such as "layers.0.attention.wq", to what is added to the weight (`LowRank`). For wq and wk the rows
+of b are in Hugging Face's order, like the rows of the weights themselves (`checkpoint`).
 
 Nothing is ignored: a setting that changes the arithmetic and is not supported, or a tensor that
 belongs to no weight of the model, is an error that names it.
@@ -62,8 +62,8 @@ _UNSUPPORTED = (
     "monteclora_config",
     "velora_config",
 )
-# Initialisations that leave the model's weights as they are; others (PiSSA, OLoRA) change them, and
-# the adapter then belongs to the changed weights.
+# Initialisations that leave the model's weights as they are. Other initialisations (PiSSA, OLoRA)
+# change the weights, and the adapter then belongs to the changed weights.
 _SOUND_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,14 +72,14 @@ Adapter = Mapping[str, LowRank]
 
 
 def adapter_for(config: MistralConfig, given: str | Path | Adapter) -> Adapter:
-    """An adapter for a model, checked.
+    """Reads an adapter if it is not in memory yet, and checks that it fits a model.
 
     Args:
-        config: of the model.
-        given: a path as `read_adapter` takes it; or what such a file holds.
+        config: the configuration of the model.
+        given: the path of an adapter, as `read_adapter` takes it, or an adapter in memory.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_adapter` and `expect_adapter`.
+        FileNotFoundError, ValueError: `read_adapter` or `expect_adapter` raises it.
     """
     if not isinstance(given, Mapping):
         return read_adapter(given, config)
@@ -91,8 +91,8 @@ def expect_adapter(adapter: Adapter, config: MistralConfig) -> None:
     """Refuses an adapter in memory that does not fit a model.
 
     Raises:
-        ValueError: it changes nothing, or what the model does not have, or a matrix has another
-            shape or dtype.
+        ValueError: the adapter changes no weight, or a weight that the model does not have, or one
+            of its matrices has a wrong shape or dtype.
     """
     if not adapter:
         raise ValueError("adapter is empty, expected what is added to one weight or more")
@@ -123,7 +123,7 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
         path: a folder of peft (adapter_config.json and its weights) or of Mistral
             (lora.safetensors), one of these files of weights, a GGUF file, or the hub id of such
             a folder ("owner/name") or file ("owner/name:file.gguf").
-        config: of the model that the adapter is for.
+        config: the configuration of the model that the adapter is for.
 
     Returns:
         What is added to each weight that the adapter changes. The tensors are mapped into memory.
@@ -143,7 +143,7 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
 
 
 def _find(path: Path) -> Path:
-    """The file of an adapter's weights."""
+    """Finds the file with an adapter's weights."""
     if path.is_file():
         if path.name == PEFT_CONFIG:
             return _find(path.parent)
@@ -313,11 +313,11 @@ def _module_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _Pairs:
-    """Finds the two matrices of each weight.
+    """Collects the two matrices, a and b, of each weight that an adapter changes.
 
     Args:
-        file: for messages.
-        config: of the model.
+        file: the file of the adapter, named in error messages.
+        config: the configuration of the model.
     """
 
     def __init__(self, file: Path, config: MistralConfig) -> None:
@@ -329,7 +329,9 @@ class _Pairs:
     def add(
         self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
     ) -> None:
-        """Takes a tensor: one of `matrices`, a and b, of the weight `name`, if that exists."""
+        """Takes the tensor of one matrix of the weight `name`. `matrices` has the names that a and
+        b have in the file, and `matrix` is one of them. Raises ValueError if the model has no such
+        weight."""
         if name not in self._shapes or matrix not in matrices:
             raise ValueError(
                 f"tensor {stored.name!r} in {self._file} is not supported: expected "
@@ -347,7 +349,7 @@ class _Pairs:
         self._found[name][which] = stored
 
     def matched(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """a [rank, K] and b [N, rank] of each weight."""
+        """The matrices a [rank, K] and b [N, rank] of each weight."""
         if not self._found:
             raise ValueError(f"{self._file} has no tensors, expected tensors of an adapter")
         return {name: self._read(name, given) for name, given in self._found.items()}
@@ -377,7 +379,8 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
 
     Args:
         target: the folder to make; must not exist, or be empty.
-        adapter: as `read_adapter` gives it; float32, bfloat16 or float16, on any device.
+        adapter: the adapter, in the form that `read_adapter` returns. Its matrices are float32,
+            bfloat16 or float16, on any device.
         base: the name of the model, for readers.
 
     Returns:
@@ -399,8 +402,8 @@ def write_adapter_files(folder: Path, adapter: Adapter, base: str = "") -> None:
     """Writes the two files of an adapter in peft's format into a folder.
 
     Args:
-        folder: exists.
-        adapter, base: as in `write_adapter`.
+        folder: a folder that exists.
+        adapter, base: the arguments of `write_adapter` with these names.
     """
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.items():

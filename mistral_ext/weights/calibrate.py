@@ -1,10 +1,10 @@
 """Rounds weights by what the layers of a model see: `mistral-ext quantize --calibrate`.
 
 A text is run through the model, a layer at a time. The mean products of a matrix's inputs, its
-Hessian, say how much an error in each weight counts, and how other weights can make up for it: a
-matrix is rounded column by column, and the error of each column is taken off the columns that
-follow (GPTQ, Frantar et al. 2022, arXiv:2210.17323). Then the text goes on through the rounded
-layer, so that later layers see its errors.
+Hessian, say how much an error in each weight counts, and how other weights can make up for it. So a
+matrix is rounded column by column, and the columns that follow are changed to make up for the error
+of each column (GPTQ, Frantar et al. 2022, arXiv:2210.17323). Then the text goes on through the
+rounded layer, so that later layers see its errors.
 
 Memory is that of one layer in fp32, of the Hessian of its longest rows and some copies of it, and
 of the hidden states of all tokens. A layer that is done is kept in a folder, so that a run that was
@@ -46,17 +46,18 @@ _INPUTS = {
 
 
 class CalibratedLayers:
-    """Layers that are rounded one after another.
+    """Rounds the layers of a model one after another.
 
     Args:
-        config: of the model.
-        quantization: the formats; those of the layers have values from a table.
+        config: the configuration of the model.
+        quantization: the formats of the weights. The formats of the layers have values from a
+            table.
         embedded: [T, E] fp32, the embeddings of a text's tokens.
-        kept: a folder for the layers that are done; made if it is absent.
-        identity: what the result depends on beside these.
+        kept: a folder for the layers that are done. It is made if it is absent.
+        identity: everything else that the result depends on, such as a hash of the text.
 
     Raises:
-        ValueError: the folder is of another run.
+        ValueError: the folder `kept` belongs to another run.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class CalibratedLayers:
             self._hidden, self.done = state["hidden"], state["done"]
 
     def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
-        """The weights of layer `index` by their names in the layer; layers come in order."""
+        """Rounds layer `index`, and returns its weights by their names in the layer. Call this for
+        the layers in their order."""
         file = self._kept / f"{index}.pt"
         if index < self.done:
             stored = _load(file)
@@ -109,7 +111,8 @@ class CalibratedLayers:
         return made
 
     def _hessians(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
-        """[K, K] for each input: the sums of products of its elements over all tokens."""
+        """A matrix [K, K] for each input of the layer's products: the products of the input's
+        elements with each other, summed over all tokens."""
         hessians: dict[str, Tensor] = {}
         for source, names in _INPUTS.items():
             size = layer[f"{names[0]}.weight"].shape[1]
@@ -127,7 +130,7 @@ class CalibratedLayers:
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
-    """Tells texts and models apart."""
+    """A hash that differs between texts, and between models with different embeddings."""
     tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
     return hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
 
@@ -144,21 +147,21 @@ def calibrated(
     """Quantises the weights of a model by what it sees of a text.
 
     Args:
-        weights: by Mistral's names, not quantised, in the order of `checkpoint.tensor_shapes`; the
-            output matrix may be missing.
-        config: of the model.
-        quantization: the formats; that of the layers is "iq4_xs" or "iq4_nl".
-        token_ids: of the text.
-        kept: where layers that are done are kept until all are; removed at the end.
-        dtype: of the weights that are not quantised.
+        weights: the weights by Mistral's names, not quantised, in the order of
+            `checkpoint.tensor_shapes`. The output matrix may be missing.
+        config: the configuration of the model.
+        quantization: the formats of the weights. The format of the layers is "iq4_xs" or "iq4_nl".
+        token_ids: the tokens of the text.
+        kept: a folder for the layers that are done. It is removed when all layers are done.
+        dtype: the dtype of the weights that are not quantised.
         progress: show a progress bar if stderr is a terminal.
 
     Yields:
-        Mistral's names and the quantised weights; the output matrix always.
+        Mistral's names and the quantised weights. The output matrix is always among them.
 
     Raises:
-        ValueError: a token is not in the vocabulary, `kept` is of another run, or a weight is NaN,
-            infinite or too large for the scales.
+        ValueError: a token is not in the vocabulary, `kept` belongs to another run, or a weight is
+            NaN, infinite or too large for the scales.
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
@@ -192,8 +195,8 @@ def calibrated(
 
 
 def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """[K, K], the upper Cholesky factor of the inverse Hessian; and [K], how much an error in each
-    input counts."""
+    """Returns the upper Cholesky factor [K, K] of the inverse Hessian, and [K], how much an error
+    in each input counts."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
     importance = (diagonal / mean).contiguous()
@@ -203,7 +206,8 @@ def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round(weight: Tensor, factor: Tensor, importance: Tensor, out: Quantized) -> None:
-    """Rounds a weight [N, K] fp32, which is changed to the errors: see `round_with_feedback`."""
+    """Rounds a weight [N, K] fp32 into `out`. Overwrites the weight with the errors, as
+    `round_with_feedback` does."""
     facts, columns = FORMATS[out.format], weight.shape[1]
     for begin in range(0, columns, _BLOCK):
         end = min(begin + _BLOCK, columns)
@@ -228,7 +232,8 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _parts(weight: Weight) -> tuple[Tensor, Tensor, str] | None:
-    """What is kept of a weight: nothing of a weight that is not quantised."""
+    """The parts of a quantised weight that go into a kept layer. None for a weight that is not
+    quantised: it is read from the model again."""
     return None if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.format)
 
 
@@ -237,17 +242,17 @@ def _weight(parts: tuple[Tensor, Tensor, str] | None, plain: Tensor) -> Weight:
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:
-    """Writes a file that is whole or absent."""
+    """Writes a state to a file. The file is whole or absent, even after an interruption."""
     partial = file.with_suffix(".part")
     torch.save(state, partial)
     os.replace(partial, file)
 
 
 def load_state(file: Path, identity: str) -> dict[str, Any]:
-    """What `save_state` wrote, with the key "identity".
+    """Reads what `save_state` wrote. The state has a key "identity".
 
     Raises:
-        ValueError: it has another identity.
+        ValueError: the state has another identity than `identity`.
     """
     state = _load(file)
     if state["identity"] != identity:

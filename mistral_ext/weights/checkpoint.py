@@ -73,15 +73,16 @@ def load_weights(
     operating system may evict them again, since they belong to the file.
 
     Args:
-        folder: from :func:`mistral_ext.weights.folder.read_folder`. If it holds several formats,
-            the first of `LAYOUTS` that is complete is used.
+        folder: the result of :func:`mistral_ext.weights.folder.read_folder`. If it holds several
+            formats, the first of `LAYOUTS` that is complete is used.
         dtype: convert to bfloat16, float16 or float32. None keeps the stored dtype and copies
             nothing. Quantised weights are not converted.
         progress: show a progress bar if stderr is a terminal.
-        quantize: "int8" or "int4": quantise the weights, one after another, unless they are stored
-            so; None: as stored.
+        quantize: "int8" or "int4": quantise the weights to this format, one after another, unless
+            they are stored in it. None: keep them as they are stored.
         device: where the model is to run. A model that cannot run there is refused before its
-            weights are read; otherwise they are moved there. None: they are only read.
+            weights are read; otherwise its weights are moved there. None: the weights are read, and
+            stay on the CPU.
 
     Returns:
         Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. On a GPU
@@ -112,7 +113,8 @@ def load_weights(
 
 
 def _say_how_to_do_it_once(folder: ModelFolder, quantization: Quantization, seconds: float) -> None:
-    """Unless `quantize_checkpoint` refuses the folder, or the weights are stored so."""
+    """Logs that `mistral-ext quantize` would do the work of every start once. Says nothing if
+    `quantize_checkpoint` refuses the folder, or if the weights are stored quantised or packed."""
     if folder.quantization or folder.packing or folder.gguf or not folder.config.writes_text:
         return
     _log.warning(
@@ -129,8 +131,8 @@ class Checkpoint:
     """The weights of a folder, checked and not yet read: see :func:`load_weights`.
 
     Args:
-        folder, dtype: as for :func:`load_weights`.
-        quantization: how to quantise the weights; None: as they are stored.
+        folder, dtype: the arguments of :func:`load_weights` with these names.
+        quantization: how to quantise the weights. None: they stay as they are stored.
 
     Attributes:
         dtype: the dtype of the weights that are not quantised.
@@ -297,7 +299,7 @@ def _layers(config: MistralConfig) -> dict[str, Layer]:
 
 
 def _expect_known(names: Iterable[str], config: MistralConfig) -> None:
-    """Refuses formats of weights that the model does not have."""
+    """Raises ValueError if a format is set for a weight that the model does not have."""
     shapes = tensor_shapes(config)
     unknown = next((name for name in names if name not in shapes), None)
     if unknown is not None:
@@ -314,7 +316,7 @@ def _stored_name(name: str, layout: Layout) -> str:
 
 
 def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
-    """The tensors of a weight by the names under which Hugging Face's format stores them."""
+    """The tensors of one weight, by the names that they have in Hugging Face's format."""
     name = hugging_face_name(name)
     if isinstance(weight, Quantized):
         return {name: weight.values, name + SCALE_SUFFIX: weight.scales}
@@ -327,7 +329,8 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
 def _stored_parts(
     folder: ModelFolder, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Quantized | None:
-    """How a weight is stored that has scales, as tensors on the meta device."""
+    """The parts of a weight that is stored with scales, as tensors on the meta device (dtypes and
+    shapes only). None: the weight is stored without scales."""
     if folder.quantization is not None:
         return folder.quantization.parts(name, shape)
     return kept_parts(folder.gguf, kept, name, shape) if folder.gguf is not None else None
@@ -382,7 +385,8 @@ def _match(
 
 
 def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
-    """Refuses files whose tensors all have names of another kind, and shows the names."""
+    """Raises ValueError, which shows names that were found, if the embeddings do not have the name
+    that the format gives them."""
     expected = _stored_name("tok_embeddings.weight", weights.layout)
     if expected in found:
         return
@@ -395,7 +399,8 @@ def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> No
 def _take(
     found: dict[str, StoredTensor], name: str, shape: tuple[int, ...], weights: WeightFiles
 ) -> StoredTensor:
-    """Removes the tensor from `found`; refuses a missing tensor or another shape."""
+    """Removes the tensor `name` from `found` and returns it. Raises ValueError if it is missing or
+    has another shape."""
     shape = tuple(shape)
     stored = found.pop(name, None)
     if stored is None:
@@ -408,7 +413,7 @@ def _take(
 
 
 def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> torch.dtype:
-    """The dtype of a tensor; refuses a dtype that is not expected."""
+    """The dtype of a tensor. Raises ValueError if it is not one of `expected`."""
     if isinstance(stored.dtype, str) or stored.dtype not in expected:
         raise ValueError(
             f"tensor {stored.name!r} in {stored.file} has dtype {stored.dtype}, expected "
@@ -440,8 +445,8 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
 def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
     """Reorder the rows of wq or wk from Mistral's order to Hugging Face's.
 
-    Within each head, Mistral's RoPE rotates the rows (2i, 2i + 1) as a pair, ours the rows
-    (i, i + head_dim / 2): the even rows come first, then the odd ones.
+    Within each head, Mistral's RoPE rotates the rows (2i, 2i + 1) as a pair, and ours the rows
+    (i, i + head_dim / 2). So the result has the even rows of a head first, then the odd rows.
     """
     n_rows, dim = weight.shape
     pairs = weight.view(n_heads, n_rows // n_heads // 2, 2, dim)

@@ -25,7 +25,8 @@ def generation_config_file(model: Path, source: str | Path) -> Path:
 
     Args:
         model: the model's folder or GGUF file.
-        source: "auto": the file that lies with the model; else another folder, or a file.
+        source: "auto" for the file that lies with the model. Otherwise another folder, or the file
+            itself.
 
     Raises:
         FileNotFoundError: there is no such file.

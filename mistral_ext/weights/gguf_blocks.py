@@ -30,11 +30,11 @@ class BlockType:
     """One type of tensor data.
 
     Attributes:
-        name: ggml's.
-        values: values in a block; the length of a row is a multiple of it.
-        nbytes: bytes of a block.
-        dtype: torch's dtype of a type that is not quantised; None: quantised.
-        decode: [B, nbytes] uint8 to [B, values] fp32.
+        name: ggml's name of the type.
+        values: the number of values in a block. The length of a row is a multiple of it.
+        nbytes: the number of bytes of a block.
+        dtype: torch's dtype, if the type is not quantised. None for a quantised type.
+        decode: a function from blocks [B, nbytes] uint8 to their values [B, values] fp32.
     """
 
     name: str
@@ -73,7 +73,7 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
 
 
 def _fields(data: Tensor, bits: int, run: int) -> Tensor:
-    """[B, 8 / bits * bytes] uint8: values of 1, 2 or 4 bits.
+    """Unpacks values of 1, 2 or 4 bits: [B, 8 / bits * bytes] uint8.
 
     Every `run` bytes hold the lowest bits of one value each, then the next higher bits of as many
     values that follow, and so on.

@@ -64,8 +64,8 @@ class GgufTensor:
     """A tensor in a file.
 
     Attributes:
-        shape: as torch has it: the length of a row is last.
-        offset: its first byte in the file.
+        shape: the shape in torch's order, with the length of a row last.
+        offset: the position of its first byte in the file.
     """
 
     name: str
@@ -79,7 +79,8 @@ class GgufTensor:
         return math.prod(self.shape) // self.type.values * self.type.nbytes
 
     def rows(self) -> Tensor:
-        """[rows, bytes of a row] uint8, over the file's own pages; a vector is one row.
+        """The bytes of the tensor, [rows, bytes of a row] uint8, on the file's own pages. A vector
+        is one row.
 
         The tensor has a mapping of its own, which is closed with it.
         """
@@ -152,7 +153,7 @@ def part_names(name: str) -> list[str]:
 
 
 def read_part(path: Path) -> Gguf:
-    """Reads one file by itself, as :func:`read_gguf`."""
+    """Reads one file as :func:`read_gguf` does, without the other parts of its model."""
     refuse_lfs_pointer(path)
     with path.open("rb") as file:
         size = path.stat().st_size
@@ -256,7 +257,8 @@ class _Header:
     # Tensors
 
     def _tensor(self, index: int) -> GgufTensor:
-        """Reads the description of a tensor, whose offset counts from where the tensors begin."""
+        """Reads the description of a tensor. Its offset counts from where the data of all tensors
+        begin."""
         name = self._string(f"the name of tensor {index}")
         n_dims = self._uint32(f"the number of dimensions of tensor {name!r}")
         if not 1 <= n_dims <= _MAX_DIMENSIONS:
@@ -286,7 +288,8 @@ class _Header:
         return alignment
 
     def _placed(self, described: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:
-        """The tensors by name and in the order of their data, at their places in the file."""
+        """The tensors by name, in the order of their data. Their offsets now count from the
+        beginning of the file."""
         start = -(-self._position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         end = 0  # of the tensor before, from the start of the data

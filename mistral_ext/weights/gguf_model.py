@@ -43,7 +43,8 @@ _NAMES = {
 _FREQUENCY_FACTORS = "rope_freqs.weight"  # belongs to the configuration
 
 # dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
-# window, which GGUF files do not mention; v0.2 and later have none, and another base of RoPE.
+# window, which GGUF files do not mention. v0.2 and later versions have no window. They are told
+# apart by the base of RoPE.
 _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
@@ -53,7 +54,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
 def gguf_name(name: str) -> str:
-    """The file's name for a weight: layers.0.attention.wq.weight is blk.0.attn_q.weight."""
+    """GGUF's name for a weight: blk.0.attn_q.weight for layers.0.attention.wq.weight."""
     module = name.removesuffix(".weight")
     if not module.startswith("layers."):
         return f"{_NAMES[module]}.weight"
@@ -62,7 +63,8 @@ def gguf_name(name: str) -> str:
 
 
 def kept_formats(file: Gguf) -> dict[str, str]:
-    """The formats of the matrices that are multiplied as they are, by the file's names."""
+    """The formats of the matrices that our kernels multiply as the file stores them, by the file's
+    names."""
     return {
         name: BLOCK_FORMATS[tensor.type.name]
         for name, tensor in file.tensors.items()
@@ -73,11 +75,11 @@ def kept_formats(file: Gguf) -> dict[str, str]:
 def kept_parts(
     file: Gguf, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Quantized | None:
-    """A weight that keeps its format, as tensors on the meta device.
+    """The parts of a weight that keeps its format, as tensors on the meta device.
 
     Args:
-        kept: from `kept_formats`.
-        name: Mistral's name.
+        kept: the result of `kept_formats`.
+        name: Mistral's name of the weight.
         shape: the shape that the weight should have.
 
     Returns:
@@ -100,10 +102,10 @@ def gguf_tensors(file: Gguf, dtype: torch.dtype, kept: Mapping[str, str]) -> Ite
     """The weights of a file, each changed when it is read.
 
     Args:
-        file: from `read_gguf`.
-        dtype: what to decode to.
-        kept: from `kept_formats`: matrices that are given as two tensors, their values and, under
-            their name and `SCALE_SUFFIX`, their scales.
+        file: the result of `read_gguf`.
+        dtype: the dtype to decode the other weights to.
+        kept: the result of `kept_formats`. Each of these matrices becomes two tensors: its values,
+            under its name, and its scales, under its name with `SCALE_SUFFIX`.
     """
     for name, tensor in file.tensors.items():
         if name == _FREQUENCY_FACTORS:
@@ -145,8 +147,9 @@ def say_what_changes(file: Gguf, formats: Mapping[str, str | None], dtype: str) 
     """Logs which types of a file change as they are read, and what they become.
 
     Args:
-        formats: what weights become, by the file's names; None: they are decoded.
-        dtype: what weights are decoded to.
+        formats: the formats that weights get, by the file's names. None for a weight that is
+            decoded.
+        dtype: the name of the dtype that weights are decoded to.
     """
     changes: dict[str, set[str]] = {}
     for name, tensor in file.tensors.items():

@@ -57,8 +57,9 @@ def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
         files: names of the files that an adapter may have, which are downloaded.
 
     Raises:
-        FileNotFoundError: it has the form of a hub id, and there is none such, nor such a path. Any
-            other path is returned as it is.
+        FileNotFoundError: `path_or_hub_id` has the form of a hub id, and neither the hub nor its
+            cache has it. A path that does not exist, and that has another form, is returned as it
+            is.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
@@ -90,7 +91,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _download_files(hub_id: str, patterns: Sequence[str]) -> Path:
-    """The folder with these files of a hub model."""
+    """Downloads the files of a hub model that match the patterns. Returns their folder."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -100,7 +101,8 @@ def _download_files(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def _download_gguf(hub_id: str, name: str) -> Path:
-    """The first part of a GGUF file; without a network, from the library's cache."""
+    """Downloads a GGUF file with all its parts, and returns the first part. Without a network the
+    library's cache is used."""
     from huggingface_hub import hf_hub_download
 
     folder, _, file = name.rpartition("/")

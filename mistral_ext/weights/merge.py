@@ -36,10 +36,11 @@ def merge_adapter(
     Args:
         source: a model folder, or a hub id. Its weights must not be quantised: rounding to a few
             bits loses most of what an adapter adds.
-        adapter: as for `read_adapter`.
+        adapter: the path or hub id of an adapter, as `read_adapter` takes it.
         target: the folder to make; must not exist, or be empty.
         progress: show a progress bar if stderr is a terminal.
-        dtype: float32, bfloat16 or float16, of the weights that are written; None: as stored.
+        dtype: the dtype of the weights that are written: float32, bfloat16 or float16. None: the
+            weights keep the dtype in which they are stored.
 
     Returns:
         `target`.

@@ -1,7 +1,7 @@
 """4 bits for most matrices and 8 for some, so that a model fits a size: `quantize --size 4.2GB`.
 
-8 bits go to the matrices that lose the most in 4 (sensitivity.py) for each byte that 8 take more,
-as far as there is room.
+A matrix loses accuracy in 4 bits (sensitivity.py), and takes more bytes in 8. The matrices that
+lose the most for each of these bytes get 8 bits, as far as there is room.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def bytes_of(size: str | int) -> int:
     """The bytes of a size such as "4.2GB", "3.9 GiB" or 4200000000: a GB has 10^9, a GiB 2^30.
 
     Raises:
-        ValueError: it is no such size.
+        ValueError: `size` is not written like one of these.
     """
     match = re.fullmatch(r"([0-9]+)(\.[0-9]+)? *([a-z]*)", str(size).strip().lower())
     unit = None if match is None else _UNITS.get(match[3])
@@ -40,12 +40,13 @@ class Mixture:
     """The formats of a model of a given size.
 
     Args:
-        size: most bytes of the file of weights, as for `bytes_of`.
-        config: of the model.
-        dtype: of the weights that are not quantised.
+        size: the most bytes that the file of weights may have, as `bytes_of` takes them.
+        config: the configuration of the model.
+        dtype: the dtype of the weights that are not quantised.
 
     Raises:
-        ValueError: it is no size, or less than 4 bits take, or more than 8 bits take.
+        ValueError: `size` is not a size, or is smaller than the model with all matrices in 4 bits,
+            or larger than with all in 8.
     """
 
     def __init__(self, size: str | int, config: MistralConfig, dtype: torch.dtype) -> None:
@@ -67,7 +68,8 @@ class Mixture:
         large = layout_of(self._config, self._dtype, _LARGE)
 
         def saved(name: str) -> float:
-            """For each byte that 8 bits take more."""
+            """The loss that 8 bits avoid in a matrix, for each byte that they take more than 4
+            bits."""
             return sensitivities[name] / (large[name].nbytes - small[name].nbytes)
 
         chosen: set[str] = set()

@@ -1,8 +1,9 @@
 """The names of weights in files.
 
 Inside, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's format
-have those of transformers' causal models (model.layers.0.self_attn.q_proj.weight), or those of the
-model without its head (no "model."), or those that peft's wrapper gives (with "base_model.model.").
+have one of three kinds of names: those of transformers' causal models
+(model.layers.0.self_attn.q_proj.weight), those of the model without its head (without "model."), or
+those of peft's wrapper (with "base_model.model." in front).
 """
 
 from __future__ import annotations
@@ -68,11 +69,11 @@ def mistral_name(name: str) -> str:
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
-    """The tensors of a model's files by the names that their format has for the whole model.
+    """Gives tensors the names that their format has for the whole model.
 
     Args:
-        tensors: as the files have them.
-        format: "hf" or "mistral", of `mistral_ext.weights.folder.Layout`.
+        tensors: the tensors with the names that the files have.
+        format: "hf" or "mistral", as in `mistral_ext.weights.folder.Layout`.
 
     Raises:
         ValueError: two tensors have the same name.
@@ -89,7 +90,8 @@ def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[Stored
 
 
 def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
-    """The embeddings, which every model has, say how the names of all tensors begin."""
+    """Renames tensors to the names of transformers' causal models. The name of the embeddings,
+    which every model has, shows how the names of all tensors begin."""
     embeddings = re.compile(rf"({re.escape(PEFT_PREFIX)})?(model\.)?embed_tokens\.")
     match = next((m for m in (embeddings.match(stored.name) for stored in tensors) if m), None)
     if match is None or match[0].startswith("model."):

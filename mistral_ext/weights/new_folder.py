@@ -19,7 +19,7 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 
 def expect_free(target: Path) -> None:
-    """Raises FileExistsError unless a folder can be made there."""
+    """Raises FileExistsError unless `target` is absent or an empty folder."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{str(target)!r} exists, expected a new or an empty folder")
 

@@ -25,9 +25,9 @@ def layout_of(
     """The weights of a quantised model by Mistral's names, on the meta device.
 
     Args:
-        config: of the model.
-        dtype: of the weights that are not quantised.
-        quantization: the formats of the others.
+        config: the configuration of the model.
+        dtype: the dtype of the weights that are not quantised.
+        quantization: the formats of the other weights.
 
     Raises:
         ValueError: a weight does not divide into groups.
@@ -52,16 +52,17 @@ def write_model(
     weights: Iterable[tuple[str, Weight]],
     quantization: Quantization | None = None,
 ) -> None:
-    """Writes a changed model, tensor by tensor, with the tokenizer and the like of the original.
+    """Writes a changed model, tensor by tensor, with a copy of the original's tokenizer and similar
+    files.
 
     Args:
         target: the folder to make; must not exist, or be empty.
         original: the model whose other files are copied.
-        config: of the new model.
+        config: the configuration of the new model.
         layout: the weights by Mistral's names, with their dtypes and shapes (on the meta device,
             for instance).
         weights: the same weights with their values, in any order.
-        quantization: the format of the weights; None: they have a dtype.
+        quantization: the formats of the weights. None: they are not quantised.
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
@@ -80,7 +81,7 @@ def write_model(
 
 
 def _tensors_of(layout: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """The tensors by the names under which Hugging Face's format stores them."""
+    """The tensors of all weights, by the names that they have in Hugging Face's format."""
     tensors: dict[str, Tensor] = {}
     for name, weight in layout.items():
         tensors |= named_parts(name, weight)

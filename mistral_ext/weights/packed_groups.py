@@ -2,7 +2,8 @@
 
 GPTQ, AWQ and compressed-tensors store w = scale * (q - zero), with a scale, and perhaps a zero
 point, for each group of neighbours in a row. They differ in the order of bits alone. Our formats
-have groups of 32, 64 or 128: a larger group repeats its numbers.
+have groups of 32, 64 or 128. A larger group becomes several of our groups, which all have its scale
+and zero point.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _log = logging.getLogger("mistral_ext")
 _GROUPS = (128, 64, 32)  # of our formats
 # The values of a word of `Quantized` in the low and the high halves of its bytes.
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
-# Values that are worked on at a time. Intermediate results of so few stay in the caches, and torch
-# does not split them among threads, which would wait for each other longer than they work.
+# Values that are worked on at a time. Intermediate results of so few values stay in the caches.
+# Torch does not split them among threads, which would wait for each other longer than they work.
 _AT_ONCE = 2**18 - 1
 _ROWS = 8  # whose values share words in AWQ: rows are read in multiples of as many
 _MIDDLES = 0x88888888 - 2**32  # of 8 values of 4 bits: q ^ 8 is q - 8 in two's complement
@@ -35,16 +36,18 @@ class GroupedMatrix:
     """A matrix [N, K] of integers with scales for groups: how it is stored, and what it becomes.
 
     Attributes:
-        name: of the matrix, for messages.
-        shape: [N, K].
-        bits: of an integer, 4 or 8.
-        group: neighbours that share a scale, in the order of `order`; divides K.
-        words: from a range of rows to their integers, [rows, K bits / 32] int32; the first of a
-            word is in its lowest bits.
-        scale: reads [N, K / group] float16 or bfloat16.
-        scale_dtype: of `scale`.
-        zero: reads [N, K / group] integers, 0 to 15; None: they are all 2^(bits - 1).
-        order: [K] int64, places of the integers such that groups are neighbours; None: they are.
+        name: the name of the matrix, for error messages.
+        shape: the shape [N, K] of the matrix.
+        bits: the bits of an integer, 4 or 8.
+        group: the number of neighbours, in the order of `order`, that share a scale. It divides K.
+        words: a function from a range of rows to the words with their integers, [rows, K * bits /
+            32] int32. The first integer of a word is in its lowest bits.
+        scale: a function that reads the scales, [N, K / group] float16 or bfloat16.
+        scale_dtype: the dtype of the scales.
+        zero: a function that reads the zero points, [N, K / group] integers from 0 to 15. None: all
+            zero points are 2^(bits - 1).
+        order: [K] int64, the places of the integers, listed group by group. None: the integers of a
+            group are neighbours as they are stored.
     """
 
     name: str
@@ -79,7 +82,7 @@ class GroupedMatrix:
         return empty._replace(order=self.order)
 
     def values(self) -> Tensor:
-        """Reads the values as `Quantized` has them."""
+        """Reads the integers, and returns them as the `values` of a `Quantized`."""
         rows, size = self.shape
         out = memory.empty(self.form.values.shape, self.form.values.dtype)
         step = max(_ROWS, _AT_ONCE // size // _ROWS * _ROWS)
@@ -101,14 +104,14 @@ class GroupedMatrix:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """Where `_reordered` finds the values of each place."""
+        """For each place of the result of `_reordered`, where the value for it is."""
         assert self.order is not None
         evens_then_odds = self.order // 2 + self.order % 2 * (len(self.order) // 2)
         eights = evens_then_odds.view(-1, 8)
         return torch.cat([eights[:, _LOW].flatten(), eights[:, _HIGH].flatten()]).numpy()
 
     def scales(self) -> Tensor:
-        """Reads the scales as `Quantized` has them.
+        """Reads the scales and zero points, and returns them as the `scales` of a `Quantized`.
 
         Raises:
             ValueError: a scale is not finite, or fp16 cannot hold it.
@@ -141,17 +144,17 @@ class GroupedMatrix:
 
 
 def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
-    """The places of the columns of a matrix such that the columns of a group are neighbours.
+    """The order of a matrix's columns that makes the columns of a group neighbours.
 
     Args:
         g_idx: [K], the group of each column.
-        group: columns of a group.
+        group: the number of columns of a group.
 
     Returns:
-        [K] int64; None: the columns are in this order.
+        [K] int64, the places of the columns. None: the columns are in this order already.
 
     Raises:
-        ValueError: a group has another number of columns.
+        ValueError: a group does not have `group` columns.
     """
     in_order = torch.arange(len(g_idx), device=g_idx.device) // group
     if torch.equal(g_idx.long(), in_order):
@@ -166,7 +169,7 @@ def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
 
 
 def unpack_along(words: Tensor, dim: int) -> Tensor:
-    """The values of words [...]: `dim` becomes 8 times as long."""
+    """Unpacks words of 8 values of 4 bits: the axis `dim` becomes 8 times as long."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     shifts = shifts.view(-1, *[1] * (words.dim() - dim - 1))
     fields: Tensor = words.unsqueeze(dim + 1) >> shifts & 15
@@ -183,14 +186,15 @@ def swap_nibbles(words: Tensor) -> None:
 
 
 def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
-    """Words in the order of `Quantized`, of values in another order.
+    """Puts the values of words into the order `places`, and packs them as `Quantized` does.
 
     numpy selects columns several times as fast as torch.
 
     Args:
-        words: [N, K / 8].
-        places: [K], in [even values, odd values]: for all words the values of their bytes' low
-            halves, then for all words the values of the high halves.
+        words: [N, K / 8], with 8 values of 4 bits each.
+        places: [K], places in the list of all even values and then all odd values. The first half
+            of `places` is for the low halves of the bytes of all words, the second half for their
+            high halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")
@@ -199,12 +203,13 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
 
 def _pairs_apart(words: Tensor) -> Tensor:
-    """Words in the order of `Quantized`: values of even places in the low half, odd in the high."""
+    """Puts the values of each word into the order of `Quantized`: values of even places into the
+    low half of the word, values of odd places into the high half."""
     return _gather(words) | _gather(words >> 4) << 16
 
 
 def _gather(words: Tensor) -> Tensor:
-    """The lowest 4 bits of each byte, in the low half of the word."""
+    """Moves the lowest 4 bits of each byte into the low half of the word."""
     words = words & 0x0F0F0F0F
     words = (words | words >> 4) & 0x00FF00FF
     return (words | words >> 8) & 0x0000FFFF

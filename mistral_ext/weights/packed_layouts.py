@@ -170,6 +170,6 @@ def _order(module: ModuleTensors, suffix: str, packing: Packing) -> Tensor | Non
 
 
 def _filled(shape: tuple[int, ...], value: int, bits: int) -> Tensor:
-    """Words full of one value, 2^(bits - 1) at most."""
+    """Words that are filled with one value, which is at most 2^(bits - 1)."""
     word = sum(value << shift for shift in range(0, 32, bits))
     return torch.full(shape, word - (word >> 31 << 32), dtype=torch.int32, device="cpu")

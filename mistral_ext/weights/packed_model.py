@@ -1,7 +1,7 @@
 """The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
-Matrices whose numbers a format of ours holds keep them, with values and scales as `Quantized` has
-them; others are decoded as they are read. A matrix is packed or not as
+If one of our formats can hold the numbers of a matrix, the matrix keeps them, as the values and
+scales of a `Quantized`. Other matrices are decoded as they are read. A matrix is packed or not as
 its tensors say, so a file may leave out some.
 """
 
@@ -43,10 +43,10 @@ class PackedWeights(NamedTuple):
     """The tensors of a checkpoint as its weights need them.
 
     Attributes:
-        tensors: by their names; a packed matrix is its decoded `weight`, or the values and, under
-            `SCALE_SUFFIX`, the scales of a `Quantized`.
-        kept: the matrices of the second kind, by Mistral's names: values and scales are on the meta
-            device.
+        tensors: the tensors by their names. A packed matrix has its decoded `weight` here, or the
+            values and scales of a `Quantized`, the latter with `SCALE_SUFFIX` in the name.
+        kept: the matrices that are a `Quantized`, by Mistral's names, with values and scales on the
+            meta device.
     """
 
     tensors: list[StoredTensor]
@@ -70,14 +70,15 @@ def read_packed(
     """Finds the packed matrices of a checkpoint; reads only their zero points and orders.
 
     Args:
-        tensors: all of the files, by the names of `mistral_ext.weights.names`.
-        packing: what the configuration says of them.
-        layers: by these names.
-        dtype: what to decode to.
-        quantization: how the weights are rounded again, for which all are decoded; None: not.
+        tensors: all tensors of the files, by the names of `mistral_ext.weights.names`.
+        packing: how the configuration says that the matrices are packed.
+        layers: the layers that may be packed, by names of the same kind.
+        dtype: the dtype to decode to.
+        quantization: how the weights are to be rounded again, for which all matrices are decoded.
+            None: they are not rounded again.
 
     Raises:
-        ValueError: a tensor is missing or not as it should be; names it.
+        ValueError: a tensor is missing or not as it should be. The message names it.
     """
     modules, found = _by_module(tensors, layers)
     kept: dict[str, Quantized] = {}
@@ -105,7 +106,8 @@ def read_packed(
 def _say_what_changes(
     packing: Packing, becomes: Quantization | torch.dtype, decoded_bytes: int
 ) -> None:
-    """Logs what packed matrices become that do not keep their bits, `decoded_bytes` in a dtype."""
+    """Logs what packed matrices become if they do not keep their numbers. `decoded_bytes` is the
+    size of those that are decoded to a dtype."""
     if isinstance(becomes, Quantization):
         _log.warning("weights in %s become %s as they are read", packing, becomes)
     elif decoded_bytes:
@@ -118,7 +120,7 @@ def _say_what_changes(
 
 
 def default_dtype(tensors: Iterable[StoredTensor], embeddings: str) -> torch.dtype:
-    """The dtype to compute in, which is the dtype of the tensor named `embeddings`."""
+    """The dtype to compute in: the dtype of the tensor named `embeddings`, else bfloat16."""
     for stored in tensors:
         if stored.name == embeddings and isinstance(stored.dtype, torch.dtype):
             return stored.dtype

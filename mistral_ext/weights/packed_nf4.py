@@ -33,12 +33,12 @@ class Nf4Matrix:
     """A matrix [N, K] in blocks of neighbours, which may continue in the next row.
 
     Attributes:
-        packed: N K / 2 bytes, of any dtype.
-        absmax: [blocks] fp32, or bytes.
-        table: [16] fp32.
-        nested: the table [256] and magnitudes of `absmax`, and how many share such a magnitude;
-            None: `absmax` is not quantised.
-        offset: added to a nested `absmax`.
+        packed: the values, two in a byte: N K / 2 bytes, of any dtype.
+        absmax: the largest magnitude of each block, [blocks] fp32, or bytes if `nested` is given.
+        table: the 16 numbers that a value may be, [16] fp32.
+        nested: how `absmax` is quantised: its table [256], its own largest magnitudes, and how many
+            bytes of `absmax` share such a magnitude. None: `absmax` is not quantised.
+        offset: a number that is added to the decoded `absmax` if it is quantised.
     """
 
     shape: tuple[int, int]
@@ -79,10 +79,10 @@ class Nf4Matrix:
 
 
 def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
-    """Takes the tensors of a layer, which say by themselves how it is packed.
+    """Takes the tensors of a layer. They say by themselves how the layer is packed.
 
     Raises:
-        ValueError: a tensor is missing, or is not as the others say; names the tensor.
+        ValueError: a tensor is missing, or does not fit the others. The message names the tensor.
     """
     stored_state = module.left.pop(_STATE, None)
     if stored_state is None:

@@ -1,7 +1,7 @@
 """How the matrices of a packed checkpoint are stored, according to its configuration.
 
 GPTQ, AWQ, compressed-tensors and bitsandbytes describe themselves in `quantization_config` of
-config.json; older files of GPTQ and AWQ in a file of their own.
+config.json. Older folders of GPTQ and AWQ have a file of its own for this.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class Packing:
 
     Attributes:
         method: "gptq", "awq", "compressed-tensors" or "bitsandbytes".
-        bits: of a value; 4 or 8.
-        group: neighbouring values that share a scale, or WHOLE_ROW.
-        symmetric: there are no zero points, or they are all 2^(bits - 1).
-        zero_minus_one: zero points are stored less 1, as the first version of GPTQ does.
-        act_order: the inputs of a group are anywhere in a row, and a tensor says where.
+        bits: the bits of a value, 4 or 8.
+        group: the number of neighbouring values that share a scale, or WHOLE_ROW.
+        symmetric: whether there are no zero points, or all are 2^(bits - 1).
+        zero_minus_one: whether zero points are stored less 1, as the first version of GPTQ does.
+        act_order: whether the inputs of a group may be anywhere in a row. A tensor then says where
+            they are.
     """
 
     method: str
@@ -45,11 +46,11 @@ class Packing:
 
 
 def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object, str]:
-    """The quantisation settings in a config.json, their quant_method and their key;
-    ({}, None, ""): none.
+    """Returns the quantisation settings in a config.json, their quant_method, and the key that
+    holds them. Without such settings returns ({}, None, "").
 
     Raises:
-        ValueError: the settings are no object.
+        ValueError: the settings are not an object.
     """
     for key in _KEYS:
         settings = config.get(key)
@@ -61,13 +62,14 @@ def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object, str]:
 
 
 def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
-    """How the matrices of a folder are packed; None: they are not.
+    """How the matrices of a folder are packed. None: they are not packed.
 
     Args:
         config: the contents of config.json, without settings of this package.
 
     Raises:
-        ValueError: they are packed in a way that is not supported; names the setting.
+        ValueError: the matrices are packed in a way that is not supported. The message names the
+            setting.
     """
     settings, method, place = method_of(config)
     if not settings:

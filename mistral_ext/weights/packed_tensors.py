@@ -16,9 +16,9 @@ class ModuleTensors:
     """The tensors of a linear layer that have not been taken yet.
 
     Attributes:
-        name: of the layer, as the file has it.
-        shape: [N, K] of its matrix.
-        left: the tensors by what follows the layer's name.
+        name: the name of the layer in the file.
+        shape: the shape [N, K] of its matrix.
+        left: the tensors, by the part of their names that follows the layer's name.
     """
 
     name: str
@@ -26,7 +26,8 @@ class ModuleTensors:
     left: dict[str, StoredTensor]
 
     def take(self, suffix: str, shape: tuple[int, ...], dtypes: Dtypes) -> StoredTensor:
-        """Removes a tensor; refuses a missing tensor, or another shape or dtype."""
+        """Removes a tensor and returns it. Raises ValueError if it is missing, or has another shape
+        or dtype."""
         stored = self.take_optional(suffix, shape, dtypes)
         if stored is None:
             file = next(iter(self.left.values())).file if self.left else "the files"
@@ -50,7 +51,8 @@ class ModuleTensors:
         return stored
 
     def drop_zeros(self, suffix: str) -> None:
-        """Removes the bias of a layer, which some writers store as zeros; refuses another."""
+        """Removes the bias of a layer, which some writers store as zeros. Refuses a bias that is
+        not all zeros."""
         stored = self.left.pop(suffix, None)
         if stored is not None and stored.read().any():
             raise self.error(stored, "is not zero, expected layers without bias")
@@ -62,7 +64,7 @@ class ModuleTensors:
             raise self.error(stored, f"is {stored.read().tolist()}, expected {list(self.shape)}")
 
     def expect_multiples(self, number: int) -> None:
-        """Refuses a matrix whose rows or columns do not fill words."""
+        """Refuses a matrix whose rows or columns are not a multiple of `number`."""
         if any(size % number for size in self.shape):
             raise ValueError(
                 f"{self.name!r} has shape {self.shape}, expected multiples of {number}: that many "

@@ -127,8 +127,8 @@ class Quantization:
         return ", ".join([shown, *(f"{count} matrices {name}" for name, count in counts.items())])
 
     def format_of(self, name: str, columns: int) -> str | None:
-        """The format of a weight, by Mistral's name and the length of its rows; None: it is not
-        quantised."""
+        """The format of a weight, by Mistral's name and the length of its rows. None: the weight is
+        not quantised."""
         if name in self.formats:
             wanted = self.formats[name]
         elif name == "output.weight":
@@ -141,12 +141,13 @@ class Quantization:
         return wanted if divides else _FOR_OTHER_ROWS.get(wanted, wanted)
 
     def group_of(self, format: str) -> int | None:
-        """The number of neighbours that share scales in a format of `format_of`; None: a row."""
+        """The number of neighbours that share scales in a format of `format_of`. None: a whole row
+        shares them."""
         return self.group if format == self.format else Quantization(format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
         """The result that `quantize` would have, as tensors on the meta device (dtypes and shapes
-        only). None: the weight is not quantised.
+        only). Returns None if the weight is not quantised.
 
         Raises:
             ValueError: the weight does not divide into groups.
@@ -163,7 +164,8 @@ class Quantization:
     def quantize(
         self, name: str, weight: Tensor, stored_name: str, importance: Tensor | None = None
     ) -> Quantized | None:
-        """Quantises the weight with Mistral's name `name`; None: it is not quantised."""
+        """Quantises the weight with Mistral's name `name`. Returns None if this weight stays as it
+        is. `stored_name` is for error messages."""
         chosen = self.format_of(name, weight.shape[-1])
         if chosen is None:
             return None
@@ -206,10 +208,11 @@ def quantize(
     Args:
         weight: [N, K], float32, bfloat16 or float16.
         format: "int8", "int4", "q8_0", "iq4_xs" or "iq4_nl", see `mistral_ext.ops.Quantized`.
-        group: weights that share a scale, 32, 64 or 128 for "int4"; None: the format's, or 64.
-        name: for messages.
-        importance: [K] float32, how much an error in each input counts; None: all count the same.
-            Only formats with a table use it.
+        group: the number of weights that share a scale: 32, 64 or 128 for "int4". None: the number
+            that the format has, and 64 for "int4".
+        name: the name of the weight, for error messages.
+        importance: [K] float32, how much an error in each input counts. None: all errors count the
+            same. Only formats with a table use it.
 
     Raises:
         ValueError: weights are not rounded to this format, K is no multiple of the group, or a
@@ -289,7 +292,8 @@ def _empty(
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales rounded to `dtype`, still in fp32.
 
-    Scales whose inverse would be infinite become 0, and the weights below them count as zeros.
+    A scale that is so small that its inverse would be infinite becomes 0, and so do the weights of
+    its group.
     """
     scales = scales.to(dtype).float()
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0, scales)
@@ -302,7 +306,7 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 
 
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """[..., 1] scales for 4 bits: the scales with the least squared error among the scales that are
+    """The scales [..., 1] for 4 bits: those with the least squared error among the scales that are
     tried.
 
     With u the weights of a group and q the values that a tried scale gives, the best scale for

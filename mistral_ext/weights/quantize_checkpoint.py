@@ -37,15 +37,17 @@ def quantize_checkpoint(
     Args:
         source: a model folder, or a hub id.
         target: the folder to make; must not exist, or be empty.
-        bits: 8 ("q8_0") or 4 ("iq4_xs", and "iq4_nl" for rows that are no multiple of 256); None:
-            `size` says it.
-        group: for 4 bits, weights that share a scale, 32, 64 or 128: makes "int4" instead.
-        dtype: dtype of embeddings and norms, which are not quantised; None: as stored.
+        bits: 8 ("q8_0") or 4 ("iq4_xs", and "iq4_nl" for rows that are no multiple of 256). None:
+            `size` decides which matrices get 8 and which get 4.
+        group: for 4 bits, the number of weights that share a scale: 32, 64 or 128. The format is
+            then "int4". None: the formats that `bits` names.
+        dtype: the dtype of embeddings and norms, which are not quantised. None: they keep the dtype
+            in which they are stored.
         progress: show a progress bar if stderr is a terminal.
         calibration: for 4 bits or a `size`, the tokens of a text that the model runs, so that
             errors are small where its inputs are large (`mistral_ext.weights.calibrate`). Layers
             that are done are kept in a folder `target` + ".calibration", from which another call
-            goes on after an interruption. None: weights are rounded as they are.
+            goes on after an interruption. None: weights are rounded without regard to inputs.
         size: instead of `bits`, the most bytes of the file of weights, "4.2GB" (10^9) or "4GiB"
             (2^30) for instance: 4 bits for most matrices, 8 for those where 4 lose the most
             (`mistral_ext.weights.sensitivity`).

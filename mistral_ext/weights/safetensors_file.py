@@ -55,7 +55,8 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
     """The tensors of a file, in the order of their data.
 
     Raises:
-        ValueError: the file is damaged or truncated; names the file and, if it can, the tensor.
+        ValueError: the file is damaged or truncated. The message names the file and, if possible,
+            the tensor.
     """
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -104,8 +105,8 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
     """A tensor over the file's own pages.
 
-    Each tensor has a mapping of its own, which goes when the tensor does: the source of a copied
-    tensor does not stay in memory.
+    Each tensor has a mapping of its own, which ends with the tensor. So after a tensor was copied,
+    its pages do not stay in memory.
     """
     if isinstance(dtype, str):
         raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
@@ -154,14 +155,16 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], b
 
 
 class Writer:
-    """Writes a file whose tensors are known in advance, one after another, in any order.
+    """Writes a safetensors file, one tensor after another, in any order.
 
-    Use it as a context manager. The file is complete when every tensor has been written and the
-    block has been left.
+    The names, dtypes and shapes of all tensors are given at the beginning. Use the writer as a
+    context manager. The file is complete when every tensor has been written and the block has been
+    left.
 
     Args:
-        file: is created or replaced.
-        tensors: name to a tensor of its dtype and shape (on the meta device, for instance).
+        file: the file to write. An existing file is replaced.
+        tensors: for each name a tensor that has the dtype and shape (on the meta device, for
+            instance). Its values are not read.
 
     Raises:
         OSError: no space is left, or another failure of the system.

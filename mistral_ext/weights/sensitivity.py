@@ -1,4 +1,4 @@
-"""How much a model loses in each matrix of 4 bits, to choose those that get 8.
+"""How much a model loses if a matrix is rounded to 4 bits, to choose the matrices that get 8.
 
 A change D of a matrix makes the distributions of the next token diverge. To second order their
 mean divergence (KL) is half of the mean of (g . D x)^2: x is the matrix's input at a token, and g
@@ -45,18 +45,18 @@ class Sensitivities:
     """Measures the matrices of a model's layers.
 
     Args:
-        read: gives a weight that is not quantised, by Mistral's name.
-        config: of the model.
+        read: a function that returns the weight with a name (Mistral's), not quantised.
+        config: the configuration of the model.
     """
 
     def __init__(self, read: Callable[[str], Weight], config: MistralConfig) -> None:
         self._read_weight, self._config, self._runner = read, config, LayerRunner(config)
 
     def measure(self, token_ids: Sequence[int], progress: bool = True) -> dict[str, float]:
-        """What each matrix loses, in nats for a token, by Mistral's names.
+        """What the model loses by 4 bits in each matrix, in nats for a token, by Mistral's names.
 
         Args:
-            token_ids: of a text, the first 512 of which are used.
+            token_ids: the tokens of a text, of which the first 512 are used.
             progress: show a progress bar if stderr is a terminal.
 
         Raises:
@@ -86,13 +86,14 @@ class Sensitivities:
     def measure_once(
         self, token_ids: Sequence[int], kept: Path, progress: bool = True
     ) -> dict[str, float]:
-        """The same, kept in a folder, from which another call reads it.
+        """Does the same as `measure`, and keeps the result in a folder, from which later calls read
+        it.
 
         Args:
-            kept: made if it is absent.
+            kept: the folder. It is made if it is absent.
 
         Raises:
-            ValueError: as `measure`, or the folder is of another text or model.
+            ValueError: `measure` raises it, or the folder belongs to another text or model.
         """
         embeddings = self._read("tok_embeddings.weight")
         embed(token_ids, embeddings)  # not the first tokens alone have to be right
@@ -106,7 +107,8 @@ class Sensitivities:
         return found
 
     def _gradient(self, h: Tensor) -> Tensor:
-        """[T, E], of the log-likelihood of drawn tokens, with respect to the last states [T, E]."""
+        """The gradient [T, E] of the log-likelihood of drawn tokens, with respect to the last
+        hidden states [T, E]."""
         h.requires_grad_()
         x = ops.rms_norm(h, self._read("norm.weight"), self._config.norm_eps)
         logarithms = (x @ self._read("output.weight").T).log_softmax(-1)

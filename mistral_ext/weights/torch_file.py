@@ -21,7 +21,7 @@ _ZIP = b"PK\x03\x04"
 
 
 def torch_tensors(file: Path) -> Iterator[StoredTensor]:
-    """The tensors of a file. Code in it is not run.
+    """The tensors of a file. Code in the file is not run.
 
     Raises:
         ValueError: the file is damaged, holds anything else, or holds only a part of the weights;
@@ -56,6 +56,7 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
 
 
 def _reason(error: Exception) -> str:
-    """Torch's finding, without its advice to load the file in a way that may run code."""
+    """The reason in torch's error message, without its advice to load the file in a way that may
+    run code."""
     wrapped = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
     return summary(wrapped or error)

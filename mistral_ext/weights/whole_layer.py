@@ -21,7 +21,7 @@ def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
     """The hidden states [T, E] float32 before the first layer.
 
     Args:
-        embeddings: [V, E].
+        embeddings: [V, E], the embedding of each token of the vocabulary.
 
     Raises:
         ValueError: there is no token, or a token is not in the vocabulary.
@@ -41,7 +41,7 @@ def product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
 
 
 class LayerRunner:
-    """Runs the layers of a model, with a gradient for the hidden states if they require it."""
+    """Runs the layers of a model. Torch records a gradient if the hidden states require one."""
 
     def __init__(self, config: MistralConfig) -> None:
         self._config = config
@@ -50,11 +50,12 @@ class LayerRunner:
         )
 
     def run(self, layer: Mapping[str, Tensor], h: Tensor, product: Product) -> Tensor:
-        """The hidden states [T, E] after a layer, from those before it, which stay as they are.
+        """The hidden states [T, E] after a layer, from the hidden states before it. The latter are
+        not changed.
 
         Args:
             layer: float32 weights by their names in the layer; only the norms are used.
-            h: [T, E] float32, a sequence.
+            h: [T, E] float32, the hidden states of a sequence before the layer.
             product: makes the products, in the order of the names in `checkpoint.tensor_shapes`
                 but for w2, which comes last.
         """
