@@ -1,13 +1,14 @@
 // The product of many tokens with rows of a weight in bytes (byte_chunk.h). The additions behind an
-// output and their order are those of gemv_bytes.h, so a token gets the same bits with any number of
-// tokens that are multiplied in bytes.
+// output and their order are those of gemv_bytes.h, so a token gets the same bits with any number
+// of tokens that are multiplied in bytes.
 //
 //   for each kPanelRows rows, for each block of kPanelChunks chunks of k
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each row: add the products of the block
 //
-// output and their order are those of gemv_bytes.h, so a token gets the same bits with any number of
-// tokens that are multiplied in bytes.
+// A sum is a vector until all of k is added: a block of 32 values has a lane, or on AVX-512 four
+// lanes. The panel and the sums of its rows stay in the L2 cache, the activations of 4 tokens in
+// L1.
 #pragma once
 
 #include "gemv_bytes.h"
