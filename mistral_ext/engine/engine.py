@@ -31,11 +31,10 @@ from mistral_ext.engine.prefix_cache import LEAST_PIECE
 from mistral_ext.engine.prompt_reader import PromptReader
 from mistral_ext.engine.request import Output, Request
 from mistral_ext.engine.sampling import Sampler
-from mistral_ext.engine.scheduler import FEW_TOKENS, Scheduler
+from mistral_ext.engine.scheduler import Scheduler
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.transformer import Transformer
-from mistral_ext.ops.linear import rounds
 
 # Prompt tokens in a pass while other sequences generate. On a GPU the pass takes about as long as a
 # decode step. On a CPU it may take a few times as long; that is where `Pace` begins.
@@ -107,9 +106,7 @@ class Engine:
         sampler = Sampler(max_batch, vocab_size, model.device, holes)
         self.runner = make_runner(model, self.pool, sampler)
         chunk = max(LEAST_PIECE, prefill_chunk)
-        self.scheduler = Scheduler(
-            self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type], _few_tokens(model)
-        )
+        self.scheduler = Scheduler(self.pool, max_batch, chunk, _BUSY_CHUNK[model.device.type])
         layers = len(model.layers)
         self._reader = PromptReader(self.runner, self.scheduler, self.pool, layers, chunk)
         guesses = None
@@ -320,16 +317,6 @@ class Engine:
         adapter = sequence.request.adapter
         if adapter is not None:
             self._between.append(lambda: adapter.free(self.adapters_in_use()))
-
-
-def _few_tokens(model: Transformer) -> int:
-    """The most tokens of a pass that rounds differently from a pass of LEAST_PIECE tokens."""
-    if model.device.type == "cpu":
-        for tokens in range(LEAST_PIECE - 1, FEW_TOKENS, -1):
-            for name in model.formats:
-                if rounds(model.dtype, name, tokens) != rounds(model.dtype, name, LEAST_PIECE):
-                    return tokens
-    return FEW_TOKENS
 
 
 class Outputs(Iterator[Output]):

@@ -31,8 +31,9 @@ from mistral_ext.engine.prefix_cache import (
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 
-# The gemv kernels multiply passes of up to this many tokens (`ops.linear`).
-FEW_TOKENS = 8
+# The gemv kernels multiply passes of up to this many tokens (`ops.linear`). A prompt this short is
+# read alone: with other prompts in its pass, gemm would multiply it, and round differently.
+_FEW_TOKENS = 8
 
 
 class Scheduler:
@@ -43,8 +44,6 @@ class Scheduler:
         rows: the number of sequences that may generate at a time.
         chunk: the most tokens of prompts to read in a pass while no sequence generates.
         busy_chunk: the most tokens of prompts to read in a pass while a sequence generates.
-        few_tokens: passes of up to this many tokens round differently from passes of LEAST_PIECE
-            tokens, so a prompt of so few tokens is read alone. At least FEW_TOKENS.
 
     Attributes:
         waiting: sequences that are not admitted yet, in the order of service.
@@ -55,15 +54,7 @@ class Scheduler:
         busy_chunk: the argument of this name, limited to `chunk`. The engine may change it.
     """
 
-    def __init__(
-        self,
-        pool: SlotPool,
-        rows: int,
-        chunk: int,
-        busy_chunk: int,
-        few_tokens: int = FEW_TOKENS,
-    ) -> None:
-        self._few_tokens = few_tokens
+    def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:
         self.waiting: deque[Sequence] = deque()
         self.reading: deque[Sequence] = deque()
         self.decoding: list[Sequence] = []
@@ -121,11 +112,11 @@ class Scheduler:
         if first.request.chunk is not None:
             unread = first.prompt_length - first.place.length
             return [(first, min(unread, first.request.chunk))]
-        if self._is_read_alone(first):
+        if _is_read_alone(first):
             return [(first, first.prompt_length)]
         pieces: list[tuple[Sequence, int]] = []
         for sequence in self.reading:
-            if sequence.request.chunk is not None or (pieces and self._is_read_alone(sequence)):
+            if sequence.request.chunk is not None or (pieces and _is_read_alone(sequence)):
                 continue
             count = _piece(sequence.prompt_length - sequence.place.length, budget)
             if pieces and count > budget:
@@ -135,9 +126,6 @@ class Scheduler:
             if budget < LEAST_PIECE:
                 break
         return pieces
-
-    def _is_read_alone(self, sequence: Sequence) -> bool:
-        return sequence.prompt_length <= self._few_tokens
 
     def note_read(self, sequence: Sequence, count: int) -> None:
         """Counts prompt tokens that were read; after the last of them the sequence generates."""
@@ -238,6 +226,10 @@ class Scheduler:
         came last, which may include this one."""
         while sequence.extent is not None and not self.prefixes.grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
+
+
+def _is_read_alone(sequence: Sequence) -> bool:
+    return sequence.prompt_length <= _FEW_TOKENS
 
 
 def _goes_on(sequence: Sequence) -> bool:

@@ -6,10 +6,10 @@ both have the same most likely token, and both perplexities. Both models read th
 pieces of the same size.
 
 CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as
-when tokens are generated. But some CPUs do so for few tokens only: CPUs of x86 without VNNI with
-weights in `iq4_nl` and `iq4_xs`, and CPUs of x86 that multiply bf16 with activations in bf16. On
-those, pass chunk=8 to see what generated tokens get. To see what the weights alone cost anywhere,
-call `ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
+when tokens are generated. But some CPUs do so for up to 8 tokens only: CPUs of x86 without VNNI for
+weights in `iq4_nl` and `iq4_xs`, and CPUs with AMX for activations in bf16. On those, pass chunk=8
+to see what generated tokens get. To see what the weights alone cost anywhere, call
+`ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
 """
 
 from __future__ import annotations

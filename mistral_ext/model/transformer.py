@@ -17,7 +17,7 @@ from mistral_ext import ops
 from mistral_ext.model import rope
 from mistral_ext.model.adapters import GROUPS, Adapters, LayerAdapters
 from mistral_ext.model.config import JOINED_GATE_UP, JOINED_QKV, MistralConfig
-from mistral_ext.ops import JoinedWeight, Quantized, Weight, Weights
+from mistral_ext.ops import JoinedWeight, Weight, Weights
 
 
 class Cache(Protocol):
@@ -82,11 +82,6 @@ class Transformer:
         weights = self.embeddings, self.norm, self.output, *self.weights_of_layers()
         each = {id(weight): weight for weight in weights}.values()
         return self.adapters.nbytes + sum(weight.nbytes for weight in each)
-
-    @property
-    def formats(self) -> set[str]:
-        """The formats of the quantised weights of the layers."""
-        return {w.format for w in self.weights_of_layers() if isinstance(w, Quantized)}
 
     def weights_of_layers(self) -> list[Weight | JoinedWeight]:
         """All weights of the layers, in order."""

@@ -35,9 +35,9 @@ def linear(
     "int8" and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
     formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
     magnitude of 32 neighbours; `set_exact_products` changes that. More than 8 tokens are not
-    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 where the CPU has AMX. Nor
-    are more than 31 in bfloat16 on x86 that multiplies bfloat16. ("int4" has kernels of 16 bits or
-    bfloat16 where the CPU has AVX-512.) With "int8" K is at most 2^20.
+    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 where the CPU has AMX.
+    ("int4" has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K is at most
+    2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.
@@ -85,25 +85,14 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
     ctx.save_for_backward(None if norm is None else x, norm, whole, *values, *scales)
 
 
-def rounds(dtype: torch.dtype, format: str, tokens: int) -> bool:
-    """Whether a product on the CPU rounds x to 8 bits: see `linear`.
-
-    Args:
-        dtype: the dtype of x.
-        format: the format of the weight.
-        tokens: T, the number of rows of x.
-    """
-    return not _C.exact_products() and _C.linear_rounds(dtype, format, tokens)
-
-
 def _expect_exact(x: Tensor, formats: list[str]) -> None:
     """Raises RuntimeError if the product rounds x to 8 bits."""
-    if x.is_cuda:
+    if x.is_cuda or _C.exact_products():
         return
     for name in formats:
         # If a single token is not rounded, no number of tokens is. So len(x) is only read if it
         # matters: reading it makes torch.compile compile anew for each number of tokens.
-        if rounds(x.dtype, name, 1) and rounds(x.dtype, name, len(x)):
+        if _C.linear_rounds(x.dtype, name, 1) and _C.linear_rounds(x.dtype, name, len(x)):
             raise RuntimeError(
                 f"linear: x requires a gradient, but its product with a weight in {name!r} rounds "
                 "it to 8 bits, which has none: call ops.set_exact_products(True)"

@@ -85,7 +85,7 @@ struct FewChunkOf {
 // Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
 template <class T>
 bool rounds_to_bytes(WeightFormat format, int64_t tokens) {
-  return has_bytes(format) && (tokens <= kGemvTokens || tokens <= most_byte_tokens<T>(format));
+  return tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format);
 }
 
 // Whether a part is multiplied in bytes.

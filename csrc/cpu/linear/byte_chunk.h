@@ -23,33 +23,23 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
-// Whether bytes may be the fastest for more than kGemvTokens tokens of type T: not where tiles
-// multiply them.
+// Whether tiles of AMX multiply more than kGemvTokens tokens of type T.
 template <class T>
-constexpr bool has_many_bytes() {
 #if defined(__AMX_BF16__)
-  return std::is_same_v<typename ArithmeticOf<T>::type, Fp32>;
+constexpr bool kInTiles = std::is_same_v<T, bf16>;
 #else
-  return true;
+constexpr bool kInTiles = false;
 #endif
-}
 
-// The most tokens of type T for which bytes are the fastest, where there are more than kGemvTokens.
-// Values of a table need VNNI: AVX2 has to widen each of their products, which takes longer than
-// floats. On x86 pairs of bf16 are as fast for many tokens.
-//
-// Bytes end at 31 tokens there: the engine assumes that from 32 tokens on (LEAST_PIECE of
-// prefix_cache.py) the bits of a token do not depend on the number of tokens.
+// Whether more than kGemvTokens tokens of type T are multiplied in bytes, too. Tiles of AMX are
+// faster. Values of a table need VNNI: AVX2 has to widen each of their products, which takes longer
+// than floats.
 template <class T>
-constexpr int64_t most_byte_tokens(WeightFormat format) {
+constexpr bool has_many_bytes(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
-  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return 0;
+  if (format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs) return false;
 #endif
-  if (!has_bytes(format) || !has_many_bytes<T>()) return 0;
-#if defined(__AVX512BF16__)
-  if (std::is_same_v<typename ArithmeticOf<T>::type, Bf16>) return 31;
-#endif
-  return INT64_MAX;
+  return has_bytes(format) && !kInTiles<T>;
 }
 
 // What distinguishes the formats.

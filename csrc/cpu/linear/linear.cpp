@@ -239,7 +239,7 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
                   ceil_div(p.tokens, Vec::width), first_token / Vec::width,
                   ceil_div(tokens, Vec::width), buffers);
   };
-  static_assert(Tile::kBlockTokens <= kPanelTokens || !has_many_bytes<T>(), "");
+  static_assert(Tile::kBlockTokens <= kPanelTokens || kInTiles<T>, "");
   const auto multiply_bytes = [&](int64_t part, int64_t first_row) {
     const int64_t stride_x = packed_byte_row(p.inputs);
     const ByteProducts products = {rows_at(part), block.count,
