@@ -72,8 +72,8 @@ def add_dtype(parser: argparse._ActionsContainer, text: str) -> None:
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
-    """The dtype that --dtype names, or None if the option was not given. This needs torch, so call
-    `start` first."""
+    """The dtype that --dtype names, or None if the option was not given. It imports torch, whose
+    threads `start` sets, so call `start` first."""
     import torch
 
     dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None

@@ -147,8 +147,9 @@ class MistralConfig:
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
         """Read the contents of a Hugging Face ``config.json``, of any transformers version.
 
-        A missing key takes the default of transformers' ``MistralConfig``, which is not always the
-        value of Mistral 7B. null does too, except for ``sliding_window``: there it means no window.
+        A key that is missing or null takes the default of transformers' ``MistralConfig``, or of
+        ``LlamaConfig`` for Llama models, which is not always the value of Mistral 7B. Only for
+        ``sliding_window`` null means something else: no window.
         """
         _refuse_unless(values, "model_type", "mistral", "llama")
         is_llama = values["model_type"] == "llama"

@@ -100,8 +100,8 @@ def _add(
 ) -> list[AddedToken]:
     """Enters added tokens into a vocabulary's tables; returns the tokens to find in every text.
 
-    Some belong to the base vocabulary, under the same name or under a new name (a reserved token
-    that is put to use).
+    An added token may have the id of a token of the base vocabulary. Under the same name that token
+    stays as it is. Under a new name, which puts a reserved token to use, it is replaced.
     """
     found = []
     for i, token in added.tokens.items():

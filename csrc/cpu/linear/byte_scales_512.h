@@ -158,8 +158,8 @@ struct ByteScales {
     }
   }
 
-  // A unit, and scales of 6 bits whose low and high bits lie apart, as in scaling_at
-  // (unpack_words.h).
+  // Takes the unit of each row's super-block, and its scales of 6 bits, whose low and high bits lie
+  // apart: scaling_at of unpack_words.h shows where.
   MISTRAL_SIMD void take_split(const char* const (&groups)[kRows]) {
     const auto both = [&](int r) {
       const auto* first = reinterpret_cast<const __m128i*>(groups[r]);

@@ -19,8 +19,8 @@ struct AmxTileOf {
   using Element = bf16;
   static constexpr int64_t kDepth = 2;
   static constexpr int64_t kBlockDepth = 128;
-  // There are enough tokens that unpacking a block of weights is a small part of the work, and
-  // enough rows that fetching a block of activations is a small part too.
+  // kBlockTokens is so large that unpacking a block of weights is a small part of the work, and
+  // kBlockRows so large that fetching a block of activations is a small part, too.
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kTaskRows = kBlocks * kBlockRows;

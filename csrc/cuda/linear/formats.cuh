@@ -72,9 +72,10 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
 }
 
 // The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
-// to a whole row (kRowScaled) or to a group (kGrouped). For groups, Scales has the scales of
-// 2^group_log2 values. One Scaling is for 2^scaled_log2 values, which are a whole number of steps
-// or half a step.
+// to a whole row (kRowScaled) or to a part of a group (kGrouped). In memory, a group of
+// 2^group_log2 values has one record of type Scales, which may hold several scales. Unpacked, one
+// scale is a Scaling. It is for 2^scaled_log2 values, which are a whole number of steps or half a
+// step.
 
 template <class T>
 struct PlainWeights : Common {
