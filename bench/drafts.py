@@ -128,7 +128,8 @@ def main() -> None:
 
     facts = machine()
     print_machine(facts)
-    report: dict[str, Any] = {"machine": facts, "model": args.model or f"{args.shape} layers"}
+    name = Path(args.model).name if args.model else f"{args.shape} layers"
+    report: dict[str, Any] = {"machine": facts, "model": name}
     if args.shape:
         model = random_model(args.shape, args.weights, torch.bfloat16, torch.device("cpu")).model
     else:
