@@ -10,7 +10,7 @@ Prompts and generated tokens are read in separate passes. The rounding of a prod
 number of tokens, so in a common pass a text would depend on the rest of the batch. In separate
 passes it does not: pieces of prompts have at least `LEAST_PIECE` tokens, from where on a token's
 bits do not depend on the number of tokens, and neither do they for up to 8 generated tokens. A
-prompt that is too short for that is read alone.
+prompt of up to 8 tokens is read alone.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. Then
 the sequence that came last is put back: it waits, its prompt is read again, and the tokens that it
