@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,6 +14,12 @@ from mistral_ext.engine.request import Output, Request
 from mistral_ext.serve.errors import out_of_order
 
 _log = logging.getLogger("mistral_ext.serve")
+
+# Clients that wait for each other ask within a few milliseconds. An idle engine that waits for all
+# of them reads their prompts in one pass, and then generates their tokens in common steps. If it
+# began with the first prompt, the stream of that prompt would slow the pass of the others down.
+_LULL = 0.003  # seconds without a new request, after which the first step begins
+_LONGEST_WAIT = 0.03  # seconds
 
 
 class EngineThread:
@@ -93,9 +100,17 @@ class EngineThread:
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not (self._is_stopping or self.engine.has_work):
-                self._wake.wait()
+            if not (self._is_stopping or self.engine.has_work):
+                self._wake.wait_for(lambda: self._is_stopping or self.engine.has_work)
+                self._wait_for_a_lull()
             return not self._is_stopping
+
+    def _wait_for_a_lull(self) -> None:
+        """Waits until no request comes for a moment. Needs `_wake`."""
+        latest = time.monotonic() + _LONGEST_WAIT
+        while not self._is_stopping and (left := latest - time.monotonic()) > 0:
+            if not self._wake.wait(min(_LULL, left)):
+                return
 
     def _check_device(self) -> None:
         """Raises if the device can no longer compute, for instance a GPU after a bad access."""

@@ -1,0 +1,70 @@
+"""The thread that steps the engine: when it begins to step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mistral_ext.serve import engine_thread
+from mistral_ext.serve.engine_thread import EngineThread
+
+
+class Engine:
+    """Counts the requests that it has at each step, which ends them."""
+
+    def __init__(self):
+        self.waiting = 0
+        self.steps = []
+        self.stepped = threading.Event()
+
+    @property
+    def has_work(self):
+        return self.waiting > 0
+
+    def add(self, request, listener):
+        self.waiting += 1
+
+    def step(self):
+        self.steps.append(self.waiting)
+        self.waiting = 0
+        self.stepped.set()
+        return []
+
+
+@pytest.fixture
+def thread():
+    thread = EngineThread(Engine(), torch.device("cpu"), lambda: None)
+    thread.start()
+    yield thread
+    thread.stop()
+
+
+def test_requests_that_come_together_share_the_first_step(thread, monkeypatch):
+    monkeypatch.setattr(engine_thread, "_LULL", 1.0)
+    monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 30.0)
+    for _ in range(4):
+        thread.add(SimpleNamespace(), print)
+        time.sleep(0.01)
+    assert thread.engine.stepped.wait(10)
+    assert thread.engine.steps == [4]
+
+
+def test_requests_that_keep_coming_do_not_hold_the_first_step_back(thread, monkeypatch):
+    monkeypatch.setattr(engine_thread, "_LULL", 1000.0)
+    monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 0.1)
+    thread.add(SimpleNamespace(), print)
+    assert thread.engine.stepped.wait(10)
+
+
+def test_a_stop_does_not_wait_for_a_lull(thread, monkeypatch):
+    monkeypatch.setattr(engine_thread, "_LULL", 1000.0)
+    monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 1000.0)
+    thread.add(SimpleNamespace(), print)
+    began = time.monotonic()
+    thread.stop()
+    assert time.monotonic() - began < 10
+    assert not thread.engine.steps
