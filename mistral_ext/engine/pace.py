@@ -5,14 +5,18 @@ meanwhile. So the pass is made in parts of some layers each, with a decode step 
 parts change no bit of the result, because each layer still sees all tokens of the pass. The more
 tokens a pass has, the less it costs for each token, as it unpacks the weights once for all of them.
 So a pass has as many tokens as one layer can compute in the time of a part.
+
+If more sequences wait for their prompts than generate, prompts get more of the time. Otherwise a
+single stream would take half of the time, and hold back all others.
 """
 
 from __future__ import annotations
 
-# A part of a pass takes at most this share of the time of a decode step. So the gap between two
-# tokens of a stream grows to twice its usual length. Times vary, so it is rarely three times as
-# long.
-_SHARE = 1.0
+# A part of a pass takes at most as long as a decode step if no more sequences wait for their prompts
+# than generate. So the gap between two tokens of a stream grows to twice its usual length. Times
+# vary, so it is rarely three times as long. If more sequences wait, a part may take up to this many
+# times as long as a step.
+_MOST_STEPS = 4.0
 
 # Passes get more tokens as long as this many layers fit into a part. A layer then still fits into a
 # part with twice as many tokens that each cost more, for instance because the prompt has grown
@@ -31,13 +35,14 @@ class Pace:
         least, most: bounds of the number of tokens of a pass.
 
     Attributes:
-        tokens: the most tokens of the next pass of prompts while other sequences generate.
+        tokens: the most tokens of a pass whose parts take as long as a decode step.
     """
 
     def __init__(self, layers: int, least: int, most: int) -> None:
         self.tokens = least
         self._layers = layers
         self._least, self._most = least, most
+        self._steps = 1.0  # decode steps that a part of the present pass may take
         self._step: float | None = None  # seconds of a decode step
         self._of_layer: float | None = None  # seconds of a layer of the present pass
         self._tokens = 0  # of the present pass
@@ -48,6 +53,12 @@ class Pace:
             self._step = seconds
         # A machine that is busy for a moment tells nothing.
         self._step += _NEWEST * (min(seconds, 2 * self._step) - self._step)
+
+    def divide(self, waiting: int, generating: int) -> int:
+        """Divides the time of the next pass between sequences whose prompts have not been read and
+        sequences that generate, given the numbers of both. Returns the most tokens of the pass."""
+        self._steps = min(max(waiting / generating, 1.0), _MOST_STEPS)
+        return self._most_tokens()
 
     def begin(self, tokens: int) -> None:
         """Begins a pass over so many tokens of prompts."""
@@ -64,7 +75,7 @@ class Pace:
         fitting = self._fitting()
         if fitting < 1:
             self.tokens = max(self._least, self.tokens // 2)
-        elif self._tokens >= self.tokens and fitting >= min(_LAYERS_TO_SPARE, self._layers):
+        elif self._tokens >= self._most_tokens() and fitting >= min(_LAYERS_TO_SPARE, self._layers):
             self.tokens = min(self._most, 2 * self.tokens)
 
     def layers(self) -> int:
@@ -75,4 +86,7 @@ class Pace:
         """The number of layers of the pass that fit into a part. 1 while that is unknown."""
         if self._step is None or self._of_layer is None:
             return 1.0
-        return _SHARE * self._step / max(self._of_layer, 1e-9)
+        return self._steps * self._step / max(self._of_layer, 1e-9)
+
+    def _most_tokens(self) -> int:
+        return min(self._most, int(self._steps * self.tokens))

@@ -47,7 +47,13 @@ class PromptReader:
     def next_pieces(self) -> list[tuple[Sequence, int]]:
         """The pieces of prompts for the next call of `go_on`: sequences, and how many tokens of
         each to read."""
-        return self._paused.pieces if self._paused else self._scheduler.next_pieces()
+        if self._paused:
+            return self._paused.pieces
+        scheduler = self._scheduler
+        if self._runner.pauses and scheduler.decoding:
+            unread = len(scheduler.waiting) + len(scheduler.reading)
+            scheduler.busy_chunk = self.pace.divide(unread, len(scheduler.decoding))
+        return scheduler.next_pieces()
 
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
         """Computes the next layers of a pass, all of them if no other sequence waits for it.
@@ -79,7 +85,6 @@ class PromptReader:
             return None
         self._paused = None
         self.pace.end()
-        self._scheduler.busy_chunk = self.pace.tokens
         return reading.results()
 
     def _begin(self, pieces: list[tuple[Sequence, int]]) -> _Paused:

@@ -57,6 +57,21 @@ def test_a_stream_goes_on_between_two_layers(models, window, hurried):
     assert {output.request_id for output in engine.step()} == {stream, long}
 
 
+def test_many_waiting_prompts_share_a_pass_beside_a_stream(models, hurried):
+    engine = engine_of(models[None], max_batch=8)
+    started(engine)
+    requests = [request(prompt(40, n), 5) for n in range(5)]
+    for sent in requests:
+        engine.add(sent)
+    engine.step()
+    assert len(engine._reader.paused) == 3  # 4 times 32 tokens, by 40
+    while engine._reader.paused:
+        engine.step()
+    assert len(engine.scheduler.decoding) == 4
+    engine.step()
+    assert len(engine._reader.paused) == 1  # 2 prompts wait for 4 streams: 32 tokens
+
+
 def test_a_pass_that_paused_ends_at_once_if_nobody_generates(models, hurried):
     engine = engine_of(models[None])
     stream = started(engine)
@@ -222,6 +237,25 @@ class TestPace:
     def test_a_longer_pass_begins_with_fewer_layers(self, pace):
         self.read(pace, 32, 0.1)
         assert self.read(pace, 320, 0.2)[0] == 1
+
+    def test_prompts_get_more_time_if_more_sequences_wait_than_generate(self, pace):
+        pace.note_step(1.0)
+        sizes = {(1, 1): 32, (2, 4): 32, (3, 2): 48, (3, 1): 96, (4, 1): 128, (100, 1): 128}
+        for (waiting, generating), tokens in sizes.items():
+            assert pace.divide(waiting, generating) == tokens
+        assert self.read(pace, 128, 1.0) == [1, 4, 3]
+        pace.divide(1, 1)
+        assert self.read(pace, 32, 0.4)[-2:] == [2, 1]
+
+    def test_a_pass_has_no_more_tokens_than_the_engine_allows(self, pace):
+        pace.tokens = 256
+        assert pace.divide(3, 1) == 512
+
+    def test_passes_grow_with_the_time_that_prompts_get(self, pace):
+        assert self.read(pace, pace.divide(4, 1), 1.0)
+        assert pace.tokens == 64  # four layers of 128 tokens fit into a part
+        assert self.read(pace, pace.divide(4, 1), 2.0)
+        assert pace.tokens == 64
 
     def test_a_step_that_was_held_up_counts_little(self, pace):
         pace.note_step(100.0)
