@@ -12,10 +12,10 @@ single stream would take half of the time, and hold back all others.
 
 from __future__ import annotations
 
-# A part of a pass takes at most as long as a decode step if no more sequences wait for their prompts
-# than generate. So the gap between two tokens of a stream grows to twice its usual length. Times
-# vary, so it is rarely three times as long. If more sequences wait, a part may take up to this many
-# times as long as a step.
+# While no more sequences wait for their prompts than generate, a part of a pass takes at most as
+# long as a decode step. So the gap between two tokens of a stream grows to twice its usual length.
+# Times vary, so it is rarely three times as long. If more sequences wait, a part may take up to
+# this many times as long as a step.
 _MOST_STEPS = 4.0
 
 # Passes get more tokens as long as this many layers fit into a part. A layer then still fits into a
