@@ -102,11 +102,11 @@ MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingO
 constexpr uint32_t kNanKey = 0xffffffff;  // above all others: the maximum finds it
 
 MISTRAL_HOST_DEVICE uint32_t key_of(float x) {
-  if (x != x) return kNanKey;
   x += 0.0f;  // -0 is 0
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
+  const uint32_t key = bits & 0x80000000 ? ~bits : bits | 0x80000000;
+  return x != x ? kNanKey : key;
 }
 
 MISTRAL_HOST_DEVICE float value_of(uint32_t key) {
@@ -134,6 +134,11 @@ MISTRAL_HOST_DEVICE int64_t id_of_rank(Rank rank) {
 }
 
 MISTRAL_HOST_DEVICE Rank higher(Rank a, Rank b) { return a > b ? a : b; }
+
+namespace cpu {
+// The highest rank of some logits.
+Rank highest_rank(const float* logits, int64_t vocab_size);
+}  // namespace cpu
 
 // ---- Filters: a filter leaves the tokens whose rank is at or above a threshold.
 

@@ -8,6 +8,7 @@ set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
   ${root}/csrc/cpu/attention/backward.cpp
   ${root}/csrc/cpu/cross_entropy.cpp
+  ${root}/csrc/cpu/highest_rank.cpp
   ${root}/csrc/cpu/kernels.cpp
   ${root}/csrc/cpu/linear/backward.cpp
   ${root}/csrc/cpu/linear/linear.cpp

@@ -8,6 +8,7 @@ const Kernels kernels = {
 #define OP_WITH_SCRATCH(op, Params) &op, &op##_scratch_bytes,
 #include "../ops.def"
     &linear_rounds,
+    &highest_rank,
 };
 
 }  // namespace mistral::cpu::MISTRAL_ISA

@@ -18,6 +18,7 @@ struct Kernels {
   int64_t (*op##_scratch_bytes)(const Params&);
 #include "../ops.def"
   bool (*linear_rounds)(DType dtype, WeightFormat format, int64_t tokens);
+  Rank (*highest_rank)(const float* logits, int64_t vocab_size);
 };
 
 }  // namespace mistral::cpu
@@ -30,5 +31,6 @@ namespace mistral::cpu::MISTRAL_ISA {
   int64_t op##_scratch_bytes(const Params& p);
 #include "../ops.def"
 bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens);
+Rank highest_rank(const float* logits, int64_t vocab_size);
 }  // namespace mistral::cpu::MISTRAL_ISA
 #endif

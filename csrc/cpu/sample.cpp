@@ -1,5 +1,6 @@
 // One task samples one row, in a few passes over it. This file is compiled once, not for every
-// instruction set: the time goes into exp and log of the C library.
+// instruction set, because the time goes into exp and log of the C library. The exception is
+// highest_rank, all that a greedy choice needs.
 #include "../sample.h"
 
 #include "parallel.h"
@@ -120,9 +121,11 @@ int64_t choose(const SampleParams& p, int64_t n) {
   uint32_t* keys = p.keys + n * vocab_size;
   uint64_t* weights = p.weights + n * vocab_size;
 
+  if (options.temperature == 0 && !p.bias && !has_penalty(options)) {
+    return greedy_choice(highest_rank(p.logits + n * p.stride_logits_row, vocab_size));
+  }
   const Rank best = adjust(p, n, options, keys);
-  if (!can_choose(best)) return -1;
-  if (options.temperature == 0) return id_of_rank(best);
+  if (options.temperature == 0 || !can_choose(best)) return greedy_choice(best);
 
   const float largest = value_of(key_of_rank(best));
   Rank threshold = min_p_threshold(largest, options);

@@ -48,6 +48,7 @@ void compare_set(const Set& set) {
     compare_attention(set);
     compare_lora(set);
     compare_quantize(set);
+    compare_sample();
   }
   printf("%s: %d comparisons, %d failed\n", set.name.c_str(), compared - before,
          failed - failed_before);
@@ -82,7 +83,6 @@ int main(int count, char** names) {
            static_cast<long long>(emulated::executed()));
   }
 #endif
-  compare_sample();
   printf("%d comparisons, %d failed\n", comparisons(), failures());
   return failures() != 0;
 }

@@ -1,4 +1,5 @@
-// `sample` has one kernel for all sets. It must choose the tokens that it chooses on x86.
+// `sample` must choose the tokens that it chooses on x86. One kernel draws for all sets. Each set
+// has a kernel for greedy choices.
 #include "compare.h"
 
 namespace mistral::comparison {

@@ -279,6 +279,20 @@ def test_ties_go_to_the_lower_id(kernel):
     assert support(logits, (1e-3, 2, 0.999, 0, 1, 0, 0)) == {1, 3}
 
 
+@pytest.mark.parametrize("vocab_size", [1, 31, 511, 512, 513, 1537])
+def test_greedy_chooses_the_first_of_the_largest_in_every_instruction_set(isa, vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    logits = rng.integers(-9, 9, (40, vocab_size)).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.1] *= -0.0
+    for row, value in enumerate([np.inf, -np.inf, np.nan, -np.nan]):
+        logits[row] = -np.inf
+        logits[row, rng.integers(vocab_size)] = value
+    expected = np.argmax(logits, axis=1)  # the first NaN, if there is any
+    expected[1:4] = -1
+    assert Batch(logits, GREEDY).sample() == expected.tolist()
+    assert Batch(-np.abs(logits[4:]), GREEDY).sample() == (-np.abs(logits[4:])).argmax(1).tolist()
+
+
 def test_penalties_count_what_is_chosen(kernel):
     batch = Batch([[1.0, 0.5, -5.0]], (0, 0, 1, 0, 1, 0, 0.3), history=np.int32([[1, 0, 0]]))
     # 1.0 | 0.7 | 0.4 < 0.5 | 0.4 > 0.2 | 0.1 < 0.2

@@ -1,0 +1,36 @@
+// The greedy choice among logits that nothing changes.
+#include "kernels.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+namespace {
+
+constexpr int64_t kKeysPerBlock = 512;  // they stay in the L1 cache
+
+}  // namespace
+
+// Finds the highest key of each block, and then the first token of the block that has this key.
+// Only a block with a higher key than all before it is searched. The compiler makes vectors of the
+// two plain loops over a block, which it does not of a loop that remembers the token.
+Rank highest_rank(const float* logits, int64_t vocab_size) {
+  constexpr uint32_t kSign = 0x80000000;  // AVX2 and older sets compare signed integers alone
+  uint32_t highest = 0;
+  int64_t first = 0;
+  for (int64_t begin = 0; begin < vocab_size; begin += kKeysPerBlock) {
+    const int64_t count = mistral::min(kKeysPerBlock, vocab_size - begin);
+    uint32_t keys[kKeysPerBlock];
+    for (int64_t i = 0; i < count; ++i) keys[i] = key_of(logits[begin + i]);
+    int32_t most = INT32_MIN;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t key = static_cast<int32_t>(keys[i] ^ kSign);
+      most = key > most ? key : most;
+    }
+    const uint32_t of_block = static_cast<uint32_t>(most) ^ kSign;
+    if (of_block <= highest) continue;
+    highest = of_block;
+    first = begin;
+    while (keys[first - begin] != highest) ++first;
+  }
+  return rank_of(highest, first);
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA
