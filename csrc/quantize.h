@@ -13,7 +13,7 @@ struct QuantizeParams {
   const float* importance;  // [K], how much an error in an input counts; null: all count alike
   uint32_t* values;         // [N, K / 8], contiguous
   void* scales;             // [N, K / 32] fp16 or [N, K / 256] of 8 bytes, contiguous
-  float* largest;  // [N], the largest magnitude of a row; NaN if the row has NaN or infinity
+  float* largest;  // [N], the largest magnitude of a row; NaN if a value is NaN or infinite
   int64_t rows;    // N
   int64_t inputs;  // K, a multiple of 32, or of 256 with two levels
   int64_t stride_weight_row;
