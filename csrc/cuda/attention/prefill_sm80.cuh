@@ -1,10 +1,10 @@
 // Prefill: FlashAttention-2 (Dao 2023, arXiv:2307.08691) over a ring.
 //
 // Grid: (tiles of query rows, Hkv). A block of 4 warps owns 128 query rows of one sequence and
-// key/value head, of which each warp owns 32. It walks the keys that any of these rows sees in
-// tiles of 64. The values of a tile are copied while its keys are multiplied, and the keys of the
-// next tile while its values are multiplied. Tiles outside the window are never loaded; only the
-// tiles at its two edges are masked.
+// key/value head. Each warp owns 32 of these rows. The block goes through the keys that any of its
+// rows sees, in tiles of 64. It copies the values of a tile while it multiplies the keys of the
+// tile, and the keys of the next tile while it multiplies the values. Tiles outside the window are
+// never loaded. Only the tiles at the two edges of the window are masked.
 #pragma once
 
 #include "finish.cuh"
@@ -17,7 +17,7 @@ constexpr int kPrefillWarps = 4;
 static_assert(kPrefillRows == 32 * kPrefillWarps);
 constexpr int kPrefillKeys = 64;
 
-// Bytes of shared memory: queries, keys, values, and the VisibleKeys of the block.
+// The size of shared memory in bytes: queries, keys, values, and the VisibleKeys of the block.
 template <class T, int D>
 constexpr size_t kPrefillShared =
     (kPrefillRows + 2 * kPrefillKeys) * D * sizeof(T) + sizeof(VisibleKeys);
@@ -28,7 +28,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   constexpr int kThreads = kPrefillWarps * kWarp;
   const int kv_head = blockIdx.y;
   const int64_t group = p.heads / p.kv_heads;
-  // The last tiles see the most keys: begin with them.
+  // The last tiles see the most keys, so the first blocks take these.
   const int64_t tile = gridDim.x - 1 - blockIdx.x;
   const int64_t index = sequence_of_tile(p, group, tile);
   const Sequence s = p.sequences[index];
@@ -69,7 +69,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   });
   copy_keys(0);
 
-  // Offsets of this lane's rows. Rows past the end repeat the last row and are not stored.
+  // The offsets of this lane's rows. Past the end, the last row is repeated and not stored again.
   const int warp_row = 32 * warp;
   const auto offset_of = [&](int row) {
     return static_cast<int>(s.position + rows.token(min(tile_row + row, last_row)) - begin);
@@ -80,7 +80,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   Softmax<2> softmax(p.scale * kLog2e);
   for (int first = 0; first < count; first += kPrefillKeys) {
     cp_async_wait<0>();
-    __syncthreads();  // this tile's keys are there; all warps are done with the last values
+    __syncthreads();  // the keys of this tile are there; no warp uses the last values
     copy_values(first);
 
     float scores[2][kPrefillKeys / 8][4];
@@ -95,7 +95,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
     softmax.fold<T>(scores, probabilities, out);
 
     cp_async_wait<0>();
-    __syncthreads();  // the values are there; all warps are done with the keys
+    __syncthreads();  // the values are there; no warp uses the keys
     if (first + kPrefillKeys < count) copy_keys(first + kPrefillKeys);
     multiply_values(out, probabilities, v_tile);
   }
