@@ -94,9 +94,8 @@ struct Outputs {
   }
 };
 
-// Finishes outputs one by one. `begin` prepares shared memory, and if kRope the kernel puts a
-// barrier after it; here it does nothing. `outputs` loads, ahead of time, the numbers that the end
-// of a round needs.
+// Finishes outputs one by one. The kernel calls `begin` once; in RopeFinish it fills shared memory,
+// here it does nothing. `outputs` loads, ahead of time, the numbers that the end of a round needs.
 template <class W>
 struct StoreFinish {
   static constexpr bool kRope = false;
