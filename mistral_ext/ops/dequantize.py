@@ -78,7 +78,7 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
     Bytes 0 to 3 belong to scales and bytes 4 to 7 to minima. Their low 6 bits hold the first four
     scales or minima. Their high 2 bits are the high bits of the last four scales or minima, whose
-    low 4 bits are in bytes 8 to 11. """
+    low 4 bits are in bytes 8 to 11."""
     first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
     last_scales = low & 15 | (first_scales >> 6) << 4
     last_minima = low >> 4 | (first_minima >> 6) << 4
