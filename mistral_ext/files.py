@@ -49,7 +49,8 @@ def decode_text(data: bytes, name: str) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
-    Raises: ValueError: the file holds something else. The message names the file.
+    Raises:
+        ValueError: the file holds something else. The message names the file.
     """
     refuse_lfs_pointer(path)
     try:

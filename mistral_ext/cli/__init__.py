@@ -16,7 +16,8 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    argv: the arguments. None: the arguments of this process.
+    Args:
+        argv: the arguments. None: the arguments of this process.
     """
     try:
         if argv is None:

@@ -80,7 +80,9 @@ class DraftModel:
         """Prepares the cache for at most `MOST_ROWS` sequences. Sequences with many unread tokens
         are read in pieces, in total up to `chunk` tokens per call.
 
-        Returns: The sequences that may be given to `guess`, all in one call.
+        Returns:
+            The sequences that may be given to `guess`, all in one call. They have room for guesses,
+            and all their tokens are read, except those that the first pass of `guess` reads.
         """
         places = {s: place for s in sequences if (place := self._place(s)) is not None}
         rows, budget = MOST_ROWS - len(places), self._chunk

@@ -52,8 +52,8 @@ class PromptReader:
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
         """Computes the next layers of a pass. It computes all layers if no other sequence waits.
 
-        Returns: The results of the pieces (see `Runner.read`) if the pass is done, or None if it
-        pauses.
+        Returns:
+            The results of the pieces (see `Runner.read`) if the pass is done, or None if it pauses.
         """
         paused = self._paused or self._begin(pieces)
         reading = paused.reading

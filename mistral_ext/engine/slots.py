@@ -140,7 +140,8 @@ class SlotPool:
         """Moves an extent and its tokens so that `count` more tokens have room. Its number of slots
         doubles, or grows only as needed if there is no room for more.
 
-        Returns: Whether there was room. If not, nothing has changed.
+        Returns:
+            Whether there was room. If not, nothing has changed.
         """
         least = min(extent.most, -(-(extent.length + count) // _STEP) * _STEP)
         available = _give_back(self._free, extent)

@@ -46,7 +46,8 @@ class StateGuesses:
         `STATES`, then fewer, down to 1. There is a kind for each number of states and each number
         of times in a row that the token followed.
 
-        Args: states: the last states, at most `STATES`. The current state is the last.
+        Args:
+            states: the last states, at most `STATES`. The current state is the last.
         """
         for n in range(len(states), 0, -1):
             found = self._after.get(tuple(states[-n:]))

@@ -12,8 +12,9 @@ from mistral_ext.text.tool_parser import ToolParser
 class Stream:
     """Iterator over the text of one completion.
 
-    outputs: the outputs of the engine for this completion alone.
-    parser: takes tool calls out of the text. None: the completion has no tool calls.
+    Args:
+        outputs: the outputs of the engine for this completion alone.
+        parser: takes tool calls out of the text. None: the completion has no tool calls.
 
     Attributes:
         token_ids: the tokens generated so far.

@@ -70,8 +70,8 @@ def compare(
 
     Args:
         first, second: models with the same tokens. The first is the reference.
-        texts: each text is read after a beginning-of-text token. If a text has more tokens than a
-            model without a window has positions, only its first part is read.
+        texts: each text is read after a beginning-of-text token. A model without a window has a
+            limited number of positions. If a text has more tokens, only its first part is read.
         progress: show a progress bar if stderr is a terminal.
         chunk: the number of tokens in a piece. Up to 8 are rounded in the same way as generated
             tokens. The logits of a piece take chunk * vocabulary * 4 bytes for each model.

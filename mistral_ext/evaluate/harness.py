@@ -217,9 +217,9 @@ class HarnessModel:
     ) -> list[float]:
         """The log-probability of whole texts. Each token sees as much as the model can see.
 
-        If a text is longer than the positions of a model without a window, it is cut into windows.
-        Each window begins with the last token of the window before. The first window begins with
-        <s>, which is not predicted.
+        If the model has no window and a text has more tokens than the model has positions, the text
+        is cut into windows. Each window begins with the last token of the window before. The first
+        window begins with <s>, which is not predicted.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 

@@ -60,6 +60,8 @@ def perplexity(
 
     Args:
         llm: the model. It reads llm.prefill_chunk tokens in one pass.
+        texts: a text, or several texts or lists of token ids. A beginning-of-text token comes
+            before each of them and is not predicted.
         max_tokens: the number of first tokens of each text to predict. None: all tokens.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter. None: the model is used without an adapter.

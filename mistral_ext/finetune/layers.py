@@ -50,7 +50,8 @@ class TrainedAdapter:
     ) -> TrainedAdapter:
         """Makes an adapter that changes nothing yet: a is random, as in peft, and b is 0.
 
-        Args: targets: the linear layers of each block that get an update, such as "wq".
+        Args:
+            targets: the linear layers of each block that get an update, such as "wq".
         """
         generator = torch.Generator().manual_seed(seed)
         pairs = {}

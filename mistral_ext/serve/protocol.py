@@ -361,8 +361,10 @@ def _refusing(param: str, name: str | None = None) -> Iterator[None]:
     """Turns errors of the library in the block into ApiError: 404 if the adapter was removed after
     the request came, else 400.
 
-    Args: param: the field of the request that the error names. name: the name of that field in the
-    library's messages, which `param` replaces. None: the messages do not name the field.
+    Args:
+        param: the field of the request that the error names.
+        name: the name of that field in the library's messages, which `param` replaces. None: the
+            messages do not name the field.
     """
     try:
         yield

@@ -109,8 +109,9 @@ def gpus_for(device: object) -> int:
     """The number of GPUs that a replica reserves. `device` is the argument of
     `Mistral.from_pretrained`.
 
-    Raises: ValueError: `device` is not a device, or is a GPU other than the first. Ray shows a
-    replica only its own GPU, so there it is the first.
+    Raises:
+        ValueError: `device` is not a device, or is a GPU other than the first. Ray shows a replica
+            only its own GPU, so there it is the first.
     """
     if device is None or device == "cpu":
         return 0

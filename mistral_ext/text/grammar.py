@@ -116,7 +116,8 @@ class Grammar:
         constraint: what completions have to match.
         is_spaced: whether a space precedes the text that must match. The space is required before
             text, and optional before JSON.
-        Attributes:
+
+    Attributes:
         is_spent: whether its automaton, which grows with use, has reached its limits. Then replace
             the grammar by `anew`.
 
@@ -163,8 +164,9 @@ class Grammar:
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
         """The tokens that may come next in a state, except tokens that end a completion.
 
-        Raises: ValueError: the grammar takes too much work, or no token may come next although the
-        text is not complete.
+        Raises:
+            ValueError: the grammar takes too much work, or no token may come next although the text
+                is not complete.
         """
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         # After an error the mask allows only the end, as it also does where a text may end. So

@@ -136,9 +136,11 @@ class ToolUse:
     def constraint(self, content: Constraint | None) -> Constraint:
         """Makes the rule for a completion: calls, or text if it need not call.
 
-        Args: content: the constraint of the text. None: the text may be anything.
+        Args:
+            content: the constraint of the text. None: the text may be anything.
 
-        Raises: ValueError: a text that matches `content` could not be distinguished from calls.
+        Raises:
+            ValueError: a text that matches `content` could not be distinguished from calls.
         """
         if content and self.form.end is not None and not self.must_call:
             raise ValueError(

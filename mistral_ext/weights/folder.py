@@ -95,6 +95,8 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         path: a local folder, or a GGUF file, in one or several parts (see
             :func:`mistral_ext.weights.hub.resolve` for hub ids). The end tokens of a folder's
             ``generation_config.json`` are added to those of the configuration.
+        overrides: fields of `MistralConfig`, such as ``sliding_window=None``. They replace values
+            of the file.
 
     Raises:
         FileNotFoundError: the folder has neither file.

@@ -45,6 +45,8 @@ class PackedWeights(NamedTuple):
     Attributes:
         tensors: the tensors by their names. A packed matrix has here its decoded `weight`, or the
             values and scales of a `Quantized`. The name of the scales ends with `SCALE_SUFFIX`.
+        kept: the matrices that are a `Quantized`, by Mistral's names, with values and scales on the
+            meta device.
     """
 
     tensors: list[StoredTensor]

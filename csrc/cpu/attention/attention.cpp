@@ -6,7 +6,6 @@
 // task takes a segment of the keys, and the results of the segments are merged at the end. Where a
 // segment begins depends on its sequence alone, so neither the number of threads nor the rest of
 // the batch changes a bit of the results.
-// results.
 #include "../../attention.h"
 
 #include "../append.h"

@@ -7,6 +7,7 @@
 // Tiles begin at multiples of kKeys, counted from position 0. This depends neither on where the
 // chunk begins nor on whether a key lies in the ring or in the chunk. So the order of the additions
 // of a row is the same however a prompt is cut into chunks, and the result has the same bits.
+//
 // A class of products multiplies a tile: VectorProducts here, or AmxProducts in prefill_amx.h.
 #pragma once
 

@@ -9,18 +9,19 @@
 //
 // The bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5
 // MB under way, which is 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages
-// * 2 KB =
+// * 2 KB = 48 KB (kM = 2: 8 * 1 * 4 KB = 32 KB). Two blocks fit on a multiprocessor, unless
+// normalised rows of x take the room: 16 rows of K = 4096 are 129 KB.
 //
 // Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
-// need all of x: with 16 tokens, x has as many bytes as the weights have in 16 bits, and four times
-// as many as in 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
+// need all of x. With 16 tokens, x has as many bytes as weights of 16 bits, and four times as many
+// as weights of 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
 // would come from L2 and compete with the weights, because L1 is too small for it.
 //
-// K is not divided among blocks. With 16 rows a block, even the smallest matrix of Mistral 7B has
+// K is not divided among blocks. With 16 rows per block, even the smallest matrix of Mistral 7B has
 // 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have enough
 // bytes under way for the full bandwidth of the memory, so an uneven last round costs little. There
-// are no partial sums in global memory, and the result of a token depends only on its row of x and
-// the row of the weights, not on the other tokens, the other parts, or the GPU.
+// are no partial sums in global memory. The result of a token depends only on its row of x and the
+// row of the weights, not on the other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -36,31 +37,17 @@
 
 namespace mistral::cuda {
 
-// Groups of 8 tokens whose sums are added up in one round.
+// The number of groups of 8 tokens whose sums are added up in one round.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
-// The number of blocks of a multiprocessor for which its registers are to suffice.
+// The number of blocks that must fit on a multiprocessor. This limits the registers of a thread.
 template <int kM, int kN>
 constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
 
-// KB (kM = 2: 8 * 1 * 4 KB = 32 KB). Two blocks fit on a multiprocessor, unless normalised rows of
-// x take the room: 16 rows of K = 4096 are 129 KB. 15-18 Normalised rows in shared memory should
-// pay (by reasoning, not by measurement). Every 16 outputs need all of x. With 16 tokens, x has as
-// many bytes as weights of 16 bits, and four times as many as weights of 4 bits. Shared memory
-// delivers 128 bytes a clock. Without rows in shared memory, x would come from L2 and compete with
-// the weights, because L1 is too small for it. 20-24 K is not divided among blocks. With 16 rows
-// per block, even the smallest matrix of Mistral 7B has 256 blocks, nearly two for each of 132
-// multiprocessors. Half of the multiprocessors have enough bytes under way for the full bandwidth
-// of the memory, so an uneven last round costs little. There are no partial sums in global memory.
-// The result of a token depends only on its row of x and the row of the weights, not on the other
-// tokens, the other parts, or the GPU. 40 The number of groups of 8 tokens whose sums are added up
-// in one round. 44 The number of blocks that must fit on a multiprocessor. This limits the
-// registers of a thread. 48-50 Sizes of shared memory, in this order: the floats of the sums of a
-// round; the bytes of the stages and of two alternating rounds; the bytes of these and of the
-// normalised rows of x; the bytes of these and of the tokens of RopeFinish.
-// stages and of two alternating rounds; these and the normalised rows of x; these and the tokens of
-// RopeFinish.
+// Sizes of shared memory, in this order: the floats of the sums of a round; the bytes of the stages
+// and of two alternating rounds; the bytes of these and of the normalised rows of x; the bytes of
+// these and of the tokens of RopeFinish.
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
