@@ -181,7 +181,7 @@ template <class Multiply>
 double tile_rate(int threads, int passes, double ops, const Multiply& multiply) {
   constexpr long kTurns = 60000;  // some milliseconds
   const Seconds seconds = time_passes(threads, passes, [&](int) {
-    TileConfig before, config;  // a measured engine may rely on its own configuration
+    TileConfig before, config;  // other code of this process may rely on its configuration
     _tile_storeconfig(&before);
     touch(before);  // GCC 12 believes that only the first 8 bytes are written or read
     touch(config);
