@@ -93,8 +93,29 @@ MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
 }
 
 // The first position whose query no longer sees the key at `position`.
-MISTRAL_HOST_DEVICE int64_t window_end(int64_t position, int64_t window) {
+template <class Int>
+MISTRAL_HOST_DEVICE Int window_end(Int position, Int window) {
   return position + window;
+}
+
+// Whether the key at position `key` is hidden from the query at position `query`. Kernels may count
+// positions from any position on, and in 32 bits.
+template <class Int>
+MISTRAL_HOST_DEVICE bool is_hidden(Int query, Int key, Int window) {
+  return key > query || key <= query - window;
+}
+
+// Whether one of the keys [first_key, last_key] is hidden from one of the queries [first_query,
+// last_query].
+template <class Int>
+MISTRAL_HOST_DEVICE bool any_hidden(Int first_query, Int last_query, Int first_key, Int last_key,
+                                    Int window) {
+  return last_key > first_query || first_key <= last_query - window;
+}
+
+// The window for positions in 32 bits. kNoWindow becomes a window that none of them reaches.
+MISTRAL_HOST_DEVICE int short_window(int64_t window) {
+  return static_cast<int>(min(window, int64_t{1} << 30));
 }
 
 // The first position of a chunk that is stored. Later tokens of the chunk would take the slots of

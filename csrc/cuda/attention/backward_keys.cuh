@@ -20,9 +20,9 @@ struct KeyGradients {
   // Goes through the query rows and adds up d_v += p^T d_out and d_k += d_s^T q.
   __device__ __forceinline__ void walk(float (&d_k)[1][D / 8][4], float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp), group = head.rows.group;
-    const int window = window_of(head.p);
+    const int window = short_window(head.p.window);
     const int last_key = static_cast<int>(min(first_key + kOwnRows, head.keys)) - 1;
-    const int end = static_cast<int>(min(last_key + window, head.keys)) * group;
+    const int end = static_cast<int>(min(window_end(last_key, window), head.keys)) * group;
     int row = first_key * group, stage = 0;
     head.template copy_keys<kOwnRows>(shared.own(0), shared.own(1), first_key);
     copy_step(row, 0);
@@ -35,7 +35,7 @@ struct KeyGradients {
       multiply_keys(scores, shared.own(0), warp_row, shared.walked(stage, 0));
       multiply_keys(d_probabilities, shared.own(1), warp_row, shared.walked(stage, 1));
       const int first_query = row / group, last_query = (row + kWalkedRows - 1) / group;
-      if (first_key + kOwnRows - 1 > first_query || first_key <= last_query - window) {
+      if (any_hidden(first_query, last_query, first_key, first_key + kOwnRows - 1, window)) {
         hide(scores, row, first_key + warp_row, window);
       }
       uint32_t probabilities[1][kColumns][2], d_scores[1][kColumns][2];
@@ -89,7 +89,7 @@ struct KeyGradients {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int own = key + 8 * half + lane / 4;
-          if (own > query || own <= query - window) scores[0][n][2 * half + j] = -INFINITY;
+          if (is_hidden(query, own, window)) scores[0][n][2 * half + j] = -INFINITY;
         }
       }
     }

@@ -18,7 +18,7 @@ struct QueryGradients {
 
   // Goes through the keys and adds up d_q += d_s k.
   __device__ __forceinline__ void walk(float (&d_q)[1][D / 8][4]) const {
-    const int warp_row = 16 * (threadIdx.x / kWarp), window = window_of(head.p);
+    const int warp_row = 16 * (threadIdx.x / kWarp), window = short_window(head.p.window);
     const int last_row = static_cast<int>(min(first_row + kOwnRows, head.rows.count)) - 1;
     const int first_query = head.rows.token(first_row), last_query = head.rows.token(last_row);
     int key = static_cast<int>(window_begin(first_query, window)), stage = 0;
@@ -46,7 +46,7 @@ struct QueryGradients {
       float scores[1][kColumns][4], d_probabilities[1][kColumns][4];
       multiply_keys(scores, shared.own(0), warp_row, shared.walked(stage, 0));
       multiply_keys(d_probabilities, shared.own(1), warp_row, shared.walked(stage, 1));
-      if (key + kWalkedRows - 1 > first_query || key <= last_query - window) {
+      if (any_hidden(first_query, last_query, key, key + kWalkedRows - 1, window)) {
         mask(scores, own, key, window);
       }
       uint32_t d_scores[1][kColumns][2];

@@ -52,7 +52,8 @@ struct DecodeBlock {
 
     const int64_t begin = window_begin(s.position, p.window);
     const VisibleKeys keys(s, kv_head, begin, s.position + s.count);
-    const int window = window_of(p), tiles = static_cast<int>(ceil_div(keys.count, kDecodeKeys));
+    const int window = short_window(p.window);
+    const auto tiles = static_cast<int>(ceil_div(keys.count, kDecodeKeys));
     const int first_tile = static_cast<int>(int64_t{tiles} * split / splits);
     const int end_tile = static_cast<int>(int64_t{tiles} * (split + 1) / splits);
 
@@ -96,7 +97,7 @@ struct DecodeBlock {
       float scores[1][kDecodeKeys / 8][4];
       multiply_keys(scores, q_tile, 0, k_tile(stage));
       const int first = tile * kDecodeKeys;
-      if (first + kDecodeKeys - 1 > first_own || first <= last_own - window) {
+      if (any_hidden(first_own, last_own, first, first + kDecodeKeys - 1, window)) {
         mask(scores, own, first, window);
       }
       uint32_t probabilities[1][kDecodeKeys / 8][2];

@@ -173,7 +173,7 @@ class Consumer {
     };
     const int first_own = offset_of(0), last_own = offset_of(kConsumerRows - 1);
     const int own[2] = {offset_of(warp_row() + lane() / 4), offset_of(warp_row() + 8 + lane() / 4)};
-    const int window = window_of(p_), tiles = item.key_tiles;
+    const int window = short_window(p_.window), tiles = item.key_tiles;
 
     float scores[kHopperKeys / 2], out[D / 2] = {}, factors[2];
     uint32_t probabilities[kHopperKeys / 16][4];
@@ -188,7 +188,7 @@ class Consumer {
     };
     const auto mask_tile = [&](int tile) {
       const int first = tile * kHopperKeys;
-      if (first + kHopperKeys - 1 > first_own || first <= last_own - window) {
+      if (any_hidden(first_own, last_own, first, first + kHopperKeys - 1, window)) {
         mask(as_fragments(scores), own, first, window);
       }
     };

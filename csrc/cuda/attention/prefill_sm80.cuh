@@ -74,7 +74,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
   const auto offset_of = [&](int row) {
     return static_cast<int>(s.position + rows.token(min(tile_row + row, last_row)) - begin);
   };
-  const int first_own = offset_of(0), last_own = count - 1, window = window_of(p);
+  const int first_own = offset_of(0), last_own = count - 1, window = short_window(p.window);
 
   float out[2][D / 8][4] = {};
   Softmax<2> softmax(p.scale * kLog2e);
@@ -85,7 +85,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
 
     float scores[2][kPrefillKeys / 8][4];
     multiply_keys(scores, q_tile, warp_row, k_tile);
-    if (first + kPrefillKeys - 1 > first_own || first <= last_own - window) {
+    if (any_hidden(first_own, last_own, first, first + kPrefillKeys - 1, window)) {
       int own[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) own[r] = offset_of(warp_row + 8 * r + lane / 4);

@@ -30,13 +30,6 @@ struct QueryRows {
   }
 };
 
-// The window as an int, because offsets among the keys are ints. kNoWindow becomes a window that no
-// offset reaches.
-template <class Params>
-__device__ __forceinline__ int window_of(const Params& p) {
-  return static_cast<int>(min(p.window, int64_t{1} << 30));
-}
-
 // Sequences of up to 16 query rows are decoded. All others are prefilled.
 constexpr int kDecodeRows = 16;
 

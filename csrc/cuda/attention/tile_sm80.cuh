@@ -230,9 +230,8 @@ struct Softmax {
   }
 };
 
-// Hides the scores of keys that a row does not see: keys after the row, and keys W or more
-// positions before it. `own` are the offsets of the lane's rows. `first` is the offset of the first
-// key of the tile.
+// Hides the scores of keys that a row does not see. `own` are the offsets of the lane's rows among
+// the keys. `first` is the offset of the first key of the tile.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
                                      int first, int window) {
@@ -244,7 +243,7 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = column + 8 * n + i % 2, query = own[2 * m + i / 2];
-        if (key > query || key <= query - window) scores[m][n][i] = -INFINITY;
+        if (is_hidden(query, key, window)) scores[m][n][i] = -INFINITY;
       }
     }
   }
