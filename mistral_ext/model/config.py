@@ -54,6 +54,21 @@ LEAST_CACHE_TOKENS = 4096
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+class OverrideError(ValueError):
+    """A caller's value for a field is wrong, so the model's file is not at fault."""
+
+
+class _FieldError(ValueError):
+    """The value of a field is wrong."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        key = _HF_KEYS.get(field, (field,))[0]
+        label = field if key == field else f"{field} ({key})"
+        super().__init__(f"{label} is {value!r}, expected {expected}")
+        self.field = field
+        self.as_argument = f"{field} is {value!r}, expected {expected}"
+
+
 @dataclass(frozen=True)
 class MistralConfig:
     """Shapes and constants of one model.
@@ -139,9 +154,7 @@ class MistralConfig:
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            key = _HF_KEYS.get(name, (name,))[0]
-            label = name if key == name else f"{name} ({key})"
-            raise ValueError(f"{label} is {getattr(self, name)!r}, expected {expected}")
+            raise _FieldError(name, getattr(self, name), expected)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
@@ -224,6 +237,13 @@ class MistralConfig:
 
     @classmethod
     def _build(cls, fields: dict[str, Any], overrides: dict[str, Any]) -> MistralConfig:
+        """Makes the configuration from the fields of a file and the caller's values for fields.
+
+        Raises:
+            OverrideError: a caller's value is wrong.
+            ValueError: a field of the file is wrong.
+            TypeError: a caller's value is for a field that does not exist.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in overrides if name not in names]
         if unknown:
@@ -231,9 +251,14 @@ class MistralConfig:
                 f"unknown configuration field {unknown[0]!r}, expected one of {', '.join(names)}"
             )
         fields = fields | overrides
-        if fields["head_dim"] is None:
-            fields["head_dim"] = _derived_head_dim(fields["dim"], fields["n_heads"])
-        return cls(**fields)
+        try:
+            if fields["head_dim"] is None:
+                fields["head_dim"] = _derived_head_dim(fields["dim"], fields["n_heads"])
+            return cls(**fields)
+        except _FieldError as error:
+            if error.field in overrides:
+                raise OverrideError(error.as_argument) from error
+            raise
 
 
 def _is_int(value: Any, minimum: int = 0) -> bool:
@@ -247,9 +272,11 @@ def _is_positive_number(value: Any) -> bool:
 
 def _derived_head_dim(dim: Any, n_heads: Any) -> int:
     if not (_is_int(dim, minimum=1) and _is_int(n_heads, minimum=1) and dim % n_heads == 0):
-        raise ValueError(
-            f"dim (hidden_size) is {dim!r}, expected a multiple of n_heads (num_attention_heads), "
-            f"which is {n_heads!r}: head_dim is missing"
+        raise _FieldError(
+            "dim",
+            dim,
+            f"a multiple of n_heads (num_attention_heads), which is {n_heads!r}: head_dim is "
+            "missing",
         )
     return int(dim // n_heads)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights import generation_config
 from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
@@ -101,7 +101,7 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     Raises:
         FileNotFoundError: the folder has neither file.
         ValueError: a file is damaged, or describes a model that this engine cannot compute. The
-            message names the file.
+            message names the file. Or an override is wrong. The message names it.
         TypeError: an override is not a field.
     """
     path = Path(path)
@@ -129,6 +129,8 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         config = read(values, **overrides)
         quantization = _quantization(values) if file is hf_file else None
         packing = packing_of(values, path) if file is hf_file and not quantization else None
+    except OverrideError:
+        raise
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:

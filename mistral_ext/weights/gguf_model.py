@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.ops import Quantized, memory
 from mistral_ext.ops.repack import BLOCK_FORMATS, repack
 from mistral_ext.weights.gguf_blocks import decode
@@ -182,7 +182,7 @@ def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
 
     Raises:
         ValueError: the file describes another kind of model, or lacks a part of its description.
-            The message names the file and the key.
+            The message names the file and the key. Or an override is wrong. The message names it.
         TypeError: an override that is not a field.
     """
     return _Metadata(file).config(overrides)
@@ -235,6 +235,8 @@ class _Metadata:
             values["sliding_window"] = self._window(values)
         try:
             return MistralConfig.from_hf(values, **overrides)
+        except OverrideError:
+            raise
         except ValueError as error:
             raise self._error(str(error)) from error
 
