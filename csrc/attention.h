@@ -1,9 +1,11 @@
-// Causal sliding-window grouped-query attention of a ragged batch over ring caches.
+// Causal sliding-window grouped-query attention of a ragged batch. The keys and values of earlier
+// tokens lie in ring caches.
 //
-// Each query attends to at most W keys (ring.h): the history in the ring of its sequence, and the
-// keys of its own chunk up to itself. softmax(scale * q k^T) v is accumulated online in fp32
-// (Milakov and Gimelshein 2018, arXiv:1805.02867). Then the tokens of the chunk that had to wait
-// for attention are appended to the rings: see `stored_after_attention`.
+// Each query attends to at most W keys: the earlier tokens in the ring of its sequence, and the
+// tokens of its own chunk up to the query itself (ring.h). The kernels accumulate softmax(scale * q
+// k^T) v online in fp32 (Milakov and Gimelshein 2018, arXiv:1805.02867). Afterwards they append to
+// the rings the tokens of the chunk that could not be appended earlier: see
+// `stored_after_attention`.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -23,9 +25,9 @@ struct AttentionParams {
   void* k_pool;               // [R, D]
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
-  float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row; null: not wanted.
-                              // Only for sequences that begin at position 0. With it the
-                              // kernel of sm_90a is not used
+  float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row, or null. May be set
+                              // only if all sequences begin at position 0. The kernel for
+                              // sm_90a does not write it, so another kernel is chosen
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R
@@ -39,17 +41,18 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for partial results, each of which covers a part of the keys. CPU:
-  // attention_scratch_bytes(p). CUDA: null if the keys of no decode and of no tile of prefill are
-  // divided. Otherwise decodes use [S, Hkv, splits, 16, D + 4], and prefill then reuses the memory
-  // as [Hkv * tiles * 2, prefill_splits, 64, D + 4].
+  // Scratch for partial results, each of which covers a part of the keys. On the CPU it has
+  // attention_scratch_bytes(p) bytes. On CUDA devices, decodes use it as [S, Hkv, splits, 16, D +
+  // 4]. Prefill then reuses the memory as [Hkv * tiles * 2, prefill_splits, 64, D + 4]. It is null
+  // if neither decodes nor prefill divide their keys.
   float* partials;
 
   // CUDA only.
-  int64_t max_count;  // no sequence has more new tokens than this; T if nothing better is known
-  int32_t splits;     // blocks among which the keys of a decode are divided
-  int32_t prefill_splits;  // the same for a tile of prefill, in the kernel of sm_90a
-  int32_t* counters;  // scratch, zero before and after. The first [S, Hkv] are for late tokens.
+  int64_t max_count;       // an upper bound of the new tokens of a sequence; T is always one
+  int32_t splits;          // blocks that share the keys of a decode
+  int32_t prefill_splits;  // blocks that share the keys of a tile, in prefill for sm_90a
+  int32_t* counters;       // scratch, zero before and after. With the first [S, Hkv], blocks count
+                           // themselves: the last appends the tokens that had to wait for attention
 };
 
 namespace cpu {
@@ -58,7 +61,8 @@ void attention(const AttentionParams& p, int threads);
 }  // namespace cpu
 
 namespace cuda {
-// A subset of what `is_head_dim` allows.
+// Whether the CUDA kernels support a head dimension. They support some of those that `is_head_dim`
+// allows.
 constexpr bool attention_takes_head_dim(int64_t dim) { return dim == 64 || dim == 128; }
 }  // namespace cuda
 
@@ -69,8 +73,8 @@ struct AttentionScratch {
   int64_t partials;  // floats
   int64_t counters;  // ints
 };
-// The scratch that `attention` needs for p if no sequence sees more than `longest` keys. Every
-// field of p must be set except those for scratch.
+// The scratch that `attention` needs for p if no sequence sees more than `longest` keys. The caller
+// sets all fields of p but the scratch fields.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k and v

@@ -1,13 +1,13 @@
-// The gradients of causal sliding-window grouped-query attention of a packed batch. The sequences
-// begin with the call, so all keys are in k and v, and no ring is read.
+// The gradients of causal sliding-window grouped-query attention of a packed batch. All sequences
+// begin at position 0, so k and v hold all keys and values, and no ring is read.
 //
 // With the scores s = scale * q k^T of a row, p = exp(s - lse) and delta = sum(d_out * out):
 //
 //   d_v = p^T d_out      d_s = p * (d_out v^T - delta)      d_q = scale * d_s k
 //                                                           d_k = scale * d_s^T q
 //
-// Scores are computed again, so that memory grows with T and not with its square (Dao et al. 2022,
-// arXiv:2205.14135, appendix B).
+// The kernels compute the scores again instead of storing them, so memory grows with T and not with
+// T^2 (Dao et al. 2022, arXiv:2205.14135, appendix B).
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -30,7 +30,7 @@ struct AttentionBackwardParams {
   void* d_q;                  // [T, Hq, D], contiguous
   void* d_k;                  // [T, Hkv, D], contiguous
   void* d_v;                  // [T, Hkv, D], contiguous
-  const Sequence* sequences;  // [S]; position and ring are ignored
+  const Sequence* sequences;  // [S]; the fields for the ring and the position are ignored
   float* delta;               // [T, Hq], scratch: attention_backward_scratch_bytes(p)
   int64_t num_sequences;      // S
   int64_t tokens;             // T
@@ -55,8 +55,8 @@ void attention_backward(const AttentionBackwardParams& p, int threads);
 #ifdef MISTRAL_CUDA
 namespace cuda {
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim (attention.h). Every row
-// of q, k, v, out and d_out and of the gradients must be 16-byte aligned. The gradients have the
-// same bits in every call.
+// of q, k, v, out, d_out, d_q, d_k and d_v must be 16-byte aligned. Repeated calls give the same
+// bits.
 cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t stream);
 }  // namespace cuda
 #endif

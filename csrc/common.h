@@ -1,4 +1,4 @@
-// What all kernels and params structs share: the glossary of shape letters and the element types.
+// The letters for shapes, and the element types, that all kernels and params structs share.
 //
 //   T    new tokens of a call, all sequences packed one after another
 //   S    sequences of a call
@@ -12,7 +12,7 @@
 //   C    slots of one sequence's ring
 //   R    rows of the key or value pool of one layer: the sum over its rings of Hkv * C
 //
-// In params structs every pointer carries its shape in a comment. Strides count elements and are
+// A comment beside each pointer of a params struct gives its shape. Strides count elements and are
 // named after the axis that they step over. The last axis always has stride 1.
 #pragma once
 
@@ -21,9 +21,9 @@
 #ifdef __CUDACC__
 #define MISTRAL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// always_inline, because these headers are compiled once per instruction set. The linker keeps only
-// one out-of-line copy of a function. If that were the copy for AVX-512, the scalar code would call
-// it too.
+// These headers are compiled once per instruction set, so these functions must be inlined always.
+// The linker keeps a single out-of-line copy of an inline function. If it kept the copy for
+// AVX-512, the scalar code would call that copy too.
 #define MISTRAL_HOST_DEVICE [[gnu::always_inline]] inline
 #endif
 
@@ -31,7 +31,7 @@ namespace mistral {
 
 enum class DType { f32, bf16, f16 };
 
-// Storage of the 16-bit types; arithmetic is always done in fp32.
+// The types that store 16-bit numbers. Arithmetic is always done in fp32.
 struct bf16 {
   uint16_t bits;
 };
@@ -54,8 +54,8 @@ template <class F>
   }
 }
 
-// The largest head dimension. All head dimensions are multiples of 32, so that half a head, the
-// unit of rotation, is a whole number of 16-lane vectors.
+// The largest head dimension. Every head dimension is a multiple of 32. RoPE rotates the two halves
+// of a head together, so each half must be a whole number of 16-lane vectors.
 constexpr int64_t kMaxHeadDim = 256;
 constexpr bool is_head_dim(int64_t dim) { return dim >= 32 && dim % 32 == 0 && dim <= kMaxHeadDim; }
 

@@ -1,4 +1,4 @@
-// The cross entropy of rows of logits, and its gradient in their place:
+// The cross entropy of rows of logits. Its gradient overwrites the logits:
 //
 //   loss   = log(sum(exp(logits))) - logits[target]
 //   logits = factor * (exp(logits) / sum(exp(logits)) - (1 at the target))
@@ -14,9 +14,9 @@ namespace mistral {
 
 struct CrossEntropyParams {
   DType dtype;             // of logits
-  void* logits;            // [T, V], replaced by the gradient if there are factors
+  void* logits;            // [T, V]; overwritten by the gradient if `factors` is not null
   const int64_t* targets;  // [T], 0 to V - 1
-  const float* factors;    // [T], of the gradients; null: no gradient is wanted
+  const float* factors;    // [T], the factor of each row's gradient; null: compute no gradient
   float* loss;             // [T]
   int64_t tokens;          // T
   int64_t vocab;           // V
@@ -29,7 +29,7 @@ void cross_entropy(const CrossEntropyParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 namespace cuda {
-// If the target of a row is no index of a logit, the loss and the gradients of the row are NaN.
+// If a target is not in 0 to V - 1, the loss and the gradients of its row are NaN.
 cudaError_t cross_entropy(const CrossEntropyParams& p, cudaStream_t stream);
 }  // namespace cuda
 #endif

@@ -1,5 +1,5 @@
-// The one list of weight formats, and how each is stored. Everything else that differs between
-// formats is in the traits of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for
+// The one list of weight formats and their layouts. Code that depends on the format beyond this
+// list is in the traits of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for
 // Python, in mistral_ext/ops/weight.py.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace mistral {
 
-// A weight [N, K], row by row. A group is 32, 64 or 128 neighbouring values of a row.
+// A weight has N rows of K values. A group is 32, 64 or 128 neighbouring values of a row.
 //   plain   in the dtype of x
 //   int8    [N, K] int8; a bf16 scale for each row
 //   int4    words of signed values; a bf16 scale for each group
@@ -17,24 +17,26 @@ namespace mistral {
 //   q4_z    words, w = d (q - z); fp16 d, z for each group; z is an integer, 0 to 16
 //   q4_k    words, w = d s q - e m; for each 256 values 16 bytes of scales: d and e (fp16), then
 //           s and m of each 32 values in 6 bits (packed_scales)
-//   q5_k    as q4_k, with a fifth bit: for each 256 values 32 words, then 8 words of fifth bits
+//   q5_k    q4_k with a fifth bit for each value; 256 values take 32 words and then 8 words of
+//           fifth bits
 //   q6_k    w = d s (q - 32); for each 256 values 32 words of low bits, then 16 words of high bits;
 //           20 bytes of scales: s of each 16 values (int8), d (fp16), two bytes 0
 //   iq4_nl  words, w = d kTable4[q]; an fp16 scale d for each 32 values
 //   iq4_xs  words, w = d (s - 32) kTable4[q]; for each 256 values 8 bytes of scales: d (fp16), the
 //           high 2 bits of the 8 numbers s (u16), their low 4 bits (4 bytes), the first lowest
 //
-// Words have 32 bits, for 8 neighbouring values of 4 bits: [N, K / 8]. Value i of a word is at bit
-// int4_shift(i): (word >> 4 j) & 0x000f000f is the pair (2 j, 2 j + 1). Signed values are in two's
-// complement, others are 0 to 15.
+// Words have 32 bits and hold 8 neighbouring values of 4 bits: [N, K / 8]. Value i of a word is at
+// bit int4_shift(i). So (word >> 4 j) & 0x000f000f is the pair of values (2 j, 2 j + 1). Signed
+// values are in two's complement, unsigned values are 0 to 15.
 //
-// In 256 values, let value e of word 4 b + i be at bit t = int4_shift(e). Its fifth bit (q5_k) is
-// bit fifth_bit_shift(i, t) of further word b. Its high two bits (q6_k) are at bit
-// high_bits_shift(i, t) of further word 8 (i / 2) + b.
+// The further bits of q5_k and q6_k are in further words. Number the 32 words of 256 values 4 b +
+// i, where b is a block of 32 values, and let value e of word 4 b + i be at bit t = int4_shift(e).
+// In q5_k its fifth bit is bit fifth_bit_shift(i, t) of further word b. In q6_k its high two bits
+// begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b.
 //
-// All but plain, int8 and int4 hold the numbers of GGUF's blocks of that name, or of GPTQ and AWQ
-// (q4_0 and q4_z), with values and scales in separate arrays, so that a row is read in accesses of
-// 16 bytes.
+// All formats but plain, int8 and int4 come from files. They hold the same numbers as GGUF's blocks
+// of that name, q4_0 and q4_z also those of GPTQ and AWQ. But values and scales are in separate
+// arrays, so that kernels read rows in accesses of 16 bytes.
 enum class WeightFormat {
   plain,
   int8,
@@ -52,8 +54,8 @@ enum class WeightFormat {
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
-// The further bits of words lie in further words, of which each serves four words (q5_k) or two
-// (q6_k). The further bits of a byte lie in the same byte of the further word.
+// A further word serves four words in q5_k and two words in q6_k. The further bits of a byte lie in
+// the same byte of the further word.
 MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
   return shift / 8 * 8 + 2 * word + shift % 8 / 4;
 }
@@ -65,10 +67,11 @@ MISTRAL_HOST_DEVICE constexpr int high_bits_shift(int word, int shift) {
 constexpr int8_t kTable4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                 1,    13,   25,  38,  53,  69,  89,  113};
 
-// The values of q*_k and iq4_xs that share a d.
+// The number of values of q*_k and iq4_xs that share the scale d.
 constexpr int64_t kSuperBlock = 256;
 
-// The longest row of int8. The sums of its integer products just fit 32 bits.
+// The most values of a row of int8. With more values, the 32-bit sums of integer products could
+// overflow.
 constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
 
 struct FormatInfo {
@@ -79,11 +82,11 @@ struct FormatInfo {
   int64_t element_bits;     // bits of an element of the values
   int64_t scale_bytes;      // bytes of an element of the scales
   int64_t group_scales;     // elements of the scales of a group
-  // The fewest and the most neighbouring values that share scales, both powers of two. 0: the whole
-  // row shares a scale.
+  // The fewest and the most neighbouring values that share scales, both powers of two. They are 0
+  // if the whole row shares a scale.
   int64_t least_group;
   int64_t most_group;
-  int64_t most_inputs = 0;  // the values of the longest row; 0: any number
+  int64_t most_inputs = 0;  // the most values of a row; 0: no limit
 };
 
 constexpr int kNumFormats = 12;

@@ -1,11 +1,12 @@
-// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685), chosen token by token.
+// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685). Each token chooses its
+// adapter.
 //
 //   hidden = scale * (x A^T)     in fp32
 //   out   += hidden B
 //
-// Adapters lie one behind another in stacked tensors, padded to the largest rank. Weights that are
-// multiplied with the same x, such as query, key and value, are parts of one call. The outputs of
-// the parts lie side by side.
+// All adapters are stacked in one tensor, each padded to the largest rank. Weights that multiply
+// the same x, such as query, key and value, are the parts of one call. The outputs of the parts lie
+// side by side.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -26,8 +27,8 @@ struct LoraParams {
   const void* a;            // [adapters, parts, max_rank, K], contiguous
   const void* b;            // [adapters, max_rank, N], contiguous
   const float* scales;      // [adapters, parts]
-  const int32_t* ranks;     // [adapters, parts], 0 to max_rank; what lies beyond is not read
-  const int32_t* adapters;  // [T], which adapter a token uses; negative: none
+  const int32_t* ranks;     // [adapters, parts], 0 to max_rank; rows beyond the rank are not read
+  const int32_t* adapters;  // [T], the adapter of each token; negative: no adapter
   float* hidden;            // [T, parts, max_rank], scratch
   void* out;                // [T, N], updated in place
   int64_t part_outputs[kMaxLoraParts];
@@ -35,21 +36,21 @@ struct LoraParams {
   int64_t tokens;    // T
   int64_t inputs;    // K
   int64_t outputs;   // N, of all parts
-  int64_t max_rank;  // padded
+  int64_t max_rank;  // the rank to which A and B are padded
   int64_t stride_x_token;
   int64_t stride_out_token;
 };
 
 // The gradient of the stacked A or of the stacked B. For A, x is the input of the layer and
-// `hidden` is the gradient of x A^T. For B, x is the gradient of the output of the layer. For each
-// adapter, over the tokens that use it:
+// `hidden` is the gradient of x A^T. For B, x is the gradient of the output of the layer. Each
+// adapter gets the sum over the tokens that use it:
 //
 //   out = sum(hidden^T x)
 struct LoraGradientParams {
   DType dtype;              // of x
   const float* hidden;      // [T, R]; R: the rows of A or B
   const void* x;            // [T, N]
-  const int32_t* adapters;  // [T]; negative: none
+  const int32_t* adapters;  // [T], the adapter of each token; negative: no adapter
   float* out;               // [num_adapters, R, N], contiguous
   int64_t tokens;           // T
   int64_t rank;             // R
@@ -69,7 +70,7 @@ void lora_gradient(const LoraGradientParams& p, int threads);
 namespace cuda {
 // The result of a token has the same bits whatever the other tokens and adapters are.
 cudaError_t lora(const LoraParams& p, cudaStream_t stream);
-// The results have the same bits in every call.
+// Repeated calls give the same bits.
 cudaError_t lora_gradient(const LoraGradientParams& p, cudaStream_t stream);
 }  // namespace cuda
 #endif

@@ -1,5 +1,5 @@
 // Philox4x64-10, a random number generator without state (Salmon et al. 2011, "Parallel random
-// numbers: as easy as 1, 2, 3"): four words of 64 random bits for every key and counter.
+// numbers: as easy as 1, 2, 3"). It maps each key and counter to four words of 64 random bits.
 #pragma once
 
 #include "common.h"

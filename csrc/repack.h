@@ -1,6 +1,6 @@
-// Takes the blocks of GGUF files apart, without loss. A file has the scales of each block beside
-// its values. Our kernels have scales and values in separate arrays, and the values in words
-// (formats.h). Only for the CPU: files are read there.
+// Splits the blocks of GGUF files into values and scales, without loss. A file stores the scales of
+// a block beside its values. Our kernels read scales and values from separate arrays, and the
+// values as words (formats.h). There is only a CPU version, because files are read on the CPU.
 //
 // Source of the layouts of blocks: ggml's ggml-common.h and ggml-quants.c (MIT).
 #pragma once
@@ -9,13 +9,13 @@
 
 namespace mistral {
 
-// The types of blocks that can be taken apart. Q5_0 and Q3_K become formats with more bits for the
-// same numbers. The others become the format of their own name.
+// The block types that can be split. Q5_0 and Q3_K become formats with more bits, which hold the
+// same numbers. Every other type becomes the format of its own name.
 enum class BlockType { q4_0, q4_1, q5_0, q8_0, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs };
 
 struct BlockInfo {
-  const char* name;  // ggml's
-  int64_t values;    // neighbouring values of a row that a block holds, a group of the format
+  const char* name;  // ggml's name of the type
+  int64_t values;    // neighbouring values of a row in a block; also the group of the format
   int64_t bytes;
   WeightFormat format;
 };
@@ -32,7 +32,7 @@ constexpr BlockInfo kBlockTypes[kNumBlockTypes] = {
   return kBlockTypes[static_cast<int>(type)];
 }
 
-// The number of bytes of the values, and of the scales, that a block becomes.
+// The number of bytes of values, or of scales, that a block becomes.
 [[gnu::always_inline]] inline constexpr int64_t value_bytes(const BlockInfo& block) {
   return block.values * info(block.format).bits / 8;
 }
@@ -43,11 +43,11 @@ constexpr BlockInfo kBlockTypes[kNumBlockTypes] = {
 struct RepackParams {
   BlockType type;
   const uint8_t* blocks;  // [N, B] blocks, at any address
-  uint8_t* values;        // [N, B value_bytes], contiguous; null: the values are not wanted
-  uint8_t* scales;        // [N, B scale_bytes], contiguous; null: the scales are not wanted
+  uint8_t* values;        // [N, B value_bytes], contiguous; null: do not write values
+  uint8_t* scales;        // [N, B scale_bytes], contiguous; null: do not write scales
   int64_t rows;           // N
   int64_t row_blocks;     // B
-  int64_t stride_row;     // from one row of blocks to the next, in bytes
+  int64_t stride_row;     // bytes from one row of blocks to the next
 };
 
 namespace cpu {

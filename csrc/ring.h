@@ -1,4 +1,5 @@
-// Ring arithmetic. Only this file knows where the key and the value of a token live.
+// Ring arithmetic. This file alone decides where in the pools the key and value of a token are
+// stored.
 //
 // A sequence owns a ring of C slots in the layer's key pool and, at the same rows, in its value
 // pool, both [R, D]. The ring is head-major, [Hkv, C, D], so that the keys of one head are
@@ -11,8 +12,9 @@
 // the ring plus the chunk's own keys hold all that is seen. A sequence that never grows past C
 // tokens needs no more than C slots, whatever the window.
 //
-// A chunk must not overwrite tokens that it still needs. Token p takes the slot of token p - C. If
-// the first query of the chunk sees p - C, then p waits until attention is done. So a new token is
+// A chunk must not overwrite tokens that its queries still need. Token p takes the slot of token p
+// - C. If the first query of the chunk sees p - C, then p must wait until attention is done. So a
+// new token is
 //   - never stored, if a later token of its own chunk takes the same slot;
 //   - stored before attention (by rope), if no query of the chunk sees what it replaces; this
 //     is every decode step, and every chunk that does not wrap;
@@ -27,9 +29,9 @@ namespace mistral {
 // One row of the sequence table. The table is an int64 tensor [S, 5] in the memory of the device,
 // so that a captured CUDA graph serves every step.
 struct Sequence {
-  int64_t first_token;  // where its new tokens begin in the packed tensors [T, ...]
-  int64_t count;        // how many they are: 1 = decode, more = a prompt chunk, 0 = idle
-  int64_t position;     // absolute position of the first of them: the tokens seen before
+  int64_t first_token;  // index of its first new token in the packed tensors [T, ...]
+  int64_t count;        // number of its new tokens: 1 = decode, more = a prompt chunk, 0 = idle
+  int64_t position;     // position of its first new token = number of tokens seen before
   int64_t ring_row;     // first row of its ring in the pools
   int64_t capacity;     // C
 };
@@ -37,7 +39,7 @@ constexpr int64_t kSequenceFields = 5;
 static_assert(sizeof(Sequence) == kSequenceFields * sizeof(int64_t), "read as rows of int64");
 
 // The index of the sequence that owns a packed token. Tokens are packed in the order of the table,
-// so this is the last sequence that begins at or before the token.
+// so the owner is the last sequence that begins at or before the token.
 MISTRAL_HOST_DEVICE int64_t find_sequence(const Sequence* sequences, int64_t num_sequences,
                                           int64_t token) {
   int64_t low = 0, high = num_sequences - 1;
@@ -52,7 +54,7 @@ MISTRAL_HOST_DEVICE int64_t find_sequence(const Sequence* sequences, int64_t num
   return low;
 }
 
-// A window that no position reaches, for models without one.
+// The window of models without a window. No position reaches it.
 constexpr int64_t kNoWindow = int64_t{1} << 62;
 
 MISTRAL_HOST_DEVICE int64_t ring_slot(const Sequence& s, int64_t position) {
@@ -64,15 +66,15 @@ MISTRAL_HOST_DEVICE int wrapped_slot(int slot, int capacity) {
   return slot < capacity ? slot : slot - capacity;
 }
 
-// The row of a head's slot 0.
+// The pool row of slot 0 of a head.
 MISTRAL_HOST_DEVICE int64_t head_row(const Sequence& s, int64_t head) {
   return s.ring_row + head * s.capacity;
 }
 
-// The rows of one token, of all heads.
+// The pool rows of a token: one row for each head.
 struct TokenRows {
-  int64_t first;  // of head 0
-  int64_t apart;  // from one head to the next
+  int64_t first;  // the row of head 0
+  int64_t apart;  // the distance from the row of a head to that of the next head
 
   MISTRAL_HOST_DEVICE int64_t row(int64_t head) const { return first + head * apart; }
 };
@@ -91,12 +93,33 @@ MISTRAL_HOST_DEVICE int64_t window_begin(int64_t position, int64_t window) {
 }
 
 // The first position whose query no longer sees the key at `position`.
-MISTRAL_HOST_DEVICE int64_t window_end(int64_t position, int64_t window) {
+template <class Int>
+MISTRAL_HOST_DEVICE Int window_end(Int position, Int window) {
   return position + window;
 }
 
-// The first position of a chunk that is stored. Earlier tokens of the chunk would lose their slots
-// to later tokens.
+// Whether the key at position `key` is hidden from the query at position `query`. Kernels may count
+// positions from any position on, and in 32 bits.
+template <class Int>
+MISTRAL_HOST_DEVICE bool is_hidden(Int query, Int key, Int window) {
+  return key > query || key <= query - window;
+}
+
+// Whether one of the keys [first_key, last_key] is hidden from one of the queries [first_query,
+// last_query].
+template <class Int>
+MISTRAL_HOST_DEVICE bool any_hidden(Int first_query, Int last_query, Int first_key, Int last_key,
+                                    Int window) {
+  return last_key > first_query || first_key <= last_query - window;
+}
+
+// The window for positions in 32 bits. kNoWindow becomes a window that none of them reaches.
+MISTRAL_HOST_DEVICE int short_window(int64_t window) {
+  return static_cast<int>(min(window, int64_t{1} << 30));
+}
+
+// The first position of a chunk that is stored. Later tokens of the chunk would take the slots of
+// tokens before that position.
 MISTRAL_HOST_DEVICE int64_t first_stored(const Sequence& s) {
   return max(s.position, s.position + s.count - s.capacity);
 }
@@ -115,15 +138,15 @@ MISTRAL_HOST_DEVICE bool stored_after_attention(const Sequence& s, int64_t posit
   return stored(s, position) && !stored_before_attention(s, position, window);
 }
 
-// Consecutive positions in consecutive slots.
+// Consecutive positions that lie in consecutive slots.
 struct Run {
   int64_t slot;
   int64_t position;
   int64_t count;
 };
 
-// The positions [begin, end), at most C of them, lie in the ring as two runs: up to the last
-// slot (index 0) and from slot 0 on (index 1, often empty).
+// Positions [begin, end), at most C of them, lie in the ring as two runs. Run 0 goes up to the last
+// slot. Run 1 begins at slot 0 and is often empty.
 MISTRAL_HOST_DEVICE Run ring_run(const Sequence& s, int64_t begin, int64_t end, int index) {
   const int64_t slot = ring_slot(s, begin);
   const int64_t count = min(end - begin, s.capacity - slot);

@@ -26,8 +26,8 @@ struct RmsNormParams {
   float eps;
 };
 
-// The gradient of rms_norm without a residual. With n = x / sqrt(mean(x^2) + eps) and
-// g = d_out * weight:
+// The gradient of rms_norm without a residual. Let n = x / sqrt(mean(x^2) + eps) and g = d_out *
+// weight. Then:
 //
 //   d_x = (g - n * mean(g * n)) / sqrt(mean(x^2) + eps)
 struct RmsNormBackwardParams {

@@ -1,5 +1,5 @@
 // Rotary position embedding of the heads of x, without rings: `out` is x rotated by the angles of
-// rope.h. With the negated angles this computes the gradient.
+// rope.h. Rotation by the negated angles gives the gradient.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -15,7 +15,7 @@ struct RotateParams {
   DType dtype;
   const void* x;              // [T, H, D]
   void* out;                  // [T, H, D]
-  const Sequence* sequences;  // [S]; rings are ignored
+  const Sequence* sequences;  // [S]; the fields for the ring are ignored
   const double* frequencies;  // [D/2], radians per position
   int64_t num_sequences;      // S
   int64_t tokens;             // T
@@ -23,7 +23,7 @@ struct RotateParams {
   int64_t head_dim;           // D
   int64_t stride_x_token, stride_x_head;
   int64_t stride_out_token, stride_out_head;
-  bool backward;  // by the negated angles
+  bool backward;  // rotate by the negated angles
 };
 
 namespace cpu {

@@ -5,15 +5,16 @@
 //   choice = the largest x                                                  at temperature 0, else
 //            the largest x / temperature + g   of those that min_p, top_k and top_p leave, in turn
 //
-// The lower id wins a tie. g = -log(-log(u)) is Gumbel noise, which makes this a draw from the
-// softmax of what is left (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). u is a pure
-// function of (seed, index, step, token): the word number token % 4 of Philox with the key (seed,
-// index) and the counter (token / 4 + 1, step, 0, 0), its upper 53 bits as a fraction. These are
-// the numbers of numpy's Generator(Philox(key=[seed, index], counter=[0, step, 0, 0])).random(V).
+// The lower id wins a tie. g = -log(-log(u)) is Gumbel noise. The largest x / temperature + g is a
+// random token that follows the softmax of the remaining tokens (Gumbel 1954; Maddison et al. 2014,
+// arXiv:1411.0030). u is a pure function of (seed, index, step, token). It is word token % 4 of the
+// Philox block with the key (seed, index) and the counter (token / 4 + 1, step, 0, 0), and its
+// upper 53 bits are read as a fraction. numpy's Generator(Philox(key=[seed, index], counter=[0,
+// step, 0, 0])).random(V) gives the same numbers.
 //
-// The functions below are that definition, for CPU and CUDA devices. Results that must agree
-// between devices are computed in double or in integers. Sums of probabilities are in fixed point,
-// so that their order does not matter.
+// The functions below define this for CPU and CUDA devices. Results that must agree between devices
+// are computed in doubles or integers. Sums of probabilities are in fixed point, so their order
+// does not matter.
 #pragma once
 
 #include <cmath>
@@ -32,12 +33,12 @@ namespace mistral {
 // so that a captured CUDA graph serves every step.
 struct SamplingOptions {
   double temperature;         // 0: greedy
-  double top_k;               // the k most likely tokens; 0: all
-  double top_p;               // the fewest most likely tokens with this probability together
-  double min_p;               // tokens at least this likely relative to the most likely one
+  double top_k;               // keep the k most likely tokens; 0: all
+  double top_p;               // keep the most likely tokens up to this sum of probabilities
+  double min_p;               // keep tokens with at least this share of the highest probability
   double repetition_penalty;  // divides x > 0, multiplies others (Keskar et al., arXiv:1909.05858)
-  double presence_penalty;    // subtracted once
-  double frequency_penalty;   // subtracted for each time
+  double presence_penalty;    // subtracted once from a token that occurs
+  double frequency_penalty;   // subtracted for every time that a token occurs
 };
 constexpr int64_t kSamplingOptionFields = 7;
 static_assert(sizeof(SamplingOptions) == kSamplingOptionFields * sizeof(double));
@@ -45,20 +46,21 @@ static_assert(sizeof(SamplingOptions) == kSamplingOptionFields * sizeof(double))
 // One row of the noise table, an int64 tensor [M, 3].
 struct NoiseState {
   uint64_t seed;
-  uint64_t index;  // tells completions of the same seed apart
-  int64_t step;    // tokens chosen so far: each choice adds one
+  uint64_t index;  // separates completions with the same seed
+  int64_t step;    // tokens chosen so far; each choice adds 1
 };
 constexpr int64_t kNoiseFields = 3;
 static_assert(sizeof(NoiseState) == kNoiseFields * sizeof(int64_t));
 
-// N rows of logits. Row n uses row rows[n] of the tables, and no two rows of logits use the same
-// row. `history` is 2 * (times that the token was chosen) + (1 if it is in the prompt).
+// N rows of logits. Row n uses row rows[n] of the tables, and no two rows of logits share a row of
+// the tables. An element of `history` is 2 * (times that the token was chosen) + (1 if the token is
+// in the prompt).
 struct SampleParams {
   const float* logits;             // [N, V]
   const int64_t* rows;             // [N], rows of the tables
   const SamplingOptions* options;  // [M]
   NoiseState* noise;               // [M]
-  int32_t* history;                // [M, V]; the chosen token is counted
+  int32_t* history;                // [M, V]; the call adds the chosen token
   const float* bias;               // [M, V], or null
   int64_t* token_ids;              // [N]; -1: a logit is NaN, or all are -inf
   uint32_t* keys;                  // [N, V], scratch
@@ -91,7 +93,7 @@ MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingO
   double x = logit;
   if (history != 0) x = x > 0 ? x / o.repetition_penalty : x * o.repetition_penalty;
   const int32_t count = history / kChosenOnce;
-  // fma, because one compiler would fuse the product and the sum, and the other would not
+  // An explicit fma: otherwise one compiler fuses the product and the sum, and another does not.
   if (count != 0) x = fma(-o.frequency_penalty, static_cast<double>(count), x - o.presence_penalty);
   return static_cast<float>(x);
 }
@@ -99,10 +101,10 @@ MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingO
 // ---- Keys and ranks. A key is x as an integer of the same order. A rank has the key in its high
 // bits and the id in its low bits, so that no two tokens are equal.
 
-constexpr uint32_t kNanKey = 0xffffffff;  // above all others: the maximum finds it
+constexpr uint32_t kNanKey = 0xffffffff;  // larger than every other key, so the maximum finds a NaN
 
 MISTRAL_HOST_DEVICE uint32_t key_of(float x) {
-  x += 0.0f;  // -0 is 0
+  x += 0.0f;  // turns -0 into 0
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   const uint32_t key = bits & 0x80000000 ? ~bits : bits | 0x80000000;
@@ -142,23 +144,23 @@ Rank highest_rank(const float* logits, int64_t vocab_size);
 
 // ---- Filters: a filter leaves the tokens whose rank is at or above a threshold.
 
-// False if there is nothing to choose from: a NaN, or -inf everywhere.
+// False if no token can be chosen: a logit is NaN, or all are -inf.
 MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
   return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
 }
 
-// The token of this rank, or -1 if there is nothing to choose from.
+// The token of the highest rank, or -1 if no token can be chosen.
 MISTRAL_HOST_DEVICE int64_t greedy_choice(Rank best) {
   return can_choose(best) ? id_of_rank(best) : -1;
 }
 
-// The log of a token's probability relative to that of the most likely token.
+// The log of a token's probability, relative to that of the most likely token.
 MISTRAL_HOST_DEVICE double scaled(float x, float largest, double temperature) {
   if (x == largest) return 0;  // also if both are infinite
   return (static_cast<double>(x) - static_cast<double>(largest)) / temperature;
 }
 
-// The lowest rank that min_p leaves.
+// The lowest rank that passes min_p.
 MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o) {
   uint32_t key = key_of(-INFINITY) + 1;
   if (o.min_p > 0) {
@@ -170,9 +172,8 @@ MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o
   return static_cast<Rank>(key) << kIdBits;
 }
 
-// The probabilities of a row relative to the largest. They are in units so small that a sum over
-// the vocabulary just fits 63 bits: 2^-47 for 32768 tokens. Probabilities below half a unit become
-// 0.
+// The probabilities of a row, relative to the largest. The unit is so small that a sum over the
+// vocabulary just fits 63 bits: 2^-47 for 32768 tokens. Probabilities below half a unit become 0.
 struct Weights {
   float largest;
   double temperature;
@@ -190,8 +191,8 @@ MISTRAL_HOST_DEVICE double weight_scale(int64_t vocab_size) {
   return scale;
 }
 
-// A filter that sums a measure over the tokens, from the most likely down, until the sum is enough.
-// `measure` is what one token adds to the sum.
+// TopK and TopP are filters that add up a measure of the tokens, from the most likely token down,
+// until the sum is enough. `measure` is what one token adds to the sum.
 struct TopK {
   double k;
   MISTRAL_HOST_DEVICE uint64_t measure(uint32_t) const { return 1; }
@@ -200,7 +201,7 @@ struct TopK {
 
 struct TopP {
   Weights weights;
-  uint64_t total;  // the sum over the tokens that min_p and top_k leave
+  uint64_t total;  // the sum over the tokens that pass min_p and top_k
   double p;
   MISTRAL_HOST_DEVICE uint64_t measure(uint32_t key) const { return weights(key); }
   MISTRAL_HOST_DEVICE bool reached(uint64_t mass) const {
@@ -210,14 +211,14 @@ struct TopP {
 
 // ---- Noise
 
-constexpr int64_t kTokensPerBlock = 4;  // of Philox
+constexpr int64_t kTokensPerBlock = 4;  // tokens of a Philox block
 
 MISTRAL_HOST_DEVICE PhiloxBlock noise_block(const NoiseState& noise, int64_t block) {
   return philox({{noise.seed, noise.index}},
                 {{static_cast<uint64_t>(block) + 1, static_cast<uint64_t>(noise.step), 0, 0}});
 }
 
-// A word of 0 gives -inf. Such a token is never chosen, unless nothing else is left.
+// A word of 0 gives -inf. A token with this noise is chosen only if no other token is left.
 MISTRAL_HOST_DEVICE double gumbel(uint64_t word) {
   constexpr double kUnit = 1.0 / static_cast<double>(int64_t{1} << 53);
   return -log(-log(static_cast<double>(word >> 11) * kUnit));

@@ -1,9 +1,9 @@
-# The files of csrc/ and python/, for every build of them: the extension, the emulator of CUDA
-# (tests/emulator) and that of AMX (tests/amx).
+# The source files of csrc/ and python/. Three builds use these lists: the extension, the emulator
+# of CUDA (tests/emulator) and the emulator of AMX (tests/amx).
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 
-# Kernels for the CPU: compiled once per instruction set, each time in a namespace of its own
-# (csrc/cpu/kernels.h).
+# Kernels for the CPU. Each file is compiled once per instruction set, each time in another
+# namespace (csrc/cpu/kernels.h).
 set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
   ${root}/csrc/cpu/attention/backward.cpp
@@ -29,7 +29,7 @@ set(cpu_sources
   ${root}/csrc/cpu/repack.cpp
   ${root}/csrc/cpu/sample.cpp)
 
-# Kernels for CUDA, of which those for Hopper use instructions of sm_90a.
+# Kernels for CUDA. The list with sm90 has the kernels for Hopper, which use instructions of sm_90a.
 set(cuda_kernels
   ${root}/csrc/cuda/attention/attention.cu
   ${root}/csrc/cuda/attention/backward.cu
@@ -52,7 +52,7 @@ set(cuda_kernels
   ${root}/csrc/cuda/swiglu.cu
   ${root}/csrc/cuda/swiglu_backward.cu)
 set(cuda_kernels_sm90 ${root}/csrc/cuda/attention/prefill_sm90.cu)
-# What the emulator has its own of: the runtime's functions and headers.
+# Sources that the emulator replaces: it has its own functions and headers of the CUDA runtime.
 set(cuda_sources ${root}/csrc/cuda/common/device.cu)
 set(cuda_sources_sm90 ${root}/csrc/cuda/attention/tensor_map_sm90.cu)
 set(cuda_headers ${root}/csrc/cuda/common)

@@ -1,13 +1,13 @@
 """A small engine for Mistral 7B: hand-written kernels, a ring cache, and text.
 
-Names are imported when they are first used: importing torch takes seconds, and `mistral-ext --help`
-does not need it.
+A name is imported when it is first used, because importing torch takes seconds, and `mistral-ext
+--help` does not need torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"  # of the package too: pyproject.toml reads it here
+__version__ = "0.1.0"  # pyproject.toml reads the version of the package here
 
 __all__ = [
     "Chat",
@@ -50,7 +50,7 @@ else:
             value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = value  # from now on it is found without this function
+        globals()[name] = value  # later look-ups do not call this function
         return value
 
 

@@ -15,21 +15,21 @@ from mistral_ext.text.tokenizer import Tokenizer
 class Chat:
     """A conversation with an Instruct model.
 
-    The engine keeps the conversation's tokens in its cache, so a turn reads only its own tokens,
-    unless other requests needed the memory meanwhile. Any thread may use a Chat: a new turn ends a
-    reply that is still being written. `Mistral.start_chat` makes it.
+    The engine keeps the conversation's tokens in its cache. So a turn reads only its own tokens,
+    unless other requests have needed the memory. Any thread may use a Chat. A new turn ends a reply
+    that is still being written. `Mistral.start_chat` makes a Chat.
 
     Args:
         tokenizer, template: the tokenizer and the chat template of the model.
-        start_reply: a function that generates a reply to a conversation, given its tokens and
-            fields of `SamplingParams`.
+        start_reply: a function that starts a reply to a conversation. It takes the tokens of the
+            conversation and fields of `SamplingParams`.
         messages: the conversation so far.
 
     Attributes:
-        messages: the conversation so far, as `Mistral.chat` takes it.
+        messages: the conversation so far, as in `Mistral.chat`.
         ids: the tokens of the conversation, as the model read and wrote them.
         prompt_ids: the tokens that the last reply answers.
-        completion: the last reply. None if it was closed before its end.
+        completion: the last reply, or None if it was closed before its end.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Chat:
     def send(self, text: str, **sampling: Any) -> Reply:
         """Sends a message and streams the reply.
 
-        A reply that is interrupted (by `close`, Ctrl-C or the next turn) stays in the conversation
-        as far as it was written. A turn whose reply has no text is dropped, because templates have
+        If a reply is interrupted (by `close`, Ctrl-C or the next turn), the text written so far
+        stays in the conversation. A turn whose reply has no text is dropped, because templates have
         no empty replies.
 
         Args:
@@ -101,7 +101,7 @@ class Reply(Iterator[str]):
             return piece
 
     def close(self) -> None:
-        """Aborts the reply, if it has not ended. Its text so far stays in the conversation."""
+        """Aborts the reply, if it has not ended. The text so far stays in the conversation."""
         with self._chat._lock:
             if not self._is_open:
                 return

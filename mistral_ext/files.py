@@ -1,4 +1,4 @@
-"""Text and JSON: from files that people and other programs wrote, and to files."""
+"""Reads text and JSON from files that people and other programs wrote, and writes files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_text_file(path: str | Path) -> str:
-    """The text of a UTF-8 file, in the form that models were trained on; see `decode_text`.
+    """Returns the text of a UTF-8 file, in the form that models were trained on (see
+    `decode_text`).
 
     Raises:
         OSError: the file cannot be read.
@@ -20,7 +21,7 @@ def read_text_file(path: str | Path) -> str:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Writes a UTF-8 file, wholly or not at all."""
+    """Writes a UTF-8 file. The file is complete or absent."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -31,10 +32,10 @@ def write_text_file(path: Path, text: str) -> None:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Text from the bytes of a file called `name`.
+    """Decodes the bytes of a file called `name` to text.
 
-    Programs of Windows begin a text with a byte order mark and end lines with CR LF. Both would
-    change the text's tokens, so the mark is dropped and CR LF becomes LF.
+    Windows programs begin a text with a byte order mark and end lines with CR LF. Both would change
+    the text's tokens. So the mark is dropped, and CR LF becomes LF.
     """
     try:
         text = data.decode("utf-8")
@@ -46,10 +47,10 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        ValueError: the file holds anything else; the message names the file.
+        ValueError: the file holds something else. The message names the file.
     """
     refuse_lfs_pointer(path)
     try:
@@ -62,7 +63,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is a git-lfs pointer: it only says where its content is."""
+    """Whether a file is a git-lfs pointer, which only says where its content is."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 

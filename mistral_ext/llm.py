@@ -54,7 +54,7 @@ def generate(
         prompt: text, token ids, or a list of prompts.
         model: a Mistral, a model folder or a hub id. None: the small demo model of this package.
             The model of the last folder or id stays loaded.
-        special_tokens: see `Mistral.generate`.
+        special_tokens: as in `Mistral.generate`.
         sampling: fields of `SamplingParams`.
 
     Returns:
@@ -74,7 +74,7 @@ def _load(model: str) -> Mistral:
 
 
 def read_tokenizer(folder: ModelFolder) -> Tokenizer | None:
-    """The tokenizer of a model folder or a GGUF file. None: it has no tokenizer."""
+    """Reads the tokenizer of a model folder or a GGUF file. Returns None if it has no tokenizer."""
     if folder.gguf is None:
         return Tokenizer.from_folder(folder.path)
     return Tokenizer.from_gguf(folder.path, folder.gguf.metadata)
@@ -86,21 +86,22 @@ class Mistral(RequestMaker):
     Attributes:
         config: the model's shape and constants.
         model: the transformer.
-        tokenizer: the tokenizer. None if the folder had none; prompts are then lists of token ids.
+        tokenizer: the tokenizer, or None if the folder has none. Prompts are then lists of token
+            ids.
         prefill_chunk: the number of prompt tokens read in one pass, at least 32. A larger chunk is
             faster and takes more memory.
         max_batch: the number of completions generated at once. On the CPU, up to 8 do not change
             each other's text. With more, products round differently.
         cache_tokens: the number of tokens that the cache has room for: the tokens of running
             completions, and tokens kept for later prompts. None: `engine.memory.default_slots`
-            decides by the free memory.
+            chooses it by the free memory.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: the number of tokens to guess at a time, 0 to 7, for completions whose options do
-            not set it. Guesses that are right are generated together; the text is the same. None: 7
-            on the CPU or with a draft model, else 0.
+            not set it. A pass generates all tokens that are guessed right. The text is the same.
+            None: 7 on the CPU or with a draft model, else 0.
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device.
-        adapters: the loaded adapters: `load_adapter` adds to them.
+        adapters: the loaded adapters. `load_adapter` adds to them.
         vocabulary: the tokens of model and tokenizer.
     """
 
@@ -149,25 +150,25 @@ class Mistral(RequestMaker):
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
         the hub.
 
-        Weights are memory-mapped: they take memory when they are read, and only once.
+        Weights are memory-mapped: they take memory only once, when they are read.
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
                 "OWNER/NAME:FILE.gguf".
-            device: "cpu", the default, or "cuda", or anything that `torch.device` takes for them.
+            device: "cpu" (the default), "cuda", or another form of these that `torch.device` takes.
             dtype: float32, bfloat16 or float16. None: the dtype in which the weights are stored.
-                Another dtype means that all weights are copied, except quantised weights.
-            prefill_chunk, max_batch, cache_tokens, drafts: see `Mistral`.
+                For another dtype all weights are copied, except quantised weights.
+            prefill_chunk, max_batch, cache_tokens, drafts: as in `Mistral`.
             progress: show a progress bar if stderr is a terminal.
-            quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read, see
-                `mistral_ext.weights.quantize`. None: they stay as they are stored.
-                `quantize_checkpoint` writes the result to a folder.
-            generation_config: where the defaults of sampling come from. "auto": the model's own
+            quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read (see
+                `mistral_ext.weights.quantize`). None: they stay as they are stored.
+                `quantize_checkpoint` writes the rounded weights to a folder.
+            generation_config: the file with the defaults of sampling. "auto": the model's own
                 ``generation_config.json``. A path: another folder or file. None: the defaults of
                 `SamplingParams`.
-            adapters: for each name the adapter that gets it, as `load_adapter` takes it.
-            draft_model: a draft model (see `Mistral`), or a path or hub id, from which it is loaded
-                as it is stored.
+            adapters: names of adapters -> the adapters, as in `load_adapter`.
+            draft_model: a draft model (see `Mistral`), or a path or hub id. A draft model that is
+                loaded keeps its stored format.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -178,7 +179,7 @@ class Mistral(RequestMaker):
         config, path = folder.config, folder.path
         defaults = _sampling_defaults(path, generation_config) if generation_config else None
         tokenizer = read_tokenizer(folder)
-        # Checked before 14 GB are read.
+        # These checks come before 14 GB are read.
         vocabulary = Vocabulary(config, tokenizer, path)
         _expect_usable(vocabulary, prefill_chunk, max_batch, cache_tokens)
         if isinstance(draft_model, str | Path):
@@ -209,32 +210,33 @@ class Mistral(RequestMaker):
 
     @property
     def engine(self) -> Engine:
-        """The engine, which completes all requests of all threads. It is made when it is first
+        """The engine, which completes the requests of all threads. It is made when it is first
         needed."""
         with self._making_engine:
             return self._engine
 
     def load_adapter(self, path: str | Path | Adapter, name: str) -> None:
-        """Loads a LoRA adapter, which prompts then use by its name.
+        """Loads a LoRA adapter. Prompts then use it by its name.
 
-        The model's weights, of whatever format, stay as they are, and requests that run go on.
+        The model's weights, in whatever format, do not change, and running requests continue.
 
         Args:
-            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, or the
-                hub id of an adapter; or the contents of such a file, as
-                `weights.adapters.read_adapter` gives them.
+            path: a folder or file of peft, a `lora.safetensors` of Mistral's, a GGUF file, the hub
+                id of an adapter, or the contents of such a file, as `weights.adapters.read_adapter`
+                returns them.
             name: a name that no other adapter has.
 
         Raises:
             FileNotFoundError, ValueError: the adapter is damaged, belongs to another model or needs
-                something that is not supported; or the name is taken.
+                an unsupported feature, or the name is taken.
         """
         self.adapters.expect_new(name)
         weights = adapter_for(self.config, path)
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that use it go on to their end; then its memory is freed.
+        """Removes an adapter. Requests that use it continue to their end, and then its memory is
+        freed.
 
         Raises:
             ValueError: no adapter has that name.
@@ -242,8 +244,8 @@ class Mistral(RequestMaker):
         self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
-        # If there is no engine yet, no request can use an adapter. An engine that is made later
-        # sees how much memory the adapters have left.
+        # Without an engine, no request uses an adapter. An engine that is made later finds how much
+        # memory the adapters have left.
         with self._making_engine:
             engine = self.__dict__.get("_engine")
             if engine is None:
@@ -262,7 +264,7 @@ class Mistral(RequestMaker):
         adapter: str | Sequence[str | None] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Completes prompts, together where there are several.
+        """Completes prompts. Several prompts are completed together.
 
         Args:
             prompts: text, token ids, or a list of prompts. Text is tokenized with a
@@ -308,13 +310,14 @@ class Mistral(RequestMaker):
         adapter: str | None = None,
         **sampling: Any,
     ) -> Stream:
-        """Completes one prompt, giving its text piece by piece as it is decoded.
+        """Completes one prompt, and gives its text piece by piece as it is generated.
 
         Args:
-            prompt, special_tokens, adapter, sampling: the arguments of `generate`, with one prompt.
+            prompt, special_tokens, adapter, sampling: as in `generate`, but for one prompt.
 
         Returns:
-            An iterator over pieces of text. Its attribute `completion` is set when it ends.
+            An iterator over pieces of text. Its attribute `completion` is set at the end of the
+            iteration.
         """
         params = self._params_of_one(sampling)
         self.require_tokenizer()
@@ -338,13 +341,13 @@ class Mistral(RequestMaker):
         """Replies to a conversation with an Instruct model.
 
         Args:
-            messages: dicts with "role" ("system", "user", "assistant" or "tool") and "content"; a
+            messages: dicts with "role" ("system", "user", "assistant" or "tool") and "content". A
                 message of the assistant may have "tool_calls", and a message of a tool has
                 "tool_call_id", as in OpenAI's API.
             template: "v1", "v2" or "v3" of Mistral's chat templates. None: the model's own
                 template.
             tools: functions that the model may call, in OpenAI's format.
-            tool_choice, parallel_tool_calls: see `mistral_ext.text.tool_calls.ToolUse.of`.
+            tool_choice, parallel_tool_calls: as in `mistral_ext.text.tool_calls.ToolUse.of`.
             safe_prompt: whether to begin with the system prompt
                 `mistral_ext.text.guardrails.SAFE_PROMPT`.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
@@ -375,11 +378,11 @@ class Mistral(RequestMaker):
         safe_prompt: bool = False,
         adapter: str | None = None,
     ) -> Chat:
-        """A conversation that keeps its cache between turns; see `Chat`.
+        """Starts a conversation that keeps its cache between turns (see `Chat`).
 
         Args:
             system: the system prompt.
-            template, safe_prompt, adapter: the arguments of `chat` with these names.
+            template, safe_prompt, adapter: as in `chat`.
         """
         self.adapters.find(adapter)
         messages: list[Mapping[str, Any]] = []
@@ -406,11 +409,11 @@ class Mistral(RequestMaker):
         template: ChatTemplate | None = None,
         adapter: str | None = None,
     ) -> Moderation:
-        """Has the model say whether a content is acceptable; see `mistral_ext.text.guardrails`.
+        """Lets the model judge whether a content is acceptable (see `mistral_ext.text.guardrails`).
 
         Args:
             content: a text, or messages, of which the last one is judged.
-            template, adapter: the arguments of `chat` with these names.
+            template, adapter: as in `chat`.
 
         Raises:
             ValueError: the model is a base model, or the content is too long.
@@ -424,7 +427,8 @@ class Mistral(RequestMaker):
         return moderation
 
     def moderation_of(self, logits: Tensor) -> Moderation:
-        """The judgement in the logits [V] after the last token of a `moderation_request`."""
+        """Reads the judgement from the logits [V] after the last token of a
+        `moderation_request`."""
         _, following = label_ids(self.require_tokenizer())
         of_labels = logits[list(following.values())].tolist()
         return Moderation.of(dict(zip(following, of_labels, strict=True)))
@@ -435,7 +439,7 @@ class Mistral(RequestMaker):
         chunk: int | None = None,
         adapter: str | None = None,
     ) -> Tensor:
-        """The model's logits after each token of one sequence.
+        """Returns the model's logits after each token of one sequence.
 
         Args:
             token_ids: [T] ints.
@@ -443,7 +447,7 @@ class Mistral(RequestMaker):
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
         Returns:
-            [T, V] fp32, an ordinary tensor: it may be changed, and used in a loss.
+            [T, V] fp32, an ordinary tensor: it may be changed, or used in a loss.
         """
         if isinstance(token_ids, Tensor):
             token_ids = token_ids.tolist()
@@ -479,14 +483,14 @@ class Mistral(RequestMaker):
         pooling: str = "last",
         adapter: str | None = None,
     ) -> Tensor:
-        """Embeddings of texts. Texts of similar meaning have embeddings that are close to each
-        other.
+        """Computes embeddings of texts. Texts with similar meanings have embeddings that are close
+        to each other.
 
         Args:
             texts: text, or a list of texts and of lists of token ids. Token ids are not changed.
-            instruction: what a query is for, as e5-mistral and its like take it: each text becomes
-                "Instruct: INSTRUCTION\\nQuery: TEXT". Documents have none.
-            pooling: "last": the hidden state of the end token, which is put behind each text;
+            instruction: the purpose of a query, for models such as e5-mistral. Each text becomes
+                "Instruct: INSTRUCTION\\nQuery: TEXT". Documents get no instruction.
+            pooling: "last": the hidden state of the end token, which is appended to each text;
                 "mean": the mean over all tokens.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
 

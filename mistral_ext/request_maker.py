@@ -1,4 +1,4 @@
-"""Requests to the engine, made of prompts, conversations and texts."""
+"""Makes requests to the engine from prompts, conversations and texts."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class RequestMaker:
         Args:
             ids: the prompt, token ids of the model.
             params: the options.
-            index: the number of the completion among the prompt's n completions.
+            index: the number of this completion among the prompt's n completions.
             starts_text: whether the completion begins a text, as a reply does. If False, it
                 continues a text.
-            reuse_completions, salt: see `Request`.
+            reuse_completions, salt: as in `Request`.
             stop_token_ids: tokens that end the completion, besides the model's own.
             tools: the functions that the completion may call.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.
@@ -101,11 +101,11 @@ class RequestMaker:
     def grammar(
         self, params: SamplingParams, starts_text: bool = False, tools: ToolUse | None = None
     ) -> Grammar | None:
-        """Compiles the constraint that the options set. Returns None if they set no constraint.
-        Grammars that were used last are kept, so that a repeated constraint is not compiled again.
+        """Compiles the constraint that the options set. Returns None if they set no constraint. The
+        compiler keeps the latest grammars, so that a repeated constraint is not compiled again.
 
         Args:
-            params, starts_text, tools: the arguments of `request` with these names.
+            params, starts_text, tools: as in `request`.
 
         Raises:
             ValueError: the constraint does not compile, nothing matches it, or the model has no
@@ -125,20 +125,20 @@ class RequestMaker:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: ChatTemplate | None = None,
     ) -> list[int]:
-        """The token ids of the prompt that `chat` makes of a conversation.
+        """Encodes a conversation to the token ids of the prompt that `chat` uses.
 
         Args:
-            messages: the messages, as `chat` takes them.
+            messages: the messages, as in `chat`.
             tools: the functions that the model may call, in OpenAI's format.
-            template: the chat template, as `chat` takes it.
+            template: the chat template, as in `chat`.
         """
         return encode_chat(self.require_tokenizer(), messages, self.chat_template(template), tools)
 
     def tool_format(self, template: ChatTemplate | None = None) -> ToolFormat | None:
-        """How the model writes calls of tools. None: the model takes no tools.
+        """How the model writes tool calls, or None if the model takes no tools.
 
         Args:
-            template: the chat template, as `chat` takes it.
+            template: the chat template, as in `chat`.
         """
         return tool_format(self.require_tokenizer(), self.chat_template(template))
 
@@ -150,13 +150,13 @@ class RequestMaker:
         room: int | None = None,
         adapter: str | None = None,
     ) -> Request:
-        """The request to `engine` that `moderate` makes. It gives the logits for `moderation_of`.
+        """Makes the request to `engine` for `moderate`. It gives the logits for `moderation_of`.
 
         Args:
-            content, template, adapter: the arguments of `moderate` with these names.
-            salt: see `Request`.
-            room: the most tokens of the request. If there would be more, only the end of the
-                content is judged. None: a content that is too long is an error.
+            content, template, adapter: as in `moderate`.
+            salt: as in `Request`.
+            room: the most tokens of the request. If the content does not fit, only its end is
+                judged. None: a content that is too long raises an error.
         """
         self.expect_writer()
         tokenizer = self.require_tokenizer()
@@ -182,7 +182,7 @@ class RequestMaker:
         salt: str | None = None,
         adapter: str | None = None,
     ) -> list[Request]:
-        """The requests to `engine` that `embed` makes. `Request` explains `salt`, and `embed` the
+        """Makes the requests to `engine` for `embed`. `Request` explains `salt`, and `embed` the
         other arguments."""
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}, expected {' or '.join(POOLINGS)}")
@@ -208,7 +208,7 @@ class RequestMaker:
         return requests
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer. Raises ValueError if the folder had none."""
+        """Returns the tokenizer. Raises ValueError if the folder has none."""
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.folder} has no tokenizer (tokenizer.model or tokenizer.json): "
@@ -217,14 +217,14 @@ class RequestMaker:
         return self.tokenizer
 
     def chat_template(self, template: ChatTemplate | None = None) -> ChatTemplate:
-        """The chat template to use. Raises ValueError if the model is a base model."""
+        """Returns the chat template to use. Raises ValueError if the model is a base model."""
         if template:
             return template
         tokenizer = self.require_tokenizer()
         return chat_template_of(self.folder, tokenizer, is_instruct(self.folder))
 
     def expect_writer(self) -> None:
-        """Refuses an embedding model, whose checkpoint has no output weights.
+        """Raises an error for an embedding model, whose checkpoint has no output weights.
 
         Raises:
             ValueError: the model does not write text.
@@ -237,11 +237,11 @@ class RequestMaker:
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens that a prompt and its completion may have together. None: there is no
-        limit.
+        """The most tokens that a prompt and its completion may have together, or None if there is
+        no limit.
 
         A model with a window sees W tokens at any position, so it has no limit. A model without a
-        window is limited to the positions it was trained for.
+        window is limited to the positions that it was trained for.
         """
         return None if self.config.sliding_window else self.config.max_positions
 

@@ -1,4 +1,4 @@
-"""Whether the vocabularies of a model, its tokenizer and its draft model belong together."""
+"""Checks whether the vocabularies of a model, its tokenizer and its draft model belong together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mistral_ext.text.tokenizer import Tokenizer
 
 
 class Vocabulary(NamedTuple):
-    """The tokens of the model in a folder, and of its tokenizer, if it has a tokenizer."""
+    """The vocabulary of the model in a folder, and its tokenizer, if it has one."""
 
     config: MistralConfig
     tokenizer: Tokenizer | None
@@ -18,16 +18,17 @@ class Vocabulary(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """The number of ids that are sampled: only ids that model and tokenizer both have.
+        """The number of ids that may be sampled. Both the model and the tokenizer must have these
+        ids.
 
-        A model may have more rows than the tokenizer has tokens (padding), or fewer (a padding
-        token that was added without a row).
+        A model may have more rows than the tokenizer has tokens (padding), or fewer (if a padding
+        token was added without a row).
         """
         size = self.config.vocab_size
         return min(self.tokenizer.vocab_size, size) if self.tokenizer else size
 
     def expect_own_tokenizer(self) -> None:
-        """Raises ValueError if the tokenizer is another model's, or lacks a token that ends a
+        """Raises ValueError if the tokenizer belongs to another model, or lacks a token that ends a
         text."""
         if self.tokenizer is None:
             return
@@ -45,8 +46,8 @@ class Vocabulary(NamedTuple):
                 )
 
     def expect_drafts_from(self, draft: Vocabulary) -> None:
-        """Raises ValueError if a draft model lacks a token that is sampled, or has another token in
-        its place."""
+        """Raises ValueError if a draft model lacks a token that may be sampled, or has another
+        token with its id."""
         given, count = f"draft_model is {draft.folder}, whose", self.sampled
         if draft.config.vocab_size < count:
             raise ValueError(
@@ -64,7 +65,7 @@ class Vocabulary(NamedTuple):
 
 
 def _shown(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token for an error message: the name of a control token, or bytes."""
+    """A token for an error message: the name of a control token, or the bytes of another token."""
     if not tokenizer.known(token_id):
         return "missing"
     names = {control_id: name for name, control_id in tokenizer.control_ids.items()}

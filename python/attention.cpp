@@ -17,7 +17,7 @@ namespace {
 
 #ifdef MISTRAL_CUDA
 
-// The kernel of sm_90a has instructions that no other architecture has.
+// Only sm_90a has the instructions of the kernel sm90.
 void expect_prefill_kernel(const char* op, int device) {
   if (cuda::active_prefill() != cuda::Prefill::sm90) return;
   int major = 0, minor = 0;
@@ -71,7 +71,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
     lse.expect_contiguous();
     lse.expect_device_of(q);
     p.lse = static_cast<float*>(lse.data());
-    // A table in the memory of a GPU is not read back: that would make every call wait.
+    // A table in GPU memory is not read back, because every call would then wait.
     for (int64_t i = 0; !q.is_cuda() && i < p.num_sequences; ++i) {
       const int64_t position = p.sequences[i].position;
       if (position == 0) continue;
@@ -103,7 +103,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
           }};
 }
 
-// The head dimensions that all ops take on devices of this type.
+// The head dimensions that all ops support on devices of this type.
 std::vector<int64_t> head_dims(const std::string& device_type) {
   const auto taken = [&](int64_t dim) {
     if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);

@@ -1,6 +1,6 @@
 // A call of an op that needs scratch memory. Its arguments have been checked, but its kernel has
 // not been started. Python asks how much memory the call needs, then runs it with that memory. On
-// the CPU a call can be run again, on what its tensors then hold.
+// the CPU a call can be run again, with the values that its tensors hold by then.
 #pragma once
 
 #include <algorithm>
@@ -16,15 +16,15 @@ namespace mistral::python {
 class Call {
  public:
   // Starts the kernel. `workspace` points to workspace_bytes bytes and is aligned to 64 bytes.
-  // `counters` points to as many ints as the member `counters` says.
+  // `counters` points to as many ints as Call::counters says.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
   // Checks the sequence table again, and returns the bytes of workspace that the call needs with
-  // the present table.
+  // the current table.
   using Recheck = std::function<int64_t()>;
 
-  // Holds the addresses of the tensors but does not own them: they must outlive the call. `recheck`
-  // is null if the call has no sequence table.
+  // Holds the addresses of the tensors but does not own them, so they must outlive the call.
+  // `recheck` is null if the call has no sequence table.
   Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
       : workspace_bytes(workspace_bytes),
         counters(counters),
@@ -46,13 +46,13 @@ class Call {
   Recheck recheck_;
 };
 
-// Calls on the CPU that run one after another without Python between them, as often as wanted. Only
-// one thread at a time may run them.
+// A list of calls on the CPU that can be run any number of times, one after another, without Python
+// between them. Only one thread at a time may run them.
 class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }
 
-  // Checks all calls again, and returns the bytes of a workspace that suffices for each of them.
+  // Checks all calls again. Returns the bytes of the largest workspace that one of them needs.
   int64_t recheck() const {
     int64_t most = 0;
     for (const Call& call : calls_) most = std::max(most, call.recheck());

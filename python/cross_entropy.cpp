@@ -7,7 +7,7 @@
 namespace mistral::python {
 namespace {
 
-// factors: None if no gradient is wanted.
+// factors is None if the caller wants no gradient.
 void cross_entropy(py::object logits_, py::object targets_, py::object factors_, py::object loss_,
                    ExecutionTarget target) {
   constexpr const char* op = "cross_entropy";
@@ -29,7 +29,7 @@ void cross_entropy(py::object logits_, py::object targets_, py::object factors_,
     p.factors = static_cast<const float*>(factors.data());
   }
   p.targets = static_cast<const int64_t*>(targets.data());
-  // Targets in the memory of a GPU are not read back: that would make every call wait.
+  // Targets in GPU memory are not read back, because every call would then wait.
   for (int64_t i = 0; !logits.is_cuda() && i < targets.size(0); ++i) {
     if (p.targets[i] >= 0 && p.targets[i] < logits.size(1)) continue;
     fail(op, "targets has " + std::to_string(p.targets[i]) + ", expected 0 to " +

@@ -17,11 +17,12 @@ namespace mistral::python {
 #define MISTRAL_KERNELS(op) &cpu::op
 #endif
 
-// Where a call runs: the number of threads on a CPU, the handle of a stream on a CUDA device.
+// The place where a call runs: the number of threads on a CPU, the handle of a stream on a CUDA
+// device.
 using ExecutionTarget = int64_t;
 
-// Lets other threads run Python as long as this object lives. It does nothing if the same thread
-// already has a living WithoutGil.
+// Lets other threads run Python as long as this object lives. It does nothing if the thread already
+// has another WithoutGil.
 class WithoutGil {
  public:
   WithoutGil() {
@@ -32,7 +33,7 @@ class WithoutGil {
   ~WithoutGil() { --depth_; }
 
  private:
-  // Counts the living objects of this thread. Python's own answer is no help: with subinterpreters
+  // Counts the living objects of this thread. Python cannot be asked instead: with subinterpreters
   // it always says that the GIL is held.
   static inline thread_local int depth_ = 0;
   std::optional<py::gil_scoped_release> released_;
@@ -40,7 +41,7 @@ class WithoutGil {
 
 #ifdef MISTRAL_CUDA
 
-// Makes a device current for its own lifetime.
+// Makes a device the current device as long as this object lives.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index) {
@@ -55,7 +56,7 @@ class CurrentDevice {
     if (changed_) cuda::checked(cudaSetDevice(before_));
   }
 
-  // cudaSuccess if the device is current.
+  // cudaSuccess if the device is current, else the error.
   cudaError_t status() const { return status_; }
 
  private:
@@ -64,7 +65,7 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// The id of the CUDA graph that a stream is being captured into, or 0. No two graphs share an id.
+// The id of the CUDA graph into which a stream is being captured, or 0. No two graphs share an id.
 uint64_t capture_id(ExecutionTarget target);
 
 // Throws ValueError if the device is too old for the kernels, otherwise RuntimeError with the
@@ -104,7 +105,7 @@ void run(const Tensor& x, ExecutionTarget target, const Params& p,
 
 #endif
 
-// For ops that have kernels for the CPU only.
+// Throws for a CUDA tensor. Ops that have only CPU kernels call this.
 inline void expect_cpu(const Tensor& x) {
   if (x.is_cuda()) fail(x.op(), "tensors are on a CUDA device, expected cpu");
 }

@@ -11,8 +11,8 @@
 namespace mistral::python {
 namespace {
 
-// For linear_rope: sets the head dimension to that of the pool, and checks that the weights have
-// whole heads.
+// Prepares linear_rope: sets the head dimension to that of the pool, and checks that each weight
+// has whole heads.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
@@ -64,7 +64,7 @@ Op find_op(const std::string& name) {
 
 #ifdef MISTRAL_CUDA
 
-// Checks what 16-byte accesses need.
+// Checks the alignment and sizes that 16-byte accesses need.
 void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) {
   const int64_t unit = cuda::row_unit(p);
   if (p.inputs % unit != 0) {
@@ -99,7 +99,7 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
   return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
 }
 
-// Only checks the arguments, for a caller that multiplies with torch. out and added may be None.
+// Only checks the arguments. The caller multiplies with torch. out and added may be None.
 void check_linear(const std::string& name, py::object x_, py::list values, py::list scales,
                   py::list formats, py::object norm, double eps, py::object out, py::object added) {
   const Op op = find_op(name);
@@ -125,7 +125,7 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
           }};
 }
 
-// Only checks the arguments, for a caller that multiplies with torch and calls rope.
+// Only checks the arguments. The caller multiplies with torch and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
                        py::object norm, double eps, py::object k_pool) {
   LinearParams p = checked_linear(kLinearRope, Tensor(kLinearRope, "x", x),
@@ -162,7 +162,7 @@ Call linear_rope(py::object x_, py::list values, py::list scales, py::list forma
           }};
 }
 
-// limit: None for all outputs.
+// limit is None if all outputs are candidates.
 LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::object& norm,
                             double eps, std::optional<int64_t> limit, const py::object& out) {
   LinearParams p = checked_linear(x.op(), x, weights, norm, eps, out, Epilogue::argmax);
@@ -175,7 +175,7 @@ LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::o
   return p;
 }
 
-// Only checks the arguments, for a caller that multiplies with torch.
+// Only checks the arguments. The caller multiplies with torch.
 void check_linear_argmax(py::object x, py::list values, py::list scales, py::list formats,
                          py::object norm, double eps, std::optional<int64_t> limit) {
   checked_argmax(Tensor(kLinearArgmax, "x", x), {values, scales, formats}, norm, eps, limit,
@@ -203,7 +203,7 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 #ifdef MISTRAL_CUDA
 
-// Writes to out the weight, or the rows of it that the indices [T] name, on a CUDA device.
+// Dequantises a weight on a CUDA device. If there are indices [T], only the rows that they name.
 void dequantize(py::object values, py::object scales, const std::string& format,
                 py::object indices_, py::object out_, ExecutionTarget target) {
   constexpr const char* op = "dequantize";
@@ -243,7 +243,7 @@ void dequantize(py::object values, py::object scales, const std::string& format,
 
 #endif
 
-// For Python: the rows of kFormats, by name.
+// Gives Python the rows of kFormats, by name.
 py::dict weight_formats() {
   py::dict formats;
   for (const FormatInfo& format : kFormats) {

@@ -5,7 +5,8 @@
 namespace mistral::python {
 namespace {
 
-// Checks that a row of `inputs` values consists of whole groups of a size that the format allows.
+// Checks that a row of `inputs` values consists of whole groups, and that the format allows their
+// size.
 void expect_groups(const char* op, const char* name, int64_t inputs, int64_t scales,
                    const WeightPart& part) {
   const FormatInfo& format = info(part.format);

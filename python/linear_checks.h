@@ -1,4 +1,4 @@
-// The checks of arguments that the ops which multiply with weights share.
+// Checks of arguments that all ops with weights share.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,8 +8,8 @@
 
 namespace mistral::python {
 
-// Whether products are exact. The environment variable MISTRAL_EXT_EXACT gives the first value, and
-// the caller may set it.
+// Whether the caller wants exact products. The initial value is that of the environment variable
+// MISTRAL_EXT_EXACT. The caller may set it.
 bool& exact_products();
 
 // The names of weights in errors.
@@ -20,7 +20,7 @@ struct Names {
 
 Names names_of(Epilogue epilogue, size_t parts);
 
-// The weights of a call. For each: its values, its scales (None if it has none) and the name of its
+// The weights of a call. Each weight has values, scales (None if it has none) and the name of its
 // format.
 struct Weights {
   py::list values, scales, formats;
@@ -30,12 +30,12 @@ struct Weights {
 WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
                    const Tensor& x);
 
-// Checks the arguments of a product, whose norm and out may be None.
+// Checks the arguments of a product. norm and out may be None.
 LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weights,
                             const py::object& norm, double eps, const py::object& out,
                             Epilogue epilogue);
 
-// The outputs of all parts together.
+// The number of outputs of all parts together.
 int64_t outputs_of_all(const LinearParams& p);
 
 }  // namespace mistral::python

@@ -9,7 +9,7 @@
 namespace mistral::python {
 namespace {
 
-// Values in the memory of a GPU are not read back: that would make every call wait.
+// Values in GPU memory are not read back, because every call would then wait.
 void check_values(const char* op, const char* name, const Table& table, int64_t least,
                   int64_t most) {
   if (table.is_cuda()) return;

@@ -42,7 +42,7 @@ WeightFormat format_of(const std::string& name) {
   fail_unknown("format", name);
 }
 
-// Takes a dtype, not a tensor, because the tensors of torch.compile have no memory.
+// Takes a dtype instead of a tensor, because the tensors of torch.compile have no memory.
 bool linear_rounds(const py::object& dtype, const std::string& format, int64_t tokens) {
   return cpu::linear_rounds(dtype_of(py::str(dtype)), format_of(format), tokens);
 }
@@ -56,7 +56,7 @@ std::vector<std::string> attention_kernels() {
 }
 #endif
 
-// None in a build without CUDA, otherwise the devices and the problem of cuda::Devices.
+// None in a build without CUDA, else the fields of cuda::Devices.
 py::object cuda_devices() {
 #ifdef MISTRAL_CUDA
   const cuda::Devices found = cuda::devices();

@@ -5,7 +5,7 @@
 
 namespace mistral::python {
 
-void bind_call(pybind11::module_& m);  // what attention and linear return
+void bind_call(pybind11::module_& m);  // the class that attention and linear return
 #define OP(op, Params) void bind_##op(pybind11::module_& m);
 #define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
 #include "../csrc/ops.def"

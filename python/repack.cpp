@@ -54,7 +54,7 @@ void repack(py::object blocks_, const std::string& type, py::object values, py::
   run_on_cpu(target, p, &cpu::repack);
 }
 
-// For Python: what each type of blocks becomes.
+// Tells Python what each block type becomes.
 py::dict block_formats() {
   py::dict formats;
   for (const BlockInfo& block : kBlockTypes) formats[block.name] = info(block.format).name;

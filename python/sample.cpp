@@ -37,7 +37,7 @@ void check_options(int64_t row, const SamplingOptions& o) {
   check("frequency_penalty", o.frequency_penalty, std::isfinite(o.frequency_penalty), "a number");
 }
 
-// A row of the tables may serve only one row of logits, because its state changes.
+// Checks that no two rows of logits use the same row of the tables, because its state changes.
 void check_rows(const SampleParams& p, int64_t table_rows) {
   std::vector<int64_t> rows(p.rows, p.rows + p.num_rows);
   for (const int64_t row : rows) {
@@ -96,7 +96,7 @@ void sample(py::object logits_, py::object rows_, py::object options_, py::objec
   p.num_rows = logits.size(0);
   p.vocab_size = vocab_size;
   p.stride_logits_row = logits.stride(0);
-  // Tables in the memory of a GPU are not read back: that would make every call wait.
+  // Tables in GPU memory are not read back, because every call would then wait.
   if (!logits.is_cuda()) check_rows(p, options.size(0));
   run(logits, target, p, MISTRAL_KERNELS(sample));
 }

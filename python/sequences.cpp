@@ -7,13 +7,13 @@
 namespace mistral::python {
 namespace {
 
-constexpr double kMaxFrequency = 1e6;  // far above any use, and below what overflows a kernel
+constexpr double kMaxFrequency = 1e6;  // far above any use, and too small to overflow in a kernel
 
 std::string at(int64_t index, const char* column, int64_t value) {
   return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
 }
 
-// Checks that row i of a table holds the tokens after the first `packed`, and returns their end.
+// Checks that row i holds the tokens that follow the first `packed` tokens, and returns their end.
 int64_t check_tokens(const char* op, int64_t i, const Sequence& s, int64_t packed, int64_t tokens) {
   if (s.first_token != packed) {
     fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
@@ -32,7 +32,7 @@ void check_position(const char* op, int64_t i, const Sequence& s) {
   }
 }
 
-// Whether row i is the next token of the sequence in the row before it, in the same ring.
+// Whether row i is the next token of the sequence of row i - 1, in the same ring.
 bool shares_ring(const Sequence* sequences, int64_t i) {
   if (i == 0) return false;
   const Sequence &s = sequences[i], &before = sequences[i - 1];
@@ -42,11 +42,11 @@ bool shares_ring(const Sequence* sequences, int64_t i) {
 
 }  // namespace
 
-// Rows that share a ring are stored before any of them attends. So no row may take a slot that the
-// first of these rows still reads.
+// The tokens of rows that share a ring are all stored before any of them attends. So no row may
+// take a slot that the first of these rows still reads.
 void check_rows(const char* op, const AttentionParams& p) {
-  int64_t packed = 0, shared = 0;                  // shared: rows before this one in its ring
-  std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) rows
+  int64_t packed = 0, shared = 0;                  // earlier rows in the same ring
+  std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) pool rows
   for (int64_t i = 0; i < p.num_sequences; ++i) {
     const Sequence& s = p.sequences[i];
     packed = check_tokens(op, i, s, packed, p.tokens);
@@ -56,7 +56,7 @@ void check_rows(const char* op, const AttentionParams& p) {
       fail(op, at(i, "capacity", s.capacity) + ", expected the window or " +
                    std::to_string(s.position + s.count) + ", the sequence's length, or more");
     }
-    // Divides, because the product with a wrong capacity may overflow.
+    // Divides instead of multiplying, because the product with a wrong capacity may overflow.
     if (s.ring_row < 0 || s.ring_row > p.pool_rows ||
         s.capacity > (p.pool_rows - s.ring_row) / p.kv_heads) {
       fail(op, at(i, "ring_row", s.ring_row) + " and its ring has " + std::to_string(p.kv_heads) +
@@ -146,7 +146,7 @@ RaggedBatch::RaggedBatch(const char* op, Tensor q_, Tensor k_, Tensor v_, py::ha
     fail(op, "sequences has 0 rows, expected 1 or more for the " + std::to_string(tokens) +
                  " tokens of q");
   }
-  // A table in the memory of a GPU is not read back: that would make every call wait.
+  // A table in GPU memory is not read back, because every call would then wait.
   if (!q.is_cuda()) check_rows(op, table_params());
 }
 
@@ -177,7 +177,7 @@ const double* checked_frequencies(const Tensor& q, py::handle frequencies_) {
   frequencies.expect_contiguous();
   frequencies.expect_device_of(q);
   const auto* values = static_cast<const double*>(frequencies.data());
-  // Like the table, frequencies in the memory of a GPU are not read back.
+  // Frequencies in GPU memory are not read back either.
   for (int64_t i = 0; !q.is_cuda() && i < frequencies.size(0); ++i) {
     if (values[i] >= 0 && values[i] <= kMaxFrequency) continue;
     fail(q.op(), "frequencies[" + std::to_string(i) + "] is " + std::to_string(values[i]) +

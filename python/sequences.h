@@ -1,5 +1,5 @@
 // The arguments that rope and attention share: packed q, k, v, the two pools, and the sequence
-// table, checked together.
+// table. They are checked together.
 #pragma once
 
 #include <optional>
@@ -46,7 +46,7 @@ struct RaggedBatch {
     p.window = window;
   }
 
-  // The table, and all that its rows have to fit.
+  // The params that check_rows needs: the table, and the sizes that its rows must fit.
   AttentionParams table_params() const {
     AttentionParams p{};
     fill(p);
@@ -55,9 +55,9 @@ struct RaggedBatch {
   }
 };
 
-// Checks the rows of a table in the memory of the CPU, because the kernels trust them. The tokens
-// and the ring of each row must exist, and nothing may overlap. Of `p` only the fields of
-// RaggedBatch::table_params are needed.
+// Checks the rows of a table in CPU memory, because the kernels trust them. The tokens and the ring
+// of each row must exist, and nothing may overlap. Only the fields of `p` that
+// RaggedBatch::table_params sets are used.
 void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].
@@ -66,12 +66,12 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t wind
 // Checks the last axis of heads x [T, H, D].
 void check_head_dim(const Tensor& x);
 
-// Checks that attention and its gradient on a CUDA device take q [T, Hq, D] and scale. The scale
+// Checks that attention and its gradient support q [T, Hq, D] and scale on a CUDA device. The scale
 // must be positive, because the kernels multiply scores of -inf by it.
 void expect_cuda_heads(const Tensor& q, float scale);
 
 // Checks that the sequences of a table [S, 5] hold the tokens of x (its first axis) one after
-// another. If with_positions, checks their positions too. Does not look at rings.
+// another. If with_positions, also checks their positions. Does not check rings.
 void check_packed(const Tensor& x, const Table& sequences, bool with_positions);
 
 // Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.

@@ -7,11 +7,12 @@ namespace {
 
 struct Torch {
   py::object module, tensor, float32, bfloat16, float16;
-  // Interned: a tensor's attributes are looked up many times in every step of a model.
+  // These names are interned, because attributes of tensors are looked up many times in every step
+  // of a model.
   py::str dtype{"dtype"}, is_cpu{"is_cpu"}, data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"};
 };
 
-// torch is loaded by whoever has a tensor to pass; its classes are looked up once.
+// The classes of torch, which are looked up once. Whoever passes a tensor has already loaded torch.
 const Torch& torch() {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> storage;
   return storage
@@ -153,7 +154,7 @@ void Tensor::expect_last_axis_contiguous() const {
 
 void Tensor::expect_contiguous() const {
   for (const int64_t size : shape_) {
-    if (size == 0) return;  // strides mean nothing without elements
+    if (size == 0) return;  // without elements, strides have no meaning
   }
   int64_t step = 1;
   for (int64_t axis = dims() - 1; axis >= 0; --axis) {

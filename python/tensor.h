@@ -1,6 +1,6 @@
-// A torch tensor as the bindings see it: the address and the layout of its elements. They are read
-// through the Python attributes of the tensor, so that this module needs no torch headers and no
-// libtorch. The messages of failed checks name the op, the argument, and what was expected and
+// A torch tensor as the bindings see it: the address and the layout of its elements. The bindings
+// read them through the Python attributes of the tensor, so this module needs neither torch headers
+// nor libtorch. If a check fails, the message names the op, the argument, and what was expected and
 // given.
 #pragma once
 
@@ -32,22 +32,22 @@ class Tensor {
   bool is_cuda() const { return device_index_ >= 0; }
   int device_index() const { return device_index_; }  // -1: the CPU
 
-  // Columns of a matrix [T, N] as heads [T, count, dim], from column first * dim on.
+  // Views columns of a matrix [T, N] as heads [T, count, dim], from column first * dim on.
   Tensor heads(const char* name, int64_t first, int64_t count, int64_t dim) const;
 
   // These throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1
   // stands for any size.
   void expect_shape(std::initializer_list<int64_t> expected) const;
   void expect_device_of(const Tensor& other) const;
-  void expect_like(const Tensor& other) const;  // of the same dtype and device
+  void expect_like(const Tensor& other) const;  // the same dtype and device
   void expect_last_axis_contiguous() const;     // elements of a row are neighbours
   void expect_contiguous() const;
-  // Every row begins at a multiple of 16 bytes, as 16-byte accesses of CUDA kernels need.
+  // Every row must begin at a multiple of 16 bytes, because CUDA kernels access 16 bytes at a time.
   void expect_aligned_rows() const;
 
  protected:
-  // `dtype` is the name in torch of the only dtype that is accepted. If it is null, all dtypes that
-  // the kernels know are accepted.
+  // `dtype` is torch's name of the only dtype that is accepted. If it is null, all dtypes that the
+  // kernels support are accepted.
   Tensor(const char* op, const char* name, py::handle object, const char* dtype);
 
   [[noreturn]] void fail(const std::string& problem) const;

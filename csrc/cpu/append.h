@@ -1,5 +1,5 @@
-// Copies the keys and values of one new token into its ring. rope does this for the tokens that may
-// be stored before attention, and attention for the others.
+// Copies the keys and values of one new token into its ring. rope does this for tokens that may be
+// stored before attention. attention does it for the other tokens.
 #pragma once
 
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Params is RopeParams or AttentionParams: the fields that are used have the same names in both.
+// Params is RopeParams or AttentionParams. The fields used here have the same names in both.
 template <class T, class Params>
 [[gnu::always_inline]] inline void append(const Params& p, const Sequence& s, int64_t token) {
   const int64_t position = s.position + token - s.first_token;

@@ -1,5 +1,5 @@
-// One task takes one row, which it reads three times: for the largest logit, for the sum, and for
-// the gradient.
+// A task computes one row. It reads the row three times: for the largest logit, for the sum, and
+// for the gradient.
 #include "../cross_entropy.h"
 
 #include "kernels.h"
@@ -9,7 +9,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kVectorsPerSum = 32;  // one running sum over the vocabulary would lose digits
+constexpr int64_t kVectorsPerSum = 32;  // a running sum over all logits would lose digits
 
 template <class T>
 float largest_of(const T* x, int64_t count) {
@@ -58,7 +58,7 @@ float row_loss(const CrossEntropyParams& p, int64_t token) {
   if (p.factors) {
     const float factor = p.factors[token];
     to_probabilities(logits, p.vocab, maximum, total, factor);
-    // Computed anew: the stored probability minus 1 would be rounded twice.
+    // The probability is computed again. The stored probability minus 1 would be rounded twice.
     from_float(factor * (expf(logit - maximum) / total - 1.0f), of_target);
   }
   return logf(total) + (maximum - logit);

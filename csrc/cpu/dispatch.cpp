@@ -1,4 +1,4 @@
-// Chooses the instruction set once and forwards each op to its table.
+// Chooses the instruction set once, and calls each op through the table of this set.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -27,10 +27,10 @@ KERNELS(neon_bf16)
 
 namespace {
 
-// The last set that this binary holds.
+// The last instruction set that this binary holds.
 constexpr Isa kNewest = Isa::MISTRAL_NEWEST_ISA;
 
-// Null: this binary does not hold the set.
+// The table of a set, or null if this binary does not hold the set.
 const Kernels* table(Isa isa) {
 #define TABLE(set)                             \
   if constexpr (Isa::set <= kNewest) {         \
@@ -92,7 +92,8 @@ struct Active {
   const Kernels* kernels;
 };
 
-// Initialised at the first use, not when the module is loaded, so that the caller gets the error.
+// The active set is chosen at the first use, not when the module is loaded, so that the caller gets
+// the error.
 Active& active() {
   static Active instance = [] {
     const Isa isa = initial_isa();

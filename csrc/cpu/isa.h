@@ -1,4 +1,4 @@
-// The instruction sets that the CPU kernels are compiled for, and the set in use.
+// The instruction sets that the CPU kernels are compiled for, and the active set.
 #pragma once
 
 #include <string>
@@ -6,7 +6,7 @@
 
 namespace mistral::cpu {
 
-// Slowest first; the sets of x86 come before the sets of aarch64.
+// From slowest to fastest. The sets of x86 come before the sets of aarch64.
 #define MISTRAL_ISAS(F) \
   F(scalar)             \
   F(avx2)               \
@@ -26,15 +26,15 @@ enum class Isa {
 
 const char* name(Isa isa);
 
-// The supported sets, slowest first: those that this binary holds and this processor runs.
+// The supported sets, from slowest to fastest: this binary holds them and this processor runs them.
 std::vector<Isa> supported_isas();
 
-// The set in use. It is the set that the environment variable MISTRAL_EXT_ISA names, else the
+// The active set. It is the set that the environment variable MISTRAL_EXT_ISA names, else the
 // fastest supported set. If the variable names an unsupported set, this function and every op throw
 // std::invalid_argument.
 Isa active_isa();
 
-// Throws std::invalid_argument for a name that is unknown or that this processor cannot run.
+// Throws std::invalid_argument if the name is unknown or the processor cannot run the set.
 void select_isa(const std::string& name);
 
 }  // namespace mistral::cpu

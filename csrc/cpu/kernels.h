@@ -1,10 +1,10 @@
 // The table of CPU kernels, one per instruction set.
 //
-// Every kernel file is compiled once per set, with the compiler's flags for it and with
-// MISTRAL_ISA naming the namespace that keeps the copies apart. dispatch.cpp picks the table at
-// run time. Kernel files use no templates or inline functions of the standard library: the linker
-// keeps one copy of such a function, and this copy could have instructions that the processor
-// lacks.
+// Every kernel file is compiled once per instruction set, with the compiler's flags for this set.
+// MISTRAL_ISA names a namespace for the set, which keeps the copies apart. dispatch.cpp picks the
+// table at run time. Kernel files use no templates or inline functions of the standard library,
+// because the linker keeps one copy of such a function, and this copy could have instructions that
+// the processor lacks.
 #pragma once
 
 #include "../ops.h"

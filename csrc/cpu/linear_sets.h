@@ -1,5 +1,5 @@
-// The instruction sets for which only the products of linear layers are compiled. All their other
-// kernels are those of another set. cmake/cpu.cmake lists these sets too.
+// The instruction sets that have only their own products of linear layers. For all other kernels
+// they use those of another set. cmake/cpu.cmake lists these sets too.
 #pragma once
 
 #include "../linear.h"
@@ -11,7 +11,7 @@ namespace mistral::cpu {
   F(avxvnni)                   \
   F(neon_dotprod)
 
-// Defined in a binary that holds the set.
+// A binary that holds a set defines these functions in the namespace of the set.
 #define DECLARE(set)                                                    \
   namespace set {                                                       \
   void linear(const LinearParams& p, int threads);                      \

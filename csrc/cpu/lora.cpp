@@ -1,8 +1,7 @@
-// Two loops over tasks. The first computes `hidden`: a task computes a few rows of A for a block of
-// tokens. The second adds to `out`: a task adds a block of outputs for a block of tokens.
-// Neighbouring tokens of a block that use the same adapter are computed together, so that each
-// value of A and B is read once for all of them. The order of the additions of an output does not
-// depend on this.
+// There are two loops over tasks. In the first a task computes a few rows of `hidden`, for a block
+// of tokens. In the second a task adds a block of outputs to `out`, for a block of tokens.
+// Neighbouring tokens that use the same adapter are computed together, so each value of A and B is
+// read once for all of them. This does not change the order of the additions of an output.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -13,11 +12,11 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 constexpr int64_t kTaskTokens = 8;
-constexpr int64_t kTaskRows = 4;  // 4 rows x 2 tokens keep 8 sums in registers
+constexpr int64_t kTaskRows = 4;  // sums of 4 rows x 2 tokens fill 8 registers
 constexpr int64_t kTaskOutputs = 1024;
 constexpr int64_t kTileTokens = 2;
 constexpr int64_t kTileVectors = 4;
-// This many vectors are summed on their own, and then the sums are added up. One running sum over
+// The number of vectors that are summed before the sum is added to the total. One running sum over
 // thousands of values would lose digits, most of all with one lane.
 constexpr int64_t kVectorsPerSum = 32;
 
@@ -30,8 +29,8 @@ int64_t rank_of(const LoraParams& p, int64_t adapter, int64_t part) {
   return p.ranks[adapter * p.num_parts + part];
 }
 
-// Calls f(token, count, adapter) for the tokens of a block that have an adapter: `count` neighbours
-// with the same adapter at a time, at most kTileTokens.
+// Calls f(token, count, adapter) for the tokens of a block that have an adapter. Each call takes
+// `count` neighbours with the same adapter, at most kTileTokens.
 template <class F>
 void for_each_tile(const LoraParams& p, int64_t block, const F& f) {
   const int64_t end = mistral::min((block + 1) * kTaskTokens, p.tokens);

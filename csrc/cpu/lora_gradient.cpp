@@ -13,11 +13,11 @@ constexpr int64_t kTaskColumns = 256;
 // The number of tokens whose products are summed before the sum is added to the result. One running
 // sum over thousands of tokens would lose digits.
 constexpr int64_t kBlockTokens = 128;
-constexpr int64_t kSumRows = 4;  // 4 rows x 2 vectors keep 8 sums in registers
+constexpr int64_t kSumRows = 4;  // sums of 4 rows x 2 vectors fill 8 registers
 constexpr int64_t kSumVectors = 2;
 
 // Adds the products of `count` tokens to kRows rows and kVectors vectors of `out`. load_at and
-// store_at access a vector.
+// store_at load and store a vector.
 template <class T, int64_t kRows, int64_t kVectors, class Load, class Store>
 void add_products(const LoraGradientParams& p, const int64_t* tokens, int64_t count, int64_t row,
                   int64_t column, float* out, const Load& load_at, const Store& store_at) {

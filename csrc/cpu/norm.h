@@ -1,5 +1,5 @@
-// RMSNorm of one row. The row is read twice, the second time from the cache. The first pass sums
-// the squares; with a residual, it also adds this and stores the sum. The second pass scales.
+// RMSNorm of one row. The row is read twice, the second time from the cache. The first pass adds
+// the residual, if there is one, stores the result, and sums the squares. The second pass scales.
 #pragma once
 
 #include "simd/simd.h"
@@ -8,15 +8,15 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kVectorsPerBlock = 32;
 
-// h = x + residual, rounded to T as the separate addition would, so that fused and unfused ops
-// agree
+// h = x + residual. The sum is rounded to T as a separate addition would round it, so fused and
+// unfused ops agree.
 template <class T>
 MISTRAL_SIMD Vec add_rounded(Vec x, Vec residual) {
   return round_to<T>(x + residual);
 }
 
-// Returns sum(h^2). Stores h in `residual` unless this is null. Sums in blocks, because one running
-// sum over thousands of elements would lose digits, most of all with one lane.
+// Returns sum(h^2). Stores h in `residual` unless `residual` is null. The sum is taken in blocks,
+// because one running sum over thousands of elements would lose digits, most of all with one lane.
 template <class T>
 float add_and_square(const T* x, T* residual, int64_t dim) {
   Vec squares = broadcast(0.0f);
@@ -58,7 +58,7 @@ void scale(const T* h, const T* weight, T* out, int64_t dim, float factor) {
   }
 }
 
-// out = weight * h / sqrt(mean(h^2) + eps) with h = x or, with a residual, residual += x
+// out = weight * h / sqrt(mean(h^2) + eps), with h = x, or h = residual + x if there is a residual.
 template <class T>
 void normalise(const T* x, T* residual, const T* weight, T* out, int64_t dim, float eps) {
   const float mean = add_and_square(x, residual, dim) / static_cast<float>(dim);

@@ -14,13 +14,13 @@
 namespace mistral::cpu {
 namespace {
 
-// How long a thread spins for the next loop before it sleeps. Python takes less time than this from
-// one op to the next, so the threads stay awake for a whole decode step. Waking a thread takes
-// about as long as a small op.
+// The time for which a thread spins before it sleeps, waiting for the next loop. Python takes less
+// time than this from one op to the next, so the threads stay awake for a whole decode step. Waking
+// a thread takes about as long as a small op.
 constexpr std::chrono::microseconds kWatch{100};
 
-// The limit for the threads that a caller asks for. More than a few for each processor would only
-// take turns.
+// The limit for the number of threads that a caller asks for. More than a few threads for each
+// processor would only take turns.
 int most_threads() {
   static const int most = std::max(16, 4 * static_cast<int>(std::thread::hardware_concurrency()));
   return most;
@@ -34,7 +34,7 @@ void pause() {
 #endif
 }
 
-// Whether `happened` returns true within kWatch.
+// Spins until `happened` returns true, but not longer than kWatch. Returns whether it did.
 template <class F>
 bool watch(const F& happened) {
   const auto stop = std::chrono::steady_clock::now() + kWatch;
@@ -47,10 +47,10 @@ bool watch(const F& happened) {
   return false;
 }
 
-// Workers sleep between loops. A caller publishes a loop by adding 1 to `loop` under `mutex`. A
-// worker joins the loop if it is wanted there. The caller leaves when nobody is inside the loop any
-// more. Tasks are claimed with one atomic counter. `loop` and `inside` are atomic because threads
-// watch them without the lock.
+// Workers sleep between loops. A caller publishes a loop by adding 1 to `loop_` under `mutex_`. A
+// worker joins the loop if wanted_ is not 0. The caller leaves when no worker is inside the loop
+// any more. Tasks are claimed with one atomic counter. `loop_` and `inside_` are atomic because
+// threads watch them without the lock.
 class Pool {
  public:
   void run(int threads, int64_t tasks, void (*run)(const void*, int64_t), const void* context) {
@@ -73,7 +73,7 @@ class Pool {
     claim();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      wanted_ = 0;  // a worker that wakes only now finds nothing to join
+      wanted_ = 0;  // a worker that wakes after this finds no loop to join
     }
     const auto all_left = [this] { return inside_.load(std::memory_order_acquire) == 0; };
     if (watch(all_left)) return;
@@ -82,8 +82,8 @@ class Pool {
   }
 
  private:
-  // Starts workers until there are `wanted`. If the system refuses more, the existing workers do
-  // the work.
+  // Starts workers until there are `wanted` workers. If the system refuses more, the existing
+  // workers do the work.
   int have_workers(int wanted) {
     try {
       while (static_cast<int>(workers_.size()) < wanted) {
@@ -120,20 +120,20 @@ class Pool {
     }
   }
 
-  std::mutex callers_;  // held by the one caller whose loop the workers serve
-  std::mutex mutex_;    // guards all below but next_
+  std::mutex callers_;  // held by the caller whose loop the workers run
+  std::mutex mutex_;    // guards all members below except next_
   std::condition_variable published_, finished_;
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> loop_{0};
   int wanted_ = 0;              // workers that may still join the loop
-  std::atomic<int> inside_{0};  // workers in it
+  std::atomic<int> inside_{0};  // workers inside the loop
   void (*run_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
   int64_t tasks_ = 0;
   std::atomic<int64_t> next_{0};
 };
 
-// The pool is never destroyed, because workers may still wait on it while the process exits. A
+// The pool is never destroyed, because workers may still wait in it while the process exits. A
 // forked child has none of the threads of its parent, so it starts with a new pool.
 Pool* pool = nullptr;
 

@@ -1,14 +1,14 @@
-// A loop over independent tasks, shared out among a pool of threads.
+// A loop over independent tasks, which a pool of threads shares.
 #pragma once
 
 #include <cstdint>
 
 namespace mistral::cpu {
 
-// Calls run(context, i) once for every i in [0, tasks), and returns when all are done. The caller
-// is one of the threads that run tasks. There are up to `threads` of them, but never more than four
-// for each processor, or 16 if that is more. Tasks are handed out in order, one at a time, so that
-// uneven tasks balance. A task should take a few microseconds. If the loop of another thread is
+// Calls run(context, i) once for every i in [0, tasks), and returns when all calls are done. Up to
+// `threads` threads run tasks, and the caller is one of them. Their number is limited to four for
+// each processor, or to 16 if that is more. Tasks are handed out in order, one at a time, so that
+// uneven tasks balance. A task should take a few microseconds. If the loop of another caller is
 // under way, the caller runs all tasks itself.
 void parallel_for(int threads, int64_t tasks, void (*run)(const void* context, int64_t task),
                   const void* context);
@@ -20,10 +20,10 @@ template <class F>
       [](const void* context, int64_t task) { (*static_cast<const F*>(context))(task); }, &f);
 }
 
-// Calls run(context, begin, end) for ranges that make up [0, count). All ranges but the last are
-// multiples of `unit` long. A thread takes half of its share of what is left, but at least `least`,
-// a positive multiple of `unit`. Long ranges come first, because each range begins slowly. Short
-// ranges come last, so that all threads end together.
+// Calls run(context, begin, end) for ranges that make up [0, count). The length of every range but
+// the last is a multiple of `unit`. A thread takes half of its share of the remaining range, but at
+// least `least`, a positive multiple of `unit`. So long ranges come first, because every range
+// starts slowly, and short ranges come last, so that all threads end together.
 void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
                      void (*run)(const void* context, int64_t begin, int64_t end),
                      const void* context);

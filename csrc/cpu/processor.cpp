@@ -16,7 +16,7 @@ namespace mistral::cpu {
 namespace {
 
 // Whether the processor has AMX with bf16 and the operating system lets this process use it. A
-// process must ask, because tiles add 8 KB to what the system saves of each thread.
+// process must ask for it, because tiles add 8 KB to what the system saves of each thread.
 bool amx_permitted() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx

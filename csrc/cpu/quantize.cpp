@@ -1,10 +1,9 @@
-// One task rounds a row.
+// A task rounds one row.
 //
-// Scales are searched: for each 32 values a few scales are tried, and the scale with the least
-// weighted squared error is taken. Let x be the weights, t the values of the table that a tried
-// scale chooses for them, and v how much the error of each weight counts. Then the best scale for
-// these t is sum(v x t) / sum(v t t), and it leaves the error
-// sum(v x x) - sum(v x t)^2 / sum(v t t).
+// The scale of each 32 values is searched: a few scales are tried, and the scale with the least
+// weighted squared error is taken. Let x be the weights, t the elements of kTable4 that a tried
+// scale chooses for them, and v how much the error of each weight counts. For these t the best
+// scale is sum(v x t) / sum(v t t). It leaves the error sum(v x x) - sum(v x t)^2 / sum(v t t).
 #include "../quantize.h"
 
 #include "kernels.h"
@@ -15,11 +14,11 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int kGroups = kSuperBlock / kGroup4;  // groups of a super-block
+constexpr int kGroups = kSuperBlock / kGroup4;  // groups in a super-block
 
-// The scales that are tried. Each is given as the magnitude of the end of the table over that of
-// the largest weight after scaling. Above 1 the end of the table is unused; below 1 the largest
-// weight is cut off. Twice as many would take another 0.3 % off the error.
+// The scales that are tried. Each is written as a ratio: the end of the table over the largest
+// weight after scaling. If it is above 1, the end of the table is unused. If it is below 1, the
+// largest weight is cut off. Twice as many scales would reduce the error by another 0.3 %.
 constexpr float kTried[] = {0.86f, 0.94f, 1.02f, 1.10f};
 
 // 32 weights, and how much the error of each counts.
@@ -47,17 +46,17 @@ MISTRAL_SIMD Sums sums_with(const Group& g, float factor) {
 
 MISTRAL_SIMD Vec magnitude(Vec x) { return vmax(x, broadcast(0.0f) - x); }
 
-// The largest magnitude of `count` numbers; NaN if a number is NaN or infinite.
+// The largest magnitude of `count` numbers, or NaN if a number is NaN or infinite.
 MISTRAL_SIMD float finite_magnitude(const float* x, int count) {
   Vec most = broadcast(0.0f), sum_of_zeros = broadcast(0.0f);
   for (int i = 0; i < count; i += Vec::width) {
     most = vmax(magnitude(load(x + i)), most);
-    sum_of_zeros = fma(load(x + i), broadcast(0.0f), sum_of_zeros);  // NaN with NaN and infinity
+    sum_of_zeros = fma(load(x + i), broadcast(0.0f), sum_of_zeros);  // NaN if x has NaN or infinity
   }
   return largest(most) + sum(sum_of_zeros);
 }
 
-// The weight of the largest magnitude.
+// The weight with the largest magnitude.
 MISTRAL_SIMD float extreme_of(const Group& g) {
   Vec high = broadcast(0.0f), low = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
@@ -69,7 +68,7 @@ MISTRAL_SIMD float extreme_of(const Group& g) {
 
 float inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
-// The scale with the least error; 0 for zeros.
+// The scale with the least error; 0 if all weights are 0.
 float best_scale(const Group& g) {
   const float extreme = extreme_of(g);
   if (extreme == 0.0f) return 0.0f;
@@ -77,7 +76,7 @@ float best_scale(const Group& g) {
   const auto consider = [&](float factor) {
     const Sums sums = sums_with(g, factor);
     const float scale = sums.vxt / sums.vtt, gained = sums.vxt * scale;
-    if (!(gained > most)) return;  // or NaN: weights far beyond the range of fp16 scales
+    if (!(gained > most)) return;  // or NaN: weights far too large for fp16 scales
     most = gained;
     best = scale;
   };
@@ -88,14 +87,14 @@ float best_scale(const Group& g) {
   return best;
 }
 
-// Rounds a scale to the dtype that holds it.
+// Rounds a scale to fp16, in which it is stored.
 float as_f16(float scale, f16* out) {
   from_float(scale, out);
   return to_float(*out);
 }
 
-// The scales of iq4_xs. The scale of a group is the scale of the super-block times the multiple of
-// the group, from -32 to 31.
+// The scales of iq4_xs. The scale of a group is the scale of the super-block times a whole multiple
+// of the group, from -32 to 31.
 struct TwoLevels {
   f16 scale;
   uint16_t high;  // bits 4 and 5 of each multiple + 32
@@ -111,8 +110,8 @@ static_assert(sizeof(TwoLevels) == 8, "GGUF's layout");
 
 constexpr int kLeastMultiple = -32, kMostMultiple = 31;
 
-// The scale of a super-block. It gives the largest group scale the multiple of the largest
-// magnitude.
+// The scale of a super-block. It is chosen so that the largest group scale has the multiple of the
+// largest magnitude, -32.
 float upper_scale(const float* group_scales, f16* out) {
   float largest = 0.0f;
   for (int i = 0; i < kGroups; ++i) {
@@ -121,8 +120,8 @@ float upper_scale(const float* group_scales, f16* out) {
   return as_f16(largest / kLeastMultiple, out);
 }
 
-// The multiple with the least error, among those next to the best scale of the group. If sums are
-// not finite, the middle one.
+// The multiple with the least error, among the multiples next to the best scale of the group.
+// Returns the middle multiple if the sums are not finite.
 int best_multiple(const Group& g, float group_scale, float upper) {
   const float nearest = rintf(group_scale * inverse(upper));
   const int middle = static_cast<int>(fminf(fmaxf(nearest, kLeastMultiple), kMostMultiple));
@@ -157,8 +156,8 @@ void round_group(const Group& g, uint32_t* words, f16* scale) {
   nearest_words(g.x, inverse(as_f16(best_scale(g), scale)), words);
 }
 
-// Sets how much the error of each weight counts: as its input does, and more for large weights.
-// Returns the error that remains if all weights become 0.
+// Sets how much the error of each weight counts: proportional to the importance of its input, and
+// more for large weights. Returns the error that remains if all weights become 0.
 MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
   Vec error = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
@@ -172,7 +171,7 @@ MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
   return sum(error);
 }
 
-// The weights of up to 256 neighbouring columns of a row, in groups.
+// Loads the weights of up to 256 neighbouring columns of a row, as groups.
 template <class T>
 MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int count, Group* groups) {
   Vec total = broadcast(0.0f);
@@ -184,7 +183,7 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
     if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
-    // Inputs of importance 0, or so near to it that products underflow, count the same.
+    // If the importances are 0, or so near to 0 that products underflow, all inputs count the same.
     weigh(groups[i], nullptr, mean);
   }
 }
@@ -204,7 +203,7 @@ void round_row(const QuantizeParams& p, int64_t row) {
     }
     for (int i = 0; i < count / kGroup4; ++i) {
       const float magnitude = finite_magnitude(groups[i].x, kGroup4);
-      if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // NaN stays
+      if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // keeps NaN
       if (p.two_levels) continue;
       round_group(groups[i], words + i * kGroup4 / 8,
                   static_cast<f16*>(p.scales) + at / kGroup4 + i);
@@ -213,8 +212,8 @@ void round_row(const QuantizeParams& p, int64_t row) {
   p.largest[row] = largest;
 }
 
-// Rounds the columns of one group of a row, one after another. The columns that follow a column
-// make up for its error, as far as the factor says.
+// Rounds the columns of one group of a row, one after another. The error of each column is
+// compensated in the columns that follow, as the factor says.
 void feed_back(const QuantizeFeedbackParams& p, float* row, int64_t first, float scale,
                uint32_t* words) {
   for (int i = 0; i < kGroup4 / 8; ++i) words[i] = 0;
@@ -224,7 +223,7 @@ void feed_back(const QuantizeFeedbackParams& p, float* row, int64_t first, float
     words[place / 8] |= static_cast<uint32_t>(index) << int4_shift(place % 8);
     const float* follow = p.factor + i * p.stride_factor_row;
     const float error = (row[i] - scale * kTable4[index]) / follow[i];
-    // The factor is 0 before column i, so the loop may begin there.
+    // `follow` is 0 before column i, so the loop may begin before i.
     for (int64_t j = i / Vec::width * Vec::width; j < p.columns; j += Vec::width) {
       store(row + j, fma(broadcast(-error), load(follow + j), load(row + j)));
     }
@@ -248,7 +247,7 @@ void round_row_with_feedback(const QuantizeFeedbackParams& p, int64_t row_index)
   }
   for (int i = 0; i < count / kGroup4; ++i) {
     const int first = i * kGroup4;
-    // Earlier columns have changed these weights: their scale is chosen now.
+    // Earlier columns have changed these weights, so their scale is chosen only now.
     load_groups(row + first, p.importance ? p.importance + first : nullptr, kGroup4, groups);
     float scale = best_scale(groups[0]);
     if (p.two_levels) {

@@ -1,6 +1,6 @@
-// A block is taken apart in two steps: its integers become a byte each, and these are packed into
-// words. This file is compiled once, not for every instruction set. A compiler vectorises the loops
-// even for the oldest set, and a weight takes less than a nanosecond.
+// A block is split in two steps: its integers become a byte each, then the bytes are packed into
+// words. This file is compiled once, not for every instruction set. Even for the oldest set a
+// compiler vectorises the loops, and a weight takes less than a nanosecond.
 #include "../repack.h"
 
 #include <cstring>
@@ -16,11 +16,11 @@ uint32_t load_word(const uint8_t* from) {
   return word;
 }
 
-// ---- Integers of blocks, a byte each
+// ---- The integers of blocks, a byte each
 
-// ORs the fields of kBits bits in kBytes bytes, shifted by `shift`, into integers. The lowest
-// fields of kRun bytes belong to kRun integers, the next higher fields of the same bytes to the
-// next kRun integers, and so on.
+// Takes the fields of kBits bits in kBytes bytes, shifts them by `shift`, and ORs them into
+// integers. The lowest fields of kRun bytes belong to kRun integers. The next higher fields of the
+// same bytes belong to the next kRun integers, and so on.
 template <int kBits, int kRun, int kBytes>
 void add_fields(const uint8_t* in, int shift, uint8_t* integers) {
   constexpr int kMask = (1 << kBits) - 1;
@@ -33,11 +33,11 @@ void add_fields(const uint8_t* in, int shift, uint8_t* integers) {
   }
 }
 
-// Adds bit i % 8 of byte i / 8 to integer i of 32, as its fifth bit.
+// ORs bit i % 8 of byte i / 8 into integer i of 32, as the fifth bit.
 void add_fifth_bits(const uint8_t* in, uint8_t* integers) {
   for (int i = 0; i < 4; ++i) {
-    // Each of the eight bytes keeps another bit. If a byte is not 0, the sum carries into its
-    // highest bit.
+    // Each of the eight bytes keeps another bit of in[i]. If a byte is not 0, the addition carries
+    // into the highest bit of this byte.
     const uint64_t bits = (in[i] * uint64_t{0x0101010101010101}) & 0x8040201008040201;
     const uint64_t fifth = ((bits + 0x7f7f7f7f7f7f7f7f) >> 3) & 0x1010101010101010;
     uint64_t eight;
@@ -51,16 +51,16 @@ void add_fifth_bits(const uint8_t* in, uint8_t* integers) {
 
 static_assert(int4_shift(1) == 16 && int4_shift(2) == 4 && int4_shift(4) == 8);
 
-// The two low bytes of a word go to the low bytes of its halves.
+// Moves the two low bytes of a word to the low bytes of its halves.
 uint32_t spread(uint32_t word) { return (word | word << 8) & 0x00ff00ff; }
 
-// Packs the low 4 bits of kCount integers.
+// Packs the low 4 bits of kCount integers into words.
 template <int kCount>
 void pack(const uint8_t* integers, uint32_t* words) {
   for (int i = 0; i < kCount / 8; ++i) {
     const uint32_t first = load_word(integers + 8 * i) & 0x0f0f0f0f;
     const uint32_t last = load_word(integers + 8 * i + 4) & 0x0f0f0f0f;
-    // The integer two bytes above goes to the high half of each byte.
+    // Each byte gets, in its high half, the integer that is two bytes above.
     words[i] = spread((first | first >> 12) & 0xffff) | spread((last | last >> 12) & 0xffff) << 8;
   }
 }
@@ -72,11 +72,11 @@ void store_words(const uint8_t* integers, uint8_t* out) {
   memcpy(out, words, sizeof words);
 }
 
-// Writes words with the low bits of 256 integers, then further words with their fifth or high two
-// bits.
+// Writes 256 integers as words with their low bits, then further words with their fifth bits or
+// their two high bits.
 template <int kBits>
 void store_wide(const uint8_t* integers, uint8_t* out) {
-  constexpr int kBlocks = 8;               // of 32 integers
+  constexpr int kBlocks = 8;               // blocks of 32 integers
   constexpr int kShare = 4 / (kBits - 4);  // words that share a further word
   constexpr uint32_t kMask = kBits == 5 ? 0x03030303 : 0x0f0f0f0f;
   uint8_t high[kSuperBlock];
@@ -88,7 +88,7 @@ void store_wide(const uint8_t* integers, uint8_t* out) {
     for (int i = 0; i < 4; ++i) {
       const int shift = kBits == 5 ? fifth_bit_shift(i, 0) : high_bits_shift(i, 0);
       const uint32_t word = high_words[4 * block + i];
-      // The high bits of a byte's second integer go beside the high bits of its first.
+      // Puts the high bits of the second integer of a byte beside those of the first.
       const uint32_t bits = (word | word >> (8 - kBits)) & kMask;
       words[kBlocks * (4 + i / kShare) + block] |= bits << shift;
     }
@@ -96,9 +96,9 @@ void store_wide(const uint8_t* integers, uint8_t* out) {
   memcpy(out, words, sizeof words);
 }
 
-// ---- Values of each type of blocks
+// ---- The values of each type of block
 
-// 4 bits, unsigned, from byte kBegin on.
+// Values of 4 bits without a sign. They begin at byte kBegin.
 template <int kCount, int kBegin, int kRun>
 void words_of_block(const uint8_t* block, uint8_t* out) {
   uint8_t q[kCount] = {};
@@ -109,7 +109,7 @@ void words_of_block(const uint8_t* block, uint8_t* out) {
 void q4_0_values(const uint8_t* block, uint8_t* out) {
   uint8_t q[32] = {};
   add_fields<4, 16, 16>(block + 2, 0, q);
-  for (uint8_t& value : q) value ^= 8;  // q - 8 in two's complement
+  for (uint8_t& value : q) value ^= 8;  // turns q - 8 into two's complement
   store_words<32>(q, out);
 }
 
@@ -126,7 +126,7 @@ void q3_k_values(const uint8_t* block, uint8_t* out) {
   uint8_t q[kSuperBlock] = {};
   add_fields<2, 32, 64>(block + 32, 0, q);
   add_fields<1, 32, 32>(block, 2, q);
-  for (uint8_t& value : q) value += 28;  // q - 4 is (q + 28) - 32
+  for (uint8_t& value : q) value += 28;  // the format has q' - 32, and q - 4 = (q + 28) - 32
   store_wide<6>(q, out);
 }
 
@@ -194,7 +194,7 @@ void repack_row(const RepackParams& p, int64_t row) {
   }
 }
 
-constexpr int64_t kValuesAtOnce = int64_t{1} << 15;  // of a task: some 10 microseconds
+constexpr int64_t kValuesAtOnce = int64_t{1} << 15;  // per task: some 10 microseconds
 
 }  // namespace
 

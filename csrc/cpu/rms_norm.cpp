@@ -1,4 +1,4 @@
-// One task normalises a block of rows.
+// A task normalises a block of rows.
 #include "../rms_norm.h"
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// One task computes a block of rows.
+// A task computes a block of rows.
 #include "../rms_norm.h"
 
 #include "kernels.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 4;
 
-// sum(x * weight * d_out), in blocks like add_and_square
+// sum(x * weight * d_out). The sum is taken in blocks, as in add_and_square.
 template <class T>
 float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim) {
   Vec total = broadcast(0.0f);
@@ -30,7 +30,7 @@ float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim)
   return sum(total);
 }
 
-// d_x = factor * (weight * d_out - shrink * x), which writes mean(g * n) * n as a multiple of x
+// d_x = factor * (weight * d_out - shrink * x). Here mean(g * n) * n is written as shrink * x.
 template <class T>
 void input_gradient(const T* x, const T* weight, const T* d_out, T* d_x, int64_t dim, float factor,
                     float shrink) {

@@ -1,4 +1,4 @@
-// A task rotates all heads of a token, and writes its keys and values to the ring.
+// A task rotates all heads of one token, and stores the token's keys and values in the ring.
 #include "../rope.h"
 
 #include "append.h"

@@ -1,4 +1,4 @@
-// One task rotates all heads of one token.
+// A task rotates all heads of one token.
 #include "../rotate.h"
 
 #include "kernels.h"

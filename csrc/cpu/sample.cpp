@@ -1,6 +1,6 @@
-// One task samples one row, in a few passes over it. This file is compiled once, not for every
-// instruction set, because the time goes into exp and log of the C library. The exception is
-// highest_rank, all that a greedy choice needs.
+// A task samples one row, in a few passes over the row. This file is compiled once, not for every
+// instruction set, because most of the time goes into exp and log of the C library. A greedy choice
+// needs neither: highest_rank is compiled for every set.
 #include "../sample.h"
 
 #include "parallel.h"
@@ -12,13 +12,13 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
 
-// Writes the keys of the row; returns the highest rank.
+// Writes the keys of a row, and returns the highest rank.
 Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, uint32_t* keys) {
   const float* logits = p.logits + n * p.stride_logits_row;
   const float* bias = p.bias ? p.bias + p.rows[n] * p.vocab_size : nullptr;
   const int32_t* history = has_penalty(options) ? p.history + p.rows[n] * p.vocab_size : nullptr;
   uint32_t highest = 0;
-  int64_t first = 0;  // the first token with this key
+  int64_t first = 0;  // the first token with the highest key
   for (int64_t id = 0; id < p.vocab_size; ++id) {
     float x = logits[id];
     if (bias) x += bias[id];
@@ -32,12 +32,12 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
   return rank_of(highest, first);
 }
 
-// Returns the lowest rank that the filter leaves. Measures are summed from the highest rank down
-// until the filter is satisfied. If all ranks at or above `threshold` are not enough, the result is
-// `threshold`. The rank is found digit by digit, from the front: a histogram of the next digit,
-// over the ranks that begin with the digits found so far, tells how far the sum gets with each
-// digit. `measures` [V] holds the measures of the tokens at or above the threshold. If it is null,
-// each measure is 1.
+// Returns the lowest rank that passes the filter. Measures are summed from the highest rank down
+// until the sum is enough. If the sum over all ranks at or above `threshold` is not enough, the
+// result is `threshold`. The rank is found digit by digit, from the highest digit on: a histogram
+// of the next digit, over the ranks that begin with the digits found so far, tells how far the sum
+// gets with each digit. `measures` [V] holds the measures of the tokens at or above the threshold.
+// If `measures` is null, each measure is 1.
 template <class Top>
 Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int64_t vocab_size,
             Rank threshold) {
@@ -60,14 +60,14 @@ Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int6
     above = sum - bins[digit];
     found = found << kDigitBits | static_cast<Rank>(digit);
     if (shift == kIdBits && bins[digit] == top.measure(static_cast<uint32_t>(found))) {
-      found <<= kIdBits;  // one token alone has this key, its id does not matter
+      found <<= kIdBits;  // only one token has this key, so its id does not matter
       break;
     }
   }
   return found > threshold ? found : threshold;
 }
 
-// Writes the weights of the tokens at or above `threshold`; returns their sum.
+// Writes the weights of the tokens at or above `threshold`, and returns their sum.
 uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, Rank threshold,
                uint64_t* weights) {
   uint64_t total = 0;
@@ -79,16 +79,16 @@ uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, 
   return total;
 }
 
-// A number that is at least gumbel(word), found without a logarithm. -log(u) is at least 1 - u,
-// whose binary exponent is known. The addend covers the rounding of gumbel.
+// An upper bound of gumbel(word), found without a logarithm. -log(u) is at least 1 - u, whose
+// binary exponent is known. The addend covers the rounding error of gumbel.
 double gumbel_bound(uint64_t word) {
   constexpr double kLog2 = 0.6931471805599453;
   const uint64_t units = (uint64_t{1} << 53) - (word >> 11);  // 1 - u, in units of 2^-53
   return static_cast<double>(__builtin_clzll(units) - 10) * kLog2 + 1e-9;
 }
 
-// Most tokens are so unlikely that no noise makes them win. A bound of the noise saves them the
-// logarithms.
+// Draws a token. Most tokens are so unlikely that no noise lets them win. The bound of the noise
+// shows this without a logarithm.
 int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
              int64_t vocab_size, Rank threshold) {
   int64_t chosen = -1;

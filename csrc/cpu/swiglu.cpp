@@ -1,4 +1,4 @@
-// One task computes a block of one row.
+// A task computes a block of one row.
 #include "../swiglu.h"
 
 #include "kernels.h"
@@ -8,7 +8,8 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// A row of Mistral 7B is one task: waking another thread would take longer than half of it.
+// The elements of a task. A row of Mistral 7B fits one task: waking another thread would take
+// longer than half of the row.
 constexpr int64_t kElementsPerTask = 16384;
 
 }  // namespace

@@ -1,7 +1,7 @@
-// Grid: a block for each row. A thread owns every blockDim-th access of the row (16 bytes, or one
+// Grid: one block per row. A thread owns every blockDim-th access of the row (16 bytes, or one
 // element where rows are not aligned). The row is read once for the largest logit and the sum, and
-// once more for the gradient: by then it is in the L2 cache, where the product that made the logits
-// has left it.
+// again for the gradient. By then it is in the L2 cache, because the product that made the logits
+// has just written it.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>
@@ -15,12 +15,12 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// The largest of some logits, and the sum of exp(logit - base()) over them.
+// The maximum of some logits, and the sum of exp(logit - base()) over them.
 struct LogSum {
   float maximum = -INFINITY;
   float total = 0.0f;
 
-  // If all logits are -inf, any finite value does, because exp of them is then 0.
+  // The maximum. If all logits are -inf, any finite number does, because their exp is then 0.
   __device__ __forceinline__ float base() const { return maximum == -INFINITY ? 0.0f : maximum; }
 
   template <class T, int N>
@@ -33,7 +33,7 @@ struct LogSum {
     for (int j = 0; j < N; ++j) total += expf(logits[j] - base());
   }
 
-  // Joins the results of all threads of the block. `shared`: 2 floats per warp.
+  // Joins the results of all threads of the block. `shared` has 2 floats per warp.
   __device__ __forceinline__ void join_block(float* shared) {
     rise(block_max(maximum, shared));
     total = block_sum(total, shared + kThreads / kWarp);
@@ -41,7 +41,7 @@ struct LogSum {
 
  private:
   __device__ __forceinline__ void rise(float highest) {
-    const float before = maximum;  // if -inf, the factor is 0: exp(0 - base()) may be inf
+    const float before = maximum;  // if -inf, the factor must be 0, but exp(0 - base()) may be inf
     maximum = highest;
     total *= expf(before - base());
   }

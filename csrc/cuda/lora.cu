@@ -1,14 +1,14 @@
 // Two launches: the first computes `hidden`, the second adds to `out`.
 //
 // shrink: a block computes a tile of `hidden`, kTile tokens by kTile rows of one part of A. Its
-// threads share the sums over k: each owns every blockDim-th access (16 bytes, or one element where
-// rows are not aligned), so all loads of a row are under way at once.
-// expand: a thread owns one access of outputs for kTile tokens, and goes through the rows of B.
+// threads share the sums over k: each thread owns every blockDim-th access (16 bytes, or one
+// element where rows are not aligned). So all loads of a row are under way at once. expand: a
+// thread owns one access of outputs for kTile tokens, and goes through the rows of B.
 //
 // Tiles of one token are for decode steps, in which a kernel takes little longer than its launch.
-// Larger tiles are for prompts, and read A and B fewer times. If the tokens of a tile use different
-// adapters, the tile is computed token by token. The additions of an output have the same order in
-// all tiles.
+// Larger tiles are for prompts: A and B are then read fewer times. If the tokens of a tile use
+// different adapters, the tile is computed token by token. The additions of an output have the same
+// order in all tiles.
 #include "../lora.h"
 
 #include <launch.cuh>
@@ -26,8 +26,8 @@ constexpr int kExpandThreads = 128;
 constexpr int kLargeTile = 4;
 constexpr int64_t kMostDecodeTokens = 64;  // with more tokens the tiles are large
 
-// How many tokens of the tile are computed at once, from `token` on: kTile if all of them use the
-// adapter of the first, else 1.
+// The number of tokens of the tile that are computed together, from `token` on. It is kTile if all
+// of them use the same adapter, else 1.
 template <int kTile>
 __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token) {
   if (token + kTile > p.tokens) return 1;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64
 
   float* shared = dynamic_shared<float>();  // [kRows * kTokens, warps]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // the sums of the tile's token before this have been read
+  __syncthreads();  // no thread still reads the sums of the last token
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
 #pragma unroll
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams
 
 template <class T, class Out, int N, int kTile>
 cudaError_t launch_tiles(const LoraParams& p, cudaStream_t stream) {
-  const auto grid = [&](int64_t blocks) {  // y has 65,535 blocks at most
+  const auto grid = [&](int64_t blocks) {  // y has at most 65,535 blocks
     return dim3(static_cast<unsigned>(ceil_div(p.tokens, kTile)), static_cast<unsigned>(blocks));
   };
   const size_t shared = kTile * kTile * kShrinkWarps * sizeof(float);

@@ -1,8 +1,7 @@
 // Grid: (tiles of columns, tiles of rows, adapters). A block owns the sums of a tile, so no two
-// blocks add to the same sum. Its threads are in groups of 4 neighbours, which share out the
-// tokens. The 4 threads own the columns of the tile (16 bytes each, or one element where rows are
-// not aligned). At the end the sums of the groups are added, first within a warp and then over the
-// warps.
+// blocks add to the same sum. Groups of 4 neighbouring threads share the tokens. The 4 threads of a
+// group share the columns of the tile (16 bytes each, or one element where rows are not aligned).
+// At the end the sums of the groups are added, first within a warp and then over the warps.
 #include "../lora.h"
 
 #include <launch.cuh>
@@ -16,8 +15,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kRows = 8;      // of a tile
-constexpr int kAccesses = 4;  // of a tile's columns
+constexpr int kRows = 8;      // rows of a tile
+constexpr int kAccesses = 4;  // accesses for the columns of a tile
 constexpr int kGroups = kThreads / kAccesses;
 
 template <class T, int N>
@@ -25,7 +24,7 @@ struct Tile {
   static constexpr int kColumns = kAccesses * N;
 
   const LoraGradientParams& p;
-  int64_t adapter, first_row, column;  // the thread's first column
+  int64_t adapter, first_row, column;  // `column` is the first column of the thread
   int rows;
 
   __device__ __forceinline__ void sum_tokens(float (&sums)[kRows][N]) const {
@@ -43,7 +42,7 @@ struct Tile {
     }
   }
 
-  // Adds the sums of all groups. `shared`: [warps, kRows, kColumns].
+  // Adds the sums of all groups and stores the result. `shared` is [warps, kRows, kColumns].
   __device__ __forceinline__ void store_sums(float (&sums)[kRows][N], float* shared) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll

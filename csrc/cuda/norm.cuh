@@ -1,12 +1,12 @@
-// The last step of RMSNorm. All kernels that normalise share it, so that they agree to the bit.
+// The last step of RMSNorm. All kernels that normalise use it, so their results have the same bits.
 #pragma once
 
 #include "common/vec.cuh"
 
 namespace mistral::cuda {
 
-// h times the factor of the row, rounded to T, times the weight. Mistral was trained with this
-// rounding.
+// Multiplies h by the factor of the row, rounds to T, and multiplies by the weight. Mistral was
+// trained with this rounding.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> scaled(const Vec<T, N>& h, const Vec<T, N>& weight,
                                             float factor) {

@@ -1,7 +1,7 @@
 // Grid: one block per row. A thread owns every blockDim-th access of its row (16 bytes, or one
-// element where rows are not aligned). It keeps up to kHeld of them in registers from the sum of
-// squares to the scaling, so that each element is read once and written once. A row that is longer
-// than this is processed in parts, and every part but the last is read again.
+// element where rows are not aligned). It keeps up to kHeld accesses in registers from the sum of
+// squares to the scaling, so that each element is read once and written once. A longer row is
+// processed in parts. All parts but the last are then read again.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -17,8 +17,8 @@ namespace {
 constexpr int kHeld = 4;
 constexpr int kMaxThreads = 512;
 
-// x + residual, rounded to T as by a separate addition, so that fused and separate ops give the
-// same result.
+// x + residual. The sum is rounded to T as a separate addition would round it, so fused and
+// separate ops give the same result.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& residual) {
   float sum[N];
@@ -27,8 +27,8 @@ __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& re
   return round_to<T>(sum);
 }
 
-// At most 64 registers a thread, so that a multiprocessor has room for 1024 threads, all with loads
-// under way.
+// The bounds limit a thread to 64 registers. Then a multiprocessor has room for 1024 threads, all
+// with loads under way.
 template <class T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormParams p) {
   const int64_t token = blockIdx.x;
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormP
   const T* weight = static_cast<const T*>(p.weight);
 
   const int dim = static_cast<int>(p.dim), part = static_cast<int>(blockDim.x) * kHeld * N;
-  const int last = (dim - 1) / part * part;  // where the last part begins
+  const int last = (dim - 1) / part * part;  // the first element of the last part
   const auto position = [&](int begin, int k) {
     return begin + static_cast<int>(k * blockDim.x + threadIdx.x) * N;
   };
-  // Zeros past the end of the row.
+  // Loads a part of a row. Elements past the end of the row are zeros.
   const auto load_part = [&](Vec<T, N>(&held)[kHeld], const T* row, int begin) {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormP
   const float sum = block_sum(squares, dynamic_shared<float>());
   const float factor = 1.0f / sqrtf(sum / static_cast<float>(p.dim) + p.eps);
 
-  // Backwards: the registers hold the last part.
+  // Goes backwards, because the registers hold the last part.
   for (int begin = last; begin >= 0; begin -= part) {
     if (begin != last) {
       load_part(h, residual ? residual : x, begin);

@@ -1,6 +1,6 @@
 // Grid: one block per row. A thread owns every blockDim-th access (16 bytes, or one element where
-// rows are not aligned). A row is read twice, the second time from the cache: once for the sums,
-// once for the gradient.
+// rows are not aligned). A row is read once for the sums, and again from the cache for the
+// gradient.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   float* shared = dynamic_shared<float>();
   const auto dim = static_cast<float>(p.dim);
   const float factor = 1.0f / sqrtf(block_sum(squares, shared) / dim + p.eps);
-  __syncthreads();  // all threads have read the sum
+  __syncthreads();  // all threads have read the first sum
   const float mean = block_sum(products, shared) / dim;
 
   const float shrink = mean * factor * factor;

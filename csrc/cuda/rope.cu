@@ -1,7 +1,7 @@
-// Grid: one block per token. Its threads first share out the D/2 angles, whose cosine and sine go
-// to shared memory. Then they share out the heads of q, k and v. An item is 16 bytes of the first
-// half of a head (one element, where rows are not aligned) and the matching bytes of the second
-// half. q and k are read once and rotated in place. v and the rotated k are stored in the ring.
+// Grid: one block per token. First its threads share the D/2 angles and write their cosine and sine
+// to shared memory. Then they share the heads of q, k and v. An item is 16 bytes of the first half
+// of a head (one element, where rows are not aligned) and the matching bytes of the second half. q
+// and k are read once and rotated in place. v and the rotated k are stored in the ring.
 #include "../rope.h"
 
 #include <launch.cuh>
@@ -15,15 +15,15 @@
 namespace mistral::cuda {
 namespace {
 
-// One head of one token: where it is read, and where it goes to.
+// The addresses at which one head of one token is read and stored.
 template <class T>
 struct Head {
   const T* in;
   T* rotated;  // null for v
-  T* slot;     // in the ring; null for q, and if the token is not stored
+  T* slot;     // in the ring; null for q and for tokens that are not stored
 };
 
-// Heads are numbered q first, then k, then v.
+// The heads of q have the lowest numbers, then come those of k, then those of v.
 template <class T>
 __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence& s, int64_t token,
                                              int64_t position, bool stores, int index) {

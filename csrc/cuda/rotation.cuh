@@ -1,4 +1,4 @@
-// The arithmetic of RoPE, which rope, rotate and linear_rope share, so that all give the same bits.
+// The arithmetic of RoPE. rope, rotate and linear_rope share it, so they give the same bits.
 #pragma once
 
 #include <cmath>
@@ -8,23 +8,23 @@
 
 namespace mistral::cuda {
 
-// The angle per position as a 64-bit fraction of a turn. Multiplied by a position, in unsigned
-// arithmetic that wraps around, it gives the angle of the position without whole turns. This is
-// exact however large the position is.
+// The angle per position, as a 64-bit fraction of a turn. The product of this number and a
+// position, in unsigned arithmetic that wraps around, is the angle of the position without whole
+// turns. This is exact for every position.
 __device__ __forceinline__ uint64_t turns_per_position(double radians) {
-  // 1 / (2 pi) as the sum of two doubles, because one double is not exact to 2^-64 of a turn.
+  // 1 / (2 pi) is the sum of two doubles. One double would not be exact to 2^-64 of a turn.
   constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;
   const double turns = radians * kInverse;
   const double rest = fma(radians, kInverse, -turns) + radians * kInverseRest;
-  // A fraction that rounds to 1 is a whole turn. It becomes 2^63 here, and the shift makes it 0.
+  // A fraction may round to 1, a whole turn. It becomes 2^63 here, and the shift turns it into 0.
   const auto fraction = static_cast<uint64_t>((turns - floor(turns)) * 0x1p63) << 1;
   return fraction + static_cast<uint64_t>(static_cast<int64_t>(rest * 0x1p64));
 }
 
-// Cosine and sine of an angle that is a 64-bit fraction of a turn.
+// The cosine and sine of an angle, which is a 64-bit fraction of a turn.
 __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
-  // Splits the angle into the nearest quarter turn and a rest of at most an eighth, of which a
-  // float keeps 24 bits.
+  // Splits the angle into the nearest quarter turn and a rest of at most an eighth of a turn. A
+  // float keeps 24 bits of the rest.
   const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
   const auto rest = static_cast<int64_t>(turns - (quarter << 62));
   float sine, cosine;
@@ -34,7 +34,7 @@ __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
   return {quarter == 1 || quarter == 2 ? -c : c, quarter == 2 || quarter == 3 ? -s : s};
 }
 
-// Rotates a pair. The fused multiply-add is explicit, because the compiler could fuse a different
+// Rotates a pair. The fused multiply-add is explicit: otherwise the compiler could fuse the other
 // product in another kernel.
 __device__ __forceinline__ float2 rotate_pair(float first, float second, float2 turn) {
   return {fmaf(first, turn.x, -(second * turn.y)), fmaf(second, turn.x, first * turn.y)};

@@ -1,8 +1,8 @@
 // Grid: one block per row. A thread owns every kThreads-th group of four tokens, in all passes over
-// the row. So it may read in one pass what it wrote to the scratch in an earlier pass, without a
-// barrier. The four tokens of a group share a block of Philox.
+// the row. So it may read in a later pass what it wrote to the scratch in an earlier pass, without
+// a barrier. The four tokens of a group share a block of Philox.
 //
-// Results do not depend on the order of the threads, because only integers are added up.
+// Results do not depend on the order of the threads, because the threads add up only integers.
 #include "../sample.h"
 
 #include <launch.cuh>
@@ -22,12 +22,12 @@ static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
 static_assert(kBins == kWarps, "a warp adds up a bin");
 
 struct Shared {
-  uint64_t bins[kBins][kThreads];  // a histogram for each thread: no conflicts, no atomics
-  uint64_t sums[kBins];            // of the bins; of warps, in block_reduce
+  uint64_t bins[kBins][kThreads];  // a histogram per thread: no conflicts, no atomics
+  uint64_t sums[kBins];            // sums of the bins; sums of warps in block_reduce
 };
 
-// ---- Groups of four, in accesses of 16 bytes if kWide. Loads past the end of a row give 0. As a
-// key this is below every threshold.
+// ---- Groups of four tokens. If kWide, they are loaded and stored 16 bytes at a time. Loads past
+// the end of a row give 0, which is a key below every threshold.
 
 template <bool kWide, class T>
 __device__ __forceinline__ void load_group(T (&values)[kGroup], const T* row, int first,
@@ -119,7 +119,7 @@ struct Row {
   int vocab_size;
   Shared* shared;
 
-  // Calls f(first, keys) for the thread's groups.
+  // Calls f(first, keys) for each group of the thread.
   template <class F>
   __device__ __forceinline__ void for_each_group(const F& f) const {
     for (int first = kGroup * threadIdx.x; first < vocab_size; first += kGroup * kThreads) {
@@ -129,7 +129,7 @@ struct Row {
     }
   }
 
-  // Writes the keys; returns the highest rank.
+  // Writes the keys, and returns the highest rank.
   __device__ Rank adjust(const float* logits, const float* bias, const int32_t* history,
                          const SamplingOptions& options) const {
     Rank best = 0;
@@ -152,12 +152,12 @@ struct Row {
     return block_reduce(best, shared, Larger());
   }
 
-  // Returns the lowest rank that the filter leaves. Measures are summed from the highest rank down
-  // until the filter is satisfied. If all ranks at or above `threshold` are not enough, the result
-  // is `threshold`. The rank is found digit by digit, from the front: a histogram of the next
-  // digit, over the ranks that begin with the digits found so far, tells how far the sum gets with
-  // each digit. `measures` [V] holds the measures of the tokens at or above the threshold. If it is
-  // null, each measure is 1.
+  // Returns the lowest rank that passes the filter. Measures are summed from the highest rank down
+  // until the sum is enough. If the sum over all ranks at or above `threshold` is not enough, the
+  // result is `threshold`. The rank is found digit by digit, from the highest digit on: a histogram
+  // of the next digit, over the ranks that begin with the digits found so far, tells how far the
+  // sum gets with each digit. `measures` [V] holds the measures of the tokens at or above the
+  // threshold. If `measures` is null, each measure is 1.
   template <class Top>
   __device__ Rank select(const Top& top, const uint64_t* measures, Rank threshold,
                          Rank best) const {
@@ -185,7 +185,8 @@ struct Row {
       if (lane == 0) shared->sums[warp] = sum;
       __syncthreads();
 
-      // Every warp finds the digit for itself: lane i has the sum of the measures down to digit i.
+      // Every warp finds the digit. Lane i computes the sum of the measures from the highest digit
+      // to digit i.
       uint64_t down_to = above;
       for (int digit = kBins - 1; digit >= lane; --digit) down_to += shared->sums[digit];
       const unsigned enough = __ballot_sync(kAllLanes, lane < kBins && top.reached(down_to));
@@ -195,14 +196,14 @@ struct Row {
       above = __shfl_sync(kAllLanes, down_to, digit) - inside;
       found = found << kDigitBits | static_cast<Rank>(digit);
       if (shift == kIdBits && inside == top.measure(static_cast<uint32_t>(found))) {
-        found <<= kIdBits;  // one token alone has this key, its id does not matter
+        found <<= kIdBits;  // only one token has this key, so its id does not matter
         break;
       }
     }
     return found > threshold ? found : threshold;
   }
 
-  // Writes the weights of the tokens at or above `threshold`; returns their sum.
+  // Writes the weights of the tokens at or above `threshold`, and returns their sum.
   __device__ uint64_t weigh(const Weights& weight, Rank threshold) const {
     uint64_t total = 0;
     for_each_group([&](int first, const uint32_t (&group)[kGroup]) {
@@ -238,7 +239,7 @@ struct Row {
         }
       }
     });
-    // Finds the highest score, as an integer of the same order, then the lowest id that has it.
+    // Finds the highest score, as an integer of the same order, then the lowest id with this score.
     uint64_t bits;
     memcpy(&bits, &highest, sizeof bits);
     bits = bits >> 63 ? ~bits : bits | uint64_t{1} << 63;

@@ -1,4 +1,4 @@
-// Selects among kernels for the same op, and whether kernels overlap.
+// Selects one of several kernels for an op, and whether kernels overlap.
 #pragma once
 
 #include <string>
@@ -6,13 +6,13 @@
 
 namespace mistral::cuda {
 
-// The prefill kernel: sm80, which all devices run, or sm90, for sm_90a alone.
+// The prefill kernels. All devices run sm80. Only sm_90a runs sm90.
 enum class Prefill { sm80, sm90 };
 const char* name(Prefill prefill);
 
-std::vector<Prefill> built_prefills();  // the kernels of this build
+std::vector<Prefill> built_prefills();  // the prefill kernels that this build has
 
-// The kernel in use. It is the kernel that the environment variable MISTRAL_EXT_ATTENTION names,
+// The active kernel. It is the kernel that the environment variable MISTRAL_EXT_ATTENTION names,
 // else sm80, because sm90 has not run on hardware yet. If this build does not have the named
 // kernel, this function and `attention` throw std::invalid_argument.
 Prefill active_prefill();
@@ -20,9 +20,9 @@ Prefill active_prefill();
 // Throws std::invalid_argument if this build does not have the kernel.
 void select_prefill(const std::string& name);
 
-// Whether the kernels of a decode step may overlap. If so, a kernel fetches its first weights while
-// the kernels before it end, so none of these may write weights. The environment variable
-// MISTRAL_EXT_OVERLAP (0 or 1) sets this, and so does `overlap`.
+// Whether the kernels of a decode step may overlap. With overlap, a kernel fetches its first
+// weights while earlier kernels still run, so the earlier kernels must not write weights. The
+// environment variable MISTRAL_EXT_OVERLAP (0 or 1) sets this, and so does `overlap`.
 bool overlapping();
 void overlap(bool wanted);
 

@@ -1,7 +1,7 @@
-"""Measuring speed: the limits of a machine, and models with random weights.
+"""Measures speed: the limits of a machine, and models with random weights.
 
-The names by which benchmarks call weights are here, where `mistral-ext --help` finds them without
-torch.
+This file has the names that benchmarks use for weights, because `mistral-ext --help` reads them
+without importing torch.
 """
 
 # Plain weights -> torch's name of their dtype.

@@ -1,4 +1,4 @@
-"""The facts about a machine and its software that speed depends on."""
+"""The properties of a machine and its software on which speed depends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mistral_ext import __version__, ops
 
 
 def software_and_processor() -> dict[str, Any]:
-    """The versions of the software that computes, and facts about the processor."""
+    """The versions of the software that computes, and properties of the processor."""
     return {
         "mistral_ext": __version__,
         "torch": torch.__version__,
@@ -22,14 +22,14 @@ def software_and_processor() -> dict[str, Any]:
         "cpu": processor_name(),
         "cores": os.cpu_count(),
         "memory": memory_bytes(),
-        "load": os.getloadavg()[0],  # processes that ran or waited in the last minute
+        "load": os.getloadavg()[0],  # processes that ran or waited, in the last minute
         "threads": torch.get_num_threads(),
         "isa": ops.active_isa(),
     }
 
 
 def processor_name() -> str:
-    """The processor's own name, where the system knows it."""
+    """The processor's own name, if the system knows it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -40,18 +40,18 @@ def processor_name() -> str:
 
 
 def memory_bytes() -> int:
-    """The bytes of memory that the machine has."""
+    """The bytes of memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_busy(facts: dict[str, Any]) -> bool:
-    """Whether other processes take so much of the cores that all times are too long."""
+    """Whether other processes use so much of the cores that measured times would be too long."""
     return bool(facts["load"] + facts["threads"] > facts["cores"] + 0.5)
 
 
 def resident_bytes() -> int | None:
-    """The bytes of memory that this process has in use, mapped files included. None: the system
-    does not say."""
+    """The bytes of memory that this process uses, including mapped files. Returns None if the
+    system does not report this."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -1,4 +1,5 @@
-"""Models of Mistral 7B's shape with random weights, and what a model reads and computes."""
+"""Makes models of Mistral 7B's shape with random weights, and counts what a model reads and
+computes."""
 
 from __future__ import annotations
 
@@ -41,14 +42,14 @@ def mistral_7b(layers: int) -> MistralConfig:
 def random_model(
     layers: int, form: str | None, dtype: torch.dtype, device: torch.device
 ) -> Mistral:
-    """A model of Mistral 7B's shape with random weights and no tokenizer.
+    """Makes a model of Mistral 7B's shape with random weights and no tokenizer.
 
     Args:
         layers: the number of layers, 32 in the real model.
-        form, dtype, device: the arguments of `random_weights`.
+        form, dtype, device: as in `random_weights`.
 
     Raises:
-        ValueError: the device has no kernels for such a model.
+        ValueError: the device has no kernels for this model.
     """
     config = mistral_7b(layers)
     expect_runnable(config, dtype, 0, device)
@@ -64,11 +65,11 @@ def random_weights(
     """Makes random weights of a model, for measurements of speed.
 
     Args:
-        config: the configuration, which gives the shapes.
+        config: the configuration. It gives the shapes.
         form: the format of the matrices: "int8", "int4" or a key of
             `mistral_ext.ops.weight.FORMATS`. None: they are plain tensors.
         dtype: the dtype of plain weights. Norms and embeddings are always plain.
-        device: the device to make the weights on.
+        device: the device on which the weights are made.
     """
     quantization = None if form is None else Quantization(NAMES.get(form, form))
     made: dict[str, Weight] = {}
@@ -95,7 +96,7 @@ def random_weight(
         form: the format of the weight. None: it is a plain tensor. The values of a quantised weight
             are random bits, and its scales are all equal, because speed does not depend on them.
         dtype: the dtype of a plain weight.
-        device: the device to make the weight on.
+        device: the device on which the weight is made.
         group: the number of values that share scales. None: the fewest that the format allows.
     """
     if form is None:
@@ -104,13 +105,13 @@ def random_weight(
     values, scales = Quantized.empty(shape, form, group, device)[:2]
     integers = torch.iinfo(values.dtype)
     values.random_(integers.min, integers.max)
-    # Bytes of scales hold fp16 numbers, too: 0x1111 is a small number.
+    # The bytes of scales also hold fp16 numbers. 0x1111 is a small number.
     scales.fill_(1e-3 if scales.is_floating_point() else 0x11)
     return Quantized(values, scales, form)
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Normally distributed values. One block of them is repeated, because making all of them takes
+    """Normally distributed values. One block of them is repeated, because making all values takes
     long."""
     count = torch.Size(shape).numel()
     block = torch.randn(min(count, 2**20), dtype=torch.float32, device=device).to(dtype)
@@ -118,7 +119,7 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
 
 
 def on_large_pages(x: Tensor) -> Tensor:
-    """A copy of a tensor in large pages, in which the weights of a model are, too."""
+    """Copies a tensor to large pages, in which the weights of a model also are."""
     return memory.empty(x.shape, x.dtype).copy_(x)
 
 
@@ -144,12 +145,12 @@ def formats_of(model: Transformer) -> str:
 
 
 def flops(config: MistralConfig, batch: int, tokens: int, history: int = 0) -> int:
-    """The FLOPs of `tokens` new tokens in each of `batch` sequences, if only the logits of the last
-    token are wanted.
+    """The FLOPs for `tokens` new tokens in each of `batch` sequences, if only the logits of the
+    last token are needed.
 
     Each token is multiplied with the matrices of the layers. Only the last token is multiplied with
     the output matrix, and with the matrices of the last layer that follow attention. Attention
-    multiplies each token with `history` earlier tokens and with the new tokens up to itself. That
+    multiplies each token with `history` earlier tokens and with the new tokens up to itself. This
     holds as long as no window is full.
     """
     sizes = {
@@ -164,6 +165,6 @@ def flops(config: MistralConfig, batch: int, tokens: int, history: int = 0) -> i
     products = sum(
         size * (1 if name in after_attention else tokens) for name, size in sizes.items()
     )
-    seen = tokens * history + tokens * (tokens + 1) // 2  # pairs of query and key
+    seen = tokens * history + tokens * (tokens + 1) // 2  # pairs of a query and a key
     attention = config.n_layers * 2 * seen * config.n_heads * config.head_dim
     return 2 * batch * (products + attention)

@@ -1,6 +1,6 @@
-// The limits of this machine: how fast its threads read memory, and how fast they multiply when all
-// operands are in registers. Built and called by peaks.py, with -march=native: what the compiler
-// may use is what the processor has.
+// Measures the limits of this machine: how fast its threads read memory, and how fast they multiply
+// when all operands are in registers. peaks.py builds this file with -march=native, so the compiler
+// may use every instruction that the processor has.
 
 #include <algorithm>
 #include <atomic>
@@ -28,13 +28,14 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-// Independent chains of multiply-adds, to hide the latency of one; AVX2 has only 16 registers.
+// Independent chains of multiply-adds hide the latency of one multiply-add. AVX2 has only 16
+// registers.
 constexpr int kChains = kVectorBytes == 32 ? 12 : 24;
 
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef std::int64_t IntVector __attribute__((vector_size(kVectorBytes)));
 
-// Tells the compiler that the value is needed, and may become another one.
+// Tells the compiler that the value is needed, and that it may change.
 template <class T>
 void touch(T& value) {
   asm volatile("" : : "r"(&value) : "memory");
@@ -50,8 +51,8 @@ struct Seconds {
   double shortest, sum;
 };
 
-// Calls work(pass) on `threads` threads, which all begin together, for each of `passes`. Returns
-// the seconds of the passes, each until its last thread was done.
+// Calls work(pass) for each of `passes` passes, on `threads` threads that begin together. Returns
+// the seconds of the passes. A pass ends when its last thread is done.
 template <class Work>
 Seconds time_passes(int threads, int passes, const Work& work) {
   std::atomic<int> there{1}, begun{0}, done{0};
@@ -81,9 +82,9 @@ Seconds time_passes(int threads, int passes, const Work& work) {
   return seconds;
 }
 
-// Reads `bytes` as kStreams runs that advance together, eight lines of 64 bytes in a turn. A line
-// is prefetched kAhead bytes before, if that is not 0, and into the first cache alone: nothing is
-// read twice.
+// Reads `bytes` as kStreams runs that advance together, eight lines of 64 bytes at a time. If
+// kAhead is not 0, a line is prefetched kAhead bytes before it is read, into the first cache alone,
+// because nothing is read twice.
 template <int kStreams, int kAhead>
 void read_all(const char* data, std::size_t bytes) {
   constexpr int kLine = 64, kLines = 8 / kStreams;
@@ -104,13 +105,14 @@ void read_all(const char* data, std::size_t bytes) {
   touch(any);
 }
 
-// A unit of arithmetic: `step` is one instruction, which adds to a sum kOps operations' worth of
-// the operand's values; the sums of several steps are independent of each other.
+// A unit of arithmetic. `step` is one instruction. It adds to a sum kOps operations' worth of the
+// operand's values. The sums of different steps are independent.
 struct Float32 {
   using Register = FloatVector;
   static constexpr double kOps = 2.0 * kVectorBytes / sizeof(float);
   static Register operand() { return Register{} + 0.5f; }
-  // The sum is a factor: a product of operands alone could be computed once, before the loop.
+  // The sum is a factor, because the compiler could compute a product of constants once, before the
+  // loop.
   static Register step(Register sum, Register x) { return sum * x + x; }
 };
 
@@ -143,7 +145,7 @@ void repeat(long turns) {
   touch(x);
   sums[0] = x;
 #pragma GCC unroll 24
-  for (int i = 1; i < kChains; ++i) sums[i] = sums[i - 1] + x;  // equal ones would be one chain
+  for (int i = 1; i < kChains; ++i) sums[i] = sums[i - 1] + x;  // equal sums would be one chain
   for (long turn = 0; turn < turns; ++turn) {
 #pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) sums[i] = Unit::step(sums[i], x);
@@ -151,7 +153,7 @@ void repeat(long turns) {
   auto total = sums[0];
 #pragma GCC unroll 24
   for (int i = 1; i < kChains; ++i) total += sums[i];
-  touch(total);  // not each of the sums: they would be kept in memory, in the loop, too
+  touch(total);  // touching each sum would keep the sums in memory
 }
 
 template <class Unit>
@@ -169,7 +171,7 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The kernel lets a process use tiles when it asks to.
+// The operating system lets a process use tiles only if the process asks for it.
 bool allow_tiles() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -179,7 +181,7 @@ template <class Multiply>
 double tile_rate(int threads, int passes, double ops, const Multiply& multiply) {
   constexpr long kTurns = 60000;  // some milliseconds
   const Seconds seconds = time_passes(threads, passes, [&](int) {
-    TileConfig before, config;  // an engine that is measured may rely on its own
+    TileConfig before, config;  // other code of this process may rely on its configuration
     _tile_storeconfig(&before);
     touch(before);  // GCC 12 believes that only the first 8 bytes are written or read
     touch(config);
@@ -197,10 +199,10 @@ double tile_rate(int threads, int passes, double ops, const Multiply& multiply) 
 
 extern "C" {
 
-// Bytes per second, over all passes. data: aligned to 64 bytes, larger than the caches; bytes
-// beyond the last multiple of 4 MB are left out. Threads take 4 MB at a time, so that one that is
-// slowed down does not hold up the others. loop: 0 reads them as one run, with prefetches, 1 as
-// four runs without: it depends on the processor which is faster.
+// Bytes per second, over all passes. `data` is aligned to 64 bytes and larger than the caches.
+// Bytes beyond the last multiple of 4 MB are not read. Threads take 4 MB at a time, so that a slow
+// thread does not hold up the others. loop = 0 reads one run with prefetches, loop = 1 reads four
+// runs without. Which is faster depends on the processor.
 double read_bandwidth(const char* data, std::size_t bytes, int threads, int passes, int loop) {
   constexpr std::size_t kPiece = 4 << 20;
   const std::size_t pieces = bytes / kPiece;
@@ -214,8 +216,8 @@ double read_bandwidth(const char* data, std::size_t bytes, int threads, int pass
   return pieces * kPiece * passes / seconds.sum;
 }
 
-// Operations (a multiplication and an addition are two) per second; 0: the machine, or the
-// compiler, does not have the instruction.
+// Operations per second; a multiplication and an addition are two operations. 0 if the machine or
+// the compiler does not have the instruction.
 double fp32_rate(int threads, int passes) { return rate<Float32>(threads, passes); }
 
 double bf16_rate(int threads, int passes) {

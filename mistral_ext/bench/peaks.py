@@ -1,10 +1,10 @@
 """The limits of this machine's processor, measured with peaks.cpp. Speeds are given as shares of
 these limits.
 
-One limit is how fast the threads read memory beyond the caches, with the best plain loop. The
+The first limit is how fast the threads read memory beyond the caches, with the best plain loop. The
 others are how fast they multiply and add with all operands in registers, one limit for each
-instruction that the processor has. peaks.cpp is compiled for the very machine when it is first
-needed, which takes some seconds.
+instruction that the processor has. peaks.cpp is compiled for this machine when it is first needed,
+which takes some seconds.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-# More than the last-level cache of the machines at hand. If a model would read an input from
-# memory, a benchmark uses several copies of it in turn, which have this size together.
+# A size larger than the last-level cache of known machines. If a model would read an input from
+# memory, a benchmark uses several copies of the input in turn, which have this size together.
 BEYOND_CACHES = 256 * 2**20  # bytes
 
 PASSES = 8
 
-# Name -> what it is, from slow to fast; "<name>_rate" in peaks.cpp.
+# Name -> description, from slow to fast. The function in peaks.cpp is "<name>_rate".
 INSTRUCTIONS = {
     "fp32": "fp32 multiply-add",
     "bf16": "vdpbf16ps",
@@ -37,15 +37,15 @@ INSTRUCTIONS = {
     "amx_int8": "AMX int8 tiles",
 }
 
-_OF_MATRICES = ("amx_bf16", "bf16", "fp32")  # of bf16, from fast to slow
+_OF_MATRICES = ("amx_bf16", "bf16", "fp32")  # instructions for bf16 matrices, from fast to slow
 
 _log = logging.getLogger(__name__)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """Compiles peaks.cpp for this very machine, and loads it. Returns None, with a warning, if that
-    is impossible."""
+    """Compiles peaks.cpp for this machine, and loads it. Returns None, with a warning, if this is
+    not possible."""
     source = Path(__file__).with_suffix(".cpp")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if compiler is None:
@@ -75,11 +75,12 @@ def _library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _buffer() -> torch.Tensor:
-    return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8)  # ones: pages that exist
+    return torch.ones(2 * BEYOND_CACHES, dtype=torch.uint8)  # ones, so that the pages exist
 
 
 def buffer_bytes() -> int:
-    """The bytes of memory that `read_bandwidth` keeps once it was called. 0 before that."""
+    """The bytes of memory that `read_bandwidth` keeps after its first call. Before it they are
+    0."""
     return _buffer().nbytes if _buffer.cache_info().currsize else 0
 
 
@@ -92,17 +93,18 @@ def _read(library: ctypes.CDLL, passes: int, loop: int) -> float:
 
 @functools.cache
 def _faster_loop(library: ctypes.CDLL) -> int:
-    """The faster of the loops in peaks.cpp, by the best of passes that take turns."""
+    """The faster of the two loops in peaks.cpp. Each loop is judged by its best pass; they take
+    turns."""
     found = [(_read(library, 1, loop), loop) for _ in range(PASSES) for loop in (0, 1)]
     return max(found)[1]
 
 
 def read_bandwidth(passes: int = PASSES) -> float:
-    """Bytes per second that as many threads as torch has read from memory, over all passes.
+    """The bytes per second that as many threads as torch has read from memory, over all passes.
 
-    All passes count, not only the best. A decode step, which is compared with this, takes as long
-    as several passes, and the memory of a virtual machine is not at its best all that time. Without
-    a C++ compiler torch's sum does the reading, which is up to a tenth slower.
+    All passes count, not only the best. The result is compared with a decode step, which takes as
+    long as several passes, and the memory of a virtual machine is not at its best all that time.
+    Without a C++ compiler torch's sum reads the memory, which is up to a tenth slower.
     """
     library = _library()
     if library is not None:
@@ -115,10 +117,10 @@ def read_bandwidth(passes: int = PASSES) -> float:
 
 
 def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> dict[str, float]:
-    """Operations per second of each of the named instructions that this processor has, by its name.
+    """The operations per second of each named instruction that this processor has.
 
     A multiplication and an addition are two operations. A pass takes some milliseconds. Only the
-    best pass counts, because what registers allow does not depend on what else the machine does.
+    best pass counts, because other work on the machine does not change what registers allow.
     """
     library = _library()
     if library is None:
@@ -129,12 +131,12 @@ def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> d
 
 
 def matrix_rate(passes: int = PASSES) -> float:
-    """Operations per second of the best instruction for bf16 matrices that this processor has. If
-    it has none, of the best for fp32. 0 without a C++ compiler."""
+    """The operations per second of the best instruction for bf16 matrices that this processor has,
+    or if it has none, of the best for fp32. 0 without a C++ compiler."""
     measured = (rates(passes, (name,)) for name in _OF_MATRICES)
     return matrix_rate_of(next(filter(None, measured), {}))
 
 
 def matrix_rate_of(measured: Mapping[str, float]) -> float:
-    """`matrix_rate` from the result of `rates`."""
+    """Computes `matrix_rate` from the result of `rates`."""
     return next((measured[name] for name in _OF_MATRICES if name in measured), 0.0)

@@ -1,4 +1,4 @@
-"""The limits of a GPU, as far as torch reaches them. Speeds are given as shares of these limits."""
+"""The limits of a GPU, as measured with torch. Speeds are given as shares of these limits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _TIMES = 20
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> float:
-    """Bytes per second that a copy of `nbytes` bytes moves. Each byte counts twice, as it is read
-    and written."""
+    """The bytes per second that a copy of `nbytes` bytes moves. Each byte counts twice, because it
+    is read and written."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * nbytes / _seconds(lambda: target.copy_(source), device)

@@ -1,9 +1,9 @@
 """Draws a roofline: how near each point is to what the machine can do.
 
-The horizontal axis has FLOPs per byte of weights, the vertical axis GFLOPs per second. The roofs
+The horizontal axis shows FLOPs per byte of weights, the vertical axis GFLOPs per second. The roofs
 are the limits of the machine: the slope is its bandwidth, and the levels are the peaks of its
-instructions. A point is drawn at its share of the limit that was measured with it, under the median
-of that limit: the memory of a shared machine is not equally fast at all times.
+instructions. A point is drawn at its share of the limit that was measured together with it, below
+the median of this limit. The memory of a shared machine is not equally fast at all times.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _COLOURS = ("#2a6fbb", "#d9822b", "#3a9d5d", "#8a5fb0", "#b8455c", "#5c6b73")
 
 
 class Point(NamedTuple):
-    """Something measured.
+    """A measured point.
 
     Attributes:
         weights: the format of the weights, which decides the colour.
-        series: what the legend calls points with this marker.
+        series: the legend's name of points with this marker.
         marker: the marker, by matplotlib's name.
-        flops_per_byte: where the point is from left to right.
-        flops: the FLOPs per second.
-        label: what is written beside it.
+        flops_per_byte: the horizontal position.
+        flops: the FLOPs per second, the vertical position.
+        label: the text beside the point.
         is_open: whether the marker is drawn as an outline.
     """
 
@@ -47,9 +47,9 @@ class Roofs(NamedTuple):
     """The limits of a machine.
 
     Attributes:
-        read: the bytes of memory that are read per second.
-        read_label: what is written along the slope.
-        levels: operations per second, by the name of the instruction that does them.
+        read: the bytes of memory that can be read per second.
+        read_label: the text along the slope.
+        levels: the name of an instruction -> its operations per second.
     """
 
     read: float
@@ -58,7 +58,7 @@ class Roofs(NamedTuple):
 
 
 def draw(points: Sequence[Point], roofs: Roofs, title: str, path: Path) -> None:
-    """Writes a roofline as a PNG, wholly or not at all.
+    """Writes a roofline as a PNG. The file is complete or absent.
 
     Raises:
         ImportError: matplotlib is missing.

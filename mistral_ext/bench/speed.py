@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and decodes, as shares of what the machine can do.
+"""Measures how fast a model reads a prompt and decodes, as shares of the machine's limits.
 
 Machines are noisy, virtual ones above all, whose memory may be twice as fast in the next second. So
 the limits are measured before and after each run, shares are taken within a run, and medians are
@@ -19,7 +19,7 @@ from mistral_ext.bench.models import flops, formats_of, step_bytes
 from mistral_ext.llm import Mistral
 
 _LEAST_TURNS, _MOST_TURNS = 2, 8
-_SECONDS = 6.0  # for the turns of a model, if that is enough for the least of them
+_SECONDS = 6.0  # the time for the turns of a model, unless _LEAST_TURNS take longer
 _READ_PASSES = 2
 _COPY_BYTES = 2**30
 _PRODUCT_SIZE = 8192
@@ -29,10 +29,10 @@ class Limits(NamedTuple):
     """The limits of a device.
 
     Attributes:
-        read: bytes of memory per second: those that a CPU's threads read, or a GPU's copy moves.
-        products: operations per second. On a CPU they are those of the best instruction for bf16
-            matrices in registers, on a GPU those of a product of large bf16 matrices. 0: they were
-            not measured, for lack of a C++ compiler.
+        read: bytes of memory per second, which a CPU's threads read or a GPU's copy moves.
+        products: operations per second: on a CPU of the best instruction for bf16 matrices in
+            registers, on a GPU of a product of large bf16 matrices. 0: not measured, because there
+            is no C++ compiler.
     """
 
     read: float
@@ -40,7 +40,7 @@ class Limits(NamedTuple):
 
 
 def limits_of(device: torch.device) -> Limits:
-    """Measures the limits of a device as they are just now."""
+    """Measures the current limits of a device."""
     if device.type == "cpu":
         return Limits(peaks.read_bandwidth(_READ_PASSES), peaks.matrix_rate())
     nbytes = min(_COPY_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
@@ -51,7 +51,7 @@ def limits_of(device: torch.device) -> Limits:
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast something is done.
+    """The speed of one kind of work.
 
     Attributes:
         tokens_per_second: the median of the turns.
@@ -76,11 +76,11 @@ class Speed:
         step_bytes: the bytes of weights that a decode step reads.
         decode: the rate of decoding. Its share is the share of `Limits.read`.
         prompt: the rate of reading a prompt. Its share is the share of `Limits.products`.
-        first_token_seconds: the seconds from the first prompt to its first token. The engine and
-            its cache are made in this time, too.
-        memory: the bytes of memory in use after the first prompt. On a CPU it is the resident
-            memory of the process with the model, on a GPU the most that torch has reserved there.
-            None: the system does not say.
+        first_token_seconds: the seconds from the first prompt to its first token. This includes
+            making the engine and its cache.
+        memory: the bytes of memory in use after the first prompt: on a CPU the resident memory of
+            the process with the model, on a GPU the most that torch has reserved. None: the system
+            does not report it.
         turns: the number of turns.
     """
 
@@ -96,14 +96,14 @@ class Speed:
 class _Turn(NamedTuple):
     limits: Limits
     prompt_seconds: float
-    decode_seconds: float  # of a step
+    decode_seconds: float  # of one step
 
 
 def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
     """Measures a model with one sequence at a time.
 
     Args:
-        llm: the model, which has made no completion yet.
+        llm: the model. It must not have made a completion yet.
         prompt_tokens: the number of tokens in a prompt.
         decode_tokens: the number of tokens to generate after the first.
 
@@ -112,12 +112,12 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
     """
     device = llm.model.device
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what an earlier benchmark has left is not this model's
+        torch.cuda.empty_cache()  # the memory of an earlier benchmark does not count for this model
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
     _complete(llm, prompt_tokens, 0)
     first_token_seconds = time.perf_counter() - begin
-    memory = _memory(device)  # before there are the buffers of `limits_of`
+    memory = _memory(device)  # before `limits_of` makes its buffers
 
     turns: list[_Turn] = []
     stop = time.perf_counter() + _SECONDS
@@ -156,9 +156,10 @@ def measure(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> Speed:
 
 
 def _complete(llm: Mistral, prompt_tokens: int, decode_tokens: int) -> tuple[float, float]:
-    """Returns the seconds until the first token of a new prompt, and the seconds of a decode step
-    after it. The tokens come to the CPU, so a GPU has finished them when the time is taken."""
-    # Other tokens each time: the engine remembers prompts.
+    """Returns the seconds until the first token of a new prompt, and the seconds of each decode
+    step after it. The tokens are copied to the CPU, so a GPU has finished when the time is
+    taken."""
+    # Each prompt has other tokens, because the engine reuses the cache of known prompts.
     ids = torch.randint(llm.config.vocab_size, (prompt_tokens,)).tolist()
     (completion,) = llm.generate([ids], max_tokens=1 + decode_tokens, ignore_eos=True, drafts=0)
     timing = completion.timing

@@ -44,13 +44,13 @@ def _run(argv: list[str] | None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, `head` say, has gone
+    except BrokenPipeError:  # the reader, such as `head`, has ended
         return 1
     except (OSError, ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if args.traceback:
             raise
         message = _one_line(error)
-        if not isinstance(error, OSError | ImportError):  # these name files and packages
+        if not isinstance(error, OSError | ImportError):  # their messages name no options
             message = as_typed(message, args.flags)
         print(f"mistral-ext: {message}", file=sys.stderr)
         return 1
@@ -65,7 +65,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _drop_unwritten() -> None:
-    """Discards text that could not be written, because nobody reads it. Otherwise Python would
+    """Discards text that could not be written because nobody reads it. Otherwise Python would
     report the failure again at exit."""
     try:
         if sys.stdout is not None:

@@ -149,7 +149,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
-    """Refuses options that an evaluation without the harness has no use for."""
+    """Raises an error for options that an evaluation without the harness does not use."""
     names = ["tasks", "paper", "num_fewshot", "include", "cache", "chat", "system"]
     if kind == "humaneval":
         names += ["moderation"]
@@ -157,7 +157,7 @@ def _expect_none_with(args: argparse.Namespace, kind: str) -> None:
         names += ["limit", "run_code", "samples", "temperature"]
     for name in names:
         value = getattr(args, name)
-        if value is not None and value is not False:  # 0 and "" are given, too
+        if value is not None and value is not False:  # 0 and "" also count as given
             raise ValueError(f"--{name.replace('_', '-')} is given, expected none with --{kind}")
 
 
@@ -166,7 +166,7 @@ def _tasks(args: argparse.Namespace) -> list[str] | None:
 
 
 def _run_tasks(llm: Mistral, tasks: list[str], given: dict[str, Any]) -> tuple[str, str]:
-    """The results as a table and as JSON."""
+    """Returns the results as a table and as JSON."""
     from lm_eval.utils import handle_non_serializable, make_table
 
     from mistral_ext.evaluate.harness import evaluate
@@ -178,7 +178,7 @@ def _run_tasks(llm: Mistral, tasks: list[str], given: dict[str, Any]) -> tuple[s
 
 
 def _run_paper(llm: Mistral, tasks: list[str] | None, given: dict[str, Any]) -> tuple[str, str]:
-    """The results as a table and as JSON."""
+    """Returns the results as a table and as JSON."""
     from mistral_ext.evaluate.paper import measure, table
 
     rows = list(measure(llm, tasks, **given))

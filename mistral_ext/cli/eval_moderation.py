@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(counts: Confusion, found: tuple[str, ...]) -> list[str]:
-    """The lines of a table. It counts contents by what they are (rows) and by what they were found
-    to be (columns). Then it has the precision and recall of each label."""
+    """The lines of a table. Its rows are the known categories of contents, its columns the
+    categories that the model found. Below are the precision and recall of each label."""
     rows = [["is, found", *found]]
     for expected in dict.fromkeys(pair[0] for pair in sorted(counts.counts)):
         rows.append([expected, *(str(counts.counts.get((expected, by), 0)) for by in found)])

@@ -15,7 +15,7 @@ from mistral_ext.files import write_text_file
 if TYPE_CHECKING:
     from mistral_ext.evaluate.humaneval import Sample
 
-_SEVERAL = 0.8  # temperature of several samples, as the paper has it for pass@100
+_SEVERAL = 0.8  # temperature if there are several samples, as in the paper for pass@100
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
         temperature = _SEVERAL if count > 1 else 0.0
     llm, adapter = load_adapted_model(args, max_batch=args.max_batch)
     samples = complete(llm, problems, count, temperature, adapter=adapter)
-    del llm  # its memory is for the programs
-    _write(args, samples)  # before they run, which may end this process
+    del llm  # frees memory for the programs
+    _write(args, samples)  # before the programs run, which may end this process
     counts = f"{len(problems)} problems, {count} of each"
     if not args.run_code:
         print(f"{args.output}: {len(samples)} programs ({counts}), not run: --run-code does that")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-QUANTIZE = ("int8", "int4")  # weights.quantize.NAMES, which would import torch
+QUANTIZE = ("int8", "int4")  # weights.quantize.NAMES, whose module imports torch
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,13 +67,13 @@ def model() -> argparse.ArgumentParser:
 
 
 def add_dtype(parser: argparse._ActionsContainer, text: str) -> None:
-    """The option --dtype, for `dtype_of`."""
+    """Adds the option --dtype, which `dtype_of` reads."""
     parser.add_argument("--dtype", choices=_DTYPES, help=text)
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
-    """The dtype that --dtype names, or None if the option was not given. It imports torch, whose
-    threads `start` sets, so call `start` first."""
+    """The dtype that --dtype names, or None if the option was not given. It imports torch, so
+    `start`, which sets torch's threads, must come first."""
     import torch
 
     dtype: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None
@@ -81,7 +81,7 @@ def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
 
 
 def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `MistralConfig` that `model` options give."""
+    """The fields of `MistralConfig` that the `model` options set."""
     overrides: dict[str, Any] = {}
     if args.sliding_window is not None:
         overrides["sliding_window"] = args.sliding_window or None
@@ -93,7 +93,7 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
-    """Starts the command, and loads the model that `model` options name.
+    """Starts the command, and loads the model that the `model` options name.
 
     Args:
         args: the parsed options.
@@ -109,7 +109,7 @@ def load_model(args: argparse.Namespace, **more: Any) -> Mistral:
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Mistral.from_pretrained` that `model` options give, except the model and
+    """The arguments of `Mistral.from_pretrained` that the `model` options set, except the model and
     its dtype."""
     return {
         "device": args.device,
@@ -122,8 +122,8 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draft_model() -> argparse.ArgumentParser:
-    """The option that names a draft model, for commands that generate text with a model that the
-    user names."""
+    """The option --draft-model, for commands that generate text with a model that the user
+    names."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--draft-model",
@@ -143,12 +143,12 @@ def adapter() -> argparse.ArgumentParser:
 def add_adapter(
     parser: argparse._ActionsContainer, text: str, flag: str = "--adapter", **more: Any
 ) -> None:
-    """An option that names an adapter: a name and a path."""
+    """Adds an option for adapters. Its value is a name and a path."""
     parser.add_argument(flag, type=_named_path, metavar="NAME=PATH_OR_ID", help=text, **more)
 
 
 def load_adapted_model(args: argparse.Namespace, **more: Any) -> tuple[Mistral, str | None]:
-    """Loads the model with the adapter that the `adapter` option names, and returns its name.
+    """Loads the model with the adapter that the `adapter` option names. Returns both.
 
     Args:
         args: the parsed options.
@@ -210,7 +210,7 @@ def sampling() -> argparse.ArgumentParser:
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `SamplingParams` that `sampling` options give."""
+    """The fields of `SamplingParams` that the `sampling` options set."""
     names = [field.name for field in dataclasses.fields(SamplingParams)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     given["logit_bias"] = dict(args.logit_bias)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def report(llm: Mistral, completion: Completion | None) -> None:
-    """Prints the timing of a completion, and log-probabilities if asked for, to stderr."""
-    if completion is None:  # it was interrupted
+    """Prints the timing of a completion, and log-probabilities if requested, to stderr."""
+    if completion is None:  # the completion was interrupted
         return
     print_timing(completion)
     if completion.logprobs is not None:
@@ -35,7 +35,7 @@ def _print_logprobs(llm: Mistral, completion: Completion) -> None:
     tokenizer = llm.require_tokenizer()
 
     def show(token_id: int, logprob: float) -> str:
-        if not tokenizer.known(token_id):  # a row of the model without a token
+        if not tokenizer.known(token_id):  # the model may have rows without tokens
             return f"<{token_id}> {logprob:.3f}"
         text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         return f"{text!r} {logprob:.3f}"

@@ -22,7 +22,7 @@ from mistral_ext.cli import (
     serve,
 )
 
-# In the order of the help.
+# In the order in which the help lists them.
 _COMMANDS = (
     generate,
     chat,
@@ -53,7 +53,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the arguments. The result also has `run`, the function of the command, and `flags`,
-    the command's options by the names that Python has for them. Raises SystemExit for wrong
+    the options of the command by the names of their Python arguments. Raises SystemExit for wrong
     usage."""
     parser = _Parser(prog="mistral-ext", description="Run Mistral 7B models.")
     parser.add_argument("--version", action="version", version=f"mistral-ext {__version__}")
@@ -66,12 +66,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def as_typed(message: str, flags: Mapping[str, str]) -> str:
-    """An error message of the library, in which options have the names that a user types.
+    """Rewrites an error message of the library: options get the names that a user types.
 
-    A message that begins with a file is about keys of the file, and stays as it is. A name of
-    several words, such as max_tokens, is certain to be a name, unless it is part of a path, is
-    quoted or follows a colon: a key of a file does. Other words are names where a message begins
-    with them or joins them to its beginning, as in "group is 32 and size is '1MB', expected".
+    A message that begins with a file is about keys of the file, and does not change. A name of
+    several words, such as max_tokens, is always replaced, unless it is part of a path, is quoted,
+    or follows a colon, as keys of a file do. Other words are replaced only if they begin the
+    message, or are joined to its beginning, as in "group is 32 and size is '1MB', expected".
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -90,6 +90,6 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     for action in parser._actions:
         if action.option_strings:
             flags[action.dest] = action.option_strings[-1]
-            if isinstance(action, argparse._AppendAction):  # all its values
+            if isinstance(action, argparse._AppendAction):  # the library's argument has all values
                 flags[f"{action.dest}s"] = action.option_strings[-1]
     return flags

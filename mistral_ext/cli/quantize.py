@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tokens(args: argparse.Namespace) -> list[int]:
-    """The first tokens of the text to calibrate with."""
+    """The first tokens of the calibration text."""
     text = read_text(args.calibrate)
     from mistral_ext.llm import read_tokenizer
     from mistral_ext.weights.folder import read_folder

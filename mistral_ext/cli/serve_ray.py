@@ -32,7 +32,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises an error if options do not go together, or if ray is missing."""
+    """Raises an error if options cannot be combined, or if ray is missing."""
     if not args.ray:
         if args.replicas:
             raise ValueError("--replicas is given without --ray, expected both")
@@ -44,7 +44,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> int:
-    """Serves; see `serve.ray.run`. Call `start` first, so that torch uses as many threads as a
+    """Serves (see `serve.ray.run`). Call `start` first, so that torch uses as many threads as a
     command may use on this machine."""
     import torch
 
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _found(path: str | None) -> str | None:
-    """The absolute form of a path that exists on this machine, as replicas have another working
-    directory. Other names stay as they are."""
+    """The absolute form of a path that exists on this machine. Replicas need it because they have
+    another working directory. Other names do not change."""
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 

@@ -12,8 +12,8 @@ from mistral_ext.cli.threads import default_threads
 def end_on_ctrl_c() -> None:
     """Makes Ctrl-C end this process at once, until `start` has imported the command's modules.
 
-    A KeyboardInterrupt would not work during imports: some modules swallow it, others print it.
-    Nothing is under way yet that would need an orderly end.
+    A KeyboardInterrupt would not work during imports: some modules swallow it, others print it. At
+    this time no work is under way that needs an orderly end.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

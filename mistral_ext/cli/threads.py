@@ -1,4 +1,4 @@
-"""How many threads a command may use, and how many it uses by default."""
+"""The number of threads that a command may use, and the number that it uses by default."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ _PROCESSORS = Path("/sys/devices/system/cpu")
 
 def check_threads(threads: int | None) -> None:
     """Raises ValueError for a number of threads below 1, or far above the number of processors."""
-    most = max(16, 4 * (os.cpu_count() or 1))  # as csrc/cpu/parallel.cpp
+    most = max(16, 4 * (os.cpu_count() or 1))  # the same limit as in csrc/cpu/parallel.cpp
     if threads is not None and not 1 <= threads <= most:
         raise ValueError(f"--threads is {threads}, expected 1 to {most}")
 
 
 def default_threads(of_torch: int) -> int:
-    """The threads of a command without --threads.
+    """The number of threads of a command without --threads.
 
     Args:
-        of_torch: the number of threads that torch begins with. Without MKL that is one for each
+        of_torch: the number of threads with which torch begins. Without MKL it is one for each
             logical processor.
 
     Returns:
-        The number of threads: no more than the physical cores, and no more than the container
-        allows. If the user has set OMP_NUM_THREADS, torch begins with that number, and it stays.
+        The number of threads. It is at most the number of physical cores, and at most what the
+        container allows. If the user has set OMP_NUM_THREADS, torch begins with that number, and it
+        does not change.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return of_torch
@@ -37,10 +38,11 @@ def default_threads(of_torch: int) -> int:
 
 
 def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None:
-    """The number of cores that these logical processors are threads of, as Linux lists them. None:
-    it is unknown.
+    """The number of physical cores of these logical processors, as Linux lists them, or None if it
+    is unknown.
 
-    Two threads of a core share its arithmetic and its way to memory, so a second one gains nothing.
+    The two threads of a core share its arithmetic and its way to memory, so a second thread gains
+    nothing.
     """
     try:
         siblings = {
@@ -54,15 +56,16 @@ def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None
 def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | None:
     """The processor time that Linux gives this process's control groups, in cores, rounded up.
 
-    A container sees all cores of its machine. With more threads than its quota the kernel stops all
-    of them for the rest of each period, and those that wait for each other lose the most.
+    A container sees all cores of its machine. If it runs more threads than its quota allows, the
+    kernel stops all of them for the rest of each period. Threads that wait for each other lose the
+    most.
 
     Args:
-        root: where control groups are mounted, version 2 or 1.
+        root: the folder in which control groups are mounted, version 2 or 1.
         own: the file that lists the groups of this process.
 
     Returns:
-        The number of cores. None: there is no limit, or none that can be read.
+        The number of cores, or None if there is no limit, or no limit that can be read.
     """
     try:
         groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
@@ -74,7 +77,8 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
         if controllers and not version_1:
             continue
         mount = root / "cpu" if version_1 else root
-        # The limit of a parent holds for its children. A container may see its own group as root.
+        # A parent's limit also holds for its children. A container may see its own group as the
+        # root.
         folder = mount / group.lstrip("/")
         for place in (folder, *folder.parents):
             limits.append(_quota(place, version_1))
@@ -85,7 +89,7 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
 
 
 def _quota(folder: Path, version_1: bool) -> float | None:
-    """The number of cores that a control group may use. None: it sets no limit."""
+    """The number of cores that a control group may use, or None if it sets no limit."""
     try:
         if version_1:
             quota = (folder / "cpu.cfs_quota_us").read_text()

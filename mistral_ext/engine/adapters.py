@@ -14,15 +14,15 @@ _log = logging.getLogger("mistral_ext")
 
 @dataclass(eq=False)
 class LoadedAdapter:
-    """An adapter that a running model has.
+    """An adapter that is loaded into a running model.
 
     Attributes:
         name: the name by which requests ask for it.
         slot: its index in the stacks of `model.adapters`.
-        free: the method `AdapterTable.free`. It is called between steps, after a request with this
-            adapter has ended, because memory of removed adapters may have been kept for that
+        free: the method `AdapterTable.free`. The engine calls it between steps, after a request
+            with this adapter has ended. The memory of removed adapters may have been kept for this
             request.
-        is_loaded: False once the adapter was removed. Sequences that run go on with it.
+        is_loaded: False once the adapter was removed. Running sequences continue to use it.
     """
 
     name: str
@@ -32,12 +32,12 @@ class LoadedAdapter:
 
 
 class UnknownAdapterError(ValueError):
-    """No adapter has the name that is asked for."""
+    """No adapter has the requested name."""
 
 
 class AdapterTable:
-    """The names of a model's adapters. While an engine runs the model, call methods that change the
-    table by `Engine.between_steps`.
+    """The names of a model's adapters. While an engine runs the model, change the table only within
+    `Engine.between_steps`.
 
     Args:
         adapters: the adapters of the model, which have no names.
@@ -48,8 +48,8 @@ class AdapterTable:
         self._by_name: dict[str, LoadedAdapter] = {}
 
     def reserve(self, count: int) -> None:
-        """Has the first adapter that is loaded take memory for `count` adapters. Loading the others
-        then copies no adapter."""
+        """Makes the first `load` allocate memory for `count` adapters. Loading more adapters then
+        copies no adapter."""
         self._adapters.reserve(count)
 
     @property
@@ -57,8 +57,8 @@ class AdapterTable:
         return list(self._by_name)
 
     def find(self, name: str | None) -> LoadedAdapter | None:
-        """The adapter with a name, or None if the name is None. Raises UnknownAdapterError if no
-        adapter has the name."""
+        """Finds an adapter by its name. Returns None if the name is None. Raises
+        UnknownAdapterError if no adapter has the name."""
         return None if name is None else self._loaded(name)
 
     def _loaded(self, name: str) -> LoadedAdapter:
@@ -70,7 +70,7 @@ class AdapterTable:
         return found
 
     def expect_new(self, name: str) -> None:
-        """Raises ValueError unless an adapter may get that name."""
+        """Raises ValueError if `name` cannot be the name of a new adapter."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"adapter name is {name!r}, expected some text")
         if name in self._by_name:
@@ -83,9 +83,8 @@ class AdapterTable:
 
         Args:
             name: a new name.
-            weights: what the adapter adds to each weight, as `model.adapters.Adapters.put` takes
-                it.
-            in_use: adapters of requests that have not ended, whose slots must stay as they are.
+            weights: the updates of weights, as in `model.adapters.Adapters.put`.
+            in_use: the adapters of requests that have not ended. Their slots must not change.
         """
         self.expect_new(name)
         taken = {adapter.slot for adapter in (*self._by_name.values(), *in_use)}
@@ -94,8 +93,8 @@ class AdapterTable:
         self._by_name[name] = LoadedAdapter(name, slot, self.free)
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Its memory is freed at once, or when no request uses it or an adapter
-        in a later slot any more.
+        """Removes an adapter. Its memory is freed when no request uses this adapter or an adapter
+        in a later slot any more, perhaps at once.
 
         Args:
             name: the name of the adapter.
@@ -107,10 +106,10 @@ class AdapterTable:
         self.free(in_use)
 
     def free(self, in_use: Collection[LoadedAdapter]) -> None:
-        """Frees the memory of removed adapters as far as no request needs it.
+        """Frees the memory of removed adapters that no request needs.
 
-        A failure is only logged, because the requests of the step before have nothing to do with
-        it. The next call tries again.
+        A failure is only logged, because the requests of the last step did not cause it. The next
+        call tries again.
 
         Args:
             in_use: adapters of requests that have not ended.
@@ -121,9 +120,11 @@ class AdapterTable:
             _log.exception("the memory of a removed adapter was not freed")
 
     def _close_gaps(self, in_use: Collection[LoadedAdapter]) -> None:
-        """Moves adapters that no request uses into free slots, and frees the slots after the last.
+        """Moves adapters that no request uses into free slots, and frees the slots after the last
+        adapter.
 
-        A step that is under way may still name the slots of adapters that requests use.
+        Adapters that requests use are not moved, because a step under way may still name their
+        slots.
         """
         idle = set(self._by_name.values()) - set(in_use)
         taken = {adapter.slot for adapter in (*idle, *in_use)}

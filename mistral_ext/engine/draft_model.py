@@ -1,9 +1,10 @@
-"""A draft model: a smaller model of the same vocabulary, which guesses sequences' next tokens.
+"""A draft model: a smaller model with the same vocabulary, which guesses the next tokens of
+sequences.
 
-The draft model has a cache of its own, with an extent for each sequence that it was asked about. If
-a sequence goes on in other tokens than were guessed, its extent is rewound to the last token that
-is right. The extent of an ended sequence is kept for later sequences that begin alike, above all
-for the next turn of a chat.
+The draft model has its own cache, with an extent for each sequence that it guesses for. If a
+sequence continues with other tokens than were guessed, its extent is rewound to the last right
+token. The extent of an ended sequence is kept for later sequences with the same beginning, above
+all for the next turn of a chat.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mistral_ext.model.transformer import Transformer
 
 @dataclass(eq=False)
 class _Place:
-    """What the cache holds of a sequence.
+    """The part of a sequence that the draft model's cache holds.
 
     Attributes:
         extent: the slots of the sequence. They hold its first `known` tokens, then `guesses`.
@@ -39,7 +40,8 @@ class _Place:
 
 
 class DraftModel:
-    """Guesses the next tokens of sequences as the sampler would choose them, from its own logits.
+    """Guesses the next tokens of sequences. It chooses them as the sampler would, from its own
+    logits.
 
     Args:
         model: the weights of the draft model, on the device of the sampler.
@@ -53,7 +55,7 @@ class DraftModel:
         pool: the cache.
         prefixes: the extents of sequences that have ended.
         rows: the number of rows of the last pass of `guess`.
-        is_usual: whether later passes take as long as the last pass of `guess`: see `Step`.
+        is_usual: whether later passes take as long as the last pass of `guess` (see `Step`).
     """
 
     def __init__(
@@ -75,19 +77,19 @@ class DraftModel:
         self._places: dict[Sequence, _Place] = {}
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Brings the cache in step with sequences, `MOST_ROWS` at most. The next tokens of those
-        that have many unread tokens are read, `chunk` of all sequences together.
+        """Prepares the cache for at most `MOST_ROWS` sequences. Sequences with many unread tokens
+        are read in pieces, in total up to `chunk` tokens per call.
 
         Returns:
             The sequences that may be given to `guess`, all in one call. They have room for guesses,
-            and all their tokens are read but those that the first pass of `guess` reads.
+            and all their tokens are read, except those that the first pass of `guess` reads.
         """
         places = {s: place for s in sequences if (place := self._place(s)) is not None}
         rows, budget = MOST_ROWS - len(places), self._chunk
         ready: list[Sequence] = []
         pieces: dict[Sequence, Piece] = {}
         for sequence, place in places.items():
-            # The last token is read by `guess`, because the first guess comes from its logits.
+            # `guess` reads the last token, because the first guess comes from its logits.
             unread = sequence.ids[place.known : -1]
             if len(unread) <= rows:
                 rows -= len(unread)
@@ -106,14 +108,13 @@ class DraftModel:
         return ready
 
     def guess(self, sequences: List[Sequence]) -> Iterator[list[tuple[int, float]]]:
-        """Guesses tokens of sequences which `prepare` has returned. Each iteration is a pass of
-        `MOST_ROWS` rows at most. All guesses are drawn from the tokens that the sampler allows for
-        the first of them. So for a sequence that has to match a grammar only the first guess is of
-        use.
+        """Guesses tokens for sequences that `prepare` has returned. Each iteration is a pass of at
+        most `MOST_ROWS` rows. The sampler's restriction of a sequence does not change between the
+        guesses. So if the sequence must match a grammar, only its first guess is useful.
 
         Yields:
             For each sequence its next token, and the probability that the model gives this token.
-            There are 7 iterations at most.
+            There are at most 7 iterations.
 
         Raises:
             ValueError: the model chooses no token.
@@ -148,17 +149,17 @@ class DraftModel:
             yield self._guesses(sequences, token_ids, logits)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Gives up the places of all other sequences. Their extents stay for later sequences that
-        begin alike, until something needs the memory."""
+        """Forgets all other sequences. Their extents stay for later sequences with the same
+        beginning, until the memory is needed."""
         for sequence in [s for s in self._places if s not in sequences]:
             place = self._places.pop(sequence)
             self.pool.rewind(place.extent, place.known)
-            # All of it may serve others: guesses need no exact bits.
+            # All of the extent may serve other sequences, because guesses need not be exact.
             self.prefixes.add(place.extent, sequence, exact=place.known)
 
     @contextmanager
     def _forgotten_on_failure(self, sequences: Collection[Sequence]) -> Iterator[None]:
-        """Forgets what was read of sequences if a pass over them fails, for nobody knows what it
+        """Forgets the sequences if a pass over them fails, because it is not known what the pass
         has written."""
         try:
             yield
@@ -177,8 +178,8 @@ class DraftModel:
         return [(token_id, float(of_all[i, token_id])) for i, token_id in enumerate(token_ids)]
 
     def _place(self, sequence: Sequence) -> _Place | None:
-        """The place of a sequence, rewound to the last token that is right, with room for the
-        sequence's other tokens and for guesses. None: there is no room for the sequence."""
+        """The place of a sequence. It is rewound to the last right token, and has room for the
+        sequence's other tokens and for guesses. Returns None if there is no room."""
         place = self._places.get(sequence) or self._enter(sequence)
         if place is None:
             return None
@@ -187,7 +188,7 @@ class DraftModel:
             if guess != token_id:
                 break
             right += 1
-        # The last token is read again, at worst, because the next one comes from its logits.
+        # At least the last token is read again, because the next guess comes from its logits.
         place.known, place.guesses = min(place.known + right, len(ids) - 1), []
         self.pool.rewind(place.extent, place.known)
         if not self.prefixes.grow(place.extent, len(ids) - place.known + MOST_DRAFTS):
@@ -196,8 +197,8 @@ class DraftModel:
         return place
 
     def _enter(self, sequence: Sequence) -> _Place | None:
-        """Makes a place for a sequence. None: there is no room, or to read the sequence would take
-        more than half of the steps that it has left, with a chunk in each step."""
+        """Makes a place for a sequence. Returns None if there is no room, or if reading the
+        sequence, a chunk in each step, would take more than half of the steps that it has left."""
         match = self.prefixes.find(sequence, running=())
         unread = len(sequence.ids) - (0 if match is None else match.length)
         left = sequence.request.max_length - len(sequence.ids)

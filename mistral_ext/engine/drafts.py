@@ -1,8 +1,9 @@
-"""Drafts: guesses of sequences' next tokens. The pass that computes the next tokens checks them.
+"""Drafts: guesses of the next tokens of sequences. The pass that computes the next tokens checks
+them.
 
-A draft is accepted only if it is the token that would have been chosen without it, so drafts change
-the speed of a text and nothing else. `Drafter` decides which of the tokens that a `Proposer` or a
-draft model proposes are worth their rows in a pass.
+A draft is accepted only if it is the token that would have been chosen without it. So drafts change
+only the speed of a text. A `Proposer` or a draft model proposes tokens. `Drafter` decides which of
+them are worth a row in a pass.
 
 Source: Leviathan et al. 2022, arXiv:2211.17192.
 """
@@ -27,12 +28,12 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger("mistral_ext")
 
-# The tokens that wrong drafts may cost a sequence: so many, and this share of its completion.
+# A sequence may lose this many tokens by wrong drafts, plus this share of its completion.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
-# Tokens to guess at a time. On a GPU the rounding of a product depends on its number of tokens. So
-# drafts could change which of two nearly equally likely tokens is chosen, and there are none by
-# default.
+# The tokens to guess at a time. On a GPU the rounding of a product depends on the number of tokens.
+# So drafts could change which of two nearly equally likely tokens is chosen. Therefore a GPU makes
+# no drafts by default.
 _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 
@@ -58,14 +59,14 @@ def room_for_drafts(sequence: Sequence, pool: SlotPool, drafts: int, unknown: in
 
 
 def _may_lose(sequence: Sequence) -> bool:
-    """Whether wrong drafts have not yet cost the sequence more than they may."""
+    """Whether wrong drafts have cost the sequence less than it may lose."""
     generated = len(sequence.ids) - sequence.prompt_length
     return sequence.proposer.gain >= -_ALLOWANCE - _ALLOWED_SHARE * generated
 
 
 def _tried(sequences: Collection[Sequence], work: Callable[[], _T], nothing: _T) -> _T:
-    """Calls `work` and returns its result. If it fails, returns `nothing`, and the sequences have
-    no drafts from now on."""
+    """Calls `work` and returns its result. If `work` fails, returns `nothing`, and the sequences
+    get no more drafts."""
     try:
         return work()
     except Exception as error:
@@ -79,8 +80,8 @@ class Drafter:
     """Decides which drafts the sequences of a pass get.
 
     Args:
-        model: guesses tokens where this is more promising than the sequence's text or grammar.
-            None: there is no draft model.
+        model: guesses tokens if this is more promising than guesses from the sequence's text or
+            grammar. None: there is no draft model.
     """
 
     def __init__(self, model: ModelGuesses | None = None) -> None:
@@ -90,14 +91,15 @@ class Drafter:
     def choose(
         self, sequences: List[Sequence], room: List[int], unknown: int = 0
     ) -> dict[Sequence, list[int]]:
-        """The drafts that make a pass worth more than it costs.
+        """Chooses the drafts that make a pass worth more than it costs.
 
         Args:
             sequences: all sequences of the pass. Each has one row.
-            room: how many drafts each of them may have.
-            unknown: how many tokens of each sequence, before the drafts, are still being computed
-                and so are guesses too. A draft model does not guess beyond such tokens. A sequence
-                that it could guess for once they are known is in the result without drafts.
+            room: the most drafts that each sequence may have.
+            unknown: the number of tokens of each sequence, before the drafts, that are still being
+                computed, and so are guesses too. A draft model does not guess beyond such tokens.
+                If it could guess for a sequence once they are known, the sequence is in the result
+                without drafts.
         """
         plain = len(sequences)
         cost = self._costs.seconds(plain)
@@ -119,7 +121,7 @@ class Drafter:
         return self._best(rows, plain, cost)
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Lets go of what is known of all other sequences."""
+        """Forgets all other sequences."""
         if self._model is not None:
             self._model.keep_only(sequences)
 
@@ -130,7 +132,8 @@ class Drafter:
     def _ready(
         self, plain: int, proposed: Mapping[Sequence, List[tuple[int, float]]]
     ) -> List[Sequence]:
-        """The sequences for which the draft model is to guess, and whose tokens it has read.
+        """Chooses the sequences for which the draft model should guess, and lets it read their
+        tokens.
 
         Args:
             proposed: for each sequence the guesses from its text and grammar.
@@ -152,8 +155,7 @@ class Drafter:
     def _best(
         self, rows: list[tuple[float, Sequence, int]], plain: int, cost: float
     ) -> dict[Sequence, list[int]]:
-        """The most likely drafts. Their number is the one with the most expected tokens per
-        second."""
+        """Takes the most likely drafts, as many as give the most expected tokens per second."""
         rows.sort(key=lambda row: -row[0])  # stable: drafts of a sequence stay in their order
         best, count, expected = LEAST_ADVANTAGE * plain / cost, 0, float(plain)
         for i, (chance, _, _) in enumerate(rows[: MOST_ROWS - plain], 1):
@@ -177,8 +179,7 @@ class Drafter:
 
         Args:
             plain: the number of sequences of the pass.
-            seconds: the time that the pass took. None: it says nothing about the time of other
-                passes.
+            seconds: the time that the pass took. None: the time is no measure for other passes.
             drafts: the drafts of each sequence that were in the pass.
             accepted: how many of each sequence's drafts were right.
         """
@@ -191,7 +192,7 @@ class Drafter:
         before, after = self._costs.seconds(plain), self._costs.seconds(rows)
         if not drafts or not before or not after:
             return
-        cost = max(0.0, plain * (after / before - 1)) / (rows - plain)  # of a draft, in tokens
+        cost = max(0.0, plain * (after / before - 1)) / (rows - plain)  # cost of a draft, in tokens
         for sequence, given in drafts.items():
             sequence.proposer.note(accepted[sequence], cost * len(given))
 
@@ -199,8 +200,8 @@ class Drafter:
 def _rows(
     sequence: Sequence, guesses: List[tuple[int, float]], unknown: int = 0
 ) -> list[tuple[float, Sequence, int]]:
-    """The guesses behind the unknown tokens. Each has the chance that it and all guesses before it
-    are right."""
+    """The guesses that follow the unknown tokens. Each has the chance that it and all guesses
+    before it are right."""
     rows, chance = [], 1.0
     for i, (token, of_token) in enumerate(guesses):
         chance *= of_token

@@ -1,4 +1,4 @@
-"""From the hidden states of a text's tokens to the embedding of the text."""
+"""Computes the embedding of a text from the hidden states of its tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def pool(pooled: Tensor, hidden: Tensor, pooling: str) -> None:
     """Adds the next tokens of a text to its embedding.
 
     Args:
-        pooled: [E] fp32, the embedding so far, which is changed. It is 0 before the first tokens,
-            and has the direction of the embedding after the last.
+        pooled: [E] fp32, the embedding so far, which is changed. Before the first tokens it must be
+            0. After the last tokens it has the direction of the embedding.
         hidden: [n, E] fp32, the tokens' hidden states.
         pooling: one of `POOLINGS`.
     """

@@ -1,4 +1,4 @@
-"""The engine: requests come and go at any time, and each step brings all of them on.
+"""The engine. Requests come and go at any time, and each step advances all of them.
 
     request_id = engine.add(request)
     while engine.has_work:
@@ -6,9 +6,9 @@
             ...
 
 `scheduler` decides what a step does, `passes` and `runner` do it, `slots` has the memory. A step
-makes up to two passes over the weights. The first reads the next pieces of prompts. The second
-computes the next token of every sequence whose prompt has been read. On a CPU the first pass may
-pause between two layers, and goes on in the next step. So the second pass waits little for it
+makes up to two passes over the weights. The first pass reads the next pieces of prompts. The second
+pass computes the next token of every sequence whose prompt has been read. On a CPU the first pass
+may pause between two layers and continue in the next step, so that the second pass waits little
 (`pace`).
 """
 
@@ -36,22 +36,23 @@ from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import SlotPool
 from mistral_ext.model.transformer import Transformer
 
-# Prompt tokens in a pass while other sequences generate. On a GPU the pass takes about as long as a
-# decode step. On a CPU it may take a few times as long; that is where `Pace` begins.
+# The prompt tokens in a pass while other sequences generate. On a GPU such a pass takes about as
+# long as a decode step. On a CPU it may take a few times as long; `Pace` begins with this number
+# and adapts it.
 _BUSY_CHUNK = {"cpu": 32, "cuda": 512}
 
-# How often a thread that waits for a step to end looks whether its work was done meanwhile.
+# The interval at which a thread that waits for the end of a step checks whether its work is done.
 _POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Load:
-    """The present work of an engine."""
+    """What an engine is doing, and how much memory that takes."""
 
-    running: int  # sequences that read their prompt or generate
+    running: int  # sequences whose prompt is read or that generate
     waiting: int  # sequences that wait for room
-    preemptions: int  # how often a sequence was put back, so far
-    cache_share: float  # part of the cache's slots that running sequences own, 0 to 1
+    preemptions: int  # number of times that a sequence was put back
+    cache_share: float  # the share of the cache's slots that running sequences own, 0 to 1
 
 
 class Engine:
@@ -65,12 +66,12 @@ class Engine:
         max_batch: the number of sequences that may generate at a time.
         prefill_chunk: the most prompt tokens in a pass, 32 or more.
         cache_tokens: the number of tokens that the cache has room for. None: `memory.default_slots`
-            decides by the free memory.
+            chooses it by the free memory.
         holes: ids below vocab_size that no token has, and that are never sampled.
-        drafts: the most tokens to guess at a time, for requests that do not set a number (see
-            `drafts`). None: 7 on the CPU or with a draft model, else 0.
-        draft_model: a model that guesses tokens where the text does not repeat itself. It is on the
-            same device, and has a row for each id that may be sampled.
+        drafts: the most tokens to guess at a time (see `drafts`), for requests that set no number.
+            None: 7 on the CPU or with a draft model, else 0.
+        draft_model: a model that guesses tokens where the text does not repeat itself. It must be
+            on the same device, and have a row for each id that may be sampled.
 
     Attributes:
         pool: cache memory.
@@ -117,10 +118,10 @@ class Engine:
         if drafts is None:
             drafts = default_drafts(model.device, draft_model is not None)
         self._ids = itertools.count()
-        # Guards the four attributes below. The lock is reentrant because garbage may be collected
-        # while it is held: an iterator over outputs that nobody reads any more aborts its requests.
+        # Guards the four attributes below. It is reentrant because garbage may be collected while
+        # it is held: an abandoned iterator over outputs then aborts its requests.
         self._lock = threading.RLock()
-        self._sequences: dict[int, Sequence] = {}  # all that have not ended
+        self._sequences: dict[int, Sequence] = {}  # all requests that have not ended
         self._aborted: list[Sequence] = []
         self._listeners: dict[int, Callable[[Output], object]] = {}
         self._between: deque[Callable[[], object]] = deque()
@@ -139,13 +140,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """Whether a step would have work."""
         with self._lock:
             return bool(self._sequences or self._aborted)
 
     @property
     def load(self) -> Load:
-        """The present work of the engine, and how much of its memory the work takes."""
+        """What the engine is doing now."""
         with self._lock:
             running = list(self.scheduler.running())
             return Load(
@@ -164,7 +165,7 @@ class Engine:
                 step. It must be quick, and may call `abort`.
 
         Returns:
-            Its id.
+            The id of the request.
 
         Raises:
             ValueError: the request can never fit into the cache, or its logit_bias has a token that
@@ -182,9 +183,9 @@ class Engine:
             return sequence.request_id
 
     def abort(self, request_id: int) -> None:
-        """Ends a request at the next step, whether it waits, is read or generates. If it shares a
-        pass over prompts with other requests, it ends with the pass. It has no more outputs. A
-        request that has ended, or that is not known, is left alone."""
+        """Ends a request at the next step, in any state. If it shares a pass over prompts with
+        other requests, it ends after the pass. It gives no more outputs. Does nothing if the
+        request has ended or is unknown."""
         with self._lock:
             self._listeners.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)
@@ -197,7 +198,8 @@ class Engine:
         unless another thread does.
 
         Raises:
-            ValueError: `add` refuses one of the requests. None of them then stays in the engine.
+            ValueError: `add` refuses one of the requests. Then none of the requests stays in the
+                engine.
         """
         outputs = Outputs(self)
         try:
@@ -209,18 +211,18 @@ class Engine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Brings all requests on.
+        """Advances all requests.
 
         Returns:
-            The new outputs of all requests; the outputs of each request are in order. A step that
-            is interrupted (Ctrl-C) has given the outputs so far to the listeners alone.
+            The new outputs of all requests. The outputs of each request are in order. If a step is
+            interrupted (Ctrl-C), only listeners have received its outputs.
         """
         self._stepping.acquire()
         return self._step_and_let_go()
 
     def between_steps(self, work: Callable[[], object]) -> None:
-        """Calls `work` at a time when no step is under way and no request is being added. Returns
-        when `work` is done."""
+        """Calls `work` while no step is under way and no request is being added. Returns after
+        `work`."""
         done = threading.Event()
         problem: list[BaseException] = []
 
@@ -233,8 +235,8 @@ class Engine:
 
         with self._lock:
             self._between.append(run)
-        # A thread that makes steps without a pause hardly ever leaves the lock to other threads.
-        # But that thread does the work itself between its steps.
+        # A thread that makes steps without a pause hardly ever leaves the lock to other threads. So
+        # that thread does the work itself between two steps.
         while not done.is_set():
             if self._stepping.acquire(timeout=_POLL_SECONDS):
                 self._let_go()
@@ -242,7 +244,7 @@ class Engine:
             raise problem[0]
 
     def adapters_in_use(self) -> list[LoadedAdapter]:
-        """The adapters of the requests that have not ended, and of a pass that has paused."""
+        """The adapters of requests that have not ended, and of a paused pass."""
         with self._lock:
             sequences = *self._sequences.values(), *self._reader.paused
             given = [sequence.request.adapter for sequence in sequences]
@@ -278,7 +280,7 @@ class Engine:
         try:
             self.passes.read(outputs)
             self.passes.decode(outputs)
-        finally:  # after Ctrl-C too: the tokens of these outputs are in their sequences
+        finally:  # after Ctrl-C too: the sequences already have these tokens
             self._deliver(outputs)
             with self._lock:
                 self.passes.drafter.keep_only(list(self.scheduler.running()))
@@ -289,7 +291,7 @@ class Engine:
         if all(sequence.is_aborted for sequence in reading):
             self._reader.forget()
             reading = []
-        # Others wait for the rest of a pass that has paused: it still writes to their extents.
+        # Sequences of a paused pass stay until its end, because it still writes to their extents.
         staying = [sequence for sequence in self._aborted if sequence in reading]
         for sequence in self._aborted:
             if sequence not in staying:
@@ -312,8 +314,8 @@ class Engine:
                     listener(output)
 
     def _free_adapter(self, sequence: Sequence) -> None:
-        """Called when a sequence has ended. Has the memory of removed adapters freed after the
-        step, if the sequence may have needed it."""
+        """Called when a sequence has ended. If the sequence used an adapter, memory of removed
+        adapters is freed after the step."""
         adapter = sequence.request.adapter
         if adapter is not None:
             self._between.append(lambda: adapter.free(self.adapters_in_use()))
@@ -329,10 +331,10 @@ class Outputs(Iterator[Output]):
     def __init__(self, engine: Engine) -> None:
         self.request_ids: list[int] = []
         self._engine = engine
-        self._open: dict[int, deque[Output]] = {}  # unread outputs of requests that have not ended
+        self._open: dict[int, deque[Output]] = {}  # unread outputs of open requests
 
     def add(self, request: Request) -> None:
-        """Adds a request. This iterator gives its outputs too."""
+        """Adds a request, whose outputs this iterator then also gives."""
         come: deque[Output] = deque()
         with self._engine._lock:
             request_id = self._engine.add(request, come.append)

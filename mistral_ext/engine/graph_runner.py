@@ -1,9 +1,9 @@
 """The runner for a CUDA device: decode steps as CUDA graphs.
 
 A GPU finishes a step faster than Python can launch its kernels. So a step is captured as a CUDA
-graph and replayed. All that differs from step to step is in device memory, and the graph itself
-updates it: tokens and positions here, the state of sampling in `Sampler`. So the host launches the
-next step before it knows the tokens of the last step, and the GPU never waits for the host.
+graph and replayed. All values that differ between steps are in device memory, and the graph itself
+updates them: tokens and positions here, the state of sampling in `Sampler`. So the host launches
+the next step before it knows the tokens of the last step, and the GPU never waits for the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mistral_ext.model.transformer import Transformer
 
 
 class _Choice(Enum):
-    """Who chooses the tokens of a step."""
+    """The code that chooses the tokens of a step."""
 
     LARGEST = "the product with the output matrix"
     DRAWN = "the sampler"
@@ -32,13 +32,13 @@ class GraphRunner(Runner):
     """Queues a decode step on a CUDA device and returns at once.
 
     There is a graph for each number of tokens and each way to choose, with and without adapters.
-    The second step of a kind captures the graph. It lasts as long as the runner, or with adapters
-    as long as their stacks. Graphs of fewer sizes, with padded batches, would slow every step; a
-    capture takes about as long as one step that Python launches.
+    The second step of a kind captures its graph. The graph is kept as long as the runner, or with
+    adapters as long as their stacks. With fewer sizes, batches would have to be padded, which would
+    slow every step. A capture takes about as long as one step that Python launches.
 
-    To a graph, a draft is a sequence of its own, which has the ring of the sequence that it belongs
-    to. So a pass with drafts is a step of as many sequences as the pass has tokens. Its results are
-    read before `verify` returns, because they decide how far each sequence goes on.
+    To a graph, a draft is its own sequence, which shares the ring of the sequence that it belongs
+    to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its results
+    are read before `verify` returns, because they decide how far each sequence advances.
 
     Args:
         model, pool, sampler: the arguments of `Runner`, on the device.
@@ -58,7 +58,7 @@ class GraphRunner(Runner):
         super().__init__(model, pool, sampler)
         self._device = device or CudaGraphs(model.device)
         self._captured: dict[tuple[int, _Choice, bool, bool], _CapturedStep] = {}
-        self._last: _CapturedStep  # that ran
+        self._last: _CapturedStep  # the step that ran last
         self._generation = model.adapters.generation
 
     def launch(
@@ -84,16 +84,16 @@ class GraphRunner(Runner):
     ) -> Verified:
         choice = _Choice.LARGEST if greedy else _Choice.BY_CALLER
         step = self._captured_step(len(token_ids), choice, adapters)
-        step.start([0] * len(token_ids), token_ids, table, adapters)  # no row is drawn from
+        step.start([0] * len(token_ids), token_ids, table, adapters)  # no row is used for a draw
         is_usual, results = step.is_captured, step.run()
         return Verified(results.logits, results.token_ids() if greedy else None, is_usual)
 
     def _captured_step(self, size: int, choice: _Choice, adapters: Sequence[int]) -> _CapturedStep:
-        """The step of this size and kind. It keeps its graph once the graph is captured."""
+        """The step of this size and kind. Once its graph is captured, the step keeps it."""
         if self._generation != self._model.adapters.generation:
             self._generation = self._model.adapters.generation
             for old in [kind for kind in self._captured if kind[-1]]:
-                del self._captured[old]  # its graph reads stacks that are gone
+                del self._captured[old]  # its graph reads stacks that were freed
         adapted = max(adapters, default=-1) >= 0
         kind = size, choice, choice is _Choice.DRAWN and self._sampler.biased, adapted
         if kind not in self._captured:
@@ -104,8 +104,8 @@ class GraphRunner(Runner):
 
 
 class _Results:
-    """Copies of the results of one step. They are needed because the next step overwrites the
-    graph's own memory."""
+    """Copies of the results of one step. The next step overwrites the memory of the graph, so
+    results must be copied."""
 
     def __init__(self, size: int, vocab_size: int, device: CudaGraphs) -> None:
         self.logits = torch.empty(size, vocab_size, dtype=torch.float32, device=device.name)
@@ -170,9 +170,8 @@ class _CapturedStep:
             self._adapters.copy_(torch.tensor(adapters, dtype=torch.int32, device="cpu"))
 
     def follow(self, last: _CapturedStep) -> None:
-        """Takes over the tokens, sequences and adapters with which the last step ended. That step
-        may have been of another kind, because steps read biases only once a completion has had a
-        bias."""
+        """Takes over the tokens, sequences and adapters of the last step. The last step may be of
+        another kind, because steps read biases only once a completion has had a bias."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)
@@ -194,8 +193,8 @@ class _CapturedStep:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The work to capture: it depends on no value, never waits, and uses the same memory each
-        time."""
+        """The work to capture. It depends on no value, never waits, and always uses the same
+        memory."""
         model, sampler = self._model, self._sampler
         adapters = self._adapters if self._adapted else None
         h = model.step(self._tokens, self._sequences, self._pool, max_count=1, adapters=adapters)
@@ -204,8 +203,8 @@ class _CapturedStep:
             return
         greedy = self._choice is _Choice.LARGEST
         self._logits, self._sampled = choose(model, sampler, h, self._rows, greedy)
-        # The id -1 means that no token could be chosen. The host reports this later. The next step
-        # may be under way by then, and needs an id that exists.
+        # The id -1 means that no token could be chosen. The host reports this later. By then the
+        # next step may be under way, and it needs an id that exists.
         torch.clamp(self._sampled, min=0, out=self._tokens)
         self._sequences[:, 2].add_(1)
 
@@ -219,15 +218,15 @@ class CudaGraphs:
 
     def __init__(self, name: torch.device) -> None:
         self.name = name
-        # All graphs run on one stream, never at the same time, so they may share memory.
+        # All graphs run on one stream, so never at the same time, and may share memory.
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(name)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Captures the work without doing it; returns a function that replays it."""
+        """Captures the work without doing it. Returns a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # This does not use torch.cuda.graph, which would also collect garbage and give all unused
-        # memory back. Other threads of the process may go on allocating meanwhile.
+        # torch.cuda.graph would also collect garbage and give back all unused memory, so it is not
+        # used here. Other threads of the process may allocate memory during the capture.
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -241,7 +240,7 @@ class CudaGraphs:
 
 
 class _HostCopy:
-    """A copy of int64 values to the host, queued behind the device's earlier work."""
+    """A copy of int64 values to the host. It is queued behind the device's earlier work."""
 
     def __init__(self, size: int) -> None:
         self._host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)

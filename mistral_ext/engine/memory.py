@@ -1,4 +1,4 @@
-"""The default size of the cache, by the memory that is free."""
+"""Chooses the default size of the cache by the free memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from mistral_ext.engine.slots import slots_needed
 from mistral_ext.model.config import LEAST_CACHE_TOKENS, MistralConfig
 
-# The share of the memory left beside the weights that the cache may take. A GPU runs little else,
-# but a pass over a long prompt needs memory too. A computer runs other programs.
+# The share of the memory left beside the weights that the cache may take. A GPU runs few other
+# programs, but a pass over a long prompt needs memory too. A computer runs other programs.
 _SHARE_OF_GPU = 0.8
 _SHARE_OF_CPU = 0.5
 
@@ -24,17 +24,17 @@ def default_slots(
     loaded: bool = True,
     token_bytes: int | None = None,
 ) -> int:
-    """Tokens that the cache has room for by default.
+    """The number of tokens that the cache has room for by default.
 
-    The cache has room for all that `max_batch` sequences can need, if there is memory for it.
+    If there is enough memory, the cache has room for the most that `max_batch` sequences can need.
 
     Args:
         weight_bytes: the size of the weights. On the CPU they may be mapped files, whose memory the
             system counts as available although it is in use.
-        loaded: whether the weights are on the device already. A GPU then counts their memory as
+        loaded: whether the weights are already on the device. A GPU then counts their memory as
             used.
-        token_bytes: the bytes that a token takes, with the cache of a draft model for instance.
-            None: the bytes that it takes in this model alone.
+        token_bytes: the bytes of the cache for each token, for instance with the cache of a draft
+            model. None: the bytes for this model alone.
     """
     wanted = max_batch * slots_needed(config.sliding_window, config.max_positions)
     if device.type == "cuda":
@@ -42,13 +42,13 @@ def default_slots(
         available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    # The lower bound holds whatever the memory: pages in which no token is stored take none.
+    # The lower bound holds for any memory: pages in which no token is stored take no memory.
     room = int(available / (token_bytes or config.cache_bytes(dtype)))
     return min(wanted, max(LEAST_CACHE_TOKENS, room))
 
 
 def available_memory() -> int:
-    """Bytes that this process may still use, as its system or container reports."""
+    """The bytes that this process may still use, as its system or container reports."""
     available = _meminfo("MemAvailable")
     limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
@@ -63,12 +63,12 @@ def _meminfo(name: str) -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 2**33  # no Linux: a guess
+    return 2**33  # not Linux: a guess
 
 
 def _cgroup(name: str) -> int | None:
-    """The value of a setting of this process' control group (version 2). None: it has no such
-    value."""
+    """The value of a setting of this process' control group (version 2), or None if there is no
+    such value."""
     try:
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
         text = Path("/sys/fs/cgroup", group.lstrip("/"), name).read_text().strip()

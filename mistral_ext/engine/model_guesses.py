@@ -1,4 +1,4 @@
-"""How many guesses of a draft model are worth its time."""
+"""Decides how many guesses of a draft model are worth their time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mistral_ext.engine.sequence import Sequence
 
 @dataclass
 class _Plan:
-    """A pass with the guesses so far.
+    """A pass that will check the guesses made so far.
 
     Attributes:
         rows: the number of rows of the pass.
@@ -27,16 +27,16 @@ class _Plan:
 
 
 class ModelGuesses:
-    """Asks a draft model for guesses, as long as they promise more tokens per second.
+    """Asks a draft model for guesses, as long as more guesses promise more tokens per second.
 
     Args:
         model: the draft model.
-        share: the time of a pass of the draft model relative to a pass that checks guesses. It is
+        share: the time of a pass of the draft model, relative to a pass that checks guesses. It is
             used until times have been measured.
 
     Attributes:
-        costs: what passes of the draft model cost.
-        pass_costs: what passes that check guesses cost. The caller notes them here.
+        costs: the costs of passes of the draft model.
+        pass_costs: the costs of passes that check guesses, which the caller notes here.
     """
 
     def __init__(self, model: DraftModel, share: float) -> None:
@@ -46,20 +46,20 @@ class ModelGuesses:
         self._share = share
 
     def are_worth(self, plain: int, asking: Collection[Sequence]) -> bool:
-        """Whether a first guess for each of `asking` is expected to be worth its time, in a pass
-        that has `plain` rows without guesses."""
+        """Whether a first guess for each of `asking` is expected to be worth its time. `plain` is
+        the number of rows of the pass without guesses."""
         return self._is_worth(_Plan(plain, plain), dict.fromkeys(asking, 1.0))
 
     def prepare(self, sequences: Collection[Sequence]) -> list[Sequence]:
-        """Does what `DraftModel.prepare` does."""
+        """Calls `DraftModel.prepare`."""
         return self._model.prepare(sequences)
 
     def guess(
         self, plain: int, asking: Mapping[Sequence, int]
     ) -> dict[Sequence, list[tuple[int, float]]]:
-        """Guesses for sequences that `prepare` has returned, with the chance that each is right if
-        all before it are. A sequence that has to match a grammar gets one guess: see
-        `DraftModel.guess`.
+        """Guesses tokens of sequences that `prepare` has returned. Each guess comes with the chance
+        that it is right if all guesses before it are right. A sequence that has to match a grammar
+        gets one guess (see `DraftModel.guess`).
 
         Args:
             plain: the number of rows of the pass without guesses.
@@ -93,7 +93,7 @@ class ModelGuesses:
         return guesses
 
     def keep_only(self, sequences: Collection[Sequence]) -> None:
-        """Lets go of all other sequences: others may use what was read of them."""
+        """Forgets all other sequences. Their tokens in the cache may then serve other requests."""
         self._model.keep_only(sequences)
 
     def _is_worth(self, plan: _Plan, going: Mapping[Sequence, float]) -> bool:
@@ -107,7 +107,7 @@ class ModelGuesses:
         return (plan.expected + more) * now > LEAST_ADVANTAGE * plan.expected * then
 
     def _take_cost(self, plan: _Plan, plain: int, sequences: Collection[Sequence]) -> None:
-        """Charges the sequences for the time of the guesses, in tokens that could have been
+        """Charges the sequences for the time of the guesses, counted in tokens that could have been
         generated in that time."""
         for sequence in sequences:
             cost = plain * plan.seconds / self._pass_seconds(plain)

@@ -1,4 +1,4 @@
-"""The outputs of many requests, more than an engine should have at a time."""
+"""Gives the outputs of many requests. The engine gets only a few of the requests at a time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from itertools import islice
 from mistral_ext.engine.engine import Engine
 from mistral_ext.engine.request import Output, Request
 
-# Requests that `outputs_of` gives the engine at a time. More would fill no pass better.
+# The number of requests that `outputs_of` gives the engine at a time. More would not fill passes
+# better.
 _UNDER_WAY = 64
 
 
 def outputs_of(engine: Engine, requests: Iterable[Request]) -> Iterator[tuple[int, Output]]:
-    """The outputs of many requests, each with the number of its request, 0 and up. The engine has a
-    few of the requests at a time.
+    """Yields the outputs of many requests, each with the number of its request, from 0 on. The
+    engine has a few of the requests at a time.
 
     Raises:
         ValueError: `Engine.add` refuses a request. The other requests end.
-        Exception: the error with which a request failed. The other requests end.
+        Exception: the error of a failed request. The other requests end.
     """
     waiting = enumerate(requests)
     outputs = engine.outputs([])

@@ -1,10 +1,10 @@
-"""How much of a prompt is read between two decode steps of other sequences.
+"""Decides how much of a prompt is read between two decode steps of other sequences.
 
-A pass of a long prompt takes many times as long as a decode step, and streams would stand still
-meanwhile. So the pass is made in parts of some layers each, with a decode step after each part. The
-parts change no bit of the result, because each layer still sees all tokens of the pass. The more
-tokens a pass has, the less it costs for each token, as it unpacks the weights once for all of them.
-So a pass has as many tokens as one layer can compute in the time of a part.
+A pass over a long prompt takes many times as long as a decode step, and streams would stand still
+meanwhile. So the pass is divided into parts of some layers each, with a decode step after each
+part. The parts change no bit of the result, because each layer still sees all tokens of the pass. A
+pass with more tokens costs less for each token, because it unpacks the weights once for all of
+them. So a pass has as many tokens as one layer can compute in the time of a part.
 
 If more sequences wait for their prompts than generate, prompts get more of the time. Otherwise a
 single stream would take half of the time, and hold back all others.
@@ -14,16 +14,16 @@ from __future__ import annotations
 
 # While no more sequences wait for their prompts than generate, a part of a pass takes at most as
 # long as a decode step. So the gap between two tokens of a stream grows to twice its usual length.
-# Times vary, so it is rarely three times as long. If more sequences wait, a part may take up to
+# Times vary, but it is rarely three times as long. If more sequences wait, a part may take up to
 # this many times as long as a step.
 _MOST_STEPS = 4.0
 
-# Passes get more tokens as long as this many layers fit into a part. A layer then still fits into a
-# part with twice as many tokens that each cost more, for instance because the prompt has grown
-# long.
+# Passes get more tokens only as long as this many layers fit into a part. Then a layer still fits
+# into a part if the tokens are twice as many and each costs more, for instance because the prompt
+# has grown long.
 _LAYERS_TO_SPARE = 4
 
-_NEWEST = 0.2  # weight of the last measurement
+_NEWEST = 0.2  # the weight of the last measurement
 
 
 class Pace:
@@ -42,16 +42,16 @@ class Pace:
         self.tokens = least
         self._layers = layers
         self._least, self._most = least, most
-        self._steps = 1.0  # decode steps that a part of the present pass may take
+        self._steps = 1.0  # decode steps that a part of the current pass may take
         self._step: float | None = None  # seconds of a decode step
-        self._of_layer: float | None = None  # seconds of a layer of the present pass
-        self._tokens = 0  # of the present pass
+        self._of_layer: float | None = None  # seconds of a layer of the current pass
+        self._tokens = 0  # tokens of the current pass
 
     def note_step(self, seconds: float) -> None:
         """Notes how many seconds a decode step took."""
         if self._step is None:
             self._step = seconds
-        # A machine that is busy for a moment tells nothing.
+        # A machine that is busy for a moment makes a measurement too long, so it is limited.
         self._step += _NEWEST * (min(seconds, 2 * self._step) - self._step)
 
     def divide(self, waiting: int, generating: int) -> int:
@@ -61,7 +61,7 @@ class Pace:
         return self._most_tokens()
 
     def begin(self, tokens: int) -> None:
-        """Begins a pass over so many tokens of prompts."""
+        """Begins a pass over this many tokens of prompts."""
         if self._of_layer is not None and tokens > self._tokens:
             self._of_layer *= tokens / self._tokens
         self._tokens = tokens
@@ -83,7 +83,8 @@ class Pace:
         return max(1, min(int(self._fitting()), self._layers))
 
     def _fitting(self) -> float:
-        """The number of layers of the pass that fit into a part. 1 while that is unknown."""
+        """The number of layers of the pass that fit into a part. It is 1 until times have been
+        measured."""
         if self._step is None or self._of_layer is None:
             return 1.0
         return self._steps * self._step / max(self._of_layer, 1e-9)

@@ -13,42 +13,42 @@ from typing import Any
 
 from mistral_ext.text.constraint import Constraint, schema_text
 
-MOST_DRAFTS = 7  # of a completion in a pass; with its next token, the rows that gemv takes
+MOST_DRAFTS = 7  # of a completion in a pass; with the next token 8 rows, as many as gemv takes
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop: names and meanings of the OpenAI API and vLLM.
+    """How to choose tokens and when to stop. Names and meanings are those of the OpenAI API and
+    vLLM.
 
     Raises:
-        TypeError, ValueError: an option is wrong; the message names it, its value and what was
-            expected.
+        TypeError, ValueError: an option is wrong. The message names the option, its value and what
+        was expected.
     """
 
-    max_tokens: int = 128  # generated at most, >= 1
+    max_tokens: int = 128  # >= 1, the most tokens to generate
     temperature: float = 0.0  # >= 0; 0: greedy, the most likely token
-    top_p: float = 1.0  # (0, 1]: the fewest most likely tokens whose probabilities reach this
-    top_k: int = 0  # >= 0: the k most likely tokens; 0: all
-    min_p: float = 0.0  # [0, 1]: tokens at least this likely relative to the most likely one
+    top_p: float = 1.0  # (0, 1]: keep the most likely tokens up to this sum of probabilities
+    top_k: int = 0  # >= 0: keep the k most likely tokens; 0: all
+    min_p: float = 0.0  # [0, 1]: keep tokens with at least this share of the highest probability
     repetition_penalty: float = 1.0  # > 0: divides the logits of tokens in prompt and completion
-    presence_penalty: float = 0.0  # [-2, 2]: subtracted once for a token in the completion
-    frequency_penalty: float = 0.0  # [-2, 2]: subtracted for each time it is there
-    seed: int | None = None  # [0, 2^64); None: a fresh seed
+    presence_penalty: float = 0.0  # [-2, 2]: subtracted once for each token that the completion has
+    frequency_penalty: float = 0.0  # [-2, 2]: subtracted each time that the completion has a token
+    seed: int | None = None  # [0, 2^64); None: a random seed
     stop: str | Sequence[str] | None = None  # strings that end the completion, not part of it
     logit_bias: Mapping[int, float] | None = None  # added to the logits of these token ids
-    logprobs: int | None = None  # report the log-probability of each token and this many others
+    logprobs: int | None = None  # report the log-probability of each token, and of this many others
     n: int = 1  # completions of each prompt, >= 1
     ignore_eos: bool = False  # do not end at the end-of-text token
     schema: object = None  # JSON schema of the completion: a dict, JSON text or a pydantic model
-    regex: str | None = None  # what it matches as a whole, in the syntax of Rust's regex crate
-    grammar: str | None = None  # of the completion, in Lark; one of these three at most
-    drafts: int | None = None  # [0, 7]: tokens to guess at a time, at most, which changes the speed
-    # alone; None: as the model was loaded
+    regex: str | None = None  # for the whole completion, in the syntax of Rust's regex
+    grammar: str | None = None  # of the completion, in Lark; at most one of these three
+    drafts: int | None = None  # [0, 7]: the most tokens to guess at a time, which changes only the
+    # speed; None: as the model was loaded
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """Makes the options from keyword arguments. Raises TypeError for a name that does not
-        exist."""
+        """Makes the options from keyword arguments. Raises TypeError for an unknown name."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
@@ -86,14 +86,14 @@ class SamplingParams:
 
     @functools.cached_property
     def constraint(self) -> Constraint | None:
-        """The constraint of the completion. None: the completion need not match anything."""
+        """The constraint of the completion, or None if the completion need not match anything."""
         texts = {"schema": self.schema, "regex": self.regex, "grammar": self.grammar}
         given = [Constraint(kind, str(text)) for kind, text in texts.items() if text is not None]
         return given[0] if given else None
 
     @property
     def plainly_greedy(self) -> bool:
-        """Whether each token is the most likely one by the model's own logits."""
+        """Whether each token is the token with the largest logit of the model."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 
@@ -116,7 +116,7 @@ class SamplingParams:
             raise ValueError(f"{' and '.join(given)} are given, expected one of them")
         for name in given:
             self._check(name, str, "text", lambda x: True)
-        _ = self.constraint  # its size
+        _ = self.constraint  # also checks its size
 
     def _check(self, name: str, kind: type, expected: str, valid: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
@@ -152,8 +152,8 @@ def _is_bias(bias: Mapping[Any, Any]) -> bool:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probabilities under the model itself: before bias, penalties and temperature."""
+    """Log-probabilities by the model itself, before bias, penalties and temperature."""
 
     token_id: int
     logprob: float
-    top: dict[int, float]  # the most likely tokens, most likely first
+    top: dict[int, float]  # the most likely tokens, from the most likely on

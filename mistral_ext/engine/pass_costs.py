@@ -1,16 +1,16 @@
-"""What passes over the weights cost, by their number of rows."""
+"""The costs of passes over the weights, by their number of rows."""
 
 from __future__ import annotations
 
-# Up to this many rows a pass computes each with the bits that it has alone (`ops.linear`).
+# Up to this many rows, a pass gives each row the same bits as a pass of one row (`ops.linear`).
 MOST_ROWS = 8
 
-# More guesses are made if they raise the expected tokens per second by this factor.
+# More guesses are made only if they raise the expected tokens per second by this factor.
 LEAST_ADVANTAGE = 1.02
 
-_COST_OF_A_ROW = 0.15  # relative to a pass, as long as it was not measured
-_NEWEST = 0.2  # weight of the last measurement
-_MEMORY = 512  # passes of the engine after which a measurement is forgotten
+_COST_OF_A_ROW = 0.15  # relative to a pass, until it is measured
+_NEWEST = 0.2  # the weight of the last measurement
+_MEMORY = 512  # number of engine passes after which a measurement is forgotten
 
 
 class PassCosts:
@@ -18,25 +18,25 @@ class PassCosts:
 
     def __init__(self) -> None:
         self._passes = 0
-        self._seconds: dict[int, tuple[float, int]] = {}  # rows -> (seconds, pass that told)
+        self._seconds: dict[int, tuple[float, int]] = {}  # rows -> (seconds, number of the pass)
 
     def note(self, rows: int, seconds: float) -> None:
         """Notes how many seconds a pass took."""
         before = self._seconds.get(rows)
         if before is not None:
-            # A machine that is busy for a moment tells nothing.
+            # A machine that is busy for a moment makes a measurement too long, so it is limited.
             seconds = before[0] + _NEWEST * (min(seconds, 2 * before[0]) - before[0])
         self._seconds[rows] = seconds, self._passes
 
     def forget(self) -> None:
-        """Counts a pass of the engine, and forgets what was measured long before it."""
+        """Counts a pass of the engine, and forgets old measurements."""
         self._passes += 1
         for rows, (_, told) in list(self._seconds.items()):
             if self._passes - told > _MEMORY:
                 del self._seconds[rows]
 
     def seconds(self, rows: int) -> float | None:
-        """The expected seconds of a pass. None: no pass was measured."""
+        """The expected seconds of a pass, or None if no pass was measured."""
         if not self._seconds:
             return None
         nearest = min(self._seconds, key=lambda known: abs(known - rows))

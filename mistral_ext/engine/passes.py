@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A decode step that was launched, and whose tokens have not been read."""
+    """A decode step that was launched, but whose tokens have not been read."""
 
     key: list[tuple[int, int, int]]  # for each sequence: request id, first slot, capacity
     waiting: list[tuple[int, Sequence, Extent]]  # row, sequence and place of each new token
@@ -86,7 +86,7 @@ class Passes:
         for (sequence, count), of_piece in zip(pieces, logits, strict=True):
             with self._lock:
                 self._scheduler.note_read(sequence, count)
-            if sequence.is_aborted:  # while its pass paused: it has no outputs any more
+            if sequence.is_aborted:  # aborted while its pass was paused; it gives no more outputs
                 continue
             if sequence.request.reports_prompt and len(of_piece):
                 outputs.append(sequence.report(of_piece))
@@ -94,7 +94,7 @@ class Passes:
                 continue
             if sequence.request.params is None:
                 self._end(sequence, Output(sequence.request_id, finish_reason="stop"), outputs)
-            elif len(sequence.ids) == sequence.prompt_length:  # else it was put back meanwhile
+            elif len(sequence.ids) == sequence.prompt_length:  # otherwise it was put back meanwhile
                 self._prepare_draw(sequence)
                 draw = partial(self._sampler.sample, [sequence.sampler_row], of_piece[-1:])
                 sampled = self._run([sequence], draw)
@@ -106,15 +106,15 @@ class Passes:
     def decode(self, outputs: list[Output]) -> None:
         """Launches the next decode step, and reads the oldest step if enough steps are under way.
 
-        A step continues on the device from the tokens of the step before. There are three
-        exceptions: the sequences or their places have changed; a sequence reads known tokens again;
-        or the next step is to have drafts, which have to follow known tokens. Then this call reads
-        the results of all steps under way, and launches no step.
+        A step continues on the device from the tokens of the last step. There are three exceptions:
+        the sequences or their places have changed; a sequence reads known tokens again; or the next
+        step should have drafts, which must follow known tokens. Then this call reads the results of
+        all steps under way, and launches no step.
         """
         with self._lock:
             sequences = self._scheduler.next_decode()
             self._reader.forget_if_lost()
-        # A step can continue from the tokens of the step before only if this key is the same.
+        # A step can continue from the tokens of the last step only if this key is the same.
         key = [(s.request_id, s.place.first, s.place.capacity) for s in sequences]
         goes_on = all(sequence.generates for sequence in sequences)
         if self._under_way:
@@ -132,7 +132,7 @@ class Passes:
             if sequence.generates:
                 self._prepare_draw(sequence)
         drafts = {} if self._under_way else self._drafts(sequences)
-        began = time.perf_counter()  # the first guess at a long text takes as long as a pass
+        began = time.perf_counter()  # the first guess for a long text takes as long as a pass
         accepted = dict.fromkeys(drafts, 0)
         if drafts:
             is_usual = self._verify(sequences, drafts, accepted, outputs)
@@ -144,8 +144,8 @@ class Passes:
         self.drafter.note(len(sequences), seconds, drafts, accepted)
 
     def _drafts(self, sequences: list[Sequence]) -> dict[Sequence, list[int]]:
-        """The drafts of the next step. While steps are under way, their tokens are not known, and
-        drafts cannot be checked. If there are drafts then, the next step should wait for these
+        """The drafts of the next step. While steps are under way, their tokens are unknown, so
+        drafts cannot be checked. If this returns drafts then, the next step should wait for these
         tokens."""
         unknown = len(self._under_way)
         room = [room_for_drafts(s, self._pool, self._most_drafts, unknown) for s in sequences]
@@ -154,8 +154,8 @@ class Passes:
     def _launch(
         self, sequences: list[Sequence], key: list[tuple[int, int, int]], outputs: list[Output]
     ) -> bool:
-        """Launches a step without drafts. Returns `is_usual`: whether the time of this call is the
-        usual time of a step."""
+        """Launches a step without drafts. Returns `is_usual`: whether this call took the usual time
+        of a step."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = None if self._under_way else [s.next_id for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -167,9 +167,9 @@ class Passes:
         with self._lock:
             self._scheduler.note_decoded(sequences)
         self._under_way.append(_UnderWay(key, waiting, step))
-        # A matcher has to know the token before the next step begins.
+        # A matcher must know the token before the next step begins.
         is_free = all(sequence.matcher is None for sequence in sequences)
-        waits = False  # the first of the steps that are launched ahead is not waited for
+        waits = False  # the first step that is launched ahead is not waited for
         while len(self._under_way) > (self._runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
             waits = True
@@ -182,9 +182,9 @@ class Passes:
         accepted: dict[Sequence, int],
         outputs: list[Output],
     ) -> bool:
-        """Makes a step with drafts, and counts in `accepted` how many of each sequence's drafts are
-        right. The tokens of a sequence are chosen one after the other, each as without drafts,
-        until a draft is not the token that was chosen. Returns `is_usual`, as `_launch` does."""
+        """Makes a step with drafts. The tokens of a sequence are chosen one after the other, each
+        as it would be without drafts, until a chosen token is not the draft. `accepted` gets the
+        number of right drafts of each sequence. Returns `is_usual`, as `_launch` does."""
         rows, extents = [s.sampler_row for s in sequences], [s.place for s in sequences]
         token_ids = [[s.next_id, *drafts.get(s, ())] for s in sequences]
         given = extents, rows, token_ids, [s.request.adapter_slot for s in sequences]
@@ -224,8 +224,8 @@ class Passes:
         return step.is_usual
 
     def _choose(self, step: Verified, waiting: list[tuple[int, Sequence]]) -> list[int]:
-        """The tokens that some sequences get from their rows of a step: `waiting` has a row and a
-        sequence for each. -1 where no token can be chosen."""
+        """Chooses the tokens of some sequences from their rows of a step. `waiting` has a row and a
+        sequence for each. A token is -1 if none can be chosen."""
         rows = [row for row, _ in waiting]
         if step.largest is not None:
             return [step.largest[row] for row in rows]
@@ -233,7 +233,8 @@ class Passes:
         return self._sampler.draw_now([s.sampler_row for _, s in waiting], logits)
 
     def _finish(self, launched: _UnderWay, outputs: list[Output]) -> None:
-        """Reads the tokens of a step, for the sequences whose places have not changed since."""
+        """Reads the tokens of a step, for the sequences whose places have not changed since its
+        launch."""
         waiting = [(i, s) for i, s, extent in launched.waiting if s.extent is extent]
         sequences = [sequence for _, sequence in waiting]
         token_ids = self._run(sequences, launched.step.token_ids)
@@ -270,7 +271,7 @@ class Passes:
         """Brings the sampler's row into the state that the next draw needs."""
         if not sequence.is_drawing:
             params = sequence.request.params
-            assert params is not None  # it is to generate
+            assert params is not None  # it generates
             self._sampler.start(
                 sequence.sampler_row,
                 params,
@@ -284,9 +285,9 @@ class Passes:
             self._sampler.restrict(sequence.sampler_row, sequence.matcher.allowed)
 
     def _run(self, sequences: Collection[Sequence], work: Callable[[], _T]) -> _T | Exception:
-        """Calls `work`; returns its result, or an exception that it raised, for the requests to
-        report. Exceptions that end the program (Ctrl-C above all) pass through, and leave the
-        engine as if the pass had not begun."""
+        """Calls `work`. Returns its result, or the exception that it raised, for the requests to
+        report. Exceptions that end the program (above all Ctrl-C) are raised, and leave the engine
+        as if the pass had not begun."""
         try:
             return work()
         except Exception as error:
@@ -302,7 +303,7 @@ class Passes:
             raise
 
     def _fail(self, sequences: Collection[Sequence], error: Exception) -> list[Output]:
-        """Ends requests with an error, and gives their memory back."""
+        """Ends requests with an error, and frees their memory."""
         outputs = []
         with self._lock:
             for sequence in sequences:

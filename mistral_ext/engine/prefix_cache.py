@@ -1,10 +1,10 @@
-"""Keys and values of ended requests, kept for requests that begin with the same tokens.
+"""Keeps the keys and values of ended requests, for requests that begin with the same tokens.
 
-Equal beginnings of prompts have equal keys and values (to the bit on the CPU), however the prompts
-are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning that it
-shares with an earlier prompt. Generated tokens are computed by other kernels, and differ in their
-last bits. A request reuses generated tokens only if it asks for that. Only requests with the same
-salt and adapter share anything.
+Prompts with the same beginning have the same keys and values there (to the bit on the CPU), however
+the prompts are cut into pieces (`ops.attention`). So a prompt can start from the longest beginning
+that it shares with an earlier prompt. Generated tokens are computed by other kernels, and differ in
+their last bits. So a request reuses generated tokens only if it asks for that. Requests share keys
+and values only if they have the same salt and adapter.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from dataclasses import dataclass
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool
 
-# The least number of tokens in a piece of a prompt. Smaller pieces use other kernels, and round
-# differently: gemv for up to 8 tokens, and attention's kernel for up to 16 rows.
+# The least number of tokens in a piece of a prompt. Other kernels compute smaller pieces and round
+# differently: gemv takes up to 8 tokens, and a kernel of attention up to 16 rows.
 LEAST_PIECE = 32
 
 
 @dataclass(frozen=True)
 class Match:
-    """The beginning of a prompt, somewhere in the cache.
+    """The beginning of a prompt that was found in the cache.
 
     Attributes:
         extent: the slots that hold it.
-        length: tokens of the prompt that need not be read.
-        exact: how many of these tokens were read as parts of a prompt.
-        is_kept: whether the extent belongs to the prefix cache, and not to a sequence that is
-            running.
-        is_all: whether the match is all that the extent has to offer to other requests.
+        length: the number of tokens of the prompt that need not be read.
+        exact: the number of these tokens that were read as parts of a prompt.
+        is_kept: whether the extent belongs to the prefix cache, and not to a running sequence.
+        is_all: whether the extent holds nothing else that other requests could use.
     """
 
     extent: Extent
@@ -43,8 +42,8 @@ class Match:
 @dataclass(frozen=True, eq=False)
 class _Entry:
     extent: Extent
-    ids: list[int]  # the tokens stored
-    exact: int  # how many of them were read as parts of a prompt
+    ids: list[int]  # the stored tokens
+    exact: int  # number of tokens that were read as parts of a prompt
     owner: object  # `Request.prefix_owner`
 
 
@@ -73,8 +72,8 @@ class PrefixCache:
 
     def add(self, extent: Extent, sequence: Sequence, exact: int) -> None:
         """Takes over an extent that holds the beginning of a sequence, or releases it if it is too
-        short. Of its tokens the first `exact` have the keys and values of tokens that are read as
-        parts of a prompt."""
+        short. The first `exact` tokens were read as parts of a prompt, so their keys and values are
+        exact."""
         if extent.length < LEAST_PIECE:
             self._pool.release(extent)
             return
@@ -82,12 +81,12 @@ class PrefixCache:
         self._entries.append(_Entry(extent, ids, exact, sequence.request.prefix_owner))
 
     def extent(self, match: Match | None, length: int, most: int) -> Extent | None:
-        """Makes an extent for a sequence, with the beginning that `find` has found. None: there is
-        no room, even without the extents of ended requests.
+        """Makes an extent for a sequence, with the beginning that `find` has found. Returns None if
+        there is no room, even without the extents of ended requests.
 
         Args:
             length: the number of tokens for which it must have slots at once.
-            most: the number of slots that it may grow to.
+            most: the number of slots to which it may grow.
         """
         if match is None:
             return self._allocate(length, most)
@@ -115,16 +114,16 @@ class PrefixCache:
         return True
 
     def _allocate(self, length: int, most: int, spare: Extent | None = None) -> Extent | None:
-        """Allocates an extent. Releases extents of ended requests, but not `spare`, until there is
-        room. None: there is no room even then."""
+        """Allocates an extent. Releases extents of ended requests except `spare` until there is
+        room. Returns None if there is no room even then."""
         while (extent := self._pool.allocate(length, most)) is None:
             if not self.drop_oldest(spare):
                 return None
         return extent
 
     def drop_oldest(self, spare: Extent | None = None) -> bool:
-        """Gives the least recently used extent other than `spare` back to the pool. Returns False
-        if there is no such extent."""
+        """Releases the least recently used extent except `spare`. Returns False if there is no such
+        extent."""
         for entry in self._entries:
             if entry.extent is not spare:
                 self._entries.remove(entry)
@@ -133,7 +132,7 @@ class PrefixCache:
         return False
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
-        """The longest beginning of a sequence's prompt that a kept or running extent holds."""
+        """Finds the longest beginning of a sequence's prompt in the kept and running extents."""
         request = sequence.request
         most = shareable_length(sequence)
         if most < LEAST_PIECE:
@@ -150,7 +149,7 @@ class PrefixCache:
             common = common_length(entry.ids, sequence.ids, min(reusable, sequence.prompt_length))
             length = min(common, most)
             if length < LEAST_PIECE or (best and length <= best.length):
-                continue  # a few tokens are read again as fast as they are copied
+                continue  # reading a few tokens again is as fast as copying them
             if self._pool.can_rewind(entry.extent, length):
                 best = Match(
                     entry.extent,
@@ -167,7 +166,7 @@ class PrefixCache:
 
 
 def shareable_length(sequence: Sequence) -> int:
-    """How many of the first tokens of a prompt need not be read if the cache has them."""
+    """The number of first tokens of a prompt that need not be read if the cache has them."""
     request = sequence.request
     if request.chunk is not None:
         return 0
@@ -176,7 +175,7 @@ def shareable_length(sequence: Sequence) -> int:
 
 
 def common_length(a: list[int], b: list[int], most: int) -> int:
-    """How many of the first `most` tokens of two lists are the same."""
+    """The number of first tokens, at most `most`, that two lists have in common."""
     most = min(most, len(a), len(b))
     if a[:most] == b[:most]:
         return most

@@ -1,4 +1,4 @@
-"""Passes over prompts, which pause while other sequences generate: see `pace`."""
+"""Makes passes over prompts. They pause while other sequences generate (see `pace`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_ext.engine.slots import Extent, SlotPool
 
 @dataclass(frozen=True)
 class _Paused:
-    """A pass that has begun, and whose last layers have not been computed."""
+    """A pass that has begun, but whose last layers have not been computed."""
 
     pieces: list[tuple[Sequence, int]]
     extents: list[Extent]
@@ -41,12 +41,12 @@ class PromptReader:
 
     @property
     def paused(self) -> list[Sequence]:
-        """The sequences of the pass that has paused. Empty if no pass has paused."""
+        """The sequences of the paused pass. The list is empty if no pass has paused."""
         return [sequence for sequence, _ in self._paused.pieces] if self._paused else []
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """The pieces of prompts for the next call of `go_on`: sequences, and how many tokens of
-        each to read."""
+        """The pieces of prompts for the next call of `go_on`: sequences, and the number of tokens
+        of each to read."""
         if self._paused:
             return self._paused.pieces
         scheduler = self._scheduler
@@ -56,10 +56,10 @@ class PromptReader:
         return scheduler.next_pieces()
 
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
-        """Computes the next layers of a pass, all of them if no other sequence waits for it.
+        """Computes the next layers of a pass. It computes all layers if no other sequence waits.
 
         Returns:
-            The results of the pieces (see `Runner.read`) if the pass is done. None: it pauses.
+            The results of the pieces (see `Runner.read`) if the pass is done, or None if it pauses.
         """
         paused = self._paused or self._begin(pieces)
         reading = paused.reading
@@ -71,13 +71,13 @@ class PromptReader:
             self.pace.begin(sum(count for _, count in pieces))
         layers, began = min(self.pace.layers(), reading.layers_left), time.perf_counter()
         reading.advance(layers)
-        # Pieces without logits leave the last layer early, so that its time tells little.
+        # Tokens without logits leave the last layer early, so the time of this layer is no measure.
         whole = layers - (reading.layers_left == 0)
         if whole > 0:
             self.pace.note_read(whole, time.perf_counter() - began)
         if reading.layers_left:
             if self._paused is None:
-                # In some layers the new tokens have replaced older ones. This note says so, and
+                # In some layers, new tokens have already replaced older tokens. After this note
                 # nobody copies the older tokens any more.
                 for sequence, count in pieces:
                     self._pool.note_drafts(sequence.place, count - 1)
@@ -95,13 +95,13 @@ class PromptReader:
         return _Paused(pieces, [piece.extent for piece in given], reading)
 
     def forget(self) -> None:
-        """Gives up a pass that has paused. Its sequences have to be put back or released."""
+        """Forgets the paused pass. The caller must put back or release its sequences."""
         self._paused = None
 
     def forget_if_lost(self) -> None:
-        """Gives up a pass that has paused if one of its sequences was put back meanwhile. Puts the
-        other sequences back too: the pass may have replaced keys that these sequences' pieces need
-        when they are read again."""
+        """Forgets the paused pass if one of its sequences was put back. Puts back its other
+        sequences too: the pass may have replaced keys that their pieces need when they are read
+        again."""
         if self._paused is None:
             return
         placed = zip(self.paused, self._paused.extents, strict=True)

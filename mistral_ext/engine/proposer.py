@@ -1,8 +1,8 @@
 """Proposes the next tokens of a sequence, from its earlier text or its grammar.
 
-Text repeats itself, so the tokens that followed the last tokens earlier in the same sequence often
-follow again. A grammar often leaves one text only, and where it leaves several, what was written
-in such a place before is likely.
+Text repeats itself: if the last tokens occur earlier in the sequence, the tokens that followed
+there often follow again. A grammar often allows only one text. If it allows several texts, the text
+that was written in such a place before is likely.
 
 Source: Saxena 2023, prompt lookup decoding.
 """
@@ -19,11 +19,11 @@ from mistral_ext.engine.state_guesses import STATES, StateGuesses
 if TYPE_CHECKING:
     from mistral_ext.text.grammar import Matcher
 
-_MOST_MATCHING = 8  # longer matches are not told apart
+_MOST_MATCHING = 8  # longer matches count as this long
 
-# The expected share of right drafts of each kind, before any was checked. There are kinds by the
-# number of tokens that match, a kind for what a grammar forces, kinds by a draft model's
-# probability, and the kinds of `StateGuesses`, in this order. This share counts as much as
+# The expected share of right drafts of each kind, before any draft was checked. The kinds are, in
+# this order: the number of tokens that match; a token that the grammar forces; a draft model's
+# probability; and the kinds of `StateGuesses`. The expected share counts as much as
 # _EXPECTED_WEIGHT checks.
 _EXPECTED = (
     *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95),
@@ -32,24 +32,24 @@ _EXPECTED = (
 )
 _EXPECTED_WEIGHT = 4.0
 _FORCED = _MOST_MATCHING + 1
-_BY_MODEL = _FORCED + 1  # the first of four
-_BY_STATE = _BY_MODEL + 4  # the first of those of `StateGuesses`
-_FORGETTING = 0.95  # weight of an earlier check at each later check
+_BY_MODEL = _FORCED + 1  # the first of four kinds
+_BY_STATE = _BY_MODEL + 4  # the first kind of `StateGuesses`
+_FORGETTING = 0.95  # the weight of an earlier check is multiplied by this at each later check
 
-# A guess is looked for behind others if all of them are right with this chance.
+# A guess is made only if the guesses before it are all right with at least this chance.
 _LEAST_CHANCE = 0.1
 
 _COST_OF_A_WAIT = 0.1  # tokens that a GPU could have generated while it waits for the host
-_MOST_GAIN = 4.0  # tokens that a sequence may lose again
+_MOST_GAIN = 4.0  # the most tokens of gain that a sequence may lose again
 
 
 class Proposer:
-    """Proposes tokens that may follow in one sequence, and counts which were right.
+    """Proposes tokens that may follow in one sequence, and counts which proposals were right.
 
     Args:
         ids: the tokens of the sequence, a list that grows.
-        ends: the tokens that end the sequence. They are never proposed: nothing comes behind them,
-            and the pass that reads the token before such a token chooses it anyway.
+        ends: the tokens that end the sequence. They are never proposed: no token follows them, and
+            the pass that reads the token before them chooses them in any case.
 
     Attributes:
         gain: the number of tokens that drafts have gained so far. Negative if drafts have cost more
@@ -62,18 +62,18 @@ class Proposer:
         self._ends = ends
         self._repeats = Repeats(ids)
         self._states: StateGuesses | None = None
-        self._proposed: list[tuple[int, int]] = []  # tokens and kinds, indices of the lists below
-        self._begin = 0  # the position that the first of them may have
+        self._proposed: list[tuple[int, int]] = []  # (token, index of its kind)
+        self._begin = 0  # the position that the first proposed token may have
         self._right = [share * _EXPECTED_WEIGHT for share in _EXPECTED]
         self._checked = [_EXPECTED_WEIGHT] * len(_EXPECTED)
 
     def propose(self, most: int, matcher: Matcher | None) -> list[tuple[int, float]]:
         """Proposes tokens that may follow. Each comes with the chance that it is right if all
-        tokens before it are.
+        tokens before it are right.
 
         Args:
             most: the most tokens to propose.
-            matcher: says what the sequence has to match. None: it need not match anything.
+            matcher: knows what the sequence has to match. None: it need not match anything.
         """
         self._check()
         guesses = self._matching(most, matcher) if matcher else self._repeated(most)
@@ -83,8 +83,8 @@ class Proposer:
 
     @property
     def hope(self) -> float:
-        """The chance that the next guess of a draft model is right, before the model has made
-        it."""
+        """The chance that the next guess of a draft model is right, estimated before the model
+        guesses."""
         of_model = slice(_BY_MODEL, _BY_STATE)
         return sum(self._right[of_model]) / sum(self._checked[of_model])
 
@@ -94,8 +94,8 @@ class Proposer:
         return not guesses or guesses[0][1] < self.hope
 
     def chance_by_model(self, index: int, token: int, probability: float) -> float:
-        """The chance that a token is right which a draft model guesses with this probability. The
-        token takes the place of the proposed token `index` and of all tokens behind that."""
+        """The chance that a guess of a draft model is right, if the model gives it this
+        probability. The guess replaces the proposed token `index` and all tokens after it."""
         kind = _BY_MODEL + min(int(4 * probability), 3)
         self._proposed[index:] = [(token, kind)]
         return self._chance(kind)
@@ -104,18 +104,18 @@ class Proposer:
         """Counts drafts that were checked.
 
         Args:
-            accepted: how many were right.
+            accepted: the number of right drafts.
             cost: the cost of the drafts, in tokens that could have been generated instead.
         """
         self.gain = min(self.gain + accepted - cost, _MOST_GAIN)
 
     def note_wait(self) -> None:
-        """Counts what it costs that the next step waits for the tokens of the steps under way."""
+        """Counts the cost of a step that waits for the tokens of the steps under way."""
         self.gain -= _COST_OF_A_WAIT
 
     def _check(self) -> None:
-        """Counts which of the proposed tokens were right, as far as the tokens in their places are
-        known. Proposed tokens that were in no pass count, too."""
+        """Counts which of the proposed tokens were right, as far as the tokens at their positions
+        are known. Proposed tokens that were in no pass count, too."""
         for (token, kind), came in zip(self._proposed, self._ids[self._begin :], strict=False):
             self._right[kind] = _FORGETTING * self._right[kind] + (token == came)
             self._checked[kind] = _FORGETTING * self._checked[kind] + 1
@@ -127,8 +127,8 @@ class Proposer:
         return self._right[kind] / self._checked[kind]
 
     def _repeated(self, most: int) -> list[tuple[int, int]]:
-        """The tokens that followed the last tokens earlier in the text, each with its kind. Empty
-        if the last tokens are new."""
+        """The tokens that followed when the last tokens occurred earlier in the text, each with its
+        kind. The list is empty if the last tokens are new."""
         place = self._repeats.place()
         tokens: list[int] = []
         guesses: list[tuple[int, int]] = []
@@ -139,8 +139,8 @@ class Proposer:
         return guesses
 
     def _matching(self, most: int, matcher: Matcher) -> list[tuple[int, int]]:
-        """Tokens that a grammar forces, or that are likely among those that it allows, each with
-        its kind."""
+        """The tokens that a grammar forces, or that are likely among the tokens that it allows,
+        each with its kind."""
         if self._states is None:
             self._states = StateGuesses(self._ids, matcher.states)
         self._states.update()

@@ -1,8 +1,8 @@
-"""Decode steps on the CPU without Python between their kernels, as a CUDA graph has them on a GPU.
+"""Decode steps on the CPU without Python between their kernels, like CUDA graphs on a GPU.
 
 A step is recorded for each number of tokens. Tokens, positions and places in the cache are data:
-before each step they are copied to where the recording reads them. A recording lasts until a weight
-of the model is replaced.
+before each step they are copied to the memory that the recording reads. A recording is valid until
+a weight of the model is replaced.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mistral_ext.ops.recording import Recording, record
 
 
 class RecordedSteps:
-    """Runs the layers for the next tokens of sequences, each with a row of the table.
+    """Runs the layers for the next tokens of sequences. Each token has a row of the table.
 
-    Steps of up to `MOST_ROWS` tokens without adapters are recorded: the kernels of larger steps
-    take much longer than Python does, and a recording keeps the memory between all kernels.
+    Only steps of up to `MOST_ROWS` tokens without adapters are recorded: the kernels of larger
+    steps take much longer than Python does, and a recording keeps the memory that the kernels use.
 
     Args:
         model: the weights, on the CPU.
@@ -43,7 +43,7 @@ class RecordedSteps:
         Args:
             token_ids: [T] int64.
             table: [T, 5] int64, the sequence table.
-            adapters: the argument of `Transformer.step`.
+            adapters: as in `Transformer.step`.
         """
         size = len(token_ids)
         if adapters is not None or size > MOST_ROWS:
@@ -62,14 +62,14 @@ class _Step:
         self._pool = pool
         self._h = torch.empty(size, model.config.dim, dtype=model.dtype, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
-        self._weights: Sequence[object] = ()  # at the last call; they live as long as the recording
+        self._weights: Sequence[object] = ()  # of the last call; a recording needs them
         self._can_record = True
         self._recording: Recording | None = None
 
     def run(self, token_ids: Tensor, table: Tensor) -> tuple[Tensor, bool]:
         self._h.copy_(self._model.embed(token_ids))
         self._table.copy_(table)
-        # A recording has the addresses of what it multiplies with.
+        # A recording has the addresses of the tensors with which it multiplies.
         weights = self._model.frequencies, *self._model.weights_of_layers()
         if len(weights) != len(self._weights) or any(map(is_not, weights, self._weights)):
             self._weights, self._can_record, self._recording = weights, True, None

@@ -1,4 +1,5 @@
-"""Earlier places of a text where the same tokens stand: what followed there may follow again.
+"""Finds the last tokens of a text earlier in the text. The tokens that followed there may follow
+again.
 
 Source: Saxena 2023, prompt lookup decoding.
 """
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from typing import NamedTuple
 
-_NGRAMS = (2, 3)  # tokens that have to match
-_NEAR = 4  # tokens behind the end of a match among which the text may go on
+_NGRAMS = (2, 3)  # numbers of tokens that have to match
+_NEAR = 4  # after a match ends, the text may continue this many tokens later
 
 
 class Place(NamedTuple):
@@ -17,9 +18,9 @@ class Place(NamedTuple):
 
     Attributes:
         source: the position of the token that may follow.
-        matching: how many tokens before it are the same as the last tokens of the text. 0: there is
-            no such place.
-        left: the position where the last match of two tokens or more ended. -1: there was no such
+        matching: the number of tokens before it that are the same as the last tokens of the text.
+            0: there is no such place.
+        left: the position where the last match of at least two tokens ended. -1: there was no such
             match.
     """
 
@@ -42,12 +43,12 @@ class Repeats:
     def __init__(self, ids: List[int]) -> None:
         self._ids = ids
         self._indexed = 0
-        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position that followed it
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the position after it
         self._place = Place()
 
     def place(self) -> Place:
-        """The place behind an earlier occurrence of the last tokens of the text: of as many tokens
-        as possible, and the latest such occurrence."""
+        """The place after an earlier occurrence of the last tokens of the text. It is an occurrence
+        of as many of these tokens as possible, and among such occurrences the latest."""
         ids = self._ids
         for i in range(self._indexed, len(ids)):
             last = ids[max(0, i - 2) : i + 1]
@@ -59,8 +60,8 @@ class Repeats:
         return self._place
 
     def token(self, place: Place, guesses: List[int]) -> int | None:
-        """The token that may follow the text and some guesses. None: the last of these tokens stand
-        nowhere earlier in the text."""
+        """The token that may follow the text and some guesses. Returns None if the last of these
+        tokens occur nowhere earlier in the text."""
         if not place.matching:
             return None
         past = place.source - len(self._ids)
@@ -73,8 +74,8 @@ class Repeats:
         return self._moved(place, last, -1 if before is None else before, len(self._ids))
 
     def _moved(self, place: Place, last: List[int], expected: int, end: int) -> Place:
-        """The next place, after the token last[-1] has followed where `expected` was expected.
-        Tokens before the position `end` are earlier text."""
+        """The next place, if token last[-1] follows although `expected` was expected. Positions
+        before `end` are earlier text."""
         source, matching, left = place
         if matching and expected == last[-1]:
             source, matching = source + 1, matching + 1
@@ -88,7 +89,7 @@ class Repeats:
                 if found is not None:
                     source, matching = found, n
         if not matching and left >= 0:
-            # A few words may have been replaced, put in or left out.
+            # Perhaps a few words were replaced, inserted or left out.
             for near in range(left, min(left + _NEAR, end)):
                 if self._ids[near] == last[-1]:
                     source, matching = near + 1, 1

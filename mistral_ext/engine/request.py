@@ -17,16 +17,16 @@ from mistral_ext.text.tool_parser import ToolParser
 
 @dataclass(frozen=True)
 class Timing:
-    """Where a completion's time went, in seconds of wall clock."""
+    """How long the phases of a completion took, in seconds of wall clock."""
 
-    prompt_tokens: int  # read for this completion; the rest of the prompt was in the cache
-    prompt_seconds: float  # from its first step to its first token
-    decode_tokens: int  # generated after the first
+    prompt_tokens: int  # prompt tokens read; the rest of the prompt was in the cache
+    prompt_seconds: float  # from the first step of the request to its first token
+    decode_tokens: int  # tokens generated after the first token
     decode_seconds: float
-    cached_tokens: int = 0  # tokens of the prompt that were in the cache
-    queue_seconds: float = 0.0  # from its arrival to its first step
+    cached_tokens: int = 0  # prompt tokens that were in the cache
+    queue_seconds: float = 0.0  # from the arrival of the request to its first step
     drafted_tokens: int = 0  # drafts that were checked (`engine.drafts`)
-    accepted_tokens: int = 0  # drafts that were right: each has saved a decode step
+    accepted_tokens: int = 0  # drafts that were right; each saved a decode step
 
     @property
     def prompt_rate(self) -> float:
@@ -35,7 +35,7 @@ class Timing:
 
     @property
     def decode_rate(self) -> float:
-        """Generated tokens per second after the first; 0 if there was no second."""
+        """Generated tokens per second after the first token; 0 if there is only one token."""
         return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
 
 
@@ -44,16 +44,16 @@ class Completion:
     """The model's continuation of a prompt."""
 
     text: str | None  # None: the model has no tokenizer
-    token_ids: list[int]  # as sampled, an end-of-text token included
-    finish_reason: str  # "stop": its end, or a stop string; "length": max_tokens or the limit;
-    # "tool_calls": its end, after calls
-    logprobs: list[TokenLogprob] | None  # one per token id, if asked for
+    token_ids: list[int]  # sampled tokens, including an end-of-text token
+    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens or the limit;
+    # "tool_calls": end of text after calls
+    logprobs: list[TokenLogprob] | None  # one for each token id, if requested
     timing: Timing
     tool_calls: Sequence[ToolCall] = ()
 
     def divided(self, parser: ToolParser) -> Completion:
-        """This completion with calls of tools apart from its text. `parser` has read all outputs of
-        the completion."""
+        """Returns this completion with tool calls apart from its text. `parser` has read all
+        outputs of the completion."""
         reason = parser.reason(self.finish_reason)
         return replace(self, text=parser.content, finish_reason=reason, tool_calls=parser.calls)
 
@@ -64,24 +64,23 @@ class Request:
 
     Args:
         prompt_ids: at least one token id.
-        params: how to choose tokens. None: only read the prompt, for its logits, and choose no
-            tokens.
+        params: how to choose tokens. None: only read the prompt, for its logits, and generate
+            nothing.
         max_length: the most tokens of prompt and completion together.
         eos_ids: tokens that end the completion.
         index: which of the prompt's n completions this is.
-        text: turns the completion's token ids into text; None without a tokenizer.
+        text: turns the token ids of the completion into text. None: there is no tokenizer.
         prompt_logits: also give the logits that follow each token of the prompt, from the token
             `logits_from` on. The tokens before it may come from the cache.
-        hidden: give hidden states, after the last norm, in place of these logits.
-        chunk: the exact number of tokens of the prompt to read in one pass. None: the engine
-            decides.
-        salt: a cached prefix serves only requests of the same salt.
-        reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts. A
-            conversation then need not read its replies again. But the keys and values of a
-            generated token differ in their last bits from the keys and values of a prompt's token,
-            so the text may depend on what is still in the cache.
-        grammar: what the completion has to match. None: it need not match anything.
-        adapter: the adapter to use. None: the model's own weights are used alone.
+        hidden: give hidden states, after the last norm, instead of these logits.
+        chunk: the exact number of prompt tokens to read in one pass. None: the engine decides.
+        salt: a cached prefix serves only requests with the same salt.
+        reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts.
+            Then the replies of a conversation need not be read again. But the keys and values of a
+            generated token differ in their last bits from those of a prompt token, so the text may
+            depend on what is still in the cache.
+        grammar: the constraint of the completion. None: it need not match anything.
+        adapter: the adapter to use. None: use only the model's own weights.
     """
 
     prompt_ids: Sequence[int]
@@ -101,12 +100,12 @@ class Request:
 
     @property
     def adapter_slot(self) -> int:
-        """The slot of the request's adapter. -1: it has none."""
+        """The slot of the request's adapter, or -1 if it has none."""
         return -1 if self.adapter is None else self.adapter.slot
 
     @property
     def prefix_owner(self) -> tuple[str | None, LoadedAdapter | None]:
-        """Requests with the same value may share a cached prefix."""
+        """Requests may share a cached prefix if this value is the same."""
         return self.salt, self.adapter
 
     @property
@@ -123,14 +122,14 @@ class Output:
     """
 
     request_id: int
-    text: str = ""  # the part of the completion's text that became final
+    text: str = ""  # text of the completion that became final
     token_ids: list[int] = field(default_factory=list)  # the new tokens
-    logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if asked for
+    logprobs: list[TokenLogprob] | None = None  # one for each of token_ids, if requested
     prompt_logits: Tensor | None = None  # [n, V] fp32, after the next n tokens of the prompt
     hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt
     finish_reason: str | None = None
     error: Exception | None = None
-    completion: Completion | None = None  # all of it, with the finish_reason
+    completion: Completion | None = None  # the whole completion; set with finish_reason
 
     @property
     def is_last(self) -> bool:

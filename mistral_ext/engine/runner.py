@@ -1,4 +1,4 @@
-"""The mechanism of the engine: passes over the weights, for the sequences that the scheduler chose.
+"""Runs passes over the weights, for the sequences that the scheduler has chosen.
 
 On the CPU a pass is done when its call returns. `graph_runner` has the runner for a GPU.
 """
@@ -25,9 +25,9 @@ class Piece:
     Attributes:
         extent: the extent that stores the keys and values of the tokens.
         token_ids: the tokens.
-        logits: how many of the last tokens to compute logits for.
+        logits: the number of last tokens for which to compute logits.
         adapter: the slot of the sequence's adapter. -1: it has no adapter.
-        hidden: give the hidden states of these tokens in place of logits.
+        hidden: give hidden states for these tokens instead of logits.
     """
 
     extent: Extent
@@ -42,12 +42,12 @@ class Step:
     """A decode step that was launched.
 
     Attributes:
-        token_ids: waits for the step, and returns the N tokens that it sampled; -1 where no token
-            could be chosen.
+        token_ids: a function that waits for the step and returns the N tokens that it sampled. A
+            token is -1 if none could be chosen.
         logits: [N, V] fp32, from which the tokens were sampled. They stay valid until more than
             `ahead` later steps of N sequences have been launched.
-        is_usual: whether later steps of this size take as long. They do not if something was
-            prepared for this step, or recorded in it.
+        is_usual: whether later steps of this size take as long. They do not if this step needed
+            preparation, or was recorded.
     """
 
     token_ids: Callable[[], list[int]]
@@ -61,8 +61,8 @@ class Verified:
 
     Attributes:
         logits: [T, V] fp32, a row for each token that was read.
-        largest: [T], the id of the largest logit of each row, -1 where there is none. None: some
-            sequence does not take the largest logit, so the caller has to draw.
+        largest: [T], the id of the largest logit of each row, or -1 if there is none. None: not all
+            sequences take the largest logit, so the caller has to draw.
     """
 
     logits: Tensor
@@ -76,7 +76,7 @@ class Reading:
     Args:
         model: the weights.
         pool: the cache.
-        pieces: what to read.
+        pieces: the pieces to read.
     """
 
     def __init__(self, model: Transformer, pool: SlotPool, pieces: Sequence[Piece]) -> None:
@@ -104,7 +104,7 @@ class Reading:
         return len(self._model.layers) - self._done
 
     def advance(self, layers: int | None = None) -> None:
-        """Computes the next `layers` layers. None: all layers that are left."""
+        """Computes the next `layers` layers. None: all remaining layers."""
         begin, left = self._done, self.layers_left
         self._done += left if layers is None else min(layers, left)
         self._h = self._model.step(
@@ -119,7 +119,7 @@ class Reading:
         )
 
     def results(self) -> list[Tensor]:
-        """The result of `Runner.read`, once all layers are done."""
+        """The result of `Runner.read`. All layers must be done."""
         h, pieces, model = self._h, self._pieces, self._model
         assert h is not None
         if not self._has_results:
@@ -143,7 +143,7 @@ class Reading:
 
 
 class Runner:
-    """Computes a step when it is launched.
+    """Runs passes. A step is computed when it is launched.
 
     Args:
         model: the weights.
@@ -151,9 +151,10 @@ class Runner:
         sampler: the state of sampling.
 
     Attributes:
-        ahead: how many decode steps may be under way when another is launched.
-        pauses: whether passes over prompts are made in parts while other sequences generate. Their
-            time can be measured only where they are done when their call returns.
+        ahead: the number of decode steps that may be under way when another step is launched.
+        pauses: whether passes over prompts are divided into parts while other sequences generate.
+            This needs runners whose calls return when the work is done, so that time can be
+            measured.
     """
 
     ahead = 0
@@ -178,8 +179,8 @@ class Runner:
         return reading.results()
 
     def begin(self, pieces: Sequence[Piece]) -> Reading:
-        """Prepares the pass of `read`, which then may be made in parts. Until it is done, no extent
-        of the pieces may move or be given away."""
+        """Prepares the pass of `read`, which can then be made in parts. Until the pass is done, the
+        extents of the pieces must neither move nor be released."""
         return Reading(self._model, self._pool, pieces)
 
     def launch(
@@ -189,15 +190,15 @@ class Runner:
         token_ids: Sequence[int] | None,
         adapters: Sequence[int] = (),
     ) -> Step:
-        """Starts the step that reads one token of each of N sequences and samples the next.
+        """Starts a step, which reads one token of each of N sequences and samples the next token.
 
         Args:
             extents: the sequences' places in the cache.
             rows: the sequences' rows of the sampler.
-            token_ids: the N tokens to read. None: the tokens that the step before samples. That
-                step must have the same sequences.
-            adapters: the slots of the sequences' adapters, or -1; empty: no sequence has an
-                adapter.
+            token_ids: the N tokens to read. None: the tokens that the last step samples. That step
+                must have the same sequences.
+            adapters: the slots of the sequences' adapters, or -1 for a sequence without one. An
+                empty list: no sequence has an adapter.
         """
         if token_ids is None:
             raise ValueError("token_ids is None, expected the ids to read: this runner keeps none")
@@ -216,10 +217,10 @@ class Runner:
         token_ids: Sequence[Sequence[int]],
         adapters: Sequence[int],
     ) -> Verified:
-        """Reads the next token of each of N sequences, and drafts of the tokens behind it.
+        """Reads the next token of each of N sequences, and the drafts that follow it.
 
         Args:
-            extents, rows, adapters: the arguments of `launch` with these names.
+            extents, rows, adapters: as in `launch`.
             token_ids: for each sequence its next token and its drafts.
         """
         counts = list(map(len, token_ids))
@@ -233,10 +234,10 @@ class Runner:
     def _verify_rows(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int], greedy: bool
     ) -> Verified:
-        """`verify` for T tokens, each with a row of the table and an adapter of its own.
+        """Does `verify` for T tokens. Each token has its own row of the table, and its own adapter.
 
         Args:
-            greedy: all sequences take the largest logit.
+            greedy: whether all sequences take the largest logit.
         """
         model = self._model
         h, is_usual = self._step(token_ids, table, adapters)
@@ -248,8 +249,8 @@ class Runner:
     def _step(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]
     ) -> tuple[Tensor, bool]:
-        """Runs the layers for T tokens, each with a row of the table and an adapter. Returns the
-        residual stream [T, E], and `is_usual` as in `Step`."""
+        """Runs the layers for T tokens. Each token has a row of the table and an adapter. Returns
+        the residual stream [T, E], and `is_usual` as in `Step`."""
         device = self._model.device
         tokens, slots = _int64(token_ids, device), _slots(adapters, device)
         if self._recorded is not None:
@@ -259,15 +260,15 @@ class Runner:
 
 
 def captures_steps() -> bool:
-    """Whether decode steps are recorded, or captured as CUDA graphs, and then repeated. With
-    MISTRAL_EXT_GRAPHS=0 Python launches every kernel of a step."""
+    """Whether decode steps are recorded, or captured as CUDA graphs, and then repeated. If
+    MISTRAL_EXT_GRAPHS is 0, Python launches every kernel of a step."""
     return os.environ.get("MISTRAL_EXT_GRAPHS") != "0"
 
 
 def choose(
     model: Transformer, sampler: Sampler, h: Tensor, rows: Tensor, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (logits [N, V], token ids [N]) of a step. With `greedy` no row needs a draw of
+    """Returns (logits [N, V], token ids [N]) of a step. `greedy` says that no row needs a draw of
     `sampler`."""
     if greedy:
         return model.greedy(h, sampler.vocab_size)
@@ -276,7 +277,7 @@ def choose(
 
 
 def _slots(adapters: Sequence[int], device: torch.device) -> Tensor | None:
-    """The adapters of a pass as `Transformer.step` takes them."""
+    """The adapters of a pass in the form that `Transformer.step` takes."""
     if max(adapters, default=-1) < 0:
         return None
     return torch.tensor(adapters, dtype=torch.int32, device=device)

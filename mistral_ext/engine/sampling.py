@@ -1,8 +1,8 @@
 """Sampling: keeps the options and the state of completions, from which `ops.sample` chooses tokens.
 
 The steps have vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p. The noise of a
-draw is a pure function of (seed, index of the completion, step, token). So a completion depends on
-its own seed alone, neither on the rest of the batch nor on earlier draws.
+draw is a pure function of (seed, index of the completion, step, token). So a completion depends
+only on its own seed, and neither on the rest of the batch nor on earlier draws.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Sampler:
     """Chooses the next tokens of several completions in one call.
 
-    The state of a completion is a row of a few tensors on the device: see `ops.sample`.
+    The state of a completion is one row of several tensors on the device (see `ops.sample`).
 
     Args:
         rows: the number of completions at a time.
@@ -34,7 +34,7 @@ class Sampler:
         holes: ids below V that no token has, and that are never chosen.
 
     Attributes:
-        vocab_size: the argument of this name.
+        vocab_size: V.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Sampler:
             self._history = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # made when first needed
         self._plainly_greedy = [False] * rows
-        self._unrestricted: dict[int, Tensor] = {}  # bias of rows that `restrict` changes
+        self._unrestricted: dict[int, Tensor] = {}  # the biases that rows had before `restrict`
         self._holes = tuple(holes)
         if holes:
             self._make_bias()
@@ -68,11 +68,11 @@ class Sampler:
         """Gives a row to a completion.
 
         Args:
-            row: the row, 0 to rows - 1. The completion that had it last must have ended.
+            row: the row, 0 to rows - 1. The previous completion with this row must have ended.
             params: the options.
             prompt_ids: tokens of the prompt, for the repetition penalty.
             index: which of the prompt's n completions this is.
-            completion_ids: tokens that were drawn already.
+            completion_ids: the tokens that were already drawn.
             seed: the seed of the draws, 0 to 2^64 - 1. None: the seed of the options, or a random
                 seed if they have none.
 
@@ -112,11 +112,11 @@ class Sampler:
             self._bias[row, self._ids(list(biases))] = values.to(self._bias.device)
 
     def follow(self, other: Sampler, rows: Sequence[int]) -> None:
-        """Copies the state of some completions from another sampler, which has as many rows and
-        tokens. If none of them needs a draw (`needs_no_draw`), only this fact is noted.
+        """Copies the state of some completions from another sampler with as many rows and tokens.
+        If none of them needs a draw (`needs_no_draw`), copies only this fact.
 
         Args:
-            rows: the rows of the completions, which are the same in both samplers.
+            rows: the rows of the completions. They are the same in both samplers.
         """
         for row in rows:
             self._plainly_greedy[row] = other._plainly_greedy[row]
@@ -133,11 +133,11 @@ class Sampler:
             self._bias[index] = other._bias[index]
 
     def restrict(self, row: int, allowed: NDArray[np.bool_]) -> None:
-        """Has a row choose among some tokens only, until the next call of this or of `start`.
+        """Limits a row to some tokens, until the next call of `restrict` or `start` for this row.
 
         Args:
             row: a row that `start` has given to a completion.
-            allowed: [V or more], whether a token may be chosen.
+            allowed: [V or more], whether each token may be chosen.
         """
         if self._bias is None:
             self._make_bias()
@@ -149,7 +149,7 @@ class Sampler:
         banned = self._bias.new_full((), -torch.inf)
         torch.where(given, self._unrestricted[row], banned, out=self._bias[row])
 
-    @torch.inference_mode(False)  # it outlives the call
+    @torch.inference_mode(False)  # the bias outlives the call
     def _make_bias(self) -> None:
         self._bias = torch.zeros_like(self._history, dtype=torch.float32)
 
@@ -158,12 +158,12 @@ class Sampler:
 
     @property
     def biased(self) -> bool:
-        """Whether draws add a bias. They do, for all rows, as soon as the vocabulary has holes or
-        any completion so far had a logit_bias or a restriction."""
+        """Whether draws add a bias. All rows do so once the vocabulary has holes or any completion
+        so far had a logit_bias or a restriction."""
         return self._bias is not None
 
     def needs_no_draw(self, rows: Sequence[int]) -> bool:
-        """Whether all these completions take the largest logit, which needs no state."""
+        """Whether all these completions take the largest logit. This needs no state."""
         return all(self._plainly_greedy[row] for row in rows)
 
     def sample(self, rows: Sequence[int], logits: Tensor) -> list[int]:
@@ -185,17 +185,18 @@ class Sampler:
         return token_ids
 
     def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """`sample` for rows on the device, without waiting for it; -1 where `sample` raises."""
+        """Does `sample` for rows on the device, without waiting for it. A token is -1 where
+        `sample` raises."""
         logits = logits[:, : self.vocab_size]
         return ops.sample(logits, rows, self._options, self._noise, self._history, self._bias)
 
     def draw_now(self, rows: Sequence[int], logits: Tensor) -> list[int]:
-        """`sample`, with -1 where it raises."""
+        """Does `sample`, but a token is -1 where `sample` raises."""
         token_ids: list[int] = self.draw(self._ids(rows), logits).tolist()
         return token_ids
 
     def problem(self, logits: Tensor) -> ValueError:
-        """The error that says why no token could be chosen.
+        """Makes the error that says why no token could be chosen.
 
         Args:
             logits: [V or more], the completion's logits.
@@ -208,7 +209,7 @@ class Sampler:
 
 
 def fresh_seed(params: SamplingParams) -> int:
-    """The seed of the options; without it a new random seed for each call."""
+    """The seed of the options, or if they have none a new random seed."""
     return secrets.randbits(64) if params.seed is None else params.seed
 
 
@@ -220,8 +221,8 @@ def token_logprob(
     Args:
         logits: [V] fp32.
         token_id: the token.
-        count: report this many of the most likely tokens too.
-        holes: ids that no token has; their probability is 0, and they are not reported.
+        count: also report this many of the most likely tokens.
+        holes: ids that no token has. Their probability is 0, and they are not reported.
     """
     logits = logits.to(torch.float64, copy=True)
     logits[list(holes)] = -torch.inf

@@ -1,6 +1,7 @@
-"""The policy of the engine: which requests to admit, which tokens to read, which to put back.
+"""The policy of the engine: which requests to admit, which tokens to read, which sequences to put
+back.
 
-Nothing here touches a tensor of the model.
+The scheduler does not touch tensors of the model.
 
 A request waits until there is a row of the sampler for it and room in the cache for its prompt.
 Then its prompt is read, piece by piece. Pieces may be smaller while other sequences generate, so
@@ -8,9 +9,9 @@ that a long prompt delays them little. Prompts that are being read take turns.
 
 Prompts and generated tokens are read in separate passes. The rounding of a product depends on its
 number of tokens, so in a common pass a text would depend on the rest of the batch. In separate
-passes it does not: pieces of prompts have at least `LEAST_PIECE` tokens, from where on a token's
-bits do not depend on the number of tokens, and neither do they for up to 8 generated tokens. A
-prompt of up to 8 tokens is read alone.
+passes it does not. Pieces of prompts have at least `LEAST_PIECE` tokens. From this number on, the
+bits of a token do not depend on the number of tokens. Neither do they for up to 8 generated tokens.
+A prompt of up to 8 tokens is read alone.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. Then
 the sequence that came last is put back: it waits, its prompt is read again, and the tokens that it
@@ -31,8 +32,8 @@ from mistral_ext.engine.prefix_cache import (
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool, slots_needed
 
-# The gemv kernels multiply passes of up to this many tokens (`ops.linear`). A prompt this short is
-# read alone: with other prompts in its pass, gemm would multiply it, and round differently.
+# Passes of up to this many tokens are multiplied by the gemv kernels (`ops.linear`). A prompt this
+# short is read alone: in a pass with other prompts, gemm would multiply it and round differently.
 _FEW_TOKENS = 8
 
 
@@ -46,12 +47,12 @@ class Scheduler:
         busy_chunk: the most tokens of prompts to read in a pass while a sequence generates.
 
     Attributes:
-        waiting: sequences that are not admitted yet, in the order of service.
-        reading: sequences whose prompts are being read, in the order of service.
+        waiting: sequences that are not admitted yet, in the order in which they will be.
+        reading: sequences whose prompts are being read, in the order of their next pieces.
         decoding: sequences that generate, in the order of admission.
-        prefixes: extents that ended requests have left.
-        preemptions: how often a sequence was put back.
-        busy_chunk: the argument of this name, limited to `chunk`. The engine may change it.
+        prefixes: the extents of ended requests.
+        preemptions: the number of times that a sequence was put back.
+        busy_chunk: the argument of this name, but at most `chunk`. The engine may change it.
     """
 
     def __init__(self, pool: SlotPool, rows: int, chunk: int, busy_chunk: int) -> None:
@@ -104,7 +105,8 @@ class Scheduler:
             self.reading.append(sequence)
 
     def next_pieces(self) -> list[tuple[Sequence, int]]:
-        """The prompt tokens to read in the next pass: sequences, and how many tokens of each."""
+        """The prompt tokens to read in the next pass: sequences, and the number of tokens of
+        each."""
         if not self.reading:
             return []
         budget = self.busy_chunk if self.decoding else self._chunk
@@ -128,21 +130,21 @@ class Scheduler:
         return pieces
 
     def note_read(self, sequence: Sequence, count: int) -> None:
-        """Counts prompt tokens that were read; after the last of them the sequence generates."""
+        """Counts prompt tokens that were read. After the last of them the sequence generates."""
         may_share = sequence.request.chunk is None and sequence.prompt_length >= LEAST_PIECE
         if may_share and sequence.exact == sequence.place.length:
             sequence.exact += count
         self._pool.advance(sequence.place, count)
         self.reading.remove(sequence)
         if sequence.reads_prompt:
-            self.reading.append(sequence)  # at the end: prompts take turns
+            self.reading.append(sequence)  # appended, because prompts take turns
         elif sequence.request.params is not None:
             self.decoding.append(sequence)
 
     def next_decode(self) -> list[Sequence]:
-        """The sequences of the next decode step, each with room for its token."""
+        """The sequences of the next decode step. Each has room for its token."""
         for sequence in list(self.decoding):
-            if sequence.extent is not None and _goes_on(sequence):  # not put back by this loop
+            if sequence.extent is not None and _goes_on(sequence):  # this loop has not put it back
                 self._make_room(sequence)
         return [sequence for sequence in self.decoding if _goes_on(sequence)]
 
@@ -152,10 +154,10 @@ class Scheduler:
             self._pool.advance(sequence.place, 1)
 
     def release(self, sequence: Sequence, keep: bool = True) -> None:
-        """Lets go of a sequence that has ended, wherever it is.
+        """Releases a sequence that has ended, in whichever list it is.
 
         Args:
-            keep: whether its keys and values are sound, so that other requests may use them.
+            keep: whether its keys and values are valid, so that other requests may use them.
         """
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -194,15 +196,16 @@ class Scheduler:
     def _may_enter(self, sequence: Sequence) -> bool:
         if sequence.request.params is not None and not self._free_rows:
             return False
-        # Prompts for the next pass or two are enough: a later request finds more in the cache.
+        # Prompts for the next pass or two are enough. A request that is admitted later finds more
+        # in the cache.
         unread = sum(s.prompt_length - s.place.length for s in self.reading)
         if unread >= 2 * self._chunk:
             return False
         return not any(self._is_worth_waiting_for(s, sequence) for s in self.reading)
 
     def _is_worth_waiting_for(self, other: Sequence, sequence: Sequence) -> bool:
-        """Whether `other` is reading tokens that `sequence` would have to read as well, if it did
-        not wait."""
+        """Whether `other` is reading tokens that `sequence` would also have to read if it did not
+        wait."""
         if other.request.prefix_owner != sequence.request.prefix_owner:
             return False
         if other.request.chunk is not None:
@@ -212,18 +215,19 @@ class Scheduler:
         return common >= other.place.length + LEAST_PIECE
 
     def _extent_for(self, sequence: Sequence) -> tuple[Extent | None, int]:
-        """An extent for a prompt, and how many of the tokens in it are exact (see `Match`). The
-        extent may hold the beginning of the prompt."""
+        """Makes an extent for a prompt, which may already hold its beginning. Also returns how many
+        of the tokens in it are exact (see `Match`)."""
         most = self._needed(sequence)
-        # A sequence that was put back gets all slots that it can need, so that it never is again.
+        # A sequence that was put back gets all slots that it can need, so that it is never put back
+        # again.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
         extent = self.prefixes.extent(match, length, most)
         return extent, 0 if match is None else match.exact
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Gives a sequence room for one more token. If there is none, puts back the sequences that
-        came last, which may include this one."""
+        """Gives a sequence room for one more token. If there is no room, puts back the sequences
+        that came last, perhaps also this sequence."""
         while sequence.extent is not None and not self.prefixes.grow(sequence.extent, 1):
             self.put_back(max(self.running(), key=lambda s: s.request_id))
 
@@ -233,12 +237,12 @@ def _is_read_alone(sequence: Sequence) -> bool:
 
 
 def _goes_on(sequence: Sequence) -> bool:
-    """Whether the sequence needs another token after those under way, as far as is known."""
+    """Whether the sequence needs another token after the tokens under way, as far as is known."""
     return sequence.is_open and sequence.place.length + 1 < sequence.request.max_length
 
 
 def _piece(unread: int, budget: int) -> int:
-    """How many tokens of a prompt to read next. Neither this piece nor the rest of the prompt may
-    have fewer than LEAST_PIECE tokens, so the piece may exceed the budget a little."""
+    """The number of tokens of a prompt to read next. Neither this piece nor the rest of the prompt
+    may have fewer than LEAST_PIECE tokens, so the piece may exceed the budget a little."""
     count = min(budget, unread - LEAST_PIECE)
     return count if count >= LEAST_PIECE and unread > budget else unread

@@ -1,4 +1,4 @@
-"""A request on its way through the engine."""
+"""A request while the engine works on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_ext.text.grammar import Matcher
 
 
 class Sequence:
-    """The tokens of a request, and where they are.
+    """The tokens of a request, and its places in the cache and the sampler.
 
     Args:
         request_id: the id that the engine gave to the request. Later requests have larger ids.
@@ -25,20 +25,21 @@ class Sequence:
         holes: ids below vocab_size that no token has, and that are never sampled.
 
     Attributes:
-        ids: the tokens of the prompt, then those that were generated.
-        seed: the seed of the draws of its tokens.
+        ids: the tokens of the prompt, then the generated tokens.
+        seed: the seed with which its tokens are drawn.
         extent: the sequence's slots of the cache. None while it waits.
         row: the sequence's row of the sampler. None while it waits.
-        exact: tokens at the beginning of the extent that were read as parts of a prompt.
-        reported: how many tokens of the prompt need no result any more, because it was given or is
-            not asked for.
+        exact: the number of tokens at the beginning of the extent that were read as parts of a
+            prompt.
+        reported: the number of prompt tokens that need no result any more, because the result was
+            given or is not requested.
         is_drawing: whether the sampler's row is in the state that the next draw needs.
-        was_put_back: whether the sequence ran before, and lost its place in the cache.
-        finish_reason: why the sequence has ended. None while it goes on.
+        was_put_back: whether the sequence ran before and lost its place in the cache.
+        finish_reason: why the sequence has ended. None: it has not ended.
         is_aborted: whether the request was aborted, so that nobody waits for its outputs.
-        matcher: says which tokens may come next. None: any token may.
+        matcher: knows which tokens may come next. None: any token may.
         proposer: guesses the next tokens.
-        drafted, accepted: the numbers of drafts that were checked, and of those that were right.
+        drafted, accepted: the number of drafts that were checked, and of those that were right.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Sequence:
         self._holes = holes
         self._eos_ids: tuple[int, ...] = ()
         self._logprobs: list[TokenLogprob] = []
-        self._others: int | None = None  # tokens to report beside each; None: report nothing
+        self._others: int | None = None  # tokens to report beside each token; None: report none
         params = request.params
         if params is not None:
             params.check_vocabulary(vocab_size, holes)
@@ -85,14 +86,13 @@ class Sequence:
 
     @property
     def sampler_row(self) -> int:
-        """The sequence's row of the sampler. The sequence must be running, and be one that
-        generates tokens."""
+        """The sequence's row of the sampler. The sequence must be running, and generate tokens."""
         assert self.row is not None
         return self.row
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether some of its prompt is not in the cache yet."""
+        """Whether a part of its prompt is not in the cache yet."""
         return self.place.length < self.prompt_length
 
     @property
@@ -103,12 +103,12 @@ class Sequence:
     @property
     def generates(self) -> bool:
         """Whether the next decode step gives a new token. A sequence that was put back first reads
-        the tokens that it had generated again, and those steps give none."""
+        its generated tokens again, and these steps give no new tokens."""
         return self.place.length >= len(self.ids) - 1
 
     @property
     def is_open(self) -> bool:
-        """Whether the sequence goes on, by the tokens that are known so far."""
+        """Whether the sequence continues, as far as its known tokens tell."""
         return self.finish_reason is None and not self.is_aborted
 
     def note_read(self, count: int) -> None:
@@ -116,19 +116,19 @@ class Sequence:
         if not self._started:
             self._started = time.perf_counter()
             self._cached = self.place.length
-        if len(self.ids) == self.prompt_length:  # not for tokens that are read again
+        if len(self.ids) == self.prompt_length:  # tokens that are read again do not count
             self._read += count
 
     def report(self, results: torch.Tensor) -> Output:
-        """Gives results for the next tokens of its prompt: logits [n, V] or hidden states [n, E],
-        the last of them for the token that was read last."""
+        """Gives results for the next tokens of the prompt: logits [n, V] or hidden states [n, E].
+        The last result belongs to the token that was read last."""
         self.reported = self.place.length
         if self.request.hidden:
             return Output(self.request_id, hidden=results)
         return Output(self.request_id, prompt_logits=results)
 
     def accept(self, token_id: int, logits: torch.Tensor) -> Output:
-        """Appends the next token, which was sampled from logits [V or more]."""
+        """Appends the next token. It was sampled from the logits [V or more]."""
         self._last = time.perf_counter()
         if len(self.ids) == self.prompt_length:
             self._first = self._last
@@ -145,7 +145,7 @@ class Sequence:
             self.finish_reason = "length"
         piece, text = "", self.request.text
         if text:
-            # A token that ends a text is no part of the text, even if it is an ordinary token.
+            # A token that ends a text is not part of the text, even if it is an ordinary token.
             piece = "" if is_end else text.push(token_id)
             if self.finish_reason:
                 piece += text.finish()

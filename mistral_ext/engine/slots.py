@@ -8,18 +8,18 @@ tokens (positions 0 to 5):
     slot       0  1  2  3
     position   4  5  2  3        4 and 5 took the slots of 0 and 1, which no later query sees
 
-The next token, position 6, sees 3, 4, 5 and itself; it goes to slot 2, over position 2. A prompt
-is read in chunks: a chunk of two tokens, 6 and 7, takes slots 2 and 3; but query 6 still sees
-position 3, so token 7 is stored only when attention is done (csrc/ring.h has the rule). A chunk
-longer than the ring stores only its last C tokens.
+The next token, position 6, sees 3, 4, 5 and itself. It takes slot 2 from position 2. A prompt is
+read in chunks. A chunk of two tokens, 6 and 7, takes slots 2 and 3. But query 6 still sees position
+3, so token 7 is stored only when attention is done (csrc/ring.h has the rule). If a chunk is longer
+than the ring, only its last C tokens are stored.
 
-A ring here has more slots than the window. The additional slots are its *slack*: so many tokens can
-be taken back (`rewind`), and the next query still finds all keys that it sees.
+In this pool a ring has more slots than the window. The additional slots are its *slack*. As many
+tokens can be taken back (`rewind`), and the next query still finds all keys that it sees.
 
 An extent begins small. When it is full it grows to twice its size, up to the most that its sequence
-can need: a ring, or without a window its longest length. When it grows, its tokens are copied once.
+can need: a ring, or without a window its longest length. Growing copies its tokens once.
 
-Mistral 7B takes 131,072 bytes a token in bfloat16, over its 32 layers.
+Mistral 7B takes 131,072 bytes per token in bfloat16, in all 32 layers together.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from torch import Tensor
 
 from mistral_ext.model.config import MistralConfig
 
-# Slots that a ring has beyond the window: 1/8 of it, within these bounds.
+# The number of slots of a ring beyond the window: 1/8 of the window, within these bounds.
 _LEAST_SLACK, _MOST_SLACK = 64, 512
 
-# Extents begin with a multiple of this many slots.
+# The initial size of an extent is a multiple of this many slots.
 _STEP = 256
 
 
 def slots_needed(window: int | None, max_length: int) -> int:
-    """Slots of a sequence of at most `max_length` tokens, once it has grown as far as it can."""
+    """The most slots that a sequence of at most `max_length` tokens needs."""
     if window is None:
         return max_length
     return min(max_length, window + min(max(window // 8, _LEAST_SLACK), _MOST_SLACK))
@@ -51,10 +51,10 @@ class Extent:
     """The slots of one sequence.
 
     Attributes:
-        first: its first slot in the pool.
+        first: the index of its first slot in the pool.
         capacity: C, the number of its slots.
-        most: slots that it may grow to.
-        length: the number of tokens of the sequence that have been stored.
+        most: the number of slots to which it may grow.
+        length: the number of stored tokens of the sequence.
         oldest: the first position whose slot no later token has taken.
     """
 
@@ -69,7 +69,7 @@ class SlotPool:
     """Gives out extents of the cache.
 
     Args:
-        config: the model's configuration, which gives layers, key/value heads, head dimension and
+        config: the configuration of the model. It gives layers, key/value heads, head dimension and
             window.
         slots: the number of slots of the pool.
         dtype, device: the dtype and device of the keys and values.
@@ -91,10 +91,11 @@ class SlotPool:
         self.slots = slots
         self.window = config.sliding_window
         self._heads = config.n_kv_heads
-        self._free = [(0, slots)]  # (first slot, slots) of each free range, in order
+        self._free = [(0, slots)]  # (first slot, number of slots) of each free range, in order
         shape = (self._heads * slots, config.head_dim)
-        with torch.inference_mode(False):  # they outlive the call
-            # Not zeroed: untouched pages cost no memory until a token is stored in them.
+        with torch.inference_mode(False):  # the pools outlive the call
+            # The pools are not zeroed: untouched pages cost no memory until a token is stored in
+            # them.
             self.k, self.v = (
                 [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
                 for _ in range(2)
@@ -102,12 +103,12 @@ class SlotPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
+        """The bytes of all layers."""
         return sum(pool.nbytes for pool in (*self.k, *self.v))
 
     @property
     def free_slots(self) -> int:
-        """Slots that no extent owns; not all of them need be consecutive."""
+        """The number of slots that no extent owns. They need not be consecutive."""
         return sum(count for _, count in self._free)
 
     def allocate(self, length: int, most: int) -> Extent | None:
@@ -115,7 +116,7 @@ class SlotPool:
 
         Args:
             length: the number of tokens for which it must have slots at once.
-            most: slots that it may grow to.
+            most: the number of slots to which it may grow.
 
         Returns:
             The extent, or None if there is no room.
@@ -136,11 +137,11 @@ class SlotPool:
         return extent.capacity == extent.most or extent.length + count <= extent.capacity
 
     def grow(self, extent: Extent, count: int) -> bool:
-        """Moves an extent and its tokens to where `count` more tokens have room. It gets twice as
-        many slots, or only as many as it needs if there are no more.
+        """Moves an extent and its tokens so that `count` more tokens have room. Its number of slots
+        doubles, or grows only as needed if there is no room for more.
 
         Returns:
-            Whether there was room; if not, nothing has changed.
+            Whether there was room. If not, nothing has changed.
         """
         least = min(extent.most, -(-(extent.length + count) // _STEP) * _STEP)
         available = _give_back(self._free, extent)
@@ -154,8 +155,8 @@ class SlotPool:
         return False
 
     def copy(self, source: Extent, target: Extent, length: int) -> None:
-        """Copies the first `length` tokens of an extent to an empty extent, which has room for
-        them. `can_rewind(source, length)` must hold."""
+        """Copies the first `length` tokens of an extent to an empty extent. It must have room for
+        them, and `can_rewind(source, length)` must be true."""
         target.oldest = self._copy(source, target, length)
         target.length = length
 
@@ -177,13 +178,13 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def draft_table(self, extents: Sequence[Extent], counts: Sequence[int]) -> Tensor:
-        """The sequence table of a decode step with drafts. Each token has a row of its own, so
-        attention computes each with the bits of a step that has one token.
+        """The sequence table of a decode step with drafts. Each token has its own row, so attention
+        gives it the same bits as a step with one token.
 
         Args:
             extents: the extents of the sequences.
-            counts: for each sequence the number of its tokens, the next one and the drafts: at most
-                1 + `room_for_drafts`.
+            counts: for each sequence the number of its tokens (the next token and its drafts), at
+                most 1 + `room_for_drafts`.
 
         Returns:
             [T, 5] int64 on the CPU.
@@ -196,49 +197,49 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def append(self, counts: Mapping[Extent, int]) -> Tensor:
-        """Returns `table`, and counts the new tokens as stored. The call that stores them must be
-        made next."""
+        """Returns `table`, and counts the new tokens as stored. The caller must then make the call
+        that stores them."""
         table = self.table(counts)
         for extent, count in counts.items():
             self.advance(extent, count)
         return table
 
     def advance(self, extent: Extent, count: int) -> None:
-        """Notes that `count` more tokens are stored."""
+        """Notes that `count` more tokens of the sequence are stored."""
         extent.length += count
         extent.oldest = max(extent.oldest, extent.length - extent.capacity)
 
     def room_for_drafts(self, extent: Extent) -> int:
-        """How many drafts may be stored behind the next token, before any of these tokens attends.
-        The extent does not grow for drafts, and no draft may take a slot that the next token
-        sees."""
+        """The number of drafts that may be stored after the next token, before any of these tokens
+        attends. The extent does not grow for drafts, and no draft may take a slot that the next
+        token sees."""
         unused = extent.capacity - extent.length - 1
         unseen = 0 if self.window is None else extent.capacity - self.window
         return max(0, unused, unseen)
 
     def note_drafts(self, extent: Extent, count: int) -> None:
-        """Notes that `count` tokens are stored behind the next token. They do not count as tokens
-        of the sequence before `advance` says so; until then later tokens may replace them."""
+        """Notes that `count` tokens are stored after the next token. They count as tokens of the
+        sequence only after `advance`. Until then later tokens may replace them."""
         stored = extent.length + 1 + count
         extent.oldest = max(extent.oldest, stored - extent.capacity)
 
     def can_rewind(self, extent: Extent, length: int) -> bool:
-        """Whether an extent still holds all that a token at position `length` sees.
+        """Whether an extent still holds everything that a token at position `length` sees.
 
-        That token sees the positions from length - W + 1 on. Once a later token has taken the slot
-        of one of these positions, the extent cannot be rewound.
+        That token sees the positions from length - W + 1 on. If a later token has taken the slot of
+        one of these positions, the extent cannot be rewound.
         """
         oldest_seen = max(0, length - self.window + 1) if self.window else 0
         return length <= extent.length and oldest_seen >= min(length, extent.oldest)
 
     def rewind(self, extent: Extent, length: int) -> None:
-        """Forgets all but the first `length` tokens, which `can_rewind` allows."""
+        """Forgets all but the first `length` tokens. `can_rewind` must allow it."""
         extent.length = length
         extent.oldest = min(extent.oldest, length)
 
     def _copy(self, source: Extent, target: Extent, length: int) -> int:
-        """Copies tokens before `length`: the last tokens that the source still has and for which
-        the target has room. Returns the position of the first."""
+        """Copies tokens before position `length`: the last tokens that the source still has and
+        that fit the target. Returns the position of the first copied token."""
         begin = max(source.oldest, length - target.capacity)
         overlap = (
             source.first < target.first + target.capacity
@@ -262,8 +263,8 @@ class SlotPool:
 
 
 def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list[tuple[int, int]]]:
-    """Takes the lowest `count` consecutive free slots. Returns the first of them, or None if there
-    are none, and the free ranges that are left."""
+    """Takes the lowest `count` consecutive free slots. Returns the index of the first, or None if
+    there are not so many, and the free ranges that are left."""
     for i, (first, available) in enumerate(free):
         if available >= count:
             rest = [(first + count, available - count)] if available > count else []
@@ -272,7 +273,7 @@ def _take(free: Sequence[tuple[int, int]], count: int) -> tuple[int | None, list
 
 
 def _give_back(free: Sequence[tuple[int, int]], extent: Extent) -> list[tuple[int, int]]:
-    """The free ranges after an extent is freed; neighbouring ranges are merged."""
+    """The free ranges after an extent is released. Neighbouring ranges are merged."""
     merged: list[tuple[int, int]] = []
     for first, count in sorted([*free, (extent.first, extent.capacity)]):
         if merged and sum(merged[-1]) == first:
@@ -283,8 +284,8 @@ def _give_back(free: Sequence[tuple[int, int]], extent: Extent) -> list[tuple[in
 
 
 def _runs(begin: int, end: int, source: int, target: int) -> list[tuple[int, int, int]]:
-    """(slot in the source, slot in the target, count): the positions [begin, end) in as few runs
-    as two rings of `source` and `target` slots allow."""
+    """Divides the positions [begin, end) into runs (slot in the source, slot in the target, count).
+    There are as few runs as rings of `source` and `target` slots allow."""
     runs = []
     while begin < end:
         from_slot, to_slot = begin % source, begin % target

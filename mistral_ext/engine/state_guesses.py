@@ -1,7 +1,7 @@
-"""Guesses the next token from the state of a grammar: what was written in such a state before.
+"""Guesses the next token from the state of a grammar: what was written in this state before?
 
-Most grammars leave open how white space is written and where a value ends, and a text mostly keeps
-to the way in which it began.
+Most grammars allow several ways to write white space and to end a value. A text mostly keeps the
+way in which it began.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as List
 
-STATES = 3  # the present one and those before it, that are compared at most
-_MOST_RUN = 3  # longer runs are not told apart
+STATES = 3  # the most states that are compared: the current state and the states before it
+_MOST_RUN = 3  # longer runs count as this long
 
 
 class StateGuesses:
@@ -24,11 +24,11 @@ class StateGuesses:
     def __init__(self, ids: List[int], states: List[int]) -> None:
         self._ids = ids
         self._states = states
-        self._begin = len(ids) - len(states) + 1  # of what has to match
+        self._begin = len(ids) - len(states) + 1  # the index of the first token that has to match
         self._noted = 0
-        # Last states -> the token that followed the last time, and how many times in a row it did.
-        # The number is 0 if another token followed before: a token that changes is content rather
-        # than form.
+        # Last states -> (the token that followed the last time, how many times in a row it did).
+        # The number is 0 if another token followed the time before: a token that changes is content
+        # rather than form.
         self._after: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def update(self) -> None:
@@ -42,12 +42,12 @@ class StateGuesses:
         self._noted = len(self._states) - 1
 
     def guesses(self, states: List[int]) -> Iterator[tuple[int, int]]:
-        """Yields (kind, token) for tokens that may follow. The last states are looked up, first
-        `STATES` of them, then fewer, down to 1. There is a kind for each number of states and each
-        number of times in a row that the token followed.
+        """Yields (kind, token) for tokens that may follow. Looks up the last states: first the last
+        `STATES`, then fewer, down to 1. There is a kind for each number of states and each number
+        of times in a row that the token followed.
 
         Args:
-            states: the last states, `STATES` or fewer, with the present state at the end.
+            states: the last states, at most `STATES`. The current state is the last.
         """
         for n in range(len(states), 0, -1):
             found = self._after.get(tuple(states[-n:]))

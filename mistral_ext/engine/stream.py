@@ -1,4 +1,4 @@
-"""The text of one completion, as it is written."""
+"""The text of one completion, piece by piece as it is generated."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Stream:
 
     Args:
         outputs: the outputs of the engine for this completion alone.
-        parser: takes calls of tools out of the text. None: the completion has no calls.
+        parser: takes tool calls out of the text. None: the completion has no tool calls.
 
     Attributes:
         token_ids: the tokens generated so far.
-        completion: the whole completion, once the iteration has ended; None before.
+        completion: the whole completion, or None until the iteration has ended.
     """
 
     def __init__(self, outputs: Outputs, parser: ToolParser | None = None) -> None:
@@ -53,7 +53,7 @@ class Stream:
         """Reads all of the text, and returns the completion."""
         for _ in self:
             pass
-        assert self.completion is not None  # it has ended
+        assert self.completion is not None  # the iteration has ended
         return self.completion
 
     def close(self) -> None:

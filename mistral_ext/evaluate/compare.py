@@ -1,14 +1,14 @@
-"""How far the predictions of one model are from those of another, on the same text.
+"""Measures how far the predictions of one model are from those of another, on the same text.
 
 The comparison shows what a quantisation costs. It gives the Kullback-Leibler divergence of the
-second model's next-token probabilities from the first model's, in nats for each token, how often
-both have the same most likely token, and both perplexities. Both models read the same tokens, in
-pieces of the same size.
+second model's next-token probabilities from the first model's, in nats per token; how often both
+have the same most likely token; and both perplexities. Both models read the same tokens, in pieces
+of the same size.
 
-CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as
-when tokens are generated. But some CPUs do so for up to 8 tokens only: CPUs of x86 without VNNI for
-weights in `iq4_nl` and `iq4_xs`, and CPUs with AMX for activations in bf16. On those, pass chunk=8
-to see what generated tokens get. To see what the weights alone cost anywhere, call
+CPUs may round activations to 8 bits before they multiply them by weights of 4 to 6 bits, here as in
+generation. But some CPUs do so only for up to 8 tokens: x86 CPUs without VNNI for weights in
+`iq4_nl` and `iq4_xs`, and CPUs with AMX for activations in bf16. On these CPUs, pass chunk=8 to
+measure what generated tokens get. To measure the loss by the weights alone on any CPU, call
 `ops.set_exact_products(True)`, or set MISTRAL_EXT_EXACT=1 in the environment.
 """
 
@@ -29,7 +29,7 @@ from mistral_ext.llm import Mistral
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result.
+    """The result of a comparison.
 
     Attributes:
         divergences: [T] float64, KL(first || second) of the prediction after each token, in nats.
@@ -69,13 +69,12 @@ def compare(
     """Compares two models on texts.
 
     Args:
-        first, second: models with the same tokens. The first is the standard that the second is
-            compared with.
-        texts: each is read after a beginning-of-text token. If a text has more tokens than a model
-            without a window knows positions, its first part is read.
+        first, second: models with the same tokens. The first is the reference.
+        texts: each text is read after a beginning-of-text token. A model without a window has a
+            limited number of positions. If a text has more tokens, only its first part is read.
         progress: show a progress bar if stderr is a terminal.
-        chunk: the number of tokens in a piece. Up to 8 are rounded as generated tokens are. The
-            logits of a piece take chunk * vocabulary * 4 bytes for each model.
+        chunk: the number of tokens in a piece. Up to 8 are rounded in the same way as generated
+            tokens. The logits of a piece take chunk * vocabulary * 4 bytes for each model.
         adapters: for each model the name of a loaded adapter. None: the model is used without an
             adapter.
 
@@ -90,7 +89,8 @@ def compare(
     ids_of_texts = [_same_ids(first, second, text, f"texts[{i}]") for i, text in enumerate(texts)]
     if not ids_of_texts:
         raise ValueError("texts is empty, expected one or more")
-    # Rows beyond the tokenizer's are padding, of which models may have different numbers.
+    # Rows beyond the tokenizer's tokens are padding. Models may have different numbers of such
+    # rows.
     size = min(llm.config.vocab_size for llm in (first, second))
     divergences, agrees, nlls = [], [], torch.zeros(2, dtype=torch.float64, device="cpu")
     total = sum(len(ids) - 1 for ids in ids_of_texts)
@@ -112,7 +112,7 @@ def compare(
 
 
 def _same_ids(first: Mistral, second: Mistral, text: str, name: str) -> list[int]:
-    """The tokens of a text, which both models must agree on."""
+    """The tokens of a text. Raises an error if the models disagree about them."""
     if not text:
         raise ValueError(f"{name} is empty, expected some text")
     ids, others = (llm.require_tokenizer().encode(text) for llm in (first, second))
@@ -143,14 +143,14 @@ def _logprobs(
 
 
 def write_histogram(comparison: Comparison, path: Path, title: str) -> None:
-    """Draws how many tokens have which divergence, as a PNG.
+    """Draws a histogram of the divergences of tokens, as a PNG.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     from matplotlib.figure import Figure
 
-    # Equal predictions diverge by rounding errors alone, and have no logarithm.
+    # Equal predictions diverge only by rounding errors. A divergence of 0 has no logarithm.
     logarithms = comparison.divergences.clamp(min=1e-10).log10()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -4,7 +4,7 @@
 
     results = evaluate(llm, ["hellaswag", "arc_easy"], limit=100)
 
-The harness has the tasks, their data and their metrics; it calls the model through `HarnessModel`.
+The harness has the tasks, their data and their metrics. It calls the model through `HarnessModel`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
 
-# Tokens of a completion if a task does not say: the harness' own default for its models.
+# The tokens of a completion if a task sets no number. This is the harness' own default for its
+# models.
 _MAX_TOKENS = 256
 
 # Options of sampling that a task may set: the harness' names -> `SamplingParams`' names.
@@ -55,8 +56,8 @@ def evaluate(
             questions.
         chat: whether to put questions in the model's chat template.
         system: a system prompt. None: there is none.
-        cache: the prefix of the names of files in which answers are kept. A later call goes on from
-            these answers. None: answers are not kept.
+        cache: the prefix of the names of files in which answers are kept. A later call continues
+            from these answers. None: answers are not kept.
         run_code: whether tasks may run the programs that the model writes, on this machine.
         include: a folder with more tasks.
         progress: show progress bars if stderr is a terminal.
@@ -69,7 +70,7 @@ def evaluate(
 
     Raises:
         ImportError: lm_eval is missing.
-        ValueError: a task is not known, or it needs what the model lacks.
+        ValueError: a task is unknown, or it needs a feature that the model does not have.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -95,7 +96,7 @@ def evaluate(
 
 
 def _task(task: str | dict[str, Any], known: Sequence[str]) -> str | dict[str, Any]:
-    """A task in the form that the harness takes."""
+    """Converts a task to the form that the harness takes."""
     if isinstance(task, str) and _is_file(task):
         if not Path(task).is_file():
             raise FileNotFoundError(2, "No such file or directory", task)
@@ -112,7 +113,7 @@ def _is_file(task: str) -> bool:
 
 
 def harness_model(llm: Mistral, progress: bool = True, adapter: str | None = None) -> LM:
-    """Makes a model that the harness' functions take.
+    """Makes a model that the functions of the harness accept.
 
     Args:
         llm: the model.
@@ -126,7 +127,7 @@ def harness_model(llm: Mistral, progress: bool = True, adapter: str | None = Non
     from lm_eval.api.model import TemplateLM
 
     class Model(HarnessModel, TemplateLM):  # type: ignore[misc]
-        """`HarnessModel`, with what the harness' own class does for all models."""
+        """`HarnessModel` with the methods of the harness' own base class."""
 
     return Model(llm, progress, adapter)
 
@@ -134,8 +135,8 @@ def harness_model(llm: Mistral, progress: bool = True, adapter: str | None = Non
 class HarnessModel:
     """A model with the methods that the harness calls.
 
-    Texts are tokenized as the harness' Hugging Face model does: control tokens that a text spells
-    out are control tokens. A conversation in the chat template has the tokens of `Mistral.chat`.
+    Texts are encoded as in the harness' Hugging Face model: control tokens that a text spells out
+    become control tokens. A conversation in the chat template has the tokens of `Mistral.chat`.
 
     Args:
         llm: the model.
@@ -151,7 +152,7 @@ class HarnessModel:
         self._adapter = adapter
         self._tokenizer = llm.require_tokenizer()
         self._progress = progress
-        self._chats: dict[str, list[int]] = {}  # the tokens of conversations, by their text
+        self._chats: dict[str, list[int]] = {}  # the text of a conversation -> its tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -160,17 +161,18 @@ class HarnessModel:
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that a text begins with."""
+        """The token with which a text begins."""
         return self._tokenizer.bos_id
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens that the model can see and predict together. None: there is no limit."""
+        """The most tokens that the model can see and predict together, or None if there is no
+        limit."""
         return self._llm.max_length
 
     @property
     def tokenizer_name(self) -> str:
-        """A name that tells tokenizers apart in the harness' cache of requests."""
+        """A name that distinguishes tokenizers in the harness' cache of requests."""
         return str(self._tokenizer.path).replace("/", "__")
 
     def tok_encode(
@@ -180,8 +182,8 @@ class HarnessModel:
 
         Args:
             string: the text.
-            add_special_tokens: whether the ids begin with <s>. None: they do if the model's texts
-                begin so, and if the text does not spell out <s> itself.
+            add_special_tokens: whether the ids begin with <s>. None: they begin with <s> if the
+                model's texts do, unless the text spells out <s> itself.
         """
         if string in self._chats:
             return self._chats[string]
@@ -200,8 +202,8 @@ class HarnessModel:
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """The results of requests. A request has texts (or None), the tokens of a context and the
-        tokens of its continuation."""
+        """Computes the results of requests. A request has texts (or None), the tokens of a context,
+        and the tokens of its continuation."""
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for i, result in likelihoods(self._llm, pairs, self._progress, self._adapter):
@@ -213,11 +215,11 @@ class HarnessModel:
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-probability of whole texts, each token seeing what the model can see.
+        """The log-probability of whole texts. Each token sees as much as the model can see.
 
-        A text longer than a model without a window knows positions is cut into windows, of which
-        each begins with the last token of the window before. The first begins with <s>, which is
-        not predicted.
+        If the model has no window and a text has more tokens than the model has positions, the text
+        is cut into windows. Each window begins with the last token of the window before. The first
+        window begins with <s>, which is not predicted.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -258,12 +260,12 @@ class HarnessModel:
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a conversation, up to the reply. When the harness gives this text back, it is
+        """The text of a conversation up to the reply. When the harness gives this text back, it is
         encoded as the tokens of `Mistral.chat`.
 
         Args:
             chat_history: messages, {"role": ..., "content": ...}.
-            add_generation_prompt: whether the model is to reply to the last message. If False, the
+            add_generation_prompt: whether the model should reply to the last message. If False, the
                 last message is the beginning of the reply.
         """
         begun = "" if add_generation_prompt else chat_history[-1]["content"]
@@ -284,7 +286,7 @@ class HarnessModel:
         return template if isinstance(template, str) else template.source()
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Drops the first tokens of a context that the model cannot see as a whole with its
+        """Drops the first tokens of a context if the model cannot see the whole context with its
         continuation."""
         if self.max_length is None:
             return context, continuation
@@ -293,7 +295,7 @@ class HarnessModel:
         return ids[: len(ids) - count], ids[len(ids) - count :]
 
     def _fit(self, ids: list[int], max_tokens: int) -> list[int]:
-        """Drops the first tokens of a prompt that leaves no room for its completion."""
+        """Drops the first tokens of a prompt if it leaves no room for its completion."""
         if self.max_length is None:
             return ids
         if max_tokens >= self.max_length:
@@ -318,5 +320,6 @@ class HarnessModel:
         )
 
     def _keep(self, kind: str, args: Any, result: Any) -> None:
-        """Has the harness' cache keep an answer at once, so that an interrupted run goes on."""
+        """Makes the harness' cache keep an answer at once, so that an interrupted run can
+        continue."""
         self.cache_hook.add_partial(kind, args, result)  # type: ignore[attr-defined]

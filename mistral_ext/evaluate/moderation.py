@@ -1,4 +1,4 @@
-"""How well a model moderates: `Mistral.moderate` on contents whose category is known."""
+"""Measures how well a model moderates: `Mistral.moderate` on contents whose category is known."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often the model gave each category to contents of each known category.
+    """Counts how often the model gave each category to contents of each known category.
 
     Attributes:
         counts: the number of contents for each (expected, found). `found` is one of `LABELS`.
@@ -45,17 +45,18 @@ class Confusion:
     counts: Mapping[tuple[str, str], int]
 
     def precision(self, label: str) -> float | None:
-        """Of the contents that the model found to be `label`, the share that are. None: it found no
-        content to be `label`.
+        """The share of the contents found to be `label` that really are. Returns None if no content
+        was found to be `label`.
 
-        Contents known only as flagged may be of any category, so they count for none.
+        If a content is known only as flagged, its category is unknown, so it does not count for any
+        category.
         """
         unknown = 0 if label in (ACCEPTABLE, FLAGGED) else self.counts.get((FLAGGED, label), 0)
         return _share(self._both(label), self._count(found=label) - unknown)
 
     def recall(self, label: str) -> float | None:
-        """Of the contents that are `label`, the share that the model found to be. None: no content
-        is `label`."""
+        """The share of the contents that are `label` that the model found to be. Returns None if no
+        content is `label`."""
         return _share(self._both(label), self._count(expected=label))
 
     @property
@@ -82,11 +83,12 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """The contents in a file: each line a JSON object with "text" or "messages", and with
+    """Reads contents from a file. Each line is a JSON object with "text" or "messages", and with
     "category", one of `LABELS`, or "flagged", true or false. Messages have role and content.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or a line is wrong; the message names it.
+        OSError, ValueError: the file cannot be read, or a line is wrong. The message names the
+            line.
     """
     cases = []
     for number, line in enumerate(read_text_file(path).splitlines(), 1):
@@ -138,11 +140,11 @@ def moderate(
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Yields:
-        The index of a case, and what the model thinks of it, in the order in which they are done.
+        The index of a case and the model's judgement, in the order in which cases are finished.
 
     Raises:
         ValueError: the model cannot read a content, for instance because it is too long. This is
-            found before any content is read. The message names the content's place.
+            checked before any content is read. The message names the content's place.
     """
     requests = [_request(llm, case, adapter) for case in cases]
     with tqdm(total=len(cases), unit="contents", disable=None if progress else True) as bar:
@@ -160,7 +162,7 @@ def _request(llm: Mistral, case: Case, adapter: str | None) -> Request:
 
 
 def confusion(cases: Sequence[Case], found: Sequence[Moderation]) -> Confusion:
-    """Counts what was found of each case."""
+    """Counts the judgements of all cases."""
     counts: dict[tuple[str, str], int] = {}
     for case, moderation in zip(cases, found, strict=True):
         pair = case.expected, moderation.category

@@ -1,7 +1,8 @@
-"""The benchmarks of Mistral 7B's publication, beside what a model reaches.
+"""Runs the benchmarks of Mistral 7B's publication, and compares the results with the published
+ones.
 
-Published figures are those of "Mistral 7B" (arXiv:2310.06825, table 2) and of an early model card,
-whose decimals are finer and whose GSM8K and MATH have one answer to each question, as here.
+The published numbers are those of "Mistral 7B" (arXiv:2310.06825, table 2) and of an early model
+card. The card has more decimals, and its GSM8K and MATH have one answer to each question, as here.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ class Benchmark:
         task: the name of a task or group of lm-evaluation-harness.
         metric: the metric of the task that is compared.
         shots: the number of examples before each question.
-        paper, card: the percentages in the paper and in the model card. None in `paper`: the
-            paper's figure is for the majority of several answers.
+        paper, card: the percentages in the paper and in the model card. `paper` is None if the
+            paper's number is for the majority of several answers.
         runs_code: whether the task runs programs that the model writes.
     """
 
@@ -60,11 +61,11 @@ class Measured:
 
     benchmark: Benchmark
     value: float
-    error: float | None  # standard error; None if the harness knows none
+    error: float | None  # standard error; None if the harness gives none
 
     @property
     def difference(self) -> float:
-        """The difference to the model card's figure."""
+        """The difference to the model card's number."""
         return self.value - self.benchmark.card
 
 
@@ -79,9 +80,9 @@ def measure(
 
     Args:
         llm: the model.
-        tasks: the harness' names of some of the tasks of `PUBLISHED`. None: all tasks, but tasks
-            that run code only if `run_code` is True.
-        run_code: see `evaluate`.
+        tasks: the harness' names of some of the tasks of `PUBLISHED`. None: all tasks. Tasks that
+            run code are included only if `run_code` is True.
+        run_code: as in `evaluate`.
         options: more arguments of `evaluate`.
 
     Raises:
@@ -101,7 +102,7 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
     """The benchmarks to run. Benchmarks with equal numbers of examples are neighbours.
 
     Args:
-        tasks, run_code: the arguments of `measure` with these names.
+        tasks, run_code: as in `measure`.
     """
     by_task = {b.task: b for b in PUBLISHED}
     for task in tasks or ():
@@ -117,7 +118,7 @@ def choose(tasks: Sequence[str] | None, run_code: bool) -> list[Benchmark]:
 
 
 def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | None]:
-    """A metric of the harness' results for a task, and its standard error. The harness names a
+    """A metric in the harness' results for a task, and its standard error. The harness names a
     metric by its name and the name of a filter. The first filter is the task's own."""
     for name, value in results.items():
         if name.split(",")[0] != metric:
@@ -128,7 +129,7 @@ def _percent(results: Mapping[str, Any], metric: str) -> tuple[float, float | No
 
 
 def table(rows: Sequence[Measured]) -> str:
-    """The results beside the published results, as a Markdown table."""
+    """Writes the results beside the published results, as a Markdown table."""
     lines = [
         "| benchmark | shots | metric | this model | paper | model card | difference "
         "| in standard errors |",

@@ -1,13 +1,13 @@
 """Perplexity: how well a model predicts a text.
 
-It is exp of the mean negative log-likelihood of the text's tokens, each predicted from all those
-before it that the model can see. The measurement is exact: a text goes through the ring cache once,
-in chunks. So every token sees its whole window, wherever a chunk begins. There are no strides, and
-no restarts that would have to predict with a short context. Perplexities compare between models
-with the same tokenizer only.
+Perplexity is exp of the mean negative log-likelihood of the text's tokens. Each token is predicted
+from all earlier tokens that the model can see. The measurement is exact: a text goes through the
+ring cache once, in chunks, so every token sees its whole window, wherever a chunk begins. There are
+no strides, and no restarts that would have to predict with a short context. Perplexities can be
+compared only between models with the same tokenizer.
 
-A model without a window knows `max_positions` positions. A longer text is cut into segments of that
-length. Each segment starts with its own beginning-of-text token, and does not see the others.
+A model without a window has `max_positions` positions. A longer text is cut into segments of that
+length. Each segment starts with its own beginning-of-text token, and does not see other segments.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from mistral_ext.text.tokenizer import expect_token_ids
 class Perplexity:
     """The result for one or several texts together."""
 
-    tokens: int  # predicted tokens: all but the beginning-of-text tokens
-    segments: int  # sequences read; as many as texts if none had to be cut
+    tokens: int  # predicted tokens: all except beginning-of-text tokens
+    segments: int  # sequences read: one for each text, or more if texts were cut
     nll: float  # mean negative log-likelihood of a token, in nats
     seconds: float  # wall clock
 
     @property
     def value(self) -> float:
         """The perplexity, exp(nll)."""
-        # Too large a value becomes infinity; math.exp would raise OverflowError.
+        # A value that is too large becomes infinity. math.exp would raise OverflowError.
         return torch.tensor(self.nll, dtype=torch.float64, device="cpu").exp().item()
 
     @property
@@ -54,26 +54,26 @@ def perplexity(
     progress: bool = True,
     adapter: str | None = None,
 ) -> Perplexity:
-    """Measures a model on texts. Several texts are read in common passes.
+    """Measures a model on texts. Passes read several texts together.
 
     Logits take llm.prefill_chunk * vocabulary * 4 bytes.
 
     Args:
-        llm: the model; it reads llm.prefill_chunk tokens in one pass.
+        llm: the model. It reads llm.prefill_chunk tokens in one pass.
         texts: a text, or several texts or lists of token ids. A beginning-of-text token comes
-            before each and is not predicted.
-        max_tokens: how many of the first tokens of each text to predict. None: all tokens.
+            before each of them and is not predicted.
+        max_tokens: the number of first tokens of each text to predict. None: all tokens.
         progress: show a progress bar if stderr is a terminal.
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Raises:
-        ValueError, TypeError: a text is empty, or holds a token that the model does not know, or
+        ValueError, TypeError: a text is empty, or holds a token that the model does not have, or
             the model does not write text.
     """
     llm.expect_writer()
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
-    sequences = []  # token ids; all but the first of each are predicted
+    sequences = []  # token ids; all except the first of each are predicted
     start = llm.tokenizer.start if llm.tokenizer else [llm.config.bos_id]
     for i, text in enumerate([texts] if isinstance(texts, str) else texts):
         ids = _token_ids(llm, text, f"texts[{i}]")[:max_tokens]

@@ -1,7 +1,7 @@
-"""Runs programs that a model wrote, each in a process of its own with limits.
+"""Runs programs that a model wrote, each in a separate process with limits.
 
-The limits keep a program that loops, hogs memory or writes a file without end from harming the
-machine by accident. They do not stop a program that means harm: it has the rights of this user, and
+The limits protect the machine from accidents: a program that loops, uses too much memory or writes
+a file without end. They do not stop a program that means harm. It has the rights of this user, and
 can read the user's files and reach the network. Run unknown models in a container or a virtual
 machine.
 """
@@ -22,10 +22,10 @@ from pathlib import Path
 
 _RUNNER = Path(__file__).with_name("run_program.py")
 
-SECONDS = 5  # of processor time; a program that waits has some times as many
+SECONDS = 5  # of processor time; a program that waits may take _WALL times as long
 MEMORY = 2**30  # bytes
 _WALL = 4
-_REPORT = 200  # bytes at most
+_REPORT = 200  # the most bytes of a report
 
 PASSED = "passed"
 OUT_OF_TIME = "out of time"
@@ -38,11 +38,11 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
     Args:
         source: the program. Its output is dropped.
         seconds: the seconds of processor time that the program may take.
-        memory: the bytes that its address space may have, with the interpreter's.
+        memory: the bytes of its address space, including the interpreter's.
 
     Returns:
-        `PASSED` if the program ran to its end. Otherwise the reason why not: "failed: " and the
-        name of the exception, `OUT_OF_TIME`, or `ENDED` for a program that ended the process.
+        `PASSED` if the program ran to its end. Otherwise the reason: "failed: " and the name of the
+        exception, `OUT_OF_TIME`, or `ENDED` for a program that ended the process.
     """
     key = secrets.token_hex()
     program = source.encode("utf-8", "surrogatepass")
@@ -53,7 +53,7 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
         subprocess.Popen(
             [sys.executable, "-I", str(_RUNNER), *arguments],
             stdin=subprocess.PIPE,
-            stdout=report,  # a file, whose size has a limit, and no pipe
+            stdout=report,  # a file and not a pipe, because its size can be limited
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={},
@@ -68,7 +68,7 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
         finally:
             end.cancel()
             end.join()
-            _kill(process)  # before `wait`, after which another process may have its id
+            _kill(process)  # before `wait`: after it another process may get the id
         if process.wait() in (-signal.SIGXCPU, -signal.SIGKILL):
             return OUT_OF_TIME
         report.seek(0)
@@ -78,8 +78,8 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[str]:
-    """An empty folder. Files of the program that cannot be removed, such as folders in folders
-    beyond Python's depth, stay there, and the evaluation goes on."""
+    """Makes an empty folder. If the program leaves files that cannot be removed, such as folders
+    nested deeper than Python can handle, they stay, and the evaluation continues."""
     folder = tempfile.mkdtemp()
     try:
         yield folder
@@ -95,6 +95,6 @@ def _write(process: subprocess.Popen[bytes], given: bytes) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process, and the processes that it started and left in its group."""
+    """Ends the process, and the processes in its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,10 +1,10 @@
-"""Runs a program with limits of its process: `programs.run_program` starts this file, not as a
-module, in a process of its own. The arguments are the limits, the size of the program in bytes and
-the size of a key in bytes. The program and the key come as the input.
+"""Runs a program with limits. `programs.run_program` starts this file in a separate process, as a
+script and not as a module. The arguments are the limits, the size of the program in bytes and the
+size of a key in bytes. The program and the key come from the input.
 
-The program has passed if it runs to its end. Only then is that reported, with the key. A program
-that ends the process before that, even by `exit(0)`, has not passed. The key is read after the
-program has run. So a program could only get the key if it searched the open files for it.
+The program has passed if it runs to its end. Only then does this file report so, together with the
+key. A program that ends the process earlier, even by `exit(0)`, has not passed. The key is read
+after the program has run. So a program could get the key only if it searched the open files for it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import resource
 import sys
 
-_FILE_BYTES = 2**20  # of a file that the program writes
-_FILES = 64  # open at once
+_FILE_BYTES = 2**20  # the most bytes of a file that the program writes
+_FILES = 64  # the most open files
 
 
 def main() -> None:
@@ -29,21 +29,21 @@ def main() -> None:
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_FSIZE, _FILE_BYTES),
         (resource.RLIMIT_NOFILE, _FILES),
-        (resource.RLIMIT_NPROC, 0),  # no other processes; root may have them
+        (resource.RLIMIT_NPROC, 0),  # no other processes; this has no effect for root
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
     try:
         exec(compile(source, "program", "exec"), {"__name__": "program"})
         result = "passed"
-    except BaseException as error:  # SystemExit too
+    except BaseException as error:  # includes SystemExit
         result = f"failed: {type(error).__name__}"
     os.write(report, _read(key, key_bytes) + f" {result}".encode())
-    os._exit(0)  # nothing that the program has registered runs after this
+    os._exit(0)  # skips exit handlers that the program has registered
 
 
 def _read(file: int, size: int) -> bytes:
-    """Reads `size` bytes, and none beyond them. A buffered file would read more."""
+    """Reads exactly `size` bytes. A buffered file would read more."""
     data = b""
     while len(data) < size and (more := os.read(file, size - len(data))):
         data += more

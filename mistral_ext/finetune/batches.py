@@ -1,4 +1,4 @@
-"""The steps of a run: which samples they read, packed one after another without padding."""
+"""Chooses the samples that each step reads, and packs them one after another without padding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mistral_ext.ops.cross_entropy import IGNORED
 
 
 class Pass(NamedTuple):
-    """Samples that go through the model at once. Each is a sequence of its own, so no sample sees
+    """Samples that go through the model at once. Each sample is a sequence, so no sample sees
     another.
 
-    The last token of a sample is only a target.
+    The last token of a sample is only a target, and is not read.
     """
 
     token_ids: Tensor  # [T] int64
@@ -34,11 +34,11 @@ def steps_of_epoch(n_samples: int, batch_size: int) -> int:
 
 
 def step_samples(n_samples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which samples a step reads.
+    """Returns the numbers of the samples that a step reads.
 
     Args:
         step: the number of the step, from 0, counted over all epochs.
-        seed: the seed of the order of the samples, which differs in each epoch.
+        seed: the seed for the order of the samples, which differs in each epoch.
     """
     epoch, index = divmod(step, steps_of_epoch(n_samples, batch_size))
     generator = torch.Generator().manual_seed(seed)
@@ -49,8 +49,8 @@ def step_samples(n_samples: int, batch_size: int, step: int, seed: int) -> list[
 
 
 def passes(samples: Sequence[Sample], most_tokens: int) -> list[Pass]:
-    """Packs samples into few passes of up to `most_tokens` tokens: the longest first, each into the
-    first pass that has room."""
+    """Packs samples into few passes of up to `most_tokens` tokens. The longest sample comes first.
+    Each sample goes into the first pass that has room for it."""
     bins: list[list[Sample]] = []
     room: list[int] = []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):

@@ -1,7 +1,7 @@
 """Checkpoints of a run: folders that are either complete or absent.
 
-A checkpoint has the files of an adapter, so that it can be tried, the state of the optimiser, and
-how far the run has come.
+A checkpoint has the files of an adapter, so that the adapter can be tried. It also has the state of
+the optimiser, and the progress of the run.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of AdamW's state
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        step: the number of steps that are done.
+        step: the number of finished steps.
         best_loss: the lowest loss of all evaluations. None: there was no evaluation.
-        without_gain: the number of evaluations since the one with the lowest loss.
-        evaluated: the step after which the last evaluation was. -1: there was no evaluation.
+        without_gain: the number of evaluations since the evaluation with the lowest loss.
+        evaluated: the step after which the last evaluation was made. -1: there was no evaluation.
     """
 
     step: int = 0
@@ -61,8 +61,8 @@ def write_checkpoint(
     """Writes `output`/checkpoint-N, and then removes older checkpoints.
 
     Args:
-        progress: how far the run has come.
-        run: the values that a resumed run must have in common with this run, as JSON.
+        progress: the progress of the run.
+        run: the values that a resumed run must share with this run, as JSON.
         base: the name of the model, for people who read the files.
     """
     target = output / f"checkpoint-{progress.step:06}"
@@ -82,7 +82,8 @@ def write_checkpoint(
 
 
 def base_digest(model: Transformer) -> str:
-    """A hash of the formats of a layer and of some weights: enough to tell models apart."""
+    """A hash of the formats of a layer and of some weights, which is enough to distinguish
+    models."""
     layer = model.layers[0]
     hashed = hashlib.sha256(_bytes(model.norm))
     for weights in (layer.qkv, [layer.wo], layer.gate_up, [layer.w2]):
@@ -98,7 +99,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint of a run. None: the run has no checkpoint."""
+    """The last checkpoint of a run, or None if the run has no checkpoint."""
     found = _checkpoints(output)
     return found[-1] if found else None
 
@@ -110,7 +111,7 @@ def read_checkpoint(
     adapter: TrainedAdapter,
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Puts the state of a checkpoint into `adapter` and `optimizer`.
+    """Restores the state of a checkpoint into `adapter` and `optimizer`.
 
     Raises:
         ValueError: the checkpoint is damaged, or it belongs to another run.
@@ -141,7 +142,7 @@ def read_checkpoint(
 
 
 def _moments(adapter: TrainedAdapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of AdamW's state by names. They are 0 before the first step."""
+    """The tensors of AdamW's state, by names. Before the first step they are 0."""
     moments = {}
     for name, parameter in adapter.parameters.items():
         state = optimizer.state.get(parameter, {})

@@ -1,4 +1,4 @@
-"""Training data: JSON lines of texts or conversations, checked and turned into tokens.
+"""Training data: JSON lines of texts or conversations. They are checked and encoded to tokens.
 
 A line is an object with "text", or with "messages" and perhaps "tools":
 
@@ -7,8 +7,8 @@ A line is an object with "text", or with "messages" and perhaps "tools":
 
 A text is trained on as a whole, and ends with the end-of-text token. In a conversation only the
 assistant's messages are trained on, each after the prompt that `Mistral.chat` would make for it. An
-assistant's message may have a "weight", the factor of its loss: a number from 1e-6 to 1e6, or 0 if
-the message is only read.
+assistant's message may have a "weight", the factor of its loss. The weight is a number from 1e-6 to
+1e6, or 0 if the message is only read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from mistral_ext.text.reply import encode_reply
 
 
 class Sample(NamedTuple):
-    """Tokens that are read one after another. They see no tokens of other samples."""
+    """Tokens that are read one after another. They do not see tokens of other samples."""
 
     ids: Tensor  # [n] int32, n >= 2
-    weights: Tensor  # [n] float32, factor of the loss of each token; 0: it is only read
+    weights: Tensor  # [n] float32, factor of each token's loss; 0: the token is only read
 
     @property
     def prompt(self) -> list[int]:
-        """The ids before the first token that is trained on."""
+        """The ids before the first token with a loss."""
         first = int(self.weights.nonzero()[0])
         return [int(token_id) for token_id in self.ids[:first]]
 
@@ -46,12 +46,12 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
 
     Args:
         path: the file, UTF-8.
-        llm: the model that is to be trained, whose tokenizer and chat template are used.
+        llm: the model to train. Its tokenizer and chat template are used.
         most_tokens: the most tokens that a sample may have.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError, TypeError: a line is wrong; the message begins with the file and the line.
+        ValueError, TypeError: a line is wrong. The message begins with the file and the line.
     """
     path = Path(path)
     refuse_lfs_pointer(path)
@@ -117,9 +117,9 @@ class _Reader:
         return self._sample(ids, [0.0] + [1.0] * (len(ids) - 1))
 
     def _of_messages(self, messages: Any, tools: Any) -> Iterator[Sample]:
-        """One sample, unless the template writes earlier turns in another way once more turns
-        follow (it may move the system prompt to the last turn, say). Then there is a sample for
-        each turn."""
+        """Yields one sample, if the template writes earlier turns in the same way when more turns
+        follow. If not (it may, for instance, move the system prompt to the last turn), yields a
+        sample for each turn."""
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise TypeError(f"messages is {messages!r:.60}, expected a list of objects")
         factors = [_weight(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -142,7 +142,7 @@ class _Reader:
     def _turn(
         self, messages: Sequence[Mapping[str, Any]], tools: Any
     ) -> tuple[list[int], list[int]]:
-        """The ids of a prompt, and of the reply up to the token that ends it."""
+        """Returns the ids of a prompt, and the ids of the reply up to the token that ends it."""
         if self._template is None:
             self._template = self._llm.chat_template()
         prompt, reply = encode_reply(self._tokenizer, messages, self._template, tools)
@@ -178,7 +178,7 @@ def _weight(message: Mapping[str, Any], name: str) -> float:
     if not is_reply:
         raise ValueError(f"{name} has a weight, expected none: only the assistant's messages train")
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    # Others are 0 or infinite in float32, or drown the other samples of a step.
+    # Other weights would be 0 or infinite in float32, or outweigh the other samples of a step.
     if not is_number or not (weight == 0 or 1e-6 <= weight <= 1e6):
         raise ValueError(
             f"{name} has weight {weight!r:.60}, expected 0, or a number from 1e-6 to 1e6"

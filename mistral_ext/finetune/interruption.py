@@ -1,4 +1,5 @@
-"""Ctrl-C, SIGTERM and SIGHUP as requests, so that a run ends where nothing is half done."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into requests, so that a run ends at a point where nothing is
+half done."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Interruption:
-    """A context in which the first signal only sets a flag; a second signal has its usual effect.
+    """In this context the first signal only sets a flag. A second signal has its usual effect.
 
-    Nothing changes for signals that are ignored, for instance SIGHUP under nohup. Nothing changes
-    in threads other than the main thread either, as only the main thread may handle signals.
+    Signals that are ignored stay ignored, for instance SIGHUP under nohup. In threads other than
+    the main thread the context has no effect, because only the main thread may handle signals.
 
     Attributes:
         requested: whether there was a signal.

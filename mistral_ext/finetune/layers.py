@@ -1,4 +1,4 @@
-"""The model as it is trained: whole samples without a cache, with gradients for an adapter.
+"""The model in training: whole samples without a cache, with gradients for an adapter.
 
 The model's own weights have no gradients, and may have any format. The intermediate results of a
 layer are computed again for its gradients, so only the input of each layer stays in memory.
@@ -27,10 +27,10 @@ Pair = tuple[Tensor, Tensor]  # a [rank, K] and b [N, rank], both float32
 
 
 class TrainedAdapter:
-    """The matrices that are learned, in float32.
+    """The learned matrices, in float32.
 
     Attributes:
-        pairs: a and b of each weight that gets an update, by names such as "layers.0.attention.wq".
+        pairs: a and b of each weight with an update, by names such as "layers.0.attention.wq".
         scale: the factor of b @ a.
     """
 
@@ -48,10 +48,10 @@ class TrainedAdapter:
         seed: int,
         device: torch.device,
     ) -> TrainedAdapter:
-        """An adapter that changes nothing yet: a is random, as peft makes it, and b is 0.
+        """Makes an adapter that changes nothing yet: a is random, as in peft, and b is 0.
 
         Args:
-            targets: the linear layers of each block that get an update, "wq" for instance.
+            targets: the linear layers of each block that get an update, such as "wq".
         """
         generator = torch.Generator().manual_seed(seed)
         pairs = {}
@@ -76,8 +76,8 @@ class TrainedAdapter:
         }
 
     def low_ranks(self) -> dict[str, LowRank]:
-        """The adapter as `weights.adapters` writes it. The tensors share the memory of the learned
-        tensors."""
+        """The adapter in the form that `weights.adapters` writes. Its tensors share the memory of
+        the learned matrices."""
         return {
             name: LowRank(a.detach(), b.detach(), self.scale) for name, (a, b) in self.pairs.items()
         }
@@ -88,7 +88,7 @@ class TrainedAdapter:
 
 
 def loss(model: Transformer, adapter: TrainedAdapter, batch: Pass) -> Tensor:
-    """The sum of the weighted cross entropies of a pass: a float32 scalar.
+    """Computes the sum of the weighted cross entropies of a pass, a float32 scalar.
 
     Args:
         batch: the samples of the pass, on the model's device.
@@ -111,7 +111,8 @@ Product = Callable[[Tensor, Weight | Weights, str], Tensor]
 def _block(
     model: Transformer, layer: Layer, product: Product, sequences: Tensor, h: Tensor
 ) -> Tensor:
-    """One layer: [T, E] to [T, E]. `transformer.Transformer.step` does the same with a cache."""
+    """Runs one layer: [T, E] to [T, E]. `transformer.Transformer.step` does the same with a
+    cache."""
     config = model.config
     heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
     x = ops.rms_norm(h, layer.attention_norm, config.norm_eps)
@@ -129,7 +130,8 @@ def _block(
 def _adapted(
     adapter: TrainedAdapter, layer: int, x: Tensor, weight: Weight | Weights, group: str
 ) -> Tensor:
-    """[T, N]: the products of x with the weights of a group, and what the adapter adds."""
+    """Returns [T, N]: the products of x with the weights of a group, plus the update of the
+    adapter."""
     out = ops.linear(x, weight)
     pairs = adapter.of_layer(layer, group)
     if not any(pairs):

@@ -19,13 +19,13 @@ PLOT = "loss.png"
 
 
 class Metrics:
-    """The figures of a run, appended to `folder`/metrics.jsonl as they come.
+    """The metrics of a run. They are appended to `folder`/metrics.jsonl as they come.
 
     Args:
         folder: the folder of the run.
         step, evaluated: the attributes of the run's `Progress`. Lines of later steps and
             evaluations are removed from the file.
-        tensorboard: whether to write for TensorBoard, too, into `folder`/tensorboard.
+        tensorboard: whether to write also for TensorBoard, into `folder`/tensorboard.
 
     Raises:
         ImportError: tensorboard is asked for and missing.
@@ -43,7 +43,7 @@ class Metrics:
         self._board = _summary_writer(folder / "tensorboard", step) if tensorboard else None
 
     def add(self, step: int, **values: Any) -> None:
-        """Adds a line with the figures of a step."""
+        """Adds a line with the metrics of a step."""
         self._file.write(_line({"step": step, **values}))
         self._file.flush()
         if self._board is not None:
@@ -79,13 +79,13 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 def expect_tensorboard() -> None:
-    """Raises ImportError, which says what to install, unless TensorBoard is there."""
+    """Raises ImportError unless TensorBoard is installed. The message says what to install."""
     if find_spec("tensorboard") is None:
         raise ImportError("tensorboard is missing: pip install tensorboard")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without a last line that was cut off, for instance by a loss of
+    """Reads the lines of a file. Skips a last line that was cut off, for instance by a loss of
     power."""
     if not path.exists():
         return []
@@ -99,8 +99,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_plot(folder: Path) -> Path | None:
-    """Draws the losses of `folder`/metrics.jsonl as a PNG, and returns its path. None: matplotlib
-    is missing."""
+    """Draws the losses of `folder`/metrics.jsonl as a PNG, and returns its path. Returns None if
+    matplotlib is missing."""
     if find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-# Mistral's names of the linear layers of a block, as in model.adapters.GROUPS, whose module imports
-# torch.
+# Mistral's names of the linear layers of a block. They are those of model.adapters.GROUPS, but that
+# module imports torch.
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 
@@ -21,19 +21,19 @@ class TrainingOptions:
         alpha: a factor: the update of a weight is alpha / rank * B A. None: alpha is 2 * rank.
         targets: the weights of each layer that get an update: some of wq, wk, wv, wo, w1, w3 and
             w2.
-        epochs: number of passes over the data.
+        epochs: the number of passes over the data.
         max_steps: the number of steps after which the run ends. None: it ends after the epochs.
-        batch_size: samples in a step. The loss of a step is the mean over its tokens, weighted by
-            `weight`, however they are spread over passes.
-        tokens_per_pass: tokens that go through the model at once, at most; a sample may not have
-            more. It decides how much memory is needed, and does not change what is learned.
+        batch_size: the number of samples in a step. The loss of a step is the mean over its tokens,
+            weighted by `weight`, however the tokens are divided into passes.
+        tokens_per_pass: the most tokens that go through the model at once, and the most tokens of a
+            sample. It determines the memory that is needed, and does not change what is learned.
         learning_rate: the highest learning rate. The rate rises to it in a straight line, and then
             falls to 0 as a cosine.
         warmup: the share of the steps in which the learning rate rises, 0 to 1.
         weight_decay: the weight decay of AdamW.
         betas: the two betas of AdamW.
-        max_grad_norm: the greatest norm of the gradients. If it is greater, they are scaled down to
-            this norm. None: they are not scaled.
+        max_grad_norm: the greatest norm of the gradients. Greater gradients are scaled down to this
+            norm. None: they are not scaled.
         eval_every: the number of steps between two evaluations. None: an epoch lies between them.
         patience: the number of evaluations in a row without a new lowest loss after which the run
             ends. It needs held-out data. None: the run does not end early.
@@ -41,11 +41,11 @@ class TrainingOptions:
             them.
         sample_tokens: the number of tokens of the text that the model writes at each evaluation. 0:
             it writes no text.
-        seed: the seed of the first values of the adapter and of the order of the samples.
-        tensorboard: whether to write the figures for TensorBoard, too.
+        seed: the seed for the first values of the adapter and for the order of the samples.
+        tensorboard: whether to write the metrics also for TensorBoard.
 
     Raises:
-        ValueError: an option is out of range; the message names it.
+        ValueError: an option is out of range. The message names the option.
     """
 
     rank: int = 16
@@ -102,7 +102,7 @@ class TrainingOptions:
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def what_is_learned(self) -> dict[str, Any]:
-        """The options that change the adapter, as JSON; a run that is resumed must keep them."""
+        """The options that change the adapter, as JSON. A resumed run must keep them."""
         free = {"checkpoint_every", "sample_tokens", "tensorboard"}
         values = dataclasses.asdict(self)
         return {
@@ -124,7 +124,7 @@ class TrainingOptions:
 
 
 def _is_number(value: object, above: float | None = None) -> bool:
-    """Whether a value is a finite number, 0 or more, or above a limit."""
+    """Whether a value is a finite number of 0 or more, or above a limit."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return (value >= 0 if above is None else value > above) and value <= sys.float_info.max

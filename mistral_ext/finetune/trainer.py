@@ -38,8 +38,8 @@ from mistral_ext.weights.new_folder import expect_free, sync_files, sync_names
 
 _log = logging.getLogger("mistral_ext")
 
-_SAMPLE_NAME = "being trained"  # of the adapter with which a sample of text is written
-_PART = "adapter.part-"  # begins the name of a folder in which the files of an adapter are written
+_SAMPLE_NAME = "being trained"  # the name of the adapter while it writes a sample of text
+_PART = "adapter.part-"  # prefix of temporary folders for the files of an adapter
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TrainingResult:
 
     Attributes:
         output: the folder with the adapter.
-        steps: the number of steps that were done, fewer than planned if `patience` ended the run.
+        steps: the number of finished steps, fewer than planned if `patience` ended the run.
         eval_loss: the lowest held-out loss, which is the loss of the adapter. None: there is no
             held-out data.
     """
@@ -59,10 +59,10 @@ class TrainingResult:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP ended a run, after its state was saved.
+    """Is raised when Ctrl-C, SIGTERM or SIGHUP has ended a run, after its state was saved.
 
     Attributes:
-        checkpoint: the folder with which a Trainer with `resume=True` goes on.
+        checkpoint: the folder from which a Trainer with `resume=True` continues.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -71,24 +71,25 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Trainer:
-    """Trains a LoRA adapter for a model. The model's own weights, of whatever format, stay as they
-    are.
+    """Trains a LoRA adapter for a model. The model's own weights, in whatever format, do not
+    change.
 
-    All input is checked here, before `train` begins. `output` becomes a folder with the adapter in
-    peft's format, which `Mistral.load_adapter` and peft load; metrics.jsonl, with the figures of
-    each step; loss.png, if matplotlib is installed; and the newest checkpoint. With held-out data
-    the adapter is that of the evaluation with the lowest loss, else that of the last step.
+    The constructor checks all input, before `train` begins. `output` becomes a folder with the
+    adapter in peft's format, which `Mistral.load_adapter` and peft load; metrics.jsonl, with the
+    metrics of each step; loss.png, if matplotlib is installed; and the newest checkpoint. With
+    held-out data the adapter is that of the evaluation with the lowest loss, else that of the last
+    step.
 
-    On the CPU a run that was interrupted and resumed ends with the same adapter, to the bit, as
-    without the interruption, if the number of threads is the same.
+    On the CPU, interrupting and resuming a run does not change a bit of the adapter, if the number
+    of threads is the same.
 
     Args:
         llm: the model, in bfloat16 or float32.
-        data: the training data, see `mistral_ext.finetune.data`.
+        data: the training data (see `mistral_ext.finetune.data`).
         output: the folder to make. It must not exist or must be empty, unless `resume` is True.
         eval_data: held-out data of the same form. None: there is no held-out data.
-        resume: whether to go on from the newest checkpoint in `output`. The data and options must
-            be the same.
+        resume: whether to continue from the newest checkpoint in `output`. The data and options
+            must be the same.
         progress: show a progress bar if stderr is a terminal.
         options: the fields of `TrainingOptions`.
 
@@ -142,7 +143,7 @@ class Trainer:
             weight_decay=self.options.weight_decay,
         )
         self._progress = Progress()
-        # A resumed run must have these values in common with its beginning.
+        # A resumed run must share these values with its beginning.
         self._run = {
             **self.options.what_is_learned(),
             "base": base_digest(self._model),
@@ -155,7 +156,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run, unless `patience` ends it."""
+        """The number of steps of the whole run, unless `patience` ends it."""
         most = self.options.max_steps
         planned = self.options.epochs * self._steps_of_epoch
         return planned if most is None else min(most, planned)
@@ -166,11 +167,11 @@ class Trainer:
         """Trains until the run ends.
 
         Raises:
-            Interrupted: Ctrl-C, SIGTERM or SIGHUP came. The state is saved first.
-            RuntimeError: a loss or a gradient is not finite; the last checkpoint stays.
+            Interrupted: Ctrl-C, SIGTERM or SIGHUP came. The state was saved first.
+            RuntimeError: a loss or a gradient is not finite. The last checkpoint stays.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        for left in self.output.glob(f"{_PART}*"):  # by a run that was killed
+        for left in self.output.glob(f"{_PART}*"):  # left by a run that was killed
             shutil.rmtree(left)
         progress = self._progress
         disable = None if self._show_progress else True
@@ -206,7 +207,7 @@ class Trainer:
         return step % (every or self._steps_of_epoch) == 0 or step == self.steps
 
     def _goes_on(self, metrics: Metrics, interruption: Interruption) -> bool:
-        """Evaluates and saves, if it is time, and returns whether there is a step to do."""
+        """Evaluates and saves, if it is time. Returns whether another step follows."""
         progress, options = self._progress, self.options
         if self._is_due(options.eval_every) and progress.evaluated < progress.step:
             self._evaluate(metrics, interruption)
@@ -218,13 +219,13 @@ class Trainer:
         return not ended
 
     def _step(self, interruption: Interruption) -> dict[str, float]:
-        """Makes one step of the optimiser, and returns its figures."""
+        """Makes one step of the optimiser, and returns its metrics."""
         begin = time.perf_counter()
         options, step = self.options, self._progress.step
         chosen = step_samples(len(self._samples), options.batch_size, step, options.seed)
         samples = [self._samples[i] for i in chosen]
-        # The loss is the mean over all tokens of the step. An average of the passes' means would
-        # give more weight to tokens in passes with few tokens.
+        # The loss is the mean over all tokens of the step. A mean over the passes would give more
+        # weight to tokens in passes with few tokens.
         total = math.fsum(sample.weights.sum(dtype=torch.float64).item() for sample in samples)
         summed, tokens = 0.0, 0
         self._optimizer.zero_grad()
@@ -259,8 +260,8 @@ class Trainer:
         return math.ceil(self.options.warmup * self.steps)
 
     def _evaluate(self, metrics: Metrics, interruption: Interruption) -> None:
-        """Measures the held-out loss, keeps the adapter if it is the best so far, and has the model
-        write a text."""
+        """Measures the held-out loss, keeps the adapter if it is the best so far, and lets the
+        model write a text."""
         progress = self._progress
         if self._eval_passes:
             value = self._eval_loss(interruption)
@@ -305,7 +306,7 @@ class Trainer:
 
     def _writer(self) -> Mistral:
         """The model with a cache for one text. The usual cache would keep the memory that training
-        needs; this one is freed after the text."""
+        needs. This cache is freed after the text."""
         llm = self._llm
         writer = Mistral(
             llm.config,
@@ -316,15 +317,15 @@ class Trainer:
             cache_tokens=len(self._sample_prompt) + self.options.sample_tokens,
             sampling_defaults=llm.sampling_defaults,
         )
-        writer.adapters = llm.adapters  # the same, so that each has a slot of its own
+        writer.adapters = llm.adapters  # shared, so that each adapter has its own slot
         return writer
 
     def _write_adapter(self) -> None:
-        """Writes the adapter of this moment to the output, in place of an earlier adapter."""
+        """Writes the current adapter to the output, and replaces an earlier adapter."""
         with TemporaryDirectory(prefix=_PART, dir=self.output) as folder:
             write_adapter_files(Path(folder), self._adapter.low_ranks(), str(self._llm.folder))
             sync_files(Path(folder))
-            # The configuration comes last: without it a folder is no adapter yet.
+            # The configuration comes last: without it the folder does not count as an adapter.
             for name in (PEFT_WEIGHTS, PEFT_CONFIG):
                 os.replace(Path(folder, name), self.output / name)
         sync_names(self.output)
@@ -352,7 +353,7 @@ class Trainer:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Has products keep the precision of activations, because rounded activations have no
+    """In this block products keep the precision of activations, because rounded activations have no
     gradient."""
     before = ops.exact_products()
     ops.set_exact_products(True)
@@ -363,11 +364,11 @@ def _exact_products() -> Iterator[None]:
 
 
 class _Stop(Exception):
-    """A signal asked the run to end."""
+    """Is raised if a signal has asked the run to end."""
 
 
 def _until(interruption: Interruption, batches: Iterable[Pass]) -> Iterator[Pass]:
-    """The passes of a step; after a signal, raises _Stop before the next pass."""
+    """Yields the passes of a step. After a signal, raises _Stop before the next pass."""
     for batch in batches:
         if interruption.requested:
             raise _Stop

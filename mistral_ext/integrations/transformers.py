@@ -1,4 +1,4 @@
-"""transformers' models on our kernels (extra `[transformers]`).
+"""Runs transformers' models on our kernels (extra `[transformers]`).
 
     from mistral_ext.integrations.transformers import accelerate_model, register
 
@@ -6,17 +6,17 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="mistral_ext")
     accelerate_model(model)  # optional: norms, feed-forward blocks and projections as well
 
-`register` adds the attention function "mistral_ext" and its mask function. They serve causal models
-with grouped-query attention, whose head dimension is one of `ops.head_dims(device)`, with or
-without a sliding window: Mistral, Llama and their like. Padding may be anywhere, sequences may be
-packed (transformers recognises them by position_ids that start again), and caches may be dynamic,
-static or sliding. As in FlashAttention 2, a window counts tokens and not the padding between them,
-and the outputs of padding are arbitrary.
+`register` adds the attention function "mistral_ext" and its mask function. They support causal
+models with grouped-query attention, with or without a sliding window: Mistral, Llama and similar
+models. The head dimension must be one of `ops.head_dims(device)`. Padding may be anywhere,
+sequences may be packed (transformers recognises them by position_ids that start again), and caches
+may be dynamic, static or sliding. As in FlashAttention 2, a window counts tokens and not the
+padding between them, and the outputs of padding are arbitrary.
 
-Models train with this attention while a call has whole sequences, without keys of earlier calls.
-Over such keys a gradient raises RuntimeError: call the model in `torch.no_grad()`. The lengths of
-sequences are read from the mask, so `torch.compile(fullgraph=True)` is not possible (of `generate`
-with a static cache on a GPU: `disable_compile=True`).
+Models can be trained with this attention if a call has whole sequences, without keys of earlier
+calls. With such keys a gradient raises RuntimeError: call the model in `torch.no_grad()`. The
+lengths of sequences are read from the mask, so `torch.compile(fullgraph=True)` is not possible.
+(For `generate` with a static cache on a GPU, set `disable_compile=True`.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NAME = "mistral_ext"
 
-# A sequence in a row of the batch: the keys [begin, end).
+# A sequence in a row of the batch: keys [begin, end).
 Span = tuple[int, int]
 
 
@@ -63,7 +63,7 @@ def document_mask(
     device: torch.device | str = "cpu",
     **_: object,
 ) -> Tensor | None:
-    """The mask function of transformers: which sequence each key belongs to.
+    """The mask function of transformers. It finds the sequence to which each key belongs.
 
     Args:
         batch_size: B, the number of rows of the batch.
@@ -71,14 +71,14 @@ def document_mask(
         kv_length: the number of keys that the attention function gets. A static cache has room for
             more keys than there are tokens.
         q_offset, kv_offset: the positions of the first new token and of the first key.
-        mask_function: a function of (row, head, query, key) that says whether a query sees a key.
+        mask_function: a function of (row, head, query, key). It says whether a query sees a key.
         attention_mask: [B, keys] bool, False at padding. None: there is no padding.
         use_vmap: whether `mask_function` has parts that the caller of the model has added.
         device: the device of the result.
 
     Returns:
-        [B, K] int64, for each key up to the last new token the number of its sequence, from 1 on,
-        and 0 at padding. None: each row is one sequence of kv_length keys.
+        [B, K] int64: for each key up to the last new token, the number of its sequence, from 1 on,
+        and 0 for padding. None: each row is one sequence of kv_length keys.
 
     Raises:
         ValueError: the mask is neither causal nor causal within packed sequences.
@@ -91,7 +91,7 @@ def document_mask(
     if mask_function is not None and q_length > 1:
         documents = _documents(mask_function, batch_size, q_length, offset, device)
     if attention_mask is not None:
-        # A mask may reach beyond the new tokens, or lack keys that have left a sliding window.
+        # A mask may reach beyond the new tokens, or lack keys that have left the sliding window.
         attention_mask = attention_mask[:, : offset + q_length][:, -keys:]
         if not attention_mask.all():
             return attention_mask.long()
@@ -109,10 +109,10 @@ def _documents(
     offset: int,
     device: torch.device | str,
 ) -> Tensor | None:
-    """The number of the packed sequence that each token belongs to, [B, T], from 1 on. None: each
-    row is one sequence.
+    """The number of the packed sequence to which each token belongs, [B, T], from 1 on. Returns
+    None if each row is one sequence.
 
-    A token that does not see the token before it begins a sequence.
+    A sequence begins with a token that does not see the token before it.
     """
     rows = torch.arange(batch_size, device=device).unsqueeze(1)
     tokens = torch.arange(offset + 1, offset + count, device=device)
@@ -130,13 +130,13 @@ def _documents(
 
 
 class _Layout(NamedTuple):
-    """Where the sequences of a batch are.
+    """The places of the sequences in a batch.
 
-    key_order [B, K] and query_order [B, T] are orders that put the padding of a row before its
-    tokens. They are None if no sequence has padding between its tokens.
+    key_order [B, K] and query_order [B, T] put the padding of a row before its tokens. They are
+    None if no sequence has padding between its tokens.
     """
 
-    spans: tuple[tuple[Span, ...], ...]  # for each row; runs of padding count as sequences, too
+    spans: tuple[tuple[Span, ...], ...]  # of each row; runs of padding count as sequences, too
     key_order: Tensor | None = None
     query_order: Tensor | None = None
 
@@ -163,7 +163,7 @@ def _runs(values: list[int]) -> tuple[Span, ...]:
 
 class _LastLayout:
     """Keeps the layout of the last mask, because all layers of a model get the same mask. Reading a
-    mask from a GPU makes a call wait, so it is done once."""
+    mask from a GPU makes a call wait, so each mask is read once."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, _Layout] | None = None
@@ -191,8 +191,8 @@ def _table(
     """Returns the sequence table (see `mistral_ext.ops`), and the largest number of new tokens of a
     sequence.
 
-    Each key/value head of a sequence is a sequence of the table. So a sequence may begin anywhere
-    in its row of the keys [B, Hkv, C, D], and no copy is needed.
+    Each key/value head of a sequence becomes a sequence of the table. So a sequence may begin
+    anywhere in its row of the keys [B, Hkv, C, D], and no copy is needed.
 
     Args:
         spans: the sequences in each row of the batch.
@@ -225,26 +225,26 @@ def attention_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers, by `ops.attention`.
+    """The attention function of transformers, computed by `ops.attention`.
 
     Args:
         module: the attention layer.
         query: [B, Hq, T, D], rotated.
-        key, value: [B, Hkv, K, D], the cache and the new tokens, at the end or, in a static cache,
-            where the mask ends.
+        key, value: [B, Hkv, K, D], the cache and the new tokens. The new tokens are at the end or,
+            in a static cache, where the mask ends.
         attention_mask: the result of `document_mask`.
         dropout: the dropout, which must be 0.
         scaling: the factor of the scores. None: 1 / sqrt(D).
-        sliding_window: how many keys a query sees, its own included. None: a query sees all keys up
-            to its own.
-        kwargs: other arguments that transformers passes. Those that would change the result raise
-            ValueError.
+        sliding_window: the number of keys that a query sees, including its own key. None: a query
+            sees all keys up to its own.
+        kwargs: other arguments that transformers passes. An argument that would change the result
+            raises ValueError.
 
     Returns:
         ([B, T, Hq, D], None).
 
     Raises:
-        ValueError: an argument asks for what the kernel does not do.
+        ValueError: an argument asks for a feature that the kernel does not have.
         RuntimeError: a tensor requires a gradient, and there are keys of earlier calls.
     """
     _expect_supported(module, dropout, attention_mask, kwargs)
@@ -289,7 +289,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Takes the first n places of the third axis of x [B, H, n or more, D], in the order [B, n]."""
+    """Takes places of the third axis of x [B, H, n or more, D], in the order [B, n]."""
     x = x[:, :, : order.shape[1]]
     return x.gather(2, order[:, None, :, None].expand_as(x))
 
@@ -318,23 +318,22 @@ def _expect_supported(
 
 
 def accelerate_model(model: PreTrainedModel) -> int:
-    """Has the modules of a loaded model compute with our kernels, where that pays.
+    """Makes the modules of a loaded model use our kernels, where this is faster.
 
     The model's RMSNorms change. In bfloat16 and float16 its feed-forward blocks, projections and
-    output matrix change as well, as far as they are plain `torch.nn.Linear` without a bias.
-    Quantised layers, adapters and modules with a hook of accelerate (offloaded weights, for
-    instance) stay as they are. Adapters may also be attached later. In float32 torch's products are
-    faster, for one token and for prompts. docs/performance.md has figures.
+    output matrix change as well, if they are plain `torch.nn.Linear` without a bias. Quantised
+    layers, adapters and modules with a hook of accelerate (such as offloaded weights) do not
+    change. Adapters may also be attached later. In float32 torch's products are faster, for one
+    token and for prompts. docs/performance.md has measurements.
 
-    The parameters stay the model's own, and the modules in their places, so `state_dict` and saving
-    are as before. The changed modules are for inference: what would need a gradient raises
-    RuntimeError.
+    The model keeps its parameters and modules, so `state_dict` and saving work as before. The
+    changed modules are for inference: a computation that needs a gradient raises RuntimeError.
 
     Args:
         model: a Mistral or Llama of transformers, in the dtype in which it will run.
 
     Returns:
-        How many modules have changed.
+        The number of modules that have changed.
 
     Raises:
         ValueError: the model is of another type.
@@ -354,8 +353,7 @@ def accelerate_model(model: PreTrainedModel) -> int:
 
 
 def _replacement(module: torch.nn.Module) -> Callable[..., Tensor] | None:
-    """The function that takes the place of a module's `forward`. None: the module stays as it
-    is."""
+    """The function that replaces a module's `forward`, or None if the module does not change."""
     if _has_hook(module):
         return None
     name = type(module).__name__
@@ -379,7 +377,7 @@ def _is_plain_block(module: Any) -> bool:
 
 
 def _has_hook(module: torch.nn.Module) -> bool:
-    """Whether a hook of accelerate runs in `forward`, where it may fetch the weights."""
+    """Whether `forward` runs a hook of accelerate, which may fetch the weights."""
     return hasattr(module, "_hf_hook")
 
 
@@ -392,7 +390,7 @@ def _linear(module: Any, x: Tensor) -> Tensor:
 
 
 def _feed_forward(module: Any, x: Tensor) -> Tensor:
-    if not _is_plain_block(module):  # an adapter has wrapped a projection since
+    if not _is_plain_block(module):  # an adapter has wrapped a projection later
         return cast(Tensor, type(module).forward(module, x))
     weights = [module.gate_proj.weight, module.up_proj.weight]
     hidden = ops.linear_swiglu(x.flatten(0, -2), weights)

@@ -1,7 +1,8 @@
-"""Adapters of a model's linear layers, stacked so that one pass serves several of them.
+"""The adapters of a model's linear layers. They are stacked, so that one pass serves several of
+them.
 
-An adapter has a slot, its index in the stacks, and a token of a pass names the slot of its adapter.
-So which adapter a sequence uses is data, and a captured graph serves all adapters.
+Each adapter has a slot, its index in the stacks. Each token of a pass names the slot of its
+adapter. So the adapter of a sequence is data, and a captured graph serves all adapters.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from mistral_ext import ops
 from mistral_ext.ops import LowRank
 
-# The weights that are multiplied with the same input, by Mistral's names. The keys are fields of
-# `transformer.Layer`.
+# The groups of weights that are multiplied with the same input, by Mistral's names. The keys are
+# fields of `transformer.Layer`.
 GROUPS = {
     "qkv": ("attention.wq", "attention.wk", "attention.wv"),
     "wo": ("attention.wo",),
@@ -37,8 +38,8 @@ class Stack:
 
     @classmethod
     def empty(cls, slots: int, max_rank: int, shapes: Sequence[torch.Size], like: Tensor) -> Stack:
-        """A stack without adapters, with the dtype and device of `like`, for weights of these
-        shapes."""
+        """Makes a stack without adapters, for weights of these shapes. It has the dtype and device
+        of `like`."""
         parts = [outputs for outputs, _ in shapes]
         _, inputs = shapes[0]
         zeros = torch.zeros(slots, len(parts), device=like.device)
@@ -59,14 +60,14 @@ class Stack:
         return self.a.nbytes + self.b.nbytes
 
     def take(self, other: Stack) -> None:
-        """Copies the adapters of `other`, a stack that is not larger."""
+        """Copies the adapters of `other`. `other` must not be larger than this stack."""
         self.a[: other.slots, :, : other.max_rank] = other.a
         self.b[: other.slots, : other.max_rank] = other.b
         self.scales[: other.slots] = other.scales
         self.ranks[: other.slots] = other.ranks
 
     def first(self, slots: int) -> Stack:
-        """A copy of the first slots, with room for the largest rank among them."""
+        """Copies the first slots, with room for the largest rank among them."""
         rank = int(self.ranks[:slots].max())
         a = self.a[:slots, :, :rank].clone(memory_format=torch.contiguous_format)
         b = self.b[:slots, :rank].clone(memory_format=torch.contiguous_format)
@@ -93,12 +94,12 @@ class Stack:
 
 
 class LayerAdapters:
-    """The adapters of a layer, for the tokens of a pass.
+    """The adapters of one layer, for the tokens of a pass.
 
     Args:
         stacks: the adapters of the layer.
-        slots: [T] int32, the slot of each token's adapter, or -1 for a token without one. None:
-            no token has an adapter.
+        slots: [T] int32, the slot of each token's adapter, or -1 for a token without an adapter.
+            None: no token has an adapter.
     """
 
     def __init__(self, stacks: Mapping[str, Stack], slots: Tensor | None) -> None:
@@ -109,13 +110,13 @@ class LayerAdapters:
         return group in self._stacks
 
     def of_tokens(self, rows: Tensor) -> LayerAdapters:
-        """The same for some of the tokens, by their indices `rows`."""
+        """Returns the adapters for some of the tokens, whose indices are `rows`."""
         slots = None if self._slots is None else self._slots.index_select(0, rows)
         return LayerAdapters(self._stacks, slots)
 
     def add(self, group: str, x: Tensor, out: Tensor) -> None:
-        """Adds what the adapters contribute to `out` [T, N], the products of x [T, K] with the
-        weights of a group."""
+        """Adds the adapters' updates to `out` [T, N], the products of x [T, K] with the weights of
+        a group."""
         stack = self._stacks.get(group)
         if stack is not None:
             assert self._slots is not None
@@ -132,9 +133,9 @@ class Adapters:
         like: a tensor with the model's dtype and device.
 
     Attributes:
-        layers: for each layer the stacks of `GROUPS`; a group that no adapter changes has none.
-        generation: counts how often stacks were replaced. A graph that was captured before then
-            reads memory that has been freed.
+        layers: for each layer the stacks of `GROUPS`. A group that no adapter changes has no stack.
+        generation: counts how often stacks were replaced. A graph that was captured before the last
+            replacement reads memory that has been freed.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class Adapters:
 
         Args:
             slot: the index of the slot, 0 or more.
-            adapter: what the adapter adds to weights, by names such as "layers.0.attention.wq".
+            adapter: the updates, by names of weights such as "layers.0.attention.wq".
         """
         self._slots = max(self._slots, slot + 1)
         for i, layer in enumerate(self.layers):
@@ -179,7 +180,8 @@ class Adapters:
         return LayerAdapters({} if slots is None else self.layers[layer], slots)
 
     def reserve(self, slots: int) -> None:
-        """Has stacks that are made from now on hold `slots` slots, so that they need not grow."""
+        """Gives stacks that are made from now on room for `slots` slots, so that they need not
+        grow."""
         self._slots = max(self._slots, slots)
 
     @torch.no_grad()
@@ -205,8 +207,8 @@ class Adapters:
                     del layer[group]
 
     def _make_room(self, layer: dict[str, Stack], group: str, rank: int) -> None:
-        """Makes the stack of a group of a layer large enough for all slots, and for adapters of
-        this rank."""
+        """Makes the stack of a group of a layer large enough for all slots and for adapters of this
+        rank."""
         before = layer.get(group)
         if before is not None:
             if before.slots >= self._slots and before.max_rank >= rank:

@@ -1,10 +1,10 @@
 """The hyperparameters of a Mistral model, from the values of either of its two file formats.
 
 A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
-3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own in
-``params.json``; mistral_ext/weights/folder.py reads the files. The values of both become
-one :class:`MistralConfig`, with Mistral's names. A setting that needs arithmetic which the
-model does not have (biases, experts, other kinds of RoPE) is refused, never ignored.
+3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own folders in
+``params.json``. mistral_ext/weights/folder.py reads the files. The values of both files become a
+:class:`MistralConfig`, with Mistral's names. A setting may need arithmetic that this model does not
+have (biases, experts, other kinds of RoPE). Such a setting raises an error; it is never ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from mistral_ext.model.rope_scaling import RopeScaling, Yarn, scaling_from_hf
 
-# Field -> key of config.json, and the value transformers' MistralConfig gives to a missing key.
+# Field -> (key of config.json, transformers' default for a missing key).
 _HF_KEYS = {
     "vocab_size": ("vocab_size", 32000),
     "dim": ("hidden_size", 4096),
@@ -34,24 +34,39 @@ _HF_KEYS = {
     "tie_word_embeddings": ("tie_word_embeddings", False),
 }
 _HF_DEFAULT_ROPE_THETA = 1e4
-# transformers' names of models that end with the last norm.
+# The names in transformers of models without output weights: they end with the last norm.
 _EMBEDDING_MODELS = (["MistralModel"], ["LlamaModel"])
-# Defaults of transformers' LlamaConfig that differ; its default n_kv_heads is n_heads.
+# The defaults of transformers' LlamaConfig that differ. There n_kv_heads is n_heads by default.
 _LLAMA_DEFAULTS = {"n_kv_heads": None, "hidden_dim": 11008, "max_positions": 2048}
 
-# Keys of params.json that have the field's own name and no default.
+# Keys of params.json that have the same name as the field and no default.
 _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "norm_eps")
-# params.json says nothing about these; the three 7B releases agree on them.
+# params.json does not contain these values. The three 7B releases agree on them.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
-# The names of weights that are multiplied in one pass, where a layer has them joined.
+# The names of weights that a layer may have joined, to multiply them in one pass.
 JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
-# A cache has room for at least this many tokens, if a sequence can have as many.
+# A cache has room for at least this many tokens, unless a sequence cannot have so many.
 LEAST_CACHE_TOKENS = 4096
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class OverrideError(ValueError):
+    """A caller's value for a field is wrong, so the model's file is not at fault."""
+
+
+class _FieldError(ValueError):
+    """The value of a field is wrong."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        key = _HF_KEYS.get(field, (field,))[0]
+        label = field if key == field else f"{field} ({key})"
+        super().__init__(f"{label} is {value!r}, expected {expected}")
+        self.field = field
+        self.as_argument = f"{field} is {value!r}, expected {expected}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,8 @@ class MistralConfig:
     """Shapes and constants of one model.
 
     Raises:
-        ValueError: a field is wrong; the message names it (and its key in config.json), its value
-            and what was expected.
+        ValueError: a field is wrong. The message names the field (and its key in config.json), its
+            value and what was expected.
     """
 
     vocab_size: int
@@ -72,17 +87,17 @@ class MistralConfig:
     hidden_dim: int  # width of the feed-forward
     norm_eps: float
     rope_theta: float
-    sliding_window: int | None  # W: keys a query sees, itself included; None: all
+    sliding_window: int | None  # W: number of keys a query sees, itself included; None: all
     max_positions: int  # positions the model was trained for; a limit only without a window
     bos_id: int
-    eos_ids: tuple[int, ...]  # each of them ends a text
-    dtype: torch.dtype | None = None  # what the file says the weights are stored in; None: unknown
-    tie_word_embeddings: bool = False  # a checkpoint without output weights reuses the embedding's
+    eos_ids: tuple[int, ...]  # each id ends a text
+    dtype: torch.dtype | None = None  # the dtype in which the file says the weights are stored
+    tie_word_embeddings: bool = False  # without output weights the embeddings are used again
     rope_scaling: RopeScaling | None = None
-    writes_text: bool = True  # False: an embedding model, whose checkpoint has no output weights
+    writes_text: bool = True  # False: an embedding model, without output weights
 
     def __post_init__(self) -> None:
-        if isinstance(self.eos_ids, (int, list)):  # both occur in files
+        if isinstance(self.eos_ids, (int, list)):  # files have one id or a list
             ids = [self.eos_ids] if isinstance(self.eos_ids, int) else self.eos_ids
             object.__setattr__(self, "eos_ids", tuple(ids))
         for name in (
@@ -139,17 +154,15 @@ class MistralConfig:
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            key = _HF_KEYS.get(name, (name,))[0]
-            label = name if key == name else f"{name} ({key})"
-            raise ValueError(f"{label} is {getattr(self, name)!r}, expected {expected}")
+            raise _FieldError(name, getattr(self, name), expected)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
         """Read the contents of a Hugging Face ``config.json``, of any transformers version.
 
         A key that is missing or null takes the default of transformers' ``MistralConfig``, or of
-        ``LlamaConfig`` for Llama models, which is not always the value of Mistral 7B. Only for
-        ``sliding_window`` null means something else: no window.
+        ``LlamaConfig`` for Llama models. This default is not always the value of Mistral 7B. The
+        exception is ``sliding_window``: null means that there is no window.
         """
         _refuse_unless(values, "model_type", "mistral", "llama")
         is_llama = values["model_type"] == "llama"
@@ -202,8 +215,8 @@ class MistralConfig:
     def from_params(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
         """Read the contents of Mistral's ``params.json``.
 
-        The first release has no ``rope_theta``: it is 1e4 if there is a window, else 1e6. Some
-        files spell the window ``_sliding_window``. Positions and token ids are not in the file.
+        The first release has no ``rope_theta``. It is 1e4 if there is a window, else 1e6. Some
+        files call the window ``_sliding_window``. The file has no positions and no token ids.
         """
         _refuse_unless(values, "model_type", "transformer", default="transformer")
         _refuse_if_set(values, "moe", "quantization", "vision_encoder", "yarn", "use_biases")
@@ -224,6 +237,13 @@ class MistralConfig:
 
     @classmethod
     def _build(cls, fields: dict[str, Any], overrides: dict[str, Any]) -> MistralConfig:
+        """Makes the configuration from the fields of a file and the caller's values for fields.
+
+        Raises:
+            OverrideError: a caller's value is wrong.
+            ValueError: a field of the file is wrong.
+            TypeError: a caller's value is for a field that does not exist.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in overrides if name not in names]
         if unknown:
@@ -231,9 +251,14 @@ class MistralConfig:
                 f"unknown configuration field {unknown[0]!r}, expected one of {', '.join(names)}"
             )
         fields = fields | overrides
-        if fields["head_dim"] is None:
-            fields["head_dim"] = _derived_head_dim(fields["dim"], fields["n_heads"])
-        return cls(**fields)
+        try:
+            if fields["head_dim"] is None:
+                fields["head_dim"] = _derived_head_dim(fields["dim"], fields["n_heads"])
+            return cls(**fields)
+        except _FieldError as error:
+            if error.field in overrides:
+                raise OverrideError(error.as_argument) from error
+            raise
 
 
 def _is_int(value: Any, minimum: int = 0) -> bool:
@@ -247,9 +272,11 @@ def _is_positive_number(value: Any) -> bool:
 
 def _derived_head_dim(dim: Any, n_heads: Any) -> int:
     if not (_is_int(dim, minimum=1) and _is_int(n_heads, minimum=1) and dim % n_heads == 0):
-        raise ValueError(
-            f"dim (hidden_size) is {dim!r}, expected a multiple of n_heads (num_attention_heads), "
-            f"which is {n_heads!r}: head_dim is missing"
+        raise _FieldError(
+            "dim",
+            dim,
+            f"a multiple of n_heads (num_attention_heads), which is {n_heads!r}: head_dim is "
+            "missing",
         )
     return int(dim // n_heads)
 
@@ -267,7 +294,7 @@ def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
 
 
 def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of RoPE in a ``config.json``, without its base.
+    """Returns the settings of RoPE in a ``config.json`` except ``rope_theta``.
 
     transformers moved ``rope_theta`` and ``rope_scaling`` into one ``rope_parameters``.
     """

@@ -14,7 +14,7 @@ def frequencies(
     device: torch.device | str = "cpu",
     scaling: RopeScaling | None = None,
 ) -> Tensor:
-    """[D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
+    """Returns [D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
 
     Other implementations round the frequencies to float32, which makes an error of 0.003 in the
     angles at position 10^5.

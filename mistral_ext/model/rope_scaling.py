@@ -1,9 +1,9 @@
-"""Scaled RoPE: changed frequencies, with which models read longer texts than those of their first
+"""Scaled RoPE: changed frequencies, with which models read longer texts than in their first
 training.
 
-The kinds are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files), computed as
-transformers computes them, but in float64. A further kind comes from GGUF files, which hold the
-result: a divisor for each frequency.
+The kinds are those of Hugging Face's `rope_scaling` (`rope_parameters` in newer files). They are
+computed as in transformers, but in float64. One more kind comes from GGUF files, which hold a
+divisor for each frequency.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-_FACTORS = "factors"  # our own name, for the divisors in GGUF files
+_FACTORS = "factors"  # our own name for the divisors in GGUF files
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Llama3:
     """Divides low frequencies by a factor, and keeps high frequencies. In between the divisor
     changes smoothly.
 
-    Source: Llama 3.1, as transformers has it (`rope_type: llama3`).
+    Source: Llama 3.1, as implemented in transformers (`rope_type: llama3`).
     """
 
     factor: float
-    low: float  # a frequency with fewer turns within the original positions is divided
-    high: float  # a frequency with more turns is kept
+    low: float  # frequencies with fewer turns in the original positions are divided
+    high: float  # frequencies with more turns are kept
     original_positions: int
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
@@ -74,9 +74,9 @@ class Yarn:
     factor: float
     original_positions: int
     attention_factor: float
-    beta_fast: float = 32  # a frequency with more turns within the original positions is kept
-    beta_slow: float = 1  # a frequency with fewer turns is divided
-    truncate: bool = True  # the passage begins and ends at whole dimensions
+    beta_fast: float = 32  # frequencies with more turns in the original positions are kept
+    beta_slow: float = 1  # frequencies with fewer turns are divided
+    truncate: bool = True  # the mixture begins and ends at whole dimensions
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:
         half = len(frequencies)
@@ -90,7 +90,7 @@ class Yarn:
         return torch.lerp(frequencies, frequencies / self.factor, divided)
 
     def _dimension(self, turns: float, half: int, theta: float) -> float:
-        """The dimension that makes this many turns within the original positions."""
+        """Returns the dimension whose frequency makes this many turns in the original positions."""
         positions = self.original_positions / (turns * 2 * math.pi)
         return half * math.log(positions) / math.log(theta)
 
@@ -108,7 +108,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Factors:
-    """Divides each frequency by a factor of its own: `rope_freqs.weight` of GGUF files."""
+    """Divides each frequency by its own factor: `rope_freqs.weight` of GGUF files."""
 
     factors: tuple[float, ...]  # D/2
 
@@ -123,14 +123,15 @@ RopeScaling: TypeAlias = Linear | Llama3 | Yarn | Factors
 
 
 def scaling_from_hf(rope: dict[str, Any], max_positions: int) -> RopeScaling | None:
-    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``. None: RoPE is not scaled.
+    """Reads `rope_scaling` or `rope_parameters` of a ``config.json``. Returns None if RoPE is not
+    scaled.
 
-    Dynamic scaling counts as none: it begins after `max_positions`, where the engine ends.
+    Dynamic scaling counts as no scaling: it begins after `max_positions`, where the engine ends.
 
     Args:
         rope: the object with the settings.
-        max_positions: the most positions of the model. They are also the original positions, if
-            `rope` does not name those.
+        max_positions: the most positions of the model. If `rope` has no original positions, this is
+            also their number.
 
     Raises:
         ValueError: the kind is not supported, or a number is missing or impossible.
@@ -168,7 +169,7 @@ def _yarn(rope: dict[str, Any], original: int) -> Yarn:
         factor,
         original,
         _number(rope, "attention_factor", default),
-        # transformers takes a zero for the default, too.
+        # transformers treats a zero as the default, too.
         _number(rope, "beta_fast", 32) if rope.get("beta_fast") else 32,
         _number(rope, "beta_slow", 1) if rope.get("beta_slow") else 1,
         bool(rope.get("truncate", True)),

@@ -1,4 +1,4 @@
-"""The Mistral transformer, top to bottom.
+"""The Mistral transformer, from embeddings to logits.
 
 Shape letters: T new tokens of all sequences of a call, packed; E model dimension; F hidden
 dimension; Hq query and Hkv key/value heads; D head dimension; V vocabulary.
@@ -29,7 +29,7 @@ class Cache(Protocol):
 
 @dataclass
 class Layer:
-    """Weights of one block, named as in Mistral's own checkpoints."""
+    """The weights of one layer, named as in Mistral's own checkpoints."""
 
     attention_norm: Tensor  # [E]
     qkv: Weights  # wq [Hq * D, E], wk [Hkv * D, E], wv [Hkv * D, E]
@@ -40,7 +40,7 @@ class Layer:
 
 
 class Transformer:
-    """The model without tokenizer or sampling: token ids and a cache in, logits out.
+    """The model without tokenizer and sampling. It takes token ids and a cache, and returns logits.
 
     Args:
         config: the shapes and constants of the model.
@@ -48,8 +48,8 @@ class Transformer:
             be `Quantized`.
 
     Attributes:
-        adapters: the adapters that a pass may add to the weights of the layers. There are none at
-            first.
+        adapters: the adapters that a pass may add to the weights of the layers. At first there are
+            no adapters.
     """
 
     def __init__(self, config: MistralConfig, weights: Mapping[str, Weight | JoinedWeight]):
@@ -78,13 +78,13 @@ class Transformer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights and adapters; embeddings that the output shares count once."""
+        """The bytes of the weights and adapters. Embeddings that are also the output count once."""
         weights = self.embeddings, self.norm, self.output, *self.weights_of_layers()
         each = {id(weight): weight for weight in weights}.values()
         return self.adapters.nbytes + sum(weight.nbytes for weight in each)
 
     def weights_of_layers(self) -> list[Weight | JoinedWeight]:
-        """All weights of the layers, in order."""
+        """All weights of the layers, layer by layer."""
         weights: list[Weight | JoinedWeight] = []
         for layer in self.layers:
             for weight in vars(layer).values():
@@ -108,7 +108,7 @@ class Transformer:
             token_ids: [T] int64 on the CPU, the new tokens of all sequences.
             sequences: the sequence table on the CPU (see `mistral_ext.ops`).
             cache: the memory of keys and values.
-            rows: [N] int64 on the CPU, the tokens to compute logits for. None: all T tokens.
+            rows: [N] int64 on the CPU, the tokens for which to compute logits. None: all T tokens.
 
         Returns:
             [N, V] fp32 logits, on the model's device.
@@ -130,22 +130,22 @@ class Transformer:
         layers: range | None = None,
         h: Tensor | None = None,
     ) -> Tensor:
-        """Does the part of `forward` before the logits, with tensors on the model's device. It does
-        not wait for the device.
+        """The part of `forward` before the logits, with tensors on the model's device. It does not
+        wait for the device.
 
         Args:
-            token_ids: the argument of `forward`, on the model's device. None if `h` is given.
+            token_ids: as in `forward`, but on the model's device. None if `h` is given.
             max_count: an upper bound of the number of new tokens of any sequence.
             adapters: [T] int32, the slot of each token's adapter in the attribute `adapters`, or -1
                 for a token without an adapter. None: no token has an adapter. The bits of a token
                 without an adapter do not depend on the adapters of other tokens.
             layers: the layers to run. None: all layers.
-            h: [T, E], the embeddings, or the result of the call for the layers before. This call
+            h: [T, E], the embeddings, or the result of the call for the previous layers. This call
                 changes it. None: begin with the embeddings of `token_ids`.
 
         Returns:
-            [N, E], the residual stream, for `logits` or `greedy`; [T, E] after a layer that is not
-            the last.
+            [N, E], the residual stream, for `logits` or `greedy`. If the last of `layers` is not
+            the last layer of the model, it is [T, E].
         """
         config = self.config
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
@@ -160,7 +160,7 @@ class Transformer:
             rings = cache.k[i], cache.v[i], sequences
             rotated = *rings, self.frequencies, window
             adapted = self.adapters.of_layer(i, adapters)
-            if "qkv" in adapted:  # comes before RoPE
+            if "qkv" in adapted:  # these adapters are added before RoPE
                 x = ops.rms_norm(h, layer.attention_norm, eps)
                 qkv = ops.linear(x, layer.qkv)
                 adapted.add("qkv", x, qkv)
@@ -172,10 +172,10 @@ class Transformer:
                 ops.rope(q, k, v, *rotated)
             x = ops.attention(q, k, v, *rings, window, scale, max_count)  # [T, Hq, D]
             if rows is not None and layer is self.layers[-1]:
-                # From here on tokens do not see each other: tokens without logits are done.
+                # From here on tokens do not see each other, so tokens without logits are left out.
                 x, h = x.index_select(0, rows), h.index_select(0, rows)  # [N, ...]
                 adapted = adapted.of_tokens(rows)
-                if not len(rows):  # pieces of prompts that go on, whose keys are stored now
+                if not len(rows):  # only pieces of unfinished prompts; their keys are stored
                     return h
             x = x.flatten(1)
             adapted.add("wo", x, h)
@@ -190,41 +190,42 @@ class Transformer:
         if "gate_up" not in adapted:
             return ops.linear_swiglu(h, layer.gate_up, layer.ffn_norm, eps)
         x = ops.rms_norm(h, layer.ffn_norm, eps)
-        # Adding -0.0 leaves every number as it is, for tokens without an adapter.
+        # The initial value is -0.0, because adding -0.0 changes no number of a token without an
+        # adapter.
         added = x.new_full((len(x), 2 * self.config.hidden_dim), -0.0, dtype=torch.float32)
         adapted.add("gate_up", x, added)
         return ops.linear_swiglu(x, layer.gate_up, added=added)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[T, E], the embeddings of tokens [T] on the model's device."""
+        """Returns [T, E], the embeddings of tokens [T] on the model's device."""
         return _rows(self.embeddings, token_ids, self.dtype)
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
-        """The logits [N, V] fp32 of rows of the residual stream."""
+        """Returns the logits [N, V] fp32 of rows of the residual stream."""
         return ops.linear(h, self.output, self.norm, self.config.norm_eps).float()
 
     @torch.inference_mode()
     def hidden(self, h: Tensor) -> Tensor:
-        """[N, E] fp32, the hidden states after the last norm."""
+        """Returns [N, E] fp32, the hidden states after the last norm."""
         return ops.rms_norm(h, self.norm, self.config.norm_eps).float()
 
     @torch.inference_mode()
     def greedy(self, h: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """[N, V] logits in the model's dtype, and [N] token ids of the largest of the first
-        `vocab_size` logits; -1 where there is none (see `ops.linear_argmax`)."""
+        """Returns [N, V] logits in the model's dtype, and [N] token ids of the largest of the first
+        `vocab_size` logits. An id is -1 as in `ops.linear_argmax`."""
         return ops.linear_argmax(h, self.output, self.norm, self.config.norm_eps, vocab_size)
 
 
 def shapes(weights: Weight | Weights) -> list[torch.Size]:
-    """The shapes [N, K] of weights that are multiplied in one pass."""
+    """Returns the shapes [N, K] of weights that are multiplied in one pass."""
     if isinstance(weights, JoinedWeight):
         return [part.shape for part in weights.parts]
     return [weight.shape for weight in ([weights] if isinstance(weights, Weight) else weights)]
 
 
 def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
-    """The weight of a name. Raises an error if it is quantised."""
+    """Returns the weight of a name. Raises an error if the weight is quantised."""
     weight = weights[name]
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} is quantised, expected a tensor")
@@ -233,15 +234,15 @@ def _plain(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Tensor:
 
 def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
-    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has a name of its own
+    assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has its own name
     return weight
 
 
 def _rows(weight: Weight, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, K]: rows of a matrix, in `dtype`."""
+    """Returns rows of a matrix, [T, K], in `dtype`."""
     if isinstance(weight, Tensor):
-        # For weight[indices] torch would wake its threads even for one row; on the CPU they then
-        # spin for milliseconds on the cores that our threads need.
+        # Unlike index_select, weight[indices] would wake torch's threads even for one row. On the
+        # CPU they would then spin for milliseconds on the cores that our threads need.
         return weight.index_select(0, indices)
     return weight.rows(indices, dtype)
 
@@ -249,8 +250,8 @@ def _rows(weight: Weight, indices: Tensor, dtype: torch.dtype) -> Tensor:
 def _together(
     weights: Mapping[str, Weight | JoinedWeight], joined: str, prefix: str, *names: str
 ) -> Weights:
-    """The weights that are multiplied in one pass: as a `JoinedWeight` if they are joined, else one
-    by one."""
+    """Returns the weights that are multiplied in one pass: as a `JoinedWeight` if they are joined,
+    else as separate weights."""
     whole = weights.get(joined)
     if isinstance(whole, JoinedWeight):
         return whole

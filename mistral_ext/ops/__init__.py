@@ -1,9 +1,9 @@
 """The kernels as functions on torch tensors, and as `torch.ops.mistral_ext.*`.
 
 Gradients: `rms_norm` without a residual, `rotate`, `attention` without pools, `linear`, `swiglu`,
-`lora` without `out` and `linear_cross_entropy` have them for activations and adapters, not for
-weights. Where torch records gradients, any other argument that requires a gradient raises
-RuntimeError. docs/kernels.md says what computes them.
+`lora` without `out` and `linear_cross_entropy` have gradients for activations and adapters, but not
+for weights. If torch records gradients, any other argument that requires a gradient raises
+RuntimeError. docs/kernels.md says how gradients are computed.
 
 Tensors are float32, bfloat16 or float16; all tensors of a call have the same dtype. Kernels compute
 in float32. (`sample` has other dtypes.) No op copies an argument or makes it contiguous: the last
@@ -11,29 +11,29 @@ axis must have stride 1, and weights, pools and tables must be contiguous. Other
 q, k and v may be slices of one matrix.
 
 Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices, not a
-tensor). The message has the op, the argument, its value and what was expected.
+tensor). The message names the op, the argument, its value and what was expected.
 
 Shape letters: T new tokens of all sequences, packed one after another; S sequences; E model
 dimension; F hidden dimension; Hq query heads; Hkv key/value heads, a divisor of Hq; D head
 dimension, a multiple of 32 up to 256; R rows of a layer's key or value pool.
 
-The *sequence table*, int64 [S, 5], says for each sequence what the call adds to it and where its
-ring is (`mistral_ext.engine.slots.SlotPool` makes it; csrc/ring.h defines it):
+The *sequence table*, int64 [S, 5], says for each sequence which tokens the call adds and where its
+ring is. `mistral_ext.engine.slots.SlotPool` makes the table, and csrc/ring.h defines it:
 
     first_token  index of its first new token among the T
-    count        how many new tokens it has: 1 in decode, more for a prompt chunk, 0 if idle
-    position     absolute position of the first of them
+    count        number of its new tokens: 1 in decode, more for a prompt chunk, 0 if idle
+    position     absolute position of its first new token
     ring_row     first row of its ring in the pools
-    capacity     C, slots of its ring: the window, or its longest length if that is less
+    capacity     C, slots of its ring: the window, or the sequence's longest length if that is less
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
-A sequence may also have several rows, one behind another, of one new token each and of consecutive
-positions. They share its ring, and each token gets the bits that it gets in a call of its own. All
-of them are stored before attention, so C is at least the length of the sequence, or the window and
-one more for each row after the first.
+A sequence may also have several rows, one behind another. Each row then has one new token, and
+their positions are consecutive. The rows share the ring of the sequence, and each token gets the
+same bits as in a call of its own. All of these tokens are stored before attention. So C must be at
+least the length of the sequence, or the window and one more for each row after the first.
 
-The values in a table are checked on the CPU only: reading them from a GPU would make a call wait.
+The values in a table are checked only on the CPU: reading them from a GPU would make a call wait.
 """
 
 from mistral_ext.ops.attention import attention

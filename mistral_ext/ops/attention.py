@@ -25,11 +25,12 @@ def attention(
 ) -> Tensor:
     """Causal sliding-window grouped-query attention of a ragged batch over ring caches.
 
-    The query at position p attends to positions p - W + 1 to p. Positions before the chunk are read
-    from its sequence's ring, positions of the chunk from k and v. Query head h reads key/value head
-    h * Hkv // Hq. At the end the op appends the tokens that `rope` had to leave out to the rings.
+    The query at position p attends to positions p - W + 1 to p. The keys and values of the chunk
+    are in k and v, those of earlier positions in the ring of the sequence. Query head h reads
+    key/value head h * Hkv // Hq. At the end the op appends to the rings the tokens that `rope` did
+    not append.
 
-    Without pools the sequences are whole: they begin with the call, and the position, ring and
+    Without pools the sequences are whole: each begins in this call, and the position, ring and
     capacity in the table are not used. Only then does the op have a gradient, for q, k and v.
 
     Args:
@@ -38,8 +39,8 @@ def attention(
         v: [T, Hkv, D].
         k_pool, v_pool: [R, D], the rings of all sequences. None: the sequences are whole.
         sequences: [S, 5] int64, the sequence table.
-        window: W, how many keys a query sees, its own included. None: a query sees all keys up to
-            its own.
+        window: W, the number of keys that a query sees, including its own key. None: a query sees
+            all keys up to its own.
         scale: the factor of the scores, more than 0 on a CUDA device. None: 1 / sqrt(D).
         max_count: an upper bound of the number of new tokens of any sequence. It saves a launch on
             CUDA devices when all sequences decode. None: the bound is not known.
@@ -97,13 +98,14 @@ def _run_whole(
     window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the result of attention, and the log-sum-exp of each row's scores, [T, Hq] fp32."""
+    """Returns the result of attention, and the log-sum-exp of the scores of each row, [T, Hq]
+    fp32."""
     _expect("q", q, q.ndim == 3, "[T, Hq, D]")
     _expect("k", k, k.ndim == 3, "[T, Hkv, D]")
     is_table = sequences.ndim == 2 and sequences.shape[1] == 5
     _expect("sequences", sequences, is_table, "[S, 5]")
     kv_heads, dim = k.shape[1:]
-    # The kernel needs rings. It neither reads nor writes a ring that is longer than its sequence.
+    # The kernel needs rings. It does not touch a ring that is longer than its sequence.
     table = sequences.clone()
     number = torch.arange(len(table), device=table.device)
     table[:, 2] = 0
@@ -118,7 +120,8 @@ def _run_whole(
 
 
 def _expect(name: str, tensor: Tensor, is_valid: bool, shape: str) -> None:
-    """Checks an axis that is read before the kernel checks the shapes."""
+    """Checks the number of axes, because this function reads sizes before the kernel checks
+    shapes."""
     if not is_valid:
         raise ValueError(f"attention: {name} has shape {list(tensor.shape)}, expected {shape}")
 

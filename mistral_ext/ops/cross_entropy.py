@@ -14,31 +14,31 @@ from mistral_ext.ops.weight import Parts, Weight, in_order, parts_of
 from mistral_ext.ops.workspace import execution_target, run
 
 IGNORED = -100  # the target of a token without loss, as in torch
-# Tokens whose logits exist at a time: few enough for memory, and enough that unpacking the weight
-# is a small part of a product.
+# The number of tokens whose logits exist at a time. It is small enough for memory, and large enough
+# that unpacking the weight is a small part of a product.
 _CHUNK = 512
 
 
 def linear_cross_entropy(
     x: Tensor, weight: Weight, targets: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The cross entropy of the logits x @ weight.T, without more than 512 rows of logits in memory.
+    """The cross entropy of the logits x @ weight.T, with at most 512 rows of logits in memory.
 
-    The op has a gradient for x, which is computed together with the loss. Logits and their
-    gradients have the dtype of x, sums are in fp32. Tokens that are ignored cost nothing. Products
-    do not round x to 8 bits. A call on a CUDA device waits for the device.
+    The op has a gradient for x, which it computes together with the loss. Logits and their
+    gradients have the dtype of x, sums are in fp32. Ignored tokens cost nothing. Products do not
+    round x to 8 bits. A call on a CUDA device waits for the device.
 
     Args:
         x: [T, K].
         weight: [V, K], as in `linear`.
-        targets: [T] int64, the index of the right logit, 0 to V - 1, or -100 for a token that is
-            ignored.
+        targets: [T] int64, the index of the right logit, 0 to V - 1, or -100 for a token to ignore.
         weights: [T] float32, the factors of the tokens' losses in the sum. None: all factors are 1.
             The factors of ignored tokens are not used.
 
     Returns:
-        ([] float32, the sum of the losses, [T] float32, the loss of each token). The sum has the
-        gradient. Losses come without their weights; the loss of an ignored token is 0.
+        ([] float32, the sum of the losses, [T] float32, the loss of each token). Only the sum has a
+        gradient. The losses of tokens are not multiplied by their factors. The loss of an ignored
+        token is 0.
 
     Raises:
         ValueError: a target is not the index of a logit. On CUDA devices the loss of such a token
@@ -70,7 +70,7 @@ def _run(
     d_x = x.new_zeros(x.shape if with_gradient else (0, x.shape[1]))
     if weights is None:
         factors = torch.ones_like(losses)
-    else:  # a weight that is not finite counts only where there is a loss
+    else:  # ignored tokens may have weights that are not finite
         factors = weights.masked_fill(targets == IGNORED, 0)
     for rows in (targets != IGNORED).nonzero().flatten().split(_CHUNK):
         chunk = _Chunk(x.index_select(0, rows), parts)
@@ -92,7 +92,7 @@ def _expect(x: Tensor, table: Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 class _Chunk:
-    """The logits of some tokens, and then their gradients in the same memory."""
+    """The logits of some tokens. Later their gradients are in the same memory."""
 
     def __init__(self, x: Tensor, parts: Parts) -> None:
         self._parts = parts
@@ -104,7 +104,7 @@ class _Chunk:
         run(_C.linear("linear_cross_entropy", *given, None, True), x)
 
     def losses(self, targets: Tensor, factors: Tensor | None) -> Tensor:
-        """The losses [T]. If factors [T] are given, the logits are overwritten with their
+        """Returns the losses [T]. If factors [T] are given, overwrites the logits with their
         gradients, times the factors."""
         losses = self._logits.new_empty(len(targets), dtype=torch.float32)
         target = execution_target(losses)
@@ -112,7 +112,7 @@ class _Chunk:
         return losses
 
     def gradient(self) -> Tensor:
-        """The gradient [T, K] of x."""
+        """Returns the gradient [T, K] of x."""
         gradient: Tensor = torch.ops.mistral_ext.linear_backward(self._logits, *self._parts)
         return gradient
 
@@ -140,7 +140,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():  # torch would take d_x for a constant
+    if torch.is_grad_enabled():  # torch would treat d_x as a constant
         raise RuntimeError(
             "linear_cross_entropy: its gradient has no gradient: call backward without create_graph"
         )

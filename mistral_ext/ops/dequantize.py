@@ -1,7 +1,7 @@
 """Unpacks the values and scales of quantised weights: csrc/formats.h in torch.
 
-Products are computed in fp32, in the order of ggml, so that a weight that came from a GGUF file has
-the numbers that ggml computes from its blocks.
+Products are computed in fp32, in the same order as in ggml. So a weight from a GGUF file has
+exactly the numbers that ggml computes from its blocks.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor
 
 VALUES_PER_WORD = 8  # 4-bit values in an int32
 # Value i of a word begins at bit 4 * (i // 2) + 16 * (i % 2). A shift by 4 j and the mask
-# 0x000f000f then give values 2 j and 2 j + 1, one in each half of the word.
+# 0x000f000f therefore give values 2 j and 2 j + 1, one in each half of the word.
 _SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device="cpu")
 
-SUPER_BLOCK = 256  # values that share the scales of q4_k, q5_k, q6_k and iq4_xs
-_BLOCKS = 8  # blocks of 32 values in them
+SUPER_BLOCK = 256  # the values that share the scales of q4_k, q5_k, q6_k and iq4_xs
+_BLOCKS = 8  # blocks of 32 values in a super-block
 
 # The values of iq4_nl and iq4_xs: kTable4 of csrc/formats.h.
 TABLE = torch.tensor(
@@ -29,8 +29,8 @@ TABLE = torch.tensor(
 
 def pack(values: Tensor, out: Tensor) -> None:
     """Packs [N, K] integers, -8 to 7 or 0 to 15, of any dtype, into [N, K / 8] words."""
-    # Bytes are several times as fast as words. A word has 2 pairs of bytes, and value
-    # 4 i + 2 j + k of 8 is nibble j of byte 2 k + i.
+    # Arithmetic on bytes is several times as fast as on words. A word has 2 pairs of bytes. Value 4
+    # i + 2 j + k of its 8 values is nibble j of byte 2 k + i.
     nibbles = values.to(torch.int8).view(torch.uint8).unflatten(1, (-1, 2, 2, 2)) & 15
     low, high = nibbles.unbind(3)  # [N, K / 8, i, k]
     packed = (low | high << 4).transpose(2, 3)
@@ -38,17 +38,17 @@ def pack(values: Tensor, out: Tensor) -> None:
 
 
 def unpack(words: Tensor) -> Tensor:
-    """Unpacks [N, K / 8] words into [N, K] int32, -8 to 7."""
+    """Unpacks [N, K / 8] words into [N, K] int32, signed: -8 to 7."""
     return (unpack_unsigned(words) ^ 8) - 8
 
 
 def unpack_unsigned(words: Tensor) -> Tensor:
-    """Unpacks [N, K / 8] words into [N, K] int32, 0 to 15."""
+    """Unpacks [N, K / 8] words into [N, K] int32, unsigned: 0 to 15."""
     return ((words.unsqueeze(2) >> _SHIFTS.to(words.device)) & 15).flatten(1)
 
 
 def unpack_wide(words: Tensor, bits: int) -> Tensor:
-    """Unpacks "q5_k" (5 bits) or "q6_k" (6): [N, bits K / 32] words into [N, K] int32."""
+    """Unpacks "q5_k" (5 bits) or "q6_k" (6 bits): [N, bits K / 32] words into [N, K] int32."""
     of_block = SUPER_BLOCK // VALUES_PER_WORD
     rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
     low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)
@@ -60,8 +60,8 @@ def unpack_wide(words: Tensor, bits: int) -> Tensor:
 
 
 def _further_shifts(bits: int, device: torch.device) -> Tensor:
-    """The shifts to the bits above the fourth: [further words of a block, values that share such a
-    word]."""
+    """The shifts that bring the further bits of values to bit 4. The shape is [further words of a
+    block, values that share such a word]."""
     per_value = bits - 4
     word = torch.arange(4, dtype=torch.int32, device="cpu").unsqueeze(1)
     within = _SHIFTS % 8 // 4 * per_value
@@ -73,13 +73,12 @@ def _further_shifts(bits: int, device: torch.device) -> Tensor:
 
 
 def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpacks scales and minima, [..., 8] each and 0 to 63, from the 12 bytes [..., 12] of "q4_k"
-    and "q5_k".
+    """Unpacks the scales and minima of "q4_k" and "q5_k", [..., 8] each and 0 to 63, from 12 bytes
+    [..., 12].
 
-    Bytes 0 to 3 are for scales and bytes 4 to 7 for minima. Their low 6 bits hold the first four
-    scales or minima, and their high 2 bits the high bits of the last four. The low 4 bits of the
-    last four are in bytes 8 to 11.
-    """
+    Bytes 0 to 3 belong to scales and bytes 4 to 7 to minima. Their low 6 bits hold the first four
+    scales or minima. Their high 2 bits are the high bits of the last four scales or minima, whose
+    low 4 bits are in bytes 8 to 11."""
     first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
     last_scales = low & 15 | (first_scales >> 6) << 4
     last_minima = low >> 4 | (first_minima >> 6) << 4
@@ -90,14 +89,14 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def halves(data: Tensor, begin: int) -> Tensor:
-    """Reads the fp16 number at byte `begin` of each row of `data` [..., bytes] uint8: [..., 1]
+    """Reads the fp16 number at byte `begin` of each row of `data` [..., bytes] uint8, as [..., 1]
     fp32."""
     return data[..., begin : begin + 2].contiguous().view(torch.float16).float()
 
 
 def scaled(values: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
-    """Computes scale * value - minimum: [N, K] fp32. `scales` and `minima` are [N, groups, ...],
-    with one of each for every group.
+    """Computes scale * value - minimum: [N, K] fp32. `scales` and `minima` are [N, groups, ...]:
+    each group has a scale and a minimum.
 
     `values` [N, K] may have any dtype. If they are fp32 they are overwritten.
     """
@@ -167,7 +166,8 @@ def _iq4_xs(values: Tensor, scales: Tensor) -> Tensor:
     return scaled(looked_up(unpack_unsigned(values)), factors)
 
 
-# values and scales as `Quantized` has them -> the weight [N, K] in fp32
+# Each function takes values and scales as `Quantized` has them, and returns the weight [N, K] in
+# fp32.
 DEQUANTIZE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "int8": _bytes,
     "int4": _signed,

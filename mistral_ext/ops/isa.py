@@ -6,14 +6,15 @@ from mistral_ext import _C
 
 
 def supported_isas() -> list[str]:
-    """The instruction sets that the CPU kernels can use on this machine, slowest first."""
+    """The instruction sets that the CPU kernels can use on this machine, from slowest to
+    fastest."""
     return _C.supported_isas()
 
 
 def active_isa() -> str:
     """The instruction set that the CPU kernels use.
 
-    It is the set that `select_isa` or MISTRAL_EXT_ISA named, else the fastest set. If the
+    It is the set that `select_isa` or MISTRAL_EXT_ISA names, else the fastest set. If the
     environment variable names an instruction set that this machine lacks, this function and every
     op raise ValueError.
     """
@@ -21,34 +22,34 @@ def active_isa() -> str:
 
 
 def select_isa(name: str) -> None:
-    """Makes the CPU kernels use instruction set `name`. Raises ValueError if this machine lacks
-    it."""
+    """Makes the CPU kernels use the instruction set `name`. Raises ValueError if this machine lacks
+    the set."""
     _C.select_isa(name)
 
 
 def exact_products() -> bool:
-    """Whether products are exact: `set_exact_products` decides, and before it is called the
-    environment variable MISTRAL_EXT_EXACT."""
+    """Whether products are exact. This is the value given to `set_exact_products`, or before its
+    first call that of the environment variable MISTRAL_EXT_EXACT."""
     return _C.exact_products()
 
 
 def set_exact_products(exact: bool) -> None:
-    """Says how CPUs with AVX2 or NEON multiply by weights of 4 to 6 bits.
+    """Sets how CPUs with AVX2 or NEON multiply by weights of 4 to 6 bits.
 
-    The setting holds for the whole process. MISTRAL_EXT_EXACT=1 in the environment turns exact
+    The setting is for the whole process. MISTRAL_EXT_EXACT=1 in the environment turns exact
     products on from the start.
 
     Args:
         exact: True: activations keep their precision, as in `linear`. False, the default: each
             block of 32 activations is rounded to 8 bits. Up to 8 tokens are then up to several
-            times as fast, and more tokens up to 1.9 times; some of the latter are not rounded (see
-            `linear`).
+            times as fast. More tokens are up to 1.9 times as fast, but with some formats and CPUs
+            they are not rounded (see `linear`).
     """
     _C.set_exact_products(exact)
 
 
 def head_dims(device_type: str) -> list[int]:
-    """The head dimensions that all ops take on a "cpu" or "cuda" device. Empty if this build has no
-    kernels for the device."""
+    """The head dimensions that all ops support on a "cpu" or "cuda" device. The list is empty if
+    this build has no kernels for the device."""
     has_kernels = device_type != "cuda" or _C.cuda_architectures is not None
     return _C.head_dims(device_type) if has_kernels else []

@@ -13,10 +13,10 @@ _DEVICES = ("cpu", "cuda")
 
 
 class Gradient(NamedTuple):
-    """How an op is differentiated: see torch.library.register_autograd."""
+    """How to differentiate an op: see torch.library.register_autograd."""
 
     of: tuple[str, ...]  # the arguments that may require a gradient
-    save: Callable[[Any, tuple[Any, ...], Any], None]  # takes ctx, the arguments, the result
+    save: Callable[[Any, tuple[Any, ...], Any], None]  # takes ctx, the arguments and the result
     backward: Callable[..., Any]
 
 
@@ -36,7 +36,7 @@ def register(
         gradient: how the op is differentiated. None: the op refuses arguments that require a
             gradient. It must be None for an op that changes an argument.
     """
-    name = schema.partition("(")[0]  # with the overload, if it has one
+    name = schema.partition("(")[0]  # includes the overload, if there is one
     _library.define(schema)
     qualified = f"mistral_ext::{name}"
     torch.library.impl(qualified, _DEVICES, run, lib=_library)
@@ -50,7 +50,8 @@ def register(
         gradient.save(ctx, inputs, output)
 
     def backward(ctx: Any, *d_out: Any) -> tuple[Any, ...]:
-        # Torch leaves out arguments that have their default values, also here.
+        # Torch leaves out arguments that have their default values. So `given` must be cut to the
+        # number of arguments that torch passed.
         given: tuple[Any, ...] = gradient.backward(ctx, *d_out)[: len(ctx.needs_input_grad)]
         return given
 
@@ -58,7 +59,7 @@ def register(
 
 
 def _find(name: str) -> torch._ops.OpOverload:
-    """The op of a name. The name may include an overload, as in "rms_norm.residual"."""
+    """Finds an op by its name. The name may include an overload, as in "rms_norm.residual"."""
     packet, _, overload = name.partition(".")
     op: torch._ops.OpOverload = getattr(
         getattr(torch.ops.mistral_ext, packet), overload or "default"
@@ -67,12 +68,12 @@ def _find(name: str) -> torch._ops.OpOverload:
 
 
 def _guard(name: str) -> Callable[..., Any]:
-    """Makes the implementation that torch calls where it records gradients, for an op without a
-    gradient. It refuses arguments that require a gradient.
+    """Makes an implementation of an op without a gradient, which torch calls where it records
+    gradients. It refuses arguments that require a gradient.
 
-    Otherwise `backward` would silently leave out this op's gradient. The implementation also tells
-    torch which tensors the op has changed in place, because gradients of other operations that need
-    those tensors would be wrong.
+    Without it `backward` would silently leave out this op's gradient. The implementation also tells
+    torch which tensors the op has changed in place. Otherwise operations whose gradients need the
+    old values of those tensors would compute wrong gradients.
     """
 
     def run(*arguments: Any) -> Any:
@@ -92,7 +93,7 @@ def _guard(name: str) -> Callable[..., Any]:
 def _refuse_gradients(
     op: torch._ops.OpOverload, arguments: Sequence[Any], but: Sequence[str] = ()
 ) -> None:
-    """Raises RuntimeError if an argument requires a gradient and is not one of `but`."""
+    """Raises RuntimeError if an argument that is not named in `but` requires a gradient."""
     for argument, value in zip(op._schema.arguments, arguments, strict=False):
         tensors = value if isinstance(value, list) else [value]
         if argument.name in but:
@@ -107,16 +108,17 @@ def _refuse_gradients(
 
 
 def with_rows(gradient: Tensor) -> Tensor:
-    """A gradient that torch made, with a last axis of stride 1 as kernels need it."""
+    """Returns a gradient that torch made with a last axis of stride 1, which kernels need."""
     if gradient.stride(-1) == 1:
         return gradient
     return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def fake_empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-    """A result for a fake: an empty tensor with the device (and by default the dtype) of `like`.
+    """Makes the result of a fake: an empty tensor with the device (and by default the dtype) of
+    `like`.
 
-    `like.new_empty` would not do: if `like` is a constant, such as `torch.tensor([0])`,
-    torch.compile takes the new tensor for a constant too, with its uninitialised memory as values.
+    `like.new_empty` would not do. If `like` is a constant, such as `torch.tensor([0])`,
+    torch.compile treats the new tensor as a constant too, whose value is its uninitialised memory.
     """
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)

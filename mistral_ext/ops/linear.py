@@ -26,37 +26,39 @@ def linear(
 ) -> Tensor:
     """x @ weight.T: a layer without bias, after an optional RMSNorm of x.
 
-    A product of few tokens takes as long as reading the weights (gemv kernels). A token's result
-    does not depend, to the bit, on the number of tokens in the call up to 8 tokens, or as many as
-    are rounded to 8 bits (see below); on CUDA devices up to 64 tokens of bfloat16 or float16.
+    A product of few tokens takes as long as reading the weights (gemv kernels). In such products
+    the result of a token has the same bits whatever the number of tokens in the call. This holds
+    for up to 8 tokens, for any number of tokens that are rounded to 8 bits (see below), and on CUDA
+    devices for up to 64 tokens of bfloat16 or float16.
 
-    Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. There
-    are exceptions on CPUs with AVX2 or NEON. Up to 8 tokens of bfloat16 or float16 are rounded for
-    "int8" and "q8_0" to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
+    Quantised weights are unpacked as they are read, and multiplied in the arithmetic of x. CPUs
+    with AVX2 or NEON make exceptions. For "int8" and "q8_0", up to 8 tokens of bfloat16 or float16
+    are rounded to 16-bit integers, by at most 2^-15 of the largest magnitude of a token. For
     formats of 4 to 6 bits, x is rounded to 8-bit integers, by at most 1/254 of the largest
-    magnitude of 32 neighbours; `set_exact_products` changes that. More than 8 tokens are not
-    rounded by "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 where the CPU has AMX.
-    ("int4" has kernels of 16 bits or bfloat16 where the CPU has AVX-512.) With "int8" K is at most
-    2^20.
+    magnitude of 32 neighbours, unless `set_exact_products` forbids it. More than 8 tokens are not
+    rounded to 8 bits for "iq4_nl" and "iq4_xs" on x86 without VNNI, nor in bfloat16 on CPUs with
+    AMX. (With AVX-512, "int4" uses kernels in 16-bit integers or bfloat16 instead.) With "int8" K
+    is at most 2^20.
 
     CUDA devices read rows in 16-byte loads: x, norm and the weights must be aligned to 16 bytes,
     and K must be a multiple of 8, or of 16 for 8-bit values.
 
-    The op has a gradient for x, by weights of every format; weights and norm have none. Products
-    that round x to 8 bits have no gradient either: call `set_exact_products` before training.
+    The op has a gradient for x with weights of every format. It has no gradient for the weights or
+    norm. Products that round x to 8 bits have no gradient either: call `set_exact_products` before
+    training.
 
     Args:
         x: [T, K].
         weight: [N, K], contiguous, with the dtype of x, or `Quantized`. Or up to 3 weights, such as
-            those of query, key and value: they are multiplied in one pass, as if they lay one below
-            the other, and each may have its own format. Or a `JoinedWeight`, which torch multiplies
-            as one matrix.
-        norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product. None: x is
-            multiplied as it is.
+            those of query, key and value: they are multiplied in one pass, as if they were stacked,
+            and each may have its own format. Or a `JoinedWeight`, which torch multiplies as one
+            matrix.
+        norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product. None: x is not
+            normalised.
         eps: epsilon of the RMSNorm.
 
     Returns:
-        [T, N]; with several weights N is the sum of their rows.
+        [T, N]. With several weights N is the sum of their rows.
     """
     weights: Weights = [weight] if isinstance(weight, Tensor | Quantized) else weight
     x, norm = in_order(x, weights, norm)
@@ -90,8 +92,8 @@ def _expect_exact(x: Tensor, formats: list[str]) -> None:
     if x.is_cuda or _C.exact_products():
         return
     for name in formats:
-        # If a single token is not rounded, no number of tokens is. So len(x) is only read if it
-        # matters: reading it makes torch.compile compile anew for each number of tokens.
+        # If a single token is not rounded, no number of tokens is rounded. So len(x) is read only
+        # if needed, because reading it makes torch.compile compile anew for each number of tokens.
         if _C.linear_rounds(x.dtype, name, 1) and _C.linear_rounds(x.dtype, name, len(x)):
             raise RuntimeError(
                 f"linear: x requires a gradient, but its product with a weight in {name!r} rounds "
@@ -106,7 +108,8 @@ def _differentiate_linear(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:
     d_x = torch.ops.mistral_ext.linear_backward(d_out, values, scales, ctx.formats, whole)
     if norm is not None:
         d_x = torch.ops.mistral_ext.rms_norm_backward(x, norm, d_x, ctx.eps)
-    # The shape of an argument: torch takes a list with a None in it for no list of tensors.
+    # The gradients must have the structure of the arguments. torch treats a list that contains None
+    # as no list of tensors.
     of_scales = None if None in scales else [None] * count
     return d_x, [None] * count, of_scales, None, None, None, None
 
@@ -148,9 +151,9 @@ register(
 def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
     """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
 
-    The sum is rounded to the dtype once. If something comes between the product and the sum (an
+    The sum is rounded to the dtype once. If another step comes between the product and the sum (an
     adapter, a sum over devices), call `linear` and then `rms_norm` with the residual, which adds
-    and normalises. The result differs only in that the product is rounded as well.
+    and normalises. The only difference in the result is that then the product is rounded as well.
 
     Args:
         x: [T, K].
@@ -195,19 +198,19 @@ def linear_rope(
 
     The result has the same bits as that of `linear` followed by `rope`. On CUDA devices it takes
     one launch for up to 64 tokens if all weights are plain, "int8", "int4" or "q8_0". Like `rope`,
-    it leaves some tokens for `attention` to append.
+    this op leaves some tokens for `attention` to append.
 
     Args:
         x: [T, K].
         weights: (wq, wk, wv), [Hq * D, K], [Hkv * D, K] and [Hkv * D, K], as in `linear`.
-        norm: [K], the weight of an RMSNorm of x before the product. None: x is multiplied as it is.
+        norm: [K], the weight of an RMSNorm of x before the product. None: x is not normalised.
         eps: epsilon of the RMSNorm.
         k_pool, v_pool: [R, D], the rings of all sequences.
         sequences: [S, 5] int64, the sequence table.
         frequencies: [D/2] float64, radians per position, the result of
             `mistral_ext.model.rope.frequencies`.
-        window: W, how many keys a query sees, its own included. None: a query sees all keys up to
-            its own.
+        window: W, the number of keys that a query sees, including its own key. None: a query sees
+            all keys up to its own.
 
     Returns:
         [T, (Hq + 2 Hkv) * D]: for each token the heads of q, then of k, then of v.
@@ -255,14 +258,14 @@ def linear_argmax(
 ) -> tuple[Tensor, Tensor]:
     """`linear`, and the index of each token's largest output: logits and the greedy next token.
 
-    Outputs are compared after they are rounded to the dtype; among equal outputs the first wins.
-    `sample` chooses the same token from the same logits at temperature 0. On CUDA devices, up to 64
-    tokens take no more launches than `linear`.
+    Outputs are compared after they are rounded to the dtype. Among equal outputs the first is
+    chosen. `sample` chooses the same token from the same logits at temperature 0. On CUDA devices,
+    up to 64 tokens take no more launches than `linear`.
 
     Args:
         x: [T, K].
         weight: [N, K], as in `linear`.
-        norm, eps: the arguments of `linear` with these names.
+        norm, eps: as in `linear`.
         limit: choose among the first `limit` outputs, at most 2^24. None: choose among all outputs.
 
     Returns:
@@ -310,10 +313,10 @@ def linear_swiglu(
     Args:
         x: [T, K].
         weights: (gate, up), [F, K] each, as in `linear`.
-        norm, eps: the arguments of `linear` with these names.
-        added: [T, 2 F] float32, a tensor to add to the products with gate and up, as `lora`
-            computes it. None: nothing is added. Our kernels add before they round. Torch's products
-            are rounded before the sum.
+        norm, eps: as in `linear`.
+        added: [T, 2 F] float32, a tensor to add to the products with gate and up, such as the
+            result of `lora`. None: nothing is added. Our kernels add it before they round the
+            products. With torch's products the sum comes after rounding.
 
     Returns:
         [T, F].

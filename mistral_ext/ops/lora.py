@@ -34,30 +34,30 @@ def lora(
     """out += scale * (x @ A.T) @ B, in place, with the adapter of each token.
 
     The adapters of a weight are stacked and padded to the largest rank. Weights that are multiplied
-    with the same x (query, key and value, say) are *parts*: they share a call, and their outputs
+    with the same x (such as query, key and value) are *parts*: they share a call, and their outputs
     lie side by side. x @ A.T stays in fp32, and `out` is rounded once. Rows of tokens without an
-    adapter stay as they are. A token's result does not depend, to the bit, on other tokens or on
-    other adapters.
+    adapter do not change. The result of a token has the same bits whatever the other tokens and
+    adapters are.
 
-    Without `out` the op returns what it would add to it. Only then does it have gradients, for x, a
-    and b, which add up in fp32. a and b may then be float32 while x has another dtype. They are
-    rounded to the dtype of x for the product, and their gradients are float32. So an optimiser can
-    keep a and b in float32.
+    Without `out` the op returns the update that it would add to `out`. Only then does it have
+    gradients, for x, a and b, which are summed in fp32. a and b may then be float32 while x has
+    another dtype. They are rounded to the dtype of x for the product, and their gradients are
+    float32. So an optimiser can keep a and b in float32.
 
     Args:
         x: [T, K].
         a: [adapters, parts, max_rank, K], contiguous.
         b: [adapters, max_rank, N], contiguous; N is the sum of `parts`.
         scales: [adapters, parts] float32.
-        ranks: [adapters, parts] int32, the rank of each update, 0 (the part has no update) to
-            max_rank. Values of a and b beyond the rank are not read.
+        ranks: [adapters, parts] int32, the rank of each update, from 0 (no update) to max_rank.
+            Values of a and b beyond the rank are not read.
         adapters: [T] int32, the index of each token's adapter. Negative: the token has no adapter.
-        parts: the number of outputs of each part. There are up to 3 parts.
-        out: [T, N], with the dtype of x or float32, updated in place. None: the update is returned
-            instead.
+        parts: the number of outputs of each part, for up to 3 parts.
+        out: [T, N], with the dtype of x or float32, updated in place. None: the op returns the
+            update.
 
     Returns:
-        Without `out` [T, N] with the dtype of x, else None.
+        [T, N] with the dtype of x if `out` is None, else None.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -107,7 +107,7 @@ def _run_added(
     adapters: Tensor,
     parts: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the result, and scale * x A^T, [T, parts, max_rank] fp32."""
+    """Returns the update, and scale * x A^T, [T, parts, max_rank] fp32."""
     out = x.new_zeros((len(x), sum(parts)))
     hidden = x.new_zeros((len(x), *a.shape[1:3]), dtype=torch.float32)
     given = x, a.to(x.dtype), b.to(x.dtype), scales, ranks, adapters, list(parts)
@@ -139,7 +139,7 @@ def _run_backward(
         part, columns = slice(i, i + 1), slice(end, end + outputs)
         end += outputs
         d_part = with_rows(d_out)[:, columns]
-        # d_x += scale * (d_part B^T) A: the op itself, with A and B in each other's place.
+        # d_x += scale * (d_part B^T) A. This is the op itself, with A and B exchanged.
         d_hidden = hidden.new_zeros((len(x), 1, hidden.shape[2]))
         _C.lora(
             d_part,
@@ -159,8 +159,8 @@ def _run_backward(
 
 
 def _sum_over_tokens(hidden: Tensor, x: Tensor, adapters: Tensor, count: int) -> Tensor:
-    """For each adapter the sum over its tokens of the products of `hidden` [T, R] and x [T, N]:
-    [count, R, N] fp32."""
+    """For each adapter, sums the products of `hidden` [T, R] and x [T, N] over its tokens. The
+    result is [count, R, N] fp32."""
     out = hidden.new_empty((count, hidden.shape[1], x.shape[1]))
     _C.lora_gradient(hidden, x, adapters, out, execution_target(x))
     return out

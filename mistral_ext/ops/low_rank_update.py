@@ -21,17 +21,17 @@ def low_rank_update(
 ) -> Tensor:
     """out + scale * (x @ a.T) @ b.T, with gradients for `out`, x, a and b.
 
-    On the CPU `out` is updated in place by the kernels of `lora`, which round a and b to the dtype
-    of x, as the adapter runs later, and keep x @ a.T in fp32. On CUDA devices, where those kernels
-    are for the few tokens of a decode step, torch multiplies in fp32. On both the sum is rounded
-    once, and the gradients of a and b add up in fp32.
+    On the CPU the kernels of `lora` update `out` in place. They round a and b to the dtype of x, as
+    they do when the adapter is used later, and keep x @ a.T in fp32. On CUDA devices these kernels
+    are only for the few tokens of a decode step, so torch multiplies in fp32. On both devices the
+    sum is rounded once, and the gradients of a and b are summed in fp32.
 
     Args:
-        out: [T, N], the products of x with one to three weights, whose outputs lie side by side.
-            Its bits must not be needed by another gradient.
+        out: [T, N], the products of x with one to three weights, whose outputs lie side by side. No
+            other gradient may need its present values.
         x: [T, K].
-        pairs: for each weight the matrices a [rank, K] and b [outputs, rank], both float32. None
-            for a weight without an update.
+        pairs: for each weight the matrices a [rank, K] and b [outputs, rank], both float32, or None
+            if the weight has no update.
         scale: the factor of b @ a.
         parts: the number of outputs of each weight. N is their sum.
 
@@ -77,7 +77,7 @@ class _ByKernels(torch.autograd.Function):
 def _stack(
     x: Tensor, scale: float, parts: list[int], matrices: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a, b, scales, ranks and adapters, as `lora` takes them: one adapter, a and b float32."""
+    """Makes a, b, scales, ranks and adapters as `lora` takes them: one adapter, a and b float32."""
     count = len(parts)
     of_pairs = [0 if a is None else len(a) for a in matrices[::2]]
     a = x.new_zeros((1, count, max(of_pairs), x.shape[1]), dtype=torch.float32)
@@ -93,7 +93,7 @@ def _stack(
 
 class _ByTorch(torch.autograd.Function):
     """The update by torch's products. For the gradients it keeps only x itself, not a float32 copy
-    of it."""
+    of x."""
 
     @staticmethod
     def forward(

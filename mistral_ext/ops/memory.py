@@ -1,7 +1,8 @@
-"""Memory for weights, in pages of 2 MB where the system has them.
+"""Memory for weights, in pages of 2 MB if the system has them.
 
-A processor has to find the address of every page that it reads. With pages of 4 KB that takes up to
-a third of a decode step, above all on a virtual machine, whose addresses are looked up twice.
+A processor has to look up the physical address of every page that it reads. With pages of 4 KB this
+takes up to a third of a decode step, above all on virtual machines, which look up each address
+twice.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ LARGE_PAGE = 2**21  # bytes
 
 
 def ask_for_large_pages(pages: mmap.mmap) -> None:
-    """Asks for large pages, for a mapping of a file or of memory that has not been touched yet.
+    """Asks for large pages, for a mapped file or for memory that has not been touched yet.
 
-    Only Linux has large pages on request. A file's pages become large if its file system permits
+    Only Linux offers large pages on request. A file's pages become large if its file system permits
     it, and if they are not in memory as small pages already.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without large pages
+        with contextlib.suppress(OSError):  # the kernel may lack large pages
             pages.madvise(mmap.MADV_HUGEPAGE)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the CPU, as `torch.empty` makes it: in large pages, if it is at least as long as
-    a large page."""
+    """Makes a tensor on the CPU as `torch.empty` does. It is in large pages if it is at least as
+    long as a large page."""
     count = math.prod(shape)
     n_bytes = count * dtype.itemsize
     if n_bytes < LARGE_PAGE:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    # Longer by a page, so that the tensor can begin with a page wherever the memory begins.
+    # The memory is one page longer, so that the tensor can begin at the start of a page.
     pages = mmap.mmap(-1, n_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     ask_for_large_pages(pages)
     begin = -torch.frombuffer(pages, dtype=torch.uint8, count=1).data_ptr() % LARGE_PAGE

@@ -13,15 +13,15 @@ from mistral_ext.ops.workspace import execution_target
 def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = None) -> Tensor:
     """Chooses the values and scales of a weight in "iq4_nl" or "iq4_xs".
 
-    For each 32 neighbours a few scales are tried, and the scale with the least squared error is
-    taken. An error counts more in a large weight, and in an important input.
+    For each 32 neighbours a few scales are tried, and the scale with the least weighted squared
+    error is taken. Errors of large weights and of important inputs count more.
 
     Args:
         weight: [N, K] on the CPU, float32, bfloat16 or float16, the last axis contiguous.
         out: the weight to fill, on the CPU.
         importance: [K] float32, how much an error in each input counts, such as the mean square of
-            that input. None: all errors count the same. They also do within 32 neighbours whose
-            importance is 0.
+            the input. None: all inputs count the same. They also count the same among 32 neighbours
+            whose importance is 0.
 
     Returns:
         [N] float32, the largest magnitude in each row; not finite if the row holds NaN or infinity.
@@ -38,23 +38,23 @@ def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = N
 def round_with_feedback(
     weight: Tensor, factor: Tensor, out: Quantized, importance: Tensor | None = None
 ) -> None:
-    """Rounds up to 256 columns of a weight one after another; each column's error is made up for in
-    the columns that follow.
+    """Rounds up to 256 columns of a weight, one after another. The error of each column is
+    compensated in the columns that follow.
 
-    This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1).
-    For the columns after the block, subtract the returned errors times the factor's rows there.
+    This is the step of GPTQ within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). To
+    correct the columns after the block, subtract the returned errors times the factor's rows there.
     The caller checks that these errors are finite. They are not if a weight is NaN or infinite, if
     the factor has a 0 on its diagonal, or if fp16 cannot hold a scale.
 
     Args:
-        weight: [N, B] float32 on the CPU, B at most 256, the last axis contiguous. Changed to the
-            errors, each divided by the diagonal of the factor.
+        weight: [N, B] float32 on the CPU, B at most 256, the last axis contiguous. On return it
+            holds the errors, each divided by the diagonal element of the factor.
         factor: [B, B] float32, upper triangular: the block of the Cholesky factor of the inverse
             Hessian.
-        out: the columns to fill, in "iq4_nl" or, for B = 256, "iq4_xs". The rows need not be
-            contiguous with each other.
+        out: the columns to fill, in "iq4_nl" or, if B is 256, "iq4_xs". There may be gaps between
+            rows.
         importance: [B] float32, how much an error in each input counts, as in `round_to_table`. It
-            decides which scales are chosen.
+            affects only the choice of scales.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device. The message names it.

@@ -1,7 +1,7 @@
 """Repeats the kernels of ops on the CPU without Python.
 
-Python, torch's dispatcher and the checks of the arguments take tens of microseconds a call, as long
-as a kernel of a small model takes (`bench/serve.py` with one client).
+Python, torch's dispatcher and the checks of the arguments take tens of microseconds per call. A
+kernel of a small model takes no longer than that (`bench/serve.py` with one client).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from mistral_ext.ops import workspace
 
 
 class Recording:
-    """The calls of a piece of work, on the memory that it used when it was recorded.
+    """The calls of ops that some work made, with the memory that they used.
 
-    Only the values in that memory may differ when the work is repeated. One thread at a time may
+    When the work is repeated, only the values in that memory may differ. One thread at a time may
     repeat the work. Weights, rings, tables and other tensors that come from outside have to live as
     long as the recording. The recording keeps all other tensors alive.
     """
@@ -30,7 +30,7 @@ class Recording:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the settings that choose the kernels are the same as when this was recorded. If
+        """Whether the settings that choose kernels are the same as at the time of the recording. If
         not, the sizes of the workspaces may be wrong."""
         return self._settings == _settings()
 
@@ -48,13 +48,13 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
     """Does the work, and records it.
 
     Args:
-        work: calls of ops, without gradients. What it does depends on no value of a tensor. It
-            changes nothing but by ops.
+        work: calls of ops, without gradients. What it does must not depend on the value of a
+            tensor, and it must change tensors only by ops.
         given: the tensors with which the work begins.
 
     Returns:
-        The recording. None: the work cannot be repeated, because an op has no workspace, or needs
-        memory that is gone, or reads what torch has computed.
+        The recording, or None if the work cannot be repeated: an op has no workspace, or needs
+        memory that has been freed, or reads a tensor that torch has computed.
     """
     recorder = _Recorder(given)
     with workspace.heard_by(recorder):
@@ -63,9 +63,9 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
 
 
 class _Recorder:
-    """Notes calls, and checks where their inputs come from. What torch computes is not computed
-    again when the work is repeated. So each x has to lie in the memory of a given tensor, or of the
-    result of an earlier call."""
+    """Notes calls, and checks where their inputs come from. Repeating the work does not repeat what
+    torch computes. So each x must lie in the memory of a given tensor, or of the result of an
+    earlier call."""
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self.recording = Recording()
@@ -83,7 +83,7 @@ class _Recorder:
 
 
 def _address(x: Tensor) -> int:
-    """The address at which the memory begins that x is a part of."""
+    """The address at which the storage of x begins."""
     return x.untyped_storage().data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Takes blocks of GGUF files apart, for weights in our formats: csrc/repack.h."""
+"""Splits blocks of GGUF files into values and scales, for weights in our formats: csrc/repack.h."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from mistral_ext import _C
 from mistral_ext.ops.workspace import execution_target
 
-# The types of blocks that have a format, by ggml's names -> the format.
+# ggml's name of each block type that has a format -> the format.
 BLOCK_FORMATS: dict[str, str] = _C.block_formats()
 
 
@@ -19,11 +19,11 @@ def repack(
     The weight is [N, K] in the format `BLOCK_FORMATS[type]`, with the fewest values in a group.
 
     Args:
-        blocks: [N, bytes of a row] uint8 on the CPU, at any address, such as the rows of a file
-            that is mapped into memory. The last axis is contiguous.
+        blocks: [N, bytes of a row] uint8 on the CPU, at any address, such as the rows of a mapped
+            file. The last axis is contiguous.
         type: the type of the blocks, a key of `BLOCK_FORMATS`.
-        values, scales: the parts of the weight to fill, on the CPU, contiguous. None for a part
-            that is not wanted.
+        values, scales: the parts of the weight to fill, on the CPU, contiguous. A part that is None
+            is not filled.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or device, or the type has no

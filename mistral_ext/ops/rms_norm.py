@@ -18,17 +18,16 @@ def rms_norm(
     """RMSNorm over the last axis, with an optional residual add before it.
 
     With a residual the op computes `residual += x` in place, rounded to the dtype, and normalises
-    the sum. Without, it normalises x. The normalised value is rounded to the dtype before it is
-    multiplied by weight, because Mistral was trained so.
+    the sum. Without a residual it normalises x. The normalised value is rounded to the dtype before
+    it is multiplied by the weight, because Mistral was trained in this way.
 
-    Without a residual the op has a gradient for x. The gradient is that of the formula without the
-    rounding.
+    Without a residual the op has a gradient for x. The gradient ignores the rounding.
 
     Args:
         x: [T, E].
         weight: [E].
         eps: a number that is added to the mean square.
-        residual: [T, E], updated in place. None: x is normalised as it is.
+        residual: [T, E], updated in place. None: the op normalises x itself.
 
     Returns:
         [T, E].

@@ -25,13 +25,12 @@ def rope(
     Elements i and i + D/2 of a head are a pair, rotated by position * frequencies[i] (the order of
     Hugging Face checkpoints).
 
-    A new token takes a slot of a ring, which may hold an older token. As long as a query of the
-    same chunk still sees the older token, `rope` does not append the new one, and leaves that to
-    `attention`. So call `rope` and then `attention` with the same table and window. Then all new
-    tokens are in the rings.
+    The slot of a new token may hold an older token. If a query of the same chunk still sees the
+    older token, `rope` does not append the new token: `attention` appends it later. So call `rope`
+    and then `attention` with the same table and window. Then all new tokens are in the rings.
 
-    Scaled RoPE is a matter of the frequencies. If a model also multiplies cosine and sine by a
-    factor m, as YaRN does, give `attention` the scale m^2 / sqrt(D).
+    Scaled RoPE needs only other frequencies. If a model also multiplies cosine and sine by a factor
+    m, as YaRN does, give `attention` the scale m^2 / sqrt(D).
 
     Args:
         q: [T, Hq, D], rotated in place.
@@ -41,8 +40,8 @@ def rope(
         sequences: [S, 5] int64, the sequence table.
         frequencies: [D/2] float64, radians per position, the result of
             `mistral_ext.model.rope.frequencies`.
-        window: W, how many keys a query sees, its own included. None: a query sees all keys up to
-            its own.
+        window: W, the number of keys that a query sees, including its own key. None: a query sees
+            all keys up to its own.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 34.
     """

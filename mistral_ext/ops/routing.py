@@ -1,4 +1,4 @@
-"""Decides which products run in our kernels, and which in torch's."""
+"""Decides whether our kernels or torch compute a product."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mistral_ext.ops.weight import Parts
 
-# Our CUDA kernels for products (gemv) are made for few tokens, whose time is that of reading the
-# weights. Torch multiplies more tokens, and float32.
+# The most tokens that our CUDA kernels multiply (gemv). They are made for few tokens, with which
+# reading the weights takes the time. Torch multiplies more tokens, and all float32.
 MOST_TOKENS_ON_CUDA = 64
 
 
@@ -20,9 +20,9 @@ def _is_for_torch(x: Tensor) -> bool:
 
 
 def routed(ours: Callable[..., Any], theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """An op that multiplies x with weights, by our kernels or by torch's.
+    """Makes an op that multiplies x with weights, by our kernels (`ours`) or by torch (`theirs`).
 
-    Both functions take x, the weights as `Parts`, and the later arguments of the op's schema.
+    Both functions take x, the weights as `Parts`, and the other arguments of the op's schema.
     """
 
     def run(

@@ -1,7 +1,7 @@
-"""The ops of linear.py, with torch's products: see routing.py.
+"""The ops of linear.py, computed with torch's products. routing.py chooses between the two.
 
-Quantised weights are dequantised first, one after the other. For many tokens that costs less than a
-product of our own, which would be slower than the vendor's.
+Quantised weights are dequantised first, one after the other. With many tokens this costs less than
+using our own product, which would be slower than the vendor's.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def linear_swiglu(
 
 
 def linear_backward(d_out: Tensor, parts: Parts) -> Tensor:
-    """The product [T, K] of d_out [T, N] with the weights [N, K], for any number of tokens.
+    """Returns the product [T, K] of d_out [T, N] with the weights [N, K], for any number of tokens.
 
-    It takes the memory of the largest weight in the dtype of d_out.
+    The product needs memory for the largest weight in the dtype of d_out.
     """
     d_x: Tensor | None = None
     begin = 0
@@ -117,10 +117,10 @@ def _side_by_side(products: list[Tensor]) -> Tensor:
 
 
 def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yields the weights, dequantised to `dtype` if they are quantised. Parts of a `JoinedWeight`
-    come as the whole.
+    """Yields the weights in `dtype`. Quantised weights are dequantised. The parts of a
+    `JoinedWeight` come as one weight.
 
-    They come one after the other, so that only one dequantised weight takes memory at a time.
+    Only one dequantised weight takes memory at a time.
     """
     if parts.whole is not None:
         yield parts.whole

@@ -1,6 +1,6 @@
-"""Weights for products: plain tensors, and `Quantized` weights, which name their format.
+"""The weights of products: plain tensors, and `Quantized` weights, which name their format.
 
-csrc/formats.h lists the formats; dequantize.py unpacks their values.
+csrc/formats.h lists the formats. dequantize.py unpacks their values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Format(NamedTuple):
     scale_dtype: torch.dtype
     bits: int  # bits of a value
     group_scales: int  # elements of the scales of a group
-    least_group: int  # values that share scales: powers of two from here ...
-    most_group: int  # ... to here; 0: a whole row
+    least_group: int  # the fewest values that share scales, a power of two
+    most_group: int  # the most values that share scales, a power of two; 0: a whole row
 
     def elements(self, size: int) -> int:
         """The number of elements of the tensor `values` for a row of K = `size` values."""
@@ -52,7 +52,7 @@ def _formats() -> dict[str, Format]:
 
 
 FORMATS = _formats()
-PLAIN = "plain"  # the format of a tensor
+PLAIN = "plain"  # the format of a plain tensor
 
 
 class Quantized(NamedTuple):
@@ -70,16 +70,16 @@ class Quantized(NamedTuple):
     [N, 20 K / 256].
     "iq4_nl": words; scales float16 [N, K / 32].
 
-    Words are int32 [N, K / 8]. Value k of a row is in word k // 8, at bit
-    4 * (i // 2) + 16 * (i % 2) with i = k % 8: in "int4" and "q4_0" in two's complement (-8 to 7),
-    in others unsigned. A format with the name of a type of GGUF has its numbers, with values and
+    Words are int32 [N, K / 8]. Value k of a row is in word k // 8, at bit 4 * (i // 2) + 16 * (i %
+    2) with i = k % 8. In "int4" and "q4_0" it is in two's complement (-8 to 7), in other formats
+    unsigned. A format with the name of a GGUF type holds the numbers of this type, with values and
     scales in separate tensors. csrc/formats.h has the formulas and the places of bits.
     """
 
     values: Tensor
     scales: Tensor
     format: str
-    # [K] int64: value k of a row belongs to input order[k]. None: the inputs are in order.
+    # [K] int64: value k of a row belongs to input order[k]. None: value k belongs to input k.
     order: Tensor | None = None
 
     @classmethod
@@ -90,11 +90,11 @@ class Quantized(NamedTuple):
         group: int | None = None,
         device: torch.device | None = None,
     ) -> Quantized:
-        """A weight [N, K] whose tensors have yet to be filled.
+        """Makes a weight [N, K] whose tensors are still to be filled.
 
         Args:
-            group: the number of values that share scales, a divisor of K. None: the smallest that
-                the format has.
+            group: the number of values that share scales, a divisor of K. None: the smallest number
+                that the format allows.
         """
         facts, (rows, size) = FORMATS[format], shape
         groups = size // (group or facts.least_group or size)
@@ -119,7 +119,7 @@ class Quantized(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Number of values that share scales; K for "int8"."""
+        """The number of values that share scales. It is K for "int8"."""
         return self.shape[1] * FORMATS[self.format].group_scales // self.scales.shape[1]
 
     @property
@@ -127,7 +127,8 @@ class Quantized(NamedTuple):
         return self.values.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as a tensor [N, K], computed in fp32, then rounded to `dtype`."""
+        """Returns the weight as a tensor [N, K]. It is computed in fp32, then rounded to
+        `dtype`."""
         if self.values.is_cuda:
             weight = self._dequantized_by_kernel(None, dtype)
         else:
@@ -135,15 +136,15 @@ class Quantized(NamedTuple):
         return self._in_order_of_inputs(weight)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the weight by their indices [T] int64, dequantised: [T, K].
+        """Returns rows of the weight, dequantised, by their indices [T] int64: [T, K].
 
-        On a GPU an index that is out of range gives a row of NaN; elsewhere it raises IndexError.
+        If an index is out of range, a GPU gives a row of NaN, and the CPU raises IndexError.
         """
         if self.values.is_cuda:
             return self._in_order_of_inputs(self._dequantized_by_kernel(indices, dtype))
         values, scales = (part.index_select(0, indices) for part in (self.values, self.scales))
-        # Torch splits larger tensors among its threads, which then spin for milliseconds on the
-        # cores that our threads need.
+        # Torch splits larger tensors among its threads. These would then spin for milliseconds on
+        # the cores that our threads need.
         step = max(1, 2**14 // max(1, self.shape[1]))
         rows = [
             Quantized(*parts, self.format, self.order).dequantize(dtype)
@@ -171,14 +172,14 @@ Weight: TypeAlias = Tensor | Quantized
 
 
 class JoinedWeight(NamedTuple):
-    """Plain weights that lie one below the other, so that torch multiplies them as one."""
+    """Plain weights that are stacked, so that torch multiplies them as one matrix."""
 
     whole: Tensor  # [N, K], contiguous
     parts: tuple[Tensor, ...]  # [rows of the part, K], views of `whole`
 
     @classmethod
     def join(cls, weights: Sequence[Tensor], device: torch.device) -> JoinedWeight:
-        """Copies weights [rows, K] of the same dtype to a device, one below the other."""
+        """Copies weights [rows, K] of the same dtype to a device and stacks them."""
         rows = [len(weight) for weight in weights]
         whole = weights[0].new_empty((sum(rows), weights[0].shape[1]), device=device)
         parts = whole.split(rows)
@@ -191,7 +192,7 @@ class JoinedWeight(NamedTuple):
         return self.whole.nbytes
 
 
-# Weights that are multiplied in one pass, as if they lay one below the other.
+# The weights that are multiplied in one pass, as if they were stacked.
 Weights: TypeAlias = Sequence[Weight] | JoinedWeight
 
 
@@ -200,7 +201,7 @@ def in_order(
 ) -> tuple[Tensor, Tensor | None]:
     """Puts x [T, K], and the weight [K] of an RMSNorm of x, into the order of the weights' values.
 
-    All weights of a call must have the same `order`. The order of the first weight is used.
+    All weights of a call must have the same `order`.
 
     Raises:
         ValueError: only some of the weights have an order.
@@ -215,8 +216,8 @@ def in_order(
 
 
 class Parts(NamedTuple):
-    """Weights in the form of the ops' schemas: for each weight its values, its scales (None for a
-    plain weight) and its format; and the whole, if they are the parts of a `JoinedWeight`."""
+    """Weights in the form of the ops' schemas. Each weight has values, scales (None if it is plain)
+    and a format. `whole` is set if the weights are the parts of a `JoinedWeight`."""
 
     values: list[Tensor]
     scales: list[Tensor | None]
@@ -225,7 +226,7 @@ class Parts(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """Rows of all weights together."""
+        """The number of rows of all weights together."""
         return sum(map(len, self.values))
 
     @property

@@ -1,4 +1,4 @@
-"""The stream or threads of a kernel, and memory for its intermediate results."""
+"""The stream or threads on which a kernel runs, and memory for its intermediate results."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mistral_ext import _C
 
 
 class Recorder(Protocol):
-    """An object that is told which kernels a thread runs on the CPU: see `recording`."""
+    """Is told which kernels a thread runs on the CPU: see `recording`."""
 
     def note(self, call: _C.Call, x: Tensor, out: Tensor) -> None:
-        """Called after a call was made that reads x and writes to `out`."""
+        """Is called after a call that reads x and writes to `out`."""
 
     def give_up(self) -> None:
-        """Called if a kernel was run that cannot be repeated."""
+        """Is called after a kernel that cannot be repeated."""
 
 
 @contextmanager
 def heard_by(recorder: Recorder) -> Iterator[None]:
-    """Tells a recorder of the kernels that this thread runs in the block."""
+    """Tells a recorder which kernels this thread runs in the block."""
     before = _of_thread.recorder
     try:
         _of_thread.recorder = recorder
@@ -35,9 +35,9 @@ def heard_by(recorder: Recorder) -> Iterator[None]:
 
 
 def execution_target(x: Tensor) -> int:
-    """Where a kernel on x runs: on a CPU the number of threads, on a GPU the current stream.
+    """Where a kernel on x runs: the number of threads on a CPU, the current stream on a GPU.
 
-    This function is for ops without a workspace. Their kernels cannot be repeated, so a recorder
+    Only ops without a workspace call this function. Their kernels cannot be repeated, so a recorder
     gives up.
     """
     if _of_thread.recorder is not None:
@@ -57,7 +57,7 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
     The caller keeps all tensors of the call alive.
 
     Args:
-        out: the tensor that the call writes to, if the call can be repeated. x and `out` must then
+        out: the tensor that the call writes to, if the call can be repeated. Then x and `out` must
             be the only tensors of the call that a recorder has to keep alive.
     """
     target = _target(x)
@@ -70,15 +70,17 @@ def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
     if not x.is_cuda:
         call.run(memory_on_cpu(call.workspace_bytes), 0, target)
         return
-    # This reference is held until the launch: memory freed earlier could go to another call.
+    # `memory` must live until the launch. If it were freed earlier, another call could get the same
+    # memory.
     memory = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=x.device)
     counters = _zeroed_counters(x.device, target, call.counters) if call.counters else None
     call.run(memory.data_ptr(), 0 if counters is None else counters.data_ptr(), target)
 
 
 class _OfThread(threading.local):
-    """The workspace of a thread's calls, as large as the largest call so far has needed: new pages
-    for every call would cost time. And who hears of its kernels, if anybody does."""
+    """The workspace that all calls of a thread share, and the recorder of its kernels, if there is
+    one. The workspace is as large as the largest call so far has needed, because allocating new
+    pages for every call would cost time."""
 
     recorder: Recorder | None = None
 
@@ -95,20 +97,21 @@ _of_thread = _OfThread()
 
 
 def memory_on_cpu(nbytes: int) -> int:
-    """The address of this thread's workspace, which has at least `nbytes` bytes."""
+    """The address of this thread's workspace, enlarged to at least `nbytes` bytes."""
     memory = _of_thread
     if memory.nbytes < nbytes:
         memory.grow(nbytes)
     return memory.address
 
 
-# (device, stream, whether the stream is being captured) -> the graph (0: none) and zeroed counters
-# for the blocks of a call. A call leaves its counters zeroed.
+# (device, stream, whether the stream is being captured) -> (id of the graph or 0, zeroed counters
+# for the blocks of a call). A call leaves its counters zeroed.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
 
 def _zeroed_counters(device: torch.device, target: int, count: int) -> Tensor:
-    # A graph has its own counters, zeroed once in each replay: graphs may run at the same time.
+    # Graphs may run at the same time, so each graph has its own counters. Each replay zeros them
+    # once.
     graph = _C.capture_id(target)
     key = (device, target, graph != 0)
     kept = _counters.get(key)

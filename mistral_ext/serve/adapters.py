@@ -19,7 +19,7 @@ class AdapterCall(Call):
     """A request to one of the endpoints.
 
     Args:
-        service, path, send: the arguments of `Call` with these names.
+        service, path, send: as in `Call`.
         loads: whether the request loads an adapter. If False, it removes one.
     """
 

@@ -17,7 +17,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
 
-# A body that takes longer than this is refused.
+# The server refuses a body that takes longer than this.
 _BODY_SECONDS = 60.0
 
 
@@ -30,13 +30,13 @@ class SlowReaderError(Exception):
 
 
 def header(scope: Scope, name: str) -> str | None:
-    """The value of a header of the request. None: the request has no such header."""
+    """The value of a header of the request, or None if the request has no such header."""
     wanted = name.encode()
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), None)
 
 
 async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, Any]:
-    """The JSON object that is the body of a request.
+    """Reads the body of a request, which must be a JSON object.
 
     Args:
         most: the most bytes that the body may have.
@@ -63,8 +63,8 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
 def _check_content_type(scope: Scope) -> None:
     """Raises ApiError 400 for a body with a content type other than JSON.
 
-    A form is allowed, because `curl -d` calls every body a form. But it is refused from a browser,
-    which sends an Origin header: a page of another site could send a form without permission.
+    A form is allowed, because `curl -d` calls every body a form. But a form from a browser, which
+    sends an Origin header, is refused: a page of another site could send a form without permission.
     """
     kind = (header(scope, "content-type") or "application/json").partition(";")[0].strip().lower()
     is_form = kind == "application/x-www-form-urlencoded" and header(scope, "origin") is None
@@ -100,8 +100,8 @@ def _short(value: object) -> str:
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of `work`, or cancels it when the client hangs up. The body must have been
-    read.
+    """Returns the result of `work`, or cancels `work` when the client hangs up. The body must
+    already have been read.
 
     Raises:
         DisconnectedError: the client hung up.
@@ -130,8 +130,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 async def send_bytes(
     send: Send, data: bytes, content_type: str, status: int = 200, **headers: str
 ) -> None:
-    """Sends a whole answer. The names of `headers` are written with underscores in place of
-    hyphens."""
+    """Sends a whole answer. In the names of `headers`, underscores stand for hyphens."""
     fields = {"content-type": content_type, "content-length": str(len(data))}
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     await send({"type": "http.response.start", "status": status, "headers": _encoded(fields)})
@@ -166,7 +165,7 @@ class EventStream:
         await self._write(f"data: {text}\n\n")
 
     async def ping(self) -> None:
-        """Sends a comment: clients ignore it, and proxies keep the connection open."""
+        """Sends a comment. Clients ignore it, and proxies keep the connection open."""
         await self._write(": ping\n\n")
 
     async def end(self) -> None:
@@ -174,7 +173,7 @@ class EventStream:
         await self._write("data: [DONE]\n\n", more=False)
 
     async def fail(self, error: ApiError) -> None:
-        """Sends an error in place of the remaining events."""
+        """Sends an error instead of the remaining events."""
         await self._write(f"data: {json.dumps(error.body())}\n\n")
         await self.end()
 

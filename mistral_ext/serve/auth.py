@@ -39,7 +39,8 @@ class KeyCheck:
     def _has_key(self, scope: asgi.Scope) -> bool:
         scheme, _, key = (asgi.header(scope, "authorization") or "").partition(" ")
         digest = _digest(key.strip())
-        # All keys are compared, as digests of equal length: the time reveals nothing about them.
+        # All keys are compared, as digests of equal length, so the time reveals nothing about the
+        # keys.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 

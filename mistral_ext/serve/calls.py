@@ -1,4 +1,4 @@
-"""The common part of all endpoints that read a body: errors, figures, the log."""
+"""The common part of all endpoints that read a body: errors, metrics and the log."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mistral_ext.serve.generation import Generation
 from mistral_ext.serve.log import Record
 from mistral_ext.serve.service import Service
 
-_CLOSED = 499  # what nginx writes into its log for a client that hung up
+_CLOSED = 499  # nginx logs this status if a client hangs up
 
 
 class Endpoint:
-    """An endpoint, an ASGI application.
+    """An endpoint as an ASGI application.
 
     Args:
         make_call: makes a `Call`, given the path of the request and a function that sends the
@@ -34,7 +34,7 @@ class Endpoint:
 
 
 class Call(ABC):
-    """One HTTP request. Each endpoint has a subclass, whose `answer` does the endpoint's work.
+    """One HTTP request. Each endpoint has a subclass, whose `answer` does the work.
 
     Args:
         service: the state that all requests share.
@@ -43,7 +43,7 @@ class Call(ABC):
         send: a function that sends the answer.
 
     Attributes:
-        record: what the log says about this request.
+        record: the facts about this request for the log.
     """
 
     def __init__(self, service: Service, request_id: str, path: str, send: asgi.Send) -> None:
@@ -56,7 +56,7 @@ class Call(ABC):
         """Reads the request and sends its answer."""
 
     async def run(self, scope: asgi.Scope, receive: asgi.Receive) -> None:
-        """Answers the request, with an error if that fails, and notes what has happened."""
+        """Answers the request, and notes the result. If the answer fails, sends an error."""
         record = self.record
         try:
             await self.answer(scope, receive)
@@ -65,7 +65,7 @@ class Call(ABC):
             await self._fail(error)
         except DisconnectedError:
             record.status, record.reason = _CLOSED, "disconnected"
-        except asyncio.CancelledError:  # what Ray's server makes of a client that hangs up
+        except asyncio.CancelledError:  # Ray's server cancels the task if a client hangs up
             record.status, record.reason = _CLOSED, "disconnected"
             raise
         except SlowReaderError:
@@ -77,13 +77,13 @@ class Call(ABC):
             self._note()
 
     async def read(self, scope: asgi.Scope, receive: asgi.Receive) -> dict[str, Any]:
-        """The request's body, a JSON object."""
+        """Reads the request's body, a JSON object."""
         body = await asgi.read_object(scope, receive, self._service.settings.max_body)
         self.record.body = body
         return body
 
     def generation(self, requests: Sequence[Request], max_unread: int | None = None) -> Generation:
-        """Runs requests to the engine for this call; see `Generation`."""
+        """Makes a `Generation` that runs requests to the engine for this call."""
         task = asyncio.current_task()
         assert task
         service = self._service
@@ -92,8 +92,8 @@ class Call(ABC):
         )
 
     async def outputs(self, generation: Generation) -> AsyncIterator[tuple[int, Output] | None]:
-        """Yields all outputs of a generation, with the numbers of their completions. Yields None
-        from time to time while no output comes."""
+        """Yields all outputs of a generation, each with the number of its completion. While there
+        is no output, yields None from time to time."""
         left = len(generation.progress)
         while left:
             come = await generation.next(self._service.settings.ping_seconds)
@@ -103,8 +103,8 @@ class Call(ABC):
     async def read_prompts(
         self, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, Output] | None, None]:
-        """The outputs of requests that only read their prompts, in the form of `outputs`. The
-        requests run in batches, one after another, so that any number of them takes only
+        """Yields the outputs of requests that only read their prompts, as `outputs` does. The
+        requests run in batches, one after another. So any number of them needs only
         `Service.reading_places` of the queue."""
         service = self._service
         size = service.llm.max_batch
@@ -122,7 +122,7 @@ class Call(ABC):
         await asgi.send_error(self._send, error, x_request_id=self.record.request_id)
 
     def _note(self) -> None:
-        """Counts the request, and writes its line of the log."""
+        """Counts the request, and writes its line in the log."""
         record, metrics = self.record, self._service.metrics
         metrics.answered(record.path, record.status)
         if record.status == _CLOSED:

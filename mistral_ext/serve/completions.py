@@ -18,7 +18,7 @@ from mistral_ext.serve.responses import Answer, new_id
 from mistral_ext.serve.service import Service
 from mistral_ext.text.guardrails import Moderation
 
-# Outputs with the numbers of their completions; None: there is none yet.
+# Outputs with the numbers of their completions. None means that there is no output yet.
 _Outputs: TypeAlias = AsyncIterator[tuple[int, Output] | None]
 
 
@@ -26,7 +26,7 @@ class CompletionCall(Call):
     """A request to one of the endpoints.
 
     Args:
-        service, path, send: the arguments of `Call` with these names.
+        service, path, send: as in `Call`.
         is_chat: whether prompts are conversations.
     """
 
@@ -115,15 +115,15 @@ class CompletionCall(Call):
         await events.end()
 
     async def _check_prompts(self, job: Job) -> None:
-        """Raises ApiError 400 if the model thinks that a prompt is not acceptable."""
+        """Raises ApiError 400 if the model judges that a prompt is not acceptable."""
         contents = [self._content(job, i) for i in range(len(job.prompts))]
         for moderation in await self._judge(job, contents, "input"):
             if moderation.flagged:
                 raise filtered(moderation.category, self._param)
 
     async def _checked(self, job: Job, outputs: _Outputs) -> _Outputs:
-        """Holds the outputs back until the model has judged all of them. Takes away the texts that
-        the model judges not acceptable."""
+        """Holds the outputs back until the model has judged all of them. Removes the texts that the
+        model judges not acceptable."""
         held: list[tuple[int, Output]] = []
         texts: dict[int, str] = {}
         async for come in outputs:
@@ -143,7 +143,7 @@ class CompletionCall(Call):
                 yield index, _withheld(output)
 
     async def _judge(self, job: Job, contents: Sequence[Any], kind: str) -> list[Moderation]:
-        """Has the model judge contents. If a content does not fit the context, its end is
+        """Lets the model judge contents. If a content does not fit the context, only its end is
         judged."""
         service = self._service
         requests = await service.moderation_requests(contents, self._param, job.salt, True)
@@ -155,7 +155,8 @@ class CompletionCall(Call):
         return "messages" if self._is_chat else "prompt"
 
     def _content(self, job: Job, index: int, reply: str | None = None) -> Any:
-        """A prompt, or a prompt with its completion, as a content for the model to judge."""
+        """Returns a prompt, or a prompt with its completion, as a content that the model can
+        judge."""
         prompt = job.prompts[index]
         if self._is_chat:
             said = [] if reply is None else [{"role": "assistant", "content": reply}]
@@ -179,7 +180,7 @@ class CompletionCall(Call):
 
 
 def _withheld(output: Output) -> Output:
-    """The last output of a completion whose text the client does not get."""
+    """Returns the last output of a completion without its text, which the client must not get."""
     assert output.completion
     reason = "content_filter"
     empty = dataclasses.replace(

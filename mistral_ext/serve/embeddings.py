@@ -22,7 +22,7 @@ _REQUEST = fields.request_schema(fields.EMBEDDING, ("input",))
 
 
 class EmbeddingCall(Call):
-    """A request to the endpoint. Takes the arguments of `Call`."""
+    """A request to the endpoint. The arguments are those of `Call`."""
 
     def __init__(self, service: Service, path: str, send: asgi.Send) -> None:
         super().__init__(service, f"embd-{secrets.token_hex(12)}", path, send)
@@ -58,7 +58,7 @@ class EmbeddingCall(Call):
     async def _pool(
         self, texts: Sequence[Any], given: Mapping[str, Any], adapter: str | None
     ) -> Tensor:
-        """[N, E] fp32, the pooled hidden states of N texts, on the CPU.
+        """Returns [N, E] fp32, the pooled hidden states of N texts, on the CPU.
 
         Args:
             texts: the texts, each as text or as token ids.

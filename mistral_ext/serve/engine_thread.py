@@ -1,4 +1,4 @@
-"""The thread that steps the engine."""
+"""The thread that runs the steps of the engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LONGEST_WAIT = 0.03  # seconds
 
 
 class EngineThread:
-    """Steps an engine while there is work. Other threads add and abort requests.
+    """Runs the steps of an engine while there is work. Other threads add and abort requests.
 
-    A pass that fails ends its own requests with an error. If a step itself fails, or the device no
-    longer works after a pass, the thread ends, and refuses new requests.
+    If a pass fails, its requests end with an error. If a step itself fails, or the device no longer
+    works after a pass, the thread ends and refuses new requests.
 
     Args:
         engine: the engine.
@@ -51,7 +51,7 @@ class EngineThread:
         return self._is_dead
 
     def start(self) -> None:
-        """Begins to step."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -62,7 +62,7 @@ class EngineThread:
         self._thread.join()
 
     def add(self, request: Request, listener: Callable[[Output], object]) -> int:
-        """Adds a request; see `Engine.add`.
+        """Adds a request (see `Engine.add`).
 
         Raises:
             ApiError: 503 if the thread has died.
@@ -113,5 +113,5 @@ class EngineThread:
                 return
 
     def _check_device(self) -> None:
-        """Raises if the device can no longer compute, for instance a GPU after a bad access."""
+        """Raises an error if the device can no longer compute, such as a GPU after a bad access."""
         torch.ones(1, device=self._device).sum().item()

@@ -7,14 +7,14 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """An answer other than 200.
+    """An answer with a status other than 200.
 
     Args:
         status: the HTTP status.
-        message: what is wrong, in words for people.
+        message: a description of the error for people.
         param: the field of the request that is wrong.
-        code: a name of the error, for programs.
-        headers: further headers of the answer.
+        code: a name of the error for programs.
+        headers: additional headers of the answer.
     """
 
     def __init__(
@@ -51,22 +51,22 @@ _TYPES = {
     504: "server_error",
 }
 
-# Keeps OpenAI's clients from retrying: the next try would fail as well.
+# This header keeps OpenAI's clients from retrying, because the next try would fail as well.
 _NO_RETRY = {"x-should-retry": "false"}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that can never be answered."""
+    """The request can never be answered."""
     return ApiError(400, message, param, code)
 
 
 def no_model(message: str) -> ApiError:
-    """Neither the model nor an adapter has the name that the request asks for."""
+    """Neither the model nor an adapter has the requested name."""
     return ApiError(404, message, "model", "model_not_found")
 
 
 def removed_model(error: Exception) -> ApiError:
-    """The adapter that the request asks for was removed after the request came."""
+    """The requested adapter was removed after the request came."""
     return no_model(f"the model was removed: {error}")
 
 
@@ -82,7 +82,7 @@ def too_busy() -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """The server is ending: it finishes its requests, and takes no new ones."""
+    """The server is ending. It finishes its requests and takes no new requests."""
     message = "the server is shutting down"
     headers = {"retry-after": "5", "connection": "close"}
     return ApiError(503, message, code="shutting_down", headers=headers)
@@ -95,7 +95,7 @@ def out_of_order() -> ApiError:
 
 
 def filtered(category: str, param: str) -> ApiError:
-    """The model thinks that the prompt is not acceptable."""
+    """The model judges that the prompt is not acceptable."""
     message = f"{param} was refused: the model takes it for {category} content"
     return bad_request(message, param, "content_filter")
 
@@ -107,6 +107,6 @@ def out_of_time(seconds: float) -> ApiError:
 
 
 def failed(error: Exception) -> ApiError:
-    """The engine could not do what a request asked for."""
+    """The engine could not do the work of the request."""
     message = f"the model failed: {' '.join(str(error).split()) or type(error).__name__}"
     return ApiError(500, message, code="engine_error", headers=_NO_RETRY)

@@ -12,7 +12,7 @@ from typing import Any
 from mistral_ext.serve import structure, tools
 from mistral_ext.serve.schema import Schema
 
-# Alternatives of a token, at most (OpenAI's limit).
+# The most alternatives of a token (OpenAI's limit).
 MOST_LOGPROBS = 20
 
 _FLAG = {"type": "boolean"}
@@ -83,13 +83,13 @@ _MESSAGE = {
 }
 MESSAGES: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": 4096}
 
-# Inputs of a request, at most (OpenAI's limit).
+# The most inputs of a request (OpenAI's limit).
 _MOST_INPUTS = 2048
 
 
 def _one_or_several(**limits: int) -> Schema:
-    """The schema of a text or a list of token ids, or of a list of several of these. `limits` are
-    for the list of several."""
+    """The schema of a text, a list of token ids, or a list of several such texts and lists.
+    `limits` apply to the list of several."""
     text: Schema = {"type": "string", "minLength": 1}
     several = [
         {"type": "array", "items": item, "minItems": 1, **limits} for item in (text, _TOKEN_IDS)
@@ -167,7 +167,7 @@ LOAD_ADAPTER: dict[str, Schema] = {
 
 UNLOAD_ADAPTER: dict[str, Schema] = {"lora_name": _ADAPTER_NAME}
 
-# Fields that OpenAI's clients send, and that do not change the text.
+# Fields that OpenAI's clients send, and that do not change the text of completions.
 IGNORED = (
     "user",
     "store",
@@ -181,8 +181,8 @@ IGNORED = (
     "verbosity",
 )
 
-# Fields that would change the text, and that are not supported: name -> the values that have no
-# effect. Other values are refused.
+# Fields that would change the text, but are not supported: name -> the values without effect. Other
+# values are refused.
 NEUTRAL: dict[str, Schema] = {
     "functions": {"type": "array", "maxItems": 0},
     "function_call": {"type": "string", "enum": ["none", "auto"]},
@@ -201,8 +201,7 @@ NEUTRAL: dict[str, Schema] = {
 
 
 def request_schema(fields: Mapping[str, Schema], required: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The schema of a request with these fields, and with the fields that are ignored or
-    neutral."""
+    """The schema of a request with these fields. Fields that are ignored or neutral are added."""
     properties: dict[str, Any] = {
         name: schema if name in required else {"anyOf": [schema, {"type": "null"}]}
         for name, schema in {**NEUTRAL, **fields}.items()

@@ -1,4 +1,5 @@
-"""The completions of one HTTP request, on their way from the engine's thread to the event loop."""
+"""Passes the outputs of an HTTP request's completions from the engine's thread to the event
+loop."""
 
 from __future__ import annotations
 
@@ -18,10 +19,10 @@ from mistral_ext.serve.metrics import Metrics
 
 @dataclass
 class Progress:
-    """How far a completion is. Times are of `time.perf_counter`."""
+    """The progress of a completion. Times are of `time.perf_counter`."""
 
     tokens: int = 0
-    first: float | None = None  # when its first token came
+    first: float | None = None  # time of its first token
     last: float = 0.0
     completion: Completion | None = None
 
@@ -35,8 +36,8 @@ class Generation:
     Args:
         engine: the thread that steps the engine.
         requests: the completions' requests.
-        began: when the HTTP request arrived, a time of `time.perf_counter`.
-        metrics: the figures, which count tokens and times.
+        began: the time at which the HTTP request arrived, of `time.perf_counter`.
+        metrics: counts tokens and times.
         max_unread: the number of outputs that may wait. If there are more, the completions end, and
             `on_overflow` is called. None: any number may wait, because no client has to read them.
 
@@ -83,8 +84,8 @@ class Generation:
             raise bad_request(str(error)) from error
 
     async def next(self, seconds: float) -> tuple[int, Output] | None:
-        """The next output, with the number of its completion. None: no output came within
-        `seconds`.
+        """Returns the next output with the number of its completion, or None if there was no output
+        within `seconds`.
 
         Raises:
             ApiError: a completion has failed, or `fail` was called.
@@ -130,7 +131,7 @@ class Generation:
         if len(self._come) == 1:
             self._loop.call_soon_threadsafe(self._wake)
         elif len(self._come) == self._max_unread:
-            for request_id in self._ids:  # here, because the event loop may be busy
+            for request_id in self._ids:  # not in the event loop, which may be busy
                 self._engine.engine.abort(request_id)
             self._loop.call_soon_threadsafe(self._on_overflow)
 

@@ -1,4 +1,4 @@
-"""Logs a line for each request and, if asked for, its prompts and completions."""
+"""Logs a line for each request and, if requested, its prompts and completions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Record:
     path: str
     began: float = field(default_factory=time.perf_counter)
     status: int = 200
-    reason: str = "-"  # how it ended: finish reasons, an error's code, or who ended it
+    reason: str = "-"  # why it ended: finish reasons, an error's code, or who ended it
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -36,8 +36,8 @@ class Record:
 
 
 class _PrivateFile(RotatingFileHandler):
-    """A log file that only its owner may read. The same holds for each file that takes its
-    place."""
+    """A log file that only its owner may read. This also holds for the files that replace it when
+    it is large."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")
@@ -51,18 +51,18 @@ def _private(path: str, flags: int) -> int:
 
 
 class RequestLog:
-    """Writes records.
+    """Writes records of requests.
 
     Args:
-        file: a file that gets a JSON object for each request, with prompts and completions. It is
-            moved aside when it is large. None: texts are not written anywhere.
+        file: gets a JSON object for each request, with prompts and completions. When it is large,
+            it is renamed and a new file begins. None: texts are not written anywhere.
     """
 
     def __init__(self, file: Path | None) -> None:
         self._file = None if file is None else _PrivateFile(file)
 
     def write(self, record: Record) -> None:
-        """Writes the line of a request that has ended."""
+        """Writes the line of an ended request."""
         seconds = time.perf_counter() - record.began
         first = record.first_token_seconds
         _log.info(

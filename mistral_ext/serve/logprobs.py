@@ -15,8 +15,8 @@ class LogprobWriter:
 
     Args:
         tokenizer: knows the bytes of tokens.
-        starts_text: whether the completion begins a text. Then the space of its first token is not
-            part of the text.
+        starts_text: whether the completion begins a text. Then the space before its first token is
+            not part of the text.
         offset: the number of characters of the text before the completion.
     """
 
@@ -28,7 +28,7 @@ class LogprobWriter:
         self._offset = offset
 
     def chat(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Writes the log-probabilities of tokens as /v1/chat/completions has them."""
+        """Writes the log-probabilities of tokens in the form of /v1/chat/completions."""
         content = []
         for token in tokens:
             entry = self._entry(token.token_id, token.logprob)
@@ -38,7 +38,7 @@ class LogprobWriter:
         return {"content": content, "refusal": None}
 
     def text(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Writes the log-probabilities of tokens as /v1/completions has them."""
+        """Writes the log-probabilities of tokens in the form of /v1/completions."""
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -63,7 +63,7 @@ class LogprobWriter:
         }
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id >= self._tokenizer.vocab_size:  # a row of the model without a token
+        if token_id >= self._tokenizer.vocab_size:  # the model may have rows without tokens
             return b""
         data = self._tokenizer.token_bytes(token_id)
         return data.removeprefix(b" ") if self._strips else data
@@ -72,7 +72,7 @@ class LogprobWriter:
         data = self._bytes(token_id)
         try:
             return data.decode() if data else self._names.get(token_id, "")
-        except UnicodeDecodeError:  # a part of a character
+        except UnicodeDecodeError:  # the token is a part of a character
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def _go_on(self, token_id: int) -> None:
@@ -83,6 +83,6 @@ class LogprobWriter:
 
 
 def _finite(logprob: float) -> float:
-    """A log-probability that JSON can hold. JSON has no infinity, so an impossible token gets
-    -9999.0, as from OpenAI."""
+    """Limits a log-probability to a number that JSON can hold. JSON has no infinity, so an
+    impossible token gets -9999.0, as with OpenAI."""
     return max(logprob, -9999.0)

@@ -1,4 +1,4 @@
-"""Figures for Prometheus, with vLLM's names behind our prefix."""
+"""Metrics for Prometheus. Their names are vLLM's with our prefix."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from mistral_ext.engine.request import Completion
 
 _PREFIX = "mistral_ext_"
 
-# Seconds, from a step of a small model to a long prompt on a CPU.
+# Seconds. They range from a step of a small model to a long prompt on a CPU.
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
 class Metrics:
-    """Counts what happens in the server. Any thread may call the methods.
+    """Counts events in the server. Any thread may call the methods.
 
     Args:
-        load: a function that returns the present load of the engine.
+        load: a function that returns the current load of the engine.
     """
 
     def __init__(self, load: Callable[[], Load]) -> None:
@@ -54,17 +54,17 @@ class Metrics:
         self._length = histogram("request_generation_tokens", "Completion's length", _TOKENS)
 
     def first_token(self, seconds: float) -> None:
-        """A completion has its first token, `seconds` after its request arrived."""
+        """Counts the first token of a completion, `seconds` after its request arrived."""
         self._first.observe(seconds)
         self._generated.inc()
 
     def next_token(self, seconds: float) -> None:
-        """A completion has another token, `seconds` after its last token."""
+        """Counts another token of a completion, `seconds` after the last token."""
         self._next.observe(seconds)
         self._generated.inc()
 
     def ended(self, completion: Completion, prompt_tokens: int, seconds: float) -> None:
-        """A completion has ended."""
+        """Counts a completion that has ended."""
         self._success.labels(completion.finish_reason).inc()
         self._prompt_tokens.inc(prompt_tokens)
         self._queries.inc(prompt_tokens)
@@ -77,26 +77,26 @@ class Metrics:
         self._whole.observe(seconds)
 
     def answered(self, path: str, status: int) -> None:
-        """A request has got its status."""
+        """Counts an answer with its status."""
         self._answers.labels(path, str(status)).inc()
 
     def moderated(self, content: str, category: str) -> None:
-        """The model has judged a content: "input", "output" or "request"."""
+        """Counts a judgement. `content` is "input", "output" or "request"."""
         self._moderations.labels(content, category).inc()
 
     def broken_off(self, reason: str) -> None:
-        """A request has ended without its answer."""
+        """Counts a request that has ended without its answer."""
         self._broken_off.labels(reason).inc()
 
     def render(self) -> tuple[bytes, str]:
-        """All figures as text, and its content type."""
+        """Returns all metrics as text, and the content type."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
 
 class _LoadCollector:
-    """Reads the load of the engine when Prometheus reads the figures."""
+    """Reads the load of the engine when Prometheus reads the metrics."""
 
     def __init__(self, load: Callable[[], Load]) -> None:
         self._load = load

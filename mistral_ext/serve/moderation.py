@@ -1,4 +1,4 @@
-"""POST /v1/moderations, and the moderation of what other endpoints are asked and answer."""
+"""POST /v1/moderations, and the moderation of the prompts and completions of other endpoints."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ async def judge(
     kind: str,
     ping: Callable[[], Awaitable[None]] | None = None,
 ) -> list[Moderation]:
-    """Has the model judge contents.
+    """Lets the model judge contents.
 
     Args:
         call: the call for which the model judges.
         service: the state that all requests share.
         requests: the result of `Service.moderation_requests`.
-        kind: the kind of the contents, for the figures: "input", "output" or "request".
+        kind: the kind of the contents for the metrics: "input", "output" or "request".
         ping: a function that is called from time to time while there is no result.
     """
     found: dict[int, Moderation] = {}
@@ -47,7 +47,7 @@ async def judge(
 
 
 class ModerationCall(Call):
-    """A request to the endpoint. Takes the arguments of `Call`."""
+    """A request to the endpoint. The arguments are those of `Call`."""
 
     def __init__(self, service: Service, path: str, send: asgi.Send) -> None:
         super().__init__(service, f"modr-{secrets.token_hex(12)}", path, send)

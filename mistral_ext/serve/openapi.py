@@ -1,4 +1,4 @@
-"""The description of the API that /openapi.json gives, from `fields`."""
+"""Makes the description of the API for /openapi.json, from `fields`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _EMBEDDING = {
 
 
 def description(adapter_updates: bool) -> dict[str, Any]:
-    """The description, an OpenAPI 3.1 document.
+    """Returns the description, an OpenAPI 3.1 document.
 
     Args:
         adapter_updates: whether clients may load and unload adapters.

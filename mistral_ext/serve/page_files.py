@@ -14,8 +14,8 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Browsers may only run scripts and use styles from these files, and load nothing from another
-# server. So whatever a model writes stays text.
+# Browsers may only use scripts and styles from these files, and load nothing from another server.
+# So whatever a model writes remains text.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -23,7 +23,7 @@ _POLICY = (
 
 
 class Page:
-    """The files, read once."""
+    """The files of the page. They are read once."""
 
     def __init__(self) -> None:
         self._files = {

@@ -1,4 +1,4 @@
-"""From the JSON of a request to requests of the engine."""
+"""Turns the JSON of a request into requests to the engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mistral_ext.text.tool_calls import ToolFormat, ToolUse
 _CHAT = fields.request_schema(fields.CHAT, ("messages",))
 _COMPLETION = fields.request_schema(fields.COMPLETION, ("prompt",))
 
-# Fields that have the same name and meaning in the engine.
+# Fields that have the same name and meaning in `SamplingParams`.
 _SAME = (
     "temperature",
     "top_p",
@@ -42,21 +42,20 @@ _COMPLETION_TOKENS = 16  # OpenAI's default for completions
 
 @dataclass(frozen=True)
 class Job:
-    """The work of a request: `params.n` completions of each prompt.
+    """The work of an HTTP request: `params.n` completions of each prompt.
 
     Attributes:
         is_chat: whether the prompts are conversations, and the completions replies.
         prompts: the prompts: conversations, texts or token ids.
         params: the options of the completions. max_tokens is not set yet, because it depends on the
-            prompt's length.
-        max_tokens: the most tokens of a completion, as the request asks. None: `default_tokens`.
-        default_tokens: the most tokens of a completion if the request does not say, or fewer if
+            length of the prompt.
+        max_tokens: the most tokens of a completion that the request allows. None: `default_tokens`.
+        default_tokens: the most tokens of a completion if the request sets no limit, or fewer if
             they do not fit. None: as many as fit.
         stream, include_usage, echo: the fields of the request with these names.
-        salt, stop_token_ids: see `Mistral.request`.
-        structure: the field that says what completions have to match. None: they need not match
-            anything.
-        tools: the functions that completions may call. None: they may call none.
+        salt, stop_token_ids: as in `Mistral.request`.
+        structure: the field with the constraint of the completions. None: they have no constraint.
+        tools: the functions that completions may call. None: they may call no functions.
     """
 
     is_chat: bool
@@ -79,10 +78,10 @@ class Job:
 
 
 def check_fields(body: dict[str, Any], schema: Schema) -> dict[str, Any]:
-    """The fields of a request that are not null.
+    """Checks the fields of a request, and returns those that are not null.
 
     Raises:
-        ApiError: 400, for a field that is wrong, not known or not supported.
+        ApiError: 400, for a field that is wrong, unknown or not supported.
     """
     given = {name: value for name, value in body.items() if value is not None}
     for name, neutral in fields.NEUTRAL.items():
@@ -96,12 +95,12 @@ def check_fields(body: dict[str, Any], schema: Schema) -> dict[str, Any]:
 
 
 def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat | None) -> Job:
-    """The job of a request to /v1/chat/completions.
+    """Makes the job of a request to /v1/chat/completions.
 
     Args:
-        body: the body of the request, unchecked.
-        default_tokens: the attribute of `Job` with this name.
-        form: how the model writes calls of tools. None: the model takes no tools.
+        body: the body of the request, not checked yet.
+        default_tokens: as in `Job`.
+        form: how the model writes tool calls. None: the model takes no tools.
 
     Raises:
         ApiError: 400, for a field that is wrong.
@@ -116,7 +115,7 @@ def chat_job(body: dict[str, Any], default_tokens: int | None, form: ToolFormat 
 
 
 def completion_job(body: dict[str, Any]) -> Job:
-    """The job of a request to /v1/completions. Raises the same errors as `chat_job`."""
+    """Makes the job of a request to /v1/completions. Raises the same errors as `chat_job`."""
     given = check_fields(body, _COMPLETION)
     logprobs = int(given["logprobs"]) if "logprobs" in given else None
     if given.get("echo") and logprobs is not None:
@@ -175,7 +174,7 @@ def _params(
     options[structure.option] = structure.value
     try:
         return SamplingParams(**options)
-    except (TypeError, ValueError) as error:  # all else is checked
+    except (TypeError, ValueError) as error:  # SamplingParams checks the other options
         raise bad_request(str(error), structure.field) from error
 
 
@@ -186,8 +185,8 @@ def _token_id(key: str) -> int:
 
 
 def conversation_of(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The messages of a request. If the request asks for the system prompt of guardrails, it is
-    among them."""
+    """The messages of a request. They begin with the system prompt of guardrails if the request
+    asks for it."""
     messages = _messages_of(given["messages"])
     return with_safe_prompt(messages) if given.get("safe_prompt") else messages
 
@@ -203,7 +202,8 @@ def _messages_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
         }
         for m in messages
     ]
-    # Drops replies that were ended before their first word: templates have no empty replies.
+    # Drops replies that were ended before their first word, because templates have no empty
+    # replies.
     return [m for m in plain if m["content"] or m["role"] != "assistant" or "tool_calls" in m]
 
 
@@ -226,7 +226,7 @@ def encode(
     is_chat: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """The token ids of a prompt of a job.
+    """Encodes a prompt of a job to token ids.
 
     Args:
         prompt: a conversation, a text or token ids.
@@ -235,8 +235,8 @@ def encode(
         tools: functions that a reply may call.
 
     Raises:
-        ApiError: 400 for text that is not Unicode, ids that the model lacks, or messages that are
-            no conversation.
+        ApiError: 400 for text that is not Unicode, ids that the model does not have, or messages
+            that are not a conversation.
     """
     param = "messages" if is_chat else "prompt"
     try:
@@ -260,16 +260,16 @@ def moderation_requests(
     cuts: bool = False,
     adapter: str | None = None,
 ) -> list[Request]:
-    """Requests that have the model judge contents; see `Mistral.moderation_request`.
+    """Makes requests with which the model judges contents (see `Mistral.moderation_request`).
 
     Args:
         template: the chat template of conversations. None: the model's own template.
-        contents: texts, or conversations whose last message is meant.
-        param: the field of the request that the contents come from.
-        salt: see `Request`.
-        cuts: whether to judge the end of a content that is too long. If False, such a content is
-            refused.
-        adapter: see `Mistral.moderation_request`.
+        contents: texts, or conversations, of which the last message is judged.
+        param: the field of the request from which the contents come.
+        salt: as in `Request`.
+        cuts: whether only the end of a content is judged if it is too long. If False, such a
+            content is refused.
+        adapter: as in `Mistral.moderation_request`.
 
     Raises:
         ApiError: 400, for a content that is too long, and for a base model; 404 if the adapter was
@@ -286,13 +286,13 @@ def moderation_requests(
 
 
 def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> list[Request]:
-    """Requests for the hidden states of texts; see `Mistral.embedding_requests`.
+    """Makes requests for the hidden states of texts (see `Mistral.embedding_requests`).
 
     Raises:
-        ApiError: 400 for a text that is too long, or ids that the model lacks; 404 if the adapter
-            was removed.
+        ApiError: 400 for a text that is too long, or ids that the model does not have; 404 if the
+            adapter was removed.
     """
-    # JSON's 1.0 is an integer, too.
+    # In JSON Schema 1.0 is an integer, too.
     given = [text if isinstance(text, str) else [int(i) for i in text] for text in texts]
     with _refusing("input", "texts"):
         requests = llm.embedding_requests(given, *options)
@@ -302,17 +302,18 @@ def embedding_requests(llm: Mistral, texts: Sequence[Any], *options: Any) -> lis
 
 
 def prompts_of(prompt: Any) -> Sequence[Any]:
-    """The prompts of a field that has one or several: texts, or token ids."""
+    """The prompts (texts or token ids) in a field that has one prompt or several."""
     is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
     return [prompt] if is_one else prompt
 
 
 def compile_grammar(llm: Mistral, job: Job) -> None:
-    """Compiles the constraint of a job's completions. `requests_of` then finds it compiled.
+    """Compiles the constraint of a job's completions in advance, so that `requests_of` finds it
+    compiled.
 
     Raises:
-        ApiError: 400 if the constraint cannot be compiled. The request never gets a text without
-            its constraint instead.
+        ApiError: 400 if the constraint cannot be compiled. So the request never gets a text without
+            its constraint.
     """
     try:
         llm.grammar(job.params, starts_text=job.is_chat, tools=job.tools)
@@ -323,11 +324,11 @@ def compile_grammar(llm: Mistral, job: Job) -> None:
 def requests_of(
     job: Job, prompts: Sequence[list[int]], llm: Mistral, adapter: str | None
 ) -> list[Request]:
-    """A job's requests to the engine, n for each prompt.
+    """Makes a job's requests to the engine, n for each prompt.
 
     Args:
         prompts: the token ids of the prompts.
-        adapter: see `Mistral.request`.
+        adapter: as in `Mistral.request`.
 
     Raises:
         ApiError: 400 for a prompt that is too long; 404 if the adapter was removed.
@@ -357,13 +358,13 @@ def requests_of(
 
 @contextmanager
 def _refusing(param: str, name: str | None = None) -> Iterator[None]:
-    """Raises ApiError for what the library refuses in the block: 404 if the adapter was removed
-    since the request came, else 400.
+    """Turns errors of the library in the block into ApiError: 404 if the adapter was removed after
+    the request came, else 400.
 
     Args:
-        param: the field of the request that is wrong in this case.
-        name: the name of that field in the library's messages, which is replaced by `param`. None:
-            the messages do not name the field.
+        param: the field of the request that the error names.
+        name: the name of that field in the library's messages, which `param` replaces. None: the
+            messages do not name the field.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """The server as replicas on a Ray cluster, behind Ray Serve. Needs the extra [ray].
 
-`app` is for a config file of Ray Serve, and `run` is `mistral-ext serve --ray`. Each replica has a
-model of its own in a process of its own. Ray Serve gives requests to replicas, and replaces a
-replica when it dies or its engine fails.
+`app` is for a config file of Ray Serve, and `run` is `mistral-ext serve --ray`. Each replica is a
+process with its own model. Ray Serve distributes requests among replicas, and replaces a replica
+when it dies or its engine fails.
 """
 
 from __future__ import annotations
@@ -35,38 +35,39 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("mistral_ext.serve")
 
-_NAME = "mistral_ext"  # of the application
+_NAME = "mistral_ext"  # the name of the application
 
-# Ray counts HTTP requests, a replica counts completions. A replica may get this many more requests
-# than it has places, so that it refuses requests itself, and still says whether it is healthy.
+# Ray counts HTTP requests, but a replica counts completions. A replica may get this many requests
+# more than it has places. So it refuses requests itself, and can still say whether it is healthy.
 _SPARE_REQUESTS = 16
 
-# The end of replicas, beyond the time that their requests get.
+# Seconds for replicas to end, after the time that their requests get.
 _STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
-# This variable says whether a cluster wants the token that Ray keeps in the user's home. A new
-# cluster wants it. A program that joins such a cluster has to set the variable.
+# A value of this variable makes a cluster require the token that Ray keeps in the user's home. A
+# new cluster requires it. A program that joins such a cluster must set the variable.
 _AUTH = "RAY_AUTH_MODE"
 
-# Ray Serve's own log is quiet: ours has a line of each request.
+# Ray Serve's own log is quiet, because our log has a line for each request.
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
-# Tries to start a replica before Ray Serve gives up.
+# The number of tries to start a replica before Ray Serve gives up.
 _STARTS = 3
 
 
 def app(options: Mapping[str, Any]) -> Application:
-    """The application of a config file of Ray Serve: `import_path: mistral_ext.serve.ray:app`.
+    """Makes the application for a Ray Serve config file: `import_path: mistral_ext.serve.ray:app`.
 
     Args:
         options: the `args` of the config file. `model` is a path or hub id (default: the demo
-            model), `replicas` a number or [least, most], `threads` the cores of a replica; else
-            fields of `Settings` that fit a replica, or arguments of `Mistral.from_pretrained`. The
-            variable MISTRAL_EXT_API_KEY of the replicas is an API key, too.
+            model), `replicas` a number or [least, most], `threads` the cores of a replica. The
+            other options are fields of `Settings` that fit a replica, and arguments of
+            `Mistral.from_pretrained`. If the replicas have the variable MISTRAL_EXT_API_KEY, it is
+            an API key, too.
 
     Raises:
-        ValueError, TypeError: an option is unknown or wrong; the message names it.
+        ValueError, TypeError: an option is unknown or wrong. The message names the option.
     """
     return application(*read_options(options))
 
@@ -74,12 +75,12 @@ def app(options: Mapping[str, Any]) -> Application:
 def application(
     settings: Settings, arguments: Mapping[str, Any], replicas: Replicas
 ) -> Application:
-    """The Ray Serve application.
+    """Makes the Ray Serve application.
 
     Args:
-        settings: the options of each replica's server. Its host and port are for Ray Serve.
+        settings: the options of each replica's server. The host and port are for Ray Serve.
         arguments: arguments of `Mistral.from_pretrained` that `replicas.expect_arguments` accepts.
-        replicas: how many replicas there are, and what they get.
+        replicas: the number of replicas, and their resources.
     """
     from ray import serve
 
@@ -107,7 +108,7 @@ def application(
 
 
 class Replica:
-    """A model and its server, in a process that Ray starts. Takes the arguments of
+    """A model and its server, in a process that Ray starts. The arguments are those of
     `application`."""
 
     def __init__(self, settings: Settings, arguments: Mapping[str, Any], threads: int) -> None:
@@ -125,7 +126,7 @@ class Replica:
         return _named(build_app(self._service, self._lifespan))
 
     def check_health(self) -> None:
-        """Raises if Ray Serve has to replace the replica."""
+        """Raises an error if Ray Serve should replace the replica."""
         if self._service.engine.is_dead:
             raise RuntimeError("the engine has failed")
 
@@ -147,9 +148,9 @@ def _load(arguments: Mapping[str, Any]) -> Mistral:
 
 
 def _named(app: asgi.App) -> asgi.App:
-    """Wraps an application so that its answers say which replica has made them.
+    """Wraps an application so that its answers name the replica that made them.
 
-    Our own x-request-id is left out of the answers, because Ray's proxy adds an id of its own.
+    Our own x-request-id is removed from the answers, because Ray's proxy adds its own id.
     """
     name = _replica_name().encode()
 
@@ -174,7 +175,8 @@ def _replica_name() -> str:
 
 
 def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) -> int:
-    """Serves until SIGTERM or SIGINT, then lets replicas finish; a second signal ends them.
+    """Serves until SIGTERM or SIGINT, then lets replicas finish their requests. A second signal
+    ends them.
 
     Joins the cluster that the variable RAY_ADDRESS names, or starts a cluster on this machine.
     The arguments are those of `application`.
@@ -184,8 +186,8 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
 
     Raises:
         ValueError, TypeError: an argument is wrong.
-        RuntimeError: no replica could be started, or the cluster has the application already, or
-            Ray has failed; the message has Ray's reason.
+        RuntimeError: no replica could be started, or the cluster already has the application, or
+            Ray has failed. The message has Ray's reason.
     """
     expect_arguments(arguments)
     with _cluster(replicas) as is_own:
@@ -206,27 +208,27 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
             finally:
                 _end(settings.drain_seconds)
         except (RayError, RayServeException) as error:
-            # A task's error has the traceback as its text.
+            # The text of a task's error is its traceback. The cause is more useful.
             raise RuntimeError(f"Ray Serve: {getattr(error, 'cause', error)}") from error
 
 
 def _open(settings: Settings, is_own: bool, has_proxies: bool) -> Callable[[], None]:
-    """Has Ray Serve's proxies listen.
+    """Makes Ray Serve's proxies listen.
 
     Args:
-        settings: the options, whose host and port are for the proxies. They have no effect if the
-            cluster has proxies already.
+        settings: the options. The host and port are for the proxies. They have no effect if the
+            cluster already has proxies.
         is_own: whether the cluster was started for this server alone.
-        has_proxies: whether Ray Serve runs on the cluster already.
+        has_proxies: whether Ray Serve already runs on the cluster.
 
     Returns:
-        A function that logs where the server is, and warns if anyone may use it.
+        A function that logs the address of the server, and warns if anyone may use it.
     """
     from ray import serve
 
     host, port = settings.host, settings.port
     if is_own:
-        with bind(host, port) as listener:  # or the reason why not
+        with bind(host, port) as listener:  # raises the reason if the address cannot be bound
             host, port = listener.getsockname()[:2]
     elif not has_proxies and port == 0:
         raise ValueError("--port is 0, expected 1 to 65535 on a cluster of several machines")
@@ -261,8 +263,8 @@ def _deploy(app: Application) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The reason why the last replica could not be started. If Ray Serve does not know it, the text
-    of the error."""
+    """The reason why the last replica could not be started, or the text of the error if Ray Serve
+    does not know the reason."""
     from ray import serve
 
     status = serve.status().applications.get(_NAME)
@@ -273,14 +275,14 @@ def _reason(error: RuntimeError) -> str:
 
 @contextmanager
 def _cluster(replicas: Replicas) -> Iterator[bool]:
-    """Connects to a Ray cluster. Yields whether the cluster was started by this call. Such a
-    cluster has room for all replicas."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would drop lines of requests
+    """Connects to a Ray cluster. Yields whether this call has started the cluster. Such a cluster
+    has room for all replicas."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports usage to its makers
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else Ray drops log lines of requests
     import ray
     import ray.serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # which its import has set
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the import has set another level
     given: dict[str, Any] = {}
     if "RAY_ADDRESS" not in os.environ:
         cores = max(os.cpu_count() or 1, replicas.most * replicas.threads)
@@ -296,8 +298,8 @@ def _cluster(replicas: Replicas) -> Iterator[bool]:
 
 
 def _wait_for_signal(drain_seconds: float) -> int:
-    """Waits for the first signal, and returns the status to exit with. A second signal ends the
-    process at once, and with it a cluster that it has started."""
+    """Waits for the first signal, and returns the exit status. A second signal ends the process at
+    once, together with a cluster that it has started."""
     status: list[int] = []
     wake = threading.Event()
 
@@ -315,7 +317,7 @@ def _wait_for_signal(drain_seconds: float) -> int:
 
 
 def _end(drain_seconds: float) -> None:
-    """Ends the application, and waits until its replicas have let requests finish."""
+    """Ends the application, and waits until its replicas have finished their requests."""
     from ray import serve
 
     deadline = time.monotonic() + drain_seconds + _STOP_SECONDS

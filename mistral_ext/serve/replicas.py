@@ -23,11 +23,11 @@ from mistral_ext.weights.quantize import NAMES
 
 @dataclasses.dataclass(frozen=True)
 class Replicas:
-    """How many replicas there are, and what each of them gets.
+    """The number of replicas, and the resources of each.
 
     Args:
         least, most: bounds of the number of replicas. If they differ, Ray Serve adds and removes
-            replicas, so that each has about as many requests as its batch has room for.
+            replicas so that each has about as many requests as fit its batch.
         threads: the number of cores that a replica reserves, and of threads that its model uses.
 
     Raises:
@@ -49,13 +49,13 @@ class Replicas:
 
 
 def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Replicas]:
-    """The arguments of `ray.application`.
+    """Reads the arguments of `ray.application`.
 
     Args:
-        options: the options that `ray.app` takes.
+        options: as in `ray.app`.
 
     Raises:
-        ValueError, TypeError: an option is unknown or wrong; the message names it.
+        ValueError, TypeError: an option is unknown or wrong. The message names the option.
     """
     given = dict(options)
     count = given.pop("replicas", 1)
@@ -80,9 +80,9 @@ def read_options(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], 
 
 
 def expect_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError or TypeError for arguments of `Mistral.from_pretrained` with which no
-    replica could load a model. Here dtype is the name of a dtype, and model may be None, which is
-    the demo model."""
+    """Raises ValueError or TypeError if no replica could load a model with these arguments of
+    `Mistral.from_pretrained`. Here dtype is the name of a dtype. model may be None, which means the
+    demo model."""
     for name in ("model", "draft_model", "generation_config"):
         value = arguments.get(name)
         if value is not None and not (isinstance(value, str) and value):
@@ -106,11 +106,12 @@ def expect_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def gpus_for(device: object) -> int:
-    """The GPUs that a replica reserves, for `device` of `Mistral.from_pretrained`.
+    """The number of GPUs that a replica reserves. `device` is the argument of
+    `Mistral.from_pretrained`.
 
     Raises:
         ValueError: `device` is not a device, or is a GPU other than the first. Ray shows a replica
-            its own GPU alone, which is then the first.
+            only its own GPU, so there it is the first.
     """
     if device is None or device == "cpu":
         return 0

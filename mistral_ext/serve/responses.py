@@ -1,4 +1,4 @@
-"""From outputs of the engine to the JSON of answers."""
+"""Turns outputs of the engine into the JSON of answers."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class Answer:
         self._echo = [_echo(job, i, prompts, tokenizer) for i in range(job.count)]
         self._logprobs = [LogprobWriter(tokenizer, job.is_chat, len(e)) for e in self._echo]
         forms = [job.tools.form] * job.count if job.tools else []
-        self._parsers = [ToolParser(form) for form in forms]  # one for each completion
+        self._parsers = [ToolParser(form) for form in forms]  # one parser for each completion
         self._completions: dict[int, Completion] = {}
 
     @property
     def completions(self) -> list[Completion]:
-        """The completions that have ended, in order. Their calls are apart from their texts."""
+        """The ended completions, in order. Their tool calls are apart from their texts."""
         return [completion for _, completion in sorted(self._completions.items())]
 
     def take(self, index: int, output: Output) -> None:
-        """Takes an output, which `whole` will need."""
+        """Takes an output that `whole` will need."""
         self._deltas(index, output)
 
     def whole(self) -> dict[str, Any]:
@@ -64,13 +64,13 @@ class Answer:
         """The chunks before any text, in the order of the completions."""
         for index in range(self._job.count):
             if self._job.is_chat:
-                content = None if self._parsers else ""  # it may have calls in place of a text
+                content = None if self._parsers else ""  # there may be calls without text
                 yield self._chunk(index, delta={"role": "assistant", "content": content})
             elif self._echo[index]:
                 yield self._chunk(index, text=self._echo[index])
 
     def chunks(self, index: int, output: Output) -> Iterator[dict[str, Any]]:
-        """The chunks of an output. There are none if it has nothing to show yet."""
+        """The chunks for an output. There are none if the output has nothing to show yet."""
         logprobs = None
         if output.logprobs:
             writer = self._logprobs[index]
@@ -81,7 +81,7 @@ class Answer:
             deltas = [self._shown("")]
         for delta in deltas:
             yield self._chunk(index, logprobs=logprobs, **delta)
-            logprobs = None  # they come once
+            logprobs = None  # log-probabilities are sent once
         if output.is_last:
             reason = self._completions[index].finish_reason
             yield self._chunk(index, finish_reason=reason, **self._shown(""))
@@ -151,7 +151,8 @@ class Answer:
         completions = self.completions
         prompt = sum(map(len, self._prompts))
         generated = sum(len(completion.token_ids) for completion in completions)
-        # Each prompt counts once; so do its cached tokens, as its first completion found them.
+        # Each prompt counts once, and so do the tokens of it that its first completion found in the
+        # cache.
         cached = sum(c.timing.cached_tokens for c in completions[:: self._job.params.n])
         return {
             "prompt_tokens": prompt,

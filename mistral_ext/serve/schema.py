@@ -1,4 +1,4 @@
-"""Checks JSON values against the part of JSON Schema that `fields` is written in.
+"""Checks JSON values against the part of JSON Schema that `fields` uses.
 
 The keywords are type, enum, anyOf, minimum, exclusiveMinimum, maximum, minLength, maxLength, items,
 minItems, maxItems, properties, required, additionalProperties and maxProperties.
@@ -41,8 +41,8 @@ def check(value: Any, schema: Schema, name: str) -> None:
 
 
 def _are_integers(values: list[Any], schema: Schema) -> bool:
-    """Whether all values are valid integers. There may be a million, so they are checked at once
-    and not one by one."""
+    """Whether all values are valid integers. There may be a million values, so they are checked
+    together instead of one by one."""
     if schema.get("type") != "integer" or {*map(type, values)} != {int}:
         return False
     least, most = min(values), max(values)
@@ -58,7 +58,8 @@ def _check_any(value: Any, schema: Schema, name: str) -> None:
             return check(value, option, name)
         except ApiError as error:
             errors.append(error)
-    # The type is right but the content is not: report the place inside.
+    # If exactly one alternative has the right type, the error is that of the place inside the
+    # value.
     raise errors[0] if len(errors) == 1 else _wrong(value, schema, name)
 
 

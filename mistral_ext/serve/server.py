@@ -19,7 +19,7 @@ from mistral_ext.serve.settings import Settings
 
 _log = logging.getLogger("mistral_ext.serve")
 
-# Bytes that the system buffers for a client that does not read, and for how long in ms.
+# The bytes that the system buffers for a client that does not read, and how long, in milliseconds.
 _UNSENT_BYTES = 2**16
 _UNSENT_MS = 60_000
 
@@ -67,7 +67,7 @@ async def _serve(service: Service, listener: socket.socket) -> int:
     class UvicornServer(uvicorn.Server):
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # we handle signals below: uvicorn would close the socket before requests end
+            yield  # uvicorn would close the socket before requests end, so _serve handles signals
 
     settings = service.settings
     config = uvicorn.Config(
@@ -125,7 +125,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen at {host}: {error.strerror}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit these options. Systems without them have limits of their own.
+        # Connections inherit these options. Systems without the options have their own limits.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNSENT_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_MS)
@@ -137,7 +137,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def announce(settings: Settings, host: str, port: int) -> None:
-    """Logs where the server is, and warns if anyone may use it.
+    """Logs the address of the server, and warns if anyone may use it.
 
     Args:
         settings: the options.

@@ -1,4 +1,4 @@
-"""The state that all requests to a server share: the model, the queue, the figures."""
+"""The state that all requests to a server share: the model, the queue, the metrics."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from mistral_ext.text.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 
-# Time for clients to receive the end of their requests.
+# The time for clients to receive the end of their requests.
 _LAST_SECONDS = 5.0
 
-# Joins messages one after another, for a base model, which continues a text and has no turns.
+# For a base model, which continues a text and has no turns: joins messages one after another.
 _PLAIN = "{{ bos_token }} {{ messages | map(attribute='content') | join('\\n\\n') }}"
 
 
@@ -68,12 +68,12 @@ class Service:
         self._taken = 0
         self._live: set[Generation] = set()
         self._idle = asyncio.Event()
-        # Texts, grammars and adapters are prepared outside the event loop, because that may take a
-        # while. One is prepared at a time.
+        # Texts, grammars and adapters are prepared outside the event loop, because this may take
+        # long. They are prepared one at a time.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def start(self) -> None:
-        """Begins to serve, in the running event loop."""
+        """Starts to serve in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self.engine.start()
 
@@ -119,13 +119,13 @@ class Service:
                 self._idle.set()
 
     def reading_places(self, count: int) -> AbstractContextManager[None]:
-        """Reserves places for `count` prompts that are only read; see `Call.read_prompts`."""
+        """Reserves places for `count` prompts that are only read (see `Call.read_prompts`)."""
         return self.places(min(count, self.llm.max_batch))
 
     @contextmanager
     def running(self, generation: Generation) -> Iterator[None]:
-        """Starts completions, and ends them when the block ends or the time of their HTTP request
-        is over."""
+        """Starts completions. They end with the block, or when the time of their HTTP request is
+        over."""
         assert self._loop
         self._live.add(generation)
         seconds = self.settings.request_seconds
@@ -148,27 +148,28 @@ class Service:
     async def encode(
         self, prompt: Any, is_chat: bool, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids of a prompt; see `protocol.encode`."""
+        """Encodes a prompt to token ids (see `protocol.encode`)."""
         return await self._prepare(encode, self.llm, prompt, self._template, is_chat, tools)
 
     async def moderation_requests(self, *args: Any, **options: Any) -> list[Request]:
-        """Requests that have the model judge contents; see `protocol.moderation_requests`."""
+        """Makes requests with which the model judges contents (see
+        `protocol.moderation_requests`)."""
         return await self._prepare(moderation_requests, self.llm, self._template, *args, **options)
 
     async def load_adapter(self, path: str, name: str) -> None:
-        """Loads an adapter; see `Mistral.load_adapter`."""
+        """Loads an adapter (see `Mistral.load_adapter`)."""
         await self._prepare(self.llm.load_adapter, path, name)
 
     async def unload_adapter(self, name: str) -> None:
-        """Removes an adapter; see `Mistral.unload_adapter`."""
+        """Removes an adapter (see `Mistral.unload_adapter`)."""
         await self._prepare(self.llm.unload_adapter, name)
 
     async def embedding_requests(self, texts: Sequence[Any], *options: Any) -> list[Request]:
-        """Requests for the hidden states of texts; see `protocol.embedding_requests`."""
+        """Makes requests for the hidden states of texts (see `protocol.embedding_requests`)."""
         return await self._prepare(embedding_requests, self.llm, texts, *options)
 
     async def compile(self, job: Job) -> None:
-        """Compiles what a job's completions have to match; see `protocol.compile_grammar`."""
+        """Compiles the constraint of a job's completions (see `protocol.compile_grammar`)."""
         if job.structure or job.tools:
             await self._prepare(compile_grammar, self.llm, job)
 
@@ -178,7 +179,7 @@ class Service:
         return [self.settings.model_name, *self.llm.adapters.names]
 
     def adapter_of(self, model: str | None) -> str | None:
-        """The adapter that a request asks for as its model. None: the request asks for the model
+        """The adapter that a request asks for as its model, or None if it asks for the model
         itself.
 
         Raises:
@@ -198,8 +199,8 @@ class Service:
             raise errors.bad_request(text, "model")
 
     async def drain(self) -> None:
-        """Refuses new requests, and waits for the running requests. Ends those that still run when
-        the time is over."""
+        """Refuses new requests, and waits for the running requests. Ends the requests that still
+        run when the time is over."""
         self.is_draining = True
         if not self._taken:
             return
@@ -208,7 +209,7 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
         except asyncio.TimeoutError:
             self.end_all(errors.shutting_down())
-            with suppress(asyncio.TimeoutError):  # do not wait for a client that does not read
+            with suppress(asyncio.TimeoutError):  # a client may not read
                 await asyncio.wait_for(self._idle.wait(), _LAST_SECONDS)
 
     def end_all(self, error: ApiError) -> None:
@@ -222,8 +223,8 @@ class Service:
 
 
 def _template(name: str | None, llm: Mistral) -> ChatTemplate | None:
-    """The chat template. None: the model has none, so each request with a conversation gets an
-    error."""
+    """The chat template, or None if the model has none. Then every request with a conversation gets
+    an error."""
     if name == "plain":
         return JinjaTemplate(Path("plain"), {"default": _PLAIN}, llm.require_tokenizer())
     with suppress(ValueError):

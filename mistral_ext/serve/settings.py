@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # has an API key
+KEY_VARIABLE = "MISTRAL_EXT_API_KEY"  # the environment variable with an API key
 TEMPLATES = ("v1", "v2", "v3", "plain")
 
-# Options that do not fit a server of several replicas on a Ray cluster, and why.
+# The options that do not fit a server of several replicas on a Ray cluster -> why.
 UNFIT_FOR_REPLICAS = {
     "adapter_updates": "a client would reach one replica only",
     "max_unread": "Ray's proxy reads replies ahead of the client",
     "log_requests": "each replica would write to the file",
 }
 
-# The demo model has defaults of its own: it is no chat model, and its tales have no end.
+# The demo model has its own defaults: it is not a chat model, and its tales have no end.
 _DEMO: dict[str, Any] = {"model_name": "demo", "template": "plain", "max_tokens": 256}
 
 
@@ -27,26 +27,26 @@ class Settings:
     """Options of a server.
 
     Raises:
-        ValueError: an option is not in its range; the message names it.
+        ValueError: an option is not in its range. The message names the option.
     """
 
-    model_name: str  # by which clients ask for the model
+    model_name: str  # the name by which clients ask for the model
     host: str = "127.0.0.1"
     port: int = 8000
-    template: str | None = None  # of chats: v1, v2, v3 or plain; None: the model's own
+    template: str | None = None  # chat template: v1, v2, v3 or plain; None: the model's own
     adapter_updates: bool = False  # clients may load and unload adapters
-    max_tokens: int | None = None  # of a reply if the request has no limit; None: all that fit
-    max_queue: int = 64  # completions that may wait, besides those running
+    max_tokens: int | None = None  # the default for the most tokens of a reply; None: all that fit
+    max_queue: int = 64  # completions that may wait, besides the running ones
     max_unread: int = 1024  # tokens that a client may leave unread
-    max_body: int = 4 * 2**20  # bytes of a request
-    request_seconds: float = 600.0  # from a request's arrival to its last token
-    ping_seconds: float = 10.0  # silence after which a stream sends a comment
-    drain_seconds: float = 30.0  # that requests get to end when the server is told to stop
-    # Any of them opens the server; none: it is open.
+    max_body: int = 4 * 2**20  # the most bytes of a request
+    request_seconds: float = 600.0  # time from a request's arrival to its last token
+    ping_seconds: float = 10.0  # a stream sends a comment after this time without output
+    drain_seconds: float = 30.0  # time for requests to end when the server is told to stop
+    # Each of these keys gives access to the server. If there are none, anyone has access.
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    cors_origins: tuple[str, ...] = ()  # of web pages that may call it, "*" for all
-    moderate: tuple[str, ...] = ()  # "input", "output" or both: the model judges them first
-    log_requests: Path | None = None  # where requests and answers are written
+    cors_origins: tuple[str, ...] = ()  # origins of web pages that may call the server; "*": all
+    moderate: tuple[str, ...] = ()  # texts that the model judges first: "input", "output" or both
+    log_requests: Path | None = None  # file for requests and answers
 
     def __post_init__(self) -> None:
         if not (isinstance(self.model_name, str) and self.model_name):
@@ -75,13 +75,13 @@ class Settings:
 
 
 def settings_for(model: str | None, **given: Any) -> Settings:
-    """The settings of a server of a model.
+    """Makes the settings of a server for a model.
 
     Args:
         model: a path or hub id. It is also the name of the model for clients, unless `given` has
-            another. None: the demo model.
-        given: the fields of `Settings`. A field that is None gets its default. The demo has some
-            defaults of its own.
+            another name. None: the demo model.
+        given: the fields of `Settings`. A field that is None gets its default. The demo has its own
+            defaults.
     """
     defaults = _DEMO if model is None else {"model_name": model}
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -90,13 +90,13 @@ def settings_for(model: str | None, **given: Any) -> Settings:
 
 def keys_of_environment() -> tuple[str, ...]:
     """The API key in the environment variable, if it is set. An empty variable gives an empty key,
-    which `Settings` refuses. If it were ignored, the server would be open."""
+    which `Settings` refuses. If it were ignored, anyone could use the server."""
     return (os.environ[KEY_VARIABLE],) if KEY_VARIABLE in os.environ else ()
 
 
 def texts_of(name: str, given: object) -> tuple[str, ...]:
-    """The value of the field `api_keys`, `cors_origins` or `moderate`, from a list of texts or from
-    a text. In a text for `moderate`, commas separate several values.
+    """Reads the field `api_keys`, `cors_origins` or `moderate` from a list of texts or from a text.
+    In a text for `moderate`, commas separate several values.
 
     Raises:
         ValueError: `given` is neither a text nor a list. The message does not show it, because it
@@ -119,7 +119,8 @@ def expect_own_names(model_name: str, adapters: Iterable[str]) -> None:
 
 
 def expect_integer(name: str, value: object, least: int) -> None:
-    """Raises ValueError, which names the option, unless it is an integer of `least` or more."""
+    """Raises ValueError unless a value is an integer of `least` or more. The message names the
+    option."""
     if not isinstance(value, int) or value < least:
         raise ValueError(f"{name} is {value!r}, expected an integer of {least} or more")
 

@@ -1,4 +1,4 @@
-"""The constraint of a request's completions, in OpenAI's fields and in vLLM's."""
+"""Reads the constraint of a request's completions from OpenAI's fields and from vLLM's."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Structure(NamedTuple):
 
 
 def structure_of(given: Mapping[str, Any]) -> Structure | None:
-    """The constraint of a request's completions. None: the request has no constraint.
+    """Returns the constraint of a request's completions, or None if the request has none.
 
     Args:
         given: the fields of a request, checked against `FIELDS`.

@@ -19,7 +19,7 @@ class TokensCall(Call):
     """A request to one of the endpoints.
 
     Args:
-        service, path, send: the arguments of `Call` with these names.
+        service, path, send: as in `Call`.
         backwards: whether to turn tokens into text. If False, text is turned into tokens.
     """
 

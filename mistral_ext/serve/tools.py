@@ -1,4 +1,4 @@
-"""Tools in OpenAI's API: the fields that offer them, and calls in answers."""
+"""Tools in OpenAI's API: the fields that offer tools, and the calls in answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KIND: Schema = {"type": "string", "enum": ["function"]}
 
 
 def _of_function(properties: Mapping[str, Schema], *required: str) -> dict[str, Any]:
-    """An object of the type "function", whose function has these properties."""
+    """The schema of an object of type "function", whose function has these properties."""
     function = {"type": "object", "properties": properties, "required": list(required)}
     return {
         "type": "object",
@@ -64,11 +64,11 @@ OF_MESSAGE: dict[str, Schema] = {
 
 
 def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | None:
-    """The use of tools that a request asks for. None: it asks for none.
+    """Returns the use of tools that a request asks for, or None if it asks for none.
 
     Args:
         given: the fields of a request, checked against `FIELDS`.
-        form: how the model writes calls. None: the model takes no tools.
+        form: how the model writes tool calls. None: the model takes no tools.
 
     Raises:
         ApiError: 400, for tools that are wrong, or that the model does not take.
@@ -83,8 +83,8 @@ def tool_use_of(given: Mapping[str, Any], form: ToolFormat | None) -> ToolUse | 
 
 
 def delta_of(piece: ToolDelta) -> dict[str, Any]:
-    """New text of a call, as an element of a delta's tool_calls. A client joins the texts of all
-    pieces of a call, so the id, the type and the name must come only once."""
+    """Makes an element of a delta's tool_calls from new text of a call. A client joins the texts of
+    all pieces of a call, so the id, the type and the name must come only once."""
     if piece.call:
         return {"index": piece.index, **piece.call.as_message()}
     return {"index": piece.index, "function": {"arguments": piece.arguments}}

@@ -1,8 +1,8 @@
 """Tokens that a fine-tune added to its base model's vocabulary.
 
 Up to three files list them: `tokenizer.json`, `tokenizer_config.json` ("added_tokens_decoder") and
-`added_tokens.json`. A text is first cut at the added tokens that it spells out. The vocabulary's
-own algorithm encodes the pieces between them.
+`added_tokens.json`. Encoding first cuts a text at the added tokens that it spells out. Then the
+vocabulary's own algorithm encodes the pieces between them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 
 from mistral_ext.files import read_json_object
 
-# The bound keeps a damaged file from making a table of a thousand million entries.
+# The largest id. Without this bound a damaged file could make a table of a thousand million
+# entries.
 _MAX_ID = 2**20
 
 # The keys under which tokenizer_config.json and special_tokens_map.json name special tokens.
@@ -38,17 +39,17 @@ _WHITE_SPACE = re.compile(r"\s+")
 
 
 def has_control_shape(content: str) -> bool:
-    """Whether a token is written <|like this|>."""
+    """Whether a token has the form <|name|>."""
     return _CONTROL_SHAPE.fullmatch(content) is not None
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text as it is written.
+    """A token that is found in a text wherever the text spells it out.
 
     Attributes:
-        control: whether the token is a signal and not text. It is if a file marks it special, or if
-            it is written <|like this|>.
+        control: whether the token is a signal and not text: a file marks it special, or it has the
+            form <|name|>.
         lstrip, rstrip: whether white space on the left or right side of the token belongs to it.
         single_word: whether the token is not found inside a word.
     """
@@ -63,14 +64,15 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class AddedTokens:
-    """The tokens and names of tokens that the files of a folder add to the base vocabulary.
+    """The tokens that the files of a folder add to the base vocabulary, and the names of tokens.
 
     Attributes:
         tokens: the added tokens by their ids. Some may belong to the base vocabulary.
-        names: the texts of the tokens for "bos_token", "eos_token" and so on, as far as a file
-            names them. The text is None if a file says that there is no such token.
-        prefix: which pieces get the space that encoding puts before a text, if a text was cut at
-            added tokens: "first", "all", or "unspaced" (the pieces that do not begin with a space).
+        names: the texts of the tokens for "bos_token", "eos_token" and so on, if a file names them.
+            A text is None if a file says that there is no such token.
+        prefix: encoding puts a space before a text. If the text was cut at added tokens, these
+            pieces get the space: "first", "all", or "unspaced" (the pieces that do not begin with a
+            space).
     """
 
     tokens: dict[int, AddedToken]
@@ -117,8 +119,8 @@ def read_added_tokens(folder: Path) -> AddedTokens:
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token. A file has the text itself, or an object with the text. None: it has
-    neither."""
+    """The text of a token. In a file a token is the text itself, or an object that has the text.
+    Returns None if it is neither."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -154,7 +156,8 @@ def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
 
 
 def _merge(tokens: dict[int, AddedToken], more: Iterable[AddedToken]) -> None:
-    """Adds tokens of the next file. They replace earlier tokens, except that `control` stays."""
+    """Adds tokens of another file. They replace earlier tokens, but a control token stays a control
+    token."""
     by_content = {token.content: token.id for token in tokens.values()}
     for token in more:
         token_id = by_content.get(token.content, token.id)
@@ -173,13 +176,12 @@ def _prefix(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         if part.get("type") == "Metaspace":
             return "unspaced" if part.get("prepend_scheme", "always") == "always" else "first"
     # Without a tokenizer.json the key "legacy" decides: false means that no space follows an added
-    # token. Older files do not have the key.
+    # token. Older files do not have this key.
     return "first" if config.get("legacy") is False else "all"
 
 
 def parts(step: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer: its members if it is a sequence, else the step
-    itself."""
+    """The steps of a normalizer or pre-tokenizer. If it is a sequence, these are its members."""
     if not isinstance(step, dict):
         return []
     inner = step.get("normalizers") or step.get("pretokenizers") or [step]
@@ -187,15 +189,15 @@ def parts(step: Any) -> list[dict[str, Any]]:
 
 
 class TokenFinder:
-    """Cuts texts at the tokens that they spell out; at each place the longest token wins."""
+    """Cuts texts at the tokens that they spell out. At each place the longest token is taken."""
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.content: token for token in tokens}
-        self._any = _longest_of(list(self._tokens)) if self._tokens else "(?!)"  # (?!): nothing
+        self._any = _longest_of(list(self._tokens)) if self._tokens else "(?!)"  # matches nothing
         self._pattern = re.compile(self._any)
 
     def split(self, text: str) -> list[str | int]:
-        """The ids of the tokens, and the pieces of text around them that are not empty."""
+        """The ids of the tokens in a text, and the non-empty pieces of text around them."""
         pieces: list[str | int] = []
         start = 0
         for match in self._pattern.finditer(text):
@@ -212,14 +214,14 @@ class TokenFinder:
         return [piece for piece in pieces if piece != ""]
 
     def starts(self) -> re.Pattern[str]:
-        """A pattern that matches a single character: each character of a text at which a token
-        begins, even inside another token."""
+        """A pattern that matches single characters: those at which a token begins, even inside
+        another token."""
         return re.compile(f"(?=(?:{self._any})).", re.DOTALL)
 
 
 def _longest_of(words: list[str]) -> str:
-    """A pattern that matches the longest of some words. It has the form of a tree, because trying
-    the hundreds of control tokens of v3 one by one at each bracket of a text would take seconds."""
+    """A pattern that matches the longest of some words. It is a tree of words, because trying the
+    hundreds of control tokens of v3 one by one at each bracket of a text would take seconds."""
     start = commonprefix(words)  # noqa: RUF071  character by character is what is wanted
     rest = sorted(word[len(start) :] for word in words)
     branches = [_longest_of(list(some)) for _, some in groupby(filter(None, rest), lambda w: w[0])]

@@ -1,13 +1,13 @@
-"""Chat: messages to token ids, with the template that a model was trained with.
+"""Chat: turns messages into token ids, with the template that a model was trained with.
 
-Mistral's own Instruct models have the templates of mistral-common, Mistral's implementation of
-them: v1 writes [INST] as plain text and puts the system prompt before the first user turn; v2 and
-v3 write it as a control token and put the system prompt before the last user turn (without tools
-they are the same). Fine-tunes bring a template of their own, a Jinja program, which `jinja_sandbox`
+Mistral's own Instruct models have the templates of mistral-common, Mistral's implementation. v1
+writes [INST] as plain text and puts the system prompt before the first user turn. v2 and v3 write
+[INST] as a control token and put the system prompt before the last user turn. (Without tools v2 and
+v3 are the same.) A fine-tune brings its own template, a Jinja program, which `jinja_sandbox`
 renders.
 
 Control tokens that a template writes are encoded as control tokens. The same text in a message is
-encoded as text: a user who writes <|im_end|> or </s> must not be able to end a turn with it.
+encoded as text, so that a user who writes <|im_end|> or </s> cannot end a turn.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class JinjaTemplate:
 
     Args:
         path: the file of the template, for error messages.
-        sources: templates by name; "default" is used, or "tool_use" if there are tools.
+        sources: templates by name. "default" is used, or with tools "tool_use" if there is one.
         tokenizer: the tokenizer, which knows the names of the tokens that the template may write.
     """
 
@@ -74,7 +74,7 @@ class JinjaTemplate:
         return str(self.path)
 
     def source(self, tools: Tools | None = None) -> str:
-        """The text of the template that is used, with or without tools."""
+        """The text of the template that is used with or without tools."""
         return self._template(tools).source
 
     def render(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
@@ -89,7 +89,7 @@ class JinjaTemplate:
         spell out a control token.
 
         Args:
-            asks: whether to end with what the template writes before a reply.
+            asks: whether to end with the text that the template writes before a reply.
         """
         text, unmarked = self._render(messages, tools, asks)
         pieces = self._tokenizer.split_control_tokens(text)
@@ -103,12 +103,12 @@ class JinjaTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Tools | None, asks: bool = True
     ) -> tuple[str, Callable[[str], str]]:
-        """Renders a conversation. Returns the text with marks, and a function that takes the marks
-        out.
+        """Renders a conversation. Returns the text with marks, and a function that removes the
+        marks.
 
-        Where a message spells out a control token, a mark replaces the token's first character. The
-        mark is a character that occurs nowhere else. A template may cut, join and measure its
-        input; any control token in its output is then the template's own.
+        If a message spells out a control token, a mark replaces the token's first character. The
+        mark is a character that occurs nowhere else. So a template may cut, join and measure its
+        input, and every control token in its output comes from the template itself.
         """
         template = self._template(tools)
         messages = _plain(list(messages), "messages")
@@ -128,7 +128,7 @@ class JinjaTemplate:
 
         def unmarked(text: str) -> str:
             for character, mark in marks.items():
-                # A template may have written JSON in ASCII.
+                # A template may have written the mark as JSON in ASCII.
                 text = text.replace(mark, character).replace(json.dumps(mark)[1:-1], character)
             return text
 
@@ -154,10 +154,11 @@ ChatTemplate = str | JinjaTemplate
 def chat_template_of(
     folder: str | Path, tokenizer: Tokenizer, is_instruct: bool = False
 ) -> ChatTemplate:
-    """The chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its own.
+    """Returns the chat template of a model's folder: "v1", "v2" or "v3" of mistral-common, or its
+    own.
 
     A folder's template counts as one of Mistral's if both write the same conversation, apart from
-    white space. Mistral's published templates and mistral-common differ in white space, and
+    white space. Mistral's published templates differ from mistral-common in white space, and
     mistral-common is right.
 
     Args:
@@ -167,7 +168,7 @@ def chat_template_of(
 
     Raises:
         ValueError: the model seems to be a base model, or a file or template is damaged. The
-            message names it.
+            message names the file.
     """
     folder = Path(folder)
     found = _read_templates(folder)
@@ -191,19 +192,19 @@ def encode_chat(
     tools: Tools | None = None,
     asks: bool = True,
 ) -> list[int]:
-    """Token ids of a conversation, ready for the model to reply.
+    """Encodes a conversation to token ids, ready for the model to reply.
 
     Args:
-        messages: dicts {"role": "system" | "user" | "assistant" | "tool", "content": str}, an
-            assistant's with "tool_calls" and a tool's with "tool_call_id" in OpenAI's format; the
-            last one is the user's or a tool's. With Mistral's templates, neighbours of the same
-            role are joined by an empty line; a model's own template may refuse them, or take more
-            keys.
+        messages: dicts {"role": "system" | "user" | "assistant" | "tool", "content": str} in
+            OpenAI's format. An assistant's message may have "tool_calls", and a tool's message has
+            "tool_call_id". The last message is the user's or a tool's. Mistral's templates join
+            neighbours of the same role by an empty line. A model's own template may refuse them, or
+            take more keys.
         template: the chat template: "v1", "v2" or "v3", or the model's own. None: the template of
             the tokenizer's version.
         tools: functions that the model may call, in OpenAI's format.
-        asks: whether the ids end where the model is to reply. If False, the last message is the
-            assistant's, and the ids end with it.
+        asks: whether the ids end where the model should reply. If False, the last message is the
+            assistant's, and the ids end with this message.
 
     Raises ValueError that says which message, or which order of roles, is wrong.
     """
@@ -218,8 +219,8 @@ def encode_chat(
 
 
 def tool_format(tokenizer: Tokenizer, template: ChatTemplate) -> ToolFormat | None:
-    """How a model with this chat template writes calls of tools. None: the template takes no tools,
-    or writes calls in a format that is not known."""
+    """How a model with this chat template writes tool calls. Returns None if the template takes no
+    tools, or if the format of its calls is unknown."""
     control_ids = tokenizer.control_ids
     if isinstance(template, JinjaTemplate):
         source = template.source([{}])
@@ -244,19 +245,20 @@ def extend_chat(
     template: ChatTemplate | None = None,
     tools: Tools | None = None,
 ) -> list[int]:
-    """encode_chat() for the next turn of a chat; extends the ids in the KV cache if possible.
+    """encode_chat() for the next turn of a chat. If possible, the result extends the ids in the KV
+    cache.
 
-    cached_ids are the ids of the last turn: its prompt and the reply as the model produced it, with
+    cached_ids are the ids of the last turn: its prompt, and the reply as the model wrote it, with
     or without the end of the turn. The model may spell a reply in other tokens than the tokenizer
     would. The result then keeps the model's tokens, so that nothing is read again.
 
     If the text of cached_ids is not the beginning of the conversation's text, the result is the
-    same as encode_chat()'s, and only a common prefix with cached_ids can be reused. Examples are a
-    reply cut at a stop string, a system prompt (v2 and v3 move it to the new turn), and a template
-    that trims replies.
+    same as encode_chat()'s. Then only a common prefix with cached_ids can be reused. This happens
+    with a reply cut at a stop string, a system prompt (v2 and v3 move it to the new turn), and a
+    template that trims replies.
     """
     ids = encode_chat(tokenizer, messages, template, tools)
-    # The model may end a turn with another token than the template writes between turns.
+    # The token with which the model ends a turn may differ from the token that the template writes.
     for cached in (list(cached_ids), list(cached_ids)[:-1]):
         known = _length_of(tokenizer, ids, transcript(tokenizer, cached))
         if known is not None:
@@ -265,8 +267,8 @@ def extend_chat(
 
 
 def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | None:
-    """How many of the first ids have the transcript `text`. None: `text` ends within a token, or
-    differs."""
+    """The number of first ids whose transcript is `text`. Returns None if `text` ends within a
+    token, or differs."""
     if not transcript(tokenizer, ids).startswith(text):
         return None
     length = 0
@@ -278,12 +280,13 @@ def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | N
 
 
 def transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The text of ids. Each control token is marked by 0xFF, which no UTF-8 text contains."""
+    """The text of ids as bytes. Each control token is between two bytes 0xFF, which UTF-8 never
+    has."""
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 
 def _check_messages(messages: Sequence[Message], template: ChatTemplate, asks: bool) -> None:
-    """Raises TypeError or ValueError unless messages are a conversation that a template may
+    """Raises TypeError or ValueError unless messages are a conversation in a form that templates
     take."""
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError(
@@ -325,8 +328,8 @@ def _check_tools(tools: Any) -> None:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy of a value made of lists, dicts, strings and numbers. Other objects are refused,
-    because a template could call their methods."""
+    """A copy of a value made of lists, dicts, strings and numbers. Raises an error for other
+    objects, because a template could call their methods."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -350,7 +353,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _replaced(value: Any, replace: Callable[[str], str]) -> Any:
-    """A copy with `replace` applied to every string."""
+    """A copy of a value, with `replace` applied to every string."""
     if isinstance(value, str):
         return replace(value)
     if isinstance(value, dict):
@@ -383,7 +386,7 @@ def _encode_with_mistral_common(
             messages=converted,
             tools=[Tool.from_openai(dict(tool)) for tool in tools] if tools else None,
         )
-    except (ValueError, KeyError) as error:  # pydantic's
+    except (ValueError, KeyError) as error:  # errors of pydantic
         raise ValueError(f"tools: not in OpenAI's format: {error}") from error
     try:
         return encoder.encode_chat_completion(request).tokens
@@ -408,8 +411,8 @@ def _instruct_encoder(
             f"template is {template!r}, expected 'v1': {tokenizer.path} lacks the control token "
             "[INST]"
         )
-    # MistralTokenizer.from_file() would infer the version from the file's name, and a Hugging Face
-    # folder's tokenizer.model may be of any version. So it is put together here.
+    # MistralTokenizer.from_file() would infer the version from the file's name. But a Hugging Face
+    # folder's tokenizer.model may have any version, so the tokenizer is put together here.
     text_tokenizer = _TextTokenizer(tokenizer, TokenizerVersion(template))
     encoder = getattr(instruct, f"InstructTokenizer{template.upper()}")(text_tokenizer)
     return MistralTokenizer(
@@ -420,9 +423,9 @@ def _instruct_encoder(
 
 
 class _TextTokenizer:
-    """A Tokenizer in the form in which mistral-common's templates call theirs.
+    """A Tokenizer with the interface that mistral-common's templates use.
 
-    mistral-common reads SentencePiece files itself, but neither tokenizer.json nor added tokens.
+    mistral-common itself reads SentencePiece files, but neither tokenizer.json nor added tokens.
     """
 
     model_settings_builder = None
@@ -440,7 +443,7 @@ class _TextTokenizer:
         return self._tokenizer.decode(tokens)
 
     def get_special_token(self, s: str) -> int:
-        # Templates look up tokens for images and tools too, which older vocabularies lack.
+        # Templates also look up tokens for images and tools, which older vocabularies lack.
         return self._tokenizer.control_ids.get(s, 0)
 
 
@@ -464,8 +467,8 @@ def _is_mistrals(template: JinjaTemplate, tokenizer: Tokenizer) -> bool:
         try:
             ids = template.encode(probe)
         except ValueError:
-            # Mistral's first template refuses system prompts. If all else agrees, mistral-common
-            # decides where they go.
+            # Mistral's first template refuses system prompts. If everything else is the same,
+            # mistral-common decides where they go.
             if probe is _SYSTEM_PROBE:
                 continue
             return False

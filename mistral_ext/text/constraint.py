@@ -1,6 +1,6 @@
 """Constraints of completions: a JSON schema, a regular expression or a Lark grammar.
 
-`grammar` compiles it. Nothing here takes long to import.
+`grammar` compiles a constraint. Importing this module takes little time.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOST_BYTES = 2**16  # of a schema, regular expression or grammar
-MOST_LEVELS = 64  # of nesting in it
+MOST_BYTES = 2**16  # the limit for a schema, regular expression or grammar
+MOST_LEVELS = 64  # the most levels of nesting in its text
 
-# White space between the tokens of JSON. Without a limit a model may write it up to max_tokens.
+# White space between the tokens of JSON. Without this limit a model may write white space up to
+# max_tokens.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A rule that a completion has to match.
+    """A rule that a completion must match.
 
     Args:
         kind: "schema", "regex", "grammar" or "tools".
-        text: the rule itself: JSON, a regular expression in the syntax of Rust's regex crate, or
-            Lark.
-        content: with "tools", the constraint that @content in the text stands for. None: the text
+        text: the rule: JSON, a regular expression in the syntax of Rust's regex crate, or Lark.
+        content: with "tools", the constraint for which @content in the text stands. None: the text
             has no @content.
 
     Raises:
@@ -52,8 +52,8 @@ def schema_text(schema: object) -> str:
 
     Args:
         schema: a dict, JSON text, or a pydantic model. If a pydantic model does not say whether its
-            objects may have other properties, they have none: the model would ignore such
-            properties, and a completion could go on with them for ever.
+            objects may have other properties, they may not: the model would ignore such properties,
+            and a completion could continue with them for ever.
 
     Raises:
         TypeError, ValueError: `schema` is something else.
@@ -62,7 +62,7 @@ def schema_text(schema: object) -> str:
         schema = closed(schema.model_json_schema())
     try:
         if isinstance(schema, str):
-            # Too deep a text would end the parser with an error of another kind.
+            # If a text is nested too deep, the JSON parser would raise another kind of error.
             schema = json.loads(Constraint("schema", schema).text)
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -73,15 +73,15 @@ def schema_text(schema: object) -> str:
 
 
 def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds llguidance's options to a schema. They replace options that the schema has, because
-    those could relax it."""
+    """Adds llguidance's options to a schema. They replace the schema's own options, which could
+    relax the schema."""
     options = {"whitespace_pattern": _WHITE_SPACE, "lenient": False, "coerce_one_of": False}
     return {**schema, "x-guidance": options}
 
 
 def closed(schema: Any) -> Any:
-    """A copy of a schema. Its objects have no properties but those that are listed, unless the
-    schema says that they may have others."""
+    """A copy of a schema in which objects have only the listed properties, unless the schema says
+    that they may have others."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -92,8 +92,8 @@ def closed(schema: Any) -> Any:
 
 
 def _levels(text: str) -> int:
-    """How deep the brackets of a text are nested. Brackets in strings and after backslashes count
-    too."""
+    """How deep the brackets of a text are nested. Brackets in strings and after backslashes also
+    count."""
     depth = deepest = 0
     for character in text:
         if character in "([{":

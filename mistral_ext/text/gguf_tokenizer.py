@@ -1,9 +1,9 @@
 """Tokenizers from the metadata of GGUF files.
 
-Two kinds are read. "llama" is SentencePiece: a model of that library is made in memory, and the
-library encodes with it. "gpt2" is byte-level BPE: a tokenizer.json is made in memory. Byte-level
-BPE cuts a text into words before it merges bytes. GGUF files do not hold the rules for this, but
-only a name for them (`tokenizer.ggml.pre`).
+Two kinds are supported. "llama" is SentencePiece: this module makes a SentencePiece model in
+memory, and the library encodes with it. "gpt2" is byte-level BPE: this module makes a
+tokenizer.json in memory. Byte-level BPE cuts a text into words before it merges bytes. GGUF files
+do not hold the rules for this, only a name of the rules (`tokenizer.ggml.pre`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mistral_ext.text.sentencepiece_file import sentencepiece_vocabulary
 from mistral_ext.text.tokenizer_json import json_vocabulary
 from mistral_ext.text.vocabulary import Vocabulary
 
-# Types of tokens; SentencePiece has the same numbers.
+# The types of tokens. SentencePiece uses the same numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
@@ -26,7 +26,7 @@ class _Words(NamedTuple):
     """Rules for cutting a text into words, in the form of tokenizer.json."""
 
     steps: list[dict[str, Any]]
-    ignore_merges: bool = False  # a word that is a token is taken as it is, without merges
+    ignore_merges: bool = False  # a word that is a token is taken without merges
     adds_bos: bool = False
 
 
@@ -61,7 +61,7 @@ _PRE = {
 
 
 def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | None:
-    """The vocabulary of a GGUF file. None: the file has no vocabulary.
+    """Returns the vocabulary of a GGUF file, or None if the file has no vocabulary.
 
     Args:
         path: the path of the file, for error messages.
@@ -82,7 +82,7 @@ def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | Non
 
 
 def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates of a GGUF file by name, "default" first. Empty if it has none."""
+    """Returns the chat templates of a GGUF file by name, "default" first. The dict may be empty."""
     key = "tokenizer.chat_template"
     templates = {
         "default" if name == key else name.removeprefix(f"{key}."): text
@@ -96,7 +96,7 @@ def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, st
 
 
 class _Tokens:
-    """The tokens of a file: texts, types, and ids of special uses."""
+    """The tokens of a file: texts, types, and the ids of tokens with special uses."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
         self.path = path
@@ -157,7 +157,7 @@ class _Tokens:
             f"{use}_token": None if token_id is None else self.texts[token_id]
             for use, token_id in ids.items()
         }
-        # llama.cpp also puts a space before the piece after each added token.
+        # llama.cpp also puts a space before each piece that follows an added token.
         return AddedTokens(tokens, names, prefix="all")
 
 
@@ -175,8 +175,8 @@ def _sentencepiece(tokens: _Tokens) -> Vocabulary:
 
 
 def _model_proto(pieces: Iterable[tuple[str, float, int]], adds_first_space: bool) -> bytes:
-    """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto). It describes BPE that
-    spells characters without a token in bytes, and that does not normalise texts."""
+    """The bytes of a SentencePiece ModelProto (sentencepiece_model.proto). It describes BPE without
+    normalisation, which spells characters without a token in bytes."""
     proto = bytearray()
     for text, score, kind in pieces:
         if kind == _USER_DEFINED and has_control_shape(text):
@@ -226,7 +226,7 @@ def _byte_level(tokens: _Tokens) -> Vocabulary:
         "decoder": _BYTES | {"use_regex": True},
         "model": {
             "type": "BPE",
-            # If a token is there twice, the first one counts.
+            # If a token occurs twice, its first id counts.
             "vocab": {text: i for i, text in reversed(list(enumerate(tokens.texts)))},
             "merges": list(tokens.values("merges", str)),
             "ignore_merges": _PRE[pre].ignore_merges,

@@ -1,8 +1,8 @@
-"""Grammars that say which tokens may come next in a completion that has to match something.
+"""Grammars: they say which tokens may come next in a completion with a constraint.
 
-`GrammarCompiler` makes a `Grammar` of a `Constraint` for a tokenizer, with the library llguidance
-(extra `[structure]`), and a `Matcher` follows one completion. What is not understood is an error,
-and never leads to a completion without its constraint.
+`GrammarCompiler` makes a `Grammar` from a `Constraint` for a tokenizer, with the library llguidance
+(extra `[structure]`). A `Matcher` follows one completion. A constraint that is not understood
+raises an error. It never leads to a completion without the constraint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from numpy.typing import NDArray
 
-# The limits of llguidance's work: a grammar that needs more is refused. With these limits a
+# The limits of llguidance's work. A grammar that needs more is refused. With these limits a
 # compilation takes about a second at most, and a step some tens of milliseconds.
 _LIMITS: dict[str, Any] = {
     "max_grammar_size": 20_000,
@@ -34,13 +34,13 @@ _LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,
 }
 
-_CACHED = 32  # grammars that a compiler keeps
+_CACHED = 32  # the most grammars that a compiler keeps
 
 _NO_TEXT = "no text matches it"
 
 
 class GrammarCompiler:
-    """Compiles grammars for a tokenizer, and keeps those that were used last. Any thread may use
+    """Compiles grammars for a tokenizer, and keeps those that were used last. Any thread may call
     it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -49,12 +49,12 @@ class GrammarCompiler:
         self._kept: OrderedDict[tuple[Constraint, bool], Grammar] = OrderedDict()
 
     def compile(self, constraint: Constraint, starts_text: bool = False) -> Grammar:
-        """Compiles the grammar of a constraint, or returns a grammar that was kept.
+        """Compiles the grammar of a constraint, or returns the kept grammar.
 
         Args:
-            constraint: what completions have to match.
-            starts_text: whether completions begin a text and do not continue one. The space that
-                encoding puts before a text is then no part of what has to match.
+            constraint: the rule that completions must match.
+            starts_text: whether completions begin a text. If False, they continue a text. Encoding
+                puts a space before a text. This space is then not part of the text that must match.
 
         Raises:
             ValueError: the constraint does not compile, or nothing matches it.
@@ -84,7 +84,7 @@ class GrammarCompiler:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants it."""
+    """A tokenizer in the form that llguidance uses."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         names = {token_id: name.encode() for name, token_id in tokenizer.control_ids.items()}
@@ -95,7 +95,7 @@ class _Vocabulary:
         ]
         self.special_token_ids = sorted({*names, tokenizer.eos_id})
         self._tokenizer = tokenizer
-        # Behind another character no space is put before a text.
+        # After another character, encoding puts no space before a text.
         self._before = "\N{WHITE SMILING FACE}" if tokenizer.adds_first_space else ""
         self._count = len(self._encode(""))
 
@@ -114,12 +114,12 @@ class Grammar:
     Args:
         vocabulary: the tokenizer's vocabulary, as llguidance has it.
         constraint: what completions have to match.
-        is_spaced: whether a space precedes what has to match. It must be there before text, and may
-            be there before JSON.
+        is_spaced: whether a space precedes the text that must match. The space is required before
+            text, and optional before JSON.
 
     Attributes:
-        is_spent: whether its automaton, which grows with use, has reached its limits. Then use
-            `anew`.
+        is_spent: whether its automaton, which grows with use, has reached its limits. Then replace
+            the grammar by `anew`.
 
     Raises:
         ValueError: the constraint does not compile, or nothing matches it.
@@ -142,17 +142,17 @@ class Grammar:
             raise self._problem(self._prototype.get_error())
         self._first = self.allowed(self._prototype)
         if constraint.kind != "tools" and (constraint.kind == "schema" or is_spaced):
-            # A space may come first even where nothing can follow it.
+            # A space may come first even if nothing can follow it.
             behind = self._prototype.deep_copy()
             behind.consume_tokens(vocabulary.greedy_tokenize(" "))
             self.allowed(behind)
 
     def anew(self) -> Grammar:
-        """Compiles this grammar again, so that its automaton has not grown yet."""
+        """Compiles this grammar again, with an automaton that has not grown yet."""
         return Grammar(*self._given)
 
     def state(self, token_ids: list[int]) -> LLMatcher:
-        """A matcher of llguidance, after these tokens of a completion."""
+        """A matcher of llguidance in the state after these tokens of a completion."""
         state = self._prototype.deep_copy()
         state.consume_tokens(token_ids)
         return state
@@ -162,15 +162,15 @@ class Grammar:
         return Matcher(self, self.state([]), self._first, end_ids, may_end)
 
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
-        """The tokens that may come next in a state. Tokens that end a completion are not among
-        them.
+        """The tokens that may come next in a state, except tokens that end a completion.
 
         Raises:
             ValueError: the grammar takes too much work, or no token may come next although the text
-                is not whole.
+                is not complete.
         """
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        # After an error the mask allows the end alone, as it does where a text may end.
+        # After an error the mask allows only the end, as it also does where a text may end. So
+        # errors are checked first.
         if matcher.is_error():
             reason = matcher.get_error()
             if "NoExtension" in reason:
@@ -185,8 +185,8 @@ class Grammar:
         return allowed
 
     def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
-        """A number for the set of bytes that may come next. States in which the same bytes may come
-        next have the same number."""
+        """A number for the set of bytes that may come next. It is the same for states in which the
+        same bytes may come next."""
         return hash(allowed[self._bytes].tobytes())
 
     def _problem(self, reason: str) -> ValueError:
@@ -198,19 +198,19 @@ class Matcher:
     """Follows one completion, and says which tokens may come next.
 
     Args:
-        grammar: what the completion has to match.
+        grammar: the rule that the completion must match.
         state: llguidance's matcher, before the first token.
-        first: the tokens that may come first, as `Grammar.allowed` gives them.
+        first: the tokens that may come first, a result of `Grammar.allowed`.
         end_ids: tokens that end the completion.
-        may_end: whether end tokens may be chosen. If not, the completion goes on as long as the
+        may_end: whether end tokens may be chosen. If not, the completion continues as long as the
             grammar allows.
 
     Attributes:
-        allowed: [V], whether each of the tokenizer's ids may come next. End tokens may come when
-            the text is whole.
-        is_finished: whether the text is whole, and nothing else can follow.
+        allowed: [V], whether each id of the tokenizer may come next. End tokens may come if the
+            text is complete.
+        is_finished: whether the text is complete, and nothing else can follow.
         states: the numbers of `Grammar.bytes_in` for the states before each token so far, and for
-            the present state.
+            the current state.
     """
 
     def __init__(
@@ -233,19 +233,19 @@ class Matcher:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether the text so far is whole."""
+        """Whether the text so far is complete."""
         return self._state.is_accepting()
 
     def consume(self, token_id: int) -> None:
         """Takes the next token.
 
         Raises:
-            ValueError: the token may not come here, or it takes too much work to find out what may
-                come next.
+            ValueError: the token may not come here, or finding out what may come next takes too
+                much work.
         """
         if not self.allowed[token_id]:
             raise ValueError(f"token {token_id} does not match what a completion has to match")
-        self._state.consume_token(token_id)  # an error shows in what follows
+        self._state.consume_token(token_id)  # an error shows at the next mask
         self._token_ids.append(token_id)
         known = self._ahead.known(token_id) if self._ahead else None
         if known is None or self._state.is_error():
@@ -253,9 +253,9 @@ class Matcher:
         self._update(known)
 
     def ahead(self) -> Ahead:
-        """Returns an object that follows guesses at the next tokens. This matcher stays as it
-        is."""
-        # A copy is asked, because too much work would break the state.
+        """Returns an object that follows guesses of the next tokens. This matcher does not
+        change."""
+        # The state is copied, because too much work would break it.
         self._ahead = Ahead(self._grammar, self._state.deep_copy())
         return self._ahead
 
@@ -263,7 +263,7 @@ class Matcher:
         """`Grammar.allowed` of this state.
 
         Other completions and guesses use the same automaton, and it grows with use. If it has grown
-        too large, this completion gets a new one.
+        too large, this completion gets a new automaton.
         """
         try:
             return self._grammar.allowed(self._state)
@@ -284,10 +284,10 @@ class Matcher:
 
 
 class Ahead:
-    """Follows guesses at the next tokens of a completion.
+    """Follows guesses of the next tokens of a completion.
 
     Args:
-        grammar: what the completion has to match.
+        grammar: the rule that the completion must match.
         state: llguidance's matcher, before the first guess. It is changed.
     """
 
@@ -297,20 +297,20 @@ class Ahead:
         self._guessed: deque[tuple[int, NDArray[np.bool_]]] = deque()
 
     def forced(self) -> list[int]:
-        """The tokens of the text that has to come next, if the grammar leaves no choice. A
-        completion may also write this text in other tokens."""
+        """The tokens of the text that must come next, if the grammar leaves no choice. A completion
+        may also write this text in other tokens."""
         return self._state.compute_ff_tokens()
 
     def may_take(self, token_id: int) -> bool:
-        """Whether a token may come next. If the text is whole, a token that ends it may come."""
+        """Whether a token may come next. If the text is complete, this includes end tokens."""
         return self._state.validate_tokens([token_id]) == 1
 
     def take(self, token_id: int) -> int | None:
         """Takes a guess that may come next.
 
         Returns:
-            The number of `Grammar.bytes_in` for the state behind the guess. None: nothing may
-            follow, or it takes too much work to find out what may.
+            The number of `Grammar.bytes_in` for the state after the guess. None: nothing may
+            follow, or finding out what may follow takes too much work.
         """
         self._state.consume_token(token_id)
         try:
@@ -321,8 +321,9 @@ class Ahead:
         return self._grammar.bytes_in(allowed)
 
     def known(self, token_id: int) -> NDArray[np.bool_] | None:
-        """The result of `Grammar.allowed` behind the completion's next token, if this token and all
-        before it were guessed. So right guesses cost no work twice. None: they were not guessed."""
+        """The result of `Grammar.allowed` after the completion's next token, if this token was
+        guessed and all guesses before it were right. So right guesses cost no work twice. Otherwise
+        None."""
         if self._guessed and self._guessed[0][0] == token_id:
             return self._guessed.popleft()[1]
         self._guessed.clear()
@@ -330,7 +331,7 @@ class Ahead:
 
 
 def _single_bytes(vocabulary: LLTokenizer) -> NDArray[np.intp]:
-    """The tokens of one byte, as far as the vocabulary has them."""
+    """The tokens that are a single byte, if the vocabulary has them."""
     spelled = (vocabulary.greedy_tokenize(chr(byte)) for byte in range(128))
     return np.array([tokens[0] for tokens in spelled if len(tokens) == 1], dtype=np.intp)
 
@@ -342,7 +343,7 @@ def _limits() -> LLParserLimits:
 
 
 def _source(constraint: Constraint, is_spaced: bool) -> str:
-    """A constraint in llguidance's own format."""
+    """Writes a constraint in llguidance's own format."""
     if constraint.kind != "tools":
         return json.dumps({"grammars": _grammars(constraint, is_spaced)})
     grammars: list[dict[str, Any]] = [{"lark_grammar": constraint.text}]
@@ -353,13 +354,13 @@ def _source(constraint: Constraint, is_spaced: bool) -> str:
 
 
 def _grammars(constraint: Constraint, is_spaced: bool) -> list[dict[str, Any]]:
-    """A grammar of the space before a text, and another one of the text."""
+    """Makes a grammar of the space before a text, and a grammar of the text."""
     from llguidance import LLMatcher
 
     body: dict[str, Any] = {"name": "body"}
     if constraint.kind == "schema":
         body["json_schema"] = guided(json.loads(constraint.text))
-        space = '" "?'  # models like to begin with a space, and JSON ignores it
+        space = '" "?'  # models like to begin with a space; JSON ignores it
     else:
         is_regex = constraint.kind == "regex"
         body["lark_grammar"] = constraint.text

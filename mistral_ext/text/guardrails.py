@@ -1,9 +1,9 @@
 """Guardrails: the system prompt and the self-reflection of Mistral 7B's paper (arXiv 2310.06825,
 section 5).
 
-The system prompt asks for replies without harmful content. Self-reflection has the model say which
-kind of content a text is, in one of four words. The model's answer can only be one of these words,
-and the words' probabilities are the scores.
+The system prompt asks for replies without harmful content. In self-reflection the model says, in
+one of four words, which kind of content a text is. The answer can only be one of these words, and
+the probabilities of the words are the scores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAFE_PROMPT = (
 
 ACCEPTABLE = "acceptable"
 
-# The kinds of content, each with the description that the model reads.
+# The kinds of content, with the descriptions that the model reads.
 CATEGORIES = {
     "illegal": "illegal activities, as terrorism, child abuse or fraud",
     "hateful": "hateful, harassing or violent content, as discrimination, self-harm or bullying",
@@ -51,19 +51,19 @@ class Moderation:
     """A model's judgement of a content.
 
     Attributes:
-        scores: the probability of each of `CATEGORIES`, 0 to 1. The rest, up to 1, is the
-            probability of acceptable content.
+        scores: the probability of each of `CATEGORIES`, 0 to 1. The remaining probability is that
+            of acceptable content.
     """
 
     scores: Mapping[str, float]
 
     @classmethod
     def of(cls, logits: Mapping[str, float]) -> Moderation:
-        """The judgement that the logits of an answer express.
+        """Makes a judgement from the logits of an answer.
 
         Args:
-            logits: for each of `LABELS` the logit of the token that tells it from the others; see
-                `label_ids`.
+            logits: for each of `LABELS` the logit of the token that distinguishes it from the
+                others (see `label_ids`).
         """
         most = max(logits.values())
         weights = {label: math.exp(logit - most) for label, logit in logits.items()}
@@ -78,7 +78,7 @@ class Moderation:
 
     @property
     def flagged(self) -> bool:
-        """Whether the content is likely not acceptable."""
+        """Whether the content is probably not acceptable."""
         return self.category != ACCEPTABLE
 
 
@@ -91,11 +91,11 @@ def with_safe_prompt(messages: Sequence[Message]) -> list[Message]:
 
 
 def question(content: str | Sequence[Message], end: int | None = None) -> list[Message]:
-    """The conversation that asks a model for the category of a content.
+    """Makes the conversation that asks a model for the category of a content.
 
     Args:
-        content: a text, or messages. With messages the question is about the last one.
-        end: the number of characters at the end of the content to show. None: all of it.
+        content: a text, or messages. With messages the question is about the last message.
+        end: show only this many characters at the end of the content. None: show all.
     """
     is_text, text = isinstance(content, str), _written(content)
     what = "this text" if is_text else "the last message of this conversation"
@@ -122,14 +122,14 @@ def encode_question(
     tokenizer: Tokenizer,
     room: int | None,
 ) -> list[int]:
-    """Token ids of the `question` about a content.
+    """Encodes the `question` about a content to token ids.
 
     Args:
-        content: the content, as `question` takes it.
+        content: the content, as in `question`.
         encode: a function that encodes a conversation as a prompt.
         tokenizer: the tokenizer that `encode` uses.
-        room: the most tokens of the result. If not all of the content fits, its end is used. A
-            question that is longer without any content is returned as it is. None: there is no
+        room: the most tokens of the result. If the content does not fit, only its end is used. If
+            even a question without content does not fit, it is returned as it is. None: there is no
             limit.
     """
     ids, text = encode(question(content)), _written(content)
@@ -142,7 +142,7 @@ def encode_question(
 
 
 def label_ids(tokenizer: Tokenizer) -> tuple[list[int], dict[str, int]]:
-    """The tokens that all of `LABELS` begin with, and the next token of each.
+    """The tokens with which all of `LABELS` begin, and the next token of each label.
 
     Raises:
         ValueError: two labels have the same next token.

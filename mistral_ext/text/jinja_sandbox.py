@@ -1,7 +1,8 @@
 """Renders Jinja templates that come with a model. They are programs by strangers.
 
-The text is that of transformers' `apply_chat_template`: the same dialect of Jinja, the same extras.
-But a template can neither reach beyond its variables, nor run for ever, nor fill the memory.
+The result is the text of transformers' `apply_chat_template`: the same dialect of Jinja with the
+same extras. But a template can neither reach beyond its variables, nor run for ever, nor fill the
+memory.
 
 - jinja2's sandbox keeps it to its variables.
 - Each turn of a loop, call, filter and operator is a step. The number of steps is limited, and so
@@ -9,10 +10,10 @@ But a template can neither reach beyond its variables, nor run for ever, nor fil
 - The size of each result is counted. If a short expression can make a large result, the size is
   counted before the result is made.
 
-Some functions are left out. The size or time of some cannot be measured: filters whose time may
-grow with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods
-that take a codec or a table (`encode`, `translate`). Random functions (`random`, `lipsum`) would
-give the same conversation different texts. No chat template needs `attr`, `urlencode` or `xmlattr`.
+Some functions are left out. For some, size or time cannot be measured: filters whose time may grow
+with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods that
+take a codec or a table (`encode`, `translate`). Random functions (`random`, `lipsum`) would give
+the same conversation different texts. No chat template needs `attr`, `urlencode` or `xmlattr`.
 
 The limits need no thread, signal or process, so rendering works in any thread.
 """
@@ -37,16 +38,16 @@ import jinja2.utils
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 2**18  # characters of a template; the longest published ones have 2**15
+MAX_SOURCE = 2**18  # characters of a template; the longest published templates have 2**15
 MAX_STEPS = 300_000
 MAX_SECONDS = 10.0
-# Characters that a template may make: a constant, and some for each character of its input.
+# The characters that a template may make: a constant, plus some for each character of its input.
 MAX_MADE = 2**24
 MAX_MADE_PER_CHARACTER = 64
 
 _MAX_ARGUMENT = 1_000_000
 _MAX_BITS = 2048
-_ITEM = 16  # characters that an item of a list counts for
+_ITEM = 16  # an item of a list counts as this many characters
 
 
 def _words(text: str) -> frozenset[str]:
@@ -59,7 +60,7 @@ _STRING_METHODS = _words(
     "capitalize casefold swapcase isalnum isalpha isascii isdecimal isdigit isidentifier islower "
     "isnumeric isprintable isspace istitle isupper center ljust rjust zfill expandtabs format_map"
 )
-# Filters that write their first argument out as text.
+# Filters that convert their first argument to text.
 _TEXT_FILTERS = _words(
     "capitalize center e escape filesizeformat float forceescape format indent int lower replace "
     "safe string title trim truncate upper wordcount"
@@ -73,14 +74,14 @@ _GLOBALS = ("range", "cycler", "joiner")
 
 
 class SandboxedTemplate:
-    """A template, compiled.
+    """A compiled template.
 
     Args:
         source: the text of the template.
-        name: its file, for errors.
+        name: its file, for error messages.
 
     Raises:
-        ValueError: it is not Jinja, or longer than `MAX_SOURCE`.
+        ValueError: the text is not Jinja, or is longer than `MAX_SOURCE`.
     """
 
     def __init__(self, source: str, name: str) -> None:
@@ -105,25 +106,26 @@ class SandboxedTemplate:
             ValueError,
             jinja2.TemplateError,
         ) as error:
-            # Python's own limits: blocks or parentheses nested too deeply, numbers too long.
+            # These are Python's own limits: blocks or parentheses are nested too deeply, or numbers
+            # too long.
             raise ValueError(f"{name}: the chat template cannot be compiled: {error}") from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text that the template writes.
+        """Returns the text that the template writes.
 
         Args:
             variables: strings, numbers, None, lists and dicts only.
 
         Raises:
-            ValueError: the template raises an exception, whose message this error has, or the
-                template fails or exceeds a limit.
+            ValueError: the template raises an exception, whose message this error has, or fails, or
+                exceeds a limit.
         """
         token = _METER.set(_Meter(_text_size(variables)))
         try:
             return self._template.render(variables)
         except _Raised as error:
             raise ValueError(f"{self.name}: {error.message}") from error
-        except Exception as error:  # a program may raise anything
+        except Exception as error:  # a template may raise anything
             raise ValueError(
                 f"{self.name}: the chat template failed: {str(error) or type(error).__name__}"
             ) from error
@@ -132,15 +134,15 @@ class SandboxedTemplate:
 
 
 class _Raised(jinja2.TemplateError):
-    """The template called raise_exception."""
+    """The template has called raise_exception."""
 
 
 class _LimitError(jinja2.TemplateError):
-    """The template does or makes too much."""
+    """The template exceeds a limit."""
 
 
 class _Meter:
-    """The steps, time and characters that a rendering has left."""
+    """The steps, time and characters that are left for a rendering."""
 
     def __init__(self, given: int) -> None:
         self._steps = MAX_STEPS
@@ -164,10 +166,10 @@ _METER: ContextVar[_Meter] = ContextVar("meter")
 
 
 def _text_size(value: Any) -> int:
-    """About how many characters str(value) has; raises if they exceed the limit.
+    """The approximate number of characters of str(value). Raises an error if it exceeds the limit.
 
-    A list may contain a list twice, which contains a third list twice, and so on. Such a value is
-    small in memory, and its text is endless.
+    A list may contain another list twice, which contains a third list twice, and so on. Such a
+    value is small in memory, but its text is endless.
     """
     if isinstance(value, str):
         return len(value)
@@ -263,12 +265,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, jinja2.ext.loopcontrols],
-            optimized=False,  # evaluates nothing at compile time, where nothing is measured
+            optimized=False,  # at compile time results are not measured, so nothing is evaluated
             finalize=_written,
         )
         self.filters = {name: _metered(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = _metered("tojson", _tojson)
-        tests: Mapping[str, Any] = self.tests  # to type checkers, mere functions
+        tests: Mapping[str, Any] = self.tests  # for type checkers these are plain functions
         self.tests = {name: _stepped(test) for name, test in tests.items()}
         self.globals = {name: self.globals[name] for name in _GLOBALS} | {
             "dict": _make_dict,
@@ -285,9 +287,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        # Names that begin with __ do not collide with keyword arguments of the template.
+        # These names begin with __, so that they do not collide with keyword arguments of the
+        # template.
         _METER.get().step()
-        # In loops and blocks jinja2 adds arguments of its own, and removes them later.
+        # In loops and blocks jinja2 adds its own arguments, and removes them later.
         given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
         _check_arguments(*args, *given.values())
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
@@ -324,7 +327,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
-        """Counts a step for a turn of a loop or a start of a macro, and the characters of its
+        """Counts a step for an iteration of a loop or a call of a macro, and the characters of its
         constant text."""
         _METER.get().made(characters)
         return True
@@ -338,12 +341,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Metering(NodeTransformer):
-    """Changes a template so that loops and macros count a step, and so that results that come
-    without a call are measured."""
+    """Changes a template so that loops and macros count steps, and so that results without a call
+    are measured."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.visit_Macro(node)
-        if node.test is not None:  # {% for a in ... if ... %}: the body does not run at each turn
+        if node.test is not None:  # {% for a in ... if ... %}: the body does not run each time
             node.test = nodes.And(_call("turn", [nodes.Const(0)], node.lineno), node.test)
         return node
 
@@ -375,7 +378,7 @@ def _call(method: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, with which templates mark the text that a model is trained on."""
+    """The tag {% generation %}. Templates mark with it the text on which a model is trained."""
 
     tags = {"generation"}  # noqa: RUF012  as the base class has it
 
@@ -440,7 +443,7 @@ def _tojson(
 
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> Any:
-    """Called with each value that a template writes."""
+    """Is called with each value that a template writes."""
     _METER.get().made(_text_size(value))
     return value
 
@@ -448,7 +451,7 @@ def _written(context: Any, value: Any) -> Any:
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # position of the filtered value
 
-    @functools.wraps(function)  # keeps the attribute that makes jinja2 pass its context
+    @functools.wraps(function)  # keeps the attribute for which jinja2 passes its context
     def metered(*args: Any, **kwargs: Any) -> Any:
         meter = _METER.get()
         meter.step()
@@ -464,7 +467,7 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _before_format(str(value), [*rest, *kwargs.values()])
         elif name in ("batch", "slice"):
             _before_rows(*rest, *kwargs.values())
-            # A list, because a generator could not be measured.
+            # This is a list, because a generator could not be measured.
             return _measured(list(function(*passed, value, *rest, **kwargs)))
         elif name == "join":
             value = list(value)

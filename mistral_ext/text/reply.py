@@ -1,4 +1,4 @@
-"""Encodes the replies of a conversation as a model has to write them, for training."""
+"""Encodes the replies of a conversation as a model should write them, for training."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ def encode_reply(
     template: ChatTemplate | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt that asks for a conversation's last message, and of that message.
+    """Returns the token ids of the prompt for a conversation's last message, and of this message.
 
-    `encode_chat` makes the same prompt, so a model that learns to continue it is asked in the same
-    way later.
+    `encode_chat` makes the same prompt. So a model that learns to continue it gets the same prompt
+    later.
 
     Args:
-        messages: the messages, as `encode_chat` takes them, but the last one is the assistant's.
-        template, tools: the arguments of `encode_chat` with these names.
+        messages: the messages, as in `encode_chat`, except that the last message is the
+            assistant's.
+        template, tools: as in `encode_chat`.
 
     Returns:
         The ids of the prompt, and the ids of the reply with the text that the template writes after
         it.
 
     Raises:
-        ValueError: the messages are no conversation, or the template writes the conversation in
-            another way once it has the reply.
+        ValueError: the messages are not a conversation, or the template writes the earlier messages
+            differently once the reply is there.
     """
     prompt = encode_chat(tokenizer, messages[:-1], template, tools)
     whole = encode_chat(tokenizer, messages, template, tools, asks=False)
@@ -46,9 +47,10 @@ def encode_reply(
 
 
 def _encode_after(tokenizer: Tokenizer, ids: Sequence[int], length: int) -> list[int]:
-    """The ids of what follows the first `length` bytes of a transcript, which end in a token.
+    """The ids of the text after the first `length` bytes of a transcript. These bytes may end in a
+    token.
 
-    The model writes a reply as a text of its own, and cannot complete a token of the prompt.
+    The model writes a reply as a separate text, and cannot complete a token of the prompt.
     """
     first, end, last = 0, 0, b""
     while end < length:

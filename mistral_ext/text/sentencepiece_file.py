@@ -1,4 +1,4 @@
-"""SentencePiece models, from the file ``tokenizer.model`` or from bytes."""
+"""Reads SentencePiece models, from the file ``tokenizer.model`` or from bytes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mistral_ext.files import refuse_lfs_pointer
 from mistral_ext.text.added_tokens import AddedToken, AddedTokens, TokenFinder, read_added_tokens
 from mistral_ext.text.vocabulary import BYTE_TOKEN, SPACE, Vocabulary, named_id, piece_bytes
 
-# Protocol buffers may be appended to each other, and then the last value of a field counts. These
-# bytes, appended to a model, turn off the space before a text: they are normalizer_spec {
-# add_dummy_prefix: false }.
+# These bytes turn off the space before a text when they are appended to a model. They are the field
+# normalizer_spec { add_dummy_prefix: false }. Protocol buffers may be appended to each other, and
+# then the last value of a field counts.
 _NO_FIRST_SPACE = b"\x1a\x02\x18\x00"
 
 
@@ -28,13 +28,13 @@ def read_sentencepiece(path: Path) -> Vocabulary:
 def sentencepiece_vocabulary(
     path: Path, model: bytes, added: AddedTokens, bos_id: int | None = None
 ) -> Vocabulary:
-    """A vocabulary from the bytes of a SentencePiece model.
+    """Makes a vocabulary from the bytes of a SentencePiece model.
 
     Args:
         path: the path of the file, for error messages.
         model: the bytes of the model, which are a protocol buffer.
-        added: tokens that SentencePiece must not find by itself; the model may have them too.
-        bos_id: the beginning-of-text token. None: the token that the model names.
+        added: tokens that SentencePiece must not find by itself. The model may have them too.
+        bos_id: the id of the beginning-of-text token. None: the model names it.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -98,10 +98,11 @@ def _add(
     pieces: dict[int, str],
     control: set[int],
 ) -> list[AddedToken]:
-    """Enters added tokens into a vocabulary's tables; returns the tokens to find in every text.
+    """Enters added tokens into the tables of a vocabulary. Returns the tokens to find in every
+    text.
 
-    An added token may have the id of a token of the base vocabulary. Under the same name that token
-    stays as it is. Under a new name, which puts a reserved token to use, it is replaced.
+    An added token may have the id of a token of the base vocabulary. If it has the same name, that
+    token does not change. If it has a new name, it replaces a reserved token.
     """
     found = []
     for i, token in added.tokens.items():

@@ -1,8 +1,8 @@
-"""Text from token ids, one id at a time.
+"""Turns token ids into text, one id at a time.
 
-Three things keep a token's text from being final the moment the token arrives: it may end inside
-a UTF-8 character, its space may be the one that encoding puts before a text, and its end may turn
-out to be the beginning of a stop string.
+There are three reasons why a token's text is not final when the token arrives. It may end inside a
+UTF-8 character. Its space may be the space that encoding puts before a text. Its end may turn out
+to be the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from mistral_ext.text.tokenizer import UTF8_ERRORS, Tokenizer
 class TextStream:
     """Turns token ids into text piece by piece, up to the first stop string.
 
-    The pieces returned by push() and finish(), joined, are `text`: the decode of all ids, cut
+    The pieces that push() and finish() return, joined, are `text`: the decoded text of all ids, cut
     before the stop string that begins first. A piece is returned as soon as no later token can
     change it.
 
     Args:
-        tokenizer: supplies the bytes of each token.
-        stop: strings that end the text; they are not part of it.
-        strip_first_space: whether the ids start a text (a chat reply, or a completion of nothing),
-            so that the space that encoding puts there is dropped. If False, they continue a text.
-        divider: the id of a control token that divides the text. Stop strings and characters do not
-            reach across it, so text that was held back is final when this token comes. None: no
-            token divides the text.
+        tokenizer: gives the bytes of each token.
+        stop: strings that end the text. They are not part of it.
+        strip_first_space: whether the ids begin a text (such as a chat reply), so that the space
+            that encoding puts there is dropped. If False, they continue a text.
+        divider: the id of a control token that divides the text. Neither stop strings nor
+            characters reach across it, so text that was held back is final when this token comes.
+            None: no token divides the text.
 
     Attributes:
-        stopped: whether a stop string has been found. Later ids then add nothing.
+        stopped: whether a stop string was found. Later ids then add no text.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TextStream:
         self._divider = divider
         self._at_stripped_start = strip_first_space and tokenizer.adds_first_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(UTF8_ERRORS)
-        self._held = ""  # decoded text that may be a stop string, or part of one
+        self._held = ""  # text that may be a stop string, or a part of one
         self._pieces: list[str] = []
 
     @property
@@ -72,7 +72,7 @@ class TextStream:
         return self._release(self._decoder.decode(data, final), final)
 
     def finish(self) -> str:
-        """Return what was held back; an incomplete character becomes U+FFFD."""
+        """Returns the text that was held back. An incomplete character becomes U+FFFD."""
         return self._release(self._decoder.decode(b"", final=True), final=True)
 
     def _release(self, new: str, final: bool) -> str:
@@ -94,8 +94,8 @@ class TextStream:
         return held[:cut]
 
     def _partial_stop(self, held: str) -> int:
-        """Where the longest end of `held` starts that may be the beginning of a stop string.
-        len(held) if there is none."""
+        """The index in `held` from which on the rest may be the beginning of a stop string. It is
+        the lowest such index, or len(held) if there is none."""
         for start in range(max(0, len(held) - self._longest_stop + 1), len(held)):
             tail = held[start:]
             if any(s.startswith(tail) for s in self._stop):

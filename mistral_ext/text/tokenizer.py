@@ -1,12 +1,12 @@
-"""Text to token ids and back, with the vocabularies of Mistral 7B and of Llama models.
+"""Turns text into token ids and back, with the vocabularies of Mistral 7B and of Llama models.
 
 Mistral 7B has three vocabularies. v1 has 32000 tokens: <unk>, <s>, </s>, 256 bytes and ordinary
-pieces. v2 and v3 have 32768: 768 more control tokens ([INST], [/INST], ...) come first and
-everything else moves up. All are SentencePiece BPE: a space is written "▁" inside a token,
-encoding puts one space before the text, and a character without a token of its own is spelled in
+pieces. v2 and v3 have 32768 tokens: 768 more control tokens ([INST], [/INST], ...) come first, and
+all other ids are higher by 768. All three are SentencePiece BPE: a space is written "▁" inside a
+token, encoding puts one space before the text, and a character without its own token is spelled in
 byte tokens <0xNN>.
 
-Fine-tunes add tokens of their own (`added_tokens`). Added tokens that are text are found in every
+Fine-tunes add their own tokens (`added_tokens`). Added tokens that are text are found in every
 text. Control tokens are found only on request, so that nobody's text can end a turn of a chat.
 
 Llama 3 and SmolLM2 have byte-level BPE: no first space, and a token for each byte.
@@ -38,18 +38,19 @@ def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
 
-# One U+FFFD for each byte that is not UTF-8, as SentencePiece decodes; "replace" would write a
+# Writes one U+FFFD for each byte that is not UTF-8, as SentencePiece does. "replace" would write a
 # single U+FFFD for a whole incomplete character.
 codecs.register_error(UTF8_ERRORS, _replace_bytes)
 
 
 def check_text(text: str, name: str) -> None:
-    """Raises TypeError or ValueError, which names the argument, unless text is valid Unicode."""
+    """Raises TypeError or ValueError unless text is valid Unicode. The message names the
+    argument."""
     if not isinstance(text, str):
         raise TypeError(f"{name} is {text!r:.60}, expected a str")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # e.g. a command line argument that is not UTF-8
+    except UnicodeEncodeError as error:  # for instance a command line argument that is not UTF-8
         raise ValueError(
             f"{name} has a lone surrogate {text[error.start]!r} at index {error.start}, expected "
             "valid Unicode"
@@ -57,8 +58,9 @@ def check_text(text: str, name: str) -> None:
 
 
 def expect_token_ids(ids: object, vocab_size: int, name: str) -> None:
-    """Raises TypeError or ValueError, which names `name`, unless ids are one or more token ids."""
-    # To Python, each element of a bytes object is an int, and so is a bool.
+    """Raises TypeError or ValueError unless ids are one or more token ids. The message has
+    `name`."""
+    # In Python, the elements of bytes are ints, and bool is a subclass of int.
     if (
         not isinstance(ids, Sequence)
         or isinstance(ids, bytes | bytearray | memoryview)
@@ -77,23 +79,25 @@ class Tokenizer:
 
     Attributes:
         path: the file that holds the tokenizer.
-        bos_id, eos_id: ids of <s> and </s>; eos_id may be another token that the files name.
+        bos_id, eos_id: the ids of <s> and </s>. The files may name another token for eos_id.
         control_ids: name -> id of every control token, e.g. {"<s>": 1, "[INST]": 3, ...}. Text
             encodes to a control token only on request, and control tokens decode to nothing. An
-            added token is a control token if any file marks it special, or if it is written <|so|>:
-            many fine-tunes do not mark <|im_start|> and <|im_end|>.
-        names: tokens by their use ("bos_token", "pad_token", ...), if the files name them; None if
-            the files say that there is no such token.
-        base_size: number of ids without added tokens; a model must have at least as many rows.
-        adds_bos: encoding begins with the beginning-of-text token (true for Mistral's files).
+            added token is a control token if a file marks it special, or if it has the form
+            <|name|>, because many fine-tunes do not mark <|im_start|> and <|im_end|>.
+        names: the texts of tokens by their use ("bos_token", "pad_token", ...), if the files name
+            them. None if the files say that there is no such token.
+        base_size: the number of ids without added tokens. A model must have at least as many rows.
+        adds_bos: whether encoding begins with the beginning-of-text token (true for Mistral's
+            files).
         chat_templates: templates by name, if the file itself holds them, as GGUF files do.
-        adds_first_space: encoding puts a space before the text (true for Mistral's files).
+        adds_first_space: whether encoding puts a space before the text (true for Mistral's files).
 
     Args:
         encode: returns the ids of a text.
-        token_bytes: bytes of each id; None if no token has the id.
+        token_bytes: the bytes of each id, or None if no token has the id.
         encode_rest: returns the ids of a text after a control token. None: `encode` does this, too.
-        added: tokens beyond the base vocabulary; their flags count for control tokens.
+        added: tokens beyond the base vocabulary. Control tokens also keep their flags (`lstrip`,
+            ...).
     """
 
     def __init__(
@@ -159,9 +163,10 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer | None:
-        """The tokenizer that the metadata of a GGUF file describe; None if they describe none.
+        """Makes the tokenizer that the metadata of a GGUF file describe. Returns None if they have
+        none.
 
-        Raises ValueError if they are wrong; the message names the file.
+        Raises ValueError if they are wrong. The message names the file.
         """
         vocabulary = gguf_vocabulary(path, metadata)
         if vocabulary is None:
@@ -179,8 +184,8 @@ class Tokenizer:
         return len(self._token_bytes)
 
     def first_difference(self, other: Tokenizer, count: int) -> int | None:
-        """The lowest of the first `count` ids that is another token in the vocabulary `other`.
-        None: all these ids are the same tokens."""
+        """The lowest of the first `count` ids that stands for another token in the vocabulary
+        `other`. Returns None if all these ids stand for the same tokens."""
         names, others = (
             {token_id: name for name, token_id in one.control_ids.items()} for one in (self, other)
         )
@@ -192,7 +197,7 @@ class Tokenizer:
         return None
 
     def known(self, token_id: int) -> bool:
-        """Whether there is a token of this id."""
+        """Whether a token has this id."""
         return 0 <= token_id < self.vocab_size and self._token_bytes[token_id] is not None
 
     @property
@@ -213,9 +218,10 @@ class Tokenizer:
         return "v2" if self.path.suffix == ".v2" else "v3"
 
     def encode(self, text: str, bos: bool = True, special_tokens: bool = False) -> list[int]:
-        """Token ids of text, after <s> if bos and if the model's texts begin so (`adds_bos`).
+        """Encodes text to token ids. They begin with <s> if `bos`, and if the model's texts begin
+        so (`adds_bos`).
 
-        Control tokens that the text spells out stay text. With special_tokens they become control
+        Control tokens that the text spells out stay text. With `special_tokens` they become control
         tokens, as in the text that a chat template writes. A text that spells out <s> at its start
         gets no second <s>.
         """
@@ -225,11 +231,12 @@ class Tokenizer:
 
     @property
     def start(self) -> list[int]:
-        """The ids that every text begins with: <s>, or none."""
+        """The ids with which every text begins: <s>, or none."""
         return [self.bos_id] if self.adds_bos else []
 
     def split_control_tokens(self, text: str) -> list[str | int]:
-        """A text cut at the control tokens that it spells out: their ids, and the text between."""
+        """Cuts a text at the control tokens that it spells out. Returns their ids and the text
+        between."""
         return self._control_finder.split(text)
 
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
@@ -243,15 +250,16 @@ class Tokenizer:
         return ids
 
     def control_token_starts(self) -> re.Pattern[str]:
-        """A pattern that matches a single character: each character of a text at which a control
-        token is spelled out."""
+        """A pattern that matches single characters: those at which a control token is spelled
+        out."""
         return self._control_finder.starts()
 
     def decode(self, ids: Iterable[int], strip_first_space: bool = True) -> str:
-        """Text of ids, without control tokens.
+        """The text of ids, without control tokens.
 
-        strip_first_space: ids start a text, so remove the space that encoding put there. False: ids
-        continue a text, and a first space belongs to it. Bytes that are not UTF-8 become U+FFFD.
+        With `strip_first_space` the ids begin a text, so the space that encoding put there is
+        removed. Without it they continue a text, and a first space belongs to it. Bytes that are
+        not UTF-8 become U+FFFD.
         """
         data = b"".join(map(self.token_bytes, ids))
         if strip_first_space and self.adds_first_space:
@@ -259,7 +267,7 @@ class Tokenizer:
         return data.decode("utf-8", UTF8_ERRORS)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token adds to a running text: b"" for control tokens.
+        """The bytes that a token adds to a running text. They are b"" for control tokens.
 
         Raises ValueError for an id outside the vocabulary.
         """

@@ -1,8 +1,8 @@
 """The file ``tokenizer.json``, of the library `tokenizers`: BPE of two kinds.
 
 BPE with byte_fallback is a SentencePiece model in another form. Byte-level BPE (Llama 3, SmolLM2)
-works on bytes, and writes each byte as a character: printable bytes as in Latin-1, the others from
-U+0100 on.
+works on bytes, and writes each byte as a character: printable bytes as in Latin-1, other bytes as
+characters from U+0100 on.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
     """Reads a ``tokenizer.json`` and the tokens that files beside it add.
 
     Raises:
-        ValueError: the file or one beside it is damaged, or its tokenizer is neither BPE with byte
-            fallback nor byte-level BPE, or no token for the beginning or the end of a text is
-            found.
+        ValueError: a file is damaged, or its tokenizer is neither BPE with byte fallback nor
+            byte-level BPE, or it names no token for the beginning or the end of a text.
     """
     refuse_lfs_pointer(path)
     try:
@@ -44,12 +43,12 @@ def read_tokenizer_json(path: Path) -> Vocabulary:
 def json_vocabulary(
     path: Path, data: dict[str, Any], added: AddedTokens, adds_bos: bool | None = None
 ) -> Vocabulary:
-    """A vocabulary from the contents of a ``tokenizer.json``.
+    """Makes a vocabulary from the contents of a ``tokenizer.json``.
 
     Args:
         path: the path of the file, for error messages.
-        data: the contents. They are changed: of their added tokens, those are marked special that
-            are control tokens in `added`.
+        data: the contents. They are changed: an added token is marked special if it is a control
+            token in `added`.
         added: the added tokens, and the names of the tokens for the beginning and the end of a
             text.
         adds_bos: whether encoding begins with the beginning-of-text token. None: the contents
@@ -69,7 +68,7 @@ def json_vocabulary(
         )
     control = {token.content for token in added.tokens.values() if token.control}
     for entry in data.get("added_tokens") or ():
-        entry["special"] = entry["content"] in control  # some files do not mark it
+        entry["special"] = entry["content"] in control  # some files do not mark control tokens
     backend = _backend(data, path)
     names = backend.get_vocab(with_added_tokens=True)
     control_ids = {
@@ -85,7 +84,7 @@ def json_vocabulary(
             "expected both"
         )
     if adds_bos is None:
-        # Files of Llama 2 and Mistral say this elsewhere, or not at all.
+        # Files of Llama 2 and Mistral have this setting elsewhere, or not at all.
         adds_bos = not is_byte_level or bos_id in backend.encode("a").ids
 
     def read_token(token_id: int) -> bytes | None:
@@ -120,16 +119,16 @@ def _backend(data: dict[str, Any], path: Path) -> tokenizers.Tokenizer:
 
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(data))
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+    except Exception as error:  # for a damaged file the library raises a plain Exception
         raise ValueError(f"{path}: not a readable tokenizer.json ({error})") from error
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # that is: "</s>" in a text is encoded as text
+    backend.encode_special_tokens = True  # despite its name: "</s>" in a text is encoded as text
     return backend
 
 
 def _without_first_space(data: Any) -> Any:
-    """The contents of a tokenizer.json that puts no space before a text."""
+    """A copy of a tokenizer.json that puts no space before a text."""
     if isinstance(data, list):
         return [_without_first_space(item) for item in data]
     if not isinstance(data, dict):

@@ -1,9 +1,10 @@
 """Tools: the functions that a model may call, and the calls that it writes.
 
-A model writes calls in the format that it was trained with: after Mistral's control token
-[TOOL_CALLS] a JSON list of all calls, or each call between <tool_call> and </tool_call>, as the
-Hermes models do. A completion with tools always has a grammar (`ToolUse.constraint`), so calls are
-valid JSON, name functions that exist, and match their parameters. `tool_parser` relies on that.
+A model writes calls in the format that it was trained with. Mistral's models write the control
+token [TOOL_CALLS] and a JSON list of all calls. The Hermes models write each call between
+<tool_call> and </tool_call>. A completion with tools always has a grammar (`ToolUse.constraint`),
+so calls are valid JSON, name functions that exist, and match their parameters. `tool_parser` relies
+on this.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import Any
 from mistral_ext.text.constraint import Constraint, closed, guided
 
 MOST_TOOLS = 128  # OpenAI's limit
-ID_LENGTH = 9  # of Mistral's ids
+ID_LENGTH = 9  # the length of Mistral's ids
 ID_CHARACTERS = string.ascii_letters + string.digits
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-HEAD = '{{"name": {}, "arguments": '  # how a call begins
+HEAD = '{{"name": {}, "arguments": '  # the beginning of a call
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ToolDelta:
     """New text of a call: first its id and name, then pieces of its arguments."""
 
     index: int  # which call of the completion
-    call: ToolCall | None = None  # with empty arguments, where the call begins
+    call: ToolCall | None = None  # set at the beginning of a call; its arguments are empty
     arguments: str = ""
 
 
@@ -60,8 +61,8 @@ class ToolFormat:
     """How a model writes calls.
 
     Attributes:
-        begin: what comes before calls: the id of a control token, or text.
-        end: what comes after each call. None: one list has all calls, and nothing comes after it.
+        begin: the id of a control token, or the text, that comes before calls.
+        end: the text after each call. None: one list has all calls, and no text comes after it.
     """
 
     begin: int | str
@@ -75,7 +76,7 @@ class ToolUse:
     Attributes:
         form: how the model writes calls.
         tools: the functions in OpenAI's format, for the chat template.
-        must_call: whether the completion has to be calls, without text.
+        must_call: whether the completion must consist of calls, without text.
         names: the functions that may be called.
         parallel: whether a completion may have several calls.
     """
@@ -94,13 +95,13 @@ class ToolUse:
         choice: str | Mapping[str, Any] = "auto",
         parallel: bool = True,
     ) -> ToolUse | None:
-        """The use of tools that a conversation asks for. None: it asks for none.
+        """The use of tools that a conversation asks for, or None if it asks for none.
 
         Args:
             form: how the model writes calls. None: the model takes no tools.
             tools: functions in OpenAI's format.
-            choice: "none"; "auto", the model decides; "required", it calls a function; or
-                {"type": "function", "function": {"name": ...}}, it calls this function.
+            choice: "none"; "auto": the model decides; "required": it must call a function; or
+                {"type": "function", "function": {"name": ...}}: it must call this function.
             parallel: whether the model may make several calls.
 
         Raises:
@@ -128,18 +129,18 @@ class ToolUse:
 
     @property
     def divider(self) -> int | None:
-        """The control token that divides text from calls. None: the format marks calls by text
-        instead."""
+        """The control token that divides text from calls, or None if the format marks calls by
+        text."""
         return self.form.begin if isinstance(self.form.begin, int) else None
 
     def constraint(self, content: Constraint | None) -> Constraint:
-        """The rule for a completion: calls, or text unless it must call.
+        """Makes the rule for a completion: calls, or text if it need not call.
 
         Args:
-            content: the constraint that the text has to match. None: the text may be anything.
+            content: the constraint of the text. None: the text may be anything.
 
         Raises:
-            ValueError: a text that matches `content` could not be told from calls.
+            ValueError: a text that matches `content` could not be distinguished from calls.
         """
         if content and self.form.end is not None and not self.must_call:
             raise ValueError(
@@ -150,8 +151,8 @@ class ToolUse:
         return Constraint("tools", self._grammar(content is None), text)
 
     def _grammar(self, is_free: bool) -> str:
-        """The grammar in llguidance's Lark. @content stands for the constraint of the text, if
-        `is_free` is False."""
+        """Writes the grammar in llguidance's Lark. If `is_free` is False, @content stands for the
+        constraint of the text."""
         form, start, text = self.form, "start: calls", ["content: @content"]
         begin, end = _in_lark(form.begin), _in_lark(form.end or "")
         free = "(?s:.*)"
@@ -165,7 +166,7 @@ class ToolUse:
                 f"body: SPACE call SPACE {end}",
                 r"SPACE: /[ \n]{0,8}/",
             ]
-            if not self.must_call:  # there may be text before calls
+            if not self.must_call:  # text may come before calls
                 rules[0] = f"calls: lead body{more}"
                 is_text = isinstance(form.begin, str)
                 rules.append(
@@ -190,7 +191,7 @@ class ToolUse:
         function = next(t["function"] for t in self.tools if t["function"]["name"] == name)
         if function.get("strict") is False:
             return guided({"type": "object"})
-        # A function has no other parameters than it says, and they need not end.
+        # A function has only the parameters that it lists. All may be optional.
         parameters = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
         return guided(closed(parameters))
 
@@ -226,7 +227,7 @@ def check_tools(tools: object) -> list[str]:
 
 
 def new_call_id() -> str:
-    """A fresh id of a call, in Mistral's form."""
+    """Makes a new id of a call, in Mistral's form."""
     return "".join(secrets.choice(ID_CHARACTERS) for _ in range(ID_LENGTH))
 
 

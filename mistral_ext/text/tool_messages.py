@@ -1,4 +1,4 @@
-"""Messages with calls of tools, from OpenAI's format to that of chat templates."""
+"""Converts messages with tool calls from OpenAI's format to that of chat templates."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Message = Mapping[str, Any]
 
 
 def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
-    """Messages as mistral-common takes them.
+    """Converts messages to the classes of mistral-common.
 
-    Ids of calls that are not in Mistral's form get another id, always the same. The text beside
-    calls is dropped, as Mistral's templates have no place for it.
+    If the id of a call does not have Mistral's form, it gets another id, always the same. Text
+    beside calls is dropped, because Mistral's templates have no place for it.
 
     Raises:
-        ValueError: a message is wrong; the message names it.
+        ValueError: a message is wrong. The error names the message.
     """
     from mistral_common.protocol.instruct import messages as protocol
     from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
 
-    names: dict[str, str] = {}  # of the functions that were called, by id
+    names: dict[str, str] = {}  # id of a call -> name of the function
     converted: list[ChatMessage] = []
     for i, message in enumerate(messages):
         content = message.get("content") or ""
@@ -63,7 +63,7 @@ def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
 
 
 def with_parsed_arguments(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose calls have arguments as objects, not as JSON: templates write them as JSON."""
+    """Parses the arguments of calls to objects, because templates themselves write them as JSON."""
     return [
         {**message, "tool_calls": [_parsed(call) for call in calls]}
         if isinstance(calls := message.get("tool_calls"), Sequence)
@@ -78,7 +78,7 @@ def _parsed(call: Any) -> Any:
         return call
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:  # a call that was cut off
+    except ValueError:  # the call was cut off
         return call
     return {**call, "function": {**function, "arguments": arguments}}
 
@@ -105,7 +105,7 @@ def _text(values: Mapping[str, Any], key: str, place: str) -> str:
 
 
 def _id(given: str) -> str:
-    """An id in Mistral's form: the given id, or a new id that is made of it."""
+    """Returns an id in Mistral's form: the given id, or an id that is computed from it."""
     if _ID.fullmatch(given):
         return given
     number = int.from_bytes(hashlib.sha256(given.encode()).digest(), "big")

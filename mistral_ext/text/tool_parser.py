@@ -1,4 +1,4 @@
-"""Reads the calls that a model writes, while it writes them."""
+"""Reads tool calls while a model writes them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _HEAD = re.compile(re.escape(HEAD.format("NAME")).replace("NAME", '"([^"]+)"'))
 class ToolParser:
     """Divides one completion into text and calls.
 
-    The completion has to match the grammar of `ToolUse.constraint`. So a text that begins like a
-    call is a call.
+    The completion must match the grammar of `ToolUse.constraint`. So a text that begins like a call
+    is a call.
 
     Args:
         form: how the model writes calls.
 
     Attributes:
         content: the text so far, without calls.
-        calls: the calls so far; the last one may be incomplete.
+        calls: the calls so far. The last call may be incomplete.
     """
 
     def __init__(self, form: ToolFormat) -> None:
         self.content = ""
         self.calls: list[ToolCall] = []
         self._form = form
-        self._held = ""  # text that may belong to what comes next
+        self._held = ""  # text that may belong to the next piece
         self._is_text = True  # no call has begun yet
-        self._arguments: _Object | None = None  # of the call that is being written
+        self._arguments: _Object | None = None  # the arguments of the unfinished call
 
     def push(self, token_ids: Sequence[int], text: str, is_last: bool) -> Iterator[str | ToolDelta]:
         """Takes the new tokens and text of an output of the engine.
@@ -50,7 +50,7 @@ class ToolParser:
             yield from self._more_calls()
 
     def reason(self, finish_reason: str) -> str:
-        """Why the completion ended, in OpenAI's words, given the engine's reason."""
+        """Why the completion ended, in OpenAI's words. `finish_reason` is the engine's reason."""
         return "tool_calls" if self.calls and finish_reason == "stop" else finish_reason
 
     def _text(self, token_ids: Sequence[int], is_last: bool) -> Iterator[str]:
@@ -63,7 +63,7 @@ class ToolParser:
             self._is_text = cut < 0
             if self._is_text:
                 cut = len(self._held) if is_last else _before_part(self._held, begin)
-        if not is_last:  # white space before a call is no text
+        if not is_last:  # white space before a call is not text
             cut = len(self._held[:cut].rstrip())
         piece, self._held = self._held[:cut], self._held[cut:]
         if piece:
@@ -100,7 +100,7 @@ class _Object:
         self._is_string = self._is_escaped = False
 
     def length_in(self, text: str) -> int:
-        """How many of the next characters belong to the object."""
+        """The number of next characters that belong to the object."""
         for i, character in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False
@@ -117,7 +117,7 @@ class _Object:
 
 
 def _before_part(text: str, mark: str) -> int:
-    """Where, at the end of a text, the beginning of a mark starts. The length of the text if it
-    ends with no part of the mark."""
+    """The index at which the end of a text may be the beginning of a mark, or the length of the
+    text if it cannot be."""
     starts = range(max(0, len(text) - len(mark) + 1), len(text))
     return next((i for i in starts if mark.startswith(text[i:])), len(text))

@@ -13,7 +13,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer file says. The arguments and attributes of `Tokenizer` explain the
+    """The contents of a tokenizer file. The arguments and attributes of `Tokenizer` explain the
     fields."""
 
     encode: Callable[[str], list[int]]
@@ -35,7 +35,7 @@ def piece_bytes(piece: str) -> bytes:
 def named_id(
     added: AddedTokens, key: str, ids: Mapping[str, int], default: int | None
 ) -> int | None:
-    """The id of the token that the files name for a use such as "eos_token". If they name none, or
-    one that `ids` does not have, this is `default`."""
+    """The id of the token that the files name for a use such as "eos_token". Returns `default` if
+    they name no token, or a token that is not in `ids`."""
     name = added.names.get(key)
     return default if name is None else ids.get(name, default)

@@ -1,11 +1,12 @@
 """LoRA adapters in files: peft's, Mistral's own and GGUF's.
 
-Files of all three kinds are read into the same dict: Mistral's name of a weight without ".weight",
-such as "layers.0.attention.wq", to what is added to the weight (`LowRank`). For wq and wk the rows
-of b are in Hugging Face's order, like the rows of the weights themselves (`checkpoint`).
+All three kinds of files are read into the same dict. Its keys are Mistral's names of weights
+without ".weight", such as "layers.0.attention.wq". Its values are the updates of these weights
+(`LowRank`). For wq and wk the rows of b are in Hugging Face's order, like the rows of the weights
+(`checkpoint`).
 
-Nothing is ignored: a setting that changes the arithmetic and is not supported, or a tensor that
-belongs to no weight of the model, is an error that names it.
+Nothing is ignored. An unsupported setting that changes the arithmetic, or a tensor that belongs to
+no weight of the model, raises an error that names it.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_FILES = (PEFT_WEIGHTS, "adapter_model.bin")
 MISTRAL_FILE = "lora.safetensors"
 _MISTRAL_PARAMS = "params.json"
-_MISTRAL_SCALE = 2.0  # mistral-finetune's default, which its files do not hold
+_MISTRAL_SCALE = 2.0  # mistral-finetune's default; its files do not hold the scale
 
-# Settings of peft that change what an adapter computes, and that must not be set.
+# Settings of peft that change what an adapter computes. They are not supported, so they must not be
+# set.
 _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
@@ -62,8 +64,8 @@ _UNSUPPORTED = (
     "monteclora_config",
     "velora_config",
 )
-# Initialisations that leave the model's weights as they are. Other initialisations (PiSSA, OLoRA)
-# change the weights, and the adapter then belongs to the changed weights.
+# Initialisations that do not change the model's weights. Other initialisations (PiSSA, OLoRA)
+# change them, and the adapter then belongs to the changed weights.
 _SOUND_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,14 +74,14 @@ Adapter = Mapping[str, LowRank]
 
 
 def adapter_for(config: MistralConfig, given: str | Path | Adapter) -> Adapter:
-    """Reads an adapter if it is not in memory yet, and checks that it fits a model.
+    """Reads an adapter if it is a path, and checks that it fits a model.
 
     Args:
         config: the configuration of the model.
-        given: the path of an adapter, as `read_adapter` takes it, or an adapter in memory.
+        given: the path of an adapter, as in `read_adapter`, or an adapter in memory.
 
     Raises:
-        FileNotFoundError, ValueError: `read_adapter` or `expect_adapter` raises it.
+        FileNotFoundError, ValueError: as in `read_adapter` and `expect_adapter`.
     """
     if not isinstance(given, Mapping):
         return read_adapter(given, config)
@@ -88,7 +90,7 @@ def adapter_for(config: MistralConfig, given: str | Path | Adapter) -> Adapter:
 
 
 def expect_adapter(adapter: Adapter, config: MistralConfig) -> None:
-    """Refuses an adapter in memory that does not fit a model.
+    """Checks that an adapter in memory fits a model.
 
     Raises:
         ValueError: the adapter changes no weight, or a weight that the model does not have, or one
@@ -121,16 +123,16 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
 
     Args:
         path: a folder of peft (adapter_config.json and its weights) or of Mistral
-            (lora.safetensors), one of these files of weights, a GGUF file, or the hub id of such
+            (lora.safetensors), a file of weights from such a folder, a GGUF file, or the hub id of
             a folder ("owner/name") or file ("owner/name:file.gguf").
-        config: the configuration of the model that the adapter is for.
+        config: the configuration of the model for which the adapter is made.
 
     Returns:
-        What is added to each weight that the adapter changes. The tensors are mapped into memory.
+        The update of each weight that the adapter changes. The tensors are mapped into memory.
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: the adapter is damaged, is for another model, or needs what is not supported.
+        ValueError: the adapter is damaged, is for another model, or needs an unsupported feature.
     """
     files = (PEFT_CONFIG, *_PEFT_FILES, MISTRAL_FILE, _MISTRAL_PARAMS)
     file = _find(resolve_adapter(path, files))
@@ -175,9 +177,9 @@ def _read_peft(file: Path, config: MistralConfig) -> dict[str, LowRank]:
     stored = torch_tensors(file) if file.suffix == ".bin" else stored_tensors(file)
     pairs = _Pairs(file, config)
     for tensor in stored:
-        # Older files, and states that were saved by hand, name the adapter too.
+        # Older files, and states that were saved by hand, also contain the name of the adapter.
         key = tensor.name.removeprefix(PEFT_PREFIX).replace(".default.", ".")
-        if not config.writes_text:  # peft names what it wraps: the model without its head
+        if not config.writes_text:  # peft wraps the model without its head here, and names that
             key = f"model.{key.removeprefix('model.')}"
         module, _, matrix = key.removesuffix(".weight").rpartition(".")
         pairs.add(names.get(f"{module}.weight"), matrix, ("lora_A", "lora_B"), tensor)
@@ -231,8 +233,8 @@ def _is_positive(value: object) -> bool:
 
 
 def _is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value is a number with which weights stay finite. JSON's reader takes NaN and
-    Infinity, and true is an int."""
+    """Whether a value is a finite number. JSON's reader also returns NaN and Infinity, and bool is
+    a subclass of int."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -329,9 +331,8 @@ class _Pairs:
     def add(
         self, name: str | None, matrix: str, matrices: tuple[str, str], stored: StoredTensor
     ) -> None:
-        """Takes the tensor of one matrix of the weight `name`. `matrices` has the names that a and
-        b have in the file, and `matrix` is one of them. Raises ValueError if the model has no such
-        weight."""
+        """Takes a tensor: one matrix of the weight `name`. `matrices` has the names of a and b in
+        the file, and `matrix` is one of them. Raises ValueError if the model has no such weight."""
         if name not in self._shapes or matrix not in matrices:
             raise ValueError(
                 f"tensor {stored.name!r} in {self._file} is not supported: expected "
@@ -378,17 +379,17 @@ def write_adapter(target: str | Path, adapter: Adapter, base: str = "") -> Path:
     """Writes an adapter in peft's format, as a folder that is either complete or absent.
 
     Args:
-        target: the folder to make; must not exist, or be empty.
+        target: the folder to make. It must not exist, or be empty.
         adapter: the adapter, in the form that `read_adapter` returns. Its matrices are float32,
             bfloat16 or float16, on any device.
-        base: the name of the model, for readers.
+        base: the name of the model, as information for readers.
 
     Returns:
         `target`.
 
     Raises:
-        FileExistsError: `target` is a file, or a folder with something in it.
-        ValueError: the adapter changes nothing.
+        FileExistsError: `target` is a file, or a folder that is not empty.
+        ValueError: the adapter changes no weight.
     """
     if not adapter:
         raise ValueError("adapter is empty, expected what is added to one weight or more")
@@ -403,7 +404,7 @@ def write_adapter_files(folder: Path, adapter: Adapter, base: str = "") -> None:
 
     Args:
         folder: a folder that exists.
-        adapter, base: the arguments of `write_adapter` with these names.
+        adapter, base: as in `write_adapter`.
     """
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.items():

@@ -1,14 +1,14 @@
-"""Rounds weights by what the layers of a model see: `mistral-ext quantize --calibrate`.
+"""Rounds weights by the inputs that the layers of a model get: `mistral-ext quantize --calibrate`.
 
-A text is run through the model, a layer at a time. The mean products of a matrix's inputs, its
-Hessian, say how much an error in each weight counts, and how other weights can make up for it. So a
-matrix is rounded column by column, and the columns that follow are changed to make up for the error
-of each column (GPTQ, Frantar et al. 2022, arXiv:2210.17323). Then the text goes on through the
-rounded layer, so that later layers see its errors.
+A text is run through the model, one layer at a time. The mean products of a matrix's inputs are its
+Hessian. It says how much an error in each weight counts, and how other weights can compensate it.
+So a matrix is rounded column by column, and the error of each column is compensated in the columns
+that follow (GPTQ, Frantar et al. 2022, arXiv:2210.17323). Then the text goes on through the rounded
+layer, so that later layers see its errors.
 
-Memory is that of one layer in fp32, of the Hessian of its longest rows and some copies of it, and
-of the hidden states of all tokens. A layer that is done is kept in a folder, so that a run that was
-interrupted goes on there.
+The memory needed is that of one layer in fp32, of the Hessian of its longest rows and some copies
+of it, and of the hidden states of all tokens. Finished layers are kept in a folder, so that a run
+that was interrupted continues there.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from mistral_ext.weights import whole_layer
 from mistral_ext.weights.quantize import Quantization, expect_finite, has_table
 from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner, embed
 
-_DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
-_BLOCK = 256  # columns whose errors are made up for at a time
+_DAMPING = 0.01  # as in GPTQ: added to the diagonal of a Hessian, relative to its mean
+_BLOCK = 256  # columns of a block; errors are compensated block by block
 
-# The matrices that have the same input.
+# The groups of matrices that have the same input.
 _INPUTS = {
     "attention": ("attention.wq", "attention.wk", "attention.wv"),
     "attended": ("attention.wo",),
@@ -50,10 +50,10 @@ class CalibratedLayers:
 
     Args:
         config: the configuration of the model.
-        quantization: the formats of the weights. The formats of the layers have values from a
-            table.
+        quantization: the formats of the weights. The formats of the layers must have a table of
+            values.
         embedded: [T, E] fp32, the embeddings of a text's tokens.
-        kept: a folder for the layers that are done. It is made if it is absent.
+        kept: a folder for finished layers. It is made if it does not exist.
         identity: everything else that the result depends on, such as a hash of the text.
 
     Raises:
@@ -78,8 +78,8 @@ class CalibratedLayers:
             self._hidden, self.done = state["hidden"], state["done"]
 
     def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
-        """Rounds layer `index`, and returns its weights by their names in the layer. Call this for
-        the layers in their order."""
+        """Rounds layer `index`, and returns its weights by their names in the layer. The caller
+        must take the layers in order."""
         file = self._kept / f"{index}.pt"
         if index < self.done:
             stored = _load(file)
@@ -95,12 +95,12 @@ class CalibratedLayers:
                 if out is not None and has_table(out.format):
                     expect_finite(weight.abs().amax(1), full_name)
                     factor = factor or _factor(hessian)
-                    errors = weight.clone()  # it may be a file's
+                    errors = weight.clone()  # the weight may belong to a file
                     _round(errors, *factor, out)
                     _expect_finite_errors(errors, weight, full_name, out.format)
-                else:  # errors of 8 bits are not worth it
+                else:  # with 8 bits the errors are too small to be worth it
                     out = self._quantization.quantize(full_name, weight, full_name)
-                assert out is not None  # the layers' matrices are quantised
+                assert out is not None  # all matrices of layers are quantised
                 made[name], wide[name] = out, out.dequantize()
         for tokens in self._hidden.split(SEQUENCE):
             tokens.copy_(self._runner.run(wide, tokens, partial(whole_layer.product, wide)))
@@ -111,8 +111,8 @@ class CalibratedLayers:
         return made
 
     def _hessians(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A matrix [K, K] for each input of the layer's products: the products of the input's
-        elements with each other, summed over all tokens."""
+        """For each input of the layer's products, computes a matrix [K, K]: the products of the
+        input's elements with each other, summed over all tokens."""
         hessians: dict[str, Tensor] = {}
         for source, names in _INPUTS.items():
             size = layer[f"{names[0]}.weight"].shape[1]
@@ -130,7 +130,7 @@ class CalibratedLayers:
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
-    """A hash that differs between texts, and between models with different embeddings."""
+    """A hash of a text and of a model's embeddings."""
     tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
     return hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
 
@@ -144,7 +144,7 @@ def calibrated(
     dtype: torch.dtype,
     progress: bool = True,
 ) -> Iterator[tuple[str, Weight]]:
-    """Quantises the weights of a model by what it sees of a text.
+    """Quantises the weights of a model by the inputs that its layers get from a text.
 
     Args:
         weights: the weights by Mistral's names, not quantised, in the order of
@@ -152,7 +152,7 @@ def calibrated(
         config: the configuration of the model.
         quantization: the formats of the weights. The format of the layers is "iq4_xs" or "iq4_nl".
         token_ids: the tokens of the text.
-        kept: a folder for the layers that are done. It is removed when all layers are done.
+        kept: a folder for finished layers. It is removed when all layers are done.
         dtype: the dtype of the weights that are not quantised.
         progress: show a progress bar if stderr is a terminal.
 
@@ -182,7 +182,7 @@ def calibrated(
             else:
                 _, index, in_layer = name.split(".", 2)
                 layer[in_layer] = weight
-                if in_layer == "feed_forward.w3.weight":  # the last of a layer
+                if in_layer == "feed_forward.w3.weight":  # this is the last weight of a layer
                     for made, rounded in layers.rounded(int(index), layer).items():
                         if isinstance(rounded, Tensor):
                             rounded = rounded.to(dtype)
@@ -232,8 +232,8 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _parts(weight: Weight) -> tuple[Tensor, Tensor, str] | None:
-    """The parts of a quantised weight that go into a kept layer. None for a weight that is not
-    quantised: it is read from the model again."""
+    """The parts of a quantised weight, to be kept in a file of the layer. Returns None for other
+    weights, which are read from the model again."""
     return None if isinstance(weight, Tensor) else (weight.values, weight.scales, weight.format)
 
 
@@ -242,14 +242,14 @@ def _weight(parts: tuple[Tensor, Tensor, str] | None, plain: Tensor) -> Weight:
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:
-    """Writes a state to a file. The file is whole or absent, even after an interruption."""
+    """Writes a state to a file. Even after an interruption the file is complete or absent."""
     partial = file.with_suffix(".part")
     torch.save(state, partial)
     os.replace(partial, file)
 
 
 def load_state(file: Path, identity: str) -> dict[str, Any]:
-    """Reads what `save_state` wrote. The state has a key "identity".
+    """Reads a state that `save_state` wrote. The state has a key "identity".
 
     Raises:
         ValueError: the state has another identity than `identity`.

@@ -3,12 +3,13 @@
 Files in Hugging Face's, Mistral's and GGUF's formats (mistral_ext/weights/folder.py) are read into
 one dict of tensors, with Mistral's names and Hugging Face's order of the query and key rows.
 
-Weights are mapped into memory, not read into it. Their pages belong to the file: they are held
-once, processes share them, and the system can evict them instead of killing the process. Only
-tensors that must change (a permutation, another dtype, fewer bits) are copied, one at a time.
+Weights are mapped into memory instead of being read. Their pages belong to the file: memory holds
+them once, processes share them, and the system can evict them instead of killing the process.
+Tensors are copied, one at a time, only if they must change (a permutation, another dtype, fewer
+bits).
 
-A quantised weight (mistral_ext/weights/quantize.py) is stored as two tensors: the values under the
-weight's name, the scales under the name with `_scale`. config.json holds the format.
+A quantised weight (mistral_ext/weights/quantize.py) is stored as two tensors. Its values have the
+weight's name. Its scales have this name with `_scale` appended. config.json holds the format.
 
 All that a file says about its tensors is checked before the first tensor is read.
 """
@@ -52,7 +53,7 @@ from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.safetensors_file import SCALE_SUFFIX, StoredTensor, stored_tensors
 from mistral_ext.weights.torch_file import torch_tensors
 
-_LONG = 5.0  # seconds of quantising after which `load_weights` says how to do it once
+_LONG = 5.0  # after so many seconds `load_weights` logs how to quantise only once
 
 _log = logging.getLogger("mistral_ext")
 
@@ -80,9 +81,9 @@ def load_weights(
         progress: show a progress bar if stderr is a terminal.
         quantize: "int8" or "int4": quantise the weights to this format, one after another, unless
             they are stored in it. None: keep them as they are stored.
-        device: where the model is to run. A model that cannot run there is refused before its
-            weights are read; otherwise its weights are moved there. None: the weights are read, and
-            stay on the CPU.
+        device: where the model should run. If the model cannot run there, an error is raised before
+            the weights are read. Otherwise the weights are moved there. None: the weights stay on
+            the CPU.
 
     Returns:
         Contiguous tensors by Mistral's names, with the shapes of :func:`tensor_shapes`. On a GPU
@@ -113,8 +114,9 @@ def load_weights(
 
 
 def _say_how_to_do_it_once(folder: ModelFolder, quantization: Quantization, seconds: float) -> None:
-    """Logs that `mistral-ext quantize` would do the work of every start once. Says nothing if
-    `quantize_checkpoint` refuses the folder, or if the weights are stored quantised or packed."""
+    """Logs that `mistral-ext quantize` would do once what every start now does. Logs nothing if
+    `quantize_checkpoint` would refuse the folder, or if the weights are stored quantised or
+    packed."""
     if folder.quantization or folder.packing or folder.gguf or not folder.config.writes_text:
         return
     _log.warning(
@@ -128,10 +130,10 @@ def _say_how_to_do_it_once(folder: ModelFolder, quantization: Quantization, seco
 
 
 class Checkpoint:
-    """The weights of a folder, checked and not yet read: see :func:`load_weights`.
+    """The weights of a folder, checked but not yet read (see :func:`load_weights`).
 
     Args:
-        folder, dtype: the arguments of :func:`load_weights` with these names.
+        folder, dtype: as in :func:`load_weights`.
         quantization: how to quantise the weights. None: they stay as they are stored.
 
     Attributes:
@@ -167,14 +169,14 @@ class Checkpoint:
         self._quantizes = quantization if stored is None else None
         if self._quantizes:
             for name, shape in tensor_shapes(config).items():
-                self._quantizes.parts(name, shape)  # refuses what does not divide into groups
+                self._quantizes.parts(name, shape)  # raises if rows do not divide into groups
         tensors: list[StoredTensor]
         kept: dict[str, str] = {}
         if folder.gguf is None:
             tensors = with_base_names(_stored_tensors(files), files.layout.format)
         else:
             dtype = dtype or default_dtype(folder.gguf)
-            # Weights that are rounded again are first decoded exactly.
+            # If packed weights are rounded again, they are first decoded exactly.
             decoded = torch.float32 if self._quantizes else dtype
             if quantization is None:
                 kept = kept_formats(folder.gguf)
@@ -202,24 +204,24 @@ class Checkpoint:
         self.dtype = dtype or _expect_dtype(self._parts["tok_embeddings.weight"][0], DTYPES)
         if self._quantizes and "output.weight" not in self._parts:
             self._parts["output.weight"] = self._parts["tok_embeddings.weight"]  # they are tied
-        self._heads_in_pairs = {}  # number of heads of each weight with rows in Mistral's order
+        self._heads_in_pairs = {}  # weights in Mistral's order of rows -> number of heads
         if files.layout.format in ("mistral", "gguf"):
             self._heads_in_pairs = {"wq": config.n_heads, "wk": config.n_kv_heads}
 
     @property
     def names(self) -> list[str]:
-        """Mistral's names of the weights that `weights` gives."""
+        """Mistral's names of the weights that `weights` yields."""
         return list(self._parts)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that `weights` gives."""
+        """The bytes of the weights that `weights` yields."""
         return sum(self._nbytes(name, parts) for name, parts in self._parts.items())
 
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
-        """Reads one weight after another; yields Mistral's name and the weight.
+        """Reads one weight after another. Yields Mistral's name and the weight.
 
-        "output.weight" is left out if it is tied to the embeddings and not quantised.
+        "output.weight" is missing if it is tied to the embeddings and not quantised.
         """
         n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
         with tqdm(
@@ -234,7 +236,7 @@ class Checkpoint:
                 bar.update(n_bytes[name])
 
     def read(self, name: str) -> Weight:
-        """Reads one weight, by Mistral's name; "output.weight" may be that of the embeddings."""
+        """Reads one weight by Mistral's name. For "output.weight" this may be the embeddings."""
         if name == "output.weight" and name not in self._parts:
             name = "tok_embeddings.weight"
         return self._read(name, self._parts[name])
@@ -270,7 +272,8 @@ class Checkpoint:
 
 
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """The name (Mistral's) and shape of every weight of a model, in the order of their use."""
+    """Returns Mistral's name and the shape of every weight of a model, in the order of their
+    use."""
     c = config
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (c.vocab_size, c.dim)}
     for i in range(c.n_layers):
@@ -329,8 +332,8 @@ def named_parts(name: str, weight: Weight) -> dict[str, Tensor]:
 def _stored_parts(
     folder: ModelFolder, kept: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Quantized | None:
-    """The parts of a weight that is stored with scales, as tensors on the meta device (dtypes and
-    shapes only). None: the weight is stored without scales."""
+    """Returns the parts of a weight that is stored with scales, as tensors on the meta device
+    (dtypes and shapes only). Returns None if the weight is stored without scales."""
     if folder.quantization is not None:
         return folder.quantization.parts(name, shape)
     return kept_parts(folder.gguf, kept, name, shape) if folder.gguf is not None else None
@@ -343,7 +346,7 @@ def _match(
     quantized: Mapping[str, Quantized],
     dtype: torch.dtype | None,
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """The stored tensors of each weight: one tensor, or values and scales as in `quantized`.
+    """Finds the stored tensors of each weight: one tensor, or values and scales as in `quantized`.
 
     Raises ValueError unless the files hold exactly the tensors that are expected.
     """
@@ -385,8 +388,8 @@ def _match(
 
 
 def _expect_names(found: Mapping[str, StoredTensor], weights: WeightFiles) -> None:
-    """Raises ValueError, which shows names that were found, if the embeddings do not have the name
-    that the format gives them."""
+    """Raises ValueError if the embeddings do not have the name that the format gives them. The
+    message shows names that were found."""
     expected = _stored_name("tok_embeddings.weight", weights.layout)
     if expected in found:
         return
@@ -413,7 +416,7 @@ def _take(
 
 
 def _expect_dtype(stored: StoredTensor, expected: tuple[torch.dtype, ...]) -> torch.dtype:
-    """The dtype of a tensor. Raises ValueError if it is not one of `expected`."""
+    """Returns the dtype of a tensor. Raises ValueError if it is not one of `expected`."""
     if isinstance(stored.dtype, str) or stored.dtype not in expected:
         raise ValueError(
             f"tensor {stored.name!r} in {stored.file} has dtype {stored.dtype}, expected "
@@ -443,10 +446,10 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[StoredTensor]:
 
 
 def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorder the rows of wq or wk from Mistral's order to Hugging Face's.
+    """Reorders the rows of wq or wk from Mistral's order to Hugging Face's.
 
-    Within each head, Mistral's RoPE rotates the rows (2i, 2i + 1) as a pair, and ours the rows
-    (i, i + head_dim / 2). So the result has the even rows of a head first, then the odd rows.
+    Within each head, Mistral's RoPE rotates rows (2i, 2i + 1) as a pair, and our RoPE rows (i, i +
+    head_dim / 2). So the result has the even rows of a head first, then the odd rows.
     """
     n_rows, dim = weight.shape
     pairs = weight.view(n_heads, n_rows // n_heads // 2, 2, dim)
@@ -454,7 +457,7 @@ def pairs_to_halves(weight: Tensor, n_heads: int) -> Tensor:
 
 
 def _page_in(tensor: Tensor) -> None:
-    """Read a mapped tensor from disk, by touching one byte of each of its pages."""
+    """Reads a mapped tensor from disk, by touching one byte of each of its pages."""
     tensor.view(torch.uint8).view(-1)[:: mmap.PAGESIZE].sum()
 
 

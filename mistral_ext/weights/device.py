@@ -1,4 +1,4 @@
-"""The device of a model: finding it, checking that the model can run there, moving weights."""
+"""Finds the device of a model, checks that the model can run there, and moves weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mistral_ext.model.config import (
 )
 from mistral_ext.ops import JoinedWeight, Weight
 
-_LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp says the same of a call that failed
+_LEAST_CAPABILITY = (8, 0)  # python/launch_failure.cpp has the same limit
 
-# Weights that are multiplied in one pass, by the name of the joined weight.
+# The name of a joined weight -> the weights that it joins, which are multiplied in one pass.
 TOGETHER = {
     JOINED_QKV: ("attention.wq", "attention.wk", "attention.wv"),
     JOINED_GATE_UP: ("feed_forward.w1", "feed_forward.w3"),
@@ -40,7 +40,7 @@ def find_gpu(device: torch.device) -> Gpu:
 
 
 def find_device(device: torch.device | str | int | None) -> torch.device:
-    """The device that a caller names: None is the CPU, a number a CUDA device.
+    """Finds the device that a caller names. None is the CPU, and a number is a CUDA device.
 
     Raises:
         ValueError: there is no such device, or this build has no kernels for it.
@@ -53,7 +53,7 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
             found = torch.device("cuda", device)
         else:
             found = torch.device(device)
-    except (RuntimeError, TypeError):  # no device at all
+    except (RuntimeError, TypeError):  # torch does not know the device
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         shown = str(device) if isinstance(device, torch.device) else device
@@ -77,7 +77,8 @@ def find_device(device: torch.device | str | int | None) -> torch.device:
 
 
 def is_same_device(first: torch.device, second: torch.device) -> bool:
-    """Whether two names mean one device: "cuda" without a number is the current CUDA device."""
+    """Whether two names mean the same device. "cuda" without a number is the current CUDA
+    device."""
     return first.type == second.type and _index(first) == _index(second)
 
 
@@ -93,14 +94,14 @@ def expect_runnable(
     weight_bytes: int,
     device: torch.device,
 ) -> None:
-    """Refuses a model that cannot run on a device, before its weights are read.
+    """Raises an error if a model cannot run on a device. This happens before its weights are read.
 
     Args:
         dtype: the dtype of the weights that are not quantised, and of keys and values.
-        weight_bytes: memory that the weights will take.
+        weight_bytes: the memory that the weights will take.
 
     Raises:
-        ValueError: the model cannot run there; the message names what does not fit.
+        ValueError: the model cannot run there. The message names the reason.
     """
     head_dims = ops.head_dims(device.type)
     if config.head_dim not in head_dims:
@@ -134,10 +135,10 @@ def expect_runnable(
 def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:
     """Replaces the weights of a model by copies on a device.
 
-    Weights are copied one at a time, and the pages of each weight's file are released then. A
+    Weights are copied one at a time, and after each copy the pages of its file are released. A
     weight with two names (tied embeddings) is copied once. Plain weights that are multiplied in one
-    pass are joined under a new name (`JOINED_QKV`, `JOINED_GATE_UP`): torch then multiplies them
-    with many tokens in one product.
+    pass are joined under a new name (`JOINED_QKV`, `JOINED_GATE_UP`). With many tokens, torch then
+    multiplies them in one product.
     """
     for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
         for joined, parts in TOGETHER.items():

@@ -1,8 +1,8 @@
-"""Model folders and GGUF files: the files of a model, and their contents other than weights.
+"""Model folders and GGUF files: the files of a model, and their contents except weights.
 
-Two families of folders exist. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
-``pytorch_model*.bin``; Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
-``consolidated.00.pth``. A folder may hold both. A GGUF file is a whole model by itself.
+There are two families of folders. Hugging Face's hold ``config.json`` and ``model*.safetensors`` or
+``pytorch_model*.bin``. Mistral's hold ``params.json`` and ``consolidated.safetensors`` or
+``consolidated.00.pth``. A folder may hold both. A GGUF file is a whole model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ext.files import is_lfs_pointer, read_json_object, refuse_lfs_pointer
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights import generation_config
 from mistral_ext.weights.gguf_file import Gguf, part_names, read_gguf
 from mistral_ext.weights.gguf_model import gguf_config
@@ -26,11 +26,11 @@ from mistral_ext.weights.quantize import Quantization
 
 @dataclass(frozen=True)
 class Layout:
-    """One way of storing weights in a folder."""
+    """One way to store weights in a folder."""
 
-    file: str  # the weights, or the index that lists the files with the weights
-    format: str  # "hf" or "mistral": whose tensor names, and whose order of q and k rows
-    shards: str | None = None  # pattern of the listed files, if `file` is an index
+    file: str  # the file with the weights, or the index that lists such files
+    format: str  # "hf" or "mistral": tensor names, and the order of q and k rows
+    shards: str | None = None  # the pattern of listed files, if `file` is an index
 
 
 # In order of preference: the first complete layout is read.
@@ -43,9 +43,9 @@ LAYOUTS = (
     Layout("consolidated.00.pth", "mistral"),
 )
 
-CONFIGS = ("config.json", "params.json")  # Hugging Face's, Mistral's
+CONFIGS = ("config.json", "params.json")  # Hugging Face's and Mistral's
 
-# Other files of a model, besides its configuration and weights.
+# The other files of a model, besides its configuration and weights.
 COMPANIONS = (
     generation_config.NAME,
     "tokenizer*",
@@ -57,20 +57,20 @@ COMPANIONS = (
     "chat_template*",
 )
 
-_QUANT_METHOD = "mistral_ext"  # names the format of mistral_ext/weights/quantize.py
-_OWN_KEY = "mistral_ext"  # a key of config.json for facts that Hugging Face has no key for
+_QUANT_METHOD = "mistral_ext"  # the format of mistral_ext/weights/quantize.py
+_OWN_KEY = "mistral_ext"  # a key of config.json for facts without a key of Hugging Face's
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder or file, and its contents other than weights: see :func:`read_folder`."""
+    """A model's folder or file, and its contents except weights (see :func:`read_folder`)."""
 
     path: Path
-    config: MistralConfig  # with the end tokens of generation_config.json, too
-    # How the weights are stored; both None: in a dtype, or as `gguf` says.
+    config: MistralConfig  # includes the end tokens of generation_config.json
+    # How the weights are stored. Both are None if weights have a dtype, or if `gguf` is set.
     quantization: Quantization | None = None
     packing: Packing | None = None
-    instruct: bool = False  # the name says so, or `quantize` noted it from the original's name
+    instruct: bool = False  # the name says so, or that of a quantised model's original
     gguf: Gguf | None = None  # the contents, if `path` is a GGUF file
 
 
@@ -80,27 +80,28 @@ class WeightFiles:
 
     layout: Layout
     file: Path  # layout.file in its folder
-    files: tuple[Path, ...]  # the files with tensors: `file` itself, or the shards it lists
+    files: tuple[Path, ...]  # the files with tensors: `file`, or the files that it lists
 
 
 def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     """Reads a folder or a GGUF file, except weights and tokenizer.
 
-    A folder may hold both formats. Then ``config.json`` is read, unless the only weights there are
-    Mistral's: the configuration should come from whoever wrote the weights (early ``config.json``
-    files of v0.2 state a window that its ``params.json`` does not). A folder without such weights
-    that holds one GGUF model is read as that model.
+    If a folder holds both formats, ``config.json`` is read, unless all weights there are Mistral's.
+    So the configuration comes from the same source as the weights (early ``config.json`` files of
+    v0.2 state a window that its ``params.json`` does not have). If a folder has no such weights but
+    one GGUF model, this model is read.
 
     Args:
-        path: a local folder, or a GGUF file, in several parts or not (see
+        path: a local folder, or a GGUF file, in one or several parts (see
             :func:`mistral_ext.weights.hub.resolve` for hub ids). The end tokens of a folder's
-            ``generation_config.json`` join the end tokens of the configuration.
-        overrides: fields of `MistralConfig`, e.g. ``sliding_window=None``; they win over the file.
+            ``generation_config.json`` are added to those of the configuration.
+        overrides: fields of `MistralConfig`, such as ``sliding_window=None``. They replace values
+            of the file.
 
     Raises:
         FileNotFoundError: the folder has neither file.
-        ValueError: a file is damaged, or describes a model that this engine cannot compute; the
-            message names the file.
+        ValueError: a file is damaged, or describes a model that this engine cannot compute. The
+            message names the file. Or an override is wrong. The message names it.
         TypeError: an override is not a field.
     """
     path = Path(path)
@@ -128,6 +129,8 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
         config = read(values, **overrides)
         quantization = _quantization(values) if file is hf_file else None
         packing = packing_of(values, path) if file is hf_file and not quantization else None
+    except OverrideError:
+        raise
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if "eos_ids" not in overrides:
@@ -136,8 +139,9 @@ def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
 
 
 def find_weights(folder: str | Path) -> WeightFiles | None:
-    """The weights to read in a folder that may hold several: the first complete weights of
-    :data:`LAYOUTS`. If none are complete, the first weights at all; without any, None."""
+    """Finds the weights to read in a folder that may hold several: the first complete weights of
+    :data:`LAYOUTS`. If no weights are complete, returns the first weights; if there are none,
+    None."""
     folder = Path(folder)
     found = [_weights(folder, layout) for layout in LAYOUTS if (folder / layout.file).is_file()]
     complete = [w for w in found if all(f.is_file() and not is_lfs_pointer(f) for f in w.files)]
@@ -145,8 +149,9 @@ def find_weights(folder: str | Path) -> WeightFiles | None:
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file of a model: the path itself, or the only GGUF model in a folder without other
-    weights. If the model has several parts, it is the first. None: there is no such file.
+    """Finds the GGUF file of a model: the path itself, or the only GGUF model in a folder without
+    other weights. If the model has several parts, returns the first. Returns None if there is no
+    such file.
 
     Raises:
         ValueError: the folder holds several models in GGUF.
@@ -165,29 +170,29 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def is_instruct(path: Path) -> bool:
-    """Whether a folder without a chat template is that of a Mistral Instruct model.
+    """Whether a folder without a chat template holds a Mistral Instruct model.
 
-    Its name, or hub id, says so; a quantised model may have any name, and its config.json says what
-    the original's name said.
+    The name of the folder, or its hub id, tells. A quantised model may have any name, but its
+    config.json notes whether the original's name said so.
     """
     config = path / "config.json"
     ours = read_json_object(config).get(_OWN_KEY) if config.is_file() else None
     if isinstance(ours, dict) and "instruct" in ours:
         return bool(ours["instruct"])
     path = path.resolve()
-    in_cache = path.parent.name == "snapshots"  # of models--OWNER--NAME
+    in_cache = path.parent.name == "snapshots"  # path.parents[1] is then models--OWNER--NAME
     return "instruct" in (path.parents[1] if in_cache else path).name.lower()
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a folder that :data:`COMPANIONS` names."""
+    """The files of a folder that :data:`COMPANIONS` lists."""
     found = {file for pattern in COMPANIONS for file in folder.glob(pattern)}
     return sorted(file for file in found if file.is_file())
 
 
 def what_is_there(names: Iterable[str]) -> str:
-    """A hint for messages about an incomplete folder or hub model: what the names of its files
-    suggest that it is."""
+    """A hint for messages about an incomplete folder or hub model. The names of its files suggest
+    what it is."""
     names = sorted(names)
     if "adapter_config.json" in names:
         return (
@@ -208,7 +213,7 @@ def summary(error: BaseException) -> str:
 
 
 def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
-    """Adds the end tokens of ``generation_config.json``: fine-tunes often name the token that ends
+    """Adds the end tokens of ``generation_config.json``. Fine-tunes often name the token that ends
     a turn only there."""
     ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
     if ids is None:
@@ -224,7 +229,8 @@ def _with_end_tokens(config: MistralConfig, file: Path) -> MistralConfig:
 def config_json(
     config: MistralConfig, quantization: Quantization | None = None, instruct: bool = False
 ) -> dict[str, Any]:
-    """The contents of a ``config.json`` from which :func:`read_folder` reads the same."""
+    """Makes the contents of a ``config.json`` from which :func:`read_folder` reads the same
+    settings."""
     values = config.to_hf()
     if quantization is not None:
         values["quantization_config"] = {
@@ -251,7 +257,7 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
         raise ValueError(
             f"{file}: weight_map is {shard_of!r:.60}, expected an object from tensor names to files"
         )
-    names = dict.fromkeys(str(name) for name in shard_of.values())  # unique, in order
+    names = dict.fromkeys(str(name) for name in shard_of.values())  # each once, in order
     return WeightFiles(layout, file, tuple(folder / name for name in names))
 
 

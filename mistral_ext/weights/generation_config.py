@@ -9,7 +9,7 @@ from mistral_ext.files import read_json_object
 
 NAME = "generation_config.json"
 
-# The file's name of an option, and ours.
+# The file's name of an option -> our name.
 _OPTIONS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -21,7 +21,7 @@ _OPTIONS = {
 
 
 def generation_config_file(model: Path, source: str | Path) -> Path:
-    """The file with a model's sampling defaults.
+    """Finds the file with a model's sampling defaults.
 
     Args:
         model: the model's folder or GGUF file.
@@ -41,7 +41,7 @@ def generation_config_file(model: Path, source: str | Path) -> Path:
 
 
 def sampling_defaults(file: Path) -> dict[str, Any]:
-    """The options of `SamplingParams` that a file sets, unchecked.
+    """Reads the options of `SamplingParams` that a file sets, without checking them.
 
     As in vLLM, a temperature counts unless the file says ``do_sample: false``, which means greedy.
 

@@ -1,11 +1,13 @@
 """Decodes the blocks in which GGUF files store weights.
 
-A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values, each with scales of its
-own. Types with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) store scale * q - minimum or + minimum, the
-others scale * (q - offset); IQ4_NL and IQ4_XS have a table of 16 values in place of q - offset. K
-types and IQ4_XS scale in two levels: 6 or 4 bits for each 16 or 32 values, fp16 for the block.
+A row of a matrix is a sequence of blocks of 32 or 256 neighbouring values. Each block has its own
+scales. Types with a minimum (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K) store scale * q - minimum or + minimum.
+The other types store scale * (q - offset). IQ4_NL and IQ4_XS have a table of 16 values instead of q
+- offset. K types and IQ4_XS have two levels of scales: 6 or 4 bits for each 16 or 32 values, and
+fp16 for the block.
 
-Decoding is exact: values, scales and their products are computed in fp32, in the order of ggml.
+Decoding is exact: values, scales and their products are computed in fp32, in the same order as in
+ggml.
 
 Source: ggml's ggml-quants.c (MIT).
 """
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from mistral_ext.ops.dequantize import halves, looked_up, scaled, scales_and_minima
 
-# Values that are decoded at a time. Intermediate results of so few values stay in the caches, and
-# torch does not split them among threads, which would wait for each other longer than they work.
+# The number of values that are decoded at a time. Intermediate results of so few values stay in the
+# caches. Torch does not split them among threads, which would wait for each other longer than they
+# work.
 _AT_ONCE = 2**15 - 1
 
 
@@ -31,7 +34,7 @@ class BlockType:
 
     Attributes:
         name: ggml's name of the type.
-        values: the number of values in a block. The length of a row is a multiple of it.
+        values: the number of values in a block. The length of a row is a multiple of this number.
         nbytes: the number of bytes of a block.
         dtype: torch's dtype, if the type is not quantised. None for a quantised type.
         decode: a function from blocks [B, nbytes] uint8 to their values [B, values] fp32.
@@ -44,7 +47,7 @@ class BlockType:
     dtype: torch.dtype | None = None
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of `columns` values, a multiple of `values`."""
+        """The bytes of a row of `columns` values. `columns` is a multiple of `values`."""
         return columns // self.values * self.nbytes
 
 
@@ -54,7 +57,7 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     Args:
         rows: [N, bytes of a row] uint8, contiguous.
         block_type: the type of its blocks.
-        dtype: the dtype of the result; values are computed in fp32 and rounded to it.
+        dtype: the dtype of the result. Values are computed in fp32 and rounded to this dtype.
 
     Returns:
         [N, K], contiguous.
@@ -69,17 +72,17 @@ def decode(rows: Tensor, block_type: BlockType, dtype: torch.dtype = torch.float
     return decoded
 
 
-# Parts of blocks. B blocks, each a row of bytes.
+# Functions for parts of blocks. They take B blocks, each a row of bytes.
 
 
 def _fields(data: Tensor, bits: int, run: int) -> Tensor:
     """Unpacks values of 1, 2 or 4 bits: [B, 8 / bits * bytes] uint8.
 
-    Every `run` bytes hold the lowest bits of one value each, then the next higher bits of as many
-    values that follow, and so on.
+    Of every `run` bytes, the lowest bits hold the first `run` values, the next higher bits the
+    `run` values after these, and so on.
     """
     runs = data.reshape(len(data), -1, run)
-    # One shift by a tensor of shifts would be slower: torch does it value by value.
+    # A shift by a tensor of shifts would be slower, because torch computes it value by value.
     fields = torch.stack([runs >> shift & (2**bits - 1) for shift in range(0, 8, bits)], dim=2)
     return fields.flatten(1)
 
@@ -160,7 +163,7 @@ def _plain(name: str, dtype: torch.dtype) -> BlockType:
     return BlockType(name, 1, dtype.itemsize, lambda blocks: blocks.view(dtype).float(), dtype)
 
 
-# By their numbers in files.
+# The key is the number of the type in files.
 BLOCK_TYPES = {
     0: _plain("F32", torch.float32),
     1: _plain("F16", torch.float16),
@@ -179,7 +182,7 @@ BLOCK_TYPES = {
     30: _plain("BF16", torch.bfloat16),
 }
 
-# Types that are not read, for messages.
+# The names, for messages, of types that cannot be read.
 OTHER_TYPES = {
     9: "Q8_1",
     15: "Q8_K",

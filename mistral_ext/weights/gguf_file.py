@@ -1,13 +1,13 @@
 """The GGUF format, versions 2 and 3, mapped into memory.
 
-A file is the magic bytes, u32 version, u64 number of tensors, u64 number of metadata entries, these
-entries (key, u32 type, value), the tensors' descriptions (name, u32 number of dimensions, u64
-dimensions, u32 type, u64 offset) and, from the next multiple of `general.alignment` on, their data.
-All numbers are little-endian; a string is its u64 length and that many bytes.
+A file consists of the magic bytes, u32 version, u64 number of tensors, u64 number of metadata
+entries, these entries (key, u32 type, value), the descriptions of the tensors (name, u32 number of
+dimensions, u64 dimensions, u32 type, u64 offset) and, from the next multiple of `general.alignment`
+on, their data. All numbers are little-endian. A string is its u64 length and that many bytes.
 
-Files come from anywhere, so nothing that one says is used before it is checked: no length makes
-this reader allocate more than a few times the file's bytes, and no tensor lies outside of the file
-or in another.
+A file may come from anywhere, so every number in it is checked before it is used. No length makes
+this reader allocate more than a few times the file's size, and no tensor lies outside the file or
+inside another tensor.
 
 Source: ggml's docs/gguf.md.
 """
@@ -34,12 +34,12 @@ from mistral_ext.weights.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, BlockType
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
-_MAX_SIZE = 2**63 - 1  # largest size of a tensor, in values and in bytes
+_MAX_SIZE = 2**63 - 1  # the largest size of a tensor, in values and in bytes
 _LEAST_ENTRY = 8 + 4 + 1  # bytes of a metadata entry: an empty key, its type, a bool
 _LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes of a tensor's description: an empty name, no dimensions
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS: dict[int, np.dtype[Any]] = {  # dtypes of metadata, by the type's number in files
+_NUMBERS: dict[int, np.dtype[Any]] = {  # the number of a type in files -> its dtype
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -55,7 +55,8 @@ _NUMBERS: dict[int, np.dtype[Any]] = {  # dtypes of metadata, by the type's numb
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
-# A number, a text, or an array: of numbers in numpy's form, of texts as a list.
+# The value of a metadata entry: a number, a text, or an array (of numbers in numpy, of texts in a
+# list).
 Value = int | float | bool | str | np.ndarray[Any, Any] | list[str]
 
 
@@ -79,15 +80,16 @@ class GgufTensor:
         return math.prod(self.shape) // self.type.values * self.type.nbytes
 
     def rows(self) -> Tensor:
-        """The bytes of the tensor, [rows, bytes of a row] uint8, on the file's own pages. A vector
+        """The bytes of the tensor, [rows, bytes of a row] uint8, in the pages of the file. A vector
         is one row.
 
-        The tensor has a mapping of its own, which is closed with it.
+        Each tensor has its own mapping, which is closed together with the tensor.
         """
         start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
         skipped = self.offset - start
         with self.file.open("rb") as f:
-            # Private pages: torch has no read-only tensors, and the file must not be written to.
+            # The pages are private, because torch has no read-only tensors, and nothing may write
+            # to the file.
             pages = mmap.mmap(
                 f.fileno(), skipped + self.nbytes, access=mmap.ACCESS_COPY, offset=start
             )
@@ -101,20 +103,20 @@ class Gguf:
     """The contents of a model's file, or of all its parts: see :func:`read_gguf`."""
 
     path: Path  # the first part
-    metadata: Mapping[str, Value]  # of the first part
+    metadata: Mapping[str, Value]  # the metadata of the first part
     tensors: Mapping[str, GgufTensor]
 
 
 def read_gguf(path: str | Path) -> Gguf:
-    """Reads the metadata of a model and where its tensors are, after checking both.
+    """Reads the metadata of a model and the places of its tensors, and checks both.
 
     Args:
         path: the file, or any part of a model in several files (``NAME-00001-of-00003.gguf``).
 
     Raises:
         FileNotFoundError: the file, or one of the parts, is missing.
-        ValueError: a file is damaged, truncated, of another format or version, or holds a type of
-            data that is not supported; the message names the file and the field.
+        ValueError: a file is damaged, truncated, of another format or version, or holds an
+            unsupported type of data. The message names the file and the field.
     """
     parts = [read_part(part) for part in _part_files(Path(path))]
     first = parts[0]
@@ -142,7 +144,7 @@ def _part_files(path: Path) -> list[Path]:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all files of a model, of which `name` is one."""
+    """The names of all files of a model. `name` is one of them."""
     match = _PART.fullmatch(name)
     if match is None:
         return [name]
@@ -170,7 +172,7 @@ def _expect_value(part: Gguf, key: str, expected: int) -> None:
 
 
 class _Header:
-    """Reads the header of one file: all that comes before the data."""
+    """Reads the header of a file, which is everything before the data."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
@@ -226,7 +228,8 @@ class _Header:
 
     def _string(self, what: str) -> str:
         data = self._take(self._uint64(what), what)
-        # Some vocabularies hold pieces that are not UTF-8; a lone byte must not end the reading.
+        # Some vocabularies hold pieces that are not UTF-8. An undecodable byte must not stop the
+        # reader.
         return data.decode("utf-8", "surrogateescape")
 
     def _count(self, what: str, least: int) -> int:
@@ -257,8 +260,8 @@ class _Header:
     # Tensors
 
     def _tensor(self, index: int) -> GgufTensor:
-        """Reads the description of a tensor. Its offset counts from where the data of all tensors
-        begin."""
+        """Reads the description of a tensor. Its offset is relative to the start of the data of all
+        tensors."""
         name = self._string(f"the name of tensor {index}")
         n_dims = self._uint32(f"the number of dimensions of tensor {name!r}")
         if not 1 <= n_dims <= _MAX_DIMENSIONS:
@@ -288,11 +291,11 @@ class _Header:
         return alignment
 
     def _placed(self, described: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:
-        """The tensors by name, in the order of their data. Their offsets now count from the
-        beginning of the file."""
+        """Returns the tensors by name, in the order of their data. Their offsets are made relative
+        to the beginning of the file."""
         start = -(-self._position // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
-        end = 0  # of the tensor before, from the start of the data
+        end = 0  # end of the last tensor, from the start of the data
         for tensor in sorted(described, key=lambda tensor: tensor.offset):
             name, offset = tensor.name, tensor.offset
             if name in tensors:

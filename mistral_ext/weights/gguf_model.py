@@ -1,8 +1,9 @@
 """A model in a GGUF file: its configuration from the metadata, and its tensors.
 
-Tensors are stored under names of their own, in blocks (gguf_blocks.py), and with the query and key
-rows in Mistral's order. Matrices that our kernels multiply as they are keep their numbers, with
-values and scales apart (mistral_ext/ops/repack.py); other tensors are decoded as they are read.
+Tensors are stored under GGUF's own names, in blocks (gguf_blocks.py), and with the query and key
+rows in Mistral's order. If our kernels can multiply a matrix in its format, its numbers are kept,
+with values and scales apart (mistral_ext/ops/repack.py). Other tensors are decoded as they are
+read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.ops import Quantized, memory
 from mistral_ext.ops.repack import BLOCK_FORMATS, repack
 from mistral_ext.weights.gguf_blocks import decode
@@ -40,16 +41,16 @@ _NAMES = {
     "attention_norm": "attn_norm",
     "ffn_norm": "ffn_norm",
 }
-_FREQUENCY_FACTORS = "rope_freqs.weight"  # belongs to the configuration
+_FREQUENCY_FACTORS = "rope_freqs.weight"  # a tensor that belongs to the configuration
 
-# dim, n_layers, n_heads, n_kv_heads, hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
-# window, which GGUF files do not mention. v0.2 and later versions have no window. They are told
-# apart by the base of RoPE.
+# dim, n_layers, n_heads, n_kv_heads and hidden_dim of Mistral 7B. v0.1 and its fine-tunes have a
+# window, but GGUF files do not mention it. v0.2 and later versions have no window. The base of RoPE
+# tells which version a file has.
 _MISTRAL_7B = (4096, 32, 32, 8, 14336)
 _THETA_WITH_WINDOW = 1e4
 _WINDOW = 4096
 
-# Tokens that end a turn; some files name only the end of text.
+# Tokens that end a turn. Some files name only the end-of-text token.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 
 
@@ -63,8 +64,8 @@ def gguf_name(name: str) -> str:
 
 
 def kept_formats(file: Gguf) -> dict[str, str]:
-    """The formats of the matrices that our kernels multiply as the file stores them, by the file's
-    names."""
+    """The formats of matrices that our kernels multiply as the file stores them. The keys are the
+    names in the file."""
     return {
         name: BLOCK_FORMATS[tensor.type.name]
         for name, tensor in file.tensors.items()
@@ -83,7 +84,7 @@ def kept_parts(
         shape: the shape that the weight should have.
 
     Returns:
-        None: the weight does not keep its format, or is missing.
+        The parts, or None if the weight does not keep its format or is missing.
 
     Raises:
         ValueError: the weight has another shape.
@@ -99,13 +100,13 @@ def kept_parts(
 
 
 def gguf_tensors(file: Gguf, dtype: torch.dtype, kept: Mapping[str, str]) -> Iterator[StoredTensor]:
-    """The weights of a file, each changed when it is read.
+    """Yields the weights of a file. Each is converted when it is read.
 
     Args:
         file: the result of `read_gguf`.
         dtype: the dtype to decode the other weights to.
-        kept: the result of `kept_formats`. Each of these matrices becomes two tensors: its values,
-            under its name, and its scales, under its name with `SCALE_SUFFIX`.
+        kept: the result of `kept_formats`. Each of these matrices becomes two tensors: the values
+            have its name, and the scales its name with `SCALE_SUFFIX`.
     """
     for name, tensor in file.tensors.items():
         if name == _FREQUENCY_FACTORS:
@@ -138,7 +139,7 @@ def _read_part(tensor: GgufTensor, field: str, like: Tensor) -> Tensor:
 
 
 def default_dtype(file: Gguf) -> torch.dtype:
-    """The dtype to compute in: that of the embeddings, or bfloat16 if they are quantised."""
+    """The dtype to compute in: the dtype of the embeddings, or bfloat16 if they are quantised."""
     embeddings = file.tensors.get(gguf_name("tok_embeddings.weight"))
     return (embeddings and embeddings.type.dtype) or torch.bfloat16
 
@@ -165,7 +166,7 @@ def _read(tensor: GgufTensor, dtype: torch.dtype) -> Tensor:
     rows = tensor.rows()
     if tensor.type.dtype != dtype:
         return decode(rows, tensor.type, dtype).view(tensor.shape)
-    if rows.data_ptr() % dtype.itemsize:  # a file may have any alignment
+    if rows.data_ptr() % dtype.itemsize:  # tensors in a file may have any alignment
         rows = rows.clone()
     return rows.view(dtype).view(tensor.shape)
 
@@ -177,18 +178,18 @@ def gguf_config(file: Gguf, **overrides: Any) -> MistralConfig:
     """Reads the configuration of a model.
 
     Args:
-        overrides: fields of `MistralConfig`; they win over the file.
+        overrides: fields of `MistralConfig`, which replace values of the file.
 
     Raises:
-        ValueError: the file describes another kind of model, or lacks a part of its description;
-            the message names the file and the key.
+        ValueError: the file describes another kind of model, or lacks a part of its description.
+            The message names the file and the key. Or an override is wrong. The message names it.
         TypeError: an override that is not a field.
     """
     return _Metadata(file).config(overrides)
 
 
 class _Metadata:
-    """Reads checked values out of a file's metadata."""
+    """Reads values from a file's metadata and checks them."""
 
     def __init__(self, file: Gguf) -> None:
         self._file = file
@@ -234,6 +235,8 @@ class _Metadata:
             values["sliding_window"] = self._window(values)
         try:
             return MistralConfig.from_hf(values, **overrides)
+        except OverrideError:
+            raise
         except ValueError as error:
             raise self._error(str(error)) from error
 
@@ -257,7 +260,7 @@ class _Metadata:
         kind = self._text(f"{self._prefix}.rope.scaling.type", "none")
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
         if factor and f"{self._prefix}.rope.scaling.type" not in self._file.metadata:
-            kind = "linear"  # of old files
+            kind = "linear"  # old files
         scaling: dict[str, Any] | None = None
         if kind == "linear":
             scaling = {"rope_type": "linear", "factor": factor or 1.0}
@@ -284,7 +287,7 @@ class _Metadata:
         return {"rope_type": "factors", "factors": decode(factors.rows(), factors.type)[0].tolist()}
 
     def _eos_ids(self) -> list[int]:
-        """The end of text, and the end of a turn if it is another token."""
+        """The tokens that end a text, and a turn if that is another token."""
         ids = [self._token("eos", 2)]
         ids += [self._token(name, ids[0]) for name in ("eot", "eom")]
         tokens = self._file.metadata.get("tokenizer.ggml.tokens")
@@ -292,7 +295,7 @@ class _Metadata:
             ids += [tokens.index(name) for name in _TURN_ENDS if name in tokens]
         return list(dict.fromkeys(ids))
 
-    # Values by key
+    # Reads a value by its key
 
     def _token(self, name: str, default: int) -> int:
         return int(self._value(f"tokenizer.ggml.{name}_token_id", (int,), "a token id", default))

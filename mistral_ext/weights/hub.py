@@ -1,4 +1,4 @@
-"""Finds a model by name: a local path, the demo, or a model of the Hugging Face hub, which is
+"""Finds a model by name: a local path, the demo, or a model of the Hugging Face hub. A hub model is
 downloaded."""
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _GGUF_OF_HUB = rf"({_OWNER_AND_NAME}):([^:]+\.gguf)"
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local folder or GGUF file of a model: the path itself, the demo's, or a download.
+    """Returns the local folder or GGUF file of a model: the path itself, the demo, or a download.
 
-    A model of the hub is ``owner/name``, a GGUF file in it ``owner/name:file.gguf`` (any part, if
-    the file is split). Only the configuration, the tokenizer and one format of the weights are
-    downloaded, into huggingface_hub's cache; later calls work without a network. "demo" is the
-    small model of this package, unless there is a folder or file of that name.
+    A hub model is ``owner/name``. A GGUF file in it is ``owner/name:file.gguf`` (any part, if the
+    file is split). Only the configuration, the tokenizer and one format of the weights are
+    downloaded, into huggingface_hub's cache. Later calls work without a network. "demo" is the
+    small model of this package, unless there is a folder or file with this name.
 
     Raises:
-        FileNotFoundError: no such folder or file, and none on the hub or in its cache.
+        FileNotFoundError: there is no such folder or file, locally, on the hub or in its cache.
         ValueError: the path is a file of another kind.
     """
     path = Path(path_or_hub_id).expanduser()
@@ -50,16 +50,16 @@ def resolve(path_or_hub_id: str | Path) -> Path:
 
 
 def resolve_adapter(path_or_hub_id: str | Path, files: Sequence[str]) -> Path:
-    """The local folder or file of an adapter: the path itself, or a download from the hub.
+    """Returns the local folder or file of an adapter: the path itself, or a download from the hub.
 
     Args:
         path_or_hub_id: a path; ``owner/name``; or ``owner/name:file.gguf``.
-        files: names of the files that an adapter may have, which are downloaded.
+        files: the names of files that an adapter may have. They are downloaded.
 
     Raises:
         FileNotFoundError: `path_or_hub_id` has the form of a hub id, and neither the hub nor its
-            cache has it. A path that does not exist, and that has another form, is returned as it
-            is.
+            cache has it. If it has another form and does not exist, no error is raised: it is
+            returned unchanged.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.exists():
@@ -77,7 +77,7 @@ def _download(hub_id: str) -> Path:
     patterns = [*CONFIGS, *PACKING_FILES, *COMPANIONS]
     try:
         files = [entry.rfilename for entry in HfApi().model_info(hub_id).siblings or ()]
-    except Exception as error:  # no network, no access or no such model: the cache may have it
+    except Exception as error:  # no network, no access or no such model; the cache may have it
         return _cached(hub_id, error)
     layout = next((layout for layout in LAYOUTS if layout.file in files), None)
     if layout is None:
@@ -101,8 +101,8 @@ def _download_files(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def _download_gguf(hub_id: str, name: str) -> Path:
-    """Downloads a GGUF file with all its parts, and returns the first part. Without a network the
-    library's cache is used."""
+    """Downloads all parts of a GGUF file, and returns the first part. Without a network it uses the
+    library's cache."""
     from huggingface_hub import hf_hub_download
 
     folder, _, file = name.rpartition("/")
@@ -118,7 +118,7 @@ def _cached(hub_id: str, reason: Exception) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # No patterns are given: the readers of the files find out whether these are complete.
+        # No patterns are given here. The readers of the files check whether the files are complete.
         return Path(snapshot_download(hub_id, local_files_only=True, allow_patterns=[]))
     except Exception:
         raise _not_available(hub_id, reason) from reason

@@ -17,7 +17,7 @@ from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.new_folder import expect_free
 from mistral_ext.weights.new_model import write_model
 
-_ROWS = 1024  # of a weight that are merged at once: 100 MB in float64
+_ROWS = 1024  # rows of a weight that are merged at once: 100 MB in float64
 
 
 def merge_adapter(
@@ -29,15 +29,15 @@ def merge_adapter(
 ) -> Path:
     """Writes a model with an adapter merged into its weights, as a folder that loads anywhere.
 
-    A merged weight is computed in float64 and rounded once; weights that the adapter does not
-    change keep their bits, unless another dtype is asked for. The folder is either complete or
-    absent (`new_folder`).
+    A merged weight is computed in float64 and rounded once. Weights that the adapter does not
+    change keep their bits, unless `dtype` changes them. The folder is either complete or absent
+    (`new_folder`).
 
     Args:
-        source: a model folder, or a hub id. Its weights must not be quantised: rounding to a few
-            bits loses most of what an adapter adds.
-        adapter: the path or hub id of an adapter, as `read_adapter` takes it.
-        target: the folder to make; must not exist, or be empty.
+        source: a model folder, or a hub id. Its weights must not be quantised, because rounding to
+            a few bits loses most of an adapter's update.
+        adapter: the path or hub id of an adapter, as in `read_adapter`.
+        target: the folder to make. It must not exist, or be empty.
         progress: show a progress bar if stderr is a terminal.
         dtype: the dtype of the weights that are written: float32, bfloat16 or float16. None: the
             weights keep the dtype in which they are stored.
@@ -66,7 +66,7 @@ def merge_adapter(
             "load it with the adapter"
         )
     updates = read_adapter(adapter, original.config)
-    weights = Checkpoint(original)  # in the dtype that is stored, so that nothing is rounded twice
+    weights = Checkpoint(original)  # read in the stored dtype, so that nothing is rounded twice
     dtype = dtype or weights.dtype
     config = dataclasses.replace(original.config, dtype=dtype)
     shapes = tensor_shapes(config)

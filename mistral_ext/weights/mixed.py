@@ -1,7 +1,8 @@
-"""4 bits for most matrices and 8 for some, so that a model fits a size: `quantize --size 4.2GB`.
+"""Uses 4 bits for most matrices and 8 for some, so that a model has a given size: `quantize --size
+4.2GB`.
 
-A matrix loses accuracy in 4 bits (sensitivity.py), and takes more bytes in 8. The matrices that
-lose the most for each of these bytes get 8 bits, as far as there is room.
+A matrix loses accuracy in 4 bits (sensitivity.py), and takes more bytes in 8. While there is room,
+8 bits go to the matrices that lose the most accuracy for each of these bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 
 
 def bytes_of(size: str | int) -> int:
-    """The bytes of a size such as "4.2GB", "3.9 GiB" or 4200000000: a GB has 10^9, a GiB 2^30.
+    """Reads a size in bytes, such as "4.2GB", "3.9 GiB" or 4200000000. A GB has 10^9 bytes, a GiB
+    2^30.
 
     Raises:
         ValueError: `size` is not written like one of these.
@@ -37,16 +39,16 @@ def bytes_of(size: str | int) -> int:
 
 
 class Mixture:
-    """The formats of a model of a given size.
+    """Chooses the formats of a model of a given size.
 
     Args:
-        size: the most bytes that the file of weights may have, as `bytes_of` takes them.
+        size: the most bytes that the file of weights may have, as in `bytes_of`.
         config: the configuration of the model.
         dtype: the dtype of the weights that are not quantised.
 
     Raises:
         ValueError: `size` is not a size, or is smaller than the model with all matrices in 4 bits,
-            or larger than with all in 8.
+            or larger than the model with all matrices in 8 bits.
     """
 
     def __init__(self, size: str | int, config: MistralConfig, dtype: torch.dtype) -> None:
@@ -62,13 +64,13 @@ class Mixture:
         """The formats that lose the least.
 
         Args:
-            sensitivities: what 4 bits lose in each matrix of the layers, by Mistral's names.
+            sensitivities: the loss of 4 bits in each matrix of the layers, by Mistral's names.
         """
         small = layout_of(self._config, self._dtype, _SMALL)
         large = layout_of(self._config, self._dtype, _LARGE)
 
         def saved(name: str) -> float:
-            """The loss that 8 bits avoid in a matrix, for each byte that they take more than 4
+            """The loss that 8 bits avoid in a matrix, per byte that 8 bits take more than 4
             bits."""
             return sensitivities[name] / (large[name].nbytes - small[name].nbytes)
 

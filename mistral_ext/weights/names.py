@@ -1,7 +1,7 @@
 """The names of weights in files.
 
-Inside, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's format
-have one of three kinds of names: those of transformers' causal models
+In memory, weights have Mistral's names (layers.0.attention.wq.weight). Files in Hugging Face's
+format use one of three kinds of names: those of transformers' causal models
 (model.layers.0.self_attn.q_proj.weight), those of the model without its head (without "model."), or
 those of peft's wrapper (with "base_model.model." in front).
 """
@@ -37,7 +37,7 @@ _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 def hugging_face_name(name: str) -> str:
-    """Hugging Face's name for a weight: layers.0.attention.wq.weight is
+    """Returns Hugging Face's name of a weight: layers.0.attention.wq.weight becomes
     model.layers.0.self_attn.q_proj.weight."""
     module = name.removesuffix(".weight")
     prefix = ""
@@ -69,10 +69,10 @@ def mistral_name(name: str) -> str:
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
-    """Gives tensors the names that their format has for the whole model.
+    """Renames tensors to the names that their format uses for a whole model.
 
     Args:
-        tensors: the tensors with the names that the files have.
+        tensors: the tensors with their names in the files.
         format: "hf" or "mistral", as in `mistral_ext.weights.folder.Layout`.
 
     Raises:
@@ -90,8 +90,8 @@ def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[Stored
 
 
 def _with_hugging_face_names(tensors: list[StoredTensor]) -> list[StoredTensor]:
-    """Renames tensors to the names of transformers' causal models. The name of the embeddings,
-    which every model has, shows how the names of all tensors begin."""
+    """Renames tensors to the names of transformers' causal models. Every model has embeddings, and
+    the prefix of their name is the prefix of all names."""
     embeddings = re.compile(rf"({re.escape(PEFT_PREFIX)})?(model\.)?embed_tokens\.")
     match = next((m for m in (embeddings.match(stored.name) for stored in tensors) if m), None)
     if match is None or match[0].startswith("model."):

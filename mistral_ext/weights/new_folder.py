@@ -1,4 +1,4 @@
-"""New folders that are either complete or absent, however the writing process ends."""
+"""Makes new folders that are either complete or absent, however the writing process ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 _log = logging.getLogger("mistral_ext")
 
-# Signals that ask a process to end; by default they end it on the spot.
+# Signals that ask a process to end. By default they end it at once.
 _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -28,12 +28,12 @@ def expect_free(target: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """Makes a folder to write files into, and renames it to `target` when the block ends.
 
-    Until then it lies beside `target` under another name. After an error, Ctrl-C, SIGTERM or SIGHUP
-    nothing is left. All its files are on the disk before it gets its name, so not even a power cut
-    leaves a half-written folder.
+    Until then the folder lies beside `target` under another name. After an error, Ctrl-C, SIGTERM
+    or SIGHUP nothing is left. The folder gets its name only when all its files are on the disk, so
+    not even a power cut leaves a half-written folder.
 
     Args:
-        target: must not exist, or be an empty folder.
+        target: the path of the new folder. It must not exist, or be an empty folder.
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
@@ -46,7 +46,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         _log.warning("%s: another run is writing it, or was killed: then remove it", left)
     with (
         _cleaning_up_first(),
-        # The folder inside becomes the target: unlike the temporary folder, everyone may read it.
+        # The inner folder becomes the target: everyone may read it, unlike the temporary folder.
         tempfile.TemporaryDirectory(
             prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary,
@@ -56,7 +56,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield folder
         sync_files(folder)
         if target.exists():
-            target.rmdir()  # an empty folder, or there is an error
+            target.rmdir()  # raises an error unless the folder is empty
         folder.rename(target)
         sync_names(target.parent)
 
@@ -71,7 +71,7 @@ def sync_files(folder: Path) -> None:
 
 def sync_names(folder: Path) -> None:
     """Writes the names in a folder to the disk."""
-    if os.name == "nt":  # folders cannot be opened there
+    if os.name == "nt":  # folders cannot be opened on Windows
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -81,7 +81,7 @@ def sync_names(folder: Path) -> None:
 
 
 class _Ended(SystemExit):
-    """Raised by a signal, so that the block is unwound and cleaned up."""
+    """Raised by a signal, so that the block can clean up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -90,10 +90,11 @@ class _Ended(SystemExit):
 
 @contextmanager
 def _cleaning_up_first() -> Iterator[None]:
-    """Lets SIGTERM and SIGHUP unwind the block before they end the process.
+    """Makes SIGTERM and SIGHUP end the block with an exception, so that it cleans up before the
+    process ends.
 
-    Nothing changes for signals that are handled or ignored already, nor in threads other than the
-    main thread, the only one that may handle signals.
+    Does nothing for signals that are already handled or ignored. Does nothing outside the main
+    thread, the only thread that may handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -102,7 +103,7 @@ def _cleaning_up_first() -> Iterator[None]:
 
     def end(number: int, _: object) -> None:
         for other in handled:
-            signal.signal(other, signal.SIG_IGN)  # another signal would interrupt the cleaning up
+            signal.signal(other, signal.SIG_IGN)  # a second signal would interrupt the clean-up
         raise _Ended(number)
 
     for number in handled:
@@ -117,4 +118,4 @@ def _cleaning_up_first() -> Iterator[None]:
         for number in handled:
             signal.signal(number, signal.SIG_DFL)
         if ended_by is not None:
-            signal.raise_signal(ended_by)  # whoever waits for the process sees what ended it
+            signal.raise_signal(ended_by)  # a parent process sees which signal it was

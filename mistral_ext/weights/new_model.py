@@ -22,7 +22,7 @@ from mistral_ext.weights.safetensors_file import Writer, file_size
 def layout_of(
     config: MistralConfig, dtype: torch.dtype, quantization: Quantization
 ) -> dict[str, Weight]:
-    """The weights of a quantised model by Mistral's names, on the meta device.
+    """Describes the weights of a quantised model: by Mistral's names, on the meta device.
 
     Args:
         config: the configuration of the model.
@@ -40,7 +40,7 @@ def layout_of(
 
 
 def weights_size(layout: Mapping[str, Weight]) -> int:
-    """Bytes of the file that `write_model` makes of these weights."""
+    """The bytes of the file that `write_model` makes of these weights."""
     return file_size(_tensors_of(layout))
 
 
@@ -52,15 +52,15 @@ def write_model(
     weights: Iterable[tuple[str, Weight]],
     quantization: Quantization | None = None,
 ) -> None:
-    """Writes a changed model, tensor by tensor, with a copy of the original's tokenizer and similar
+    """Writes a changed model, tensor by tensor, and copies the original's tokenizer and similar
     files.
 
     Args:
-        target: the folder to make; must not exist, or be empty.
+        target: the folder to make. It must not exist, or be empty.
         original: the model whose other files are copied.
         config: the configuration of the new model.
-        layout: the weights by Mistral's names, with their dtypes and shapes (on the meta device,
-            for instance).
+        layout: the weights by Mistral's names, with the right dtypes and shapes. Their values are
+            not used, so they may be on the meta device.
         weights: the same weights with their values, in any order.
         quantization: the formats of the weights. None: they are not quantised.
 

@@ -1,7 +1,7 @@
-"""Matrices of packed checkpoints in the formats of our kernels, without loss.
+"""Converts matrices of packed checkpoints to the formats of our kernels, without loss.
 
 GPTQ, AWQ and compressed-tensors store w = scale * (q - zero), with a scale, and perhaps a zero
-point, for each group of neighbours in a row. They differ in the order of bits alone. Our formats
+point, for each group of neighbours in a row. They differ only in the order of bits. Our formats
 have groups of 32, 64 or 128. A larger group becomes several of our groups, which all have its scale
 and zero point.
 """
@@ -21,33 +21,36 @@ from mistral_ext.ops import Quantized, memory
 
 _log = logging.getLogger("mistral_ext")
 
-_GROUPS = (128, 64, 32)  # of our formats
-# The values of a word of `Quantized` in the low and the high halves of its bytes.
+_GROUPS = (128, 64, 32)  # group sizes of our formats
+# A byte of a word of `Quantized` has a value in its low half and one in its high half. These are
+# the indices of the values in the low halves of the four bytes, and in the high halves.
 _LOW, _HIGH = [0, 4, 1, 5], [2, 6, 3, 7]
-# Values that are worked on at a time. Intermediate results of so few values stay in the caches.
-# Torch does not split them among threads, which would wait for each other longer than they work.
+# The number of values that are converted at a time. Intermediate results of so few values stay in
+# the caches. Torch does not split them among threads, which would wait for each other longer than
+# they work.
 _AT_ONCE = 2**18 - 1
-_ROWS = 8  # whose values share words in AWQ: rows are read in multiples of as many
-_MIDDLES = 0x88888888 - 2**32  # of 8 values of 4 bits: q ^ 8 is q - 8 in two's complement
+_ROWS = 8  # rows whose values share words in AWQ; rows are read in multiples of this
+_MIDDLES = 0x88888888 - 2**32  # 8 values of 4 bits, each 8: q ^ 8 is q - 8 in two's complement
 
 
 @dataclass(frozen=True)
 class GroupedMatrix:
-    """A matrix [N, K] of integers with scales for groups: how it is stored, and what it becomes.
+    """A matrix [N, K] of integers with scales for groups. It knows how to read itself from a file.
 
     Attributes:
         name: the name of the matrix, for error messages.
         shape: the shape [N, K] of the matrix.
         bits: the bits of an integer, 4 or 8.
-        group: the number of neighbours, in the order of `order`, that share a scale. It divides K.
-        words: a function from a range of rows to the words with their integers, [rows, K * bits /
-            32] int32. The first integer of a word is in its lowest bits.
+        group: the number of integers that share a scale, neighbours in the order of `order`. It
+            divides K.
+        words: a function that reads the integers of a range of rows, as [rows, K * bits / 32] int32
+            words. The first integer of a word is in its lowest bits.
         scale: a function that reads the scales, [N, K / group] float16 or bfloat16.
         scale_dtype: the dtype of the scales.
         zero: a function that reads the zero points, [N, K / group] integers from 0 to 15. None: all
             zero points are 2^(bits - 1).
         order: [K] int64, the places of the integers, listed group by group. None: the integers of a
-            group are neighbours as they are stored.
+            group are stored side by side.
     """
 
     name: str
@@ -104,7 +107,7 @@ class GroupedMatrix:
 
     @cached_property
     def _places(self) -> np.ndarray:
-        """For each place of the result of `_reordered`, where the value for it is."""
+        """For each place in the result of `_reordered`, the place from which its value comes."""
         assert self.order is not None
         evens_then_odds = self.order // 2 + self.order % 2 * (len(self.order) // 2)
         eights = evens_then_odds.view(-1, 8)
@@ -132,7 +135,7 @@ class GroupedMatrix:
         )
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`."""
+        """Reads the matrix and decodes it. Values are computed in fp32 and rounded to `dtype`."""
         weight = self.form._replace(values=self.values(), scales=self.scales())
         out = memory.empty(self.shape, dtype)
         step = max(1, _AT_ONCE // self.shape[1])
@@ -144,14 +147,14 @@ class GroupedMatrix:
 
 
 def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
-    """The order of a matrix's columns that makes the columns of a group neighbours.
+    """The order of columns in which the columns of each group are neighbours.
 
     Args:
         g_idx: [K], the group of each column.
         group: the number of columns of a group.
 
     Returns:
-        [K] int64, the places of the columns. None: the columns are in this order already.
+        [K] int64, the places of the columns, or None if the columns are already in this order.
 
     Raises:
         ValueError: a group does not have `group` columns.
@@ -165,7 +168,7 @@ def sorted_order(g_idx: Tensor, group: int) -> Tensor | None:
     return order
 
 
-# Words int32 of 8 values of 4 bits; the first value is in the lowest bits.
+# Functions for int32 words of 8 values of 4 bits. The first value is in the lowest bits.
 
 
 def unpack_along(words: Tensor, dim: int) -> Tensor:
@@ -177,7 +180,8 @@ def unpack_along(words: Tensor, dim: int) -> Tensor:
 
 
 def swap_nibbles(words: Tensor) -> None:
-    """Swaps value j of words i [8, ...] with value i of words j, for all i and j, in place."""
+    """Exchanges value j of word i with value i of word j, for all i and j, in place. words: [8,
+    ...]."""
     for half, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
         low, high = words.unflatten(0, (-1, 2, half)).unbind(1)
         differing = ((low >> 4 * half) ^ high) & mask
@@ -192,9 +196,9 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
     Args:
         words: [N, K / 8], with 8 values of 4 bits each.
-        places: [K], places in the list of all even values and then all odd values. The first half
-            of `places` is for the low halves of the bytes of all words, the second half for their
-            high halves.
+        places: [K], places in a list of all even values and then all odd values. The first half of
+            `places` is for the low halves of the bytes of all words, the second half for their high
+            halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")
@@ -203,13 +207,13 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
 
 def _pairs_apart(words: Tensor) -> Tensor:
-    """Puts the values of each word into the order of `Quantized`: values of even places into the
-    low half of the word, values of odd places into the high half."""
+    """Puts the values of each word into the order of `Quantized`: values at even places go into the
+    low half of the word, values at odd places into the high half."""
     return _gather(words) | _gather(words >> 4) << 16
 
 
 def _gather(words: Tensor) -> Tensor:
-    """Moves the lowest 4 bits of each byte into the low half of the word."""
+    """Moves the low 4 bits of each byte into the low half of the word."""
     words = words & 0x0F0F0F0F
     words = (words | words >> 4) & 0x00FF00FF
     return (words | words >> 8) & 0x0000FFFF

@@ -1,14 +1,16 @@
-"""The tensors in which GPTQ, AWQ and compressed-tensors store a matrix [N, K], G groups in a row.
+"""The tensors in which GPTQ, AWQ and compressed-tensors store a matrix [N, K] with G groups in a
+row.
 
-GPTQ: `qweight` int32 [K/8, N] with 8 values of a column of it in a word; `qzeros` int32 [G, N/8];
-`scales` [G, N]; `g_idx` int32 [K], the group of each input, in any order ("act-order"). Its first
-version stores zero points less 1. Values of 8 bits likewise, 4 in a word.
+GPTQ: `qweight` int32 [K/8, N], where a word has 8 neighbouring values of a row of the matrix;
+`qzeros` int32 [G, N/8]; `scales` [G, N]; `g_idx` int32 [K], the group of each input, in any order
+("act-order"). The first version of GPTQ stores zero points less 1. With 8 bits, words have 4
+values.
 
-AWQ, the layout of its GEMM kernel: `qweight` int32 [K, N/8], `qzeros` int32 [G, N/8], whose words
-have the values of 8 neighbouring outputs in another order; `scales` [G, N].
+AWQ, in the layout of its GEMM kernel: `qweight` int32 [K, N/8] and `qzeros` int32 [G, N/8], where a
+word has the values of 8 neighbouring outputs in another order; `scales` [G, N].
 
 compressed-tensors, "pack-quantized": `weight_packed` int32 [N, K/8]; `weight_scale` [N, G];
-`weight_zero_point` int32 [N/8, G]; `weight_shape` [2]; `weight_g_idx` as GPTQ's.
+`weight_zero_point` int32 [N/8, G]; `weight_shape` [2]; `weight_g_idx` as `g_idx` of GPTQ.
 
 Sources: the packers of GPTQModel, AutoAWQ and compressed-tensors.
 """
@@ -49,11 +51,12 @@ def gptq(module: ModuleTensors, packing: Packing) -> GroupedMatrix:
         return _transposed(words.read()[:, some])
 
     def zero() -> Tensor:
-        # Adds to words as a whole, with carries, because the writers subtract in the same way.
+        # The addition is on whole words, with carries, because the writers subtract in the same
+        # way.
         stored = zeros.read() + (0x11111111 if packing.zero_minus_one else 0)
         return unpack_along(stored, 1).T
 
-    # Some files store the zero points of symmetric values as the other version does.
+    # If values are symmetric, some files store zero points as the other version of GPTQ does.
     middle = 2 ** (packing.bits - 1)
     symmetric = packing.symmetric and any(
         torch.equal(zeros.read(), _filled(zeros.shape, value, packing.bits))
@@ -135,7 +138,7 @@ def compressed_tensors(module: ModuleTensors, packing: Packing) -> GroupedMatrix
 
 
 def _transposed(matrix: Tensor) -> Tensor:
-    # Torch transposes contiguous matrices several times as fast as others.
+    # Torch transposes contiguous matrices several times as fast as other matrices.
     return matrix.contiguous().T.contiguous()
 
 
@@ -170,6 +173,6 @@ def _order(module: ModuleTensors, suffix: str, packing: Packing) -> Tensor | Non
 
 
 def _filled(shape: tuple[int, ...], value: int, bits: int) -> Tensor:
-    """Words that are filled with one value, which is at most 2^(bits - 1)."""
+    """Makes words that are filled with one value, which is at most 2^(bits - 1)."""
     word = sum(value << shift for shift in range(0, 32, bits))
     return torch.full(shape, word - (word >> 31 << 32), dtype=torch.int32, device="cpu")

@@ -1,8 +1,8 @@
 """The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
 If one of our formats can hold the numbers of a matrix, the matrix keeps them, as the values and
-scales of a `Quantized`. Other matrices are decoded as they are read. A matrix is packed or not as
-its tensors say, so a file may leave out some.
+scales of a `Quantized`. Other matrices are decoded as they are read. The names of its tensors tell
+whether a matrix is packed, so a checkpoint may also have matrices that are not.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _READERS: dict[str, _Reader] = {
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": nf4,
 }
-# Tensors that only a packed layer has, by what follows its name.
+# The ends of names of tensors that only packed layers have.
 _MARKS = ("qweight", "qzeros", "weight_packed", "weight.absmax", "weight.quant_map")
 
 
 class PackedWeights(NamedTuple):
-    """The tensors of a checkpoint as its weights need them.
+    """The tensors of a checkpoint in the form that `checkpoint` reads.
 
     Attributes:
-        tensors: the tensors by their names. A packed matrix has its decoded `weight` here, or the
-            values and scales of a `Quantized`, the latter with `SCALE_SUFFIX` in the name.
+        tensors: the tensors by their names. A packed matrix has here its decoded `weight`, or the
+            values and scales of a `Quantized`. The name of the scales ends with `SCALE_SUFFIX`.
         kept: the matrices that are a `Quantized`, by Mistral's names, with values and scales on the
             meta device.
     """
@@ -56,7 +56,7 @@ class PackedWeights(NamedTuple):
 class Layer(NamedTuple):
     """A layer whose matrix may be packed."""
 
-    weight: str  # Mistral's name of it
+    weight: str  # Mistral's name of its matrix
     shape: tuple[int, int]  # [N, K]
 
 
@@ -67,18 +67,18 @@ def read_packed(
     dtype: torch.dtype,
     quantization: Quantization | None,
 ) -> PackedWeights:
-    """Finds the packed matrices of a checkpoint; reads only their zero points and orders.
+    """Finds the packed matrices of a checkpoint. Reads only their zero points and orders.
 
     Args:
         tensors: all tensors of the files, by the names of `mistral_ext.weights.names`.
-        packing: how the configuration says that the matrices are packed.
+        packing: how the matrices are packed, according to the configuration.
         layers: the layers that may be packed, by names of the same kind.
-        dtype: the dtype to decode to.
-        quantization: how the weights are to be rounded again, for which all matrices are decoded.
-            None: they are not rounded again.
+        dtype: the dtype to which matrices are decoded.
+        quantization: how the weights are rounded again, for which all matrices are decoded. None:
+            they are not rounded again.
 
     Raises:
-        ValueError: a tensor is missing or not as it should be. The message names it.
+        ValueError: a tensor is missing or invalid. The message names the tensor.
     """
     modules, found = _by_module(tensors, layers)
     kept: dict[str, Quantized] = {}
@@ -96,7 +96,7 @@ def read_packed(
                 plain = torch.empty(module.shape, dtype=dtype, device="meta")
                 found.append(_stored(weight, file, plain, partial(matrix.decoded, dtype)))
                 decoded_bytes += plain.nbytes
-        # The rest: all tensors of a plain layer, or tensors that a packed layer should not have.
+        # The other tensors belong to plain layers, or should not be in a packed layer.
         found += module.left.values()
     _expect_same_orders(kept)
     _say_what_changes(packing, quantization or dtype, decoded_bytes)
@@ -106,8 +106,8 @@ def read_packed(
 def _say_what_changes(
     packing: Packing, becomes: Quantization | torch.dtype, decoded_bytes: int
 ) -> None:
-    """Logs what packed matrices become if they do not keep their numbers. `decoded_bytes` is the
-    size of those that are decoded to a dtype."""
+    """Logs what becomes of packed matrices that do not keep their numbers. `decoded_bytes` is the
+    size of the matrices that are decoded to a dtype."""
     if isinstance(becomes, Quantization):
         _log.warning("weights in %s become %s as they are read", packing, becomes)
     elif decoded_bytes:
@@ -134,7 +134,7 @@ def _stored(name: str, file: Path, like: Tensor, read: Callable[[], Tensor]) -> 
 def _by_module(
     tensors: Iterable[StoredTensor], layers: Mapping[str, Layer]
 ) -> tuple[list[ModuleTensors], list[StoredTensor]]:
-    """The tensors of each layer, and all others."""
+    """Returns the tensors of each layer, and all other tensors."""
     modules: dict[str, ModuleTensors] = {}
     others = []
     for stored in tensors:
@@ -150,7 +150,8 @@ def _by_module(
 
 
 def _expect_same_orders(kept: Mapping[str, Quantized]) -> None:
-    """Refuses matrices that are multiplied in one pass and want their input in several orders."""
+    """Raises an error if matrices that are multiplied in one pass need their input in different
+    orders."""
     layers = {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for name in kept}
     for layer in sorted(layers):
         for together in TOGETHER.values():

@@ -1,10 +1,10 @@
-"""Matrices in bitsandbytes' nf4: decoded as they are read.
+"""Matrices in bitsandbytes' nf4 format, which are decoded as they are read.
 
 A value is one of 16 numbers of a table, times the largest magnitude of 64 neighbours. `weight` has
-two values in a byte, the first in the high bits, row after row; `weight.absmax` the magnitudes and
-`weight.quant_map` the table. With double quantisation the magnitudes are bytes: each is a number of
-`weight.nested_quant_map`, times `weight.nested_absmax` of 256 neighbours, plus an offset.
-`weight.quant_state.bitsandbytes__nf4` holds the sizes as JSON.
+two values in a byte, the first in the high bits, row after row. `weight.absmax` has the magnitudes,
+and `weight.quant_map` the table. With double quantisation the magnitudes are bytes: a magnitude is
+a number of `weight.nested_quant_map`, times `weight.nested_absmax` of 256 neighbours, plus an
+offset. `weight.quant_state.bitsandbytes__nf4` holds the sizes as JSON.
 
 Source: bitsandbytes' functional.py.
 """
@@ -24,13 +24,13 @@ from mistral_ext.weights.safetensors_file import StoredTensor
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 _FLOAT = (torch.float32,)
-_STATE_BYTES = 2**16  # at most; a state has some hundred
-_AT_ONCE = 2**20  # values, so that intermediate results stay in the caches
+_STATE_BYTES = 2**16  # the limit; usually some hundred
+_AT_ONCE = 2**20  # values decoded at a time, few enough for the caches
 
 
 @dataclass(frozen=True)
 class Nf4Matrix:
-    """A matrix [N, K] in blocks of neighbours, which may continue in the next row.
+    """A matrix [N, K] in blocks of neighbours. A block may continue in the next row.
 
     Attributes:
         packed: the values, two in a byte: N K / 2 bytes, of any dtype.
@@ -50,7 +50,7 @@ class Nf4Matrix:
     offset: float
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Reads the matrix and decodes it: computed in fp32, rounded to `dtype`.
+        """Reads the matrix and decodes it. Values are computed in fp32 and rounded to `dtype`.
 
         Raises:
             ValueError: its magnitudes or its table are not finite.
@@ -79,7 +79,7 @@ class Nf4Matrix:
 
 
 def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
-    """Takes the tensors of a layer. They say by themselves how the layer is packed.
+    """Takes the tensors of a layer. The tensors themselves say how the layer is packed.
 
     Raises:
         ValueError: a tensor is missing, or does not fit the others. The message names the tensor.
@@ -117,7 +117,7 @@ def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
 
 
 def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
-    """The sizes of a layer, checked."""
+    """Reads the sizes of a layer and checks them."""
     if stored.dtype != torch.uint8 or stored.nbytes > _STATE_BYTES:
         raise module.error(
             stored,

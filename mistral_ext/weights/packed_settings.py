@@ -1,7 +1,7 @@
-"""How the matrices of a packed checkpoint are stored, according to its configuration.
+"""Reads from the configuration of a packed checkpoint how its matrices are stored.
 
-GPTQ, AWQ, compressed-tensors and bitsandbytes describe themselves in `quantization_config` of
-config.json. Older folders of GPTQ and AWQ have a file of its own for this.
+GPTQ, AWQ, compressed-tensors and bitsandbytes write `quantization_config` into config.json. Older
+folders of GPTQ and AWQ have a separate file.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from mistral_ext.files import read_json_object
 
-_KEYS = ("quantization_config", "compression_config")  # the second: of old compressed-tensors
-# Files of folders whose config.json has no such key.
+_KEYS = ("quantization_config", "compression_config")  # the second: in old compressed-tensors
+# The files of folders without such a key in config.json.
 OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
-WHOLE_ROW = -1  # the group size of rows with one scale
+WHOLE_ROW = -1  # the group size if a row has one scale
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Packing:
         group: the number of neighbouring values that share a scale, or WHOLE_ROW.
         symmetric: whether there are no zero points, or all are 2^(bits - 1).
         zero_minus_one: whether zero points are stored less 1, as the first version of GPTQ does.
-        act_order: whether the inputs of a group may be anywhere in a row. A tensor then says where
-            they are.
+        act_order: whether the inputs of a group may be anywhere in a row. Then a tensor gives their
+            places.
     """
 
     method: str
@@ -46,8 +46,8 @@ class Packing:
 
 
 def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object, str]:
-    """Returns the quantisation settings in a config.json, their quant_method, and the key that
-    holds them. Without such settings returns ({}, None, "").
+    """Returns the quantisation settings in a config.json, their quant_method, and the key under
+    which they are. Returns ({}, None, "") if there are no such settings.
 
     Raises:
         ValueError: the settings are not an object.
@@ -62,7 +62,7 @@ def method_of(config: Mapping[str, Any]) -> tuple[dict[str, Any], object, str]:
 
 
 def packing_of(config: Mapping[str, Any], folder: Path) -> Packing | None:
-    """How the matrices of a folder are packed. None: they are not packed.
+    """Reads how the matrices of a folder are packed. Returns None if they are not packed.
 
     Args:
         config: the contents of config.json, without settings of this package.
@@ -97,7 +97,7 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
     symmetric = _choice(settings, "sym", (True, False), True)
     if bits == 8 and not symmetric:
         raise ValueError("sym is False with 8 bits, expected True: zero points need 4 bits")
-    # With static groups the order is that of the quantiser alone: groups stay neighbours.
+    # With static groups, only the quantiser used another order: in the file, groups are neighbours.
     meta = settings.get("meta")
     static = settings.get("static_groups") or (isinstance(meta, dict) and meta.get("static_groups"))
     act_order = bool(settings.get("desc_act")) and not static
@@ -106,7 +106,7 @@ def _gptq(settings: Mapping[str, Any]) -> Packing:
 
 
 def _awq(settings: Mapping[str, Any]) -> Packing:
-    # Old files have other names for the first two.
+    # The first two settings have other names in old files.
     _choice(settings, "w_bit" if "w_bit" in settings else "bits", (4,), None)
     group = _group(settings, "q_group_size" if "q_group_size" in settings else "group_size")
     version = settings.get("version", settings.get("checkpoint_format", "gemm"))

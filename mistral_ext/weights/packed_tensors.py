@@ -13,12 +13,12 @@ Dtypes = tuple[torch.dtype, ...]
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors of a linear layer that have not been taken yet.
+    """The tensors of a linear layer that no method has taken yet.
 
     Attributes:
         name: the name of the layer in the file.
         shape: the shape [N, K] of its matrix.
-        left: the tensors, by the part of their names that follows the layer's name.
+        left: these tensors. The key is the part of the name that follows the layer's name.
     """
 
     name: str
@@ -26,8 +26,8 @@ class ModuleTensors:
     left: dict[str, StoredTensor]
 
     def take(self, suffix: str, shape: tuple[int, ...], dtypes: Dtypes) -> StoredTensor:
-        """Removes a tensor and returns it. Raises ValueError if it is missing, or has another shape
-        or dtype."""
+        """Removes a tensor from `left` and returns it. Raises ValueError if it is missing, or has
+        another shape or dtype."""
         stored = self.take_optional(suffix, shape, dtypes)
         if stored is None:
             file = next(iter(self.left.values())).file if self.left else "the files"
@@ -51,20 +51,21 @@ class ModuleTensors:
         return stored
 
     def drop_zeros(self, suffix: str) -> None:
-        """Removes the bias of a layer, which some writers store as zeros. Refuses a bias that is
-        not all zeros."""
+        """Removes the bias of a layer. Some writers store a bias of zeros. Raises ValueError for
+        any other bias."""
         stored = self.left.pop(suffix, None)
         if stored is not None and stored.read().any():
             raise self.error(stored, "is not zero, expected layers without bias")
 
     def expect_shape(self, suffix: str) -> None:
-        """Removes the tensor that holds the shape of the matrix, and checks it."""
+        """Removes the tensor that holds the shape of the matrix. Raises ValueError if the shape is
+        wrong."""
         stored = self.take(suffix, (2,), (torch.int64, torch.int32))
         if tuple(stored.read().tolist()) != self.shape:
             raise self.error(stored, f"is {stored.read().tolist()}, expected {list(self.shape)}")
 
     def expect_multiples(self, number: int) -> None:
-        """Refuses a matrix whose rows or columns are not a multiple of `number`."""
+        """Raises ValueError unless the numbers of rows and columns are multiples of `number`."""
         if any(size % number for size in self.shape):
             raise ValueError(
                 f"{self.name!r} has shape {self.shape}, expected multiples of {number}: that many "

@@ -1,30 +1,31 @@
 """Quantises weights: chooses their values and scales.
 
-A weight is its value times a scale. `Quantization.format_of` says which matrix gets which format
-(csrc/formats.h). Matrices of the layers get the format that the caller wants; some of them may have
-another (mixed.py). The output matrix always gets 8 bits, because it decides which token is chosen.
-Embeddings (a token reads only one row) and norms are not quantised.
+A weight is its value times a scale. `Quantization.format_of` gives the format of each matrix
+(csrc/formats.h). The caller chooses the format of the layers' matrices, and some of them may have
+another format (mixed.py). The output matrix always gets 8 bits, because it decides which token is
+chosen. Embeddings (a token reads only one row) and norms are not quantised.
 
-8 bits: the scale is the largest magnitude over 127, of 32 neighbours in a row ("q8_0", 8.5 bits
-with the scales) or of the whole row ("int8", the format of older folders). Floating point numbers
-(e4m3), which some GPUs multiply, would be no better: they take as many bytes, which limit a decode
-step, and leave 13 times the divergence on the demo (`bench/quality.py`), because weights need no
-more range than a scale gives them.
+8 bits: the scale is the largest magnitude / 127. It is for 32 neighbours in a row ("q8_0", 8.5 bits
+with the scales) or for the whole row ("int8", the format of older folders). Some GPUs multiply
+floating point numbers of 8 bits (e4m3), but these would be no better. They take as many bytes,
+which limit a decode step. And they leave 13 times the divergence on the demo (`bench/quality.py`),
+because weights need no more range than a scale gives them.
 
-4 bits: values come from a table of 16, denser near 0, where most weights are. In "iq4_xs" (4.25
-bits) 32 neighbours share a scale of 6 bits, and 256 a factor of these scales. Rows that are no
-multiple of 256 become "iq4_nl", with an fp16 scale for each 32 (4.5 bits). A kernel
-(csrc/cpu/quantize.cpp) tries several scales, and takes the scale with the least squared error.
-Errors count more in large weights. On normally distributed weights that leaves an error of 7.5 %
-(root mean square).
+4 bits: values come from a table of 16 values, denser near 0, where most weights are. In "iq4_xs"
+(4.25 bits) 32 neighbours share a scale of 6 bits, and 256 neighbours a factor of these scales. If
+the length of a row is no multiple of 256, the format is "iq4_nl", with an fp16 scale for each 32
+values (4.5 bits). A kernel (csrc/cpu/quantize.cpp) tries several scales, and takes the scale with
+the least squared error. Errors of large weights count more. On normally distributed weights this
+leaves an error of 7.5 % (root mean square).
 
-"int4" is the format of older folders, and of a `group`: values in equal steps, and a scale for each
-group of neighbours in a row. A group's largest magnitude becomes -8, the value with the largest
-magnitude; so a scale may be negative. Smaller scales, which cut off the largest weights and round
-all others finer, are tried, too. In groups of 64 (4.25 bits) that leaves an error of 9.0 %.
+"int4" is the format of older folders, and the format if a caller sets `group`. Its values are in
+equal steps, and each group of neighbours in a row has a scale. The weight with the largest
+magnitude becomes -8, the value with the largest magnitude, so a scale may be negative. Smaller
+scales are tried, too. They cut off the largest weights and round all others finer. In groups of 64
+(4.25 bits) this leaves an error of 9.0 %.
 
-Scales are rounded to their stored dtype before values are computed from them. So the rounding of a
-scale does not shift all values of its group.
+Scales are rounded to their stored dtype before values are computed from them. So this rounding does
+not shift all values of a group.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from mistral_ext.ops.quantize import round_to_table
 from mistral_ext.ops.weight import FORMATS, Quantized
 from mistral_ext.weights.names import mistral_name
 
-# The names by which callers choose a format.
+# The names that callers use -> formats.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
-# The formats that `quantize` makes; others come from files alone.
+# The formats that `quantize` makes. Other formats come only from files.
 _OF_TABLE = ("iq4_xs", "iq4_nl")
 _MADE = ("int8", "int4", "q8_0", *_OF_TABLE)
 # A format -> the format of rows that do not divide into its groups.
@@ -56,7 +57,7 @@ _OUTPUT_FORMAT = "q8_0"
 # error by 0.3 %.
 _TRIED = (0.70, 0.76, 0.82, 0.88, 0.94, 1.00, 1.06)
 
-# Weights worked on at a time: intermediate results of so few stay in the caches.
+# The number of weights that are rounded at a time. Their intermediate results stay in the caches.
 _BLOCK = 2**18
 
 
@@ -69,9 +70,9 @@ class Quantization:
     """
 
     format: str  # the format of the layers' matrices, a key of FORMATS
-    group: int | None = None  # weights that share a scale; None: the only or default size
+    group: int | None = None  # weights that share a scale; None: the default of the format
     output_format: str = _OUTPUT_FORMAT
-    # The formats of weights that have another, by Mistral's names.
+    # Mistral's names of weights with another format -> this format.
     formats: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,22 +91,22 @@ class Quantization:
 
     @classmethod
     def from_name(cls, name: str) -> Quantization:
-        """The quantisation that a caller's `quantize` names: "int8" or "int4"."""
+        """The quantisation for a caller's `quantize`: "int8" or "int4"."""
         if name not in NAMES:
             raise ValueError(f"quantize is {name!r}, expected 'int8', 'int4' or None")
         return cls(NAMES[name])
 
     @classmethod
     def from_bits(cls, bits: int, group: int | None = None) -> Quantization:
-        """The quantisation to a number of bits: 8 or 4. 4 bits with a `group` are "int4"."""
+        """The quantisation for 8 or 4 bits. 4 bits with a `group` are "int4"."""
         if bits not in (8, 4):
             raise ValueError(f"bits is {bits!r}, expected 8 or 4")
         return cls("int4" if bits == 4 and group is not None else NAMES[f"int{bits}"], group)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Quantization:
-        """The quantisation that a `quantization_config` describes. Folders of version 0.1 or before
-        have `bits` in place of `format`, and 8 bits have a scale for each row there."""
+        """Reads the quantisation from a `quantization_config`. Folders of version 0.1 or before
+        have `bits` instead of `format`, and their 8 bits have a scale for each row."""
         group = settings.get("group_size")
         if "format" in settings:
             output_format = settings.get("output_format", _OUTPUT_FORMAT)
@@ -117,7 +118,7 @@ class Quantization:
 
     @property
     def bits(self) -> int:
-        """Bits of a value in the layers, without its share of a scale."""
+        """The bits of a value in the layers, without the scales."""
         return FORMATS[self.format].bits
 
     def __str__(self) -> str:
@@ -127,8 +128,8 @@ class Quantization:
         return ", ".join([shown, *(f"{count} matrices {name}" for name, count in counts.items())])
 
     def format_of(self, name: str, columns: int) -> str | None:
-        """The format of a weight, by Mistral's name and the length of its rows. None: the weight is
-        not quantised."""
+        """The format of a weight, by Mistral's name and the length of its rows. Returns None if the
+        weight is not quantised."""
         if name in self.formats:
             wanted = self.formats[name]
         elif name == "output.weight":
@@ -141,13 +142,13 @@ class Quantization:
         return wanted if divides else _FOR_OTHER_ROWS.get(wanted, wanted)
 
     def group_of(self, format: str) -> int | None:
-        """The number of neighbours that share scales in a format of `format_of`. None: a whole row
-        shares them."""
+        """The number of neighbours that share scales in a format that `format_of` returned. None: a
+        whole row shares them."""
         return self.group if format == self.format else Quantization(format).group
 
     def parts(self, name: str, shape: tuple[int, ...]) -> Quantized | None:
         """The result that `quantize` would have, as tensors on the meta device (dtypes and shapes
-        only). Returns None if the weight is not quantised.
+        only), or None if the weight is not quantised.
 
         Raises:
             ValueError: the weight does not divide into groups.
@@ -155,7 +156,7 @@ class Quantization:
         return self.empty(name, shape, torch.device("meta"))
 
     def empty(self, name: str, shape: tuple[int, ...], device: torch.device) -> Quantized | None:
-        """The tensors that `parts` describes, on a device, to be filled."""
+        """Makes the tensors that `parts` describes, on a device. They are still to be filled."""
         chosen = self.format_of(name, shape[-1])
         if chosen is None:
             return None
@@ -164,8 +165,8 @@ class Quantization:
     def quantize(
         self, name: str, weight: Tensor, stored_name: str, importance: Tensor | None = None
     ) -> Quantized | None:
-        """Quantises the weight with Mistral's name `name`. Returns None if this weight stays as it
-        is. `stored_name` is for error messages."""
+        """Quantises the weight whose Mistral name is `name`. Returns None if this weight is not
+        quantised. `stored_name` is for error messages."""
         chosen = self.format_of(name, weight.shape[-1])
         if chosen is None:
             return None
@@ -183,12 +184,13 @@ def _formats_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def has_table(name: str) -> bool:
-    """Whether a format has a table of values, whose scales are chosen by importance."""
+    """Whether the values of a format come from a table. Then its scales are chosen by
+    importance."""
     return name in _OF_TABLE
 
 
 def groups_of(name: str) -> tuple[int, ...]:
-    """Sizes of groups that a format allows; empty: a row has one scale."""
+    """The sizes of groups that a format allows. Empty: a row has one scale."""
     size, sizes = FORMATS[name].least_group, []
     while 0 < size <= FORMATS[name].most_group:
         sizes.append(size)
@@ -208,14 +210,14 @@ def quantize(
     Args:
         weight: [N, K], float32, bfloat16 or float16.
         format: "int8", "int4", "q8_0", "iq4_xs" or "iq4_nl", see `mistral_ext.ops.Quantized`.
-        group: the number of weights that share a scale: 32, 64 or 128 for "int4". None: the number
-            that the format has, and 64 for "int4".
+        group: the number of weights that share a scale: 32, 64 or 128 for "int4". None: the only
+            number that the format has, or 64 for "int4".
         name: the name of the weight, for error messages.
-        importance: [K] float32, how much an error in each input counts. None: all errors count the
+        importance: [K] float32, how much an error in each input counts. None: all inputs count the
             same. Only formats with a table use it.
 
     Raises:
-        ValueError: weights are not rounded to this format, K is no multiple of the group, or a
+        ValueError: this module cannot round to the format, K is not a multiple of the group, or a
             weight is NaN, infinite, or too large for the scales.
     """
     if format not in _MADE:
@@ -253,7 +255,7 @@ def _from_table(
         rows = rows.contiguous()
     largest = round_to_table(rows, quantized, None if importance is None else importance.to(cpu))
     expect_finite(largest, name)
-    # The fp16 scales: all of them in "iq4_nl", the first 2 of each 8 bytes in "iq4_xs".
+    # In "iq4_nl" all scales are fp16. In "iq4_xs" the first 2 of each 8 bytes are an fp16 scale.
     halves = quantized.scales.view(torch.float16)
     halves = halves if format == "iq4_nl" else halves[:, ::4]
     _expect_finite_scales(halves, largest, name, format, halves.dtype)
@@ -292,8 +294,8 @@ def _empty(
 def _rounded(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales rounded to `dtype`, still in fp32.
 
-    A scale that is so small that its inverse would be infinite becomes 0, and so do the weights of
-    its group.
+    If a scale is so small that its inverse would be infinite, the scale and the weights of its
+    group become 0.
     """
     scales = scales.to(dtype).float()
     return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 0, scales)
@@ -306,11 +308,11 @@ def _divide(groups: Tensor, scales: Tensor) -> Tensor:
 
 
 def _best_scales(groups: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The scales [..., 1] for 4 bits: those with the least squared error among the scales that are
-    tried.
+    """The scales [..., 1] for 4 bits. Among the scales that are tried, they have the least squared
+    error.
 
-    With u the weights of a group and q the values that a tried scale gives, the best scale for
-    these values is u.q / q.q, and it leaves the squared error u.u - (u.q)^2 / q.q.
+    Let u be the weights of a group and q the values that a tried scale gives. The best scale for
+    these values is u.q / q.q. It leaves the squared error u.u - (u.q)^2 / q.q.
     """
     largest = torch.where(high > -low, high, low)
     base = _rounded(largest / -8, torch.bfloat16)

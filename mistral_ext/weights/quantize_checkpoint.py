@@ -31,25 +31,25 @@ def quantize_checkpoint(
 ) -> Path:
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
-    The folder is either complete or absent (`new_folder`): after an error or an interruption
-    nothing is left, and the call can be repeated.
+    The folder is either complete or absent (`new_folder`). After an error or an interruption no
+    file is left, and the call can be repeated.
 
     Args:
         source: a model folder, or a hub id.
-        target: the folder to make; must not exist, or be empty.
-        bits: 8 ("q8_0") or 4 ("iq4_xs", and "iq4_nl" for rows that are no multiple of 256). None:
-            `size` decides which matrices get 8 and which get 4.
+        target: the folder to make. It must not exist, or be empty.
+        bits: 8 ("q8_0") or 4 ("iq4_xs", or "iq4_nl" for rows that are not a multiple of 256 long).
+            None: `size` decides which matrices get 8 bits and which get 4.
         group: for 4 bits, the number of weights that share a scale: 32, 64 or 128. The format is
             then "int4". None: the formats that `bits` names.
         dtype: the dtype of embeddings and norms, which are not quantised. None: they keep the dtype
             in which they are stored.
         progress: show a progress bar if stderr is a terminal.
-        calibration: for 4 bits or a `size`, the tokens of a text that the model runs, so that
-            errors are small where its inputs are large (`mistral_ext.weights.calibrate`). Layers
-            that are done are kept in a folder `target` + ".calibration", from which another call
-            goes on after an interruption. None: weights are rounded without regard to inputs.
-        size: instead of `bits`, the most bytes of the file of weights, "4.2GB" (10^9) or "4GiB"
-            (2^30) for instance: 4 bits for most matrices, 8 for those where 4 lose the most
+        calibration: for 4 bits or a `size`, the tokens of a text that the model runs. Errors are
+            then small for inputs that are large in this text (`mistral_ext.weights.calibrate`).
+            Finished layers are kept in a folder `target` + ".calibration", from which another call
+            continues after an interruption. None: weights are rounded without regard to inputs.
+        size: instead of `bits`, the most bytes of the file of weights, such as "4.2GB" (10^9) or
+            "4GiB" (2^30). Most matrices get 4 bits. Matrices that lose the most in 4 bits get 8
             (`mistral_ext.weights.sensitivity`).
 
     Returns:
@@ -57,14 +57,14 @@ def quantize_checkpoint(
 
     Raises:
         FileExistsError: `target` is a file, or a folder with something in it.
-        FileNotFoundError, ValueError: naming what is wrong with the source, the tensor or the
-            argument; as :func:`mistral_ext.weights.checkpoint.load_weights`.
+        FileNotFoundError, ValueError: as in :func:`mistral_ext.weights.checkpoint.load_weights`.
+            The message names what is wrong with the source, the tensor or the argument.
         OSError: no space is left, or another failure of the system.
     """
     if (bits is None) == (size is None):
         raise ValueError(f"bits is {bits!r} and size is {size!r}, expected one of them")
     if size is not None:
-        bytes_of(size)  # refuses what is no size
+        bytes_of(size)  # raises if it is not a size
         if group is not None:
             raise ValueError(f"group is {group!r} and size is {size!r}, expected one of them")
     quantization = Quantization.from_bits(4 if bits is None else bits, group)
@@ -93,7 +93,7 @@ def quantize_checkpoint(
             "load it with quantize="
         )
     weights = checkpoint.Checkpoint(original, dtype, quantization)
-    # The output weights are stored in 8 bits, even if they were the embeddings before.
+    # The output weights are stored in 8 bits, even if they were tied to the embeddings before.
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
     wide = checkpoint.Checkpoint(original, torch.float32)
     kept = target.with_name(f"{target.name}.calibration")
@@ -124,7 +124,7 @@ def _sensitivities(
     kept: Path,
     progress: bool,
 ) -> dict[str, float]:
-    """The loss of 4 bits in each matrix of the layers."""
+    """The loss of accuracy by 4 bits in each matrix of the layers."""
     sensitivities = Sensitivities(weights.read, original.config)
     if calibration is not None:
         return sensitivities.measure_once(calibration, kept, progress)

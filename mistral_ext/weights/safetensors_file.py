@@ -1,8 +1,8 @@
-"""The safetensors format, mapped into memory when read and written tensor by tensor.
+"""The safetensors format. Files are mapped into memory to read them, and written tensor by tensor.
 
-A file is the header's length (8 bytes, little-endian), the header (JSON: name to dtype, shape and
-the range of bytes), and the data without gaps. The library of the same name refuses a damaged file
-without naming a tensor, and writes only what is in memory as a whole.
+A file is the length of the header (8 bytes, little-endian), the header (JSON: name to dtype, shape
+and range of bytes), and the data without gaps. The safetensors library is not used: it does not
+name the tensor when it refuses a damaged file, and it writes only files that fit into memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES = {
 _ALIGNMENT = 64  # bytes: a cache line
 
 
-SCALE_SUFFIX = "_scale"  # follows the name of a quantised weight, in the name of its scales
+SCALE_SUFFIX = "_scale"  # the name of scales is the name of the weight and this
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class StoredTensor:
 
     name: str
     file: Path
-    dtype: torch.dtype | str  # str: the file's name for a dtype that is not supported
+    dtype: torch.dtype | str  # str: the file's name of an unsupported dtype
     shape: tuple[int, ...]
     nbytes: int
-    read: Callable[[], Tensor]  # maps the tensor; reads no data yet
+    read: Callable[[], Tensor]  # maps the tensor, without reading its data yet
 
 
 # Reading
@@ -90,7 +90,8 @@ def stored_tensors(file: Path) -> Iterator[StoredTensor]:
 
 
 def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """(name, dtype, shape, first byte, last byte + 1) of each tensor, in the order of the data."""
+    """Returns (name, dtype, shape, first byte, last byte + 1) of each tensor, in the order of the
+    data."""
     entries = []
     for name, entry in json.loads(header).items():
         if name != "__metadata__":
@@ -103,24 +104,24 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
 
 
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor over the file's own pages.
+    """Makes a tensor of the file's own pages.
 
-    Each tensor has a mapping of its own, which ends with the tensor. So after a tensor was copied,
-    its pages do not stay in memory.
+    Each tensor has its own mapping, which ends with the tensor. So after a tensor was copied, its
+    pages do not stay in memory.
     """
     if isinstance(dtype, str):
         raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
     n_bytes = math.prod(shape) * dtype.itemsize
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     with file.open("rb") as f:
-        # ACCESS_COPY (private pages): torch has no read-only tensors, so an accidental write must
-        # neither crash nor reach the file.
+        # ACCESS_COPY gives private pages. torch has no read-only tensors, so an accidental write
+        # must neither crash nor reach the file.
         pages = mmap.mmap(
             f.fileno(), offset - start + n_bytes, access=mmap.ACCESS_COPY, offset=start
         )
     memory.ask_for_large_pages(pages)
     data = torch.frombuffer(pages, dtype=torch.uint8, count=n_bytes, offset=offset - start)
-    if data.data_ptr() % dtype.itemsize:  # the format permits a header of any length
+    if data.data_ptr() % dtype.itemsize:  # a header may have any length, so data may be unaligned
         data = data.clone()
     return data.view(dtype).view(shape)
 
@@ -129,13 +130,13 @@ def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ..
 
 
 def file_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that a `Writer` makes of these tensors."""
+    """The bytes of the file that a `Writer` makes of these tensors."""
     _, header_bytes = _header(tensors)
     return 8 + len(header_bytes) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _header(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], bytes]:
-    # Tensors with the largest elements come first: then each tensor is aligned to its elements,
+    # Tensors with the largest elements come first. Then each tensor is aligned to its elements,
     # whatever the shapes. The tensors of Mistral 7B all begin at a multiple of 64 bytes.
     by_size = sorted(tensors, key=lambda name: -tensors[name].itemsize)
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -157,14 +158,13 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], b
 class Writer:
     """Writes a safetensors file, one tensor after another, in any order.
 
-    The names, dtypes and shapes of all tensors are given at the beginning. Use the writer as a
-    context manager. The file is complete when every tensor has been written and the block has been
-    left.
+    The names, dtypes and shapes of all tensors are given at the beginning. The writer is a context
+    manager. The file is complete when every tensor has been written and the block has ended.
 
     Args:
         file: the file to write. An existing file is replaced.
-        tensors: for each name a tensor that has the dtype and shape (on the meta device, for
-            instance). Its values are not read.
+        tensors: for each name a tensor with the right dtype and shape. Its values are not read, so
+            it may be on the meta device.
 
     Raises:
         OSError: no space is left, or another failure of the system.
@@ -177,7 +177,7 @@ class Writer:
         self._file.write(len(header_bytes).to_bytes(8, "little") + header_bytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor, which must be contiguous and on the CPU, to its place."""
+        """Writes a tensor to its place in the file. It must be contiguous and on the CPU."""
         self._file.seek(self._data_start + self._header[name]["data_offsets"][0])
         self._file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 

@@ -1,15 +1,17 @@
-"""How much a model loses if a matrix is rounded to 4 bits, to choose the matrices that get 8.
+"""Measures how much a model loses if a matrix is rounded to 4 bits. The result decides which
+matrices get 8 bits.
 
-A change D of a matrix makes the distributions of the next token diverge. To second order their
-mean divergence (KL) is half of the mean of (g . D x)^2: x is the matrix's input at a token, and g
-the gradient, with respect to the output there, of the log-likelihood of tokens that are drawn from
-the model (Fisher information; SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, has its diagonal).
-Errors at different tokens are taken as independent. On SmolLM2 that shows wk 1.3 times and wv 0.6
-times as sensitive as they are, but choices that take their sums into account are no better.
+A change D of a matrix makes the distributions of the next token diverge. To second order their mean
+divergence (KL) is half of the mean of (g . D x)^2. Here x is the input of the matrix at a token,
+and g is the gradient, with respect to the output there, of the log-likelihood of tokens that are
+drawn from the model (Fisher information; SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, uses its
+diagonal). Errors at different tokens are treated as independent. On SmolLM2 this makes wk appear
+1.3 times and wv 0.6 times as sensitive as they are. But choices from the sums of errors are no
+better.
 
-A sequence is run through the model and its gradient back, a layer at a time in float32. Memory is
-that of a layer, of the output matrix, and of the hidden states before each layer.
-"""
+A sequence is run through the model, and the gradient back, one layer at a time in float32. The
+memory needed is that of one layer, of the output matrix, and of the hidden states before each
+layer."""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ from mistral_ext.weights.checkpoint import tensor_shapes
 from mistral_ext.weights.quantize import Quantization, expect_finite
 from mistral_ext.weights.whole_layer import LayerRunner, embed
 
-_TOKENS = 512  # more make no better choice
+_TOKENS = 512  # more tokens make no better choice
 _SEED = 0
 _SMALL = Quantization.from_bits(4)
 
 
 def random_tokens(vocab_size: int) -> list[int]:
-    """Tokens for a model without a text: with them the choice is nearly as good."""
+    """Random tokens for a model without a text. The choice is nearly as good with them."""
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randint(vocab_size, (_TOKENS,), generator=generator).tolist()
 
@@ -45,7 +47,7 @@ class Sensitivities:
     """Measures the matrices of a model's layers.
 
     Args:
-        read: a function that returns the weight with a name (Mistral's), not quantised.
+        read: a function that returns a weight by Mistral's name, not quantised.
         config: the configuration of the model.
     """
 
@@ -53,10 +55,10 @@ class Sensitivities:
         self._read_weight, self._config, self._runner = read, config, LayerRunner(config)
 
     def measure(self, token_ids: Sequence[int], progress: bool = True) -> dict[str, float]:
-        """What the model loses by 4 bits in each matrix, in nats for a token, by Mistral's names.
+        """The loss by 4 bits in each matrix, in nats per token, by Mistral's names.
 
         Args:
-            token_ids: the tokens of a text, of which the first 512 are used.
+            token_ids: the tokens of a text. The first 512 are used.
             progress: show a progress bar if stderr is a terminal.
 
         Raises:
@@ -86,17 +88,16 @@ class Sensitivities:
     def measure_once(
         self, token_ids: Sequence[int], kept: Path, progress: bool = True
     ) -> dict[str, float]:
-        """Does the same as `measure`, and keeps the result in a folder, from which later calls read
-        it.
+        """Does `measure`, and keeps the result in a folder. Later calls read it from there.
 
         Args:
-            kept: the folder. It is made if it is absent.
+            kept: the folder. It is made if it does not exist.
 
         Raises:
-            ValueError: `measure` raises it, or the folder belongs to another text or model.
+            ValueError: as in `measure`, or the folder belongs to another text or model.
         """
         embeddings = self._read("tok_embeddings.weight")
-        embed(token_ids, embeddings)  # not the first tokens alone have to be right
+        embed(token_ids, embeddings)  # checks all tokens, not only the first
         identity = f"{identity_of(token_ids, embeddings)} {self._config}"
         file = kept / "sensitivities.pt"
         if not file.exists():
@@ -118,14 +119,14 @@ class Sensitivities:
         return gradient
 
     def _back(self, index: int, h: Tensor, gradient: Tensor, found: dict[str, float]) -> Tensor:
-        """The gradient with respect to the states before a layer, from that with respect to those
-        after it. Adds what the layer's matrices lose to `found`."""
+        """Takes the gradient with respect to the states after a layer, and returns the gradient
+        with respect to the states before it. Adds the loss in the layer's matrices to `found`."""
         layer = self._layer(index)
 
         def measure(name: str, x: Tensor, of_output: Tensor) -> None:
             weight, full_name = layer[name], f"layers.{index}.{name}"
             rounded = _SMALL.quantize(full_name, weight, full_name)
-            assert rounded is not None  # the layers' matrices are quantised
+            assert rounded is not None  # all matrices of layers are quantised
             changes = x @ rounded.dequantize().sub_(weight).T
             found[full_name] = changes.mul_(of_output).sum(1).square_().mean().item() / 2
 
@@ -147,6 +148,6 @@ class Sensitivities:
 
     def _read(self, name: str) -> Tensor:
         weight = self._read_weight(name)
-        assert isinstance(weight, Tensor)  # it is not quantised
+        assert isinstance(weight, Tensor)  # the model is not quantised
         expect_finite(weight.abs().amax(), name)
         return weight.float()

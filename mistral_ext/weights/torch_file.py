@@ -1,7 +1,7 @@
-"""Files written by torch.save, which must hold a flat dict of tensors.
+"""Reads files that torch.save wrote, which must hold a flat dict of tensors.
 
-A file is a zip archive, mapped into memory, or, from torch before 1.6 or on request, a pickle
-followed by the data, which torch can only read as a whole.
+A file is usually a zip archive, which is mapped into memory. Before torch 1.6, or on request, it is
+a pickle followed by the data. torch can read such a file only as a whole.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
     """The tensors of a file. Code in the file is not run.
 
     Raises:
-        ValueError: the file is damaged, holds anything else, or holds only a part of the weights;
-            the message names the file.
+        ValueError: the file is damaged, holds something else, or holds only a part of the weights.
+            The message names the file.
     """
     if re.fullmatch(r"consolidated\.\d+\.pth", file.name):
         parts = sorted(part.name for part in file.parent.glob("consolidated.*.pth"))
@@ -40,7 +40,7 @@ def torch_tensors(file: Path) -> Iterator[StoredTensor]:
         tensors = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file raises any kind
+    except Exception as error:  # a damaged file may raise any exception
         raise ValueError(
             f"{file} is truncated, or not a checkpoint written by torch.save: {_reason(error)}"
         ) from error

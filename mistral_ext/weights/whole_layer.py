@@ -1,4 +1,4 @@
-"""A layer in float32, which reads a whole sequence and shows the inputs of its products."""
+"""Runs a layer in float32 over a whole sequence, and shows the inputs of its products."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from mistral_ext import ops
 from mistral_ext.model import rope
 from mistral_ext.model.config import MistralConfig
 
-SEQUENCE = 1024  # tokens that see each other
+SEQUENCE = 1024  # the number of tokens that see each other
 
-# Makes the product [T, N] of an input [T, K] with the matrix of a name such as "attention.wq".
+# A function that computes the product [T, N] of an input [T, K] with the matrix of a name such as
+# "attention.wq".
 Product = Callable[[Tensor, str], Tensor]
 
 
 def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
-    """The hidden states [T, E] float32 before the first layer.
+    """Returns the hidden states [T, E] float32 before the first layer.
 
     Args:
         embeddings: [V, E], the embedding of each token of the vocabulary.
@@ -36,7 +37,8 @@ def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
 
 
 def product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
-    """The product [T, N] of x [T, K] with the matrix `name` of a layer, such as "attention.wq"."""
+    """Returns the product [T, N] of x [T, K] with the matrix `name` of a layer, such as
+    "attention.wq"."""
     return x @ layer[f"{name}.weight"].T
 
 
@@ -50,14 +52,14 @@ class LayerRunner:
         )
 
     def run(self, layer: Mapping[str, Tensor], h: Tensor, product: Product) -> Tensor:
-        """The hidden states [T, E] after a layer, from the hidden states before it. The latter are
-        not changed.
+        """Returns the hidden states [T, E] after a layer, from the hidden states before it, which
+        do not change.
 
         Args:
-            layer: float32 weights by their names in the layer; only the norms are used.
+            layer: float32 weights by their names in the layer. This function uses only the norms.
             h: [T, E] float32, the hidden states of a sequence before the layer.
-            product: makes the products, in the order of the names in `checkpoint.tensor_shapes`
-                but for w2, which comes last.
+            product: computes the products. They come in the order of `checkpoint.tensor_shapes`,
+                but w2 comes last.
         """
         config = self._config
         sequences = torch.tensor([[0, len(h), 0, 0, len(h)]], device="cpu")

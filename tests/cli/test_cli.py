@@ -363,6 +363,13 @@ def test_info_says_how_large_the_cache_is(instruct, capsys):
     assert shown("--model", instruct, *overrides) == expected
 
 
+def test_errors_of_overrides_name_the_option(instruct, capsys):
+    for option, value in (("--sliding-window", "-2"), ("--max-positions", "0")):
+        assert main(["info", "--model", instruct, option, value]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"mistral-ext: {option} is {value}, expected a positive integer")
+
+
 def test_wrong_isa_is_one_line():
     error = one_line_error(run_process("generate", ONCE, MISTRAL_EXT_ISA="mmx"))
     assert "MISTRAL_EXT_ISA: instruction set is 'mmx', expected one that this processor" in error

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from mistral_ext.model.config import MistralConfig
+from mistral_ext.model.config import MistralConfig, OverrideError
 from mistral_ext.weights.folder import read_folder
 
 # What the releases ship, less the keys that nobody reads.
@@ -164,6 +164,30 @@ def test_override_repairs_a_bad_value():
 
 def test_override_of_dim_moves_a_derived_head_dim():
     assert MistralConfig.from_hf(HF_V1, dim=2048).head_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"sliding_window": -2}, "^sliding_window is -2, expected a positive integer"),
+        ({"max_positions": 0}, "^max_positions is 0, expected a positive integer$"),
+        ({"rope_theta": 0.0}, "^rope_theta is 0.0, expected a positive number$"),
+        ({"dim": 4100}, "^dim is 4100, expected a multiple of n_heads"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config", "params"])
+def test_wrong_override_is_no_fault_of_the_file(override, message, file, tmp_path):
+    hf = {name: value for name, value in HF_V1.items() if name != "head_dim"}
+    params = {name: value for name, value in PARAMS_V1.items() if name != "head_dim"}
+    write(tmp_path, **({"config": hf} if file == "config" else {"params": params}))
+    with pytest.raises(OverrideError, match=message):
+        read_folder(tmp_path, **override)
+
+
+def test_fault_of_the_file_names_it_beside_overrides(tmp_path):
+    write(tmp_path, config=HF_V1 | {"sliding_window": -2})
+    with pytest.raises(ValueError, match=r"config\.json: sliding_window is -2"):
+        read_folder(tmp_path, max_positions=7)
 
 
 def test_unknown_override_lists_the_fields():

@@ -14,6 +14,7 @@ from checkpoints import write_checkpoint
 from gguf_files import write_model
 
 from mistral_ext import Mistral
+from mistral_ext.model.config import OverrideError
 from mistral_ext.model.rope_scaling import Factors, Linear, Yarn
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights.checkpoint import load_weights
@@ -272,6 +273,11 @@ def test_window(metadata, overrides, window, said, model, tmp_path, caplog):
     assert config.sliding_window == window
     assert said in caplog.text
     assert bool([r for r in caplog.records if r.name == "mistral_ext"]) == bool(said)
+
+
+def test_wrong_override_is_no_fault_of_the_file(model, tmp_path):
+    with pytest.raises(OverrideError, match=r"^sliding_window is -2, expected"):
+        config_of(tmp_path, model, {}, sliding_window=-2)
 
 
 @pytest.mark.parametrize(

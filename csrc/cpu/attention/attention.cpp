@@ -1,11 +1,11 @@
-// A task owns query rows of one key/value head of one sequence. Row r is query head r mod G of
-// token r / G, so that the heads of a group share every key and value that is loaded. The task
-// walks the keys that any of its rows sees: the history, which lies in the ring, then the chunk.
+// A task computes query rows of one key/value head of one sequence. Row r is query head r mod G of
+// token r / G. So the heads of a group share every key and value that is loaded. The task goes
+// through all keys that any of its rows sees: first the history in the ring, then the chunk.
 //
-// In prefill the rows are divided among tasks. In decode there are too few rows, so the keys are
-// divided into segments, whose results are merged at the end. The start of a segment depends on its
-// sequence alone, so neither the number of threads nor the rest of the batch changes a bit of the
-// results.
+// In prefill each task takes some of the rows. In decode there are too few rows for that. So each
+// task takes a segment of the keys, and the results of the segments are merged at the end. Where a
+// segment begins depends on its sequence alone, so neither the number of threads nor the rest of
+// the batch changes a bit of the results.
 #include "../../attention.h"
 
 #include "../append.h"
@@ -20,12 +20,12 @@ namespace {
 constexpr int64_t kFewRows = DecodeRows<float>::kRows;
 constexpr int64_t kSegment = 1024;  // keys
 
-// How the work of one sequence is divided, for each key/value head.
+// How the work for one key/value head of a sequence is divided into tasks.
 struct Division {
-  int64_t rows;      // query rows, all in one task if they are few
-  int64_t blocks;    // of rows
-  int64_t segments;  // of keys
-  int64_t partials;  // floats that the segments' results take, of all heads
+  int64_t rows;      // query rows; a single task has all of them if they are few
+  int64_t blocks;    // number of blocks of rows
+  int64_t segments;  // number of segments of keys
+  int64_t partials;  // floats for the results of the segments, of all heads
 
   Division(const AttentionParams& p, const Sequence& s) {
     rows = s.count * (p.heads / p.kv_heads);
@@ -37,8 +37,8 @@ struct Division {
   }
 };
 
-// Where the result of a row over a segment is, in [Hkv, segments, rows, D + 2]: the weighted
-// values, the total to divide them by, and the maximum to which both are relative.
+// The address of the result of a row over a segment, in [Hkv, segments, rows, D + 2]: the weighted
+// sum of values, the sum of the weights, and the maximum to which both are relative.
 float* partial_row(const AttentionParams& p, const Division& division, float* partials,
                    int64_t kv_head, int64_t segment, int64_t row) {
   const int64_t index = (kv_head * division.segments + segment) * division.rows + row;
@@ -53,7 +53,7 @@ T* out_row(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t
 }
 
 // Finds the keys and values of one key/value head of a sequence. Tokens before the chunk are in the
-// ring, tokens of the chunk in the packed tensors of the call.
+// ring. Tokens of the chunk are in the packed tensors of the call.
 template <class T>
 class Source {
  public:
@@ -70,8 +70,8 @@ class Source {
     return token < 0 ? of_slot(ring_slot(s_, position)) : of_token(token);
   }
 
-  // Calls f with the keys at positions [begin, end), in up to three runs. The keys of a run are
-  // equally far apart.
+  // Calls f with the keys at positions [begin, end), in up to three runs: two of the ring and one
+  // of the chunk. Within a run the keys are equally far apart.
   template <class F>
   void for_each_run(int64_t begin, int64_t end, const F& f) const {
     const int64_t history_end = mistral::min(end, s_.position);
@@ -93,8 +93,8 @@ class Source {
 
   const Sequence& s_;
   int64_t dim_, stride_k_, stride_v_;
-  KeyValue<T> ring_;   // of slot 0
-  KeyValue<T> chunk_;  // of the chunk's first token
+  KeyValue<T> ring_;   // slot 0
+  KeyValue<T> chunk_;  // the first token of the chunk
 };
 
 // Writes the log-sum-exp of a row whose probabilities are relative to `maximum`.
@@ -112,7 +112,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
   const int64_t group = p.heads / p.kv_heads, dim = p.head_dim;
   const int64_t first_row = block * Rows::kRows;
   const int64_t count = mistral::min(Rows::kRows, division.rows - first_row);
-  // The last block of rows is filled up with repetitions of the last row.
+  // The last block of rows repeats its last row to be complete.
   const auto token_of = [&](int64_t row) {
     return (first_row + mistral::min(row, count - 1)) / group;
   };
@@ -130,7 +130,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
       A::store(rows.q + row * dim + d, A::load_row(q + d));
   }
 
-  // The rows together see positions [begin, end). Positions before s.position are in the ring.
+  // Together the rows see positions [begin, end). Positions before s.position are in the ring.
   int64_t begin = window_begin(position_of(0), p.window);
   int64_t end = position_of(count - 1) + 1;
   if (division.segments > 1) {

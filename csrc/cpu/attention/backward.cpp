@@ -1,11 +1,11 @@
-// A task computes d_k and d_v of a block of keys of one key/value head, or d_q of a block of query
-// rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Both kinds
-// of tasks compute the scores anew, so no two tasks add to the same sum, and the results do not
-// depend on the number of threads. A task for keys computes the scores transposed, [keys, rows],
-// which is how the products for d_k and d_v need the probabilities.
+// A task computes d_k and d_v for a block of keys of one key/value head, or d_q for a block of
+// query rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Both
+// kinds of tasks compute the scores anew. So no two tasks add to the same sum, and the results do
+// not depend on the number of threads. A task for keys computes the scores transposed, [keys,
+// rows], because the products for d_k and d_v need the probabilities in this order.
 //
-// A class of products multiplies tiles: VectorProducts, in fp32, or for bf16 on processors with AMX
-// TileProducts, with the tiles of prefill_amx.h.
+// A class of products multiplies tiles. VectorProducts computes in fp32. TileProducts is for bf16
+// on processors with AMX, and uses the tiles of prefill_amx.h.
 #include "../../attention_backward.h"
 
 #include "../kernels.h"
@@ -18,13 +18,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kDepth = 32;  // products that are summed before the sum joins the result
+constexpr int64_t kDepth = 32;  // products are summed by so many before the sum joins the result
 
 // Multiplies with vector instructions, in fp32.
 struct VectorProducts {
   using Arithmetic = Fp32;
-  static constexpr int64_t kTile = 64;     // query rows, and keys, that are multiplied at a time
-  static constexpr int64_t kStep = kTile;  // they are filled up to a multiple of this
+  static constexpr int64_t kTile = 64;     // query rows or keys in a tile
+  static constexpr int64_t kStep = kTile;  // rows or keys are padded to a multiple of this
 
   struct Setup {};
 
@@ -67,8 +67,8 @@ struct VectorProducts {
 // Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
 struct TileProducts {
   using Arithmetic = Bf16;
-  // The rows and keys of a tile. With so many, packing them is a small part of the work. A task
-  // takes 600 KB of L2 with D = 128.
+  // The rows, or keys, of a tile. There are so many that packing them is a small part of the work.
+  // A task uses 600 KB of L2 with D = 128.
   static constexpr int64_t kTile = 128;
   static constexpr int64_t kStep = AmxProducts::kRowStep;
 
@@ -89,7 +89,7 @@ struct TileProducts {
 };
 #endif
 
-// The products class for keys of type T.
+// The products class for tensors of type T.
 template <class T>
 struct ProductsFor {
   using type = VectorProducts;
@@ -101,7 +101,7 @@ struct ProductsFor<bf16> {
 };
 #endif
 
-// Neighbouring rows of one head, up to kTile, in the layouts of the operands of products.
+// Up to kTile neighbouring rows of one head, in the layouts that the products need.
 template <class Products>
 struct Block {
   using A = typename Products::Arithmetic;
@@ -111,7 +111,7 @@ struct Block {
   alignas(64) Element rows[kTile * kMaxHeadDim];     // [kTile, D]
   alignas(64) Element columns[kMaxHeadDim * kTile];  // [D / kDepth, kTile, kDepth]
 
-  // Takes `count` rows, which begin at address(row), and fills up to `filled` rows with zeros.
+  // Takes `count` rows. Row i begins at address(i). Fills up with zeros to `filled` rows.
   template <class Address>
   void take(int64_t count, int64_t filled, int64_t dim, const Address& address) {
     for (int64_t row = 0; row < count; ++row) {
@@ -156,7 +156,7 @@ struct Block {
   }
 };
 
-// One key/value head of one sequence.
+// The gradients of one key/value head of one sequence.
 template <class T>
 class Head {
   using Products = typename ProductsFor<T>::type;
@@ -181,7 +181,7 @@ class Head {
       d_out_.make_columns(filled(rows_), dim_);
       q_.pair_rows(filled(rows_), dim_);
       d_out_.pair_rows(filled(rows_), dim_);
-      // Keys from `seen` on are later than all rows.
+      // Keys from `seen` on are later than all rows, so no row sees them.
       const int64_t seen = mistral::min(keys_, (row + rows_ - 1) / group_ + 1 - first_key);
       Products::score(k_.rows, filled(seen), q_.columns, filled(rows_), dim_, scores_);
       Products::score(v_.rows, filled(seen), d_out_.columns, filled(rows_), dim_, d_products_);
@@ -245,7 +245,7 @@ class Head {
     return (s_.first_token + row / group_) * p_.heads + kv_head_ * group_ + row % group_;
   }
 
-  // Keys from `first` on, before `end`.
+  // Takes the keys of a tile: [first, end), but at most kTile.
   void take_keys(int64_t first, int64_t end) {
     keys_ = mistral::min(kTile, end - first);
     const int64_t token = s_.first_token + first;
@@ -257,7 +257,7 @@ class Head {
     v_.take(keys_, filled(keys_), dim_, [&](int64_t key) { return v + key * p_.stride_v_token; });
   }
 
-  // Rows from `first` on, before `end`.
+  // Takes the query rows of a tile: [first, end), but at most kTile.
   void take_rows(int64_t first, int64_t end) {
     rows_ = mistral::min(kTile, end - first);
     q_.take(rows_, filled(rows_), dim_, [&](int64_t row) {
@@ -270,13 +270,13 @@ class Head {
     });
     for (int64_t row = 0; row < filled(rows_); ++row) {
       const int64_t index = query_index(first + row);
-      lse_[row] = row < rows_ ? p_.lse[index] : INFINITY;  // its probabilities are 0
+      lse_[row] = row < rows_ ? p_.lse[index] : INFINITY;  // makes the probabilities of the row 0
       delta_[row] = row < rows_ ? p_.delta[index] : 0.0f;
     }
   }
 
-  // Computes a line of probabilities, and of the gradients of the products of queries and keys.
-  // lse(i) and delta(i) are vectors: the values for the columns from i on.
+  // Computes one line of probabilities, and one line of gradients of scores. lse(i) and delta(i)
+  // return vectors with the values for the columns from i on.
   template <class Lse, class Delta>
   void differentiate(int64_t line, int64_t count, const Lse& lse, const Delta& delta) {
     const Vec scale = broadcast(p_.scale);
@@ -292,7 +292,7 @@ class Head {
     }
   }
 
-  // Hides all but the columns [begin, end) of the first `count` columns of a line.
+  // Sets the columns of a line outside [begin, end) to zero, among the first `count` columns.
   void hide(int64_t line, int64_t begin, int64_t end, int64_t count) {
     const auto clear_columns = [&](int64_t first, int64_t last) {
       for (int64_t j = line * kTile + first; j < line * kTile + last; ++j) {
@@ -311,10 +311,10 @@ class Head {
   const AttentionBackwardParams& p_;
   const Sequence& s_;
   int64_t kv_head_, group_, dim_;
-  int64_t rows_, keys_;  // in the tile
+  int64_t rows_, keys_;  // number in the tile
   Block<Products> q_, d_out_, k_, v_;
-  alignas(64) float lse_[kTile];    // of the rows
-  alignas(64) float delta_[kTile];  // of the rows
+  alignas(64) float lse_[kTile];    // of each row
+  alignas(64) float delta_[kTile];  // of each row
   // [rows, D] or [keys, D]
   alignas(64) float d_q_[kTile * kMaxHeadDim];
   alignas(64) float d_keys_[kTile * kMaxHeadDim];
@@ -326,7 +326,7 @@ class Head {
   alignas(64) Element d_scores_[kTile * kTile];
 };
 
-// delta = sum(d_out * out) of every query row
+// Writes delta = sum(d_out * out) for every query row.
 template <class T>
 void compute_delta(const AttentionBackwardParams& p, int threads) {
   parallel_for(threads, p.tokens, [&](int64_t token) {

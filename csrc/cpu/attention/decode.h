@@ -1,9 +1,9 @@
 // Attention with few query rows, as in decode. Reading the keys and values limits the speed. They
-// are multiplied as they come from memory, in blocks that stay in the L1 cache, while the next
-// block is fetched.
+// are multiplied in the layout of memory, in blocks that stay in the L1 cache, while the next block
+// is fetched.
 //
-// A vector holds the scores of kRowBlock rows x kGroup keys, [row][key], so that one softmax serves
-// all rows of a block.
+// A vector holds the scores of kRowBlock rows x kGroup keys, [row][key]. So one softmax serves all
+// rows of a block.
 #pragma once
 
 #include "rows.h"
@@ -39,7 +39,7 @@ class DecodeRows {
     }
   }
 
-  // Attends to `keys` with all rows. position_of(row) is the position of a row.
+  // Adds `keys` to the attention of all rows. position_of(row) is the position of a row.
   template <class PositionOf>
   void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
               const PositionOf& position_of) {
@@ -61,32 +61,32 @@ class DecodeRows {
   }
 
  private:
-  // Keys of a block. At D = 128 in bf16 its keys fill a page of memory, and so do its values.
-  // Larger blocks were slower.
+  // The number of keys in a block. At D = 128 in bf16 they fill a page of memory, and so do their
+  // values. Larger blocks were slower.
   static constexpr int64_t kKeys = 16;
   static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
   static constexpr int64_t kLanes = kRowBlock * kGroup;
 
-  // How many neighbouring keys have their probabilities of a row side by side: at least the kDepth
-  // keys of an operand.
+  // The probabilities of a row lie side by side for this many neighbouring keys. An operand needs
+  // at least kDepth.
   static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
 
-  // The index of row r's score of a key.
+  // The index of the score of row r and a key.
   static int64_t index(int64_t r, int64_t key) {
     return key / kGroup * kLanes + r * kGroup + key % kGroup;
   }
-  // The index of its probability.
+  // The index of the probability of row r and a key.
   static int64_t probability_index(int64_t r, int64_t key) {
     return (key / kNeighbours * kRowBlock + r) * kNeighbours + key % kNeighbours;
   }
 
-  // scores = q k^T. Past the last key the last key is repeated, and the scores of the repetitions
-  // are hidden.
+  // scores = q k^T. If the last group of keys is incomplete, its last key is repeated, and the
+  // scores of the repetitions are hidden.
   //
   // The next block is fetched in the order of addresses, although the rows of this block are read
-  // side by side. The hardware prefetchers then join in, which is worth 15 %. In a ring the next
-  // block follows this one in memory. The keys of a chunk may be further apart, but with few query
-  // rows a chunk has only one block.
+  // side by side. Then the hardware prefetchers take part, which is worth 15 %. In a ring the next
+  // block follows this block in memory. In a chunk the keys may be further apart, but with few
+  // query rows a chunk has only one block.
   void score(const T* k, int64_t stride, int64_t count, int64_t row, int64_t dim) {
     const T* next = k + kKeys * dim;
     for (int64_t key = 0; key < count; key += kGroup) {
@@ -111,7 +111,7 @@ class DecodeRows {
     }
   }
 
-  // Row r sees the keys [begin, end) of the block.
+  // Row r sees only the keys [begin, end) of the block. Hides its other scores.
   void hide(int64_t r, int64_t begin, int64_t end) {
     for (int64_t key = 0; key < mistral::min(begin, kKeys); ++key) {
       scores_[index(r, key)] = -INFINITY;
@@ -121,9 +121,9 @@ class DecodeRows {
     }
   }
 
-  // Folds the scores into the running softmax. Writes the probabilities, which are relative to the
-  // maximum of all scores so far. Also writes factors: the earlier sums of the rows, which are
-  // relative to the earlier maximum, must be multiplied by them.
+  // Folds the scores into the running softmax. Writes the probabilities, relative to the maximum of
+  // all scores so far. Also writes a factor for each row: the earlier sums of the row are relative
+  // to the earlier maximum, so they must be multiplied by this factor.
   void fold(int64_t row, float scale) {
     for (int64_t i = 0; i < kLanes; i += Vec::width) {
       float* maximum = maximum_ + row * kGroup + i;
@@ -143,7 +143,7 @@ class DecodeRows {
           sum = sum + p[n];
         }
         if constexpr (kGroup < A::kDepth) {
-          // Each p has one key, and a lane for each row.
+          // Each vector p has one key, and a lane for each row.
           static_assert(kGroup == 1 && A::kDepth == 2 && kLanes == Vec::width, "");
           const Vec first = p[0], second = p[1];
           interleave(first, second, p);
@@ -156,8 +156,8 @@ class DecodeRows {
     }
   }
 
-  // out = factor * out + p v. If the number of values is odd, the last one is paired with itself,
-  // and its second probability is 0.
+  // out = factor * out + p v. If the number of values is odd, the last value is paired with itself.
+  // The second probability of this pair is 0.
   void accumulate(const T* v, int64_t stride, int64_t count, int64_t row, int64_t dim) {
     const T* next = v + kKeys * dim;
     add_weighted<A>(
@@ -179,7 +179,7 @@ class DecodeRows {
         [&](int64_t r) { return factors_[r * kGroup]; }, out + row * dim);
   }
 
-  // These are arranged like a vector of scores, with a lane for each row and key of a group. All
+  // These arrays have the layout of a vector of scores: a lane for each row and key of a group. All
   // lanes of a row hold the same maximum and factor. The total of a row is the sum of its lanes.
   alignas(64) float maximum_[kRows * kGroup];
   alignas(64) float total_[kRows * kGroup];

@@ -1,11 +1,12 @@
 // Attention with many query rows, as in prefill. Arithmetic limits the speed. The keys of a tile
-// are transposed once for all rows. Both products then add up rows of a matrix, each multiplied by
-// one number: rows of the transposed keys by elements of q, and rows of values by probabilities. So
-// no sum runs across the lanes of a vector.
+// are transposed once for all rows. Then both products can be computed as sums of rows of a matrix,
+// each row multiplied by one number. The scores are sums of rows of the transposed keys, multiplied
+// by elements of q. The outputs are sums of values, multiplied by probabilities. So no sum runs
+// across the lanes of a vector.
 //
-// Tiles begin at multiples of kKeys, counted from position 0. It does not matter where the chunk
-// begins, or whether a key lies in the ring or in the chunk. So the sums of a row have the same
-// order however a prompt is cut into chunks, and its result has the same bits.
+// Tiles begin at multiples of kKeys, counted from position 0. This depends neither on where the
+// chunk begins nor on whether a key lies in the ring or in the chunk. So the order of the additions
+// of a row is the same however a prompt is cut into chunks, and the result has the same bits.
 //
 // A class of products multiplies a tile: VectorProducts here, or AmxProducts in prefill_amx.h.
 #pragma once
@@ -21,7 +22,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <class A>
 struct VectorProducts {
   using Element = typename A::Element;
-  // The numbers of rows and keys are multiples of these. Where there are fewer, they are filled up.
+  // The numbers of rows and keys are padded to multiples of these.
   static constexpr int64_t kRowStep = kRowBlock;
   static constexpr int64_t kKeyStep = A::kDepth;
 
@@ -86,7 +87,7 @@ struct VectorProducts {
   }
 };
 
-// The products class for keys of type T.
+// The products class for tensors of type T.
 template <class T>
 struct ProductsOf {
   using type = VectorProducts<typename ArithmeticOf<T>::type>;
@@ -124,8 +125,8 @@ class PrefillRows {
     }
   }
 
-  // Attends to the keys at positions [begin, end) with all rows. position_of(row) is the position
-  // of a row, and key_at(position) points to a key and its value.
+  // Adds the keys at positions [begin, end) to the attention of all rows. position_of(row) is the
+  // position of a row. key_at(position) points to a key and its value.
   template <class KeyAt, class PositionOf>
   void attend(int64_t begin, int64_t end, const KeyAt& key_at, int64_t dim, int64_t window,
               float scale, const PositionOf& position_of) {
@@ -156,8 +157,8 @@ class PrefillRows {
     KeyValue<T> keys[kKeys];
   };
 
-  // Finds the kKeys keys from `position` on. A position outside [begin, end) gets the nearest key
-  // inside, and its scores are hidden.
+  // Finds the kKeys keys from `position` on. For a position outside [begin, end) it takes the
+  // nearest key inside, whose scores are hidden later.
   template <class KeyAt>
   static void find_keys(int64_t position, int64_t begin, int64_t end, const KeyAt& key_at,
                         Tile& tile) {
@@ -199,16 +200,16 @@ class PrefillRows {
     }
   }
 
-  // The row sees the keys [begin, end) of the tile.
+  // The row sees only the keys [begin, end) of the tile. Hides its other scores.
   void hide(int64_t row, int64_t begin, int64_t end) {
     float* scores = scores_ + row * kKeys;
     for (int64_t j = 0; j < mistral::min(begin, kKeys); ++j) scores[j] = -INFINITY;
     for (int64_t j = mistral::max(end, 0); j < kKeys; ++j) scores[j] = -INFINITY;
   }
 
-  // Folds the scores of a row into its running softmax. Writes the probabilities, which are
-  // relative to the maximum of all scores so far. Also writes a factor: the earlier sums of the
-  // row, which are relative to the earlier maximum, must be multiplied by it.
+  // Folds the scores of a row into its running softmax. Writes the probabilities, relative to the
+  // maximum of all scores so far. Also writes a factor: the earlier sums of the row are relative to
+  // the earlier maximum, so they must be multiplied by this factor.
   void fold(int64_t row, float scale) {
     const float* scores = scores_ + row * kKeys;
     Vec highest = broadcast(maximum_[row]);

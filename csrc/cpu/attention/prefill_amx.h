@@ -1,6 +1,7 @@
 // The products of prefill.h in AMX: 32 query rows times 32 keys, or times 32 columns of values,
-// with the sums in 2 x 2 tiles. The arrays that prefill.h packs are used as they are. q and the
-// probabilities are operand a, transposed keys and paired values are operand b.
+// with the sums in 2 x 2 tile registers. The arrays that prefill.h packs are operands without
+// repacking: q and the probabilities are operand a, transposed keys and paired values are operand
+// b.
 #pragma once
 
 #include "../simd/amx.h"
@@ -29,8 +30,8 @@ struct AmxProducts {
     }
   }
 
-  // All tiles of keys add to the sums in `out`. This loses no digits, because the instruction sums
-  // 32 products before it adds them.
+  // The products of all tiles of keys are added to `out`. This loses no digits, because the
+  // instruction sums 32 products before it adds them.
   template <int64_t kKeys>
   static void accumulate(const bf16* p, const float* factors, int64_t rows, const bf16* v,
                          int64_t count, int64_t dim, float* out) {
@@ -38,7 +39,7 @@ struct AmxProducts {
     add<kKeys>(p, rows, v, count, dim, out);
   }
 
-  // accumulate with factors of 1.
+  // Does the same as `accumulate` with factors of 1.
   template <int64_t kKeys>
   static void add(const bf16* p, int64_t rows, const bf16* v, int64_t count, int64_t dim,
                   float* out) {
@@ -53,8 +54,9 @@ struct AmxProducts {
   }
 
  private:
-  // Tiles 0 and 1 hold the sums of the first 16 rows, tiles 2 and 3 the sums of the other rows.
-  // Operands a [32, depth] and b [depth / 2, 32, 2] have rows of stride_a and 2 stride_b elements.
+  // Tile registers 0 and 1 hold the sums of the first 16 rows, registers 2 and 3 the sums of the
+  // other rows. Operand a [32, depth] has rows of stride_a elements. Operand b [depth / 2, 32, 2]
+  // has rows of 2 stride_b elements.
   MISTRAL_SIMD static void add_products(const bf16* a, int64_t stride_a, const bf16* b,
                                         int64_t stride_b, int64_t depth) {
     constexpr int64_t kBytes = sizeof(bf16), kDepth = 2 * kTileRows;
@@ -86,7 +88,8 @@ struct AmxProducts {
     tile_store<3>(sums + kTileRows * stride + kTileRows, stride * kBytes);
   }
 
-  // Most tiles leave the maximum of a row as it is.
+  // Multiplies a row by its factor. Usually the factor is 1, because most tiles do not change the
+  // maximum of a row.
   MISTRAL_SIMD static void scale_row(float* out, float factor, int64_t dim) {
     if (factor == 1.0f) return;
     for (int64_t d = 0; d < dim; d += Vec::width) {

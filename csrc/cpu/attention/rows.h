@@ -1,7 +1,7 @@
-// What the attention kernels for few and for many query rows share.
+// Code that the attention kernels for few and for many query rows share.
 //
-// Both keep, for each row, the running maximum of its scores and, relative to it, the sums of the
-// probabilities and of the weighted values: the online softmax.
+// Both kernels compute an online softmax. For each row they keep the maximum of its scores so far,
+// and two sums relative to this maximum: of the probabilities, and of the weighted values.
 #pragma once
 
 #include "../simd/arithmetic.h"
@@ -9,21 +9,21 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kRowBlock = 4;  // query rows that are multiplied at once
-// The number of vectors of columns that are computed together: as many sums as the registers hold.
+// The number of vectors of columns that are computed together. Their sums fill the registers.
 constexpr int64_t kColumnVectors = Vec::width == 16 || Vec::width == 4 ? 4 : 2;
 
-// A row that has seen no key yet has the maximum -inf. Any finite value in its place gives the
-// probability exp(-inf) = 0 where inf - inf would be NaN.
+// A row that has seen no key yet has the maximum -inf. Its probabilities would be exp(inf - inf) =
+// NaN. With any finite value in place of the maximum they are exp(-inf) = 0.
 MISTRAL_SIMD Vec finite(Vec maximum) { return vmax(maximum, broadcast(-3e38f)); }
 
-// Keys and values of consecutive positions, `stride` elements apart.
+// Keys and values of consecutive positions. Neighbours are stride_k or stride_v elements apart.
 template <class T>
 struct Keys {
   const T* k;
   const T* v;
   int64_t stride_k;
   int64_t stride_v;
-  int64_t position;  // of the first
+  int64_t position;  // of the first key
   int64_t count;
 };
 
@@ -39,12 +39,12 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + i);
 }
 
-// out = factor * out + weights * values, for kRowBlock rows and M vectors of columns from d on.
-// weights(r, key) points to the weights of row r for kDepth keys from `key` on. values(key, d,
+// out = factor * out + weights * values, for kRowBlock rows and M vectors of columns, from column d
+// on. weights(r, key) points to the weights of row r for kDepth keys, from `key` on. values(key, d,
 // columns) loads M vectors of the values of these keys. factor(r) is the factor of row r.
 //
-// The new sums begin at zero and are added to `out` at the end. If thousands of keys were added to
-// `out` one by one, this large number would be rounded each time.
+// The new products are summed on their own and added to `out` at the end. If thousands of keys were
+// added to `out` one by one, this large number would be rounded each time.
 template <int64_t M, class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {
@@ -68,7 +68,7 @@ MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, con
   }
 }
 
-// add_weighted_columns for all columns.
+// Calls add_weighted_columns for all columns.
 template <class A, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted(int64_t keys, int64_t dim, const Values& values,
                                const Weights& weights, const Factor& factor, float* out) {

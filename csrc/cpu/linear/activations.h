@@ -1,5 +1,5 @@
-// Packs activations: converts them to the type that is multiplied, and puts them in the order of k
-// in which the weight format stores its values.
+// Packs activations: converts them to the type that the kernels multiply, and puts them in the
+// order of k in which the weight format stores its values.
 #pragma once
 
 #include <type_traits>
@@ -13,7 +13,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The activations of one token, normalised if there is a norm.
+// The activations of one token. If the layer has a norm, they are normalised into `normalised`.
 template <class T>
 const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
@@ -48,7 +48,7 @@ void pack_row(const T* x, int64_t inputs, Element* out) {
 template <class Tile>
 void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vectors,
                  int64_t vector, typename Tile::Element* out) {
-  // A unit is an element or a pair of them. It has 4 bytes and moves as a whole.
+  // A unit has 4 bytes: one element or a pair of elements. It moves as a whole.
   constexpr int64_t kUnits = 8;
   static_assert(sizeof(typename Tile::Element) * Tile::kDepth == sizeof(uint32_t), "");
   const int64_t all = padded(inputs);
@@ -72,7 +72,7 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
 // The chunk type of the gemv kernels for a format and activations of type T.
 template <WeightFormat format, class T>
 struct FewChunkOf {
-  static constexpr bool kFits = sizeof(T) == sizeof(int16_t);  // fp32 has more bits than integers
+  static constexpr bool kFits = sizeof(T) == sizeof(int16_t);  // fp32 has too many bits
   static constexpr bool kInInt16 =
       kFits && Int16Chunk<format>::template kFastest<typename ArithmeticOf<T>::type>;
   using InFloatsOrInt16 =
@@ -82,7 +82,7 @@ struct FewChunkOf {
   using type = std::conditional_t<kFits && has_pair_products(format), InPairs, InFewerBits>;
 };
 
-// Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
+// Whether tokens of type T are multiplied in bytes, unless the caller asks for exact products.
 template <class T>
 bool rounds_to_bytes(WeightFormat format, int64_t tokens) {
   return tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format);
@@ -94,8 +94,8 @@ bool in_bytes(const LinearParams& p, int64_t part) {
   return !p.exact && rounds_to_bytes<T>(p.parts[part].format, p.tokens);
 }
 
-// Calls f with a value of the chunk type for a part of the weights. The part must be multiplied
-// with few tokens, or in bytes.
+// Calls f with a value of the chunk type for a part of the weights. There must be at most
+// kGemvTokens tokens, or the part must be multiplied in bytes.
 template <class T, class F>
 auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   return with_format(p.parts[part].format, [&](auto format) {
@@ -106,7 +106,7 @@ auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   });
 }
 
-// How the K activations of a token are packed for a chunk type.
+// Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
   static int64_t elements(int64_t inputs) { return padded(inputs); }
@@ -157,7 +157,8 @@ struct Packing<InPairs> {
 };
 #endif
 
-// Has a type that is the same for two chunk types if their activations are packed alike.
+// Maps a chunk type to a type that stands for its packing: chunk types with the same packing have
+// the same `type`.
 template <class Chunk>
 struct PackedAlike {
   using type = Chunk;
@@ -169,8 +170,8 @@ struct PackedAlike<InBytes<format>> {
 template <class>
 constexpr char kMark = 0;
 
-// A mark that tells how the activations of a part are packed. Parts with the same mark share the
-// packed activations.
+// An address that stands for the packing of a part's activations. Parts with the same address share
+// the packed activations.
 template <class T>
 const void* packing_mark(const LinearParams& p, int64_t part) {
   if (p.tokens <= kGemvTokens || in_bytes<T>(p, part)) {

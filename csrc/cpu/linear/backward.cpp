@@ -1,7 +1,7 @@
-// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W. So columns of W take the
-// place that tokens have in gemm.h: they are the lanes of a vector. Tokens take the place of the
-// rows of weights: each value of d_out is broadcast to all lanes. So a block of W is packed as it
-// is unpacked, without being transposed, and d_out stays in the order of its rows.
+// d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W. So the lanes of a vector
+// are columns of W, where gemm.h has tokens. Each value of d_out is broadcast to all lanes, as
+// gemm.h does with values of weights. This way a block of W is packed as it is unpacked, without a
+// transpose, and d_out stays in the order of its rows.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -12,14 +12,14 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The tile class, and the inputs (columns of W) of a task: whole runs of kUnpacked values.
+// The tile class, and kColumns, the columns of W in a task. It is a multiple of kUnpacked.
 template <class T>
 struct BackwardTileOf {
   using type = typename TileOf<T>::type;
   static constexpr int64_t kColumns = 128;
 };
 #if defined(__AMX_BF16__)
-// The tiles multiply so fast that the time to unpack weights counts. So a task has more tokens and
+// AMX multiplies so fast that the time to unpack weights counts. So a task has more tokens and
 // fewer columns than in gemm.h. The sums (576 KB) and the packed block of W (64 KB) stay in L2.
 template <>
 struct BackwardTileOf<bf16> {
@@ -35,9 +35,9 @@ class LinearBackward {
   using A = typename ArithmeticOf<T>::type;
   static constexpr int64_t kColumns = BackwardTileOf<T>::kColumns;
   static constexpr int64_t kTaskTokens = Tile::kTaskRows;
-  // Tokens whose d_out is packed at a time, so that scratch memory does not grow with T.
+  // The most tokens that are packed at a time. So scratch memory does not grow with T.
   static constexpr int64_t kPackedTokens = 2 * kTaskTokens;
-  // The number of tokens of a tile. d_out is filled up with zeros to whole tiles.
+  // The number of tokens of a tile. The packed d_out is padded with zeros to whole tiles.
   static constexpr int64_t kTileTokens =
       mistral::max(Tile::rows(1), Tile::rows(static_cast<int>(Tile::kVectors)));
   static_assert(kTaskTokens % kTileTokens == 0 && kColumns % kUnpacked == 0, "");
@@ -45,7 +45,7 @@ class LinearBackward {
 
   struct Buffers {
     alignas(64) float sums[kColumns * kTaskTokens];             // [columns / width, tokens, width]
-    alignas(64) Element weights[kColumns * Tile::kBlockDepth];  // as x in gemm.h
+    alignas(64) Element weights[kColumns * Tile::kBlockDepth];  // in the layout of x in gemm.h
   };
 
  public:
@@ -81,13 +81,13 @@ class LinearBackward {
     return ChunkOf<Format::value, float>::type::kInOrder;
   }
 
-  // Equal shares of the tokens, of whole tiles.
+  // The number of tokens that are packed at a time: an equal share of all tokens, in whole tiles.
   int64_t packed_tokens() const {
     return up_to_tiles(
         ceil_div(p_.tokens, mistral::max(int64_t{1}, ceil_div(p_.tokens, kPackedTokens))));
   }
 
-  // The number of outputs of the parts before `part`, each filled up to whole blocks.
+  // The number of outputs of the parts before `part`. Each part is padded to whole blocks.
   int64_t packed_outputs(int64_t part) const {
     int64_t outputs = 0;
     for (int64_t i = 0; i < part; ++i) {
@@ -96,9 +96,9 @@ class LinearBackward {
     return outputs;
   }
 
-  // Where the packed d_out of a part from output `begin` on is: [outputs / kBlockDepth, tokens,
-  // kBlockDepth]. Rows of one block are near each other, so that they do not compete for the same
-  // lines of the L1 cache.
+  // The address of the packed d_out of a part, from output `begin` on. The layout is [outputs /
+  // kBlockDepth, tokens, kBlockDepth]. The rows of a block are near each other, so they do not
+  // compete for the same lines of the L1 cache.
   Element* packed(int64_t part, int64_t begin) const {
     return static_cast<Element*>(p_.scratch) + (packed_outputs(part) + begin) * packed_tokens();
   }
@@ -123,7 +123,7 @@ class LinearBackward {
     });
   }
 
-  // Computes kColumns columns of d_x, for a block of the packed tokens.
+  // Computes kColumns columns of d_x for some of the packed tokens.
   void multiply(int64_t first_token, int64_t begin_token, int64_t tokens, int64_t column) const {
     [[maybe_unused]] typename Tile::Setup setup;
     Buffers buffers;
@@ -147,8 +147,8 @@ class LinearBackward {
     write(buffers.sums, first_token + begin_token, tokens, column);
   }
 
-  // Unpacks and packs `columns` columns, from `column` on, of `depth` rows of a part, from `begin`
-  // on. Rows past the last are zeros.
+  // Unpacks and packs a block of a part: rows [begin, begin + depth) and columns [column, column +
+  // columns). Rows past the end of the part become zeros.
   template <WeightFormat format>
   void unpack_block(const WeightPart& part, int64_t begin, int64_t depth, int64_t column,
                     int64_t columns, Element* out) const {
@@ -177,8 +177,8 @@ class LinearBackward {
     }
   }
 
-  // Parts in words and other parts add to the same sums. The columns of the sums are then in the
-  // order of words, so the values of the other parts are put in this order.
+  // If one part is stored in words, the columns of the sums are in the order of words for all
+  // parts. Puts the values of a part that is not in words into this order.
   static void to_order_of_words(Element* values) {
     Element in_order[kUnpacked];
     memcpy(in_order, values, sizeof in_order);
@@ -243,7 +243,8 @@ class LinearBackward {
     }
   }
 
-  // Only the last kUnpacked columns may be incomplete, and then in the middle, too.
+  // Puts the sums of a row from the order of words into the order of memory. If the last kUnpacked
+  // columns are incomplete, lanes that are not used are in the middle of the vectors, too.
   static void to_natural_order(float* row, int64_t count, const float* sums) {
     for (int64_t k = 0; k < count; k += kUnpacked) {
       for (int64_t i = 0; i < 8; ++i) {
@@ -254,7 +255,7 @@ class LinearBackward {
   }
 
   const LinearBackwardParams& p_;
-  bool in_words_ = false;  // whether the columns of the sums are in the order of words
+  bool in_words_ = false;  // the columns of the sums are in the order of words
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Activations in 8 bits. Each block of 32 activations of a token is rounded to integers, in units
-// of a 127th of its largest magnitude. 256 activations are packed together, in the order in which
-// byte_chunk.h multiplies them.
+// Activations rounded to 8 bits. Each block of 32 activations of a token has a unit: its largest
+// magnitude / 127. The activations become multiples of the unit. 256 activations are packed
+// together, in the order in which byte_chunk.h multiplies them.
 #pragma once
 
 #include "../simd/bytes.h"
@@ -12,18 +12,19 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 #if defined(__AVX512VNNI__)
 
-using ByteSums = __m512;  // the sums of four outputs
+using ByteSums = __m512;  // sums of four outputs
 
-// 256 activations, for vectors of 16 words of weights each, which are the words of blocks 0 to 3 or
-// of blocks 4 to 7.
+// 256 activations for AVX-512, in the order of vectors of 16 words of weights. A vector has the
+// words of blocks 0 to 3 or of blocks 4 to 7. A byte of weights holds two values, in its low and
+// its high half.
 struct ByteActivations {
   struct Block {
     float scale;
-    float sum;              // of the scaled values
-    int32_t minus_sums[2];  // of the first and the last 16 values
+    float sum;              // the sum of the scaled values
+    int32_t minus_sums[2];  // -(sum of the first 16 integers), -(sum of the last 16 integers)
   };
 
-  int8_t values[2][2][64];  // of the low and the high halves of bytes
+  int8_t values[2][2][64];  // [blocks 0-3 or 4-7][low or high halves of bytes][lanes]
   Block blocks[2][4];
 
   int8_t* word(int block, int word, int half) {
@@ -39,12 +40,12 @@ struct ByteActivations {
 
 using ByteSums = Lanes8;
 
-// 256 activations, for vectors whose lanes hold the 8 blocks.
+// 256 activations for vectors of 256 bits, whose 8 lanes are the 8 blocks.
 struct ByteActivations {
   int8_t values[8][32];
-  float scale[8];      // of a block, in the order of lanes
-  float sum[8];        // of the scaled values of a block
-  int16_t halves[16];  // the sums of the first and the last 16 values of a block
+  float scale[8];      // of each block, in the order of lanes
+  float sum[8];        // the sums of the scaled values of each block
+  int16_t halves[16];  // the sums of the first and of the last 16 integers of each block
 
   int8_t* word(int block, int word, int half) {
     return values[2 * word + half] + 4 * lane_of(block);
@@ -58,7 +59,7 @@ struct ByteActivations {
   }
 };
 
-// out[i]: the sum of x[i].
+// out[i] = the sum of the lanes of x[i].
 MISTRAL_SIMD void store_row_sums(const ByteSums (&x)[8], float* out) {
   store_lanes(out, sums_of_lanes(x));
 }
@@ -76,8 +77,9 @@ constexpr int64_t packed_byte_row(int64_t inputs) {
 
 #if defined(MISTRAL_VECTORS)
 
-// Rounds 32 activations, and returns their unit. The unit is 0 if all are too small for its
-// inverse, and NaN if a value is not finite. In both cases the integers are 0.
+// Rounds 32 activations to multiples of a unit, and returns the unit. The unit is 0 if the
+// activations are so small that its inverse is infinite. It is NaN if an activation is not finite.
+// In both cases the integers are 0.
 inline float round_block(const float* x, Bytes32* out) {
   const int32_t bits = largest_magnitude(x, 32);
   float largest;
@@ -89,14 +91,15 @@ inline float round_block(const float* x, Bytes32* out) {
   return largest / 127.0f;
 }
 
-// Packs `count` activations, which are whole blocks of 32 and at most kSuperBlock, and zeros up to
+// Packs `count` activations, at most kSuperBlock and a multiple of 32, and pads them with zeros to
 // kSuperBlock.
 template <class T>
 void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
   float values[kSuperBlock] = {};
   for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
-  // Moves the four values of the low halves of the bytes of a word together, and those of the high
-  // halves: value e of a word is at bit int4_shift(e).
+  // A word has 8 values. Value e is at bit int4_shift(e), so four values are in the low halves of
+  // the bytes and four in the high halves. The shuffle puts the four activations of each kind side
+  // by side.
   int8_t places[16];
   for (int i = 0; i < 16; ++i) {
     const int place = i % 4, half = i / 4 % 2;
@@ -105,7 +108,7 @@ void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
   for (int block = 0; block < 8; ++block) {
     Bytes32 rounded;
     const float scale = round_block(values + 32 * block, &rounded);
-    int sums[8];  // of 4 neighbours each
+    int sums[8];  // of 4 neighbours
     store_sums_of_fours(sums, rounded);
     packed.set_scale(block, scale, sums[0] + sums[1] + sums[2] + sums[3],
                      sums[4] + sums[5] + sums[6] + sums[7]);

@@ -1,8 +1,8 @@
-// 256 values of kRows rows as operands of products of bytes. The chunk here has one row. The 8
-// lanes of every vector hold the 8 blocks of 32 values. So 16-bit sums of several products stay
-// within a block, the scales of all blocks are one vector, and one conversion to floats serves 256
-// values. AVX-512 with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64
-// (byte_chunk_neon.h).
+// A chunk holds 256 values of kRows rows, unpacked to bytes. It multiplies them by activations in
+// bytes. This file has the chunk for AVX2, which has one row. Lane i of every vector holds one of
+// the 8 blocks of 32 values. So 16-bit sums of several products stay within a block, one vector
+// holds the scales of all blocks, and one conversion to floats serves 256 values. AVX-512 with VNNI
+// has a chunk of its own (byte_chunk_512.h), and so has aarch64 (byte_chunk_neon.h).
 #pragma once
 
 #include <type_traits>
@@ -12,10 +12,10 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Whether a format has products of bytes.
+// Whether this instruction set multiplies weights of a format in bytes.
 constexpr bool has_bytes(WeightFormat format) {
 #if defined(__AVX512F__)
-  // Other kernels for int4 are as fast as memory.
+  // int4 has other kernels here, which are already as fast as memory.
   if (format == WeightFormat::int4) return false;
 #elif !defined(MISTRAL_VECTORS)
   return false;
@@ -23,7 +23,7 @@ constexpr bool has_bytes(WeightFormat format) {
   return info(format).element_bits == 32;
 }
 
-// Whether tiles of AMX multiply more than kGemvTokens tokens of type T.
+// Whether AMX multiplies weights by more than kGemvTokens tokens of type T.
 template <class T>
 #if defined(__AMX_BF16__)
 constexpr bool kInTiles = std::is_same_v<T, bf16>;
@@ -31,9 +31,9 @@ constexpr bool kInTiles = std::is_same_v<T, bf16>;
 constexpr bool kInTiles = false;
 #endif
 
-// Whether more than kGemvTokens tokens of type T are multiplied in bytes, too. Tiles of AMX are
-// faster. Values of a table need VNNI: AVX2 has to widen each of their products, which takes longer
-// than floats.
+// Whether this instruction set multiplies a format in bytes also with more than kGemvTokens tokens
+// of type T. AMX is faster than bytes. Formats with a table need VNNI: AVX2 has to widen each of
+// their products, which takes longer than products of floats.
 template <class T>
 constexpr bool has_many_bytes(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
@@ -42,7 +42,7 @@ constexpr bool has_many_bytes(WeightFormat format) {
   return has_bytes(format) && !kInTiles<T>;
 }
 
-// What distinguishes the formats.
+// The properties of a format that the chunks distinguish.
 template <WeightFormat format>
 struct ByteFormat {
   static constexpr int kBits = static_cast<int>(info(format).bits);
@@ -50,20 +50,22 @@ struct ByteFormat {
   static constexpr int64_t kBytes = kValues / 8 * kBits;
   static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
   static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
-  // Scales are bf16, and values are 8 too large once they have no sign.
+  // Scales are bf16. Values are signed, so they are 8 too large when unpacked as unsigned values.
   static constexpr bool kBf16Scales = format == WeightFormat::int4;
-  // Each half of a block has a scale of its own.
+  // Each half of a block has its own scale.
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
   // A group has two numbers: its scale, and its zero point or its minimum.
   static constexpr bool kZeroPoints = format == WeightFormat::q4_z;
   static constexpr bool kPairs = kZeroPoints || format == WeightFormat::q4_1;
-  // A super-block has scales of 6 bits: with minima in six_bit_scales, alone in split_scales.
+  // Scales of 6 bits. kSixBitScales: a super-block has scales and minima, see six_bit_scales.
+  // kSplitScales: it has scales alone, see split_scales.
   static constexpr bool kSixBitScales =
       format == WeightFormat::q4_k || format == WeightFormat::q5_k;
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
-  // The sizes of packed activations, which have a unit for each block.
+  // The sizes of a packed token. Its blocks have their own units, so it has no head and no common
+  // unit.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
   static constexpr float unit(const char*) { return 1.0f; }
@@ -83,33 +85,32 @@ struct ByteChunk : ByteFormat<format> {
   static constexpr int kRows = 1;
   using OneRow = ByteChunk;
   static constexpr bool kMinimum = kSigned || Format::kMinima;
-  // Without lanes of 32 bits, values of a table keep their sign. The sign is moved to the
-  // activations, and the magnitudes of the values are multiplied. With lanes of 32 bits the values
-  // become unsigned values that are 128 larger.
+  // kTable formats have signed values. Without kSumsOf32Bits, the magnitudes of the values are
+  // multiplied, and their signs move to the activations. With kSumsOf32Bits, the values become
+  // unsigned values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
-  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // of the values as multiplied
+  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // as multiplied
   // The number of vectors whose products are summed before the sums are widened. It is as many as
-  // fit a lane, but in q6_k at most the 4 that share scales.
+  // the lanes of the sums can hold. In q6_k it is at most 4, because 4 vectors share scales.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
-  // A lane of 16 bits gets two products of each vector, with activations up to 127.
+  // A lane of 16 bits gets two products from each vector. Activations are at most 127.
   static_assert(kSumsOf32Bits || kLargest * 127 * 2 * kFit <= 32767, "");
 
   Bytes32 values[8];
-  __m256 factor;   // of each block
-  __m256 minimum;  // is added for each activation, if kMinimum
-  __m256i scales;  // q6_k: of the halves of each block, in 16 bits
+  __m256 factor;   // the scale of each block
+  __m256 minimum;  // added for each activation, if kMinimum
+  __m256i scales;  // q6_k: the scales of the halves of each block, in 16 bits
 
-  // Unpacks the words of a row, and takes the scales from `row_scales`, which are those of the
-  // whole row. `k` is the number of the first value in the row, and `there` is how many values
-  // there are.
+  // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`
+  // points to the scales of the whole row.
   MISTRAL_SIMD void take(const char* const (&row_words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     const char* words = row_words[0];
     __m256i in[4], lanes[4];
     for (int i = 0; i < 4; ++i) {
       in[i] = load_32(words + 32 * i);
-      // Two's complement becomes unsigned values that are 8 larger.
+      // Turns two's complement into unsigned values that are 8 larger.
       if (kSigned) in[i] = _mm256_xor_si256(in[i], _mm256_set1_epi8(static_cast<char>(0x88)));
     }
     words_to_lanes(in, lanes);
@@ -153,8 +154,8 @@ struct ByteChunk : ByteFormat<format> {
   }
 
  private:
-  // Moves bit i of each byte to bit 4 of out[i]. Doubling is cheaper than a shift, for which some
-  // processors have one unit.
+  // out[i] = bit i of each byte, moved to bit 4. The code doubles where it could shift, because
+  // some processors have only one unit for shifts.
   MISTRAL_SIMD static void fifth_bits(__m256i x, __m256i (&out)[8]) {
     out[4] = x;
     for (int i = 3; i >= 0; --i) out[i] = _mm256_add_epi8(out[i + 1], out[i + 1]);
@@ -162,8 +163,8 @@ struct ByteChunk : ByteFormat<format> {
     for (int i = 7; i >= 5; --i) out[i] = high = _mm256_add_epi8(high, high);
   }
 
-  // The sums of the products of each block. Each vector of values is multiplied by all tokens
-  // before the next vector, so that the additions of a token need not wait for each other.
+  // sums = the products of each block. Each vector of values is multiplied by all tokens before the
+  // next vector, so that the additions of a token need not wait for each other.
   template <int N>
   MISTRAL_SIMD void multiply(const ByteActivations* const (&x)[N], __m256i (&sums)[N]) const {
     for (int n = 0; n < N; ++n) sums[n] = minus_offsets(*x[n]);
@@ -188,11 +189,11 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Where the sums begin: minus the products of the activations with the offset of the unpacked
-  // values.
+  // The start of the sums: minus (the offset of the unpacked values times the sum of the
+  // activations).
   MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
-    if (Format::kScalesOfHalves) {  // by 32
+    if (Format::kScalesOfHalves) {  // the offset is 32
       return _mm256_sub_epi32(zero,
                               _mm256_slli_epi32(_mm256_madd_epi16(scales, load_32(x.halves)), 5));
     }
@@ -203,8 +204,8 @@ struct ByteChunk : ByteFormat<format> {
     return zero;
   }
 
-  // Widens to 32 bits the sums of the products of vector i and of the vectors after it that have
-  // the same scale. In q6_k also multiplies them by that scale.
+  // Widens sums to 32 bits. The sums are the products of vector i and of the following vectors with
+  // the same scale. In q6_k this function also multiplies the sums by that scale.
   MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
     if (!Format::kScalesOfHalves) return widen_sums(sums);
     if (kSumsOf32Bits) {
@@ -216,7 +217,7 @@ struct ByteChunk : ByteFormat<format> {
     return _mm256_madd_epi16(sums, both);
   }
 
-  // `group`: the scales of the first group.
+  // `group` points to the scales of the first group.
   MISTRAL_SIMD void take_scales(const char* group, int group_log2, int64_t there) {
     if constexpr (Format::kSixBitScales) {
       uint32_t unpacked[4];
@@ -244,11 +245,11 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Takes scales of groups of 32, 64 or 128 values. A group has one or two numbers of 16 bits.
+  // Takes the scales of groups of 32, 64 or 128 values. A group has one or two 16-bit numbers.
   MISTRAL_SIMD void take_group_scales(const char* group, int group_log2, int64_t there) {
     constexpr int64_t kSize = kPairs ? 4 : 2;
     const __m256i scales_there = load_first_bytes(group, (there >> group_log2) * kSize);
-    // The group of each lane's block.
+    // The group to which the block of each lane belongs.
     const __m256i index = _mm256_srl_epi32(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7),
                                            _mm_cvtsi32_si128(group_log2 - 5));
     if constexpr (kPairs) {

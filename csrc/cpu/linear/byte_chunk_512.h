@@ -1,7 +1,7 @@
-// The part of byte_chunk.h for AVX-512 with VNNI. 256 values of four rows are multiplied at a time,
-// in vectors that mix the rows (mixed_rows.h). A 128-bit lane of a vector is a block of 32 values.
-// In the sums it has a place for each row, so one conversion to floats and one scaling serve 512
-// values.
+// The chunk of byte_chunk.h for AVX-512 with VNNI. It multiplies 256 values of four rows at a time,
+// in vectors that mix the rows (mixed_rows.h). A 128-bit lane of a vector belongs to a block of 32
+// values. In the sums, a lane has one place for each row. So one conversion to floats and one
+// scaling serve 512 values.
 #pragma once
 
 #include "byte_scales_512.h"
@@ -9,21 +9,21 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// What the chunks of four rows and of one row share.
+// The code that the chunks of four rows and of one row share.
 template <WeightFormat format>
 struct ByteVectors : ByteFormat<format> {
   using Format = ByteFormat<format>;
   using Format::kBits, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
-  // Values are unpacked to unsigned bytes. These are too large by 2^kOffsetLog2, or by nothing if
-  // it is 0.
+  // Values are unpacked to unsigned bytes. If kOffsetLog2 is not 0, they are 2^kOffsetLog2 too
+  // large.
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
-  // The values in the low halves (half = 0) or the high halves of the bytes of words.
+  // The values in one half of the bytes of words: the low halves (half = 0) or the high halves.
   MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
     const __m512i fifteen = _mm512_set1_epi8(15);
     const __m512i shifted = half == 0 ? words : _mm512_srli_epi16(words, 4);
     if (kSigned) {
-      // Two's complement becomes unsigned values that are 8 larger: (a ^ b) & c.
+      // Turns two's complement into unsigned values that are 8 larger: (a ^ b) & c.
       return {_mm512_ternarylogic_epi32(shifted, _mm512_set1_epi8(8), fifteen, 0x28)};
     }
     const __m512i value = _mm512_and_si512(shifted, fifteen);
@@ -39,8 +39,8 @@ struct ByteVectors : ByteFormat<format> {
     return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
   }
 
-  // The products of sums with the scales of their weights and activations. With minima, the
-  // products of the minima with the sums of the activations are added.
+  // The sums, multiplied by the scales of the weights and by the units of the activations. With
+  // minima, adds the minima times the sums of the activations.
   MISTRAL_SIMD static __m512 scaled(Ints sums, __m512 factor, __m512 unit, __m512 minimum,
                                     __m512 activations) {
     const __m512 scale = _mm512_mul_ps(factor, unit);
@@ -48,8 +48,7 @@ struct ByteVectors : ByteFormat<format> {
       return _mm512_fmadd_ps(to_vec(sums).v, scale, _mm512_mul_ps(minimum, activations));
     }
     __m512 product = _mm512_mul_ps(to_vec(sums).v, scale);
-    // Keeps GCC from fusing the product with the addition that follows, which would round
-    // differently.
+    // This keeps GCC from fusing the product with the next addition, which would round differently.
     asm("" : "+v"(product));
     return product;
   }
@@ -74,14 +73,12 @@ struct ByteChunk : ByteVectors<format> {
   using OneRow = ByteRow<format>;
   static constexpr int kRows = 4;
 
-  // The first index is 0 for blocks 0 to 3 and 1 for blocks 4 to 7, the second is the mixed vector,
-  // and the third is the half of the bytes.
+  // [blocks 0 to 3 or 4 to 7][mixed vector][low or high halves of the bytes]
   Bytes values[2][4][2];
   ByteScales<format> scales;
 
-  // Unpacks the words of each row, and takes the scales from `row_scales`, which are those of the
-  // whole rows. `k` is the number of the first value in a row, and `there` is how many values there
-  // are.
+  // Unpacks the words of four rows from value `k` on, of which there are `there` values.
+  // `row_scales` points to the scales of the whole rows.
   MISTRAL_SIMD void take(const char* const (&words)[kRows], const char* const (&row_scales)[kRows],
                          int group_log2, int64_t k, int64_t there) {
 #pragma GCC unroll 2
@@ -108,13 +105,13 @@ struct ByteChunk : ByteVectors<format> {
     __m512 sums[N][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      __m512i blocks[N];  // a lane for each block
+      __m512i blocks[N];  // a 128-bit lane for each block
       Ints first[N], second[N];
       for (int n = 0; n < N; ++n) {
         blocks[n] = _mm512_loadu_si512(x[n]->blocks[i]);
         first[n] = second[n] = minus_offsets(blocks[n]);
       }
-      // Two mixed vectors together give the sums of two words of each row.
+      // Two mixed vectors together give, for each row, the sums of two of the four words of a lane.
       const auto multiply = [&](Ints(&sums)[N], int j) {
         for (int n = 0; n < N; ++n) {
           for (int half = 0; half < 2; ++half) {
@@ -140,8 +137,8 @@ struct ByteChunk : ByteVectors<format> {
   }
 
  private:
-  // `first` and `second` are sums of the same rows, over different halves of the blocks. `blocks`
-  // describes the activations, with a lane for each block.
+  // `first` and `second` are sums of the same rows, for different halves of each block. `blocks`
+  // holds the numbers of ByteActivations::Block, with a 128-bit lane for each block.
   MISTRAL_SIMD __m512 scaled_sums(Ints first, Ints second, __m512i blocks, int i) const {
     const __m512 unit = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_AAAA));
     const __m512 activations = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_BBBB));
@@ -152,17 +149,17 @@ struct ByteChunk : ByteVectors<format> {
     return _mm512_add_ps(scaled(first, scales.factors[i]), scaled(second, scales.other_factors[i]));
   }
 
-  // Where sums begin: minus the products of the activations with the offset of the unpacked values.
+  // The start of the sums: minus (the offset of the unpacked values times the sums of activations).
   MISTRAL_SIMD static Ints minus_offsets(__m512i blocks) {
     if (kOffsetLog2 == 0) return broadcast_int(0);
-    // The sums of the halves of blocks to which the words belong.
+    // Each place gets the sum of the half block to which its word belongs.
     return Ints{_mm512_shuffle_epi32(blocks, _MM_PERM_DDCC)} << kOffsetLog2;
   }
 
-  // Finds for each word of a mixed vector the word that has its further bits.
+  // Finds, for each word of a mixed vector, the further word that has its further bits.
   MISTRAL_SIMD static void mix_further(const char* const (&words)[kRows], int i,
                                        __m512i (&mixed)[kRows]) {
-    const char* all[kRows];  // those of the super-block
+    const char* all[kRows];  // the further words of the super-block of each row
     for (int r = 0; r < kRows; ++r) all[r] = words[r] + kSuperBlock / 2;
     if (kBits == 5) {
       const auto both = [&](int r) {
@@ -176,7 +173,7 @@ struct ByteChunk : ByteVectors<format> {
     } else if (kBits == 6) {
       __m512i rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = _mm512_loadu_si512(all[r]);
-      // Words of two rows: every second place has a word of the other row.
+      // The further words of two rows, alternately.
       const auto of_pair = [&](int r, int j) {
         const auto at = [&](int lane) {
           return (lane % 2 ^ j) * 16 + lane % 4 / 2 * 8 + 4 * i + lane / 4;
@@ -190,9 +187,9 @@ struct ByteChunk : ByteVectors<format> {
   }
 };
 
-// Like ByteChunk, but of one row. The sums of blocks 0 to 3 are at the first two places of a lane,
-// those of blocks 4 to 7 at the last two. If halves of blocks have scales, each of the two places
-// is a half.
+// The chunk for one row. A 128-bit lane of the sums has four places. Places 0 and 1 belong to one
+// of blocks 0 to 3, places 2 and 3 to one of blocks 4 to 7. If each half of a block has a scale,
+// each place belongs to one half.
 template <WeightFormat format>
 struct ByteRow : ByteVectors<format> {
   using Vectors = ByteVectors<format>;
@@ -231,15 +228,16 @@ struct ByteRow : ByteVectors<format> {
   MISTRAL_SIMD void add(const char* const (&lines)[N], ByteSums (&totals)[N]) const {
     for (int n = 0; n < N; ++n) {
       const auto* x = reinterpret_cast<const ByteActivations*>(lines[n]);
-      __m512 blocks[2];  // a lane for each block
+      __m512 blocks[2];  // a 128-bit lane for each block
       Ints sums[2];
       for (int i = 0; i < 2; ++i) {
         const __m512i of_blocks = _mm512_loadu_si512(x->blocks[i]);
         blocks[i] = _mm512_castsi512_ps(of_blocks);
         sums[i] = broadcast_int(0);
         if (kOffsetLog2 != 0) {
-          // Each of the two numbers once: in their places, or in those of their halves. (Masks of
-          // registers would be loaded in each iteration.)
+          // `sums` start with an offset for each half block. The mask keeps each offset in one
+          // place only, because `added` adds up the places. (A mask register would be loaded again
+          // in each iteration.)
           const auto mask = [](int lane) {
             return kScalesOfHalves ? -(lane % 2 == 0) : -(lane % 4 >= 2);
           };
@@ -261,9 +259,10 @@ struct ByteRow : ByteVectors<format> {
   }
 
  private:
-  static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // places of two vectors
+  static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // of _mm512_shuffle_ps
 
-  // Adds the places of each block, or of each half, and puts the sums where they belong.
+  // Adds up the places of each block, or of each half block, and moves the sums to the places
+  // described at ByteRow.
   MISTRAL_SIMD static Ints added(const Ints (&sums)[2]) {
     if (kScalesOfHalves) {
       const __m512 first = _mm512_castsi512_ps(sums[0].v), last = _mm512_castsi512_ps(sums[1].v);
@@ -275,8 +274,8 @@ struct ByteRow : ByteVectors<format> {
     return pairs + swap_neighbours(pairs);
   }
 
-  // Finds for each of 16 words the word that has its further bits. `all` are the further words of
-  // the super-block.
+  // Finds, for each of 16 words, the further word that has its further bits. `all` points to the
+  // further words of the super-block.
   MISTRAL_SIMD static __m512i further_words(const char* all, int i) {
     if (kBits == 5) {
       const __m512i words = _mm512_castsi256_si512(load_32(all));

@@ -1,5 +1,5 @@
-// The part of byte_chunk.h for aarch64. Products of signed bytes are added up in lanes of 32 bits.
-// So values keep the numbers that they have, and sums need no correction, except by a minimum.
+// The chunk of byte_chunk.h for aarch64. Its instructions multiply signed bytes and add up in
+// 32-bit lanes. So values need no offset, and only a minimum has to be added to the sums.
 #pragma once
 
 #include "unpack_words.h"
@@ -15,13 +15,12 @@ struct ByteChunk : ByteFormat<format> {
   static constexpr bool kMinimum = !kTable && !kScalesOfHalves;
 
   Bytes32 values[8];
-  Lanes8 factor;        // of each block
-  Lanes8 minimum;       // is added for each activation, if kMinimum
-  int32x4_t scales[4];  // if kScalesOfHalves: of the first halves of the blocks, then of the last
+  Lanes8 factor;        // the scale of each block
+  Lanes8 minimum;       // added for each activation, if kMinimum
+  int32x4_t scales[4];  // if kScalesOfHalves: the scales of first halves, then of last halves
 
-  // Unpacks the words of a row, and takes the scales from `row_scales`, which are those of the
-  // whole row. `k` is the number of the first value in the row, and `there` is how many values
-  // there are.
+  // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`
+  // points to the scales of the whole row.
   MISTRAL_SIMD void take(const char* const (&words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     for (int half = 0; half < 2; ++half) take_half(words[0], half);
@@ -58,17 +57,17 @@ struct ByteChunk : ByteFormat<format> {
   }
 
  private:
-  // Unpacks four blocks. Byte b of values[i] is that of lane b / 4.
+  // Unpacks four blocks. Byte b of values[i] belongs to lane b / 4.
   MISTRAL_SIMD void take_half(const char* words, int half) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(words);
-    // Word i of each block.
+    // val[i] holds word i of each block.
     const uint32x4x4_t lanes = vld4q_u32(reinterpret_cast<const uint32_t*>(words) + 16 * half);
     uint8x16_t further[2] = {};
     for (int i = 0; i < kBits - 4; ++i) further[i] = vld1q_u8(bytes + 128 + 32 * i + 16 * half);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       uint8x16_t word = vreinterpretq_u8_u32(lanes.val[i / 2]);
-      // Two's complement becomes unsigned values that are 8 larger.
+      // Turns two's complement into unsigned values that are 8 larger.
       if (kSigned) word = veorq_u8(word, vdupq_n_u8(0x88));
       uint8x16_t value = i % 2 == 0 ? vandq_u8(word, vdupq_n_u8(15)) : vshrq_n_u8(word, 4);
       if (kBits == 5) value = vorrq_u8(value, moved(further[0], i, 0x10));
@@ -80,7 +79,7 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // The bits of each byte from bit `from` on, moved to bit 4.
+  // Moves the bits of each byte, from bit `from` on, to bit 4.
   MISTRAL_SIMD static uint8x16_t moved(uint8x16_t bytes, int from, uint8_t mask) {
     return vandq_u8(from < 4 ? bytes << (4 - from) : bytes >> (from - 4), vdupq_n_u8(mask));
   }
@@ -89,7 +88,7 @@ struct ByteChunk : ByteFormat<format> {
     float factors[8], minima[8];
     int32_t of_halves[16];
     for (int lane = 0; lane < 8; ++lane) {
-      const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K, activations are 0
+      const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K all activations are 0
       if constexpr (Format::kBf16Scales) {
         factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
         minima[lane] = -8 * factors[lane];

@@ -1,5 +1,5 @@
-// The scales of 256 values of four rows, for byte_chunk_512.h. A 128-bit lane is for a block of 32
-// values, and has a scale for each row.
+// The scales of 256 values of four rows, for byte_chunk_512.h. A 128-bit lane belongs to a block of
+// 32 values and has one place for each row.
 #pragma once
 
 #include "unpack_words.h"
@@ -11,14 +11,15 @@ struct ByteScales {
   using Format = ByteFormat<format>;
   static constexpr int kRows = 4;
 
-  // Element 0 is for blocks 0 to 3, element 1 for blocks 4 to 7. In q6_k each half of a block has a
-  // scale. In `factors` rows 0 and 1 have the scales of the first halves, and rows 2 and 3 those of
-  // the last halves. `other_factors` has the others.
+  // Element 0 belongs to blocks 0 to 3, element 1 to blocks 4 to 7. In q6_k each half of a block
+  // has a scale. There `factors` has the scales of the first halves at places 0 and 1 (rows 0 and
+  // 1), and those of the last halves at places 2 and 3 (rows 2 and 3). `other_factors` has the
+  // scales of the other halves.
   __m512 factors[2], other_factors[2];
-  __m512 minima[2];  // is added for each activation, if Format::kMinima
+  __m512 minima[2];  // added for each activation, if Format::kMinima
 
-  // `row_scales` are the scales of the whole rows. `k` is the number of the first value, a multiple
-  // of 256, and `there` is how many values there are.
+  // `row_scales` points to the scales of the whole rows. `k` is the index of the first value, a
+  // multiple of 256. There are `there` values.
   MISTRAL_SIMD void take(const char* const (&row_scales)[kRows], int group_log2, int64_t k,
                          int64_t there) {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
@@ -41,22 +42,21 @@ struct ByteScales {
   MISTRAL_SIMD static __m128i load_16(const char* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   }
-  // 16 bytes of each row, a lane for each.
+  // Loads 16 bytes of each row. Each row gets a 128-bit lane.
   MISTRAL_SIMD static __m512i load_lanes(const char* const (&from)[kRows]) {
     __m512i all = _mm512_castsi128_si512(load_16(from[0]));
     all = _mm512_inserti32x4(all, load_16(from[1]), 1);
     all = _mm512_inserti32x4(all, load_16(from[2]), 2);
     return _mm512_inserti32x4(all, load_16(from[3]), 3);
   }
-  // The low and the high 16 bits of each lane.
+  // Converts the low or the high 16 bits of each 32-bit lane from fp16 to fp32.
   MISTRAL_SIMD static __m512 low_halves(__m512i x) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
   }
   MISTRAL_SIMD static __m512 high_halves(__m512i x) { return low_halves(_mm512_srli_epi32(x, 16)); }
   MISTRAL_SIMD static __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
-  // Takes the scales of one group or of several groups of 32, 64 or 128 values. Each is one number
-  // of 16 bits.
+  // Takes the scales of one or more groups of 32, 64 or 128 values. A scale is one 16-bit number.
   MISTRAL_SIMD void take_halves(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
@@ -65,7 +65,7 @@ struct ByteScales {
     };
     const __m256i first = both(0), last = both(2);
     for (int i = 0; i < 2; ++i) {
-      // The numbers of a row are 8 apart.
+      // The numbers of neighbouring rows are 8 elements apart.
       int16_t rows[16], blocks[16];
       for (int lane = 0; lane < 16; ++lane) {
         rows[lane] = static_cast<int16_t>(lane % 4 * 8);
@@ -78,7 +78,7 @@ struct ByteScales {
     }
   }
 
-  // As take_halves, with two numbers each.
+  // take_halves for formats with two 16-bit numbers for each group.
   MISTRAL_SIMD void take_pairs(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
@@ -98,14 +98,16 @@ struct ByteScales {
     }
   }
 
-  // Two units and scales and minima of 6 bits, as in six_bit_scales (formats.h).
+  // Takes two units, and scales and minima of 6 bits. six_bit_scales (formats.h) describes their
+  // layout.
   MISTRAL_SIMD void take_six_bits(const char* const (&groups)[kRows]) {
     const __m512i all = load_lanes(groups);
     const __m512i units =
         _mm512_permutexvar_epi32(lanes_of([](int lane) { return lane % 4 * 4; }), all);
     const __m512 scale = low_halves(units), least = minus(high_halves(units));
-    // The lane of each row becomes bytes: the scales of 8 blocks and then their minima. The first
-    // four of each lie in one word. The last four have their low and their high bits in two words.
+    // The 128-bit lane of each row becomes bytes: the scales of 8 blocks, then their minima. The
+    // scales of the first four blocks lie in one word, and so do their minima. Those of the last
+    // four blocks have their low bits in one word and their high bits in another.
     const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
       const uint32_t words[4] = {a, b, c, d};
       return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });
@@ -122,7 +124,7 @@ struct ByteScales {
     const auto numbers = [&](int word) {
       const __m512i of_rows =
           _mm512_permutexvar_epi32(lanes_of([&](int lane) { return lane % 4 * 4 + word; }), bytes);
-      const auto at = [](int lane) {  // the byte of a row's word
+      const auto at = [](int lane) {  // the byte of the row's word
         return static_cast<int32_t>(0x80808000u) | (lane % 4 * 4 + lane / 4);
       };
       return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(of_rows, lanes_of(at)));
@@ -133,10 +135,10 @@ struct ByteScales {
     }
   }
 
-  // Scales of 16 values in a byte each, with a sign, and a unit behind them.
+  // Takes a signed byte for each 16 values, and the unit behind these bytes.
   MISTRAL_SIMD void take_bytes(const char* const (&groups)[kRows]) {
     const __m512i all = load_lanes(groups);
-    // A unit has 16 bits, and two bytes 0 come after it.
+    // A unit has 16 bits, and two zero bytes follow it.
     int32_t units[kRows];
     for (int r = 0; r < kRows; ++r) memcpy(&units[r], groups[r] + 16, sizeof units[r]);
     const __m512 unit =
@@ -145,7 +147,7 @@ struct ByteScales {
       const auto scales_of = [&](bool other) {
         const __m512i of_rows = _mm512_permutexvar_epi32(
             lanes_of([&](int lane) { return lane % 4 * 4 + 2 * i + lane / 8; }), all);
-        // To the highest byte of each word, so that a shift widens it.
+        // Moves a scale to the highest byte of its 32-bit lane. An arithmetic shift then widens it.
         const auto at = [&](int lane) {
           const int byte = lane % 4 * 4 + lane / 4 % 2 * 2 + (lane % 4 / 2 != other);
           return static_cast<int32_t>(0x808080u | static_cast<uint32_t>(byte) << 24);
@@ -158,8 +160,8 @@ struct ByteScales {
     }
   }
 
-  // Takes the unit of each row's super-block, and its scales of 6 bits, whose low and high bits lie
-  // apart: scaling_at of unpack_words.h shows where.
+  // Takes the unit of each row's super-block, and its scales of 6 bits. The low and the high bits
+  // of a scale lie apart, as scaling_at of unpack_words.h shows.
   MISTRAL_SIMD void take_split(const char* const (&groups)[kRows]) {
     const auto both = [&](int r) {
       const auto* first = reinterpret_cast<const __m128i*>(groups[r]);

@@ -6,8 +6,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Rows of activations and of unpacked weights are padded with zeros to a multiple of this. It is a
-// whole number of chunks of every format.
+// Rows of activations and of unpacked weights are padded with zeros to a multiple of kPadding. This
+// is a multiple of the chunk of every format.
 constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
 constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 
@@ -17,10 +17,10 @@ struct WeightRows {
   const char* values;
   const char* scales;
   int64_t inputs;       // K
-  int64_t bits;         // of a value
-  int64_t row_bytes;    // of the values of a row
-  int64_t scale_bytes;  // of the scales of a row
-  int group_log2;       // log2 of the values that share a scale, in formats with groups
+  int64_t bits;         // bits of a value
+  int64_t row_bytes;    // bytes of the values of a row
+  int64_t scale_bytes;  // bytes of the scales of a row
+  int group_log2;       // log2 of the number of values that share a scale, in formats with groups
 
   WeightRows from(int64_t row) const {
     WeightRows rows = *this;
@@ -31,9 +31,9 @@ struct WeightRows {
   int64_t bytes(int64_t count) const { return count * bits / 8; }
 };
 
-constexpr int64_t kScaleBytes = 2;  // of bf16 and fp16
+constexpr int64_t kScaleBytes = 2;  // the size of a bf16 or fp16
 
-// Rows of a part from `first` on. T: the dtype of x
+// Rows of a part, from row `first` on. T is the dtype of x.
 template <class T>
 WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   const FormatInfo& format = info(part.format);
@@ -51,8 +51,8 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   return w.from(first);
 }
 
-// Unpacks the scales and minima of 6 bits, which lie behind the two units of a super-block. Gives a
-// byte for each: the scales of 8 blocks and then their minima.
+// Unpacks the scales and minima of 6 bits, which follow the two units of a super-block. Writes a
+// byte for each: the scales of 8 blocks, then their minima.
 MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   uint32_t packed[4];
   memcpy(packed, group, sizeof packed);
@@ -63,13 +63,13 @@ MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   bytes[3] = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
 }
 
-// The scales of a super-block that has no minima, which lie behind its unit. They are 32 too large.
-// Gives a byte for each: of blocks 0, 2, 4, 6 and then of blocks 1, 3, 5, 7.
+// Unpacks the scales of a super-block without minima, which follow its unit. Returns a byte for
+// each: those of blocks 0, 2, 4, 6, then those of blocks 1, 3, 5, 7. The scales are 32 too large.
 MISTRAL_SIMD uint64_t split_scales(const char* group) {
   uint32_t low, high = 0;
   memcpy(&high, group + 2, sizeof(uint16_t));
   memcpy(&low, group + 4, sizeof low);
-  // A byte for each two blocks, with the high bits of both.
+  // Gives each pair of blocks a byte with the high bits of both.
   high = (high | high << 8) & 0x00ff00ff;
   high = (high | high << 4) & 0x0f0f0f0f;
   constexpr uint32_t kFour = 0x0f0f0f0f, kTwo = 0x03030303;
@@ -78,9 +78,9 @@ MISTRAL_SIMD uint64_t split_scales(const char* group) {
   return even | uint64_t{odd} << 32;
 }
 
-// A chunk is the part of a row that gemv.h reads at a time: kValues values, which unpack to
-// kVectors operands. Position i of the operands holds value k_at(i) of the row, so activations are
-// packed in the same order. kInOrder says that this is the order of memory. If kGrouped, Scales
+// A chunk is the part of a row that gemv.h reads at a time. It has kValues values, which unpack to
+// kVectors operands. Position i of the operands holds value k_at(i) of the row, and activations are
+// packed in the same order. If kInOrder, this is the order of memory. If kGrouped, the class Scales
 // loads the scales of neighbouring chunks and gives each lane its factor.
 
 template <class A, class T>
@@ -128,7 +128,7 @@ struct Int8Chunk {
   const int8_t* values_;
 };
 
-// A block of 32 values, whose scale serves all lanes.
+// A chunk is a block of 32 values, so all lanes have the same scale.
 template <class A>
 struct Q8Chunk : Int8Chunk<A> {
   static constexpr int64_t kValues = 32;
@@ -146,7 +146,7 @@ struct Q8Chunk : Int8Chunk<A> {
   };
 };
 
-// Each lane holds a word; operand i holds value i of every word.
+// Each lane holds a word. Operand i holds value i of every word.
 struct Int4Chunk {
   using Arithmetic = Fp32;
   using Scales = GroupScales;
@@ -194,8 +194,8 @@ struct Int4PairsChunk {
 
 #endif
 
-// The formats that have no chunk of their own. unpack.h makes floats of their values, and
-// gemv_unpacked.h multiplies these. Activations are packed in the order in which words are
+// A stand-in for formats without a chunk of their own. unpack.h turns their values into floats,
+// which gemv_unpacked.h multiplies. Activations are packed in the order in which words are
 // unpacked.
 struct UnpackedWords {
   using Arithmetic = Fp32;

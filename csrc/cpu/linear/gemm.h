@@ -5,11 +5,11 @@
 //     for each M vectors of tokens
 //       for each R rows: multiply, with the R x M sums in registers
 //
-// With up to kFewTokens tokens, memory limits the speed. All of k is then multiplied for kFewRows
-// rows before the next rows, so that memory is read along rows and prefetched kAheadBytes ahead.
+// With up to kFewTokens tokens, memory limits the speed. Then kFewRows rows are multiplied over all
+// of k before the next rows. So memory is read along rows and prefetched kAheadBytes ahead.
 //
 // The lanes of a vector are tokens, and each value of a weight is broadcast to all lanes. So
-// weights stay in the order of their file, and only activations are packed:
+// weights stay in the order of memory, and only activations are packed:
 //
 //   x [K / kBlockDepth, T / width, kBlockDepth / kDepth, width, kDepth]
 //
@@ -25,25 +25,25 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Multiplies with vector instructions. The weights of a block stay in the L2 cache, the activations
-// of M vectors in L1.
+// Multiplies with vector instructions. The weights of a block stay in the L2 cache. The activations
+// of M vectors stay in L1.
 template <class A>
 struct VectorTile {
   using Element = typename A::Element;
   static constexpr int64_t kDepth = A::kDepth;
-  // A block holds 256 words of 4 bytes of each token or row.
+  // The number of values in a block. Each token or row of a block has 256 words of 4 bytes.
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
-  // Rows of a task, a multiple of kBlockRows. A block of activations is brought into the L2 cache
-  // once for all of these rows, because the activations of all tokens may not fit the last-level
-  // cache.
+  // Rows of a task, a multiple of kBlockRows. The activations of all tokens may not fit the
+  // last-level cache. So a block of activations is brought into the L2 cache once and used for all
+  // these rows.
   static constexpr int64_t kTaskRows = 2 * kBlockRows;
   static constexpr int64_t kFewTokens = 64;
   static constexpr int64_t kFewRows = 24;  // a multiple of rows()
 
-  // How many vectors of tokens, and how many rows, are multiplied at a time: as many as leave room
-  // in the registers for the sums, the vectors and a broadcast value.
+  // The number of token vectors, and of rows, that are multiplied at a time. The sums, the vectors
+  // and a broadcast value must fit the registers.
   static constexpr int64_t kVectors = Vec::width == 1 ? 1 : 2;
   static constexpr int rows(int vectors) {
     return Vec::width == 1 ? 4 : Vec::width == 8 && vectors == 2 ? 6 : 12;
@@ -51,10 +51,10 @@ struct VectorTile {
 
   struct Setup {};
 
-  // sums [M, R of kTaskRows, width] = the products over `depth` values if this is the first block
-  // of k; otherwise adds them to `sums`. A block is summed on its own, because one running sum over
-  // thousands of values would lose digits. `weights` and `sums` belong to all rows of a block; the
-  // R rows begin at `row`.
+  // Computes the products over `depth` values, for R rows from `row` on and M vectors of tokens.
+  // For the first block of k, writes them to `sums` [M, R of kTaskRows, width], else adds them.
+  // Each block is summed on its own first, because one running sum over thousands of values would
+  // lose digits. `weights` and `sums` belong to all rows of the block.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {
@@ -91,7 +91,7 @@ struct TileOf<bf16> {
 };
 #endif
 
-// One task's sums, and the weights of a block.
+// The sums of a task, and the unpacked weights of a block.
 template <class Tile>
 struct ManyBuffers {
   // [tokens / width, rows, width], so that the sums of a tile are neighbours
@@ -99,11 +99,11 @@ struct ManyBuffers {
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
-// The rows that a task multiplies: rows of one part of the weights, or with SwiGLU of both parts.
+// The rows of a task. They belong to one part of the weights, with SwiGLU to two parts.
 struct TaskRows {
   WeightRows first, second;
-  int64_t count;        // of all
-  int64_t first_count;  // of the first
+  int64_t count;        // rows of both parts
+  int64_t first_count;  // rows of `first`
 
   WeightRows at(int64_t row) const {
     return row < first_count ? first.from(row) : second.from(row - first_count);
@@ -124,17 +124,18 @@ void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
   }
 }
 
-// The values that are multiplied after those of a block, to be prefetched meanwhile.
+// The values of weights that are prefetched while a block is multiplied.
 struct NextValues {
   int64_t first_row;
-  int64_t count;  // rows
-  int64_t begin;  // bytes of a row
+  int64_t count;  // number of rows
+  int64_t begin;  // the first byte within a row
   int64_t bytes;
 };
 
-// Multiplies one block by all tokens of the task. The block has `count` rows from first_row on, and
-// the values from `begin` on. Adds to the sums, or sets them if `begin` is 0. `x` holds the packed
-// activations of the block. first_sum is the row of buffers.sums where the sums of `rows` begin.
+// Multiplies one block by all tokens of the task. The block has rows [first_row, first_row + count)
+// and `depth` values of each row, from `begin` on. Adds to the sums, or sets them if `begin` is 0.
+// `x` is the packed activations of the block. Row first_sum of buffers.sums is the first row of the
+// task.
 template <class Tile>
 void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_row,
                     int64_t count, int64_t first_sum, int64_t begin, int64_t depth,
@@ -147,8 +148,8 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
     }
   }
 
-  // Before each tile, a share of the next values is prefetched. The hardware does not prefetch
-  // them, because rows are far apart and a block reads few bytes of each.
+  // A share of the next values is prefetched before each tile. The hardware does not prefetch them,
+  // because rows are far apart and a block has few bytes of each row.
   const int64_t steps = ceil_div(vectors, Tile::kVectors);
   const int64_t step_bytes = ceil_div(ceil_div(next.bytes, steps), 64) * 64;
 
@@ -176,17 +177,17 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
   }
 }
 
-// Multiplies up to kTaskRows rows by up to kBlockTokens tokens. These are `vectors` vectors from
-// first_vector on; the packed x has all_vectors. Writes buffers.sums from row first_sum on. The
-// last tile may overwrite rows of the sums past `rows`.
+// Multiplies up to kTaskRows rows by up to kBlockTokens tokens. The packed x has all_vectors
+// vectors of tokens, of which this call takes `vectors`, from first_vector on. Writes buffers.sums
+// from row first_sum on. The last tile may overwrite rows of the sums past those of `rows`.
 template <class Tile>
 void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_sum,
                    const typename Tile::Element* x, int64_t all_vectors, int64_t first_vector,
                    int64_t vectors, ManyBuffers<Tile>& buffers) {
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
-  if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets them
-  // The last tile may reach past the rows; it multiplies zeros there.
+  if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets the sums
+  // The last tile may reach past the rows. There it multiplies zeros.
   for (int64_t row = rows.count; row < Tile::kBlockRows; ++row) {
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
            Tile::kBlockDepth * sizeof(typename Tile::Element));
@@ -198,8 +199,9 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
   const auto count_from = [&](int64_t row) {
     return mistral::max(int64_t{0}, mistral::min(most, rows.count - row));
   };
-  // What is prefetched. Along rows, it is a block so far ahead that kAheadBytes are on their way;
-  // past the end of the rows the next rows begin.
+  // Finds the values to prefetch. If `along_rows`, they lie kAheadBytes ahead in the same rows, and
+  // past the end of the rows they are in the next rows. Otherwise they are the next block of the
+  // same rows.
   const int64_t ahead = along_rows ? ceil_div(kAheadBytes, most * block_bytes) : 1;
   const auto next_of = [&](int64_t row, int64_t block) {
     const int64_t next = block + ahead;

@@ -1,11 +1,11 @@
-// The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2 tiles.
-// Unpacked weights are used as they are, as operand a; packed activations are operand b.
+// The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2 tile
+// registers. Unpacked weights are operand a without repacking. Packed activations are operand b.
 //
-// Loading the tiles limits the speed. A product takes 16 cycles and a load from the L1 cache 8, so
-// 4 loads for 4 products take half of their time. The weights of a block (24 KB) therefore stay in
-// L1 (48 KB), beside the activations of two vectors (8 KB), and the next activations and sums are
-// prefetched between the products. The activations of a block (128 KB) and the sums of a task (576
-// KB) stay in L2 (2 MB).
+// Loading tile registers limits the speed. A product takes 16 cycles and a load from the L1 cache
+// 8, so 4 loads for 4 products take half of the time of the products. The weights of a block (24
+// KB) therefore stay in L1 (48 KB), beside the activations of two vectors (8 KB), and the next
+// activations and sums are prefetched between the products. The activations of a block (128 KB) and
+// the sums of a task (576 KB) stay in L2 (2 MB).
 #pragma once
 
 #include "../simd/amx.h"
@@ -13,14 +13,14 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// kBlocks: blocks of rows in a task.
+// A task has kBlocks blocks of rows.
 template <int64_t kBlocks>
 struct AmxTileOf {
   using Element = bf16;
   static constexpr int64_t kDepth = 2;
   static constexpr int64_t kBlockDepth = 128;
-  // kBlockTokens is so large that unpacking a block of weights is a small part of the work, and
-  // kBlockRows so large that fetching a block of activations is a small part, too.
+  // With so many tokens, unpacking a block of weights is a small part of the work. With so many
+  // rows, fetching a block of activations is a small part, too.
   static constexpr int64_t kBlockTokens = 512;
   static constexpr int64_t kBlockRows = 96;
   static constexpr int64_t kTaskRows = kBlocks * kBlockRows;
@@ -31,23 +31,23 @@ struct AmxTileOf {
 
   using Setup = TilesInUse;
 
-  // Like VectorTile::multiply, but a sum runs over all blocks, because the instruction itself sums
-  // 32 products before it adds them. Not inlined, because GCC 12 would run out of registers for
-  // addresses.
+  // Does the same as VectorTile::multiply, but one sum runs over all blocks. No digits are lost,
+  // because the instruction itself sums 32 products before it adds them. The function is not
+  // inlined: inlined, GCC 12 would run out of registers for addresses.
   template <int R, int M>
   [[gnu::noinline]] static void multiply(const bf16* all_weights, int64_t row, const bf16* x,
                                          int64_t stride_x, int64_t depth, bool first,
                                          float* all_sums) {
     static_assert(R == 2 * kTileRows && Vec::width == kTileRows, "");
     constexpr int64_t kTileDepth = kTileRowBytes / int64_t{sizeof(bf16)};
-    constexpr int64_t kStride = kBlockDepth * int64_t{sizeof(bf16)};  // of rows of weights
+    constexpr int64_t kStride = kBlockDepth * int64_t{sizeof(bf16)};  // in bytes
     constexpr int64_t kTileSums = kTileRows * kTileRows;
     constexpr int64_t kVectorSums = kTaskRows * kTileRows;
     const bf16* weights = all_weights + row * kBlockDepth;
     float* sums = all_sums + row * kTileRows;
 
-    // Each step along k prefetches a share of what comes next: the next vectors of x, which must be
-    // in the cache when all rows are done, and the sums of the next tile.
+    // Each step along k prefetches a share of the next vectors of x, which must be in the cache
+    // when all rows are done, and of the sums of the next tile.
     constexpr int64_t kSteps = kBlockDepth / kTileDepth;
     constexpr int64_t kVectorLines = kBlockDepth * kTileRows * int64_t{sizeof(bf16)} / 64;
     constexpr int64_t kLines = ceil_div(M * kVectorLines, kSteps * kBlockRows / R);
@@ -57,8 +57,8 @@ struct AmxTileOf {
     const float* next_sums =
         row + R < kBlockRows ? sums + R * kTileRows : all_sums + M * kVectorSums;
 
-    // Tiles 0 and 1 hold the sums of the first vector of tokens, with the first and the second 16
-    // rows. Tiles 2 and 3 hold those of the second vector.
+    // Tile registers 0 and 1 hold the sums of the first vector of tokens, with the first and the
+    // second 16 rows. Registers 2 and 3 hold the sums of the second vector.
     if (first) {
       tile_zero<0>();
       tile_zero<1>();
@@ -93,7 +93,7 @@ struct AmxTileOf {
   }
 
  private:
-  // Prefetches into the L1 cache.
+  // Prefetches cache lines into L1.
   template <int64_t lines>
   MISTRAL_SIMD static void fetch_lines(const void* p) {
 #pragma GCC unroll 16

@@ -1,14 +1,14 @@
-// The product of many tokens with rows of a weight in bytes (byte_chunk.h). The additions behind an
-// output and their order are those of gemv_bytes.h, so a token gets the same bits with any number
-// of tokens that are multiplied in bytes.
+// The product of many tokens with rows of a weight, in bytes (byte_chunk.h). Each output is
+// computed by the same additions in the same order as in gemv_bytes.h. So a token gets the same
+// bits with any number of other tokens, as long as the products are in bytes.
 //
 //   for each kPanelRows rows, for each block of kPanelChunks chunks of k
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each row: add the products of the block
 //
-// A sum is a vector until all of k is added: a block of 32 values has a lane, or on AVX-512 four
-// lanes. The panel and the sums of its rows stay in the L2 cache, the activations of 4 tokens in
-// L1.
+// A sum stays a vector until all of k is added: a block of 32 values has one lane, or on AVX-512
+// four lanes. The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens
+// stay in L1.
 #pragma once
 
 #include "gemv_bytes.h"
@@ -24,7 +24,7 @@ struct ByteProducts {
   int64_t tokens;
 };
 
-// Where the products go: [tokens / width, rows, width], as in ManyBuffers.
+// The destination of the products: [tokens / width, rows, width], as in ManyBuffers.
 struct ProductsOut {
   float* sums;
   int64_t stride_vector;
@@ -90,7 +90,8 @@ class BytePanel {
     }
   }
 
-  // Meanwhile prefetches the next block, of the same rows or of the rows after them.
+  // Unpacks a block into the panel. Meanwhile prefetches the next block of the same rows, or the
+  // first block of the next rows.
   void unpack(const WeightRows& w, int64_t rows, int64_t begin, int64_t count) {
     const bool last = (begin + count) * kSuperBlock >= w.inputs;
     const char* next =
@@ -118,7 +119,7 @@ class BytePanel {
     }
   }
 
-  // A group of rows is kRows rows of a chunk.
+  // The first index is a group of kRows rows, which share a chunk.
   ByteSums totals_[kPanelRows / R][kPanelTokens];
   Chunk chunks_[kPanelRows / R][kPanelChunks];
 };

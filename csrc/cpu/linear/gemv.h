@@ -1,9 +1,9 @@
-// The product of few tokens with rows of a weight. The rows are read from memory once. Each group
-// of rows is multiplied by several tokens at a time, and further tokens find the group in the
-// cache. Meanwhile the next weights are prefetched. With one token this is done in the order of
-// addresses, in which memory is fastest; with several tokens in the order of their blocks.
+// The product of few tokens with rows of a weight. The rows are read from memory once: all tokens
+// multiply a group of rows before the next group, while it is in the cache. Meanwhile the next
+// weights are prefetched. With one token they are prefetched in the order of addresses, in which
+// memory is fastest; with several tokens in the order in which blocks are multiplied.
 //
-// The additions behind an output, and their order, do not depend on the number of tokens. A
+// The additions behind an output, and their order, do not depend on the number of tokens. So a
 // sequence gets the same bits alone and in a batch.
 #pragma once
 
@@ -13,46 +13,47 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kCacheLineBytes = 64;
-// How far ahead of its use memory is prefetched. This is further than the hardware prefetchers go,
-// and it crosses the ends of rows and pages, where they stop.
+// The distance of the prefetch from the current address. It is further than hardware prefetchers
+// reach. Unlike them, the prefetch also crosses the ends of rows and pages.
 constexpr int64_t kAheadBytes = 8192;
 
-// Rows and tokens that are multiplied at a time. One token takes one row, a single stream through
-// memory. More tokens take two rows, which share the loads of activations. All sums must stay in
-// registers.
+// The number of rows and tokens that are multiplied at a time. With one token it is one row, a
+// single stream through memory. With more tokens it is two rows, which share the loads of
+// activations. All sums must stay in registers.
 constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
 constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
-// The rows of a group. All tokens are multiplied by one group before the next, while its rows are
-// in the cache.
+// The rows of a group. All tokens are multiplied by a group before the next group, while its rows
+// are in the cache.
 constexpr int kGroupRows = 8;
-// The values of a block. With several tokens, all rows of a group are multiplied in one block of k
-// before the next block. The activations of a block fit the L1 cache beside the stream of weights,
-// because an activation that has to be fetched waits behind cache lines that come from memory. An
-// activation has `value_bytes` bytes.
+// The number of values in a block of k. With several tokens, all rows of a group are multiplied in
+// one block of k before the next block. The activations of a block must fit the L1 cache beside the
+// stream of weights: a load that misses L1 would wait behind the cache lines that come from memory.
+// `value_bytes` is the size of a packed activation.
 constexpr int64_t block_values(int tokens, int64_t value_bytes) {
   constexpr int64_t kActivationBytes = 1 << 14;
   int64_t values = 4096;
   while (values * tokens * value_bytes > kActivationBytes) values /= 2;
   return values;
 }
-// Bytes of a packed activation.
+// The size of a packed activation in bytes.
 template <class Chunk>
 constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
-// Whether two rows are multiplied by one token at a time, so that they share the loads of
-// activations: where a group has scales, unpacking takes the longest.
+// Whether one token is multiplied by two rows at a time, which share the loads of activations. In
+// formats with groups this pays, because unpacking takes the longest there.
 template <class Chunk>
 constexpr bool kPairsRows = Chunk::kGrouped;
-// The independent sums of a row. Neighbouring chunks go to different sums, because an addition
-// waits for the previous addition to the same sum.
+// The number of independent sums of a row. Neighbouring chunks go to different sums, because an
+// addition waits for the previous addition to the same sum.
 constexpr int kChains = 2;
 
-// Prefetches into L1 and all other caches (locality 3), into all others (2), or into L1 alone (0).
+// Prefetches. locality 3: into L1 and all other caches; 2: into all but L1; 0: into L1 alone.
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
-// Prefetches weights, which are used once, into the cache that suits the processor.
+// Prefetches weights, which are used once, into the cache from which this processor reads them
+// fastest.
 MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
   if (kFetchesIntoL2) {
     fetch<2>(from, bytes);
@@ -61,7 +62,7 @@ MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
   }
 }
 
-// Chunk::Scales, or NoScales if the format has no groups.
+// A stand-in for Chunk::Scales in formats without groups.
 struct NoScales {
   struct Loaded {};
   NoScales(int, int64_t) {}
@@ -77,11 +78,11 @@ struct ScalesOf<Chunk, true> {
   using type = typename Chunk::Scales;
 };
 
-// Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. `chain`
-// says to which of the kChains sums the chunk goes. values[r] points to the chunk of row r. If the
-// format has groups, scales[r] are the factors of the chunk. `end` must be K or a multiple of
-// kChains chunks. Prefetches as many bytes from `next` on: with one token in the order of
-// addresses, across whole rows; with more tokens from R rows side by side.
+// Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. The
+// products of the chunk go to sum number `chain`, below kChains. values[r] points to the chunk of
+// row r. If the format has groups, scales[r] are the factors of the chunk. `end` must be K or a
+// multiple of kChains chunks. Prefetches as many bytes as it reads, from `next` on. With one token
+// it prefetches consecutive addresses, across whole rows; with more tokens R rows side by side.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
@@ -104,7 +105,7 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
     f(chunk, i, values, scales);
   };
 
-  // The loop counts chunks, so that the compiler advances every address by a constant.
+  // The loop counts chunks, so that the compiler can advance every address by a constant.
   int64_t chunk = begin / kValues;
   next -= chunk * kBytes;
   const Scales of_chains(w.group_log2, kChains * kValues);
@@ -123,7 +124,7 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
       visit(of_chains, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
     }
   }
-  // The rest of a row: a whole chunk, and a chunk that is padded with zeros.
+  // The rest of a row: a whole chunk may remain, and then a chunk that is padded with zeros.
   for (; chunk * kValues < end; ++chunk) {
     const int64_t there = mistral::min(kValues, end - chunk * kValues);
     char rest[R][kBytes] = {};
@@ -136,22 +137,23 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
   }
 }
 
-// The scale of a whole row; 1 if the format has none.
+// The scale of a whole row, or 1 if the format has no such scale.
 template <class Chunk>
 MISTRAL_SIMD float row_scale(const WeightRows& w, int row) {
   if (Chunk::kGrouped || !w.scales) return 1.0f;
   return to_float(reinterpret_cast<const bf16*>(w.scales)[row]);
 }
 
-// The sums of the products of the first R rows of `w` with the activations x of N tokens. x is
+// Multiplies the first R rows of `w` by the activations x of N tokens, and sums the products. x is
 // packed in the order of Chunk::k_at and padded with zeros. All functions are inlined, so that the
-// sums stay in registers. `start` and `finish` take x too, because some formats keep a scale or an
-// offset in it (gemv_int8.h, gemv_int16.h).
+// sums stay in registers. `start` and `finish` take x, because some formats store a scale or an
+// offset with the packed activations (gemv_int8.h, gemv_int16.h).
 template <class Chunk, int R, int N>
 struct Product {
   using A = typename Chunk::Arithmetic;
-  // Whether the products of a chunk are summed on their own. A group needs a sum of its own, which
-  // is then scaled. And a single lane would lose digits over thousands of values.
+  // Whether the products of a chunk are summed on their own before they are added to the total. In
+  // formats with groups such a sum is scaled. With a single lane, one running sum over thousands of
+  // values would lose digits.
   static constexpr bool kSumsChunks = Chunk::kGrouped || Vec::width == 1;
   static constexpr int kTotals = kSumsChunks && Vec::width > 1 ? 1 : kChains;
 
@@ -212,7 +214,7 @@ struct Product {
   }
 };
 
-// Prefetches the scales of the rows after the next rows.
+// Prefetches the scales of the rows that follow the next `rows` rows.
 template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;
@@ -220,7 +222,7 @@ void fetch_next_scales(const WeightRows& w, int64_t rows) {
   fetch<3>(w.scales + 2 * bytes, bytes);
 }
 
-// out[r]: the products of R rows and one token.
+// out[r] = the product of row r, for R rows, and one token.
 template <class Chunk, int R>
 void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, float* out) {
   fetch_next_scales<Chunk>(w, R);
@@ -230,15 +232,16 @@ void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element
   product.finish(w, x, 0, out, 0);
 }
 
-// out[n * stride_out + r]: the products of `count` rows, at most kGroupRows, and N tokens.
+// out[n * stride_out + r] = the product of row r and token n, for `count` rows, at most kGroupRows,
+// and N tokens.
 template <class Chunk, int N>
 void multiply_group(const WeightRows& w, int64_t count,
                     const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
                     int64_t stride_out) {
   constexpr int R = rows_at_a_time(N);
   if constexpr (N == 1) {
-    // Two rows are multiplied together only if they are so short that the prefetch has both in the
-    // cache.
+    // Two rows are multiplied together only if they are short: the prefetch must have brought both
+    // into the cache.
     int64_t row = 0;
     if (kPairsRows<Chunk> && 2 * w.row_bytes <= kAheadBytes) {
       for (; row + 2 <= count; row += 2) multiply_one<Chunk, 2>(w.from(row), x, out + row);
@@ -255,8 +258,8 @@ void multiply_group(const WeightRows& w, int64_t count,
         mistral::min(int64_t{kGroupRows}, R * ceil_div(kAheadBytes, R * Chunk::bytes(kValues)));
     for (int64_t k = 0; k < w.inputs; k += kValues) {
       const int64_t end = mistral::min(k + kValues, w.inputs);
-      // The values that are multiplied kAheadRows rows later. They are the same block of a later
-      // row, the next block of the first rows, or the next group.
+      // The values that are multiplied kAheadRows rows later: the same block of a later row, else
+      // the next block of the first rows, else the next group.
       const auto next_of = [&](int64_t row) {
         const int64_t ahead = row + kAheadRows;
         if (ahead < count) return w.from(ahead).values + Chunk::bytes(k);
@@ -277,7 +280,7 @@ void multiply_group(const WeightRows& w, int64_t count,
   }
 }
 
-// out[t * stride_out + r]: the products of `count` rows and all tokens.
+// out[t * stride_out + r] = the product of row r and token t, for `count` rows and all tokens.
 template <class Chunk>
 struct Few {
   static void multiply(const WeightRows& w, int64_t count,

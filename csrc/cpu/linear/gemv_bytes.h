@@ -1,7 +1,6 @@
-// gemv with activations of 8 bits. Each block of 32 activations of a token is rounded to integers,
-// in units of a 127th of its largest magnitude. The integers are multiplied by weights of 4 to 6
-// bits. This adds far less error than such weights have, and takes a fifth of the instructions of
-// floats.
+// gemv with activations rounded to 8 bits (byte_activations.h), which are multiplied in integers by
+// weights of 4 to 6 bits. The rounding adds far less error than such weights have. The integers
+// need a fifth of the instructions of floats.
 #pragma once
 
 #include "byte_chunk.h"
@@ -9,7 +8,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Stands for the products of bytes of a format, in place of a chunk type.
+// A stand-in for a chunk type: products in bytes of weights of this format.
 template <WeightFormat format>
 struct InBytes {
   struct Arithmetic {

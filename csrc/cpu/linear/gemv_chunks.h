@@ -1,25 +1,26 @@
-// gemv in integers: rows are unpacked once for all tokens, kRows rows of a chunk of kValues values
-// at a time. A chunk type has
+// gemv in integers. A chunk of kValues values of kRows rows is unpacked once for all tokens. A
+// chunk type has these members:
 //
 //   take(values, scales, group_log2, k, there)   unpacks the values from k on of kRows rows
-//   add(x, totals)                               adds their products with N tokens' activations
-//   Sums, store_sums                             the totals of kRows rows, in vectors
-//   kBytes, kHeadBytes, kLineBytes               of a row's chunk; of a packed token: a head, and a
-//                                                line for each chunk
+//   add(x, totals)                               adds their products with the activations of N
+//                                                tokens
+//   Sums, store_sums                             vectors with the totals of kRows rows
+//   kBytes                                       the bytes of a row in a chunk
+//   kHeadBytes, kLineBytes                       a packed token: a head, a line for each chunk
 //   unit(x)                                      a factor of all products of a packed token
-//   OneRow                                       a chunk type of one row with the same additions
+//   OneRow                                       a chunk type for one row with the same additions
 //
 // With one token, one row is multiplied at a time, as a single stream through memory. With more
-// tokens, kRows rows are multiplied together and share instructions. Rows do not depend on each
-// other. A row gets the same bits alone and at any place among others.
+// tokens, kRows rows are multiplied together and share instructions. The result of a row does not
+// depend on the rows beside it: a row gets the same bits alone and at any place.
 #pragma once
 
 #include "gemv.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Unpacks chunk i of the first kRows rows. Values past K are zeros. If `rows` is less than kRows,
-// the last row stands for the missing rows.
+// Unpacks chunk i of the first kRows rows. Values past K become zeros. If there are fewer than
+// kRows rows, the last row is repeated.
 template <class Chunk>
 MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk& chunk) {
   constexpr int R = Chunk::kRows;
@@ -42,7 +43,7 @@ MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk
   chunk.take(values, scales, w.group_log2, i * Chunk::kValues, there);
 }
 
-// Adds the products of a chunk with N tokens, whose packed activations are `stride_x` bytes apart.
+// Adds the products of a chunk with N tokens. Their packed activations are `stride_x` bytes apart.
 template <int N, class Chunk>
 MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
                             typename Chunk::Sums* totals) {
@@ -94,7 +95,8 @@ struct FewInChunks {
     }
   }
 
-  // Multiplies a group of rows in blocks of k, whose activations stay in the L1 cache.
+  // Multiplies a group of rows, one block of k after another. The activations of a block stay in
+  // the L1 cache.
   static void multiply_group(const WeightRows& w, int64_t rows, const char* x, int64_t stride_x,
                              int64_t tokens, float* out, int64_t stride_out) {
     constexpr int R = Chunk::kRows;
@@ -131,9 +133,9 @@ struct FewInChunks {
     }
   }
 
-  // The address of what is multiplied kAheadBytes after chunks `begin` to `end` of a row, in a
-  // group of `rows`. This is the same chunks of a later row, the next block of the first rows, or
-  // the next group.
+  // The address of the values that are multiplied kAheadBytes after chunks `begin` to `end` of a
+  // row, in a group of `rows` rows: the same chunks of a later row, else the next block of the
+  // first rows, else the next group.
   static const char* next_of(const WeightRows& w, int64_t row, int64_t rows, int64_t begin,
                              int64_t end, int64_t chunks) {
     constexpr int R = Chunk::kRows;

@@ -1,12 +1,12 @@
-// gemv for weights of 8 and 4 bits, in 16-bit integers, because widening every weight to a float
-// would take longer than reading it from memory. One instruction multiplies 16-bit integers and
-// adds pairs of products, which is exact. With the instructions of AVX2 for bytes, sums would
+// gemv for weights of 8 and 4 bits in 16-bit integers. Widening every weight to a float would take
+// longer than reading it from memory. One instruction multiplies 16-bit integers and adds pairs of
+// products, which is exact. AVX2 also has an instruction for bytes, but there the sums would
 // saturate or the activations would lose bits.
 //
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
-// (unit_of in integers.h). A packed token is a head, which holds the unit, and a line for each
-// chunk. If a format unpacks to unsigned values, which are kBias too large, a line begins with the
-// correction for each lane of the sums.
+// (unit_of in integers.h). A packed token has a head, which holds the unit, and a line for each
+// chunk. Some formats unpack to unsigned values, which are kBias too large. For these a line begins
+// with a correction for each lane of the sums.
 #pragma once
 
 #include "../simd/integers.h"
@@ -14,8 +14,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A chunk of a format in 16-bit integers. kFastest says whether these products are the fastest for
-// activations that would otherwise be multiplied by the arithmetic A.
+// A chunk of a format in 16-bit integers. A is the arithmetic that would multiply the activations
+// otherwise. kFastest says whether 16-bit integers are faster.
 template <WeightFormat format>
 struct Int16Chunk {
   template <class A>
@@ -34,13 +34,13 @@ struct Int16Arithmetic {
 
 struct Int16Layout {
   using Arithmetic = Int16Arithmetic;
-  static constexpr int64_t kStep = Shorts::width;  // values of an operand
-  static constexpr int64_t kHead = 32;             // elements: 64 bytes
+  static constexpr int64_t kStep = Shorts::width;  // values in an operand
+  static constexpr int64_t kHead = 32;             // elements in the head, which has 64 bytes
   template <class A>
-  static constexpr bool kFastest = std::is_same_v<A, Fp32>;  // pairs of bf16 are as fast
+  static constexpr bool kFastest = std::is_same_v<A, Fp32>;  // bf16 pairs are as fast
 };
 
-// Signed bytes, in the order of memory.
+// A chunk of signed bytes, in the order of memory.
 template <int64_t values>
 struct Int16Bytes : Int16Layout {
   static constexpr int64_t kValues = values;
@@ -71,7 +71,7 @@ struct Int16Chunk<WeightFormat::q8_0> : Int16Bytes<32> {
   using Scales = Q8Chunk<Fp32>::Scales;
 };
 
-// A vector of words. Operand i holds values 2 i and 2 i + 1 of every word, each 8 too large.
+// A chunk of a vector of words. Operand i holds values 2 i and 2 i + 1 of every word, 8 too large.
 template <>
 struct Int16Chunk<WeightFormat::int4> : Int16Layout {
   static constexpr int64_t kValues = 8 * Vec::width;
@@ -97,7 +97,8 @@ struct Int16Chunk<WeightFormat::int4> : Int16Layout {
 template <WeightFormat format, int R, int N>
 struct Product<Int16Chunk<format>, R, N> {
   using Chunk = Int16Chunk<format>;
-  // Sums of groups are added rarely, so one total suffices and leaves registers for more.
+  // The sums of groups are added rarely, so one total suffices. This leaves registers for other
+  // values.
   static constexpr int kTotals = Chunk::kGrouped ? 1 : kChains;
 
   Vec totals[kTotals][N][R];

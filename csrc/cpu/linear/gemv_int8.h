@@ -1,5 +1,6 @@
-// gemv for weights of 8 bits with a scale for each row, in integers. Widening the weights to floats
-// would take longer than fast memory takes to bring them. VNNI multiplies bytes as they are.
+// gemv in integers, for weights of 8 bits with a scale for each row. Widening the weights to floats
+// would take longer than fast memory takes to bring them. VNNI multiplies bytes without widening
+// them.
 //
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
 // (unit_of in integers.h). An instruction multiplies unsigned bytes by signed bytes, so an
@@ -8,8 +9,9 @@
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
-// The sum of high is packed with the activations. All sums of a row are integers. They are exact
-// for rows of up to kMaxInt8Inputs values: they may wrap around on the way, but the results fit.
+// The sum of `high` is packed with the activations. All sums of a row are integers and exact for
+// rows of up to kMaxInt8Inputs values. They may wrap around on the way, but the results fit 32
+// bits.
 #pragma once
 
 #include <type_traits>
@@ -19,8 +21,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The packed activations of a token: a TokenHead, then for each chunk a line with its high bytes
-// and its low bytes.
+// A stand-in for a chunk type: these products. A packed token has a TokenHead, then for each chunk
+// a line with its high bytes and its low bytes.
 struct InIntegers {
   struct Arithmetic {
     using Element = uint8_t;
@@ -36,11 +38,11 @@ struct InIntegers {
 template <>
 constexpr int64_t kPackedBytes<InIntegers> = 2;
 
-// Packs the K activations of a token, at an address that is a multiple of 64.
+// Packs the K activations of a token. `out` must be 64-byte aligned.
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
-// Whether a format has these products: its values are bytes, of which a row shares a scale.
+// Whether these kernels multiply a format: its values are bytes, and a row has one scale.
 constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
   return info(format).bits == 8 && info(format).least_group == 0;
@@ -52,7 +54,7 @@ constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
 
 struct TokenHead {
-  Ints offset;  // in each lane: -128 times the sum of its high bytes
+  Ints offset;  // -128 * (the sum of the high bytes), in each lane
   alignas(64) float unit;
 
   static const TokenHead& of(const uint8_t* x) { return *reinterpret_cast<const TokenHead*>(x); }
@@ -62,7 +64,8 @@ static_assert(sizeof(TokenHead) == InIntegers::kHeadBytes);
 template <int R, int N>
 struct Product<InIntegers, R, N> {
   using Chunk = InIntegers;
-  // An addition waits for the previous addition to the same sum, so one row and token use two sums.
+  // One row and token use two sums, because an addition waits for the previous addition to the same
+  // sum.
   static constexpr int kSums = R * N == 1 ? kChains : 1;
 
   Ints high[kSums][N][R], low[kSums][N][R];

@@ -1,7 +1,7 @@
 // gemv for q8_0 on AVX-512 with VNNI. The activations of a token become 16-bit integers, in a unit
-// that is chosen for the token (unit_of in integers.h). The weights are widened to 16 bits, once
-// for all tokens, and an instruction adds up products of pairs. 128 values of four rows are
-// multiplied at a time, in vectors that mix the rows as those of byte_chunk_512.h do.
+// that is chosen for the token (unit_of in integers.h). The weights are widened to 16 bits once for
+// all tokens. An instruction multiplies 16-bit integers and adds pairs of products. 128 values of
+// four rows are multiplied at a time, in vectors that mix the rows as in byte_chunk_512.h.
 #pragma once
 
 #include "gemv_chunks.h"
@@ -10,14 +10,14 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Stands for these products, in place of a chunk type.
+// A stand-in for a chunk type: these products.
 struct InPairs {
   struct Arithmetic {
     using Element = char;
   };
 };
 
-// Whether a format has these products: its values are bytes, of which a group shares a scale.
+// Whether these kernels multiply a format: its values are bytes, and each group has a scale.
 constexpr bool has_pair_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
   return info(format).bits == 8 && info(format).least_group != 0;
@@ -36,8 +36,8 @@ struct PairChunk {
   static constexpr int64_t kValues = 128;
   static constexpr int64_t kBytes = kValues;
 
-  // A packed token begins with its unit. For each 64 values, a line has those with even numbers and
-  // then those with odd numbers.
+  // A packed token begins with its unit. A line has, for each 64 values, the values with even
+  // indices and then the values with odd indices.
   static constexpr int64_t kHeadBytes = 64;
   static constexpr int64_t kLineBytes = kValues * int64_t{sizeof(int16_t)};
   static float unit(const char* x) {
@@ -52,8 +52,8 @@ struct PairChunk {
     for (int i = 0; i < 8 * kRows; ++i) out[i] *= unit;
   }
 
-  Shorts values[2][kRows][2];  // of each 64 values, the mixed vectors' even and odd bytes
-  __m512 factors[2];           // a 128-bit lane is half a block, and has the scales of the rows
+  Shorts values[2][kRows][2];  // [64 values][mixed vector][even or odd bytes]
+  __m512 factors[2];           // for each half block a lane with the scales of the rows
 
   MISTRAL_SIMD void take(const char* const (&bytes)[kRows], const char* const (&scales)[kRows], int,
                          int64_t k, int64_t there) {
@@ -76,7 +76,7 @@ struct PairChunk {
     };
     const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(both(0)), both(2), 1);
     for (int i = 0; i < 2; ++i) {
-      int16_t at[16];  // the scales of a row are 4 apart
+      int16_t at[16];  // the scales of neighbouring rows are 4 elements apart
       for (int lane = 0; lane < 16; ++lane) {
         at[lane] = static_cast<int16_t>(lane % 4 * 4 + 2 * i + lane / 8);
       }
@@ -110,7 +110,7 @@ struct PairChunk {
   }
 };
 
-// Like PairChunk, but of one row, whose sums are at all places of a lane.
+// The chunk for one row. All places of a lane of the sums belong to this row.
 struct PairRow {
   static constexpr int kRows = 1;
   static constexpr int64_t kValues = PairChunk::kValues;

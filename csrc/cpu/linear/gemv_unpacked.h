@@ -1,5 +1,5 @@
-// gemv for formats that no chunk reads: a block of a row is unpacked to floats, which stay in the
-// L1 cache while all tokens are multiplied by them.
+// gemv for formats that have no chunk. A block of a row is unpacked to floats. They stay in the L1
+// cache while all tokens are multiplied by them.
 #pragma once
 
 #include "gemv.h"

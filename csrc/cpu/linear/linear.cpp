@@ -1,7 +1,7 @@
-// First the activations of each token are packed: normalised if there is a norm, converted, and put
-// in the order of k of the weight format (activations.h). Then each thread multiplies blocks of
-// rows of the weights and writes the outputs. The products of up to kGemvTokens tokens are in the
-// files gemv*.h, those of more tokens in gemm.h and gemm_bytes.h.
+// First the activations of each token are packed (activations.h): normalised if the layer has a
+// norm, converted, and put in the order of k of the weight format. Then each thread multiplies
+// blocks of rows of the weights and writes the outputs. Up to kGemvTokens tokens are multiplied in
+// the files gemv*.h, more tokens in gemm.h and gemm_bytes.h.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -13,21 +13,22 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The fewest bytes of weights that a thread takes at a time in gemv; with SwiGLU, of each part. The
-// prefetch comes too late for the first bytes of a range, so ranges must be much longer.
+// The fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, this counts for
+// each part. The prefetch comes too late for the first bytes of a range, so ranges must be much
+// longer.
 constexpr int64_t kLeastBytes = 1 << 16;
 constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
 
-// Neighbouring rows whose outputs are written together: rows of one part, or with SwiGLU of both
-// gate and up.
+// Neighbouring rows whose outputs are written together. They belong to one part. With SwiGLU the
+// block stands for the same rows of both parts, gate and up.
 struct RowBlock {
   int64_t part;
   int64_t first;
   int64_t count;
-  int64_t column;  // of the output
+  int64_t column;  // the column of the first output
 };
 
-// Parts that have columns of their own in the output.
+// The number of parts that have their own columns in the output.
 int64_t output_parts(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 1 : p.num_parts;
 }
@@ -38,7 +39,7 @@ int64_t count_blocks(const LinearParams& p, int64_t rows) {
   return count;
 }
 
-// At most `most` rows of one part. `row` is the first, counted through all parts.
+// A block of at most `most` rows of one part. `row` is its first row, counted through all parts.
 RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
   int64_t part = 0, first = row;
   while (first >= p.parts[part].rows) first -= p.parts[part++].rows;
@@ -54,8 +55,8 @@ RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
   return block_from(p, row + index * rows, rows);
 }
 
-// Writes `count` outputs of one token, from column `column` on. `up`: the sums of the second part,
-// for SwiGLU.
+// Writes `count` outputs of one token, from column `column` on. `up` holds the sums of the second
+// part with SwiGLU.
 template <class T>
 void finish(const LinearParams& p, int64_t token, int64_t column, const float* product,
             const float* up, int64_t count) {
@@ -82,7 +83,7 @@ void finish(const LinearParams& p, int64_t token, int64_t column, const float* p
   }
 }
 
-// The first part with the same packed activations.
+// The first part that has the same packed activations as `part`.
 template <class T>
 int64_t first_like(const LinearParams& p, int64_t part) {
   int64_t first = 0;
@@ -94,8 +95,8 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 template <class T>
 struct Scratch {
   T* normalised;            // [T, K]
-  char* rows;               // gemm.h: the packed rows of one part, before pack_vector
-  char* packed[kMaxParts];  // for each part; parts whose activations are packed alike share them
+  char* rows;               // for gemm.h: the packed rows of one part, before pack_vector
+  char* packed[kMaxParts];  // of each part; parts with the same packing share them
   int64_t bytes;
 
   explicit Scratch(const LinearParams& p) {
@@ -107,7 +108,7 @@ struct Scratch {
     };
     const bool many = p.tokens > kGemvTokens;
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
-    bool vectors = false;  // whether gemm.h multiplies a part
+    bool vectors = false;  // whether gemm.h multiplies any part
     for (int64_t part = 0; part < p.num_parts; ++part) vectors |= many && !in_bytes<T>(p, part);
     rows = take(vectors ? many_bytes(p) : 0);
     for (int64_t part = 0; part < p.num_parts; ++part) {
@@ -132,7 +133,7 @@ struct Scratch {
   }
 };
 
-// Packs a token for products with few tokens or in bytes.
+// Packs a token for gemv, or for products in bytes.
 template <class T>
 void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t token,
                 const T* x) {
@@ -146,7 +147,7 @@ void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, 
 template <class T>
 void linear_few(const LinearParams& p, int threads) {
   const Scratch<T> scratch(p);
-  // Calls f with the chunk type of the part, its packed activations, and the number of their
+  // Calls f with the chunk type of the part, its packed activations, and the number of packed
   // elements for each token.
   const auto with_chunk = [&](int64_t part, const auto& f) {
     with_few_chunk<T>(p, part, [&](auto chunk) {
@@ -185,14 +186,14 @@ void linear_few(const LinearParams& p, int threads) {
   });
 }
 
-// Packs the activations of a vector of tokens for a part of this format. x has `count` of these
-// tokens.
+// Packs the activations of a vector of tokens for a part of this format. The vector has `count`
+// tokens, and x[i] are the activations of token i.
 template <WeightFormat format, class T>
 void pack_for_many(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t vectors,
                    int64_t vector, const T* const* x, int64_t count) {
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
-  // The order of k as `unpack` leaves it.
+  // The order of k in which `unpack` leaves the values.
   using Order = typename ChunkOf<format, float>::type;
   const int64_t stride_x = padded(p.inputs);
   auto* rows = reinterpret_cast<Element*>(scratch.rows) + vector * Vec::width * stride_x;
@@ -224,7 +225,8 @@ void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t vecto
   }
 }
 
-// Writes buffers.sums: the products of the rows of the block; with SwiGLU, of both parts.
+// Writes the products of the rows of the block to buffers.sums. With SwiGLU, these are the rows of
+// both parts.
 template <class T, class Tile>
 void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const RowBlock& block,
                          int64_t first_token, int64_t tokens, ManyBuffers<Tile>& buffers) {
@@ -232,7 +234,7 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
   const auto rows_at = [&](int64_t part) {
     return rows_of<T>(p.parts[part], p.inputs, block.first);
   };
-  // The sums of `rows` begin at row first_row of the buffer.
+  // Multiplies rows of a part. Their sums begin at row first_row of the buffer.
   const auto multiply = [&](int64_t part, const TaskRows& rows, int64_t first_row) {
     multiply_many(rows, unpack_of<T, Element>(p.parts[part].format), first_row,
                   reinterpret_cast<const Element*>(scratch.packed[part]),
@@ -254,8 +256,8 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
     // Both parts are multiplied in one call, so that they share the activations in the cache.
     return multiply(0, {rows_at(0), rows_at(1), 2 * block.count, block.count}, 0);
   }
-  // The parts are multiplied in the order of their rows, because multiply_many may overwrite rows
-  // of the sums past its own.
+  // The parts are multiplied in the order of their rows in the sums, because multiply_many may
+  // overwrite later rows of the sums.
   for (int64_t i = 0; i < (swiglu ? 2 : 1); ++i) {
     const int64_t part = block.part + i, first_row = i * block.count;
     if (in_bytes<T>(p, part)) {
@@ -275,21 +277,21 @@ void linear_many(const LinearParams& p, int threads) {
 
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
-  const int64_t parts = swiglu ? 2 : 1;  // parts whose rows go together
-  // As many rows as leave enough tasks to share out.
+  const int64_t parts = swiglu ? 2 : 1;  // the number of parts that a task multiplies together
+  // A task has as many rows as possible, while there are still enough tasks for all threads.
   int64_t rows_per_task = Tile::kTaskRows / parts;
   while (rows_per_task > Tile::kBlockRows / parts &&
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
     rows_per_task -= Tile::kBlockRows / parts;
   }
-  // Two formats are multiplied one after the other, and the second product may overwrite sums up to
-  // the end of its last tile. With at most kBlockRows rows of each part, that end is still within
-  // the kTaskRows rows of the sums.
+  // If the parts differ in format, they are multiplied one after the other. The second product may
+  // overwrite sums up to the end of its last tile. With at most kBlockRows rows of each part, that
+  // end is still within the kTaskRows rows of the sums.
   static_assert(2 * Tile::kBlockRows <= Tile::kTaskRows, "");
   if (swiglu && p.parts[0].format != p.parts[1].format) {
     rows_per_task = mistral::min(rows_per_task, Tile::kBlockRows);
   }
-  // Consecutive tasks take the blocks of tokens of the same rows, while these are in the cache.
+  // Consecutive tasks take different tokens for the same rows, while these rows are in the cache.
   parallel_for(threads, count_blocks(p, rows_per_task) * token_blocks, [&](int64_t task) {
     const RowBlock block = block_at(p, rows_per_task, task / token_blocks);
     const int64_t first_token = task % token_blocks * Tile::kBlockTokens;
@@ -297,7 +299,8 @@ void linear_many(const LinearParams& p, int threads) {
     ManyBuffers<Tile> buffers;
     multiply_block_rows(p, scratch, block, first_token, tokens, buffers);
 
-    // Transposes rows of tokens to rows of outputs, one vector of tokens at a time.
+    // The sums are transposed from rows of weights to rows of tokens, one vector of tokens at a
+    // time.
     const int64_t count = parts * block.count;
     for (int64_t first = 0; first < tokens; first += Vec::width) {
       float outputs[Vec::width][Tile::kTaskRows];

@@ -1,16 +1,15 @@
-// Unpacks weights of every format to the elements that are multiplied: for many tokens (gemm.h),
-// and for formats that gemv.h does not read itself (gemv_unpacked.h).
+// Unpacks weights of every format to the elements that the kernels multiply. gemm.h uses this, and
+// for formats without a chunk also gemv_unpacked.h.
 #pragma once
 
 #include "unpack_words.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int64_t kUnpacked = 8 * Vec::width;  // values that are unpacked at a time
+constexpr int64_t kUnpacked = 8 * Vec::width;  // the number of values that are unpacked at a time
 
-// Unpacks kUnpacked values of the first row, from k on, which is a multiple of kUnpacked. Values
-// past K are finite: there the activations are 0. Values of words come in the order of
-// Int4Chunk::k_at.
+// Unpacks kUnpacked values of the first row of `w`. k is a multiple of kUnpacked. Values past K are
+// finite; the activations there are 0. The values of words come in the order of Int4Chunk::k_at.
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 
@@ -25,8 +24,8 @@ MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
 }
 #endif
 
-// The address of the values from k on. Where the row ends before kUnpacked values, the address of a
-// copy that is padded with zeros.
+// The address of the values from k on. If the row ends before kUnpacked values, it is the address
+// of a copy that is padded with zeros.
 struct ValuesAt {
   const char* values;
   char rest[kUnpacked * sizeof(float)];
@@ -108,7 +107,7 @@ void unpack(const WeightRows& w, int64_t k, Element* out) {
   }
 }
 
-// For a weight that is plain in T, or in another format.
+// The function that unpacks a format. If the format is plain, the weights have type T.
 template <class T, class Element>
 Unpack<Element> unpack_of(WeightFormat format) {
   return with_format(format, [](auto f) -> Unpack<Element> {

@@ -7,7 +7,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The factor and the offset of neighbouring values.
+// Neighbouring values of a weight are q * factor + offset.
 struct Scaling {
   float factor;
   float offset;
@@ -20,10 +20,10 @@ MISTRAL_SIMD float half_at(const char* p) {
 }
 MISTRAL_SIMD int byte_at(const char* p) { return static_cast<uint8_t>(*p); }
 
-// Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k in the 12 bytes of a
-// super-block. Bytes 0 to 3 hold the scales of the first four blocks in their low 6 bits, and bytes
-// 4 to 7 their minima. The other 2 bits of these bytes are the high bits for the last four blocks.
-// The low 4 bits of these are in bytes 8 to 11.
+// Finds the scale and the minimum of a block (0 to 7) of q4_k or q5_k. `bytes` are the 12 bytes of
+// a super-block. Bytes 0 to 3 hold the scales of the first four blocks in their low 6 bits, and
+// bytes 4 to 7 their minima. The other 2 bits of bytes 0 to 7 are the high bits of the scales and
+// minima of the last four blocks, whose low 4 bits are in bytes 8 to 11.
 MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* minimum) {
   const int first_scale = byte_at(bytes + block % 4),
             first_minimum = byte_at(bytes + 4 + block % 4);
@@ -37,13 +37,13 @@ MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* m
   }
 }
 
-// The scaling of the values around k of the first row. `scales` are those of this row.
+// The scaling of the values around k of a row. `scales` are the scales of this row.
 template <WeightFormat format>
 MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   constexpr int64_t kGroupBytes =
-      info(format).group_scales * info(format).scale_bytes;  // of all scales of a group
+      info(format).group_scales * info(format).scale_bytes;  // bytes of all scales of a group
   const char* group = scales + (k >> group_log2) * kGroupBytes;
-  const int block = static_cast<int>(k % kSuperBlock / 32);  // of a super-block
+  const int block = static_cast<int>(k % kSuperBlock / 32);  // in its super-block
   if constexpr (format == WeightFormat::q4_0) {
     const float d = half_at(group);
     return {d, -8 * d};  // signed values are unpacked 8 too large
@@ -71,9 +71,8 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   }
 }
 
-// The bits above the fourth of a vector of words. They are moved to the places that those of word 0
-// of a block have. `words` are those of the super-block, and `first` is the number of the first
-// word.
+// Loads the further bits of a vector of words, and moves them to the places that they have for word
+// 0 of a block. `words` are the words of the super-block. `first` is the index of the first word.
 template <WeightFormat format>
 MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   uint32_t further[Vec::width];
@@ -90,9 +89,9 @@ MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
 
 #if defined(__AVX512F__)
 
-// Lane i of the result is lane `index[i]` of x.
+// Lane i of the result is lane index[i] of x.
 MISTRAL_SIMD __m512 lanes_at(__m512i index, __m512 x) { return _mm512_permutexvar_ps(index, x); }
-// Lane i is lane_of(i).
+// Lane i of the result is lane_of(i).
 template <class LaneOf>
 MISTRAL_SIMD __m512i lanes_of(const LaneOf& lane_of) {
   alignas(64) int32_t lanes[16];
@@ -109,26 +108,26 @@ MISTRAL_SIMD __m512 widen_signed(__m128i bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 
-// The scales of 256 values that are stored in words. A vector has a lane for each of 16 words.
+// The scales of 256 values that are stored in 32 words. `factors` has a lane for each word.
 template <WeightFormat format>
 struct WordScales {
   static constexpr bool kPairs = format == WeightFormat::q4_1 || format == WeightFormat::q4_z;
   static constexpr bool kMinima =
       kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
 
-  __m512 factors[2];  // of words 0 to 15 and of words 16 to 31
-  __m512 halves;      // the factor of each 16 values
-  __m512 minima;      // is added to each 16 values, if kMinima
+  __m512 factors[2];  // words 0 to 15, words 16 to 31
+  __m512 halves;      // the factors of each 16 values
+  __m512 minima;      // added to each 16 values, if kMinima
 
-  // `row_scales` are the scales of the whole row. `k` is the number of the first value, a multiple
-  // of 256, and `there` is how many values there are.
+  // `row_scales` points to the scales of the whole row. `k` is the index of the first value, a
+  // multiple of 256. There are `there` values.
   MISTRAL_SIMD WordScales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     const char* group = row_scales + (k >> group_log2) * kGroupBytes;
     if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
       uint32_t bytes[4];
       six_bit_scales(group, bytes);
-      // Scales in lanes 0 to 7, minima in the others.
+      // Lanes 0 to 7 hold scales, lanes 8 to 15 minima.
       const __m512 all = widen_signed(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
       const __m512 units = _mm512_mask_sub_ps(half_in_all_lanes(group), 0xff00, _mm512_setzero_ps(),
                                               half_in_all_lanes(group + 2));
@@ -152,7 +151,7 @@ struct WordScales {
   }
 
  private:
-  // Gives each lane the scale of its block, which is in lane at(block) of `scales`.
+  // Gives each lane the scale of its block. The scale is in lane at(block) of `scales`.
   template <class At>
   MISTRAL_SIMD void spread(__m512 scales, const At& at) {
     for (int i = 0; i < 2; ++i) {
@@ -161,13 +160,13 @@ struct WordScales {
     halves = lanes_at(lanes_of([&](int half) { return at(half / 2); }), scales);
   }
 
-  // Takes scales of groups of 32, 64 or 128 values. A group has one or two numbers of 16 bits.
+  // Takes the scales of groups of 32, 64 or 128 values. A group has one or two 16-bit numbers.
   MISTRAL_SIMD void take_groups(const char* group, int group_log2, int64_t there) {
     constexpr int kNumbers = kPairs ? 2 : 1;
     const auto count = static_cast<unsigned>((there >> group_log2) * kNumbers);
     const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), group);
     const __m512 numbers = _mm512_cvtph_ps(raw);
-    // The number that belongs to the block in each lane.
+    // The number of the group to which the block of each lane belongs.
     const __m128i shift = _mm_cvtsi32_si128(group_log2 - 5);
     const auto first_of = [&](__m512i blocks) {
       return _mm512_slli_epi32(_mm512_srl_epi32(blocks, shift), kNumbers - 1);
@@ -187,7 +186,7 @@ struct WordScales {
   }
 };
 
-// The scaling of each of a vector of words.
+// The scaling of each word, for a vector of words from value k on.
 template <WeightFormat format>
 MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* offset) {
   const int64_t first = k - k % kSuperBlock;
@@ -209,10 +208,10 @@ MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* off
 
 #else
 
-// The scaling of each of a vector of words.
+// The scaling of each word, for a vector of words from value k on.
 template <WeightFormat format>
 MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* offset) {
-  // Words of one group or half of it share the scaling.
+  // Neighbouring words of a group, or of half a group, share the scaling.
   constexpr int kAlike = mistral::min(Vec::width, format == WeightFormat::q6_k ? 2 : 4);
   float factors[Vec::width], offsets[Vec::width];
   for (int lane = 0; lane < Vec::width; lane += kAlike) {
@@ -229,8 +228,8 @@ MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* off
 
 #endif
 
-// Unpacks 8 vectors of values of the first row, from k on. Vector i has value i of each word, which
-// is the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values) for each vector.
+// Unpacks 8 vectors of values of the first row, from value k on. Vector i has value i of each word,
+// which is the order of Int4Chunk::k_at. Words past K are 0. Calls put(i, values) for each vector.
 template <WeightFormat format, class Put>
 MISTRAL_SIMD void unpack_words(const WeightRows& w, int64_t k, const Put& put) {
   constexpr int64_t kValues = 8 * Vec::width;

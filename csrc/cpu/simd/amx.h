@@ -1,5 +1,5 @@
-// One function for each instruction of AMX. A thread has 8 tiles, which are matrix registers of up
-// to 16 rows of 64 bytes. The thread must configure its tiles before it uses them. tests/amx
+// Each function stands for one AMX instruction. A thread has 8 tiles. A tile is a matrix register
+// of up to 16 rows of 64 bytes. The thread must configure its tiles before it uses them. tests/amx
 // emulates the instructions.
 #pragma once
 
@@ -13,8 +13,8 @@ constexpr int kTileRowBytes = 64;
 
 // The operand of ldtilecfg and sttilecfg.
 struct TileConfig {
-  uint8_t palette;    // 0: tiles are not in use, and a switch of threads has none to save
-  uint8_t start_row;  // where an interrupted load or store goes on
+  uint8_t palette;    // 0: the tiles are not in use, so a thread switch need not save them
+  uint8_t start_row;  // the row at which an interrupted load or store continues
   uint8_t reserved[14];
   uint16_t row_bytes[16];
   uint8_t rows[16];
@@ -33,9 +33,9 @@ constexpr TileConfig whole_tiles() {
 }
 
 // Configures the tiles of this thread and sets them to zero. The compiler's intrinsics are not used
-// here. In GCC 12 the intrinsic of ldtilecfg declares only 8 of the 64 bytes as read, and the
-// intrinsics that load and store tiles declare no memory at all, so the compiler may drop or move
-// writes to that memory.
+// here, because those of GCC 12 declare too little. Its intrinsic of ldtilecfg declares only 8 of
+// the 64 bytes as read, and its intrinsics that load and store tiles declare no memory at all. So
+// the compiler may drop or move writes to that memory.
 [[gnu::always_inline]] inline void tile_configure(const TileConfig& config) {
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
@@ -44,7 +44,7 @@ constexpr TileConfig whole_tiles() {
   asm volatile("sttilecfg %0" : "=m"(config));
 }
 
-// As long as this object lives, its thread may use tiles. Its end restores the earlier
+// A thread may use tiles as long as this object lives. The destructor restores the earlier
 // configuration, because other libraries configure the tiles of a thread once and rely on it later.
 class TilesInUse {
  public:
@@ -77,8 +77,8 @@ template <int tile>
 }
 
 // c += a * b, with c [16][16] in fp32 and a [16][32] in bf16. b holds 32 rows of 16 columns of
-// bf16, rows 2 k and 2 k + 1 in pairs: [16][16 columns][2]. The 32 products of a sum are added on
-// their own, then to c.
+// bf16. Rows 2 k and 2 k + 1 lie in pairs: [16][16 columns][2]. The 32 products of an element are
+// summed first, then added to c.
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));

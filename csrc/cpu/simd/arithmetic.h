@@ -1,8 +1,8 @@
-// The two ways to compute products: in fp32, or in pairs of bf16 where the instruction set has
-// them.
+// Products are computed in one of two ways: in fp32, or in pairs of bf16 if the instruction set has
+// these.
 //
-// Element is the type of the factors, and Operand is a vector of them. A lane of an operand holds
-// kDepth factors that are neighbours along the sum.
+// Element is the type of the factors. Operand is a vector of elements. A lane of an operand holds
+// kDepth elements that are neighbours along the sum.
 #pragma once
 
 #include "simd.h"
@@ -19,17 +19,17 @@ struct Fp32 {
   static void store(float* p, Operand x) { MISTRAL_ISA::store(p, x); }
   static Vec multiply_add(Operand a, Operand b, Vec c) { return fma(a, b, c); }
 
-  // kStep neighbours in memory, widened
+  // Loads kStep neighbours in memory and widens them.
   template <class T>
   static Operand load_row(const T* x) {
     return MISTRAL_ISA::load(x);
   }
-  // kStep columns of kDepth rows, which are neighbours along the sum
+  // Loads kStep columns of kDepth rows. The rows are neighbours along the sum.
   template <class T>
   static void load_columns(const T* const rows[kDepth], Operand out[kDepth]) {
     out[0] = MISTRAL_ISA::load(rows[0]);
   }
-  // kStep neighbours, rounded to Element
+  // Rounds kStep neighbours to Element.
   static Operand convert(const Vec x[kDepth]) { return x[0]; }
 };
 
@@ -54,7 +54,7 @@ struct Bf16 {
 
 #endif
 
-// The arithmetic for activations of type T.
+// The arithmetic that multiplies activations of type T.
 template <class T>
 struct ArithmeticOf {
   using type = Fp32;

@@ -49,19 +49,19 @@ MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// b where either is NaN, as the instruction has it
+// Returns b if a or b is NaN, as the instruction does.
 MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n, n whole
+// a * 2^n, where n is whole.
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 MISTRAL_SIMD float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 MISTRAL_SIMD float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// out[i] = sum of a[i], in fewer steps than four separate sums
+// out[i] = the sum of the lanes of a[i]. This takes fewer steps than four separate sums.
 MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
   __m128 quarter[4];
   for (int i = 0; i < 4; ++i) {
@@ -73,7 +73,7 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
       out, _mm_hadd_ps(_mm_hadd_ps(quarter[0], quarter[1]), _mm_hadd_ps(quarter[2], quarter[3])));
 }
 
-// 16 words of 32 bits, each of 8 values of 4 bits (csrc/formats.h)
+// 16 words of 32 bits. Each word holds 8 values of 4 bits (csrc/formats.h).
 struct Words {
   __m512i v;
 };
@@ -82,7 +82,7 @@ MISTRAL_SIMD Words load_words(const void* p) {
   asm("" : "+v"(words));  // in a register: GCC would load it again for each value
   return {words};
 }
-// value i of every word
+// Value i of every word.
 MISTRAL_SIMD Vec int4_value(Words w, int i) {
   // A table look-up takes the low 4 bits of each word and ignores the others.
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
@@ -101,17 +101,17 @@ MISTRAL_SIMD Words flip_bit(Words w, int bit) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi32(1 << bit))};
 }
 MISTRAL_SIMD Vec to_vec(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
-// kTable4 of words from 0 to 15
+// The elements of kTable4 at the words, which are 0 to 15.
 MISTRAL_SIMD Vec look_up(Words w) {
   return {_mm512_permutexvar_ps(w.v, _mm512_load_ps(kFloatTable4.values))};
 }
-// Loads the scales of one or two Words. Their values share scales in groups of 2^group_log2, and a
+// Loads the scales of one or two Words. Values share a scale in groups of 2^group_log2 values. A
 // lane has 8 values.
 struct GroupScales {
-  // The index of the scale of each lane, as the index of a 16-bit element. It is in the high half
-  // of the lane, because a bf16 is the high half of a float.
+  // For each lane the index of its scale, as the index of a 16-bit element. The index is in the
+  // high half of the lane, because a bf16 is the high half of a float.
   __m512i index[2];
-  __mmask8 there;  // mask of the scales that exist
+  __mmask8 there;  // the scales that exist
 
   using Loaded = __m512i;
 
@@ -137,7 +137,7 @@ struct GroupScales {
 
 #define MISTRAL_BF16_PAIRS
 
-// 16 pairs of bf16, whose products one instruction adds to the 16 lanes of a Vec
+// 16 pairs of bf16. One instruction adds the products of pairs to the 16 lanes of a Vec.
 struct Pairs {
   __m512i v;
 };
@@ -151,14 +151,14 @@ MISTRAL_SIMD Pairs broadcast_pair(const bf16* p) {
 MISTRAL_SIMD Vec dot(Pairs a, Pairs b, Vec c) {
   return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
-// the lanes of `first`, then those of `second`, rounded
+// Rounds the lanes of `first`, then those of `second`.
 MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
   return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v))};
 }
-// values 2 i and 2 i + 1 of every word
+// Values 2 i and 2 i + 1 of every word.
 MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
-  // The look-up takes 5 bits of each half word. The highest of them belongs to another value, so
-  // the table holds each of the 16 values twice.
+  // The look-up reads 5 bits of each half word. The highest of these bits belongs to another value,
+  // so the table holds each of the 16 values twice.
   const __m512i values = _mm512_broadcast_i64x4(
       _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                         int16_t(0xc100), int16_t(0xc0e0), int16_t(0xc0c0), int16_t(0xc0a0),

@@ -1,4 +1,4 @@
-// Vectors of 256 bits for products of 8-bit integers, on all processors with vectors.
+// Vectors of 256 bits for products of 8-bit integers. Every instruction set with vectors has them.
 #pragma once
 
 #include "simd.h"
@@ -15,9 +15,9 @@ MISTRAL_SIMD Bytes32 load_32(const void* p) {
 }
 MISTRAL_SIMD void store_32(void* p, Bytes32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 MISTRAL_SIMD Bytes32 zero_bytes() { return _mm256_setzero_si256(); }
-// The first `count` bytes, at most 32, then zeros.
+// Loads the first `count` bytes, at most 32. The other bytes become zeros.
 MISTRAL_SIMD Bytes32 load_first_bytes(const char* p, int64_t count) {
-  switch (count) {  // without a copy that the load has to wait for
+  switch (count) {  // a copy through memory would delay the load
     case 32: return load_32(p);
     case 16: return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     case 8: return _mm256_zextsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -37,32 +37,32 @@ MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
     parts[i] = _mm256_cvtps_epi32(scaled);
   }
-  // Packing works on each half of a vector, so the words come out of order.
+  // The pack instructions work on each half of a vector, so the words come out of order.
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
                                            _mm256_packs_epi32(parts[2], parts[3]));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// Byte i of each half becomes byte order[i] of that half.
+// In each half of x, byte i becomes byte order[i] of the same half.
 MISTRAL_SIMD Bytes32 shuffle_halves(Bytes32 x, const int8_t order[16]) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
   return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(half));
 }
-// Stores the sums of 4 neighbouring signed bytes.
+// out[i] = the sum of 4 neighbouring signed bytes.
 MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);
   store_32(out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// Products of unsigned and signed bytes are added up in lanes of 32 bits, where an instruction does
-// that. Elsewhere pairs of products are added up in lanes of 16 bits, and the sums must fit these.
+// Adds up products of unsigned and signed bytes. With the right instruction the sums are in lanes
+// of 32 bits. Elsewhere they are sums of pairs in lanes of 16 bits, which they must fit.
 #if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
-  // Written as asm for the reason given at add_products (integers.h).
+  // This is asm for the reason given at add_products (integers.h).
   asm(MISTRAL_VNNI "vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(without_sign), "vm"(with_sign));
   return sums;
 }
-// The sums in lanes of 32 bits.
+// Converts the sums to lanes of 32 bits. Here they are in such lanes already.
 MISTRAL_SIMD __m256i widen_sums(__m256i sums) { return sums; }
 #else
 constexpr bool kSumsOf32Bits = false;
@@ -74,11 +74,11 @@ MISTRAL_SIMD __m256i widen_sums(__m256i sums) {
 }
 #endif
 
-// Makes the compiler add sums in the order of the code. GCC would add in a tree. Where there are
-// several sums, registers do not suffice for that.
+// Makes the compiler add sums in the order of the code. GCC would add them in a tree, which needs
+// more registers than there are if there are several sums.
 MISTRAL_SIMD void keep_order(__m256i& sums) { asm("" : "+v"(sums)); }
 
-// Moves word 4 b + i of the words in `in`, for each block b of 8, to lane lane_of(b) of out[i].
+// For each block b of 8, moves word 4 b + i of the words in `in` to lane lane_of(b) of out[i].
 constexpr int lane_of(int block) { return block % 2 * 4 + block / 2; }
 MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
@@ -88,7 +88,7 @@ MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   out[2] = _mm256_unpacklo_epi64(c, d);
   out[3] = _mm256_unpackhi_epi64(c, d);
 }
-// A word of each block, in the order of lanes.
+// Loads one word of each block, in the order of lanes.
 MISTRAL_SIMD __m256i load_blocks_to_lanes(const char* words) {
   const __m128 first = _mm_loadu_ps(reinterpret_cast<const float*>(words));
   const __m128 last = _mm_loadu_ps(reinterpret_cast<const float*>(words + 16));
@@ -96,7 +96,7 @@ MISTRAL_SIMD __m256i load_blocks_to_lanes(const char* words) {
                                              _mm_shuffle_ps(first, last, 0b10001000)));
 }
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) { _mm256_storeu_ps(p, x); }
-// Lane i is the sum of the lanes of x[i].
+// Lane i of the result is the sum of the lanes of x[i].
 MISTRAL_SIMD Lanes8 sums_of_lanes(const Lanes8 x[8]) {
   __m256 fours[2];
   for (int i = 0; i < 2; ++i) {

@@ -1,4 +1,4 @@
-// The part of bytes.h for aarch64. Each 256 bits are two vectors of NEON.
+// The part of bytes.h for aarch64. Two NEON vectors make up 256 bits.
 #pragma once
 
 #include "simd.h"
@@ -35,18 +35,18 @@ MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
   }
   return bytes;
 }
-// Byte i of each half becomes byte order[i] of that half.
+// In each half of x, byte i becomes byte order[i] of the same half.
 MISTRAL_SIMD Bytes32 shuffle_halves(Bytes32 x, const int8_t order[16]) {
   const uint8x16_t from = vreinterpretq_u8_s8(vld1q_s8(order));
   return {{vqtbl1q_s8(x.v[0], from), vqtbl1q_s8(x.v[1], from)}};
 }
-// Stores the sums of 4 neighbouring bytes.
+// out[i] = the sum of 4 neighbouring bytes.
 MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   for (int i = 0; i < 2; ++i) vst1q_s32(out + 4 * i, vpaddlq_s16(vpaddlq_s8(x.v[i])));
 }
 
-// Adds to each lane the sum of the products of 4 bytes. Without the instruction for it, pairs of
-// products are added in 16 bits, which two products of up to 127 x 127 fit.
+// Adds to each lane the sum of the products of 4 bytes. Processors without the instruction for this
+// add pairs of products in 16 bits. Two products of up to 127 x 127 fit 16 bits.
 MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t b) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return vdotq_s32(sums, a, b);
@@ -56,13 +56,13 @@ MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t 
 #endif
 }
 
-// The lane of each of 8 blocks.
+// The lane of a block, 0 to 7.
 constexpr int lane_of(int block) { return block; }
 
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) {
   for (int i = 0; i < 2; ++i) vst1q_f32(p + 4 * i, x.v[i]);
 }
-// Lane i is the sum of the lanes of x[i].
+// Lane i of the result is the sum of the lanes of x[i].
 MISTRAL_SIMD Lanes8 sums_of_lanes(const Lanes8 x[8]) {
   Lanes8 out;
   for (int i = 0; i < 2; ++i) {

@@ -1,4 +1,5 @@
-// Vectors of 16-bit integers, whose products are added in pairs. With VNNI also vectors of bytes.
+// Vectors of 16-bit integers. An instruction adds their products in pairs. With VNNI there are
+// vectors of bytes, too.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +25,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
 }
-// The values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
+// Values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm512_and_si512(_mm512_srli_epi32(w.v, static_cast<unsigned>(4 * i)),
                            _mm512_set1_epi16(15))};
@@ -37,10 +38,10 @@ MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)
 MISTRAL_SIMD Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 MISTRAL_SIMD Ints operator<<(Ints x, int bits) { return {_mm512_slli_epi32(x.v, bits)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
-// Adds to lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
+// Adds a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] to lane i.
 MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #if defined(__AVX512VNNI__)
-  // As asm for the reason given at add_products.
+  // This is asm for the reason given at add_products.
   asm("vpdpwssd %2, %1, %0" : "+v"(sums.v) : "v"(a.v), "vm"(b.v));
   return sums;
 #else
@@ -48,7 +49,7 @@ MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
-// Stores the nearest integers, which must fit 16 bits.
+// Rounds to the nearest integers, which must fit 16 bits, and stores them.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
@@ -65,7 +66,7 @@ MISTRAL_SIMD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
 // Turns signed bytes into unsigned bytes that are 128 larger.
 MISTRAL_SIMD Bytes add_128(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
 
-// Adds to each lane the sum of the products of 4 unsigned bytes and 4 signed bytes. Written as asm,
+// Adds to each lane the sum of the products of 4 unsigned bytes and 4 signed bytes. This is asm,
 // because with the intrinsic GCC 12 copies the sums to other registers and back in every iteration
 // of a loop with many sums.
 MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
@@ -73,8 +74,8 @@ MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
   return sums;
 }
 
-// Rounds to integers, which must fit 16 bits. Stores their high bytes, which are signed, and their
-// low bytes, which are unsigned.
+// Rounds to integers, which must fit 16 bits. Stores the high bytes, which are signed, and the low
+// bytes, which are unsigned.
 MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
   _mm_storeu_si128(static_cast<__m128i*>(high),
@@ -109,7 +110,7 @@ MISTRAL_SIMD Shorts widen_bytes(const char* p) {
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
-// The values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
+// Values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
   return {_mm256_and_si256(_mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi16(15))};
 }
@@ -123,7 +124,7 @@ MISTRAL_SIMD void store_ints(int16_t* p, Ints x) {
 MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
 MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {_mm256_cvtepi32_ps(x.v)}; }
-// Adds to lane i: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1].
+// Adds a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] to lane i.
 MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #if defined(MISTRAL_BYTE_PRODUCTS)
   asm(MISTRAL_VNNI "vpdpwssd %2, %1, %0" : "+v"(sums.v) : "v"(a.v), "vm"(b.v));
@@ -133,7 +134,7 @@ MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
-// Stores the nearest integers, which must fit 16 bits.
+// Rounds to the nearest integers, which must fit 16 bits, and stores them.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
   const __m256i rounded = _mm256_cvtps_epi32(x.v);
   const __m128i halves =
@@ -149,17 +150,18 @@ MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The unit in which 16-bit integers count: a power of two, and its inverse.
+// A unit for 16-bit integers: a power of two, and its inverse.
 struct Unit {
   float value;
   float inverse;
 };
 
-// The unit in which the largest of some numbers uses all bits of an integer. `magnitude` is the
-// largest magnitude of the numbers, as the bits of a float; NaN is above infinity. In this unit a
-// bf16 of at least 2^-7 times the largest is exact, and no number is off by more than 2^-15 times
-// the largest. The unit is computed from the exponent bits of the float. If the magnitude is not
-// finite, all products become NaN. If the unit would not be a normal number, fewer bits are used.
+// The unit in which the largest of some numbers uses all bits of a 16-bit integer. `magnitude` is
+// the largest magnitude of the numbers, as the bits of a float; the bits of NaN are above those of
+// infinity. In this unit a bf16 of at least 2^-7 times the largest is exact, and no number is off
+// by more than 2^-15 times the largest. The unit is computed from the exponent bits of the float.
+// If the magnitude is not finite, the unit makes all products NaN. If the unit would not be a
+// normal number, the integers use fewer bits.
 inline Unit unit_of(int32_t magnitude) {
   constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
   const int32_t exponent = magnitude & kInfinite;

@@ -1,4 +1,4 @@
-// The part of simd.h for aarch64: one vector of 4 floats in NEON, which all its processors have.
+// The part of simd.h for aarch64: one vector of 4 floats. All aarch64 processors have NEON.
 #pragma once
 
 #include <arm_neon.h>
@@ -47,12 +47,12 @@ MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-// b where either is NaN, as on x86
+// Returns b if a or b is NaN, as on x86.
 MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 MISTRAL_SIMD Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) {
-  // 2^n in two factors, so that the smallest results may be subnormal.
+  // 2^n is split into two factors, so that even the smallest results, subnormal numbers, are right.
   const int32x4_t whole = vcvtq_s32_f32(n.v), half = vshrq_n_s32(whole, 1);
   const int32x4_t bias = vdupq_n_s32(127);
   const int32x4_t first = vshlq_n_s32(vaddq_s32(half, bias), 23);
@@ -66,7 +66,7 @@ MISTRAL_SIMD void sum4(const Vec a[4], float* out) {
   vst1q_f32(out, vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v)));
 }
 
-// 4 words of 32 bits, each of 8 values of 4 bits (csrc/formats.h)
+// 4 words of 32 bits. Each word holds 8 values of 4 bits (csrc/formats.h).
 struct Words {
   uint32x4_t v;
 };
@@ -84,12 +84,12 @@ MISTRAL_SIMD Words join(Words a, Words b, int shift) { return {vorrq_u32(a.v, b.
 MISTRAL_SIMD Words flip_bit(Words w, int bit) { return {veorq_u32(w.v, vdupq_n_u32(1u << bit))}; }
 MISTRAL_SIMD Vec to_vec(Words w) { return {vcvtq_f32_u32(w.v)}; }
 MISTRAL_SIMD Vec look_up(Words w) {
-  // The lowest byte of each word is looked up; the others are shifted out.
+  // The lowest byte of each word is looked up. The shift drops the other bytes.
   const int8x16_t found = vqtbl1q_s8(vld1q_s8(kTable4), vreinterpretq_u8_u32(w.v));
   const int32x4_t high = vshlq_n_s32(vreinterpretq_s32_s8(found), 24);
   return {vcvtq_f32_s32(vshrq_n_s32(high, 24))};
 }
-// All values of a vector of words are of one group.
+// All values of a vector of words belong to one group.
 struct GroupScales {
   int group_log2;
 
@@ -114,7 +114,7 @@ MISTRAL_SIMD Vec largest_of_quarter(Vec a) { return a; }
 
 #define MISTRAL_BF16_PAIRS
 
-// 4 pairs of bf16, whose products one instruction adds to the 4 lanes of a Vec
+// 4 pairs of bf16. One instruction adds the products of pairs to the 4 lanes of a Vec.
 struct Pairs {
   bfloat16x8_t v;
 };

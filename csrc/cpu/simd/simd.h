@@ -1,8 +1,8 @@
-// A vector of floats that is as wide as the instruction set for which this file is compiled: 16
-// lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Kernels are written once, for all
-// widths. With one lane they are their own plain scalar specification.
+// A vector of floats. This file is compiled for every instruction set, and the vector is as wide as
+// the set allows: 16 lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Kernels are written
+// once, for all widths. With one lane a kernel is its own plain scalar specification.
 //
-// 16-bit types are widened on load and rounded to nearest even on store.
+// Loads widen 16-bit types to fp32. Stores round to nearest even.
 #pragma once
 
 #include <cmath>
@@ -14,18 +14,20 @@
 #include <immintrin.h>
 #endif
 
-// MISTRAL_NEON is a flag of the build: the scalar set of aarch64 is compiled with NEON too.
+// The build sets MISTRAL_NEON. The compiler's own flag would not do: the scalar set of aarch64 is
+// compiled with NEON, too.
 //
 // MISTRAL_VECTORS: a vector has several lanes, and there are vectors of integers (integers.h).
-// MISTRAL_BYTE_PRODUCTS: on x86, an instruction adds up the products of four bytes.
+// MISTRAL_BYTE_PRODUCTS: an x86 instruction adds up the products of four bytes.
 #if defined(__AVX2__) || defined(MISTRAL_NEON)
 #define MISTRAL_VECTORS
 #endif
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define MISTRAL_BYTE_PRODUCTS
 #endif
-// The instructions of VNNI exist in two encodings, of AVX-512 and of AVX-VNNI. The second lacks
-// half of the registers that a compiler for AVX-512 uses.
+// VNNI instructions exist in two encodings: of AVX-512 and of AVX-VNNI. The encoding of AVX-VNNI
+// lacks half of the registers that a compiler for AVX-512 uses, so only builds without AVX-512 take
+// it.
 #if defined(__AVXVNNI__) && !defined(__AVX512VL__)
 #define MISTRAL_VNNI "%{vex%} "
 #else
@@ -36,8 +38,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Scalar conversions. The scalar set uses nothing else. The other sets use them for the last few
-// elements of a row.
+// Scalar conversions. The scalar set uses only these. The other sets use them for the last elements
+// of a row.
 
 MISTRAL_SIMD float to_float(float x) { return x; }
 MISTRAL_SIMD float to_float(int8_t x) { return x; }
@@ -50,8 +52,8 @@ MISTRAL_SIMD float to_float(bf16 x) {
 }
 
 MISTRAL_SIMD float to_float(f16 x) {
-  // Shift exponent and mantissa to their places in a float and rescale by 2^(127 - 15): exact,
-  // also for subnormals. Infinity and NaN keep the largest exponent.
+  // Moves exponent and mantissa to their places in a float, and multiplies by 2^(127 - 15). This is
+  // exact, also for subnormal numbers. Infinity and NaN keep the largest exponent.
   const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   float scaled;
@@ -87,8 +89,8 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   } else if (magnitude >= 0x477ff000u) {
     half = 0x7c00u;  // rounds to 65520 or more: infinity
   } else if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 leaves the value, in units of 2^-24 and rounded to nearest even by
-    // the addition itself, in the low bits of the sum.
+    // A subnormal result is a whole number of units of 2^-24. After adding 0.5, this number is in
+    // the low bits of the sum, and the addition has rounded it to nearest even.
     float value;
     memcpy(&value, &magnitude, sizeof value);
     value += 0.5f;
@@ -101,7 +103,7 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// kTable4 as floats.
+// The elements of kTable4 as floats.
 struct FloatTable4 {
   alignas(64) float values[16];
 };
@@ -128,13 +130,13 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 #if defined(MISTRAL_VECTORS)
 
-// exp(x) to about 2 units in the last place. With x = n ln 2 + r, |r| <= ln 2 / 2:
-// exp(x) = 2^n exp(r), and exp(r) is its Taylor series. NaN stays NaN; exp(-inf) is 0.
+// exp(x), right to about 2 units in the last place. With x = n ln 2 + r, |r| <= ln 2 / 2: exp(x) =
+// 2^n exp(r), and exp(r) is its Taylor series. exp(NaN) is NaN, and exp(-inf) is 0.
 MISTRAL_SIMD Vec exp(Vec x) {
-  // Beyond these bounds the result is 0 or infinity anyhow, and n stays a small integer.
+  // Beyond these bounds the result is 0 or infinity in any case. Within them n is a small integer.
   const Vec clamped = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));
   const Vec n = round(clamped * broadcast(1.44269504f));
-  // ln 2 in two parts, the first short enough that n times it is exact
+  // ln 2 is split into two parts. The first has so few digits that n times this part is exact.
   const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clamped));
   Vec series = broadcast(1.0f / 5040);
   const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
@@ -150,8 +152,8 @@ MISTRAL_SIMD Vec exp(Vec x) { return {expf(x.v)}; }
 
 MISTRAL_SIMD Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(broadcast(0.0f) - x)); }
 
-// The last n < width elements of a row. When they are loaded, the lanes past them become 0; when
-// they are stored, these lanes are left out.
+// The last n < width elements of a row. A load sets the lanes past them to 0. A store leaves out
+// these lanes.
 template <class T>
 MISTRAL_SIMD Vec load_first(const T* p, int64_t n) {
   T buffer[Vec::width] = {};
@@ -165,7 +167,7 @@ MISTRAL_SIMD void store_first(T* p, Vec x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// x rounded to T and back, as if it had gone through memory
+// Rounds x to T and back, as if x had gone through memory.
 template <class T>
 MISTRAL_SIMD Vec round_to(Vec x) {
   T buffer[Vec::width];
@@ -177,7 +179,7 @@ MISTRAL_SIMD Vec round_to<float>(Vec x) {
   return x;
 }
 
-// The lanes of two vectors in turn: a0 b0 a1 b1 ..., in two vectors.
+// Interleaves the lanes of two vectors: a0 b0 a1 b1 ..., in two vectors.
 #if defined(__AVX512F__)
 MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -204,11 +206,11 @@ MISTRAL_SIMD void interleave(Pairs a, Pairs b, Pairs out[2]) {
   interleave(Vec{_mm512_castsi512_ps(a.v)}, Vec{_mm512_castsi512_ps(b.v)}, halves);
   for (int i = 0; i < 2; ++i) out[i] = {_mm512_castps_si512(halves[i].v)};
 }
-// Pairs value i of `a` with value i of `b`: first the values of the lower halves, then those of the
-// upper halves.
+// Pairs value i of `a` with value i of `b`. out[0] has the values of the lower halves, out[1] those
+// of the upper halves.
 MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  // Each lane holds the index of a value of a and, above it, the index of the same value of b.
+  // Each lane holds the index of a value of `a` and, above it, the index of the same value of `b`.
   const __m512i low = _mm512_or_si512(_mm512_slli_epi32(lane, 16),
                                       _mm512_or_si512(lane, _mm512_set1_epi32(32 << 16)));
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
@@ -219,7 +221,7 @@ MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
 
 // Transposes a square of lanes. Each round moves the highest bit of an element's row number to the
 // lowest bit of its column number, and the highest bit of the column number to the lowest bit of
-// the row number. After as many rounds as there are bits, row and column have changed places.
+// the row number. After as many rounds as a number has bits, row and column have changed places.
 template <class Lanes>
 MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   for (int round = Vec::width; round > 1; round /= 2) {
@@ -231,8 +233,8 @@ MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   }
 }
 
-// Lane i becomes the sum of the lanes of a[i]. This is the sum of the rows of the transpose: they
-// are added while the vectors are transposed.
+// Lane i of the result is the sum of the lanes of a[i]. This is the sum of the rows of the
+// transpose. The rows are added while the vectors are transposed.
 MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   Vec left[Vec::width];
   for (int i = 0; i < Vec::width; ++i) left[i] = a[i];
@@ -246,8 +248,8 @@ MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   return left[0];
 }
 
-// Each lane gets the largest value of its quarter of the vector. A vector of one lane stays as it
-// is.
+// Each lane gets the largest value of its quarter of the vector. With one lane, the vector stays as
+// it is.
 #if defined(__AVX512F__)
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
   a = vmax(a, Vec{_mm512_permute_ps(a.v, 0b10110001)});

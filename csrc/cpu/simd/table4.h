@@ -1,26 +1,26 @@
-// Finds the values of kTable4 next to given numbers, 32 at a time, and writes their indices as
-// words.
+// Finds the elements of kTable4 that are nearest to given numbers, 32 numbers at a time, and writes
+// the indices of the elements as words.
 #pragma once
 
 #include "bytes.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int kGroup4 = 32;  // numbers at a time
+constexpr int kGroup4 = 32;  // the numbers of a call
 
-// The index of the value of kTable4 that is nearest to an integer. Half-way between two values the
-// larger is taken.
+// The index of the element of kTable4 that is nearest to x. Half-way between two elements it takes
+// the larger.
 constexpr int nearest_index(int x) {
   int index = 0;
   for (int i = 1; i < 16; ++i) index += 2 * x >= kTable4[i - 1] + kTable4[i];
   return index;
 }
 
-// A bucket is 16 neighbouring integers, from a multiple of 16 on. They have at most two indices.
-// Buckets are in the order of the high four bits of their integers.
+// A bucket is 16 neighbouring integers, from a multiple of 16 on. Its integers have at most two
+// different indices. Bucket i has the integers whose high four bits are i.
 struct Buckets {
-  int8_t first[16];  // the index of the smallest integer
-  int8_t last[16];   // the largest integer with that index; 127 if all have it
+  int8_t first[16];  // the index of the smallest integer of the bucket
+  int8_t last[16];   // the largest integer with that index; 127: all integers
 };
 constexpr Buckets buckets() {
   Buckets b{};
@@ -47,13 +47,13 @@ constexpr bool two_indices_at_most() {
 }
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
-// The numbers x * factor are rounded to integers first. This matters only half-way between two
-// values. If a product is NaN, its index may be any.
+// The numbers x * factor are rounded to integers first. This makes a difference only half-way
+// between two elements. If a product is NaN, its index may be any.
 
 MISTRAL_SIMD int nearest_index(float x, float factor) {
   const float scaled = x * factor;
   const float clamped = scaled < 127 ? scaled > -127 ? scaled : -127 : 127;
-  const float sum = clamped + 0x1.8p23f;  // the nearest integer is in the low bits
+  const float sum = clamped + 0x1.8p23f;  // the low bits hold the nearest integer
   int32_t bits;
   memcpy(&bits, &sum, sizeof bits);
   const auto rounded = static_cast<int8_t>(bits);
@@ -63,7 +63,7 @@ MISTRAL_SIMD int nearest_index(float x, float factor) {
 
 #if defined(__AVX2__)
 
-// 16 bytes, twice.
+// Loads 16 bytes into both halves.
 MISTRAL_SIMD Bytes32 broadcast_16(const int8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -72,8 +72,8 @@ MISTRAL_SIMD Bytes32 nearest_indices(const float* x, float factor) {
   __m256i parts[4];
   for (int i = 0; i < 4; ++i) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
-    // The conversion turns a number that does not fit an integer into the smallest integer. For
-    // numbers that are too small this is right. The minimum keeps the others from being too large.
+    // The conversion turns a number that does not fit an integer into the smallest integer. This is
+    // right for numbers that are too small. The minimum keeps other numbers from being too large.
     parts[i] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127)));
   }
   const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
@@ -91,7 +91,7 @@ MISTRAL_SIMD void nearest_values(const float* x, float factor, int8_t* out) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), values);
 }
 
-// Words as csrc/formats.h has them: value 2 j + k of 8 is nibble j % 2 of byte 2 k + j / 2.
+// Writes words in the layout of csrc/formats.h: value 2 j + k is nibble j % 2 of byte 2 k + j / 2.
 MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
   const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
                                          0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);

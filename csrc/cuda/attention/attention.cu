@@ -1,4 +1,4 @@
-// Chooses between the kernels and launches them.
+// Chooses and launches the kernels of `attention`.
 #include "../../attention.h"
 
 #include <launch.cuh>
@@ -48,13 +48,13 @@ Prefill& active() {
   return instance;
 }
 
-// Whether some sequence may have to be prefilled.
+// Whether a sequence could need prefill.
 bool prefills(const AttentionParams& p) {
   const int64_t group = p.heads / p.kv_heads;
   return group > kDecodeRows || !is_decode(p.max_count, group);
 }
 
-// Whether the kernel of sm_90a prefills. It cannot write a log-sum-exp.
+// Whether the kernel for sm_90a does the prefill. It cannot write a log-sum-exp.
 bool uses_hopper(const AttentionParams& p) { return active_prefill() == Prefill::sm90 && !p.lse; }
 
 template <class T, int D>
@@ -68,7 +68,7 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
         attention_decode<T, D>, grid, dim3(kDecodeWarps * kWarp), kDecodeShared<T, D>, stream, p);
     if (status != cudaSuccess || !prefills(p)) return status;
   }
-  if constexpr (kHasHopper) {  // else there is nothing to link
+  if constexpr (kHasHopper) {  // otherwise attention_hopper is not linked
     if (uses_hopper(p)) return attention_hopper(p, stream);
   }
   const auto tiles = static_cast<unsigned>(prefill_tiles(p));
@@ -95,7 +95,8 @@ Prefill active_prefill() { return active(); }
 void select_prefill(const std::string& name) { active() = find_prefill(name); }
 
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
-  // Two blocks for each multiprocessor, as long as a block has a few tiles for each of its warps.
+  // Wants two blocks for each multiprocessor, but a block should have a few tiles for each of its
+  // warps.
   const int64_t blocks = p.num_sequences * p.kv_heads;
   const int64_t wanted = ceil_div(2 * multiprocessors(), max(blocks, 1));
   const int64_t sensible = ceil_div(longest, 2 * kDecodeWarps * kDecodeKeys);
@@ -103,7 +104,7 @@ AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
   scratch.splits = static_cast<int32_t>(max(min(wanted, sensible), 1));
   scratch.prefill_splits = 1;
   scratch.counters = blocks;
-  // D + 4 is kPartialRow (merge.cuh).
+  // In `partials`, D + 4 is kPartialRow (merge.cuh).
   scratch.partials =
       scratch.splits == 1 ? 0 : blocks * scratch.splits * kDecodeRows * (p.head_dim + 4);
   if (uses_hopper(p) && prefills(p)) add_hopper_scratch(scratch, p, longest);
@@ -114,7 +115,7 @@ cudaError_t attention(const AttentionParams& p, cudaStream_t stream) {
   switch (p.dtype) {
     case DType::bf16: return launch_attention<__nv_bfloat16>(p, stream);
     case DType::f16: return launch_attention<__half>(p, stream);
-    case DType::f32: return cudaErrorInvalidValue;  // tensor cores have no product in fp32
+    case DType::f32: return cudaErrorInvalidValue;  // tensor cores have no fp32 product
   }
   return cudaErrorInvalidValue;
 }

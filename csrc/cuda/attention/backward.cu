@@ -1,6 +1,6 @@
-// Three launches: delta of every query row, the gradients of keys and values, and the gradients of
-// queries. Each of the last two launches computes the scores again, so that no sum needs atomic
-// additions. The rest is as in FlashAttention-2 (Dao 2023, arXiv:2307.08691).
+// There are three launches: delta of every query row, the gradients of keys and values, and the
+// gradients of queries. The last two launches each compute the scores again, so that no sum needs
+// atomic additions. Otherwise the kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 #include "../../attention_backward.h"
 
 #include <launch.cuh>
@@ -14,11 +14,11 @@ namespace {
 
 constexpr int kDeltaThreads = 256;
 
-// Grid: a thread for each 16 bytes of d_out; the threads of a row are neighbours.
+// Grid: one thread for each 16 bytes of d_out. The threads of a row are neighbours.
 template <class T, int D>
 __global__ void __launch_bounds__(kDeltaThreads)
     attention_delta(const __grid_constant__ AttentionBackwardParams p) {
-  constexpr int kThreads = D / kVec16<T>;  // of a row
+  constexpr int kThreads = D / kVec16<T>;  // threads of a row
   const int64_t item = int64_t{blockIdx.x} * kDeltaThreads + threadIdx.x, row = item / kThreads;
   const bool valid = row < p.tokens * p.heads;
   float delta = 0.0f;
@@ -69,7 +69,7 @@ cudaError_t attention_backward(const AttentionBackwardParams& p, cudaStream_t st
   switch (p.dtype) {
     case DType::bf16: return launch_backward<__nv_bfloat16>(p, stream);
     case DType::f16: return launch_backward<__half>(p, stream);
-    case DType::f32: return cudaErrorInvalidValue;  // tensor cores have no product in fp32
+    case DType::f32: return cudaErrorInvalidValue;  // tensor cores have no fp32 product
   }
   return cudaErrorInvalidValue;
 }

@@ -1,8 +1,8 @@
 // The gradients of keys and values.
 //
-// Grid: (tiles of keys, Hkv). A block owns 64 keys of one sequence and key/value head, and walks
-// all query rows of the group that see any of them. So no two blocks add to the same sum. Scores
-// are computed transposed: rows are keys, columns are query rows.
+// Grid: (tiles of keys, Hkv). A block owns 64 keys of one sequence and key/value head. It goes
+// through all query rows of the group that see any of these keys. So no two blocks add to the same
+// sum. Scores are computed transposed: rows are keys, columns are query rows.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -17,25 +17,25 @@ struct KeyGradients {
   const BackwardShared<T, D>& shared;
   int first_key;
 
-  // Walks the query rows: d_v += p^T d_out, d_k += d_s^T q.
+  // Goes through the query rows and adds up d_v += p^T d_out and d_k += d_s^T q.
   __device__ __forceinline__ void walk(float (&d_k)[1][D / 8][4], float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp), group = head.rows.group;
-    const int window = window_of(head.p);
+    const int window = short_window(head.p.window);
     const int last_key = static_cast<int>(min(first_key + kOwnRows, head.keys)) - 1;
-    const int end = static_cast<int>(min(last_key + window, head.keys)) * group;
+    const int end = static_cast<int>(min(window_end(last_key, window), head.keys)) * group;
     int row = first_key * group, stage = 0;
     head.template copy_keys<kOwnRows>(shared.own(0), shared.own(1), first_key);
     copy_step(row, 0);
     for (; row < end; row += kWalkedRows, stage ^= 1) {
       cp_async_wait<0>();
-      __syncthreads();  // this stage's rows are there; all warps are done with the other stage
+      __syncthreads();  // the rows of this stage are there; no warp uses the other stage
       if (row + kWalkedRows < end) copy_step(row + kWalkedRows, stage ^ 1);
 
       float scores[1][kColumns][4], d_probabilities[1][kColumns][4];
       multiply_keys(scores, shared.own(0), warp_row, shared.walked(stage, 0));
       multiply_keys(d_probabilities, shared.own(1), warp_row, shared.walked(stage, 1));
       const int first_query = row / group, last_query = (row + kWalkedRows - 1) / group;
-      if (first_key + kOwnRows - 1 > first_query || first_key <= last_query - window) {
+      if (any_hidden(first_query, last_query, first_key, first_key + kOwnRows - 1, window)) {
         hide(scores, row, first_key + warp_row, window);
       }
       uint32_t probabilities[1][kColumns][2], d_scores[1][kColumns][2];
@@ -45,7 +45,8 @@ struct KeyGradients {
     }
   }
 
-  // The results go through the block's own tiles in shared memory: each warp uses its rows of them.
+  // Stores the results. They go through the block's own tiles in shared memory, where each warp
+  // uses its own rows.
   __device__ __forceinline__ void store(const float (&d_k)[1][D / 8][4],
                                         const float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp);
@@ -61,7 +62,7 @@ struct KeyGradients {
   }
 
  private:
-  // Starts the copy of a stage.
+  // Starts the copy of query rows into a stage.
   __device__ __forceinline__ void copy_step(int first_row, int stage) const {
     head.template copy_queries<kWalkedRows>(shared.walked(stage, 0), shared.walked(stage, 1),
                                             first_row);
@@ -75,8 +76,8 @@ struct KeyGradients {
     cp_async_commit();
   }
 
-  // Hides the scores that query rows do not see. `first_row`: the first of the query rows. `key`:
-  // the warp's first key.
+  // Hides scores of query rows that do not see the key. `first_row` is the first query row, and
+  // `key` is the first key of the warp.
   __device__ __forceinline__ void hide(float (&scores)[1][kColumns][4], int first_row, int key,
                                        int window) const {
     const int lane = threadIdx.x % kWarp, group = head.rows.group;
@@ -88,7 +89,7 @@ struct KeyGradients {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int own = key + 8 * half + lane / 4;
-          if (own > query || own <= query - window) scores[0][n][2 * half + j] = -INFINITY;
+          if (is_hidden(query, own, window)) scores[0][n][2 * half + j] = -INFINITY;
         }
       }
     }

@@ -1,7 +1,7 @@
 // The gradients of queries.
 //
-// Grid: (tiles of query rows, Hkv). A block owns 64 query rows of one sequence and key/value head,
-// and walks the keys that any of them sees, as prefill does.
+// Grid: (tiles of query rows, Hkv). A block owns 64 query rows of one sequence and key/value head.
+// It goes through the keys that any of these rows sees, as prefill does.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -16,16 +16,17 @@ struct QueryGradients {
   const BackwardShared<T, D>& shared;
   int first_row;
 
-  // Walks the keys: d_q += d_s k.
+  // Goes through the keys and adds up d_q += d_s k.
   __device__ __forceinline__ void walk(float (&d_q)[1][D / 8][4]) const {
-    const int warp_row = 16 * (threadIdx.x / kWarp), window = window_of(head.p);
+    const int warp_row = 16 * (threadIdx.x / kWarp), window = short_window(head.p.window);
     const int last_row = static_cast<int>(min(first_row + kOwnRows, head.rows.count)) - 1;
     const int first_query = head.rows.token(first_row), last_query = head.rows.token(last_row);
     int key = static_cast<int>(window_begin(first_query, window)), stage = 0;
     head.template copy_queries<kOwnRows>(shared.own(0), shared.own(1), first_row);
     copy_step(key, 0);
 
-    // A lane has two rows. Rows past the last repeat it and are not stored.
+    // A lane has two rows. Past the last row it repeats the last row, and does not store the
+    // repetition.
     int own[2];
     float lse[2], delta[2];
 #pragma unroll
@@ -39,13 +40,13 @@ struct QueryGradients {
     const float scale = head.p.scale * kLog2e;
     for (; key <= last_query; key += kWalkedRows, stage ^= 1) {
       cp_async_wait<0>();
-      __syncthreads();  // this stage's keys are there; all warps are done with the other stage
+      __syncthreads();  // the keys of this stage are there; no warp uses the other stage
       if (key + kWalkedRows <= last_query) copy_step(key + kWalkedRows, stage ^ 1);
 
       float scores[1][kColumns][4], d_probabilities[1][kColumns][4];
       multiply_keys(scores, shared.own(0), warp_row, shared.walked(stage, 0));
       multiply_keys(d_probabilities, shared.own(1), warp_row, shared.walked(stage, 1));
-      if (key + kWalkedRows - 1 > first_query || key <= last_query - window) {
+      if (any_hidden(first_query, last_query, key, key + kWalkedRows - 1, window)) {
         mask(scores, own, key, window);
       }
       uint32_t d_scores[1][kColumns][2];
@@ -64,8 +65,8 @@ struct QueryGradients {
     }
   }
 
-  // The results go through the block's tile of queries in shared memory: each warp uses its rows of
-  // it.
+  // Stores the results. They go through the block's tile of queries in shared memory, where each
+  // warp uses its own rows.
   __device__ __forceinline__ void store(const float (&d_q)[1][D / 8][4]) const {
     store_rows(
         shared.own(0), 16 * (threadIdx.x / kWarp), d_q, [&](int) { return head.p.scale; },
@@ -77,7 +78,7 @@ struct QueryGradients {
   }
 
  private:
-  // Starts the copy of a stage.
+  // Starts the copy of keys into a stage.
   __device__ __forceinline__ void copy_step(int first_key, int stage) const {
     head.template copy_keys<kWalkedRows>(shared.walked(stage, 0), shared.walked(stage, 1),
                                          first_key);
@@ -89,7 +90,7 @@ template <class T, int D>
 __global__ __launch_bounds__(kBackwardThreads) void attention_backward_queries(
     const __grid_constant__ AttentionBackwardParams p) {
   const int64_t group = p.heads / p.kv_heads;
-  // The last tiles see the most keys: begin with them.
+  // The last tiles see the most keys, so the first blocks take these.
   const int64_t tile = gridDim.x - 1 - blockIdx.x;
   const int64_t index = sequence_of_tile<kOwnRows>(p, group, tile);
   const Sequence s = p.sequences[index];

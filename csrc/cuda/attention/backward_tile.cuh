@@ -1,6 +1,7 @@
-// What the kernels of attention's gradients share. A block of 4 warps owns 64 rows of two tensors:
-// keys and values, or queries and d_out. Each warp owns 16 of these rows. The block walks rows of
-// the other two tensors in tiles of 32. A tile is copied while the one before it is multiplied.
+// Code that the kernels for attention's gradients share. A block of 4 warps owns 64 rows of two
+// tensors: keys and values, or queries and d_out. Each warp owns 16 of these rows. The block goes
+// through the rows of the other two tensors in tiles of 32 rows. A tile is copied while the
+// previous tile is multiplied.
 #pragma once
 
 #include "../../attention_backward.h"
@@ -13,8 +14,9 @@ constexpr int kBackwardThreads = kBackwardWarps * kWarp;
 constexpr int kOwnRows = 16 * kBackwardWarps;
 constexpr int kWalkedRows = 32;
 
-// The shared memory of a block: its own two tiles, then two stages, each with the two tiles that
-// are walked. If queries are walked, each stage also has the log-sum-exp and delta of its rows.
+// The shared memory of a block: its own two tiles, then two stages. Each stage has two tiles of the
+// tensors that the block goes through. If these are queries and d_out, a stage also has the
+// log-sum-exp and delta of its rows.
 template <class T, int D>
 struct BackwardShared {
   T* elements;
@@ -34,8 +36,8 @@ struct BackwardShared {
   __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + kWalkedRows; }
 };
 
-// One key/value head of one sequence, with its query rows and its keys. Both are counted from the
-// first of the sequence.
+// One key/value head of one sequence. Its query rows and its keys are both counted from the
+// beginning of the sequence.
 template <class T, int D>
 struct BackwardHead {
   const AttentionBackwardParams& p;
@@ -51,7 +53,7 @@ struct BackwardHead {
         kv_head(kv_head),
         keys(static_cast<int>(s.count)) {}
 
-  // Each starts the copy of kRows rows: copy_queries of queries and d_out, copy_keys of keys and
+  // copy_queries and copy_keys start the copy of kRows rows: of queries and d_out, or of keys and
   // values. Rows past the last become zeros, which add nothing to any sum.
   template <int kRows>
   __device__ __forceinline__ void copy_queries(SharedTile<T, D> q, SharedTile<T, D> d_out,
@@ -81,19 +83,20 @@ struct BackwardHead {
     });
   }
 
-  // The index in p.lse and p.delta of a query row.
+  // The index of a query row in p.lse and p.delta.
   __device__ __forceinline__ int64_t statistic(int row) const {
     return rows.offset(row, p.heads, 1);
   }
 };
 
-// Two neighbouring probabilities and score gradients, packed as an operand of the next product.
+// Two neighbouring probabilities and two score gradients, each packed as an operand of the next
+// product.
 template <class T>
 struct Differentiated {
   uint32_t probabilities, d_scores;
 
-  // `lse` is a logarithm to base 2. d_scores lack the factor p.scale: the sums of their products
-  // are multiplied by it in the end.
+  // `lse` is a logarithm to base 2. d_scores lack the factor p.scale. The sums of their products
+  // are multiplied by this factor at the end.
   __device__ __forceinline__ Differentiated(float2 scores, float2 d_probabilities, float scale,
                                             float2 lse, float2 delta) {
     const float low = exp2_approx(scores.x * scale - lse.x);

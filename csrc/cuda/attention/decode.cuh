@@ -1,13 +1,13 @@
-// Decode has few queries and many keys. Reading the cache, each key and value once, limits its
+// Decode has few queries and many keys. Reading each key and value of the cache once limits its
 // speed.
 //
-// Grid: (splits, Hkv, S). A sequence and key/value head has at most 16 query rows here: all heads
-// of the group, for one token or a few. They are one operand of the products, so each key and value
-// is loaded once for all of them. The keys that they see are divided among `splits` blocks, and in
-// a block among 4 warps, which take tiles of 16 keys in turn. Each warp has two stages of shared
-// memory of its own. It fills both before it begins, and then works on one while the other is on
-// its way. So the warps walk the keys without a barrier of the block. With several splits each
-// block leaves its result in `partials`, and the last block to arrive merges the results.
+// Grid: (splits, Hkv, S). Here a sequence and key/value head has at most 16 query rows: all heads
+// of the group, for one token or a few. All these rows are one operand of the products, so each key
+// and value is loaded once. The keys are divided among `splits` blocks, and within a block among 4
+// warps, which take tiles of 16 keys in turn. Each warp has its own two stages in shared memory. It
+// fills both before it begins, and then works on one stage while the other is filled. So the warps
+// need no barrier of the block while they go through the keys. With several splits each block
+// writes its result to `partials`, and the last block to arrive merges the results.
 #pragma once
 
 #include "finish.cuh"
@@ -20,15 +20,15 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeKeys = 16;
 constexpr int kDecodeStages = 2;
 
-// Elements of a warp's stages of keys and values.
+// The number of elements in a warp's stages of keys and values.
 template <int D>
 constexpr int kDecodeWarpShared = kDecodeStages * 2 * kDecodeKeys * D;
-// Bytes of shared memory: queries, then the stages of one warp after the other.
+// The size of shared memory in bytes: the queries, then the stages of each warp.
 template <class T, int D>
 constexpr size_t kDecodeShared = (kDecodeRows + kDecodeWarps * kDecodeWarpShared<1>)*D * sizeof(T);
 
-// The work of a block, which has one sequence, key/value head and split. The public functions are
-// its phases, in their order.
+// The work of a block: one sequence, key/value head and split. The public functions are its phases,
+// in the order of their calls.
 template <class T, int D>
 struct DecodeBlock {
   static constexpr int kThreads = kDecodeWarps * kWarp;
@@ -39,7 +39,7 @@ struct DecodeBlock {
   int kv_head, split, splits;
   SharedTile<T, D> q_tile;
 
-  // Each warp takes every fourth tile of the block's keys, and stores its result in its stages.
+  // Each warp takes every fourth tile of the block's keys, and writes its result over its stages.
   __device__ __forceinline__ void walk_keys() const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     T* const stages = stages_of(warp);
@@ -52,7 +52,8 @@ struct DecodeBlock {
 
     const int64_t begin = window_begin(s.position, p.window);
     const VisibleKeys keys(s, kv_head, begin, s.position + s.count);
-    const int window = window_of(p), tiles = static_cast<int>(ceil_div(keys.count, kDecodeKeys));
+    const int window = short_window(p.window);
+    const auto tiles = static_cast<int>(ceil_div(keys.count, kDecodeKeys));
     const int first_tile = static_cast<int>(int64_t{tiles} * split / splits);
     const int end_tile = static_cast<int>(int64_t{tiles} * (split + 1) / splits);
 
@@ -74,9 +75,10 @@ struct DecodeBlock {
     copy_tile(first_tile + warp, 0);
     copy_tile(first_tile + warp + kDecodeWarps, 1);
     cp_async_wait<1>();
-    __syncthreads();  // the queries are there, for all warps
+    __syncthreads();  // the queries are there
 
-    // Offsets of this lane's two rows. Rows past the end repeat the last row and are not stored.
+    // The offsets of this lane's two rows. Past the end, the last row is repeated and not stored
+    // again.
     int own[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -90,18 +92,18 @@ struct DecodeBlock {
     int stage = 0;
     for (int tile = first_tile + warp; tile < end_tile; tile += kDecodeWarps) {
       cp_async_wait<1>();
-      __syncwarp();  // all lanes' copies of this tile are there
+      __syncwarp();  // the copies of all lanes are there
 
       float scores[1][kDecodeKeys / 8][4];
       multiply_keys(scores, q_tile, 0, k_tile(stage));
       const int first = tile * kDecodeKeys;
-      if (first + kDecodeKeys - 1 > first_own || first <= last_own - window) {
+      if (any_hidden(first_own, last_own, first, first + kDecodeKeys - 1, window)) {
         mask(scores, own, first, window);
       }
       uint32_t probabilities[1][kDecodeKeys / 8][2];
       softmax.fold<T>(scores, probabilities, out);
       multiply_values(out, probabilities, v_tile(stage));
-      __syncwarp();  // all lanes are done with this stage, before it is filled again
+      __syncwarp();  // no lane uses this stage any more, so it may be filled again
       copy_tile(tile + kDecodeStages * kDecodeWarps, stage);
       stage ^= 1;
     }
@@ -111,8 +113,8 @@ struct DecodeBlock {
     __syncthreads();
   }
 
-  // Merges the results of the warps into the output, or into `partials` if there are several
-  // splits.
+  // Merges the results of the warps. Writes them to the output, or to `partials` if there are
+  // several splits.
   __device__ __forceinline__ void merge_warps() const {
     for_each_item([&](int row, int d) {
       const Merged merged = merge<D>(
@@ -132,7 +134,7 @@ struct DecodeBlock {
     });
   }
 
-  // Merges the partials of all splits into the output. The last block to arrive calls it.
+  // Merges the partial results of all splits into the output. The last block to arrive calls this.
   __device__ __forceinline__ void merge_splits() const {
     for_each_item([&](int row, int d) {
       const Merged merged = merge<D>(
@@ -143,7 +145,7 @@ struct DecodeBlock {
     });
   }
 
-  // The index of this sequence's key/value head among the heads of all sequences.
+  // The index of this key/value head among the key/value heads of all sequences.
   __device__ __forceinline__ int64_t head() const {
     return int64_t{blockIdx.z} * p.kv_heads + kv_head;
   }
@@ -154,7 +156,7 @@ struct DecodeBlock {
     if (p.lse && d == 0) store_lse(p, rows, row, merged.maximum, merged.total);
   }
 
-  // The stages of a warp. After the walk they hold its result.
+  // The stages of a warp. After walk_keys they hold the result of the warp.
   __device__ __forceinline__ T* stages_of(int warp) const {
     return q_tile.elements + kDecodeRows * D + warp * kDecodeWarpShared<D>;
   }
@@ -182,8 +184,8 @@ struct DecodeBlock {
   __device__ __forceinline__ float* partial_of(int part) const {
     return p.partials + (head() * splits + part) * kDecodeRows * kPartialRow<D>;
   }
-  // Calls f(row, d) for each group of 8 elements of the results, at d. The threads share the
-  // groups.
+  // Calls f(row, d) for each 8 neighbouring elements of a result, from element d on. The threads
+  // share these calls.
   template <class F>
   __device__ __forceinline__ void for_each_item(const F& f) const {
     for (int item = threadIdx.x; item < rows.count * D / 8; item += kThreads) {

@@ -1,5 +1,6 @@
-// Late tokens: the new tokens that may be stored in the ring only when no block reads the history
-// any more (ring.h). The last block of a sequence and key/value head stores them.
+// A late token is a new token that takes the slot of an older token that attention still reads. It
+// may be stored in the ring only when no block reads the history any more (ring.h). The last block
+// of a sequence and key/value head stores the late tokens.
 #pragma once
 
 #include <launch.cuh>
@@ -15,7 +16,7 @@ __device__ __forceinline__ bool has_late_tokens(const AttentionParams& p, const 
   return stored_after_attention(s, s.position + s.count - 1, p.window);
 }
 
-// Stores one head of the late tokens, with `threads` threads.
+// Stores the late tokens of one key/value head. `threads` threads share the work.
 template <class T, int D>
 __device__ void append_late(const AttentionParams& p, const Sequence& s, int kv_head,
                             unsigned thread, unsigned threads) {

@@ -1,4 +1,4 @@
-// Merges partial results, each of which covers a part of the keys.
+// Merges partial results, each of which covers some of the keys.
 #pragma once
 
 #include "../common/vec.cuh"
@@ -6,21 +6,21 @@
 
 namespace mistral::cuda {
 
-// The floats of a partial result, which has one query row and a part of the keys: D unnormalised
-// sums, the maximum, the total, and two that only keep the next row aligned.
+// The number of floats in a partial result of one query row: D unnormalised sums, the maximum, the
+// total, and two floats that only align the next row.
 template <int D>
 constexpr int kPartialRow = D + 4;
 
-// 8 elements of a row, over several parts of the keys.
+// 8 elements of a row, merged from several partial results.
 struct Merged {
   float sums[8];
   float maximum;
   float total;
 };
 
-// Merges elements d to d + 7 of `parts` results. row_of(i) is where the row begins in part i, and
-// read(address) loads 4 floats. Among 8 neighbouring lanes, 4 begin with the upper half of their 8
-// elements, so that the 8 lanes together read 128 bytes from all banks.
+// Merges elements d to d + 7 of `parts` partial results. row_of(i) is the address of the row in
+// part i, and read(address) loads 4 floats. Of 8 neighbouring lanes, 4 begin with the upper half of
+// their 8 elements, so that the 8 lanes together read 128 bytes from all banks.
 template <int D, class RowOf, class Read>
 __device__ __forceinline__ Merged merge(int parts, int d, float scale, const RowOf& row_of,
                                         const Read& read) {
@@ -31,9 +31,9 @@ __device__ __forceinline__ Merged merge(int parts, int d, float scale, const Row
   }
   const bool upper_first = d / 8 % 8 >= 4;
   const int first = upper_first ? 4 : 0, second = 4 - first;
-  // A row always sees itself, but it may see none of the keys of these parts.
+  // A row always sees itself, but perhaps none of the keys of these parts.
   const float base = merged.maximum == -INFINITY ? 0.0f : merged.maximum * scale;
-#pragma unroll 8  // so many parts' loads are under way together
+#pragma unroll 8  // the loads of so many parts are under way together
   for (int i = 0; i < parts; ++i) {
     const float* row = row_of(i);
     const Vec16<float> state = read(row + D);
@@ -60,8 +60,8 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Que
   store16(global + d, round_to<T, 8>(out));
 }
 
-// Stores the log-sum-exp of a row (attention.h). `maximum` is that of the unscaled scores, `total`
-// is a sum of exponentials of scaled scores.
+// Stores the log-sum-exp of a row (attention.h). `maximum` is the maximum of the unscaled scores.
+// `total` is a sum of exponentials of scaled scores.
 __device__ __forceinline__ void store_lse(const AttentionParams& p, const QueryRows& rows, int row,
                                           float maximum, float total) {
   store_global(p.lse + rows.offset(row, p.heads, 1), maximum * p.scale + logf(total));

@@ -1,9 +1,10 @@
-// The consumers of prefill_sm90.cuh. Each is a warpgroup with 64 query rows. It multiplies them by
-// the keys, computes the softmax in registers, and multiplies the probabilities by the values.
+// The consumers of prefill_sm90.cuh. A consumer is a warpgroup with 64 query rows. It multiplies
+// these rows by the keys, computes the softmax in registers, and multiplies the probabilities by
+// the values.
 //
 // A consumer issues the product with the keys of a tile together with the product with the values
-// of the tile before. The softmax of the scores runs while the product with the values is under
-// way. Meanwhile the other consumer has its turn to multiply.
+// of the previous tile. It computes the softmax of the scores while the product with the values is
+// under way. Meanwhile the other consumer has its turn to multiply.
 #pragma once
 
 #include "finish.cuh"
@@ -18,14 +19,14 @@ __device__ __forceinline__ auto& as_fragments(float (&product)[kCount]) {
   return reinterpret_cast<float (&)[1][kCount / 4][4]>(product);
 }
 
-// The descriptor of the place that lies `bytes` after the start of a matrix.
+// The descriptor of an address `bytes` bytes after the start of a matrix.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor + bytes / 16;
 }
 
-constexpr int kAtom = 1024;  // bytes of 8 rows of 128, the unit of the swizzle
+constexpr int kAtom = 1024;  // bytes of 8 rows of 128 bytes, the unit of the swizzle
 
-// Issues scores = q k^T, as one group.
+// Issues scores = q k^T, as one group of wgmma.
 template <class T, int D>
 __device__ __forceinline__ void issue_scores(float (&scores)[kHopperKeys / 2],
                                              SwizzledTile<T, D, kConsumerRows> q,
@@ -42,7 +43,7 @@ __device__ __forceinline__ void issue_scores(float (&scores)[kHopperKeys / 2],
   wgmma_commit();
 }
 
-// Issues out += probabilities v, as one group.
+// Issues out += probabilities v, as one group of wgmma.
 template <class T, int D>
 __device__ __forceinline__ void issue_out(float (&out)[D / 2],
                                           uint32_t (&probabilities)[kHopperKeys / 16][4],
@@ -58,8 +59,8 @@ __device__ __forceinline__ void issue_out(float (&out)[D / 2],
   wgmma_commit();
 }
 
-// Turns scores into probabilities relative to the new maximum. The results so far of the lane's row
-// r must then be multiplied by factors[r].
+// Turns scores into probabilities relative to the new maximum. Row r of the lane then needs a
+// correction: its results so far must be multiplied by factors[r].
 template <int kCount>
 __device__ __forceinline__ void exponentiate(Softmax<1>& softmax, float (&scores)[kCount],
                                              float (&factors)[2]) {
@@ -89,7 +90,7 @@ __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&fact
   for (int i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
 }
 
-// Packs the probabilities as A operands of the product with the values, 16 keys in each.
+// Packs the probabilities as A operands of the product with the values. An operand has 16 keys.
 template <class T, int kCount>
 __device__ __forceinline__ void pack_rows(const float (&scores)[kCount],
                                           uint32_t (&probabilities)[kCount / 8][4]) {
@@ -108,24 +109,24 @@ class Consumer {
   __device__ __forceinline__ void run() {
     if (number_ == 1) pass_turn();
     copy_queries(0);
-    int before = 0;  // tiles of the items before
+    int before = 0;  // tiles of the earlier items
     for (int i = 0;; ++i) {
       const WorkItem& item = shared_.items[stage_of(i)];
       if (item.key_tiles == 0) break;
       cp_async_wait<0>();
-      fence_proxy_async();  // the queries, for wgmma
+      fence_proxy_async();  // makes the queries visible to wgmma
       sync();
       if (i > 0 && thread() == 0) mbarrier_arrive(&shared_.item_empty[stage_of(i - 1)]);
       multiply(item, before, i);
       before += item.key_tiles;
     }
-    if (number_ == 0) await_turn();  // the turn that the other consumer passes on at its end
+    if (number_ == 0) await_turn();  // the other consumer passes on a last turn; this takes it
   }
 
  private:
   __device__ __forceinline__ int thread() const { return threadIdx.x % kWarpgroup; }
   __device__ __forceinline__ int lane() const { return threadIdx.x % kWarp; }
-  // The first of the warp's 16 rows.
+  // The index of the first of the warp's 16 rows.
   __device__ __forceinline__ int warp_row() const { return thread() / kWarp * 16; }
 
   __device__ __forceinline__ void sync() const {
@@ -137,7 +138,7 @@ class Consumer {
   __device__ __forceinline__ void pass_turn() const {
     named_barrier_arrive(kTurnBarrier + 1 - number_, kConsumers * kWarpgroup);
   }
-  // Reports that this warp is done with a stage.
+  // Tells the producer that this warp does not use a stage any more.
   __device__ __forceinline__ void release(uint64_t* empty) const {
     if (lane() == 0) mbarrier_arrive(empty);
   }
@@ -146,7 +147,7 @@ class Consumer {
     return {shared_.q[number_]};
   }
 
-  // Starts the copy of item i's queries.
+  // Starts the copy of the queries of item i.
   __device__ __forceinline__ void copy_queries(int i) const {
     mbarrier_wait(&shared_.item_full[stage_of(i)], parity_of(i));
     const WorkItem& item = shared_.items[stage_of(i)];
@@ -164,14 +165,15 @@ class Consumer {
   __device__ __forceinline__ void multiply(const WorkItem& item, int before, int i) {
     const QueryRows rows(p_, item.sequence, item.kv_head);
     const int first_row = item.row + number_ * kConsumerRows;
-    // Offsets of rows among the keys; rows past the end repeat the last row and are not stored.
+    // The offsets of the rows among the keys. Past the end, the last row is repeated and not stored
+    // again.
     const int own_first = static_cast<int>(item.keys.count) - 1 - rows.token(item.end_row - 1);
     const auto offset_of = [&](int row) {
       return own_first + rows.token(static_cast<int>(min(first_row + row, item.end_row - 1)));
     };
     const int first_own = offset_of(0), last_own = offset_of(kConsumerRows - 1);
     const int own[2] = {offset_of(warp_row() + lane() / 4), offset_of(warp_row() + 8 + lane() / 4)};
-    const int window = window_of(p_), tiles = item.key_tiles;
+    const int window = short_window(p_.window), tiles = item.key_tiles;
 
     float scores[kHopperKeys / 2], out[D / 2] = {}, factors[2];
     uint32_t probabilities[kHopperKeys / 16][4];
@@ -186,7 +188,7 @@ class Consumer {
     };
     const auto mask_tile = [&](int tile) {
       const int first = tile * kHopperKeys;
-      if (first + kHopperKeys - 1 > first_own || first <= last_own - window) {
+      if (any_hidden(first_own, last_own, first, first + kHopperKeys - 1, window)) {
         mask(as_fragments(scores), own, first, window);
       }
     };
@@ -218,7 +220,7 @@ class Consumer {
     }
     const int last = before + tiles - 1;
     issue_out(out, probabilities, v_tile(last));
-    sync();  // all warps are done with the queries
+    sync();  // no warp uses the queries any more
     copy_queries(i + 1);
     wgmma_wait<0>();
     wgmma_settle(out);
@@ -251,8 +253,8 @@ class Consumer {
     });
   }
 
-  // Writes the partial results of this warpgroup to `partials`. The last warpgroup that does so for
-  // these rows then merges all parts, stores the results and returns true. The others return false.
+  // Writes the partial results of this warpgroup to `partials`. The last warpgroup to do so for
+  // these rows merges all parts, stores the results and returns true. The others return false.
   __device__ __forceinline__ bool merge_parts(const WorkItem& item, const QueryRows& rows,
                                               float (&out)[D / 2], const Softmax<1>& softmax) {
     const int64_t rows_before = int64_t{item.number} * kConsumers + number_;

@@ -1,4 +1,4 @@
-// Launches the prefill kernel of sm_90a: see prefill_sm90.cuh. Compiled for this architecture
+// Launches the prefill kernel for sm_90a (prefill_sm90.cuh). This file is compiled for sm_90a
 // alone.
 #include "prefill_sm90.h"
 
@@ -19,7 +19,7 @@ __global__ __launch_bounds__(kHopperThreads, 1) void attention_prefill_hopper(
     init_barriers(shared);
   }
   __syncthreads();
-  // The shuffle tells the compiler that all lanes have the same value.
+  // The shuffle tells the compiler that the value is the same in all lanes.
   const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (warpgroup == 0) {
     registers_decrease<kProducerRegisters>();
@@ -48,7 +48,8 @@ cudaError_t map_chunk(CUtensorMap* map, const AttentionParams& p, const void* ch
   shape.sizes[0] = p.head_dim;
   shape.sizes[1] = p.kv_heads;
   shape.sizes[2] = p.tokens;
-  // The stride of an axis of size 1 may be anything, but a tensor map needs a multiple of 16 bytes.
+  // If an axis has size 1, its stride may be any number, but a tensor map needs a multiple of 16
+  // bytes.
   shape.stride_bytes[1] = 2 * (p.kv_heads > 1 ? stride_head : p.head_dim);
   shape.stride_bytes[2] = 2 * (p.tokens > 1 ? stride_token : p.head_dim);
   shape.box[0] = 64;

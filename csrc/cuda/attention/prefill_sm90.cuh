@@ -1,13 +1,14 @@
 // Prefill for sm_90a: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) over a ring.
 //
-// Grid: a block for each multiprocessor, or fewer if there is less to do. A block takes one work
+// Grid: one block for each multiprocessor, or fewer if there is less work. A block takes one work
 // item after the other: a tile of 128 query rows of one sequence and key/value head, and the keys
 // that any of these rows sees, in tiles of 128. Blocks claim items from a counter. The last tiles
-// come first, because they see the most keys: so the blocks end together.
+// come first: they see the most keys, so the blocks end at about the same time.
 //
-// A block is three warpgroups. The first, the producer (this file), claims the items and fills two
-// stages of keys and two of values. The other two, the consumers (multiply_sm90.cuh), own 64 query
-// rows each. While one of them multiplies, the other computes its softmax.
+// A block is three warpgroups. The first is the producer (this file). It claims the items, and
+// fills two stages of keys and two stages of values. The other two are the consumers
+// (multiply_sm90.cuh), each with 64 query rows. While one consumer multiplies, the other computes
+// its softmax.
 #pragma once
 
 #include <ptx_sm90.cuh>
@@ -21,21 +22,22 @@ constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
-// Up to this many tokens, the keys and values of all heads of a call fit the L2 cache.
+// The most tokens with which the keys and values of all heads of a call fit the L2 cache.
 constexpr int kTokensInL2 = 4096;
 
-// Registers of a thread after they are redistributed. Every thread starts with 168, the most that
-// three warpgroups can have alike. The sum over the warpgroups stays the same.
+// The registers of a thread after they are redistributed. Every thread starts with 168, the most
+// that three equal warpgroups can have. Redistribution does not change the sum over the warpgroups.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
 
-// Barriers 1 to 15 of the block. Each consumer has a barrier of its own threads, and a barrier on
-// which it waits for its turn to multiply.
+// The barriers 1 to 15 of the block that this kernel uses. Each consumer has a barrier for its own
+// threads, and a barrier at which it waits for its turn to multiply.
 constexpr int kProducerBarrier = 1, kConsumerBarrier = 2, kTurnBarrier = 4;
 
-// A tile [kRows, D] as TMA writes it and wgmma reads it. Columns of 64 elements lie one after the
-// other. Each has rows of 128 bytes, in which chunk c of 16 bytes is in place c ^ (row % 8).
+// A tile [kRows, D] in the layout that TMA writes and wgmma reads. The tile is cut into columns of
+// 64 elements, which lie one after the other. The rows of a column have 128 bytes. In them 16-byte
+// chunk c is at place c ^ (row % 8).
 template <class T, int D, int kRows>
 struct SwizzledTile {
   static constexpr int kChunk = 8;  // elements
@@ -50,16 +52,16 @@ struct SwizzledTile {
   }
 };
 
-// A tile of query rows, and the tiles of keys to multiply it with: all that it sees, or a part of
-// them.
+// A tile of query rows, and the tiles of keys to multiply it with. These are all tiles that it
+// sees, or one part of them.
 struct WorkItem {
   Sequence sequence;
   VisibleKeys keys;
-  int index;  // of the sequence
+  int index;  // index of the sequence
   int kv_head;
-  int number;   // of the tile, among the tiles of all heads
-  int row;      // the tile's first, among the rows of the sequence
-  int end_row;  // after the tile's last row
+  int number;   // number of the tile among the tiles of all heads
+  int row;      // first row of the tile, among the rows of the sequence
+  int end_row;  // end of the rows of the tile
   int part, parts;
   int first_key_tile;
   int key_tiles;  // 0: there is no more work
@@ -72,17 +74,18 @@ struct alignas(1024) HopperShared {
   T k[kHopperStages][kHopperKeys * D];
   T v[kHopperStages][kHopperKeys * D];
   T out[kConsumers][kConsumerRows * D];
-  // Full: the producer has filled the stage. Empty: every warp of the consumers is done with it.
+  // Full: the producer has filled the stage. Empty: no warp of the consumers uses it any more.
   uint64_t k_full[kHopperStages], k_empty[kHopperStages];
   uint64_t v_full[kHopperStages], v_empty[kHopperStages];
-  // Two items, so that a consumer may begin the next item while the other ends the last.
+  // There are two items, so that one consumer may begin the next item while the other ends the last
+  // item.
   uint64_t item_full[2], item_empty[2];
   WorkItem items[2];
-  int last[kConsumers];  // of arrives_last
+  int last[kConsumers];  // for arrives_last
 };
 
-// The uses of the stages, or of the item slots, are counted from 0. For use n: the stage or slot,
-// and the parity of its phase.
+// The uses of the two stages are counted from 0, and so are those of the two items. Use n has the
+// stage (or item) stage_of(n). parity_of(n) is the parity of the phase of its barrier.
 __device__ __forceinline__ int stage_of(int n) { return n % 2; }
 __device__ __forceinline__ uint32_t parity_of(int n) { return n / 2 % 2; }
 static_assert(kHopperStages == 2);
@@ -103,13 +106,13 @@ __device__ __forceinline__ void init_barriers(HopperShared<T, D>& shared) {
   mbarrier_init_fence();
 }
 
-// The maps by which the copy engine finds keys and values.
+// The tensor maps with which the copy engine (TMA) finds keys and values.
 struct HopperMaps {
   CUtensorMap k_pool, v_pool;  // [R, D], boxes of 128 rows and 64 columns
   CUtensorMap k, v;            // [T, Hkv, D], boxes of 128 tokens, one head and 64 columns
 };
 
-// Claims work for a block. Its counter lies after the counters of late tokens, and is zero before
+// Claims work for a block. The counter lies after the counters of late tokens. It is zero before
 // and after the launch.
 class WorkQueue {
  public:
@@ -121,13 +124,13 @@ class WorkQueue {
     for (;;) {
       const int claimed = claim();
       if (claimed >= items) {
-        // Each block gets here once. The last one sets the counter to zero for the next launch.
+        // Each block gets here once. The last block sets the counter to zero for the next launch.
         if (claimed == items + static_cast<int>(gridDim.x) - 1) store_global(counter(), int32_t{0});
         item.key_tiles = 0;
         return;
       }
       // If all heads fit the L2 cache, the longest items of all heads come first, so that the
-      // blocks end at about the same time. Otherwise the heads come one after another, so that the
+      // blocks end at about the same time. Otherwise one head comes after another, so that the
       // blocks find the keys of their head in the L2 cache.
       const int unit = claimed / p_.prefill_splits, heads = static_cast<int>(p_.kv_heads);
       const bool fits_l2 = p_.tokens <= kTokensInL2;
@@ -162,7 +165,7 @@ class WorkQueue {
   __device__ __forceinline__ int32_t* counter() const {
     return p_.counters + p_.num_sequences * p_.kv_heads;
   }
-  // A block claims its first item by its index, and all later items with the counter.
+  // A block claims its first item by its block index, and all later items from the counter.
   __device__ __forceinline__ int claim() {
     if (begun_) return static_cast<int>(gridDim.x) + atomicAdd(counter(), 1);
     begun_ = true;
@@ -173,7 +176,7 @@ class WorkQueue {
   bool begun_ = false;
 };
 
-// Where the rows of a tile of keys begin, if they are contiguous.
+// Whether the rows of a tile of keys are contiguous, and where they begin.
 struct TilePlace {
   enum { apart, pool, chunk } kind;
   int row;  // of the pool, or token of the chunk
@@ -185,9 +188,9 @@ __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, con
   if (first + kHopperKeys <= keys.history && slot + kHopperKeys <= keys.capacity) {
     return {TilePlace::pool, static_cast<int>(keys.ring) + slot};
   }
-  // The tile may include later tokens of this sequence, which are masked, but no tokens of another
-  // sequence: these could hold infinities, and an infinity times a probability of 0 is not 0. Past
-  // the last token of the batch the copy engine gives zeros.
+  // The tile may include later tokens of this sequence, because they are masked. It must not
+  // include tokens of another sequence: these could hold infinities, and an infinity times a
+  // probability of 0 is not 0. Past the last token of the batch the copy engine gives zeros.
   const int64_t token = keys.token + first, end = s.first_token + s.count;
   if (first >= keys.history && (token + kHopperKeys <= end || end == p.tokens)) {
     return {TilePlace::chunk, static_cast<int>(token)};
@@ -195,8 +198,9 @@ __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, con
   return {TilePlace::apart, 0};
 }
 
-// Waits until a stage of keys or of values is empty, then fills it with the tile at `place`. All
-// threads of the producer call this. row_at(row) is the address of a row if the rows lie apart.
+// Waits until a stage of keys or values is empty, then fills it with the tile at `place`. All
+// threads of the producer call this. If the rows are not contiguous, row_at(row) is the address of
+// a row.
 template <class T, int D, class RowAt>
 __device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* empty,
                                            uint32_t parity, TilePlace place,
@@ -211,7 +215,7 @@ __device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* e
     copy_rows<kHopperKeys, kWarpgroup>(tile, thread, row_at);
     cp_async_commit();
     cp_async_wait<0>();
-    fence_proxy_async();  // for wgmma
+    fence_proxy_async();  // makes the copies visible to wgmma
     named_barrier_sync(kProducerBarrier, kWarpgroup);
     if (thread == 0) mbarrier_arrive(full);
   } else if (thread == 0) {
@@ -233,7 +237,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMa
                                         HopperShared<T, D>& shared) {
   const int thread = threadIdx.x;
   WorkQueue queue(p);
-  int before = 0;  // tiles of the items before
+  int before = 0;  // tiles of the earlier items
   for (int i = 0;; ++i) {
     WorkItem& item = shared.items[stage_of(i)];
     if (thread == 0) {
@@ -242,10 +246,10 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMa
       mbarrier_arrive(&shared.item_full[stage_of(i)]);
     }
     __syncwarp();
-    named_barrier_sync(kProducerBarrier, kWarpgroup);  // no thread still uses the last item
+    named_barrier_sync(kProducerBarrier, kWarpgroup);  // no thread uses the last item any more
     const int tiles = item.key_tiles;
     if (tiles == 0) return;
-    for (int tile = 0; tile <= tiles; ++tile) {  // the next tile's keys come before a tile's values
+    for (int tile = 0; tile <= tiles; ++tile) {  // keys come one tile before values
       if (tile < tiles) {
         const int first = (item.first_key_tile + tile) * kHopperKeys;
         const int use = before + tile, stage = stage_of(use);

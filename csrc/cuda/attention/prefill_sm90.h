@@ -1,5 +1,5 @@
-// The interface of the prefill kernel of sm_90a. A build has the kernel if sm_90a is among its
-// architectures.
+// The interface of the prefill kernel for sm_90a. A build has the kernel if it is compiled for
+// sm_90a.
 #pragma once
 
 #include <launch.cuh>
@@ -8,22 +8,22 @@
 
 namespace mistral::cuda {
 
-constexpr int kHopperKeys = 128;  // keys of a tile
-constexpr int kConsumers = 2;     // warpgroups, each with its share of a tile's query rows
+constexpr int kHopperKeys = 128;  // keys in a tile
+constexpr int kConsumers = 2;     // warpgroups that share the query rows of a tile
 constexpr int kConsumerRows = kPrefillRows / kConsumers;
-constexpr int kPartTiles = 4;  // the fewest tiles of keys for which a part is worth its merge
+constexpr int kPartTiles = 4;  // a part of the keys has at least so many tiles
 
-// Prefills the sequences that attention_decode leaves out. p must meet the conditions of
+// Prefills the sequences that attention_decode does not handle. p must meet the conditions of
 // `attention` (attention.h).
 cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 
 // Adds the scratch that attention_hopper needs if no sequence sees more than `longest` keys. Its
-// counters lie after the counters of the late tokens: a counter for the work queue and, if keys are
-// divided, a counter for the rows of each consumer.
+// counters lie after the counters of late tokens: one counter for the work queue and, if keys are
+// divided, one counter for each consumer's rows of each tile.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
-  // There are enough parts to give every multiprocessor a block, but no part so short that it is
-  // not worth its merge.
+  // There are enough parts to give every multiprocessor a block, but each part has at least
+  // kPartTiles tiles, so that it is worth its merge.
   const int64_t group = p.heads / p.kv_heads;
   const int64_t tiles = ceil_div(p.tokens * group, kPrefillRows) * p.kv_heads;
   const int64_t wanted = multiprocessors() / max(tiles, 1);
@@ -33,7 +33,7 @@ inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams&
   if (scratch.prefill_splits == 1) return;
   const int64_t parties = int64_t{prefill_tiles(p)} * p.kv_heads * kConsumers;
   scratch.counters += parties;
-  // Decodes are done when prefill begins: both may use the same memory.
+  // Decode is done when prefill begins, so both may use the same memory.
   const int64_t partials = parties * scratch.prefill_splits * kConsumerRows * (p.head_dim + 4);
   scratch.partials = max(scratch.partials, partials);
 }

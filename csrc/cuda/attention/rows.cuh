@@ -1,5 +1,5 @@
 // The query rows of a sequence and key/value head, the choice between decode and prefill for each
-// sequence, and the numbers of the tiles of prefill.
+// sequence, and the numbers of the tiles in prefill.
 #pragma once
 
 #include <launch.cuh>
@@ -11,7 +11,7 @@ namespace mistral::cuda {
 // The query rows of a sequence and key/value head: row r is query head r mod G of token r / G.
 struct QueryRows {
   int64_t first_token;
-  int first_head;  // of the group
+  int first_head;  // first query head of the group
   int group;
   int count;  // tokens * G
 
@@ -23,39 +23,33 @@ struct QueryRows {
         count(static_cast<int>(s.count) * group) {}
 
   __device__ __forceinline__ int token(int row) const { return row / group; }
-  // The offset of a row in q or out, whose strides are given.
+  // The offset of a row in q or out. The strides are those of this tensor.
   __device__ __forceinline__ int64_t offset(int row, int64_t stride_token,
                                             int64_t stride_head) const {
     return (first_token + row / group) * stride_token + (first_head + row % group) * stride_head;
   }
 };
 
-// The window as an int, because offsets among the keys are ints. kNoWindow becomes a window that no
-// offset reaches.
-template <class Params>
-__device__ __forceinline__ int window_of(const Params& p) {
-  return static_cast<int>(min(p.window, int64_t{1} << 30));
-}
-
-// Sequences of up to 16 query rows are decoded, all others prefilled.
+// Sequences of up to 16 query rows are decoded. All others are prefilled.
 constexpr int kDecodeRows = 16;
 
 MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
   return tokens * group <= kDecodeRows;
 }
 
-constexpr int kPrefillRows = 128;  // of a tile
+constexpr int kPrefillRows = 128;  // query rows of a tile
 
-// The number of the first tile of a sequence. The host, which sizes the grid, does not know the
-// lengths of the sequences. So sequence i, which begins at packed row f, gets the numbers from
-// f / kRows + i on. These are as many as it needs, and sometimes one more: in units of kRows, c
-// rows get floor(f + c) - floor(f) + 1 >= ceil(c) numbers. A token has `group` rows.
+// The number of the first tile of sequence i. The host must size the grid without knowing the
+// lengths of the sequences. So a sequence that begins at packed row f gets the numbers from floor(f
+// / kRows) + i on. With f and the number of rows c in units of kRows, these are floor(f + c) -
+// floor(f) + 1 numbers. That is at least ceil(c), as many as the sequence needs, and sometimes one
+// more. A token has `group` rows.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
   return first_token * group / kRows + sequence;
 }
 
-// The number of tiles of all sequences, for one key/value head.
+// The number of tiles of all sequences for one key/value head.
 template <int kRows = kPrefillRows, class Params>
 MISTRAL_HOST_DEVICE int tiles_of_all(const Params& p, int64_t group) {
   return static_cast<int>(first_tile<kRows>(p.tokens, group, p.num_sequences));

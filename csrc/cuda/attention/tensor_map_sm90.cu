@@ -5,17 +5,17 @@
 namespace mistral::cuda {
 namespace {
 
-// Finds the one function of the driver that is needed. The runtime gives its address, so nothing is
-// linked against the driver and the extension also loads on machines without a driver.
+// Finds the only driver function that is needed. The runtime gives its address, so nothing is
+// linked against the driver, and the extension also loads on machines without a driver.
 cudaError_t find_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
   constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
-  // CUDA 12.5 added the function that takes a version, CUDA 13 removed the other.
+  // CUDA 12.5 added the function with a version. CUDA 13 removed the function without one.
 #if CUDART_VERSION < 12050
   cudaError_t status = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
 #else
-  constexpr unsigned kSince = 12000;  // the version of CUDA that added the encoder
+  constexpr unsigned kSince = 12000;  // the encoder exists since CUDA 12.0
   cudaError_t status =
       cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
 #endif

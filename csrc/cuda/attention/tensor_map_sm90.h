@@ -1,5 +1,5 @@
-// Makes maps, which describe tensors to the copy engine (tma_load_2d and its like in ptx_sm90.cuh).
-// They are made on the host, and passed to kernels as a parameter of type const __grid_constant__
+// Makes tensor maps, which describe tensors to the copy engine (tma_load_2d in ptx_sm90.cuh). Maps
+// are made on the host, and passed to kernels as a parameter of type const __grid_constant__
 // CUtensorMap.
 #pragma once
 
@@ -15,12 +15,12 @@ struct TensorMapShape {
   int rank;                  // 2 to 5
   uint64_t sizes[5];         // at least 1
   uint64_t stride_bytes[5];  // multiples of 16; axis 0 is ignored
-  uint32_t box[5];           // what one copy brings: 64 elements of axis 0, 1 to 256 of the others
+  uint32_t box[5];           // the size of a copy: 64 along axis 0, 1 to 256 along the others
 };
 
-// `base` must be a multiple of 16. A copy puts the rows of a box, 128 bytes each, into shared
-// memory one after another. In row r, piece i of 16 bytes goes to place (i ^ r) % 8 (the 128-byte
-// swizzle). Elements outside the tensor become zeros. Making a map touches no memory of the device.
+// `base` must be a multiple of 16. A copy writes the rows of a box, 128 bytes each, to shared
+// memory one after another. In row r, 16-byte piece i goes to place (i ^ r) % 8 (the 128-byte
+// swizzle). Elements outside the tensor become zeros. Making a map does not access device memory.
 cudaError_t make_tensor_map(CUtensorMap* map, const void* base, const TensorMapShape& shape);
 
 }  // namespace mistral::cuda

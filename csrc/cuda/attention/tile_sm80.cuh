@@ -1,8 +1,8 @@
 // Operations on tiles that the prefill and decode kernels share. An m16n8k16 product takes 16 query
-// rows. Keys and values are in swizzled shared memory, the running softmax is in registers.
+// rows. Keys and values are in swizzled shared memory. The running softmax is in registers.
 //
-// In a warp's 16 x 8 product lane l holds elements of row l / 4 (values 0 and 1) and of row
-// l / 4 + 8 (values 2 and 3), in columns 2 * (l % 4) and the next. So the 4 lanes of a row are
+// A warp's product is 16 x 8. Lane l holds elements of row l / 4 (values 0 and 1) and of row l / 4
+// + 8 (values 2 and 3), in columns 2 * (l % 4) and 2 * (l % 4) + 1. So the 4 lanes of a row are
 // neighbours.
 #pragma once
 
@@ -18,34 +18,34 @@ namespace mistral::cuda {
 
 constexpr float kLog2e = 1.44269504f;
 
-// A tile [rows, D] in shared memory. ldmatrix reads the same 16-byte chunk of 8 rows at once. Rows
-// are a multiple of 128 bytes long, so the 8 would lie in the same banks. Therefore chunk c of row
-// r is kept in place c ^ (r % 8).
+// A tile [rows, D] in shared memory. ldmatrix reads the same 16-byte chunk of 8 rows at once. The
+// length of a row is a multiple of 128 bytes, so these 8 chunks would lie in the same banks.
+// Therefore chunk c of row r is at place c ^ (r % 8).
 template <class T, int D>
 struct SharedTile {
-  static constexpr int kChunk = 16 / sizeof(T);  // elements
-  static constexpr int kChunks = D / kChunk;     // of a row
+  static constexpr int kChunk = 16 / sizeof(T);  // elements of a chunk
+  static constexpr int kChunks = D / kChunk;     // chunks of a row
   T* elements;
 
   __device__ __forceinline__ T* chunk(int row, int c) const {
-    // Only the low 3 bits of a chunk's place depend on the row, so the compiler can fold the higher
-    // bits into the address.
+    // Only the low 3 bits of the place depend on the row. So the compiler can fold the higher bits
+    // into the address.
     return elements + row * D + ((c & ~7) + ((c ^ row) & 7)) * kChunk;
   }
 };
 
 // The keys and values of one sequence and head that a tile of queries sees. They are counted from
-// the first: offset o is position `begin` + o. The first `history` of them are in the ring, the
-// others in the chunk. In prefill registers are scarce, and all threads of a block use the same
-// keys, so the struct is in shared memory. It holds no pointers to tensors: these are read from the
-// params.
+// the first key that the tile sees: offset o is position `begin` + o. The first `history` keys are
+// in the ring, the others in the chunk. The struct is in shared memory: in prefill registers are
+// scarce, and all threads of a block use the same keys. It holds no pointers to tensors, because
+// the params have them.
 struct VisibleKeys {
-  int64_t ring;   // row of the head's slot 0 in the pools
-  int64_t token;  // packed token where offset 0 would be
+  int64_t ring;   // pool row of slot 0 of the head
+  int64_t token;  // packed token of offset 0, if it were in the chunk
   int kv_head;
   int history;
   int count;
-  int first_slot;  // of offset 0
+  int first_slot;  // slot of offset 0
   int capacity;
 
   __device__ VisibleKeys(const Sequence& s, int kv_head, int64_t begin, int64_t end)
@@ -57,7 +57,7 @@ struct VisibleKeys {
         first_slot(static_cast<int>(ring_slot(s, begin))),
         capacity(static_cast<int>(s.capacity)) {}
 
-  // The address of row `offset` of the keys or of the values; null past the last row.
+  // The address of row `offset` of the keys (k) or of the values (v), or null past the last row.
   template <class T, int D>
   __device__ __forceinline__ const T* k(const AttentionParams& p, int offset) const {
     return row<T, D>(p.k_pool, p.k, p.stride_k_token, p.stride_k_head, offset);
@@ -75,13 +75,13 @@ struct VisibleKeys {
     if (offset >= history) {
       return static_cast<const T*>(chunk) + (token + offset) * stride_token + kv_head * stride_head;
     }
-    // At most C tokens of history are seen, so the ring wraps once.
+    // At most C tokens of history are visible, so the ring wraps at most once.
     return static_cast<const T*>(pool) + (ring + wrapped_slot(first_slot + offset, capacity)) * D;
   }
 };
 
-// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time. Rows for
-// which `row_at` gives null become zeros.
+// Starts the copy of `kRows` rows into a tile by `kThreads` threads, 16 bytes at a time. A row
+// becomes zeros if row_at(row) is null.
 template <int kRows, int kThreads, class Tile, class RowAt>
 __device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& row_at) {
   constexpr int kChunks = Tile::kChunks;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& ro
   }
 }
 
-// scores[m][n] = the product of query rows 16 m to 16 m + 15 with keys 8 n to 8 n + 7
+// scores[m][n] = the product of query rows 16 m to 16 m + 15 and keys 8 n to 8 n + 7.
 template <int kM, int kN, class T, int D>
 __device__ __forceinline__ void multiply_keys(float (&scores)[kM][kN][4], SharedTile<T, D> q,
                                               int first_row, SharedTile<T, D> k) {
@@ -108,10 +108,10 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[kM][kN][4], Shared
       for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
     }
   }
-  // With 32 rows a warp's registers do not suffice for the operands of more steps at once.
+  // With 32 rows, the registers of a warp hold the operands of only 2 steps at once.
   constexpr int kSteps = kM == 1 ? D / 16 : 2;
 #pragma unroll kSteps
-  for (int step = 0; step < D / 16; ++step) {  // 16 dimensions, 2 chunks
+  for (int step = 0; step < D / 16; ++step) {  // 16 dimensions, which are 2 chunks
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[kM][kN][4], Shared
   }
 }
 
-// out += p v, with the probabilities as Softmax::fold gives them
+// out += p v. The probabilities p have the layout that Softmax::fold writes.
 template <int kM, int kN, class T, int D>
 __device__ __forceinline__ void multiply_values(float (&out)[kM][D / 8][4],
                                                 const uint32_t (&p)[kM][kN][2],
@@ -164,8 +164,8 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The running softmax of a lane's 2 * kM rows, in powers of two: `scale` is the scale of the scores
-// times log2(e). Index 2 m + h is row 16 m + 8 h + lane / 4.
+// The running softmax of the 2 * kM rows of a lane. It computes in powers of two: `scale` is the
+// scale of the scores times log2(e). Index 2 m + h stands for row 16 m + 8 h + lane / 4.
 template <int kM>
 struct Softmax {
   float scale;
@@ -180,25 +180,25 @@ struct Softmax {
     }
   }
 
-  // The effect of a new maximum on row r: probabilities are 2^(scale * score - base) from now on,
-  // and earlier probabilities and sums must be multiplied by `factor`.
+  // The effect of a new maximum on row r. From now on probabilities are 2^(scale * score - base).
+  // Earlier probabilities and sums must be multiplied by `factor`.
   struct Rise {
     float base, factor;
   };
   __device__ __forceinline__ Rise raise(int r, float highest) {
-    // A row that has seen no key yet has maximum -inf; any finite base then gives 2^-inf = 0.
+    // A row that has seen no key yet has the maximum -inf. Any finite base then gives 2^-inf = 0.
     const float base = highest == -INFINITY ? 0.0f : highest * scale;
     const float factor = exp2_approx(maximum[r] * scale - base);
     maximum[r] = highest;
     return {base, factor};
   }
 
-  // The factor that divides a row's results by their total.
+  // 1 / (the total of row r). The results of the row must be multiplied by it.
   __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
 
-  // Turns scores into probabilities relative to the new maximum, and rescales `out` to it. p has
-  // the layout of an operand of the next product: p[m][n] holds elements 0 and 1 of scores[m][n] as
-  // one pair, and elements 2 and 3 as another.
+  // Turns scores into probabilities relative to the new maximum, and rescales `out` to this
+  // maximum. p has the layout of an operand of the next product: p[m][n] holds elements 0 and 1 of
+  // scores[m][n] as one pair, and elements 2 and 3 as another pair.
   template <class T, int kN, int kD8>
   __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&out)[kM][kD8][4]) {
@@ -230,9 +230,8 @@ struct Softmax {
   }
 };
 
-// Hides the scores of keys that a row does not see: keys after the row, and keys W or more
-// positions before it. `own`: the offsets of the lane's rows. `first`: the offset of the tile's
-// first key.
+// Hides the scores of keys that a row does not see. `own` are the offsets of the lane's rows among
+// the keys. `first` is the offset of the first key of the tile.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
                                      int first, int window) {
@@ -244,14 +243,14 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = column + 8 * n + i % 2, query = own[2 * m + i / 2];
-        if (key > query || key <= query - window) scores[m][n][i] = -INFINITY;
+        if (is_hidden(query, key, window)) scores[m][n][i] = -INFINITY;
       }
     }
   }
 }
 
-// Stores a warp's results: 16 * kM rows of `out`, which begin at row `first` of the tile. The
-// lane's row r is multiplied by factor_of(r). The results go through the same rows of the tile in
+// Stores a warp's results: 16 * kM rows of `out`, which begin at row `first` of the tile. Row r of
+// the lane is multiplied by factor_of(r). The results go through the same rows of the tile in
 // shared memory, which only this warp uses, so that they are written 16 bytes at a time.
 // row_at(row) is the destination of a row. It is null from the first row on that is not stored.
 template <int kM, class T, int D, class FactorOf, class RowAt>

@@ -1,4 +1,4 @@
-// Finds the last of several blocks to finish, which may then use the results of all of them.
+// Finds the last of several blocks to finish. This block may use the results of all the others.
 #pragma once
 
 #include <launch.cuh>
@@ -7,17 +7,17 @@
 
 namespace mistral::cuda {
 
-// A party is a block or a warpgroup. `sync` is a barrier of its threads, and `last` is a word of
-// its shared memory. Returns true to all threads of the last party to arrive. What the other
-// parties read and wrote before they arrived is then complete. The counter is zero before the first
-// arrival and after the last.
+// Each party, a block or a warpgroup, calls this when it has finished. Returns true to all threads
+// of the last party to arrive. What the other parties read and wrote before they arrived is then
+// complete. `sync` is a barrier of the party's threads, and `last` is a word of shared memory of
+// the party. The counter is zero before the first arrival and after the last.
 template <class Sync>
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int thread, int* last,
                                              const Sync& sync) {
   sync();
   if (thread == 0) {
-    // The fences of one thread suffice for its whole party, because the barriers order the accesses
-    // of the other threads around them.
+    // Fences by one thread are enough for its whole party, because the barriers order the accesses
+    // of the other threads before and after these fences.
     __threadfence();
     *last = atomicAdd(counter, 1) == parties - 1;
     __threadfence();
@@ -27,7 +27,7 @@ __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int 
   return *last;
 }
 
-// arrives_last for whole blocks. Uses the first word of shared memory.
+// arrives_last for whole blocks. It uses the first word of shared memory.
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
   return arrives_last(counter, blocks, threadIdx.x, dynamic_shared<int>(), [] { __syncthreads(); });
 }

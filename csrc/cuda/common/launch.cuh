@@ -1,4 +1,4 @@
-// Launches kernels, and reads the properties of a device that a launch depends on.
+// Launches kernels, and reads the properties of a device on which a launch depends.
 #pragma once
 
 #include <runtime.cuh>
@@ -16,9 +16,10 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   return checked(cudaDeviceGetAttribute(value, attribute, device));
 }
 
-// A kernel that is to use more than 48 KB of shared memory must ask for it. The amount that it asks
-// for becomes its limit. This function always asks for all that a block can have. Otherwise another
-// thread could lower the limit between this call and the launch.
+// Allows a kernel to use more than 48 KB of shared memory, for which a kernel must ask. The amount
+// that is asked for becomes the kernel's limit. This function always asks for all that a block can
+// have. If it asked for less, another thread could lower the limit between this call and the
+// launch.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
   int most = 0;
@@ -57,8 +58,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return launch(kernel, launch_config(grid, block, shared_bytes, stream), arguments...);
 }
 
-// Whether the kernel's code contains the wait of wait_for_earlier_kernels (ptx.cuh). Code that was
-// compiled for older devices lacks it, and runs on newer devices too.
+// Whether the kernel's code contains the wait of wait_for_earlier_kernels (ptx.cuh). Code that is
+// compiled for older devices does not, but newer devices run such code, too.
 inline bool waits(const void* kernel) {
   cudaFuncAttributes attributes{};
   return checked(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess &&
@@ -84,15 +85,15 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 bl
 }
 
 // The number of multiprocessors of the current device. It is not cached here, because the runtime
-// answers from a table of its own.
+// itself caches it.
 inline int multiprocessors() {
   int count = 1;
   device_attribute(&count, cudaDevAttrMultiProcessorCount);
   return count;
 }
 
-// Bytes of shared memory of the current device. `of_multiprocessor` includes the bytes that the
-// runtime keeps for itself in each block.
+// The bytes of shared memory of the current device. `of_multiprocessor` includes the bytes that the
+// runtime takes for itself in each block.
 struct SharedMemorySize {
   int of_block = 48 * 1024;  // the most that a block can have
   int of_multiprocessor = 48 * 1024;

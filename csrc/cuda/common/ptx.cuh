@@ -9,9 +9,9 @@
 
 namespace mistral::cuda {
 
-// The place in the source that accesses memory. Here it is empty. In the emulator it is a file and
-// a line, which appear in error messages, and the accesses of a warp from one place count as one
-// request.
+// The place in the source from which memory is accessed. Here it is empty. In the emulator it is a
+// file and a line. The emulator names it in error messages, and counts the accesses of a warp from
+// one place as one request.
 struct Site {
   __device__ static constexpr Site here() { return {}; }
 };
@@ -19,8 +19,8 @@ struct Site {
 // ---- Memory. Addresses must be multiples of the size of the access.
 
 __device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::here()) {
-  // Written as asm: if a pointer is chosen among several, the compiler may not know that it is
-  // global, and use a generic load.
+  // This is asm because the compiler may not know that the pointer is global, if it is chosen among
+  // several pointers. It would then use a generic load.
   uint4 value;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -30,7 +30,7 @@ __device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::h
 }
 
 __device__ __forceinline__ void st_global_16(void* global, uint4 value, Site = Site::here()) {
-  // Written as asm: the compiler may turn a plain assignment into four stores.
+  // This is asm because the compiler may turn a plain assignment into four stores.
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
                "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
@@ -58,7 +58,7 @@ __device__ __forceinline__ void st_shared_16(void* shared, uint4 value, Site = S
   *static_cast<uint4*>(shared) = value;
 }
 
-// An address in the form that the shared-memory instructions below take.
+// Converts an address to the form that the shared-memory instructions below take.
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
@@ -66,8 +66,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 // ---- Asynchronous copies from global to shared memory.
 
 // Starts a copy of 16 bytes, through L2 only. If not `valid`, it reads nothing and writes zeros.
-// This thread may read the result after cp_async_wait. Other threads may read it after that and a
-// barrier.
+// This thread may read the result after cp_async_wait. Other threads must also wait for a barrier
+// after that.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
                                             Site = Site::here()) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -75,8 +75,8 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
-// Starts a copy of 4 bytes. The first `bytes` of them are read, the others become zeros. The copy
-// goes through L1, because neighbouring words are copied soon.
+// Starts a copy of 4 bytes. Reads the first `bytes` of them, and writes zeros for the others. The
+// copy goes through L1, because neighbouring words are copied soon.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
                                            Site = Site::here()) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
@@ -84,19 +84,19 @@ __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int
                : "memory");
 }
 
-// Makes this thread's copies since the last commit one group.
+// Makes one group of this thread's copies since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until this thread's groups are complete, all but the latest `kPending`.
+// Waits until all groups of this thread but the latest `kPending` are complete.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Matrices. All lanes of a warp make these calls together. A lane holds a pair of elements of
-// each 8x8 matrix: row lane / 4, columns 2 * (lane % 4) and the next.
+// ---- Matrices. All lanes of a warp make these calls together. Of each 8x8 matrix, a lane holds
+// two neighbouring elements (a pair): row lane / 4, columns 2 * (lane % 4) and 2 * (lane % 4) + 1.
 
 // Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of a row of 16 bytes: row
 // i % 8 of matrix i / 8. r[j] becomes this lane's pair of matrix j.
@@ -108,7 +108,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
                : "memory");
 }
 
-// ldmatrix_x4 with each matrix transposed: rows as stored become columns.
+// ldmatrix_x4 that transposes each matrix: stored rows become columns.
 __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* shared_row,
                                                        Site = Site::here()) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -118,9 +118,9 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const v
 }
 
 // d += a * b, where a is [16, 16], b [16, 8] and d [16, 8]. Every register of a and b holds the
-// pair of an 8x8 matrix. a[0..3]: the quarters of a (top left, bottom left, top right, bottom
-// right). b[0] and b[1]: the transposes of the upper and the lower half of b. d[0..1] is the pair
-// of the top half of d, and d[2..3] of the bottom half.
+// lane's pair of an 8x8 matrix. a[0..3] are the quarters of a (top left, bottom left, top right,
+// bottom right). b[0] and b[1] are the transposes of the upper and the lower half of b. d[0..1] is
+// the pair of the top half of d, and d[2..3] the pair of the bottom half.
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -147,14 +147,14 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
 // ---- Overlap of kernels (launch_overlapping), from capability 9.0 on. In code for older devices
 // these functions do nothing.
 
-// Waits until all kernels before this one are done and what they wrote can be read.
+// Waits until all kernels before this kernel are done and their results can be read.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the next kernel begin when all blocks of this one have made this call or are done.
+// Allows the next kernel to begin when every block of this kernel has made this call or is done.
 __device__ __forceinline__ void let_later_kernels_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -163,14 +163,14 @@ __device__ __forceinline__ void let_later_kernels_begin() {
 
 // ---- Arithmetic.
 
-// (x & mask) ^ flip. Written as asm: with two constants the compiler emits two instructions.
+// (x & mask) ^ flip. This is asm because the compiler emits two instructions if both are constants.
 __device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
   return result;
 }
 
-// 2^x to 2 units in the last place; subnormal results are 0.
+// 2^x, right to 2 units in the last place. Subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -12,10 +12,10 @@
 namespace mistral::cuda {
 
 // ---- Barriers in shared memory (mbarrier). A barrier has 8 bytes, is 8-byte aligned, and goes
-// through phases. A phase is complete when all arrivals and all the bytes that were expected have
-// come. The next phase then begins by itself.
+// through phases. A phase is complete when all expected arrivals and all expected bytes have come.
+// Then the next phase begins by itself.
 
-// Sets the number of arrivals that complete a phase, including the arrivals of cp_async_arrive.
+// Sets the number of arrivals that complete a phase. Arrivals by cp_async_arrive count, too.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals,
                                               Site = Site::here()) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
@@ -29,13 +29,13 @@ __device__ __forceinline__ void mbarrier_init_fence(Site = Site::here()) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives. Threads that wait for the phase then see what this thread wrote before it arrived.
+// Arrives. A thread that waits for the phase then sees what this thread wrote before it arrived.
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, Site = Site::here()) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// Arrives, and makes the phase wait for `bytes` more bytes, which tma_load brings.
+// Arrives, and makes the phase also wait for `bytes` bytes, which tma_load brings.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes,
                                                        Site = Site::here()) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -45,11 +45,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 
 // Waits until the phase of this parity is complete. The first phase has parity 0, the second 1, the
-// third 0, and so on. The phase before the first, of parity 1, counts as complete.
+// third 0, and so on. Before the first phase, a phase of parity 1 counts as complete.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
                                               Site = Site::here()) {
   uint32_t complete;
-  do {  // the instruction itself waits for a while, not for ever
+  do {  // the instruction gives up after a while
     asm volatile(
         "{\n"
         ".reg .pred complete;\n"
@@ -62,27 +62,29 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   } while (!complete);
 }
 
-// Arrives once, when all earlier copies of this thread with cp_async_16 and cp_async_4 are
-// complete.
+// Arrives once all earlier copies of this thread with cp_async_16 and cp_async_4 are complete. The
+// thread itself does not wait.
 __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::here()) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// ---- Proxies: wgmma and TMA access shared memory by another path than loads, stores and cp.async.
+// ---- Proxies. wgmma and TMA access shared memory through the async proxy. Loads, stores and
+// cp.async use the generic proxy.
 
 // Orders the ordinary accesses that this thread has made, or has seen complete, before later
 // accesses of wgmma and TMA. It is needed before wgmma or TMA read what stores or cp.async have
-// written. The thread that has written calls it, after its stores or completed copies and before
-// the barrier. Or the thread that starts the wgmma or TMA calls it, after the barrier. The second
-// way is for cp_async_arrive, with which no thread waits for its own copies.
+// written. There are two ways to use it. The thread that has written calls it, after its stores or
+// completed copies and before the barrier. Or the thread that starts wgmma or TMA calls it, after
+// the barrier. The second way is for cp_async_arrive, with which no thread waits for its own
+// copies.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // ---- TMA copies boxes of a tensor to shared memory. A map describes the tensor and the box
-// (tensor_map_sm90.h). It must be a kernel parameter, const __grid_constant__. One thread starts a
-// copy for all threads.
+// (tensor_map_sm90.h). The map must be a kernel parameter of type const __grid_constant__. A copy
+// is started by one thread.
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Site = Site::here()) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -114,13 +116,13 @@ __device__ __forceinline__ void tma_load_3d(void* shared, const CUtensorMap* map
 // products are asynchronous. Until wgmma_wait no code may touch the registers of d and a, or
 // overwrite the operands in shared memory.
 
-// Must be called after registers of d or a have been accessed and before the products that use
-// them.
+// Must be called between accesses of the registers of d or a and the products that use these
+// registers.
 __device__ __forceinline__ void wgmma_fence(Site = Site::here()) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Makes the products since the last commit one group.
+// Makes one group of the products since the last commit.
 __device__ __forceinline__ void wgmma_commit(Site = Site::here()) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -131,9 +133,9 @@ __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving uses of d. It emits no instruction. The compiler takes d for ready
-// as soon as wgmma_m64 is issued, so it could move a use of d before the wait. Call this on each d
-// after the wait and before d is used. Call it too where other code has set d, before the
+// Keeps the compiler from moving uses of d, and emits no instruction. The compiler believes that d
+// is ready as soon as wgmma_m64 is issued, so it could move a use of d before the wait. Call this
+// for each d after the wait, before d is used. If other code has set d, call it also before the
 // wgmma_fence of the products that add to d.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
@@ -141,8 +143,8 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::he
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The same for an operand a in registers: call this before the wgmma_fence of its products. The
-// compiler could otherwise compute a after the fence.
+// Does the same for an operand a in registers. Call this before the wgmma_fence of its products.
+// Otherwise the compiler could compute a after the fence.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 #pragma unroll
@@ -150,13 +152,13 @@ __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
 }
 
 // Describes a matrix of 16-bit elements in shared memory to wgmma. The matrix has the 128-byte
-// swizzle: its rows have 128 bytes, and piece i (16 bytes) of row r lies in place (i ^ r) % 8. An
+// swizzle: its rows have 128 bytes, and 16-byte piece i of row r lies at place (i ^ r) % 8. An
 // atom is 8 rows, or 1024 bytes, and begins at a multiple of 1024. `shared` must lie in row 0 of an
 // atom.
-//   K-major, with 64 k in a row: `stride_bytes` is the way from 8 rows to the next 8, and
-//   `leading_bytes` has no meaning. The next 16 k are 32 bytes further.
-//   MN-major, with 64 m or n in a row: `stride_bytes` is the way from 8 k to the next 8, and
-//   `leading_bytes` from 64 m or n to the next 64.
+//   K-major, a row has 64 k: `stride_bytes` is the distance from 8 rows to the next 8 rows, and
+//   `leading_bytes` has no meaning. The next 16 k lie 32 bytes further.
+//   MN-major, a row has 64 m or n: `stride_bytes` is the distance from 8 k to the next 8 k, and
+//   `leading_bytes` the distance from 64 m or n to the next 64.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes,
                                                      uint32_t stride_bytes, Site = Site::here()) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
@@ -164,7 +166,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_
          (shared_address(shared) & 0x3ffff) >> 4;
 }
 
-// Operands of asm: 8 or 32 registers of d, and the names that they get as the first operands.
+// Operands of asm: 8 or 32 registers of d, and the names of these first operands.
 #define MISTRAL_D8(i)                                                                   \
   "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
       "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
@@ -187,8 +189,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_
 
 // d = a * b or, if `accumulate`, d += a * b. Both operands are in shared memory. a is [64, 16],
 // K-major. b is [N, 16], K-major, or with kTransposeB [16, N], MN-major. Warp w has rows 16 * w to
-// 16 * w + 15 of d [64, N]. In a lane, d[4 * j .. 4 * j + 3] belong to the 8 columns from 8 * j on,
-// as d does in mma_m16n8k16.
+// 16 * w + 15 of d [64, N]. In a lane, d[4 * j .. 4 * j + 3] belong to columns 8 * j to 8 * j + 7,
+// in the layout of d in mma_m16n8k16.
 template <class T, int N, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_t b,
                                           bool accumulate, Site = Site::here()) {
@@ -214,8 +216,8 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_
   }
 }
 
-// The same product with a in registers: warp w holds rows 16 * w to 16 * w + 15 of a, as in
-// mma_m16n8k16.
+// The same product with a in registers. Warp w holds rows 16 * w to 16 * w + 15 of a, in the layout
+// of a in mma_m16n8k16.
 template <class T, int N, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,
                                           bool accumulate, Site = Site::here()) {
@@ -255,10 +257,10 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)
 #undef MISTRAL_D8
 
 // ---- Moves registers between the warpgroups of a block. A warpgroup that only loads gives up
-// registers, so that one that computes can have more. All threads of the warpgroup make the call
-// together. A kernel with __launch_bounds__(threads, 1) starts with the registers of the SM divided
-// equally among its threads. kRegisters is the number of registers of a thread after the call, a
-// multiple of 8.
+// registers, so that a warpgroup that computes can have more. All threads of the warpgroup make the
+// call together. A kernel with __launch_bounds__(threads, 1) starts with the registers of the
+// multiprocessor divided equally among its threads. kRegisters is the number of registers per
+// thread after the call, a multiple of 8.
 
 // Waits until other warpgroups have given up enough registers.
 template <int kRegisters>
@@ -273,14 +275,14 @@ __device__ __forceinline__ void registers_decrease(Site = Site::here()) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Barriers 1 to 15 of a block. Each may be for only some of its warps: `threads` is the number
-// of threads that take part, 32 for each warp. (__syncthreads uses barrier 0.)
+// ---- Barriers 1 to 15 of a block. Only some of its warps may take part in a barrier. `threads` is
+// the number of threads that take part, 32 for each warp. (__syncthreads uses barrier 0.)
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrives without waiting for the others.
+// Arrives without waiting for other threads.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads, Site = Site::here()) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -7,20 +7,19 @@
 
 namespace mistral::cuda {
 
-// Returns the status of a call of the runtime. If the call failed, this clears the error, which the
-// runtime also keeps for cudaGetLastError. Otherwise the next code that asks, for instance torch
-// after a launch of its own, would take the error for its own. So each call that may fail goes
-// through here.
+// Returns the status of a runtime call. If the call failed, this also clears the error, which the
+// runtime keeps for cudaGetLastError. Otherwise other code that asks the runtime, such as torch
+// after a launch, would take the error for its own. So each call that may fail goes through here.
 inline cudaError_t checked(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }
 
-// Describes an error in the words of the runtime. Names the versions of runtime and driver, because
+// Describes an error in the words of the runtime. Adds the versions of runtime and driver, because
 // a mismatch of the two is a common cause.
 inline std::string describe(cudaError_t status) {
   const auto version = [](cudaError_t (*get)(int*)) {
-    int number = 0;  // 13000 for 13.0; a driver that is not there has 0
+    int number = 0;  // 13.0 is 13000; without a driver it is 0
     if (checked(get(&number)) != cudaSuccess || number == 0) return std::string("none");
     return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
   };

@@ -1,6 +1,6 @@
-// Neighbouring elements in registers, and how they are loaded and stored. Every access of a kernel
-// to a tensor goes through here or through a function of ptx.cuh or ptx_sm90.cuh, where the
-// emulator checks and counts it.
+// Loads and stores neighbouring elements. Every access of a kernel to a tensor goes through here or
+// through a function of ptx.cuh or ptx_sm90.cuh, because the emulator checks and counts accesses
+// there.
 #pragma once
 
 #include <initializer_list>
@@ -11,8 +11,8 @@
 
 namespace mistral::cuda {
 
-// A vector of N elements of T. It has 16 bytes, the widest access there is, or one element, for
-// rows that are not aligned to 16 bytes.
+// A vector of N elements of T. It has 16 bytes, the widest access, or one element for rows that are
+// not 16-byte aligned.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Vec {
   static_assert(N == 1 || N * sizeof(T) == 16);
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_shared16(T* shared, const Vec16<T>& v,
   st_shared_16(shared, detail::to_bits(v), site);
 }
 
-// Loads N elements, for kernels that are written once for both widths.
+// Loads N elements. Kernels that are written once for both widths use this.
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* global, Site site = Site::here()) {
   if constexpr (N == 1) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void store(T* global, const Vec<T, N>& v, Site site =
   }
 }
 
-// Rounds to nearest even, two values at a time where T has 16 bits.
+// Rounds to nearest even. 16-bit types are rounded two values at a time.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> round_to(const float (&values)[N]) {
   Vec<T, N> v;
@@ -107,8 +107,8 @@ __device__ __forceinline__ Vec<T, N> round_to(const float (&values)[N]) {
   return v;
 }
 
-// True if rows that start at `rows` and are `strides` elements of T apart may be accessed 16 bytes
-// at a time. Null pointers are ignored.
+// Whether rows may be accessed 16 bytes at a time. They start at `rows` and are `strides` elements
+// of T apart. Null pointers are ignored.
 template <class T>
 bool fit_vec16(std::initializer_list<const void*> rows, std::initializer_list<int64_t> strides) {
   bool fit = true;

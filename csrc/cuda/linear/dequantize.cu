@@ -1,4 +1,4 @@
-// Grid: a thread for each 8 neighbouring values of the result, row after row.
+// Grid: one thread for each 8 neighbouring values of the result, row after row.
 #include <launch.cuh>
 
 #include "../../linear.h"
@@ -12,8 +12,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kValues = 8;
 
-// The 8 values from k on of the row that begins at `row`. They are pairs of bf16, which hold the
-// values exactly.
+// The 8 values from k on of the row that begins at `row`, as pairs of bf16. bf16 holds these values
+// exactly.
 template <class W>
 __device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t (&pairs)[4]) {
   using T = typename W::Element;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t 
   }
 }
 
-// The scaling of 8 values from k on of the row whose scales begin at `row`.
+// The scaling of the 8 values from k on. `row` points to the scales of their row.
 template <class W>
 __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int64_t group) {
   using Scales = typename W::Scales;
@@ -36,7 +36,7 @@ __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int6
   const int i = static_cast<int>(k % kSuperBlock) / (W::kHalfSteps ? 16 : 32);
   Unit units[Scales::kUnits];
   if constexpr (W::kHalfSteps) {
-    // One word of four is needed. It becomes the first, as registers cannot be indexed.
+    // Only one of the four words is needed. It is put first, because registers cannot be indexed.
     units[0] = load_global(from + i / 4);
     units[4] = load_global(from + 4);
     return Scales(units).next(i & 3);

@@ -1,10 +1,11 @@
-// Loads weights of each format from shared memory, widens them and arranges them as operands of
+// Loads weights of each format from shared memory, widens them, and arranges them as operands of
 // m16n8k16.
 //
 // A chunk is 128 bytes of a row, which is a cache line and holds 64, 128 or 256 values. A dot
 // product does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of
-// values as they are stored. A step is 32 values of k. In it a lane has 8 neighbours, from k_at on,
-// of each of two rows of the weights. Of each token it has the same 8 in the same order.
+// values as they are stored. A step is 32 values of k. In a step a lane has two rows of the
+// weights. Of each row it has 8 neighbouring values, from k_at on. Of each token it has the
+// activations with the same 8 k, in the same order.
 #pragma once
 
 #include <ptx.cuh>
@@ -21,10 +22,10 @@ constexpr int kChunkBytes = 128;
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = kTileRows * kChunkBytes;
 
-// The chunks of 16 rows in shared memory. The place of piece i (16 bytes) of a row depends on the
-// row, by the swizzle of the format (`turned`), so that pieces that are read together lie in
-// different banks. Behind the chunks are the further bits of the 16 rows (q5_k, q6_k). There the
-// same word of 8 rows is read together.
+// The chunks of 16 rows in shared memory. The place of 16-byte piece i of a row depends on the row,
+// by the swizzle of the format (`turned`). So pieces that are read together lie in different banks.
+// Behind the chunks are the further bits of the 16 rows (q5_k, q6_k). From these, the same word of
+// 8 rows is read together.
 template <class W>
 struct WeightTile {
   static constexpr int kBytes = kTileBytes + kTileRows * W::kFurtherBytes;
@@ -50,16 +51,16 @@ struct Common {
   static constexpr bool kOffset = false;     // see Scaling
   static constexpr bool kHalfSteps = false;  // 16 values share a Scaling
   static constexpr int kLeastGroup = 32;     // with kGrouped
-  static constexpr int kFurtherBytes = 0;    // of a chunk of a row, behind its 128 bytes
+  static constexpr int kFurtherBytes = 0;    // bytes of further bits of a row, behind the chunks
   // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of 2
-  // neighbouring rows.
+  // neighbouring rows together.
   static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
 
 // The operands of a step: two products of 16 rows with 16 values each.
 using StepOperands = uint32_t[2][4];
 
-// Arranges the lane's 4 pairs of row lane / 4 (top) and of the row 8 below (bottom).
+// Arranges the lane's 4 pairs of row lane / 4 (top) and of row lane / 4 + 8 (bottom) as operands.
 __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
                                         const uint32_t* bottom) {
 #pragma unroll
@@ -72,20 +73,21 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
 }
 
 // The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
-// to a whole row (kRowScaled) or to a part of a group (kGrouped). In memory, a group of
-// 2^group_log2 values has one record of type Scales, which may hold several scales. Unpacked, one
-// scale is a Scaling. It is for 2^scaled_log2 values, which are a whole number of steps or half a
+// to a whole row (kRowScaled) or to a group or a part of it (kGrouped). In memory, a group of
+// 2^group_log2 values has one record of type Scales, which may hold several scales. Unpacked, a
+// scale becomes a Scaling, which serves 2^scaled_log2 values: a whole number of steps, or half a
 // step.
 
 template <class T>
 struct PlainWeights : Common {
   using Element = T;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return 2 * values; }
-  static constexpr int kValues = 64;  // of a chunk
+  static constexpr int kValues = 64;  // values of a chunk
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 1;
-  // The bytes by which a row of x in shared memory is longer than a multiple of 128. The 16-byte
-  // reads at k_at of 4 lanes, and of the 4 lanes of the next token, are then in different banks.
+  // A row of x in shared memory is by this many bytes longer than a multiple of 128. With this
+  // padding, the 16-byte reads at k_at of 4 lanes and of the 4 lanes of the next token are in
+  // different banks.
   static constexpr int kRowPadding = 64;
 
   static __device__ __forceinline__ int k_at(int step, int column) {
@@ -113,7 +115,7 @@ struct Int8Weights : Common {
   static constexpr int kUnitSteps = 2;
   static constexpr int kRowPadding = 16;
 
-  // The 16 neighbours of a lane are for two steps.
+  // The 16 neighbouring values of a lane belong to two steps.
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 64 * (step / 2) + 16 * column + 8 * (step % 2);
   }
@@ -153,7 +155,7 @@ struct Q8Weights : Common {
   }
   // The swizzle: 2 pieces of 4 neighbouring rows are read together.
   static __device__ __forceinline__ int turned(int row) { return 2 * (row & 3); }
-  // A step is a group, of which a lane has half a piece.
+  // A step is a group. A lane has half a piece of it.
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q8Weights> tile,
                                               int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
@@ -169,8 +171,8 @@ struct Q8Weights : Common {
   }
 };
 
-// The formats of words. The parameters are how words are widened, what scales they have, and the
-// size of their groups (0: the size that the weight has).
+// The formats of words. `Words` widens words. `Scales_` is the type of the scales. kGroup is the
+// size of a group, or 0 if the weight has the size.
 template <class T, class Words, class Scales_, int kGroup>
 struct WordWeights : Common {
   using Element = T;
@@ -196,8 +198,8 @@ struct WordWeights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // The values of a lane in a step are one word, and ldmatrix gives each lane a word. (A step of 32
-  // values lies in one group.)
+  // In a step the values of a lane are one word, and ldmatrix gives each lane one word. (The 32
+  // values of a step lie in one group.)
   template <class Tile>
   static __device__ __forceinline__ void take_words(uint32_t (&words)[4], Tile tile, int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
@@ -268,8 +270,8 @@ struct Q5KWeights : WordWeights<T, FiveBits, SixBitScales, 256> {
   }
 };
 
-// Each of the two products of a step has 16 values with a scale of their own. Of them a lane has 4
-// neighbours.
+// A step has two products of 16 values, each with its own scale. A lane has 4 neighbouring values
+// of each product.
 template <class T>
 struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   static constexpr bool kHalfSteps = true;
@@ -277,10 +279,11 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 24; }
   static constexpr int kUnits = 8;
   static constexpr int kUnitSteps = 1;
-  static constexpr int kRowPadding = 32;  // for reads of 8 bytes, as above
+  static constexpr int kRowPadding = 32;  // for reads of 8 bytes at k_at
 
   static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 4; }
-  // The first 4; the others are 16 values later.
+  // The first of the lane's values for the first product. Those for the second product are 16
+  // later.
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 4 * column;
   }
@@ -292,7 +295,7 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q6KWeights> tile,
                                               int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
-    // The lane's 4 values are the first or the last of a word, the one or the other of 16 values.
+    // The lane's 4 values are the first or the last half of a word.
     const int shift = 8 * (column % 2), word = column / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

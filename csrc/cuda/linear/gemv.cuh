@@ -1,27 +1,27 @@
 // gemv: products of up to 64 tokens. Reading the weights once limits their speed.
 //
 // Grid: as many blocks as run at the same time, or fewer. A block takes blocks of 16 kM outputs (8
-// kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share out the chunks of K. Each warp
-// streams its chunks through stages of its own (weight_stream.cuh), multiplies 16 rows with 8
-// tokens at a time on the tensor cores, and keeps the sums in registers. At the end of a block of
-// outputs the sums of the warps are added through shared memory, in the order of the warps. The
-// next chunks are on their way meanwhile, so the stream goes on from block to block without a gap.
+// kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share the chunks of K. Each warp streams
+// its chunks through its own stages (weight_stream.cuh), multiplies 16 rows with 8 tokens at a time
+// on the tensor cores, and keeps the sums in registers. At the end of a block of outputs the sums
+// of the warps are added through shared memory, in the order of the warps. Meanwhile the next
+// chunks are copied, so the stream goes on from block to block without a gap.
 //
-// Bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB,
-// which is 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages * 2 KB = 48 KB
-// (kM = 2: 8 * 1 * 4 KB = 32 KB). Two blocks fit on a multiprocessor, unless normalised rows of x
-// take the room: 16 rows of K = 4096 are 129 KB.
+// The bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5
+// MB under way, which is 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages
+// * 2 KB = 48 KB (kM = 2: 8 * 1 * 4 KB = 32 KB). Two blocks fit on a multiprocessor, unless
+// normalised rows of x take the room: 16 rows of K = 4096 are 129 KB.
 //
 // Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
-// need all of x: with 16 tokens, x has as many bytes as the weights have in 16 bits, and four times
-// as many as in 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
+// need all of x. With 16 tokens, x has as many bytes as weights of 16 bits, and four times as many
+// as weights of 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
 // would come from L2 and compete with the weights, because L1 is too small for it.
 //
-// K is not divided among blocks. With 16 rows a block, even the smallest matrix of Mistral 7B has
+// K is not divided among blocks. With 16 rows per block, even the smallest matrix of Mistral 7B has
 // 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have enough
 // bytes under way for the full bandwidth of the memory, so an uneven last round costs little. There
-// are no partial sums in global memory, and the result of a token depends only on its row of x and
-// the row of the weights, not on the other tokens, the other parts, or the GPU.
+// are no partial sums in global memory. The result of a token depends only on its row of x and the
+// row of the weights, not on the other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -37,17 +37,17 @@
 
 namespace mistral::cuda {
 
-// Groups of 8 tokens whose sums are added up in one round.
+// The number of groups of 8 tokens whose sums are added up in one round.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
-// The number of blocks of a multiprocessor for which its registers are to suffice.
+// The number of blocks that must fit on a multiprocessor. This limits the registers of a thread.
 template <int kM, int kN>
 constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
 
-// Sizes of shared memory. In their order: the floats of the sums of a round; the bytes of the
-// stages and of two alternating rounds; these and the normalised rows of x; these and the tokens of
-// RopeFinish.
+// Sizes of shared memory, in this order: the floats of the sums of a round; the bytes of the stages
+// and of two alternating rounds; the bytes of these and of the normalised rows of x; the bytes of
+// these and of the tokens of RopeFinish.
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
 template <class W, int kM, int kN>
@@ -64,14 +64,14 @@ int64_t linear_shared_bytes(const LinearParams& p) {
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
-// The facts that all phases of a product use. They are computed once, because the compiler would
-// load p again after each instruction of ptx.cuh.
+// Numbers that all phases of a product use. They are computed once, because the compiler would load
+// p again after each instruction of ptx.cuh.
 struct Work {
   int warp;
   int inputs;     // K
-  int blocks;     // of outputs
-  int chunks;     // of K
-  int tile_step;  // see tile_step_log2
+  int blocks;     // blocks of outputs
+  int chunks;     // chunks of K
+  int tile_step;  // 2^tile_step_log2
 };
 
 template <class W, int kM, bool kRope>
@@ -85,23 +85,23 @@ __device__ __forceinline__ Work work_of(const LinearParams& p, int warp) {
   return work;
 }
 
-// How a warp goes through the steps of a chunk, as far as its registers reach.
+// How many steps of a chunk a warp unrolls and loads together. The registers limit both.
 template <class W, int kM, int kN, bool kRope>
 struct StepPlan {
   static constexpr int kSteps = W::kUnits * W::kUnitSteps;
   static constexpr bool kScarce =
       W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && kRope && kM == 1 && kN == 2);
   static constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
-  // Steps whose x is loaded together.
+  // The number of steps whose x is loaded together.
   static constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
-  // The number of units that are unrolled. If the registers do not suffice for the operands of all
-  // units, only the units of a batch are unrolled.
+  // The number of units that are unrolled: all units, or only the units of a batch if the registers
+  // do not hold the operands of all units.
   static constexpr int kUnits = kScarce ? max(1, kBatch / W::kUnitSteps)
                                 : kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1
                                                                                  : W::kUnits;
 };
 
-// Finds skipped_bytes of the scales of the lane's two rows of each tile.
+// Computes skipped_bytes of the scales, for the lane's two rows of each tile.
 template <class W, int kM, bool kRope>
 __device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const LinearParams& p,
                                              const OutputBlock<kRope>& block, const Work& work,
@@ -118,7 +118,7 @@ __device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const Linear
   }
 }
 
-// Takes the scales of the stream's current chunk, in the lane's two rows of each tile.
+// Takes the scales of the stream's current chunk, for the lane's two rows of each tile.
 template <class W, int kM, bool kRope>
 __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
                                             const WeightStream<W, kM, kRope>& stream,
@@ -133,15 +133,15 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
   }
 }
 
-// Multiplies the operands of a step, and adds the sums of a group to `sums` where the group ends.
-// `a`: the operands of the steps of a unit, for each tile; this is step i of them. `x`: the operand
-// of each 8 tokens. `steps_log2`: the number of steps that share a Scaling, as a power of two.
+// Multiplies the operands of a step. Where a group ends, adds the sums of the group to `sums`. `a`
+// has the operands of the steps of a unit, for each tile, and this is step i of the unit. `x` has
+// an operand for each 8 tokens. 2^steps_log2 steps share a Scaling.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],
                                               const StepOperands (&a)[kM][W::kUnitSteps], int i,
                                               const uint4 (&x)[kN], int step, int steps_log2) {
-  // How many products of a step have the same scales: both, or only one.
+  // The number of products of a step that share scales: both, or only one.
   constexpr int kTogether = W::kHalfSteps ? 1 : 2;
 #pragma unroll
   for (int product = 0; product < 2; product += kTogether) {
@@ -166,7 +166,7 @@ __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSum
   }
 }
 
-// The main loop: adds the products of this warp's chunks of a block of outputs to `sums`.
+// The main loop: adds the products of this warp's chunks, for one block of outputs, to `sums`.
 template <class W, int kM, int kN, bool kNorm, bool kRope>
 __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const LinearParams& p,
                                                 const OutputBlock<kRope>& block,
@@ -241,8 +241,8 @@ __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const Lin
   }
 }
 
-// Multiplies x with the weights of all blocks of outputs. First it starts the stream of weights and
-// prepares x. Then, for each block of outputs, the warps multiply their chunks, and the products
+// Multiplies x with the weights of all blocks of outputs. First starts the stream of weights and
+// prepares x. Then, for each block of outputs, the warps multiply their chunks, and their products
 // are added up.
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
@@ -251,8 +251,8 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + StageLayout<W, kM>::kBytes);
   WeightStream<W, kM, Finish::kRope> stream(p, shared, work.blocks, work.chunks);
-  // Weights are constant, so the copies of the first stages are already under way before x is
-  // there.
+  // Weights are constant, so the copies of the first stages may start before earlier kernels have
+  // written x.
   wait_for_earlier_kernels();
   let_later_kernels_begin();
   finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));
@@ -265,7 +265,7 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   }
   if constexpr (kNorm || Finish::kRope) __syncthreads();
 
-  int steps_log2 = 0;  // of the steps that share a Scaling
+  int steps_log2 = 0;  // 2^steps_log2 steps share a Scaling
   if constexpr (W::kGrouped && !W::kHalfSteps) steps_log2 = W::scaled_log2(p) - 5;
   int round = 0;
   for (int index = blockIdx.x; index < work.blocks; index += gridDim.x) {

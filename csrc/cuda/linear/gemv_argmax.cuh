@@ -1,7 +1,7 @@
-// Finds the largest output of each token in the kernel of the product, without a second pass over
-// the logits.
+// Finds the largest output of each token within the kernel of the product, without a second pass
+// over the logits.
 //
-// Outputs are compared by their ranks (sample.h). These are integers, and no two are equal, so the
+// Outputs are compared by their ranks (sample.h). Ranks are integers, and no two are equal, so the
 // order of blocks and warps does not matter.
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace mistral::cuda {
 
-// Called by all lanes of a warp. `best` is the highest rank among a lane's own outputs, or 0 if it
-// has none. Lanes that are 4 apart have outputs of the same token.
+// All lanes of a warp call this. `best` is the highest rank among the lane's outputs, or 0 if the
+// lane has no output. Lanes that are 4 apart have outputs of the same token.
 __device__ __forceinline__ void contribute(const LinearParams& p, int token, Rank best) {
 #pragma unroll
   for (int distance = 4; distance < kWarp; distance *= 2) {
@@ -24,7 +24,7 @@ __device__ __forceinline__ void contribute(const LinearParams& p, int token, Ran
   }
 }
 
-// Called by all threads at the end of the kernel. The last block writes the tokens.
+// All threads call this at the end of the kernel. The last block writes the tokens.
 __device__ __forceinline__ void choose_tokens(const LinearParams& p) {
   if (!arrives_last(&p.running->arrived, gridDim.x) || threadIdx.x >= p.tokens) return;
   const Rank best = atomicExch(&p.running->best[threadIdx.x], 0ull);

@@ -28,10 +28,10 @@ bool LinearKernels<kFormat>::normalises_in_block(const LinearParams& p) {
   });
 }
 
-// `rope`: nothing, or RopeParams.
+// `rope` is empty or a RopeParams.
 template <class W, int kM, int kN, bool kNorm, class... Rope>
 cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope&... rope) {
-  constexpr int64_t kReservedShared = 1024;  // bytes that the runtime takes of a block's
+  constexpr int64_t kReservedShared = 1024;  // the runtime's share of a block's shared memory
   const int64_t shared = linear_shared_bytes<W, kM, kN, kNorm>(p);
   const bool two = kBlocksAtOnce<kM, kN> == 2 &&
                    2 * (shared + kReservedShared) <= shared_memory_size().of_multiprocessor;
@@ -48,7 +48,7 @@ cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope
   }
 }
 
-// With more tokens, a block takes more rows, which share the loads of x.
+// With more tokens a block takes more rows, which share the loads of x.
 template <class W, class... Rope>
 cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t stream,
                           const Rope&... rope) {
@@ -60,10 +60,10 @@ cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t str
   return launch_linear<W, 2, 8, false>(p, stream, rope...);
 }
 
-// launch_tokens for a format that lacks some kernels.
+// launch_tokens for formats without has_every_kernel.
 template <class W>
 cudaError_t launch_with_few_kernels(const LinearParams& p, bool in_block, cudaStream_t stream) {
-  constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as much as fits in shared memory
+  constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as many as fit in shared memory
   if (in_block) return launch_linear<W, 1, 1, true>(p, stream);
   if (p.tokens <= 8) return launch_linear<W, 1, 1, false>(p, stream);
   return launch_linear<W, kM, 4, false>(p, stream);

@@ -1,6 +1,6 @@
-// The RMSNorm of x before a product. Each block normalises the rows itself if they fit its shared
-// memory. Otherwise an earlier kernel writes normalised rows to global memory. Both give the same
-// bits.
+// The RMSNorm of x before a product. If the rows fit the shared memory of a block, each block
+// normalises them itself. Otherwise an earlier kernel writes normalised rows to global memory. Both
+// give the same bits.
 #pragma once
 
 #include "../../linear.h"
@@ -11,18 +11,19 @@
 
 namespace mistral::cuda {
 
-// The most tokens that a block can normalise itself.
+// The most tokens that a block normalises itself.
 constexpr int kNormTokens = 16;
 
-// Elements of a row of normalised x in shared memory, with zeros up to a whole chunk.
+// The elements of a row of normalised x in shared memory. The row is padded with zeros to a whole
+// chunk.
 template <class W>
 MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
   return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +
          W::kRowPadding / static_cast<int>(sizeof(typename W::Element));
 }
 
-// Rows in shared memory. A thread keeps its elements there and later normalises them in place, so a
-// block reads x from global memory only once.
+// Rows in shared memory. A thread stores its elements there and later normalises them in place, so
+// a block reads x from global memory only once.
 template <class T>
 struct RowsInShared {
   T* rows;
@@ -50,8 +51,8 @@ struct RowInGlobal {
   }
 };
 
-// Normalises tokens `first` to `first` + count - 1, at most kTokens, with all threads of the block.
-// `rows` keeps 8 elements of row i, from k on, for the second pass, and stores the result. `sums`
+// Normalises `count` tokens, at most kTokens, from token `first` on, with all threads of the block.
+// `rows` keeps the 8 elements of row i from k on for the second pass, and stores the result. `sums`
 // is shared memory for kTokens * kLinearWarps floats. If the results are in shared memory, the
 // caller must put a barrier after the call.
 template <class T, int kTokens, class Rows>
@@ -64,7 +65,7 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
 
   float squares[kTokens] = {}, factors[kTokens];
   for (int k = begin; k < inputs; k += kStep) {
-    Vec16<T> h[kTokens];  // all tokens' loads are under way together
+    Vec16<T> h[kTokens];  // the loads of all tokens are under way together
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       h[i] = i < count ? load16(x + i * p.stride_x_token + k) : Vec16<T>{};
@@ -98,8 +99,8 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
   }
 }
 
-// Normalises x into rows in shared memory, each normalised_row long. `sums` is shared memory for 8
-// kN * kLinearWarps floats. The caller must put a barrier after the call.
+// Normalises x into rows of shared memory, each of normalised_row elements. `sums` is shared memory
+// for 8 kN * kLinearWarps floats. The caller must put a barrier after the call.
 template <class W, int kN>
 __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::Element* rows,
                                             float* sums, int chunks) {
@@ -107,8 +108,8 @@ __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::E
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int inputs = static_cast<int>(p.inputs), count = static_cast<int>(p.tokens);
   const int stride = normalised_row<W>(p.inputs);
-  // 8 tokens at a time, because registers are scarce. Each 8 have sums of their own, so no barrier
-  // is needed in between.
+  // Takes 8 tokens at a time, because registers are scarce. Each 8 tokens have their own sums, so
+  // no barrier is needed in between.
 #pragma unroll 1
   for (int n = 0; n < kN; ++n) {
     normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), sums + n * 8 * kLinearWarps,
@@ -121,7 +122,7 @@ __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::E
   }
 }
 
-// Grid: one block per token. Normalised rows [T, K] go to p.scratch.
+// Grid: one block per token. It writes normalised rows [T, K] to p.scratch.
 template <class T>
 __global__ void __launch_bounds__(kLinearThreads)
     linear_norm_kernel(const __grid_constant__ LinearParams p) {

@@ -1,6 +1,6 @@
-// Rotates and appends to the rings in the kernel of the product of query, key and value. Sums are
-// rounded before they are rotated, so the results have the same bits as those of the separate op
-// rope.
+// Applies RoPE and appends to the rings within the kernel of the product of query, key and value.
+// Sums are rounded before they are rotated, so the results have the same bits as those of the
+// separate op rope.
 #pragma once
 
 #include "../../linear.h"
@@ -11,22 +11,22 @@
 
 namespace mistral::cuda {
 
-// The facts about a token, which a block looks up once for all of its outputs.
+// Facts about a token that a block looks up once for all of its outputs.
 struct NewToken {
   uint64_t position;
-  TokenRows rows;  // in the pools
-  bool stored;     // in its ring, by this kernel
+  TokenRows rows;  // of the pools
+  bool stored;     // whether this kernel stores the token in its ring
 };
 
-// The outputs that a lane finishes: for each of tokens 2 (lane % 4) and the next, a pair, which is
-// row lane / 4 and the row D/2 below it.
+// The outputs that a lane finishes: one pair for each of tokens 2 (lane % 4) and 2 (lane % 4) + 1.
+// The pair is row lane / 4 and the row D/2 below it.
 template <class W>
 struct RotatedOutputs {
   using T = typename W::Element;
 
   int half;        // D/2
-  bool rotated;    // else they are of the value
-  T* address[2];   // of the first of a pair; null: there is no such token
+  bool rotated;    // false: these are outputs of the value
+  T* address[2];   // of the first element of the pair; null: there is no such token
   T* slot[2];      // the same in the ring; null: it is not stored
   float2 turn[2];  // cosine and sine
   float scales[2];
@@ -85,17 +85,17 @@ struct RotatedOutputs {
   }
 };
 
-// Finishes outputs with RoPE: see StoreFinish.
+// Finishes outputs with RoPE. StoreFinish describes the interface.
 template <class W>
 struct RopeFinish {
   static constexpr bool kRope = true;
 
   const LinearParams& p;
   const RopeParams& rope;
-  const uint64_t* angles;  // [D/2], turns_per_position
+  const uint64_t* angles;  // [D/2], from turns_per_position
   const NewToken* tokens;  // [T]
 
-  // The size of the shared memory that `begin` fills.
+  // The bytes of shared memory that `begin` fills.
   static int64_t shared_bytes(const LinearParams& p) {
     return p.head_dim / 2 * int64_t{sizeof(uint64_t)} + p.tokens * int64_t{sizeof(NewToken)};
   }

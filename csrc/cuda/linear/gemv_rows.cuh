@@ -1,5 +1,5 @@
 // The rows of x as operands of the tensor cores. They come from global memory, or from shared
-// memory, where the block has put the normalised rows.
+// memory if the block has put normalised rows there.
 #pragma once
 
 #include <ptx.cuh>
@@ -10,8 +10,8 @@
 
 namespace mistral::cuda {
 
-// The lane's row in each 8 tokens. Past the last token it is the row of the last token, and its
-// product is not stored.
+// The lane's row in each 8 tokens. Past the last token the lane takes the row of the last token,
+// and its product is not stored.
 template <class W, int kN, bool kNormalised>
 class LaneRows {
  public:
@@ -48,9 +48,9 @@ class LaneRows {
   }
 
  private:
-  // Loads what a lane needs of a row for a step. The lane's values of the step begin at k.
+  // Loads the elements of a row that a lane needs in a step. They begin at k.
   __device__ __forceinline__ uint4 load_step(const uint4* row, int k) const {
-    if constexpr (W::kHalfSteps) {  // K consists of whole chunks
+    if constexpr (W::kHalfSteps) {  // here K is a whole number of chunks
       const auto* const from = reinterpret_cast<const uint2*>(row) + static_cast<uint32_t>(k) / 4;
       const auto load8 = [](const uint2* at) {
         return kNormalised ? ld_shared_8(at) : load_global(at);
@@ -66,7 +66,7 @@ class LaneRows {
 
   const uint4* rows_;
   int inputs_;
-  uint32_t offsets_[kN];  // in units of 16 bytes, because registers are scarce
+  uint32_t offsets_[kN];  // in 16-byte units, because registers are scarce
 };
 
 }  // namespace mistral::cuda

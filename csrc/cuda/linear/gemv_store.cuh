@@ -1,5 +1,5 @@
-// Finishes the outputs of a product one by one: scales by row, the residual, SwiGLU, and the
-// largest output.
+// Finishes the outputs of a product: applies the scales of rows, the residual and SwiGLU, and finds
+// the largest output.
 #pragma once
 
 #include "../../linear.h"
@@ -9,21 +9,21 @@
 
 namespace mistral::cuda {
 
-// The outputs that a lane finishes among 8 tokens and one tile, in the order of the sums: outputs
-// of tokens 2 (lane % 4) and the next, in rows lane / 4 and lane / 4 + 8.
+// The outputs that a lane finishes for 8 tokens and one tile. Their order is that of the sums:
+// tokens 2 (lane % 4) and 2 (lane % 4) + 1, in rows lane / 4 and lane / 4 + 8.
 template <class W>
 struct Outputs {
   using T = typename W::Element;
 
   const LinearParams& p;
-  int first_token;   // of sums 0 and 2
-  int first_column;  // of sums 0 and 1
-  T* address[4];     // null: there is none
+  int first_token;   // token of sums 0 and 2
+  int first_column;  // column of sums 0 and 1
+  T* address[4];     // null: there is no such output
   float scales[2];
   T before[4];
 
-  // Loads scales and residual ahead of their use. `output`: the first output of the tile. `token`:
-  // the first of the 8 tokens.
+  // Loads scales and residual ahead of their use. `output` is the first output of the tile, and
+  // `token` the first of the 8 tokens.
   __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock<false>& block,
                                      int output, int64_t token)
       : p(p) {
@@ -85,17 +85,17 @@ struct Outputs {
   }
 
  private:
-  // Where the numbers are that are added to the product whose output is at `output`. A call in
-  // several launches moves p.out and p.added by the same number of columns, so the column in p.out
-  // is also that in p.added.
+  // The address of the numbers that are added to a product. `output` is the address of the
+  // product's output. If a call takes several launches, p.out and p.added move by the same number
+  // of columns. So the column in p.out is also the column in p.added.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;
   }
 };
 
-// Finishes outputs one by one. The kernel has a barrier after `begin` only if kRope; here `begin`
-// does nothing. `outputs` loads ahead of time what the end of a round needs.
+// Finishes outputs one by one. The kernel calls `begin` once; in RopeFinish it fills shared memory,
+// here it does nothing. `outputs` loads, ahead of time, the numbers that the end of a round needs.
 template <class W>
 struct StoreFinish {
   static constexpr bool kRope = false;

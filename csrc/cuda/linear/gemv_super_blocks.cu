@@ -1,4 +1,4 @@
-// The kernels of products with weights in super-blocks: 256 values, whose scales have two levels.
+// The kernels of products with weights in super-blocks of 256 values, whose scales have two levels.
 #include "gemv_launch.cuh"
 
 namespace mistral::cuda {

@@ -1,4 +1,5 @@
-// The sums of the products with a group of values, before they are multiplied by its scale.
+// The sums of the products with a group of values, before they are multiplied by the scale of the
+// group.
 #pragma once
 
 #include <ptx.cuh>
@@ -9,11 +10,11 @@
 
 namespace mistral::cuda {
 
-// For kM tiles of 16 rows and kN times 8 tokens.
+// The sums of a group for kM tiles of 16 rows and kN times 8 tokens.
 template <class W, int kM, int kN>
 struct GroupSums {
   float sums[kM][kN][4] = {};
-  float sums_of_x[kN][4] = {};  // the same in every row; with W::kOffset
+  float sums_of_x[kN][4] = {};  // with W::kOffset; equal in every row
 
   // Adds the x of a step to sums_of_x, by a product with ones. x is given as the operands of two
   // products.
@@ -25,8 +26,8 @@ struct GroupSums {
     for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sums_of_x[n], ones, x[i]);
   }
 
-  // Ends a group. Adds the sums of the group, scaled, to the sums of the rows, and begins with the
-  // next group. `scales` are those of the lane's two rows of each tile. i: see scales.cuh.
+  // Ends a group. Adds the sums of the group, scaled, to `out`, and begins with the next group.
+  // `scales` belong to the lane's two rows of each tile. scales.cuh explains i.
   __device__ __forceinline__ void add_to(float (&out)[kM][kN][4],
                                          typename W::Scales (&scales)[kM][2], int i) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Chooses between the kernels, which are in gemv_<format>.cu.
+// Chooses and launches the kernels of linear layers. The kernels are in gemv_<format>.cu.
 #include "../../linear.h"
 
 #include <launch.cuh>
@@ -13,24 +13,24 @@
 namespace mistral::cuda {
 namespace {
 
-using Element16 = uint16_t;  // either dtype that has kernels has 2 bytes
+using Element16 = uint16_t;  // bf16 or fp16, the dtypes that have kernels
 
-// Calls f with the kernels of the first part's format.
+// Calls f with the kernels of the format of the first part.
 template <class F>
 auto with_kernels(const LinearParams& p, const F& f) {
   return with_format(p.parts[0].format,
                      [&](auto format) { return f(LinearKernels<format.value>{}); });
 }
 
-// The most tokens of one pass over all weights of a call.
+// The most tokens of one pass over all parts of a call.
 int64_t tokens_of_pass(const LinearParams& p) {
   int64_t most = kMaxPassTokens;
   for (int64_t i = 0; i < p.num_parts; ++i) most = min(most, pass_tokens(p.parts[i].format));
   return most;
 }
 
-// The number of parts that one launch multiplies: the first, and those right after it with the same
-// format and group.
+// The number of parts that one launch multiplies: the first part, and the parts right after it with
+// the same format and group.
 int64_t parts_alike(const LinearParams& p) {
   int64_t count = 1;
   while (count < p.num_parts && p.parts[count].format == p.parts[0].format &&
@@ -41,7 +41,7 @@ int64_t parts_alike(const LinearParams& p) {
 }
 bool is_mixed(const LinearParams& p) { return parts_alike(p) < p.num_parts; }
 
-// Calls f with the params of each launch, until one fails.
+// Calls f with the params of each launch, until a launch fails.
 template <class F>
 cudaError_t for_each_launch(LinearParams left, const F& f) {
   cudaError_t status = cudaSuccess;
@@ -59,8 +59,8 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
   return status;
 }
 
-// Whether the kernels take p. They read rows 16 bytes at a time, and count offsets in rows, in x
-// and in the outputs in 32 bits. Tensor cores have no product of fp32 precision. An argmax takes a
+// Whether the kernels can compute p. They read rows 16 bytes at a time, and use 32-bit offsets in
+// rows, in x and in the outputs. Tensor cores have no product of fp32 precision. An argmax needs a
 // single launch.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
@@ -69,8 +69,8 @@ bool has_kernel(const LinearParams& p) {
          !(p.epilogue == Epilogue::argmax && is_mixed(p));
 }
 
-// Bytes of the normalised rows of a pass in scratch memory. 0: nothing is normalised, or each block
-// normalises the rows itself.
+// The bytes of the normalised rows of a pass in scratch memory. They are 0 if there is no norm, or
+// if each block normalises the rows itself.
 int64_t normalised_bytes(const LinearParams& p) {
   if (!p.norm) return 0;
   bool in_blocks = true;
@@ -92,7 +92,7 @@ cudaError_t launch_norm(const LinearParams& p, cudaStream_t stream) {
                                 : start(linear_norm_kernel<__half>);
 }
 
-// Launches the kernels for up to tokens_of_pass tokens. `rope`: nothing, or RopeParams.
+// Launches the kernels for up to tokens_of_pass tokens. `rope` is empty or a RopeParams.
 template <class... Rope>
 cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... rope) {
   const bool before = normalised_bytes(p) > 0, in_block = p.norm && !before;
@@ -109,12 +109,12 @@ cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... ro
   });
 }
 
-// Whether gate and up have different formats. Their products then go to scratch memory.
+// Whether gate and up have different formats. Then their products go to scratch memory first.
 bool swiglu_is_apart(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu && is_mixed(p);
 }
 
-// For up to tokens_of_pass tokens.
+// Launches SwiGLU with gate and up apart, for up to tokens_of_pass tokens.
 cudaError_t launch_swiglu_apart(const LinearParams& p, cudaStream_t stream) {
   const int64_t dim = p.parts[0].rows;
   LinearParams products = p;

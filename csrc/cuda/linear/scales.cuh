@@ -1,7 +1,7 @@
-// Scales of groups, as formats store them (csrc/formats.h). An object is made from the scales of a
-// group, or of several neighbouring groups, in shared memory or in registers. `next` is called once
-// for all values that share a Scaling, in the order of the values. i is the number of the Scaling
-// within 256 values, for types that need it.
+// The scales of groups in the layouts of the formats (csrc/formats.h). An object is made from the
+// scales of one group or of several neighbouring groups, in shared memory or in registers. `next`
+// returns a Scaling, and is called once for each Scaling, in the order of the values. i is the
+// number of the Scaling within 256 values. Only some types need it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace mistral::cuda {
 
-// A weight is factor * q + offset. In formats without an offset (kOffset is false) it is 0.
+// A weight is factor * q + offset. In formats with kOffset = false the offset is 0.
 struct Scaling {
   float factor;
   float offset;
@@ -24,11 +24,11 @@ __device__ __forceinline__ float half_of(uint32_t word, int i) {
   return to_float(half);
 }
 
-// A number from 0 to 2^23 - 1 as a float: the low mantissa bits of 2^23.
+// Converts a number from 0 to 2^23 - 1 to float: it becomes the low mantissa bits of 2^23.
 __device__ __forceinline__ float small_float(uint32_t number) {
   return __uint_as_float(number | 0x4b000000u) - 8388608.0f;
 }
-// Byte i of a word as a float, in the same way.
+// Converts byte i of a word to float in the same way.
 __device__ __forceinline__ float byte_float(uint32_t word, int i) {
   return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7650u | i)) - 8388608.0f;
 }
@@ -38,11 +38,11 @@ struct NoScales {
   static constexpr int kUnits = 0;
 };
 
-// int4, q8_0, q4_0, iq4_nl, and int8, whose group is a row.
+// int4, q8_0, q4_0 and iq4_nl. Also int8, where the group is a row.
 template <class Scale>
 struct PlainScales {
-  using Unit = Scale;               // of memory accesses
-  static constexpr int kUnits = 1;  // of a group
+  using Unit = Scale;               // the unit of memory accesses
+  static constexpr int kUnits = 1;  // units of a group
   static constexpr bool kOffset = false;
   const Scale* scale;
 
@@ -52,7 +52,7 @@ struct PlainScales {
   __device__ __forceinline__ Scaling next(int) { return {to_float(*scale++), 0.0f}; }
 };
 
-// q4_1 (a minimum) and q4_z (a zero point).
+// q4_1, which has a minimum, and q4_z, which has a zero point.
 template <bool kZeroPoint>
 struct PairedScales {
   using Unit = uint32_t;
@@ -70,14 +70,14 @@ struct PairedScales {
   }
 };
 
-// q4_k and q5_k: a Scaling is for 32 values. See packed_scales (cpu/linear/unpack_words.h) for the
-// 6-bit numbers.
+// q4_k and q5_k. A Scaling serves 32 values. packed_scales (cpu/linear/unpack_words.h) describes
+// the 6-bit numbers.
 struct SixBitScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 4;
   static constexpr bool kOffset = true;
   float d, e;
-  uint32_t scales[2], minima[2];  // a byte each
+  uint32_t scales[2], minima[2];  // one byte each
 
   SixBitScales() = default;
   __device__ __forceinline__ explicit SixBitScales(const void* group) {
@@ -95,7 +95,7 @@ struct SixBitScales {
   }
 };
 
-// q6_k: a Scaling is for 16 values.
+// q6_k. A Scaling serves 16 values.
 struct ByteScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 5;
@@ -107,13 +107,13 @@ struct ByteScales {
   __device__ __forceinline__ explicit ByteScales(const void* group)
       : words(static_cast<const uint32_t*>(group)), d(half_of(words[4], 0)) {}
   __device__ __forceinline__ Scaling next(int i) const {
-    // with an inverted sign bit, 128 too large
+    // The inverted sign bit makes the byte 128 too large.
     const float scale = byte_float(words[i / 4] ^ 0x80808080u, i % 4) - 128.0f;
     return {d * scale, 0.0f};
   }
 };
 
-// iq4_xs: a Scaling is for 32 values.
+// iq4_xs. A Scaling serves 32 values.
 struct SplitScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 2;

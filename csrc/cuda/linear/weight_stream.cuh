@@ -1,5 +1,5 @@
-// Streams weights from global memory to a warp. The stages of shared memory that they go through
-// belong to this warp alone, so no barrier of the block is needed.
+// Streams weights from global memory to a warp, through stages in shared memory. The stages belong
+// to this warp alone, so no barrier of the block is needed.
 #pragma once
 
 #include <ptx.cuh>
@@ -8,20 +8,20 @@
 
 namespace mistral::cuda {
 
-// The 8 warps of a block share out the chunks of its rows: warp w takes chunks w, w + 8, ... The
-// order of the additions then depends on K alone.
+// The 8 warps of a block share the chunks of its rows: warp w takes chunks w, w + 8, ... So the
+// order of the additions depends on K alone.
 constexpr int kLinearWarps = 8;
 constexpr int kLinearThreads = kLinearWarps * kWarp;
 
-// The number of outputs of a tile of 16 rows, as a power of two. With SwiGLU a tile has 8 rows of
-// gate above 8 rows of up, so that a lane gets both products of an output.
+// log2 of the number of outputs of a tile. A tile has 16 rows. With SwiGLU it has 8 rows of gate
+// above 8 rows of up, so that a lane gets both products of an output.
 MISTRAL_HOST_DEVICE int tile_outputs_log2(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 3 : 4;
 }
 
-// The distance, in rows, from a tile to the next tile of its block, as a power of two. With RoPE a
-// tile has 8 rows of the first half of a head above the 8 rows of its second half that form pairs
-// with them, so that a lane gets both elements of a pair.
+// log2 of the distance, in rows, from a tile to the next tile of its block. With RoPE a tile has 8
+// rows of the first half of a head above 8 rows of its second half. These rows form pairs, and a
+// lane gets both elements of a pair.
 template <bool kRope>
 __device__ __forceinline__ int tile_step_log2(const LinearParams& p) {
   return kRope ? 3 : tile_outputs_log2(p);
@@ -37,7 +37,7 @@ MISTRAL_HOST_DEVICE int blocks_of_part(const LinearParams& p, int part) {
 
 template <int kM>
 MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
-  int blocks = blocks_of_part<kM>(p, 0);  // with SwiGLU, of both parts together
+  int blocks = blocks_of_part<kM>(p, 0);  // with SwiGLU: of both parts together
   if (p.epilogue == Epilogue::swiglu) return blocks;
   for (int part = 1; part < p.num_parts; ++part) blocks += blocks_of_part<kM>(p, part);
   return blocks;
@@ -48,8 +48,8 @@ template <bool kRope>
 struct OutputBlock {
   int part;
   int count;
-  int first;   // in the part
-  int column;  // in the output
+  int first;   // first row in the part
+  int column;  // first column in the output
   bool swiglu;
   int half_head;  // D/2 with RoPE
 
@@ -68,7 +68,7 @@ struct OutputBlock {
     if constexpr (kRope) {
       const int head_dim = static_cast<int>(p.head_dim), of_head = head_dim >> log2;
       block.first = index / of_head * head_dim + index % of_head * (8 * kM);
-      block.count = head_dim;  // there is no row outside a head
+      block.count = head_dim;  // no row lies outside the head
       block.half_head = head_dim / 2;
     } else {
       block.first = index << log2;
@@ -78,8 +78,8 @@ struct OutputBlock {
     return block;
   }
 
-  // part_of: the part of the upper (0) or lower (1) half of a tile. row_of: the row in that half,
-  // counted from `first`, that belongs to row `output` of the upper half.
+  // A tile has an upper half (0) and a lower half (1). part_of is the part of a half. row_of is the
+  // row in a half, counted from `first`, that belongs to row `output` of the upper half.
   __device__ __forceinline__ int part_of(int half) const { return swiglu ? half : part; }
   __device__ __forceinline__ int row_of(int output, int half) const {
     if constexpr (kRope) return output + half * half_head;
@@ -87,8 +87,8 @@ struct OutputBlock {
   }
 };
 
-// Scales of groups. They are copied in words of 4 bytes. If the scales of a row begin within a
-// word, the last scale of the row before is copied too.
+// ---- Scales of groups. They are copied in words of 4 bytes. If the scales of a row begin in the
+// middle of a word, the last scale of the previous row is copied too.
 
 // The bytes of the scales of `values` values of a row.
 template <class W>
@@ -96,16 +96,15 @@ __device__ __forceinline__ int scale_bytes(const LinearParams& p, int values) {
   return (values >> W::group_log2(p)) * kGroupBytes<typename W::Scales>;
 }
 
-// The words in shared memory for the scales of a chunk of one row, if groups have the smallest
-// size. There is one more word, for the scale of the row before, and so that rows begin in
-// different banks.
+// The words of shared memory for the scales of a chunk of one row, if groups have the smallest
+// size. There is one more word: it has room for the scale of the previous row, and makes rows begin
+// in different banks.
 template <class W>
 constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W::Scales> / 4 + 1;
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// The bytes that lie before `begin` in its word. (If the scales of a row begin at a word, those of
-// all its chunks do.)
+// The bytes that lie before `begin` in its word. (This is the same for all chunks of a row.)
 template <class W>
 __device__ __forceinline__ int skipped_bytes(const void* begin) {
   if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
@@ -117,19 +116,19 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
 
 template <class W, int kM>
 struct StageLayout {
-  // With further bits a tile has more bytes, and on some devices a block may have only 99 KB.
+  // Tiles with further bits are larger, and on some devices a block has only 99 KB.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
-// The chunks of a warp, in one block of outputs after the other. A stage holds a chunk of each row
-// of kM tiles of 16 rows.
+// The chunks of a warp, one block of outputs after the other. A stage holds a chunk of each row of
+// kM tiles of 16 rows.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
-  static constexpr int kRowChunk = kChunkBytes + W::kFurtherBytes;  // a chunk of one row
+  static constexpr int kRowChunk = kChunkBytes + W::kFurtherBytes;  // bytes
 
  public:
   // `shared` has Layout::kBytes bytes: the values of all warps and stages, then their scales.
@@ -139,18 +138,18 @@ class WeightStream {
     values_ = shared + warp * Layout::kStages * Layout::kValueBytes;
     scales_ = shared + kLinearWarps * Layout::kStages * Layout::kValueBytes +
               warp * Layout::kStages * Layout::kScaleBytes;
-    // A warp for which there is no chunk never copies.
+    // A warp without a chunk never copies.
     block_ = warp < chunks ? static_cast<int>(blockIdx.x) : blocks;
     if (block_ < blocks_) begin_block();
 #pragma unroll
     for (int i = 0; i < Layout::kStages - 1; ++i) copy_next();
   }
 
-  // Makes the stage of the next chunk current, and starts the copy of a further chunk into the
-  // stage that was current.
+  // Makes the stage of the next chunk current. Starts the copy of a further chunk into the
+  // previously current stage.
   __device__ __forceinline__ void advance() {
     cp_async_wait<Layout::kStages - 2>();
-    __syncwarp();  // all lanes' copies are there, and all lanes are done with the stage before
+    __syncwarp();  // the copies of all lanes are there; no lane uses the last stage
     current_ = next_of(current_);
     copy_next();
   }
@@ -159,7 +158,7 @@ class WeightStream {
     return {values_ + current_ * Layout::kValueBytes + m * WeightTile<W>::kBytes};
   }
   // The scales of the current chunk in row `row` of tile m. They lie after the `skipped` bytes,
-  // which belong to the row before.
+  // which belong to the previous row.
   __device__ __forceinline__ const char* scales(int m, int row, int skipped) const {
     return scales_ + current_ * Layout::kScaleBytes + m * kTileScaleBytes<W> +
            row * kScaleWords<W> * 4 + skipped;
@@ -226,7 +225,7 @@ class WeightStream {
     cp_async_commit();
   }
 
-  // 8 lanes copy the 128 bytes of a row, so that an instruction copies whole cache lines of 4 rows.
+  // 8 lanes copy the 128 bytes of a row. So an instruction copies whole cache lines of 4 rows.
   __device__ __forceinline__ void copy_values(char* to) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -235,7 +234,7 @@ class WeightStream {
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
         const WeightTile<W> tile = {to + m * WeightTile<W>::kBytes};
-        // With RoPE the lower half is in the same part as the upper half, so one pointer is enough.
+        // With RoPE both halves are in the same part, so one pointer is enough.
         const char* const begin =
             kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
         cp_async_16(tile.piece(4 * i + lane / 8, lane % 8), begin + int64_t{row} * row_bytes_,
@@ -247,7 +246,7 @@ class WeightStream {
     bytes_left_ -= kLinearWarps * kRowChunk;
   }
 
-  // The row of a tile whose further bits the lane copies in copy i.
+  // The row of a tile whose further bits the lane copies in its copy i.
   static __device__ __forceinline__ int further_row(int i) {
     return (static_cast<int>(threadIdx.x) % kWarp + kWarp * i) / kFurtherPieces;
   }
@@ -291,25 +290,26 @@ class WeightStream {
 
   const LinearParams& p_;
   const int blocks_, chunks_, row_bytes_;
-  char* values_;  // this warp's stages
+  char* values_;  // stages of this warp
   char* scales_;
-  int filled_ = 0;                     // the stage that is filled next
-  int current_ = Layout::kStages - 1;  // the stage that is worked on
+  int filled_ = 0;                     // the next stage to fill
+  int current_ = Layout::kStages - 1;  // the stage in use
 
-  // The values that this lane copies next, in the upper and the lower half of a tile.
+  // The address of the values that this lane copies next, in the upper and the lower half of a
+  // tile.
   int block_;
   int chunk_ = 0;
   const char* rows_[2];
-  int rows_left_[2];  // of the block, from this row on; with RoPE always enough
-  int bytes_left_;    // of these rows
-  // The further bits that this lane copies next.
+  int rows_left_[2];  // rows left in the block, from this row on; with RoPE always enough
+  int bytes_left_;    // bytes left in these rows
+  // The address of the further bits that this lane copies next.
   static constexpr int kFurtherPieces =
-      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // of a row
+      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // per row
   static constexpr int kFurtherCopies = W::kFurtherBytes > 0 ? kFurtherPieces / 2 : 1;
   const char* further_rows_[kFurtherCopies];
   int further_left_[kFurtherCopies];
-  // The scales that this lane copies next, in each tile.
-  const char* scale_rows_[kM];  // whole words; null: there is none
+  // The address of the scales that this lane copies next, in each tile.
+  const char* scale_rows_[kM];  // whole words; null: there are no scales
   int skipped_[kM];
   int scale_bytes_left_;
 };

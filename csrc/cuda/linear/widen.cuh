@@ -1,6 +1,7 @@
-// Widens integers of 4 to 8 bits to pairs of bf16 or fp16, without a conversion. Their bits become
-// the low mantissa bits of a power of two in which one unit of the mantissa is 1. To subtract the
-// power is exact. Scales are applied to the sums, in fp32 (scales.cuh).
+// Widens integers of 4 to 8 bits to pairs of bf16 or fp16, without a conversion instruction. The
+// integer becomes the low mantissa bits of a power of two. The power is chosen so that one unit of
+// the mantissa is 1. Then the power is subtracted, which is exact. Scales are applied later to the
+// sums, in fp32 (scales.cuh).
 #pragma once
 
 #include <ptx.cuh>
@@ -12,7 +13,7 @@
 
 namespace mistral::cuda {
 
-// a - b, of each of the two numbers in a register.
+// a - b for each of the two numbers in a register.
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
@@ -24,18 +25,19 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   return a;
 }
 
-// Widens 4 bytes, the lowest first, to 2 pairs.
+// Widens 4 bytes to 2 pairs. The lowest byte comes first.
 template <class T>
 __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if constexpr (std::is_same_v<T, __half>) {
-      // 1024 + (v + 128) - 1152
+      // 1024 + (v + 128) - 1152 = v
       const uint32_t offset = word ^ 0x80808080u;
       pairs[i] = subtract_pairs<T>(__byte_perm(offset, 0x64646464u, i == 0 ? 0x4140 : 0x4342),
                                    0x64806480u);
     } else {
-      // The mantissa has room for 7 bits: 128 + the low 7 bits, minus 128 or, if v < 0, minus 256.
+      // The mantissa has room for only 7 bits: 128 + (the low 7 bits), minus 128 or, if v < 0,
+      // minus 256.
       const uint32_t bytes = __byte_perm(word, 0u, i == 0 ? 0x4140 : 0x4342);
       pairs[i] = subtract_pairs<T>(and_xor(bytes, 0x007f007fu, 0x43004300u),
                                    and_xor(bytes, 0x00800080u, 0x43004300u));
@@ -43,9 +45,9 @@ __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
   }
 }
 
-// Widens the 4-bit values in bits 0 to 3 and 16 to 19 of `pair`, and subtracts kLess from them.
-// `further`: the bits of the values above the fourth, in their places. `flipped`: the bits of
-// `pair` that are inverted first.
+// Widens the two 4-bit values in bits 0 to 3 and 16 to 19 of `pair`, and subtracts kLess from them.
+// `flipped` are the bits of `pair` that are inverted first. `further` are the values' bits above
+// the fourth, at their places in the result.
 template <class T, int kLess>
 __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, uint32_t flipped = 0,
                                                uint32_t further = 0) {
@@ -60,7 +62,7 @@ struct SignedWords {
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t* pairs) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // With an inverted sign bit, two's complement is 8 too large.
+      // The inverted sign bit makes two's complement 8 too large.
       pairs[i] = widen_pair<T, 8>(word >> 4 * i, 0x00080008u);
     }
   }
@@ -74,19 +76,19 @@ struct UnsignedWords {
   }
 };
 
-// Four entries of kTable4, the first in the lowest byte.
+// Four elements of kTable4. The first is in the lowest byte.
 constexpr uint32_t table_entries(int first) {
   uint32_t word = 0;
   for (int i = 3; i >= 0; --i) word = word << 8 | static_cast<uint8_t>(kTable4[first + i]);
   return word;
 }
 
-// Indices into kTable4.
+// Words of indices into kTable4.
 struct TableWords {
   static constexpr uint32_t k0 = table_entries(0), k4 = table_entries(4), k8 = table_entries(8),
                             k12 = table_entries(12);
 
-  // The entries of the 4 indices in the low half of a word, a byte each.
+  // The elements for the 4 indices in the low half of a word, one byte each.
   static __device__ __forceinline__ uint32_t look_up(uint32_t indices) {
     const uint32_t low_bits = indices & 0x7777u;
     const uint32_t first = __byte_perm(k0, k4, low_bits), second = __byte_perm(k8, k12, low_bits);
@@ -101,7 +103,7 @@ struct TableWords {
 };
 
 // Words of q5_k, with their fifth bits. `further` is shifted so that the fifth bit of the first
-// value is the lowest.
+// value is the lowest bit.
 struct FiveBits {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
@@ -113,7 +115,7 @@ struct FiveBits {
   }
 };
 
-// kCount pairs of q6_k, with their high two bits. The stored values are 32 too large.
+// kCount pairs of q6_k, with their two high bits. The stored values are 32 too large.
 struct SixBits {
   template <class T, int kCount>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
