@@ -51,8 +51,11 @@ struct AttentionParams {
   int64_t max_count;       // an upper bound of the new tokens of a sequence; T is always one
   int32_t splits;          // blocks that share the keys of a decode
   int32_t prefill_splits;  // blocks that share the keys of a tile, in prefill for sm_90a
-  int32_t* counters;       // scratch, zero before and after. With the first [S, Hkv], blocks count
-                           // themselves: the last appends the tokens that had to wait for attention
+  // Scratch, zero before and after a call. The first [S, Hkv] count the blocks (in prefill for
+  // sm_90a the warpgroups) that are done with a sequence and a key/value head. The last of them
+  // merges the splits of a decode, and appends the late tokens (cuda/attention/finish.cuh). Prefill
+  // for sm_90a has more counters behind these (cuda/attention/prefill_sm90.h).
+  int32_t* counters;
 };
 
 namespace cpu {

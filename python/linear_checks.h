@@ -8,8 +8,9 @@
 
 namespace mistral::python {
 
-// Whether the caller wants exact products. The initial value is that of the environment variable
-// MISTRAL_EXT_EXACT. The caller may set it.
+// Whether products must keep all bits of the activations. Otherwise the CPU may round activations
+// to 8 bits (LinearParams::exact). Initially true if the environment variable MISTRAL_EXT_EXACT is
+// set, and is neither empty nor "0". A caller may assign to the reference.
 bool& exact_products();
 
 // The names of weights in errors.

@@ -109,8 +109,9 @@ class DraftModel:
 
     def guess(self, sequences: List[Sequence]) -> Iterator[list[tuple[int, float]]]:
         """Guesses tokens for sequences that `prepare` has returned. Each iteration is a pass of at
-        most `MOST_ROWS` rows. The sampler's restriction of a sequence does not change between the
-        guesses. So if the sequence must match a grammar, only its first guess is useful.
+        most `MOST_ROWS` rows. The sampler has one mask of allowed tokens for a sequence, which does
+        not change between the guesses. So if a grammar made the mask, only the first guess is
+        useful.
 
         Yields:
             For each sequence its next token, and the probability that the model gives this token.

@@ -106,10 +106,10 @@ class Passes:
     def decode(self, outputs: list[Output]) -> None:
         """Launches the next decode step, and reads the oldest step if enough steps are under way.
 
-        A step continues on the device from the tokens of the last step. There are three exceptions:
-        the sequences or their places have changed; a sequence reads known tokens again; or the next
-        step should have drafts, which must follow known tokens. Then this call reads the results of
-        all steps under way, and launches no step.
+        While steps are under way, the next step continues on the device from the tokens of the last
+        one. It cannot do so if the sequences or their places have changed, if a sequence reads
+        known tokens again, or if the step should have drafts, which must follow known tokens. Then
+        this call only reads the results of all steps under way, and a later call launches the step.
         """
         with self._lock:
             sequences = self._scheduler.next_decode()

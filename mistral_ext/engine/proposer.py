@@ -139,8 +139,8 @@ class Proposer:
         return guesses
 
     def _matching(self, most: int, matcher: Matcher) -> list[tuple[int, int]]:
-        """The tokens that a grammar forces, or that are likely among the tokens that it allows,
-        each with its kind."""
+        """Guesses the next tokens, one after the other, each with its kind (see `_EXPECTED`). A
+        guess is the token that the grammar forces, or else the likeliest token that it allows."""
         if self._states is None:
             self._states = StateGuesses(self._ids, matcher.states)
         self._states.update()

@@ -74,8 +74,14 @@ class Repeats:
         return self._moved(place, last, -1 if before is None else before, len(self._ids))
 
     def _moved(self, place: Place, last: List[int], expected: int, end: int) -> Place:
-        """The next place, if token last[-1] follows although `expected` was expected. Positions
-        before `end` are earlier text."""
+        """The place after a new token, given the place before it.
+
+        Args:
+            place: the place before the new token.
+            last: the last tokens, up to three. The new token is last[-1].
+            expected: the token that `place` points to. The new token may be another.
+            end: a position. Tokens before it are earlier text, in which a repetition may go on.
+        """
         source, matching, left = place
         if matching and expected == last[-1]:
             source, matching = source + 1, matching + 1

@@ -196,9 +196,10 @@ def _reordered(words: Tensor, places: np.ndarray) -> Tensor:
 
     Args:
         words: [N, K / 8], with 8 values of 4 bits each.
-        places: [K], places in a list of all even values and then all odd values. The first half of
-            `places` is for the low halves of the bytes of all words, the second half for their high
-            halves.
+        places: [K], for each value of the result the index from which it comes. The index is that
+            of a list of a row's values at even positions, followed by those at odd positions. The
+            first K / 2 values of the result become the low halves of the bytes, in order, and the
+            others the high halves.
     """
     pairs = words.numpy().view(np.uint8)
     values = np.concatenate([pairs & 15, pairs >> 4], axis=1).take(places, axis=1, mode="clip")

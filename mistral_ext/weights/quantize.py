@@ -7,9 +7,10 @@ chosen. Embeddings (a token reads only one row) and norms are not quantised.
 
 8 bits: the scale is the largest magnitude / 127. It is for 32 neighbours in a row ("q8_0", 8.5 bits
 with the scales) or for the whole row ("int8", the format of older folders). Some GPUs multiply
-floating point numbers of 8 bits (e4m3), but these would be no better. They take as many bytes,
-which limit a decode step. And they leave 13 times the divergence on the demo (`bench/quality.py`),
-because weights need no more range than a scale gives them.
+floating point numbers of 8 bits (e4m3). Such weights would be no better: the bytes that a decode
+step reads limit its speed, and e4m3 takes as many. With a scale for each row, e4m3 leaves 13 times
+the KL divergence of "int8" on the demo (`bench/quality.py`), because weights need no more range
+than a scale gives them.
 
 4 bits: values come from a table of 16 values, denser near 0, where most weights are. In "iq4_xs"
 (4.25 bits) 32 neighbours share a scale of 6 bits, and 256 neighbours a factor of these scales. If

@@ -132,10 +132,10 @@ struct NextValues {
   int64_t bytes;
 };
 
-// Multiplies one block by all tokens of the task. The block has rows [first_row, first_row + count)
-// and `depth` values of each row, from `begin` on. Adds to the sums, or sets them if `begin` is 0.
-// `x` is the packed activations of the block. Row first_sum of buffers.sums is the first row of the
-// task.
+// Multiplies one block of weights by `vectors` vectors of tokens. The block has rows [first_row,
+// first_row + count) of the task, and `depth` values of each row, from `begin` on. Adds to the
+// sums, or sets them if `begin` is 0. The sums of the task's row i are in row first_sum + i of
+// buffers.sums. `x` is the packed activations for these values. Meanwhile prefetches `next`.
 template <class Tile>
 void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_row,
                     int64_t count, int64_t first_sum, int64_t begin, int64_t depth,

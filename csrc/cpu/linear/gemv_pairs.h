@@ -84,7 +84,7 @@ struct PairChunk {
     }
   }
 
-  // Adds the products with the activations of N tokens.
+  // Adds the products with the activations of N tokens to `totals`.
   template <int N>
   MISTRAL_SIMD void add(const char* const (&lines)[N], Sums (&totals)[N]) const {
     for (int n = 0; n < N; ++n) {

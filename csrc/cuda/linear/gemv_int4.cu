@@ -1,4 +1,4 @@
-// The kernels of products with weights in 4 bits.
+// The kernels of products with weights in int4.
 #include "gemv_launch.cuh"
 
 namespace mistral::cuda {

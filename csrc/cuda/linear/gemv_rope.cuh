@@ -19,7 +19,8 @@ struct NewToken {
 };
 
 // The outputs that a lane finishes: one pair for each of tokens 2 (lane % 4) and 2 (lane % 4) + 1.
-// The pair is row lane / 4 and the row D/2 below it.
+// The pair is row lane / 4 and the row D/2 below it. Tokens count from the argument `token`, and
+// rows from `output`.
 template <class W>
 struct RotatedOutputs {
   using T = typename W::Element;

@@ -1,4 +1,4 @@
-// The kernels of products with weights in 4 bits, with scales for 32 to 128 values.
+// The kernels of products with weights in q4_0, q4_1, q4_z and iq4_nl.
 #include "gemv_launch.cuh"
 
 namespace mistral::cuda {

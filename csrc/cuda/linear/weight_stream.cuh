@@ -123,8 +123,9 @@ struct StageLayout {
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
-// The chunks of a warp, one block of outputs after the other. A stage holds a chunk of each row of
-// kM tiles of 16 rows.
+// Copies to shared memory the chunks of weights (formats.cuh) that a warp multiplies: all of its
+// chunks for a block of outputs, then those for the next block. A stage holds one chunk of each row
+// of kM tiles of 16 rows, and the scales of these chunks.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
