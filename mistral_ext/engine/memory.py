@@ -42,7 +42,8 @@ def default_slots(
         available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    # The lower bound holds for any memory: pages in which no token is stored take no memory.
+    # The cache has LEAST_CACHE_TOKENS even if memory is short: its pages take memory only once
+    # tokens are stored in them.
     room = int(available / (token_bytes or config.cache_bytes(dtype)))
     return min(wanted, max(LEAST_CACHE_TOKENS, room))
 

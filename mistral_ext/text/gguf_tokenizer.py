@@ -151,7 +151,7 @@ class _Tokens:
         tokens = {}
         for i, (text, kind) in enumerate(zip(self.texts, self.types, strict=True)):
             if kind in types and text:
-                is_control = kind == _CONTROL or has_control_shape(text)
+                is_control = kind in (_UNKNOWN, _CONTROL) or has_control_shape(text)
                 tokens[i] = AddedToken(i, text, is_control)
         names = {
             f"{use}_token": None if token_id is None else self.texts[token_id]

@@ -22,12 +22,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
-import time
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from datetime import datetime
-from string import Formatter
 from typing import Any
 
 import jinja2
@@ -38,16 +34,24 @@ import jinja2.utils
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-MAX_SOURCE = 2**18  # characters of a template; the longest published templates have 2**15
-MAX_STEPS = 300_000
-MAX_SECONDS = 10.0
-# The characters that a template may make: a constant, plus some for each character of its input.
-MAX_MADE = 2**24
-MAX_MADE_PER_CHARACTER = 64
+from mistral_ext.text.jinja_limits import (
+    ITEM,
+    METER,
+    LimitError,
+    Meter,
+    before_fields,
+    before_format,
+    before_indent,
+    before_join,
+    before_replace,
+    before_rows,
+    before_tabs,
+    check_arguments,
+    measured,
+    text_size,
+)
 
-_MAX_ARGUMENT = 1_000_000
-_MAX_BITS = 2048
-_ITEM = 16  # an item of a list counts as this many characters
+MAX_SOURCE = 2**18  # characters of a template; the longest published templates have 2**15
 
 
 def _words(text: str) -> frozenset[str]:
@@ -120,7 +124,7 @@ class SandboxedTemplate:
             ValueError: the template raises an exception, whose message this error has, or fails, or
                 exceeds a limit.
         """
-        token = _METER.set(_Meter(_text_size(variables)))
+        token = METER.set(Meter(text_size(variables)))
         try:
             return self._template.render(variables)
         except _Raised as error:
@@ -130,131 +134,11 @@ class SandboxedTemplate:
                 f"{self.name}: the chat template failed: {str(error) or type(error).__name__}"
             ) from error
         finally:
-            _METER.reset(token)
+            METER.reset(token)
 
 
 class _Raised(jinja2.TemplateError):
     """The template has called raise_exception."""
-
-
-class _LimitError(jinja2.TemplateError):
-    """The template exceeds a limit."""
-
-
-class _Meter:
-    """The steps, time and characters that are left for a rendering."""
-
-    def __init__(self, given: int) -> None:
-        self._steps = MAX_STEPS
-        self._characters = MAX_MADE + MAX_MADE_PER_CHARACTER * given
-        self._deadline = time.monotonic() + MAX_SECONDS
-
-    def step(self) -> None:
-        self._steps -= 1
-        if self._steps < 0:
-            raise _LimitError(f"it takes more than {MAX_STEPS} steps")
-        if time.monotonic() > self._deadline:
-            raise _LimitError(f"it takes longer than {MAX_SECONDS} seconds")
-
-    def made(self, characters: int) -> None:
-        self._characters -= characters
-        if self._characters < 0:
-            raise _LimitError("it makes too much text")
-
-
-_METER: ContextVar[_Meter] = ContextVar("meter")
-
-
-def _text_size(value: Any) -> int:
-    """The approximate number of characters of str(value). Raises an error if it exceeds the limit.
-
-    A list may contain another list twice, which contains a third list twice, and so on. Such a
-    value is small in memory, but its text is endless.
-    """
-    if isinstance(value, str):
-        return len(value)
-    if not isinstance(value, (list, tuple, dict)):
-        return _ITEM
-    size, waiting = 0, [value]
-    while waiting:
-        item = waiting.pop()
-        size += len(item) + _ITEM if isinstance(item, str) else _ITEM
-        if isinstance(item, dict):
-            waiting += item.keys()
-            waiting += item.values()
-        elif isinstance(item, (list, tuple)):
-            waiting += item
-        meter = _METER.get(None)
-        if meter and size > meter._characters:
-            raise _LimitError("it makes too much text")
-    return size
-
-
-def _measured(value: Any) -> Any:
-    """Counts the size of a result, and returns the result."""
-    meter = _METER.get()
-    if isinstance(value, str):
-        meter.made(len(value))
-    elif isinstance(value, int):
-        if value.bit_length() > _MAX_BITS:
-            raise _LimitError("it makes too large a number")
-    elif isinstance(value, (list, tuple, dict)):
-        waiting = [value]
-        while waiting:
-            item = waiting.pop()
-            meter.made(_ITEM)
-            if isinstance(item, dict):
-                waiting += item.values()
-            elif isinstance(item, (list, tuple)):
-                waiting += item
-    return value
-
-
-def _check_arguments(*arguments: Any) -> None:
-    for argument in arguments:
-        if isinstance(argument, int) and abs(argument) > _MAX_ARGUMENT:
-            raise _LimitError(f"it passes a number above {_MAX_ARGUMENT}")
-
-
-# Checks before a short expression makes a large result
-
-
-def _before_replace(text: Any, old: Any = "", new: Any = "", count: Any = None) -> None:
-    times = str(text).count(old) if old else len(str(text)) + 1
-    _METER.get().made(times * len(str(new)))
-
-
-def _before_format(text: str, arguments: Any) -> None:
-    bare = text.replace("{{", "").replace("}}", "")
-    if re.search(r"\d{4}|%[^%a-zA-Z]*\*|\{[^{}]*\{", bare):
-        raise _LimitError("it formats with a width of four digits or more, or a computed one")
-    _METER.get().made((text.count("{") + text.count("%")) * _text_size(arguments))
-
-
-def _before_fields(text: str, arguments: Any) -> None:
-    for _, field, _, _ in Formatter().parse(text):
-        if field and "." in field:
-            raise _LimitError("it formats an attribute")  # its text could have any size
-    _before_format(text, arguments)
-
-
-def _before_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
-    text = str(text)
-    width = len(width) if isinstance(width, str) else width
-    _METER.get().made((text.count("\n") + 1) * width + text.count("\n"))
-
-
-def _before_tabs(text: str, tabsize: Any = 8) -> None:
-    _METER.get().made(text.count("\t") * max(0, tabsize))
-
-
-def _before_rows(*arguments: Any) -> None:
-    count = sum(abs(argument) for argument in arguments if isinstance(argument, int))
-    _METER.get().made(_ITEM * count)
-
-
-def _before_join(separator: str, items: list[Any]) -> None:
-    _METER.get().made(len(separator) * len(items) + _text_size(items))
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -289,54 +173,54 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         # These names begin with __, so that they do not collide with keyword arguments of the
         # template.
-        _METER.get().step()
+        METER.get().step()
         # In loops and blocks jinja2 adds its own arguments, and removes them later.
         given = {name: value for name, value in kwargs.items() if name not in _OWN_ARGUMENTS}
-        _check_arguments(*args, *given.values())
+        check_arguments(*args, *given.values())
         method = getattr(__obj, "__wrapped__", __obj)  # str.format comes wrapped
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
             name = method.__name__
             if name == "replace":
-                _before_replace(text, *args, **given)
+                before_replace(text, *args, **given)
             elif name in ("format", "format_map"):
-                _before_fields(text, [*args, *given.values()])
+                before_fields(text, [*args, *given.values()])
             elif name == "expandtabs":
-                _before_tabs(text, *args, **given)
+                before_tabs(text, *args, **given)
             elif name == "join":
                 args = tuple(list(items) for items in args)
-                _before_join(text, *args)
-        return _measured(super().call(__context, __obj, *args, **kwargs))
+                before_join(text, *args)
+        return measured(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.step()
         sequences = (str, list, tuple)
         if operator == "*":
             for sequence, times in ((left, right), (right, left)):
                 if isinstance(sequence, sequences) and isinstance(times, int):
-                    size = 1 if isinstance(sequence, str) else _ITEM
+                    size = 1 if isinstance(sequence, str) else ITEM
                     meter.made(len(sequence) * max(times, 0) * size)
         elif operator == "**":
             if not abs(right) <= 64:
-                raise _LimitError("it raises to a power above 64")
+                raise LimitError("it raises to a power above 64")
         elif operator == "%" and isinstance(left, str):
-            _before_format(left, right)
-        return _measured(super().call_binop(context, operator, left, right))
+            before_format(left, right)
+        return measured(super().call_binop(context, operator, left, right))
 
     # Functions that _Metering inserts into a template
 
     def turn(self, characters: int) -> bool:
         """Counts a step for an iteration of a loop or a call of a macro, and the characters of its
         constant text."""
-        _METER.get().made(characters)
+        METER.get().made(characters)
         return True
 
     def same(self, value: Any) -> Any:
         return value  # calls are measured
 
     def join_measured(self, *values: Any) -> str:
-        _METER.get().made(sum(map(_text_size, values)))
+        METER.get().made(sum(map(text_size, values)))
         return "".join(map(str, values))
 
 
@@ -429,8 +313,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     if indent is not None and (len(indent) if isinstance(indent, str) else indent) > 16:
-        raise _LimitError("it indents JSON by more than 16")
-    meter = _METER.get()
+        raise LimitError("it indents JSON by more than 16")
+    meter = METER.get()
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -444,7 +328,7 @@ def _tojson(
 @jinja2.pass_context
 def _written(context: Any, value: Any) -> Any:
     """Is called with each value that a template writes."""
-    _METER.get().made(_text_size(value))
+    METER.get().made(text_size(value))
     return value
 
 
@@ -453,30 +337,30 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)  # keeps the attribute for which jinja2 passes its context
     def metered(*args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
+        meter = METER.get()
         meter.step()
         passed, value, rest = args[:first], args[first], args[first + 1 :]
-        _check_arguments(*rest, *kwargs.values())
+        check_arguments(*rest, *kwargs.values())
         if name in _TEXT_FILTERS:
-            meter.made(_text_size(value))
+            meter.made(text_size(value))
         if name == "replace":
-            _before_replace(value, *rest, **kwargs)
+            before_replace(value, *rest, **kwargs)
         elif name == "indent":
-            _before_indent(value, *rest, **kwargs)
+            before_indent(value, *rest, **kwargs)
         elif name == "format":
-            _before_format(str(value), [*rest, *kwargs.values()])
+            before_format(str(value), [*rest, *kwargs.values()])
         elif name in ("batch", "slice"):
-            _before_rows(*rest, *kwargs.values())
+            before_rows(*rest, *kwargs.values())
             # This is a list, because a generator could not be measured.
-            return _measured(list(function(*passed, value, *rest, **kwargs)))
+            return measured(list(function(*passed, value, *rest, **kwargs)))
         elif name == "join":
             value = list(value)
-            _before_join(str(rest[0] if rest else kwargs.get("d", "")), value)
+            before_join(str(rest[0] if rest else kwargs.get("d", "")), value)
         elif name == "sum" and not isinstance(
             rest[1] if len(rest) > 1 else kwargs.get("start", 0), (int, float)
         ):
-            raise _LimitError("it sums what is no number")
-        return _measured(function(*passed, value, *rest, **kwargs))
+            raise LimitError("it sums what is no number")
+        return measured(function(*passed, value, *rest, **kwargs))
 
     return metered
 
@@ -484,7 +368,7 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _stepped(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def stepped(*args: Any, **kwargs: Any) -> Any:
-        _METER.get().step()
+        METER.get().step()
         return function(*args, **kwargs)
 
     return stepped

@@ -46,19 +46,19 @@ def sentencepiece_vocabulary(
     pieces = {i: processor.id_to_piece(i) for i in range(processor.vocab_size())}
     bos_id = processor.bos_id() if bos_id is None else bos_id
 
+    # The unknown token is a control token, as in transformers and llama.cpp. Texts never need it,
+    # because a character without its own token is spelled in bytes.
+    control = {i for i in pieces if processor.is_control(i) or processor.is_unknown(i)}
+
     def read_token(token_id: int) -> bytes:
-        if processor.is_control(token_id):
+        if token_id in control:
             return b""
-        if processor.is_unknown(token_id):
-            text: str = processor.decode([token_id])
-            return text.encode("utf-8")
         piece: str = processor.id_to_piece(token_id)
         byte = BYTE_TOKEN.fullmatch(piece) if processor.is_byte(token_id) else None
         return bytes.fromhex(byte[1]) if byte else piece_bytes(piece)
 
     base_size = len(pieces)
     token_bytes: list[bytes | None] = [read_token(i) for i in pieces]
-    control = {i for i in pieces if processor.is_control(i)}
     finder = TokenFinder(_add(added, token_bytes, pieces, control))
     names = {piece: i for i, piece in pieces.items()}
     eos_id = named_id(added, "eos_token", names, processor.eos_id())

@@ -98,7 +98,7 @@ class CalibratedLayers:
                     errors = weight.clone()  # the weight may belong to a file
                     _round(errors, *factor, out)
                     _expect_finite_errors(errors, weight, full_name, out.format)
-                else:  # with 8 bits the errors are too small to be worth it
+                else:  # errors of 8 bits are too small to compensate
                     out = self._quantization.quantize(full_name, weight, full_name)
                 assert out is not None  # all matrices of layers are quantised
                 made[name], wide[name] = out, out.dequantize()

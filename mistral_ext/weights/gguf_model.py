@@ -104,7 +104,7 @@ def gguf_tensors(file: Gguf, dtype: torch.dtype, kept: Mapping[str, str]) -> Ite
 
     Args:
         file: the result of `read_gguf`.
-        dtype: the dtype to decode the other weights to.
+        dtype: the dtype to which weights that are not in `kept` are decoded.
         kept: the result of `kept_formats`. Each of these matrices becomes two tensors: the values
             have its name, and the scales its name with `SCALE_SUFFIX`.
     """

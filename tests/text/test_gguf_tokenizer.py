@@ -78,8 +78,8 @@ def test_vocabulary(tokenizer, processor):
     ids = range(processor.vocab_size())
     assert tokenizer.vocab_size == len(ids)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (processor.bos_id(), processor.eos_id())
-    control = {processor.id_to_piece(i): i for i in ids if processor.is_control(i)}
-    assert tokenizer.control_ids == control
+    control = [i for i in ids if processor.is_control(i) or processor.is_unknown(i)]
+    assert tokenizer.control_ids == {processor.id_to_piece(i): i for i in control}
 
 
 def test_flags_of_spaces_and_beginnings(metadata, processor):
@@ -198,6 +198,19 @@ def test_byte_level_tokens_are_bytes(trained, byte_level):
     )
     assert byte_level.control_ids == {name: i for i, name in enumerate(SPECIAL)}
     assert not byte_level.adds_first_space
+
+
+def test_unknown_token_of_byte_level_is_found_on_request_only(trained, pre):
+    metadata = byte_level_metadata(trained, pre)
+    types = np.array(metadata["tokenizer.ggml.token_type"])
+    unknown = len(types) - 1
+    types[unknown] = 2
+    texts = [*metadata["tokenizer.ggml.tokens"][:-1], "<unk>"]
+    changed = {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
+    changed["tokenizer.ggml.merges"] = metadata["tokenizer.ggml.merges"][:1]
+    tokenizer = Tokenizer.from_gguf(PATH, metadata | changed)
+    assert unknown not in tokenizer.encode("a<unk>b")
+    assert unknown in tokenizer.encode("a<unk>b", special_tokens=True)
 
 
 def test_who_begins_texts(trained, pre, byte_level):

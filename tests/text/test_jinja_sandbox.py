@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mistral_ext.text import jinja_sandbox
+from mistral_ext.text import jinja_limits
 from mistral_ext.text.jinja_sandbox import SandboxedTemplate
 
 MESSAGES = [
@@ -246,7 +246,7 @@ def test_same_text_as_transformers(source):
     ],
 )
 def test_what_templates_may_not_do(source, reason, monkeypatch):
-    monkeypatch.setattr(jinja_sandbox, "MAX_STEPS", 100_000)
+    monkeypatch.setattr(jinja_limits, "MAX_STEPS", 100_000)
     with pytest.raises(ValueError, match=rf"^file\.jinja: .*{reason}"):
         render(source)
 
@@ -264,7 +264,7 @@ def test_exception_of_the_template_itself():
 
 def test_a_deadline_holds_in_every_thread(monkeypatch):
     """Time is up before the first step; no signal is needed to say so."""
-    monkeypatch.setattr(jinja_sandbox, "MAX_SECONDS", -1.0)
+    monkeypatch.setattr(jinja_limits, "MAX_SECONDS", -1.0)
     template = SandboxedTemplate("{% for m in messages %}{{ m }}{% endfor %}", "file.jinja")
     errors = []
 
@@ -284,7 +284,7 @@ def test_a_deadline_holds_in_every_thread(monkeypatch):
 
 
 def test_renderings_do_not_share_what_they_have_left(monkeypatch):
-    monkeypatch.setattr(jinja_sandbox, "MAX_STEPS", 100)
+    monkeypatch.setattr(jinja_limits, "MAX_STEPS", 100)
     for _ in range(3):
         assert render("{% for i in range(60) %}{{ i }}{% endfor %}").endswith("59")
 
