@@ -9,7 +9,8 @@ namespace mistral::cpu {
 
 #define MISTRAL_LINEAR_SETS(F) \
   F(avxvnni)                   \
-  F(neon_dotprod)
+  F(neon_dotprod)              \
+  F(neon_i8mm)
 
 // Defined in a binary that holds the set.
 #define DECLARE(set)                                                    \

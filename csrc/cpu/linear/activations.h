@@ -106,6 +106,14 @@ auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   });
 }
 
+// Whether the tokens of a product of several are packed in another way than one token alone.
+template <class Chunk>
+constexpr bool kPacksTogether = false;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+template <WeightFormat format>
+constexpr bool kPacksTogether<InBytes<format>> = true;
+#endif
+
 // How the K activations of a token are packed for a chunk type.
 template <class Chunk>
 struct Packing {
@@ -134,6 +142,13 @@ struct Packing<InBytes<format>> {
   static void pack(const T* x, int64_t inputs, char* out) {
     pack_bytes(x, inputs, out);
   }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  template <class T>
+  static void pack_together(const T* x, int64_t inputs, int64_t token, int64_t tokens,
+                            char* packed) {
+    pack_bytes_together(x, inputs, token, tokens, packed);
+  }
+#endif
 };
 #endif
 #if defined(__AVX512VNNI__)

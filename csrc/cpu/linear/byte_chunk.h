@@ -63,6 +63,8 @@ struct ByteFormat {
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
+  // The tokens that are multiplied together.
+  static constexpr int kTokens = 1;
   // The sizes of packed activations, which have a unit for each block.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
