@@ -6,6 +6,7 @@
 
 #include "../norm.h"
 #include "gemv_bytes.h"
+#include "gemv_halves.h"
 #include "gemv_int16.h"
 #include "gemv_int8.h"
 #include "gemv_pairs.h"
@@ -79,7 +80,10 @@ struct FewChunkOf {
       std::conditional_t<kInInt16, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
   using InFewerBits =
       std::conditional_t<kFits && has_int8_products(format), InIntegers, InFloatsOrInt16>;
-  using type = std::conditional_t<kFits && has_pair_products(format), InPairs, InFewerBits>;
+  using InPairsOrFewerBits =
+      std::conditional_t<kFits && has_pair_products(format), InPairs, InFewerBits>;
+  using type =
+      std::conditional_t<kFits && has_half_products(format), InHalves<format>, InPairsOrFewerBits>;
 };
 
 // Whether tokens of type T are multiplied in bytes, unless products are asked to be exact.
@@ -112,6 +116,8 @@ constexpr bool kPacksTogether = false;
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 template <WeightFormat format>
 constexpr bool kPacksTogether<InBytes<format>> = true;
+template <WeightFormat format>
+constexpr bool kPacksTogether<InHalves<format>> = true;
 #endif
 
 // How the K activations of a token are packed for a chunk type.
@@ -151,6 +157,20 @@ struct Packing<InBytes<format>> {
 #endif
 };
 #endif
+#if defined(__ARM_FEATURE_DOTPROD)
+template <WeightFormat format>
+struct Packing<InHalves<format>> {
+  static int64_t elements(int64_t inputs) { return packed_halves_row(inputs); }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, char* out) {
+    pack_halves<false>(x, inputs, out);
+  }
+  template <class T>
+  static void pack_together(const T* x, int64_t inputs, int64_t token, int64_t, char* packed) {
+    pack_halves<true>(x, inputs, packed + token * elements(inputs));
+  }
+};
+#endif
 #if defined(__AVX512VNNI__)
 template <>
 struct Packing<InIntegers> {
@@ -180,6 +200,10 @@ struct PackedAlike {
 template <WeightFormat format>
 struct PackedAlike<InBytes<format>> {
   using type = ByteActivations;
+};
+template <WeightFormat format>
+struct PackedAlike<InHalves<format>> {
+  using type = InHalves<WeightFormat::int8>;
 };
 template <class>
 constexpr char kMark = 0;
