@@ -1,9 +1,9 @@
 """Times products on the CPU: activations in 8 bits, next to exact ones.
 
     python bench/rounded_products.py [--threads 1] [--rounds N] [--dtype bf16] [--json FILE]
-                                     [--tokens 1,4,8,64,256] [--formats NAMES]
+                                     [--tokens 1,4,8,64,256] [--formats NAMES] [--inputs N]
 
-Weights have the shape of Mistral 7B's attention output. Times are milliseconds of processor time of
+Weights have the shape of Mistral 7B's attention output, or rows of N inputs. Times are milliseconds of processor time of
 all threads, so that other programs of the machine count for little. They are medians of turns in
 which both ways alternate. `gain` is exact over rounded, `of one` the rounded time over that of the
 first number of tokens.
@@ -31,8 +31,8 @@ TOKENS = "1,4,8,64,256"
 COLUMNS = [("format", -8), ("tokens", 6), ("exact", 8), ("rounded", 8), ("gain", 6), ("of one", 6)]
 
 
-def random_weight(form: str, group: int | None) -> Quantized:
-    weight = Quantized.empty((DIM, DIM), form, group)
+def random_weight(form: str, group: int | None, inputs: int) -> Quantized:
+    weight = Quantized.empty((DIM, inputs), form, group)
     of_value = torch.iinfo(weight.values.dtype)
     weight.values.random_(of_value.min, of_value.max)
     if weight.scales.dtype == torch.uint8:
@@ -56,12 +56,12 @@ def seconds(x: torch.Tensor, weight: Quantized, rounds: int) -> list[float]:
 
 
 def rows(
-    formats: list[str], numbers: list[int], dtype: torch.dtype, rounds: int
+    formats: list[str], numbers: list[int], dtype: torch.dtype, rounds: int, inputs: int
 ) -> Iterator[dict[str, str | int | float]]:
     for form in formats:
-        weight, one = random_weight(form, FORMATS[form]), 0.0
+        weight, one = random_weight(form, FORMATS[form], inputs), 0.0
         for tokens in numbers:
-            exact, rounded = seconds(random(tokens, DIM, dtype=dtype), weight, rounds)
+            exact, rounded = seconds(random(tokens, inputs, dtype=dtype), weight, rounds)
             one = one or rounded
             yield {
                 "format": form,
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tokens", default=TOKENS, metavar="N,N")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAMES")
+    parser.add_argument("--inputs", type=int, default=DIM)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     if args.threads:
@@ -91,7 +92,8 @@ def main() -> None:
     print_header(COLUMNS)
     measured = []
     numbers = [int(number) for number in args.tokens.split(",")]
-    for row in rows(args.formats.split(","), numbers, DTYPES[args.dtype], args.rounds):
+    formats = args.formats.split(",")
+    for row in rows(formats, numbers, DTYPES[args.dtype], args.rounds, args.inputs):
         measured.append(row)
         print_row(COLUMNS, [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()])
     if args.json:

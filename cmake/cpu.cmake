@@ -21,13 +21,14 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(kind MISTRAL_AARCH64)
   set(neon -DMISTRAL_NEON)
   set(neon_dotprod ${neon} -march=armv8.2-a+dotprod)
-  # csrc/cpu/processor.cpp asks for both.
+  # csrc/cpu/processor.cpp asks for all of these.
   set(neon_bf16 ${neon} -march=armv8.2-a+dotprod+bf16)
-  list(APPEND isas neon neon_dotprod neon_bf16)
+  set(neon_i8mm ${neon} -march=armv8.2-a+dotprod+bf16+i8mm)
+  list(APPEND isas neon neon_dotprod neon_bf16 neon_i8mm)
 endif()
 
 # Sets that have products of linear layers of their own, and all else from the set before them.
-set(linear_isas avxvnni neon_dotprod)
+set(linear_isas avxvnni neon_dotprod neon_i8mm)
 
 list(GET isas -1 newest)
 set(MISTRAL_EXT_NEWEST_ISA ${newest} CACHE STRING "The last instruction set to build for: ${isas}")

@@ -26,6 +26,7 @@ AARCH64_SETS = {
     "neon": "nothing",
     "neon_dotprod": "dot products",
     "neon_bf16": "dot products and bf16",
+    "neon_i8mm": "dot products, bf16 and i8mm",
 }
 INSTRUCTION_SETS = AARCH64_SETS if platform.machine() in ("aarch64", "arm64") else X86_SETS
 

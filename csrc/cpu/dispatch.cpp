@@ -60,6 +60,7 @@ const Kernels* table(Isa isa) {
   TABLE(neon)
   LINEAR_TABLE(neon_dotprod, neon)
   TABLE(neon_bf16)
+  LINEAR_TABLE(neon_i8mm, neon_bf16)
 #endif
 #undef TABLE
 #undef LINEAR_TABLE

@@ -16,7 +16,8 @@ namespace mistral::cpu {
   F(amx)                \
   F(neon)               \
   F(neon_dotprod)       \
-  F(neon_bf16)
+  F(neon_bf16)          \
+  F(neon_i8mm)
 
 enum class Isa {
 #define NAME(isa) isa,

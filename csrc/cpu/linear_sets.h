@@ -9,7 +9,8 @@ namespace mistral::cpu {
 
 #define MISTRAL_LINEAR_SETS(F) \
   F(avxvnni)                   \
-  F(neon_dotprod)
+  F(neon_dotprod)              \
+  F(neon_i8mm)
 
 // A binary that holds a set defines these functions in the namespace of the set.
 #define DECLARE(set)                                                    \

@@ -78,13 +78,14 @@ bool processor_has(Isa isa) {
   capabilities = getauxval(AT_HWCAP);
   capabilities2 = getauxval(AT_HWCAP2);
 #endif
-  // HWCAP_ASIMDDP and HWCAP2_BF16 of asm/hwcap.h
-  constexpr unsigned long kDotProduct = 1ul << 20, kBf16 = 1ul << 14;
+  // HWCAP_ASIMDDP, HWCAP2_I8MM and HWCAP2_BF16 of asm/hwcap.h
+  constexpr unsigned long kDotProduct = 1ul << 20, kI8mm = 1ul << 13, kBf16 = 1ul << 14;
   switch (isa) {
     case Isa::scalar:
     case Isa::neon: return true;
     case Isa::neon_dotprod: return capabilities & kDotProduct;
     case Isa::neon_bf16: return processor_has(Isa::neon_dotprod) && (capabilities2 & kBf16);
+    case Isa::neon_i8mm: return processor_has(Isa::neon_bf16) && (capabilities2 & kI8mm);
     default: return false;
   }
 }

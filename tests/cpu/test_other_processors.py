@@ -45,14 +45,14 @@ def build(name: str, *settings: str) -> Path:
 
 @pytest.mark.timeout(1200)  # a minute of two cores, for the compiler most of all
 def test_aarch64():
-    """Every kernel of neon and neon_bf16, and the products of neon_dotprod."""
+    """Every kernel of neon and neon_bf16, and the products of neon_dotprod and neon_i8mm."""
     for tool in ("cmake", "ninja", "aarch64-linux-gnu-g++", "qemu-aarch64"):
         if shutil.which(tool) is None:
             lacks(f"{tool} (Debian: cmake, ninja-build, g++-aarch64-linux-gnu, qemu-user)")
     compare = build("isas-aarch64", f"-DCMAKE_TOOLCHAIN_FILE={SOURCES / 'aarch64.cmake'}")
     emulator = "qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"
     text = run(*emulator, "-cpu", "max", compare)
-    for name in ("neon", "neon_dotprod", "neon_bf16"):
+    for name in ("neon", "neon_dotprod", "neon_bf16", "neon_i8mm"):
         assert f"\n{name}: " in f"\n{text}"
     # The first aarch64 has no dot product, so its instructions would be illegal there.
     text = run(*emulator, "-cpu", "cortex-a53", compare, "none")

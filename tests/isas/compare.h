@@ -53,6 +53,8 @@ struct Set {
   bool linear_alone;  // all other kernels are those of another set
 };
 
+// A set that this processor runs.
+Set set_of(const char* name);
 // Makes a set the one in use.
 void use(const Set& set);
 const Set& in_use();

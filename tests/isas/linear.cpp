@@ -73,6 +73,20 @@ void compare_exact(const Set& set, const std::string& dtype, const Call& call) {
   });
 }
 
+// Activations whose largest is just below a power of two. Those next to it in 16-bit integers have
+// high bytes that do not fit.
+template <class T>
+void compare_largest(const Set& set, const std::string& dtype, const Call& call) {
+  compare<T>(set, label_of(call, dtype) + ", largest", 6, [&](auto data) {
+    auto x = data.normal(call.tokens * call.inputs);
+    for (int64_t token = 0; token < call.tokens; ++token) {
+      const float largest = token % 2 ? 3.984375f : -3.984375f;  // all bits of bf16
+      x[static_cast<size_t>(token * call.inputs + 5)] = data.convert(largest);
+    }
+    return std::vector<Floats>{multiply(data, call, x)};
+  });
+}
+
 // Each block of 32 in integers of a 127th of its largest magnitude.
 Floats rounded_to_bytes(const Floats& x) {
   Floats out(x.size());
@@ -142,6 +156,38 @@ void compare_not_finite(const Set& set, const std::string& dtype, Call call) {
   }
 }
 
+// Sets of aarch64 that differ in how products of integers are added, which gives the same bits.
+// neon_i8mm has all other products from neon_bf16, so all of its products have the same bits.
+struct SameBits {
+  const char *name, *other;
+  bool all;  // or products that round activations
+};
+constexpr SameBits kSameBits[] = {{"neon_dotprod", "neon", false},
+                                  {"neon_i8mm", "neon_bf16", true}};
+
+template <class T>
+void compare_bits(const SameBits& sets, const std::string& dtype, Call call) {
+  const Set both[2] = {set_of(sets.name), set_of(sets.other)};
+  for (bool exact : {true, false}) {
+    call.exact = exact;
+    use(both[0]);
+    if (exact ? !sets.all : !both[0].linear_rounds(dtype_of<T>(), call.format, call.tokens)) {
+      continue;
+    }
+    Floats results[2];
+    for (int i = 0; i < 2; ++i) {
+      use(both[i]);
+      Data<T, T> data(uint64_t(call.tokens) + 3);
+      const auto x = data.normal(call.tokens * call.inputs);
+      results[i] = multiply(data, call, x);
+    }
+    const size_t bytes = results[0].size() * sizeof(float);
+    const bool equal = memcmp(results[0].data(), results[1].data(), bytes) == 0;
+    report(label_of(call, dtype), equal,
+           std::string("the bits differ from those of ") + sets.other);
+  }
+}
+
 template <class T>
 void compare_format(const Set& set, const std::string& dtype, WeightFormat format, int64_t group) {
   const auto call = [&](int64_t tokens, int64_t inputs, int64_t rows) {
@@ -161,6 +207,15 @@ void compare_format(const Set& set, const std::string& dtype, WeightFormat forma
       compare_exact<T>(set, dtype, fused);
     }
   }
+  for (const SameBits& sets : kSameBits) {
+    if (set.name != sets.name) continue;
+    for (const Call& shape : {call(1, 331, 5), call(2, 600, 19), call(5, 1100, 3), call(8, 288, 34),
+                              call(9, 331, 17), call(27, 2336, 18)}) {
+      compare_bits<T>(sets, dtype, shape);
+    }
+  }
+  compare_largest<T>(set, dtype, call(1, 200, 5));
+  compare_largest<T>(set, dtype, call(4, 200, 5));
   compare_alone<T>(set, dtype, call(7, 600, 19));
   compare_not_finite<T>(set, dtype, call(3, 300, 11));
   compare_not_finite<T>(set, dtype, call(21, 300, 11));

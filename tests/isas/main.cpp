@@ -15,13 +15,17 @@ namespace {
 int compared = 0, failed = 0;
 const Set* current = nullptr;
 
-Set set_of(const char* name, bool linear_alone) {
+}  // namespace
+
+Set set_of(const char* name) {
+  bool linear_alone = false;
+  for (cpu::Isa isa : cpu::supported_isas()) {
+    if (!strcmp(cpu::name(isa), name)) linear_alone = cpu::is_linear_set(isa);
+  }
   return {name, &cpu::linear, &cpu::linear_scratch_bytes, &cpu::linear_rounds, name, linear_alone};
 }
 
-}  // namespace
-
-const Set kScalar = set_of("scalar", false);
+const Set kScalar = set_of("scalar");
 
 void use(const Set& set) {
   current = &set;
@@ -71,7 +75,7 @@ int main(int count, char** names) {
   const std::vector<cpu::Isa> isas = cpu::supported_isas();
   for (cpu::Isa isa : isas) {
     if (isa == cpu::Isa::scalar || !is_wanted(cpu::name(isa))) continue;
-    compare_set(set_of(cpu::name(isa), cpu::is_linear_set(isa)));
+    compare_set(set_of(cpu::name(isa)));
   }
 #if defined(MISTRAL_AVXVNNI)
   if (is_wanted("avxvnni") &&

@@ -6,6 +6,7 @@
 
 #include "../norm.h"
 #include "gemv_bytes.h"
+#include "gemv_halves.h"
 #include "gemv_int16.h"
 #include "gemv_int8.h"
 #include "gemv_pairs.h"
@@ -79,7 +80,10 @@ struct FewChunkOf {
       std::conditional_t<kInInt16, Int16Chunk<format>, typename ChunkOf<format, T>::type>;
   using InFewerBits =
       std::conditional_t<kFits && has_int8_products(format), InIntegers, InFloatsOrInt16>;
-  using type = std::conditional_t<kFits && has_pair_products(format), InPairs, InFewerBits>;
+  using InPairsOrFewerBits =
+      std::conditional_t<kFits && has_pair_products(format), InPairs, InFewerBits>;
+  using type =
+      std::conditional_t<kFits && has_half_products(format), InHalves<format>, InPairsOrFewerBits>;
 };
 
 // Whether tokens of type T are multiplied in bytes, unless the caller asks for exact products.
@@ -105,6 +109,16 @@ auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
     return f(typename FewChunkOf<format.value, T>::type{});
   });
 }
+
+// Whether the tokens of a product of several are packed in another way than one token alone.
+template <class Chunk>
+constexpr bool kPacksTogether = false;
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+template <WeightFormat format>
+constexpr bool kPacksTogether<InBytes<format>> = true;
+template <WeightFormat format>
+constexpr bool kPacksTogether<InHalves<format>> = true;
+#endif
 
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
@@ -133,6 +147,27 @@ struct Packing<InBytes<format>> {
   template <class T>
   static void pack(const T* x, int64_t inputs, char* out) {
     pack_bytes(x, inputs, out);
+  }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  template <class T>
+  static void pack_together(const T* x, int64_t inputs, int64_t token, int64_t tokens,
+                            char* packed) {
+    pack_bytes_together(x, inputs, token, tokens, packed);
+  }
+#endif
+};
+#endif
+#if defined(__ARM_FEATURE_DOTPROD)
+template <WeightFormat format>
+struct Packing<InHalves<format>> {
+  static int64_t elements(int64_t inputs) { return packed_halves_row(inputs); }
+  template <class T>
+  static void pack(const T* x, int64_t inputs, char* out) {
+    pack_halves<false>(x, inputs, out);
+  }
+  template <class T>
+  static void pack_together(const T* x, int64_t inputs, int64_t token, int64_t, char* packed) {
+    pack_halves<true>(x, inputs, packed + token * elements(inputs));
   }
 };
 #endif
@@ -166,6 +201,10 @@ struct PackedAlike {
 template <WeightFormat format>
 struct PackedAlike<InBytes<format>> {
   using type = ByteActivations;
+};
+template <WeightFormat format>
+struct PackedAlike<InHalves<format>> {
+  using type = InHalves<WeightFormat::int8>;
 };
 template <class>
 constexpr char kMark = 0;

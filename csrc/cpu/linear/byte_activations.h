@@ -46,6 +46,9 @@ struct ByteActivations {
   float scale[8];      // of each block, in the order of lanes
   float sum[8];        // the sums of the scaled values of each block
   int16_t halves[16];  // the sums of the first and of the last 16 integers of each block
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  char unused[32];  // PairActivations is larger than the rest
+#endif
 
   int8_t* word(int block, int word, int half) {
     return values[2 * word + half] + 4 * lane_of(block);
@@ -58,6 +61,36 @@ struct ByteActivations {
     halves[2 * lane + 1] = static_cast<int16_t>(last_sum);
   }
 };
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// 256 activations of two tokens, for products of matrices. A part of a block is 8 activations: the
+// low halves (parts 0 and 2) or the high halves of the bytes of two words.
+struct PairActivations {
+  int8_t values[8][4][2][8];  // [block][part][token]
+  float scale[8][2][2];       // [block][row][token]: for each of two rows, the same
+  float sum[8][2][2];         // the sums of the scaled values, likewise
+};
+// A pair takes as many bytes as two tokens.
+static_assert(sizeof(PairActivations) == 2 * sizeof(ByteActivations), "");
+
+// The activations of one token of a pair.
+struct OfPair {
+  PairActivations& pair;
+  int token;
+
+  int8_t* word(int block, int word, int half) {
+    return pair.values[block][word / 2 * 2 + half][token] + word % 2 * 4;
+  }
+  void set_scale(int block, float of_block, int first_sum, int last_sum) {
+    for (int row = 0; row < 2; ++row) {
+      pair.scale[block][row][token] = of_block;
+      pair.sum[block][row][token] = of_block * static_cast<float>(first_sum + last_sum);
+    }
+  }
+};
+
+#endif
 
 // out[i] = the sum of the lanes of x[i].
 MISTRAL_SIMD void store_row_sums(const ByteSums (&x)[8], float* out) {
@@ -92,9 +125,9 @@ inline float round_block(const float* x, Bytes32* out) {
 }
 
 // Packs `count` activations, at most kSuperBlock and a multiple of 32, and pads them with zeros to
-// kSuperBlock.
-template <class T>
-void pack_super_block(const T* x, int64_t count, ByteActivations& packed) {
+// kSuperBlock. `packed` is a reference to ByteActivations, or OfPair.
+template <class T, class Packed>
+void pack_super_block(const T* x, int64_t count, Packed&& packed) {
   float values[kSuperBlock] = {};
   for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
   // A word has 8 values. Value e is at bit int4_shift(e), so four values are in the low halves of
@@ -126,6 +159,24 @@ void pack_bytes(const T* x, int64_t inputs, char* out) {
     pack_super_block(x + begin, mistral::min(kSuperBlock, inputs - begin), *packed++);
   }
 }
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// Packs the K activations of a token as one of several. Pairs lie one after the other.
+template <class T>
+void pack_bytes_together(const T* x, int64_t inputs, int64_t token, int64_t tokens, char* packed) {
+  char* pair = packed + token / 2 * 2 * packed_byte_row(inputs);
+  const bool alone = token % 2 == 0 && token + 1 == tokens;
+  if (alone) memset(pair, 0, 2 * packed_byte_row(inputs));
+  for (int64_t begin = 0; begin < inputs; begin += kSuperBlock) {
+    auto* chunk = reinterpret_cast<PairActivations*>(pair);
+    pack_super_block(x + begin, mistral::min(kSuperBlock, inputs - begin),
+                     OfPair{*chunk, static_cast<int>(token % 2)});
+    pair += 2 * sizeof(ByteActivations);
+  }
+}
+
+#endif
 
 #endif
 

@@ -64,6 +64,7 @@ struct ByteFormat {
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
+  static constexpr int kTokens = 1;  // the tokens that are multiplied together
   // The sizes of a packed token. Its blocks have their own units, so it has no head and no common
   // unit.
   static constexpr int64_t kHeadBytes = 0;

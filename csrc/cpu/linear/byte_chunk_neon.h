@@ -6,12 +6,43 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
+// The numbers that a row has for each of 8 blocks.
 template <WeightFormat format>
-struct ByteChunk : ByteFormat<format> {
+struct ByteNumbers {
+  using Format = ByteFormat<format>;
+
+  float factors[8], minima[8];
+  int32_t of_halves[16];  // if kScalesOfHalves: of the first halves of the blocks, then of the last
+
+  MISTRAL_SIMD void take(const char* row_scales, int group_log2, int64_t k, int64_t there) {
+    for (int lane = 0; lane < 8; ++lane) {
+      const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K, activations are 0
+      if constexpr (Format::kBf16Scales) {
+        factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
+        minima[lane] = -8 * factors[lane];
+      } else if constexpr (Format::kScalesOfHalves) {
+        const char* group =
+            row_scales + (at >> group_log2) * info(format).group_scales * info(format).scale_bytes;
+        factors[lane] = half_at(group + 16);
+        of_halves[lane] = static_cast<int8_t>(group[2 * lane]);
+        of_halves[8 + lane] = static_cast<int8_t>(group[2 * lane + 1]);
+      } else {
+        const Scaling scaling = scaling_at<format>(row_scales, group_log2, at);
+        factors[lane] = scaling.factor;
+        minima[lane] = scaling.offset;
+      }
+    }
+  }
+};
+
+// 256 values of a row.
+template <WeightFormat format>
+struct ByteRow : ByteFormat<format> {
   using Format = ByteFormat<format>;
   using Format::kBits, Format::kBytes, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
   static constexpr int kRows = 1;
-  using OneRow = ByteChunk;
+  using OneRow = ByteRow;
+  using Numbers = ByteNumbers<format>;
   static constexpr bool kMinimum = !kTable && !kScalesOfHalves;
 
   Bytes32 values[8];
@@ -56,6 +87,13 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
+  // The numbers that 16 values stand for.
+  MISTRAL_SIMD static int8x16_t number(uint8x16_t values) {
+    const int8x16_t numbers = vreinterpretq_s8_u8(values);
+    if (kScalesOfHalves) return vsubq_s8(numbers, vdupq_n_s8(32));
+    return kTable ? vqtbl1q_s8(vld1q_s8(kTable4), values) : numbers;
+  }
+
  private:
   // Unpacks four blocks. Byte b of values[i] belongs to lane b / 4.
   MISTRAL_SIMD void take_half(const char* words, int half) {
@@ -72,10 +110,7 @@ struct ByteChunk : ByteFormat<format> {
       uint8x16_t value = i % 2 == 0 ? vandq_u8(word, vdupq_n_u8(15)) : vshrq_n_u8(word, 4);
       if (kBits == 5) value = vorrq_u8(value, moved(further[0], i, 0x10));
       if (kBits == 6) value = vorrq_u8(value, moved(further[i / 4], 2 * (i % 4), 0x30));
-      int8x16_t number = vreinterpretq_s8_u8(value);
-      if (kScalesOfHalves) number = vsubq_s8(number, vdupq_n_s8(32));
-      if (kTable) number = vqtbl1q_s8(vld1q_s8(kTable4), value);
-      values[i].v[half] = number;
+      values[i].v[half] = number(value);
     }
   }
 
@@ -85,31 +120,23 @@ struct ByteChunk : ByteFormat<format> {
   }
 
   MISTRAL_SIMD void take_scales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
-    float factors[8], minima[8];
-    int32_t of_halves[16];
-    for (int lane = 0; lane < 8; ++lane) {
-      const int64_t at = k + mistral::min(32 * lane, there - 1);  // past K all activations are 0
-      if constexpr (Format::kBf16Scales) {
-        factors[lane] = to_float(reinterpret_cast<const bf16*>(row_scales)[at >> group_log2]);
-        minima[lane] = -8 * factors[lane];
-      } else if constexpr (kScalesOfHalves) {
-        const char* group =
-            row_scales + (at >> group_log2) * info(format).group_scales * info(format).scale_bytes;
-        factors[lane] = half_at(group + 16);
-        of_halves[lane] = static_cast<int8_t>(group[2 * lane]);
-        of_halves[8 + lane] = static_cast<int8_t>(group[2 * lane + 1]);
-      } else {
-        const Scaling scaling = scaling_at<format>(row_scales, group_log2, at);
-        factors[lane] = scaling.factor;
-        minima[lane] = scaling.offset;
-      }
-    }
+    Numbers numbers;
+    numbers.take(row_scales, group_log2, k, there);
     for (int half = 0; half < 2; ++half) {
-      factor.v[half] = vld1q_f32(factors + 4 * half);
-      if (kMinimum) minimum.v[half] = vld1q_f32(minima + 4 * half);
+      factor.v[half] = vld1q_f32(numbers.factors + 4 * half);
+      if (kMinimum) minimum.v[half] = vld1q_f32(numbers.minima + 4 * half);
     }
-    for (int i = 0; kScalesOfHalves && i < 4; ++i) scales[i] = vld1q_s32(of_halves + 4 * i);
+    for (int i = 0; kScalesOfHalves && i < 4; ++i) scales[i] = vld1q_s32(numbers.of_halves + 4 * i);
   }
 };
 
+#if !defined(__ARM_FEATURE_MATMUL_INT8)
+template <WeightFormat format>
+struct ByteChunk : ByteRow<format> {};
+#endif
+
 }  // namespace mistral::cpu::MISTRAL_ISA
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#include "byte_chunk_i8mm.h"
+#endif

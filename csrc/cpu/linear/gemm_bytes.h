@@ -4,11 +4,11 @@
 //
 //   for each kPanelRows rows, for each block of kPanelChunks chunks of k
 //     unpack the block once for all tokens: the panel
-//     for each 4 tokens, for each row: add the products of the block
+//     for each 4 tokens, for each group of rows: add the products of the block
 //
 // A sum stays a vector until all of k is added: a block of 32 values has one lane, or on AVX-512
 // four lanes. The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens
-// stay in L1.
+// (with i8mm 8 tokens, in pairs) stay in L1.
 #pragma once
 
 #include "gemv_bytes.h"
@@ -55,36 +55,42 @@ class BytePanel {
 
  private:
   using Chunk = ByteChunk<format>;
+  using Sums = typename Chunk::Sums;
   static constexpr int R = Chunk::kRows;
+  static constexpr int64_t M = Chunk::kTokens;
   static constexpr int64_t kPanelRows = 16;
   static constexpr int64_t kPanelChunks = 8;
+  static constexpr int kColumns = 4;
 
   void multiply_rows(const ByteProducts& p, int64_t first, int64_t rows, const ProductsOut& out) {
-    const int64_t groups = ceil_div(rows, R);
+    const int64_t groups = ceil_div(rows, R), columns = ceil_div(p.tokens, M);
     for (int64_t i = 0; i < groups; ++i) {
-      memset(totals_[i], 0, ceil_div(p.tokens, 8) * 8 * sizeof(ByteSums));
+      memset(totals_[i], 0, ceil_div(columns, 8) * 8 * sizeof(Sums));
     }
     const int64_t chunks = ceil_div(p.w.inputs, kSuperBlock);
     for (int64_t begin = 0; begin < chunks; begin += kPanelChunks) {
       const int64_t count = mistral::min(kPanelChunks, chunks - begin);
       unpack(p.w.from(first), rows, begin, count);
-      const char* x = p.x + begin * int64_t{sizeof(ByteActivations)};
-      int64_t token = 0;
-      for (; token + 4 <= p.tokens; token += 4) {
-        add_tokens<4>(x + token * p.stride_x, p.stride_x, token, groups, count);
+      const char* x = p.x + begin * M * Chunk::kLineBytes;
+      const int64_t stride = M * p.stride_x;
+      int64_t column = 0;
+      for (; column + kColumns <= columns; column += kColumns) {
+        add_columns<kColumns>(x + column * stride, stride, column, groups, count);
       }
-      for (; token < p.tokens; ++token) {
-        add_tokens<1>(x + token * p.stride_x, p.stride_x, token, groups, count);
+      for (; column < columns; ++column) {
+        add_columns<1>(x + column * stride, stride, column, groups, count);
       }
     }
     for (int64_t i = 0; i < groups; ++i) {
-      for (int64_t token = 0; token < p.tokens; token += 8) {
-        ByteSums of_tokens[8];
-        memcpy(of_tokens, totals_[i] + token, sizeof of_tokens);
-        float sums[8][R];
-        store_row_sums(of_tokens, sums[0]);
+      for (int64_t column = 0; column < columns; column += 8) {
+        Sums of_columns[8];
+        memcpy(of_columns, totals_[i] + column, sizeof of_columns);
+        float sums[8][R][M];
+        Chunk::store_sums(of_columns, 1.0f, sums[0][0]);
         for (int64_t r = 0; r < mistral::min(int64_t{R}, rows - i * R); ++r) {
-          for (int t = 0; t < 8; ++t) out.put(first + i * R + r, token + t, sums[t][r]);
+          for (int t = 0; t < 8 * M; ++t) {
+            out.put(first + i * R + r, column * M + t, sums[t / M][r][t % M]);
+          }
         }
       }
     }
@@ -108,19 +114,19 @@ class BytePanel {
   }
 
   template <int N>
-  void add_tokens(const char* x, int64_t stride_x, int64_t token, int64_t groups, int64_t count) {
+  void add_columns(const char* x, int64_t stride, int64_t column, int64_t groups, int64_t count) {
     for (int64_t i = 0; i < groups; ++i) {
-      ByteSums sums[N];
-      for (int n = 0; n < N; ++n) sums[n] = totals_[i][token + n];
+      Sums sums[N];
+      for (int n = 0; n < N; ++n) sums[n] = totals_[i][column + n];
       for (int64_t j = 0; j < count; ++j) {
-        add_chunk<N>(chunks_[i][j], x + j * int64_t{sizeof(ByteActivations)}, stride_x, sums);
+        add_chunk<N>(chunks_[i][j], x + j * M * Chunk::kLineBytes, stride, sums);
       }
-      for (int n = 0; n < N; ++n) totals_[i][token + n] = sums[n];
+      for (int n = 0; n < N; ++n) totals_[i][column + n] = sums[n];
     }
   }
 
-  // The first index is a group of kRows rows, which share a chunk.
-  ByteSums totals_[kPanelRows / R][kPanelTokens];
+  // The first index is a group of kRows rows, which share a chunk. The second is kTokens tokens.
+  Sums totals_[kPanelRows / R][kPanelTokens / M];
   Chunk chunks_[kPanelRows / R][kPanelChunks];
 };
 

@@ -17,11 +17,12 @@ constexpr int64_t kCacheLineBytes = 64;
 // reach. Unlike them, the prefetch also crosses the ends of rows and pages.
 constexpr int64_t kAheadBytes = 8192;
 
-// The number of rows and tokens that are multiplied at a time. With one token it is one row, a
-// single stream through memory. With more tokens it is two rows, which share the loads of
-// activations. All sums must stay in registers.
-constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
-constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
+constexpr int kTokensAtATime = 4;
+// The number of rows that are multiplied at a time by N tokens. One token takes one row, a single
+// stream through memory. More tokens take two rows, which share the loads of activations. All sums
+// must stay in registers, and AVX2 has only 16, so there three and four tokens take one row.
+template <class Chunk, int N>
+constexpr int kRowsAtATime = N == 1 || (Vec::width == 8 && N > 2) ? 1 : 2;
 // The rows of a group. All tokens are multiplied by a group before the next group, while its rows
 // are in the cache.
 constexpr int kGroupRows = 8;
@@ -45,6 +46,10 @@ constexpr bool kPairsRows = Chunk::kGrouped;
 // The number of independent sums of a row. Neighbouring chunks go to different sums, because an
 // addition waits for the previous addition to the same sum.
 constexpr int kChains = 2;
+// The chunks that are multiplied in an iteration of a loop, a multiple of kChains. They share the
+// instructions of the loop and those that load scales.
+template <class Chunk>
+constexpr int kTogether = kChains;
 
 // Prefetches. locality 3: into L1 and all other caches; 2: into all but L1; 0: into L1 alone.
 template <int locality>
@@ -81,8 +86,9 @@ struct ScalesOf<Chunk, true> {
 // Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. The
 // products of the chunk go to sum number `chain`, below kChains. values[r] points to the chunk of
 // row r. If the format has groups, scales[r] are the factors of the chunk. `end` must be K or a
-// multiple of kChains chunks. Prefetches as many bytes as it reads, from `next` on. With one token
-// it prefetches consecutive addresses, across whole rows; with more tokens R rows side by side.
+// multiple of kTogether chunks. Prefetches as many bytes as it reads, from `next` on. With one
+// token it prefetches consecutive addresses, across whole rows; with more tokens R rows side by
+// side.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
@@ -102,38 +108,42 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
       values[r] = values_of(r);
       if (Chunk::kGrouped) scales[r] = of_chunks.of_chunk(loaded[r], i);
     }
-    f(chunk, i, values, scales);
+    f(chunk, i % kChains, values, scales);
   };
 
   // The loop counts chunks, so that the compiler can advance every address by a constant.
   int64_t chunk = begin / kValues;
   next -= chunk * kBytes;
-  const Scales of_chains(w.group_log2, kChains * kValues);
-  for (const int64_t all = end / kValues; chunk + kChains <= all; chunk += kChains) {
+  constexpr int kStride = kTogether<Chunk>;
+  const Scales of_chunks(w.group_log2, kStride * kValues);
+  for (const int64_t all = end / kValues; chunk + kStride <= all; chunk += kStride) {
     if (N == 1) {
-      fetch_weights(next + R * chunk * kBytes, R * kChains * kBytes);
+      fetch_weights(next + R * chunk * kBytes, R * kStride * kBytes);
     } else {
       for (int r = 0; r < R; ++r) {
-        fetch_weights(next + r * w.row_bytes + chunk * kBytes, kChains * kBytes);
+        fetch_weights(next + r * w.row_bytes + chunk * kBytes, kStride * kBytes);
       }
     }
-    load_scales(of_chains, chunk);
-#pragma GCC unroll 2
-    for (int i = 0; i < kChains; ++i) {
+    load_scales(of_chunks, chunk);
+#pragma GCC unroll 16
+    for (int i = 0; i < kStride; ++i) {
       const int64_t offset = (chunk + i) * kBytes;
-      visit(of_chains, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
+      visit(of_chunks, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
     }
   }
-  // The rest of a row: a whole chunk may remain, and then a chunk that is padded with zeros.
-  for (; chunk * kValues < end; ++chunk) {
-    const int64_t there = mistral::min(kValues, end - chunk * kValues);
-    char rest[R][kBytes] = {};
-    for (int r = 0; r < R; ++r) {
-      memcpy(rest[r], w.values + r * w.row_bytes + chunk * kBytes, Chunk::bytes(there));
-    }
+  // The rest of a row: whole chunks may remain, and then a chunk that is padded with zeros.
+  const auto visit_one = [&](int64_t there, auto values_of) {
     const Scales of_rest(w.group_log2, there);
     load_scales(of_rest, chunk);
-    visit(of_rest, chunk, 0, [&](int r) { return rest[r]; });
+    visit(of_rest, chunk, 0, values_of);
+  };
+  const auto from = [&](int r) { return w.values + r * w.row_bytes + chunk * kBytes; };
+  for (; (chunk + 1) * kValues <= end; ++chunk) visit_one(kValues, from);
+  if (chunk * kValues < end) {
+    const int64_t there = end - chunk * kValues;
+    char rest[R][kBytes] = {};
+    for (int r = 0; r < R; ++r) memcpy(rest[r], from(r), Chunk::bytes(there));
+    visit_one(there, [&](int r) { return rest[r]; });
   }
 }
 
@@ -238,7 +248,7 @@ template <class Chunk, int N>
 void multiply_group(const WeightRows& w, int64_t count,
                     const typename Chunk::Arithmetic::Element* x, int64_t stride_x, float* out,
                     int64_t stride_out) {
-  constexpr int R = rows_at_a_time(N);
+  constexpr int R = kRowsAtATime<Chunk, N>;
   if constexpr (N == 1) {
     // Two rows are multiplied together only if they are short: the prefetch must have brought both
     // into the cache.

@@ -3,12 +3,16 @@
 //
 //   take(values, scales, group_log2, k, there)   unpacks the values from k on of kRows rows
 //   add(x, totals)                               adds their products with the activations of N
+//                                                times kTokens tokens
+//   Sums, store_sums                             vectors with the totals of kRows rows and kTokens
 //                                                tokens
-//   Sums, store_sums                             vectors with the totals of kRows rows
 //   kBytes                                       the bytes of a row in a chunk
 //   kHeadBytes, kLineBytes                       a packed token: a head, a line for each chunk
 //   unit(x)                                      a factor of all products of a packed token
 //   OneRow                                       a chunk type for one row with the same additions
+//
+// If kTokens is more than 1, several tokens are packed together: as many tokens have lines in
+// common. One token alone is packed as its OneRow has it.
 //
 // With one token, one row is multiplied at a time, as a single stream through memory. With more
 // tokens, kRows rows are multiplied together and share instructions. The result of a row does not
@@ -43,11 +47,16 @@ MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk
   chunk.take(values, scales, w.group_log2, i * Chunk::kValues, there);
 }
 
-// Adds the products of a chunk with N tokens. Their packed activations are `stride_x` bytes apart.
+// Adds the products of a chunk with N times kTokens tokens. Their packed activations are `stride_x`
+// bytes apart.
 template <int N, class Chunk>
 MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
                             typename Chunk::Sums* totals) {
   const char* lines[N];
+  if constexpr (Chunk::kTokens > 1) {  // the sums are too many for registers
+    for (int n = 0; n < N; ++n) lines[n] = x + n * stride_x;
+    return chunk.add(lines, *reinterpret_cast<typename Chunk::Sums(*)[N]>(totals));
+  }
   typename Chunk::Sums sums[N];
   for (int n = 0; n < N; ++n) {
     lines[n] = x + n * stride_x;
@@ -55,6 +64,18 @@ MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
   }
   chunk.add(lines, sums);
   for (int n = 0; n < N; ++n) totals[n] = sums[n];
+}
+
+// The same, for `columns` times kTokens tokens.
+template <class Chunk>
+MISTRAL_SIMD void add_columns(const Chunk& chunk, const char* x, int64_t stride_x, int64_t columns,
+                              typename Chunk::Sums* totals) {
+  int64_t i = 0;
+  if constexpr (Chunk::kTokens > 1) {
+    for (; i + 4 <= columns; i += 4) add_chunk<4>(chunk, x + i * stride_x, stride_x, totals + i);
+    for (; i + 2 <= columns; i += 2) add_chunk<2>(chunk, x + i * stride_x, stride_x, totals + i);
+  }
+  for (; i < columns; ++i) add_chunk<1>(chunk, x + i * stride_x, stride_x, totals + i);
 }
 
 template <class Chunk>
@@ -100,10 +121,12 @@ struct FewInChunks {
   static void multiply_group(const WeightRows& w, int64_t rows, const char* x, int64_t stride_x,
                              int64_t tokens, float* out, int64_t stride_out) {
     constexpr int R = Chunk::kRows;
+    constexpr int64_t M = Chunk::kTokens;
     constexpr int64_t kActivationBytes = R == 1 ? 1 << 14 : 3 << 13;
     const int64_t chunks = ceil_div(w.inputs, Chunk::kValues);
     const int64_t block = mistral::max(int64_t{1}, kActivationBytes / (tokens * Chunk::kLineBytes));
-    typename Chunk::Sums totals[kGroupRows][kGemvTokens] = {};
+    const int64_t columns = ceil_div(tokens, M), stride = M * stride_x;
+    typename Chunk::Sums totals[kGroupRows][kGemvTokens / M] = {};
     for (int64_t begin = 0; begin < chunks; begin += block) {
       const int64_t end = mistral::min(begin + block, chunks);
       for (int64_t row = 0; row < rows; row += R) {
@@ -117,19 +140,20 @@ struct FewInChunks {
           }
           Chunk chunk;
           take_chunk(w.from(row), rows - row, i, chunk);
-          const char* line = x + Chunk::kHeadBytes + i * Chunk::kLineBytes;
-          for (int64_t token = 0; token < tokens; ++token) {
-            add_chunk<1>(chunk, line + token * stride_x, 0, totals[row / R] + token);
-          }
+          const char* line = x + Chunk::kHeadBytes + i * M * Chunk::kLineBytes;
+          add_columns(chunk, line, stride, columns, totals[row / R]);
         }
       }
     }
-    for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t column = 0; column < columns; ++column) {
       typename Chunk::Sums of_rows[kGroupRows];
-      for (int i = 0; i < kGroupRows; ++i) of_rows[i] = totals[i][token];
-      float sums[kGroupRows * R];
-      Chunk::store_sums(of_rows, Chunk::unit(x + token * stride_x), sums);
-      memcpy(out + token * stride_out, sums, rows * sizeof(float));
+      for (int i = 0; i < kGroupRows; ++i) of_rows[i] = totals[i][column];
+      float sums[kGroupRows * R][M];
+      Chunk::store_sums(of_rows, Chunk::unit(x + column * stride), sums[0]);
+      for (int64_t token = column * M; token < mistral::min(column * M + M, tokens); ++token) {
+        float* to = out + token * stride_out;
+        for (int64_t row = 0; row < rows; ++row) to[row] = sums[row][token % M];
+      }
     }
   }
 

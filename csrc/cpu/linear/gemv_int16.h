@@ -63,12 +63,42 @@ struct Int16Chunk<WeightFormat::int8> : Int16Bytes<64> {
   static constexpr bool kGrouped = false;
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// The scales of eight chunks of q8_0 (or of one, at the end of a row). Four are loaded and
+// converted to floats together, because loads are what takes the longest in these products.
+struct EightScales {
+  struct Loaded {
+    Vec fours[2];
+  };
+  bool one;
+
+  EightScales(int, int64_t values) : one(values <= 32) {}
+  MISTRAL_SIMD Loaded load(const char* scales) const {
+    const auto* from = reinterpret_cast<const f16*>(scales);
+    if (one) return {{broadcast(*from), broadcast(0.0f)}};
+    return {{load_four(from), load_four(from + 4)}};
+  }
+  MISTRAL_SIMD Vec of_chunk(const Loaded& loaded, int i) const {
+    return of_four(loaded.fours[i / 4], i % 4);
+  }
+};
+template <>
+constexpr int kTogether<Int16Chunk<WeightFormat::q8_0>> = 8;
+using Q8Scales = EightScales;
+
+#else
+
+using Q8Scales = Q8Chunk<Fp32>::Scales;
+
+#endif
+
 template <>
 struct Int16Chunk<WeightFormat::q8_0> : Int16Bytes<32> {
   template <class A>
   static constexpr bool kFastest = true;
   static constexpr bool kGrouped = true;
-  using Scales = Q8Chunk<Fp32>::Scales;
+  using Scales = Q8Scales;
 };
 
 // A chunk of a vector of words. Operand i holds values 2 i and 2 i + 1 of every word, 8 too large.
@@ -94,12 +124,15 @@ struct Int16Chunk<WeightFormat::int4> : Int16Layout {
   Words words_;
 };
 
+template <WeightFormat format, int N>
+constexpr int kRowsAtATime<Int16Chunk<format>, N> = N == 1 || Vec::width == 8 ? 1 : 2;
+
 template <WeightFormat format, int R, int N>
 struct Product<Int16Chunk<format>, R, N> {
   using Chunk = Int16Chunk<format>;
   // The sums of groups are added rarely, so one total suffices. This leaves registers for other
-  // values.
-  static constexpr int kTotals = Chunk::kGrouped ? 1 : kChains;
+  // values. Where many chunks go together, their additions would wait for each other.
+  static constexpr int kTotals = Chunk::kGrouped && kTogether<Chunk> == kChains ? 1 : kChains;
 
   Vec totals[kTotals][N][R];
 

@@ -32,6 +32,7 @@ struct PairRow;
 
 struct PairChunk {
   static constexpr int kRows = 4;
+  static constexpr int kTokens = 1;
   using OneRow = PairRow;
   static constexpr int64_t kValues = 128;
   static constexpr int64_t kBytes = kValues;
@@ -113,6 +114,7 @@ struct PairChunk {
 // The chunk for one row. All places of a lane of the sums belong to this row.
 struct PairRow {
   static constexpr int kRows = 1;
+  static constexpr int kTokens = 1;
   static constexpr int64_t kValues = PairChunk::kValues;
   static constexpr int64_t kBytes = PairChunk::kBytes;
   static constexpr int64_t kHeadBytes = PairChunk::kHeadBytes;

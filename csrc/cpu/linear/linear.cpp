@@ -127,7 +127,9 @@ struct Scratch {
   static int64_t few_bytes(const LinearParams& p, int64_t part) {
     return with_few_chunk<T>(p, part, [&](auto chunk) {
       using Chunk = decltype(chunk);
-      return p.tokens * Packing<Chunk>::elements(p.inputs) *
+      // Tokens may be packed in pairs.
+      const int64_t tokens = kPacksTogether<Chunk> ? ceil_div(p.tokens, 2) * 2 : p.tokens;
+      return tokens * Packing<Chunk>::elements(p.inputs) *
              int64_t{sizeof(typename Chunk::Arithmetic::Element)};
     });
   }
@@ -140,6 +142,11 @@ void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, 
   with_few_chunk<T>(p, part, [&](auto chunk) {
     using Chunk = decltype(chunk);
     auto* packed = reinterpret_cast<typename Chunk::Arithmetic::Element*>(scratch.packed[part]);
+    if constexpr (kPacksTogether<Chunk>) {
+      if (p.tokens > 1) {
+        return Packing<Chunk>::pack_together(x, p.inputs, token, p.tokens, packed);
+      }
+    }
     Packing<Chunk>::pack(x, p.inputs, packed + token * Packing<Chunk>::elements(p.inputs));
   });
 }

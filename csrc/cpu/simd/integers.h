@@ -134,6 +134,22 @@ MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
+// The scales of four groups, in each half of the vector.
+MISTRAL_SIMD Vec load_four(const f16* p) {
+  int64_t four;
+  memcpy(&four, p, sizeof four);
+  return {_mm256_cvtph_ps(_mm_set1_epi64x(four))};
+}
+// Scale i of four, in all lanes.
+MISTRAL_SIMD Vec of_four(Vec four, int i) {
+  switch (i) {  // the instruction takes a constant
+    case 0: return {_mm256_permute_ps(four.v, 0x00)};
+    case 1: return {_mm256_permute_ps(four.v, 0x55)};
+    case 2: return {_mm256_permute_ps(four.v, 0xaa)};
+    default: return {_mm256_permute_ps(four.v, 0xff)};
+  }
+}
+
 // Rounds to the nearest integers, which must fit 16 bits, and stores them.
 MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
   const __m256i rounded = _mm256_cvtps_epi32(x.v);

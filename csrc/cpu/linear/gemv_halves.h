@@ -1,0 +1,240 @@
+// gemv for weights of 8 bits on aarch64 with dot products, which multiply bytes as they are. The
+// activations of a token become 16-bit integers, in a unit that is chosen for the token. Each is
+// split into two signed bytes:
+//
+//   activation = 256 high + low
+//
+// The products of 32 weights with high and with low bytes are summed apart, as integers. So the
+// sums are exact. The sums of four blocks of 32 become floats together. With i8mm and several
+// tokens, an instruction multiplies 8 weights of two rows by the high and by the low bytes of a
+// token.
+#pragma once
+
+#include "gemv_chunks.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// Stands for these products, in place of a chunk type.
+template <WeightFormat format>
+struct InHalves {
+  struct Arithmetic {
+    using Element = char;
+  };
+};
+
+// Whether a format has these products: its values are bytes.
+constexpr bool has_half_products([[maybe_unused]] WeightFormat format) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return info(format).bits == 8;
+#else
+  return false;
+#endif
+}
+
+#if defined(__ARM_FEATURE_DOTPROD)
+
+// What chunks of one row and of several rows share.
+template <WeightFormat format>
+struct HalvesFormat {
+  static constexpr int kTokens = 1;
+  static constexpr int64_t kValues = 128;
+  static constexpr int64_t kBytes = kValues;
+  static constexpr int kBlocks = 4;
+
+  // A packed token begins with its unit. A line has the high and the low bytes of kValues values.
+  static constexpr int64_t kHeadBytes = 64;
+  static constexpr int64_t kLineBytes = 2 * kValues;
+  static float unit(const char* x) {
+    float value;
+    memcpy(&value, x, sizeof value);
+    return value;
+  }
+
+  // The scales of the four blocks from value k on, of which `there` are in the row.
+  MISTRAL_SIMD static float32x4_t scales_at(const char* row_scales, int64_t k, int64_t there) {
+    if (info(format).least_group == 0) {  // a scale for the row
+      return vdupq_n_f32(to_float(*reinterpret_cast<const bf16*>(row_scales)));
+    }
+    const auto* from = reinterpret_cast<const f16*>(row_scales) + k / 32;
+    return there == kValues ? load(from).v : load_first(from, there / 32).v;
+  }
+  // The sums of blocks, in floats.
+  MISTRAL_SIMD static float32x4_t joined(int32x4_t high, int32x4_t low) {
+    return vcvtq_f32_s32(vmlaq_n_s32(low, high, 256));
+  }
+};
+
+template <WeightFormat format>
+struct HalvesRow : HalvesFormat<format> {
+  using Format = HalvesFormat<format>;
+  using Format::kBlocks;
+  static constexpr int kRows = 1;
+  using OneRow = HalvesRow;
+
+  using Sums = float32x4_t;  // a lane for each block
+  static void store_sums(const Sums (&sums)[8], float unit, float* out) {
+    for (int i = 0; i < 8; i += 4) {
+      const float32x4_t all =
+          vpaddq_f32(vpaddq_f32(sums[i], sums[i + 1]), vpaddq_f32(sums[i + 2], sums[i + 3]));
+      vst1q_f32(out + i, vmulq_n_f32(all, unit));
+    }
+  }
+
+  int8x16_t values[2 * kBlocks];
+  float32x4_t factor;
+
+  MISTRAL_SIMD void take(const char* const (&bytes)[1], const char* const (&scales)[1], int,
+                         int64_t k, int64_t there) {
+    const auto* from = reinterpret_cast<const int8_t*>(bytes[0]);
+    for (int i = 0; i < 2 * kBlocks; ++i) values[i] = vld1q_s8(from + 16 * i);
+    factor = Format::scales_at(scales[0], k, there);
+  }
+
+  // A line has 16 high bytes and 16 low bytes in turn.
+  template <int N>
+  MISTRAL_SIMD void add(const char* const (&lines)[N], Sums (&totals)[N]) const {
+    for (int n = 0; n < N; ++n) {
+      const auto* x = reinterpret_cast<const int8_t*>(lines[n]);
+      int32x4_t high[kBlocks], low[kBlocks];
+#pragma GCC unroll 4
+      for (int block = 0; block < kBlocks; ++block) {
+        high[block] = low[block] = vdupq_n_s32(0);
+        for (int i = 2 * block; i < 2 * block + 2; ++i) {
+          high[block] = vdotq_s32(high[block], values[i], vld1q_s8(x + 32 * i));
+          low[block] = vdotq_s32(low[block], values[i], vld1q_s8(x + 32 * i + 16));
+        }
+      }
+      totals[n] = vfmaq_f32(totals[n], Format::joined(sums(high), sums(low)), factor);
+    }
+  }
+
+ private:
+  // Lane i is the sum of the lanes of x[i].
+  MISTRAL_SIMD static int32x4_t sums(const int32x4_t (&x)[4]) {
+    return vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3]));
+  }
+};
+
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+
+// The sums are those of HalvesRow, and are added in the same order.
+template <WeightFormat format>
+struct HalvesRows : HalvesFormat<format> {
+  using Format = HalvesFormat<format>;
+  using Format::kBlocks;
+  static constexpr int kRows = 2;
+  using OneRow = HalvesRow<format>;
+
+  struct Sums {
+    float32x4_t v[2];  // of blocks 0 and 1, and of blocks 2 and 3: of both rows in turn
+  };
+  static void store_sums(const Sums (&sums)[8], float unit, float* out) {
+    for (int i = 0; i < 8; ++i) {
+      float32x2_t pairs[2];
+      for (int j = 0; j < 2; ++j) {
+        pairs[j] = vadd_f32(vget_low_f32(sums[i].v[j]), vget_high_f32(sums[i].v[j]));
+      }
+      vst1_f32(out + 2 * i, vmul_n_f32(vadd_f32(pairs[0], pairs[1]), unit));
+    }
+  }
+
+  int8x16_t values[kBlocks][4];  // 8 of each row
+  float32x4_t factors[2];
+
+  MISTRAL_SIMD void take(const char* const (&bytes)[2], const char* const (&scales)[2], int,
+                         int64_t k, int64_t there) {
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      int64x2_t of_rows[2];
+      for (int r = 0; r < 2; ++r) {
+        const auto* from = reinterpret_cast<const int8_t*>(bytes[r]) + 16 * i;
+        of_rows[r] = vreinterpretq_s64_s8(vld1q_s8(from));
+      }
+      int8x16_t* of_block = values[i / 2] + i % 2 * 2;
+      of_block[0] = vreinterpretq_s8_s64(vzip1q_s64(of_rows[0], of_rows[1]));
+      of_block[1] = vreinterpretq_s8_s64(vzip2q_s64(of_rows[0], of_rows[1]));
+    }
+    const float32x4_t first = Format::scales_at(scales[0], k, there);
+    const float32x4_t second = Format::scales_at(scales[1], k, there);
+    factors[0] = vzip1q_f32(first, second);
+    factors[1] = vzip2q_f32(first, second);
+  }
+
+  // A line has 8 high bytes and 8 low bytes in turn.
+  template <int N>
+  MISTRAL_SIMD void add(const char* const (&lines)[N], Sums (&totals)[N]) const {
+    for (int n = 0; n < N; ++n) {
+      const auto* x = reinterpret_cast<const int8_t*>(lines[n]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        int32x4_t sums[2];  // of a block: high and low of the first row, then of the second
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int block = 2 * j + i;
+          sums[i] = vdupq_n_s32(0);
+          for (int part = 0; part < 4; ++part) {
+            sums[i] =
+                vmmlaq_s32(sums[i], values[block][part], vld1q_s8(x + 64 * block + 16 * part));
+          }
+        }
+        const int32x4_t high = vuzp1q_s32(sums[0], sums[1]), low = vuzp2q_s32(sums[0], sums[1]);
+        totals[n].v[j] = vfmaq_f32(totals[n].v[j], Format::joined(high, low), factors[j]);
+      }
+    }
+  }
+};
+
+template <WeightFormat format>
+struct Few<InHalves<format>> : FewInChunks<HalvesRows<format>> {};
+
+#else
+
+template <WeightFormat format>
+struct Few<InHalves<format>> : FewInChunks<HalvesRow<format>> {};
+
+#endif
+
+// The bytes of the packed K activations of a token.
+constexpr int64_t packed_halves_row(int64_t inputs) {
+  using Format = HalvesFormat<WeightFormat::int8>;
+  return Format::kHeadBytes + ceil_div(inputs, Format::kValues) * Format::kLineBytes;
+}
+
+// The unit in which the largest of some numbers fits 127 high and 127 low. It is that of unit_of,
+// or its double if the largest is within a 256th of the next power of two. `magnitude` is as for
+// unit_of.
+inline Unit unit_of_halves(int32_t magnitude) {
+  const Unit unit = unit_of(magnitude);
+  float largest;
+  memcpy(&largest, &magnitude, sizeof largest);
+  // 256 x 127 + 127 is 32639, and half of 1 more rounds to an even number.
+  if (largest * unit.inverse >= 32639.5f) return {2 * unit.value, unit.inverse / 2};
+  return unit;
+}
+
+// Packs the K activations of a token, as HalvesRow takes them, or `together`: as HalvesRows does.
+template <bool together, class T>
+void pack_halves(const T* x, int64_t inputs, char* out) {
+  const Unit unit = unit_of_halves(largest_magnitude(x, inputs));
+  memcpy(out, &unit.value, sizeof unit.value);
+  using Format = HalvesFormat<WeightFormat::int8>;
+  auto* to = reinterpret_cast<int8_t*>(out + Format::kHeadBytes);
+  for (int64_t k = 0; k < ceil_div(inputs, Format::kValues) * Format::kValues; k += 8) {
+    int16_t rounded[8];
+    for (int64_t i = 0; i < 8; i += Vec::width) {
+      const int64_t there = mistral::max(int64_t{0}, inputs - k - i);
+      const Vec values = there >= Vec::width ? load(x + k + i) : load_first(x + k + i, there);
+      store_rounded(rounded + i, values * broadcast(unit.inverse));
+    }
+    const int16x8_t both = vld1q_s16(rounded);
+    // With a sign, the low byte is 256 less where its highest bit is set. There the high byte is
+    // one more, which is what a shift with rounding makes of it.
+    int8_t* high = to + 2 * k;
+    if (!together && k % 16 != 0) high -= 8;
+    vst1_s8(high, vrshrn_n_s16(both, 8));
+    vst1_s8(high + (together ? 8 : 16), vmovn_s16(both));
+  }
+}
+
+#endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA
