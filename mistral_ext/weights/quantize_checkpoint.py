@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def quantize_checkpoint(
         )
     layout = layout_of(config, weights.dtype, quantization)
     write_model(target, original, config, layout, read, quantization)
+    if calibration is not None:
+        shutil.rmtree(kept)
     return target
 
 
