@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights import whole_layer
-from mistral_ext.weights.error_feedback import Factor, factor_of, hessian_of, round_by
+from mistral_ext.weights.error_feedback import Factor, factor_of, round_by
 from mistral_ext.weights.quantize import Quantization, expect_finite, has_table
 from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner, embed
 
@@ -201,7 +201,7 @@ def calibrated(
 
 def _factor(x: list[Tensor], name: str) -> Factor:
     try:
-        return factor_of(hessian_of(x))
+        return factor_of(x)
     except ValueError as error:
         raise ValueError(f"tensor {name!r} cannot be calibrated with this text: {error}") from error
 

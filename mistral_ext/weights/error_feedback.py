@@ -28,6 +28,7 @@ from mistral_ext.ops.quantize import round_with_feedback
 from mistral_ext.ops.weight import FORMATS
 
 _DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
+_LEAST_MEAN = 1e-30  # of the diagonal: of less, squares and their inverses leave the range of fp32
 _BLOCK = 256  # columns that are rounded at once, as many as share a scale in "iq4_xs"
 _ROWS = 2 * _BLOCK  # rows of a symmetric matrix that are made at a time
 
@@ -55,16 +56,17 @@ def hessian_of(inputs: Sequence[Tensor]) -> Tensor:
     return hessian
 
 
-def factor_of(hessian: Tensor) -> Factor:
-    """Factors a Hessian, and overwrites it.
+def factor_of(inputs: Sequence[Tensor]) -> Factor:
+    """Factors the Hessian of inputs, [T, K] float32 for each sequence.
 
     Raises:
-        ValueError: the Hessian is not finite.
+        ValueError: the inputs are not finite, or so large that the Hessian is not.
     """
+    hessian = hessian_of(inputs)
     diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    mean = diagonal.mean().clamp_min(_LEAST_MEAN)
     if not mean.isfinite():
-        raise ValueError("the inputs are not finite")
+        raise ValueError("the products of the inputs are not finite")
     importance = (diagonal / mean).contiguous()
     diagonal.add_(_DAMPING * mean)
     for begin, end in reversed(list(_blocks(len(hessian)))):

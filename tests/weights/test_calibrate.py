@@ -74,8 +74,8 @@ def test_blocks_make_up_for_the_errors_of_earlier_blocks(generator):
     weight = torch.randn(16, 512, generator=generator)
     hessian = torch.eye(512)
     hessian[:256, 256:] = hessian[256:, :256] = 0.95 * torch.eye(256)
-    made = Quantized.empty(weight.shape, "iq4_xs")
-    error_feedback.round_by(error_feedback.factor_of(hessian.clone()), weight, made)
+    made, x = Quantized.empty(weight.shape, "iq4_xs"), torch.linalg.cholesky(hessian, upper=True)
+    error_feedback.round_by(error_feedback.factor_of([x]), weight, made)
 
     def loss(found: torch.Tensor) -> float:
         difference = found - weight
@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
         quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids[1:])
 
     done, factor_of = [], error_feedback.factor_of
-    monkeypatch.setattr(calibrate, "factor_of", lambda h: done.append(len(h)) or factor_of(h))
+    monkeypatch.setattr(calibrate, "factor_of", lambda x: done.append(len(x)) or factor_of(x))
     quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
     assert len(done) == 4  # the four inputs of one layer of two
     assert same(tmp_path / "new", whole)
