@@ -101,6 +101,8 @@ class CalibratedLayers:
         x = [runner.normed(h, wide["ffn_norm.weight"]) for h in hidden]
         round_all(x, "feed_forward.w1", "feed_forward.w3")
         x = [runner.gated(part, product) for part in x]
+        # The next step needs the most memory.
+        del wide["feed_forward.w1.weight"], wide["feed_forward.w3.weight"]
         round_all(x, "feed_forward.w2")
         add_product(x, "feed_forward.w2")
         return made
@@ -167,9 +169,9 @@ def calibrated(
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
-    embedded = embed(token_ids, embeddings)
-    identity = identity_of(token_ids, embeddings)
+    embedded, identity = embed(token_ids, embeddings), identity_of(token_ids, embeddings)
     layers = CalibratedLayers(config, quantization, embedded, kept, identity)
+    del embedded  # `layers` holds what it needs
     yield "tok_embeddings.weight", embeddings.to(dtype)
     output, layer = embeddings, dict[str, Tensor]()
     with tqdm(
@@ -188,6 +190,7 @@ def calibrated(
             else:
                 _, index, in_layer = name.split(".", 2)
                 layer[in_layer] = weight
+                del weight  # the layer lets go of it when it is rounded
                 if in_layer == "feed_forward.w3.weight":  # the last of a layer
                     for made, rounded in layers.rounded(int(index), layer).items():
                         if isinstance(rounded, Tensor):
@@ -207,7 +210,7 @@ def _factor(x: list[Tensor], name: str) -> Factor:
 
 
 def _expect_finite_errors(errors: Tensor, weight: Tensor, name: str, format: str) -> None:
-    if not errors.isfinite().all():
+    if not torch.stack(errors.aminmax()).isfinite().all():  # without a copy of the errors
         raise ValueError(
             f"tensor {name!r} holds magnitudes up to {weight.abs().max():g} and leaves errors that "
             f"are not finite: it cannot be quantised to {format!r} with this text"
