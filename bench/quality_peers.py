@@ -7,6 +7,7 @@ matrices of the layers rounded: embeddings and output keep the values of the ori
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,12 @@ def calibrated_here(
     Args:
         folder: a folder for intermediate results.
     """
-    # A layer changes as it is rounded.
-    weights = ((name, exact[name].clone()) for name in tensor_shapes(config) if name in exact)
-    made = calibrated(weights, config, quantization, ids, folder, torch.float32, progress=False)
-    return of_weights(exact, dict(made))
+    weights = ((name, exact[name]) for name in tensor_shapes(config) if name in exact)
+    made = dict(
+        calibrated(weights, config, quantization, ids, folder, torch.float32, progress=False)
+    )
+    shutil.rmtree(folder)
+    return of_weights(exact, made)
 
 
 class Mixtures:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mistral_ext.cli import options
 from mistral_ext.cli.input import read_text
 from mistral_ext.cli.start import start
 
 _CALIBRATION_TOKENS = 16384
+_FEW_TOKENS = 1024
 
 
 def add_to(commands: options.Commands) -> None:
@@ -48,19 +50,30 @@ def add_to(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.calibrate is not None and (args.bits == 8 or args.group is not None):
+        raise ValueError("--calibrate is given, expected none with --bits 8 or --group")
     start(args)
     from mistral_ext.weights.folder import read_folder
-    from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
+    from mistral_ext.weights.new_folder import expect_free
+    from mistral_ext.weights.quantize_checkpoint import kept_folder, quantize_checkpoint
 
-    folder = quantize_checkpoint(
-        args.source,
-        args.target,
-        args.bits,
-        args.group,
-        options.dtype_of(args),
-        calibration=_tokens(args) if args.calibrate else None,
-        size=args.size,
-    )
+    expect_free(Path(args.target))  # complain before the text is read
+    tokens = _tokens(args) if args.calibrate is not None else None
+    try:
+        folder = quantize_checkpoint(
+            args.source,
+            args.target,
+            args.bits,
+            args.group,
+            options.dtype_of(args),
+            calibration=tokens,
+            size=args.size,
+        )
+    except KeyboardInterrupt:
+        kept = kept_folder(args.target)
+        if any(kept.glob("*.pt")):
+            print(f"\nmistral-ext: the same command goes on from {kept}", file=sys.stderr, end="")
+        raise
     weights, form = folder / "model.safetensors", read_folder(folder).quantization
     print(f"{weights}: {weights.stat().st_size / 1e9:.2f} GB, {form}", file=sys.stderr)
     return 0
@@ -69,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
 def _tokens(args: argparse.Namespace) -> list[int]:
     """The first tokens of the calibration text."""
     text = read_text(args.calibrate)
+    if not text.strip():
+        raise ValueError(f"{args.calibrate!r} is empty, expected a text for --calibrate")
     from mistral_ext.llm import read_tokenizer
     from mistral_ext.weights.folder import read_folder
     from mistral_ext.weights.hub import resolve
@@ -76,4 +91,11 @@ def _tokens(args: argparse.Namespace) -> list[int]:
     tokenizer = read_tokenizer(read_folder(resolve(args.source)))
     if tokenizer is None:
         raise ValueError(f"{args.source!r} has no tokenizer, expected a model with a tokenizer")
-    return tokenizer.encode(text)[:_CALIBRATION_TOKENS]
+    tokens = tokenizer.encode(text)[:_CALIBRATION_TOKENS]
+    if len(tokens) < _FEW_TOKENS:
+        print(
+            f"mistral-ext: {args.calibrate} has {len(tokens)} tokens: with fewer than "
+            f"{_FEW_TOKENS} calibration gains little, and up to {_CALIBRATION_TOKENS} are used",
+            file=sys.stderr,
+        )
+    return tokens

@@ -1,23 +1,20 @@
 """Rounds weights by the inputs that the layers of a model get: `mistral-ext quantize --calibrate`.
 
-A text is run through the model, one layer at a time. The mean products of a matrix's inputs are its
-Hessian. It says how much an error in each weight counts, and how other weights can compensate it.
-So a matrix is rounded column by column, and the error of each column is compensated in the columns
-that follow (GPTQ, Frantar et al. 2022, arXiv:2210.17323). Then the text goes on through the rounded
-layer, so that later layers see its errors.
+A text is run through the model once, one layer at a time. The products of a matrix's inputs with
+each other are its Hessian. It says how much an error in each weight counts, and how other weights
+can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text goes
+on through the rounded matrix, so that later matrices see its errors and can compensate them.
 
-The memory needed is that of one layer in fp32, of the Hessian of its longest rows and some copies
-of it, and of the hidden states of all tokens. Finished layers are kept in a folder, so that a run
-that was interrupted continues there.
+The memory needed is that of one layer in fp32, of the Hessian of its longest rows, of the inputs of
+all tokens to that matrix, and of their hidden states. Finished layers are kept in a folder, so that
+a run that was interrupted continues there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +24,10 @@ from tqdm import tqdm
 
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
-from mistral_ext.ops.quantize import round_with_feedback
-from mistral_ext.ops.weight import FORMATS
 from mistral_ext.weights import whole_layer
+from mistral_ext.weights.error_feedback import Factor, factor_of, round_by
 from mistral_ext.weights.quantize import Quantization, expect_finite, has_table
 from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner, embed
-
-_DAMPING = 0.01  # as in GPTQ: added to the diagonal of a Hessian, relative to its mean
-_BLOCK = 256  # columns of a block; errors are compensated block by block
-
-# The groups of matrices that have the same input.
-_INPUTS = {
-    "attention": ("attention.wq", "attention.wk", "attention.wv"),
-    "attended": ("attention.wo",),
-    "feed_forward": ("feed_forward.w1", "feed_forward.w3"),
-    "hidden": ("feed_forward.w2",),
-}
 
 
 class CalibratedLayers:
@@ -52,7 +37,7 @@ class CalibratedLayers:
         config: the configuration of the model.
         quantization: the formats of the weights. The formats of the layers must have a table of
             values.
-        embedded: [T, E] fp32, the embeddings of a text's tokens.
+        embedded: [T, E] fp32, the embeddings of a text's tokens. They are overwritten.
         kept: a folder for finished layers. It is made if it does not exist.
         identity: everything else that the result depends on, such as a hash of the text.
 
@@ -71,7 +56,7 @@ class CalibratedLayers:
         self._runner, self._quantization, self._kept = LayerRunner(config), quantization, kept
         identity = f"{identity} {quantization!r} {config}"
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
-        self._hidden, self.done = embedded.clone(), 0
+        self._hidden, self.done = embedded, 0
         kept.mkdir(parents=True, exist_ok=True)
         if (kept / "hidden.pt").exists():
             state = load_state(kept / "hidden.pt", self._identity)
@@ -79,54 +64,73 @@ class CalibratedLayers:
 
     def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
         """Rounds layer `index`, and returns its weights by their names in the layer. The caller
-        must take the layers in order."""
+        must take the layers in order. `layer` is emptied, to save memory."""
         file = self._kept / f"{index}.pt"
         if index < self.done:
             stored = _load(file)
-            return {name: _weight(parts, layer[name]) for name, parts in stored.items()}
-        wide = {name: weight.float() for name, weight in layer.items()}
-        hessians = self._hessians(wide)
-        made: dict[str, Weight] = dict(layer)
-        for source, names in _INPUTS.items():
-            hessian, factor = hessians.pop(source), None
-            for name in (f"{name}.weight" for name in names):
-                full_name, weight = f"layers.{index}.{name}", wide[name]
-                out = self._quantization.empty(full_name, tuple(weight.shape), weight.device)
-                if out is not None and has_table(out.format):
-                    expect_finite(weight.abs().amax(1), full_name)
-                    factor = factor or _factor(hessian)
-                    errors = weight.clone()  # the weight may belong to a file
-                    _round(errors, *factor, out)
-                    _expect_finite_errors(errors, weight, full_name, out.format)
-                else:  # errors of 8 bits are too small to compensate
-                    out = self._quantization.quantize(full_name, weight, full_name)
-                assert out is not None  # all matrices of layers are quantised
-                made[name], wide[name] = out, out.dequantize()
-        for tokens in self._hidden.split(SEQUENCE):
-            tokens.copy_(self._runner.run(wide, tokens, partial(whole_layer.product, wide)))
+            return {name: _weight(parts, layer.pop(name)) for name, parts in stored.items()}
+        made = self._run_and_round(index, layer)
         save_state({name: _parts(weight) for name, weight in made.items()}, file)
         self.done = index + 1
         state = {"identity": self._identity, "hidden": self._hidden, "done": self.done}
         save_state(state, self._kept / "hidden.pt")
         return made
 
-    def _hessians(self, layer: dict[str, Tensor]) -> dict[str, Tensor]:
-        """For each input of the layer's products, computes a matrix [K, K]: the products of the
-        input's elements with each other, summed over all tokens."""
-        hessians: dict[str, Tensor] = {}
-        for source, names in _INPUTS.items():
-            size = layer[f"{names[0]}.weight"].shape[1]
-            hessians[source] = torch.zeros(size, size, dtype=torch.float32, device="cpu")
-        first = {names[0]: source for source, names in _INPUTS.items()}
+    def _run_and_round(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
+        """Rounds a layer, and moves the hidden states through it. A matrix is rounded when its
+        inputs have come through the matrices before it, which are rounded already."""
+        runner, hidden = self._runner, self._hidden.split(SEQUENCE)
+        wide = {name: layer.pop(name).float() for name in list(layer)}
+        made: dict[str, Weight] = {name: norm for name, norm in wide.items() if norm.dim() == 1}
 
         def product(x: Tensor, name: str) -> Tensor:
-            if name in first:
-                hessians[first[name]].addmm_(x.T, x)
-            return whole_layer.product(layer, x, name)
+            return whole_layer.product(wide, x, name)
 
-        for tokens in self._hidden.split(SEQUENCE):
-            self._runner.run(layer, tokens, product)
-        return hessians
+        def round_all(x: list[Tensor], *names: str) -> None:
+            self._round(index, x, [f"{name}.weight" for name in names], wide, made)
+
+        def add_product(x: list[Tensor], name: str) -> None:
+            for part, sums in zip(x, hidden, strict=True):
+                sums.add_(product(part, name))
+
+        x = [runner.normed(h, wide["attention_norm.weight"]) for h in hidden]
+        round_all(x, "attention.wq", "attention.wk", "attention.wv")
+        x = [runner.attended(part, product) for part in x]
+        round_all(x, "attention.wo")
+        add_product(x, "attention.wo")
+        x = [runner.normed(h, wide["ffn_norm.weight"]) for h in hidden]
+        round_all(x, "feed_forward.w1", "feed_forward.w3")
+        x = [runner.gated(part, product) for part in x]
+        # The next step needs the most memory.
+        del wide["feed_forward.w1.weight"], wide["feed_forward.w3.weight"]
+        round_all(x, "feed_forward.w2")
+        add_product(x, "feed_forward.w2")
+        return made
+
+    def _round(
+        self,
+        index: int,
+        x: list[Tensor],
+        names: list[str],
+        wide: dict[str, Tensor],
+        made: dict[str, Weight],
+    ) -> None:
+        """Rounds the matrices with the inputs x, [T, K] for each sequence, in `made` and `wide`."""
+        factor = None
+        for name in names:
+            full_name, weight = f"layers.{index}.{name}", wide[name]
+            out = self._quantization.empty(full_name, tuple(weight.shape), weight.device)
+            if out is not None and has_table(out.format):
+                expect_finite(weight.abs().amax(1), full_name)
+                factor = factor or _factor(x, full_name)
+                errors = round_by(factor, weight, out)
+                _expect_finite_errors(errors, weight, full_name, out.format)
+                wide[name] = torch.sub(weight, errors, out=errors)
+            else:  # errors of 8 bits are not worth it
+                out = self._quantization.quantize(full_name, weight, full_name)
+                assert out is not None  # the layers' matrices are quantised
+                wide[name] = out.dequantize()
+            made[name] = out
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
@@ -152,7 +156,7 @@ def calibrated(
         config: the configuration of the model.
         quantization: the formats of the weights. The format of the layers is "iq4_xs" or "iq4_nl".
         token_ids: the tokens of the text.
-        kept: a folder for finished layers. It is removed when all layers are done.
+        kept: a folder for finished layers. The caller removes it when the weights are on the disk.
         dtype: the dtype of the weights that are not quantised.
         progress: show a progress bar if stderr is a terminal.
 
@@ -165,13 +169,17 @@ def calibrated(
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
-    embedded = embed(token_ids, embeddings)
-    identity = identity_of(token_ids, embeddings)
+    embedded, identity = embed(token_ids, embeddings), identity_of(token_ids, embeddings)
     layers = CalibratedLayers(config, quantization, embedded, kept, identity)
+    del embedded  # `layers` holds what it needs
     yield "tok_embeddings.weight", embeddings.to(dtype)
     output, layer = embeddings, dict[str, Tensor]()
     with tqdm(
-        desc="calibrating", total=config.n_layers, unit="layer", disable=None if progress else True
+        desc="calibrating",
+        total=config.n_layers,
+        initial=layers.done,
+        unit="layer",
+        disable=None if progress else True,
     ) as bar:
         for name, weight in weights:
             assert isinstance(weight, Tensor)
@@ -182,45 +190,27 @@ def calibrated(
             else:
                 _, index, in_layer = name.split(".", 2)
                 layer[in_layer] = weight
+                del weight  # so that `rounded` can free it
                 if in_layer == "feed_forward.w3.weight":  # this is the last weight of a layer
                     for made, rounded in layers.rounded(int(index), layer).items():
                         if isinstance(rounded, Tensor):
                             rounded = rounded.to(dtype)
                         yield f"layers.{index}.{made}", rounded
                     layer = {}
-                    bar.update()
+                    bar.update(layers.done - bar.n)
     quantized = quantization.quantize("output.weight", output, "output.weight")
     yield "output.weight", output if quantized is None else quantized
-    shutil.rmtree(kept)
 
 
-def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the upper Cholesky factor [K, K] of the inverse Hessian, and [K], how much an error
-    in each input counts."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    importance = (diagonal / mean).contiguous()
-    diagonal.add_(_DAMPING * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).contiguous(), importance
-
-
-def _round(weight: Tensor, factor: Tensor, importance: Tensor, out: Quantized) -> None:
-    """Rounds a weight [N, K] fp32 into `out`. Overwrites the weight with the errors, as
-    `round_with_feedback` does."""
-    facts, columns = FORMATS[out.format], weight.shape[1]
-    for begin in range(0, columns, _BLOCK):
-        end = min(begin + _BLOCK, columns)
-        part = weight[:, begin:end]
-        values = out.values[:, facts.elements(begin) : facts.elements(end)]
-        first, last = (at // facts.least_group * facts.group_scales for at in (begin, end))
-        of_block = Quantized(values, out.scales[:, first:last], out.format)
-        round_with_feedback(part, factor[begin:end, begin:end], of_block, importance[begin:end])
-        weight[:, end:].addmm_(part, factor[begin:end, end:], alpha=-1)
+def _factor(x: list[Tensor], name: str) -> Factor:
+    try:
+        return factor_of(x)
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r} cannot be calibrated with this text: {error}") from error
 
 
 def _expect_finite_errors(errors: Tensor, weight: Tensor, name: str, format: str) -> None:
-    if not errors.isfinite().all():
+    if not torch.stack(errors.aminmax()).isfinite().all():  # without a copy of the errors
         raise ValueError(
             f"tensor {name!r} holds magnitudes up to {weight.abs().max():g} and leaves errors that "
             f"are not finite: it cannot be quantised to {format!r} with this text"

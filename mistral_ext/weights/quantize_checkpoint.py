@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def quantize_checkpoint(
     # The output weights are stored in 8 bits, even if they were tied to the embeddings before.
     config = dataclasses.replace(original.config, dtype=weights.dtype, tie_word_embeddings=False)
     wide = checkpoint.Checkpoint(original, torch.float32)
-    kept = target.with_name(f"{target.name}.calibration")
+    kept = kept_folder(target)
     if size is not None:
         mixture = Mixture(size, config, weights.dtype)
         quantization = mixture.best(_sensitivities(wide, original, calibration, kept, progress))
@@ -114,7 +115,15 @@ def quantize_checkpoint(
         )
     layout = layout_of(config, weights.dtype, quantization)
     write_model(target, original, config, layout, read, quantization)
+    if calibration is not None:
+        shutil.rmtree(kept)
     return target
+
+
+def kept_folder(target: str | Path) -> Path:
+    """The folder that keeps the layers that are done, until `target` is complete."""
+    target = Path(target)
+    return target.with_name(f"{target.name}.calibration")
 
 
 def _sensitivities(

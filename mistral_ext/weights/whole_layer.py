@@ -39,7 +39,7 @@ def embed(token_ids: Sequence[int], embeddings: Tensor) -> Tensor:
 def product(layer: Mapping[str, Tensor], x: Tensor, name: str) -> Tensor:
     """Returns the product [T, N] of x [T, K] with the matrix `name` of a layer, such as
     "attention.wq"."""
-    return x @ layer[f"{name}.weight"].T
+    return ops.linear(x, layer[f"{name}.weight"])
 
 
 class LayerRunner:
@@ -61,17 +61,28 @@ class LayerRunner:
             product: computes the products. They come in the order of `checkpoint.tensor_shapes`,
                 but w2 comes last.
         """
+        x = self.normed(h, layer["attention_norm.weight"])
+        h = h + product(self.attended(x, product), "attention.wo")
+        x = self.normed(h, layer["ffn_norm.weight"])
+        return h + product(self.gated(x, product), "feed_forward.w2")
+
+    def normed(self, h: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of hidden states [T, E], the input of attention or of the feed-forward block."""
+        return ops.rms_norm(h, weight, self._config.norm_eps)
+
+    def attended(self, x: Tensor, product: Product) -> Tensor:
+        """The input [T, H * D] of wo, from the input [T, E] of wq, wk and wv, which is that of a
+        sequence."""
         config = self._config
-        sequences = torch.tensor([[0, len(h), 0, 0, len(h)]], device="cpu")
-        x = ops.rms_norm(h, layer["attention_norm.weight"], config.norm_eps)
+        sequences = torch.tensor([[0, len(x), 0, 0, len(x)]], device="cpu")
         q, k, v = (
             product(x, f"attention.{name}").unflatten(1, (-1, config.head_dim))
             for name in ("wq", "wk", "wv")
         )
         q, k = (ops.rotate(heads, sequences, self._frequencies) for heads in (q, k))
         window, scale = config.sliding_window, config.attention_scale
-        x = ops.attention(q, k, v, None, None, sequences, window, scale).flatten(1)
-        h = h + product(x, "attention.wo")
-        x = ops.rms_norm(h, layer["ffn_norm.weight"], config.norm_eps)
-        x = ops.swiglu(product(x, "feed_forward.w1"), product(x, "feed_forward.w3"))
-        return h + product(x, "feed_forward.w2")
+        return ops.attention(q, k, v, None, None, sequences, window, scale).flatten(1)
+
+    def gated(self, x: Tensor, product: Product) -> Tensor:
+        """The input [T, F] of w2, from the input [T, E] of w1 and w3."""
+        return ops.swiglu(product(x, "feed_forward.w1"), product(x, "feed_forward.w3"))

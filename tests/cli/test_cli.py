@@ -29,6 +29,7 @@ from mistral_ext.cli import main
 from mistral_ext.cli.output import report
 from mistral_ext.cli.parser import as_typed
 from mistral_ext.evaluate.perplexity import perplexity
+from mistral_ext.weights.calibrate import CalibratedLayers
 
 ONCE = "Once upon a time"
 SLOW_MODULES = {"torch", "numpy", "mistral_common", "transformers", "sentencepiece", "tokenizers"}
@@ -311,6 +312,50 @@ def test_quantize_to_a_size(tmp_path, capsys):
         formats = json.loads((folder / "config.json").read_text())["quantization_config"]["formats"]
         shown = f"{file}: 0.00 GB, iq4_xs in groups of 256, {len(formats)} matrices q8_0"
         assert shown in capsys.readouterr().err
+
+
+def test_quantize_says_what_is_wrong_with_a_calibration(tmp_path, capsys):
+    model, text, out = str(mistral_ext.llm.DEMO_MODEL), tmp_path / "text.txt", tmp_path / "out"
+    given = ["quantize", model, str(out), "--calibrate", str(text)]
+    text.write_text(" \n")
+    for more, problem in (
+        (["--bits", "8"], "--calibrate is given, expected none with --bits 8 or --group"),
+        (["--bits", "4", "--group", "64"], "--calibrate is given, expected none with --bits 8"),
+        (["--bits", "4"], f"{str(text)!r} is empty, expected a text for --calibrate"),
+    ):
+        assert main([*given, *more]) == 1
+        assert capsys.readouterr().err.startswith(f"mistral-ext: {problem}")
+    text.write_text("Once upon a time. ")
+    assert main([*given, "--bits", "4"]) == 0
+    assert re.match(
+        r"mistral-ext: \S+text\.txt has \d tokens: with fewer than 1024 calibration gains little, "
+        r"and up to 16384 are used\n",
+        capsys.readouterr().err,
+    )
+    text.unlink()  # what is wrong with OUT is said before the text is read
+    assert main([*given, "--bits", "4"]) == 1
+    assert capsys.readouterr().err.endswith("out' exists, expected a new or an empty folder\n")
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_an_interrupted_calibration_says_how_to_go_on(tmp_path, capsys, monkeypatch, done):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The king's daughter went into the wood. " * 200)
+    given = ["quantize", str(mistral_ext.llm.DEMO_MODEL), str(out), "--bits", "4"]
+    rounded = CalibratedLayers.rounded
+
+    def interrupted(self, index, layer):
+        if index == done:
+            raise KeyboardInterrupt
+        return rounded(self, index, layer)
+
+    monkeypatch.setattr(CalibratedLayers, "rounded", interrupted)
+    assert main([*given, "--calibrate", str(text)]) == 130
+    said = f"\nmistral-ext: the same command goes on from {out}.calibration\n"
+    assert capsys.readouterr().err == (said if done else "\n")
+    monkeypatch.undo()
+    assert main([*given, "--calibrate", str(text)]) == 0
+    assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["out", "text.txt"]
 
 
 def test_perplexity(tmp_path):

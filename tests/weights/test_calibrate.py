@@ -12,7 +12,7 @@ from mistral_ext import Mistral
 from mistral_ext.cli import main
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops import Quantized
-from mistral_ext.weights import calibrate
+from mistral_ext.weights import calibrate, error_feedback, new_folder
 from mistral_ext.weights.calibrate import CalibratedLayers
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
@@ -74,9 +74,8 @@ def test_blocks_make_up_for_the_errors_of_earlier_blocks(generator):
     weight = torch.randn(16, 512, generator=generator)
     hessian = torch.eye(512)
     hessian[:256, 256:] = hessian[256:, :256] = 0.95 * torch.eye(256)
-    factor, importance = calibrate._factor(hessian.clone())
-    made = Quantized.empty(weight.shape, "iq4_xs")
-    calibrate._round(weight.clone(), factor, importance, made)
+    made, x = Quantized.empty(weight.shape, "iq4_xs"), torch.linalg.cholesky(hessian, upper=True)
+    error_feedback.round_by(error_feedback.factor_of([x]), weight, made)
 
     def loss(found: torch.Tensor) -> float:
         difference = found - weight
@@ -105,12 +104,27 @@ def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
     with pytest.raises(ValueError, match=r"new.calibration' is of another calibration, expected"):
         quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids[1:])
 
-    done, round_layer = [], calibrate._factor
-    monkeypatch.setattr(calibrate, "_factor", lambda h: done.append(len(h)) or round_layer(h))
+    done, factor_of = [], error_feedback.factor_of
+    monkeypatch.setattr(calibrate, "factor_of", lambda x: done.append(len(x)) or factor_of(x))
     quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
     assert len(done) == 4  # the four inputs of one layer of two
     assert same(tmp_path / "new", whole)
     assert not (tmp_path / "new.calibration").exists()
+
+
+def test_finished_layers_are_kept_until_the_model_is_safe(folder, tmp_path, token_ids, monkeypatch):
+    whole = quantize_checkpoint(folder, tmp_path / "whole", 4, calibration=token_ids)
+
+    def full(folder):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(new_folder, "sync_files", full)
+    with pytest.raises(OSError, match="no space left"):
+        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    monkeypatch.undo()
+    monkeypatch.setattr(calibrate, "factor_of", None)  # no layer is rounded again
+    assert same(quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids), whole)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "new", "whole"]
 
 
 def test_command(tmp_path):

@@ -1,0 +1,122 @@
+"""Rounds a matrix with error feedback (GPTQ, Frantar et al. 2022, arXiv:2210.17323).
+
+The loss of rounding W [N, K] to W - D is the trace of D H D^T. The Hessian H [K, K] sums the
+products of the input's elements with each other over all tokens. With H = R R^T and R upper
+triangular, the loss is the sum of the squares of D R. So column j of D R depends on the columns of
+D up to j alone: columns are rounded one after another, and column j makes up for the errors before
+it. (GPTQ multiplies by the inverse of R, which is the factor of the inverse of H. Without it, no
+matrix is inverted but the blocks on R's diagonal: QuIP, Chee et al. 2023, arXiv:2307.13304, shows
+that the results are the same.)
+
+A block of columns b is rounded at once. The errors before it enter by one product, with
+R[:, b] R[b, b]^-1. Within the block a kernel does the rest with R[b, b]^-1.
+
+Of symmetric matrices only the lower triangle is made, in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_ext import ops
+from mistral_ext.ops import Quantized
+from mistral_ext.ops.quantize import round_with_feedback
+from mistral_ext.ops.weight import FORMATS
+
+_DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
+_LEAST_MEAN = 1e-30  # of the diagonal: of less, squares and their inverses leave the range of fp32
+_BLOCK = 256  # columns that are rounded at once, as many as share a scale in "iq4_xs"
+_ROWS = 2 * _BLOCK  # rows of a symmetric matrix that are made at a time
+
+
+class Factor(NamedTuple):
+    """What rounding needs of a Hessian."""
+
+    # [K, K]. On the diagonal R[b, b]^-1 for each block b. The rows before hold, transposed, what
+    # columns of earlier blocks add to those of b: R[:, b] R[b, b]^-1.
+    blocks: Tensor
+    importance: Tensor  # [K], how much an error in each input counts: the Hessian's diagonal
+
+
+def hessian_of(inputs: Sequence[Tensor]) -> Tensor:
+    """The products [K, K] of the inputs' elements with each other, summed over all tokens. Only
+    the lower triangle is right.
+
+    Args:
+        inputs: [T, K] float32 for each sequence.
+    """
+    size = inputs[0].shape[1]
+    hessian = inputs[0].new_zeros(size, size)
+    for x in inputs:
+        _add_squares(x.T.contiguous(), hessian)
+    return hessian
+
+
+def factor_of(inputs: Sequence[Tensor]) -> Factor:
+    """Factors the Hessian of inputs, [T, K] float32 for each sequence.
+
+    Raises:
+        ValueError: the inputs are not finite, or so large that the Hessian is not.
+    """
+    hessian = hessian_of(inputs)
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp_min(_LEAST_MEAN)
+    if not mean.isfinite():
+        raise ValueError("the products of the inputs are not finite")
+    importance = (diagonal / mean).contiguous()
+    diagonal.add_(_DAMPING * mean)
+    for begin, end in reversed(list(_blocks(len(hessian)))):
+        block = hessian[begin:end, begin:end]
+        # A Cholesky factor is lower triangular: turned around it is upper triangular.
+        upper = torch.linalg.cholesky(block.flip(0, 1)).flip(0, 1)
+        identity = torch.eye(end - begin)
+        inverse = torch.linalg.solve_triangular(upper, identity, upper=True).contiguous()
+        before = hessian[begin:end, :begin]  # R[:, b]^T after the product with the inverse
+        block.copy_(inverse)
+        if begin:
+            rows = ops.linear(before.T.contiguous(), inverse)
+            before.copy_((rows @ inverse).T)
+            _add_squares(rows, hessian, -1)
+    return Factor(hessian, importance)
+
+
+def round_by(factor: Factor, weight: Tensor, out: Quantized) -> Tensor:
+    """Rounds a weight [N, K] float32 into `out`, whose format has values from a table.
+
+    Returns:
+        [N, K], the weight less what it was rounded to. Not finite if a weight is NaN or infinite,
+        or too large for the scales.
+    """
+    errors, facts = torch.empty_like(weight), FORMATS[out.format]
+    for begin, end in _blocks(weight.shape[1]):
+        of_block = factor.blocks[begin:end]
+        part = weight[:, begin:end].clone(memory_format=torch.contiguous_format)
+        if begin:
+            ops.linear_residual(errors[:, :begin], of_block[:, :begin].contiguous(), part)
+        made = Quantized.empty(part.shape, out.format)
+        round_with_feedback(
+            part, of_block[:, begin:end], made, factor.importance[begin:end].contiguous()
+        )
+        torch.sub(weight[:, begin:end], made.dequantize(), out=errors[:, begin:end])
+        out.values[:, facts.elements(begin) : facts.elements(end)] = made.values
+        first, last = (at // facts.least_group * facts.group_scales for at in (begin, end))
+        out.scales[:, first:last] = made.scales
+    return errors
+
+
+def _add_squares(rows: Tensor, sums: Tensor, sign: int = 1) -> None:
+    """Adds the products [n, n] of n rows with each other to the lower triangle of `sums`, to its
+    first n rows and columns; or subtracts them."""
+    signed = rows if sign > 0 else -rows
+    for begin in range(0, len(rows), _ROWS):
+        end = min(begin + _ROWS, len(rows))
+        ops.linear_residual(signed[begin:end], rows[:end], sums[begin:end, :end])
+
+
+def _blocks(columns: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, columns, _BLOCK):
+        yield begin, min(begin + _BLOCK, columns)
