@@ -13,7 +13,8 @@ from mistral_ext.weights.quantize import quantize
 
 NAN = float("nan")
 # (T, K, N): tails of super-blocks and of groups, and rows of several blocks of the kernels. That
-# of more than 8 tokens has panels of 16 rows, 2048 values and 256 tokens.
+# of more than 8 tokens has panels of 16 rows, 2048 values and 256 tokens; with AVX-512 of 32 rows
+# and 512 values.
 SHAPES = [(1, 32, 1), (2, 96, 5), (3, 576, 33), (8, 512, 9), (1, 768, 17), (5, 14336 + 256, 11)]
 SHAPES += [(9, 32, 1), (10, 96, 17), (17, 576, 33), (13, 4608, 5), (259, 288, 3), (33, 256, 230)]
 SHAPES += [(3, 640, 33), (11, 384, 18)]  # groups of 128 in a part of a super-block

@@ -18,8 +18,11 @@ struct ByteVectors : ByteFormat<format> {
   // it is 0.
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
-  // The values in the low halves (half = 0) or the high halves of the bytes of words.
-  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
+  // The values in the low halves (half = 0) or the high halves of the bytes of words. word_of says
+  // which word of its block a lane holds.
+  template <class WordOf>
+  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half,
+                                     const WordOf& word_of) {
     const __m512i fifteen = _mm512_set1_epi8(15);
     const __m512i shifted = half == 0 ? words : _mm512_srli_epi16(words, 4);
     if (kSigned) {
@@ -30,13 +33,17 @@ struct ByteVectors : ByteFormat<format> {
     if (kTable) return {look_up(value)};
     if (kBits == 4) return {value};
     const auto shift = [&](int lane) {
-      const int bit =
-          kBits == 5 ? fifth_bit_shift(lane % 4, 4 * half) : high_bits_shift(lane % 4, 4 * half);
+      const int bit = kBits == 5 ? fifth_bit_shift(word_of(lane), 4 * half)
+                                 : high_bits_shift(word_of(lane), 4 * half);
       return (4 - bit + 32) % 32;
     };
     const __m512i moved = _mm512_rolv_epi32(further, lanes_of(shift));
     const __m512i mask = _mm512_set1_epi8(kBits == 5 ? 0x10 : 0x30);
     return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
+  }
+  // As the words of a row lie in memory.
+  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
+    return unpacked(words, further, half, [](int lane) { return lane % 4; });
   }
 
   // The products of sums with the scales of their weights and activations. With minima, the

@@ -6,9 +6,9 @@
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each row: add the products of the block
 //
-// A sum is a vector until all of k is added: a block of 32 values has a lane, or on AVX-512 four
-// lanes. The panel and the sums of its rows stay in the L2 cache, the activations of 4 tokens in
-// L1.
+// A sum is a vector until all of k is added: a block of 32 values has a lane. The panel and the
+// sums of its rows stay in the L2 cache, the activations of 4 tokens in L1. AVX-512 with VNNI has a
+// panel of its own (gemm_bytes_512.h).
 #pragma once
 
 #include "gemv_bytes.h"
@@ -24,13 +24,14 @@ struct ByteProducts {
   int64_t tokens;
 };
 
-// Where the products go: [tokens / width, rows, width], as in ManyBuffers.
+// Where the products go: [tokens / width, width, rows].
 struct ProductsOut {
   float* sums;
   int64_t stride_vector;
+  int64_t rows;
 
-  void put(int64_t row, int64_t token, float sum) const {
-    sums[token / Vec::width * stride_vector + row * Vec::width + token % Vec::width] = sum;
+  float* of_token(int64_t token) const {
+    return sums + token / Vec::width * stride_vector + token % Vec::width * rows;
   }
 };
 
@@ -40,7 +41,7 @@ constexpr int64_t kPanelTokens = 256;
 template <WeightFormat format>
 class BytePanel;
 
-#if defined(MISTRAL_VECTORS)
+#if defined(MISTRAL_VECTORS) && !defined(__AVX512VNNI__)
 
 template <WeightFormat format>
 class BytePanel {
@@ -84,7 +85,7 @@ class BytePanel {
         float sums[8][R];
         store_row_sums(of_tokens, sums[0]);
         for (int64_t r = 0; r < mistral::min(int64_t{R}, rows - i * R); ++r) {
-          for (int t = 0; t < 8; ++t) out.put(first + i * R + r, token + t, sums[t][r]);
+          for (int t = 0; t < 8; ++t) out.of_token(token + t)[first + i * R + r] = sums[t][r];
         }
       }
     }
@@ -124,6 +125,14 @@ class BytePanel {
 };
 
 #endif
+
+}  // namespace mistral::cpu::MISTRAL_ISA
+
+#if defined(__AVX512VNNI__)
+#include "gemm_bytes_512.h"
+#endif
+
+namespace mistral::cpu::MISTRAL_ISA {
 
 // Multiplies up to kPanelTokens tokens.
 template <WeightFormat format>
