@@ -62,22 +62,20 @@ class ByteRows {
   // Unpacks chunk i of the first kRows rows. If `rows` is less than that, the last row stands for
   // the missing rows.
   MISTRAL_SIMD void take(const WeightRows& w, int64_t rows, int64_t i) {
+    const int64_t there = mistral::min(kSuperBlock, w.inputs - i * kSuperBlock);
     for (int group = 0; group < kGroups; ++group) {
-      const char *words[16], *scales[16];
-      char rest[16][kBytes];
-      const int64_t there = mistral::min(kSuperBlock, w.inputs - i * kSuperBlock);
-      for (int r = 0; r < 16; ++r) {
-        const int64_t row = mistral::min(int64_t{16} * group + r, rows - 1);
-        words[r] = w.values + row * w.row_bytes + i * kBytes;
-        scales[r] = w.scales + row * w.scale_bytes;
-        if (there < kSuperBlock) {
-          memset(rest[r], 0, kBytes);
-          memcpy(rest[r], words[r], w.bytes(there));
-          words[r] = rest[r];
-        }
+      const int64_t first = mistral::min(int64_t{16} * group, rows - 1);
+      const int64_t last = mistral::min(int64_t{15}, rows - 1 - first);
+      const Strided words = {w.values + first * w.row_bytes + i * kBytes, w.row_bytes, last};
+      if (there == kSuperBlock) {
+        take_values(words, group);
+      } else {
+        char rest[16][kBytes] = {};
+        for (int r = 0; r < 16; ++r) memcpy(rest[r], words.row(r), w.bytes(there));
+        take_values({rest[0], kBytes, 15}, group);
       }
-      take_values(words, group);
-      take_scales(scales, group, w.group_log2, i * kSuperBlock, there);
+      take_scales({w.scales + first * w.scale_bytes, w.scale_bytes, last}, group, w.group_log2,
+                  i * kSuperBlock, there);
     }
   }
 
@@ -153,6 +151,18 @@ class ByteRows {
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
 
+  // What 16 rows have in memory. (Addresses in an array would be computed in vectors, and the loads
+  // would wait for them.)
+  struct Strided {
+    const char* first;
+    int64_t stride;
+    int64_t last;  // row, which also stands for the rows after it
+
+    MISTRAL_SIMD const char* row(int r) const {
+      return first + mistral::min(int64_t{r}, last) * stride;
+    }
+  };
+
   MISTRAL_SIMD static const ByteActivations& of_token(const char* x, int64_t stride_x, int n) {
     return *reinterpret_cast<const ByteActivations*>(x + n * stride_x);
   }
@@ -170,12 +180,12 @@ class ByteRows {
     return sum << Vectors::kOffsetLog2;
   }
 
-  MISTRAL_SIMD void take_values(const char* const (&words)[16], int group) {
+  MISTRAL_SIMD void take_values(const Strided& words, int group) {
     __m512i further[16];
     if (Vectors::kBits > 4) {
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r) {
-        const char* from = words[r] + kSuperBlock / 2;
+        const char* from = words.row(r) + kSuperBlock / 2;
         further[r] =
             Vectors::kBits == 5 ? _mm512_castsi256_si512(load_32(from)) : _mm512_loadu_si512(from);
       }
@@ -185,7 +195,7 @@ class ByteRows {
     for (int i = 0; i < 2; ++i) {
       __m512i x[16];
 #pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(words[r] + 64 * i);
+      for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(words.row(r) + 64 * i);
       transpose_words(x);
 #pragma GCC unroll 16
       for (int w = 0; w < 16; ++w) {
@@ -202,12 +212,12 @@ class ByteRows {
     }
   }
 
-  MISTRAL_SIMD void take_scales(const char* const (&scales)[16], int group, int group_log2,
-                                int64_t k, int64_t there) {
+  MISTRAL_SIMD void take_scales(const Strided& scales, int group, int group_log2, int64_t k,
+                                int64_t there) {
     ByteScales<format> of_rows[4];
     for (int r = 0; r < 4; ++r) {
-      const char* const four[4] = {scales[4 * r], scales[4 * r + 1], scales[4 * r + 2],
-                                   scales[4 * r + 3]};
+      const char* const four[4] = {scales.row(4 * r), scales.row(4 * r + 1), scales.row(4 * r + 2),
+                                   scales.row(4 * r + 3)};
       of_rows[r].take(four, group_log2, k, there);
     }
     for (int i = 0; i < 2; ++i) {

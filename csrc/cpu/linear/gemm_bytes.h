@@ -6,9 +6,9 @@
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each row: add the products of the block
 //
-// A sum is a vector until all of k is added: a block of 32 values has a lane. The panel and the
-// sums of its rows stay in the L2 cache, the activations of 4 tokens in L1. AVX-512 with VNNI has a
-// panel of its own (gemm_bytes_512.h).
+// A sum is a vector until all of k is added: a block of 32 values has a lane, or on AVX-512 four
+// lanes. The panel and the sums of its rows stay in the L2 cache, the activations of 4 tokens in
+// L1. On AVX-512 with VNNI more tokens have another panel (gemm_bytes_512.h).
 #pragma once
 
 #include "gemv_bytes.h"
@@ -41,7 +41,7 @@ constexpr int64_t kPanelTokens = 256;
 template <WeightFormat format>
 class BytePanel;
 
-#if defined(MISTRAL_VECTORS) && !defined(__AVX512VNNI__)
+#if defined(MISTRAL_VECTORS)
 
 template <WeightFormat format>
 class BytePanel {
@@ -138,7 +138,12 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <WeightFormat format>
 void multiply_many_bytes([[maybe_unused]] const ByteProducts& p,
                          [[maybe_unused]] const ProductsOut& out) {
-  if constexpr (has_bytes(format)) BytePanel<format>::multiply(p, out);
+  if constexpr (has_bytes(format)) {
+#if defined(__AVX512VNNI__)
+    if (p.tokens >= RowsPanel<format>::kFewest) return RowsPanel<format>::multiply(p, out);
+#endif
+    BytePanel<format>::multiply(p, out);
+  }
 }
 
 }  // namespace mistral::cpu::MISTRAL_ISA
