@@ -222,16 +222,7 @@ struct ByteRow : ByteVectors<format> {
         values[i][half] = Vectors::unpacked(loaded, further, half);
       }
     }
-    const WordScales<format> of_words(row_scales[0], group_log2, k, there);
-    if (kScalesOfHalves) {
-      factors = _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], kEven);
-    } else {
-      factors = _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], 0);
-    }
-    if (WordScales<format>::kMinima) {
-      const auto at = [](int lane) { return 2 * (lane % 4 / 2 * 4 + lane / 4); };
-      minima = lanes_at(lanes_of(at), of_words.minima);
-    }
+    take_scales(row_scales[0], group_log2, k, there);
   }
 
   template <int N>
@@ -269,6 +260,23 @@ struct ByteRow : ByteVectors<format> {
 
  private:
   static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // places of two vectors
+
+  MISTRAL_SIMD void take_scales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
+    const auto block_of = [](int lane) { return lane % 4 / 2 * 4 + lane / 4; };
+    if constexpr (Vectors::kSixBitScales) {
+      constexpr int64_t kGroupBytes = info(format).scale_bytes * info(format).group_scales;
+      const __m512 pairs = six_bit_pairs(row_scales + (k >> group_log2) * kGroupBytes);
+      factors = lanes_at(lanes_of([&](int lane) { return 2 * block_of(lane); }), pairs);
+      minima = lanes_at(lanes_of([&](int lane) { return 2 * block_of(lane) + 1; }), pairs);
+      return;
+    }
+    const WordScales<format> of_words(row_scales, group_log2, k, there);
+    factors =
+        _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], kScalesOfHalves ? kEven : 0);
+    if (WordScales<format>::kMinima) {
+      minima = lanes_at(lanes_of([&](int lane) { return 2 * block_of(lane); }), of_words.minima);
+    }
+  }
 
   // Adds the places of each block, or of each half, and puts the sums where they belong.
   MISTRAL_SIMD static Ints added(const Ints (&sums)[2]) {
