@@ -18,9 +18,9 @@ constexpr int64_t kCacheLineBytes = 64;
 constexpr int64_t kAheadBytes = 8192;
 
 // Rows and tokens that are multiplied at a time. One token takes one row, a single stream through
-// memory. More tokens take two rows, which share the loads of activations. All sums must stay in
-// registers.
-constexpr int rows_at_a_time(int tokens) { return tokens == 1 ? 1 : 2; }
+// memory, and so do two tokens where vectors are wide. More tokens take two rows, which share the
+// loads of activations. All sums must stay in registers.
+constexpr int rows_at_a_time(int tokens) { return tokens <= (Vec::width == 16 ? 2 : 1) ? 1 : 2; }
 constexpr int kTokensAtATime = Vec::width == 8 ? 2 : 4;
 // The rows of a group. All tokens are multiplied by one group before the next, while its rows are
 // in the cache.
