@@ -2,8 +2,8 @@
 
 A text is run through the model once, one layer at a time. The products of a matrix's inputs with
 each other are its Hessian. It says how much an error in each weight counts, and how other weights
-can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text goes
-on through the rounded matrix, so that later matrices see its errors and can compensate them.
+can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text
+goes on through the rounded matrix, so that later matrices see its errors and can compensate them.
 
 The memory needed is that of one layer in fp32, of the Hessian of its longest rows, of the inputs of
 all tokens to that matrix, and of their hidden states. Finished layers are kept in a folder, so that

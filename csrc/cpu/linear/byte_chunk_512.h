@@ -19,7 +19,10 @@ struct ByteVectors : ByteFormat<format> {
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
   // The values in one half of the bytes of words: the low halves (half = 0) or the high halves.
-  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
+  // word_of(lane) is the word of its block that a lane holds.
+  template <class WordOf>
+  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half,
+                                     const WordOf& word_of) {
     const __m512i fifteen = _mm512_set1_epi8(15);
     const __m512i shifted = half == 0 ? words : _mm512_srli_epi16(words, 4);
     if (kSigned) {
@@ -30,13 +33,17 @@ struct ByteVectors : ByteFormat<format> {
     if (kTable) return {look_up(value)};
     if (kBits == 4) return {value};
     const auto shift = [&](int lane) {
-      const int bit =
-          kBits == 5 ? fifth_bit_shift(lane % 4, 4 * half) : high_bits_shift(lane % 4, 4 * half);
+      const int bit = kBits == 5 ? fifth_bit_shift(word_of(lane), 4 * half)
+                                 : high_bits_shift(word_of(lane), 4 * half);
       return (4 - bit + 32) % 32;
     };
     const __m512i moved = _mm512_rolv_epi32(further, lanes_of(shift));
     const __m512i mask = _mm512_set1_epi8(kBits == 5 ? 0x10 : 0x30);
     return {_mm512_ternarylogic_epi32(moved, mask, value, 0xea)};  // (a & b) | c
+  }
+  // As the words of a row lie in memory.
+  MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half) {
+    return unpacked(words, further, half, [](int lane) { return lane % 4; });
   }
 
   // The sums, multiplied by the scales of the weights and by the units of the activations. With
@@ -212,16 +219,7 @@ struct ByteRow : ByteVectors<format> {
         values[i][half] = Vectors::unpacked(loaded, further, half);
       }
     }
-    const WordScales<format> of_words(row_scales[0], group_log2, k, there);
-    if (kScalesOfHalves) {
-      factors = _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], kEven);
-    } else {
-      factors = _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], 0);
-    }
-    if (WordScales<format>::kMinima) {
-      const auto at = [](int lane) { return 2 * (lane % 4 / 2 * 4 + lane / 4); };
-      minima = lanes_at(lanes_of(at), of_words.minima);
-    }
+    take_scales(row_scales[0], group_log2, k, there);
   }
 
   template <int N>
@@ -260,6 +258,23 @@ struct ByteRow : ByteVectors<format> {
 
  private:
   static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // of _mm512_shuffle_ps
+
+  MISTRAL_SIMD void take_scales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
+    const auto block_of = [](int lane) { return lane % 4 / 2 * 4 + lane / 4; };
+    if constexpr (Vectors::kSixBitScales) {
+      constexpr int64_t kGroupBytes = info(format).scale_bytes * info(format).group_scales;
+      const __m512 pairs = six_bit_pairs(row_scales + (k >> group_log2) * kGroupBytes);
+      factors = lanes_at(lanes_of([&](int lane) { return 2 * block_of(lane); }), pairs);
+      minima = lanes_at(lanes_of([&](int lane) { return 2 * block_of(lane) + 1; }), pairs);
+      return;
+    }
+    const WordScales<format> of_words(row_scales, group_log2, k, there);
+    factors =
+        _mm512_shuffle_ps(of_words.factors[0], of_words.factors[1], kScalesOfHalves ? kEven : 0);
+    if (WordScales<format>::kMinima) {
+      minima = lanes_at(lanes_of([&](int lane) { return 2 * block_of(lane); }), of_words.minima);
+    }
+  }
 
   // Adds up the places of each block, or of each half block, and moves the sums to the places
   // described at ByteRow.

@@ -8,7 +8,8 @@
 //
 // A sum stays a vector until all of k is added: a block of 32 values has one lane, or on AVX-512
 // four lanes. The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens
-// (with i8mm 8 tokens, in pairs) stay in L1.
+// (with i8mm 8 tokens, in pairs) stay in L1. On AVX-512 with VNNI more tokens have another panel
+// (gemm_bytes_512.h).
 #pragma once
 
 #include "gemv_bytes.h"
@@ -24,13 +25,14 @@ struct ByteProducts {
   int64_t tokens;
 };
 
-// The destination of the products: [tokens / width, rows, width], as in ManyBuffers.
+// The destination of the products: [tokens / width, width, rows].
 struct ProductsOut {
   float* sums;
   int64_t stride_vector;
+  int64_t rows;
 
-  void put(int64_t row, int64_t token, float sum) const {
-    sums[token / Vec::width * stride_vector + row * Vec::width + token % Vec::width] = sum;
+  float* of_token(int64_t token) const {
+    return sums + token / Vec::width * stride_vector + token % Vec::width * rows;
   }
 };
 
@@ -89,7 +91,7 @@ class BytePanel {
         Chunk::store_sums(of_columns, 1.0f, sums[0][0]);
         for (int64_t r = 0; r < mistral::min(int64_t{R}, rows - i * R); ++r) {
           for (int t = 0; t < 8 * M; ++t) {
-            out.put(first + i * R + r, column * M + t, sums[t / M][r][t % M]);
+            out.of_token(column * M + t)[first + i * R + r] = sums[t / M][r][t % M];
           }
         }
       }
@@ -132,11 +134,24 @@ class BytePanel {
 
 #endif
 
+}  // namespace mistral::cpu::MISTRAL_ISA
+
+#if defined(__AVX512VNNI__)
+#include "gemm_bytes_512.h"
+#endif
+
+namespace mistral::cpu::MISTRAL_ISA {
+
 // Multiplies up to kPanelTokens tokens.
 template <WeightFormat format>
 void multiply_many_bytes([[maybe_unused]] const ByteProducts& p,
                          [[maybe_unused]] const ProductsOut& out) {
-  if constexpr (has_bytes(format)) BytePanel<format>::multiply(p, out);
+  if constexpr (has_bytes(format)) {
+#if defined(__AVX512VNNI__)
+    if (p.tokens >= RowsPanel<format>::kFewest) return RowsPanel<format>::multiply(p, out);
+#endif
+    BytePanel<format>::multiply(p, out);
+  }
 }
 
 }  // namespace mistral::cpu::MISTRAL_ISA

@@ -19,10 +19,12 @@ constexpr int64_t kAheadBytes = 8192;
 
 constexpr int kTokensAtATime = 4;
 // The number of rows that are multiplied at a time by N tokens. One token takes one row, a single
-// stream through memory. More tokens take two rows, which share the loads of activations. All sums
-// must stay in registers, and AVX2 has only 16, so there three and four tokens take one row.
+// stream through memory, and so do two tokens where vectors are wide. More tokens take two rows,
+// which share the loads of activations. All sums must stay in registers, and AVX2 has only 16, so
+// there three and four tokens take one row.
 template <class Chunk, int N>
-constexpr int kRowsAtATime = N == 1 || (Vec::width == 8 && N > 2) ? 1 : 2;
+constexpr int kRowsAtATime =
+    N == 1 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
 // The rows of a group. All tokens are multiplied by a group before the next group, while its rows
 // are in the cache.
 constexpr int kGroupRows = 8;

@@ -253,7 +253,8 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
     const int64_t stride_x = packed_byte_row(p.inputs);
     const ByteProducts products = {rows_at(part), block.count,
                                    scratch.packed[part] + first_token * stride_x, stride_x, tokens};
-    const ProductsOut out = {buffers.sums + first_row * Vec::width, Tile::kTaskRows * Vec::width};
+    const ProductsOut out = {buffers.sums + first_row * Vec::width, Tile::kTaskRows * Vec::width,
+                             block.count};
     with_format(p.parts[part].format,
                 [&](auto format) { multiply_many_bytes<format.value>(products, out); });
   };
@@ -306,21 +307,26 @@ void linear_many(const LinearParams& p, int threads) {
     ManyBuffers<Tile> buffers;
     multiply_block_rows(p, scratch, block, first_token, tokens, buffers);
 
-    // The sums are transposed from rows of weights to rows of tokens, one vector of tokens at a
-    // time.
-    const int64_t count = parts * block.count;
+    // Each part's sums are arranged by rows of outputs, one vector of tokens at a time. Products in
+    // bytes come like this already, others by rows of weights.
     for (int64_t first = 0; first < tokens; first += Vec::width) {
-      float outputs[Vec::width][Tile::kTaskRows];
-      const float* sums = buffers.sums + first * Tile::kTaskRows;
-      for (int64_t row = 0; row < count; ++row) {
-        for (int64_t lane = 0; lane < Vec::width; ++lane) {
-          outputs[lane][row] = sums[row * Vec::width + lane];
+      float outputs[2][Vec::width * Tile::kTaskRows];
+      const float* rows_of_part[2] = {};
+      for (int64_t i = 0; i < parts; ++i) {
+        const float* sums = buffers.sums + first * Tile::kTaskRows + i * block.count * Vec::width;
+        rows_of_part[i] = sums;
+        if (in_bytes<T>(p, block.part + i)) continue;
+        for (int64_t row = 0; row < block.count; ++row) {
+          for (int64_t lane = 0; lane < Vec::width; ++lane) {
+            outputs[i][lane * block.count + row] = sums[row * Vec::width + lane];
+          }
         }
+        rows_of_part[i] = outputs[i];
       }
       const int64_t there = mistral::min(Vec::width, tokens - first);
       for (int64_t lane = 0; lane < there; ++lane) {
-        finish<T>(p, first_token + first + lane, block.column, outputs[lane],
-                  outputs[lane] + block.count, block.count);
+        finish<T>(p, first_token + first + lane, block.column, rows_of_part[0] + lane * block.count,
+                  rows_of_part[1] + lane * block.count, block.count);
       }
     }
   });

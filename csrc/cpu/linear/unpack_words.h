@@ -108,6 +108,30 @@ MISTRAL_SIMD __m512 widen_signed(__m128i bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 
+// Unpacks the scales and minima of 6 bits of 8 blocks (six_bit_scales in formats.h), and multiplies
+// them by their units. Lane 2 b is the scale of block b, and lane 2 b + 1 is added for its minimum.
+MISTRAL_SIMD __m512 six_bit_pairs(const char* group) {
+  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
+  // Words of bytes: the scales of blocks 0 to 3, of blocks 4 to 7, and their minima likewise. The
+  // last four blocks have their low and their high bits in two words.
+  const __m128i high =
+      _mm_srlv_epi32(_mm_shuffle_epi32(all, _MM_PERM_CCBB), _mm_setr_epi32(0, 2, 0, 2));
+  const __m128i low =
+      _mm_srlv_epi32(_mm_shuffle_epi32(all, _MM_PERM_DDDD), _mm_setr_epi32(32, 0, 32, 4));
+  constexpr int kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x30303030;
+  const __m128i bytes = _mm_ternarylogic_epi32(high, _mm_setr_epi32(kSix, kTwo, kSix, kTwo),
+                                               _mm_and_si128(low, _mm_set1_epi32(kFour)),
+                                               0xea);  // (a & b) | c
+  const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(bytes, order)));
+  // The two units alternate. Minima are subtracted.
+  int32_t units;
+  memcpy(&units, group, sizeof units);
+  const __m256i halves =
+      _mm256_xor_si256(_mm256_set1_epi32(units), _mm256_set1_epi32(static_cast<int>(0x80000000u)));
+  return _mm512_mul_ps(numbers, _mm512_cvtph_ps(halves));
+}
+
 // The scales of 256 values that are stored in 32 words. `factors` has a lane for each word.
 template <WeightFormat format>
 struct WordScales {
@@ -125,15 +149,9 @@ struct WordScales {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     const char* group = row_scales + (k >> group_log2) * kGroupBytes;
     if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
-      uint32_t bytes[4];
-      six_bit_scales(group, bytes);
-      // Lanes 0 to 7 hold scales, lanes 8 to 15 minima.
-      const __m512 all = widen_signed(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-      const __m512 units = _mm512_mask_sub_ps(half_in_all_lanes(group), 0xff00, _mm512_setzero_ps(),
-                                              half_in_all_lanes(group + 2));
-      const __m512 scaled = _mm512_mul_ps(all, units);
-      spread(scaled, [](int block) { return block; });
-      minima = lanes_at(lanes_of([](int half) { return 8 + half / 2; }), scaled);
+      const __m512 pairs = six_bit_pairs(group);
+      spread(pairs, [](int block) { return 2 * block; });
+      minima = lanes_at(lanes_of([](int half) { return half / 2 * 2 + 1; }), pairs);
     } else if constexpr (format == WeightFormat::q6_k) {
       const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
       halves = _mm512_mul_ps(widen_signed(bytes), half_in_all_lanes(group + 16));

@@ -1,0 +1,255 @@
+// 256 values of 32 rows as operands of products of bytes, for many tokens on AVX-512 with VNNI. A
+// lane of a vector is a row: it holds four neighbouring bytes of that row, and a word of
+// activations is broadcast to all lanes. So sums need no swaps, and one load of weights serves
+// several tokens. Rows are rearranged for that, which pays with many tokens only.
+#pragma once
+
+#include "byte_chunk.h"
+#include "gemv_chunks.h"
+
+#if defined(__AVX512VNNI__)
+
+namespace mistral::cpu::MISTRAL_ISA {
+
+// out[l]: lane l of 128 bits of x0, x1, x2 and x3.
+template <class Store>
+MISTRAL_SIMD void transpose_lanes(__m512i x0, __m512i x1, __m512i x2, __m512i x3,
+                                  const Store& store) {
+  const __m512i even01 = _mm512_shuffle_i32x4(x0, x1, 0x88);
+  const __m512i even23 = _mm512_shuffle_i32x4(x2, x3, 0x88);
+  const __m512i odd01 = _mm512_shuffle_i32x4(x0, x1, 0xdd);
+  const __m512i odd23 = _mm512_shuffle_i32x4(x2, x3, 0xdd);
+  store(0, _mm512_shuffle_i32x4(even01, even23, 0x88));
+  store(1, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+  store(2, _mm512_shuffle_i32x4(even01, even23, 0xdd));
+  store(3, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+}
+
+// Word w of row r becomes word r of x[w].
+MISTRAL_SIMD void transpose_words(__m512i (&x)[16]) {
+  // Within lanes of 128 bits, for each four rows.
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(x[r], x[r + 1]);
+    const __m512i b = _mm512_unpackhi_epi32(x[r], x[r + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[r + 2], x[r + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(x[r + 2], x[r + 3]);
+    x[r] = _mm512_unpacklo_epi64(a, c);
+    x[r + 1] = _mm512_unpackhi_epi64(a, c);
+    x[r + 2] = _mm512_unpacklo_epi64(b, d);
+    x[r + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  __m512i out[16];
+#pragma GCC unroll 4
+  for (int w = 0; w < 4; ++w) {
+    transpose_lanes(x[w], x[4 + w], x[8 + w], x[12 + w],
+                    [&](int lane, __m512i words) { out[4 * lane + w] = words; });
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = out[i];
+}
+
+template <WeightFormat format>
+class ByteRows {
+ public:
+  static constexpr int kRows = 32;
+  static constexpr int kTokens = 4;  // are multiplied at a time
+  static constexpr int kGroups = kRows / 16;
+
+  // The sums of a token. Lane `b` of a vector in byte_chunk_512.h is here vector `b` of 16 rows.
+  using Totals = __m512[4][kGroups];
+
+  // Unpacks chunk i of the first kRows rows. If `rows` is less than that, the last row stands for
+  // the missing rows.
+  MISTRAL_SIMD void take(const WeightRows& w, int64_t rows, int64_t i) {
+    const int64_t there = mistral::min(kSuperBlock, w.inputs - i * kSuperBlock);
+    for (int group = 0; group < kGroups; ++group) {
+      const int64_t first = mistral::min(int64_t{16} * group, rows - 1);
+      const int64_t last = mistral::min(int64_t{15}, rows - 1 - first);
+      const Strided words = {w.values + first * w.row_bytes + i * kBytes, w.row_bytes, last};
+      if (there == kSuperBlock) {
+        take_values(words, group);
+      } else {
+        char rest[16][kBytes] = {};
+        for (int r = 0; r < 16; ++r) memcpy(rest[r], words.row(r), w.bytes(there));
+        take_values({rest[0], kBytes, 15}, group);
+      }
+      take_scales({w.scales + first * w.scale_bytes, w.scale_bytes, last}, group, w.group_log2,
+                  i * kSuperBlock, there);
+    }
+  }
+
+  // Adds the products with the activations of N tokens.
+  template <int N>
+  MISTRAL_SIMD void add(const char* x, int64_t stride_x, Totals* totals) const {
+    for (int lane = 0; lane < 4; ++lane) {
+      __m512 of_blocks[2][kGroups][N];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const auto sums_of = [&](int first_half, int last_half, Ints(&sums)[kGroups][N]) {
+          for (int n = 0; n < N; ++n) {
+            const Ints begin =
+                minus_offset(of_token(x, stride_x, n).blocks[i][lane], first_half, last_half);
+            for (int g = 0; g < kGroups; ++g) sums[g][n] = begin;
+          }
+#pragma GCC unroll 8
+          for (int word = 2 * first_half; word < 2 * last_half; ++word) {
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) {
+              const __m512i* weights = values_[lane][i][word][half];
+              for (int n = 0; n < N; ++n) {
+                const Bytes activations = {_mm512_set1_epi32(
+                    word_at(of_token(x, stride_x, n).values[i][half] + (4 * lane + word) * 4))};
+                for (int g = 0; g < kGroups; ++g) {
+                  sums[g][n] = add_products(sums[g][n], {weights[g]}, activations);
+                }
+              }
+            }
+          }
+        };
+        const int block = 4 * i + lane;
+        const auto scaled = [&](Ints sums, const __m512* factors, int g, int n) {
+          const auto& activations = of_token(x, stride_x, n).blocks[i][lane];
+          const __m512 minimum = Vectors::kMinima ? minima_[block][g] : _mm512_setzero_ps();
+          return Vectors::scaled(sums, factors[g], _mm512_set1_ps(activations.scale), minimum,
+                                 _mm512_set1_ps(activations.sum));
+        };
+        Ints first[kGroups][N], last[kGroups][N];
+        sums_of(0, kHalves == 1 ? 2 : 1, first);
+        if (kHalves == 2) sums_of(1, 2, last);
+        for (int n = 0; n < N; ++n) {
+          for (int g = 0; g < kGroups; ++g) {
+            of_blocks[i][g][n] = scaled(first[g][n], factors_[block][0], g, n);
+            if (kHalves == 2) {
+              of_blocks[i][g][n] = _mm512_add_ps(
+                  of_blocks[i][g][n], scaled(last[g][n], factors_[block][kHalves - 1], g, n));
+            }
+          }
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        for (int g = 0; g < kGroups; ++g) {
+          __m512& total = totals[n][lane][g];
+          total = _mm512_add_ps(total, _mm512_add_ps(of_blocks[0][g][n], of_blocks[1][g][n]));
+        }
+      }
+    }
+  }
+
+  // The sums of 16 rows of a token, as sums_of_places.
+  static Vec sums_of(const Totals& totals, int group) {
+    return {_mm512_add_ps(_mm512_add_ps(totals[0][group], totals[2][group]),
+                          _mm512_add_ps(totals[1][group], totals[3][group]))};
+  }
+
+ private:
+  using Vectors = ByteVectors<format>;
+  static constexpr int64_t kBytes = Vectors::kBytes;
+  static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;  // scales of a block
+
+  __m512i values_[4][2][4][2][kGroups];  // of block 4 i + lane: [lane][i][word][half of the bytes]
+  __m512 factors_[8][kHalves][kGroups];
+  __m512 minima_[8][kGroups];
+
+  // What 16 rows have in memory. (Addresses in an array would be computed in vectors, and the loads
+  // would wait for them.)
+  struct Strided {
+    const char* first;
+    int64_t stride;
+    int64_t last;  // row, which also stands for the rows after it
+
+    MISTRAL_SIMD const char* row(int r) const {
+      return first + mistral::min(int64_t{r}, last) * stride;
+    }
+  };
+
+  MISTRAL_SIMD static const ByteActivations& of_token(const char* x, int64_t stride_x, int n) {
+    return *reinterpret_cast<const ByteActivations*>(x + n * stride_x);
+  }
+  MISTRAL_SIMD static int32_t word_at(const int8_t* p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return word;
+  }
+
+  MISTRAL_SIMD static Ints minus_offset(const ByteActivations::Block& x, int first_half,
+                                        int last_half) {
+    if (Vectors::kOffsetLog2 == 0) return broadcast_int(0);
+    Ints sum = broadcast_int(x.minus_sums[first_half]);
+    if (last_half - first_half == 2) sum = sum + broadcast_int(x.minus_sums[1]);
+    return sum << Vectors::kOffsetLog2;
+  }
+
+  MISTRAL_SIMD void take_values(const Strided& words, int group) {
+    __m512i further[16];
+    if (Vectors::kBits > 4) {
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        const char* from = words.row(r) + kSuperBlock / 2;
+        further[r] =
+            Vectors::kBits == 5 ? _mm512_castsi256_si512(load_32(from)) : _mm512_loadu_si512(from);
+      }
+      transpose_words(further);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      __m512i x[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(words.row(r) + 64 * i);
+      transpose_words(x);
+#pragma GCC unroll 16
+      for (int w = 0; w < 16; ++w) {
+        const int lane = w / 4, word = w % 4, block = 4 * i + lane;
+        __m512i bits = x[w];
+        if (Vectors::kBits == 5) bits = further[block];
+        if (Vectors::kBits == 6) bits = further[word / 2 * 8 + block];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          values_[lane][i][word][half][group] =
+              Vectors::unpacked(x[w], bits, half, [&](int) { return word; }).v;
+        }
+      }
+    }
+  }
+
+  MISTRAL_SIMD void take_scales(const Strided& scales, int group, int group_log2, int64_t k,
+                                int64_t there) {
+    ByteScales<format> of_rows[4];
+    for (int r = 0; r < 4; ++r) {
+      const char* const four[4] = {scales.row(4 * r), scales.row(4 * r + 1), scales.row(4 * r + 2),
+                                   scales.row(4 * r + 3)};
+      of_rows[r].take(four, group_log2, k, there);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const auto transpose = [&](const auto& scales_of, const auto& store) {
+        transpose_lanes(
+            _mm512_castps_si512(scales_of(of_rows[0])), _mm512_castps_si512(scales_of(of_rows[1])),
+            _mm512_castps_si512(scales_of(of_rows[2])), _mm512_castps_si512(scales_of(of_rows[3])),
+            [&](int lane, __m512i x) { store(4 * i + lane, _mm512_castsi512_ps(x)); });
+      };
+      if (Vectors::kScalesOfHalves) {
+        // Places 0 and 1 of `factors` have the scales of the first halves, places 2 and 3 the
+        // others.
+        for (int half = 0; half < kHalves; ++half) {
+          transpose(
+              [&](const auto& rows) {
+                const __mmask16 other = half == 0 ? 0xcccc : 0x3333;
+                return _mm512_mask_blend_ps(other, rows.factors[i], rows.other_factors[i]);
+              },
+              [&](int block, __m512 x) { factors_[block][half][group] = x; });
+        }
+      } else {
+        transpose([&](const auto& rows) { return rows.factors[i]; },
+                  [&](int block, __m512 x) { factors_[block][0][group] = x; });
+      }
+      if constexpr (Vectors::kMinima) {
+        transpose([&](const auto& rows) { return rows.minima[i]; },
+                  [&](int block, __m512 x) { minima_[block][group] = x; });
+      }
+    }
+  }
+};
+
+}  // namespace mistral::cpu::MISTRAL_ISA
+
+#endif
