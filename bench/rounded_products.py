@@ -3,10 +3,10 @@
     python bench/rounded_products.py [--threads 1] [--rounds N] [--dtype bf16] [--json FILE]
                                      [--tokens 1,4,8,64,256] [--formats NAMES] [--inputs N]
 
-Weights have the shape of Mistral 7B's attention output, or rows of N inputs. Times are milliseconds of processor time of
-all threads, so that other programs of the machine count for little. They are medians of turns in
-which both ways alternate. `gain` is exact over rounded, `of one` the rounded time over that of the
-first number of tokens.
+Weights have the shape of Mistral 7B's attention output, or rows of N inputs. Times are milliseconds
+of processor time of all threads, so that other programs of the machine count for little. They are
+medians of turns in which both ways alternate. `gain` is exact over rounded, `of one` the rounded
+time over that of the first number of tokens.
 """
 
 from __future__ import annotations
