@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         kept = kept_folder(args.target)
         if any(kept.glob("*.pt")):
-            print(f"\nmistral-ext: the same command goes on from {kept}", file=sys.stderr, end="")
+            print(f"mistral-ext: the same command goes on from {kept}", file=sys.stderr, end="")
         raise
     weights, form = folder / "model.safetensors", read_folder(folder).quantization
     print(f"{weights}: {weights.stat().st_size / 1e9:.2f} GB, {form}", file=sys.stderr)

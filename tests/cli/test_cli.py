@@ -351,7 +351,7 @@ def test_an_interrupted_calibration_says_how_to_go_on(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(CalibratedLayers, "rounded", interrupted)
     assert main([*given, "--calibrate", str(text)]) == 130
-    said = f"\nmistral-ext: the same command goes on from {out}.calibration\n"
+    said = f"mistral-ext: the same command goes on from {out}.calibration\n"
     assert capsys.readouterr().err == (said if done else "\n")
     monkeypatch.undo()
     assert main([*given, "--calibrate", str(text)]) == 0
