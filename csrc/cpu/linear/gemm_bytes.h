@@ -8,8 +8,10 @@
 //
 // A sum stays a vector until all of k is added: a block of 32 values has one lane, or on AVX-512
 // four lanes. The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens
-// (with i8mm 8 tokens, in pairs) stay in L1. On AVX-512 with VNNI more tokens have another panel
-// (gemm_bytes_512.h).
+// (with i8mm 8 tokens, in pairs) stay in L1.
+//
+// AVX-512 with VNNI has another panel (gemm_bytes_512.h). With few tokens the rows are multiplied
+// as by gemv there, because it takes longer to make the panel.
 #pragma once
 
 #include "gemv_bytes.h"
@@ -42,7 +44,7 @@ constexpr int64_t kPanelTokens = 256;
 template <WeightFormat format>
 class BytePanel;
 
-#if defined(MISTRAL_VECTORS)
+#if defined(MISTRAL_VECTORS) && !defined(__AVX512VNNI__)
 
 template <WeightFormat format>
 class BytePanel {
@@ -149,8 +151,15 @@ void multiply_many_bytes([[maybe_unused]] const ByteProducts& p,
   if constexpr (has_bytes(format)) {
 #if defined(__AVX512VNNI__)
     if (p.tokens >= RowsPanel<format>::kFewest) return RowsPanel<format>::multiply(p, out);
-#endif
+    static_assert(Vec::width <= kChunkTokens, "");
+    for (int64_t token = 0; token < p.tokens; token += Vec::width) {
+      FewInChunks<ByteChunk<format>>::multiply(p.w, p.rows, p.x + token * p.stride_x, p.stride_x,
+                                               mistral::min(int64_t{Vec::width}, p.tokens - token),
+                                               out.of_token(token), out.rows);
+    }
+#else
     BytePanel<format>::multiply(p, out);
+#endif
   }
 }
 

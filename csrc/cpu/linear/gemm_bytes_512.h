@@ -16,7 +16,7 @@ template <WeightFormat format>
 class RowsPanel {
  public:
   // With fewer tokens, rearranging the rows takes longer than it saves.
-  static constexpr int64_t kFewest = ByteFormat<format>::kBits == 4 ? 12 : 24;
+  static constexpr int64_t kFewest = ByteFormat<format>::kBits == 4 ? 17 : 28;
 
   // Multiplies up to kPanelTokens tokens.
   static void multiply(const ByteProducts& p, const ProductsOut& out) {

@@ -23,6 +23,11 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
+// The most tokens that are multiplied by a group of rows. gemv has up to kGemvTokens of them, and a
+// product in bytes may have more (gemm_bytes.h).
+constexpr int64_t kChunkTokens = 16;
+static_assert(kChunkTokens >= kGemvTokens, "");
+
 // Unpacks chunk i of the first kRows rows. Values past K become zeros. If there are fewer than
 // kRows rows, the last row is repeated.
 template <class Chunk>
@@ -126,7 +131,7 @@ struct FewInChunks {
     const int64_t chunks = ceil_div(w.inputs, Chunk::kValues);
     const int64_t block = mistral::max(int64_t{1}, kActivationBytes / (tokens * Chunk::kLineBytes));
     const int64_t columns = ceil_div(tokens, M), stride = M * stride_x;
-    typename Chunk::Sums totals[kGroupRows][kGemvTokens / M] = {};
+    typename Chunk::Sums totals[kGroupRows][kChunkTokens / M] = {};
     for (int64_t begin = 0; begin < chunks; begin += block) {
       const int64_t end = mistral::min(begin + block, chunks);
       for (int64_t row = 0; row < rows; row += R) {
