@@ -204,7 +204,7 @@ struct PackedAlike<InBytes<format>> {
 };
 template <WeightFormat format>
 struct PackedAlike<InHalves<format>> {
-  using type = InHalves<WeightFormat::int8>;
+  using type = HalvesLayout;
 };
 template <class>
 constexpr char kMark = 0;

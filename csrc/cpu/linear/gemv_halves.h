@@ -31,11 +31,12 @@ constexpr bool has_half_products([[maybe_unused]] WeightFormat format) {
 #endif
 }
 
+struct HalvesLayout;
+
 #if defined(__ARM_FEATURE_DOTPROD)
 
-// What chunks of one row and of several rows share.
-template <WeightFormat format>
-struct HalvesFormat {
+// What the chunks of all formats share.
+struct HalvesLayout {
   static constexpr int kTokens = 1;
   static constexpr int64_t kValues = 128;
   static constexpr int64_t kBytes = kValues;
@@ -49,7 +50,11 @@ struct HalvesFormat {
     memcpy(&value, x, sizeof value);
     return value;
   }
+};
 
+// What chunks of one row and of several rows share.
+template <WeightFormat format>
+struct HalvesFormat : HalvesLayout {
   // The scales of the four blocks from value k on, of which `there` are in the row.
   MISTRAL_SIMD static float32x4_t scales_at(const char* row_scales, int64_t k, int64_t there) {
     if (info(format).least_group == 0) {  // a scale for the row
@@ -195,8 +200,8 @@ struct Few<InHalves<format>> : FewInChunks<HalvesRow<format>> {};
 
 // The bytes of the packed K activations of a token.
 constexpr int64_t packed_halves_row(int64_t inputs) {
-  using Format = HalvesFormat<WeightFormat::int8>;
-  return Format::kHeadBytes + ceil_div(inputs, Format::kValues) * Format::kLineBytes;
+  using Layout = HalvesLayout;
+  return Layout::kHeadBytes + ceil_div(inputs, Layout::kValues) * Layout::kLineBytes;
 }
 
 // The unit in which the largest of some numbers fits 127 high and 127 low. It is that of unit_of,
@@ -216,9 +221,9 @@ template <bool together, class T>
 void pack_halves(const T* x, int64_t inputs, char* out) {
   const Unit unit = unit_of_halves(largest_magnitude(x, inputs));
   memcpy(out, &unit.value, sizeof unit.value);
-  using Format = HalvesFormat<WeightFormat::int8>;
-  auto* to = reinterpret_cast<int8_t*>(out + Format::kHeadBytes);
-  for (int64_t k = 0; k < ceil_div(inputs, Format::kValues) * Format::kValues; k += 8) {
+  using Layout = HalvesLayout;
+  auto* to = reinterpret_cast<int8_t*>(out + Layout::kHeadBytes);
+  for (int64_t k = 0; k < ceil_div(inputs, Layout::kValues) * Layout::kValues; k += 8) {
     int16_t rounded[8];
     for (int64_t i = 0; i < 8; i += Vec::width) {
       const int64_t there = mistral::max(int64_t{0}, inputs - k - i);
