@@ -82,51 +82,14 @@ class ByteRows {
   // Adds the products with the activations of N tokens.
   template <int N>
   MISTRAL_SIMD void add(const char* x, int64_t stride_x, Totals* totals) const {
+    const ByteActivations* tokens[N];
+    for (int n = 0; n < N; ++n) {
+      tokens[n] = reinterpret_cast<const ByteActivations*>(x + n * stride_x);
+    }
     for (int lane = 0; lane < 4; ++lane) {
       __m512 of_blocks[2][kGroups][N];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const auto sums_of = [&](int first_half, int last_half, Ints(&sums)[kGroups][N]) {
-          for (int n = 0; n < N; ++n) {
-            const Ints begin =
-                minus_offset(of_token(x, stride_x, n).blocks[i][lane], first_half, last_half);
-            for (int g = 0; g < kGroups; ++g) sums[g][n] = begin;
-          }
-#pragma GCC unroll 8
-          for (int word = 2 * first_half; word < 2 * last_half; ++word) {
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-              const __m512i* weights = values_[lane][i][word][half];
-              for (int n = 0; n < N; ++n) {
-                const Bytes activations = {_mm512_set1_epi32(
-                    word_at(of_token(x, stride_x, n).values[i][half] + (4 * lane + word) * 4))};
-                for (int g = 0; g < kGroups; ++g) {
-                  sums[g][n] = add_products(sums[g][n], {weights[g]}, activations);
-                }
-              }
-            }
-          }
-        };
-        const int block = 4 * i + lane;
-        const auto scaled = [&](Ints sums, const __m512* factors, int g, int n) {
-          const auto& activations = of_token(x, stride_x, n).blocks[i][lane];
-          const __m512 minimum = Vectors::kMinima ? minima_[block][g] : _mm512_setzero_ps();
-          return Vectors::scaled(sums, factors[g], _mm512_set1_ps(activations.scale), minimum,
-                                 _mm512_set1_ps(activations.sum));
-        };
-        Ints first[kGroups][N], last[kGroups][N];
-        sums_of(0, kHalves == 1 ? 2 : 1, first);
-        if (kHalves == 2) sums_of(1, 2, last);
-        for (int n = 0; n < N; ++n) {
-          for (int g = 0; g < kGroups; ++g) {
-            of_blocks[i][g][n] = scaled(first[g][n], factors_[block][0], g, n);
-            if (kHalves == 2) {
-              of_blocks[i][g][n] = _mm512_add_ps(
-                  of_blocks[i][g][n], scaled(last[g][n], factors_[block][kHalves - 1], g, n));
-            }
-          }
-        }
-      }
+      multiply_block(tokens, 0, lane, of_blocks[0]);
+      multiply_block(tokens, 1, lane, of_blocks[1]);
       for (int n = 0; n < N; ++n) {
         for (int g = 0; g < kGroups; ++g) {
           __m512& total = totals[n][lane][g];
@@ -151,8 +114,7 @@ class ByteRows {
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
 
-  // What 16 rows have in memory. (Addresses in an array would be computed in vectors, and the loads
-  // would wait for them.)
+  // What 16 rows have in memory.
   struct Strided {
     const char* first;
     int64_t stride;
@@ -163,20 +125,53 @@ class ByteRows {
     }
   };
 
-  MISTRAL_SIMD static const ByteActivations& of_token(const char* x, int64_t stride_x, int n) {
-    return *reinterpret_cast<const ByteActivations*>(x + n * stride_x);
-  }
-  MISTRAL_SIMD static int32_t word_at(const int8_t* p) {
-    int32_t word;
-    memcpy(&word, p, sizeof word);
-    return word;
+  // The scaled products of block 4 i + lane.
+  template <int N>
+  MISTRAL_SIMD void multiply_block(const ByteActivations* const (&tokens)[N], int i, int lane,
+                                   __m512 (&products)[kGroups][N]) const {
+    constexpr int kWords = 4 / kHalves;  // that share a scale
+    const int block = 4 * i + lane;
+#pragma GCC unroll 2
+    for (int part = 0; part < kHalves; ++part) {
+      Ints sums[kGroups][N];
+      for (int n = 0; n < N; ++n) {
+        const Ints begin = minus_offset(tokens[n]->blocks[i][lane], part);
+        for (int g = 0; g < kGroups; ++g) sums[g][n] = begin;
+      }
+#pragma GCC unroll 4
+      for (int word = kWords * part; word < kWords * (part + 1); ++word) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const __m512i* weights = values_[lane][i][word][half];
+          for (int n = 0; n < N; ++n) {
+            int32_t of_token;
+            memcpy(&of_token, tokens[n]->values[i][half] + (4 * lane + word) * 4, sizeof of_token);
+            const Bytes activations = {_mm512_set1_epi32(of_token)};
+            for (int g = 0; g < kGroups; ++g) {
+              sums[g][n] = add_products(sums[g][n], {weights[g]}, activations);
+            }
+          }
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        const ByteActivations::Block& of_token = tokens[n]->blocks[i][lane];
+        for (int g = 0; g < kGroups; ++g) {
+          const __m512 minimum = Vectors::kMinima ? minima_[block][g] : _mm512_setzero_ps();
+          const __m512 product =
+              Vectors::scaled(sums[g][n], factors_[block][part][g], _mm512_set1_ps(of_token.scale),
+                              minimum, _mm512_set1_ps(of_token.sum));
+          products[g][n] = part == 0 ? product : _mm512_add_ps(products[g][n], product);
+        }
+      }
+    }
   }
 
-  MISTRAL_SIMD static Ints minus_offset(const ByteActivations::Block& x, int first_half,
-                                        int last_half) {
+  // Where the sums of a block begin, or of a half if halves have scales: minus the products of the
+  // activations with the offset of the unpacked values.
+  MISTRAL_SIMD static Ints minus_offset(const ByteActivations::Block& x, int part) {
     if (Vectors::kOffsetLog2 == 0) return broadcast_int(0);
-    Ints sum = broadcast_int(x.minus_sums[first_half]);
-    if (last_half - first_half == 2) sum = sum + broadcast_int(x.minus_sums[1]);
+    Ints sum = broadcast_int(x.minus_sums[part]);
+    if (kHalves == 1) sum = sum + broadcast_int(x.minus_sums[1]);
     return sum << Vectors::kOffsetLog2;
   }
 
