@@ -73,7 +73,7 @@ def factor_of(inputs: Sequence[Tensor]) -> Factor:
         block = hessian[begin:end, begin:end]
         # A Cholesky factor is lower triangular: turned around it is upper triangular.
         upper = torch.linalg.cholesky(block.flip(0, 1)).flip(0, 1)
-        identity = torch.eye(end - begin)
+        identity = torch.eye(end - begin, device=block.device)
         inverse = torch.linalg.solve_triangular(upper, identity, upper=True).contiguous()
         before = hessian[begin:end, :begin]  # R[:, b]^T after the product with the inverse
         block.copy_(inverse)
@@ -97,7 +97,7 @@ def round_by(factor: Factor, weight: Tensor, out: Quantized) -> Tensor:
         part = weight[:, begin:end].clone(memory_format=torch.contiguous_format)
         if begin:
             ops.linear_residual(errors[:, :begin], of_block[:, :begin].contiguous(), part)
-        made = Quantized.empty(part.shape, out.format)
+        made = Quantized.empty(part.shape, out.format, device=part.device)
         round_with_feedback(
             part, of_block[:, begin:end], made, factor.importance[begin:end].contiguous()
         )
