@@ -15,7 +15,8 @@ from __future__ import annotations
 # While no more sequences wait for their prompts than generate, a part of a pass takes at most as
 # long as a decode step. So the gap between two tokens of a stream grows to twice its usual length.
 # Times vary, but it is rarely three times as long. If more sequences wait, a part may take up to
-# this many times as long as a step.
+# this many times as long as a step. A part has one layer at least, though, also if fewer sequences
+# wait than when its pass began.
 _MOST_STEPS = 4.0
 
 # Passes get more tokens only as long as this many layers fit into a part. Then a layer still fits
@@ -42,7 +43,9 @@ class Pace:
         self.tokens = least
         self._layers = layers
         self._least, self._most = least, most
-        self._steps = 1.0  # decode steps that a part of the current pass may take
+        self._steps = 1.0  # decode steps that the next part of a pass may take
+        self._planned = 1.0  # the same, when the current pass began
+        self._is_full = False  # whether the current pass has as many tokens as it may have
         self._step: float | None = None  # seconds of a decode step
         self._of_layer: float | None = None  # seconds of a layer of the current pass
         self._tokens = 0  # tokens of the current pass
@@ -54,17 +57,24 @@ class Pace:
         # A machine that is busy for a moment makes a measurement too long, so it is limited.
         self._step += _NEWEST * (min(seconds, 2 * self._step) - self._step)
 
-    def divide(self, waiting: int, generating: int) -> int:
-        """Divides the time of the next pass between sequences whose prompts have not been read and
-        sequences that generate, given the numbers of both. Returns the most tokens of the pass."""
+    def divide(self, waiting: int, generating: int) -> None:
+        """Divides the time between `waiting` sequences, which generate as soon as their prompts are
+        read, and `generating` sequences, at least one. Call this before each part of a pass."""
         self._steps = min(max(waiting / generating, 1.0), _MOST_STEPS)
-        return self._most_tokens()
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens of a pass that begins now."""
+        tokens = int(self._steps * self.tokens) // self._least * self._least
+        return min(self._most, tokens)
 
     def begin(self, tokens: int) -> None:
         """Begins a pass over this many tokens of prompts."""
         if self._of_layer is not None and tokens > self._tokens:
             self._of_layer *= tokens / self._tokens
         self._tokens = tokens
+        self._is_full = tokens >= self.most_tokens
+        self._planned = self._steps
 
     def note_read(self, layers: int, seconds: float) -> None:
         """Notes how many seconds some layers of a pass took."""
@@ -72,22 +82,19 @@ class Pace:
 
     def end(self) -> None:
         """Ends the pass."""
-        fitting = self._fitting()
+        fitting = self._fitting(self._planned)
         if fitting < 1:
             self.tokens = max(self._least, self.tokens // 2)
-        elif self._tokens >= self._most_tokens() and fitting >= min(_LAYERS_TO_SPARE, self._layers):
+        elif self._is_full and fitting >= min(_LAYERS_TO_SPARE, self._layers):
             self.tokens = min(self._most, 2 * self.tokens)
 
     def layers(self) -> int:
         """How many layers of the pass to compute before the next decode step."""
-        return max(1, min(int(self._fitting()), self._layers))
+        return max(1, min(int(self._fitting(self._steps)), self._layers))
 
-    def _fitting(self) -> float:
-        """The number of layers of the pass that fit into a part. It is 1 until times have been
-        measured."""
+    def _fitting(self, steps: float) -> float:
+        """The number of layers of the pass that fit into a part that takes `steps` decode steps. It
+        is 1 until times have been measured."""
         if self._step is None or self._of_layer is None:
             return 1.0
-        return self._steps * self._step / max(self._of_layer, 1e-9)
-
-    def _most_tokens(self) -> int:
-        return min(self._most, int(self._steps * self.tokens))
+        return steps * self._step / max(self._of_layer, 1e-9)

@@ -51,12 +51,13 @@ class PromptReader:
             return self._paused.pieces
         scheduler = self._scheduler
         if self._runner.pauses and scheduler.decoding:
-            unread = len(scheduler.waiting) + len(scheduler.reading)
-            scheduler.busy_chunk = self.pace.divide(unread, len(scheduler.decoding))
+            self._divide_time()
+            scheduler.busy_chunk = self.pace.most_tokens
         return scheduler.next_pieces()
 
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
-        """Computes the next layers of a pass. It computes all layers if no other sequence waits.
+        """Computes the next layers of a pass. It computes all layers if no other sequence
+        generates.
 
         Returns:
             The results of the pieces (see `Runner.read`) if the pass is done, or None if it pauses.
@@ -67,6 +68,7 @@ class PromptReader:
             self._paused = None
             reading.advance()
             return reading.results()
+        self._divide_time()
         if self._paused is None:
             self.pace.begin(sum(count for _, count in pieces))
         layers, began = min(self.pace.layers(), reading.layers_left), time.perf_counter()
@@ -86,6 +88,9 @@ class PromptReader:
         self._paused = None
         self.pace.end()
         return reading.results()
+
+    def _divide_time(self) -> None:
+        self.pace.divide(self._scheduler.count_soon_generating(), len(self._scheduler.decoding))
 
     def _begin(self, pieces: list[tuple[Sequence, int]]) -> _Paused:
         given = [_piece(sequence, count) for sequence, count in pieces]

@@ -75,6 +75,15 @@ class Scheduler:
         yield from self.reading
         yield from self.decoding
 
+    def count_soon_generating(self) -> int:
+        """Counts the sequences that generate as soon as their prompts are read. Sequences without a
+        row of the sampler have to wait for longer."""
+        reading, waiting = (
+            sum(sequence.request.params is not None for sequence in sequences)
+            for sequences in (self.reading, self.waiting)
+        )
+        return reading + min(waiting, len(self._free_rows))
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence.
 

@@ -41,6 +41,7 @@ class EngineThread:
         self._device = device
         self._on_death = on_death
         self._wake = threading.Condition()
+        self._added = 0  # how many requests were added so far
         self._is_stopping = False
         self._is_dead = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -71,16 +72,15 @@ class EngineThread:
         if self._is_dead:
             raise out_of_order()
         request_id = self.engine.add(request, listener)
-        self._notify()
+        with self._wake:
+            self._added += 1
+            self._wake.notify()
         return request_id
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """Ends requests at the next step."""
         for request_id in request_ids:
             self.engine.abort(request_id)
-        self._notify()
-
-    def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
 
@@ -106,10 +106,14 @@ class EngineThread:
             return not self._is_stopping
 
     def _wait_for_a_lull(self) -> None:
-        """Waits until no request comes for a moment. Needs `_wake`."""
+        """Waits until no request has been added for a moment. Needs `_wake`."""
         latest = time.monotonic() + _LONGEST_WAIT
         while not self._is_stopping and (left := latest - time.monotonic()) > 0:
-            if not self._wake.wait(min(_LULL, left)):
+
+            def goes_on(added: int = self._added) -> bool:
+                return self._is_stopping or self._added > added
+
+            if not self._wake.wait_for(goes_on, min(_LULL, left)):
                 return
 
     def _check_device(self) -> None:

@@ -72,6 +72,15 @@ def test_many_waiting_prompts_share_a_pass_beside_a_stream(models, hurried):
     assert len(engine._reader.paused) == 1  # 2 prompts wait for 4 streams: 32 tokens
 
 
+def test_sequences_without_a_row_do_not_count_as_waiting(models, hurried):
+    engine = engine_of(models[None], max_batch=2)
+    started(engine)
+    for n in range(9):
+        engine.add(request(prompt(40, n), 5))
+    engine.step()
+    assert engine.scheduler.busy_chunk == 32  # a prompt and a stream have the two rows
+
+
 def test_a_pass_that_paused_ends_at_once_if_nobody_generates(models, hurried):
     engine = engine_of(models[None])
     stream = started(engine)
@@ -240,22 +249,35 @@ class TestPace:
 
     def test_prompts_get_more_time_if_more_sequences_wait_than_generate(self, pace):
         pace.note_step(1.0)
-        sizes = {(1, 1): 32, (2, 4): 32, (3, 2): 48, (3, 1): 96, (4, 1): 128, (100, 1): 128}
-        for (waiting, generating), tokens in sizes.items():
-            assert pace.divide(waiting, generating) == tokens
+        sizes = {(1, 1): 32, (2, 4): 32, (3, 2): 32, (3, 1): 96, (4, 1): 128, (100, 1): 128}
+        for numbers, tokens in sizes.items():
+            pace.divide(*numbers)
+            assert pace.most_tokens == tokens
         assert self.read(pace, 128, 1.0) == [1, 4, 3]
         pace.divide(1, 1)
         assert self.read(pace, 32, 0.4)[-2:] == [2, 1]
 
     def test_a_pass_has_no_more_tokens_than_the_engine_allows(self, pace):
         pace.tokens = 256
-        assert pace.divide(3, 1) == 512
+        pace.divide(3, 1)
+        assert pace.most_tokens == 512
 
     def test_passes_grow_with_the_time_that_prompts_get(self, pace):
-        assert self.read(pace, pace.divide(4, 1), 1.0)
-        assert pace.tokens == 64  # four layers of 128 tokens fit into a part
-        assert self.read(pace, pace.divide(4, 1), 2.0)
+        pace.divide(4, 1)
+        assert self.read(pace, 128, 1.0)
+        assert pace.tokens == 64  # four layers of 128 tokens fitted into a part
+        assert self.read(pace, 256, 2.0)
         assert pace.tokens == 64
+
+    def test_parts_get_shorter_at_once_if_sequences_wait_no_more(self, pace):
+        pace.divide(4, 1)
+        pace.begin(128)
+        pace.note_read(1, 0.5)
+        assert pace.layers() == 8
+        pace.divide(1, 1)
+        assert pace.layers() == 2
+        pace.end()
+        assert pace.tokens == 64  # as was planned when the pass began
 
     def test_a_step_that_was_held_up_counts_little(self, pace):
         pace.note_step(100.0)

@@ -19,14 +19,20 @@ class Engine:
     def __init__(self):
         self.waiting = 0
         self.steps = []
+        self.is_idle = threading.Event()  # whether the thread has found no work
         self.stepped = threading.Event()
 
     @property
     def has_work(self):
+        if self.waiting == 0:
+            self.is_idle.set()
         return self.waiting > 0
 
     def add(self, request, listener):
         self.waiting += 1
+
+    def abort(self, request_id):
+        pass
 
     def step(self):
         self.steps.append(self.waiting)
@@ -39,6 +45,7 @@ class Engine:
 def thread():
     thread = EngineThread(Engine(), torch.device("cpu"), lambda: None)
     thread.start()
+    assert thread.engine.is_idle.wait(10)
     yield thread
     thread.stop()
 
@@ -56,8 +63,22 @@ def test_requests_that_come_together_share_the_first_step(thread, monkeypatch):
 def test_requests_that_keep_coming_do_not_hold_the_first_step_back(thread, monkeypatch):
     monkeypatch.setattr(engine_thread, "_LULL", 1000.0)
     monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 0.1)
+    end = time.monotonic() + 10
+    while not thread.engine.stepped.is_set() and time.monotonic() < end:
+        thread.add(SimpleNamespace(), print)
+        time.sleep(0.005)
+    assert thread.engine.stepped.is_set()
+
+
+def test_aborts_do_not_prolong_the_wait(thread, monkeypatch):
+    monkeypatch.setattr(engine_thread, "_LULL", 0.1)
+    monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 1000.0)
     thread.add(SimpleNamespace(), print)
-    assert thread.engine.stepped.wait(10)
+    end = time.monotonic() + 10
+    while not thread.engine.stepped.is_set() and time.monotonic() < end:
+        thread.abort([0])
+        time.sleep(0.005)
+    assert thread.engine.stepped.is_set()
 
 
 def test_a_stop_does_not_wait_for_a_lull(thread, monkeypatch):
