@@ -137,11 +137,6 @@ MISTRAL_HOST_DEVICE int64_t id_of_rank(Rank rank) {
 
 MISTRAL_HOST_DEVICE Rank higher(Rank a, Rank b) { return a > b ? a : b; }
 
-namespace cpu {
-// The highest rank of some logits.
-Rank highest_rank(const float* logits, int64_t vocab_size);
-}  // namespace cpu
-
 // ---- Filters: a filter leaves the tokens whose rank is at or above a threshold.
 
 // False if no token can be chosen: a logit is NaN, or all are -inf.

@@ -142,9 +142,7 @@ bool linear_rounds(DType dtype, WeightFormat format, int64_t tokens) {
   return active().kernels->linear_rounds(dtype, format, tokens);
 }
 
-Rank highest_rank(const float* logits, int64_t vocab_size) {
-  return active().kernels->highest_rank(logits, vocab_size);
-}
+const Kernels& active_kernels() { return *active().kernels; }
 
 void linear_rope(const LinearRopeParams& p, int threads) {
   linear(p.linear, threads);

@@ -18,8 +18,12 @@ struct Kernels {
   int64_t (*op##_scratch_bytes)(const Params&);
 #include "../ops.def"
   bool (*linear_rounds)(DType dtype, WeightFormat format, int64_t tokens);
-  Rank (*highest_rank)(const float* logits, int64_t vocab_size);
+  Rank (*highest_rank)(const float* logits, int64_t vocab_size);  // part of `sample`
 };
+
+// The table in use. Throws std::invalid_argument as isa.h says. Call this before a loop of tasks,
+// so that no task throws, and all tasks use one set.
+const Kernels& active_kernels();
 
 }  // namespace mistral::cpu
 

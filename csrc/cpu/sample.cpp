@@ -3,6 +3,7 @@
 // needs neither: highest_rank is compiled for every set.
 #include "../sample.h"
 
+#include "kernels.h"
 #include "parallel.h"
 
 namespace mistral::cpu {
@@ -115,14 +116,14 @@ int64_t draw(const NoiseState& noise, float largest, double temperature, const u
   return chosen;
 }
 
-int64_t choose(const SampleParams& p, int64_t n) {
+int64_t choose(const SampleParams& p, int64_t n, const Kernels& kernels) {
   const SamplingOptions& options = p.options[p.rows[n]];
   const int64_t vocab_size = p.vocab_size;
   uint32_t* keys = p.keys + n * vocab_size;
   uint64_t* weights = p.weights + n * vocab_size;
 
   if (options.temperature == 0 && !p.bias && !has_penalty(options)) {
-    return greedy_choice(highest_rank(p.logits + n * p.stride_logits_row, vocab_size));
+    return greedy_choice(kernels.highest_rank(p.logits + n * p.stride_logits_row, vocab_size));
   }
   const Rank best = adjust(p, n, options, keys);
   if (options.temperature == 0 || !can_choose(best)) return greedy_choice(best);
@@ -143,8 +144,9 @@ int64_t choose(const SampleParams& p, int64_t n) {
 }  // namespace
 
 void sample(const SampleParams& p, int threads) {
+  const Kernels& kernels = active_kernels();
   parallel_for(threads, p.num_rows, [&](int64_t n) {
-    const int64_t token_id = choose(p, n);
+    const int64_t token_id = choose(p, n, kernels);
     p.token_ids[n] = token_id;
     if (token_id < 0) return;
     p.history[p.rows[n] * p.vocab_size + token_id] += kChosenOnce;

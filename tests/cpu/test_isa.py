@@ -17,7 +17,7 @@ from mistral_ext import _C, ops
 def run(code: str, isa: str = "", exact: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MISTRAL_EXT_ISA": isa, "MISTRAL_EXT_EXACT": exact}
     # The compiled module alone, so that a child takes milliseconds: it needs no torch to load.
-    code = f"import sys; sys.path.insert(0, {str(Path(_C.__file__).parent)!r}); import _C; {code}"
+    code = f"import sys; sys.path.insert(0, {str(Path(_C.__file__).parent)!r}); import _C\n{code}"
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -34,11 +34,23 @@ def test_empty_environment_variable_means_the_fastest():
     assert child.stdout == f"{ops.supported_isas()[-1]}\n", child.stderr
 
 
+# Two rows by two threads: a task must not throw.
+GREEDY_SAMPLE = """
+import torch
+options = torch.tensor([[0, 0, 1, 0, 1, 0, 0]] * 2, dtype=torch.float64)
+noise, history = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int32)
+keys, weights = torch.zeros(2, 9, dtype=torch.int32), torch.zeros(2, 9, dtype=torch.int64)
+rows = torch.arange(2)
+_C.sample(torch.ones(2, 9), rows, options, noise, history, None, keys, weights, rows.clone(), 2)
+"""
+
+
 @pytest.mark.parametrize(
     "use",
     [
         "_C.active_isa()",
         "import torch; x = torch.ones(1, 1); _C.swiglu(x, x, x, 1)",
+        GREEDY_SAMPLE,
     ],
 )
 def test_unknown_environment_variable(use):

@@ -167,8 +167,8 @@ void compare_attention(const Set& set);
 void compare_linear(const Set& set);
 void compare_lora(const Set& set);
 void compare_quantize(const Set& set);
-void compare_rows(const Set& set);  // ops of rows
-void compare_sample();              // with the tokens that x86 chooses
+void compare_rows(const Set& set);    // ops of rows
+void compare_sample(const Set& set);  // with the tokens that x86 chooses
 
 constexpr int kThreads = 2;
 

@@ -186,6 +186,7 @@ void compare_bits(const SameBits& sets, const std::string& dtype, Call call) {
     report(label_of(call, dtype), equal,
            std::string("the bits differ from those of ") + sets.other);
   }
+  use(kScalar);  // `both` ends here
 }
 
 template <class T>

@@ -52,7 +52,7 @@ void compare_set(const Set& set) {
     compare_attention(set);
     compare_lora(set);
     compare_quantize(set);
-    compare_sample();
+    compare_sample(set);
   }
   printf("%s: %d comparisons, %d failed\n", set.name.c_str(), compared - before,
          failed - failed_before);

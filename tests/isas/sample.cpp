@@ -4,7 +4,8 @@
 
 namespace mistral::comparison {
 
-void compare_sample() {
+void compare_sample(const Set& set) {
+  use(set);
   constexpr int64_t kRows = 6, kVocab = 1003;
   // Temperature, top_k, top_p, min_p, and penalties.
   const SamplingOptions options[kRows] = {

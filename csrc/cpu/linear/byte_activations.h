@@ -14,9 +14,9 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 using ByteSums = __m512;  // sums of four outputs
 
-// 256 activations for AVX-512, in the order of vectors of 16 words of weights. A vector has the
-// words of blocks 0 to 3 or of blocks 4 to 7. A byte of weights holds two values, in its low and
-// its high half.
+// 256 activations for AVX-512 with VNNI, in the order of vectors of 16 words of weights. A vector
+// has the words of blocks 0 to 3 or of blocks 4 to 7. A byte of weights holds two values, in its
+// low and its high half.
 struct ByteActivations {
   struct Block {
     float scale;

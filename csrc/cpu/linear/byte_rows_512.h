@@ -110,7 +110,8 @@ class ByteRows {
   static constexpr int64_t kBytes = Vectors::kBytes;
   static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;  // scales of a block
 
-  __m512i values_[4][2][4][2][kGroups];  // of block 4 i + lane: [lane][i][word][half of the bytes]
+  // Of block 4 i + lane: [lane][i][word][half of the bytes][16 rows].
+  __m512i values_[4][2][4][2][kGroups];
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
 
@@ -144,9 +145,9 @@ class ByteRows {
         for (int half = 0; half < 2; ++half) {
           const __m512i* weights = values_[lane][i][word][half];
           for (int n = 0; n < N; ++n) {
-            int32_t of_token;
-            memcpy(&of_token, tokens[n]->values[i][half] + (4 * lane + word) * 4, sizeof of_token);
-            const Bytes activations = {_mm512_set1_epi32(of_token)};
+            int32_t x;
+            memcpy(&x, tokens[n]->values[i][half] + (4 * lane + word) * 4, sizeof x);
+            const Bytes activations = {_mm512_set1_epi32(x)};
             for (int g = 0; g < kGroups; ++g) {
               sums[g][n] = add_products(sums[g][n], {weights[g]}, activations);
             }
@@ -154,12 +155,12 @@ class ByteRows {
         }
       }
       for (int n = 0; n < N; ++n) {
-        const ByteActivations::Block& of_token = tokens[n]->blocks[i][lane];
+        const ByteActivations::Block& x = tokens[n]->blocks[i][lane];
         for (int g = 0; g < kGroups; ++g) {
           const __m512 minimum = Vectors::kMinima ? minima_[block][g] : _mm512_setzero_ps();
           const __m512 product =
-              Vectors::scaled(sums[g][n], factors_[block][part][g], _mm512_set1_ps(of_token.scale),
-                              minimum, _mm512_set1_ps(of_token.sum));
+              Vectors::scaled(sums[g][n], factors_[block][part][g], _mm512_set1_ps(x.scale),
+                              minimum, _mm512_set1_ps(x.sum));
           products[g][n] = part == 0 ? product : _mm512_add_ps(products[g][n], product);
         }
       }

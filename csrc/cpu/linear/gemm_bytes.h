@@ -6,9 +6,9 @@
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each group of rows: add the products of the block
 //
-// A sum stays a vector until all of k is added: a block of 32 values has one lane, or on AVX-512
-// four lanes. The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens
-// (with i8mm 8 tokens, in pairs) stay in L1.
+// A sum stays a vector until all of k is added: a block of 32 values has one lane. The panel and
+// the sums of its rows stay in the L2 cache. The activations of 4 tokens (with i8mm 8 tokens, in
+// pairs) stay in L1.
 //
 // AVX-512 with VNNI has another panel (gemm_bytes_512.h). With few tokens the rows are multiplied
 // as by gemv there, because it takes longer to make the panel.
@@ -152,10 +152,14 @@ void multiply_many_bytes([[maybe_unused]] const ByteProducts& p,
 #if defined(__AVX512VNNI__)
     if (p.tokens >= RowsPanel<format>::kFewest) return RowsPanel<format>::multiply(p, out);
     static_assert(Vec::width <= kChunkTokens, "");
-    for (int64_t token = 0; token < p.tokens; token += Vec::width) {
-      FewInChunks<ByteChunk<format>>::multiply(p.w, p.rows, p.x + token * p.stride_x, p.stride_x,
-                                               mistral::min(int64_t{Vec::width}, p.tokens - token),
-                                               out.of_token(token), out.rows);
+    using Few = FewInChunks<ByteChunk<format>>;
+    for (int64_t row = 0; row < p.rows; row += Few::kGroup) {
+      const int64_t rows = mistral::min(Few::kGroup, p.rows - row);
+      for (int64_t token = 0; token < p.tokens; token += Vec::width) {
+        const int64_t tokens = mistral::min(int64_t{Vec::width}, p.tokens - token);
+        Few::multiply(p.w.from(row), rows, p.x + token * p.stride_x, p.stride_x, tokens,
+                      out.of_token(token) + row, out.rows);
+      }
     }
 #else
     BytePanel<format>::multiply(p, out);

@@ -58,17 +58,15 @@ template <int N, class Chunk>
 MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
                             typename Chunk::Sums* totals) {
   const char* lines[N];
+  for (int n = 0; n < N; ++n) lines[n] = x + n * stride_x;
   if constexpr (Chunk::kTokens > 1) {  // the sums are too many for registers
-    for (int n = 0; n < N; ++n) lines[n] = x + n * stride_x;
-    return chunk.add(lines, *reinterpret_cast<typename Chunk::Sums(*)[N]>(totals));
+    chunk.add(lines, *reinterpret_cast<typename Chunk::Sums(*)[N]>(totals));
+  } else {
+    typename Chunk::Sums sums[N];
+    for (int n = 0; n < N; ++n) sums[n] = totals[n];
+    chunk.add(lines, sums);
+    for (int n = 0; n < N; ++n) totals[n] = sums[n];
   }
-  typename Chunk::Sums sums[N];
-  for (int n = 0; n < N; ++n) {
-    lines[n] = x + n * stride_x;
-    sums[n] = totals[n];
-  }
-  chunk.add(lines, sums);
-  for (int n = 0; n < N; ++n) totals[n] = sums[n];
 }
 
 // The same, for `columns` times kTokens tokens.
@@ -85,12 +83,14 @@ MISTRAL_SIMD void add_columns(const Chunk& chunk, const char* x, int64_t stride_
 
 template <class Chunk>
 struct FewInChunks {
+  // The rows that are multiplied by all tokens before the next rows.
+  static constexpr int64_t kGroup = int64_t{kGroupRows} * Chunk::kRows;
+
   static void multiply(const WeightRows& w, int64_t count, const char* x, int64_t stride_x,
                        int64_t tokens, float* out, int64_t stride_out) {
     if (tokens == 1) return multiply_one<typename Chunk::OneRow>(w, count, x, out);
-    constexpr int64_t kRows = int64_t{kGroupRows} * Chunk::kRows;
-    for (int64_t row = 0; row < count; row += kRows) {
-      multiply_group(w.from(row), mistral::min(kRows, count - row), x, stride_x, tokens, out + row,
+    for (int64_t row = 0; row < count; row += kGroup) {
+      multiply_group(w.from(row), mistral::min(kGroup, count - row), x, stride_x, tokens, out + row,
                      stride_out);
     }
   }
@@ -129,7 +129,10 @@ struct FewInChunks {
     constexpr int64_t M = Chunk::kTokens;
     constexpr int64_t kActivationBytes = R == 1 ? 1 << 14 : 3 << 13;
     const int64_t chunks = ceil_div(w.inputs, Chunk::kValues);
-    const int64_t block = mistral::max(int64_t{1}, kActivationBytes / (tokens * Chunk::kLineBytes));
+    const int64_t most = mistral::max(int64_t{1}, kActivationBytes / (tokens * Chunk::kLineBytes));
+    // The blocks are about equally long, because the prefetch of the next block has the length of
+    // this block.
+    const int64_t block = ceil_div(chunks, ceil_div(chunks, most));
     const int64_t columns = ceil_div(tokens, M), stride = M * stride_x;
     typename Chunk::Sums totals[kGroupRows][kChunkTokens / M] = {};
     for (int64_t begin = 0; begin < chunks; begin += block) {

@@ -311,7 +311,7 @@ void linear_many(const LinearParams& p, int threads) {
     // bytes come like this already, others by rows of weights.
     for (int64_t first = 0; first < tokens; first += Vec::width) {
       float outputs[2][Vec::width * Tile::kTaskRows];
-      const float* rows_of_part[2] = {};
+      const float* rows_of_part[2] = {buffers.sums, buffers.sums};
       for (int64_t i = 0; i < parts; ++i) {
         const float* sums = buffers.sums + first * Tile::kTaskRows + i * block.count * Vec::width;
         rows_of_part[i] = sums;
