@@ -102,7 +102,7 @@ class Mistral(RequestMaker):
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device.
         adapters: the loaded adapters. `load_adapter` adds to them.
-        vocabulary: the tokens of model and tokenizer.
+        vocabulary: the model's configuration and folder, and its tokenizer if it has one.
     """
 
     def __init__(

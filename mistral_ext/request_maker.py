@@ -29,7 +29,7 @@ class RequestMaker:
     """Makes requests for a model: checks prompts and options, and encodes text.
 
     Args:
-        vocabulary: the tokens of model and tokenizer.
+        vocabulary: the model's configuration and folder, and its tokenizer if it has one.
         adapters: the loaded adapters.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
     """

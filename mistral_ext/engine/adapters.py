@@ -48,8 +48,8 @@ class AdapterTable:
         self._by_name: dict[str, LoadedAdapter] = {}
 
     def reserve(self, count: int) -> None:
-        """Makes the first `load` allocate memory for `count` adapters. Loading more adapters then
-        copies no adapter."""
+        """Makes later calls of `load` allocate memory for `count` adapters at once. Up to this
+        number, a `load` then copies other adapters only if the new adapter has a larger rank."""
         self._adapters.reserve(count)
 
     @property

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 _MOST_MATCHING = 8  # longer matches count as this long
 
-# The expected share of right drafts of each kind, before any draft was checked. The kinds are, in
-# this order: the number of tokens that match; a token that the grammar forces; a draft model's
-# probability; and the kinds of `StateGuesses`. The expected share counts as much as
-# _EXPECTED_WEIGHT checks.
+# For each kind of draft, the share that is expected to be right before any draft was checked. It
+# counts as much as _EXPECTED_WEIGHT checks.
 _EXPECTED = (
-    *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9, 0.95),
+    # Earlier text repeats: by the number of tokens that match before it, 0 to _MOST_MATCHING.
+    *(0.0, 0.35, 0.35, 0.6, 0.7, 0.8, 0.8, 0.85, 0.9),
+    # The grammar forces the token.
+    0.95,
+    # A draft model guesses: by the quarter in which its probability lies.
     *(0.3, 0.5, 0.7, 0.9),
+    # The kinds of `StateGuesses`.
     *(0.2, 0.4, 0.7, 0.9, 0.2, 0.4, 0.7, 0.9, 0.1, 0.2, 0.4, 0.5),
 )
 _EXPECTED_WEIGHT = 4.0

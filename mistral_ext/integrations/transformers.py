@@ -289,7 +289,8 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:
-    """Takes places of the third axis of x [B, H, n or more, D], in the order [B, n]."""
+    """Reorders the first n tokens of x [B, H, n or more, D], and drops the others: token i of row b
+    of the result is token order[b, i] of x. `order` is [B, n]."""
     x = x[:, :, : order.shape[1]]
     return x.gather(2, order[:, None, :, None].expand_as(x))
 

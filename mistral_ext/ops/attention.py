@@ -120,8 +120,8 @@ def _run_whole(
 
 
 def _expect(name: str, tensor: Tensor, is_valid: bool, shape: str) -> None:
-    """Checks the number of axes, because this function reads sizes before the kernel checks
-    shapes."""
+    """Raises ValueError if a tensor has no valid shape. `_run_whole` reads sizes before the kernel
+    checks shapes, so it calls this function first."""
     if not is_valid:
         raise ValueError(f"attention: {name} has shape {list(tensor.shape)}, expected {shape}")
 

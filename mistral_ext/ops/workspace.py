@@ -14,13 +14,14 @@ from mistral_ext import _C
 
 
 class Recorder(Protocol):
-    """Is told which kernels a thread runs on the CPU: see `recording`."""
+    """Notes the kernels that a thread runs on the CPU, so that they can be repeated without Python
+    (`mistral_ext.ops.recording`)."""
 
     def note(self, call: _C.Call, x: Tensor, out: Tensor) -> None:
-        """Is called after a call that reads x and writes to `out`."""
+        """Notes a call that has read x and written to `out`."""
 
     def give_up(self) -> None:
-        """Is called after a kernel that cannot be repeated."""
+        """Notes that the thread has run a kernel that cannot be repeated."""
 
 
 @contextmanager

@@ -317,7 +317,8 @@ def _wait_for_signal(drain_seconds: float) -> int:
 
 
 def _end(drain_seconds: float) -> None:
-    """Ends the application, and waits until its replicas have finished their requests."""
+    """Ends the application, and waits until Ray Serve has removed it, but not longer than
+    `drain_seconds` and `_STOP_SECONDS` together."""
     from ray import serve
 
     deadline = time.monotonic() + drain_seconds + _STOP_SECONDS

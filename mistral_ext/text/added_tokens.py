@@ -17,9 +17,9 @@ from typing import Any
 
 from mistral_ext.files import read_json_object
 
-# The largest id. Without this bound a damaged file could make a table of a thousand million
-# entries.
-_MAX_ID = 2**20
+# The ids of added tokens must be below this limit. Without it a damaged file could make a table of
+# a thousand million entries.
+_ID_LIMIT = 2**20
 
 # The keys under which tokenizer_config.json and special_tokens_map.json name special tokens.
 _SPECIAL_KEYS = (
@@ -141,8 +141,8 @@ def _plain(added: Mapping[str, int]) -> Iterator[dict[str, Any]]:
 
 def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
     token_id, content = entry["id"], entry["content"]
-    if not isinstance(token_id, int) or not 0 <= token_id < _MAX_ID:
-        raise ValueError(f"id is {token_id!r}, expected 0 to {_MAX_ID - 1}")
+    if not isinstance(token_id, int) or not 0 <= token_id < _ID_LIMIT:
+        raise ValueError(f"id is {token_id!r}, expected 0 to {_ID_LIMIT - 1}")
     if not isinstance(content, str) or not content:
         raise ValueError(f"content of id {token_id} is {content!r}, expected some text")
     return AddedToken(

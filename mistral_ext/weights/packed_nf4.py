@@ -117,7 +117,8 @@ def nf4(module: ModuleTensors, packing: Packing) -> Nf4Matrix:
 
 
 def _state(module: ModuleTensors, stored: StoredTensor) -> dict[str, Any]:
-    """Reads the sizes of a layer and checks them."""
+    """Reads the JSON that describes how a layer is quantised: its shape, type, block sizes and
+    offset. Raises ValueError if that is not nf4 with the layer's shape."""
     if stored.dtype != torch.uint8 or stored.nbytes > _STATE_BYTES:
         raise module.error(
             stored,

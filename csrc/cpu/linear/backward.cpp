@@ -19,8 +19,9 @@ struct BackwardTileOf {
   static constexpr int64_t kColumns = 128;
 };
 #if defined(__AMX_BF16__)
-// AMX multiplies so fast that the time to unpack weights counts. So a task has more tokens and
-// fewer columns than in gemm.h. The sums (576 KB) and the packed block of W (64 KB) stay in L2.
+// AMX multiplies so fast that the time to unpack weights counts. So a task has many tokens, 576,
+// which share each unpacked block of W. The sums (576 KB) and the packed block of W (64 KB) stay in
+// L2.
 template <>
 struct BackwardTileOf<bf16> {
   using type = AmxTileOf<6>;

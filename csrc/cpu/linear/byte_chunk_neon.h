@@ -6,7 +6,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The numbers that a row has for each of 8 blocks.
+// The scales of a row in a chunk of 256 values: for each of its 8 blocks of 32 values, a factor and
+// a minimum, which is added.
 template <WeightFormat format>
 struct ByteNumbers {
   using Format = ByteFormat<format>;
