@@ -171,6 +171,31 @@ def test_a_model_that_is_complete_is_no_failure(folder, tmp_path, token_ids, mon
     assert (tmp_path / "new" / "model.safetensors").exists()
 
 
+def test_a_hessian_without_a_factor_is_damped_more(generator, monkeypatch):
+    x, cholesky, failures = torch.randn(64, 512, generator=generator), torch.linalg.cholesky, [1]
+
+    def fail_once(block):
+        if failures:
+            raise torch.linalg.LinAlgError(f"failure {failures.pop()}")
+        return cholesky(block)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", fail_once)
+    found = error_feedback.factor_of([x])
+    monkeypatch.setattr(error_feedback, "_DAMPING", 10 * error_feedback._DAMPING)
+    expected = error_feedback.factor_of([x])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_hessian_without_a_factor_is_named(folder, tmp_path, monkeypatch):
+    """One token leaves a Hessian of rank 1."""
+    monkeypatch.setattr(error_feedback, "_DAMPING", 0.0)
+    named = (
+        "tensor 'layers.0.attention.wq.weight' cannot be calibrated with this text: .* no factor"
+    )
+    with pytest.raises(ValueError, match=named):
+        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=[5])
+
+
 def test_finished_layers_are_kept_until_the_model_is_safe(folder, tmp_path, token_ids, monkeypatch):
     whole = quantize_checkpoint(folder, tmp_path / "whole", 4, calibration=token_ids)
 
