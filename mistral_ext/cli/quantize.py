@@ -20,7 +20,8 @@ def add_to(commands: options.Commands) -> None:
         parents=[options.common()],
         help="write a model with weights in 8 or 4 bits",
         description="Write a model folder with weights in 8 or 4 bits, which loads without the "
-        "original. It is there when it is complete; an interrupted run leaves nothing.",
+        "original. It is there when it is complete. An interrupted run leaves nothing of it; with "
+        "--calibrate it leaves OUT.calibration, from which the same command goes on.",
     )
     parser.add_argument("source", metavar="IN", help="model folder or hub id")
     parser.add_argument("target", metavar="OUT", help="folder to make")
@@ -54,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--calibrate is given, expected none with --bits 8 or --group")
     start(args)
     from mistral_ext.weights.folder import read_folder
-    from mistral_ext.weights.new_folder import expect_free
-    from mistral_ext.weights.quantize_checkpoint import kept_folder, quantize_checkpoint
+    from mistral_ext.weights.kept import holds_work, kept_folder
+    from mistral_ext.weights.new_folder import expect_free, is_free
+    from mistral_ext.weights.quantize_checkpoint import quantize_checkpoint
 
     expect_free(Path(args.target))  # complain before the text is read
     tokens = _tokens(args) if args.calibrate is not None else None
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         kept = kept_folder(args.target)
-        if any(kept.glob("*.pt")):
+        if tokens is not None and is_free(Path(args.target)) and holds_work(kept):
             print(f"mistral-ext: the same command goes on from {kept}", file=sys.stderr, end="")
         raise
     weights, form = folder / "model.safetensors", read_folder(folder).quantization

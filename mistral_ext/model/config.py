@@ -59,14 +59,18 @@ class OverrideError(ValueError):
 
 
 class _FieldError(ValueError):
-    """The value of a field is wrong."""
+    """The value of a field is wrong, by itself or beside the values of other fields."""
 
-    def __init__(self, field: str, value: object, expected: str) -> None:
+    def __init__(self, field: str, value: object, expected: str, *others: str) -> None:
+        super().__init__(field, value, expected, *others)  # so that pickle can make it again
+        self.fields = (field, *others)
+        self.as_argument = f"{field} is {value!r}, expected {expected}"
+
+    def __str__(self) -> str:
+        field, value, expected = self.args[:3]
         key = _HF_KEYS.get(field, (field,))[0]
         label = field if key == field else f"{field} ({key})"
-        super().__init__(f"{label} is {value!r}, expected {expected}")
-        self.field = field
-        self.as_argument = f"{field} is {value!r}, expected {expected}"
+        return f"{label} is {value!r}, expected {expected}"
 
 
 @dataclass(frozen=True)
@@ -122,18 +126,21 @@ class MistralConfig:
             "n_kv_heads",
             self.n_heads % self.n_kv_heads == 0,
             f"a divisor of n_heads ({self.n_heads})",
+            "n_heads",
         )
         self._check("head_dim", self.head_dim % 2 == 0, "an even number: RoPE rotates pairs")
         self._check(
             "bos_id",
             _is_int(self.bos_id) and self.bos_id < self.vocab_size,
             f"a token id below vocab_size ({self.vocab_size})",
+            "vocab_size",
         )
         self._check(
             "eos_ids",
             isinstance(self.eos_ids, tuple)
             and all(_is_int(i) and i < self.vocab_size for i in self.eos_ids),
             f"token ids below vocab_size ({self.vocab_size})",
+            "vocab_size",
         )
         self._check(
             "dtype",
@@ -152,9 +159,10 @@ class MistralConfig:
         """Bytes of a token's keys and values in all layers."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
-    def _check(self, name: str, valid: bool, expected: str) -> None:
+    def _check(self, name: str, valid: bool, expected: str, *others: str) -> None:
+        """Raises an error unless the value of a field is valid beside those of `others`."""
         if not valid:
-            raise _FieldError(name, getattr(self, name), expected)
+            raise _FieldError(name, getattr(self, name), expected, *others)
 
     @classmethod
     def from_hf(cls, values: dict[str, Any], **overrides: Any) -> MistralConfig:
@@ -256,7 +264,7 @@ class MistralConfig:
                 fields["head_dim"] = _derived_head_dim(fields["dim"], fields["n_heads"])
             return cls(**fields)
         except _FieldError as error:
-            if error.field in overrides:
+            if any(field in overrides for field in error.fields):
                 raise OverrideError(error.as_argument) from error
             raise
 
@@ -277,6 +285,7 @@ def _derived_head_dim(dim: Any, n_heads: Any) -> int:
             dim,
             f"a multiple of n_heads (num_attention_heads), which is {n_heads!r}: head_dim is "
             "missing",
+            "n_heads",
         )
     return int(dim // n_heads)
 

@@ -46,8 +46,8 @@ def sentencepiece_vocabulary(
     pieces = {i: processor.id_to_piece(i) for i in range(processor.vocab_size())}
     bos_id = processor.bos_id() if bos_id is None else bos_id
 
-    # The unknown token is a control token, as in transformers and llama.cpp. Texts never need it,
-    # because a character without its own token is spelled in bytes.
+    # The unknown token is a control token, as in transformers and llama.cpp. Texts do not need it
+    # if a character without its own token is spelled in bytes.
     control = {i for i in pieces if processor.is_control(i) or processor.is_unknown(i)}
 
     def read_token(token_id: int) -> bytes:
@@ -60,6 +60,12 @@ def sentencepiece_vocabulary(
     base_size = len(pieces)
     token_bytes: list[bytes | None] = [read_token(i) for i in pieces]
     finder = TokenFinder(_add(added, token_bytes, pieces, control))
+    unknown = processor.unk_id()
+    is_replaced = pieces[unknown] != processor.id_to_piece(unknown)
+    if not any(map(processor.is_byte, range(base_size))) and not is_replaced:
+        # Without tokens of bytes it stands for characters of a text, which must not be lost unseen.
+        control.discard(unknown)
+        token_bytes[unknown] = processor.decode([unknown]).encode("utf-8")  # " ⁇ "
     names = {piece: i for i, piece in pieces.items()}
     eos_id = named_id(added, "eos_token", names, processor.eos_id())
     if bos_id < 0 or eos_id is None or eos_id < 0:
@@ -102,7 +108,8 @@ def _add(
     text.
 
     An added token may have the id of a token of the base vocabulary. If it has the same name, that
-    token does not change. If it has a new name, it replaces a reserved token.
+    token does not change. If it has a new name, it replaces that token, which should be a reserved
+    one.
     """
     found = []
     for i, token in added.tokens.items():

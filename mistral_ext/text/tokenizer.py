@@ -82,9 +82,10 @@ class Tokenizer:
         bos_id, eos_id: the ids of <s> and </s>. The files may name another token for eos_id.
         control_ids: name -> id of every control token, e.g. {"<s>": 1, "[INST]": 3, ...}. Text
             encodes to a control token only on request, and control tokens decode to nothing. The
-            unknown token, <unk>, is a control token. An added token is a control token if a file
-            marks it special, or if it has the form <|name|>, because many fine-tunes do not mark
-            <|im_start|> and <|im_end|>.
+            unknown token, <unk>, is a control token, unless SentencePiece files need it for
+            characters, because they have no tokens of bytes. An added token is a control token if a
+            file marks it special, or if it has the form <|name|>, because many fine-tunes do not
+            mark <|im_start|> and <|im_end|>.
         names: the texts of tokens by their use ("bos_token", "pad_token", ...), if the files name
             them. None if the files say that there is no such token.
         base_size: the number of ids without added tokens. A model must have at least as many rows.

@@ -5,18 +5,17 @@ each other are its Hessian. It says how much an error in each weight counts, and
 can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text
 goes on through the rounded matrix, so that later matrices see its errors and can compensate them.
 
-The memory needed is that of one layer in fp32, of the Hessian of its longest rows, of the inputs of
-all tokens to that matrix, and of their hidden states. Finished layers are kept in a folder, so that
-a run that was interrupted continues there.
+The memory needed is at most that of one layer in fp32, of the Hessian of its longest rows, of the
+inputs of all tokens to that matrix, and of their hidden states. The embeddings in fp32 are added if
+they are the output matrix, too. Finished layers are kept in a folder (kept.py), so that a run that
+was interrupted continues there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,13 @@ from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Quantized, Weight
 from mistral_ext.weights import whole_layer
 from mistral_ext.weights.error_feedback import Factor, factor_of, round_by
+from mistral_ext.weights.kept import (
+    HIDDEN,
+    hash_of_text,
+    hash_of_weights,
+    load_state,
+    save_state,
+)
 from mistral_ext.weights.quantize import Quantization, expect_finite, has_table
 from mistral_ext.weights.whole_layer import SEQUENCE, LayerRunner, embed
 
@@ -39,10 +45,11 @@ class CalibratedLayers:
             values.
         embedded: [T, E] fp32, the embeddings of a text's tokens. They are overwritten.
         kept: a folder for finished layers. It is made if it does not exist.
-        identity: everything else that the result depends on, such as a hash of the text.
+        identity: what the embedded text is, such as a hash of it. The weights of finished layers
+            are compared when `rounded` gets them.
 
     Raises:
-        ValueError: the folder `kept` belongs to another run.
+        ValueError: the folder `kept` belongs to another run, or is damaged.
     """
 
     def __init__(
@@ -58,22 +65,28 @@ class CalibratedLayers:
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
         self._hidden, self.done = embedded, 0
         kept.mkdir(parents=True, exist_ok=True)
-        if (kept / "hidden.pt").exists():
-            state = load_state(kept / "hidden.pt", self._identity)
+        if (kept / HIDDEN).exists():
+            state = load_state(kept / HIDDEN, self._identity)
             self._hidden, self.done = state["hidden"], state["done"]
 
     def rounded(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
         """Rounds layer `index`, and returns its weights by their names in the layer. The caller
-        must take the layers in order. `layer` is emptied, to save memory."""
-        file = self._kept / f"{index}.pt"
+        must take the layers in order. `layer` is emptied, to save memory.
+
+        Raises:
+            ValueError: the layer was rounded by an earlier run, from other weights; or it cannot be
+                rounded.
+        """
+        file, identity = self._kept / f"{index}.pt", hash_of_weights(layer.values())
         if index < self.done:
-            stored = _load(file)
+            stored = load_state(file, identity)["weights"]
             return {name: _weight(parts, layer.pop(name)) for name, parts in stored.items()}
         made = self._run_and_round(index, layer)
-        save_state({name: _parts(weight) for name, weight in made.items()}, file)
+        parts = {name: _parts(weight) for name, weight in made.items()}
+        save_state({"identity": identity, "weights": parts}, file)
         self.done = index + 1
         state = {"identity": self._identity, "hidden": self._hidden, "done": self.done}
-        save_state(state, self._kept / "hidden.pt")
+        save_state(state, self._kept / HIDDEN)
         return made
 
     def _run_and_round(self, index: int, layer: dict[str, Tensor]) -> dict[str, Weight]:
@@ -98,6 +111,8 @@ class CalibratedLayers:
         x = [runner.attended(part, product) for part in x]
         round_all(x, "attention.wo")
         add_product(x, "attention.wo")
+        for name in ("wq", "wk", "wv", "wo"):
+            del wide[f"attention.{name}.weight"]
         x = [runner.normed(h, wide["ffn_norm.weight"]) for h in hidden]
         round_all(x, "feed_forward.w1", "feed_forward.w3")
         x = [runner.gated(part, product) for part in x]
@@ -134,9 +149,8 @@ class CalibratedLayers:
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
-    """A hash of a text and of a model's embeddings."""
-    tokens = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
-    return hashlib.sha256(tokens.numpy().tobytes() + _bytes(embeddings)).hexdigest()
+    """A hash of a text and of a model's embeddings. Models that were fine-tuned may share it."""
+    return f"{hash_of_text(token_ids)} {hash_of_weights([embeddings])}"
 
 
 def calibrated(
@@ -164,8 +178,9 @@ def calibrated(
         Mistral's names and the quantised weights. The output matrix is always among them.
 
     Raises:
-        ValueError: a token is not in the vocabulary, `kept` belongs to another run, or a weight is
-            NaN, infinite or too large for the scales.
+        ValueError: a token is not in the vocabulary, `kept` belongs to another run or is damaged, a
+            weight is NaN, infinite or too large for the scales, or the products of a matrix's
+            inputs with each other are not finite or have no factor in fp32.
     """
     _, embeddings = next(weights)
     assert isinstance(embeddings, Tensor)
@@ -173,7 +188,8 @@ def calibrated(
     layers = CalibratedLayers(config, quantization, embedded, kept, identity)
     del embedded  # `layers` holds what it needs
     yield "tok_embeddings.weight", embeddings.to(dtype)
-    output, layer = embeddings, dict[str, Tensor]()
+    output, layer = embeddings if config.tie_word_embeddings else None, dict[str, Tensor]()
+    del embeddings
     with tqdm(
         desc="calibrating",
         total=config.n_layers,
@@ -198,6 +214,7 @@ def calibrated(
                         yield f"layers.{index}.{made}", rounded
                     layer = {}
                     bar.update(layers.done - bar.n)
+    assert output is not None  # `weights` has it, or the embeddings are the output
     quantized = quantization.quantize("output.weight", output, "output.weight")
     yield "output.weight", output if quantized is None else quantized
 
@@ -217,10 +234,6 @@ def _expect_finite_errors(errors: Tensor, weight: Tensor, name: str, format: str
         )
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor[::97].contiguous().view(torch.uint8).numpy().tobytes()
-
-
 def _parts(weight: Weight) -> tuple[Tensor, Tensor, str] | None:
     """The parts of a quantised weight, to be kept in a file of the layer. Returns None for other
     weights, which are read from the model again."""
@@ -229,30 +242,3 @@ def _parts(weight: Weight) -> tuple[Tensor, Tensor, str] | None:
 
 def _weight(parts: tuple[Tensor, Tensor, str] | None, plain: Tensor) -> Weight:
     return plain if parts is None else Quantized(*parts)
-
-
-def save_state(state: dict[str, Any], file: Path) -> None:
-    """Writes a state to a file. Even after an interruption the file is complete or absent."""
-    partial = file.with_suffix(".part")
-    torch.save(state, partial)
-    os.replace(partial, file)
-
-
-def load_state(file: Path, identity: str) -> dict[str, Any]:
-    """Reads a state that `save_state` wrote. The state has a key "identity".
-
-    Raises:
-        ValueError: the state has another identity than `identity`.
-    """
-    state = _load(file)
-    if state["identity"] != identity:
-        raise ValueError(
-            f"{str(file.parent)!r} is of another calibration, expected the same arguments, or "
-            "remove it"
-        )
-    return state
-
-
-def _load(file: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    return state

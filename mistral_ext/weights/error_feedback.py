@@ -11,7 +11,8 @@ that the results are the same.)
 A block of columns b is rounded at once. The errors before it enter by one product, with
 R[:, b] R[b, b]^-1. Within the block a kernel does the rest with R[b, b]^-1.
 
-Of symmetric matrices only the lower triangle is made, in blocks of rows.
+Of symmetric matrices only the lower triangle is made, in blocks of rows. The blocks on the diagonal
+are whole.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from mistral_ext.ops.weight import FORMATS
 _DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
 _LEAST_MEAN = 1e-30  # of the diagonal: of less, squares and their inverses leave the range of fp32
 _BLOCK = 256  # columns that are rounded at once, as many as share a scale in "iq4_xs"
-_ROWS = 2 * _BLOCK  # rows of a symmetric matrix that are made at a time
+# Rows of a symmetric matrix that are made at a time. On the diagonal `_add_squares` makes whole
+# blocks of so many rows. _BLOCK divides _ROWS, so blocks of _BLOCK rows are whole there, too.
+_ROWS = 2 * _BLOCK
 
 
 class Factor(NamedTuple):
@@ -60,15 +63,25 @@ def factor_of(inputs: Sequence[Tensor]) -> Factor:
     """Factors the Hessian of inputs, [T, K] float32 for each sequence.
 
     Raises:
-        ValueError: the inputs are not finite, or so large that the Hessian is not.
+        ValueError: the inputs are not finite, or so large that the Hessian is not. Or rounding to
+            fp32 leaves a Hessian that is not positive definite, so that it has no factor.
     """
+    for damping in (_DAMPING, 10 * _DAMPING):
+        try:
+            return _damped_factor(inputs, damping)
+        except torch.linalg.LinAlgError:  # the factors are made in place, so all is made again
+            continue
+    raise ValueError("the products of the inputs with each other have no factor in fp32")
+
+
+def _damped_factor(inputs: Sequence[Tensor], damping: float) -> Factor:
     hessian = hessian_of(inputs)
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(_LEAST_MEAN)
     if not mean.isfinite():
         raise ValueError("the products of the inputs are not finite")
     importance = (diagonal / mean).contiguous()
-    diagonal.add_(_DAMPING * mean)
+    diagonal.add_(damping * mean)
     for begin, end in reversed(list(_blocks(len(hessian)))):
         block = hessian[begin:end, begin:end]
         # A Cholesky factor is lower triangular: turned around it is upper triangular.

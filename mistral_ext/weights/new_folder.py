@@ -20,8 +20,13 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 def expect_free(target: Path) -> None:
     """Raises FileExistsError unless `target` is absent or an empty folder."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not is_free(target):
         raise FileExistsError(f"{str(target)!r} exists, expected a new or an empty folder")
+
+
+def is_free(target: Path) -> bool:
+    """Says whether `target` is absent or an empty folder."""
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +13,14 @@ from mistral_ext.weights import checkpoint
 from mistral_ext.weights.calibrate import calibrated
 from mistral_ext.weights.folder import ModelFolder, read_folder
 from mistral_ext.weights.hub import resolve
+from mistral_ext.weights.kept import kept_folder, remove_kept
 from mistral_ext.weights.mixed import Mixture, bytes_of
 from mistral_ext.weights.new_folder import expect_free
 from mistral_ext.weights.new_model import layout_of, write_model
 from mistral_ext.weights.quantize import Quantization
 from mistral_ext.weights.sensitivity import Sensitivities, random_tokens
+
+_log = logging.getLogger("mistral_ext")
 
 
 def quantize_checkpoint(
@@ -33,7 +36,8 @@ def quantize_checkpoint(
     """Quantises a model, tensor by tensor, into a folder that loads without the original.
 
     The folder is either complete or absent (`new_folder`). After an error or an interruption no
-    file is left, and the call can be repeated.
+    file of it is left, and the call can be repeated. What a `calibration` has done is kept beside
+    it.
 
     Args:
         source: a model folder, or a hub id.
@@ -116,14 +120,11 @@ def quantize_checkpoint(
     layout = layout_of(config, weights.dtype, quantization)
     write_model(target, original, config, layout, read, quantization)
     if calibration is not None:
-        shutil.rmtree(kept)
+        try:
+            remove_kept(kept)
+        except OSError as error:  # the model is complete
+            _log.warning("%s is not needed any more, but cannot be removed: %s", kept, error)
     return target
-
-
-def kept_folder(target: str | Path) -> Path:
-    """The folder that keeps the layers that are done, until `target` is complete."""
-    target = Path(target)
-    return target.with_name(f"{target.name}.calibration")
 
 
 def _sensitivities(

@@ -27,8 +27,14 @@ from mistral_ext import ops
 from mistral_ext.model.config import MistralConfig
 from mistral_ext.ops import Weight
 from mistral_ext.weights import whole_layer
-from mistral_ext.weights.calibrate import identity_of, load_state, save_state
 from mistral_ext.weights.checkpoint import tensor_shapes
+from mistral_ext.weights.kept import (
+    SENSITIVITIES,
+    hash_of_text,
+    hash_of_weights,
+    load_state,
+    save_state,
+)
 from mistral_ext.weights.quantize import Quantization, expect_finite
 from mistral_ext.weights.whole_layer import LayerRunner, embed
 
@@ -94,12 +100,13 @@ class Sensitivities:
             kept: the folder. It is made if it does not exist.
 
         Raises:
-            ValueError: as in `measure`, or the folder belongs to another text or model.
+            ValueError: as in `measure`, or the folder belongs to another text or model, or is
+                damaged.
         """
-        embeddings = self._read("tok_embeddings.weight")
-        embed(token_ids, embeddings)  # checks all tokens, not only the first
-        identity = f"{identity_of(token_ids, embeddings)} {self._config}"
-        file = kept / "sensitivities.pt"
+        embed(token_ids, self._read("tok_embeddings.weight"))  # checks all tokens, not only 512
+        weights = hash_of_weights(map(self._unchecked, tensor_shapes(self._config)))
+        identity = f"{hash_of_text(token_ids)} {weights} {self._config}"
+        file = kept / SENSITIVITIES
         if not file.exists():
             state = {"identity": identity, "found": self.measure(token_ids, progress)}
             kept.mkdir(parents=True, exist_ok=True)
@@ -146,8 +153,12 @@ class Sensitivities:
         names = (name for name in tensor_shapes(self._config) if name.startswith(prefix))
         return {name.removeprefix(prefix): self._read(name) for name in names}
 
-    def _read(self, name: str) -> Tensor:
+    def _unchecked(self, name: str) -> Tensor:
         weight = self._read_weight(name)
         assert isinstance(weight, Tensor)  # the model is not quantised
+        return weight
+
+    def _read(self, name: str) -> Tensor:
+        weight = self._unchecked(name)
         expect_finite(weight.abs().amax(), name)
         return weight.float()

@@ -29,6 +29,7 @@ from mistral_ext.cli import main
 from mistral_ext.cli.output import report
 from mistral_ext.cli.parser import as_typed
 from mistral_ext.evaluate.perplexity import perplexity
+from mistral_ext.weights import quantize_checkpoint
 from mistral_ext.weights.calibrate import CalibratedLayers
 
 ONCE = "Once upon a time"
@@ -356,6 +357,36 @@ def test_an_interrupted_calibration_says_how_to_go_on(tmp_path, capsys, monkeypa
     monkeypatch.undo()
     assert main([*given, "--calibrate", str(text)]) == 0
     assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["out", "text.txt"]
+
+
+def test_an_interruption_promises_no_more_than_is_kept(tmp_path, capsys, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The king's daughter went into the wood. " * 200)
+    given = ["quantize", str(mistral_ext.llm.DEMO_MODEL), str(out), "--bits", "4"]
+    rounded, kept = CalibratedLayers.rounded, tmp_path / "out.calibration"
+
+    def interrupted(self, index, layer):
+        if index == 1:
+            raise KeyboardInterrupt
+        return rounded(self, index, layer)
+
+    monkeypatch.setattr(CalibratedLayers, "rounded", interrupted)
+    assert main([*given, "--calibrate", str(text)]) == 130
+    capsys.readouterr()
+    monkeypatch.undo()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize_checkpoint, "write_model", stop)
+    assert main(given) == 130  # this run calibrates nothing, and will not go on
+    assert capsys.readouterr().err == "\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(quantize_checkpoint, "remove_kept", stop)
+    assert main([*given, "--calibrate", str(text)]) == 130  # the model is complete
+    assert "goes on from" not in capsys.readouterr().err
+    assert (out / "config.json").exists()
+    assert kept.exists()
 
 
 def test_perplexity(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -173,6 +174,13 @@ def test_override_of_dim_moves_a_derived_head_dim():
         ({"max_positions": 0}, "^max_positions is 0, expected a positive integer$"),
         ({"rope_theta": 0.0}, "^rope_theta is 0.0, expected a positive number$"),
         ({"dim": 4100}, "^dim is 4100, expected a multiple of n_heads"),
+        (
+            {"n_heads": 7},
+            r"^dim is 4096, expected a multiple of n_heads .* is 7: head_dim is missing",
+        ),
+        ({"n_heads": 4}, r"^n_kv_heads is 8, expected a divisor of n_heads \(4\)$"),
+        ({"vocab_size": 1}, r"^bos_id is 1, expected a token id below vocab_size \(1\)$"),
+        ({"vocab_size": 2}, r"^eos_ids is \(2,\), expected token ids below vocab_size \(2\)$"),
     ],
 )
 @pytest.mark.parametrize("file", ["config", "params"])
@@ -182,6 +190,15 @@ def test_wrong_override_is_no_fault_of_the_file(override, message, file, tmp_pat
     write(tmp_path, **({"config": hf} if file == "config" else {"params": params}))
     with pytest.raises(OverrideError, match=message):
         read_folder(tmp_path, **override)
+
+
+def test_errors_can_be_pickled():
+    """A worker process sends them to another process."""
+    with pytest.raises(ValueError, match=r"dim \(hidden_size\) is 4100, expected") as found:
+        MistralConfig.from_hf(HF_V1 | {"hidden_size": 4100, "head_dim": None})
+    again = pickle.loads(pickle.dumps(found.value))
+    assert type(again) is type(found.value)
+    assert str(again) == str(found.value)
 
 
 def test_fault_of_the_file_names_it_beside_overrides(tmp_path):

@@ -1,5 +1,6 @@
 """Tokenizer against SentencePiece, mistral-common and the real vocabularies the latter ships."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from mistral_ext.text.tokenizer import Tokenizer
 
@@ -99,6 +100,30 @@ def test_unknown_token_is_a_control_token(tokenizer):
     assert 0 not in tokenizer.encode("a<unk>b")
     assert 0 in tokenizer.encode("a<unk>b", special_tokens=True)
     assert tokenizer.decode([0]) == ""
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_unknown_characters_stay_visible_without_tokens_of_bytes(is_listed, tmp_path):
+    """tokenizer_config.json may list <unk> as a special token."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc abd fab"] * 10),
+        model_writer=model,
+        vocab_size=12,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    if is_listed:
+        listed = {"added_tokens_decoder": {"0": {"content": "<unk>", "special": True}}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    ids = tokenizer.encode("ab é🙂b")
+    assert ids.count(0) == 1
+    assert tokenizer.decode(ids) == "ab  ⁇ b"
+    assert "<unk>" not in tokenizer.control_ids
+    assert 0 not in tokenizer.encode("a", special_tokens=True)
 
 
 @given(text=st.text(max_size=80))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from mistral_ext import Mistral
 from mistral_ext.cli import main
 from mistral_ext.llm import DEMO_MODEL
 from mistral_ext.ops import Quantized
-from mistral_ext.weights import calibrate, error_feedback, new_folder
+from mistral_ext.weights import calibrate, error_feedback, kept, new_folder
 from mistral_ext.weights.calibrate import CalibratedLayers
 from mistral_ext.weights.checkpoint import load_weights
 from mistral_ext.weights.folder import read_folder
@@ -84,11 +85,7 @@ def test_blocks_make_up_for_the_errors_of_earlier_blocks(generator):
     assert loss(made.dequantize()) < 0.8 * loss(quantize(weight, "iq4_xs").dequantize())
 
 
-def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
-    before = (folder / "model.safetensors").read_bytes()
-    whole = quantize_checkpoint(folder, tmp_path / "whole", 4, calibration=token_ids)
-    assert (folder / "model.safetensors").read_bytes() == before
-    assert not same(whole, quantize_checkpoint(folder, tmp_path / "plain", 4))
+def stop_after_a_layer(folder, target, token_ids) -> None:
     rounded = CalibratedLayers.rounded
 
     def interrupted(self, index, layer):
@@ -96,11 +93,19 @@ def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
             raise KeyboardInterrupt
         return rounded(self, index, layer)
 
-    monkeypatch.setattr(CalibratedLayers, "rounded", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
-    assert not (tmp_path / "new").exists()
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CalibratedLayers, "rounded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(folder, target, 4, calibration=token_ids)
+    assert not target.exists()
+
+
+def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
+    whole = quantize_checkpoint(folder, tmp_path / "whole", 4, calibration=token_ids)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not same(whole, quantize_checkpoint(folder, tmp_path / "plain", 4))
+    stop_after_a_layer(folder, tmp_path / "new", token_ids)
     with pytest.raises(ValueError, match=r"new.calibration' is of another calibration, expected"):
         quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids[1:])
 
@@ -110,6 +115,85 @@ def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
     assert len(done) == 4  # the four inputs of one layer of two
     assert same(tmp_path / "new", whole)
     assert not (tmp_path / "new.calibration").exists()
+
+
+@pytest.mark.parametrize("changed", ["self_attn.k_proj", "input_layernorm"])
+def test_a_run_does_not_go_on_with_another_model(tmp_path, token_ids, changed):
+    """As if an adapter was merged: the embeddings and the configuration are the same."""
+    model = write_checkpoint(tmp_path / "model")
+    stop_after_a_layer(tmp_path / "model", tmp_path / "new", token_ids)
+    model.model.layers[0].get_submodule(changed).weight.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"new.calibration' is of another calibration, expected"):
+        quantize_checkpoint(tmp_path / "merged", tmp_path / "new", 4, calibration=token_ids)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["hidden.pt", "0.pt"])
+def test_a_damaged_file_is_named(folder, tmp_path, token_ids, name):
+    stop_after_a_layer(folder, tmp_path / "new", token_ids)
+    file = tmp_path / "new.calibration" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        ValueError, match=rf"{name}' is missing or damaged: remove '\S+new\.cal"
+    ) as e:
+        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    assert "\n" not in str(e.value)
+
+
+def test_states_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("sync"))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("name") or replace(*names))
+    kept.save_state({"identity": "a"}, tmp_path / "0.pt")
+    assert done[:2] == ["sync", "name"]
+    assert kept.load_state(tmp_path / "0.pt", "a") == {"identity": "a"}
+
+
+def test_files_of_others_stay(folder, tmp_path, token_ids):
+    kept_here = tmp_path / "new.calibration"
+    kept_here.mkdir()
+    for name in ("notes.txt", "1.pt.txt", "x1.pt"):
+        (kept_here / name).write_text("mine")
+    (kept_here / "7.part").write_text("left by a run that was killed")
+    quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    assert sorted(e.name for e in kept_here.iterdir()) == ["1.pt.txt", "notes.txt", "x1.pt"]
+
+
+def test_a_model_that_is_complete_is_no_failure(folder, tmp_path, token_ids, monkeypatch, caplog):
+    def busy(file):
+        raise PermissionError("in use")
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    monkeypatch.undo()
+    assert "new.calibration is not needed any more, but cannot be removed: in use" in caplog.text
+    assert (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_a_hessian_without_a_factor_is_damped_more(generator, monkeypatch):
+    x, cholesky, failures = torch.randn(64, 512, generator=generator), torch.linalg.cholesky, [1]
+
+    def fail_once(block):
+        if failures:
+            raise torch.linalg.LinAlgError(f"failure {failures.pop()}")
+        return cholesky(block)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", fail_once)
+    found = error_feedback.factor_of([x])
+    monkeypatch.setattr(error_feedback, "_DAMPING", 10 * error_feedback._DAMPING)
+    expected = error_feedback.factor_of([x])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_hessian_without_a_factor_is_named(folder, tmp_path, monkeypatch):
+    """One token leaves a Hessian of rank 1."""
+    monkeypatch.setattr(error_feedback, "_DAMPING", 0.0)
+    named = (
+        "tensor 'layers.0.attention.wq.weight' cannot be calibrated with this text: .* no factor"
+    )
+    with pytest.raises(ValueError, match=named):
+        quantize_checkpoint(folder, tmp_path / "new", 4, calibration=[5])
 
 
 def test_finished_layers_are_kept_until_the_model_is_safe(folder, tmp_path, token_ids, monkeypatch):

@@ -59,12 +59,11 @@ def test_a_matrix_that_4_bits_hold_loses_nothing(tmp_path):
 
 
 def test_what_is_kept_is_of_one_text_and_one_model(tmp_path):
-    write_checkpoint(tmp_path / "model")
+    model = write_checkpoint(tmp_path / "model")
     read, ids = read_folder(tmp_path / "model"), random_tokens(131)
-    weights = Checkpoint(read, torch.float32)
 
-    def measure_once(token_ids, config):
-        sensitivities = Sensitivities(weights.read, config)
+    def measure_once(token_ids, config, folder=read):
+        sensitivities = Sensitivities(Checkpoint(folder, torch.float32).read, config)
         return sensitivities.measure_once(token_ids, tmp_path / "kept", progress=False)
 
     found = measure_once(ids, read.config)
@@ -73,6 +72,10 @@ def test_what_is_kept_is_of_one_text_and_one_model(tmp_path):
     for token_ids, config in (([*ids, 5], read.config), (ids, others)):
         with pytest.raises(ValueError, match="of another calibration"):
             measure_once(token_ids, config)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)  # as if an adapter was merged
+    model.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ValueError, match="of another calibration"):
+        measure_once(ids, read.config, read_folder(tmp_path / "merged"))
     with pytest.raises(ValueError, match="token_ids has"):
         measure_once([*ids, 131], read.config)
 
