@@ -104,11 +104,11 @@ MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingO
 constexpr uint32_t kNanKey = 0xffffffff;  // larger than every other key, so the maximum finds a NaN
 
 MISTRAL_HOST_DEVICE uint32_t key_of(float x) {
+  if (x != x) return kNanKey;
   x += 0.0f;  // turns -0 into 0
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  const uint32_t key = bits & 0x80000000 ? ~bits : bits | 0x80000000;
-  return x != x ? kNanKey : key;
+  return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
 
 MISTRAL_HOST_DEVICE float value_of(uint32_t key) {
