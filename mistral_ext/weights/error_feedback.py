@@ -69,8 +69,8 @@ def factor_of(inputs: Sequence[Tensor]) -> Factor:
     for damping in (_DAMPING, 10 * _DAMPING):
         try:
             return _damped_factor(inputs, damping)
-        except torch.linalg.LinAlgError:  # the factors are made in place, so all is made again
-            continue
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            continue  # the factors are made in place, so all is made again
     raise ValueError("the products of the inputs with each other have no factor in fp32")
 
 
