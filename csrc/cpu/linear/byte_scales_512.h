@@ -105,22 +105,7 @@ struct ByteScales {
     const __m512i units =
         _mm512_permutexvar_epi32(lanes_of([](int lane) { return lane % 4 * 4; }), all);
     const __m512 scale = low_halves(units), least = minus(high_halves(units));
-    // The 128-bit lane of each row becomes bytes: the scales of 8 blocks, then their minima. The
-    // scales of the first four blocks lie in one word, and so do their minima. Those of the last
-    // four blocks have their low bits in one word and their high bits in another.
-    const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-      const uint32_t words[4] = {a, b, c, d};
-      return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });
-    };
-    const __m512i high =
-        _mm512_srlv_epi32(_mm512_shuffle_epi32(all, _MM_PERM_CCBB), of_words(0, 2, 0, 2));
-    const __m512i low =
-        _mm512_srlv_epi32(_mm512_shuffle_epi32(all, _MM_PERM_DDDD), of_words(32, 0, 32, 4));
-    constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x30303030;
-    const __m512i bytes = _mm512_ternarylogic_epi32(
-        high, of_words(kSix, kTwo, kSix, kTwo),
-        _mm512_and_si512(low, _mm512_set1_epi32(static_cast<int32_t>(kFour))),
-        0xea);  // (a & b) | c
+    const __m512i bytes = six_bit_bytes(all);
     const auto numbers = [&](int word) {
       const __m512i of_rows =
           _mm512_permutexvar_epi32(lanes_of([&](int lane) { return lane % 4 * 4 + word; }), bytes);

@@ -108,20 +108,31 @@ MISTRAL_SIMD __m512 widen_signed(__m128i bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 
-// Unpacks the scales and minima of 6 bits of 8 blocks (six_bit_scales in formats.h), and multiplies
-// them by their units. Lane 2 b is the scale of block b, and lane 2 b + 1 is added for its minimum.
+// Unpacks the scales and minima of 6 bits of 8 blocks (six_bit_scales in formats.h) to bytes: first
+// the 8 scales, then the 8 minima. Each 128-bit lane holds the 16 bytes of another row.
+MISTRAL_SIMD __m512i six_bit_bytes(__m512i groups) {
+  const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint32_t words[4] = {a, b, c, d};
+    return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });
+  };
+  // The scales of the first four blocks lie in one word, and so do their minima. Those of the last
+  // four blocks have their low bits in one word and their high bits in another.
+  const __m512i high =
+      _mm512_srlv_epi32(_mm512_shuffle_epi32(groups, _MM_PERM_CCBB), of_words(0, 2, 0, 2));
+  const __m512i low =
+      _mm512_srlv_epi32(_mm512_shuffle_epi32(groups, _MM_PERM_DDDD), of_words(32, 0, 32, 4));
+  constexpr uint32_t kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x30303030;
+  return _mm512_ternarylogic_epi32(
+      high, of_words(kSix, kTwo, kSix, kTwo),
+      _mm512_and_si512(low, _mm512_set1_epi32(static_cast<int32_t>(kFour))),
+      0xea);  // (a & b) | c
+}
+
+// Multiplies the scales and minima of 6 bits of a row's 8 blocks by their units. Lane 2 b is the
+// scale of block b, and lane 2 b + 1 is added for its minimum.
 MISTRAL_SIMD __m512 six_bit_pairs(const char* group) {
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
-  // Words of bytes: the scales of blocks 0 to 3, of blocks 4 to 7, and their minima likewise. The
-  // last four blocks have their low and their high bits in two words.
-  const __m128i high =
-      _mm_srlv_epi32(_mm_shuffle_epi32(all, _MM_PERM_CCBB), _mm_setr_epi32(0, 2, 0, 2));
-  const __m128i low =
-      _mm_srlv_epi32(_mm_shuffle_epi32(all, _MM_PERM_DDDD), _mm_setr_epi32(32, 0, 32, 4));
-  constexpr int kSix = 0x3f3f3f3f, kFour = 0x0f0f0f0f, kTwo = 0x30303030;
-  const __m128i bytes = _mm_ternarylogic_epi32(high, _mm_setr_epi32(kSix, kTwo, kSix, kTwo),
-                                               _mm_and_si128(low, _mm_set1_epi32(kFour)),
-                                               0xea);  // (a & b) | c
+  const __m128i bytes = _mm512_castsi512_si128(six_bit_bytes(_mm512_castsi128_si512(all)));
   const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(bytes, order)));
   // The two units alternate. Minima are subtracted.
