@@ -50,6 +50,15 @@ def thread():
     thread.stop()
 
 
+def steps_while(thread, call):
+    """Whether the engine makes a step although `call` is called again and again."""
+    end = time.monotonic() + 10
+    while not thread.engine.stepped.is_set() and time.monotonic() < end:
+        call()
+        time.sleep(0.005)
+    return thread.engine.stepped.is_set()
+
+
 def test_requests_that_come_together_share_the_first_step(thread, monkeypatch):
     monkeypatch.setattr(engine_thread, "_LULL", 1.0)
     monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 30.0)
@@ -63,22 +72,14 @@ def test_requests_that_come_together_share_the_first_step(thread, monkeypatch):
 def test_requests_that_keep_coming_do_not_hold_the_first_step_back(thread, monkeypatch):
     monkeypatch.setattr(engine_thread, "_LULL", 1000.0)
     monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 0.1)
-    end = time.monotonic() + 10
-    while not thread.engine.stepped.is_set() and time.monotonic() < end:
-        thread.add(SimpleNamespace(), print)
-        time.sleep(0.005)
-    assert thread.engine.stepped.is_set()
+    assert steps_while(thread, lambda: thread.add(SimpleNamespace(), print))
 
 
 def test_aborts_do_not_prolong_the_wait(thread, monkeypatch):
     monkeypatch.setattr(engine_thread, "_LULL", 0.1)
     monkeypatch.setattr(engine_thread, "_LONGEST_WAIT", 1000.0)
     thread.add(SimpleNamespace(), print)
-    end = time.monotonic() + 10
-    while not thread.engine.stepped.is_set() and time.monotonic() < end:
-        thread.abort([0])
-        time.sleep(0.005)
-    assert thread.engine.stepped.is_set()
+    assert steps_while(thread, lambda: thread.abort([0]))
 
 
 def test_a_stop_does_not_wait_for_a_lull(thread, monkeypatch):
