@@ -123,7 +123,15 @@ constexpr bool kPacksTogether<InHalves<format>> = true;
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
-  static int64_t elements(int64_t inputs) { return padded(inputs); }
+  // Neighbouring tokens are an odd multiple of half a way of the L1 cache apart. If they were a
+  // multiple of a way apart, as with K = 4096, the same block of k of all tokens would compete for
+  // the same sets of the cache.
+  static int64_t elements(int64_t inputs) {
+    constexpr int64_t kSize = sizeof(typename Chunk::Arithmetic::Element);
+    constexpr int64_t kWay = 4096, kHalf = kWay / 2;
+    const int64_t bytes = padded(inputs) * kSize;
+    return (ceil_div(mistral::max(bytes - kHalf, int64_t{0}), kWay) * kWay + kHalf) / kSize;
+  }
   template <class T, class Element>
   static void pack(const T* x, int64_t inputs, Element* out) {
     pack_row<Chunk>(x, inputs, out);

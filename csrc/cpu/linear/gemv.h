@@ -17,14 +17,21 @@ constexpr int64_t kCacheLineBytes = 64;
 // reach. Unlike them, the prefetch also crosses the ends of rows and pages.
 constexpr int64_t kAheadBytes = 8192;
 
+// The most tokens that are multiplied at a time. More tokens take a further pass over the rows, in
+// which nothing more comes from memory. Weights that are not packed take the longest to come from
+// memory, so there one pass is faster where the registers hold the sums. Packed weights wait for
+// arithmetic, which is cheaper with two rows at a time.
+template <class Chunk>
 constexpr int kTokensAtATime = 4;
+template <class A, class T>
+constexpr int kTokensAtATime<PlainChunk<A, T>> = Vec::width == 16 ? 8 : 4;
 // The number of rows that are multiplied at a time by N tokens. One token takes one row, a single
 // stream through memory, and so do two tokens where vectors are wide. More tokens take two rows,
-// which share the loads of activations. All sums must stay in registers, and AVX2 has only 16, so
-// there three and four tokens take one row.
+// which share the loads of activations, if the registers hold all sums. AVX2 has 16 registers, so
+// there three and four tokens take one row. AVX-512 has 32, so more than four tokens take one row.
 template <class Chunk, int N>
 constexpr int kRowsAtATime =
-    N == 1 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
+    N == 1 || N > 4 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
 // The rows of a group. All tokens are multiplied by a group before the next group, while its rows
 // are in the cache.
 constexpr int kGroupRows = 8;
@@ -292,6 +299,15 @@ void multiply_group(const WeightRows& w, int64_t count,
   }
 }
 
+// Calls f with `tokens`, 1 to kMost, as a constant.
+template <int64_t kMost, class F>
+void with_tokens(int64_t tokens, const F& f) {
+  if constexpr (kMost > 1) {
+    if (tokens < kMost) return with_tokens<kMost - 1>(tokens, f);
+  }
+  f(std::integral_constant<int, int{kMost}>{});
+}
+
 // out[t * stride_out + r] = the product of row r and token t, for `count` rows and all tokens.
 template <class Chunk>
 struct Few {
@@ -301,15 +317,12 @@ struct Few {
     for (int64_t row = 0; row < count; row += kGroupRows) {
       const WeightRows some = w.from(row);
       const int64_t rows = mistral::min(int64_t{kGroupRows}, count - row);
-      for (int64_t token = 0; token < tokens; token += kTokensAtATime) {
-        const auto* from = x + token * stride_x;
-        float* to = out + token * stride_out + row;
-        switch (mistral::min(int64_t{kTokensAtATime}, tokens - token)) {
-          case 4: multiply_group<Chunk, 4>(some, rows, from, stride_x, to, stride_out); break;
-          case 3: multiply_group<Chunk, 3>(some, rows, from, stride_x, to, stride_out); break;
-          case 2: multiply_group<Chunk, 2>(some, rows, from, stride_x, to, stride_out); break;
-          default: multiply_group<Chunk, 1>(some, rows, from, stride_x, to, stride_out);
-        }
+      constexpr int64_t kMost = kTokensAtATime<Chunk>;
+      for (int64_t token = 0; token < tokens; token += kMost) {
+        with_tokens<kMost>(mistral::min(kMost, tokens - token), [&](auto some_tokens) {
+          multiply_group<Chunk, some_tokens>(some, rows, x + token * stride_x, stride_x,
+                                             out + token * stride_out + row, stride_out);
+        });
       }
     }
   }

@@ -138,22 +138,29 @@ struct GroupScales {
 #define MISTRAL_BF16_PAIRS
 
 // 16 pairs of bf16. One instruction adds the products of pairs to the 16 lanes of a Vec.
+//
+// They are loaded as what this instruction takes. If they were loaded as integers, GCC 12 would
+// move many of them from register to register through memory.
 struct Pairs {
-  __m512i v;
+  __m512bh v;
+
+  __m512i integers() const { return reinterpret_cast<__m512i>(v); }
 };
-MISTRAL_SIMD Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-MISTRAL_SIMD void store_pairs(bf16* p, Pairs x) { _mm512_storeu_si512(p, x.v); }
+using UnalignedPairs __attribute__((aligned(2))) = __m512bh;
+MISTRAL_SIMD Pairs pairs_of(__m512i x) { return {reinterpret_cast<__m512bh>(x)}; }
+MISTRAL_SIMD Pairs load_pairs(const bf16* p) {
+  return {*reinterpret_cast<const UnalignedPairs*>(p)};
+}
+MISTRAL_SIMD void store_pairs(bf16* p, Pairs x) { *reinterpret_cast<UnalignedPairs*>(p) = x.v; }
 MISTRAL_SIMD Pairs broadcast_pair(const bf16* p) {
   int pair;
   memcpy(&pair, p, sizeof pair);
-  return {_mm512_set1_epi32(pair)};
+  return pairs_of(_mm512_set1_epi32(pair));
 }
-MISTRAL_SIMD Vec dot(Pairs a, Pairs b, Vec c) {
-  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
-}
+MISTRAL_SIMD Vec dot(Pairs a, Pairs b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
 // Rounds the lanes of `first`, then those of `second`.
 MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
-  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v))};
+  return {_mm512_cvtne2ps_pbh(second.v, first.v)};
 }
 // Values 2 i and 2 i + 1 of every word.
 MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
@@ -163,7 +170,7 @@ MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
       _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                         int16_t(0xc100), int16_t(0xc0e0), int16_t(0xc0c0), int16_t(0xc0a0),
                         int16_t(0xc080), int16_t(0xc040), int16_t(0xc000), int16_t(0xbf80)));
-  return {_mm512_permutexvar_epi16(_mm512_srli_epi16(w.v, 4 * i), values)};
+  return pairs_of(_mm512_permutexvar_epi16(_mm512_srli_epi16(w.v, 4 * i), values));
 }
 
 #endif

@@ -203,8 +203,9 @@ MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
 #if defined(__AVX512BF16__)
 MISTRAL_SIMD void interleave(Pairs a, Pairs b, Pairs out[2]) {
   Vec halves[2];
-  interleave(Vec{_mm512_castsi512_ps(a.v)}, Vec{_mm512_castsi512_ps(b.v)}, halves);
-  for (int i = 0; i < 2; ++i) out[i] = {_mm512_castps_si512(halves[i].v)};
+  interleave(Vec{_mm512_castsi512_ps(a.integers())}, Vec{_mm512_castsi512_ps(b.integers())},
+             halves);
+  for (int i = 0; i < 2; ++i) out[i] = pairs_of(_mm512_castps_si512(halves[i].v));
 }
 // Pairs value i of `a` with value i of `b`. out[0] has the values of the lower halves, out[1] those
 // of the upper halves.
@@ -214,8 +215,8 @@ MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
   const __m512i low = _mm512_or_si512(_mm512_slli_epi32(lane, 16),
                                       _mm512_or_si512(lane, _mm512_set1_epi32(32 << 16)));
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
-  out[0] = {_mm512_permutex2var_epi16(a.v, low, b.v)};
-  out[1] = {_mm512_permutex2var_epi16(a.v, high, b.v)};
+  out[0] = pairs_of(_mm512_permutex2var_epi16(a.integers(), low, b.integers()));
+  out[1] = pairs_of(_mm512_permutex2var_epi16(a.integers(), high, b.integers()));
 }
 #endif
 
