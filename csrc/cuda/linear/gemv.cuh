@@ -17,11 +17,11 @@
 // as weights of 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
 // would come from L2 and compete with the weights, because L1 is too small for it.
 //
-// K is not divided among blocks. With 16 rows per block, even the smallest matrix of Mistral 7B has
-// 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have enough
-// bytes under way for the full bandwidth of the memory, so an uneven last round costs little. There
-// are no partial sums in global memory. The result of a token depends only on its row of x and the
-// row of the weights, not on the other tokens, the other parts, or the GPU.
+// K is not divided among blocks. With 16 rows per block, even the smallest launch of Mistral 7B
+// (wo) has 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have
+// enough bytes under way for the full bandwidth of the memory, so an uneven last round costs
+// little. There are no partial sums in global memory. The result of a token depends only on its row
+// of x and the row of the weights, not on the other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
