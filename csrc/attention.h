@@ -43,14 +43,14 @@ struct AttentionParams {
   float scale;     // usually 1 / sqrt(D)
   // Scratch for partial results, each of which covers a part of the keys. On the CPU it has
   // attention_scratch_bytes(p) bytes. On CUDA devices, decodes use it as [S, Hkv, splits, 16, D +
-  // 4]. Prefill then reuses the memory as [Hkv * tiles * 2, prefill_splits, 64, D + 4]. It is null
-  // if neither decodes nor prefill divide their keys.
+  // 4]. Prefill then reuses the memory as [Hkv * tiles * 2, prefill_splits, 64, D + 4]. It is not
+  // used if neither decodes nor prefill divide their keys.
   float* partials;
 
   // CUDA only.
-  int64_t max_count;       // an upper bound of the new tokens of a sequence; T is always one
-  int32_t splits;          // blocks that share the keys of a decode
-  int32_t prefill_splits;  // blocks that share the keys of a tile, in prefill for sm_90a
+  int64_t max_count;       // no sequence has more new tokens; T if the host does not know better
+  int32_t splits;          // the number of blocks that share the keys of a decode
+  int32_t prefill_splits;  // the most blocks that share the keys of a tile, in prefill for sm_90a
   // Scratch, zero before and after a call. The first [S, Hkv] count the blocks (in prefill for
   // sm_90a the warpgroups) that are done with a sequence and a key/value head. The last of them
   // merges the splits of a decode, and appends the late tokens (cuda/attention/finish.cuh). Prefill
@@ -73,11 +73,11 @@ constexpr bool attention_takes_head_dim(int64_t dim) { return dim == 64 || dim =
 namespace cuda {
 struct AttentionScratch {
   int32_t splits, prefill_splits;
-  int64_t partials;  // floats
-  int64_t counters;  // ints
+  int64_t partials;  // the number of floats
+  int64_t counters;  // the number of ints
 };
 // The scratch that `attention` needs for p if no sequence sees more than `longest` keys. The caller
-// sets all fields of p but the scratch fields.
+// has set all fields of p but those with the names of these.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k and v

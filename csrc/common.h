@@ -31,7 +31,7 @@ namespace mistral {
 
 enum class DType { f32, bf16, f16 };
 
-// The types that store 16-bit numbers. Arithmetic is always done in fp32.
+// The types that store 16-bit numbers. They have no arithmetic of their own.
 struct bf16 {
   uint16_t bits;
 };

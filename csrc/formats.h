@@ -1,13 +1,14 @@
 // The one list of weight formats and their layouts. Code that depends on the format beyond this
-// list is in the traits of each device (cpu/linear/formats.h, cuda/linear/formats.cuh) and, for
-// Python, in mistral_ext/ops/weight.py.
+// list is mostly in cpu/linear, in cuda/linear/formats.cuh and, for Python, in
+// mistral_ext/ops/weight.py.
 #pragma once
 
 #include "common.h"
 
 namespace mistral {
 
-// A weight has N rows of K values. A group is 32, 64 or 128 neighbouring values of a row.
+// A weight has N rows of K values. Where the list says "group", it is 32, 64 or 128 neighbouring
+// values of a row.
 //   plain   in the dtype of x
 //   int8    [N, K] int8; a bf16 scale for each row
 //   int4    words of signed values; a bf16 scale for each group
@@ -34,9 +35,9 @@ namespace mistral {
 // In q5_k its fifth bit is bit fifth_bit_shift(i, t) of further word b. In q6_k its high two bits
 // begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b.
 //
-// All formats but plain, int8 and int4 come from files. They hold the same numbers as GGUF's blocks
-// of that name, q4_0 and q4_z also those of GPTQ and AWQ. But values and scales are in separate
-// arrays, so that kernels read rows in accesses of 16 bytes.
+// The formats from q8_0 on, but q4_z, hold the same numbers as GGUF's blocks of their names. q4_0
+// and q4_z hold those of GPTQ and AWQ. But here values and scales are in separate arrays, so that
+// kernels read rows in accesses of 16 bytes.
 enum class WeightFormat {
   plain,
   int8,
@@ -79,11 +80,11 @@ struct FormatInfo {
   const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
   const char* scale_dtype;  // null: there are no scales
   int64_t bits;             // bits of a value; 0: as many as the dtype of x has
-  int64_t element_bits;     // bits of an element of the values
+  int64_t element_bits;     // bits of an element of the values; 0: likewise
   int64_t scale_bytes;      // bytes of an element of the scales
-  int64_t group_scales;     // elements of the scales of a group
+  int64_t group_scales;     // the number of elements of the scales of a group
   // The fewest and the most neighbouring values that share scales, both powers of two. They are 0
-  // if the whole row shares a scale.
+  // if the whole row shares a scale, or has none.
   int64_t least_group;
   int64_t most_group;
   int64_t most_inputs = 0;  // the most values of a row; 0: no limit

@@ -30,7 +30,7 @@ struct WeightPart {
   const void* scales;  // [rows, scales of a row], contiguous; null if plain
   int64_t rows;
   WeightFormat format;
-  int64_t group;  // values that share scales: K for int8, 0 for plain
+  int64_t group;  // the number of values that share scales: K for int8, 0 for plain
 };
 
 // The most parts of a call: query, key and value share a pass over x.
@@ -68,7 +68,7 @@ struct LinearParams {
   bool exact;  // keeps the CPU from rounding activations to 8 bits (gemv_bytes.h)
 
   // With argmax.
-  int64_t* token_ids;      // [T]; -1: an output is NaN, or all are -inf
+  int64_t* token_ids;      // [T]; -1: a candidate is NaN, or all are -inf
   int64_t limit;           // only the first `limit` outputs are candidates
   RunningArgmax* running;  // on CUDA devices
 };

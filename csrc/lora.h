@@ -4,9 +4,9 @@
 //   hidden = scale * (x A^T)     in fp32
 //   out   += hidden B
 //
-// All adapters are stacked in one tensor, each padded to the largest rank. Weights that multiply
-// the same x, such as query, key and value, are the parts of one call. The outputs of the parts lie
-// side by side.
+// The matrices A of all adapters are stacked in one tensor, and the matrices B in another. Each is
+// padded to the largest rank. Weights that multiply the same x, such as query, key and value, are
+// the parts of one call. The outputs of the parts lie side by side.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -29,7 +29,7 @@ struct LoraParams {
   const float* scales;      // [adapters, parts]
   const int32_t* ranks;     // [adapters, parts], 0 to max_rank; rows beyond the rank are not read
   const int32_t* adapters;  // [T], the adapter of each token; negative: no adapter
-  float* hidden;            // [T, parts, max_rank], scratch
+  float* hidden;            // [T, parts, max_rank], scratch; the gradient of B needs it again
   void* out;                // [T, N], updated in place
   int64_t part_outputs[kMaxLoraParts];
   int64_t num_parts;
@@ -42,8 +42,8 @@ struct LoraParams {
 };
 
 // The gradient of the stacked A or of the stacked B. For A, x is the input of the layer and
-// `hidden` is the gradient of x A^T. For B, x is the gradient of the output of the layer. Each
-// adapter gets the sum over the tokens that use it:
+// `hidden` is the gradient of x A^T. For B, x is the gradient of the output of the layer and
+// `hidden` is that of LoraParams. Each adapter gets the sum over the tokens that use it:
 //
 //   out = sum(hidden^T x)
 struct LoraGradientParams {

@@ -1,6 +1,6 @@
 // Splits the blocks of GGUF files into values and scales, without loss. A file stores the scales of
-// a block beside its values. Our kernels read scales and values from separate arrays, and the
-// values as words (formats.h). There is only a CPU version, because files are read on the CPU.
+// a block beside its values. Our kernels read scales and values from separate arrays, and values of
+// 4 to 6 bits as words (formats.h). There is only a CPU version, because files are read on the CPU.
 //
 // Source of the layouts of blocks: ggml's ggml-common.h and ggml-quants.c (MIT).
 #pragma once

@@ -17,7 +17,7 @@
 // new token is
 //   - never stored, if a later token of its own chunk takes the same slot;
 //   - stored before attention (by rope), if no query of the chunk sees what it replaces; this
-//     is every decode step, and every chunk that does not wrap;
+//     is so in every decode step, and in every chunk that replaces nothing;
 //   - stored after attention (by attention itself), otherwise.
 // Each slot is written at most once per call, so the order within a call does not matter.
 #pragma once
@@ -30,7 +30,7 @@ namespace mistral {
 // so that a captured CUDA graph serves every step.
 struct Sequence {
   int64_t first_token;  // index of its first new token in the packed tensors [T, ...]
-  int64_t count;        // number of its new tokens: 1 = decode, more = a prompt chunk, 0 = idle
+  int64_t count;        // number of its new tokens: 1 = decode, more = a chunk, 0 = idle
   int64_t position;     // position of its first new token = number of tokens seen before
   int64_t ring_row;     // first row of its ring in the pools
   int64_t capacity;     // C
@@ -99,7 +99,7 @@ MISTRAL_HOST_DEVICE Int window_end(Int position, Int window) {
 }
 
 // Whether the key at position `key` is hidden from the query at position `query`. Kernels may count
-// positions from any position on, and in 32 bits.
+// all positions from the same later position, and in 32 bits.
 template <class Int>
 MISTRAL_HOST_DEVICE bool is_hidden(Int query, Int key, Int window) {
   return key > query || key <= query - window;
@@ -113,7 +113,7 @@ MISTRAL_HOST_DEVICE bool any_hidden(Int first_query, Int last_query, Int first_k
   return last_key > first_query || first_key <= last_query - window;
 }
 
-// The window for positions in 32 bits. kNoWindow becomes a window that none of them reaches.
+// The window for positions in 32 bits. kNoWindow becomes 2^30, more positions than memory holds.
 MISTRAL_HOST_DEVICE int short_window(int64_t window) {
   return static_cast<int>(min(window, int64_t{1} << 30));
 }

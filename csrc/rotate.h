@@ -1,5 +1,5 @@
-// Rotary position embedding of the heads of x, without rings: `out` is x rotated by the angles of
-// rope.h. Rotation by the negated angles gives the gradient.
+// Rotary position embedding of heads that are not stored in a ring. `out` is x rotated by the
+// angles of rope.h. The gradient of x is the gradient of `out`, rotated by the negated angles.
 #pragma once
 
 #ifdef MISTRAL_CUDA

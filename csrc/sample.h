@@ -34,11 +34,11 @@ namespace mistral {
 struct SamplingOptions {
   double temperature;         // 0: greedy
   double top_k;               // keep the k most likely tokens; 0: all
-  double top_p;               // keep the most likely tokens up to this sum of probabilities
+  double top_p;               // keep the likeliest tokens, until their probabilities sum to this
   double min_p;               // keep tokens with at least this share of the highest probability
   double repetition_penalty;  // divides x > 0, multiplies others (Keskar et al., arXiv:1909.05858)
-  double presence_penalty;    // subtracted once from a token that occurs
-  double frequency_penalty;   // subtracted for every time that a token occurs
+  double presence_penalty;    // subtracted once from x of a token of the completion
+  double frequency_penalty;   // subtracted from x for each time that the completion has the token
 };
 constexpr int64_t kSamplingOptionFields = 7;
 static_assert(sizeof(SamplingOptions) == kSamplingOptionFields * sizeof(double));
@@ -47,7 +47,7 @@ static_assert(sizeof(SamplingOptions) == kSamplingOptionFields * sizeof(double))
 struct NoiseState {
   uint64_t seed;
   uint64_t index;  // separates completions with the same seed
-  int64_t step;    // tokens chosen so far; each choice adds 1
+  int64_t step;    // the number of tokens chosen so far; each choice adds 1
 };
 constexpr int64_t kNoiseFields = 3;
 static_assert(sizeof(NoiseState) == kNoiseFields * sizeof(int64_t));
@@ -62,7 +62,7 @@ struct SampleParams {
   NoiseState* noise;               // [M]
   int32_t* history;                // [M, V]; the call adds the chosen token
   const float* bias;               // [M, V], or null
-  int64_t* token_ids;              // [N]; -1: a logit is NaN, or all are -inf
+  int64_t* token_ids;              // [N]; -1: an x is NaN, or all are -inf
   uint32_t* keys;                  // [N, V], scratch
   uint64_t* weights;               // [N, V], scratch
   int64_t num_rows;                // N
@@ -139,7 +139,7 @@ MISTRAL_HOST_DEVICE Rank higher(Rank a, Rank b) { return a > b ? a : b; }
 
 // ---- Filters: a filter leaves the tokens whose rank is at or above a threshold.
 
-// False if no token can be chosen: a logit is NaN, or all are -inf.
+// False if no token can be chosen: an x is NaN, or all are -inf.
 MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
   return key_of_rank(best) != kNanKey && key_of_rank(best) > key_of(-INFINITY);
 }
@@ -213,7 +213,7 @@ MISTRAL_HOST_DEVICE PhiloxBlock noise_block(const NoiseState& noise, int64_t blo
                 {{static_cast<uint64_t>(block) + 1, static_cast<uint64_t>(noise.step), 0, 0}});
 }
 
-// A word of 0 gives -inf. A token with this noise is chosen only if no other token is left.
+// A word below 2^11 gives -inf. A token with this noise is chosen only if no other token is left.
 MISTRAL_HOST_DEVICE double gumbel(uint64_t word) {
   constexpr double kUnit = 1.0 / static_cast<double>(int64_t{1} << 53);
   return -log(-log(static_cast<double>(word >> 11) * kUnit));

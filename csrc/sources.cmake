@@ -3,7 +3,8 @@
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 
 # Kernels for the CPU. Each file is compiled once per instruction set, each time in another
-# namespace (csrc/cpu/kernels.h).
+# namespace (csrc/cpu/kernels.h). For the sets of csrc/cpu/linear_sets.h only the second list is
+# compiled.
 set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
   ${root}/csrc/cpu/attention/backward.cpp

@@ -21,8 +21,8 @@ namespace {
 void expect_prefill_kernel(const char* op, int device) {
   if (cuda::active_prefill() != cuda::Prefill::sm90) return;
   int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cuda::checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cuda::checked(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (major != 9 || minor != 0) {
     fail(op, "cuda:" + std::to_string(device) + " has compute capability " + std::to_string(major) +
                  "." + std::to_string(minor) + ", expected 9.0 for attention kernel 'sm90'");

@@ -5,7 +5,7 @@
 namespace mistral::python {
 
 void bind_call(py::module_& m) {
-  // The class is local to the module, because tests load other modules that have this class too.
+  // The classes are local to the module, because tests load other modules that have them too.
   py::class_<Call>(m, "Call", py::module_local())
       .def_readonly("workspace_bytes", &Call::workspace_bytes)
       .def_readonly("counters", &Call::counters)

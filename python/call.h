@@ -16,7 +16,7 @@ namespace mistral::python {
 class Call {
  public:
   // Starts the kernel. `workspace` points to workspace_bytes bytes and is aligned to 64 bytes.
-  // `counters` points to as many ints as Call::counters says.
+  // `counters` points to as many ints as Call::counters says, which are zero before and after.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
   // Checks the sequence table again, and returns the bytes of workspace that the call needs with
@@ -32,7 +32,7 @@ class Call {
         recheck_(std::move(recheck)) {}
 
   const int64_t workspace_bytes;  // on the device of the tensors
-  const int64_t counters;         // ints on a CUDA device, zero before and after; 0 on the CPU
+  const int64_t counters;         // the number of ints on a CUDA device; 0 on the CPU
 
   void run(uintptr_t workspace_address, uintptr_t counters_address, ExecutionTarget target) const {
     start_(reinterpret_cast<void*>(workspace_address), reinterpret_cast<int32_t*>(counters_address),
@@ -52,7 +52,8 @@ class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }
 
-  // Checks all calls again. Returns the bytes of the largest workspace that one of them needs.
+  // Checks the sequence tables of all calls again. Returns the bytes of the largest workspace that
+  // one of them needs.
   int64_t recheck() const {
     int64_t most = 0;
     for (const Call& call : calls_) most = std::max(most, call.recheck());

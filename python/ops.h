@@ -1,11 +1,11 @@
-// The bindings, one file per op. A binding checks the arguments and fills the params struct.
+// The bindings of the ops. A binding checks the arguments and fills the params struct.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace mistral::python {
 
-void bind_call(pybind11::module_& m);  // the class that attention and linear return
+void bind_call(pybind11::module_& m);  // the classes of call.h
 #define OP(op, Params) void bind_##op(pybind11::module_& m);
 #define OP_OF_ONE_KERNEL(op, Params) OP(op, Params)
 #include "../csrc/ops.def"

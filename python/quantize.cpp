@@ -22,7 +22,8 @@ Scales scales_of(const Tensor& weight, const py::object& object) {
     fail(weight.op(), std::string(weight.name()) + " has " + std::to_string(inputs) +
                           " columns, expected a positive multiple of " + std::to_string(group));
   }
-  table.expect_shape({weight.size(0), inputs / 32});  // fp16 for 32 inputs, or 8 bytes for 256
+  // An fp16 for each 32 inputs, or 8 bytes for each 256.
+  table.expect_shape({weight.size(0), inputs / 32});
   table.expect_last_axis_contiguous();
   table.expect_device_of(weight);
   return {table, two_levels};

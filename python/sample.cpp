@@ -37,7 +37,8 @@ void check_options(int64_t row, const SamplingOptions& o) {
   check("frequency_penalty", o.frequency_penalty, std::isfinite(o.frequency_penalty), "a number");
 }
 
-// Checks that no two rows of logits use the same row of the tables, because its state changes.
+// Checks the rows of the tables and their options. No two rows of logits may use the same row,
+// because the call changes its state.
 void check_rows(const SampleParams& p, int64_t table_rows) {
   std::vector<int64_t> rows(p.rows, p.rows + p.num_rows);
   for (const int64_t row : rows) {

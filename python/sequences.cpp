@@ -45,7 +45,7 @@ bool shares_ring(const Sequence* sequences, int64_t i) {
 // The tokens of rows that share a ring are all stored before any of them attends. So no row may
 // take a slot that the first of these rows still reads.
 void check_rows(const char* op, const AttentionParams& p) {
-  int64_t packed = 0, shared = 0;                  // earlier rows in the same ring
+  int64_t packed = 0, shared = 0;  // `shared` counts the earlier rows in the same ring
   std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) pool rows
   for (int64_t i = 0; i < p.num_sequences; ++i) {
     const Sequence& s = p.sequences[i];

@@ -56,8 +56,8 @@ struct RaggedBatch {
 };
 
 // Checks the rows of a table in CPU memory, because the kernels trust them. The tokens and the ring
-// of each row must exist, and nothing may overlap. Only the fields of `p` that
-// RaggedBatch::table_params sets are used.
+// of each row must exist. Nothing may overlap, but rows of successive tokens may share a ring. Only
+// the fields of `p` that RaggedBatch::table_params sets are used.
 void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].
@@ -71,7 +71,8 @@ void check_head_dim(const Tensor& x);
 void expect_cuda_heads(const Tensor& q, float scale);
 
 // Checks that the sequences of a table [S, 5] hold the tokens of x (its first axis) one after
-// another. If with_positions, also checks their positions. Does not check rings.
+// another. If with_positions, also checks their positions. Does not check rings, and does not read
+// tables in GPU memory.
 void check_packed(const Tensor& x, const Table& sequences, bool with_positions);
 
 // Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.

@@ -1,5 +1,5 @@
-// A task computes one row. It reads the row three times: for the largest logit, for the sum, and
-// for the gradient.
+// A task computes one row. It reads the row for the largest logit, again for the sum, and again for
+// the gradient if one is wanted.
 #include "../cross_entropy.h"
 
 #include "kernels.h"
@@ -9,7 +9,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kVectorsPerSum = 32;  // a running sum over all logits would lose digits
+// The number of vectors that are summed before the sum is added to the total. One running sum over
+// all logits would lose digits.
+constexpr int64_t kVectorsPerSum = 32;
 
 template <class T>
 float largest_of(const T* x, int64_t count) {

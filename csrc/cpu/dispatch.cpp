@@ -1,4 +1,4 @@
-// Chooses the instruction set once, and calls each op through the table of this set.
+// Chooses the active instruction set, and calls ops through its table of kernels.
 #include <cstdlib>
 #include <stdexcept>
 
@@ -93,8 +93,8 @@ struct Active {
   const Kernels* kernels;
 };
 
-// The active set is chosen at the first use, not when the module is loaded, so that the caller gets
-// the error.
+// The first active set is chosen at its first use, not when the module is loaded, so that the
+// caller gets the error.
 Active& active() {
   static Active instance = [] {
     const Isa isa = initial_isa();

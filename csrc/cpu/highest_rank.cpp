@@ -1,10 +1,10 @@
-// The greedy choice among logits that nothing changes.
+// The greedy choice among logits without bias and penalties.
 #include "kernels.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kKeysPerBlock = 512;  // they stay in the L1 cache
+constexpr int64_t kKeysPerBlock = 512;  // so many stay in the L1 cache
 
 // key_of without branches. The compiler makes no vectors of a loop with branches.
 MISTRAL_HOST_DEVICE uint32_t branchless_key(float x) {
@@ -21,7 +21,7 @@ MISTRAL_HOST_DEVICE uint32_t branchless_key(float x) {
 // Only a block with a higher key than all before it is searched. The compiler makes vectors of the
 // two plain loops over a block, which it does not of a loop that remembers the token.
 Rank highest_rank(const float* logits, int64_t vocab_size) {
-  constexpr uint32_t kSign = 0x80000000;  // AVX2 and older sets compare signed integers alone
+  constexpr uint32_t kSign = 0x80000000;  // AVX2 and older sets compare only signed integers
   uint32_t highest = 0;
   int64_t first = 0;
   for (int64_t begin = 0; begin < vocab_size; begin += kKeysPerBlock) {

@@ -6,7 +6,7 @@
 
 namespace mistral::cpu {
 
-// From slowest to fastest. The sets of x86 come before the sets of aarch64.
+// The sets of x86, then those of aarch64, each from slowest to fastest.
 #define MISTRAL_ISAS(F) \
   F(scalar)             \
   F(avx2)               \
@@ -30,12 +30,12 @@ const char* name(Isa isa);
 // The supported sets, from slowest to fastest: this binary holds them and this processor runs them.
 std::vector<Isa> supported_isas();
 
-// The active set. It is the set that the environment variable MISTRAL_EXT_ISA names, else the
-// fastest supported set. If the variable names an unsupported set, this function and every op throw
-// std::invalid_argument.
+// The active set. Until select_isa changes it, it is the set that the environment variable
+// MISTRAL_EXT_ISA names, else the fastest supported set. If the variable names an unsupported set,
+// this function, select_isa and the ops that depend on the set throw std::invalid_argument.
 Isa active_isa();
 
-// Throws std::invalid_argument if the name is unknown or the processor cannot run the set.
+// Throws std::invalid_argument if no supported set has this name.
 void select_isa(const std::string& name);
 
 }  // namespace mistral::cpu

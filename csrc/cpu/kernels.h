@@ -1,8 +1,8 @@
 // The table of CPU kernels, one per instruction set.
 //
-// Every kernel file is compiled once per instruction set, with the compiler's flags for this set.
+// A kernel file is compiled once per instruction set, with the compiler's flags for this set.
 // MISTRAL_ISA names a namespace for the set, which keeps the copies apart. dispatch.cpp picks the
-// table at run time. Kernel files use no templates or inline functions of the standard library,
+// table at run time. Kernel files call no templates or inline functions of the standard library,
 // because the linker keeps one copy of such a function, and this copy could have instructions that
 // the processor lacks.
 #pragma once

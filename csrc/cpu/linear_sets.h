@@ -1,5 +1,5 @@
-// The instruction sets that have only their own products of linear layers. For all other kernels
-// they use those of another set. cmake/cpu.cmake lists these sets too.
+// The instruction sets that differ from another set only in the products of linear layers. They use
+// all other kernels of that set. cmake/cpu.cmake lists these sets too.
 #pragma once
 
 #include "../linear.h"

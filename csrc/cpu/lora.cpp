@@ -1,7 +1,7 @@
-// There are two loops over tasks. In the first a task computes a few rows of `hidden`, for a block
-// of tokens. In the second a task adds a block of outputs to `out`, for a block of tokens.
-// Neighbouring tokens that use the same adapter are computed together, so each value of A and B is
-// read once for all of them. This does not change the order of the additions of an output.
+// There are two loops over tasks. In the first, a task multiplies a block of tokens by a few rows
+// of A. In the second, a task adds a block of outputs to `out`, for a block of tokens. Two
+// neighbouring tokens that use the same adapter are computed together, so they share the loads of A
+// and B. This does not change the order of the additions of an output.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -82,7 +82,7 @@ void multiply(const T* a, const T* x, int64_t stride_x, int64_t dim, float* out)
   }
 }
 
-// Computes rows [first, first + kRows) of one part of `hidden`, for kTokens tokens of one adapter.
+// Multiplies kTokens tokens of one adapter by rows [first, first + kRows) of one part of A.
 template <class T, int64_t kRows, int64_t kTokens>
 void shrink(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t first) {
   const int64_t row = part * p.max_rank + first, rows = p.num_parts * p.max_rank;

@@ -1,5 +1,5 @@
-// A task computes a block of columns of one adapter. The tokens of a block stay in the cache while
-// all rows are computed.
+// A task computes some columns of the gradient of one adapter. It takes kBlockTokens tokens at a
+// time, which stay in the cache while all rows are computed.
 #include "../lora.h"
 
 #include "kernels.h"

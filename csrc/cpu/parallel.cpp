@@ -14,9 +14,9 @@
 namespace mistral::cpu {
 namespace {
 
-// The time for which a thread spins before it sleeps, waiting for the next loop. Python takes less
-// time than this from one op to the next, so the threads stay awake for a whole decode step. Waking
-// a thread takes about as long as a small op.
+// The time for which a thread spins before it sleeps, waiting for the next loop. Python usually
+// takes less time than this from one op to the next, so the threads stay awake for a whole decode
+// step. Waking a thread takes about as long as a small op.
 constexpr std::chrono::microseconds kWatch{100};
 
 // The limit for the number of threads that a caller asks for. More than a few threads for each
@@ -121,12 +121,12 @@ class Pool {
   }
 
   std::mutex callers_;  // held by the caller whose loop the workers run
-  std::mutex mutex_;    // guards all members below except next_
+  std::mutex mutex_;    // held to change the members below, except next_
   std::condition_variable published_, finished_;
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> loop_{0};
-  int wanted_ = 0;              // workers that may still join the loop
-  std::atomic<int> inside_{0};  // workers inside the loop
+  int wanted_ = 0;              // the number of workers that may still join the loop
+  std::atomic<int> inside_{0};  // the number of workers inside the loop
   void (*run_)(const void*, int64_t) = nullptr;
   const void* context_ = nullptr;
   int64_t tasks_ = 0;

@@ -68,7 +68,7 @@ MISTRAL_SIMD float extreme_of(const Group& g) {
 
 float inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
-// The scale with the least error; 0 if all weights are 0.
+// The scale with the least error of those that are tried; 0 if all weights are 0.
 float best_scale(const Group& g) {
   const float extreme = extreme_of(g);
   if (extreme == 0.0f) return 0.0f;
@@ -183,7 +183,8 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
     if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
-    // If the importances are 0, or so near to 0 that products underflow, all inputs count the same.
+    // If the importances are 0, or so near to 0 that products underflow, all inputs of the group
+    // count the same.
     weigh(groups[i], nullptr, mean);
   }
 }

@@ -126,7 +126,8 @@ void q3_k_values(const uint8_t* block, uint8_t* out) {
   uint8_t q[kSuperBlock] = {};
   add_fields<2, 32, 64>(block + 32, 0, q);
   add_fields<1, 32, 32>(block, 2, q);
-  for (uint8_t& value : q) value += 28;  // the format has q' - 32, and q - 4 = (q + 28) - 32
+  // In Q3_K an integer q stands for q - 4. In our q6_k, q' stands for q' - 32. So q' = q + 28.
+  for (uint8_t& value : q) value += 28;
   store_wide<6>(q, out);
 }
 
@@ -194,7 +195,7 @@ void repack_row(const RepackParams& p, int64_t row) {
   }
 }
 
-constexpr int64_t kValuesAtOnce = int64_t{1} << 15;  // per task: some 10 microseconds
+constexpr int64_t kValuesAtOnce = int64_t{1} << 15;  // the fewest that a thread takes: some 10 us
 
 }  // namespace
 

@@ -1,4 +1,5 @@
-// A task rotates all heads of one token, and stores the token's keys and values in the ring.
+// A task rotates all heads of one token. It stores the token's keys and values in the ring, if
+// ring.h allows this before attention.
 #include "../rope.h"
 
 #include "append.h"

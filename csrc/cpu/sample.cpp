@@ -88,8 +88,8 @@ double gumbel_bound(uint64_t word) {
   return static_cast<double>(__builtin_clzll(units) - 10) * kLog2 + 1e-9;
 }
 
-// Draws a token. Most tokens are so unlikely that no noise lets them win. The bound of the noise
-// shows this without a logarithm.
+// Draws a token. Most tokens are so unlikely that even the bound of their noise does not let them
+// win. So most tokens need no logarithm.
 int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
              int64_t vocab_size, Rank threshold) {
   int64_t chosen = -1;

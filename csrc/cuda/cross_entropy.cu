@@ -1,7 +1,6 @@
 // Grid: one block per row. A thread owns every blockDim-th access of the row (16 bytes, or one
 // element where rows are not aligned). The row is read once for the largest logit and the sum, and
-// again for the gradient. By then it is in the L2 cache, because the product that made the logits
-// has just written it.
+// again for the gradient. The second time it usually comes from the L2 cache.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>

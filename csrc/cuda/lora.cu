@@ -2,7 +2,7 @@
 //
 // shrink: a block computes a tile of `hidden`, kTile tokens by kTile rows of one part of A. Its
 // threads share the sums over k: each thread owns every blockDim-th access (16 bytes, or one
-// element where rows are not aligned). So all loads of a row are under way at once. expand: a
+// element where rows are not aligned). So many loads of a row are under way at once. expand: a
 // thread owns one access of outputs for kTile tokens, and goes through the rows of B.
 //
 // Tiles of one token are for decode steps, in which a kernel takes little longer than its launch.
@@ -26,8 +26,8 @@ constexpr int kExpandThreads = 128;
 constexpr int kLargeTile = 4;
 constexpr int64_t kMostDecodeTokens = 64;  // with more tokens the tiles are large
 
-// The number of tokens of the tile that are computed together, from `token` on. It is kTile if all
-// of them use the same adapter, else 1.
+// The number of tokens of the tile that are computed together, from `token` on. It is kTile if
+// there are so many and all use the same adapter, else 1.
 template <int kTile>
 __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token) {
   if (token + kTile > p.tokens) return 1;
@@ -39,7 +39,7 @@ __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token
   return alike ? kTile : 1;
 }
 
-// Computes rows [first, first + kRows) of a part of `hidden`, for kTokens tokens of one adapter.
+// Multiplies kTokens tokens of one adapter by rows [first, first + kRows) of one part of A.
 template <class T, int N, int kTokens, int kRows>
 __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64_t part,
                                        int64_t first) {
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams
 
 template <class T, class Out, int N, int kTile>
 cudaError_t launch_tiles(const LoraParams& p, cudaStream_t stream) {
-  const auto grid = [&](int64_t blocks) {  // y has at most 65,535 blocks
+  const auto grid = [&](int64_t blocks) {  // tokens are in x, because y allows only 65,535
     return dim3(static_cast<unsigned>(ceil_div(p.tokens, kTile)), static_cast<unsigned>(blocks));
   };
   const size_t shared = kTile * kTile * kShrinkWarps * sizeof(float);

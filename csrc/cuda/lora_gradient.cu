@@ -1,7 +1,8 @@
 // Grid: (tiles of columns, tiles of rows, adapters). A block owns the sums of a tile, so no two
-// blocks add to the same sum. Groups of 4 neighbouring threads share the tokens. The 4 threads of a
-// group share the columns of the tile (16 bytes each, or one element where rows are not aligned).
-// At the end the sums of the groups are added, first within a warp and then over the warps.
+// blocks add to the same sum. The tokens are divided among groups of 4 neighbouring threads. The
+// columns of the tile are divided among the 4 threads of a group (16 bytes each, or one element
+// where rows are not aligned). At the end the sums of the groups are added, first within a warp and
+// then over the warps.
 #include "../lora.h"
 
 #include <launch.cuh>

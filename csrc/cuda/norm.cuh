@@ -1,4 +1,4 @@
-// The last step of RMSNorm. All kernels that normalise use it, so their results have the same bits.
+// The last step of RMSNorm. All kernels that normalise use it, so they round in the same places.
 #pragma once
 
 #include "common/vec.cuh"

@@ -1,7 +1,8 @@
 // Grid: one block per token. First its threads share the D/2 angles and write their cosine and sine
-// to shared memory. Then they share the heads of q, k and v. An item is 16 bytes of the first half
-// of a head (one element, where rows are not aligned) and the matching bytes of the second half. q
-// and k are read once and rotated in place. v and the rotated k are stored in the ring.
+// to shared memory. Then they share the heads of q, k and v, which are divided into items. An item
+// is 16 bytes of the first half of a head (one element, where rows are not aligned) and the
+// matching bytes of the second half. q and k are read once and rotated in place. v and the rotated
+// k are stored in the ring, if ring.h allows this before attention.
 #include "../rope.h"
 
 #include <launch.cuh>

@@ -10,7 +10,7 @@ namespace mistral::cuda {
 
 // The angle per position, as a 64-bit fraction of a turn. The product of this number and a
 // position, in unsigned arithmetic that wraps around, is the angle of the position without whole
-// turns. This is exact for every position.
+// turns. This product is exact for every position.
 __device__ __forceinline__ uint64_t turns_per_position(double radians) {
   // 1 / (2 pi) is the sum of two doubles. One double would not be exact to 2^-64 of a turn.
   constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;

@@ -6,7 +6,7 @@
 
 namespace mistral::cuda {
 
-// The prefill kernels. All devices run sm80. Only sm_90a runs sm90.
+// The prefill kernels. All supported devices run sm80. Only sm_90a runs sm90.
 enum class Prefill { sm80, sm90 };
 const char* name(Prefill prefill);
 
@@ -22,7 +22,7 @@ void select_prefill(const std::string& name);
 
 // Whether the kernels of a decode step may overlap. With overlap, a kernel fetches its first
 // weights while earlier kernels still run, so the earlier kernels must not write weights. The
-// environment variable MISTRAL_EXT_OVERLAP (0 or 1) sets this, and so does `overlap`.
+// environment variable MISTRAL_EXT_OVERLAP (0, the default, or 1) sets this, and so does `overlap`.
 bool overlapping();
 void overlap(bool wanted);
 

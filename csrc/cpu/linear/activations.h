@@ -110,7 +110,7 @@ auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   });
 }
 
-// Whether the tokens of a product of several are packed in another way than one token alone.
+// Whether several tokens are packed in another way than one token alone.
 template <class Chunk>
 constexpr bool kPacksTogether = false;
 #if defined(__ARM_FEATURE_MATMUL_INT8)

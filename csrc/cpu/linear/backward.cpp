@@ -36,7 +36,7 @@ class LinearBackward {
   using A = typename ArithmeticOf<T>::type;
   static constexpr int64_t kColumns = BackwardTileOf<T>::kColumns;
   static constexpr int64_t kTaskTokens = Tile::kTaskRows;
-  // The most tokens that are packed at a time. So scratch memory does not grow with T.
+  // The most tokens that are packed at a time. So scratch memory does not grow with T beyond this.
   static constexpr int64_t kPackedTokens = 2 * kTaskTokens;
   // The number of tokens of a tile. The packed d_out is padded with zeros to whole tiles.
   static constexpr int64_t kTileTokens =

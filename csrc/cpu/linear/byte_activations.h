@@ -44,7 +44,7 @@ using ByteSums = Lanes8;
 struct ByteActivations {
   int8_t values[8][32];
   float scale[8];      // of each block, in the order of lanes
-  float sum[8];        // the sums of the scaled values of each block
+  float sum[8];        // the sum of the scaled values of each block
   int16_t halves[16];  // the sums of the first and of the last 16 integers of each block
 #if defined(__ARM_FEATURE_MATMUL_INT8)
   char unused[32];  // PairActivations is larger than the rest
@@ -64,8 +64,8 @@ struct ByteActivations {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
-// 256 activations of two tokens, for products of matrices. A part of a block is 8 activations: the
-// low halves (parts 0 and 2) or the high halves of the bytes of two words.
+// 256 activations of two tokens, for products of matrices. A part of a block is 8 activations, for
+// the low halves (parts 0 and 2) or the high halves of the bytes of two words.
 struct PairActivations {
   int8_t values[8][4][2][8];  // [block][part][token]
   float scale[8][2][2];       // [block][row][token]: for each of two rows, the same
@@ -111,8 +111,8 @@ constexpr int64_t packed_byte_row(int64_t inputs) {
 #if defined(MISTRAL_VECTORS)
 
 // Rounds 32 activations to multiples of a unit, and returns the unit. The unit is 0 if the
-// activations are so small that its inverse is infinite. It is NaN if an activation is not finite.
-// In both cases the integers are 0.
+// activations are so small that its inverse could be infinite. It is NaN if an activation is not
+// finite. In both cases the integers are 0.
 inline float round_block(const float* x, Bytes32* out) {
   const int32_t bits = largest_magnitude(x, 32);
   float largest;
@@ -141,7 +141,7 @@ void pack_super_block(const T* x, int64_t count, Packed&& packed) {
   for (int block = 0; block < 8; ++block) {
     Bytes32 rounded;
     const float scale = round_block(values + 32 * block, &rounded);
-    int sums[8];  // of 4 neighbours
+    int sums[8];  // each of 4 neighbours
     store_sums_of_fours(sums, rounded);
     packed.set_scale(block, scale, sums[0] + sums[1] + sums[2] + sums[3],
                      sums[4] + sums[5] + sums[6] + sums[7]);

@@ -64,7 +64,7 @@ struct ByteFormat {
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
-  static constexpr int kTokens = 1;  // the tokens that are multiplied together
+  static constexpr int kTokens = 1;  // the number of tokens that are packed together
   // The sizes of a packed token. Its blocks have their own units, so it has no head and no common
   // unit.
   static constexpr int64_t kHeadBytes = 0;
@@ -95,12 +95,12 @@ struct ByteChunk : ByteFormat<format> {
   // the lanes of the sums can hold. In q6_k it is at most 4, because 4 vectors share scales.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
-  // A lane of 16 bits gets two products from each vector. Activations are at most 127.
+  // A lane of 16 bits gets two products from each vector. Activations are -127 to 127.
   static_assert(kSumsOf32Bits || kLargest * 127 * 2 * kFit <= 32767, "");
 
   Bytes32 values[8];
   __m256 factor;   // the scale of each block
-  __m256 minimum;  // added for each activation, if kMinimum
+  __m256 minimum;  // of each block, if kMinimum: is multiplied by the sum of its activations
   __m256i scales;  // q6_k: the scales of the halves of each block, in 16 bits
 
   // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`
@@ -205,8 +205,8 @@ struct ByteChunk : ByteFormat<format> {
     return zero;
   }
 
-  // Widens sums to 32 bits. The sums are the products of vector i and of the following vectors with
-  // the same scale. In q6_k this function also multiplies the sums by that scale.
+  // Widens sums to 32 bits. The sums are those of the kFit vectors from vector i on. In q6_k, where
+  // these share scales, this function also multiplies the sums by the scales.
   MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
     if (!Format::kScalesOfHalves) return widen_sums(sums);
     if (kSumsOf32Bits) {

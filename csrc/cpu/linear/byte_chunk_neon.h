@@ -7,7 +7,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 // The scales of a row in a chunk of 256 values: for each of its 8 blocks of 32 values, a factor and
-// a minimum, which is added.
+// a minimum. The minimum is multiplied by the sum of the block's activations.
 template <WeightFormat format>
 struct ByteNumbers {
   using Format = ByteFormat<format>;
@@ -48,7 +48,7 @@ struct ByteRow : ByteFormat<format> {
 
   Bytes32 values[8];
   Lanes8 factor;        // the scale of each block
-  Lanes8 minimum;       // added for each activation, if kMinimum
+  Lanes8 minimum;       // of each block, if kMinimum: is multiplied by the sum of its activations
   int32x4_t scales[4];  // if kScalesOfHalves: the scales of first halves, then of last halves
 
   // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`

@@ -11,7 +11,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// out[l]: lane l of 128 bits of x0, x1, x2 and x3.
+// Calls store(l, lane l of 128 bits of x0, x1, x2 and x3).
 template <class Store>
 MISTRAL_SIMD void transpose_lanes(__m512i x0, __m512i x1, __m512i x2, __m512i x3,
                                   const Store& store) {
@@ -53,7 +53,7 @@ template <WeightFormat format>
 class ByteRows {
  public:
   static constexpr int kRows = 32;
-  static constexpr int kTokens = 4;  // are multiplied at a time
+  static constexpr int kTokens = 4;  // the number of tokens that are multiplied at a time
   static constexpr int kGroups = kRows / 16;
 
   // The sums of a token. Lane `b` of a vector in byte_chunk_512.h is here vector `b` of 16 rows.
@@ -99,7 +99,7 @@ class ByteRows {
     }
   }
 
-  // The sums of 16 rows of a token, as sums_of_places.
+  // The sums of 16 rows of a token, added in the order of sums_of_places.
   static Vec sums_of(const Totals& totals, int group) {
     return {_mm512_add_ps(_mm512_add_ps(totals[0][group], totals[2][group]),
                           _mm512_add_ps(totals[1][group], totals[3][group]))};
@@ -108,18 +108,18 @@ class ByteRows {
  private:
   using Vectors = ByteVectors<format>;
   static constexpr int64_t kBytes = Vectors::kBytes;
-  static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;  // scales of a block
+  static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;  // how many scales a block has
 
   // Of block 4 i + lane: [lane][i][word][half of the bytes][16 rows].
   __m512i values_[4][2][4][2][kGroups];
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
 
-  // What 16 rows have in memory.
+  // The values or the scales of 16 rows in memory.
   struct Strided {
     const char* first;
     int64_t stride;
-    int64_t last;  // row, which also stands for the rows after it
+    int64_t last;  // the last row, which also stands for the rows after it
 
     MISTRAL_SIMD const char* row(int r) const {
       return first + mistral::min(int64_t{r}, last) * stride;
@@ -130,7 +130,7 @@ class ByteRows {
   template <int N>
   MISTRAL_SIMD void multiply_block(const ByteActivations* const (&tokens)[N], int i, int lane,
                                    __m512 (&products)[kGroups][N]) const {
-    constexpr int kWords = 4 / kHalves;  // that share a scale
+    constexpr int kWords = 4 / kHalves;  // the number of words that share a scale
     const int block = 4 * i + lane;
 #pragma GCC unroll 2
     for (int part = 0; part < kHalves; ++part) {

@@ -16,7 +16,7 @@ struct ByteScales {
   // 1), and those of the last halves at places 2 and 3 (rows 2 and 3). `other_factors` has the
   // scales of the other halves.
   __m512 factors[2], other_factors[2];
-  __m512 minima[2];  // added for each activation, if Format::kMinima
+  __m512 minima[2];  // if Format::kMinima: are multiplied by the sums of the blocks' activations
 
   // `row_scales` points to the scales of the whole rows. `k` is the index of the first value, a
   // multiple of 256. There are `there` values.

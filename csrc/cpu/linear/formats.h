@@ -7,7 +7,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 // Rows of activations and of unpacked weights are padded with zeros to a multiple of kPadding. This
-// is a multiple of the chunk of every format.
+// is a multiple of kValues of every chunk in this file.
 constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
 constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 

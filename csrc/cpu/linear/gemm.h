@@ -54,7 +54,7 @@ struct VectorTile {
   // Computes the products over `depth` values, for R rows from `row` on and M vectors of tokens.
   // For the first block of k, writes them to `sums` [M, R of kTaskRows, width], else adds them.
   // Each block is summed on its own first, because one running sum over thousands of values would
-  // lose digits. `weights` and `sums` belong to all rows of the block.
+  // lose digits. `weights` and `sums` begin at the first row of the block.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {
@@ -99,11 +99,11 @@ struct ManyBuffers {
   alignas(64) typename Tile::Element weights[Tile::kBlockRows * Tile::kBlockDepth];
 };
 
-// The rows of a task. They belong to one part of the weights, with SwiGLU to two parts.
+// The rows of a task. They belong to one part of the weights or, with SwiGLU, to two parts.
 struct TaskRows {
   WeightRows first, second;
-  int64_t count;        // rows of both parts
-  int64_t first_count;  // rows of `first`
+  int64_t count;        // the number of rows of both
+  int64_t first_count;  // the number of rows of `first`
 
   WeightRows at(int64_t row) const {
     return row < first_count ? first.from(row) : second.from(row - first_count);
@@ -187,7 +187,7 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
   if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets the sums
-  // The last tile may reach past the rows. There it multiplies zeros.
+  // The last tile may reach past the rows. There it multiplies zeros, or rows of an earlier block.
   for (int64_t row = rows.count; row < Tile::kBlockRows; ++row) {
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
            Tile::kBlockDepth * sizeof(typename Tile::Element));

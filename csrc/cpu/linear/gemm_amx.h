@@ -31,7 +31,7 @@ struct AmxTileOf {
 
   using Setup = TilesInUse;
 
-  // Does the same as VectorTile::multiply, but one sum runs over all blocks. No digits are lost,
+  // Does the same as VectorTile::multiply, but one sum runs over all blocks. Few digits are lost,
   // because the instruction itself sums 32 products before it adds them. The function is not
   // inlined: inlined, GCC 12 would run out of registers for addresses.
   template <int R, int M>

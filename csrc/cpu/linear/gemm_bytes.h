@@ -6,9 +6,9 @@
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each group of rows: add the products of the block
 //
-// A sum stays a vector until all of k is added: a block of 32 values has one lane. The panel and
-// the sums of its rows stay in the L2 cache. The activations of 4 tokens (with i8mm 8 tokens, in
-// pairs) stay in L1.
+// A sum stays a vector until all of k is added: each block of 32 values has its own lane or lanes.
+// The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens (with i8mm 8
+// tokens, in pairs) stay in L1.
 //
 // AVX-512 with VNNI has another panel (gemm_bytes_512.h). With few tokens the rows are multiplied
 // as by gemv there, because it takes longer to make the panel.

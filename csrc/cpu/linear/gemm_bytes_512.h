@@ -86,8 +86,9 @@ class RowsPanel {
     int64_t row_bytes_, scale_bytes_, rows_;
   };
 
-  // Meanwhile fetches a share of what is ahead at each step, because many lines at a time would
-  // wait for each other. Not inlined, because GCC 12 would unpack more slowly beside it.
+  // Adds the products of all tokens. At each step this fetches a share of what is ahead, because
+  // many lines at a time would wait for each other. The function is not inlined: beside it, GCC 12
+  // would make slower code of the unpacking.
   [[gnu::noinline]] void add_all_tokens(const ByteProducts& p, int64_t begin, int64_t count,
                                         Ahead& ahead, typename Rows::Totals* totals) const {
     constexpr int N = Rows::kTokens;

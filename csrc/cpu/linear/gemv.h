@@ -3,8 +3,8 @@
 // weights are prefetched. With one token they are prefetched in the order of addresses, in which
 // memory is fastest; with several tokens in the order in which blocks are multiplied.
 //
-// The additions behind an output, and their order, do not depend on the number of tokens. So a
-// sequence gets the same bits alone and in a batch.
+// The additions behind an output, and their order, do not depend on the number of tokens. So up to
+// kGemvTokens tokens get the same bits together as alone.
 #pragma once
 
 #include "../processor.h"
@@ -95,8 +95,8 @@ struct ScalesOf<Chunk, true> {
 // Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. The
 // products of the chunk go to sum number `chain`, below kChains. values[r] points to the chunk of
 // row r. If the format has groups, scales[r] are the factors of the chunk. `end` must be K or a
-// multiple of kTogether chunks. Prefetches as many bytes as it reads, from `next` on. With one
-// token it prefetches consecutive addresses, across whole rows; with more tokens R rows side by
+// multiple of kTogether chunks. Prefetches about as many bytes as it reads, from `next` on. With
+// one token it prefetches consecutive addresses, across whole rows; with more tokens R rows side by
 // side.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
@@ -233,7 +233,7 @@ struct Product {
   }
 };
 
-// Prefetches the scales of the rows that follow the next `rows` rows.
+// Prefetches scales: those of `rows` rows, after skipping those of 2 * `rows` rows.
 template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;

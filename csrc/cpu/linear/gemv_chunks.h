@@ -11,8 +11,8 @@
 //   unit(x)                                      a factor of all products of a packed token
 //   OneRow                                       a chunk type for one row with the same additions
 //
-// If kTokens is more than 1, several tokens are packed together: as many tokens have lines in
-// common. One token alone is packed as its OneRow has it.
+// If kTokens is more than 1, that many tokens are packed together, in common lines. One token alone
+// is packed in the lines of OneRow.
 //
 // With one token, one row is multiplied at a time, as a single stream through memory. With more
 // tokens, kRows rows are multiplied together and share instructions. The result of a row does not

@@ -131,7 +131,7 @@ struct HalvesRows : HalvesFormat<format> {
   using OneRow = HalvesRow<format>;
 
   struct Sums {
-    float32x4_t v[2];  // of blocks 0 and 1, and of blocks 2 and 3: of both rows in turn
+    float32x4_t v[2];  // blocks 0 and 1, then blocks 2 and 3; in each the two rows alternate
   };
   static void store_sums(const Sums (&sums)[8], float unit, float* out) {
     for (int i = 0; i < 8; ++i) {
@@ -143,7 +143,7 @@ struct HalvesRows : HalvesFormat<format> {
     }
   }
 
-  int8x16_t values[kBlocks][4];  // 8 of each row
+  int8x16_t values[kBlocks][4];  // 8 values of each row
   float32x4_t factors[2];
 
   MISTRAL_SIMD void take(const char* const (&bytes)[2], const char* const (&scales)[2], int,
@@ -211,7 +211,7 @@ inline Unit unit_of_halves(int32_t magnitude) {
   const Unit unit = unit_of(magnitude);
   float largest;
   memcpy(&largest, &magnitude, sizeof largest);
-  // 256 x 127 + 127 is 32639, and half of 1 more rounds to an even number.
+  // 256 x 127 + 127 is 32639, and 32639.5 would be rounded to 32640.
   if (largest * unit.inverse >= 32639.5f) return {2 * unit.value, unit.inverse / 2};
   return unit;
 }

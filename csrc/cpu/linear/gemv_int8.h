@@ -9,9 +9,9 @@
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
-// The sum of `high` is packed with the activations. All sums of a row are integers and exact for
-// rows of up to kMaxInt8Inputs values. They may wrap around on the way, but the results fit 32
-// bits.
+// The sum of `high` is packed with the activations. The two sums of products are exact in 32-bit
+// integers for rows of up to kMaxInt8Inputs values. They may wrap around on the way, but the
+// results fit.
 #pragma once
 
 #include <type_traits>

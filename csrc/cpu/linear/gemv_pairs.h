@@ -54,7 +54,7 @@ struct PairChunk {
   }
 
   Shorts values[2][kRows][2];  // [64 values][mixed vector][even or odd bytes]
-  __m512 factors[2];           // for each half block a lane with the scales of the rows
+  __m512 factors[2];           // for each half block a 128-bit lane with the scales of the rows
 
   MISTRAL_SIMD void take(const char* const (&bytes)[kRows], const char* const (&scales)[kRows], int,
                          int64_t k, int64_t there) {

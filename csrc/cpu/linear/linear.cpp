@@ -13,8 +13,8 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, this counts for
-// each part. The prefetch comes too late for the first bytes of a range, so ranges must be much
+// About the fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, this counts
+// for each part. The prefetch comes too late for the first bytes of a range, so ranges must be much
 // longer.
 constexpr int64_t kLeastBytes = 1 << 16;
 constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
@@ -285,16 +285,17 @@ void linear_many(const LinearParams& p, int threads) {
 
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
-  const int64_t parts = swiglu ? 2 : 1;  // the number of parts that a task multiplies together
-  // A task has as many rows as possible, while there are still enough tasks for all threads.
+  const int64_t parts = swiglu ? 2 : 1;  // the number of parts whose rows a task multiplies
+  // A task has kTaskRows rows, or fewer, down to kBlockRows, if there would be fewer than four
+  // tasks for each thread.
   int64_t rows_per_task = Tile::kTaskRows / parts;
   while (rows_per_task > Tile::kBlockRows / parts &&
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
     rows_per_task -= Tile::kBlockRows / parts;
   }
-  // If the parts differ in format, they are multiplied one after the other. The second product may
-  // overwrite sums up to the end of its last tile. With at most kBlockRows rows of each part, that
-  // end is still within the kTaskRows rows of the sums.
+  // If gate and up differ in format, they are multiplied one after the other. The second product
+  // may overwrite sums up to the end of its last tile. With at most kBlockRows rows of each part,
+  // that end is still within the kTaskRows rows of the sums.
   static_assert(2 * Tile::kBlockRows <= Tile::kTaskRows, "");
   if (swiglu && p.parts[0].format != p.parts[1].format) {
     rows_per_task = mistral::min(rows_per_task, Tile::kBlockRows);

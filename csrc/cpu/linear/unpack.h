@@ -1,5 +1,5 @@
-// Unpacks weights of every format to the elements that the kernels multiply. gemm.h uses this, and
-// for formats without a chunk also gemv_unpacked.h.
+// Unpacks weights of every format to the elements that the kernels multiply. gemm.h and
+// backward.cpp use this, and for formats without a chunk also gemv_unpacked.h.
 #pragma once
 
 #include "unpack_words.h"

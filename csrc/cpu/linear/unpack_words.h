@@ -37,7 +37,7 @@ MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* m
   }
 }
 
-// The scaling of the values around k of a row. `scales` are the scales of this row.
+// The scaling of value k of a row. `scales` are the scales of this row.
 template <WeightFormat format>
 MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   constexpr int64_t kGroupBytes =
@@ -151,8 +151,8 @@ struct WordScales {
       kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
 
   __m512 factors[2];  // words 0 to 15, words 16 to 31
-  __m512 halves;      // the factors of each 16 values
-  __m512 minima;      // added to each 16 values, if kMinima
+  __m512 halves;      // a factor for each 16 values
+  __m512 minima;      // an offset for each 16 values, if kMinima
 
   // `row_scales` points to the scales of the whole row. `k` is the index of the first value, a
   // multiple of 256. There are `there` values.

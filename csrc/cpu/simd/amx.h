@@ -1,6 +1,6 @@
-// Each function stands for one AMX instruction. A thread has 8 tiles. A tile is a matrix register
-// of up to 16 rows of 64 bytes. The thread must configure its tiles before it uses them. tests/amx
-// emulates the instructions.
+// Each function of a tile stands for one AMX instruction. A thread has 8 tiles. A tile is a matrix
+// register of up to 16 rows of 64 bytes. The thread must configure its tiles before it uses them.
+// tests/amx emulates the instructions.
 #pragma once
 
 #include <cstdint>

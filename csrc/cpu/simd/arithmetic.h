@@ -1,5 +1,5 @@
-// Products are computed in one of two ways: in fp32, or in pairs of bf16 if the instruction set has
-// these.
+// Products of floats are computed in one of two ways: in fp32, or in pairs of bf16 if the
+// instruction set has these.
 //
 // Element is the type of the factors. Operand is a vector of elements. A lane of an operand holds
 // kDepth elements that are neighbours along the sum.

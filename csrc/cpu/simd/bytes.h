@@ -53,8 +53,8 @@ MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   store_32(out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// Adds up products of unsigned and signed bytes. With the right instruction the sums are in lanes
-// of 32 bits. Elsewhere they are sums of pairs in lanes of 16 bits, which they must fit.
+// Adds up products of unsigned and signed bytes. With VNNI the sums are in lanes of 32 bits.
+// Elsewhere they are sums of pairs in lanes of 16 bits, which they must fit.
 #if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {

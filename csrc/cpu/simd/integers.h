@@ -8,11 +8,11 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-struct Shorts {  // of 16 bits
+struct Shorts {  // integers of 16 bits
   static constexpr int64_t width = 32;
   __m512i v;
 };
-struct Ints {  // 16 of 32 bits
+struct Ints {  // 16 integers of 32 bits
   __m512i v;
 };
 
@@ -91,11 +91,11 @@ MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-struct Shorts {  // of 16 bits
+struct Shorts {  // integers of 16 bits
   static constexpr int64_t width = 16;
   __m256i v;
 };
-struct Ints {  // 8 of 32 bits
+struct Ints {  // 8 integers of 32 bits
   __m256i v;
 };
 

@@ -5,11 +5,11 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-struct Shorts {  // of 16 bits
+struct Shorts {  // integers of 16 bits
   static constexpr int64_t width = 8;
   int16x8_t v;
 };
-struct Ints {  // 4 of 32 bits
+struct Ints {  // 4 integers of 32 bits
   int32x4_t v;
 };
 

@@ -1,6 +1,6 @@
 // A vector of floats. This file is compiled for every instruction set, and the vector is as wide as
-// the set allows: 16 lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Kernels are written
-// once, for all widths. With one lane a kernel is its own plain scalar specification.
+// the set allows: 16 lanes (avx512.h), 8 (avx2.h), 4 (neon.h) or 1 (scalar.h). Most kernels are
+// written once, for all widths. With one lane a kernel is its own plain scalar specification.
 //
 // Loads widen 16-bit types to fp32. Stores round to nearest even.
 #pragma once
@@ -38,8 +38,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Scalar conversions. The scalar set uses only these. The other sets use them for the last elements
-// of a row.
+// Scalar conversions. The scalar set uses only these. The other sets use them for single numbers,
+// such as scales and the last elements of a row.
 
 MISTRAL_SIMD float to_float(float x) { return x; }
 MISTRAL_SIMD float to_float(int8_t x) { return x; }

@@ -6,7 +6,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int kGroup4 = 32;  // the numbers of a call
+constexpr int kGroup4 = 32;  // how many numbers a call has
 
 // The index of the element of kTable4 that is nearest to x. Half-way between two elements it takes
 // the larger.
@@ -47,8 +47,8 @@ constexpr bool two_indices_at_most() {
 }
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
-// The numbers x * factor are rounded to integers first. This makes a difference only half-way
-// between two elements. If a product is NaN, its index may be any.
+// The numbers x * factor are rounded to integers first. This makes a difference only within 0.5 of
+// the middle between two elements. If a product is NaN, its index may be any.
 
 MISTRAL_SIMD int nearest_index(float x, float factor) {
   const float scaled = x * factor;

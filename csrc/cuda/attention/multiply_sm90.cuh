@@ -109,7 +109,7 @@ class Consumer {
   __device__ __forceinline__ void run() {
     if (number_ == 1) pass_turn();
     copy_queries(0);
-    int before = 0;  // tiles of the earlier items
+    int before = 0;  // the number of key tiles of the earlier items
     for (int i = 0;; ++i) {
       const WorkItem& item = shared_.items[stage_of(i)];
       if (item.key_tiles == 0) break;

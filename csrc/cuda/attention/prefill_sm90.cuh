@@ -22,7 +22,8 @@ constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
-// The most tokens with which the keys and values of all heads of a call fit the L2 cache.
+// Up to this number of tokens, the keys and values of all heads of a call are taken to fit the L2
+// cache.
 constexpr int kTokensInL2 = 4096;
 
 // The registers of a thread after they are redistributed. Every thread starts with 168, the most
@@ -40,10 +41,10 @@ constexpr int kProducerBarrier = 1, kConsumerBarrier = 2, kTurnBarrier = 4;
 // chunk c is at place c ^ (row % 8).
 template <class T, int D, int kRows>
 struct SwizzledTile {
-  static constexpr int kChunk = 8;  // elements
+  static constexpr int kChunk = 8;  // elements of a chunk
   static constexpr int kChunks = D / kChunk;
   static constexpr int kColumns = D / 64;
-  static constexpr int kColumn = 64 * kRows;  // elements
+  static constexpr int kColumn = 64 * kRows;  // elements of a column
   static constexpr int kBytes = kRows * D * sizeof(T);
   T* elements;
 
@@ -179,7 +180,7 @@ class WorkQueue {
 // Whether the rows of a tile of keys are contiguous, and where they begin.
 struct TilePlace {
   enum { apart, pool, chunk } kind;
-  int row;  // of the pool, or token of the chunk
+  int row;  // the first row in the pool, or the first packed token
 };
 
 __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, const Sequence& s,
@@ -237,7 +238,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMa
                                         HopperShared<T, D>& shared) {
   const int thread = threadIdx.x;
   WorkQueue queue(p);
-  int before = 0;  // tiles of the earlier items
+  int before = 0;  // the number of key tiles of the earlier items
   for (int i = 0;; ++i) {
     WorkItem& item = shared.items[stage_of(i)];
     if (thread == 0) {

@@ -11,7 +11,7 @@ namespace mistral::cuda {
 constexpr int kHopperKeys = 128;  // keys in a tile
 constexpr int kConsumers = 2;     // warpgroups that share the query rows of a tile
 constexpr int kConsumerRows = kPrefillRows / kConsumers;
-constexpr int kPartTiles = 4;  // a part of the keys has at least so many tiles
+constexpr int kPartTiles = 4;  // the fewest tiles of a part, where keys are divided into parts
 
 // Prefills the sequences that attention_decode does not handle. p must meet the conditions of
 // `attention` (attention.h).
@@ -22,7 +22,7 @@ cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 // divided, one counter for each consumer's rows of each tile.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
-  // There are enough parts to give every multiprocessor a block, but each part has at least
+  // Wants about as many parts as give every multiprocessor a block. But each part has at least
   // kPartTiles tiles, so that it is worth its merge.
   const int64_t group = p.heads / p.kv_heads;
   const int64_t tiles = ceil_div(p.tokens * group, kPrefillRows) * p.kv_heads;

@@ -30,7 +30,7 @@ struct QueryRows {
   }
 };
 
-// Sequences of up to 16 query rows are decoded. All others are prefilled.
+// Sequences with up to 16 query rows for each key/value head are decoded. All others are prefilled.
 constexpr int kDecodeRows = 16;
 
 MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {

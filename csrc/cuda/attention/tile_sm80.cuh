@@ -36,9 +36,9 @@ struct SharedTile {
 
 // The keys and values of one sequence and head that a tile of queries sees. They are counted from
 // the first key that the tile sees: offset o is position `begin` + o. The first `history` keys are
-// in the ring, the others in the chunk. The struct is in shared memory: in prefill registers are
-// scarce, and all threads of a block use the same keys. It holds no pointers to tensors, because
-// the params have them.
+// in the ring, the others in the chunk. In prefill the struct is in shared memory, because
+// registers are scarce and all threads of a block use the same keys. It holds no pointers to
+// tensors, because the params have them.
 struct VisibleKeys {
   int64_t ring;   // pool row of slot 0 of the head
   int64_t token;  // packed token of offset 0, if it were in the chunk

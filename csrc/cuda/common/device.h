@@ -16,7 +16,7 @@ struct Device {
 
 struct Devices {
   std::vector<Device> list;
-  std::string problem;  // why there are none, in the runtime's words; empty if there are some
+  std::string problem;  // the runtime's error if the list is empty or incomplete; else empty
 };
 
 // Works on a machine without a driver too: the missing driver is then the `problem`, not an error.

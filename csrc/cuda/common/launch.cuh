@@ -17,7 +17,7 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
 }
 
 // Allows a kernel to use more than 48 KB of shared memory, for which a kernel must ask. The amount
-// that is asked for becomes the kernel's limit. This function always asks for all that a block can
+// that is asked for becomes the kernel's limit. This function then asks for all that a block can
 // have. If it asked for less, another thread could lower the limit between this call and the
 // launch.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
@@ -69,7 +69,8 @@ inline bool waits(const void* kernel) {
 // Launches a kernel. If overlap is wanted (selection.h) and the code of the kernel supports it, the
 // kernel may begin before the earlier kernels of the stream are done (programmatic dependent
 // launch). So all its threads must call wait_for_earlier_kernels (ptx.cuh). Before that call they
-// may store nothing, and may read only memory that no earlier kernel writes, such as weights.
+// may store nothing in global memory, and may read there only what no earlier kernel writes, such
+// as weights.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {

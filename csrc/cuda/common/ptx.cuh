@@ -1,5 +1,6 @@
-// Machine instructions that C++ cannot express, with one small function for each. Section 9.7 of
-// the manual of the PTX ISA describes them. The emulator replaces this file: see runtime.cuh.
+// Machine instructions, most of which C++ cannot express, with one small function for each. Section
+// 9.7 of the manual of the PTX ISA describes them. The emulator replaces this file: see
+// runtime.cuh.
 #pragma once
 
 #include <cuda_bf16.h>

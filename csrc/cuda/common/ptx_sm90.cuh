@@ -1,7 +1,7 @@
 // Instructions of sm_90 and sm_90a, with one small function for each: barriers in shared memory,
 // the copy engine (TMA), matrix products by a warpgroup (wgmma), and the registers of a warpgroup.
-// Section 9.7 of the manual of the PTX ISA describes them. Only kernels that are compiled for
-// sm_90a and nothing else may include this file. The emulator replaces it, as it does ptx.cuh.
+// Section 9.7 of the manual of the PTX ISA describes them. A file may include this one only if it
+// is compiled for sm_90a alone. The emulator replaces it, as it does ptx.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -275,8 +275,8 @@ __device__ __forceinline__ void registers_decrease(Site = Site::here()) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Barriers 1 to 15 of a block. Only some of its warps may take part in a barrier. `threads` is
-// the number of threads that take part, 32 for each warp. (__syncthreads uses barrier 0.)
+// ---- Barriers 1 to 15 of a block. A barrier may be for some of the warps. `threads` is the number
+// of threads that take part, 32 for each warp. (__syncthreads uses barrier 0.)
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -1,6 +1,6 @@
-// Loads and stores neighbouring elements. Every access of a kernel to a tensor goes through here or
-// through a function of ptx.cuh or ptx_sm90.cuh, because the emulator checks and counts accesses
-// there.
+// Loads and stores neighbouring elements. Kernels access tensors, except the table of sequences and
+// counters, through here or through a function of ptx.cuh or ptx_sm90.cuh, because the emulator
+// checks and counts accesses there.
 #pragma once
 
 #include <initializer_list>

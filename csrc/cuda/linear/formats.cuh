@@ -1,11 +1,11 @@
 // Loads weights of each format from shared memory, widens them, and arranges them as operands of
 // m16n8k16.
 //
-// A chunk is 128 bytes of a row, which is a cache line and holds 64, 128 or 256 values. A dot
+// A chunk is 128 bytes of a row, as many as a cache line has. It holds 64, 128 or 256 values. A dot
 // product does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of
 // values as they are stored. A step is 32 values of k. In a step a lane has two rows of the
-// weights. Of each row it has 8 neighbouring values, from k_at on. Of each token it has the
-// activations with the same 8 k, in the same order.
+// weights. Of each row it has 8 neighbouring values, from k_at on (in q6_k two times 4). Of each
+// token it has the activations with the same 8 k, in the same order.
 #pragma once
 
 #include <ptx.cuh>
@@ -50,10 +50,10 @@ struct Common {
   static constexpr bool kRowScaled = false, kGrouped = false;
   static constexpr bool kOffset = false;     // see Scaling
   static constexpr bool kHalfSteps = false;  // 16 values share a Scaling
-  static constexpr int kLeastGroup = 32;     // with kGrouped
-  static constexpr int kFurtherBytes = 0;    // bytes of further bits of a row, behind the chunks
-  // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of 2
-  // neighbouring rows together.
+  static constexpr int kLeastGroup = 32;     // the smallest group, with kGrouped
+  static constexpr int kFurtherBytes = 0;    // bytes of further bits of a chunk of one row
+  // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of each of 2
+  // neighbouring rows.
   static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
 
@@ -73,10 +73,10 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
 }
 
 // The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
-// to a whole row (kRowScaled) or to a group or a part of it (kGrouped). In memory, a group of
-// 2^group_log2 values has one record of type Scales, which may hold several scales. Unpacked, a
-// scale becomes a Scaling, which serves 2^scaled_log2 values: a whole number of steps, or half a
-// step.
+// to a whole row (kRowScaled), to a group, or to a part of a group (both kGrouped). In memory, a
+// group of 2^group_log2 values has one record of kGroupBytes<Scales> bytes, which may hold several
+// scales. An object of type Scales reads records, and turns each scale into a Scaling. A Scaling
+// serves 2^scaled_log2 values: a whole number of steps, or half a step.
 
 template <class T>
 struct PlainWeights : Common {
@@ -153,7 +153,7 @@ struct Q8Weights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // The swizzle: 2 pieces of 4 neighbouring rows are read together.
+  // The swizzle: 2 pieces of each of 4 neighbouring rows are read together.
   static __device__ __forceinline__ int turned(int row) { return 2 * (row & 3); }
   // A step is a group. A lane has half a piece of it.
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q8Weights> tile,

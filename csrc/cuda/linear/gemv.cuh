@@ -17,11 +17,11 @@
 // as weights of 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
 // would come from L2 and compete with the weights, because L1 is too small for it.
 //
-// K is not divided among blocks. With 16 rows per block, even the smallest matrix of Mistral 7B has
-// 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have enough
-// bytes under way for the full bandwidth of the memory, so an uneven last round costs little. There
-// are no partial sums in global memory. The result of a token depends only on its row of x and the
-// row of the weights, not on the other tokens, the other parts, or the GPU.
+// K is not divided among blocks. With 16 rows per block, even the smallest launch of Mistral 7B
+// (wo) has 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have
+// enough bytes under way for the full bandwidth of the memory, so an uneven last round costs
+// little. There are no partial sums in global memory. The result of a token depends only on its row
+// of x and the row of the weights, not on the other tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -69,8 +69,8 @@ int64_t linear_shared_bytes(const LinearParams& p) {
 struct Work {
   int warp;
   int inputs;     // K
-  int blocks;     // blocks of outputs
-  int chunks;     // chunks of K
+  int blocks;     // the number of blocks of outputs
+  int chunks;     // the number of chunks of K
   int tile_step;  // 2^tile_step_log2
 };
 
@@ -241,9 +241,9 @@ __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const Lin
   }
 }
 
-// Multiplies x with the weights of all blocks of outputs. First starts the stream of weights and
-// prepares x. Then, for each block of outputs, the warps multiply their chunks, and their products
-// are added up.
+// Multiplies x with the weights of all outputs of this block of threads. First starts the stream of
+// weights and prepares x. Then, for each block of outputs, the warps multiply their chunks, and
+// their products are added up.
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -10,7 +10,7 @@ namespace mistral::cuda {
 // Whether a format has a kernel for every number of tokens, and for RoPE. The formats after q8_0,
 // which occur in GGUF, GPTQ and AWQ files, have fewer kernels, because kernels take long to
 // compile. They have none for RoPE: such a kernel needs one format for query, key and value, and
-// GGUF files mix formats there.
+// GGUF files often mix formats there.
 constexpr bool has_every_kernel(WeightFormat format) { return format <= WeightFormat::q8_0; }
 
 // The most tokens of one pass over weights of a format.

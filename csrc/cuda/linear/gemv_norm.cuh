@@ -14,8 +14,8 @@ namespace mistral::cuda {
 // The most tokens that a block normalises itself.
 constexpr int kNormTokens = 16;
 
-// The elements of a row of normalised x in shared memory. The row is padded with zeros to a whole
-// chunk.
+// The number of elements of a row of normalised x in shared memory. The row is padded with zeros to
+// a whole chunk.
 template <class W>
 MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
   return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +

@@ -1,6 +1,6 @@
 // The scales of groups in the layouts of the formats (csrc/formats.h). An object is made from the
 // scales of one group or of several neighbouring groups, in shared memory or in registers. `next`
-// returns a Scaling, and is called once for each Scaling, in the order of the values. i is the
+// returns a Scaling. A product calls it once for each Scaling, in the order of the values. i is the
 // number of the Scaling within 256 values. Only some types need it.
 #pragma once
 
@@ -42,7 +42,7 @@ struct NoScales {
 template <class Scale>
 struct PlainScales {
   using Unit = Scale;               // the unit of memory accesses
-  static constexpr int kUnits = 1;  // units of a group
+  static constexpr int kUnits = 1;  // the number of units of a group
   static constexpr bool kOffset = false;
   const Scale* scale;
 
@@ -77,7 +77,7 @@ struct SixBitScales {
   static constexpr int kUnits = 4;
   static constexpr bool kOffset = true;
   float d, e;
-  uint32_t scales[2], minima[2];  // one byte each
+  uint32_t scales[2], minima[2];  // a byte for each of 8 blocks
 
   SixBitScales() = default;
   __device__ __forceinline__ explicit SixBitScales(const void* group) {

@@ -9,7 +9,7 @@
 namespace mistral::cuda {
 
 // The 8 warps of a block share the chunks of its rows: warp w takes chunks w, w + 8, ... So the
-// order of the additions depends on K alone.
+// order of the additions depends on K and the format alone.
 constexpr int kLinearWarps = 8;
 constexpr int kLinearThreads = kLinearWarps * kWarp;
 
@@ -129,7 +129,8 @@ struct StageLayout {
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
-  static constexpr int kRowChunk = kChunkBytes + W::kFurtherBytes;  // bytes
+  // The bytes of a chunk of one row, with its further bits.
+  static constexpr int kRowChunk = kChunkBytes + W::kFurtherBytes;
 
  public:
   // `shared` has Layout::kBytes bytes: the values of all warps and stages, then their scales.
@@ -226,7 +227,7 @@ class WeightStream {
     cp_async_commit();
   }
 
-  // 8 lanes copy the 128 bytes of a row. So an instruction copies whole cache lines of 4 rows.
+  // 8 lanes copy the 128 bytes of a row. So an instruction copies 128 bytes of each of 4 rows.
   __device__ __forceinline__ void copy_values(char* to) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -291,13 +292,13 @@ class WeightStream {
 
   const LinearParams& p_;
   const int blocks_, chunks_, row_bytes_;
-  char* values_;  // stages of this warp
+  char* values_;  // the stages of this warp
   char* scales_;
   int filled_ = 0;                     // the next stage to fill
   int current_ = Layout::kStages - 1;  // the stage in use
 
-  // The address of the values that this lane copies next, in the upper and the lower half of a
-  // tile.
+  // The chunk that is copied next, and the address of this lane's part of it, in the upper and the
+  // lower half of a tile.
   int block_;
   int chunk_ = 0;
   const char* rows_[2];
@@ -305,7 +306,7 @@ class WeightStream {
   int bytes_left_;    // bytes left in these rows
   // The address of the further bits that this lane copies next.
   static constexpr int kFurtherPieces =
-      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // per row
+      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // in a chunk of one row
   static constexpr int kFurtherCopies = W::kFurtherBytes > 0 ? kFurtherPieces / 2 : 1;
   const char* further_rows_[kFurtherCopies];
   int further_left_[kFurtherCopies];
