@@ -155,7 +155,7 @@ class Sequence:
             self.request_id,
             piece,
             [token_id],
-            logprobs=self._logprobs[-1:] if self._logprobs is not None else None,
+            logprobs=None if self._others is None else self._logprobs[-1:],
             finish_reason=self.finish_reason,
         )
         if self.finish_reason:
