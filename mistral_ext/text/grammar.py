@@ -116,8 +116,7 @@ class Grammar:
         vocabulary: the tokenizer's vocabulary, as llguidance has it.
         constraint: what completions have to match.
         is_spaced: whether a space precedes the text that must match. Before JSON a space is
-        optional
-            in any case.
+            optional in any case.
 
     Attributes:
         is_spent: whether its automaton, which grows with use, has reached its limits. Then replace
