@@ -15,9 +15,9 @@ from mistral_ext.text.tokenizer import Tokenizer
 class Chat:
     """A conversation with an Instruct model.
 
-    The engine keeps the conversation's tokens in its cache. So a turn reads only its own tokens,
-    unless other requests have needed the memory. Any thread may use a Chat. A new turn ends a reply
-    that is still being written. `Mistral.start_chat` makes a Chat.
+    The engine keeps the conversation's tokens in its cache. So a turn reads little more than its
+    own tokens, unless other requests have needed the memory. Any thread may use a Chat. A new turn
+    ends a reply that is still being written. `Mistral.start_chat` makes a Chat.
 
     Args:
         tokenizer, template: the tokenizer and the chat template of the model.
@@ -29,7 +29,7 @@ class Chat:
         messages: the conversation so far, as in `Mistral.chat`.
         ids: the tokens of the conversation, as the model read and wrote them.
         prompt_ids: the tokens that the last reply answers.
-        completion: the last reply, or None if it was closed before its end.
+        completion: the last reply. None: it has not been read to its end.
     """
 
     def __init__(

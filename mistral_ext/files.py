@@ -21,7 +21,7 @@ def read_text_file(path: str | Path) -> str:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Writes a UTF-8 file. The file is complete or absent."""
+    """Writes a UTF-8 file. After an error the file is as it was before."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -50,6 +50,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file holds something else. The message names the file.
     """
     refuse_lfs_pointer(path)

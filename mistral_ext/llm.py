@@ -1,7 +1,7 @@
 """Text from a model: load it, complete prompts, stream, chat.
 
-All functions here send requests to the engine (`mistral_ext.engine.engine`) and read its outputs.
-`mistral_ext.request_maker` makes the requests.
+To run the model, functions here send requests to the engine (`mistral_ext.engine.engine`) and read
+its outputs. `mistral_ext.request_maker` makes the requests.
 """
 
 from __future__ import annotations
@@ -88,17 +88,17 @@ class Mistral(RequestMaker):
         model: the transformer.
         tokenizer: the tokenizer, or None if the folder has none. Prompts are then lists of token
             ids.
-        prefill_chunk: the number of prompt tokens read in one pass, at least 32. A larger chunk is
-            faster and takes more memory.
+        prefill_chunk: the most prompt tokens read in one pass. A number below 32 counts as 32. A
+            larger chunk is faster and takes more memory.
         max_batch: the number of completions generated at once. On the CPU, up to 8 do not change
-            each other's text. With more, products round differently.
+            each other's text. With more, products may round differently.
         cache_tokens: the number of tokens that the cache has room for: the tokens of running
             completions, and tokens kept for later prompts. None: `engine.memory.default_slots`
             chooses it by the free memory.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: the number of tokens to guess at a time, 0 to 7, for completions whose options do
-            not set it. A pass generates all tokens that are guessed right. The text is the same.
-            None: 7 on the CPU or with a draft model, else 0.
+            not set it. A pass generates all tokens up to the first wrong guess. The text is the
+            same. None: 7 on the CPU or with a draft model, else 0.
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device.
         adapters: the loaded adapters. `load_adapter` adds to them.
@@ -150,7 +150,8 @@ class Mistral(RequestMaker):
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
         the hub.
 
-        Weights are memory-mapped: they take memory only once, when they are read.
+        Weights are memory-mapped. Those that need not change are not copied, and processes share
+        their memory.
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
@@ -167,8 +168,8 @@ class Mistral(RequestMaker):
                 ``generation_config.json``. A path: another folder or file. None: the defaults of
                 `SamplingParams`.
             adapters: names of adapters -> the adapters, as in `load_adapter`.
-            draft_model: a draft model (see `Mistral`), or a path or hub id. A draft model that is
-                loaded keeps its stored format.
+            draft_model: a draft model (see `Mistral`), or the path or hub id of one, which is then
+                loaded in its stored format.
             config_overrides: fields of `MistralConfig`, e.g. sliding_window=None, rope_theta=1e6.
 
         Raises:
@@ -235,8 +236,8 @@ class Mistral(RequestMaker):
         self._change_adapters(lambda: self.adapters.load(name, weights, self._adapters_in_use()))
 
     def unload_adapter(self, name: str) -> None:
-        """Removes an adapter. Requests that use it continue to their end, and then its memory is
-        freed.
+        """Removes an adapter. Requests that use it continue to their end. Its memory is freed
+        afterwards.
 
         Raises:
             ValueError: no adapter has that name.
@@ -280,6 +281,7 @@ class Mistral(RequestMaker):
 
         Raises:
             ValueError, TypeError: the message names the prompt or option that is wrong.
+            ImportError: an option sets a constraint, and llguidance is missing.
         """
         params = self._params(sampling)
         encoded = self._encode_all(prompts, special_tokens)
@@ -357,9 +359,9 @@ class Mistral(RequestMaker):
             The reply, a `Completion`. The functions that it calls are in its `tool_calls`.
 
         Raises:
-            ValueError: the model is a base model or takes no tools, the messages are not a
-                conversation, or a tool is wrong.
-            ImportError: tools are given, and llguidance is missing.
+            ValueError, TypeError: the model is a base model or takes no tools, the messages are not
+                a conversation, or a tool or option is wrong.
+            ImportError: tools are given or an option sets a constraint, and llguidance is missing.
         """
         params = self._params_of_one(sampling)
         form = self.tool_format(template) if tools else None

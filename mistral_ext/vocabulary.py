@@ -18,8 +18,8 @@ class Vocabulary(NamedTuple):
 
     @property
     def sampled(self) -> int:
-        """The number of ids that may be sampled. Both the model and the tokenizer must have these
-        ids.
+        """The number of ids that may be sampled: those that the model has, and the tokenizer if
+        there is one.
 
         A model may have more rows than the tokenizer has tokens (padding), or fewer (if a padding
         token was added without a row).

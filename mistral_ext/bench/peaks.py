@@ -2,9 +2,9 @@
 these limits.
 
 The first limit is how fast the threads read memory beyond the caches, with the best plain loop. The
-others are how fast they multiply and add with all operands in registers, one limit for each
-instruction that the processor has. peaks.cpp is compiled for this machine when it is first needed,
-which takes some seconds.
+others are how fast they multiply and add with all operands in registers, one limit for each of
+`INSTRUCTIONS` that the processor has. peaks.cpp is compiled for this machine when it is first
+needed, which takes some seconds.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def read_bandwidth(passes: int = PASSES) -> float:
 
 
 def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> dict[str, float]:
-    """The operations per second of each named instruction that this processor has.
+    """The operations per second of each named instruction that this processor has. Empty without a
+    C++ compiler.
 
     A multiplication and an addition are two operations. A pass takes some milliseconds. Only the
     best pass counts, because other work on the machine does not change what registers allow.

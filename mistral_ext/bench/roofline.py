@@ -2,8 +2,8 @@
 
 The horizontal axis shows FLOPs per byte of weights, the vertical axis GFLOPs per second. The roofs
 are the limits of the machine: the slope is its bandwidth, and the levels are the peaks of its
-instructions. A point is drawn at its share of the limit that was measured together with it, below
-the median of this limit. The memory of a shared machine is not equally fast at all times.
+instructions. The memory of a shared machine is not equally fast at all times. So a point is drawn
+as far below the roof as it was below the limit that was measured together with it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Roofs(NamedTuple):
 
 
 def draw(points: Sequence[Point], roofs: Roofs, title: str, path: Path) -> None:
-    """Writes a roofline as a PNG. The file is complete or absent.
+    """Writes a roofline as a PNG. After an error the file is as it was before.
 
     Raises:
         ImportError: matplotlib is missing.

@@ -4,7 +4,7 @@ Text goes to stdout, timings and errors to stderr. An error is one line and exit
 wrong usage, 130 for Ctrl-C); --traceback shows where it came from.
 
 Each command has a file with two functions: `add_to` describes the command, `run` runs it. Only
-`run` imports torch, by `start`, so help and errors of usage come at once.
+`run` imports torch, mostly by `start`, so help and errors of usage come at once.
 """
 
 from __future__ import annotations

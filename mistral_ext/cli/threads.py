@@ -26,9 +26,9 @@ def default_threads(of_torch: int) -> int:
             logical processor.
 
     Returns:
-        The number of threads. It is at most the number of physical cores, and at most what the
-        container allows. If the user has set OMP_NUM_THREADS, torch begins with that number, and it
-        does not change.
+        `of_torch` if the user has set OMP_NUM_THREADS, with which torch begins. Otherwise the least
+        of `of_torch`, the number of physical cores and what the container allows, as far as these
+        are known.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return of_torch
@@ -41,8 +41,8 @@ def physical_cores(processors: set[int], root: Path = _PROCESSORS) -> int | None
     """The number of physical cores of these logical processors, as Linux lists them, or None if it
     is unknown.
 
-    The two threads of a core share its arithmetic and its way to memory, so a second thread gains
-    nothing.
+    The threads of a core share its arithmetic and its way to memory, so a second thread gains
+    little.
     """
     try:
         siblings = {
@@ -77,8 +77,8 @@ def container_cores(root: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int | No
         if controllers and not version_1:
             continue
         mount = root / "cpu" if version_1 else root
-        # A parent's limit also holds for its children. A container may see its own group as the
-        # root.
+        # A parent's limit also holds for its children, so all folders up to the mount are read. A
+        # container may see its own group as the mount, where the path of the group does not exist.
         folder = mount / group.lstrip("/")
         for place in (folder, *folder.parents):
             limits.append(_quota(place, version_1))

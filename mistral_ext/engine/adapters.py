@@ -49,7 +49,8 @@ class AdapterTable:
 
     def reserve(self, count: int) -> None:
         """Makes later calls of `load` allocate memory for `count` adapters at once. Up to this
-        number, a `load` then copies other adapters only if the new adapter has a larger rank."""
+        number, a `load` then copies other adapters only if the new adapter has a larger rank. This
+        holds until an adapter is removed."""
         self._adapters.reserve(count)
 
     @property
@@ -85,6 +86,9 @@ class AdapterTable:
             name: a new name.
             weights: the updates of weights, as in `model.adapters.Adapters.put`.
             in_use: the adapters of requests that have not ended. Their slots must not change.
+
+        Raises:
+            ValueError: `name` cannot be the name of a new adapter.
         """
         self.expect_new(name)
         taken = {adapter.slot for adapter in (*self._by_name.values(), *in_use)}
@@ -99,6 +103,9 @@ class AdapterTable:
         Args:
             name: the name of the adapter.
             in_use: adapters of requests that have not ended.
+
+        Raises:
+            UnknownAdapterError: no adapter has the name.
         """
         removed = self._loaded(name)
         removed.is_loaded = False

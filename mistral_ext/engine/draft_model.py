@@ -3,8 +3,8 @@ sequences.
 
 The draft model has its own cache, with an extent for each sequence that it guesses for. If a
 sequence continues with other tokens than were guessed, its extent is rewound to the last right
-token. The extent of an ended sequence is kept for later sequences with the same beginning, above
-all for the next turn of a chat.
+token. The extent of an ended sequence is kept until its memory is needed, for later sequences with
+the same beginning, above all for the next turn of a chat.
 """
 
 from __future__ import annotations

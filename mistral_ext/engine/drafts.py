@@ -1,9 +1,10 @@
 """Drafts: guesses of the next tokens of sequences. The pass that computes the next tokens checks
 them.
 
-A draft is accepted only if it is the token that would have been chosen without it. So drafts change
-only the speed of a text. A `Proposer` or a draft model proposes tokens. `Drafter` decides which of
-them are worth a row in a pass.
+A draft is accepted only if the pass that checks it chooses the same token. So drafts change only
+the speed of a text, as long as a token has the same bits in passes of more tokens (`ops.linear`).
+A `Proposer` or a draft model proposes tokens. `Drafter` decides which of them are worth a row in a
+pass.
 
 Source: Leviathan et al. 2022, arXiv:2211.17192.
 """
@@ -31,9 +32,8 @@ _log = logging.getLogger("mistral_ext")
 # A sequence may lose this many tokens by wrong drafts, plus this share of its completion.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
-# The tokens to guess at a time. On a GPU the rounding of a product depends on the number of tokens.
-# So drafts could change which of two nearly equally likely tokens is chosen. Therefore a GPU makes
-# no drafts by default.
+# The most tokens to guess at a time without a draft model. The speed of drafts on a GPU was not
+# measured, so there are none by default.
 _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 
@@ -59,7 +59,7 @@ def room_for_drafts(sequence: Sequence, pool: SlotPool, drafts: int, unknown: in
 
 
 def _may_lose(sequence: Sequence) -> bool:
-    """Whether wrong drafts have cost the sequence less than it may lose."""
+    """Whether wrong drafts have cost the sequence no more than it may lose."""
     generated = len(sequence.ids) - sequence.prompt_length
     return sequence.proposer.gain >= -_ALLOWANCE - _ALLOWED_SHARE * generated
 
@@ -155,7 +155,8 @@ class Drafter:
     def _best(
         self, rows: list[tuple[float, Sequence, int]], plain: int, cost: float
     ) -> dict[Sequence, list[int]]:
-        """Takes the most likely drafts, as many as give the most expected tokens per second."""
+        """Takes the most likely drafts, as many as give the most expected tokens per second. Takes
+        none if no number of drafts is worth it (`LEAST_ADVANTAGE`)."""
         rows.sort(key=lambda row: -row[0])  # stable: drafts of a sequence stay in their order
         best, count, expected = LEAST_ADVANTAGE * plain / cost, 0, float(plain)
         for i, (chance, _, _) in enumerate(rows[: MOST_ROWS - plain], 1):

@@ -1,4 +1,4 @@
-"""The engine. Requests come and go at any time, and each step advances all of them.
+"""The engine. Requests come and go at any time, and each step advances those that have room.
 
     request_id = engine.add(request)
     while engine.has_work:
@@ -64,7 +64,7 @@ class Engine:
         model: the weights.
         vocab_size: the number of ids that may be sampled.
         max_batch: the number of sequences that may generate at a time.
-        prefill_chunk: the most prompt tokens in a pass, 32 or more.
+        prefill_chunk: the most prompt tokens in a pass. A number below 32 counts as 32.
         cache_tokens: the number of tokens that the cache has room for. None: `memory.default_slots`
             chooses it by the free memory.
         holes: ids below vocab_size that no token has, and that are never sampled.
@@ -118,10 +118,11 @@ class Engine:
         if drafts is None:
             drafts = default_drafts(model.device, draft_model is not None)
         self._ids = itertools.count()
-        # Guards the four attributes below. It is reentrant because garbage may be collected while
-        # it is held: an abandoned iterator over outputs then aborts its requests.
+        # Guards the four attributes below, the scheduler and the pool. It is reentrant because
+        # garbage may be collected while it is held: an abandoned iterator over outputs then aborts
+        # its requests.
         self._lock = threading.RLock()
-        self._sequences: dict[int, Sequence] = {}  # all requests that have not ended
+        self._sequences: dict[int, Sequence] = {}  # neither ended nor aborted
         self._aborted: list[Sequence] = []
         self._listeners: dict[int, Callable[[Output], object]] = {}
         self._between: deque[Callable[[], object]] = deque()
@@ -183,9 +184,9 @@ class Engine:
             return sequence.request_id
 
     def abort(self, request_id: int) -> None:
-        """Ends a request at the next step, in any state. If it shares a pass over prompts with
-        other requests, it ends after the pass. It gives no more outputs. Does nothing if the
-        request has ended or is unknown."""
+        """Ends a request at the next step, in any state. If it shares a paused pass over prompts
+        with other requests, it ends after the pass. Its listener is not called again. Does nothing
+        if the request has ended or is unknown."""
         with self._lock:
             self._listeners.pop(request_id, None)
             sequence = self._sequences.pop(request_id, None)
@@ -211,7 +212,7 @@ class Engine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Advances all requests.
+        """Starts the requests for which there is room, and makes the two passes.
 
         Returns:
             The new outputs of all requests. The outputs of each request are in order. If a step is
@@ -221,8 +222,9 @@ class Engine:
         return self._step_and_let_go()
 
     def between_steps(self, work: Callable[[], object]) -> None:
-        """Calls `work` while no step is under way and no request is being added. Returns after
-        `work`."""
+        """Calls `work` while no thread makes a step or adds a request. Returns after `work`, and
+        raises what it raises. A pass over prompts may be paused meanwhile, and a GPU may still
+        compute a step that was launched ahead."""
         done = threading.Event()
         problem: list[BaseException] = []
 
@@ -314,8 +316,8 @@ class Engine:
                     listener(output)
 
     def _free_adapter(self, sequence: Sequence) -> None:
-        """Called when a sequence has ended. If the sequence used an adapter, memory of removed
-        adapters is freed after the step."""
+        """Called when a sequence has ended. If the sequence used an adapter, the memory of removed
+        adapters that no request needs is freed after the step."""
         adapter = sequence.request.adapter
         if adapter is not None:
             self._between.append(lambda: adapter.free(self.adapters_in_use()))

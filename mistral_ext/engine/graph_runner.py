@@ -1,9 +1,12 @@
 """The runner for a CUDA device: decode steps as CUDA graphs.
 
-A GPU finishes a step faster than Python can launch its kernels. So a step is captured as a CUDA
-graph and replayed. All values that differ between steps are in device memory, and the graph itself
-updates them: tokens and positions here, the state of sampling in `Sampler`. So the host launches
-the next step before it knows the tokens of the last step, and the GPU never waits for the host.
+A GPU may finish a step faster than Python can launch its kernels. So a step is captured as a CUDA
+graph and replayed. All values that differ between steps are in device memory. If other sequences
+take part than in the last step, the host copies their values there. If not, the graph of the last
+step has already updated them: tokens and positions, and the state of `Sampler`. Then the host
+launches a step before it knows the tokens of the last step, and the GPU need not wait for the host.
+
+With drafts or a grammar the host has to know the tokens before the next step, and waits for them.
 """
 
 from __future__ import annotations
@@ -29,12 +32,12 @@ class _Choice(Enum):
 
 
 class GraphRunner(Runner):
-    """Queues a decode step on a CUDA device and returns at once.
+    """Queues decode steps on a CUDA device. `launch` does not wait for their results.
 
-    There is a graph for each number of tokens and each way to choose, with and without adapters.
-    The second step of a kind captures its graph. The graph is kept as long as the runner, or with
-    adapters as long as their stacks. With fewer sizes, batches would have to be padded, which would
-    slow every step. A capture takes about as long as one step that Python launches.
+    There is a graph for each number of tokens and each way to choose, with and without biases and
+    adapters. The second step of a kind captures its graph. The graph is kept as long as the runner,
+    or with adapters as long as their stacks. With fewer sizes, batches would have to be padded,
+    which would slow their steps. A capture takes about as long as one step that Python launches.
 
     To a graph, a draft is its own sequence, which shares the ring of the sequence that it belongs
     to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its results
@@ -170,8 +173,8 @@ class _CapturedStep:
             self._adapters.copy_(torch.tensor(adapters, dtype=torch.int32, device="cpu"))
 
     def follow(self, last: _CapturedStep) -> None:
-        """Takes over the tokens, sequences and adapters of the last step. The last step may be of
-        another kind, because steps read biases only once a completion has had a bias."""
+        """Takes over the rows, tokens, sequences and adapters of the last step. The last step may
+        be of another kind, because steps read biases only once a completion has had a bias."""
         if last is not self:
             self._rows.copy_(last._rows)
             self._tokens.copy_(last._tokens)
@@ -193,8 +196,8 @@ class _CapturedStep:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The work to capture. It depends on no value, never waits, and always uses the same
-        memory."""
+        """The work to capture. It launches the same kernels on the same memory each time, whatever
+        the values there are, and does not wait for them."""
         model, sampler = self._model, self._sampler
         adapters = self._adapters if self._adapted else None
         h = model.step(self._tokens, self._sequences, self._pool, max_count=1, adapters=adapters)

@@ -42,14 +42,15 @@ def default_slots(
         available = _SHARE_OF_GPU * (free if loaded else free - weight_bytes)
     else:
         available = _SHARE_OF_CPU * (available_memory() - weight_bytes)
-    # The cache has LEAST_CACHE_TOKENS even if memory is short: its pages take memory only once
-    # tokens are stored in them.
+    # The cache has LEAST_CACHE_TOKENS even if memory is short: on the CPU its pages take memory
+    # only once tokens are stored in them.
     room = int(available / (token_bytes or config.cache_bytes(dtype)))
     return min(wanted, max(LEAST_CACHE_TOKENS, room))
 
 
 def available_memory() -> int:
-    """The bytes that this process may still use, as its system or container reports."""
+    """The bytes that this process may still use, as its system or container reports. Where there is
+    no report, the result is a guess."""
     available = _meminfo("MemAvailable")
     limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:

@@ -31,7 +31,8 @@ class SamplingParams:
     top_p: float = 1.0  # (0, 1]: keep the most likely tokens up to this sum of probabilities
     top_k: int = 0  # >= 0: keep the k most likely tokens; 0: all
     min_p: float = 0.0  # [0, 1]: keep tokens with at least this share of the highest probability
-    repetition_penalty: float = 1.0  # > 0: divides the logits of tokens in prompt and completion
+    repetition_penalty: float = 1.0  # > 0: divides positive logits of tokens in prompt and
+    # completion, and multiplies negative ones
     presence_penalty: float = 0.0  # [-2, 2]: subtracted once for each token that the completion has
     frequency_penalty: float = 0.0  # [-2, 2]: subtracted each time that the completion has a token
     seed: int | None = None  # [0, 2^64); None: a random seed
@@ -44,7 +45,7 @@ class SamplingParams:
     regex: str | None = None  # for the whole completion, in the syntax of Rust's regex
     grammar: str | None = None  # of the completion, in Lark; at most one of these three
     drafts: int | None = None  # [0, 7]: the most tokens to guess at a time, which changes only the
-    # speed; None: as the model was loaded
+    # speed (see `engine.drafts`); None: as the model was loaded
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
@@ -93,7 +94,8 @@ class SamplingParams:
 
     @property
     def plainly_greedy(self) -> bool:
-        """Whether each token is the token with the largest logit of the model."""
+        """Whether each token is the token with the largest logit of the model, unless a constraint
+        forbids it."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return self.temperature == 0 and not any(penalties) and not self.logit_bias
 

@@ -10,7 +10,7 @@ LEAST_ADVANTAGE = 1.02
 
 _COST_OF_A_ROW = 0.15  # relative to a pass, until it is measured
 _NEWEST = 0.2  # the weight of the last measurement
-_MEMORY = 512  # number of engine passes after which a measurement is forgotten
+_MEMORY = 512  # number of engine passes after which a measurement is forgotten if none replaced it
 
 
 class PassCosts:
@@ -36,7 +36,7 @@ class PassCosts:
                 del self._seconds[rows]
 
     def seconds(self, rows: int) -> float | None:
-        """The expected seconds of a pass, or None if no pass was measured."""
+        """The expected seconds of a pass, or None if no measurement is remembered."""
         if not self._seconds:
             return None
         nearest = min(self._seconds, key=lambda known: abs(known - rows))

@@ -94,7 +94,7 @@ class Passes:
                 continue
             if sequence.request.params is None:
                 self._end(sequence, Output(sequence.request_id, finish_reason="stop"), outputs)
-            elif len(sequence.ids) == sequence.prompt_length:  # otherwise it was put back meanwhile
+            elif len(sequence.ids) == sequence.prompt_length:  # otherwise it was put back earlier
                 self._prepare_draw(sequence)
                 draw = partial(self._sampler.sample, [sequence.sampler_row], of_piece[-1:])
                 sampled = self._run([sequence], draw)
@@ -233,8 +233,8 @@ class Passes:
         return self._sampler.draw_now([s.sampler_row for _, s in waiting], logits)
 
     def _finish(self, launched: _UnderWay, outputs: list[Output]) -> None:
-        """Reads the tokens of a step, for the sequences whose places have not changed since its
-        launch."""
+        """Reads the tokens of a step, for the sequences that have the same extents as at its
+        launch. The others have ended or were put back."""
         waiting = [(i, s) for i, s, extent in launched.waiting if s.extent is extent]
         sequences = [sequence for _, sequence in waiting]
         token_ids = self._run(sequences, launched.step.token_ids)
@@ -286,8 +286,9 @@ class Passes:
 
     def _run(self, sequences: Collection[Sequence], work: Callable[[], _T]) -> _T | Exception:
         """Calls `work`. Returns its result, or the exception that it raised, for the requests to
-        report. Exceptions that end the program (above all Ctrl-C) are raised, and leave the engine
-        as if the pass had not begun."""
+        report. Exceptions that end the program (above all Ctrl-C) are raised. Before, the running
+        sequences that the pass may have changed are put back, so that later steps do its work
+        again."""
         try:
             return work()
         except Exception as error:

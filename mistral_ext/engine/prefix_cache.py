@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from mistral_ext.engine.sequence import Sequence
 from mistral_ext.engine.slots import Extent, SlotPool
 
-# The least number of tokens in a piece of a prompt. Other kernels compute smaller pieces and round
-# differently: gemv takes up to 8 tokens, and a kernel of attention up to 16 rows.
+# The least number of tokens in a piece of a prompt, unless the whole prompt is shorter. Other
+# kernels compute smaller pieces and round differently: gemv takes up to 8 tokens, and a kernel of
+# attention up to 16 rows.
 LEAST_PIECE = 32
 
 
@@ -29,7 +30,7 @@ class Match:
         length: the number of tokens of the prompt that need not be read.
         exact: the number of these tokens that were read as parts of a prompt.
         is_kept: whether the extent belongs to the prefix cache, and not to a running sequence.
-        is_all: whether the extent holds nothing else that other requests could use.
+        is_all: whether the prompt begins with all tokens of the extent that its request may reuse.
     """
 
     extent: Extent
@@ -132,7 +133,8 @@ class PrefixCache:
         return False
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> Match | None:
-        """Finds the longest beginning of a sequence's prompt in the kept and running extents."""
+        """Finds the longest beginning of a sequence's prompt in the kept and running extents.
+        Returns None if there are fewer than `LEAST_PIECE` tokens of it."""
         request = sequence.request
         most = shareable_length(sequence)
         if most < LEAST_PIECE:

@@ -1,4 +1,4 @@
-"""Makes passes over prompts. They pause while other sequences generate (see `pace`)."""
+"""Makes passes over prompts. On a CPU they pause while other sequences generate (see `pace`)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class PromptReader:
         return scheduler.next_pieces()
 
     def go_on(self, pieces: list[tuple[Sequence, int]]) -> list[Tensor] | None:
-        """Computes the next layers of a pass. It computes all layers if no other sequence
-        generates.
+        """Computes the next layers of a pass. Computes all remaining layers if no other sequence
+        generates, or if the runner does not pause.
 
         Returns:
             The results of the pieces (see `Runner.read`) if the pass is done, or None if it pauses.

@@ -39,7 +39,8 @@ _BY_MODEL = _FORCED + 1  # the first of four kinds
 _BY_STATE = _BY_MODEL + 4  # the first kind of `StateGuesses`
 _FORGETTING = 0.95  # the weight of an earlier check is multiplied by this at each later check
 
-# A guess is made only if the guesses before it are all right with at least this chance.
+# With a grammar, a guess is made only if the guesses before it are all right with at least this
+# chance.
 _LEAST_CHANCE = 0.1
 
 _COST_OF_A_WAIT = 0.1  # tokens that a GPU could have generated while it waits for the host
@@ -55,8 +56,8 @@ class Proposer:
             the pass that reads the token before them chooses them in any case.
 
     Attributes:
-        gain: the number of tokens that drafts have gained so far. Negative if drafts have cost more
-            than they gained.
+        gain: the number of tokens that drafts have gained so far, at most `_MOST_GAIN`. Negative if
+            drafts have cost more than they gained.
     """
 
     def __init__(self, ids: List[int], ends: Collection[int] = ()) -> None:
@@ -92,8 +93,8 @@ class Proposer:
         return sum(self._right[of_model]) / sum(self._checked[of_model])
 
     def prefers_model(self, guesses: List[tuple[int, float]]) -> bool:
-        """Whether a draft model's guesses are likelier to be right than `guesses`, the result of
-        `propose`."""
+        """Whether the first guess of a draft model is likelier to be right than the first of
+        `guesses`, the result of `propose`. True if there are no `guesses`."""
         return not guesses or guesses[0][1] < self.hope
 
     def chance_by_model(self, index: int, token: int, probability: float) -> float:
@@ -117,8 +118,8 @@ class Proposer:
         self.gain -= _COST_OF_A_WAIT
 
     def _check(self) -> None:
-        """Counts which of the proposed tokens were right, as far as the tokens at their positions
-        are known. Proposed tokens that were in no pass count, too."""
+        """Counts which of the proposed tokens were right, up to the first wrong one, as far as the
+        tokens at their positions are known. Proposed tokens that were in no pass count, too."""
         for (token, kind), came in zip(self._proposed, self._ids[self._begin :], strict=False):
             self._right[kind] = _FORGETTING * self._right[kind] + (token == came)
             self._checked[kind] = _FORGETTING * self._checked[kind] + 1
@@ -143,7 +144,8 @@ class Proposer:
 
     def _matching(self, most: int, matcher: Matcher) -> list[tuple[int, int]]:
         """Guesses the next tokens, one after the other, each with its kind (see `_EXPECTED`). A
-        guess is the token that the grammar forces, or else the likeliest token that it allows."""
+        guess is the token that the grammar forces, or else the likeliest that it allows of the
+        tokens that followed earlier. Ends where there is no such token."""
         if self._states is None:
             self._states = StateGuesses(self._ids, matcher.states)
         self._states.update()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence as List
 from typing import NamedTuple
 
-_NGRAMS = (2, 3)  # numbers of tokens that have to match
-_NEAR = 4  # after a match ends, the text may continue this many tokens later
+_NGRAMS = (2, 3)  # the numbers of tokens that are looked up
+_NEAR = 4  # after a match has ended, one of this many tokens may continue it
 
 
 class Place(NamedTuple):
@@ -47,8 +47,14 @@ class Repeats:
         self._place = Place()
 
     def place(self) -> Place:
-        """The place after an earlier occurrence of the last tokens of the text. It is an occurrence
-        of as many of these tokens as possible, and among such occurrences the latest."""
+        """The place after an earlier occurrence of the last tokens of the text.
+
+        A match of 3 or more tokens goes on as long as its next token is right. Otherwise the first
+        that exists is taken: the latest occurrence of the last 3 tokens; a match that has come to 2
+        tokens; the latest occurrence of the last 2 tokens; the last token alone, shortly after the
+        end of the last match, because a few words may have been changed. If there is none of them,
+        `matching` is 0.
+        """
         ids = self._ids
         for i in range(self._indexed, len(ids)):
             last = ids[max(0, i - 2) : i + 1]
@@ -60,8 +66,8 @@ class Repeats:
         return self._place
 
     def token(self, place: Place, guesses: List[int]) -> int | None:
-        """The token that may follow the text and some guesses. Returns None if the last of these
-        tokens occur nowhere earlier in the text."""
+        """The token that may follow the text and some guesses. Returns None if `place`, the place
+        after them, has no match."""
         if not place.matching:
             return None
         past = place.source - len(self._ids)

@@ -45,8 +45,8 @@ class Completion:
 
     text: str | None  # None: the model has no tokenizer
     token_ids: list[int]  # sampled tokens, including an end-of-text token
-    finish_reason: str  # "stop": end of text or a stop string; "length": max_tokens or the limit;
-    # "tool_calls": end of text after calls
+    finish_reason: str  # "stop": end of text, a stop string, or the end of what has to match;
+    # "length": max_tokens or the limit; "tool_calls": end of text after calls
     logprobs: list[TokenLogprob] | None  # one for each token id, if requested
     timing: Timing
     tool_calls: Sequence[ToolCall] = ()
@@ -73,7 +73,8 @@ class Request:
         prompt_logits: also give the logits that follow each token of the prompt, from the token
             `logits_from` on. The tokens before it may come from the cache.
         hidden: give hidden states, after the last norm, instead of these logits.
-        chunk: the exact number of prompt tokens to read in one pass. None: the engine decides.
+        chunk: the number of prompt tokens to read in each pass (in the last perhaps fewer), without
+            other prompts. None: the engine decides.
         salt: a cached prefix serves only requests with the same salt.
         reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts.
             Then the replies of a conversation need not be read again. But the keys and values of a
@@ -118,7 +119,7 @@ class Request:
 class Output:
     """New results of a request.
 
-    The last output of a request has a `finish_reason` or an `error`.
+    The last output of a request has a `finish_reason` or an `error`, unless it was aborted.
     """
 
     request_id: int
@@ -129,7 +130,8 @@ class Output:
     hidden: Tensor | None = None  # [n, E] fp32, of the next n tokens of the prompt
     finish_reason: str | None = None
     error: Exception | None = None
-    completion: Completion | None = None  # the whole completion; set with finish_reason
+    completion: Completion | None = None  # the whole completion; set with finish_reason if the
+    # request generates tokens
 
     @property
     def is_last(self) -> bool:

@@ -1,6 +1,7 @@
 """Runs passes over the weights, for the sequences that the scheduler has chosen.
 
-On the CPU a pass is done when its call returns. `graph_runner` has the runner for a GPU.
+`Runner` is for the CPU, where a pass is done when its call returns, and for a GPU if
+MISTRAL_EXT_GRAPHS is 0. `graph_runner` has the usual runner for a GPU.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Verified:
         logits: [T, V] fp32, a row for each token that was read.
         largest: [T], the id of the largest logit of each row, or -1 if there is none. None: not all
             sequences take the largest logit, so the caller has to draw.
+        is_usual: as in `Step`.
     """
 
     logits: Tensor
@@ -143,7 +145,7 @@ class Reading:
 
 
 class Runner:
-    """Runs passes. A step is computed when it is launched.
+    """Runs passes. `launch` computes its step and waits for the tokens.
 
     Args:
         model: the weights.
@@ -179,8 +181,9 @@ class Runner:
         return reading.results()
 
     def begin(self, pieces: Sequence[Piece]) -> Reading:
-        """Prepares the pass of `read`, which can then be made in parts. Until the pass is done, the
-        extents of the pieces must neither move nor be released."""
+        """Prepares the same pass as `read`, for a caller who makes it in parts by
+        `Reading.advance`. Until the pass is done, the extents of the pieces must neither move nor
+        be released."""
         return Reading(self._model, self._pool, pieces)
 
     def launch(
@@ -196,7 +199,7 @@ class Runner:
             extents: the sequences' places in the cache.
             rows: the sequences' rows of the sampler.
             token_ids: the N tokens to read. None: the tokens that the last step samples. That step
-                must have the same sequences.
+                must have the same sequences, and `ahead` must not be 0.
             adapters: the slots of the sequences' adapters, or -1 for a sequence without one. An
                 empty list: no sequence has an adapter.
         """
@@ -220,8 +223,9 @@ class Runner:
         """Reads the next token of each of N sequences, and the drafts that follow it.
 
         Args:
-            extents, rows, adapters: as in `launch`.
+            extents, rows: as in `launch`.
             token_ids: for each sequence its next token and its drafts.
+            adapters: for each sequence the slot of its adapter, or -1.
         """
         counts = list(map(len, token_ids))
         return self._verify_rows(

@@ -1,8 +1,8 @@
 """Sampling: keeps the options and the state of completions, from which `ops.sample` chooses tokens.
 
 The steps have vLLM's order: logit bias, penalties, temperature, min_p, top_k, top_p. The noise of a
-draw is a pure function of (seed, index of the completion, step, token). So a completion depends
-only on its own seed, and neither on the rest of the batch nor on earlier draws.
+draw is a pure function of (seed, index of the completion, step, token). So it depends neither on
+the rest of the batch nor on earlier draws.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Sampler:
                 seed if they have none.
 
         Raises:
-            ValueError: logit_bias has a token that is not in the vocabulary.
+            ValueError: logit_bias has a token that may not be chosen.
         """
         params.check_vocabulary(self.vocab_size, self._holes)
         options = (

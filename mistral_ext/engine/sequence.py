@@ -28,7 +28,7 @@ class Sequence:
         ids: the tokens of the prompt, then the generated tokens.
         seed: the seed with which its tokens are drawn.
         extent: the sequence's slots of the cache. None while it waits.
-        row: the sequence's row of the sampler. None while it waits.
+        row: the sequence's row of the sampler. None while it waits, or if it generates nothing.
         exact: the number of tokens at the beginning of the extent that were read as parts of a
             prompt.
         reported: the number of prompt tokens that need no result any more, because the result was
@@ -155,7 +155,7 @@ class Sequence:
             self.request_id,
             piece,
             [token_id],
-            logprobs=self._logprobs[-1:] if self._logprobs is not None else None,
+            logprobs=None if self._others is None else self._logprobs[-1:],
             finish_reason=self.finish_reason,
         )
         if self.finish_reason:

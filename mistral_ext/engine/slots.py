@@ -94,8 +94,8 @@ class SlotPool:
         self._free = [(0, slots)]  # (first slot, number of slots) of each free range, in order
         shape = (self._heads * slots, config.head_dim)
         with torch.inference_mode(False):  # the pools outlive the call
-            # The pools are not zeroed: untouched pages cost no memory until a token is stored in
-            # them.
+            # The pools are not zeroed: on the CPU untouched pages cost no memory until a token is
+            # stored in them.
             self.k, self.v = (
                 [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
                 for _ in range(2)
@@ -155,8 +155,9 @@ class SlotPool:
         return False
 
     def copy(self, source: Extent, target: Extent, length: int) -> None:
-        """Copies the first `length` tokens of an extent to an empty extent. It must have room for
-        them, and `can_rewind(source, length)` must be true."""
+        """Copies the first `length` tokens of an extent to an empty extent, as far as later queries
+        see them. The target must have room for them, and `can_rewind(source, length)` must be
+        true."""
         target.oldest = self._copy(source, target, length)
         target.length = length
 

@@ -71,16 +71,18 @@ def compare(
     Args:
         first, second: models with the same tokens. The first is the reference.
         texts: each text is read after a beginning-of-text token. A model without a window has a
-            limited number of positions. If a text has more tokens, only its first part is read.
+            limited number of positions. Of a text with more tokens than either model can read,
+            only the first part is read.
         progress: show a progress bar if stderr is a terminal.
-        chunk: the number of tokens in a piece. Up to 8 are rounded in the same way as generated
-            tokens. The logits of a piece take chunk * vocabulary * 4 bytes for each model.
+        chunk: the number of tokens in a piece. In pieces of up to 8 tokens, activations are rounded
+            as in the generation of tokens. The logits of a piece take chunk * vocabulary * 4 bytes
+            for each model.
         adapters: for each model the name of a loaded adapter. None: the model is used without an
             adapter.
 
     Raises:
-        ValueError: a text is too short, the models have different tokens, or a model does not write
-            text.
+        ValueError: `chunk` is below 1, there are no texts, a text is too short, the models have
+            different tokens, or a model does not write text or have the adapter.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, expected 1 or more")

@@ -70,6 +70,7 @@ def evaluate(
 
     Raises:
         ImportError: lm_eval is missing.
+        FileNotFoundError: there is no such task file.
         ValueError: a task is unknown, or it needs a feature that the model does not have.
     """
     from lm_eval import simple_evaluate
@@ -215,11 +216,11 @@ class HarnessModel:
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-probability of whole texts. Each token sees as much as the model can see.
+        """The log-probability of whole texts. Each text begins with <s>, which is not predicted.
 
         If the model has no window and a text has more tokens than the model has positions, the text
-        is cut into windows. Each window begins with the last token of the window before. The first
-        window begins with <s>, which is not predicted.
+        is cut into windows. Each window begins with the last token of the window before, and its
+        tokens see nothing else of that window.
         """
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 

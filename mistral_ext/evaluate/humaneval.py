@@ -47,7 +47,7 @@ class Problem:
     test: str
 
     def program(self, completion: str) -> str:
-        """The program that runs to its end only if the completion is right."""
+        """The program that runs to its end only if the completion passes the test."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})\n"
 
 

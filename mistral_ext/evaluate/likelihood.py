@@ -1,8 +1,9 @@
 """Measures how likely texts are as continuations of other texts.
 
 Benchmarks with given answers measure this for each answer to a question. Continuations of the same
-context follow each other in the engine, so the context is read once: later continuations read only
-their own tokens, and the last few tokens of the context again (`engine.prefix_cache.LEAST_PIECE`).
+context follow each other in the engine, so a long context is read once: later continuations read
+only their own tokens, and the last few tokens of the context again
+(`engine.prefix_cache.LEAST_PIECE`).
 """
 
 from __future__ import annotations

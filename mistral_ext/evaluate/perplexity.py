@@ -29,7 +29,7 @@ from mistral_ext.text.tokenizer import expect_token_ids
 class Perplexity:
     """The result for one or several texts together."""
 
-    tokens: int  # predicted tokens: all except beginning-of-text tokens
+    tokens: int  # predicted tokens: all except the first of each segment
     segments: int  # sequences read: one for each text, or more if texts were cut
     nll: float  # mean negative log-likelihood of a token, in nats
     seconds: float  # wall clock
@@ -56,10 +56,10 @@ def perplexity(
 ) -> Perplexity:
     """Measures a model on texts. Passes read several texts together.
 
-    Logits take llm.prefill_chunk * vocabulary * 4 bytes.
+    Logits take up to llm.prefill_chunk * vocabulary * 4 bytes.
 
     Args:
-        llm: the model. It reads llm.prefill_chunk tokens in one pass.
+        llm: the model. It reads up to llm.prefill_chunk tokens in one pass.
         texts: a text, or several texts or lists of token ids. A beginning-of-text token comes
             before each of them and is not predicted.
         max_tokens: the number of first tokens of each text to predict. None: all tokens.
@@ -67,8 +67,8 @@ def perplexity(
         adapter: the name of a loaded adapter. None: the model is used without an adapter.
 
     Raises:
-        ValueError, TypeError: a text is empty, or holds a token that the model does not have, or
-            the model does not write text.
+        ValueError, TypeError: `max_tokens` is below 1, there are no texts, a text is too short or
+            holds a token that the model does not have, or the model does not write text.
     """
     llm.expect_writer()
     if max_tokens is not None and max_tokens < 1:

@@ -37,12 +37,14 @@ def run_program(source: str, seconds: int = SECONDS, memory: int = MEMORY) -> st
 
     Args:
         source: the program. Its output is dropped.
-        seconds: the seconds of processor time that the program may take.
+        seconds: the seconds of processor time that the program may take. A program that waits is
+            ended after 4 times as many seconds.
         memory: the bytes of its address space, including the interpreter's.
 
     Returns:
         `PASSED` if the program ran to its end. Otherwise the reason: "failed: " and the name of the
-        exception, `OUT_OF_TIME`, or `ENDED` for a program that ended the process.
+        exception; `OUT_OF_TIME` for a program that was killed, which need not be for its time; or
+        `ENDED` for a program that ended the process in another way.
     """
     key = secrets.token_hex()
     program = source.encode("utf-8", "surrogatepass")

@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _read(file: int, size: int) -> bytes:
-    """Reads exactly `size` bytes. A buffered file would read more."""
+    """Reads `size` bytes, or fewer at the end of the file. A buffered file would read more."""
     data = b""
     while len(data) < size and (more := os.read(file, size - len(data))):
         data += more

@@ -39,7 +39,7 @@ class Progress:
 
     Attributes:
         step: the number of finished steps.
-        best_loss: the lowest loss of all evaluations. None: there was no evaluation.
+        best_loss: the lowest loss of the evaluations after the first step. None: there was none.
         without_gain: the number of evaluations since the evaluation with the lowest loss.
         evaluated: the step after which the last evaluation was made. -1: there was no evaluation.
     """
@@ -58,7 +58,7 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     base: str,
 ) -> Path:
-    """Writes `output`/checkpoint-N, and then removes older checkpoints.
+    """Writes `output`/checkpoint-N, and then removes the other checkpoints.
 
     Args:
         progress: the progress of the run.

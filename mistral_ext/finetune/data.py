@@ -51,7 +51,8 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError, TypeError: a line is wrong. The message begins with the file and the line.
+        ValueError: a line is wrong, or there are no samples. The message begins with the file and
+            the line.
     """
     path = Path(path)
     refuse_lfs_pointer(path)

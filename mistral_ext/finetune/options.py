@@ -26,7 +26,8 @@ class TrainingOptions:
         batch_size: the number of samples in a step. The loss of a step is the mean over its tokens,
             weighted by `weight`, however the tokens are divided into passes.
         tokens_per_pass: the most tokens that go through the model at once, and the most tokens of a
-            sample. It determines the memory that is needed, and does not change what is learned.
+            sample. It determines the memory that is needed. What is learned changes only by
+            rounding.
         learning_rate: the highest learning rate. The rate rises to it in a straight line, and then
             falls to 0 as a cosine.
         warmup: the share of the steps in which the learning rate rises, 0 to 1.

@@ -162,8 +162,8 @@ def _runs(values: list[int]) -> tuple[Span, ...]:
 
 
 class _LastLayout:
-    """Keeps the layout of the last mask, because all layers of a model get the same mask. Reading a
-    mask from a GPU makes a call wait, so each mask is read once."""
+    """Keeps the layout of the last mask, because neighbouring layers of a model get the same mask.
+    Reading a mask from a GPU makes a call wait."""
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, int, _Layout] | None = None
@@ -328,7 +328,8 @@ def accelerate_model(model: PreTrainedModel) -> int:
     token and for prompts. docs/performance.md has measurements.
 
     The model keeps its parameters and modules, so `state_dict` and saving work as before. The
-    changed modules are for inference: a computation that needs a gradient raises RuntimeError.
+    changed modules are for inference: where torch records gradients of their parameters, they raise
+    RuntimeError.
 
     Args:
         model: a Mistral or Llama of transformers, in the dtype in which it will run.
@@ -337,7 +338,7 @@ def accelerate_model(model: PreTrainedModel) -> int:
         The number of modules that have changed.
 
     Raises:
-        ValueError: the model is of another type.
+        ValueError: the model is of another type, or has another activation than SiLU.
     """
     config = model.config
     if config.model_type not in ("mistral", "llama"):

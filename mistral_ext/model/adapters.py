@@ -133,9 +133,10 @@ class Adapters:
         like: a tensor with the model's dtype and device.
 
     Attributes:
-        layers: for each layer the stacks of `GROUPS`. A group that no adapter changes has no stack.
-        generation: counts how often stacks were replaced. A graph that was captured before the last
-            replacement reads memory that has been freed.
+        layers: for each layer the stacks of `GROUPS`. A group has no stack before the first adapter
+            that changes it.
+        generation: counts how often stacks were made or replaced. A graph that was captured before
+            may read memory that has been freed.
     """
 
     def __init__(

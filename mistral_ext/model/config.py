@@ -3,8 +3,8 @@
 A Llama is a Mistral without a window, so ``model_type: llama`` is read too (TinyLlama, Llama 2 and
 3, SmolLM2). Hugging Face folders describe a model in ``config.json``, Mistral's own folders in
 ``params.json``. mistral_ext/weights/folder.py reads the files. The values of both files become a
-:class:`MistralConfig`, with Mistral's names. A setting may need arithmetic that this model does not
-have (biases, experts, other kinds of RoPE). Such a setting raises an error; it is never ignored.
+:class:`MistralConfig`, with Mistral's names. Known settings raise an error if they need arithmetic
+that this model does not have (biases, experts, other kinds of RoPE).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class MistralConfig:
     bos_id: int
     eos_ids: tuple[int, ...]  # each id ends a text
     dtype: torch.dtype | None = None  # the dtype in which the file says the weights are stored
-    tie_word_embeddings: bool = False  # without output weights the embeddings are used again
+    tie_word_embeddings: bool = False  # True: without output weights the embeddings serve
     rope_scaling: RopeScaling | None = None
     writes_text: bool = True  # False: an embedding model, without output weights
 
@@ -169,8 +169,10 @@ class MistralConfig:
         """Read the contents of a Hugging Face ``config.json``, of any transformers version.
 
         A key that is missing or null takes the default of transformers' ``MistralConfig``, or of
-        ``LlamaConfig`` for Llama models. This default is not always the value of Mistral 7B. The
-        exception is ``sliding_window``: null means that there is no window.
+        ``LlamaConfig`` for Llama models. This default is not always the value of Mistral 7B. There
+        are two exceptions: a ``sliding_window`` of null means that there is no window, and a
+        ``num_key_value_heads`` of null that there are as many as query heads. A Llama has no window
+        in any case.
         """
         _refuse_unless(values, "model_type", "mistral", "llama")
         is_llama = values["model_type"] == "llama"
@@ -303,9 +305,10 @@ def _refuse_if_set(values: dict[str, Any], *keys: str) -> None:
 
 
 def _hf_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of RoPE in a ``config.json`` except ``rope_theta``.
+    """Returns the settings of scaled RoPE in a ``config.json``.
 
-    transformers moved ``rope_theta`` and ``rope_scaling`` into one ``rope_parameters``.
+    Newer versions of transformers have ``rope_theta`` and ``rope_scaling`` in one
+    ``rope_parameters``, so ``rope_theta`` may be among the settings.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict):

@@ -16,7 +16,7 @@ def frequencies(
 ) -> Tensor:
     """Returns [D/2] float64, radians per position: theta^(-2i/D), the fastest first, then scaled.
 
-    Other implementations round the frequencies to float32, which makes an error of 0.003 in the
+    Other implementations round the frequencies to float32, which makes errors of up to 0.003 in the
     angles at position 10^5.
 
     Source: Su et al. 2021, arXiv:2104.09864, equation 15.

@@ -5,10 +5,10 @@ Gradients: `rms_norm` without a residual, `rotate`, `attention` without pools, `
 for weights. If torch records gradients, any other argument that requires a gradient raises
 RuntimeError. docs/kernels.md says how gradients are computed.
 
-Tensors are float32, bfloat16 or float16; all tensors of a call have the same dtype. Kernels compute
-in float32. (`sample` has other dtypes.) No op copies an argument or makes it contiguous: the last
-axis must have stride 1, and weights, pools and tables must be contiguous. Other strides are free:
-q, k and v may be slices of one matrix.
+Tensors are float32, bfloat16 or float16. All tensors of a call have the same dtype, unless the op
+says otherwise. Kernels compute in float32 (for exceptions see `linear`). No op makes an argument
+contiguous: the last axis must have stride 1, and weights, pools and tables must be contiguous.
+Other strides are free: q, k and v may be slices of one matrix.
 
 Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices, not a
 tensor). The message names the op, the argument, its value and what was expected.
@@ -24,7 +24,7 @@ ring is. `mistral_ext.engine.slots.SlotPool` makes the table, and csrc/ring.h de
     count        number of its new tokens: 1 in decode, more for a prompt chunk, 0 if idle
     position     absolute position of its first new token
     ring_row     first row of its ring in the pools
-    capacity     C, slots of its ring: the window, or the sequence's longest length if that is less
+    capacity     C, slots of its ring: at least the window, or else room for all of the sequence
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 

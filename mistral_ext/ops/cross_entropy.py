@@ -25,7 +25,7 @@ def linear_cross_entropy(
     """The cross entropy of the logits x @ weight.T, with at most 512 rows of logits in memory.
 
     The op has a gradient for x, which it computes together with the loss. Logits and their
-    gradients have the dtype of x, sums are in fp32. Ignored tokens cost nothing. Products do not
+    gradients have the dtype of x, sums are in fp32. Ignored tokens have no logits. Products do not
     round x to 8 bits. A call on a CUDA device waits for the device.
 
     Args:
@@ -43,6 +43,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a target is not the index of a logit. On CUDA devices the loss of such a token
             is NaN instead.
+        ValueError, TypeError: an argument has a wrong shape, dtype or device.
         RuntimeError: backward was called with create_graph=True, but the gradient has no gradient.
     """
     x, _ = in_order(x, [weight])

@@ -15,8 +15,8 @@ def active_isa() -> str:
     """The instruction set that the CPU kernels use.
 
     It is the set that `select_isa` or MISTRAL_EXT_ISA names, else the fastest set. If the
-    environment variable names an instruction set that this machine lacks, this function and every
-    op raise ValueError.
+    environment variable names an instruction set that this machine lacks, this function,
+    `select_isa` and every op on the CPU raise ValueError.
     """
     return _C.active_isa()
 

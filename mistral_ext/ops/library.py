@@ -1,4 +1,4 @@
-"""Registers every op as a torch operator, `torch.ops.mistral_ext.<name>`."""
+"""Registers ops as torch operators, `torch.ops.mistral_ext.<name>`."""
 
 from __future__ import annotations
 
@@ -68,12 +68,13 @@ def _find(name: str) -> torch._ops.OpOverload:
 
 
 def _guard(name: str) -> Callable[..., Any]:
-    """Makes an implementation of an op without a gradient, which torch calls where it records
-    gradients. It refuses arguments that require a gradient.
+    """Makes an implementation of an op without a gradient. Torch calls it outside inference mode.
 
-    Without it `backward` would silently leave out this op's gradient. The implementation also tells
-    torch which tensors the op has changed in place. Otherwise operations whose gradients need the
-    old values of those tensors would compute wrong gradients.
+    While torch records gradients, the implementation refuses arguments that require a gradient.
+    Otherwise `backward` would leave out this op's gradient, for some ops without a warning.
+
+    The implementation also tells torch which tensors the op has changed in place. Otherwise
+    operations whose gradients need the old values of those tensors would compute wrong gradients.
     """
 
     def run(*arguments: Any) -> Any:

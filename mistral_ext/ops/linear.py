@@ -51,8 +51,8 @@ def linear(
         x: [T, K].
         weight: [N, K], contiguous, with the dtype of x, or `Quantized`. Or up to 3 weights, such as
             those of query, key and value: they are multiplied in one pass, as if they were stacked,
-            and each may have its own format. Or a `JoinedWeight`, which torch multiplies as one
-            matrix.
+            and each may have its own format. Or a `JoinedWeight`, which is one matrix where torch
+            multiplies it.
         norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product. None: x is not
             normalised.
         eps: epsilon of the RMSNorm.
@@ -151,9 +151,9 @@ register(
 def linear_residual(x: Tensor, weight: Weight, residual: Tensor) -> None:
     """residual += x @ weight.T, in place: the end of an attention or feed-forward block.
 
-    The sum is rounded to the dtype once. If another step comes between the product and the sum (an
-    adapter, a sum over devices), call `linear` and then `rms_norm` with the residual, which adds
-    and normalises. The only difference in the result is that then the product is rounded as well.
+    The sum is rounded to the dtype once. If the product itself is needed (for a sum over devices),
+    call `linear`, and give its result and the residual to `rms_norm`, which adds them up. The
+    residual differs only because the product is rounded before it is added.
 
     Args:
         x: [T, K].
@@ -196,9 +196,10 @@ def linear_rope(
 ) -> Tensor:
     """Computes query, key and value of x, rotates q and k, and appends k and v to the rings.
 
-    The result has the same bits as that of `linear` followed by `rope`. On CUDA devices it takes
-    one launch for up to 64 tokens if all weights are plain, "int8", "int4" or "q8_0". Like `rope`,
-    this op leaves some tokens for `attention` to append.
+    The result has the same bits as that of `linear` followed by `rope`. On CUDA devices, up to 64
+    tokens take no more launches than `linear` if the weights have the same format and group, and it
+    is plain, "int8", "int4" or "q8_0". Like `rope`, this op leaves some tokens for `attention` to
+    append.
 
     Args:
         x: [T, K].

@@ -21,8 +21,8 @@ LARGE_PAGE = 2**21  # bytes
 def ask_for_large_pages(pages: mmap.mmap) -> None:
     """Asks for large pages, for a mapped file or for memory that has not been touched yet.
 
-    Only Linux offers large pages on request. A file's pages become large if its file system permits
-    it, and if they are not in memory as small pages already.
+    On other systems than Linux nothing is done. A file's pages become large if its file system
+    permits it, and if they are not in memory as small pages already.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # the kernel may lack large pages
@@ -30,8 +30,8 @@ def ask_for_large_pages(pages: mmap.mmap) -> None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Makes a tensor on the CPU as `torch.empty` does. It is in large pages if it is at least as
-    long as a large page."""
+    """Makes a tensor on the CPU as `torch.empty` does. If it is at least as long as a large page,
+    asks for large pages."""
     count = math.prod(shape)
     n_bytes = count * dtype.itemsize
     if n_bytes < LARGE_PAGE:

@@ -21,7 +21,7 @@ def round_to_table(weight: Tensor, out: Quantized, importance: Tensor | None = N
         out: the weight to fill, on the CPU.
         importance: [K] float32, how much an error in each input counts, such as the mean square of
             the input. None: all inputs count the same. They also count the same among 32 neighbours
-            whose importance is 0.
+            whose importances are all 0, or so small that products underflow.
 
     Returns:
         [N] float32, the largest magnitude in each row; not finite if the row holds NaN or infinity.

@@ -16,7 +16,7 @@ def repack(
 ) -> None:
     """Fills the values or the scales of a `Quantized` weight, or both, from blocks, without loss.
 
-    The weight is [N, K] in the format `BLOCK_FORMATS[type]`, with the fewest values in a group.
+    The weight is [N, K] in the format `BLOCK_FORMATS[type]`, with the format's smallest groups.
 
     Args:
         blocks: [N, bytes of a row] uint8 on the CPU, at any address, such as the rows of a mapped

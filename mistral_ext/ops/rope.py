@@ -27,10 +27,11 @@ def rope(
 
     The slot of a new token may hold an older token. If a query of the same chunk still sees the
     older token, `rope` does not append the new token: `attention` appends it later. So call `rope`
-    and then `attention` with the same table and window. Then all new tokens are in the rings.
+    and then `attention` with the same table and window. After both, the rings have the new tokens,
+    of a chunk that is longer than its ring the last C.
 
-    Scaled RoPE needs only other frequencies. If a model also multiplies cosine and sine by a factor
-    m, as YaRN does, give `attention` the scale m^2 / sqrt(D).
+    Scaled RoPE needs other frequencies. If a model also multiplies cosine and sine by a factor m,
+    as YaRN does, give `attention` the scale m^2 / sqrt(D).
 
     Args:
         q: [T, Hq, D], rotated in place.

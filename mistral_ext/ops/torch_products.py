@@ -87,7 +87,7 @@ def linear_swiglu(
 def linear_backward(d_out: Tensor, parts: Parts) -> Tensor:
     """Returns the product [T, K] of d_out [T, N] with the weights [N, K], for any number of tokens.
 
-    The product needs memory for the largest weight in the dtype of d_out.
+    Quantised weights are dequantised to the dtype of d_out (see `plain_weights`).
     """
     d_x: Tensor | None = None
     begin = 0
@@ -120,7 +120,8 @@ def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yields the weights in `dtype`. Quantised weights are dequantised. The parts of a
     `JoinedWeight` come as one weight.
 
-    Only one dequantised weight takes memory at a time.
+    A weight is dequantised when the caller asks for it. In a loop the weight before it still takes
+    memory then, but no others do.
     """
     if parts.whole is not None:
         yield parts.whole

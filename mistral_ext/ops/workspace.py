@@ -38,8 +38,8 @@ def heard_by(recorder: Recorder) -> Iterator[None]:
 def execution_target(x: Tensor) -> int:
     """Where a kernel on x runs: the number of threads on a CPU, the current stream on a GPU.
 
-    Only ops without a workspace call this function. Their kernels cannot be repeated, so a recorder
-    gives up.
+    Only calls without a workspace use this function. Their kernels cannot be repeated, so a
+    recorder gives up.
     """
     if _of_thread.recorder is not None:
         _of_thread.recorder.give_up()
@@ -53,11 +53,14 @@ def _target(x: Tensor) -> int:
 
 
 def run(call: _C.Call, x: Tensor, out: Tensor | None = None) -> None:
-    """Runs a checked call on the device of x, its first argument, with the workspace that it needs.
+    """Runs a checked call with the workspace that it needs.
 
-    The caller keeps all tensors of the call alive.
+    The caller keeps all tensors of the call alive until this function returns.
 
     Args:
+        call: the call.
+        x: a tensor of the call, on whose device it runs. If `out` is given, the tensor that the
+            call reads.
         out: the tensor that the call writes to, if the call can be repeated. Then x and `out` must
             be the only tensors of the call that a recorder has to keep alive.
     """

@@ -43,7 +43,7 @@ async def read_object(scope: Scope, receive: Receive, most: int) -> dict[str, An
 
     Raises:
         ApiError: 413 if the body is larger, 408 if it comes too slowly, 400 if it is not a JSON
-            object.
+            object or has another content type.
         DisconnectedError: the client hung up before the end of the body.
     """
     _check_content_type(scope)

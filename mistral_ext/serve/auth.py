@@ -15,7 +15,7 @@ _OPEN_FOLDER = "/page/"
 
 
 class KeyCheck:
-    """Passes requests with a valid key on to an application.
+    """Passes requests with a valid key, and requests for open paths, on to an application.
 
     Args:
         app: the application.

@@ -56,7 +56,7 @@ _NO_RETRY = {"x-should-retry": "false"}
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The request can never be answered."""
+    """The request cannot be answered as it is."""
     return ApiError(400, message, param, code)
 
 

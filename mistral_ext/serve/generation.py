@@ -31,15 +31,15 @@ class Generation:
     """Runs completions, and gives their outputs in order.
 
     Outputs wait here until the event loop takes them. The event loop calls all methods except
-    `_take`, which the engine's thread calls.
+    `_take` and `_note`, which the engine's thread calls.
 
     Args:
         engine: the thread that steps the engine.
         requests: the completions' requests.
         began: the time at which the HTTP request arrived, of `time.perf_counter`.
         metrics: counts tokens and times.
-        max_unread: the number of outputs that may wait. If there are more, the completions end, and
-            `on_overflow` is called. None: any number may wait, because no client has to read them.
+        max_unread: as soon as this many outputs wait, the completions end, and `on_overflow` is
+            called. None: any number may wait, because no client has to read them.
 
     Attributes:
         progress: the progress of each completion.

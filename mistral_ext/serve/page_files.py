@@ -14,8 +14,8 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Browsers may only use scripts and styles from these files, and load nothing from another server.
-# So whatever a model writes remains text.
+# Browsers may only use scripts and styles from files of this server, and load nothing from another
+# server. So nothing that a model writes can run as a script.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -176,7 +176,7 @@ def _replica_name() -> str:
 
 def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) -> int:
     """Serves until SIGTERM or SIGINT, then lets replicas finish their requests. A second signal
-    ends them.
+    ends this process at once, and the cluster if it has started one.
 
     Joins the cluster that the variable RAY_ADDRESS names, or starts a cluster on this machine.
     The arguments are those of `application`.
@@ -186,6 +186,7 @@ def run(settings: Settings, arguments: Mapping[str, Any], replicas: Replicas) ->
 
     Raises:
         ValueError, TypeError: an argument is wrong.
+        OSError: the address cannot be bound.
         RuntimeError: no replica could be started, or the cluster already has the application, or
             Ray has failed. The message has Ray's reason.
     """
@@ -276,7 +277,7 @@ def _reason(error: RuntimeError) -> str:
 @contextmanager
 def _cluster(replicas: Replicas) -> Iterator[bool]:
     """Connects to a Ray cluster. Yields whether this call has started the cluster. Such a cluster
-    has room for all replicas."""
+    counts as many cores as all replicas need."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else Ray reports usage to its makers
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # else Ray drops log lines of requests
     import ray

@@ -41,8 +41,9 @@ def check(value: Any, schema: Schema, name: str) -> None:
 
 
 def _are_integers(values: list[Any], schema: Schema) -> bool:
-    """Whether all values are valid integers. There may be a million values, so they are checked
-    together instead of one by one."""
+    """Checks a list of integers. There may be a million, so they are checked together. False: the
+    items have to be checked one by one, because an item is wrong or is no int, or there are
+    none."""
     if schema.get("type") != "integer" or {*map(type, values)} != {int}:
         return False
     least, most = min(values), max(values)

@@ -78,7 +78,7 @@ class Service:
         self.engine.start()
 
     def stop(self) -> None:
-        """Ends the remaining requests and the engine's thread."""
+        """Ends the engine's thread, after the caller has ended the requests (`end_all`)."""
         self.engine.stop()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
@@ -209,7 +209,8 @@ class Service:
             await asyncio.wait_for(self._idle.wait(), self.settings.drain_seconds)
         except asyncio.TimeoutError:
             self.end_all(errors.shutting_down())
-            with suppress(asyncio.TimeoutError):  # a client may not read
+            # A client that does not read its error would block its request for ever.
+            with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), _LAST_SECONDS)
 
     def end_all(self, error: ApiError) -> None:

@@ -45,7 +45,7 @@ def has_control_shape(content: str) -> bool:
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text wherever the text spells it out.
+    """A token that a text may spell out.
 
     Attributes:
         control: whether the token is a signal and not text: a file marks it special, or it has the
@@ -156,8 +156,8 @@ def _token(entry: Mapping[str, Any], special: set[str | None]) -> AddedToken:
 
 
 def _merge(tokens: dict[int, AddedToken], more: Iterable[AddedToken]) -> None:
-    """Adds tokens of another file. They replace earlier tokens, but a control token stays a control
-    token."""
+    """Adds tokens of another file. Earlier tokens stay, but one becomes a control token if the
+    other file says so."""
     by_content = {token.content: token.id for token in tokens.values()}
     for token in more:
         token_id = by_content.get(token.content, token.id)

@@ -51,6 +51,9 @@ class JinjaTemplate:
         path: the file of the template, for error messages.
         sources: templates by name. "default" is used, or with tools "tool_use" if there is one.
         tokenizer: the tokenizer, which knows the names of the tokens that the template may write.
+
+    Raises:
+        ValueError: no template has the name "default", or a template is not valid.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, str], tokenizer: Tokenizer) -> None:
@@ -108,7 +111,7 @@ class JinjaTemplate:
 
         If a message spells out a control token, a mark replaces the token's first character. The
         mark is a character that occurs nowhere else. So a template may cut, join and measure its
-        input, and every control token in its output comes from the template itself.
+        input, and what a message spells out does not become a control token.
         """
         template = self._template(tools)
         messages = _plain(list(messages), "messages")
@@ -206,7 +209,7 @@ def encode_chat(
         asks: whether the ids end where the model should reply. If False, the last message is the
             assistant's, and the ids end with this message.
 
-    Raises ValueError that says which message, or which order of roles, is wrong.
+    Raises TypeError or ValueError that says which message, or which order of roles, is wrong.
     """
     if isinstance(template, JinjaTemplate):
         _check_messages(messages, template, asks)
@@ -250,7 +253,7 @@ def extend_chat(
 
     cached_ids are the ids of the last turn: its prompt, and the reply as the model wrote it, with
     or without the end of the turn. The model may spell a reply in other tokens than the tokenizer
-    would. The result then keeps the model's tokens, so that nothing is read again.
+    would. The result then keeps the model's tokens, so that the reply is not read again.
 
     If the text of cached_ids is not the beginning of the conversation's text, the result is the
     same as encode_chat()'s. Then only a common prefix with cached_ids can be reused. This happens
@@ -276,12 +279,12 @@ def _length_of(tokenizer: Tokenizer, ids: Sequence[int], text: bytes) -> int | N
         if length >= len(text):
             return count if length == len(text) else None
         length += len(transcript(tokenizer, [token_id]))
-    return None
+    return len(ids) if length == len(text) else None
 
 
 def transcript(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    """The text of ids as bytes. Each control token is between two bytes 0xFF, which UTF-8 never
-    has."""
+    """The text of ids as bytes. A control token becomes its id between two bytes 0xFF, which do not
+    occur in UTF-8."""
     return b"".join(tokenizer.token_bytes(i) or b"\xff%d\xff" % i for i in ids)
 
 

@@ -80,8 +80,8 @@ def guided(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def closed(schema: Any) -> Any:
-    """A copy of a schema in which objects have only the listed properties, unless the schema says
-    that they may have others."""
+    """A copy of a schema in which objects with listed properties have no others, unless the schema
+    says that they may."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):

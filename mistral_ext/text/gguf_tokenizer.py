@@ -82,7 +82,7 @@ def gguf_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary | Non
 
 
 def gguf_chat_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the chat templates of a GGUF file by name, "default" first. The dict may be empty."""
+    """Returns the chat templates of a GGUF file by name. The dict may be empty."""
     key = "tokenizer.chat_template"
     templates = {
         "default" if name == key else name.removeprefix(f"{key}."): text
@@ -124,7 +124,8 @@ class _Tokens:
         return values
 
     def id_of(self, name: str, default: int | None = None) -> int | None:
-        """The id of the token with a special use, such as "eos"."""
+        """The id of the token with a special use, such as "eos". Returns `default` if the file does
+        not give it."""
         value = self._metadata.get(f"tokenizer.ggml.{name}_token_id", default)
         if value is not None and not (isinstance(value, int) and 0 <= value < len(self.texts)):
             raise ValueError(

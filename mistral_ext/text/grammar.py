@@ -2,7 +2,7 @@
 
 `GrammarCompiler` makes a `Grammar` from a `Constraint` for a tokenizer, with the library llguidance
 (extra `[structure]`). A `Matcher` follows one completion. A constraint that is not understood
-raises an error. It never leads to a completion without the constraint.
+raises an error, so that no completion is made without it.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class GrammarCompiler:
 
         Args:
             constraint: the rule that completions must match.
-            starts_text: whether completions begin a text. If False, they continue a text. Encoding
-                puts a space before a text. This space is then not part of the text that must match.
+            starts_text: whether completions begin a text. If False, they continue a text. If the
+                tokenizer puts a space before a text (`Tokenizer.adds_first_space`), a completion
+                that begins a text has this space before what must match.
 
         Raises:
             ValueError: the constraint does not compile, or nothing matches it.
@@ -114,8 +115,8 @@ class Grammar:
     Args:
         vocabulary: the tokenizer's vocabulary, as llguidance has it.
         constraint: what completions have to match.
-        is_spaced: whether a space precedes the text that must match. The space is required before
-            text, and optional before JSON.
+        is_spaced: whether a space precedes the text that must match. Before JSON a space is
+            optional in any case.
 
     Attributes:
         is_spent: whether its automaton, which grows with use, has reached its limits. Then replace
@@ -162,7 +163,7 @@ class Grammar:
         return Matcher(self, self.state([]), self._first, end_ids, may_end)
 
     def allowed(self, matcher: LLMatcher) -> NDArray[np.bool_]:
-        """The tokens that may come next in a state, except tokens that end a completion.
+        """The tokens that may come next in a state, except the vocabulary's end-of-text token.
 
         Raises:
             ValueError: the grammar takes too much work, or no token may come next although the text
@@ -185,8 +186,8 @@ class Grammar:
         return allowed
 
     def bytes_in(self, allowed: NDArray[np.bool_]) -> int:
-        """A number for the set of bytes that may come next. It is the same for states in which the
-        same bytes may come next."""
+        """A number for the set of ASCII characters that may come next (as tokens of their own). It
+        is the same for states with the same set."""
         return hash(allowed[self._bytes].tobytes())
 
     def _problem(self, reason: str) -> ValueError:
@@ -207,7 +208,7 @@ class Matcher:
 
     Attributes:
         allowed: [V], whether each id of the tokenizer may come next. End tokens may come if the
-            text is complete.
+            text is complete and `may_end` is True.
         is_finished: whether the text is complete, and nothing else can follow.
         states: the numbers of `Grammar.bytes_in` for the states before each token so far, and for
             the current state.
@@ -309,8 +310,8 @@ class Ahead:
         """Takes a guess that may come next.
 
         Returns:
-            The number of `Grammar.bytes_in` for the state after the guess. None: nothing may
-            follow, or finding out what may follow takes too much work.
+            The number of `Grammar.bytes_in` for the state after the guess. None: the text is not
+            complete and nothing may follow, or finding out what may follow takes too much work.
         """
         self._state.consume_token(token_id)
         try:
@@ -331,7 +332,7 @@ class Ahead:
 
 
 def _single_bytes(vocabulary: LLTokenizer) -> NDArray[np.intp]:
-    """The tokens that are a single byte, if the vocabulary has them."""
+    """The tokens of single ASCII characters, if the vocabulary has them."""
     spelled = (vocabulary.greedy_tokenize(chr(byte)) for byte in range(128))
     return np.array([tokens[0] for tokens in spelled if len(tokens) == 1], dtype=np.intp)
 
@@ -354,7 +355,8 @@ def _source(constraint: Constraint, is_spaced: bool) -> str:
 
 
 def _grammars(constraint: Constraint, is_spaced: bool) -> list[dict[str, Any]]:
-    """Makes a grammar of the space before a text, and a grammar of the text."""
+    """Makes a grammar of the whole completion, and the grammar of the text in it. Before the text
+    the completion may have a space."""
     from llguidance import LLMatcher
 
     body: dict[str, Any] = {"name": "body"}

@@ -5,15 +5,15 @@ same extras. But a template can neither reach beyond its variables, nor run for 
 memory.
 
 - jinja2's sandbox keeps it to its variables.
-- Each turn of a loop, call, filter and operator is a step. The number of steps is limited, and so
-  is the time.
+- Each turn of a loop, call, filter, test and arithmetic operator is a step. The number of steps is
+  limited, and so is the time.
 - The size of each result is counted. If a short expression can make a large result, the size is
   counted before the result is made.
 
 Some functions are left out. For some, size or time cannot be measured: filters whose time may grow
 with the square of the text (`pprint`, `wordwrap`, `striptags`, `urlize`), and string methods that
 take a codec or a table (`encode`, `translate`). Random functions (`random`, `lipsum`) would give
-the same conversation different texts. No chat template needs `attr`, `urlencode` or `xmlattr`.
+the same conversation different texts. Chat templates do not need `attr`, `urlencode` or `xmlattr`.
 
 The limits need no thread, signal or process, so rendering works in any thread.
 """

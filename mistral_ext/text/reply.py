@@ -1,4 +1,5 @@
-"""Encodes the replies of a conversation as a model should write them, for training."""
+"""Encodes the last reply of a conversation as a model should write it, and the prompt before it,
+for training."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     """Reads a ``tokenizer.model`` and the tokens that files beside it add.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: a file is damaged, or the model has no <s> or no </s>.
     """
     refuse_lfs_pointer(path)
     return sentencepiece_vocabulary(path, path.read_bytes(), read_added_tokens(path.parent))
@@ -108,8 +108,8 @@ def _add(
     text.
 
     An added token may have the id of a token of the base vocabulary. If it has the same name, that
-    token does not change. If it has a new name, it replaces that token, which should be a reserved
-    one.
+    token keeps its bytes, unless it becomes a control token. If it has a new name, it replaces that
+    token, which should be a reserved one.
     """
     found = []
     for i, token in added.tokens.items():

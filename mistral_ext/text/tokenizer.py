@@ -1,10 +1,10 @@
 """Turns text into token ids and back, with the vocabularies of Mistral 7B and of Llama models.
 
-Mistral 7B has three vocabularies. v1 has 32000 tokens: <unk>, <s>, </s>, 256 bytes and ordinary
-pieces. v2 and v3 have 32768 tokens: 768 more control tokens ([INST], [/INST], ...) come first, and
-all other ids are higher by 768. All three are SentencePiece BPE: a space is written "▁" inside a
-token, encoding puts one space before the text, and a character without its own token is spelled in
-byte tokens <0xNN>.
+Mistral 7B has two vocabularies. v1 has 32000 tokens: <unk>, <s>, </s>, 256 bytes and ordinary
+pieces. v2 and v3 have 32768 tokens: 768 more control tokens ([INST], [/INST], ...) follow </s>, and
+later ids are higher by 768. Both are SentencePiece BPE: a space is written "▁" inside a token,
+encoding puts one space before the text, and a character without its own token is spelled in byte
+tokens <0xNN>.
 
 Fine-tunes add their own tokens (`added_tokens`). Added tokens that are text are found in every
 text. Control tokens are found only on request, so that nobody's text can end a turn of a chat.
@@ -87,7 +87,7 @@ class Tokenizer:
             file marks it special, or if it has the form <|name|>, because many fine-tunes do not
             mark <|im_start|> and <|im_end|>.
         names: the texts of tokens by their use ("bos_token", "pad_token", ...), if the files name
-            them. None if the files say that there is no such token.
+            them. A text is None if the files say that there is no such token.
         base_size: the number of ids without added tokens. A model must have at least as many rows.
         adds_bos: whether encoding begins with the beginning-of-text token (true for Mistral's
             files).

@@ -2,9 +2,9 @@
 
 A model writes calls in the format that it was trained with. Mistral's models write the control
 token [TOOL_CALLS] and a JSON list of all calls. The Hermes models write each call between
-<tool_call> and </tool_call>. A completion with tools always has a grammar (`ToolUse.constraint`),
-so calls are valid JSON, name functions that exist, and match their parameters. `tool_parser` relies
-on this.
+<tool_call> and </tool_call>. A completion with tools has a grammar (`ToolUse.constraint`), so calls
+that are not cut off are valid JSON, name functions that exist, and match their parameters (unless
+the function says `"strict": false`). `tool_parser` relies on this.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ToolFormat:
 
     Attributes:
         begin: the id of a control token, or the text, that comes before calls.
-        end: the text after each call. None: one list has all calls, and no text comes after it.
+        end: the same after each call. None: one list has all calls, and no text comes after it.
     """
 
     begin: int | str

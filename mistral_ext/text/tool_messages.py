@@ -21,8 +21,8 @@ Message = Mapping[str, Any]
 def mistral_messages(messages: Sequence[Message]) -> list[ChatMessage]:
     """Converts messages to the classes of mistral-common.
 
-    If the id of a call does not have Mistral's form, it gets another id, always the same. Text
-    beside calls is dropped, because Mistral's templates have no place for it.
+    If the id of a call does not have Mistral's form, it gets another id, which is computed from it.
+    Text beside calls is dropped, because Mistral's templates have no place for it.
 
     Raises:
         ValueError: a message is wrong. The error names the message.

@@ -1,12 +1,12 @@
 """LoRA adapters in files: peft's, Mistral's own and GGUF's.
 
-All three kinds of files are read into the same dict. Its keys are Mistral's names of weights
-without ".weight", such as "layers.0.attention.wq". Its values are the updates of these weights
-(`LowRank`). For wq and wk the rows of b are in Hugging Face's order, like the rows of the weights
-(`checkpoint`).
+All three kinds of files are read into the same kind of dict. Its keys are Mistral's names of
+weights without ".weight", such as "layers.0.attention.wq". Its values are the updates of these
+weights (`LowRank`). For wq and wk the rows of b are in Hugging Face's order, like the rows of the
+weights (`checkpoint`).
 
-Nothing is ignored. An unsupported setting that changes the arithmetic, or a tensor that belongs to
-no weight of the model, raises an error that names it.
+A tensor that belongs to no weight of the model raises an error that names it. So does a known
+setting that changes the arithmetic and is not supported.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def read_adapter(path: str | Path, config: MistralConfig) -> dict[str, LowRank]:
         config: the configuration of the model for which the adapter is made.
 
     Returns:
-        The update of each weight that the adapter changes. The tensors are mapped into memory.
+        The update of each weight that the adapter changes. Tensors that need not change are mapped
+        into memory.
 
     Raises:
         FileNotFoundError: there is no adapter.

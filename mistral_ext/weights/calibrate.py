@@ -5,10 +5,10 @@ each other are its Hessian. It says how much an error in each weight counts, and
 can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text
 goes on through the rounded matrix, so that later matrices see its errors and can compensate them.
 
-The memory needed is at most that of one layer in fp32, of the Hessian of its longest rows, of the
-inputs of all tokens to that matrix, and of their hidden states. The embeddings in fp32 are added if
-they are the output matrix, too. Finished layers are kept in a folder (kept.py), so that a run that
-was interrupted continues there.
+This takes about the memory of one layer in fp32, of the Hessian of its longest rows, of the inputs
+of all tokens to that matrix, and of their hidden states. The embeddings in fp32 are added if they
+are the output matrix, too. Finished layers are kept in a folder (kept.py), so that a run that was
+interrupted continues there.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ class CalibratedLayers:
         identity: what the embedded text is, such as a hash of it. The weights of finished layers
             are compared when `rounded` gets them.
 
+    Attributes:
+        done: the number of finished layers.
+
     Raises:
         ValueError: the folder `kept` belongs to another run, or is damaged.
     """
@@ -74,8 +77,8 @@ class CalibratedLayers:
         must take the layers in order. `layer` is emptied, to save memory.
 
         Raises:
-            ValueError: the layer was rounded by an earlier run, from other weights; or it cannot be
-                rounded.
+            ValueError: the layer was rounded by an earlier run, and that from other weights or into
+                a file that is damaged now; or it cannot be rounded.
         """
         file, identity = self._kept / f"{index}.pt", hash_of_weights(layer.values())
         if index < self.done:
@@ -141,7 +144,7 @@ class CalibratedLayers:
                 errors = round_by(factor, weight, out)
                 _expect_finite_errors(errors, weight, full_name, out.format)
                 wide[name] = torch.sub(weight, errors, out=errors)
-            else:  # errors of 8 bits are not worth it
+            else:  # in 8 bits the errors are too small to be worth compensating
                 out = self._quantization.quantize(full_name, weight, full_name)
                 assert out is not None  # the layers' matrices are quantised
                 wide[name] = out.dequantize()
@@ -149,7 +152,7 @@ class CalibratedLayers:
 
 
 def identity_of(token_ids: Sequence[int], embeddings: Tensor) -> str:
-    """A hash of a text and of a model's embeddings. Models that were fine-tuned may share it."""
+    """A hash of a text and of a model's embeddings. Fine-tunes of one model may have the same."""
     return f"{hash_of_text(token_ids)} {hash_of_weights([embeddings])}"
 
 

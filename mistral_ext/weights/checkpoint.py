@@ -76,8 +76,8 @@ def load_weights(
     Args:
         folder: the result of :func:`mistral_ext.weights.folder.read_folder`. If it holds several
             formats, the first of `LAYOUTS` that is complete is used.
-        dtype: convert to bfloat16, float16 or float32. None keeps the stored dtype and copies
-            nothing. Quantised weights are not converted.
+        dtype: convert to bfloat16, float16 or float32. None keeps the stored dtype. Quantised
+            weights are not converted.
         progress: show a progress bar if stderr is a terminal.
         quantize: "int8" or "int4": quantise the weights to this format, one after another, unless
             they are stored in it. None: keep them as they are stored.
@@ -95,7 +95,8 @@ def load_weights(
         FileNotFoundError: no weights, or a file named by the index is missing.
         ValueError: a tensor is missing, unknown, truncated or has the wrong shape or dtype, or a
             file is damaged, or a tensor cannot be quantised; the message names the tensor and the
-            file. Or the model cannot run on the device.
+            file. Or the weights are quantised already to another number of bits, `dtype` is none of
+            the three, or the model cannot run on the device.
     """
     quantization = None if quantize is None else Quantization.from_name(quantize)
     checkpoint = Checkpoint(folder, dtype, quantization)
@@ -221,7 +222,7 @@ class Checkpoint:
     def weights(self, progress: bool = True) -> Iterator[tuple[str, Weight]]:
         """Reads one weight after another. Yields Mistral's name and the weight.
 
-        "output.weight" is missing if it is tied to the embeddings and not quantised.
+        "output.weight" is missing if the files do not have it, and it is not to be quantised.
         """
         n_bytes = {name: sum(part.nbytes for part in parts) for name, parts in self._parts.items()}
         with tqdm(
@@ -272,8 +273,8 @@ class Checkpoint:
 
 
 def tensor_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """Returns Mistral's name and the shape of every weight of a model, in the order of their
-    use."""
+    """Returns Mistral's name and the shape of every weight of a model, in the order of the
+    layers."""
     c = config
     shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (c.vocab_size, c.dim)}
     for i in range(c.n_layers):
@@ -348,7 +349,8 @@ def _match(
 ) -> dict[str, tuple[StoredTensor, ...]]:
     """Finds the stored tensors of each weight: one tensor, or values and scales as in `quantized`.
 
-    Raises ValueError unless the files hold exactly the tensors that are expected.
+    Raises ValueError if a tensor is missing or unknown, or has a wrong shape or dtype. Only the
+    output weights may be missing, if the embeddings serve instead or the model writes no text.
     """
     found = {stored.name: stored for stored in tensors}
     _expect_names(found, weights)

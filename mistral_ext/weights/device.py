@@ -135,9 +135,9 @@ def expect_runnable(
 def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device) -> None:
     """Replaces the weights of a model by copies on a device.
 
-    Weights are copied one at a time, and after each copy the pages of its file are released. A
-    weight with two names (tied embeddings) is copied once. Plain weights that are multiplied in one
-    pass are joined under a new name (`JOINED_QKV`, `JOINED_GATE_UP`). With many tokens, torch then
+    Weights are copied one at a time, and then let go, so that their memory can be freed. A weight
+    with two names (tied embeddings) is copied once. Plain weights that are multiplied in one pass
+    are joined under a new name (`JOINED_QKV`, `JOINED_GATE_UP`). With many tokens, torch then
     multiplies them in one product.
     """
     for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
@@ -150,7 +150,8 @@ def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device
                     del weights[name]
     first_name = {id(weight): name for name, weight in reversed(weights.items())}
     same = {name: first_name[id(weight)] for name, weight in weights.items()}
-    for name, weight in list(weights.items()):
+    for name in list(weights):
+        weight = weights[name]
         if isinstance(weight, JoinedWeight):
             continue
         weights[name] = weight.to(device) if same[name] == name else weights[same[name]]

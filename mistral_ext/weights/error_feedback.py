@@ -8,7 +8,7 @@ it. (GPTQ multiplies by the inverse of R, which is the factor of the inverse of 
 matrix is inverted but the blocks on R's diagonal: QuIP, Chee et al. 2023, arXiv:2307.13304, shows
 that the results are the same.)
 
-A block of columns b is rounded at once. The errors before it enter by one product, with
+A block of columns b is rounded in one step. The errors before it enter by one product, with
 R[:, b] R[b, b]^-1. Within the block a kernel does the rest with R[b, b]^-1.
 
 Of symmetric matrices only the lower triangle is made, in blocks of rows. The blocks on the diagonal
@@ -30,7 +30,7 @@ from mistral_ext.ops.weight import FORMATS
 
 _DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
 _LEAST_MEAN = 1e-30  # of the diagonal: of less, squares and their inverses leave the range of fp32
-_BLOCK = 256  # columns that are rounded at once, as many as share a scale in "iq4_xs"
+_BLOCK = 256  # columns that are rounded in one step: a block of "iq4_xs"
 # Rows of a symmetric matrix that are made at a time. On the diagonal `_add_squares` makes whole
 # blocks of so many rows. _BLOCK divides _ROWS, so blocks of _BLOCK rows are whole there, too.
 _ROWS = 2 * _BLOCK

@@ -57,7 +57,7 @@ COMPANIONS = (
     "chat_template*",
 )
 
-_QUANT_METHOD = "mistral_ext"  # the format of mistral_ext/weights/quantize.py
+_QUANT_METHOD = "mistral_ext"  # the quant_method of folders that `quantize` has written
 _OWN_KEY = "mistral_ext"  # a key of config.json for facts without a key of Hugging Face's
 
 
@@ -86,10 +86,10 @@ class WeightFiles:
 def read_folder(path: str | Path, **overrides: Any) -> ModelFolder:
     """Reads a folder or a GGUF file, except weights and tokenizer.
 
-    If a folder holds both formats, ``config.json`` is read, unless all weights there are Mistral's.
-    So the configuration comes from the same source as the weights (early ``config.json`` files of
-    v0.2 state a window that its ``params.json`` does not have). If a folder has no such weights but
-    one GGUF model, this model is read.
+    If a folder holds both formats, ``config.json`` is read, unless the weights to read are
+    Mistral's (`find_weights`). So the configuration comes from the same source as the weights
+    (early ``config.json`` files of v0.2 state a window that its ``params.json`` does not have). If
+    a folder has no such weights but one GGUF model, this model is read.
 
     Args:
         path: a local folder, or a GGUF file, in one or several parts (see
@@ -150,8 +150,7 @@ def find_weights(folder: str | Path) -> WeightFiles | None:
 
 def find_gguf(path: Path) -> Path | None:
     """Finds the GGUF file of a model: the path itself, or the only GGUF model in a folder without
-    other weights. If the model has several parts, returns the first. Returns None if there is no
-    such file.
+    other weights (its first part, if it has several). Returns None if there is no such file.
 
     Raises:
         ValueError: the folder holds several models in GGUF.
@@ -262,7 +261,8 @@ def _weights(folder: Path, layout: Layout) -> WeightFiles:
 
 
 def _quantization(values: dict[str, Any]) -> Quantization | None:
-    """The format of weights that `quantize` has written, according to a ``config.json``."""
+    """The formats of weights that `quantize` has written, according to a ``config.json``. None for
+    other weights."""
     settings, method, key = method_of(values)
     if method != _QUANT_METHOD:
         return None

@@ -144,7 +144,8 @@ def _part_files(path: Path) -> list[Path]:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all files of a model. `name` is one of them."""
+    """The names of all files of a model. `name` is one of them. Raises ValueError if the number of
+    its part is impossible."""
     match = _PART.fullmatch(name)
     if match is None:
         return [name]

@@ -50,7 +50,7 @@ def remove_kept(kept: Path) -> None:
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:
-    """Writes a state to a file. Even after a power cut the file is complete or absent."""
+    """Writes a state to a file. Even after a power cut the file is as before or complete."""
     partial = file.with_suffix(".part")
     with partial.open("wb") as f:
         torch.save(state, f)
@@ -89,8 +89,8 @@ def hash_of_text(token_ids: Iterable[int]) -> str:
 
 
 def hash_of_weights(weights: Iterable[Tensor]) -> str:
-    """A hash of a sample of the rows of matrices, and of whole vectors. Training or merging an
-    adapter changes every row of a matrix, or none."""
+    """A hash of a sample of the rows of matrices, and of whole vectors. A sample is enough, because
+    training or merging an adapter changes nearly all rows of a matrix, or none."""
     found = hashlib.sha256()
     for weight in weights:
         sample = weight[::_STEP] if weight.dim() > 1 else weight

@@ -17,7 +17,7 @@ from mistral_ext.weights.hub import resolve
 from mistral_ext.weights.new_folder import expect_free
 from mistral_ext.weights.new_model import write_model
 
-_ROWS = 1024  # rows of a weight that are merged at once: 100 MB in float64
+_ROWS = 1024  # rows of a weight that are merged at once: up to 117 MB of Mistral 7B in float64
 
 
 def merge_adapter(
@@ -27,7 +27,7 @@ def merge_adapter(
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes a model with an adapter merged into its weights, as a folder that loads anywhere.
+    """Writes a model with an adapter merged into its weights, in Hugging Face's format.
 
     A merged weight is computed in float64 and rounded once. Weights that the adapter does not
     change keep their bits, unless `dtype` changes them. The folder is either complete or absent

@@ -61,7 +61,8 @@ class Mixture:
             )
 
     def best(self, sensitivities: Mapping[str, float]) -> Quantization:
-        """The formats that lose the least.
+        """Chooses the formats. In the order of what 8 bits save per byte, each matrix gets 8 bits
+        if they still fit.
 
         Args:
             sensitivities: the loss of 4 bits in each matrix of the layers, by Mistral's names.

@@ -69,7 +69,8 @@ def mistral_name(name: str) -> str:
 
 
 def with_base_names(tensors: Iterable[StoredTensor], format: str) -> list[StoredTensor]:
-    """Renames tensors to the names that their format uses for a whole model.
+    """Renames tensors to the names that their format uses for a whole model. Leaves out stored
+    frequencies of RoPE.
 
     Args:
         tensors: the tensors with their names in the files.

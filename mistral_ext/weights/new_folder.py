@@ -33,9 +33,9 @@ def is_free(target: Path) -> bool:
 def new_folder(target: Path) -> Iterator[Path]:
     """Makes a folder to write files into, and renames it to `target` when the block ends.
 
-    Until then the folder lies beside `target` under another name. After an error, Ctrl-C, SIGTERM
-    or SIGHUP nothing is left. The folder gets its name only when all its files are on the disk, so
-    not even a power cut leaves a half-written folder.
+    Until then the folder lies beside `target` under another name. After an error, Ctrl-C, or (in
+    the main thread) SIGTERM or SIGHUP, it is removed. It gets its name only when all its files are
+    on the disk, so `target` is never half-written, not even after a power cut.
 
     Args:
         target: the path of the new folder. It must not exist, or be an empty folder.

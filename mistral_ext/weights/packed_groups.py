@@ -1,9 +1,10 @@
-"""Converts matrices of packed checkpoints to the formats of our kernels, without loss.
+"""Converts matrices of packed checkpoints to the formats of our kernels, without loss but for
+scales near 0.
 
 GPTQ, AWQ and compressed-tensors store w = scale * (q - zero), with a scale, and perhaps a zero
-point, for each group of neighbours in a row. They differ only in the order of bits. Our formats
-have groups of 32, 64 or 128. A larger group becomes several of our groups, which all have its scale
-and zero point.
+point, for each group of neighbours in a row. They differ in the order of bits, and in how they
+store zero points. Our formats have groups of 32, 64 or 128. A larger group becomes several of our
+groups, which all have its scale and zero point.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class GroupedMatrix:
         """Reads the scales and zero points, and returns them as the `scales` of a `Quantized`.
 
         Raises:
-            ValueError: a scale is not finite, or fp16 cannot hold it.
+            ValueError: a scale is not finite, or too large for fp16.
         """
         stored = self.scale()
         scale = stored.to(self.form.scales.dtype)

@@ -1,8 +1,8 @@
 """The weights of a packed checkpoint: GPTQ, AWQ, compressed-tensors or bitsandbytes.
 
-If one of our formats can hold the numbers of a matrix, the matrix keeps them, as the values and
-scales of a `Quantized`. Other matrices are decoded as they are read. The names of its tensors tell
-whether a matrix is packed, so a checkpoint may also have matrices that are not.
+Matrices of the first three keep their numbers, as the values and scales of a `Quantized`, unless
+they are to be rounded again. Matrices of bitsandbytes are decoded as they are read. The names of
+its tensors tell whether a matrix is packed, so a checkpoint may also have matrices that are not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _READERS: dict[str, _Reader] = {
     "compressed-tensors": compressed_tensors,
     "bitsandbytes": nf4,
 }
-# The ends of names of tensors that only packed layers have.
+# Tensors that only packed layers have, by the ends of their names after the layer's.
 _MARKS = ("qweight", "qzeros", "weight_packed", "weight.absmax", "weight.quant_map")
 
 
@@ -67,7 +67,7 @@ def read_packed(
     dtype: torch.dtype,
     quantization: Quantization | None,
 ) -> PackedWeights:
-    """Finds the packed matrices of a checkpoint. Reads only their zero points and orders.
+    """Finds the packed matrices of a checkpoint. Reads only small tensors, such as zero points.
 
     Args:
         tensors: all tensors of the files, by the names of `mistral_ext.weights.names`.

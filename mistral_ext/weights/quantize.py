@@ -2,8 +2,8 @@
 
 A weight is its value times a scale. `Quantization.format_of` gives the format of each matrix
 (csrc/formats.h). The caller chooses the format of the layers' matrices, and some of them may have
-another format (mixed.py). The output matrix always gets 8 bits, because it decides which token is
-chosen. Embeddings (a token reads only one row) and norms are not quantised.
+another format (mixed.py). The output matrix gets 8 bits, because it decides which token is chosen.
+Embeddings (a token reads only one row) and norms are not quantised.
 
 8 bits: the scale is the largest magnitude / 127. It is for 32 neighbours in a row ("q8_0", 8.5 bits
 with the scales) or for the whole row ("int8", the format of older folders). Some GPUs multiply
@@ -46,8 +46,8 @@ from mistral_ext.weights.names import mistral_name
 
 # The names that callers use -> formats.
 NAMES = {"int8": "q8_0", "int4": "iq4_xs"}
-# The formats that `quantize` makes. Other formats come only from files.
 _OF_TABLE = ("iq4_xs", "iq4_nl")
+# The formats that `quantize` makes. Other formats come only from files.
 _MADE = ("int8", "int4", "q8_0", *_OF_TABLE)
 # A format -> the format of rows that do not divide into its groups.
 _FOR_OTHER_ROWS = {"iq4_xs": "iq4_nl"}

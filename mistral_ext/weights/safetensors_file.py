@@ -45,7 +45,7 @@ class StoredTensor:
     dtype: torch.dtype | str  # str: the file's name of an unsupported dtype
     shape: tuple[int, ...]
     nbytes: int
-    read: Callable[[], Tensor]  # maps the tensor, without reading its data yet
+    read: Callable[[], Tensor]  # maps the tensor into memory, or reads it if it must be converted
 
 
 # Reading
@@ -106,8 +106,8 @@ def _parse_header(header: bytes) -> list[tuple[str, str, tuple[int, ...], int, i
 def _map(file: Path, offset: int, dtype: torch.dtype | str, shape: tuple[int, ...]) -> Tensor:
     """Makes a tensor of the file's own pages.
 
-    Each tensor has its own mapping, which ends with the tensor. So after a tensor was copied, its
-    pages do not stay in memory.
+    Each tensor has its own mapping, which ends with the tensor. So after a tensor was copied, the
+    process does not hold its pages any more.
     """
     if isinstance(dtype, str):
         raise ValueError(f"{file} has dtype {dtype}, expected one of {', '.join(DTYPES)}")

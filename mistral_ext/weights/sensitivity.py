@@ -9,9 +9,10 @@ diagonal). Errors at different tokens are treated as independent. On SmolLM2 thi
 1.3 times and wv 0.6 times as sensitive as they are. But choices from the sums of errors are no
 better.
 
-A sequence is run through the model, and the gradient back, one layer at a time in float32. The
-memory needed is that of one layer, of the output matrix, and of the hidden states before each
-layer."""
+A sequence is run through the model, and the gradient back, one layer at a time in float32. This
+takes about the memory of one layer, of the output matrix, and of the hidden states before each
+layer.
+"""
 
 from __future__ import annotations
 

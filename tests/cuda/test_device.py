@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -227,6 +228,20 @@ def test_tied_embeddings_are_copied_once(tmp_path):
     assert {name: weight.shape for name, weight in tensors.items()}.items() <= shapes.items()
     assert {weight.device.type for weight in tensors.values()} == {"meta"}
     assert len({id(weight) for weight in tensors.values()}) == len(tensors) - 1
+
+
+def test_a_weight_is_let_go_when_it_is_copied():
+    alive, at_copies = weakref.WeakSet(), []
+
+    class Weight:
+        def to(self, device):
+            at_copies.append(len(alive))
+            return torch.empty(0, device=device)
+
+    weights = {name: Weight() for name in "abcd"}
+    alive.update(weights.values())
+    move_weights(weights, torch.device("meta"))
+    assert at_copies == [4, 3, 2, 1]
 
 
 def test_what_is_multiplied_in_one_pass_is_joined(tmp_path):

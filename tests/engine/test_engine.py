@@ -199,6 +199,15 @@ def test_a_listener_hears_all_of_its_request_and_may_abort_another(models):
     assert_empty(engine)
 
 
+def test_outputs_have_no_log_probabilities_unless_they_are_requested(models):
+    engine = engine_of(models[None])
+    heard = []
+    engine.add(request(prompt(40), 3, logprobs=None), heard.append)
+    while engine.has_work:
+        engine.step()
+    assert {output.logprobs for output in heard} == {None}
+
+
 def test_what_can_never_fit_is_refused(models):
     engine = engine_of(models[None], cache_tokens=500)
     message = r"needs 501 tokens of cache \(400 of prompt, 501 with its completion\).* are 500"

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from chat_templates import MISTRAL_V1
 
-from mistral_ext.text.chat_template import chat_template_of, encode_chat, extend_chat
+from mistral_ext.text.chat_template import (
+    _length_of,
+    chat_template_of,
+    encode_chat,
+    extend_chat,
+    transcript,
+)
 from mistral_ext.text.tokenizer import Tokenizer
 from mistral_ext.weights.folder import is_instruct
 
@@ -279,6 +285,17 @@ def test_reply_as_the_model_spelled_it(version, seed, eos, tokenizers):
     messages = [*TURNS, assistant("Fine."), user("Good.")]
     cached = extended + tokenizer.encode("Fine.", bos=False) + [tokenizer.eos_id]
     assert extend_chat(tokenizer, messages, cached)[: len(cached)] == cached
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_length_of_a_beginning(version, tokenizers):
+    tokenizer = tokenizers[version]
+    ids = encode_chat(tokenizer, TURNS)
+    lengths = range(len(ids) + 1)
+    texts = [transcript(tokenizer, ids[:length]) for length in lengths]
+    assert [_length_of(tokenizer, ids, text) for text in texts] == list(lengths)
+    assert _length_of(tokenizer, ids, texts[-1] + b"a") is None
+    assert _length_of(tokenizer, ids, texts[1][:-1]) is None  # within a token
 
 
 @pytest.mark.parametrize("version", VERSIONS)
