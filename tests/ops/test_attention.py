@@ -93,6 +93,13 @@ def test_long_after_the_window_was_passed(dtype):
         batch.step(counts)
 
 
+def test_new_keys_that_fill_a_block_of_the_decode_kernel(isa):
+    """16 tokens with a query row each: only the last of them sees all keys of the block."""
+    batch = RaggedBatch([40, 40], 40, 2, 2, 64)
+    for counts in ((16, 3), (16, 16)):
+        batch.step(counts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [32, 128])
 def test_few_tokens_and_many_keys(isa, dtype, dim):

@@ -39,23 +39,29 @@ class DecodeRows {
     }
   }
 
-  // Adds `keys` to the attention of all rows. position_of(row) is the position of a row.
+  // Adds `keys` to the attention of all rows. position_of(row) is the position of a row. No row has
+  // a lower position than the row before it.
+  //
+  // The steps of a softmax wait for each other. Meanwhile the processor computes the scores of the
+  // next block, which come before the products that need the softmax.
   template <class PositionOf>
   void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
               const PositionOf& position_of) {
+    const int64_t lowest = position_of(0), highest = position_of(rows - 1);
+    for (int64_t row = 0; row < rows; row += kRowBlock) score(keys, 0, row, dim);
     for (int64_t first = 0; first < keys.count; first += kKeys) {
       const int64_t count = mistral::min(kKeys, keys.count - first);
       const int64_t position = keys.position + first;
-      const T* k = keys.k + first * keys.stride_k;
-      const T* v = keys.v + first * keys.stride_v;
+      const bool all_visible = count == kKeys && window_begin(highest, window) <= position &&
+                               position + count <= lowest + 1;
+      for (int64_t row = 0; row < rows && !all_visible; ++row) {
+        const int64_t own = position_of(row);
+        hide(row, window_begin(own, window) - position, mistral::min(count, own + 1 - position));
+      }
+      for (int64_t row = 0; row < rows; row += kRowBlock) fold(row, scale);
       for (int64_t row = 0; row < rows; row += kRowBlock) {
-        score(k, keys.stride_k, count, row, dim);
-        for (int64_t r = 0; r < kRowBlock; ++r) {
-          const int64_t own = position_of(row + r);
-          hide(r, window_begin(own, window) - position, mistral::min(count, own + 1 - position));
-        }
-        fold(row, scale);
-        accumulate(v, keys.stride_v, count, row, dim);
+        score(keys, first + kKeys, row, dim);
+        accumulate(keys, first, row, dim);
       }
     }
   }
@@ -71,67 +77,67 @@ class DecodeRows {
   // at least kDepth.
   static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
 
-  // The index of the score of row r and a key.
-  static int64_t index(int64_t r, int64_t key) {
-    return key / kGroup * kLanes + r * kGroup + key % kGroup;
-  }
-  // The index of the probability of row r and a key.
-  static int64_t probability_index(int64_t r, int64_t key) {
-    return (key / kNeighbours * kRowBlock + r) * kNeighbours + key % kNeighbours;
-  }
-
-  // scores = q k^T. If the last group of keys is incomplete, its last key is repeated, and the
-  // scores of the repetitions are hidden.
+  // scores = q k^T for kRowBlock rows and the keys from `first` on, if there are any. If the last
+  // group of keys is incomplete, its last key is repeated, and the scores of the repetitions are
+  // hidden.
   //
   // The next block is fetched in the order of addresses, although the rows of this block are read
   // side by side. Then the hardware prefetchers take part, which is worth 15 %. In a ring the next
   // block follows this block in memory. In a chunk the keys may be further apart, but with few
   // query rows a chunk has only one block.
-  void score(const T* k, int64_t stride, int64_t count, int64_t row, int64_t dim) {
+  //
+  // Inlined, this function and `accumulate` would share too few registers for their addresses.
+  [[gnu::noinline]] void score(const Keys<T>& keys, int64_t first, int64_t row, int64_t dim) {
+    const int64_t count = mistral::min(kKeys, keys.count - first);
+    const T* k = keys.k + first * keys.stride_k;
     const T* next = k + kKeys * dim;
     for (int64_t key = 0; key < count; key += kGroup) {
       prefetch(next + key * dim, kGroup * dim);
-      const T* keys[kGroup];
-      for (int64_t j = 0; j < kGroup; ++j) keys[j] = k + mistral::min(key + j, count - 1) * stride;
+      const T* group[kGroup];
+      for (int64_t j = 0; j < kGroup; ++j) {
+        group[j] = k + mistral::min(key + j, count - 1) * keys.stride_k;
+      }
       Vec partial[kLanes];
       for (Vec& lanes : partial) lanes = broadcast(0.0f);
       for (int64_t d = 0; d < dim; d += kStep<A>) {
         typename A::Operand x[kGroup];
-        for (int64_t j = 0; j < kGroup; ++j) x[j] = A::load_row(keys[j] + d);
+        for (int64_t j = 0; j < kGroup; ++j) x[j] = A::load_row(group[j] + d);
         for (int64_t r = 0; r < kRowBlock; ++r) {
-          const auto y = A::load(q + (row + r) * dim + d);
+          const auto y = load_once<A>(q + (row + r) * dim + d);
           for (int64_t j = 0; j < kGroup; ++j) {
             partial[r * kGroup + j] = A::multiply_add(x[j], y, partial[r * kGroup + j]);
           }
         }
       }
       for (int64_t i = 0; i < kLanes; i += Vec::width) {
-        store(scores_ + key * kRowBlock + i, sums(partial + i));
+        store(scores_ + row * kKeys + key * kRowBlock + i, sums(partial + i));
       }
     }
   }
 
-  // Row r sees only the keys [begin, end) of the block. Hides its other scores.
-  void hide(int64_t r, int64_t begin, int64_t end) {
-    for (int64_t key = 0; key < mistral::min(begin, kKeys); ++key) {
-      scores_[index(r, key)] = -INFINITY;
-    }
-    for (int64_t key = mistral::max(end, 0); key < kKeys; ++key) {
-      scores_[index(r, key)] = -INFINITY;
-    }
+  // The row sees only the keys [begin, end) of the block. Hides its other scores.
+  void hide(int64_t row, int64_t begin, int64_t end) {
+    const int64_t r = row % kRowBlock;
+    const auto score_of = [&](int64_t key) -> float& {
+      return scores_[(row - r) * kKeys + key / kGroup * kLanes + r * kGroup + key % kGroup];
+    };
+    for (int64_t key = 0; key < mistral::min(begin, kKeys); ++key) score_of(key) = -INFINITY;
+    for (int64_t key = mistral::max(end, 0); key < kKeys; ++key) score_of(key) = -INFINITY;
   }
 
   // Folds the scores into the running softmax. Writes the probabilities, relative to the maximum of
   // all scores so far. Also writes a factor for each row: the earlier sums of the row are relative
   // to the earlier maximum, so they must be multiplied by this factor.
   void fold(int64_t row, float scale) {
+    const float* scores = scores_ + row * kKeys;
+    Element* probabilities = probabilities_ + row * kKeys;
     for (int64_t i = 0; i < kLanes; i += Vec::width) {
       float* maximum = maximum_ + row * kGroup + i;
       float* total = total_ + row * kGroup + i;
       const Vec before = load(maximum);
       Vec highest = before;
       for (int64_t j = i; j < kKeys * kRowBlock; j += kLanes) {
-        highest = vmax(highest, load(scores_ + j) * broadcast(scale));
+        highest = vmax(highest, load(scores + j) * broadcast(scale));
       }
       highest = largest_of_quarter(highest);
       const Vec base = finite(highest), factor = exp(before - base);
@@ -139,7 +145,7 @@ class DecodeRows {
       for (int64_t j = i; j < kKeys * kRowBlock; j += A::kDepth * kLanes) {
         Vec p[A::kDepth];
         for (int64_t n = 0; n < A::kDepth; ++n) {
-          p[n] = exp(load(scores_ + j + n * kLanes) * broadcast(scale) - base);
+          p[n] = exp(load(scores + j + n * kLanes) * broadcast(scale) - base);
           sum = sum + p[n];
         }
         if constexpr (kGroup < A::kDepth) {
@@ -148,44 +154,50 @@ class DecodeRows {
           const Vec first = p[0], second = p[1];
           interleave(first, second, p);
         }
-        A::store(probabilities_ + j, A::convert(p));
+        A::store(probabilities + j, A::convert(p));
       }
       store(maximum, highest);
       store(total, sum);
-      store(factors_ + i, factor);
+      store(factors_ + row * kGroup + i, factor);
     }
   }
 
-  // out = factor * out + p v. If the number of values is odd, the last value is paired with itself.
-  // The second probability of this pair is 0.
-  void accumulate(const T* v, int64_t stride, int64_t count, int64_t row, int64_t dim) {
+  // out = factor * out + p v, for kRowBlock rows and the values from `first` on. If the last
+  // neighbours are incomplete, the last value is repeated. The probabilities of the repetitions are
+  // 0.
+  [[gnu::noinline]] void accumulate(const Keys<T>& keys, int64_t first, int64_t row, int64_t dim) {
+    const int64_t count = mistral::min(kKeys, keys.count - first);
+    const T* v = keys.v + first * keys.stride_v;
     const T* next = v + kKeys * dim;
-    add_weighted<A>(
+    const T* values[kKeys];
+    for (int64_t key = 0; key < kKeys; ++key) {
+      values[key] = v + mistral::min(key, count - 1) * keys.stride_v;
+    }
+    add_weighted<A, kNeighbours>(
         count, dim,
         [&](int64_t key, int64_t d, auto& columns) {
           constexpr int64_t M = sizeof columns / sizeof columns[0];
           prefetch(next, A::kDepth * M * Vec::width);
           next += A::kDepth * M * Vec::width;
-          const T* values[A::kDepth];
-          for (int64_t i = 0; i < A::kDepth; ++i) {
-            values[i] = v + mistral::min(key + i, count - 1) * stride + d;
-          }
           for (int64_t m = 0; m < M; m += A::kDepth) {
-            A::load_columns(values, columns + m);
-            for (const T*& value : values) value += kStep<A>;
+            const T* from[A::kDepth];
+            for (int64_t i = 0; i < A::kDepth; ++i) from[i] = values[key + i] + d + m * Vec::width;
+            A::load_columns(from, columns + m);
           }
         },
-        [&](int64_t r, int64_t key) { return probabilities_ + probability_index(r, key); },
-        [&](int64_t r) { return factors_[r * kGroup]; }, out + row * dim);
+        [&](int64_t r, int64_t key) {
+          return probabilities_ + row * kKeys + key * kRowBlock + r * kNeighbours;
+        },
+        [&](int64_t r) { return factors_[(row + r) * kGroup]; }, out + row * dim);
   }
 
   // These arrays have the layout of a vector of scores: a lane for each row and key of a group. All
   // lanes of a row hold the same maximum and factor. The total of a row is the sum of its lanes.
   alignas(64) float maximum_[kRows * kGroup];
   alignas(64) float total_[kRows * kGroup];
-  alignas(64) float factors_[kLanes];
-  alignas(64) float scores_[kKeys * kRowBlock];
-  alignas(64) Element probabilities_[kKeys * kRowBlock];
+  alignas(64) float factors_[kRows * kGroup];
+  alignas(64) float scores_[kRows * kKeys];
+  alignas(64) Element probabilities_[kRows * kKeys];
 };
 
 }  // namespace mistral::cpu::MISTRAL_ISA

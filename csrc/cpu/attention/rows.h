@@ -39,25 +39,42 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + i);
 }
 
+// Loads an operand into a register. GCC would read floats from memory again for each product, and
+// loads, not products, would limit the speed.
+template <class A>
+MISTRAL_SIMD typename A::Operand load_once(const typename A::Element* x) {
+  typename A::Operand operand = A::load(x);
+#if defined(__AVX2__)
+  asm("" : "+v"(operand.v));
+#endif
+  return operand;
+}
+
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns, from column d
-// on. weights(r, key) points to the weights of row r for kDepth keys, from `key` on. values(key, d,
-// columns) loads M vectors of the values of these keys. factor(r) is the factor of row r.
+// on. weights(r, key) points to the weights of row r for kNeighbours keys, from `key` on, a
+// multiple of kNeighbours. values(key, d, columns) loads M vectors of the values of kDepth keys.
+// factor(r) is the factor of row r. If `keys` is no multiple of kNeighbours, the last neighbours
+// are added too.
 //
 // The new products are summed on their own and added to `out` at the end. If thousands of keys were
 // added to `out` one by one, this large number would be rounded each time.
-template <int64_t M, class A, class Values, class Weights, class Factor>
+template <int64_t M, class A, int64_t kNeighbours, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {
   Vec sums[kRowBlock][M];
   for (auto& of_row : sums) {
     for (Vec& sum : of_row) sum = broadcast(0.0f);
   }
-  for (int64_t key = 0; key < keys; key += A::kDepth) {
-    typename A::Operand columns[M];
-    values(key, d, columns);
-    for (int64_t r = 0; r < kRowBlock; ++r) {
-      const auto weight = A::splat(weights(r, key));
-      for (int64_t m = 0; m < M; ++m) sums[r][m] = A::multiply_add(weight, columns[m], sums[r][m]);
+  for (int64_t key = 0; key < keys; key += kNeighbours) {
+    for (int64_t n = 0; n < kNeighbours; n += A::kDepth) {
+      typename A::Operand columns[M];
+      values(key + n, d, columns);
+      for (int64_t r = 0; r < kRowBlock; ++r) {
+        const auto weight = A::splat(weights(r, key) + n);
+        for (int64_t m = 0; m < M; ++m) {
+          sums[r][m] = A::multiply_add(weight, columns[m], sums[r][m]);
+        }
+      }
     }
   }
   for (int64_t r = 0; r < kRowBlock; ++r) {
@@ -69,15 +86,16 @@ MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, con
 }
 
 // Calls add_weighted_columns for all columns.
-template <class A, class Values, class Weights, class Factor>
+template <class A, int64_t kNeighbours = A::kDepth, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted(int64_t keys, int64_t dim, const Values& values,
                                const Weights& weights, const Factor& factor, float* out) {
   constexpr int64_t M = kColumnVectors;
   int64_t d = 0;
   for (; d + M * Vec::width <= dim; d += M * Vec::width) {
-    add_weighted_columns<M, A>(keys, dim, d, values, weights, factor, out);
+    add_weighted_columns<M, A, kNeighbours>(keys, dim, d, values, weights, factor, out);
   }
-  if (d < dim) add_weighted_columns<M / 2, A>(keys, dim, d, values, weights, factor, out);
+  if (d < dim)
+    add_weighted_columns<M / 2, A, kNeighbours>(keys, dim, d, values, weights, factor, out);
 }
 
 }  // namespace mistral::cpu::MISTRAL_ISA
