@@ -84,6 +84,12 @@ def op_checks() -> Iterator[Check]:
         ops.rms_norm(x, weight, EPS, residual=total)
         expect(total, torch.add, x, y)
 
+    def embedding():
+        exact, ids = torch.randn(999, DIM, device=GPU), torch.tensor([998, 0, 7, 7], device=GPU)
+        for weight in (exact.to(BF16), quantize(exact, "q8_0"), quantize(exact, "iq4_xs")):
+            wide = weight if isinstance(weight, Tensor) else weight.dequantize(BF16)
+            assert torch.equal(ops.embedding(ids, weight, BF16), wide[ids])
+
     def swiglu():
         gate, up = random(33, HIDDEN), random(33, HIDDEN)
         expect(ops.swiglu(gate, up), reference.swiglu, gate, up)
@@ -149,6 +155,7 @@ def op_checks() -> Iterator[Check]:
         tables = torch.tensor([options] * 4, dtype=torch.float64, device=GPU), noise, history
         assert ops.sample(logits, torch.arange(4, device=GPU), *tables).tolist() == expected
 
+    yield "embedding", embedding
     yield "rms_norm", rms_norm
     yield "swiglu", swiglu
     yield "rope, attention", rope_and_attention

@@ -45,6 +45,7 @@ from shapes import (
 from torch.nn import functional
 
 from mistral_ext import ops
+from mistral_ext.weights.quantize import quantize
 
 
 @dataclass
@@ -80,6 +81,24 @@ def rms_norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield Case("rms_norm", f"{tokens} x {DIM}", ours, plain, 2 * x.nbytes)
         shape = f"{tokens} x {DIM} + residual"
         yield Case("rms_norm", shape, ours_residual, plain_residual, 4 * x.nbytes)
+
+
+def embedding_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The embeddings of a step, plain and quantised. Torch reads a plain matrix in both."""
+    exact = random(VOCABULARY, DIM, dtype=dtype)
+    for form in ("plain", "q8_0"):
+        weight = exact if form == "plain" else quantize(exact, form)
+        for tokens in (1, 8, 256):
+            ids = torch.randint(0, VOCABULARY, (tokens,))
+
+            def plain(ids=ids):
+                return functional.embedding(ids, exact)
+
+            def ours(ids=ids, weight=weight):
+                return ops.embedding(ids, weight, dtype)
+
+            nbytes = tokens * (weight.nbytes // VOCABULARY + exact[0].nbytes)
+            yield Case("embedding", f"{tokens} x {DIM}, {form}", ours, plain, nbytes)
 
 
 def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -241,6 +260,7 @@ def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 CASES = (
+    embedding_cases,
     rms_norm_cases,
     rope_cases,
     decode_cases,

@@ -96,6 +96,8 @@ def decode_step(config: MistralConfig, kind: str, batch: int, history: int) -> I
     seen = min(history + 1, config.sliding_window or history + 1)
     # The kernels of int4's format do not rotate.
     rotates = kind != "int4"
+    rows = batch * ELEMENT * dim  # embeddings are not quantised
+    yield Launch("embeddings", weights=rows, activations=rows)
     for _ in range(config.n_layers):
         yield from norm()
         if rotates:

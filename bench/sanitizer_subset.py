@@ -20,6 +20,7 @@ def main() -> None:
             x, y = (random(tokens, dim, dtype=dtype, device=GPU) for _ in range(2))
             ops.rms_norm(x, x[0].clone(), residual=y)
             ops.swiglu(x, y)
+            ops.embedding(torch.tensor([1, 0], device=GPU), x, dtype)
         # Few tokens and more, rows and a K that end within a tile, a chunk and a row of scales.
         exact = torch.randn(70, 1120)
         for weight in (
@@ -28,6 +29,7 @@ def main() -> None:
             quantize(exact, "int4", 32),
         ):
             weight = weight.to(GPU)
+            ops.embedding(torch.tensor([69, 0], device=GPU), weight, dtype)
             for tokens in (1, 13, 33, 70):
                 x = random(tokens, 1120, dtype=dtype, device=GPU)
                 ops.linear(x, [weight, weight], x[0].clone())

@@ -119,8 +119,8 @@ void linear_rope(const LinearRopeParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 
-// Converts a weight with scales to `dtype`. Products of other libraries need this, and so does the
-// look-up of embeddings of tokens.
+// Converts a weight with scales to `dtype`. Products of other libraries need this, and so does
+// `embedding`.
 struct DequantizeParams {
   DType dtype;
   WeightPart weight;

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "attention_backward.h"
 #include "cross_entropy.h"
+#include "embedding.h"
 #include "linear.h"
 #include "lora.h"
 #include "quantize.h"

@@ -9,6 +9,7 @@ set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
   ${root}/csrc/cpu/attention/backward.cpp
   ${root}/csrc/cpu/cross_entropy.cpp
+  ${root}/csrc/cpu/embedding.cpp
   ${root}/csrc/cpu/highest_rank.cpp
   ${root}/csrc/cpu/kernels.cpp
   ${root}/csrc/cpu/linear/backward.cpp
@@ -35,6 +36,7 @@ set(cuda_kernels
   ${root}/csrc/cuda/attention/attention.cu
   ${root}/csrc/cuda/attention/backward.cu
   ${root}/csrc/cuda/cross_entropy.cu
+  ${root}/csrc/cuda/embedding.cu
   ${root}/csrc/cuda/linear/dequantize.cu
   ${root}/csrc/cuda/linear/gemv_int4.cu
   ${root}/csrc/cuda/linear/gemv_int8.cu
@@ -64,6 +66,7 @@ set(bindings
   ${root}/python/call.cpp
   ${root}/python/cross_entropy.cpp
   ${root}/python/device.cpp
+  ${root}/python/embedding.cpp
   ${root}/python/launch_failure.cpp
   ${root}/python/linear.cpp
   ${root}/python/linear_backward.cpp

@@ -19,12 +19,12 @@ class Call {
   // `counters` points to as many ints as Call::counters says, which are zero before and after.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
-  // Checks the sequence table again, and returns the bytes of workspace that the call needs with
-  // the current table.
+  // Checks again the values on which the kernel relies, such as those of the sequence table.
+  // Returns the bytes of workspace that the call needs with them.
   using Recheck = std::function<int64_t()>;
 
   // Holds the addresses of the tensors but does not own them, so they must outlive the call.
-  // `recheck` is null if the call has no sequence table.
+  // `recheck` is null if the kernel takes any values.
   Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
       : workspace_bytes(workspace_bytes),
         counters(counters),

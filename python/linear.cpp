@@ -203,38 +203,25 @@ Call linear_argmax(py::object x_, py::list values, py::list scales, py::list for
 
 #ifdef MISTRAL_CUDA
 
-// Dequantises a weight on a CUDA device. If there are indices [T], only the rows that they name.
-void dequantize(py::object values, py::object scales, const std::string& format,
-                py::object indices_, py::object out_, ExecutionTarget target) {
+// Dequantises a weight on a CUDA device.
+void dequantize(py::object values, py::object scales, py::str format, py::object out_,
+                ExecutionTarget target) {
   constexpr const char* op = "dequantize";
   const Tensor out(op, "out", out_);
   out.expect_shape({-1, -1});
   out.expect_contiguous();
   out.expect_aligned_rows();
-  Weights weights;
-  weights.values.append(values);
-  weights.scales.append(scales);
-  weights.formats.append(format);
   DequantizeParams p{};
   p.dtype = out.dtype();
-  p.weight = part_of(op, names_of(Epilogue::store, 1), 0, weights, out);
+  p.weight = single_part(op, values, scales, format, out);
   p.out = out.data();
   p.count = out.size(0);
   p.inputs = out.size(1);
   if (p.weight.format == WeightFormat::plain) {
     fail(op, "format of weight is 'plain', expected a format with scales");
   }
-  if (p.inputs % 8 != 0) {
-    fail(op, "weight has " + std::to_string(p.inputs) +
-                 " inputs, expected a multiple of 8 on a CUDA device");
-  }
-  if (!indices_.is_none()) {
-    const Table indices(op, "indices", indices_);
-    indices.expect_shape({p.count});
-    indices.expect_device_of(out);
-    indices.expect_contiguous();
-    p.indices = static_cast<const int64_t*>(indices.data());
-  } else if (p.weight.rows != p.count) {
+  expect_eights(op, p.inputs);
+  if (p.weight.rows != p.count) {
     fail(op, "out has " + std::to_string(p.count) + " rows, expected " +
                  std::to_string(p.weight.rows) + " like weight");
   }
@@ -282,7 +269,7 @@ void bind_linear(py::module_& m) {
         py::arg("out"), py::arg("token_ids"));
 #ifdef MISTRAL_CUDA
   m.def("dequantize", &dequantize, py::arg("values"), py::arg("scales"), py::arg("format"),
-        py::arg("indices").none(true), py::arg("out"), py::arg("target"));
+        py::arg("out"), py::arg("target"));
 #endif
   m.def("exact_products", [] { return exact_products(); });
   m.def("set_exact_products", [](bool exact) { exact_products() = exact; }, py::arg("exact"));

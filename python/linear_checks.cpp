@@ -95,6 +95,21 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& 
   return part;
 }
 
+WeightPart single_part(const char* op, const py::object& values, const py::object& scales,
+                       const py::str& format, const Tensor& x) {
+  Weights weights;
+  weights.values.append(values);
+  weights.scales.append(scales);
+  weights.formats.append(format);
+  return part_of(op, names_of(Epilogue::store, 1), 0, weights, x);
+}
+
+void expect_eights(const char* op, int64_t inputs) {
+  if (inputs % 8 == 0) return;
+  fail(op, "weight has " + std::to_string(inputs) +
+               " inputs, expected a multiple of 8 on a CUDA device");
+}
+
 LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weights,
                             const py::object& norm_, double eps, const py::object& out_,
                             Epilogue epilogue) {

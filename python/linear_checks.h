@@ -30,6 +30,12 @@ struct Weights {
 // Checks weight i against x [T, K] and returns it as a part.
 WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& weights,
                    const Tensor& x);
+// The same for the only weight of an op.
+WeightPart single_part(const char* op, const py::object& values, const py::object& scales,
+                       const py::str& format, const Tensor& x);
+
+// CUDA kernels that dequantise read 8 neighbouring values together.
+void expect_eights(const char* op, int64_t inputs);
 
 // Checks the arguments of a product. norm and out may be None.
 LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weights,

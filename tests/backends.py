@@ -24,7 +24,9 @@ from mistral_ext import _C
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
 # The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
-WITH_MEMORY = ("attention", "attention_backward", "linear", "linear_argmax", "linear_rope")
+WITH_MEMORY = (
+    *("attention", "attention_backward", "embedding", "linear", "linear_argmax", "linear_rope"),
+)
 OPS = (
     *WITH_MEMORY,
     *("cross_entropy", "lora", "lora_gradient", "rms_norm", "rms_norm_backward", "rope"),

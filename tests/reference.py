@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 
+def embedding(weight: Tensor, token_ids: Tensor) -> Tensor:
+    """weight: [V, E], token_ids: [T]."""
+    return weight[token_ids]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x: [T, E], weight: [E]. Normalises in fp32 or better, rounds, then multiplies."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -133,7 +138,7 @@ def gumbel(noise: Sequence[int], size: int) -> np.ndarray:
 def model(weights: dict[str, Tensor], config, token_ids: Tensor) -> Tensor:
     """Logits [T, V] of one sequence; `weights` as checkpoint.load_weights gives them."""
     positions = torch.arange(len(token_ids), device=token_ids.device)
-    h = weights["tok_embeddings.weight"][token_ids]
+    h = embedding(weights["tok_embeddings.weight"], token_ids)
     for i in range(config.n_layers):
         w = {name: weights[f"layers.{i}.{name}.weight"] for name in LAYER_WEIGHTS}
         x = rms_norm(h, w["attention_norm"], config.norm_eps)

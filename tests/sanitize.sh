@@ -25,5 +25,5 @@ mapfile -t emulated < <(grep -rlE 'emulator|backend' tests --include='test_*.py'
 sanitized_pytest -k "(emulator or sanitize) and not early and not test_emulator_stream" "$@" \
   "${emulated[@]}"
 MISTRAL_EXT_C=$(echo "$build"/_C*.so) sanitized_pytest -k "not emulator and not sanitize" "$@" \
-  tests/ops/test_{attention,linear,linear_argmax,linear_bytes,linear_rope,lora,recording,rms_norm,rope,round_to_table,sample,swiglu}.py \
+  tests/ops/test_{attention,embedding,linear,linear_argmax,linear_bytes,linear_rope,lora,recording,rms_norm,rope,round_to_table,sample,swiglu}.py \
   tests/cpu/test_{simd,threads}.py

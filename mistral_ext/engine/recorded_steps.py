@@ -60,29 +60,30 @@ class _Step:
     def __init__(self, model: Transformer, pool: SlotPool, size: int) -> None:
         self._model = model
         self._pool = pool
-        self._h = torch.empty(size, model.config.dim, dtype=model.dtype, device="cpu")
+        self._token_ids = torch.empty(size, dtype=torch.int64, device="cpu")
         self._table = torch.empty(size, 5, dtype=torch.int64, device="cpu")
+        self._h: Tensor  # the result of the recorded step
         self._weights: Sequence[object] = ()  # of the last call; a recording needs them
         self._can_record = True
         self._recording: Recording | None = None
 
     def run(self, token_ids: Tensor, table: Tensor) -> tuple[Tensor, bool]:
-        self._h.copy_(self._model.embed(token_ids))
+        self._token_ids.copy_(token_ids)
         self._table.copy_(table)
-        # A recording has the addresses of the tensors with which it multiplies.
-        weights = self._model.frequencies, *self._model.weights_of_layers()
+        # A recording has the addresses of the weights.
+        model = self._model
+        weights = model.embeddings, model.frequencies, *model.weights_of_layers()
         if len(weights) != len(self._weights) or any(map(is_not, weights, self._weights)):
             self._weights, self._can_record, self._recording = weights, True, None
         if self._recording is not None and self._recording.is_valid:
             self._recording.run()
             return self._h, True
         if not self._can_record:
-            self._layers()
+            self._step()
             return self._h, True
-        self._recording = record(self._layers, [self._h])
+        self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None
         return self._h, False
 
-    def _layers(self) -> None:
-        """Changes the residual stream in place."""
-        self._model.step(None, self._table, self._pool, max_count=1, h=self._h)
+    def _step(self) -> None:
+        self._h = self._model.step(self._token_ids, self._table, self._pool, max_count=1)

@@ -198,7 +198,7 @@ class Transformer:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Returns [T, E], the embeddings of tokens [T] on the model's device."""
-        return _rows(self.embeddings, token_ids, self.dtype)
+        return ops.embedding(token_ids.contiguous(), self.embeddings, self.dtype)
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
@@ -236,15 +236,6 @@ def _matrix(weights: Mapping[str, Weight | JoinedWeight], name: str) -> Weight:
     weight = weights[name]
     assert not isinstance(weight, JoinedWeight)  # a JoinedWeight has its own name
     return weight
-
-
-def _rows(weight: Weight, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns rows of a matrix, [T, K], in `dtype`."""
-    if isinstance(weight, Tensor):
-        # Unlike index_select, weight[indices] would wake torch's threads even for one row. On the
-        # CPU they would then spin for milliseconds on the cores that our threads need.
-        return weight.index_select(0, indices)
-    return weight.rows(indices, dtype)
 
 
 def _together(

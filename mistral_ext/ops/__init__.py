@@ -33,11 +33,13 @@ their positions are consecutive. The rows share the ring of the sequence, and ea
 same bits as in a call of its own. All of these tokens are stored before attention. So C must be at
 least the length of the sequence, or the window and one more for each row after the first.
 
-The values in a table are checked only on the CPU: reading them from a GPU would make a call wait.
+The values in a table, and the ids of tokens, are checked only on the CPU: reading them from a GPU
+would make a call wait.
 """
 
 from mistral_ext.ops.attention import attention
 from mistral_ext.ops.cross_entropy import linear_cross_entropy
+from mistral_ext.ops.embedding import embedding
 from mistral_ext.ops.isa import (
     active_isa,
     exact_products,
@@ -69,6 +71,7 @@ __all__ = [
     "Weights",
     "active_isa",
     "attention",
+    "embedding",
     "exact_products",
     "head_dims",
     "linear",

@@ -38,7 +38,7 @@ class Recording:
         """Repeats the work. No other thread may choose other kernels (`select_isa`) meanwhile.
 
         Raises:
-            ValueError: a sequence table is not valid.
+            ValueError: a sequence table or a token id is not valid.
         """
         memory = workspace.memory_on_cpu(self._calls.recheck())
         self._calls.run(memory, torch.get_num_threads())

@@ -130,37 +130,14 @@ class Quantized(NamedTuple):
         """Returns the weight as a tensor [N, K]. It is computed in fp32, then rounded to
         `dtype`."""
         if self.values.is_cuda:
-            weight = self._dequantized_by_kernel(None, dtype)
+            weight = torch.empty(self.shape, dtype=dtype, device=self.values.device)
+            _C.dequantize(*self[:3], weight, execution_target(weight))
         else:
             weight = DEQUANTIZE[self.format](self.values, self.scales).to(dtype)
-        return self._in_order_of_inputs(weight)
+        return self.in_order_of_inputs(weight)
 
-    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns rows of the weight, dequantised, by their indices [T] int64: [T, K].
-
-        If an index is out of range, a GPU gives a row of NaN, and the CPU raises IndexError.
-        """
-        if self.values.is_cuda:
-            return self._in_order_of_inputs(self._dequantized_by_kernel(indices, dtype))
-        values, scales = (part.index_select(0, indices) for part in (self.values, self.scales))
-        # Torch splits larger tensors among its threads. These would then spin for milliseconds on
-        # the cores that our threads need.
-        step = max(1, 2**14 // max(1, self.shape[1]))
-        rows = [
-            Quantized(*parts, self.format, self.order).dequantize(dtype)
-            for parts in zip(values.split(step), scales.split(step), strict=True)
-        ]
-        return torch.cat(rows)
-
-    def _dequantized_by_kernel(self, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
-        count, size = self.shape
-        if indices is not None:
-            count = len(indices)
-        out = torch.empty((count, size), dtype=dtype, device=self.values.device)
-        _C.dequantize(*self[:3], indices, out, execution_target(out))
-        return out
-
-    def _in_order_of_inputs(self, rows: Tensor) -> Tensor:
+    def in_order_of_inputs(self, rows: Tensor) -> Tensor:
+        """Puts dequantised rows [T, K] into the order of its inputs."""
         return rows if self.order is None else rows.index_select(1, self.order.argsort())
 
     def to(self, device: torch.device | str) -> Quantized:

@@ -368,6 +368,13 @@ def test_opcheck():
     tensors = [given[name] for name in ("q", "k", "v", "k_pool", "v_pool", "sequences")]
     calls = {
         "rms_norm": (given["k_pool"], given["k_pool"][0]),
+        "embedding": (
+            torch.arange(2).cuda(),
+            given["k_pool"],
+            None,
+            "plain",
+            given["k_pool"].dtype,
+        ),
         "rope": (*tensors, reference.frequencies(1e4, given["q"].shape[-1], "cuda"), 8),
         "attention": (*tensors, 8),
         "swiglu": (given["k_pool"], given["v_pool"]),

@@ -35,7 +35,7 @@ def test_every_kernel_is_compiled_for_every_architecture(usages):
         *("linear_rope_kernel", "rms_norm_kernel", "rope_kernel", "sample_kernel", "swiglu_kernel"),
         *("rms_norm_backward_kernel", "rotate_kernel", "swiglu_backward_kernel"),
         *("attention_delta", "attention_backward_keys", "attention_backward_queries"),
-        *("cross_entropy_kernel", "lora_gradient_kernel"),
+        *("cross_entropy_kernel", "embedding_kernel", "lora_gradient_kernel"),
     }
     hopper = {kernel for kernel in kernels if "hopper" in kernel}
     assert len(hopper) == 4

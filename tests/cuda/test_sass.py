@@ -185,13 +185,17 @@ def test_formats_of_files_are_streamed_alike(kernels, form, dtype, shape):
 
 @pytest.mark.parametrize("dtype", ["bf16, 8", "fp16, 8", "fp32, 4"])
 @pytest.mark.parametrize(
-    "op", ["rms_norm", "rms_norm_backward", "rope", "rotate", "swiglu", "swiglu_backward"]
+    "op",
+    [
+        *("embedding", "rms_norm", "rms_norm_backward", "rope", "rotate", "swiglu"),
+        "swiglu_backward",
+    ],
 )
 def test_aligned_rows_are_moved_by_16_bytes(kernels, op, dtype):
     """All of them: a store of 16 bytes that the compiler has cut up fails too."""
     code = kernels[f"{op}_kernel<{dtype}>"]
-    # rope and rotate read the sequence table by 8 bytes
-    table = code["LDG.E.64"] if op.startswith("ro") else 0
+    # rope and rotate read the sequence table by 8 bytes, embedding reads ids
+    table = code["LDG.E.64"] if op.startswith(("embedding", "ro")) else 0
     assert count(code, "LDG.") - table == code["LDG.E.128"] > 0
     assert count(code, "STG.") == code["STG.E.128"] > 0
     assert count(code, "LD.", "ST.") == 0, "accesses by generic addresses"

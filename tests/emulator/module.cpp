@@ -151,10 +151,9 @@ int run_test_kernel(const std::string& name, uintptr_t in, uintptr_t out, int64_
       {reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), n});
 }
 
-// Of tensors' addresses (indices: 0 for none): a build without CUDA has no binding of it.
+// Of tensors' addresses: a build without CUDA has no binding of it.
 int dequantize(const std::string& dtype, const std::string& format, uintptr_t values,
-               uintptr_t scales, uintptr_t indices, uintptr_t out, int64_t count, int64_t rows,
-               int64_t inputs, int64_t group) {
+               uintptr_t scales, uintptr_t out, int64_t rows, int64_t inputs, int64_t group) {
   const std::map<std::string, DType> dtypes = {
       {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
   const auto named = [&](const FormatInfo& one) { return one.name == format; };
@@ -163,9 +162,8 @@ int dequantize(const std::string& dtype, const std::string& format, uintptr_t va
   p.dtype = dtypes.at(dtype);
   p.weight = {reinterpret_cast<const void*>(values), reinterpret_cast<const void*>(scales), rows,
               static_cast<WeightFormat>(index), group};
-  p.indices = reinterpret_cast<const int64_t*>(indices);
   p.out = reinterpret_cast<void*>(out);
-  p.count = count;
+  p.count = rows;
   p.inputs = inputs;
   const py::gil_scoped_release release;
   return cuda::dequantize(p, nullptr);

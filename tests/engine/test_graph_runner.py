@@ -274,8 +274,9 @@ NO_WORK |= {
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("completions", [1, 3, 9, 16, 17])
 def test_launches_of_a_step(tmp_path, emulator, completions, temperature):
-    """Five a layer, in this order, and the norms of more than 16 apart; one for logits and greedy
-    tokens, two if they are drawn; and no other work, nothing that waits, nothing from the host."""
+    """One for the embeddings; five a layer, in this order, and the norms of more than 16 apart; one
+    for logits and greedy tokens, two if they are drawn; and no other work, nothing that waits,
+    nothing from the host."""
     write_checkpoint(tmp_path)
     llm = Mistral.from_pretrained(tmp_path, dtype=torch.bfloat16)
     pool = SlotPool(llm.config, 16 * completions, torch.bfloat16)
@@ -299,8 +300,9 @@ def test_launches_of_a_step(tmp_path, emulator, completions, temperature):
     layer = [*norm, "linear_rope_kernel", "attention_decode", "linear_kernel"]
     layer += [*norm, "linear_kernel", "linear_kernel"]
     draw = ["sample_kernel"] if temperature else []
-    assert names == [*llm.config.n_layers * layer, *norm, "linear_kernel", *draw]
+    layers = llm.config.n_layers * layer
+    assert names == ["embedding_kernel", *layers, *norm, "linear_kernel", *draw]
     work = [name.split("::")[1] for name in asked.names if name.startswith("aten::")]
     work = [name for name in work if name not in NO_WORK]
-    # The embeddings before the layers, for a draw the conversion of the logits, then the state.
-    assert work == ["index_select", *(["to"] if temperature else []), "clamp", "add_"]
+    # For a draw the conversion of the logits, then the state.
+    assert work == [*(["to"] if temperature else []), "clamp", "add_"]

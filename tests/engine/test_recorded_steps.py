@@ -96,6 +96,21 @@ def test_weights_with_an_order_are_not_recorded(repeated):
     assert [c.token_ids for c in got] == [c.token_ids for c in expected]
 
 
+@pytest.mark.parametrize("form", [None, "q8_0", "int4"])
+def test_other_embeddings_make_a_new_recording(form, repeated):
+    model = Mistral.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16).model
+    pool = SlotPool(model.config, 16, model.dtype)
+    steps, table = RecordedSteps(model, pool), pool.table({pool.allocate(1, 16): 1})
+    for _ in range(2):
+        weight = torch.randn(model.embeddings.shape).bfloat16()
+        model.embeddings = weight if form is None else quantize(weight.float(), form)
+        for token in (3, 7):
+            token_ids = torch.tensor([token])
+            h = steps.run(token_ids, table, None)[0].clone()
+            assert torch.equal(h, model.step(token_ids, table, pool, max_count=1))
+    assert len(set(map(id, repeated))) == 2
+
+
 @pytest.mark.parametrize("has_drafts", [False, True])
 def test_a_step_that_is_recorded_does_not_say_what_others_cost(models, has_drafts):
     model = models[None]

@@ -1,7 +1,8 @@
-// The ops whose tasks are rows: norms, rotations, SwiGLU, cross entropy, and their gradients.
+// The ops whose tasks are rows: norms, rotations, SwiGLU, cross entropy, and their gradients; and
+// embeddings.
 #include <cstring>
 
-#include "compare.h"
+#include "weights.h"
 
 namespace mistral::comparison {
 namespace {
@@ -151,6 +152,31 @@ void compare_rotations(const Set& set, const std::string& dtype, int64_t dim) {
   });
 }
 
+// Rows of weights of every format. `inputs` is rounded up to what the format takes.
+template <class T>
+void compare_embeddings(const Set& set, const std::string& dtype, int64_t inputs) {
+  constexpr int64_t kRows = 4;
+  const int64_t ids[] = {3, 0, 3, 1};
+  for_each_format([&](WeightFormat format, int64_t group) {
+    const int64_t dim = inputs_of(format, group, inputs);
+    const std::string label = std::string("embedding, ") + info(format).name + " of " +
+                              std::to_string(group) + ", " + dtype + ", E " + std::to_string(dim);
+    compare<T>(set, label, dim, [&](auto data) -> std::vector<Floats> {
+      const auto weight = random_weight(data, format, kRows, dim, group);
+      auto out = data.normal(std::size(ids) * dim);
+      EmbeddingParams p{};
+      p.dtype = data.kType;
+      p.token_ids = ids;
+      p.weight = weight.part;
+      p.out = out.data();
+      p.tokens = std::size(ids);
+      p.dim = dim;
+      cpu::embedding(p, kThreads);
+      return {widened(out)};
+    });
+  });
+}
+
 // x + -0 is x to the bit, for every x of 16 bits: rms_norm loads and stores it as the residual.
 template <class T>
 void compare_every_value(const Set& set, const std::string& dtype) {
@@ -185,6 +211,7 @@ void compare_rows(const Set& set) {
       compare_norms<T>(set, dtype, 5, dim);
       compare_swiglu<T>(set, dtype, 5, dim);
       compare_cross_entropy<T>(set, dtype, 5, dim);
+      compare_embeddings<T>(set, dtype, dim);
     }
     for (int64_t dim : {32, 128}) compare_rotations<T>(set, dtype, dim);
   });

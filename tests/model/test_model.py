@@ -163,7 +163,7 @@ def test_on_the_cuda_kernels(tmp_path, emulator, window):
         logits = ours.logits(ids, chunk=20)
     ran = {record["kernel"].split("<")[0].split("::")[-1] for record in emulator.take_launches()}
     assert ran == {
-        *("linear_rope_kernel", "linear_kernel", "linear_norm_kernel"),
+        *("embedding_kernel", "linear_rope_kernel", "linear_kernel", "linear_norm_kernel"),
         *("attention_prefill", "attention_decode"),
     }
     assert (logits - exact).abs().mean() <= 2 * (plain.double() - exact).abs().mean()

@@ -47,6 +47,12 @@ def samples():
         ("rms_norm_backward", (x, weight, random(3, 40), 1e-5), {}),
         ("rms_norm", (random(3, 80)[:, 40:].bfloat16(), weight.bfloat16()), {}),
         ("rms_norm", (random(0, 40), weight), {}),
+        ("embedding", (rows, weight.view(4, 10), None, "plain", torch.float32), {}),
+        (
+            "embedding",
+            (rows, int4[0][0], int4[1][0], "int4", torch.bfloat16),
+            {},
+        ),
         ("rope", (*ring, frequencies, 8), {}),
         ("rotate", (q, table, frequencies), {}),
         ("attention", (*ring, 8), {}),
@@ -224,6 +230,7 @@ def test_fake_tensors_get_shapes_without_running():
     meta = [torch.empty(shape, device="meta") for shape in ((6, 40), (40,), (9, 40))]
     x, weight, matrix = meta
     assert ops.rms_norm(x, weight).shape == (6, 40)
+    assert ops.embedding(weight.long(), matrix).shape == (40, 40)
     assert ops.linear(x, matrix).shape == (6, 9)
     assert ops.linear(x, [matrix, matrix], weight).shape == (6, 18)
     assert [out.shape for out in ops.linear_argmax(x, matrix)] == [(6, 9), (6,)]

@@ -107,6 +107,27 @@ def test_a_table_is_checked_each_time(generator):
         recording.run()
 
 
+@pytest.mark.parametrize("form", [None, "q8_0", "q4_k"])
+def test_ids_are_data_and_checked_each_time(form, generator):
+    weight = torch.randn(9, SIZE, generator=generator)
+    if form == "q4_k":
+        weight = random_weight(form, weight.shape, SIZE, generator)
+    elif form is not None:
+        weight = quantize(weight, form)
+    ids, results = torch.tensor([1, 8, 0]), []
+    recording = record(lambda: results.append(ops.embedding(ids, weight)), [ids])
+    (out,) = results
+    for values in ([3, 3, 8], [0, 1, 2]):
+        ids.copy_(torch.tensor(values))
+        recording.run()
+        expected = ops.embedding(ids, weight)
+        assert torch.equal(out, expected)
+    ids.copy_(torch.tensor([3, 9, 1]))
+    with pytest.raises(ValueError, match=r"embedding: token_ids\[1\] is 9, expected 0 to 8"):
+        recording.run()
+    assert torch.equal(out, expected)
+
+
 def test_other_kernels_need_a_new_recording(generator):
     layer = Layer(generator)
     recording = record(layer.work, [layer.h])

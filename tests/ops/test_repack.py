@@ -102,16 +102,6 @@ def test_empty_matrices(name, n_rows, columns):
     assert repacked(blocks, name).shape == (n_rows, columns)
 
 
-@EACH_TYPE
-def test_some_rows(name):
-    """More values than are dequantised at a time, and the same row twice."""
-    weight = repacked(blocks_of(name, 9, 4096), name)
-    indices = torch.tensor([8, 0, 3, 3, 7, 1])
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(weight.rows(indices, dtype), weight.dequantize(dtype)[indices])
-    assert weight.rows(indices[:0], torch.bfloat16).shape == (0, 4096)
-
-
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [

@@ -1,0 +1,74 @@
+// A task reads a block of rows.
+#include "../embedding.h"
+
+#include "kernels.h"
+#include "linear/unpack.h"
+#include "parallel.h"
+
+namespace mistral::cpu::MISTRAL_ISA {
+namespace {
+
+// The least values of a task. Fewer are done before another thread would be awake. So a decode step
+// of 8 tokens of Mistral 7B is one task, which the caller runs.
+constexpr int64_t kTaskValues = 1 << 15;
+
+// Puts 8 vectors into the order of a row. Vector i has value i of each word. The place of a value
+// is a number in bits: the vector, then the lane. Each round moves the highest bit to the lowest
+// place. After three rounds the bits of the lane come first, then those of i.
+MISTRAL_SIMD void to_order_of_row(Vec values[8]) {
+  for (int round = 0; round < 3; ++round) {
+    Vec next[8];
+    for (int i = 0; i < 4; ++i) interleave(values[i], values[i + 4], next + 2 * i);
+    for (int i = 0; i < 8; ++i) values[i] = next[i];
+  }
+}
+
+template <class T>
+void read_row(const WeightRows& row, Unpack<float> unpack, bool in_order, T* out) {
+  for (int64_t k = 0; k < row.inputs; k += kUnpacked) {
+    alignas(64) float unpacked[kUnpacked];
+    unpack(row, k, unpacked);
+    Vec values[8];
+    for (int i = 0; i < 8; ++i) values[i] = load(unpacked + i * Vec::width);
+    if (!in_order) to_order_of_row(values);
+    for (int i = 0; i < 8; ++i) {
+      const int64_t first = k + i * Vec::width, left = row.inputs - first;
+      if (left >= Vec::width) {
+        store(out + first, values[i]);
+      } else if (left > 0) {
+        store_first(out + first, values[i], left);
+      }
+    }
+  }
+}
+
+template <class T>
+void read_rows(const EmbeddingParams& p, int64_t begin, int64_t end) {
+  const WeightRows rows = rows_of<T>(p.weight, p.dim, 0);
+  const Unpack<float> unpack = unpack_of<T, float>(p.weight.format);
+  bool in_order = true;
+  with_format(p.weight.format,
+              [&](auto format) { in_order = ChunkOf<format.value, float>::type::kInOrder; });
+  for (int64_t token = begin; token < end; ++token) {
+    const WeightRows row = rows.from(p.token_ids[token]);
+    T* const out = static_cast<T*>(p.out) + token * p.dim;
+    if (p.weight.format == WeightFormat::plain) {
+      memcpy(out, row.values, static_cast<size_t>(row.row_bytes));
+    } else {
+      read_row(row, unpack, in_order, out);
+    }
+  }
+}
+
+}  // namespace
+
+void embedding(const EmbeddingParams& p, int threads) {
+  const int64_t rows = mistral::max(1, kTaskValues / mistral::max(1, p.dim));
+  with_dtype(p.dtype, [&](auto type) {
+    parallel_for(threads, ceil_div(p.tokens, rows), [&](int64_t task) {
+      read_rows<decltype(type)>(p, task * rows, mistral::min((task + 1) * rows, p.tokens));
+    });
+  });
+}
+
+}  // namespace mistral::cpu::MISTRAL_ISA

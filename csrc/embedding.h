@@ -1,0 +1,37 @@
+// The embeddings of tokens: rows of a matrix in any format, by their numbers.
+//
+//   out = round(weight[token_ids])    the weight in fp32, rounded once to dtype
+#pragma once
+
+#ifdef MISTRAL_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "common.h"
+#include "linear.h"
+
+namespace mistral {
+
+struct EmbeddingParams {
+  DType dtype;               // of out, and of a plain weight
+  const int64_t* token_ids;  // [T], rows of the weight. On a CUDA device others give a row of NaN.
+  WeightPart weight;         // [V, E]
+  void* out;                 // [T, E], contiguous
+  int64_t tokens;            // T
+  int64_t dim;               // E
+};
+
+namespace cpu {
+void embedding(const EmbeddingParams& p, int threads);
+}  // namespace cpu
+
+#ifdef MISTRAL_CUDA
+namespace cuda {
+
+// A weight with scales has the restrictions of `dequantize` (linear.h).
+cudaError_t embedding(const EmbeddingParams& p, cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+
+}  // namespace mistral
