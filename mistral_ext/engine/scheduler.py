@@ -227,8 +227,8 @@ class Scheduler:
         """Makes an extent for a prompt, which may already hold its beginning. Also returns how many
         of the tokens in it are exact (see `Match`)."""
         most = self._needed(sequence)
-        # A sequence that was put back gets all slots that it can need, so it has no need to grow. It
-        # is put back again only if a sequence that came earlier grows.
+        # A sequence that was put back gets all slots that it can need, so it does not have to grow.
+        # It is put back again only if a sequence that came earlier grows.
         length = most if sequence.was_put_back else min(sequence.prompt_length + 1, most)
         match = self.prefixes.find(sequence, self.running())
         extent = self.prefixes.extent(match, length, most)
