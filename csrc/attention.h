@@ -48,7 +48,7 @@ struct AttentionParams {
   float* partials;
 
   // CUDA only.
-  int64_t max_count;       // no sequence has more new tokens; T if the host does not know better
+  int64_t max_count;       // an upper bound of the new tokens of a sequence; T if unknown
   int32_t splits;          // the number of blocks that share the keys of a decode
   int32_t prefill_splits;  // the most blocks that share the keys of a tile, in prefill for sm_90a
   // Scratch, zero before and after a call. The first [S, Hkv] count the blocks (in prefill for
@@ -77,7 +77,7 @@ struct AttentionScratch {
   int64_t counters;  // the number of ints
 };
 // The scratch that `attention` needs for p if no sequence sees more than `longest` keys. The caller
-// has set all fields of p but those with the names of these.
+// has set the fields of p that AttentionScratch does not have.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
 // Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k and v

@@ -13,12 +13,13 @@
 namespace mistral {
 
 struct EmbeddingParams {
-  DType dtype;               // of out, and of a plain weight
-  const int64_t* token_ids;  // [T], rows of the weight. On a CUDA device others give a row of NaN.
-  WeightPart weight;         // [V, E]
-  void* out;                 // [T, E], contiguous
-  int64_t tokens;            // T
-  int64_t dim;               // E
+  DType dtype;  // of out, and of a plain weight
+  const int64_t*
+      token_ids;  // [T]. An id of no row gives NaN on CUDA devices; the CPU requires 0 to V - 1.
+  WeightPart weight;  // [V, E]
+  void* out;          // [T, E], contiguous
+  int64_t tokens;     // T
+  int64_t dim;        // E
 };
 
 namespace cpu {

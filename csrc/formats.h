@@ -36,8 +36,8 @@ namespace mistral {
 // begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b.
 //
 // The formats from q8_0 on, but q4_z, hold the same numbers as GGUF's blocks of their names. q4_0
-// and q4_z hold those of GPTQ and AWQ. But here values and scales are in separate arrays, so that
-// kernels read rows in accesses of 16 bytes.
+// also holds the numbers of GPTQ and AWQ, as does q4_z. But here values and scales are in separate
+// arrays, so that kernels read rows in accesses of 16 bytes.
 enum class WeightFormat {
   plain,
   int8,

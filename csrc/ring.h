@@ -99,7 +99,7 @@ MISTRAL_HOST_DEVICE Int window_end(Int position, Int window) {
 }
 
 // Whether the key at position `key` is hidden from the query at position `query`. Kernels may count
-// all positions from the same later position, and in 32 bits.
+// both positions from any common position, in 32 bits.
 template <class Int>
 MISTRAL_HOST_DEVICE bool is_hidden(Int query, Int key, Int window) {
   return key > query || key <= query - window;

@@ -97,8 +97,8 @@ class Mistral(RequestMaker):
             chooses it by the free memory.
         sampling_defaults: fields of `SamplingParams`, for calls that do not give them.
         drafts: the number of tokens to guess at a time, 0 to 7, for completions whose options do
-            not set it. A pass generates all tokens up to the first wrong guess. The text is the
-            same. None: 7 on the CPU or with a draft model, else 0.
+            not set it. A pass generates all tokens up to the first wrong guess. On the CPU the text
+            is the same. None: 7 on the CPU or with a draft model, else 0.
         draft_model: a smaller model, which guesses tokens where the text does not repeat itself. It
             has the same vocabulary, and is on the same device.
         adapters: the loaded adapters. `load_adapter` adds to them.
@@ -150,8 +150,8 @@ class Mistral(RequestMaker):
         """Loads a model folder, in Hugging Face's or Mistral's format, a GGUF file, or a model of
         the hub.
 
-        Weights are memory-mapped. Those that need not change are not copied, and processes share
-        their memory.
+        Weights are memory-mapped. On the CPU those that need not change are not copied, and
+        processes share their memory.
 
         Args:
             model: a folder, a GGUF file, or a hub id such as "mistralai/Mistral-7B-v0.1" or
@@ -245,8 +245,9 @@ class Mistral(RequestMaker):
         self._change_adapters(lambda: self.adapters.unload(name, self._adapters_in_use()))
 
     def _change_adapters(self, change: Callable[[], None]) -> None:
-        # Without an engine, no request uses an adapter. An engine that is made later finds how much
-        # memory the adapters have left.
+        # Without an engine, no request uses an adapter, so the change happens here. The lock keeps
+        # other threads from making an engine meanwhile: it would not know how much memory the
+        # change takes.
         with self._making_engine:
             engine = self.__dict__.get("_engine")
             if engine is None:

@@ -1,4 +1,4 @@
-// A call of an op that needs scratch memory. Its arguments have been checked, but its kernel has
+// A call of an op that may need scratch memory. Its arguments have been checked, but its kernel has
 // not been started. Python asks how much memory the call needs, then runs it with that memory. On
 // the CPU a call can be run again, with the values that its tensors hold by then.
 #pragma once
@@ -52,8 +52,7 @@ class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }
 
-  // Checks the sequence tables of all calls again. Returns the bytes of the largest workspace that
-  // one of them needs.
+  // Checks all calls again. Returns the bytes of the largest workspace that a call needs.
   int64_t recheck() const {
     int64_t most = 0;
     for (const Call& call : calls_) most = std::max(most, call.recheck());

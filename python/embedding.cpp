@@ -12,6 +12,7 @@ constexpr const char* kOp = "embedding";
 
 // Ids in GPU memory are not read back, because every call would then wait.
 void check_ids(const EmbeddingParams& p) {
+  if (p.tokens > 0 && p.weight.rows == 0) fail(kOp, "weight has 0 rows, expected at least 1");
   for (int64_t i = 0; i < p.tokens; ++i) {
     if (p.token_ids[i] >= 0 && p.token_ids[i] < p.weight.rows) continue;
     fail(kOp, "token_ids[" + std::to_string(i) + "] is " + std::to_string(p.token_ids[i]) +
@@ -39,7 +40,10 @@ Call embedding(py::object token_ids_, py::object values, py::object scales, py::
     run(out, target, p, MISTRAL_KERNELS(embedding));
   };
   if (out.is_cuda()) {
-    if (p.weight.format != WeightFormat::plain) expect_eights(kOp, p.dim);
+    if (p.weight.format != WeightFormat::plain) {
+      expect_readable_by_eights(kOp, p.weight, p.dim);
+      out.expect_aligned_rows();
+    }
     return {0, 0, start};
   }
   check_ids(p);

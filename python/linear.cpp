@@ -72,18 +72,12 @@ void expect_cuda_kernel(const char* op, const Tensor& x, const LinearParams& p) 
                  std::to_string(unit) + " on a CUDA device");
   }
   x.expect_aligned_rows();
-  const auto expect_aligned = [&](const char* name, const void* begin, uintptr_t bytes) {
-    if (reinterpret_cast<uintptr_t>(begin) % bytes == 0) return;
-    fail(op, std::string(name) + " begins at address " +
-                 std::to_string(reinterpret_cast<uintptr_t>(begin)) + ", expected a multiple of " +
-                 std::to_string(bytes) + " on a CUDA device");
-  };
   const Names names = names_of(p.epilogue, static_cast<size_t>(p.num_parts));
   for (int64_t i = 0; i < p.num_parts; ++i) {
-    expect_aligned(names.values[i], p.parts[i].values, 16);
-    expect_aligned(names.scales[i], p.parts[i].scales, 4);
+    expect_aligned(op, names.values[i], p.parts[i].values, 16);
+    expect_aligned(op, names.scales[i], p.parts[i].scales, 4);
   }
-  expect_aligned("norm", p.norm, 16);
+  expect_aligned(op, "norm", p.norm, 16);
 }
 
 #endif
@@ -220,7 +214,7 @@ void dequantize(py::object values, py::object scales, py::str format, py::object
   if (p.weight.format == WeightFormat::plain) {
     fail(op, "format of weight is 'plain', expected a format with scales");
   }
-  expect_eights(op, p.inputs);
+  expect_readable_by_eights(op, p.weight, p.inputs);
   if (p.weight.rows != p.count) {
     fail(op, "out has " + std::to_string(p.count) + " rows, expected " +
                  std::to_string(p.weight.rows) + " like weight");

@@ -104,10 +104,20 @@ WeightPart single_part(const char* op, const py::object& values, const py::objec
   return part_of(op, names_of(Epilogue::store, 1), 0, weights, x);
 }
 
-void expect_eights(const char* op, int64_t inputs) {
-  if (inputs % 8 == 0) return;
-  fail(op, "weight has " + std::to_string(inputs) +
-               " inputs, expected a multiple of 8 on a CUDA device");
+void expect_aligned(const char* op, const char* name, const void* begin, uintptr_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  if (address % bytes == 0) return;
+  fail(op, std::string(name) + " begins at address " + std::to_string(address) +
+               ", expected a multiple of " + std::to_string(bytes) + " on a CUDA device");
+}
+
+void expect_readable_by_eights(const char* op, const WeightPart& weight, int64_t inputs) {
+  if (inputs % 8 != 0) {
+    fail(op, "weight has " + std::to_string(inputs) +
+                 " inputs, expected a multiple of 8 on a CUDA device");
+  }
+  expect_aligned(op, "weight", weight.values, 8);
+  expect_aligned(op, "scales of weight", weight.scales, 4);
 }
 
 LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weights,

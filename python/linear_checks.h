@@ -34,8 +34,11 @@ WeightPart part_of(const char* op, const Names& names, size_t i, const Weights& 
 WeightPart single_part(const char* op, const py::object& values, const py::object& scales,
                        const py::str& format, const Tensor& x);
 
-// CUDA kernels that dequantise read 8 neighbouring values together.
-void expect_eights(const char* op, int64_t inputs);
+// Checks what the CUDA kernels that dequantise need: they read 8 neighbouring values together.
+void expect_readable_by_eights(const char* op, const WeightPart& weight, int64_t inputs);
+
+// Checks the alignment that a CUDA kernel needs.
+void expect_aligned(const char* op, const char* name, const void* begin, uintptr_t bytes);
 
 // Checks the arguments of a product. norm and out may be None.
 LinearParams checked_linear(const char* op, const Tensor& x, const Weights& weights,

@@ -23,18 +23,24 @@ from mistral_ext import _C
 
 SOURCES = Path(__file__).parent
 BUILDS = SOURCES.parent / "build"
-# The ops that have a CUDA kernel: those that return a call which asks for memory, and the others.
-WITH_MEMORY = (
-    *("attention", "attention_backward", "embedding", "linear", "linear_argmax", "linear_rope"),
+# The ops that have a CUDA kernel: those whose bindings return a `Call`, and the others.
+RETURN_CALLS = (
+    "attention",
+    "attention_backward",
+    "embedding",
+    "linear",
+    "linear_argmax",
+    "linear_rope",
 )
 OPS = (
-    *WITH_MEMORY,
+    *RETURN_CALLS,
     *("cross_entropy", "lora", "lora_gradient", "rms_norm", "rms_norm_backward", "rope"),
     *("rotate", "sample", "swiglu", "swiglu_backward"),
 )
 # The arguments that are constant (values, scales, the weights of a norm, frequencies): no kernel
 # writes them, so one may read them before the kernels ahead of it are done.
 CONSTANTS = {
+    "embedding": (1, 2),
     "linear": (2, 3, 5),
     "linear_argmax": (1, 2, 4),
     "linear_rope": (1, 2, 4, 10),
@@ -247,7 +253,7 @@ def on_gpu(device: str = "cuda") -> SimpleNamespace:
 
             moved, stream = [move(x) for x in arguments], torch.cuda.current_stream(device)
             stream = stream.cuda_stream
-            if name in WITH_MEMORY:
+            if name in RETURN_CALLS:
                 checked = getattr(_C, name)(*moved)
                 return StandIn(run)
             getattr(_C, name)(*moved[:-1], stream)

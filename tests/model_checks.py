@@ -344,7 +344,7 @@ def check_drafts(case: Case) -> None:
             steps = case.load()
             steps.engine.passes.drafter = Known(known)
             one_by_one = steps.generate(prompts, **options | choice)
-        if case.llm.model.device.type == "cpu":  # a GPU rounds by the number of tokens
+        if case.llm.model.device.type == "cpu":  # on a GPU attention rounds by the number of rows
             one_by_one = plain
         llm = case.load()
         for _ in range(2):  # the second finds its graphs

@@ -8,13 +8,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The least values of a task. Fewer are done before another thread would be awake. So a decode step
-// of 8 tokens of Mistral 7B is one task, which the caller runs.
+// The number of values of a task, in whole rows. Fewer are done before another thread would be
+// awake. So a decode step of 8 tokens of Mistral 7B is one task, which the caller runs.
 constexpr int64_t kTaskValues = 1 << 15;
 
-// Puts 8 vectors into the order of a row. Vector i has value i of each word. The place of a value
-// is a number in bits: the vector, then the lane. Each round moves the highest bit to the lowest
-// place. After three rounds the bits of the lane come first, then those of i.
+// Puts 8 vectors into the order of a row. Vector i has value i of each word. In bits, the index of
+// a value is (vector, lane). Each round rotates these bits to the left by one place. After three
+// rounds the index is (lane, vector).
 MISTRAL_SIMD void to_order_of_row(Vec values[8]) {
   for (int round = 0; round < 3; ++round) {
     Vec next[8];
@@ -46,9 +46,8 @@ template <class T>
 void read_rows(const EmbeddingParams& p, int64_t begin, int64_t end) {
   const WeightRows rows = rows_of<T>(p.weight, p.dim, 0);
   const Unpack<float> unpack = unpack_of<T, float>(p.weight.format);
-  bool in_order = true;
-  with_format(p.weight.format,
-              [&](auto format) { in_order = ChunkOf<format.value, float>::type::kInOrder; });
+  const bool in_order =
+      with_format(p.weight.format, [](auto format) { return kUnpacksInOrder<format.value>; });
   for (int64_t token = begin; token < end; ++token) {
     const WeightRows row = rows.from(p.token_ids[token]);
     T* const out = static_cast<T*>(p.out) + token * p.dim;
@@ -63,7 +62,8 @@ void read_rows(const EmbeddingParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void embedding(const EmbeddingParams& p, int threads) {
-  const int64_t rows = mistral::max(1, kTaskValues / mistral::max(1, p.dim));
+  if (p.dim == 0) return;
+  const int64_t rows = mistral::max(1, kTaskValues / p.dim);
   with_dtype(p.dtype, [&](auto type) {
     parallel_for(threads, ceil_div(p.tokens, rows), [&](int64_t task) {
       read_rows<decltype(type)>(p, task * rows, mistral::min((task + 1) * rows, p.tokens));

@@ -4,7 +4,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kKeysPerBlock = 512;  // so many stay in the L1 cache
+constexpr int64_t kKeysPerBlock = 512;  // their keys stay in the L1 cache
 
 // key_of without branches. The compiler makes no vectors of a loop with branches.
 MISTRAL_HOST_DEVICE uint32_t branchless_key(float x) {

@@ -6,7 +6,7 @@
 
 namespace mistral::cpu {
 
-// The sets of x86, then those of aarch64, each from slowest to fastest.
+// Scalar, then the sets of x86, then those of aarch64, each from slowest to fastest.
 #define MISTRAL_ISAS(F) \
   F(scalar)             \
   F(avx2)               \

@@ -68,7 +68,8 @@ MISTRAL_SIMD float extreme_of(const Group& g) {
 
 float inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
-// The scale with the least error of those that are tried; 0 if all weights are 0.
+// The best scale for the table elements that one of the tried scales chooses, the one with the
+// least error. It is 0 if all weights are 0.
 float best_scale(const Group& g) {
   const float extreme = extreme_of(g);
   if (extreme == 0.0f) return 0.0f;

@@ -61,7 +61,7 @@ Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int6
     above = sum - bins[digit];
     found = found << kDigitBits | static_cast<Rank>(digit);
     if (shift == kIdBits && bins[digit] == top.measure(static_cast<uint32_t>(found))) {
-      found <<= kIdBits;  // only one token has this key, so its id does not matter
+      found <<= kIdBits;  // only one of these tokens has this key, so its id does not matter
       break;
     }
   }

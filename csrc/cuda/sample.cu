@@ -196,7 +196,7 @@ struct Row {
       above = __shfl_sync(kAllLanes, down_to, digit) - inside;
       found = found << kDigitBits | static_cast<Rank>(digit);
       if (shift == kIdBits && inside == top.measure(static_cast<uint32_t>(found))) {
-        found <<= kIdBits;  // only one token has this key, so its id does not matter
+        found <<= kIdBits;  // only one of these tokens has this key, so its id does not matter
         break;
       }
     }

@@ -1,10 +1,11 @@
 """Drafts: guesses of the next tokens of sequences. The pass that computes the next tokens checks
 them.
 
-A draft is accepted only if the pass that checks it chooses the same token. So drafts change only
-the speed of a text, as long as a token has the same bits in passes of more tokens (`ops.linear`).
-A `Proposer` or a draft model proposes tokens. `Drafter` decides which of them are worth a row in a
-pass.
+A draft is accepted only if the pass that checks it chooses the same token. On the CPU a token has
+the same bits in passes of more tokens, so drafts change only the speed of a text. On a GPU
+attention divides its sums by the number of rows in a pass, so drafts may decide between tokens that
+are nearly as likely. A `Proposer` or a draft model proposes tokens. `Drafter` decides which of them
+are worth a row in a pass.
 
 Source: Leviathan et al. 2022, arXiv:2211.17192.
 """
@@ -32,8 +33,8 @@ _log = logging.getLogger("mistral_ext")
 # A sequence may lose this many tokens by wrong drafts, plus this share of its completion.
 _ALLOWANCE, _ALLOWED_SHARE = 0.5, 0.01
 
-# The most tokens to guess at a time without a draft model. The speed of drafts on a GPU was not
-# measured, so there are none by default.
+# The most tokens to guess at a time without a draft model. On a GPU drafts may change a text, and
+# their speed was not measured, so there are none by default.
 _DRAFTS = {"cpu": MOST_DRAFTS, "cuda": 0}
 
 
@@ -66,7 +67,7 @@ def _may_lose(sequence: Sequence) -> bool:
 
 def _tried(sequences: Collection[Sequence], work: Callable[[], _T], nothing: _T) -> _T:
     """Calls `work` and returns its result. If `work` fails, returns `nothing`, and the sequences
-    get no more drafts."""
+    get no drafts from the next pass on."""
     try:
         return work()
     except Exception as error:

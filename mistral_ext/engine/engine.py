@@ -212,7 +212,7 @@ class Engine:
         return outputs
 
     def step(self) -> list[Output]:
-        """Starts the requests for which there is room, and makes the two passes.
+        """Starts the requests for which there is room, and makes up to two passes.
 
         Returns:
             The new outputs of all requests. The outputs of each request are in order. If a step is

@@ -1,10 +1,11 @@
 """The runner for a CUDA device: decode steps as CUDA graphs.
 
 A GPU may finish a step faster than Python can launch its kernels. So a step is captured as a CUDA
-graph and replayed. All values that differ between steps are in device memory. If other sequences
-take part than in the last step, the host copies their values there. If not, the graph of the last
-step has already updated them: tokens and positions, and the state of `Sampler`. Then the host
-launches a step before it knows the tokens of the last step, and the GPU need not wait for the host.
+graph and replayed. All values that differ between steps are in device memory. If a step continues
+from the last step, with the same sequences, the graph of the last step has already updated these
+values: tokens and positions, and the state of `Sampler`. Then the host launches a step before it
+knows the tokens of the last step, and the GPU need not wait for the host. For any other step the
+host copies the values to the device.
 
 With drafts or a grammar the host has to know the tokens before the next step, and waits for them.
 """

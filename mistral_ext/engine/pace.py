@@ -4,7 +4,7 @@ A pass over a long prompt takes many times as long as a decode step, and streams
 meanwhile. So the pass is divided into parts of some layers each, with a decode step after each
 part. The parts change no bit of the result, because each layer still sees all tokens of the pass. A
 pass with more tokens costs less for each token, because it unpacks the weights once for all of
-them. So passes grow as long as layers fit well into the time of a part.
+them. So passes grow as long as `_LAYERS_TO_SPARE` layers fit into the time of a part.
 
 If more sequences wait for their prompts than generate, prompts get more of the time. Otherwise a
 single stream would take half of the time, and hold back all others.

@@ -44,8 +44,10 @@ class SamplingParams:
     schema: object = None  # JSON schema of the completion: a dict, JSON text or a pydantic model
     regex: str | None = None  # for the whole completion, in the syntax of Rust's regex
     grammar: str | None = None  # of the completion, in Lark; at most one of these three
-    drafts: int | None = None  # [0, 7]: the most tokens to guess at a time, which changes only the
-    # speed (see `engine.drafts`); None: as the model was loaded
+    drafts: int | None = (
+        None  # [0, 7]: the most tokens to guess at a time, which on the CPU changes
+    )
+    # only the speed (see `engine.drafts`); None: as the model was loaded
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:

@@ -30,7 +30,8 @@ class Match:
         length: the number of tokens of the prompt that need not be read.
         exact: the number of these tokens that were read as parts of a prompt.
         is_kept: whether the extent belongs to the prefix cache, and not to a running sequence.
-        is_all: whether the prompt begins with all tokens of the extent that its request may reuse.
+        is_all: whether the prompt begins with all tokens of the extent that the new request may
+            reuse.
     """
 
     extent: Extent

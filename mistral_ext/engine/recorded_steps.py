@@ -2,7 +2,7 @@
 
 A step is recorded for each number of tokens. Tokens, positions and places in the cache are data:
 before each step they are copied to the memory that the recording reads. A recording is valid until
-a weight of the model is replaced.
+a weight of the model is replaced, or other kernels are selected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mistral_ext.ops.recording import Recording, record
 
 
 class RecordedSteps:
-    """Runs the layers for the next tokens of sequences. Each token has a row of the table.
+    """Makes the steps for the next tokens of sequences. Each token has a row of the table.
 
     Only steps of up to `MOST_ROWS` tokens without adapters are recorded: the kernels of larger
     steps take much longer than Python does, and a recording keeps the memory that the kernels use.
@@ -37,8 +37,9 @@ class RecordedSteps:
 
     @torch.inference_mode()
     def run(self, token_ids: Tensor, table: Tensor, adapters: Tensor | None) -> tuple[Tensor, bool]:
-        """Returns the result of `Transformer.step`, which the next call overwrites, and whether
-        later calls of this size take as long. They do not if this call recorded the step.
+        """Returns the result of `Transformer.step`, and whether later calls of this size take as
+        long. They do not if this call recorded the step. The next call of this size may overwrite
+        the result.
 
         Args:
             token_ids: [T] int64.
@@ -81,6 +82,7 @@ class _Step:
         if not self._can_record:
             self._step()
             return self._h, True
+        self._recording = None  # `record` may be interrupted
         self._recording = record(self._step, [self._token_ids])
         self._can_record = self._recording is not None
         return self._h, False

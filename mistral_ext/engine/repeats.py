@@ -10,7 +10,7 @@ from collections.abc import Sequence as List
 from typing import NamedTuple
 
 _NGRAMS = (2, 3)  # the numbers of tokens that are looked up
-_NEAR = 4  # after a match has ended, one of this many tokens may continue it
+_NEAR = 4  # a match that has ended may go on at any of this many tokens after its end
 
 
 class Place(NamedTuple):
@@ -49,11 +49,11 @@ class Repeats:
     def place(self) -> Place:
         """The place after an earlier occurrence of the last tokens of the text.
 
-        A match of 3 or more tokens goes on as long as its next token is right. Otherwise the first
-        that exists is taken: the latest occurrence of the last 3 tokens; a match that has come to 2
-        tokens; the latest occurrence of the last 2 tokens; the last token alone, shortly after the
-        end of the last match, because a few words may have been changed. If there is none of them,
-        `matching` is 0.
+        A match that has come to 3 or more tokens, the last token among them, goes on. Otherwise the
+        first that exists is taken: the latest occurrence of the last 3 tokens; a match that has
+        come to 2 tokens; the latest occurrence of the last 2 tokens; the last token alone, shortly
+        after the end of the last match, because a few words may have been changed. If there is none
+        of them, `matching` is 0.
         """
         ids = self._ids
         for i in range(self._indexed, len(ids)):

@@ -253,7 +253,7 @@ class Runner:
     def _step(
         self, token_ids: Sequence[int], table: Tensor, adapters: Sequence[int]
     ) -> tuple[Tensor, bool]:
-        """Runs the layers for T tokens. Each token has a row of the table and an adapter. Returns
+        """Makes a step for T tokens. Each token has a row of the table and an adapter. Returns
         the residual stream [T, E], and `is_usual` as in `Step`."""
         device = self._model.device
         tokens, slots = _int64(token_ids, device), _slots(adapters, device)

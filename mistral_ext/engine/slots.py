@@ -179,8 +179,8 @@ class SlotPool:
         return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def draft_table(self, extents: Sequence[Extent], counts: Sequence[int]) -> Tensor:
-        """The sequence table of a decode step with drafts. Each token has its own row, so attention
-        gives it the same bits as a step with one token.
+        """The sequence table of a decode step with drafts. Each token has its own row, so on the
+        CPU attention gives it the same bits as a step with one token.
 
         Args:
             extents: the extents of the sequences.

@@ -51,8 +51,8 @@ def read_samples(path: str | Path, llm: Mistral, most_tokens: int) -> list[Sampl
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is wrong, or there are no samples. The message begins with the file and
-            the line.
+        ValueError: a line is wrong, and the message begins with the file and the line; or there are
+            no samples, or the file is a pointer of git-lfs.
     """
     path = Path(path)
     refuse_lfs_pointer(path)

@@ -328,8 +328,8 @@ def accelerate_model(model: PreTrainedModel) -> int:
     token and for prompts. docs/performance.md has measurements.
 
     The model keeps its parameters and modules, so `state_dict` and saving work as before. The
-    changed modules are for inference: where torch records gradients of their parameters, they raise
-    RuntimeError.
+    changed modules are for inference. They raise RuntimeError where torch records gradients of
+    their parameters, and feed-forward blocks also where it records gradients of their input.
 
     Args:
         model: a Mistral or Llama of transformers, in the dtype in which it will run.

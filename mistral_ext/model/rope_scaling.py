@@ -44,8 +44,8 @@ class Llama3:
     """
 
     factor: float
-    low: float  # frequencies with fewer turns in the original positions are divided
-    high: float  # frequencies with more turns are kept
+    low: float  # a number of turns in the original positions: frequencies with fewer are divided
+    high: float  # a number of turns, too: frequencies with more are kept
     original_positions: int
 
     def scaled(self, frequencies: Tensor, theta: float) -> Tensor:

@@ -6,12 +6,13 @@ for weights. If torch records gradients, any other argument that requires a grad
 RuntimeError. docs/kernels.md says how gradients are computed.
 
 Tensors are float32, bfloat16 or float16. All tensors of a call have the same dtype, unless the op
-says otherwise. Kernels compute in float32 (for exceptions see `linear`). No op makes an argument
-contiguous: the last axis must have stride 1, and weights, pools and tables must be contiguous.
-Other strides are free: q, k and v may be slices of one matrix.
+says otherwise. Kernels accumulate in float32 (for exceptions see `linear`; `sample` computes in
+float64 and in integers). The last axis of an argument must have stride 1, and weights, pools and
+tables must be contiguous. Other strides are free: q, k and v may be slices of one matrix.
 
-Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices, not a
-tensor). The message names the op, the argument, its value and what was expected.
+Wrong arguments raise ValueError (shapes, strides, numbers) or TypeError (dtypes, devices). The
+message names the op, the argument, its value and what was expected. An argument that is not a
+tensor raises an error of torch or Python.
 
 Shape letters: T new tokens of all sequences, packed one after another; S sequences; E model
 dimension; F hidden dimension; Hq query heads; Hkv key/value heads, a divisor of Hq; D head
@@ -28,10 +29,11 @@ ring is. `mistral_ext.engine.slots.SlotPool` makes the table, and csrc/ring.h de
 
 The ring is [Hkv, C, D] and holds position p in slot p mod C.
 
-A sequence may also have several rows, one behind another. Each row then has one new token, and
-their positions are consecutive. The rows share the ring of the sequence, and each token gets the
-same bits as in a call of its own. All of these tokens are stored before attention. So C must be at
-least the length of the sequence, or the window and one more for each row after the first.
+A sequence may also have several consecutive rows of the table. Each row then has one new token, and
+the positions of these tokens are consecutive. The rows share the ring of the sequence, and on the
+CPU each token gets the same bits as in a call of its own. All new tokens of the sequence are stored
+before attention. So C must be at least the length of the sequence, or the window and one more for
+each row after the first.
 
 The values in a table, and the ids of tokens, are checked only on the CPU: reading them from a GPU
 would make a call wait.

@@ -16,7 +16,7 @@ def active_isa() -> str:
 
     It is the set that `select_isa` or MISTRAL_EXT_ISA names, else the fastest set. If the
     environment variable names an instruction set that this machine lacks, this function,
-    `select_isa` and every op on the CPU raise ValueError.
+    `select_isa` and the ops on the CPU that depend on the set raise ValueError.
     """
     return _C.active_isa()
 

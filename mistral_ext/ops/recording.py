@@ -53,8 +53,9 @@ def record(work: Callable[[], object], given: Sequence[Tensor]) -> Recording | N
         given: the tensors with which the work begins.
 
     Returns:
-        The recording, or None if the work cannot be repeated: an op has no workspace, or needs
-        memory that has been freed, or reads a tensor that torch has computed.
+        The recording, or None if the work cannot be repeated: an op does not run by `workspace.run`
+        with its output, or needs memory that has been freed, or reads a tensor that torch has
+        computed.
     """
     recorder = _Recorder(given)
     with workspace.heard_by(recorder):

@@ -27,8 +27,8 @@ def rope(
 
     The slot of a new token may hold an older token. If a query of the same chunk still sees the
     older token, `rope` does not append the new token: `attention` appends it later. So call `rope`
-    and then `attention` with the same table and window. After both, the rings have the new tokens,
-    of a chunk that is longer than its ring the last C.
+    and then `attention` with the same table and window. After both, the rings have the new tokens.
+    Of a chunk that is longer than its ring they have the last C.
 
     Scaled RoPE needs other frequencies. If a model also multiplies cosine and sine by a factor m,
     as YaRN does, give `attention` the scale m^2 / sqrt(D).

@@ -120,8 +120,8 @@ def plain_weights(parts: Parts, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yields the weights in `dtype`. Quantised weights are dequantised. The parts of a
     `JoinedWeight` come as one weight.
 
-    A weight is dequantised when the caller asks for it. In a loop the weight before it still takes
-    memory then, but no others do.
+    A weight is dequantised when the caller asks for it. So a loop holds at most two dequantised
+    weights.
     """
     if parts.whole is not None:
         yield parts.whole

@@ -38,7 +38,7 @@ def heard_by(recorder: Recorder) -> Iterator[None]:
 def execution_target(x: Tensor) -> int:
     """Where a kernel on x runs: the number of threads on a CPU, the current stream on a GPU.
 
-    Only calls without a workspace use this function. Their kernels cannot be repeated, so a
+    Only ops that do not call `run` use this function. Their kernels cannot be repeated, so a
     recorder gives up.
     """
     if _of_thread.recorder is not None:

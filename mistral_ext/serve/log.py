@@ -36,8 +36,8 @@ class Record:
 
 
 class _PrivateFile(RotatingFileHandler):
-    """A log file. It is made so that only its owner may read it, and so are the files that replace
-    it when it is large."""
+    """A log file that only its owner may read, if this class makes it. The same holds for the files
+    that replace it when it is large."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES - 1, encoding="utf-8")

@@ -41,9 +41,9 @@ def check(value: Any, schema: Schema, name: str) -> None:
 
 
 def _are_integers(values: list[Any], schema: Schema) -> bool:
-    """Checks a list of integers. There may be a million, so they are checked together. False: the
-    items have to be checked one by one, because an item is wrong or is no int, or there are
-    none."""
+    """Whether all items are ints that fit the schema of an integer. There may be a million, so they
+    are checked together. False: the caller has to check them one by one, for some may fit all the
+    same."""
     if schema.get("type") != "integer" or {*map(type, values)} != {int}:
         return False
     least, most = min(values), max(values)

@@ -222,7 +222,7 @@ class TokenFinder:
 def _longest_of(words: list[str]) -> str:
     """A pattern that matches the longest of some words. It is a tree of words, because trying the
     hundreds of control tokens of v3 one by one at each bracket of a text would take seconds."""
-    start = commonprefix(words)  # noqa: RUF071  character by character is what is wanted
+    start = commonprefix(words)  # noqa: RUF071  it compares characters, as this tree needs
     rest = sorted(word[len(start) :] for word in words)
     branches = [_longest_of(list(some)) for _, some in groupby(filter(None, rest), lambda w: w[0])]
     tree = f"(?:{'|'.join(branches)})" if branches else ""

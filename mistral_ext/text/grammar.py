@@ -55,7 +55,8 @@ class GrammarCompiler:
             constraint: the rule that completions must match.
             starts_text: whether completions begin a text. If False, they continue a text. If the
                 tokenizer puts a space before a text (`Tokenizer.adds_first_space`), a completion
-                that begins a text has this space before what must match.
+                that begins a text has this space before what must match (with a schema it may lack
+                the space).
 
         Raises:
             ValueError: the constraint does not compile, or nothing matches it.

@@ -1,10 +1,10 @@
 """Turns text into token ids and back, with the vocabularies of Mistral 7B and of Llama models.
 
-Mistral 7B has two vocabularies. v1 has 32000 tokens: <unk>, <s>, </s>, 256 bytes and ordinary
-pieces. v2 and v3 have 32768 tokens: 768 more control tokens ([INST], [/INST], ...) follow </s>, and
-later ids are higher by 768. Both are SentencePiece BPE: a space is written "▁" inside a token,
-encoding puts one space before the text, and a character without its own token is spelled in byte
-tokens <0xNN>.
+Mistral 7B has three versions of its tokenizer, with two vocabularies. v1 has 32000 tokens: <unk>,
+<s>, </s>, 256 bytes and ordinary pieces. v2 and v3 have 32768 tokens: 768 more control tokens
+([INST], [/INST], ...) follow </s>, and later ids are higher by 768. Both are SentencePiece BPE: a
+space is written "▁" inside a token, encoding puts one space before the text, and a character
+without its own token is spelled in byte tokens <0xNN>.
 
 Fine-tunes add their own tokens (`added_tokens`). Added tokens that are text are found in every
 text. Control tokens are found only on request, so that nobody's text can end a turn of a chat.

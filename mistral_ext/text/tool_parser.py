@@ -100,7 +100,7 @@ class _Object:
         self._is_string = self._is_escaped = False
 
     def length_in(self, text: str) -> int:
-        """The number of next characters that belong to the object."""
+        """Reads the next text. Returns how many of its first characters belong to the object."""
         for i, character in enumerate(text):
             if self._is_escaped:
                 self._is_escaped = False

@@ -77,8 +77,8 @@ class CalibratedLayers:
         must take the layers in order. `layer` is emptied, to save memory.
 
         Raises:
-            ValueError: the layer was rounded by an earlier run, and that from other weights or into
-                a file that is damaged now; or it cannot be rounded.
+            ValueError: an earlier run rounded the layer from other weights, or its file is damaged;
+                or the layer cannot be rounded.
         """
         file, identity = self._kept / f"{index}.pt", hash_of_weights(layer.values())
         if index < self.done:

@@ -141,13 +141,7 @@ def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device
     multiplies them in one product.
     """
     for i in range(sum(name.endswith(".attention_norm.weight") for name in weights)):
-        for joined, parts in TOGETHER.items():
-            names = [f"layers.{i}.{part}.weight" for part in parts]
-            plain = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
-            if len(plain) == len(names):
-                weights[joined.format(i)] = JoinedWeight.join(plain, device)
-                for name in names:
-                    del weights[name]
+        _join(weights, i, device)
     first_name = {id(weight): name for name, weight in reversed(weights.items())}
     same = {name: first_name[id(weight)] for name, weight in weights.items()}
     for name in list(weights):
@@ -155,6 +149,17 @@ def move_weights(weights: dict[str, Weight | JoinedWeight], device: torch.device
         if isinstance(weight, JoinedWeight):
             continue
         weights[name] = weight.to(device) if same[name] == name else weights[same[name]]
+
+
+def _join(weights: dict[str, Weight | JoinedWeight], layer: int, device: torch.device) -> None:
+    """Replaces plain weights of a layer by joined copies on a device."""
+    for joined, parts in TOGETHER.items():
+        names = [f"layers.{layer}.{part}.weight" for part in parts]
+        plain = [part for part in map(weights.get, names) if isinstance(part, Tensor)]
+        if len(plain) == len(names):
+            weights[joined.format(layer)] = JoinedWeight.join(plain, device)
+            for name in names:
+                del weights[name]
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -90,7 +90,7 @@ def hash_of_text(token_ids: Iterable[int]) -> str:
 
 def hash_of_weights(weights: Iterable[Tensor]) -> str:
     """A hash of a sample of the rows of matrices, and of whole vectors. A sample is enough, because
-    training or merging an adapter changes nearly all rows of a matrix, or none."""
+    training, or merging an adapter, changes nearly all rows of a matrix, or none."""
     found = hashlib.sha256()
     for weight in weights:
         sample = weight[::_STEP] if weight.dim() > 1 else weight

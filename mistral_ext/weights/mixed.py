@@ -61,8 +61,8 @@ class Mixture:
             )
 
     def best(self, sensitivities: Mapping[str, float]) -> Quantization:
-        """Chooses the formats. In the order of what 8 bits save per byte, each matrix gets 8 bits
-        if they still fit.
+        """Chooses the formats. Matrices get 8 bits as long as they fit, in the order of the loss
+        that this avoids per byte.
 
         Args:
             sensitivities: the loss of 4 bits in each matrix of the layers, by Mistral's names.

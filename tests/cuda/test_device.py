@@ -244,6 +244,27 @@ def test_a_weight_is_let_go_when_it_is_copied():
     assert at_copies == [4, 3, 2, 1]
 
 
+def test_weights_are_let_go_when_they_are_joined():
+    class Part(torch.Tensor):
+        pass
+
+    alive = weakref.WeakSet()
+    weights = {"layers.0.attention_norm.weight": torch.ones(4)}
+    for name in ("feed_forward.w1", "feed_forward.w3"):
+        weights[f"layers.0.{name}.weight"] = torch.ones(8, 4).as_subclass(Part)
+    alive.update(w for w in weights.values() if isinstance(w, Part))
+    left = []
+
+    class Last:
+        def to(self, device):
+            left.append(len(alive))
+            return torch.empty(0)
+
+    weights["output.weight"] = Last()
+    move_weights(weights, torch.device("cpu"))
+    assert left == [0]
+
+
 def test_what_is_multiplied_in_one_pass_is_joined(tmp_path):
     write_checkpoint(tmp_path)
     weights = load_weights(read_folder(tmp_path))

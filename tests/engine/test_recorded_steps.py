@@ -109,6 +109,10 @@ def test_other_embeddings_make_a_new_recording(form, repeated):
             h = steps.run(token_ids, table, None)[0].clone()
             assert torch.equal(h, model.step(token_ids, table, pool, max_count=1))
     assert len(set(map(id, repeated))) == 2
+    with pytest.raises(ValueError, match=r"token_ids\[0\] is -1, expected 0 to"):
+        steps.run(torch.tensor([-1]), table, None)
+    h = steps.run(token_ids, table, None)[0]
+    assert torch.equal(h, model.step(token_ids, table, pool, max_count=1))
 
 
 @pytest.mark.parametrize("has_drafts", [False, True])

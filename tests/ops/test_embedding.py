@@ -151,6 +151,21 @@ def test_each_element_is_read_and_written_once(emulator, dtype):
     assert launch["store_requests"] == requests
 
 
+@pytest.mark.parametrize(
+    ("size", "offset", "message"),
+    [
+        (12, 0, "embedding: weight has 12 inputs, expected a multiple of 8 on a CUDA device"),
+        (64, 4, "embedding: weight begins at address [0-9]+, expected a multiple of 8 on a CUDA"),
+    ],
+)
+def test_what_cuda_kernels_refuse(emulator, size, offset, message):
+    memory = torch.zeros(5 * size + 8, dtype=torch.int8)
+    values = memory[offset:][: 5 * size].view(5, size)
+    weight = Quantized(values, torch.ones(5, 1).bfloat16(), "int8")
+    with backends.use(emulator), pytest.raises(ValueError, match=message):
+        ops.embedding(torch.tensor([1]), weight, torch.bfloat16)
+
+
 @pytest.mark.parametrize("device", [GPU])
 @pytest.mark.parametrize(("form", "group"), [("plain", None), *FORMS])
 def test_on_a_gpu(device, form, group, generator):
@@ -179,6 +194,7 @@ Q8_0 = Quantized(torch.zeros(5, 64, dtype=torch.int8), torch.zeros(5, 2).half(),
             "token_ids[2] is 5, expected 0 to 4",
         ),
         ({"token_ids": torch.tensor([-1])}, ValueError, "token_ids[0] is -1, expected 0 to 4"),
+        ({"weight": torch.zeros(0, 8)}, ValueError, "weight has 0 rows, expected at least 1"),
         (
             {"token_ids": torch.tensor([[1, 2]])},
             ValueError,

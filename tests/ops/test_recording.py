@@ -160,7 +160,7 @@ def heads(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         lambda x, w: ops.linear(x.clone(), w),
         lambda x, w: ops.linear(ops.linear(x, w) + 1, w),
         lambda x, w: ops.linear(torch.zeros_like(x), w),
-        lambda x, w: ops.rms_norm(x, x[0], 1e-5),  # has no workspace
+        lambda x, w: ops.rms_norm(x, x[0], 1e-5),  # does not call `run`
         lambda x, w: ops.linear(x, Quantized(*packed(w), torch.arange(SIZE).flip(0))),
         lambda x, w: ops.linear_swiglu(x, [w, w], added=torch.zeros(TOKENS, 2 * len(w))),
         lambda x, w: ops.linear_argmax(x, w),

@@ -10,6 +10,17 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
+// Loads an operand into a register. GCC 12 would load it again for each product. Then loads, not
+// products, would limit the speed.
+template <class A>
+MISTRAL_SIMD typename A::Operand load_once(const typename A::Element* x) {
+  typename A::Operand operand = A::load(x);
+#if defined(__AVX2__) && !defined(__clang__)
+  asm("" : "+v"(operand.v));
+#endif
+  return operand;
+}
+
 template <class T>
 class DecodeRows {
   using A = typename ArithmeticOf<T>::type;
@@ -42,11 +53,12 @@ class DecodeRows {
   // Adds `keys` to the attention of all rows. position_of(row) is the position of a row. No row has
   // a lower position than the row before it.
   //
-  // The steps of a softmax wait for each other. Meanwhile the processor computes the scores of the
-  // next block, which come before the products that need the softmax.
+  // Each step of a softmax needs the result of the step before. While they run, the processor
+  // computes the scores of the next block, which come before the products that need the softmax.
   template <class PositionOf>
   void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
               const PositionOf& position_of) {
+    if (keys.count <= 0) return;
     const int64_t lowest = position_of(0), highest = position_of(rows - 1);
     for (int64_t row = 0; row < rows; row += kRowBlock) score(keys, 0, row, dim);
     for (int64_t first = 0; first < keys.count; first += kKeys) {
@@ -76,6 +88,7 @@ class DecodeRows {
   // The probabilities of a row lie side by side for this many neighbouring keys. An operand needs
   // at least kDepth.
   static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
+  static_assert(kKeys % kNeighbours == 0, "");
 
   // scores = q k^T for kRowBlock rows and the keys from `first` on, if there are any. If the last
   // group of keys is incomplete, its last key is repeated, and the scores of the repetitions are

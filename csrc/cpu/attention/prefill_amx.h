@@ -30,8 +30,8 @@ struct AmxProducts {
     }
   }
 
-  // The products of all tiles of keys are added to `out`. This loses no digits, because the
-  // instruction sums 32 products before it adds them.
+  // out = factors * out + p v. All tiles of keys are added to `out` itself. This costs little
+  // precision, because the instruction sums 32 products before it adds them.
   template <int64_t kKeys>
   static void accumulate(const bf16* p, const float* factors, int64_t rows, const bf16* v,
                          int64_t count, int64_t dim, float* out) {

@@ -39,22 +39,11 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / int64_t{sizeof(T)}) __builtin_prefetch(x + i);
 }
 
-// Loads an operand into a register. GCC would read floats from memory again for each product, and
-// loads, not products, would limit the speed.
-template <class A>
-MISTRAL_SIMD typename A::Operand load_once(const typename A::Element* x) {
-  typename A::Operand operand = A::load(x);
-#if defined(__AVX2__)
-  asm("" : "+v"(operand.v));
-#endif
-  return operand;
-}
-
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns, from column d
 // on. weights(r, key) points to the weights of row r for kNeighbours keys, from `key` on, a
 // multiple of kNeighbours. values(key, d, columns) loads M vectors of the values of kDepth keys.
-// factor(r) is the factor of row r. If `keys` is no multiple of kNeighbours, the last neighbours
-// are added too.
+// factor(r) is the factor of row r. If `keys` is no multiple of kNeighbours, weights and values
+// must exist up to the next multiple, and these weights must be 0.
 //
 // The new products are summed on their own and added to `out` at the end. If thousands of keys were
 // added to `out` one by one, this large number would be rounded each time.

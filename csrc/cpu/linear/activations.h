@@ -123,9 +123,9 @@ constexpr bool kPacksTogether<InHalves<format>> = true;
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
-  // Neighbouring tokens are an odd multiple of half a way of the L1 cache apart. If they were a
-  // multiple of a way apart, as with K = 4096, the same block of k of all tokens would compete for
-  // the same sets of the cache.
+  // Neighbouring tokens are an odd multiple of half a way of the L1 cache apart (of 4096 bytes, as
+  // on x86), so that only every second token competes for the same sets of the cache. If they were
+  // a multiple of a way apart, as with K = 4096, all tokens would.
   static int64_t elements(int64_t inputs) {
     constexpr int64_t kSize = sizeof(typename Chunk::Arithmetic::Element);
     constexpr int64_t kWay = 4096, kHalf = kWay / 2;
@@ -227,7 +227,7 @@ const void* packing_mark(const LinearParams& p, int64_t part) {
     });
   }
   return with_format(p.parts[part].format, [](auto format) -> const void* {
-    return &kMark<std::bool_constant<ChunkOf<format.value, float>::type::kInOrder>>;
+    return &kMark<std::bool_constant<kUnpacksInOrder<format.value>>>;
   });
 }
 

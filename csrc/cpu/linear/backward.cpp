@@ -12,7 +12,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The tile class, and kColumns, the columns of W in a task. It is a multiple of kUnpacked.
+// The tile class for T. A task has kColumns columns of W, a multiple of kUnpacked.
 template <class T>
 struct BackwardTileOf {
   using type = typename TileOf<T>::type;
@@ -79,7 +79,7 @@ class LinearBackward {
 
   template <class Format>
   static constexpr bool in_order(Format) {
-    return ChunkOf<Format::value, float>::type::kInOrder;
+    return kUnpacksInOrder<Format::value>;
   }
 
   // The number of tokens that are packed at a time: an equal share of all tokens, in whole tiles.

@@ -42,7 +42,7 @@ constexpr bool has_many_bytes(WeightFormat format) {
   return has_bytes(format) && !kInTiles<T>;
 }
 
-// The properties of a format that the chunks distinguish.
+// The properties of a format on which the code of the chunks depends.
 template <WeightFormat format>
 struct ByteFormat {
   static constexpr int kBits = static_cast<int>(info(format).bits);
@@ -100,7 +100,7 @@ struct ByteChunk : ByteFormat<format> {
 
   Bytes32 values[8];
   __m256 factor;   // the scale of each block
-  __m256 minimum;  // of each block, if kMinimum: is multiplied by the sum of its activations
+  __m256 minimum;  // of each block, if kMinimum; it multiplies the sum of the activations
   __m256i scales;  // q6_k: the scales of the halves of each block, in 16 bits
 
   // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`

@@ -31,7 +31,7 @@ struct ByteChunk : ByteFormat<format> {
 
   int8x16_t values[8][4];  // of a block, in the parts of PairActivations: 8 values of each row
   float32x4_t factor[8];   // of a block: that of the first row twice, that of the second row twice
-  float32x4_t minimum[8];  // likewise, if kMinimum: is multiplied by the sum of the activations
+  float32x4_t minimum[8];  // likewise, if kMinimum; it multiplies the sum of the activations
   int32x4_t scales[8][2];  // if kScalesOfHalves: of the halves of a block
 
   MISTRAL_SIMD void take(const char* const (&words)[2], const char* const (&row_scales)[2],

@@ -48,7 +48,7 @@ struct ByteRow : ByteFormat<format> {
 
   Bytes32 values[8];
   Lanes8 factor;        // the scale of each block
-  Lanes8 minimum;       // of each block, if kMinimum: is multiplied by the sum of its activations
+  Lanes8 minimum;       // of each block, if kMinimum; it multiplies the sum of the activations
   int32x4_t scales[4];  // if kScalesOfHalves: the scales of first halves, then of last halves
 
   // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`

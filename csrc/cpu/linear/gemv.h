@@ -7,6 +7,8 @@
 // kGemvTokens tokens get the same bits together as alone.
 #pragma once
 
+#include <type_traits>
+
 #include "../processor.h"
 #include "formats.h"
 
@@ -18,8 +20,8 @@ constexpr int64_t kCacheLineBytes = 64;
 constexpr int64_t kAheadBytes = 8192;
 
 // The most tokens that are multiplied at a time. More tokens take a further pass over the rows, in
-// which nothing more comes from memory. Weights that are not packed take the longest to come from
-// memory, so there one pass is faster where the registers hold the sums. Packed weights wait for
+// which nothing more comes from memory. Plain weights take the longest to come from memory, so
+// there one pass is faster where the registers hold the sums. Quantised weights wait for
 // arithmetic, which is cheaper with two rows at a time.
 template <class Chunk>
 constexpr int kTokensAtATime = 4;
@@ -299,7 +301,7 @@ void multiply_group(const WeightRows& w, int64_t count,
   }
 }
 
-// Calls f with `tokens`, 1 to kMost, as a constant.
+// Calls f with `tokens` as a constant. It must be 1 to kMost.
 template <int64_t kMost, class F>
 void with_tokens(int64_t tokens, const F& f) {
   if constexpr (kMost > 1) {

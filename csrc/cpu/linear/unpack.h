@@ -1,5 +1,5 @@
-// Unpacks weights of every format to the elements that the kernels multiply. gemm.h and
-// backward.cpp use this, and for formats without a chunk also gemv_unpacked.h.
+// Unpacks weights of every format to the elements that the kernels multiply. gemv needs this only
+// for formats without a chunk (gemv_unpacked.h).
 #pragma once
 
 #include "unpack_words.h"
@@ -12,6 +12,11 @@ constexpr int64_t kUnpacked = 8 * Vec::width;  // the number of values that are 
 // finite; the activations there are 0. The values of words come in the order of Int4Chunk::k_at.
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
+
+// Whether a format is unpacked in the order of the row. Otherwise it is unpacked in the order of
+// Int4Chunk::k_at.
+template <WeightFormat format>
+constexpr bool kUnpacksInOrder = ChunkOf<format, float>::type::kInOrder;
 
 // Stores two vectors of values, in order.
 MISTRAL_SIMD void put(float* out, Vec first, Vec second) {

@@ -146,7 +146,7 @@ struct Pairs {
 
   __m512i integers() const { return reinterpret_cast<__m512i>(v); }
 };
-using UnalignedPairs __attribute__((aligned(2))) = __m512bh;
+using UnalignedPairs __attribute__((aligned(1), may_alias)) = __m512bh;
 MISTRAL_SIMD Pairs pairs_of(__m512i x) { return {reinterpret_cast<__m512bh>(x)}; }
 MISTRAL_SIMD Pairs load_pairs(const bf16* p) {
   return {*reinterpret_cast<const UnalignedPairs*>(p)};

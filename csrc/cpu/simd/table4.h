@@ -6,7 +6,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int kGroup4 = 32;  // how many numbers a call has
+constexpr int kGroup4 = 32;  // the number of numbers that a call converts
 
 // The index of the element of kTable4 that is nearest to x. Half-way between two elements it takes
 // the larger.

@@ -22,7 +22,7 @@ cudaError_t attention_hopper(const AttentionParams& p, cudaStream_t stream);
 // divided, one counter for each consumer's rows of each tile.
 inline void add_hopper_scratch(AttentionScratch& scratch, const AttentionParams& p,
                                int64_t longest) {
-  // Wants about as many parts as give every multiprocessor a block. But each part has at least
+  // There should be about as many parts as multiprocessors. But each part has at least
   // kPartTiles tiles, so that it is worth its merge.
   const int64_t group = p.heads / p.kv_heads;
   const int64_t tiles = ceil_div(p.tokens * group, kPrefillRows) * p.kv_heads;

@@ -95,7 +95,8 @@ __device__ __forceinline__ void copy_rows(Tile tile, int thread, const RowAt& ro
   }
 }
 
-// scores[m][n] = the product of query rows 16 m to 16 m + 15 and keys 8 n to 8 n + 7.
+// scores[m][n] = the product of rows first_row + 16 m to first_row + 16 m + 15 of q, and rows 8 n
+// to 8 n + 7 of k.
 template <int kM, int kN, class T, int D>
 __device__ __forceinline__ void multiply_keys(float (&scores)[kM][kN][4], SharedTile<T, D> q,
                                               int first_row, SharedTile<T, D> k) {
@@ -196,9 +197,10 @@ struct Softmax {
   // 1 / (the total of row r). The results of the row must be multiplied by it.
   __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
 
-  // Turns scores into probabilities relative to the new maximum, and rescales `out` to this
-  // maximum. p has the layout of an operand of the next product: p[m][n] holds elements 0 and 1 of
-  // scores[m][n] as one pair, and elements 2 and 3 as another pair.
+  // Turns scores into probabilities relative to the maximum of the row so far, adds them to
+  // `total`, and rescales `total` and `out` to this maximum. p has the layout of an operand of the
+  // next product: p[m][n] holds the probabilities of elements 0 and 1 of scores[m][n] as one pair,
+  // and the probabilities of elements 2 and 3 as another pair.
   template <class T, int kN, int kD8>
   __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&out)[kM][kD8][4]) {

@@ -1,9 +1,9 @@
 // Launches kernels and gives them shared memory. This needs a CUDA compiler and a device.
 //
-// This file and ptx.cuh are included in angle brackets, so that the emulator (tests/emulator) can
-// replace them. The emulator compiles kernels with the host compiler. Its own headers of these
-// names come earlier on the include path. The emulator also defines the other runtime functions
-// that the host side of the kernels calls.
+// Kernels include this file, ptx.cuh and ptx_sm90.cuh in angle brackets, so that the emulator
+// (tests/emulator) can replace them. It compiles kernels with the host compiler, and its own
+// headers of these names come earlier on the include path. The emulator also defines the other
+// runtime functions that the host side of the kernels calls.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// Loads and stores neighbouring elements. Kernels access tensors, except the table of sequences and
-// counters, through here or through a function of ptx.cuh or ptx_sm90.cuh, because the emulator
+// Loads and stores neighbouring elements. Kernels access tensors, except counters and the table of
+// sequences, through here or through a function of ptx.cuh or ptx_sm90.cuh, because the emulator
 // checks and counts accesses there.
 #pragma once
 
@@ -73,7 +73,8 @@ __device__ __forceinline__ void store_shared16(T* shared, const Vec16<T>& v,
   st_shared_16(shared, detail::to_bits(v), site);
 }
 
-// Loads N elements. Kernels that are written once for both widths use this.
+// Loads N elements. Kernels that are written once for vectors of 1 element and of 16 bytes use
+// this.
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* global, Site site = Site::here()) {
   if constexpr (N == 1) {
