@@ -151,6 +151,7 @@ def test_each_element_is_read_and_written_once(emulator, dtype):
     assert launch["store_requests"] == requests
 
 
+@pytest.mark.parametrize("device", [GPU])
 @pytest.mark.parametrize(
     ("size", "offset", "message"),
     [
@@ -158,12 +159,12 @@ def test_each_element_is_read_and_written_once(emulator, dtype):
         (64, 4, "embedding: weight begins at address [0-9]+, expected a multiple of 8 on a CUDA"),
     ],
 )
-def test_what_cuda_kernels_refuse(emulator, size, offset, message):
-    memory = torch.zeros(5 * size + 8, dtype=torch.int8)
+def test_what_a_gpu_refuses(device, size, offset, message):
+    memory = torch.zeros(5 * size + 8, dtype=torch.int8, device=device)
     values = memory[offset:][: 5 * size].view(5, size)
-    weight = Quantized(values, torch.ones(5, 1).bfloat16(), "int8")
-    with backends.use(emulator), pytest.raises(ValueError, match=message):
-        ops.embedding(torch.tensor([1]), weight, torch.bfloat16)
+    weight = Quantized(values, torch.ones(5, 1, device=device).bfloat16(), "int8")
+    with pytest.raises(ValueError, match=message):
+        ops.embedding(torch.tensor([1], device=device), weight, torch.bfloat16)
 
 
 @pytest.mark.parametrize("device", [GPU])
