@@ -91,7 +91,7 @@ def real(model: str, tokens: int) -> Subject:
 
 
 def peers_of(
-    model: str, tokens: int, calibration: int, mixed: list[float]
+    model: str, tokens: int, calibration: int, skipped: int, mixed: list[float]
 ) -> dict[str, dict[str, float]]:
     """Measures ways to round MODEL, llama.cpp's among them."""
     path = resolve(model)
@@ -99,7 +99,8 @@ def peers_of(
     ids = read_tokenizer(folder).encode(HELD_OUT.read_text())
     print(f"\n{folder.config.n_layers} layers; {tokens} tokens compared; layers rounded, in fp32")
     with tempfile.TemporaryDirectory(prefix="mistral_ext-") as made:
-        given = ids[:tokens], ids[tokens : tokens + calibration]
+        begin = tokens + skipped
+        given = ids[:tokens], ids[begin : begin + calibration]
         return measure_peers(path, folder.config, *given, Path(made), compare, mixed)
 
 
@@ -253,6 +254,13 @@ def parse_options() -> argparse.Namespace:
         help="tokens to calibrate MODEL's int4 with",
     )
     parser.add_argument(
+        "--skip",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of the text between those that are compared and those that calibrate",
+    )
+    parser.add_argument(
         "--mixed",
         type=lambda text: [float(bits) for bits in text.split(",")],
         default=[],
@@ -281,7 +289,7 @@ def main() -> None:
     report: dict = {"machine": facts}
 
     if args.model and "peers" in args.only:
-        report["peers"] = peers_of(args.model, args.tokens, args.calibrate, args.mixed)
+        report["peers"] = peers_of(args.model, args.tokens, args.calibrate, args.skip, args.mixed)
     if args.only == {"peers"}:
         subjects = {}
     elif args.model:

@@ -5,6 +5,11 @@ each other are its Hessian. It says how much an error in each weight counts, and
 can compensate it. So a matrix is rounded with error feedback (error_feedback.py). Then the text
 goes on through the rounded matrix, so that later matrices see its errors and can compensate them.
 
+The output of wo and w2 is added to the residual stream, and the next norm divides the sum by its
+size. So errors of wo and w2 count relative to this size. Otherwise a single token could decide how
+they are rounded: in many models the residual stream of the first token is a hundred times as large
+as that of others (Sun et al. 2024, arXiv:2402.17762).
+
 This takes about the memory of one layer in fp32, of the Hessian of its longest rows, of the inputs
 of all tokens to that matrix, and of their hidden states. The embeddings in fp32 are added if they
 are the output matrix, too. Finished layers are kept in a folder (kept.py), so that a run that was
@@ -102,8 +107,8 @@ class CalibratedLayers:
         def product(x: Tensor, name: str) -> Tensor:
             return whole_layer.product(wide, x, name)
 
-        def round_all(x: list[Tensor], *names: str) -> None:
-            self._round(index, x, [f"{name}.weight" for name in names], wide, made)
+        def round_all(x: list[Tensor], *names: str, sizes: Sequence[Tensor] | None = None) -> None:
+            self._round(index, x, sizes, [f"{name}.weight" for name in names], wide, made)
 
         def add_product(x: list[Tensor], name: str) -> None:
             for part, sums in zip(x, hidden, strict=True):
@@ -112,7 +117,7 @@ class CalibratedLayers:
         x = [runner.normed(h, wide["attention_norm.weight"]) for h in hidden]
         round_all(x, "attention.wq", "attention.wk", "attention.wv")
         x = [runner.attended(part, product) for part in x]
-        round_all(x, "attention.wo")
+        round_all(x, "attention.wo", sizes=[runner.size(h) for h in hidden])
         add_product(x, "attention.wo")
         for name in ("wq", "wk", "wv", "wo"):
             del wide[f"attention.{name}.weight"]
@@ -121,7 +126,7 @@ class CalibratedLayers:
         x = [runner.gated(part, product) for part in x]
         # The next step needs the most memory.
         del wide["feed_forward.w1.weight"], wide["feed_forward.w3.weight"]
-        round_all(x, "feed_forward.w2")
+        round_all(x, "feed_forward.w2", sizes=[runner.size(h) for h in hidden])
         add_product(x, "feed_forward.w2")
         return made
 
@@ -129,18 +134,20 @@ class CalibratedLayers:
         self,
         index: int,
         x: list[Tensor],
+        sizes: Sequence[Tensor] | None,
         names: list[str],
         wide: dict[str, Tensor],
         made: dict[str, Weight],
     ) -> None:
-        """Rounds the matrices with the inputs x, [T, K] for each sequence, in `made` and `wide`."""
+        """Rounds the matrices with the inputs x, [T, K] for each sequence, in `made` and `wide`.
+        `sizes` is that of `hessian_of`."""
         factor = None
         for name in names:
             full_name, weight = f"layers.{index}.{name}", wide[name]
             out = self._quantization.empty(full_name, tuple(weight.shape), weight.device)
             if out is not None and has_table(out.format):
                 expect_finite(weight.abs().amax(1), full_name)
-                factor = factor or _factor(x, full_name)
+                factor = factor or _factor(x, sizes, full_name)
                 errors = round_by(factor, weight, out)
                 _expect_finite_errors(errors, weight, full_name, out.format)
                 wide[name] = torch.sub(weight, errors, out=errors)
@@ -222,9 +229,9 @@ def calibrated(
     yield "output.weight", output if quantized is None else quantized
 
 
-def _factor(x: list[Tensor], name: str) -> Factor:
+def _factor(x: list[Tensor], sizes: Sequence[Tensor] | None, name: str) -> Factor:
     try:
-        return factor_of(x)
+        return factor_of(x, sizes)
     except ValueError as error:
         raise ValueError(f"tensor {name!r} cannot be calibrated with this text: {error}") from error
 

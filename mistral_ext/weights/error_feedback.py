@@ -28,7 +28,9 @@ from mistral_ext.ops import Quantized
 from mistral_ext.ops.quantize import round_with_feedback
 from mistral_ext.ops.weight import FORMATS
 
-_DAMPING = 0.01  # added to the diagonal of a Hessian, relative to its mean, as GPTQ has it
+# Added to the diagonal of a Hessian, relative to its mean. GPTQ has 0.01, but with hardly more
+# tokens than inputs a Hessian is nearly singular (docs/performance.md has measurements).
+_DAMPING = 0.1
 _LEAST_MEAN = 1e-30  # of the diagonal: of less, squares and their inverses leave the range of fp32
 _BLOCK = 256  # columns that are rounded in one step: a block of "iq4_xs"
 # Rows of a symmetric matrix that are made at a time. On the diagonal `_add_squares` makes whole
@@ -45,22 +47,24 @@ class Factor(NamedTuple):
     importance: Tensor  # [K], how much an error in each input counts: the Hessian's diagonal
 
 
-def hessian_of(inputs: Sequence[Tensor]) -> Tensor:
+def hessian_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> Tensor:
     """The products [K, K] of the inputs' elements with each other, summed over all tokens. Only
     the lower triangle is right.
 
     Args:
         inputs: [T, K] float32 for each sequence.
+        sizes: [T] float32 for each sequence. An error in the output of a token counts relative to
+            its size. None: all tokens have the same size.
     """
-    size = inputs[0].shape[1]
-    hessian = inputs[0].new_zeros(size, size)
-    for x in inputs:
-        _add_squares(x.T.contiguous(), hessian)
+    length = inputs[0].shape[1]
+    hessian = inputs[0].new_zeros(length, length)
+    for i, x in enumerate(inputs):
+        _add_squares((x if sizes is None else x / sizes[i][:, None]).T.contiguous(), hessian)
     return hessian
 
 
-def factor_of(inputs: Sequence[Tensor]) -> Factor:
-    """Factors the Hessian of inputs, [T, K] float32 for each sequence.
+def factor_of(inputs: Sequence[Tensor], sizes: Sequence[Tensor] | None = None) -> Factor:
+    """Factors the Hessian of inputs. The arguments are those of `hessian_of`.
 
     Raises:
         ValueError: the inputs are not finite, or so large that the Hessian is not. Or rounding to
@@ -68,14 +72,14 @@ def factor_of(inputs: Sequence[Tensor]) -> Factor:
     """
     for damping in (_DAMPING, 10 * _DAMPING):
         try:
-            return _damped_factor(inputs, damping)
+            return _damped_factor(hessian_of(inputs, sizes), damping)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             continue  # the factors are made in place, so all is made again
     raise ValueError("the products of the inputs with each other have no factor in fp32")
 
 
-def _damped_factor(inputs: Sequence[Tensor], damping: float) -> Factor:
-    hessian = hessian_of(inputs)
+def _damped_factor(hessian: Tensor, damping: float) -> Factor:
+    """Overwrites the Hessian."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(_LEAST_MEAN)
     if not mean.isfinite():

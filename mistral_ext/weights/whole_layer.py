@@ -70,6 +70,10 @@ class LayerRunner:
         """RMSNorm of hidden states [T, E], the input of attention or of the feed-forward block."""
         return ops.rms_norm(h, weight, self._config.norm_eps)
 
+    def size(self, h: Tensor) -> Tensor:
+        """The numbers [T] by which an RMSNorm divides hidden states [T, E]."""
+        return (h.square().mean(1) + self._config.norm_eps).sqrt()
+
     def attended(self, x: Tensor, product: Product) -> Tensor:
         """The input [T, H * D] of wo, from the input [T, E] of wq, wk and wv, which is that of a
         sequence."""

@@ -110,7 +110,9 @@ def test_a_run_goes_on_where_it_was(folder, tmp_path, token_ids, monkeypatch):
         quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids[1:])
 
     done, factor_of = [], error_feedback.factor_of
-    monkeypatch.setattr(calibrate, "factor_of", lambda x: done.append(len(x)) or factor_of(x))
+    monkeypatch.setattr(
+        calibrate, "factor_of", lambda x, sizes: done.append(len(x)) or factor_of(x, sizes)
+    )
     quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
     assert len(done) == 4  # the four inputs of one layer of two
     assert same(tmp_path / "new", whole)
@@ -169,6 +171,24 @@ def test_a_model_that_is_complete_is_no_failure(folder, tmp_path, token_ids, mon
     monkeypatch.undo()
     assert "new.calibration is not needed any more, but cannot be removed: in use" in caplog.text
     assert (tmp_path / "new" / "model.safetensors").exists()
+
+
+def test_errors_count_relative_to_the_residual_stream(folder, tmp_path, token_ids, monkeypatch):
+    """Errors of wo and w2 do, because the next norm divides by the size of the residual stream."""
+    found, factor_of = [], error_feedback.factor_of
+    monkeypatch.setattr(
+        calibrate, "factor_of", lambda x, sizes: found.append(sizes) or factor_of(x, sizes)
+    )
+    quantize_checkpoint(folder, tmp_path / "new", 4, calibration=token_ids)
+    config, weights = read_folder(folder).config, load_weights(read_folder(folder))
+    embedded = weights["tok_embeddings.weight"][token_ids].float()
+    assert len(found) == 4 * config.n_layers
+    assert [found[0], found[2]] == [None, None]  # wq, wk and wv; w1 and w3
+    (of_wo,), (of_w2,) = found[1], found[3]
+    expected = (embedded.square().mean(1) + config.norm_eps).sqrt()
+    torch.testing.assert_close(of_wo, expected)
+    assert of_w2.shape == of_wo.shape
+    assert not torch.equal(of_w2, of_wo)
 
 
 def test_a_hessian_without_a_factor_is_damped_more(generator, monkeypatch):
