@@ -145,8 +145,9 @@ struct Run {
   int64_t count;
 };
 
-// Positions [begin, end), at most C of them, lie in the ring as two runs. Run 0 goes up to the last
-// slot. Run 1 begins at slot 0 and is often empty.
+// Returns run `index`, 0 or 1, of the positions [begin, end), of which there are at most
+// s.capacity. Run 0 begins at the slot of `begin`, and ends with the positions or at the last slot
+// of the ring. Run 1 has the rest, from slot 0 on, and is often empty.
 MISTRAL_HOST_DEVICE Run ring_run(const Sequence& s, int64_t begin, int64_t end, int index) {
   const int64_t slot = ring_slot(s, begin);
   const int64_t count = min(end - begin, s.capacity - slot);

@@ -184,8 +184,8 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
     if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
-    // If the importances are 0, or so near to 0 that products underflow, all inputs of the group
-    // count the same.
+    // Without importances, or if all squares of this group are 0 with them, weights count by their
+    // size alone.
     weigh(groups[i], nullptr, mean);
   }
 }

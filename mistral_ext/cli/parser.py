@@ -90,6 +90,8 @@ def _flags(parser: argparse.ArgumentParser) -> dict[str, str]:
     for action in parser._actions:
         if action.option_strings:
             flags[action.dest] = action.option_strings[-1]
-            if isinstance(action, argparse._AppendAction):  # the library's argument has all values
+            # An option that may be repeated (--api-key) makes a list. The library's argument may be
+            # its plural (api_keys).
+            if isinstance(action, argparse._AppendAction):
                 flags[f"{action.dest}s"] = action.option_strings[-1]
     return flags

@@ -125,7 +125,8 @@ class TrainingOptions:
 
 
 def _is_number(value: object, above: float | None = None) -> bool:
-    """Whether a value is a finite number of 0 or more, or above a limit."""
+    """Whether a value is a finite int or float: greater than `above`, or 0 or more if `above` is
+    None."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return (value >= 0 if above is None else value > above) and value <= sys.float_info.max

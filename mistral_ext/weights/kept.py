@@ -1,7 +1,10 @@
-"""Keeps what a calibration has done in a folder, so that another call continues there.
+"""Saves the finished steps of a calibration in a folder. If the calibration is interrupted, the
+next call continues from there.
 
-The folder belongs to one new model. Its files are `hidden.pt`, `sensitivities.pt`, and `0.pt` and
-so on for the layers. Each holds the identity of what it was made from.
+Each new model has a folder of its own. `sensitivities.pt` holds the measured sensitivities; `0.pt`,
+`1.pt` and so on hold the rounded layers; `hidden.pt` holds the number of finished layers, and the
+hidden states after them. Each file also holds an identity, a hash of what it was computed from. A
+file with another identity is refused.
 """
 
 from __future__ import annotations
