@@ -121,7 +121,7 @@ class Transformer:
     @torch.inference_mode()
     def step(
         self,
-        token_ids: Tensor | None,
+        token_ids: Tensor,
         sequences: Tensor,
         cache: Cache,
         max_count: int,
@@ -134,14 +134,14 @@ class Transformer:
         wait for the device.
 
         Args:
-            token_ids: as in `forward`, but on the model's device. None if `h` is given.
+            token_ids: as in `forward`, but on the model's device.
             max_count: an upper bound of the number of new tokens of any sequence.
             adapters: [T] int32, the slot of each token's adapter in the attribute `adapters`, or -1
                 for a token without an adapter. None: no token has an adapter. The bits of a token
                 without an adapter do not depend on the adapters of other tokens.
             layers: the layers to run. None: all layers.
-            h: [T, E], the embeddings, or the result of the call for the previous layers. This call
-                changes it. None: begin with the embeddings of `token_ids`.
+            h: [T, E], the result of the call for the previous layers. This call changes it. None:
+                begin with the embeddings of `token_ids`.
 
         Returns:
             [N, E], the residual stream, for `logits` or `greedy`. If the last of `layers` is not
@@ -151,8 +151,6 @@ class Transformer:
         eps, window, scale = config.norm_eps, config.sliding_window, config.attention_scale
 
         if h is None:
-            if token_ids is None:
-                raise ValueError("token_ids is None, expected the ids to read where h is None")
             h = self.embed(token_ids)  # [T, E], the residual stream
         heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         for i in range(config.n_layers) if layers is None else layers:
