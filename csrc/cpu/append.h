@@ -1,5 +1,6 @@
-// Copies the keys and values of one new token into its ring. rope does this for tokens that may be
-// stored before attention. attention does it for the other tokens.
+// Copies the key and the value of each key/value head of one new token into the ring of its
+// sequence. rope calls this for the tokens that it may store before attention (ring.h). attention
+// calls it for the tokens that must be stored after attention.
 #pragma once
 
 #include <cstring>

@@ -1,5 +1,6 @@
-// A task computes one row. It reads the row for the largest logit, again for the sum, and again for
-// the gradient if one is wanted.
+// A task computes one row of logits. It reads the row once for the largest logit and once for the
+// sum of exponentials. If the gradient is wanted, it reads the row a third time and overwrites it
+// with the gradient.
 #include "../cross_entropy.h"
 
 #include "kernels.h"
@@ -60,7 +61,8 @@ float row_loss(const CrossEntropyParams& p, int64_t token) {
   if (p.factors) {
     const float factor = p.factors[token];
     to_probabilities(logits, p.vocab, maximum, total, factor);
-    // The probability is computed again. The stored probability minus 1 would be rounded twice.
+    // The gradient of the target is computed from its logit. The probability in the row has been
+    // rounded to T already, so its difference from 1 would be rounded twice.
     from_float(factor * (expf(logit - maximum) / total - 1.0f), of_target);
   }
   return logf(total) + (maximum - logit);

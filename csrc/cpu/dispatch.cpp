@@ -27,7 +27,7 @@ KERNELS(neon_bf16)
 
 namespace {
 
-// The last instruction set that this binary holds.
+// The last set, in the order of isa.h, that this binary holds.
 constexpr Isa kNewest = Isa::MISTRAL_NEWEST_ISA;
 
 // The table of a set, or null if this binary does not hold the set.
@@ -93,8 +93,8 @@ struct Active {
   const Kernels* kernels;
 };
 
-// The first active set is chosen at its first use, not when the module is loaded, so that the
-// caller gets the error.
+// The initial set is chosen when it is first needed, not when the module is loaded. So the caller
+// that needs it gets the error if MISTRAL_EXT_ISA names an unsupported set.
 Active& active() {
   static Active instance = [] {
     const Isa isa = initial_isa();

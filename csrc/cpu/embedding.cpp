@@ -1,4 +1,4 @@
-// A task reads a block of rows.
+// A task writes the embeddings of a block of tokens: it reads their rows of the matrix.
 #include "../embedding.h"
 
 #include "kernels.h"
@@ -8,13 +8,15 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The number of values of a task, in whole rows. Fewer are done before another thread would be
-// awake. So a decode step of 8 tokens of Mistral 7B is one task, which the caller runs.
+// The most values of a task, unless a single row has more: a task has whole rows. So few values are
+// done before another thread would be awake. A decode step of 8 tokens of Mistral 7B is just one
+// task, which the caller runs.
 constexpr int64_t kTaskValues = 1 << 15;
 
-// Puts 8 vectors into the order of a row. Vector i has value i of each word. In bits, the index of
-// a value is (vector, lane). Each round rotates these bits to the left by one place. After three
-// rounds the index is (lane, vector).
+// Puts 8 unpacked vectors into the order of the row. Before, lane l of vector i is value i of word
+// l (formats.h). Write the place of a value as the bits of its vector followed by the bits of its
+// lane. Each round rotates all these bits to the left by one place. After three rounds the bits of
+// l come first and those of i last, which is the order of the row.
 MISTRAL_SIMD void to_order_of_row(Vec values[8]) {
   for (int round = 0; round < 3; ++round) {
     Vec next[8];

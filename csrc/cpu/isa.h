@@ -6,7 +6,9 @@
 
 namespace mistral::cpu {
 
-// Scalar, then the sets of x86, then those of aarch64, each from slowest to fastest.
+// Scalar comes first, then the sets of x86, then the sets of aarch64. Within x86 and within aarch64
+// they are listed from slowest to fastest. The order matters: the last supported set is the
+// default, and a build for MISTRAL_NEWEST_ISA leaves out all sets behind that one.
 #define MISTRAL_ISAS(F) \
   F(scalar)             \
   F(avx2)               \
@@ -27,15 +29,17 @@ enum class Isa {
 
 const char* name(Isa isa);
 
-// The supported sets, from slowest to fastest: this binary holds them and this processor runs them.
+// The sets that this binary holds and this processor can run, from slowest to fastest.
 std::vector<Isa> supported_isas();
 
-// The active set. Until select_isa changes it, it is the set that the environment variable
-// MISTRAL_EXT_ISA names, else the fastest supported set. If the variable names an unsupported set,
-// this function, select_isa and the ops that depend on the set throw std::invalid_argument.
+// The active set. Before the first call of select_isa, it is the set that the environment variable
+// MISTRAL_EXT_ISA names or, if the variable is unset or empty, the fastest supported set. If the
+// variable names an unsupported set, this function, select_isa and the ops that depend on the set
+// throw std::invalid_argument.
 Isa active_isa();
 
-// Throws std::invalid_argument if no supported set has this name.
+// Makes the supported set of this name the active set. Throws std::invalid_argument if there is
+// none.
 void select_isa(const std::string& name);
 
 }  // namespace mistral::cpu

@@ -1,10 +1,11 @@
-// The table of CPU kernels, one per instruction set.
+// A table of CPU kernels for each instruction set.
 //
-// A kernel file is compiled once per instruction set, with the compiler's flags for this set.
-// MISTRAL_ISA names a namespace for the set, which keeps the copies apart. dispatch.cpp picks the
-// table at run time. Kernel files call no templates or inline functions of the standard library,
-// because the linker keeps one copy of such a function, and this copy could have instructions that
-// the processor lacks.
+// A kernel file that uses the macro MISTRAL_ISA is compiled once for each instruction set, with the
+// compiler's flags for this set. MISTRAL_ISA is then the name of the set. It also names a
+// namespace, which keeps the compiled versions of a function apart. dispatch.cpp picks a table at
+// run time. Kernel files call no functions of the standard library that are templates or inline,
+// because the linker keeps only one compiled version of such a function, and this version could
+// have instructions that the processor lacks.
 #pragma once
 
 #include "../ops.h"
@@ -21,8 +22,9 @@ struct Kernels {
   Rank (*highest_rank)(const float* logits, int64_t vocab_size);  // part of `sample`
 };
 
-// The table in use. Throws std::invalid_argument as isa.h says. Call this before a loop of tasks,
-// so that no task throws, and all tasks use one set.
+// The table of the active set. Throws std::invalid_argument where active_isa does (isa.h). Code
+// whose parallel tasks need the table calls this function before it starts them. Then no task
+// throws, and all tasks use the same set.
 const Kernels& active_kernels();
 
 }  // namespace mistral::cpu

@@ -1,5 +1,5 @@
-// The instruction sets that differ from another set only in the products of linear layers. They use
-// all other kernels of that set. cmake/cpu.cmake lists these sets too.
+// The instruction sets that have kernels of their own only for `linear`. All other kernels are
+// those of the set before it in isa.h. cmake/cpu.cmake lists these sets too.
 #pragma once
 
 #include "../linear.h"

@@ -1,7 +1,7 @@
-// There are two loops over tasks. In the first, a task multiplies a block of tokens by a few rows
-// of A. In the second, a task adds a block of outputs to `out`, for a block of tokens. Two
-// neighbouring tokens that use the same adapter are computed together, so they share the loads of A
-// and B. This does not change the order of the additions of an output.
+// There are two loops over tasks. In the first loop, a task multiplies a block of tokens by a few
+// rows of A. In the second loop, a task adds a block of outputs to `out` for a block of tokens. Two
+// neighbouring tokens with the same adapter are computed together, so that they share the loads of
+// A and B. This does not change the order of the additions of an output.
 #include "../lora.h"
 
 #include "kernels.h"
@@ -12,7 +12,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 constexpr int64_t kTaskTokens = 8;
-constexpr int64_t kTaskRows = 4;  // sums of 4 rows x 2 tokens fill 8 registers
+constexpr int64_t kTaskRows = 4;  // the sums of 4 rows x 2 tokens take 8 registers
 constexpr int64_t kTaskOutputs = 1024;
 constexpr int64_t kTileTokens = 2;
 constexpr int64_t kTileVectors = 4;
@@ -29,8 +29,9 @@ int64_t rank_of(const LoraParams& p, int64_t adapter, int64_t part) {
   return p.ranks[adapter * p.num_parts + part];
 }
 
-// Calls f(token, count, adapter) for the tokens of a block that have an adapter. Each call takes
-// `count` neighbours with the same adapter, at most kTileTokens.
+// Calls f(token, count, adapter) for all tokens of a block that have an adapter. A call stands for
+// `count` neighbouring tokens from `token` on, which have the same adapter. `count` is at most
+// kTileTokens.
 template <class F>
 void for_each_tile(const LoraParams& p, int64_t block, const F& f) {
   const int64_t end = mistral::min((block + 1) * kTaskTokens, p.tokens);
@@ -45,7 +46,7 @@ void for_each_tile(const LoraParams& p, int64_t block, const F& f) {
   }
 }
 
-// out[row * kTokens + token] = a[row] . x[token]
+// out[row * kTokens + t] = the dot product of a[row] and token t of x.
 template <int64_t kRows, int64_t kTokens, class T>
 void multiply(const T* a, const T* x, int64_t stride_x, int64_t dim, float* out) {
   Vec sums[kRows][kTokens];
@@ -82,7 +83,8 @@ void multiply(const T* a, const T* x, int64_t stride_x, int64_t dim, float* out)
   }
 }
 
-// Multiplies kTokens tokens of one adapter by rows [first, first + kRows) of one part of A.
+// Writes the scaled products of kTokens tokens with rows [first, first + kRows) of one part of A to
+// p.hidden. The tokens have the same adapter.
 template <class T, int64_t kRows, int64_t kTokens>
 void shrink(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t first) {
   const int64_t row = part * p.max_rank + first, rows = p.num_parts * p.max_rank;
@@ -108,7 +110,7 @@ void shrink_rows(const LoraParams& p, int64_t token, int64_t adapter, int64_t pa
   }
 }
 
-// Computes outputs [begin, end) of one part, for kTokens tokens of one adapter.
+// Adds hidden B to outputs [begin, end) of one part, for kTokens tokens with the same adapter.
 template <class T, class Out, int64_t kTokens>
 void expand(const LoraParams& p, int64_t token, int64_t adapter, int64_t part, int64_t begin,
             int64_t end) {

@@ -1,5 +1,6 @@
-// RMSNorm of one row. The row is read twice, the second time from the cache. The first pass adds
-// the residual, if there is one, stores the result, and sums the squares. The second pass scales.
+// RMSNorm of one row, in two passes. The first pass sums the squares. If there is a residual, this
+// pass also adds the row to the residual, in place, and takes the squares of the sums. The second
+// pass reads the same values again, from the cache, and scales them.
 #pragma once
 
 #include "simd/simd.h"
@@ -8,15 +9,16 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kVectorsPerBlock = 32;
 
-// h = x + residual. The sum is rounded to T as a separate addition would round it, so fused and
+// h = x + residual. The sum is rounded to T, as an op that only adds would round it. So fused and
 // unfused ops agree.
 template <class T>
 MISTRAL_SIMD Vec add_rounded(Vec x, Vec residual) {
   return round_to<T>(x + residual);
 }
 
-// Returns sum(h^2). Stores h in `residual` unless `residual` is null. The sum is taken in blocks,
-// because one running sum over thousands of elements would lose digits, most of all with one lane.
+// Returns sum(h^2), with h = x if `residual` is null. Otherwise h = x + residual, which is also
+// stored in `residual`. The squares are summed in blocks of kVectorsPerBlock vectors, because one
+// running sum over thousands of elements would lose digits, most of all if a vector has one lane.
 template <class T>
 float add_and_square(const T* x, T* residual, int64_t dim) {
   Vec squares = broadcast(0.0f);
@@ -58,7 +60,7 @@ void scale(const T* h, const T* weight, T* out, int64_t dim, float factor) {
   }
 }
 
-// out = weight * h / sqrt(mean(h^2) + eps), with h = x, or h = residual + x if there is a residual.
+// out = weight * h / sqrt(mean(h^2) + eps), with h as in add_and_square.
 template <class T>
 void normalise(const T* x, T* residual, const T* weight, T* out, int64_t dim, float eps) {
   const float mean = add_and_square(x, residual, dim) / static_cast<float>(dim);

@@ -14,13 +14,14 @@
 namespace mistral::cpu {
 namespace {
 
-// The time for which a thread spins before it sleeps, waiting for the next loop. Python usually
-// takes less time than this from one op to the next, so the threads stay awake for a whole decode
-// step. Waking a thread takes about as long as a small op.
+// How long a thread spins before it sleeps. Workers spin while they wait for the next loop, and
+// callers while they wait for the workers. Python usually takes less time than this from one op to
+// the next, so the workers stay awake for a whole decode step. Otherwise each op would have to wake
+// them, which takes about as long as a small op.
 constexpr std::chrono::microseconds kWatch{100};
 
-// The limit for the number of threads that a caller asks for. More than a few threads for each
-// processor would only take turns.
+// The most threads that share a loop, however many a caller asks for. If there were more than a few
+// threads for each processor, they would only take turns.
 int most_threads() {
   static const int most = std::max(16, 4 * static_cast<int>(std::thread::hardware_concurrency()));
   return most;
@@ -34,7 +35,8 @@ void pause() {
 #endif
 }
 
-// Spins until `happened` returns true, but not longer than kWatch. Returns whether it did.
+// Spins until `happened` returns true, but not longer than kWatch. Returns whether `happened`
+// returned true.
 template <class F>
 bool watch(const F& happened) {
   const auto stop = std::chrono::steady_clock::now() + kWatch;
@@ -47,10 +49,11 @@ bool watch(const F& happened) {
   return false;
 }
 
-// Workers sleep between loops. A caller publishes a loop by adding 1 to `loop_` under `mutex_`. A
-// worker joins the loop if wanted_ is not 0. The caller leaves when no worker is inside the loop
-// any more. Tasks are claimed with one atomic counter. `loop_` and `inside_` are atomic because
-// threads watch them without the lock.
+// A caller publishes a loop by adding 1 to `loop_` under `mutex_`. Workers that wait for a loop
+// spin for a while, then sleep. A worker that sees a new loop joins it if `wanted_` is not 0. The
+// caller and the workers inside the loop claim its tasks from `next_`. The caller returns when no
+// task is left to claim and no worker is inside the loop any more. `loop_` and `inside_` are atomic
+// because threads watch them without the lock.
 class Pool {
  public:
   void run(int threads, int64_t tasks, void (*run)(const void*, int64_t), const void* context) {
@@ -82,8 +85,8 @@ class Pool {
   }
 
  private:
-  // Starts workers until there are `wanted` workers. If the system refuses more, the existing
-  // workers do the work.
+  // Starts workers until there are `wanted` workers. If the system refuses to start one, the
+  // existing workers must do. Returns the number of workers, but at most `wanted`.
   int have_workers(int wanted) {
     try {
       while (static_cast<int>(workers_.size()) < wanted) {

@@ -1,4 +1,4 @@
-// A loop over independent tasks, which a pool of threads shares.
+// Loops over independent tasks, which a pool of threads shares.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +6,10 @@
 namespace mistral::cpu {
 
 // Calls run(context, i) once for every i in [0, tasks), and returns when all calls are done. Up to
-// `threads` threads run tasks, and the caller is one of them. Their number is limited to four for
-// each processor, or to 16 if that is more. Tasks are handed out in order, one at a time, so that
-// uneven tasks balance. A task should take a few microseconds or more. If the loop of another
-// caller is under way, the caller runs all tasks itself.
+// `threads` threads run tasks, and the caller is one of them. There are never more than four
+// threads for each processor, or 16 if that is more. A thread takes one task at a time, in order,
+// so that uneven tasks balance. A task should take a few microseconds or more. If the loop of
+// another caller is running, this caller runs all of its tasks itself.
 void parallel_for(int threads, int64_t tasks, void (*run)(const void* context, int64_t task),
                   const void* context);
 
@@ -21,9 +21,10 @@ template <class F>
 }
 
 // Calls run(context, begin, end) for ranges that make up [0, count). The length of every range but
-// the last is a multiple of `unit`. A thread takes half of its share of the remaining range, but at
-// least `least`, a positive multiple of `unit`. So long ranges come first, because every range
-// starts slowly, and short ranges come last, so that all threads end at about the same time.
+// the last is a multiple of `unit`. A thread that is free takes half of its equal share of what
+// remains, but at least `least`, which is a positive multiple of `unit`. So ranges get shorter and
+// shorter. The first ranges are long because each range is slow at its start. The last ranges are
+// short so that all threads end at about the same time.
 void parallel_ranges(int threads, int64_t count, int64_t unit, int64_t least,
                      void (*run)(const void* context, int64_t begin, int64_t end),
                      const void* context);

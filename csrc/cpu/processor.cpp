@@ -15,15 +15,17 @@ namespace mistral::cpu {
 #if defined(MISTRAL_X86)
 namespace {
 
-// Whether the processor has AMX with bf16 and the operating system lets this process use it. A
-// process must ask for it, because tiles add 8 KB to what the system saves of each thread.
+// Whether the processor has AMX with bf16 and the operating system lets this process use it. This
+// function asks for the permission. A process has to, because tiles add 8 KB to what the system
+// saves for each thread.
 bool amx_permitted() {
 #if defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // cpuid leaf 7, edx
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
   if (!(edx & kAmxBf16) || !(edx & kAmxTile)) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  // ARCH_REQ_XCOMP_PERM, and XFEATURE_XTILEDATA, for which it asks
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

@@ -9,10 +9,10 @@ namespace mistral::cpu {
 // False for the sets of another architecture.
 bool processor_has(Isa isa);
 
-// Whether weights, which are used once, are prefetched into the L2 cache rather than into L1 alone.
-// An Intel core can wait for few lines of its L1 at a time, but for many lines of its L2, so it
-// reads weights twice as fast through L2. An AMD core is as fast through L1, and then weights do
-// not push other data out of L2.
+// The cache into which weights are prefetched: the L2 cache if true, L1 alone if false. True on
+// Intel processors. Weights are used once. An Intel core can wait for few lines of its L1 at a
+// time, but for many lines of its L2, so it reads weights twice as fast through L2. An AMD core
+// reads as fast through L1 alone, and then weights do not push other data out of its L2.
 extern const bool kFetchesIntoL2;
 
 }  // namespace mistral::cpu

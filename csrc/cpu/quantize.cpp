@@ -1,9 +1,9 @@
 // A task rounds one row.
 //
-// The scale of each 32 values is searched: a few scales are tried, and the scale with the least
-// weighted squared error is taken. Let x be the weights, t the elements of kTable4 that a tried
-// scale chooses for them, and v how much the error of each weight counts. For these t the best
-// scale is sum(v x t) / sum(v t t). It leaves the error sum(v x x) - sum(v x t)^2 / sum(v t t).
+// For each 32 values a few scales are tried. Let x be the weights, t the elements of kTable4 that a
+// tried scale chooses for them, and v how much the squared error of each weight counts. For these t
+// the best scale is sum(v x t) / sum(v t t). It leaves the error sum(v x x) - sum(v x t)^2 / sum(v
+// t t). Of the best scales found in this way, the one with the least error is taken.
 #include "../quantize.h"
 
 #include "kernels.h"
@@ -14,24 +14,27 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int kGroups = kSuperBlock / kGroup4;  // groups in a super-block
+constexpr int kGroups = kSuperBlock / kGroup4;  // the number of groups in a super-block
 
-// The scales that are tried. Each is written as a ratio: the end of the table over the largest
-// weight after scaling. If it is above 1, the end of the table is unused. If it is below 1, the
-// largest weight is cut off. Twice as many scales would reduce the error by another 0.3 %.
+// The scales that are tried, each given by a ratio r: an end of kTable4, divided by what the weight
+// of largest magnitude becomes when it is divided by the scale. With r above 1, the weights do not
+// reach the end of the table. With r below 1, the largest weight is cut off. Each ratio is tried
+// with both ends. Twice as many ratios would reduce the error by another 0.3 %.
 constexpr float kTried[] = {0.86f, 0.94f, 1.02f, 1.10f};
 
-// 32 weights, and how much the error of each counts.
+// 32 weights x, and how much the error of each counts: v.
 struct Group {
   alignas(64) float x[kGroup4];
   alignas(64) float v[kGroup4];
   alignas(64) float vx[kGroup4];  // v * x
 };
 
+// sum(v x t) and sum(v t t).
 struct Sums {
   float vxt, vtt;
 };
 
+// The sums for the elements t of kTable4 that are nearest to x * factor.
 MISTRAL_SIMD Sums sums_with(const Group& g, float factor) {
   alignas(32) int8_t table[kGroup4];
   nearest_values(g.x, factor, table);
@@ -68,8 +71,8 @@ MISTRAL_SIMD float extreme_of(const Group& g) {
 
 float inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
-// The best scale for the table elements that one of the tried scales chooses, the one with the
-// least error. It is 0 if all weights are 0.
+// Returns the best of the scales for the table elements that the tried scales choose: the scale
+// with the least error. Returns 0 if all weights are 0.
 float best_scale(const Group& g) {
   const float extreme = extreme_of(g);
   if (extreme == 0.0f) return 0.0f;
@@ -77,7 +80,7 @@ float best_scale(const Group& g) {
   const auto consider = [&](float factor) {
     const Sums sums = sums_with(g, factor);
     const float scale = sums.vxt / sums.vtt, gained = sums.vxt * scale;
-    if (!(gained > most)) return;  // or NaN: weights far too large for fp16 scales
+    if (!(gained > most)) return;  // also if NaN: with weights far too large for fp16 scales
     most = gained;
     best = scale;
   };
@@ -88,18 +91,18 @@ float best_scale(const Group& g) {
   return best;
 }
 
-// Rounds a scale to fp16, in which it is stored.
+// Writes a scale, rounded to fp16, and returns the rounded scale.
 float as_f16(float scale, f16* out) {
   from_float(scale, out);
   return to_float(*out);
 }
 
-// The scales of iq4_xs. The scale of a group is the scale of the super-block times a whole multiple
-// of the group, from -32 to 31.
+// The scales of a super-block of iq4_xs. The scale of a group is the scale of the super-block
+// multiplied by an integer from -32 to 31, the multiple of the group.
 struct TwoLevels {
   f16 scale;
-  uint16_t high;  // bits 4 and 5 of each multiple + 32
-  uint8_t low[kGroups / 2];
+  uint16_t high;             // bits 4 and 5 of (multiple + 32) of each group
+  uint8_t low[kGroups / 2];  // bits 0 to 3, two groups in a byte
 
   void set(int group, int multiple) {
     const unsigned bits = static_cast<unsigned>(multiple + 32);
@@ -111,8 +114,8 @@ static_assert(sizeof(TwoLevels) == 8, "GGUF's layout");
 
 constexpr int kLeastMultiple = -32, kMostMultiple = 31;
 
-// The scale of a super-block. It is chosen so that the largest group scale has the multiple of the
-// largest magnitude, -32.
+// Writes and returns the scale of a super-block. It is chosen so that the group scale of largest
+// magnitude gets the multiple of largest magnitude, -32.
 float upper_scale(const float* group_scales, f16* out) {
   float largest = 0.0f;
   for (int i = 0; i < kGroups; ++i) {
@@ -121,8 +124,9 @@ float upper_scale(const float* group_scales, f16* out) {
   return as_f16(largest / kLeastMultiple, out);
 }
 
-// The multiple with the least error, among the multiples next to the best scale of the group.
-// Returns the middle multiple if the sums are not finite.
+// Returns the multiple of a group that leaves the least error. The middle multiple, which makes the
+// scale nearest to group_scale, and its two neighbours are tried, but not 0. Returns the middle
+// multiple if no multiple reduces the error, or if the sums are not finite.
 int best_multiple(const Group& g, float group_scale, float upper) {
   const float nearest = rintf(group_scale * inverse(upper));
   const int middle = static_cast<int>(fminf(fmaxf(nearest, kLeastMultiple), kMostMultiple));
@@ -157,8 +161,9 @@ void round_group(const Group& g, uint32_t* words, f16* scale) {
   nearest_words(g.x, inverse(as_f16(best_scale(g), scale)), words);
 }
 
-// Sets how much the error of each weight counts: proportional to the importance of its input, and
-// more for large weights. Returns the error that remains if all weights become 0.
+// Sets how much the error of each weight counts: its magnitude plus `typical`, multiplied by the
+// importance of its input. `importance` may be null: then all inputs count alike. Returns the error
+// that would remain if all weights became 0.
 MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
   Vec error = broadcast(0.0f);
   for (int i = 0; i < kGroup4; i += Vec::width) {
@@ -172,7 +177,7 @@ MISTRAL_SIMD float weigh(Group& g, const float* importance, float typical) {
   return sum(error);
 }
 
-// Loads the weights of up to 256 neighbouring columns of a row, as groups.
+// Loads `count` neighbouring columns of a row, at most 256 and a multiple of 32, as groups.
 template <class T>
 MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int count, Group* groups) {
   Vec total = broadcast(0.0f);
@@ -184,8 +189,8 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
     if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
-    // Without importances, or if all squares of this group are 0 with them, weights count by their
-    // size alone.
+    // If there are no importances, weights count by their size alone. So they do if, with the
+    // importances, the squares of this group sum to 0.
     weigh(groups[i], nullptr, mean);
   }
 }
@@ -205,7 +210,7 @@ void round_row(const QuantizeParams& p, int64_t row) {
     }
     for (int i = 0; i < count / kGroup4; ++i) {
       const float magnitude = finite_magnitude(groups[i].x, kGroup4);
-      if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // keeps NaN
+      if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // a NaN stays
       if (p.two_levels) continue;
       round_group(groups[i], words + i * kGroup4 / 8,
                   static_cast<f16*>(p.scales) + at / kGroup4 + i);
@@ -215,7 +220,8 @@ void round_row(const QuantizeParams& p, int64_t row) {
 }
 
 // Rounds the columns of one group of a row, one after another. The error of each column is
-// compensated in the columns that follow, as the factor says.
+// compensated in the columns that follow, as its row of p.factor says. Column i of `row` then holds
+// its error (QuantizeFeedbackParams).
 void feed_back(const QuantizeFeedbackParams& p, float* row, int64_t first, float scale,
                uint32_t* words) {
   for (int i = 0; i < kGroup4 / 8; ++i) words[i] = 0;
@@ -225,7 +231,7 @@ void feed_back(const QuantizeFeedbackParams& p, float* row, int64_t first, float
     words[place / 8] |= static_cast<uint32_t>(index) << int4_shift(place % 8);
     const float* follow = p.factor + i * p.stride_factor_row;
     const float error = (row[i] - scale * kTable4[index]) / follow[i];
-    // `follow` is 0 before column i, so the loop may begin before i.
+    // `follow` is 0 before column i, so the loop may begin at a whole vector before i.
     for (int64_t j = i / Vec::width * Vec::width; j < p.columns; j += Vec::width) {
       store(row + j, fma(broadcast(-error), load(follow + j), load(row + j)));
     }
@@ -249,7 +255,7 @@ void round_row_with_feedback(const QuantizeFeedbackParams& p, int64_t row_index)
   }
   for (int i = 0; i < count / kGroup4; ++i) {
     const int first = i * kGroup4;
-    // Earlier columns have changed these weights, so their scale is chosen only now.
+    // The errors of earlier columns have changed these weights, so the scale is chosen only now.
     load_groups(row + first, p.importance ? p.importance + first : nullptr, kGroup4, groups);
     float scale = best_scale(groups[0]);
     if (p.two_levels) {

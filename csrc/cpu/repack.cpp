@@ -1,6 +1,7 @@
-// A block is split in two steps: its integers become a byte each, then the bytes are packed into
-// words. This file is compiled once, not for every instruction set. Even for the oldest set a
-// compiler vectorises the loops, and a weight takes less than a nanosecond.
+// Repacks the values of a GGUF block in two steps: each value becomes an integer in a byte of its
+// own, then the bytes are packed into words. (The values of q8_0 stay bytes.) This file is compiled
+// once, not for every instruction set. Compilers vectorise its loops even for the oldest
+// processors, and a weight takes less than a nanosecond.
 #include "../repack.h"
 
 #include <cstring>
@@ -19,8 +20,9 @@ uint32_t load_word(const uint8_t* from) {
 // ---- The integers of blocks, a byte each
 
 // Takes the fields of kBits bits in kBytes bytes, shifts them by `shift`, and ORs them into
-// integers. The lowest fields of kRun bytes belong to kRun integers. The next higher fields of the
-// same bytes belong to the next kRun integers, and so on.
+// integers. The bytes are read in runs of kRun bytes. The lowest fields of a run belong to kRun
+// consecutive integers. The next higher fields of the same bytes belong to the next kRun integers,
+// and so on.
 template <int kBits, int kRun, int kBytes>
 void add_fields(const uint8_t* in, int shift, uint8_t* integers) {
   constexpr int kMask = (1 << kBits) - 1;
@@ -33,11 +35,11 @@ void add_fields(const uint8_t* in, int shift, uint8_t* integers) {
   }
 }
 
-// ORs bit i % 8 of byte i / 8 into integer i of 32, as the fifth bit.
+// For each i below 32, ORs bit i % 8 of in[i / 8] into bit 4 of integers[i].
 void add_fifth_bits(const uint8_t* in, uint8_t* integers) {
   for (int i = 0; i < 4; ++i) {
-    // Each of the eight bytes keeps another bit of in[i]. If a byte is not 0, the addition carries
-    // into the highest bit of this byte.
+    // Byte j of `bits` keeps only bit j of in[i]. The addition sets the highest bit of each byte
+    // that is not 0. The shift moves this bit to bit 4.
     const uint64_t bits = (in[i] * uint64_t{0x0101010101010101}) & 0x8040201008040201;
     const uint64_t fifth = ((bits + 0x7f7f7f7f7f7f7f7f) >> 3) & 0x1010101010101010;
     uint64_t eight;
@@ -60,7 +62,7 @@ void pack(const uint8_t* integers, uint32_t* words) {
   for (int i = 0; i < kCount / 8; ++i) {
     const uint32_t first = load_word(integers + 8 * i) & 0x0f0f0f0f;
     const uint32_t last = load_word(integers + 8 * i + 4) & 0x0f0f0f0f;
-    // Each byte gets, in its high half, the integer that is two bytes above.
+    // Bytes 0 and 1 get, in their high halves, the integers of bytes 2 and 3.
     words[i] = spread((first | first >> 12) & 0xffff) | spread((last | last >> 12) & 0xffff) << 8;
   }
 }
@@ -72,12 +74,12 @@ void store_words(const uint8_t* integers, uint8_t* out) {
   memcpy(out, words, sizeof words);
 }
 
-// Writes 256 integers as words with their low bits, then further words with their fifth bits or
-// their two high bits.
+// Writes 256 integers of kBits bits, 5 or 6. First come the words with their low 4 bits, then the
+// further words with the bits above these: a fifth bit or two high bits.
 template <int kBits>
 void store_wide(const uint8_t* integers, uint8_t* out) {
-  constexpr int kBlocks = 8;               // blocks of 32 integers
-  constexpr int kShare = 4 / (kBits - 4);  // words that share a further word
+  constexpr int kBlocks = 8;               // the number of blocks of 32 integers
+  constexpr int kShare = 4 / (kBits - 4);  // the number of words that share a further word
   constexpr uint32_t kMask = kBits == 5 ? 0x03030303 : 0x0f0f0f0f;
   uint8_t high[kSuperBlock];
   for (int i = 0; i < kSuperBlock; ++i) high[i] = integers[i] >> 4;
@@ -98,7 +100,8 @@ void store_wide(const uint8_t* integers, uint8_t* out) {
 
 // ---- The values of each type of block
 
-// Values of 4 bits without a sign. They begin at byte kBegin.
+// Repacks unsigned values of 4 bits. They begin at byte kBegin of the block. kRun is that of
+// add_fields.
 template <int kCount, int kBegin, int kRun>
 void words_of_block(const uint8_t* block, uint8_t* out) {
   uint8_t q[kCount] = {};
@@ -109,7 +112,7 @@ void words_of_block(const uint8_t* block, uint8_t* out) {
 void q4_0_values(const uint8_t* block, uint8_t* out) {
   uint8_t q[32] = {};
   add_fields<4, 16, 16>(block + 2, 0, q);
-  for (uint8_t& value : q) value ^= 8;  // turns q - 8 into two's complement
+  for (uint8_t& value : q) value ^= 8;  // the low 4 bits are now q - 8 in two's complement
   store_words<32>(q, out);
 }
 
@@ -126,7 +129,8 @@ void q3_k_values(const uint8_t* block, uint8_t* out) {
   uint8_t q[kSuperBlock] = {};
   add_fields<2, 32, 64>(block + 32, 0, q);
   add_fields<1, 32, 32>(block, 2, q);
-  // In Q3_K an integer q stands for q - 4. In our q6_k, q' stands for q' - 32. So q' = q + 28.
+  // Q3_K becomes q6_k. In Q3_K an integer q stands for q - 4, in q6_k an integer q' stands for q' -
+  // 32. So q' = q + 28.
   for (uint8_t& value : q) value += 28;
   store_wide<6>(q, out);
 }
@@ -195,7 +199,8 @@ void repack_row(const RepackParams& p, int64_t row) {
   }
 }
 
-constexpr int64_t kValuesAtOnce = int64_t{1} << 15;  // the fewest that a thread takes: some 10 us
+// A thread takes rows of at least this many values at a time, which takes some 10 us.
+constexpr int64_t kValuesAtOnce = int64_t{1} << 15;
 
 }  // namespace
 

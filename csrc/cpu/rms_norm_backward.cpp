@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 4;
 
-// sum(x * weight * d_out). The sum is taken in blocks, as in add_and_square.
+// Returns sum(x * weight * d_out). The products are summed in blocks, as in add_and_square.
 template <class T>
 float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim) {
   Vec total = broadcast(0.0f);
@@ -30,7 +30,9 @@ float weighted_product(const T* x, const T* weight, const T* d_out, int64_t dim)
   return sum(total);
 }
 
-// d_x = factor * (weight * d_out - shrink * x). Here mean(g * n) * n is written as shrink * x.
+// d_x = factor * (weight * d_out - shrink * x), with factor = 1 / sqrt(mean(x^2) + eps). This is
+// the formula of rms_norm.h: n = factor * x, so n * mean(g * n) = shrink * x with shrink = factor^2
+// * mean(g * x).
 template <class T>
 void input_gradient(const T* x, const T* weight, const T* d_out, T* d_x, int64_t dim, float factor,
                     float shrink) {

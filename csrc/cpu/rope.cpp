@@ -1,5 +1,5 @@
-// A task rotates all heads of one token. It stores the token's keys and values in the ring, if
-// ring.h allows this before attention.
+// A task rotates all query and key heads of one token. If the token may be stored before attention
+// (ring.h), the task also stores its keys and values in the ring.
 #include "../rope.h"
 
 #include "append.h"

@@ -1,4 +1,4 @@
-// RoPE of one token.
+// RoPE of one token, whose sines and cosines are computed once for all heads.
 #pragma once
 
 #include "simd/simd.h"
@@ -15,7 +15,7 @@ class Rotation {
     }
   }
 
-  // Rotates one head. `out` may be x.
+  // Rotates one head, [D]. Elements i and i + D / 2 are rotated together. `out` may be `x`.
   template <class T>
   void apply(const T* x, T* out) const {
     for (int64_t i = 0; i < half_; i += Vec::width) {

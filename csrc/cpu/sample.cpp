@@ -13,7 +13,8 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
 
-// Writes the keys of a row, and returns the highest rank.
+// Computes x (sample.h) of every token for row n of the logits. Writes the keys to `keys`, and
+// returns the highest rank.
 Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, uint32_t* keys) {
   const float* logits = p.logits + n * p.stride_logits_row;
   const float* bias = p.bias ? p.bias + p.rows[n] * p.vocab_size : nullptr;
@@ -33,17 +34,20 @@ Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, ui
   return rank_of(highest, first);
 }
 
-// Returns the lowest rank that passes the filter. Measures are summed from the highest rank down
-// until the sum is enough. If the sum over all ranks at or above `threshold` is not enough, the
-// result is `threshold`. The rank is found digit by digit, from the highest digit on: a histogram
-// of the next digit, over the ranks that begin with the digits found so far, tells how far the sum
-// gets with each digit. `measures` [V] holds the measures of the tokens at or above the threshold.
-// If `measures` is null, each measure is 1.
+// Returns the lowest rank that passes the filter `top` (TopK or TopP of sample.h). Only the tokens
+// at or above the rank `threshold` take part. Their measures are summed from the highest rank down,
+// until the sum is enough. If all of them are not enough, the result is `threshold`. `measures` [V]
+// holds the measures of these tokens. If it is null, each measure is 1.
+//
+// The result is found digit by digit, from its highest digit on. For each digit, a histogram is
+// made of the ranks that begin with the digits found so far. A bin has the sum of the measures of
+// the ranks whose next digit is its number. The bins are added from the highest down. The bin with
+// which the sum is enough is the next digit.
 template <class Top>
 Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int64_t vocab_size,
             Rank threshold) {
   Rank found = 0;
-  uint64_t above = 0;  // the sum over ranks above those that begin with the digits found
+  uint64_t above = 0;  // the sum over all ranks above those that begin with `found`
   for (int shift = kRankBits - kDigitBits; shift >= 0; shift -= kDigitBits) {
     uint64_t bins[kBins] = {};
     for (int64_t id = 0; id < vocab_size; ++id) {
@@ -61,14 +65,15 @@ Rank select(const Top& top, const uint32_t* keys, const uint64_t* measures, int6
     above = sum - bins[digit];
     found = found << kDigitBits | static_cast<Rank>(digit);
     if (shift == kIdBits && bins[digit] == top.measure(static_cast<uint32_t>(found))) {
-      found <<= kIdBits;  // only one of these tokens has this key, so its id does not matter
+      found <<= kIdBits;  // one token alone has this key, so the digits of its id do not matter
       break;
     }
   }
   return found > threshold ? found : threshold;
 }
 
-// Writes the weights of the tokens at or above `threshold`, and returns their sum.
+// Writes the weights (Weights of sample.h) of the tokens at or above the rank `threshold`, and
+// returns their sum. Leaves the other elements of `weights` as they are.
 uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, Rank threshold,
                uint64_t* weights) {
   uint64_t total = 0;
@@ -80,16 +85,18 @@ uint64_t weigh(const Weights& weight, const uint32_t* keys, int64_t vocab_size, 
   return total;
 }
 
-// An upper bound of gumbel(word), found without a logarithm. -log(u) is at least 1 - u, whose
-// binary exponent is known. The addend covers the rounding error of gumbel.
+// An upper bound of gumbel(word) = -log(-log(u)), found without a logarithm. -log(u) is at least 1
+// - u, so gumbel(word) is at most -log(1 - u). The binary exponent of 1 - u gives a bound of that.
+// The addend 1e-9 covers the rounding error of gumbel.
 double gumbel_bound(uint64_t word) {
   constexpr double kLog2 = 0.6931471805599453;
   const uint64_t units = (uint64_t{1} << 53) - (word >> 11);  // 1 - u, in units of 2^-53
   return static_cast<double>(__builtin_clzll(units) - 10) * kLog2 + 1e-9;
 }
 
-// Draws a token. Most tokens are so unlikely that even the bound of their noise does not let them
-// win. So most tokens need no logarithm.
+// Draws one of the tokens at or above the rank `threshold`. A token whose score cannot win even
+// with the bound of its noise is skipped. This holds for most tokens, so few logarithms are
+// computed.
 int64_t draw(const NoiseState& noise, float largest, double temperature, const uint32_t* keys,
              int64_t vocab_size, Rank threshold) {
   int64_t chosen = -1;

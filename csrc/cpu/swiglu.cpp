@@ -1,4 +1,4 @@
-// A task computes a block of one row.
+// A task computes a block of outputs of one row.
 #include "../swiglu.h"
 
 #include "kernels.h"
@@ -8,8 +8,8 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The elements of a task. A row of Mistral 7B fits one task: waking another thread would take
-// longer than half of the row.
+// The most outputs of a task. A row of Mistral 7B (14336) fits one task, because waking a second
+// thread would take longer than computing half of the row.
 constexpr int64_t kElementsPerTask = 16384;
 
 }  // namespace

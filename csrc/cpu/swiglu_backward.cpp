@@ -1,4 +1,4 @@
-// A task computes a block of one row.
+// A task computes the gradients of a block of one row.
 #include "../swiglu.h"
 
 #include "kernels.h"
@@ -17,7 +17,8 @@ struct Gradients {
 MISTRAL_SIMD Gradients gradients(Vec gate, Vec up, Vec d_out) {
   const Vec one = broadcast(1.0f), sigmoid = one / (one + exp(broadcast(0.0f) - gate));
   const Vec silu = gate * sigmoid;
-  // This uses s (1 + g (1 - s)) = s + silu (1 - s).
+  // With g for gate and s for sigmoid, the derivative of silu is s (1 + g (1 - s)) = s + silu (1 -
+  // s).
   return {d_out * up * fma(silu, one - sigmoid, sigmoid), d_out * silu};
 }
 

@@ -1,11 +1,12 @@
-// A task computes query rows of one key/value head of one sequence. Row r is query head r mod G of
-// token r / G. So the heads of a group share every key and value that is loaded. The task goes
-// through all keys that any of its rows sees: first the history in the ring, then the chunk.
+// A task computes query rows of one key/value head of one sequence. A query row is one query head
+// of one token: row r is head r mod G, of the G heads that share the key/value head, of token r /
+// G. So neighbouring rows share every key and value that is loaded. The task goes through all keys
+// that any of its rows sees: first the history in the ring, then the chunk.
 //
-// In prefill each task takes some of the rows. In decode there are too few rows for that. So each
-// task takes a segment of the keys, and the results of the segments are merged at the end. Where a
-// segment begins depends on its sequence alone, so neither the number of threads nor the rest of
-// the batch changes a bit of the results.
+// In prefill each task takes some of the rows, and all of their keys. In decode there are too few
+// rows to divide. So each task takes all rows and a segment of the keys, and the results of the
+// segments are merged at the end. Where a segment begins depends on its sequence alone, so neither
+// the number of threads nor the rest of the batch changes a bit of the results.
 #include "../../attention.h"
 
 #include "../append.h"
@@ -18,14 +19,15 @@ namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
 constexpr int64_t kFewRows = DecodeRows<float>::kRows;
-constexpr int64_t kSegment = 1024;  // keys
+constexpr int64_t kSegment = 1024;  // the number of keys in a segment
 
 // How the work for one key/value head of a sequence is divided into tasks.
 struct Division {
-  int64_t rows;      // query rows; a single task has all of them if they are few
-  int64_t blocks;    // number of blocks of rows
-  int64_t segments;  // number of segments of keys
-  int64_t partials;  // floats for the results of the segments, of all heads
+  int64_t rows;      // the number of query rows
+  int64_t blocks;    // the number of blocks of rows: 1 if all rows are few
+  int64_t segments;  // the number of segments of keys
+  int64_t
+      partials;  // the number of floats for the results of all segments and heads; 0 if one segment
 
   Division(const AttentionParams& p, const Sequence& s) {
     rows = s.count * (p.heads / p.kv_heads);
@@ -37,8 +39,9 @@ struct Division {
   }
 };
 
-// The address of the result of a row over a segment, in [Hkv, segments, rows, D + 2]: the weighted
-// sum of values, the sum of the weights, and the maximum to which both are relative.
+// The address of the result of a row over a segment, in `partials` [Hkv, segments, rows, D + 2]. A
+// result is the weighted sum of values [D], the sum of the weights, and the maximum of the scores.
+// Both sums are relative to this maximum.
 float* partial_row(const AttentionParams& p, const Division& division, float* partials,
                    int64_t kv_head, int64_t segment, int64_t row) {
   const int64_t index = (kv_head * division.segments + segment) * division.rows + row;
@@ -71,7 +74,8 @@ class Source {
   }
 
   // Calls f with the keys at positions [begin, end), in up to three runs: two of the ring and one
-  // of the chunk. Within a run the keys are equally far apart.
+  // of the chunk. Within a run the keys are equally far apart. The run of the chunk comes even if
+  // it has no keys. Then its count is 0 or negative.
   template <class F>
   void for_each_run(int64_t begin, int64_t end, const F& f) const {
     const int64_t history_end = mistral::min(end, s_.position);
@@ -93,11 +97,12 @@ class Source {
 
   const Sequence& s_;
   int64_t dim_, stride_k_, stride_v_;
-  KeyValue<T> ring_;   // slot 0
-  KeyValue<T> chunk_;  // the first token of the chunk
+  KeyValue<T> ring_;   // of slot 0
+  KeyValue<T> chunk_;  // of the first token of the chunk
 };
 
-// Writes the log-sum-exp of a row whose probabilities are relative to `maximum`.
+// Writes the log-sum-exp of a row, if p.lse is not null. `total` is the sum of the probabilities,
+// which are relative to `maximum`.
 void write_lse(const AttentionParams& p, const Sequence& s, int64_t kv_head, int64_t row,
                float maximum, float total) {
   if (!p.lse) return;
@@ -112,7 +117,7 @@ void attend(const AttentionParams& p, const Sequence& s, const Division& divisio
   const int64_t group = p.heads / p.kv_heads, dim = p.head_dim;
   const int64_t first_row = block * Rows::kRows;
   const int64_t count = mistral::min(Rows::kRows, division.rows - first_row);
-  // The last block of rows repeats its last row to be complete.
+  // If the last block of rows is incomplete, its last row is repeated.
   const auto token_of = [&](int64_t row) {
     return (first_row + mistral::min(row, count - 1)) / group;
   };

@@ -1,7 +1,7 @@
 // A task computes d_k and d_v for a block of keys of one key/value head, or d_q for a block of
-// query rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Both
-// kinds of tasks compute the scores anew. So no two tasks add to the same sum, and the results do
-// not depend on the number of threads. A task for keys computes the scores transposed, [keys,
+// query rows. Row r of a sequence is query head r mod G of token r / G, as in attention.cpp. Each
+// task computes the scores that it needs anew. So no two tasks add to the same sum, and the results
+// do not depend on the number of threads. A task for keys computes the scores transposed, [keys,
 // rows], because the products for d_k and d_v need the probabilities in this order.
 //
 // A class of products multiplies tiles. VectorProducts computes in fp32. TileProducts is for bf16
@@ -18,13 +18,15 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-constexpr int64_t kDepth = 32;  // products are summed by so many before the sum joins the result
+// The number of products that are summed before the sum is added to the result. One running sum
+// would lose digits.
+constexpr int64_t kDepth = 32;
 
 // Multiplies with vector instructions, in fp32.
 struct VectorProducts {
   using Arithmetic = Fp32;
-  static constexpr int64_t kTile = 64;     // query rows or keys in a tile
-  static constexpr int64_t kStep = kTile;  // rows or keys are padded to a multiple of this
+  static constexpr int64_t kTile = 64;     // the number of query rows or keys in a tile
+  static constexpr int64_t kStep = kTile;  // rows and keys are padded to a multiple of this
 
   struct Setup {};
 
@@ -35,14 +37,16 @@ struct VectorProducts {
     add_product(a, rows, dim, dim, b, kTile, out);
   }
 
-  // out [rows, D] += a [rows, kTile] b, for the first `count` of kTile. b [kTile, D]
+  // out [rows, D] += a [rows, kTile] b [kTile, D], but only the first `count` columns of a are
+  // multiplied, by the first `count` rows of b.
   static void accumulate(const float* a, int64_t rows, const float* b, int64_t count, int64_t dim,
                          float* out) {
     add_product(a, rows, kTile, count, b, dim, out);
   }
 
  private:
-  // out [rows, columns] += a [rows, depth] b [depth, columns]
+  // out [rows, columns] += a [rows, depth] b [depth, columns]. Rows of a are stride_a elements
+  // apart.
   static void add_product(const float* a, int64_t rows, int64_t stride_a, int64_t depth,
                           const float* b, int64_t columns, float* out) {
     for (int64_t row = 0; row < rows; row += kRowBlock) {
@@ -67,8 +71,8 @@ struct VectorProducts {
 // Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
 struct TileProducts {
   using Arithmetic = Bf16;
-  // The rows, or keys, of a tile. There are so many that packing them is a small part of the work.
-  // A task uses 600 KB of L2 with D = 128.
+  // The number of query rows or keys in a tile. It is larger than a tile register of AMX, so that
+  // packing is a small part of the work. A task uses 600 KB of L2 with D = 128.
   static constexpr int64_t kTile = 128;
   static constexpr int64_t kStep = AmxProducts::kRowStep;
 
@@ -101,17 +105,19 @@ struct ProductsFor<bf16> {
 };
 #endif
 
-// Up to kTile neighbouring rows of one head, in the layouts that the products need.
+// Up to kTile neighbouring query rows, keys or values of one head, in the layouts that the products
+// need.
 template <class Products>
 struct Block {
   using A = typename Products::Arithmetic;
   using Element = typename A::Element;
   static constexpr int64_t kTile = Products::kTile;
 
-  alignas(64) Element rows[kTile * kMaxHeadDim];     // [kTile, D]
-  alignas(64) Element columns[kMaxHeadDim * kTile];  // [D / kDepth, kTile, kDepth]
+  alignas(64) Element rows[kTile * kMaxHeadDim];     // [kTile, D], or as pair_rows leaves it
+  alignas(64) Element columns[kMaxHeadDim * kTile];  // [D / A::kDepth, kTile, A::kDepth]
 
-  // Takes `count` rows. Row i begins at address(i). Fills up with zeros to `filled` rows.
+  // Copies `count` rows of D elements to `rows`. Row i begins at address(i). Fills up with zeros to
+  // `filled` rows.
   template <class Address>
   void take(int64_t count, int64_t filled, int64_t dim, const Address& address) {
     for (int64_t row = 0; row < count; ++row) {
@@ -123,6 +129,7 @@ struct Block {
     memset(rows + count * dim, 0, static_cast<size_t>((filled - count) * dim) * sizeof(Element));
   }
 
+  // Writes the transpose of the first `filled` rows to `columns`.
   void make_columns(int64_t filled, int64_t dim) {
     for (int64_t row = 0; row < filled; row += Vec::width) {
       for (int64_t d = 0; d < dim; d += kStep<A>) {
@@ -136,7 +143,7 @@ struct Block {
     }
   }
 
-  // Puts each kDepth rows beside each other, in place: [kTile / kDepth, D, kDepth].
+  // Interleaves each A::kDepth neighbouring rows, in place: [kTile / A::kDepth, D, A::kDepth].
   void pair_rows(int64_t filled, int64_t dim) {
     if constexpr (A::kDepth > 1) {
       for (int64_t row = 0; row < filled; row += A::kDepth) {
@@ -181,7 +188,7 @@ class Head {
       d_out_.make_columns(filled(rows_), dim_);
       q_.pair_rows(filled(rows_), dim_);
       d_out_.pair_rows(filled(rows_), dim_);
-      // Keys from `seen` on are later than all rows, so no row sees them.
+      // Keys of the tile from index `seen` on are later than all of its rows, so no row sees them.
       const int64_t seen = mistral::min(keys_, (row + rows_ - 1) / group_ + 1 - first_key);
       Products::score(k_.rows, filled(seen), q_.columns, filled(rows_), dim_, scores_);
       Products::score(v_.rows, filled(seen), d_out_.columns, filled(rows_), dim_, d_products_);
@@ -189,7 +196,7 @@ class Head {
         differentiate(
             key, filled(rows_), [this](int64_t i) { return load(lse_ + i); },
             [this](int64_t i) { return load(delta_ + i); });
-        // The tokens [own, window_end) see the key.
+        // Only the tokens [own, window_end) see the key.
         const int64_t own = first_key + key;
         hide(key, own * group_ - row,
              mistral::min(last_token, window_end(own, p_.window)) * group_ - row, filled(rows_));
@@ -245,7 +252,7 @@ class Head {
     return (s_.first_token + row / group_) * p_.heads + kv_head_ * group_ + row % group_;
   }
 
-  // Takes the keys of a tile: [first, end), but at most kTile.
+  // Takes the keys and values of a tile: those at [first, end), but at most kTile.
   void take_keys(int64_t first, int64_t end) {
     keys_ = mistral::min(kTile, end - first);
     const int64_t token = s_.first_token + first;
@@ -257,7 +264,8 @@ class Head {
     v_.take(keys_, filled(keys_), dim_, [&](int64_t key) { return v + key * p_.stride_v_token; });
   }
 
-  // Takes the query rows of a tile: [first, end), but at most kTile.
+  // Takes the query rows of a tile, [first, end), but at most kTile: their queries, gradients,
+  // log-sum-exps and deltas.
   void take_rows(int64_t first, int64_t end) {
     rows_ = mistral::min(kTile, end - first);
     q_.take(rows_, filled(rows_), dim_, [&](int64_t row) {
@@ -270,13 +278,15 @@ class Head {
     });
     for (int64_t row = 0; row < filled(rows_); ++row) {
       const int64_t index = query_index(first + row);
-      lse_[row] = row < rows_ ? p_.lse[index] : INFINITY;  // makes the probabilities of the row 0
+      // An infinite log-sum-exp makes the probabilities of a padding row 0.
+      lse_[row] = row < rows_ ? p_.lse[index] : INFINITY;
       delta_[row] = row < rows_ ? p_.delta[index] : 0.0f;
     }
   }
 
-  // Computes one line of probabilities, and one line of gradients of scores. lse(i) and delta(i)
-  // return vectors with the values for the columns from i on.
+  // Computes one line (row) of probabilities_ and of d_scores_, for the first `count` columns, from
+  // scores_ and d_products_. lse(i) and delta(i) return vectors with the values for the columns
+  // from i on.
   template <class Lse, class Delta>
   void differentiate(int64_t line, int64_t count, const Lse& lse, const Delta& delta) {
     const Vec scale = broadcast(p_.scale);
@@ -292,7 +302,7 @@ class Head {
     }
   }
 
-  // Sets the columns of a line outside [begin, end) to zero, among the first `count` columns.
+  // Of the first `count` columns of a line, sets those outside [begin, end) to zero.
   void hide(int64_t line, int64_t begin, int64_t end, int64_t count) {
     const auto clear_columns = [&](int64_t first, int64_t last) {
       for (int64_t j = line * kTile + first; j < line * kTile + last; ++j) {
@@ -311,17 +321,17 @@ class Head {
   const AttentionBackwardParams& p_;
   const Sequence& s_;
   int64_t kv_head_, group_, dim_;
-  int64_t rows_, keys_;  // number in the tile
+  int64_t rows_, keys_;  // the numbers of rows and keys in the tile
   Block<Products> q_, d_out_, k_, v_;
   alignas(64) float lse_[kTile];    // of each row
   alignas(64) float delta_[kTile];  // of each row
-  // [rows, D] or [keys, D]
+  // d_q_ is [rows, D], the others are [keys, D]
   alignas(64) float d_q_[kTile * kMaxHeadDim];
   alignas(64) float d_keys_[kTile * kMaxHeadDim];
   alignas(64) float d_values_[kTile * kMaxHeadDim];
-  // [rows, keys] or [keys, rows]
+  // [rows, keys] in tasks for queries, [keys, rows] in tasks for keys
   alignas(64) float scores_[kTile * kTile];
-  alignas(64) float d_products_[kTile * kTile];  // d_out v^T
+  alignas(64) float d_products_[kTile * kTile];  // d_out v^T, or its transpose
   alignas(64) Element probabilities_[kTile * kTile];
   alignas(64) Element d_scores_[kTile * kTile];
 };

@@ -2,16 +2,16 @@
 // are multiplied in the layout of memory, in blocks that stay in the L1 cache, while the next block
 // is fetched.
 //
-// A vector holds the scores of kRowBlock rows x kGroup keys, [row][key]. So one softmax serves all
-// rows of a block.
+// With more than one lane, a vector holds the scores of kRowBlock rows x kGroup keys, [row][key].
+// So the instructions of a softmax serve kRowBlock rows at once.
 #pragma once
 
 #include "rows.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Loads an operand into a register. GCC 12 would load it again for each product. Then loads, not
-// products, would limit the speed.
+// Loads an operand into a register. Without the asm, GCC 12 would load the operand again for each
+// product. Then loads, not products, would limit the speed.
 template <class A>
 MISTRAL_SIMD typename A::Operand load_once(const typename A::Element* x) {
   typename A::Operand operand = A::load(x);
@@ -21,6 +21,7 @@ MISTRAL_SIMD typename A::Operand load_once(const typename A::Element* x) {
   return operand;
 }
 
+// Up to kRows query rows, and what they have attended to so far.
 template <class T>
 class DecodeRows {
   using A = typename ArithmeticOf<T>::type;
@@ -32,8 +33,8 @@ class DecodeRows {
   static constexpr int64_t kRowStep = kRowBlock;
 
   alignas(64) Element q[kRows * kMaxHeadDim];  // [rows, D]
-  alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], before division by the total
-  int64_t rows;                                // a multiple of kRowStep
+  alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], not yet divided by the totals
+  int64_t rows;                                // the number of rows, a multiple of kRowStep
 
   float maximum(int64_t row) const { return maximum_[row * kGroup]; }
   float total(int64_t row) const {
@@ -53,8 +54,9 @@ class DecodeRows {
   // Adds `keys` to the attention of all rows. position_of(row) is the position of a row. No row has
   // a lower position than the row before it.
   //
-  // Each step of a softmax needs the result of the step before. While they run, the processor
-  // computes the scores of the next block, which come before the products that need the softmax.
+  // Each step of a softmax needs the result of the step before, so the processor would wait.
+  // Meanwhile it can compute the scores of the next block. For this the code places them before the
+  // products that need the softmax.
   template <class PositionOf>
   void attend(const Keys<T>& keys, int64_t dim, int64_t window, float scale,
               const PositionOf& position_of) {
@@ -79,27 +81,28 @@ class DecodeRows {
   }
 
  private:
-  // The number of keys in a block. At D = 128 in bf16 they fill a page of memory, and so do their
-  // values. Larger blocks were slower.
+  // The number of keys in a block. At D = 128 in bf16, 16 keys fill a page of memory, and so do
+  // their values. Larger blocks were slower.
   static constexpr int64_t kKeys = 16;
   static constexpr int64_t kGroup = Vec::width == 1 ? 1 : Vec::width / kRowBlock;
   static constexpr int64_t kLanes = kRowBlock * kGroup;
 
-  // The probabilities of a row lie side by side for this many neighbouring keys. An operand needs
-  // at least kDepth.
+  // The number of neighbouring keys whose probabilities lie side by side for each row. An operand
+  // holds kDepth of them, so there must be at least as many.
   static constexpr int64_t kNeighbours = mistral::max(kGroup, A::kDepth);
   static_assert(kKeys % kNeighbours == 0, "");
 
-  // scores = q k^T for kRowBlock rows and the keys from `first` on, if there are any. If the last
-  // group of keys is incomplete, its last key is repeated, and the scores of the repetitions are
-  // hidden.
+  // scores = q k^T for kRowBlock rows and the block of keys from `first` on, if there are any. If
+  // the last group of keys is incomplete, its last key is repeated. `attend` hides the scores of
+  // the repetitions.
   //
-  // The next block is fetched in the order of addresses, although the rows of this block are read
-  // side by side. Then the hardware prefetchers take part, which is worth 15 %. In a ring the next
-  // block follows this block in memory. In a chunk the keys may be further apart, but with few
+  // The next block is prefetched in the order of addresses, although kGroup keys of this block are
+  // read side by side. Then the hardware prefetchers take part, which is worth 15 %. In a ring the
+  // next block follows this block in memory. In a chunk the keys may be further apart, but with few
   // query rows a chunk has only one block.
   //
-  // Inlined, this function and `accumulate` would share too few registers for their addresses.
+  // This function and `accumulate` are not inlined. Inlined, they would share too few registers for
+  // their addresses.
   [[gnu::noinline]] void score(const Keys<T>& keys, int64_t first, int64_t row, int64_t dim) {
     const int64_t count = mistral::min(kKeys, keys.count - first);
     const T* k = keys.k + first * keys.stride_k;
@@ -128,7 +131,8 @@ class DecodeRows {
     }
   }
 
-  // The row sees only the keys [begin, end) of the block. Hides its other scores.
+  // Hides the scores of a row, except those of the keys [begin, end) of the block, which the row
+  // sees.
   void hide(int64_t row, int64_t begin, int64_t end) {
     const int64_t r = row % kRowBlock;
     const auto score_of = [&](int64_t key) -> float& {
@@ -138,9 +142,10 @@ class DecodeRows {
     for (int64_t key = mistral::max(end, 0); key < kKeys; ++key) score_of(key) = -INFINITY;
   }
 
-  // Folds the scores into the running softmax. Writes the probabilities, relative to the maximum of
-  // all scores so far. Also writes a factor for each row: the earlier sums of the row are relative
-  // to the earlier maximum, so they must be multiplied by this factor.
+  // Folds the scores of a block, for kRowBlock rows from `row` on, into the running softmax. Writes
+  // the probabilities, relative to the maximum of all scores so far. Also writes a factor for each
+  // row. The earlier sums of the row are relative to the earlier maximum, so they must be
+  // multiplied by this factor.
   void fold(int64_t row, float scale) {
     const float* scores = scores_ + row * kKeys;
     Element* probabilities = probabilities_ + row * kKeys;
@@ -162,7 +167,8 @@ class DecodeRows {
           sum = sum + p[n];
         }
         if constexpr (kGroup < A::kDepth) {
-          // Each vector p has one key, and a lane for each row.
+          // Each vector p has one key, and a lane for each row. Interleaved, the probabilities of
+          // two neighbouring keys lie side by side.
           static_assert(kGroup == 1 && A::kDepth == 2 && kLanes == Vec::width, "");
           const Vec first = p[0], second = p[1];
           interleave(first, second, p);
@@ -175,9 +181,9 @@ class DecodeRows {
     }
   }
 
-  // out = factor * out + p v, for kRowBlock rows and the values from `first` on. If the last
-  // neighbours are incomplete, the last value is repeated. The probabilities of the repetitions are
-  // 0.
+  // out = factor * out + p v, for kRowBlock rows and the block of values from `first` on. If the
+  // last kNeighbours values are incomplete, the last value is repeated, and the probabilities of
+  // the repetitions are 0.
   [[gnu::noinline]] void accumulate(const Keys<T>& keys, int64_t first, int64_t row, int64_t dim) {
     const int64_t count = mistral::min(kKeys, keys.count - first);
     const T* v = keys.v + first * keys.stride_v;
@@ -204,8 +210,9 @@ class DecodeRows {
         [&](int64_t r) { return factors_[(row + r) * kGroup]; }, out + row * dim);
   }
 
-  // These arrays have the layout of a vector of scores: a lane for each row and key of a group. All
-  // lanes of a row hold the same maximum and factor. The total of a row is the sum of its lanes.
+  // The next three arrays have the layout of a vector of scores: a lane for each row and key of a
+  // group. All lanes of a row hold the same maximum and factor. The total of a row is the sum of
+  // its lanes.
   alignas(64) float maximum_[kRows * kGroup];
   alignas(64) float total_[kRows * kGroup];
   alignas(64) float factors_[kRows * kGroup];

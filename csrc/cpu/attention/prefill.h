@@ -1,12 +1,12 @@
-// Attention with many query rows, as in prefill. Arithmetic limits the speed. The keys of a tile
-// are transposed once for all rows. Then both products can be computed as sums of rows of a matrix,
-// each row multiplied by one number. The scores are sums of rows of the transposed keys, multiplied
-// by elements of q. The outputs are sums of values, multiplied by probabilities. So no sum runs
-// across the lanes of a vector.
+// Attention with many query rows, as in prefill. Arithmetic limits the speed. A tile is kKeys
+// neighbouring keys with their values. The keys of a tile are transposed once for all rows. Then
+// both products can be computed as sums of rows of a matrix, each row multiplied by one number. The
+// scores are sums of rows of the transposed keys, multiplied by elements of q. The outputs are sums
+// of values, multiplied by probabilities. So no sum runs across the lanes of a vector.
 //
-// Tiles begin at multiples of kKeys, counted from position 0. This depends neither on where the
-// chunk begins nor on whether a key lies in the ring or in the chunk. So the order of the additions
-// of a row is the same however a prompt is cut into chunks, and the result has the same bits.
+// Tiles begin at multiples of kKeys, counted from position 0. So it does not matter where the chunk
+// begins, or whether a key lies in the ring or in the chunk. The order of the additions of a row is
+// the same however a prompt is cut into chunks, and the result has the same bits.
 //
 // A class of products multiplies a tile: VectorProducts here, or AmxProducts in prefill_amx.h.
 #pragma once
@@ -22,14 +22,14 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <class A>
 struct VectorProducts {
   using Element = typename A::Element;
-  // The numbers of rows and keys are padded to multiples of these.
+  // The numbers of rows and of keys are padded to multiples of these numbers.
   static constexpr int64_t kRowStep = kRowBlock;
   static constexpr int64_t kKeyStep = A::kDepth;
 
   struct Setup {};
 
-  // scores [rows, kKeys] = q [rows, D] k^T, for the first `count` keys. k [D / kDepth, kKeys,
-  // kDepth]
+  // scores [rows, kKeys] = q [rows, D] k^T, for the first `count` keys. k is [D / kDepth, kKeys,
+  // kDepth].
   template <int64_t kKeys>
   static void score(const Element* q, int64_t rows, const Element* k, int64_t count, int64_t dim,
                     float* scores) {
@@ -38,8 +38,8 @@ struct VectorProducts {
     }
   }
 
-  // out [rows, D] = factors * out + p [rows, kKeys] v, for the first `count` keys.
-  // v [kKeys / kDepth, D, kDepth]
+  // out [rows, D] = factors * out + p [rows, kKeys] v, for the first `count` keys. v is [kKeys /
+  // kDepth, D, kDepth].
   template <int64_t kKeys>
   static void accumulate(const Element* p, const float* factors, int64_t rows, const Element* v,
                          int64_t count, int64_t dim, float* out) {
@@ -99,6 +99,7 @@ struct ProductsOf<bf16> {
 };
 #endif
 
+// Up to kRows query rows, and what they have attended to so far.
 template <class T>
 class PrefillRows {
   using A = typename ArithmeticOf<T>::type;
@@ -111,8 +112,8 @@ class PrefillRows {
   static constexpr int64_t kRowStep = Products::kRowStep;
 
   alignas(64) Element q[kRows * kMaxHeadDim];  // [rows, D]
-  alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], before division by the total
-  int64_t rows;                                // a multiple of kRowStep
+  alignas(64) float out[kRows * kMaxHeadDim];  // [rows, D], not yet divided by the totals
+  int64_t rows;                                // the number of rows, a multiple of kRowStep
 
   float maximum(int64_t row) const { return maximum_[row]; }
   float total(int64_t row) const { return total_[row]; }
@@ -126,7 +127,7 @@ class PrefillRows {
   }
 
   // Adds the keys at positions [begin, end) to the attention of all rows. position_of(row) is the
-  // position of a row. key_at(position) points to a key and its value.
+  // position of a row. key_at(position) returns the addresses of a key and its value.
   template <class KeyAt, class PositionOf>
   void attend(int64_t begin, int64_t end, const KeyAt& key_at, int64_t dim, int64_t window,
               float scale, const PositionOf& position_of) {
@@ -151,14 +152,15 @@ class PrefillRows {
   }
 
  private:
-  static constexpr int64_t kKeys = 32 * A::kDepth;  // keys of a tile, which must fit the L1 cache
+  // The number of keys in a tile. A packed tile must fit the L1 cache.
+  static constexpr int64_t kKeys = 32 * A::kDepth;
 
   struct Tile {
     KeyValue<T> keys[kKeys];
   };
 
-  // Finds the kKeys keys from `position` on. For a position outside [begin, end) it takes the
-  // nearest key inside, whose scores are hidden later.
+  // Finds the kKeys keys from `position` on. A position outside [begin, end) gets the nearest key
+  // inside. Scores with such a key are hidden later.
   template <class KeyAt>
   static void find_keys(int64_t position, int64_t begin, int64_t end, const KeyAt& key_at,
                         Tile& tile) {
@@ -167,7 +169,7 @@ class PrefillRows {
     }
   }
 
-  // Packs the keys of a tile and fetches the keys of the next tile.
+  // Packs (transposes) the first `count` keys of a tile, and prefetches the keys of the next tile.
   void pack_keys(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += Vec::width) {
       for (int64_t i = 0; i < Vec::width; ++i) prefetch(next.keys[key + i].k, dim);
@@ -182,6 +184,7 @@ class PrefillRows {
     }
   }
 
+  // Packs each kDepth neighbouring values of a tile side by side, and prefetches the next values.
   void pack_values(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += A::kDepth) {
       const T* values[A::kDepth];
@@ -200,7 +203,8 @@ class PrefillRows {
     }
   }
 
-  // The row sees only the keys [begin, end) of the tile. Hides its other scores.
+  // Hides the scores of a row, except those of the keys [begin, end) of the tile, which the row
+  // sees.
   void hide(int64_t row, int64_t begin, int64_t end) {
     float* scores = scores_ + row * kKeys;
     for (int64_t j = 0; j < mistral::min(begin, kKeys); ++j) scores[j] = -INFINITY;
@@ -208,7 +212,7 @@ class PrefillRows {
   }
 
   // Folds the scores of a row into its running softmax. Writes the probabilities, relative to the
-  // maximum of all scores so far. Also writes a factor: the earlier sums of the row are relative to
+  // maximum of all scores so far. Also writes a factor. The earlier sums of the row are relative to
   // the earlier maximum, so they must be multiplied by this factor.
   void fold(int64_t row, float scale) {
     const float* scores = scores_ + row * kKeys;

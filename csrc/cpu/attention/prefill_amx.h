@@ -1,7 +1,7 @@
-// The products of prefill.h in AMX: 32 query rows times 32 keys, or times 32 columns of values,
-// with the sums in 2 x 2 tile registers. The arrays that prefill.h packs are operands without
-// repacking: q and the probabilities are operand a, transposed keys and paired values are operand
-// b.
+// The products of prefill.h with AMX. 32 query rows are multiplied by 32 keys, or 32 rows of
+// probabilities by 32 columns of values, with the sums in 2 x 2 tile registers. The arrays that
+// prefill.h packs are operands as they are (tile_dot_bf16 in amx.h). q and the probabilities are
+// operand a. The transposed keys and the paired values are operand b.
 #pragma once
 
 #include "../simd/amx.h"
@@ -30,8 +30,9 @@ struct AmxProducts {
     }
   }
 
-  // out = factors * out + p v. All tiles of keys are added to `out` itself. This costs little
-  // precision, because the instruction sums 32 products before it adds them.
+  // out = factors * out + p v. The products of all tiles of keys are added to `out` itself, without
+  // a sum of their own for each tile. This loses few digits, because the instruction sums 32
+  // products before it adds them.
   template <int64_t kKeys>
   static void accumulate(const bf16* p, const float* factors, int64_t rows, const bf16* v,
                          int64_t count, int64_t dim, float* out) {
@@ -54,9 +55,9 @@ struct AmxProducts {
   }
 
  private:
-  // Tile registers 0 and 1 hold the sums of the first 16 rows, registers 2 and 3 the sums of the
-  // other rows. Operand a [32, depth] has rows of stride_a elements. Operand b [depth / 2, 32, 2]
-  // has rows of 2 stride_b elements.
+  // Tile registers 0 and 1 hold the sums of the first 16 rows, registers 2 and 3 those of the other
+  // 16 rows. Operand a [32, depth] has rows that are stride_a elements apart. Operand b [depth / 2,
+  // 32, 2] has rows that are 2 stride_b elements apart.
   MISTRAL_SIMD static void add_products(const bf16* a, int64_t stride_a, const bf16* b,
                                         int64_t stride_b, int64_t depth) {
     constexpr int64_t kBytes = sizeof(bf16), kDepth = 2 * kTileRows;

@@ -8,12 +8,13 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int64_t kRowBlock = 4;  // query rows that are multiplied at once
-// The number of vectors of columns that are computed together. Their sums fill the registers.
+constexpr int64_t kRowBlock = 4;  // the number of query rows that are multiplied at once
+// The number of vectors of columns that are computed together. With kRowBlock rows, their sums fill
+// the registers.
 constexpr int64_t kColumnVectors = Vec::width == 16 || Vec::width == 4 ? 4 : 2;
 
-// A row that has seen no key yet has the maximum -inf. Its probabilities would be exp(inf - inf) =
-// NaN. With any finite value in place of the maximum they are exp(-inf) = 0.
+// A row that has seen no key yet has the maximum -inf. Its probabilities would be exp(-inf + inf) =
+// NaN. With any finite number in place of the maximum they are exp(-inf) = 0.
 MISTRAL_SIMD Vec finite(Vec maximum) { return vmax(maximum, broadcast(-3e38f)); }
 
 // Keys and values of consecutive positions. Neighbours are stride_k or stride_v elements apart.
@@ -40,13 +41,14 @@ MISTRAL_SIMD void prefetch(const T* x, int64_t count) {
 }
 
 // out = factor * out + weights * values, for kRowBlock rows and M vectors of columns, from column d
-// on. weights(r, key) points to the weights of row r for kNeighbours keys, from `key` on, a
-// multiple of kNeighbours. values(key, d, columns) loads M vectors of the values of kDepth keys.
-// factor(r) is the factor of row r. If `keys` is no multiple of kNeighbours, weights and values
-// must exist up to the next multiple, and these weights must be 0.
+// on. The weights are probabilities, and factor(r) is the factor of row r. weights(r, key) points
+// to the weights of row r for kNeighbours keys from `key` on. There `key` is a multiple of
+// kNeighbours. values(key, d, columns) loads M vectors of the values of kDepth keys. If `keys` is
+// no multiple of kNeighbours, weights and values must exist up to the next multiple, and these
+// weights must be 0.
 //
 // The new products are summed on their own and added to `out` at the end. If thousands of keys were
-// added to `out` one by one, this large number would be rounded each time.
+// added to `out` one by one, each addition would round this large number.
 template <int64_t M, class A, int64_t kNeighbours, class Values, class Weights, class Factor>
 MISTRAL_SIMD void add_weighted_columns(int64_t keys, int64_t dim, int64_t d, const Values& values,
                                        const Weights& weights, const Factor& factor, float* out) {

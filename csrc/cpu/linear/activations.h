@@ -1,5 +1,5 @@
 // Packs activations: converts them to the type that the kernels multiply, and puts them in the
-// order of k in which the weight format stores its values.
+// order of k in which the values of the weight format are unpacked.
 #pragma once
 
 #include <type_traits>
@@ -14,7 +14,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The activations of one token. If the layer has a norm, they are normalised into `normalised`.
+// Returns the activations of one token. If the layer has a norm, writes the normalised activations
+// to `normalised` and returns these.
 template <class T>
 const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   const T* x = static_cast<const T*>(p.x) + token * p.stride_x_token;
@@ -23,7 +24,8 @@ const T* input_row(const LinearParams& p, int64_t token, T* normalised) {
   return normalised;
 }
 
-// Packs the K activations of a token in the order of k that Order defines, padded with zeros.
+// Packs the K activations of a token in the order of Order::k_at. Pads them with zeros to
+// padded(K).
 template <class Order, class T, class Element>
 void pack_row(const T* x, int64_t inputs, Element* out) {
   for (int64_t begin = 0; begin < inputs; begin += kPadding) {
@@ -73,7 +75,8 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
 // The chunk type of the gemv kernels for a format and activations of type T.
 template <WeightFormat format, class T>
 struct FewChunkOf {
-  static constexpr bool kFits = sizeof(T) == sizeof(int16_t);  // fp32 has too many bits
+  static constexpr bool kFits =
+      sizeof(T) == sizeof(int16_t);  // integers of 16 bits would lose bits of fp32
   static constexpr bool kInInt16 =
       kFits && Int16Chunk<format>::template kFastest<typename ArithmeticOf<T>::type>;
   using InFloatsOrInt16 =
@@ -86,19 +89,20 @@ struct FewChunkOf {
       std::conditional_t<kFits && has_half_products(format), InHalves<format>, InPairsOrFewerBits>;
 };
 
-// Whether tokens of type T are multiplied in bytes, unless the caller asks for exact products.
+// Whether activations of type T are rounded to bytes (gemv_bytes.h) for a weight of this format,
+// unless the caller asks for exact products. `tokens` is the number of tokens of the call.
 template <class T>
 bool rounds_to_bytes(WeightFormat format, int64_t tokens) {
   return tokens <= kGemvTokens ? has_bytes(format) : has_many_bytes<T>(format);
 }
 
-// Whether a part is multiplied in bytes.
+// Whether a part of the weights is multiplied in bytes in this call.
 template <class T>
 bool in_bytes(const LinearParams& p, int64_t part) {
   return !p.exact && rounds_to_bytes<T>(p.parts[part].format, p.tokens);
 }
 
-// Calls f with a value of the chunk type for a part of the weights. There must be at most
+// Calls f with a value of the chunk type of a part of the weights. The call must have at most
 // kGemvTokens tokens, or the part must be multiplied in bytes.
 template <class T, class F>
 auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
@@ -110,7 +114,7 @@ auto with_few_chunk(const LinearParams& p, int64_t part, const F& f) {
   });
 }
 
-// Whether several tokens are packed in another way than one token alone.
+// Whether several tokens are packed differently from one token alone.
 template <class Chunk>
 constexpr bool kPacksTogether = false;
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -123,9 +127,10 @@ constexpr bool kPacksTogether<InHalves<format>> = true;
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
-  // Neighbouring tokens are an odd multiple of half a way of the L1 cache apart (of 4096 bytes, as
-  // on x86), so that only every second token competes for the same sets of the cache. If they were
-  // a multiple of a way apart, as with K = 4096, all tokens would.
+  // The number of elements from one packed token to the next. In bytes this is an odd multiple of
+  // half a way of the L1 cache. (A way has 4096 bytes on x86.) So only every second token competes
+  // for the same sets of the cache. At a multiple of a whole way, which K = 4096 would give, all
+  // tokens would compete.
   static int64_t elements(int64_t inputs) {
     constexpr int64_t kSize = sizeof(typename Chunk::Arithmetic::Element);
     constexpr int64_t kWay = 4096, kHalf = kWay / 2;
@@ -200,8 +205,8 @@ struct Packing<InPairs> {
 };
 #endif
 
-// Maps a chunk type to a type that stands for its packing: chunk types with the same packing have
-// the same `type`.
+// The type that stands for the packing of a chunk type. It is the same for all chunk types whose
+// activations are packed alike.
 template <class Chunk>
 struct PackedAlike {
   using type = Chunk;

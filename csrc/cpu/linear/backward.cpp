@@ -1,6 +1,6 @@
 // d_x = d_out W with the tiles of gemm.h. The sum runs over the rows of W. So the lanes of a vector
 // are columns of W, where gemm.h has tokens. Each value of d_out is broadcast to all lanes, as
-// gemm.h does with values of weights. This way a block of W is packed as it is unpacked, without a
+// gemm.h does with values of weights. This way W is packed as its rows are unpacked, without a
 // transpose, and d_out stays in the order of its rows.
 #include "../../linear.h"
 
@@ -36,7 +36,8 @@ class LinearBackward {
   using A = typename ArithmeticOf<T>::type;
   static constexpr int64_t kColumns = BackwardTileOf<T>::kColumns;
   static constexpr int64_t kTaskTokens = Tile::kTaskRows;
-  // The most tokens that are packed at a time. So scratch memory does not grow with T beyond this.
+  // The most tokens that are packed at a time. They limit the scratch memory: with more tokens it
+  // does not grow any more.
   static constexpr int64_t kPackedTokens = 2 * kTaskTokens;
   // The number of tokens of a tile. The packed d_out is padded with zeros to whole tiles.
   static constexpr int64_t kTileTokens =
@@ -82,13 +83,15 @@ class LinearBackward {
     return kUnpacksInOrder<Format::value>;
   }
 
-  // The number of tokens that are packed at a time: an equal share of all tokens, in whole tiles.
+  // The number of tokens that are packed at a time: an equal share of all tokens, rounded up to
+  // whole tiles.
   int64_t packed_tokens() const {
     return up_to_tiles(
         ceil_div(p_.tokens, mistral::max(int64_t{1}, ceil_div(p_.tokens, kPackedTokens))));
   }
 
-  // The number of outputs of the parts before `part`. Each part is padded to whole blocks.
+  // The number of outputs (rows of W) of the parts before `part`, with each part padded to whole
+  // blocks.
   int64_t packed_outputs(int64_t part) const {
     int64_t outputs = 0;
     for (int64_t i = 0; i < part; ++i) {
@@ -98,12 +101,13 @@ class LinearBackward {
   }
 
   // The address of the packed d_out of a part, from output `begin` on. The layout is [outputs /
-  // kBlockDepth, tokens, kBlockDepth]. The rows of a block are near each other, so they do not
+  // kBlockDepth, tokens, kBlockDepth]. The tokens of a block lie close together, so they do not
   // compete for the same lines of the L1 cache.
   Element* packed(int64_t part, int64_t begin) const {
     return static_cast<Element*>(p_.scratch) + (packed_outputs(part) + begin) * packed_tokens();
   }
 
+  // Packs d_out for `tokens` tokens from first_token on.
   void pack(int64_t first_token, int64_t tokens, int threads) const {
     using Order = typename ChunkOf<WeightFormat::plain, float>::type;
     parallel_for(threads, ceil_div(up_to_tiles(tokens), kTileTokens), [&](int64_t tile) {
@@ -124,7 +128,8 @@ class LinearBackward {
     });
   }
 
-  // Computes kColumns columns of d_x for some of the packed tokens.
+  // Computes kColumns columns of d_x, from `column` on. The tokens are `tokens` of the packed ones,
+  // from begin_token on. first_token is the first packed token.
   void multiply(int64_t first_token, int64_t begin_token, int64_t tokens, int64_t column) const {
     [[maybe_unused]] typename Tile::Setup setup;
     Buffers buffers;
@@ -179,7 +184,7 @@ class LinearBackward {
   }
 
   // If one part is stored in words, the columns of the sums are in the order of words for all
-  // parts. Puts the values of a part that is not in words into this order.
+  // parts. This puts the values of a part that is not in words into that order.
   static void to_order_of_words(Element* values) {
     Element in_order[kUnpacked];
     memcpy(in_order, values, sizeof in_order);
@@ -228,7 +233,7 @@ class LinearBackward {
     }
   }
 
-  // Puts the sums into rows of d_x.
+  // Writes the sums to rows of d_x.
   void write(const float* sums, int64_t first_token, int64_t tokens, int64_t column) const {
     const int64_t count = mistral::min(kColumns, p_.inputs - column);
     for (int64_t token = 0; token < tokens; ++token) {
@@ -244,8 +249,9 @@ class LinearBackward {
     }
   }
 
-  // Puts the sums of a row from the order of words into the order of memory. If the last kUnpacked
-  // columns are incomplete, lanes that are not used are in the middle of the vectors, too.
+  // Puts the sums of a row from the order of words into the order of memory. Takes them from
+  // `sums`, because `row` has only the first `count` of them. If the last kUnpacked columns are
+  // incomplete, sums that belong to the row may come later in the order of words.
   static void to_natural_order(float* row, int64_t count, const float* sums) {
     for (int64_t k = 0; k < count; k += kUnpacked) {
       for (int64_t i = 0; i < 8; ++i) {

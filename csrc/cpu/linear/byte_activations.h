@@ -1,6 +1,6 @@
 // Activations rounded to 8 bits. Each block of 32 activations of a token has a unit: its largest
-// magnitude / 127. The activations become multiples of the unit. 256 activations are packed
-// together, in the order in which byte_chunk.h multiplies them.
+// magnitude / 127. The activations are rounded to integers, which count units. 256 activations are
+// packed together, in the order in which byte_chunk.h multiplies them.
 #pragma once
 
 #include "../simd/bytes.h"
@@ -12,21 +12,23 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 #if defined(__AVX512VNNI__)
 
-using ByteSums = __m512;  // sums of four outputs
+using ByteSums = __m512;  // the sums of four rows
 
 // 256 activations for AVX-512 with VNNI, in the order of vectors of 16 words of weights. A vector
-// has the words of blocks 0 to 3 or of blocks 4 to 7. A byte of weights holds two values, in its
-// low and its high half.
+// has the words of blocks 0 to 3 or of blocks 4 to 7, four for each block. A byte of weights holds
+// two values, in its low and its high half.
 struct ByteActivations {
   struct Block {
-    float scale;
-    float sum;              // the sum of the scaled values
+    float scale;            // the unit of the block
+    float sum;              // the sum of the integers, times the unit
     int32_t minus_sums[2];  // -(sum of the first 16 integers), -(sum of the last 16 integers)
   };
 
   int8_t values[2][2][64];  // [blocks 0-3 or 4-7][low or high halves of bytes][lanes]
   Block blocks[2][4];
 
+  // The place of the 4 activations for the low (half = 0) or the high halves of the bytes of a
+  // word.
   int8_t* word(int block, int word, int half) {
     return values[block / 4][half] + (block % 4 * 4 + word) * 4;
   }
@@ -40,14 +42,14 @@ struct ByteActivations {
 
 using ByteSums = Lanes8;
 
-// 256 activations for vectors of 256 bits, whose 8 lanes are the 8 blocks.
+// 256 activations for vectors of 256 bits. Each block has a 32-bit lane (lane_of).
 struct ByteActivations {
   int8_t values[8][32];
-  float scale[8];      // of each block, in the order of lanes
-  float sum[8];        // the sum of the scaled values of each block
+  float scale[8];      // the unit of each block, in the order of lanes
+  float sum[8];        // the sum of the integers of each block, times its unit
   int16_t halves[16];  // the sums of the first and of the last 16 integers of each block
 #if defined(__ARM_FEATURE_MATMUL_INT8)
-  char unused[32];  // PairActivations is larger than the rest
+  char unused[32];  // makes two of these as large as a PairActivations
 #endif
 
   int8_t* word(int block, int word, int half) {
@@ -64,12 +66,13 @@ struct ByteActivations {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
-// 256 activations of two tokens, for products of matrices. A part of a block is 8 activations, for
-// the low halves (parts 0 and 2) or the high halves of the bytes of two words.
+// 256 activations of each of two tokens, for products with i8mm. A block has four parts of 8
+// activations. Parts 0 and 1 are for two words, parts 2 and 3 for the other two. Even parts are for
+// the low halves of the bytes of these words, odd parts for the high halves.
 struct PairActivations {
   int8_t values[8][4][2][8];  // [block][part][token]
-  float scale[8][2][2];       // [block][row][token]: for each of two rows, the same
-  float sum[8][2][2];         // the sums of the scaled values, likewise
+  float scale[8][2][2];       // the units, [block][row][token], the same for both rows
+  float sum[8][2][2];         // the sums of the integers, times the units, likewise
 };
 // A pair takes as many bytes as two tokens.
 static_assert(sizeof(PairActivations) == 2 * sizeof(ByteActivations), "");
@@ -103,16 +106,16 @@ struct ByteActivations {};
 
 #endif
 
-// The bytes of the packed K activations of a token.
+// The number of bytes of the packed K activations of a token.
 constexpr int64_t packed_byte_row(int64_t inputs) {
   return ceil_div(inputs, kSuperBlock) * int64_t{sizeof(ByteActivations)};
 }
 
 #if defined(MISTRAL_VECTORS)
 
-// Rounds 32 activations to multiples of a unit, and returns the unit. The unit is 0 if the
-// activations are so small that its inverse could be infinite. It is NaN if an activation is not
-// finite. In both cases the integers are 0.
+// Rounds 32 activations to multiples of a unit, writes the integers, and returns the unit. The unit
+// is 0 if the activations are so small that its inverse could be infinite. It is NaN if an
+// activation is not finite. In both cases the integers are 0.
 inline float round_block(const float* x, Bytes32* out) {
   const int32_t bits = largest_magnitude(x, 32);
   float largest;
@@ -125,14 +128,14 @@ inline float round_block(const float* x, Bytes32* out) {
 }
 
 // Packs `count` activations, at most kSuperBlock and a multiple of 32, and pads them with zeros to
-// kSuperBlock. `packed` is a reference to ByteActivations, or OfPair.
+// kSuperBlock. `packed` is a ByteActivations or an OfPair.
 template <class T, class Packed>
 void pack_super_block(const T* x, int64_t count, Packed&& packed) {
   float values[kSuperBlock] = {};
   for (int64_t i = 0; i < count; i += Vec::width) store(values + i, load(x + i));
-  // A word has 8 values. Value e is at bit int4_shift(e), so four values are in the low halves of
-  // the bytes and four in the high halves. The shuffle puts the four activations of each kind side
-  // by side.
+  // A word of weights has 8 values. Value e is at bit int4_shift(e), so four values are in the low
+  // halves of the bytes and four in the high halves. The shuffle puts the four activations for each
+  // kind of half side by side.
   int8_t places[16];
   for (int i = 0; i < 16; ++i) {
     const int place = i % 4, half = i / 4 % 2;
@@ -141,7 +144,7 @@ void pack_super_block(const T* x, int64_t count, Packed&& packed) {
   for (int block = 0; block < 8; ++block) {
     Bytes32 rounded;
     const float scale = round_block(values + 32 * block, &rounded);
-    int sums[8];  // each of 4 neighbours
+    int sums[8];  // of each 4 neighbours
     store_sums_of_fours(sums, rounded);
     packed.set_scale(block, scale, sums[0] + sums[1] + sums[2] + sums[3],
                      sums[4] + sums[5] + sums[6] + sums[7]);
@@ -162,7 +165,9 @@ void pack_bytes(const T* x, int64_t inputs, char* out) {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
-// Packs the K activations of a token as one of several. Pairs lie one after the other.
+// Packs the K activations of token `token` of several. Two tokens share a PairActivations for each
+// 256 values. If the last token is alone, zeros take the place of the other one. Pairs of tokens
+// lie one after the other.
 template <class T>
 void pack_bytes_together(const T* x, int64_t inputs, int64_t token, int64_t tokens, char* packed) {
   char* pair = packed + token / 2 * 2 * packed_byte_row(inputs);

@@ -1,8 +1,9 @@
 // A chunk holds 256 values of kRows rows, unpacked to bytes. It multiplies them by activations in
-// bytes. This file has the chunk for AVX2, which has one row. Lane i of every vector holds one of
-// the 8 blocks of 32 values. So 16-bit sums of several products stay within a block, one vector
-// holds the scales of all blocks, and one conversion to floats serves 256 values. AVX-512 with VNNI
-// has a chunk of its own (byte_chunk_512.h), and so has aarch64 (byte_chunk_neon.h).
+// bytes. This file has the chunk for AVX2, which has one row. Each of the 8 blocks of 32 values has
+// a 32-bit lane in every vector (lane_of). So 16-bit sums of several products stay within a block,
+// one vector holds the scales of all blocks, and one conversion to floats serves 256 values.
+// AVX-512 with VNNI has a chunk of its own (byte_chunk_512.h), and so has aarch64
+// (byte_chunk_neon.h).
 #pragma once
 
 #include <type_traits>
@@ -32,8 +33,8 @@ constexpr bool kInTiles = false;
 #endif
 
 // Whether this instruction set multiplies a format in bytes also with more than kGemvTokens tokens
-// of type T. AMX is faster than bytes. Formats with a table need VNNI: AVX2 has to widen each of
-// their products, which takes longer than products of floats.
+// of type T. AMX is faster than products in bytes. Formats with a table need VNNI: AVX2 has to
+// widen each of their products, which takes longer than products of floats.
 template <class T>
 constexpr bool has_many_bytes(WeightFormat format) {
 #if defined(__AVX2__) && !defined(MISTRAL_BYTE_PRODUCTS)
@@ -48,25 +49,28 @@ struct ByteFormat {
   static constexpr int kBits = static_cast<int>(info(format).bits);
   static constexpr int64_t kValues = kSuperBlock;
   static constexpr int64_t kBytes = kValues / 8 * kBits;
+  // Values are in two's complement. They become unsigned values that are 8 larger.
   static constexpr bool kSigned = format == WeightFormat::int4 || format == WeightFormat::q4_0;
   static constexpr bool kTable = format == WeightFormat::iq4_nl || format == WeightFormat::iq4_xs;
-  // Scales are bf16. Values are signed, so they are 8 too large when unpacked as unsigned values.
+  // Scales are bf16, not fp16.
   static constexpr bool kBf16Scales = format == WeightFormat::int4;
   // Each half of a block has its own scale.
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
-  // A group has two numbers: its scale, and its zero point or its minimum.
+  // kPairs: a group has two numbers, its scale and its minimum. kZeroPoints: a zero point takes the
+  // place of the minimum.
   static constexpr bool kZeroPoints = format == WeightFormat::q4_z;
   static constexpr bool kPairs = kZeroPoints || format == WeightFormat::q4_1;
-  // Scales of 6 bits. kSixBitScales: a super-block has scales and minima, see six_bit_scales.
+  // Scales have 6 bits. kSixBitScales: a super-block has scales and minima, see six_bit_scales.
   // kSplitScales: it has scales alone, see split_scales.
   static constexpr bool kSixBitScales =
       format == WeightFormat::q4_k || format == WeightFormat::q5_k;
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
+  // Weights are a scale times the value, plus an offset that differs from group to group.
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
   static constexpr int kTokens = 1;  // the number of tokens that are packed together
-  // The sizes of a packed token. Its blocks have their own units, so it has no head and no common
-  // unit.
+  // Members of a chunk type (gemv_chunks.h). Each block has its own unit, so a packed token has no
+  // head and no common unit.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
   static constexpr float unit(const char*) { return 1.0f; }
@@ -86,13 +90,14 @@ struct ByteChunk : ByteFormat<format> {
   static constexpr int kRows = 1;
   using OneRow = ByteChunk;
   static constexpr bool kMinimum = kSigned || Format::kMinima;
-  // kTable formats have signed values. Without kSumsOf32Bits, the magnitudes of the values are
-  // multiplied, and their signs move to the activations. With kSumsOf32Bits, the values become
-  // unsigned values that are 128 larger.
+  // The values of kTable formats are signed. Without kSumsOf32Bits, their magnitudes are
+  // multiplied, and their signs move to the activations. With kSumsOf32Bits, they become unsigned
+  // values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
-  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // as multiplied
-  // The number of vectors whose products are summed before the sums are widened. It is as many as
-  // the lanes of the sums can hold. In q6_k it is at most 4, because 4 vectors share scales.
+  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // the largest magnitude
+  // The number of vectors of values whose products are summed before the sums are widened. It is as
+  // many as the lanes of the sums can hold. In q6_k it is at most 4, because 4 vectors share
+  // scales.
   static constexpr int kFit =
       kSumsOf32Bits ? (kBits == 6 ? 4 : 8) : (kTable ? 1 : 8 >> (kBits - 4));
   // A lane of 16 bits gets two products from each vector. Activations are -127 to 127.
@@ -100,11 +105,11 @@ struct ByteChunk : ByteFormat<format> {
 
   Bytes32 values[8];
   __m256 factor;   // the scale of each block
-  __m256 minimum;  // of each block, if kMinimum; it multiplies the sum of the activations
+  __m256 minimum;  // the offset of each block, if kMinimum; multiplies the sum of activations
   __m256i scales;  // q6_k: the scales of the halves of each block, in 16 bits
 
-  // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`
-  // points to the scales of the whole row.
+  // Unpacks the words of a row from value `k` on. `there` is the number of values from there to the
+  // end of the row, at most 256. `row_scales` points to the scales of the whole row.
   MISTRAL_SIMD void take(const char* const (&row_words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     const char* words = row_words[0];
@@ -155,8 +160,8 @@ struct ByteChunk : ByteFormat<format> {
   }
 
  private:
-  // out[i] = bit i of each byte, moved to bit 4. The code doubles where it could shift, because
-  // some processors have only one unit for shifts.
+  // out[i] = bit i of each byte, moved to bit 4. (Other bits are left over.) The code doubles where
+  // it could shift, because some processors have only one unit for shifts.
   MISTRAL_SIMD static void fifth_bits(__m256i x, __m256i (&out)[8]) {
     out[4] = x;
     for (int i = 3; i >= 0; --i) out[i] = _mm256_add_epi8(out[i + 1], out[i + 1]);
@@ -164,8 +169,9 @@ struct ByteChunk : ByteFormat<format> {
     for (int i = 7; i >= 5; --i) out[i] = high = _mm256_add_epi8(high, high);
   }
 
-  // sums = the products of each block. Each vector of values is multiplied by all tokens before the
-  // next vector, so that the additions of a token need not wait for each other.
+  // sums[n] = the sum of the products of each block with token n. Each vector of values is
+  // multiplied by all tokens before the next vector, so that the additions of a token need not wait
+  // for each other.
   template <int N>
   MISTRAL_SIMD void multiply(const ByteActivations* const (&x)[N], __m256i (&sums)[N]) const {
     for (int n = 0; n < N; ++n) sums[n] = minus_offsets(*x[n]);
@@ -191,10 +197,10 @@ struct ByteChunk : ByteFormat<format> {
   }
 
   // The start of the sums: minus (the offset of the unpacked values times the sum of the
-  // activations).
+  // activations). It is 0 where `minimum` corrects the offset instead.
   MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
-    if (Format::kScalesOfHalves) {  // the offset is 32
+    if (Format::kScalesOfHalves) {  // the offset is 32, and each half has its scale
       return _mm256_sub_epi32(zero,
                               _mm256_slli_epi32(_mm256_madd_epi16(scales, load_32(x.halves)), 5));
     }
@@ -205,8 +211,8 @@ struct ByteChunk : ByteFormat<format> {
     return zero;
   }
 
-  // Widens sums to 32 bits. The sums are those of the kFit vectors from vector i on. In q6_k, where
-  // these share scales, this function also multiplies the sums by the scales.
+  // Widens sums to 32 bits. They are the sums of the kFit vectors from vector i on. In q6_k these
+  // vectors share scales, and this function also multiplies the sums by the scales.
   MISTRAL_SIMD __m256i scaled(__m256i sums, int i) const {
     if (!Format::kScalesOfHalves) return widen_sums(sums);
     if (kSumsOf32Bits) {
@@ -218,7 +224,7 @@ struct ByteChunk : ByteFormat<format> {
     return _mm256_madd_epi16(sums, both);
   }
 
-  // `group` points to the scales of the first group.
+  // Takes the scales of the chunk. `group` points to those of its first group.
   MISTRAL_SIMD void take_scales(const char* group, int group_log2, int64_t there) {
     if constexpr (Format::kSixBitScales) {
       uint32_t unpacked[4];
@@ -250,7 +256,7 @@ struct ByteChunk : ByteFormat<format> {
   MISTRAL_SIMD void take_group_scales(const char* group, int group_log2, int64_t there) {
     constexpr int64_t kSize = kPairs ? 4 : 2;
     const __m256i scales_there = load_first_bytes(group, (there >> group_log2) * kSize);
-    // The group to which the block of each lane belongs.
+    // For each lane, the index of the group to which its block belongs.
     const __m256i index = _mm256_srl_epi32(_mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7),
                                            _mm_cvtsi32_si128(group_log2 - 5));
     if constexpr (kPairs) {

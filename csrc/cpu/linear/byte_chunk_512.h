@@ -1,7 +1,7 @@
 // The chunk of byte_chunk.h for AVX-512 with VNNI. It multiplies 256 values of four rows at a time,
-// in vectors that mix the rows (mixed_rows.h). A 128-bit lane of a vector belongs to a block of 32
-// values. In the sums, a lane has one place for each row. So one conversion to floats and one
-// scaling serve 512 values.
+// in vectors that mix the rows (mixed_rows.h). Each 128-bit lane of a vector belongs to a block of
+// 32 values. In the sums, it has a place for each row. So one conversion to floats and one scaling
+// serve 4 rows x 4 blocks, 512 values.
 #pragma once
 
 #include "byte_scales_512.h"
@@ -18,8 +18,9 @@ struct ByteVectors : ByteFormat<format> {
   // large.
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
-  // The values in one half of the bytes of words: the low halves (half = 0) or the high halves.
-  // word_of(lane) is the word of its block that a lane holds.
+  // Unpacks the values in the low (half = 0) or the high halves of the bytes of words. `further`
+  // has, for each word, the further word with its further bits. word_of(lane) is the index of the
+  // word of a lane in its block.
   template <class WordOf>
   MISTRAL_SIMD static Bytes unpacked(__m512i words, __m512i further, int half,
                                      const WordOf& word_of) {
@@ -46,8 +47,8 @@ struct ByteVectors : ByteFormat<format> {
     return unpacked(words, further, half, [](int lane) { return lane % 4; });
   }
 
-  // The sums, multiplied by the scales of the weights and by the units of the activations. With
-  // minima, adds the minima times the sums of the activations.
+  // Returns the sums, multiplied by the scales of the weights and by the units of the activations.
+  // With minima, adds the minima times the sums of the activations.
   MISTRAL_SIMD static __m512 scaled(Ints sums, __m512 factor, __m512 unit, __m512 minimum,
                                     __m512 activations) {
     const __m512 scale = _mm512_mul_ps(factor, unit);
@@ -84,8 +85,8 @@ struct ByteChunk : ByteVectors<format> {
   Bytes values[2][4][2];
   ByteScales<format> scales;
 
-  // Unpacks the words of four rows from value `k` on, of which there are `there` values.
-  // `row_scales` points to the scales of the whole rows.
+  // Unpacks the words of four rows from value `k` on. `there` is the number of values from there to
+  // the end of a row, at most 256. `row_scales` points to the scales of the whole rows.
   MISTRAL_SIMD void take(const char* const (&words)[kRows], const char* const (&row_scales)[kRows],
                          int group_log2, int64_t k, int64_t there) {
 #pragma GCC unroll 2
@@ -118,7 +119,8 @@ struct ByteChunk : ByteVectors<format> {
         blocks[n] = _mm512_loadu_si512(x[n]->blocks[i]);
         first[n] = second[n] = minus_offsets(blocks[n]);
       }
-      // Two mixed vectors together give, for each row, the sums of two of the four words of a lane.
+      // For each row, a mixed vector gives the sum of one of the four words of a lane. The pairs of
+      // mixed vectors that are summed together give the sums of one half of each block.
       const auto multiply = [&](Ints(&sums)[N], int j) {
         for (int n = 0; n < N; ++n) {
           for (int half = 0; half < 2; ++half) {
@@ -144,8 +146,8 @@ struct ByteChunk : ByteVectors<format> {
   }
 
  private:
-  // `first` and `second` are sums of the same rows, for different halves of each block. `blocks`
-  // holds the numbers of ByteActivations::Block, with a 128-bit lane for each block.
+  // Scales the sums of one half of each block, `first`, and of the other half, `second`, and adds
+  // them. `blocks` holds the numbers of ByteActivations::Block, with a 128-bit lane for each block.
   MISTRAL_SIMD __m512 scaled_sums(Ints first, Ints second, __m512i blocks, int i) const {
     const __m512 unit = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_AAAA));
     const __m512 activations = _mm512_castsi512_ps(_mm512_shuffle_epi32(blocks, _MM_PERM_BBBB));
@@ -233,9 +235,9 @@ struct ByteRow : ByteVectors<format> {
         blocks[i] = _mm512_castsi512_ps(of_blocks);
         sums[i] = broadcast_int(0);
         if (kOffsetLog2 != 0) {
-          // `sums` start with an offset for each half block. The mask keeps each offset in one
-          // place only, because `added` adds up the places. (A mask register would be loaded again
-          // in each iteration.)
+          // `sums` start with minus the offset of the values times the sum of the activations of
+          // each half block. The mask keeps the number of a half block at one place only, because
+          // `added` adds up the places. (A mask register would be loaded again in each iteration.)
           const auto mask = [](int lane) {
             return kScalesOfHalves ? -(lane % 2 == 0) : -(lane % 4 >= 2);
           };
@@ -257,7 +259,7 @@ struct ByteRow : ByteVectors<format> {
   }
 
  private:
-  static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // of _mm512_shuffle_ps
+  static constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // for _mm512_shuffle_ps
 
   MISTRAL_SIMD void take_scales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
     const auto block_of = [](int lane) { return lane % 4 / 2 * 4 + lane / 4; };
@@ -276,8 +278,8 @@ struct ByteRow : ByteVectors<format> {
     }
   }
 
-  // Adds up the places of each block, or of each half block, and moves the sums to the places
-  // described at ByteRow.
+  // Adds up the places of each block, or of each half block, and moves the sums to the places that
+  // ByteRow describes.
   MISTRAL_SIMD static Ints added(const Ints (&sums)[2]) {
     if (kScalesOfHalves) {
       const __m512 first = _mm512_castsi512_ps(sums[0].v), last = _mm512_castsi512_ps(sums[1].v);

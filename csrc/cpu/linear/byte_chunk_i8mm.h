@@ -1,7 +1,7 @@
-// The part of byte_chunk.h for several tokens on aarch64 with i8mm. An instruction multiplies 8
-// values of two rows by 8 activations of two tokens, and adds to the four sums. The sums are the
-// integers that dot products give, and they are scaled and added in the order of ByteRow. So the
-// results have the same bits.
+// The part of byte_chunk_neon.h for several tokens with i8mm. An instruction multiplies 8 values of
+// two rows by 8 activations of two tokens, and adds to four sums. The sums are the integers that
+// dot products give, and they are scaled and added in the order of ByteRow. So the results have the
+// same bits.
 #pragma once
 
 namespace mistral::cpu::MISTRAL_ISA {
@@ -15,7 +15,8 @@ struct ByteChunk : ByteFormat<format> {
   using OneRow = ByteRow<format>;
   static constexpr bool kMinimum = OneRow::kMinimum;
 
-  // Of each block: those of the first row with both tokens, then those of the second row.
+  // v[b] has the four sums of block b: those of the first row with both tokens, then those of the
+  // second row with both.
   struct Sums {
     float32x4_t v[8];
   };
@@ -29,10 +30,10 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  int8x16_t values[8][4];  // of a block, in the parts of PairActivations: 8 values of each row
-  float32x4_t factor[8];   // of a block: that of the first row twice, that of the second row twice
-  float32x4_t minimum[8];  // likewise, if kMinimum; it multiplies the sum of the activations
-  int32x4_t scales[8][2];  // if kScalesOfHalves: of the halves of a block
+  int8x16_t values[8][4];  // [block][part of PairActivations]: 8 values of each row
+  float32x4_t factor[8];   // of each block: that of row 0 twice, that of row 1 twice
+  float32x4_t minimum[8];  // likewise, if kMinimum; multiplies the sums of activations
+  int32x4_t scales[8][2];  // [block][half], likewise, if kScalesOfHalves
 
   MISTRAL_SIMD void take(const char* const (&words)[2], const char* const (&row_scales)[2],
                          int group_log2, int64_t k, int64_t there) {
@@ -57,8 +58,8 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Adds the products of each block with the activations of N pairs of tokens. All pairs are
-  // multiplied by a block before the next block, so that its values stay in registers.
+  // Adds the products of each block with the activations of N pairs of tokens. A block is
+  // multiplied by all pairs before the next block, so that its values stay in registers.
   template <int N>
   MISTRAL_SIMD void add(const char* const (&lines)[N], Sums (&totals)[N]) const {
 #pragma GCC unroll 8
@@ -91,10 +92,11 @@ struct ByteChunk : ByteFormat<format> {
     return vreinterpretq_u64_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(words) + 16 * block));
   }
 
-  // Unpacks words 2 pair and 2 pair + 1 of a block of both rows.
+  // Unpacks words 2 pair and 2 pair + 1 of a block. `packed` has these words of the first row, then
+  // those of the second row.
   MISTRAL_SIMD void take_words(const char* const (&words)[2], int block, int pair,
                                uint8x16_t packed) {
-    // Two's complement becomes unsigned values that are 8 larger.
+    // Turns two's complement into unsigned values that are 8 larger.
     if (kSigned) packed = veorq_u8(packed, vdupq_n_u8(0x88));
     uint32x4_t further = {};
     if (kBits > 4) {
@@ -104,7 +106,7 @@ struct ByteChunk : ByteFormat<format> {
     for (int half = 0; half < 2; ++half) {
       uint8x16_t value = half == 0 ? vandq_u8(packed, vdupq_n_u8(15)) : vshrq_n_u8(packed, 4);
       if (kBits > 4) {
-        // The bits of each byte that belong to this value, moved to bit 4.
+        // Moves the bits of each byte that belong to this value to bit 4.
         const auto shift = [&](int word) {
           const int bit =
               kBits == 5 ? fifth_bit_shift(word, 4 * half) : high_bits_shift(word, 4 * half);

@@ -1,5 +1,6 @@
-// The chunk of byte_chunk.h for aarch64. Its instructions multiply signed bytes and add up in
-// 32-bit lanes. So values need no offset, and only a minimum has to be added to the sums.
+// The chunk of byte_chunk.h for aarch64. Its instructions multiply signed bytes, and the sums have
+// 32 bits. So the sums need no correction for an offset of unpacked values. Only a minimum has to
+// be added.
 #pragma once
 
 #include "unpack_words.h"
@@ -7,13 +8,13 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 // The scales of a row in a chunk of 256 values: for each of its 8 blocks of 32 values, a factor and
-// a minimum. The minimum is multiplied by the sum of the block's activations.
+// a minimum. The minimum is multiplied by the sum of the activations of the block.
 template <WeightFormat format>
 struct ByteNumbers {
   using Format = ByteFormat<format>;
 
   float factors[8], minima[8];
-  int32_t of_halves[16];  // if kScalesOfHalves: of the first halves of the blocks, then of the last
+  int32_t of_halves[16];  // if kScalesOfHalves: scales of first halves, then of last halves
 
   MISTRAL_SIMD void take(const char* row_scales, int group_log2, int64_t k, int64_t there) {
     for (int lane = 0; lane < 8; ++lane) {
@@ -36,7 +37,7 @@ struct ByteNumbers {
   }
 };
 
-// 256 values of a row.
+// The chunk for one row.
 template <WeightFormat format>
 struct ByteRow : ByteFormat<format> {
   using Format = ByteFormat<format>;
@@ -48,11 +49,11 @@ struct ByteRow : ByteFormat<format> {
 
   Bytes32 values[8];
   Lanes8 factor;        // the scale of each block
-  Lanes8 minimum;       // of each block, if kMinimum; it multiplies the sum of the activations
+  Lanes8 minimum;       // of each block, if kMinimum; multiplies the sum of activations
   int32x4_t scales[4];  // if kScalesOfHalves: the scales of first halves, then of last halves
 
-  // Unpacks the words of a row from value `k` on, of which there are `there` values. `row_scales`
-  // points to the scales of the whole row.
+  // Unpacks the words of a row from value `k` on. `there` is the number of values from there to the
+  // end of the row, at most 256. `row_scales` points to the scales of the whole row.
   MISTRAL_SIMD void take(const char* const (&words)[1], const char* const (&row_scales)[1],
                          int group_log2, int64_t k, int64_t there) {
     for (int half = 0; half < 2; ++half) take_half(words[0], half);
@@ -88,7 +89,7 @@ struct ByteRow : ByteFormat<format> {
     }
   }
 
-  // The numbers that 16 values stand for.
+  // Turns 16 unpacked values into the signed numbers that are multiplied.
   MISTRAL_SIMD static int8x16_t number(uint8x16_t values) {
     const int8x16_t numbers = vreinterpretq_s8_u8(values);
     if (kScalesOfHalves) return vsubq_s8(numbers, vdupq_n_s8(32));
@@ -96,7 +97,7 @@ struct ByteRow : ByteFormat<format> {
   }
 
  private:
-  // Unpacks four blocks. Byte b of values[i] belongs to lane b / 4.
+  // Unpacks blocks 0 to 3 (half = 0) or 4 to 7. Byte b of values[i].v[half] belongs to lane b / 4.
   MISTRAL_SIMD void take_half(const char* words, int half) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(words);
     // val[i] holds word i of each block.
@@ -115,7 +116,7 @@ struct ByteRow : ByteFormat<format> {
     }
   }
 
-  // Moves the bits of each byte, from bit `from` on, to bit 4.
+  // Moves the bits of each byte, from bit `from` on, to bit 4, and keeps those of `mask`.
   MISTRAL_SIMD static uint8x16_t moved(uint8x16_t bytes, int from, uint8_t mask) {
     return vandq_u8(from < 4 ? bytes << (4 - from) : bytes >> (from - 4), vdupq_n_u8(mask));
   }

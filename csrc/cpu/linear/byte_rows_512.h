@@ -1,7 +1,7 @@
-// 256 values of 32 rows as operands of products of bytes, for many tokens on AVX-512 with VNNI. A
-// lane of a vector is a row: it holds four neighbouring bytes of that row, and a word of
-// activations is broadcast to all lanes. So sums need no swaps, and one load of weights serves
-// several tokens. Rows are rearranged for that, which pays with many tokens only.
+// 256 values of 32 rows as operands of products of bytes, for many tokens on AVX-512 with VNNI.
+// Each 32-bit lane of a vector belongs to another row and holds four neighbouring bytes of it. A
+// word of activations is broadcast to all lanes. So sums need no swaps, and one load of weights
+// serves several tokens. Rows must be rearranged for this, which pays with many tokens only.
 #pragma once
 
 #include "byte_chunk.h"
@@ -11,7 +11,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Calls store(l, lane l of 128 bits of x0, x1, x2 and x3).
+// For each l, 0 to 3, calls store(l, y). Here y consists of 128-bit lane l of x0, of x1, of x2 and
+// of x3.
 template <class Store>
 MISTRAL_SIMD void transpose_lanes(__m512i x0, __m512i x1, __m512i x2, __m512i x3,
                                   const Store& store) {
@@ -25,9 +26,9 @@ MISTRAL_SIMD void transpose_lanes(__m512i x0, __m512i x1, __m512i x2, __m512i x3
   store(3, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
 }
 
-// Word w of row r becomes word r of x[w].
+// x[r] is row r of a matrix of 16 x 16 words. Transposes it: word w of x[r] becomes word r of x[w].
 MISTRAL_SIMD void transpose_words(__m512i (&x)[16]) {
-  // Within lanes of 128 bits, for each four rows.
+  // First words change places within lanes of 128 bits, in four rows at a time.
 #pragma GCC unroll 4
   for (int r = 0; r < 16; r += 4) {
     const __m512i a = _mm512_unpacklo_epi32(x[r], x[r + 1]);
@@ -56,7 +57,8 @@ class ByteRows {
   static constexpr int kTokens = 4;  // the number of tokens that are multiplied at a time
   static constexpr int kGroups = kRows / 16;
 
-  // The sums of a token. Lane `b` of a vector in byte_chunk_512.h is here vector `b` of 16 rows.
+  // The sums of a token with kRows rows. Each 128-bit lane b of the sums in byte_chunk_512.h is
+  // here vector [b] for every 16 rows.
   using Totals = __m512[4][kGroups];
 
   // Unpacks chunk i of the first kRows rows. If `rows` is less than that, the last row stands for
@@ -99,7 +101,7 @@ class ByteRows {
     }
   }
 
-  // The sums of 16 rows of a token, added in the order of sums_of_places.
+  // The results of 16 rows for a token, added in the order of sums_of_places (mixed_rows.h).
   static Vec sums_of(const Totals& totals, int group) {
     return {_mm512_add_ps(_mm512_add_ps(totals[0][group], totals[2][group]),
                           _mm512_add_ps(totals[1][group], totals[3][group]))};
@@ -108,9 +110,10 @@ class ByteRows {
  private:
   using Vectors = ByteVectors<format>;
   static constexpr int64_t kBytes = Vectors::kBytes;
-  static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;  // how many scales a block has
+  static constexpr int kHalves =
+      Vectors::kScalesOfHalves ? 2 : 1;  // the number of scales of a block
 
-  // Of block 4 i + lane: [lane][i][word][half of the bytes][16 rows].
+  // Values of block 4 i + lane: [lane][i][word][half of the bytes][group of 16 rows].
   __m512i values_[4][2][4][2][kGroups];
   __m512 factors_[8][kHalves][kGroups];
   __m512 minima_[8][kGroups];
@@ -119,14 +122,14 @@ class ByteRows {
   struct Strided {
     const char* first;
     int64_t stride;
-    int64_t last;  // the last row, which also stands for the rows after it
+    int64_t last;  // the index of the last row, which also stands for the rows after it
 
     MISTRAL_SIMD const char* row(int r) const {
       return first + mistral::min(int64_t{r}, last) * stride;
     }
   };
 
-  // The scaled products of block 4 i + lane.
+  // products = the scaled sums of block 4 i + lane.
   template <int N>
   MISTRAL_SIMD void multiply_block(const ByteActivations* const (&tokens)[N], int i, int lane,
                                    __m512 (&products)[kGroups][N]) const {
@@ -167,8 +170,8 @@ class ByteRows {
     }
   }
 
-  // Where the sums of a block begin, or of a half if halves have scales: minus the products of the
-  // activations with the offset of the unpacked values.
+  // The start of the sums of a block or, if halves have scales, of half `part` of a block: minus
+  // the products of the activations with the offset of the unpacked values.
   MISTRAL_SIMD static Ints minus_offset(const ByteActivations::Block& x, int part) {
     if (Vectors::kOffsetLog2 == 0) return broadcast_int(0);
     Ints sum = broadcast_int(x.minus_sums[part]);
@@ -224,8 +227,8 @@ class ByteRows {
             [&](int lane, __m512i x) { store(4 * i + lane, _mm512_castsi512_ps(x)); });
       };
       if (Vectors::kScalesOfHalves) {
-        // Places 0 and 1 of `factors` have the scales of the first halves, places 2 and 3 the
-        // others.
+        // In `factors`, places 0 and 1 have the scales of first halves, places 2 and 3 those of
+        // last halves. In `other_factors` it is the other way round.
         for (int half = 0; half < kHalves; ++half) {
           transpose(
               [&](const auto& rows) {

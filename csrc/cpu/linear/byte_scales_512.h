@@ -1,5 +1,5 @@
-// The scales of 256 values of four rows, for byte_chunk_512.h. A 128-bit lane belongs to a block of
-// 32 values and has one place for each row.
+// The scales of 256 values of four rows, for byte_chunk_512.h. Each 128-bit lane belongs to a block
+// of 32 values and has one place for each row.
 #pragma once
 
 #include "unpack_words.h"
@@ -11,15 +11,15 @@ struct ByteScales {
   using Format = ByteFormat<format>;
   static constexpr int kRows = 4;
 
-  // Element 0 belongs to blocks 0 to 3, element 1 to blocks 4 to 7. In q6_k each half of a block
-  // has a scale. There `factors` has the scales of the first halves at places 0 and 1 (rows 0 and
-  // 1), and those of the last halves at places 2 and 3 (rows 2 and 3). `other_factors` has the
-  // scales of the other halves.
+  // Element 0 of each array belongs to blocks 0 to 3, element 1 to blocks 4 to 7. In q6_k each half
+  // of a block has a scale. There `factors` has the scales of the first halves at places 0 and 1
+  // (rows 0 and 1), and those of the last halves at places 2 and 3 (rows 2 and 3). `other_factors`
+  // has the scales of the other halves.
   __m512 factors[2], other_factors[2];
-  __m512 minima[2];  // if Format::kMinima: are multiplied by the sums of the blocks' activations
+  __m512 minima[2];  // if Format::kMinima; multiply the sums of the activations of blocks
 
   // `row_scales` points to the scales of the whole rows. `k` is the index of the first value, a
-  // multiple of 256. There are `there` values.
+  // multiple of 256. `there` is the number of values from there to the end of a row, at most 256.
   MISTRAL_SIMD void take(const char* const (&row_scales)[kRows], int group_log2, int64_t k,
                          int64_t there) {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
@@ -49,14 +49,14 @@ struct ByteScales {
     all = _mm512_inserti32x4(all, load_16(from[2]), 2);
     return _mm512_inserti32x4(all, load_16(from[3]), 3);
   }
-  // Converts the low or the high 16 bits of each 32-bit lane from fp16 to fp32.
+  // Each converts 16 bits of each 32-bit lane from fp16 to fp32: the low or the high bits.
   MISTRAL_SIMD static __m512 low_halves(__m512i x) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
   }
   MISTRAL_SIMD static __m512 high_halves(__m512i x) { return low_halves(_mm512_srli_epi32(x, 16)); }
   MISTRAL_SIMD static __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
-  // Takes the scales of one or more groups of 32, 64 or 128 values. A scale is one 16-bit number.
+  // Takes the scales of groups of 32, 64 or 128 values. A group has one 16-bit number.
   MISTRAL_SIMD void take_halves(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
@@ -65,7 +65,7 @@ struct ByteScales {
     };
     const __m256i first = both(0), last = both(2);
     for (int i = 0; i < 2; ++i) {
-      // The numbers of neighbouring rows are 8 elements apart.
+      // The numbers of neighbouring rows are 8 elements apart in `first` and `last` together.
       int16_t rows[16], blocks[16];
       for (int lane = 0; lane < 16; ++lane) {
         rows[lane] = static_cast<int16_t>(lane % 4 * 8);
@@ -78,7 +78,7 @@ struct ByteScales {
     }
   }
 
-  // take_halves for formats with two 16-bit numbers for each group.
+  // Does the same as take_halves for formats in which a group has two 16-bit numbers.
   MISTRAL_SIMD void take_pairs(const char* const (&groups)[kRows], int group_log2, int64_t there) {
     const auto mask = static_cast<__mmask8>((1u << (there >> group_log2)) - 1);
     const auto both = [&](int r) {
@@ -98,8 +98,8 @@ struct ByteScales {
     }
   }
 
-  // Takes two units, and scales and minima of 6 bits. six_bit_scales (formats.h) describes their
-  // layout.
+  // Takes two units, and scales and minima of 6 bits, in the layout that six_bit_scales (formats.h)
+  // describes.
   MISTRAL_SIMD void take_six_bits(const char* const (&groups)[kRows]) {
     const __m512i all = load_lanes(groups);
     const __m512i units =
@@ -109,7 +109,7 @@ struct ByteScales {
     const auto numbers = [&](int word) {
       const __m512i of_rows =
           _mm512_permutexvar_epi32(lanes_of([&](int lane) { return lane % 4 * 4 + word; }), bytes);
-      const auto at = [](int lane) {  // the byte of the row's word
+      const auto at = [](int lane) {  // byte lane / 4 of the word; 0x80 gives zeros
         return static_cast<int32_t>(0x80808000u) | (lane % 4 * 4 + lane / 4);
       };
       return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(of_rows, lanes_of(at)));
@@ -145,8 +145,8 @@ struct ByteScales {
     }
   }
 
-  // Takes the unit of each row's super-block, and its scales of 6 bits. The low and the high bits
-  // of a scale lie apart, as scaling_at of unpack_words.h shows.
+  // Takes the unit of the super-block of each row, and its scales of 6 bits. The low and the high
+  // bits of a scale lie apart, as scaling_at of unpack_words.h shows.
   MISTRAL_SIMD void take_split(const char* const (&groups)[kRows]) {
     const auto both = [&](int r) {
       const auto* first = reinterpret_cast<const __m128i*>(groups[r]);

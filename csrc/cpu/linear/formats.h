@@ -6,8 +6,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Rows of activations and of unpacked weights are padded with zeros to a multiple of kPadding. This
-// is a multiple of kValues of every chunk in this file.
+// Rows of activations and of unpacked weights are padded with zeros to a multiple of kPadding
+// values. kPadding is a multiple of kValues of every chunk in this file.
 constexpr int64_t kPadding = mistral::max(64, 8 * Vec::width);
 constexpr int64_t padded(int64_t k) { return ceil_div(k, kPadding) * kPadding; }
 
@@ -20,7 +20,7 @@ struct WeightRows {
   int64_t bits;         // bits of a value
   int64_t row_bytes;    // bytes of the values of a row
   int64_t scale_bytes;  // bytes of the scales of a row
-  int group_log2;       // log2 of the number of values that share a scale, in formats with groups
+  int group_log2;       // log2 of the number of values that share a scale; 0 without groups
 
   WeightRows from(int64_t row) const {
     WeightRows rows = *this;
@@ -31,9 +31,9 @@ struct WeightRows {
   int64_t bytes(int64_t count) const { return count * bits / 8; }
 };
 
-constexpr int64_t kScaleBytes = 2;  // the size of a bf16 or fp16
+constexpr int64_t kScaleBytes = 2;  // the size of a scale in bf16 or fp16
 
-// Rows of a part, from row `first` on. T is the dtype of x.
+// The rows of a part from row `first` on. T is the dtype of x.
 template <class T>
 WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   const FormatInfo& format = info(part.format);
@@ -51,8 +51,9 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
   return w.from(first);
 }
 
-// Unpacks the scales and minima of 6 bits, which follow the two units of a super-block. Writes a
-// byte for each: the scales of 8 blocks, then their minima.
+// Unpacks the scales and minima of 6 bits of a super-block of q4_k or q5_k. `group` points to its
+// 16 bytes: the units d and e, then the packed numbers (packed_scales). Writes a byte for each
+// number: the scales of 8 blocks, then their minima.
 MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   uint32_t packed[4];
   memcpy(packed, group, sizeof packed);
@@ -63,13 +64,14 @@ MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   bytes[3] = (packed[3] >> 4 & kFour) | (packed[2] >> 6 & kTwo) << 4;
 }
 
-// Unpacks the scales of a super-block without minima, which follow its unit. Returns a byte for
-// each: those of blocks 0, 2, 4, 6, then those of blocks 1, 3, 5, 7. The scales are 32 too large.
+// Unpacks the scales of 6 bits of a super-block of iq4_xs. `group` points to its 8 bytes: the unit
+// d, then the packed scales. Returns a byte for each scale: blocks 0, 2, 4, 6, then blocks 1, 3, 5,
+// 7. The bytes are 32 larger than the scales.
 MISTRAL_SIMD uint64_t split_scales(const char* group) {
   uint32_t low, high = 0;
   memcpy(&high, group + 2, sizeof(uint16_t));
   memcpy(&low, group + 4, sizeof low);
-  // Gives each pair of blocks a byte with the high bits of both.
+  // Each byte gets the high bits of two neighbouring blocks.
   high = (high | high << 8) & 0x00ff00ff;
   high = (high | high << 4) & 0x0f0f0f0f;
   constexpr uint32_t kFour = 0x0f0f0f0f, kTwo = 0x03030303;
@@ -78,10 +80,11 @@ MISTRAL_SIMD uint64_t split_scales(const char* group) {
   return even | uint64_t{odd} << 32;
 }
 
-// A chunk is the part of a row that gemv.h reads at a time. It has kValues values, which unpack to
-// kVectors operands. Position i of the operands holds value k_at(i) of the row, and activations are
-// packed in the same order. If kInOrder, this is the order of memory. If kGrouped, the class Scales
-// loads the scales of neighbouring chunks and gives each lane its factor.
+// A chunk is the part of a row that gemv.h reads at a time. It has kValues values. take(values)
+// sets the address of a chunk, and operand(i) unpacks operand i of its kVectors operands. Let the
+// elements of the operands of a row be numbered one after the other. Element i is value k_at(i) of
+// the row, and activations are packed in the same order. If kInOrder, k_at(i) is i. If kGrouped,
+// the class Scales loads the scales of neighbouring chunks and gives each lane its factor.
 
 template <class A, class T>
 struct PlainChunk {
@@ -146,7 +149,7 @@ struct Q8Chunk : Int8Chunk<A> {
   };
 };
 
-// Each lane holds a word. Operand i holds value i of every word.
+// Each lane of a vector has one word. Operand i holds value i of every word.
 struct Int4Chunk {
   using Arithmetic = Fp32;
   using Scales = GroupScales;
@@ -170,7 +173,7 @@ struct Int4Chunk {
 
 #if defined(__AVX512BF16__)
 
-// Operand i holds the pair (2 i, 2 i + 1) of every word.
+// Each lane of a vector has one word. Operand i holds values 2 i and 2 i + 1 of every word.
 struct Int4PairsChunk {
   using Arithmetic = Bf16;
   using Scales = GroupScales;
@@ -204,7 +207,7 @@ struct UnpackedWords {
   static int64_t k_at(int64_t position) { return Int4Chunk::k_at(position); }
 };
 
-// The chunks of a format for activations of type T.
+// The chunk type of a format, for activations of type T.
 template <WeightFormat format, class T>
 struct ChunkOf {
   using type = UnpackedWords;

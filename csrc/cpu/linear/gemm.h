@@ -2,11 +2,11 @@
 //
 //   for each block of kBlockDepth values of k and kBlockRows rows
 //     unpack the block, whatever its format
-//     for each M vectors of tokens
-//       for each R rows: multiply, with the R x M sums in registers
+//     for each M vectors of tokens (kVectors)
+//       for each R rows (rows(M)): multiply, with the R x M sums in registers
 //
 // With up to kFewTokens tokens, memory limits the speed. Then kFewRows rows are multiplied over all
-// of k before the next rows. So memory is read along rows and prefetched kAheadBytes ahead.
+// of k before the next rows. This way memory is read along rows, and prefetched kAheadBytes ahead.
 //
 // The lanes of a vector are tokens, and each value of a weight is broadcast to all lanes. So
 // weights stay in the order of memory, and only activations are packed:
@@ -31,13 +31,13 @@ template <class A>
 struct VectorTile {
   using Element = typename A::Element;
   static constexpr int64_t kDepth = A::kDepth;
-  // The number of values in a block. Each token or row of a block has 256 words of 4 bytes.
+  // The number of values of k in a block: 256 words of 4 bytes for each token or row.
   static constexpr int64_t kBlockDepth = 256 * kDepth;
   static constexpr int64_t kBlockTokens = 256;
   static constexpr int64_t kBlockRows = 96;  // a multiple of rows()
-  // Rows of a task, a multiple of kBlockRows. The activations of all tokens may not fit the
-  // last-level cache. So a block of activations is brought into the L2 cache once and used for all
-  // these rows.
+  // The number of rows of a task, a multiple of kBlockRows. The activations of all tokens may not
+  // fit the last-level cache. So a block of activations is brought into the L2 cache once and used
+  // for all these rows.
   static constexpr int64_t kTaskRows = 2 * kBlockRows;
   static constexpr int64_t kFewTokens = 64;
   static constexpr int64_t kFewRows = 24;  // a multiple of rows()
@@ -51,10 +51,11 @@ struct VectorTile {
 
   struct Setup {};
 
-  // Computes the products over `depth` values, for R rows from `row` on and M vectors of tokens.
-  // For the first block of k, writes them to `sums` [M, R of kTaskRows, width], else adds them.
-  // Each block is summed on its own first, because one running sum over thousands of values would
-  // lose digits. `weights` and `sums` begin at the first row of the block.
+  // Computes the products over `depth` values of k, for R rows from `row` on and M vectors of
+  // tokens. `first` says whether they are the first block of k. Then the products are written to
+  // `sums` [M, R of kTaskRows, width], else added. Each block is summed on its own first, because
+  // one running sum over thousands of values would lose digits. `weights` and `sums` begin at the
+  // first row of the block.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {
@@ -102,7 +103,7 @@ struct ManyBuffers {
 // The rows of a task. They belong to one part of the weights or, with SwiGLU, to two parts.
 struct TaskRows {
   WeightRows first, second;
-  int64_t count;        // the number of rows of both
+  int64_t count;        // the number of rows of `first` and `second` together
   int64_t first_count;  // the number of rows of `first`
 
   WeightRows at(int64_t row) const {
@@ -124,18 +125,18 @@ void multiply_vectors(const typename Tile::Element* weights, int64_t rows,
   }
 }
 
-// The values of weights that are prefetched while a block is multiplied.
+// The weights that are prefetched while a block is multiplied.
 struct NextValues {
   int64_t first_row;
-  int64_t count;  // number of rows
+  int64_t count;  // the number of rows
   int64_t begin;  // the first byte within a row
-  int64_t bytes;
+  int64_t bytes;  // the number of bytes of each row
 };
 
 // Multiplies one block of weights by `vectors` vectors of tokens. The block has rows [first_row,
 // first_row + count) of the task, and `depth` values of each row, from `begin` on. Adds to the
-// sums, or sets them if `begin` is 0. The sums of the task's row i are in row first_sum + i of
-// buffers.sums. `x` is the packed activations for these values. Meanwhile prefetches `next`.
+// sums, or sets them if `begin` is 0. The sums of row i of the task are in row first_sum + i of
+// buffers.sums. `x` points to the packed activations for these values. Meanwhile prefetches `next`.
 template <class Tile>
 void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_row,
                     int64_t count, int64_t first_sum, int64_t begin, int64_t depth,
@@ -148,7 +149,7 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
     }
   }
 
-  // A share of the next values is prefetched before each tile. The hardware does not prefetch them,
+  // Before each tile a share of `next` is prefetched. The hardware does not prefetch these weights,
   // because rows are far apart and a block has few bytes of each row.
   const int64_t steps = ceil_div(vectors, Tile::kVectors);
   const int64_t step_bytes = ceil_div(ceil_div(next.bytes, steps), 64) * 64;
@@ -179,7 +180,8 @@ void multiply_block(const TaskRows& rows, Unpack<typename Tile::Element> unpack,
 
 // Multiplies up to kTaskRows rows by up to kBlockTokens tokens. The packed x has all_vectors
 // vectors of tokens, of which this call takes `vectors`, from first_vector on. Writes buffers.sums
-// from row first_sum on. The last tile may overwrite rows of the sums past those of `rows`.
+// from row first_sum on. May also overwrite sums behind those of `rows`, up to the end of the last
+// tile.
 template <class Tile>
 void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, int64_t first_sum,
                    const typename Tile::Element* x, int64_t all_vectors, int64_t first_vector,
@@ -187,7 +189,8 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
   [[maybe_unused]] typename Tile::Setup setup;
   const int64_t inputs = padded(rows.first.inputs);
   if (inputs == 0) memset(buffers.sums, 0, sizeof buffers.sums);  // no block sets the sums
-  // The last tile may reach past the rows. There it multiplies zeros, or rows of an earlier block.
+  // The last tile may reach past the rows. There it multiplies zeros, or rows of an earlier block,
+  // and the sums are not used.
   for (int64_t row = rows.count; row < Tile::kBlockRows; ++row) {
     memset(buffers.weights + row * Tile::kBlockDepth, 0,
            Tile::kBlockDepth * sizeof(typename Tile::Element));
@@ -199,8 +202,8 @@ void multiply_many(const TaskRows& rows, Unpack<typename Tile::Element> unpack, 
   const auto count_from = [&](int64_t row) {
     return mistral::max(int64_t{0}, mistral::min(most, rows.count - row));
   };
-  // Finds the values to prefetch. If `along_rows`, they lie kAheadBytes ahead in the same rows, and
-  // past the end of the rows they are in the next rows. Otherwise they are the next block of the
+  // Finds the weights to prefetch. If `along_rows`, they lie kAheadBytes ahead in the same rows or,
+  // past the end of these rows, in the next rows. Otherwise they are the next block of k of the
   // same rows.
   const int64_t ahead = along_rows ? ceil_div(kAheadBytes, most * block_bytes) : 1;
   const auto next_of = [&](int64_t row, int64_t block) {

@@ -1,11 +1,12 @@
-// The tile of gemm.h in AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2 tile
-// registers. Unpacked weights are operand a without repacking. Packed activations are operand b.
+// The tile of gemm.h with AMX: 32 rows of weights times 32 tokens, with the sums in 2 x 2 tile
+// registers. Unpacked weights are operand a as they are, and packed activations are operand b
+// (tile_dot_bf16 in amx.h).
 //
-// Loading tile registers limits the speed. A product takes 16 cycles and a load from the L1 cache
-// 8, so 4 loads for 4 products take half of the time of the products. The weights of a block (24
-// KB) therefore stay in L1 (48 KB), beside the activations of two vectors (8 KB), and the next
-// activations and sums are prefetched between the products. The activations of a block (128 KB) and
-// the sums of a task (576 KB) stay in L2 (2 MB).
+// Loads of tile registers could limit the speed. A product takes 16 cycles and a load from the L1
+// cache 8. So 4 loads for 4 products take half of the time of the products if they are from L1, but
+// longer from L2. The weights of a block (24 KB) therefore stay in L1 (48 KB), beside the
+// activations of two vectors (8 KB). The next activations and sums are prefetched between the
+// products. The activations of a block (128 KB) and the sums of a task (576 KB) stay in L2 (2 MB).
 #pragma once
 
 #include "../simd/amx.h"
@@ -13,7 +14,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A task has kBlocks blocks of rows.
+// The tile class for tasks of kBlocks blocks of rows.
 template <int64_t kBlocks>
 struct AmxTileOf {
   using Element = bf16;
@@ -31,9 +32,9 @@ struct AmxTileOf {
 
   using Setup = TilesInUse;
 
-  // Does the same as VectorTile::multiply, but one sum runs over all blocks. Few digits are lost,
-  // because the instruction itself sums 32 products before it adds them. The function is not
-  // inlined: inlined, GCC 12 would run out of registers for addresses.
+  // Does the same as VectorTile::multiply, but one sum runs over all blocks. This loses few digits,
+  // because the instruction itself sums 32 products before it adds them to the sum. The function is
+  // not inlined, because GCC 12 would then run out of registers for addresses.
   template <int R, int M>
   [[gnu::noinline]] static void multiply(const bf16* all_weights, int64_t row, const bf16* x,
                                          int64_t stride_x, int64_t depth, bool first,
@@ -46,8 +47,8 @@ struct AmxTileOf {
     const bf16* weights = all_weights + row * kBlockDepth;
     float* sums = all_sums + row * kTileRows;
 
-    // Each step along k prefetches a share of the next vectors of x, which must be in the cache
-    // when all rows are done, and of the sums of the next tile.
+    // Each step along k prefetches a share of the next vectors of x and of the sums of the next
+    // tile. The next vectors must be in the cache when all rows have been multiplied.
     constexpr int64_t kSteps = kBlockDepth / kTileDepth;
     constexpr int64_t kVectorLines = kBlockDepth * kTileRows * int64_t{sizeof(bf16)} / 64;
     constexpr int64_t kLines = ceil_div(M * kVectorLines, kSteps * kBlockRows / R);
@@ -57,8 +58,8 @@ struct AmxTileOf {
     const float* next_sums =
         row + R < kBlockRows ? sums + R * kTileRows : all_sums + M * kVectorSums;
 
-    // Tile registers 0 and 1 hold the sums of the first vector of tokens, with the first and the
-    // second 16 rows. Registers 2 and 3 hold the sums of the second vector.
+    // Tile registers 0 and 1 hold the sums of the first vector of tokens, for the first and the
+    // second 16 rows. Registers 2 and 3 hold those of the second vector.
     if (first) {
       tile_zero<0>();
       tile_zero<1>();

@@ -6,12 +6,12 @@
 //     unpack the block once for all tokens: the panel
 //     for each 4 tokens, for each group of rows: add the products of the block
 //
-// A sum stays a vector until all of k is added: each block of 32 values has its own lane or lanes.
-// The panel and the sums of its rows stay in the L2 cache. The activations of 4 tokens (with i8mm 8
-// tokens, in pairs) stay in L1.
+// The sum of an output stays a vector until all of k is added: each block of 32 values has a lane
+// or lanes of its own. The panel and the sums of its rows stay in the L2 cache. The activations of
+// 4 tokens (with i8mm of 8 tokens, in pairs) stay in L1.
 //
-// AVX-512 with VNNI has another panel (gemm_bytes_512.h). With few tokens the rows are multiplied
-// as by gemv there, because it takes longer to make the panel.
+// AVX-512 with VNNI has another panel (gemm_bytes_512.h). There fewer than kFewest tokens are
+// multiplied as by gemv, because making the panel would take longer than it saves.
 #pragma once
 
 #include "gemv_bytes.h"
@@ -30,8 +30,8 @@ struct ByteProducts {
 // The destination of the products: [tokens / width, width, rows].
 struct ProductsOut {
   float* sums;
-  int64_t stride_vector;
-  int64_t rows;
+  int64_t stride_vector;  // floats from one vector of tokens to the next
+  int64_t rows;           // floats from token to token within a vector
 
   float* of_token(int64_t token) const {
     return sums + token / Vec::width * stride_vector + token % Vec::width * rows;
@@ -129,7 +129,8 @@ class BytePanel {
     }
   }
 
-  // The first index is a group of kRows rows, which share a chunk. The second is kTokens tokens.
+  // The first index is a group of kRows rows, which share a chunk. The second index of totals_ is a
+  // group of kTokens tokens, and that of chunks_ is a chunk of the block.
   Sums totals_[kPanelRows / R][kPanelTokens / M];
   Chunk chunks_[kPanelRows / R][kPanelChunks];
 };

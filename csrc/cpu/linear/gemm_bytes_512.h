@@ -1,4 +1,4 @@
-// The part of gemm_bytes.h for AVX-512 with VNNI: rows lie in the lanes of vectors
+// The part of gemm_bytes.h for AVX-512 with VNNI. Rows lie in the lanes of vectors
 // (byte_rows_512.h).
 //
 //   for each kPanelRows rows, for each block of kPanelChunks chunks of k, for each 32 of the rows
@@ -15,7 +15,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <WeightFormat format>
 class RowsPanel {
  public:
-  // With fewer tokens, rearranging the rows takes longer than it saves.
+  // The fewest tokens with a panel. With fewer, rearranging the rows takes longer than it saves.
   static constexpr int64_t kFewest = ByteFormat<format>::kBits == 4 ? 17 : 28;
 
   // Multiplies up to kPanelTokens tokens.
@@ -42,7 +42,8 @@ class RowsPanel {
       for (int64_t i = 0; i < groups; ++i) {
         const int64_t row = first + i * kRows, rows_left = rows - i * kRows;
         for (int64_t j = 0; j < count; ++j) chunks_[j].take(p.w.from(row), rows_left, begin + j);
-        // Next come the following rows, the next block of the first rows, or the next panel.
+        // The weights that are unpacked next: the following rows, else the next block of the first
+        // rows, else the next panel.
         Ahead ahead = i + 1 < groups ? Ahead(p.w.from(row + kRows), rows_left - kRows, begin)
                       : begin + count < chunks ? Ahead(p.w.from(first), rows, begin + count)
                                                : Ahead(p.w.from(row + kRows), kRows, 0);
@@ -60,7 +61,7 @@ class RowsPanel {
     }
   }
 
-  // Prefetches the weights of the next block.
+  // Prefetches the weights that are unpacked next, a few rows at a time.
   class Ahead {
    public:
     Ahead(const WeightRows& w, int64_t rows, int64_t chunk)
@@ -71,7 +72,7 @@ class RowsPanel {
           scale_bytes_(w.scale_bytes),
           rows_(mistral::min(rows, kRows)) {}
 
-    // Fetches some more rows.
+    // Prefetches the next `count` rows, or fewer if fewer are left.
     void fetch_rows(int64_t count) {
       for (; count > 0 && rows_ > 0; --count, --rows_) {
         fetch<2>(values_, kPanelChunks * kChunkBytes);
@@ -86,9 +87,9 @@ class RowsPanel {
     int64_t row_bytes_, scale_bytes_, rows_;
   };
 
-  // Adds the products of all tokens. At each step this fetches a share of what is ahead, because
-  // many lines at a time would wait for each other. The function is not inlined: beside it, GCC 12
-  // would make slower code of the unpacking.
+  // Adds the products of all tokens. Each step prefetches a share of `ahead`, because many cache
+  // lines at a time would wait for each other. The function is not inlined, because GCC 12 would
+  // then make slower code of the unpacking.
   [[gnu::noinline]] void add_all_tokens(const ByteProducts& p, int64_t begin, int64_t count,
                                         Ahead& ahead, typename Rows::Totals* totals) const {
     constexpr int N = Rows::kTokens;

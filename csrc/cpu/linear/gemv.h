@@ -1,10 +1,11 @@
-// The product of few tokens with rows of a weight. The rows are read from memory once: all tokens
-// multiply a group of rows before the next group, while it is in the cache. Meanwhile the next
-// weights are prefetched. With one token they are prefetched in the order of addresses, in which
-// memory is fastest; with several tokens in the order in which blocks are multiplied.
+// The product of few tokens with rows of a weight. The rows are read from memory once: a group of
+// rows is multiplied by all tokens before the next group, while it is in the cache. Meanwhile the
+// next weights are prefetched. With one token, weights are prefetched in the order of addresses, in
+// which memory is fastest. With several tokens, they are prefetched in the order in which blocks
+// are multiplied.
 //
-// The additions behind an output, and their order, do not depend on the number of tokens. So up to
-// kGemvTokens tokens get the same bits together as alone.
+// The additions behind an output, and their order, do not depend on the number of tokens. So a
+// token gets the same bits alone as together with others, up to kGemvTokens tokens.
 #pragma once
 
 #include <type_traits>
@@ -15,32 +16,35 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kCacheLineBytes = 64;
-// The distance of the prefetch from the current address. It is further than hardware prefetchers
-// reach. Unlike them, the prefetch also crosses the ends of rows and pages.
+// The distance in bytes from the weights that are multiplied to those that are prefetched. It is
+// further than hardware prefetchers reach. Unlike them, this prefetch also crosses the ends of rows
+// and pages.
 constexpr int64_t kAheadBytes = 8192;
 
-// The most tokens that are multiplied at a time. More tokens take a further pass over the rows, in
-// which nothing more comes from memory. Plain weights take the longest to come from memory, so
-// there one pass is faster where the registers hold the sums. Quantised weights wait for
-// arithmetic, which is cheaper with two rows at a time.
+// The most tokens that are multiplied at a time. More tokens take another pass over a group of
+// rows, which is then in the cache. Plain weights are large, so memory limits the speed. For them
+// one pass over the rows is faster, as long as the registers hold the sums. With quantised weights
+// arithmetic limits the speed. It is cheaper with two rows at a time, which leaves registers for
+// fewer tokens.
 template <class Chunk>
 constexpr int kTokensAtATime = 4;
 template <class A, class T>
 constexpr int kTokensAtATime<PlainChunk<A, T>> = Vec::width == 16 ? 8 : 4;
-// The number of rows that are multiplied at a time by N tokens. One token takes one row, a single
-// stream through memory, and so do two tokens where vectors are wide. More tokens take two rows,
-// which share the loads of activations, if the registers hold all sums. AVX2 has 16 registers, so
-// there three and four tokens take one row. AVX-512 has 32, so more than four tokens take one row.
+// The number of rows that are multiplied at a time by N tokens. With one token it is one row, so
+// that memory delivers a single stream. So it is with two tokens on AVX-512. Otherwise it is two
+// rows, which share the loads of activations, if the registers hold all sums. AVX2 has 16
+// registers, so with three or four tokens it is one row. AVX-512 has 32, so with more than four
+// tokens it is one row.
 template <class Chunk, int N>
 constexpr int kRowsAtATime =
     N == 1 || N > 4 || (Vec::width == 16 && N == 2) || (Vec::width == 8 && N > 2) ? 1 : 2;
-// The rows of a group. All tokens are multiplied by a group before the next group, while its rows
-// are in the cache.
+// The number of rows in a group.
 constexpr int kGroupRows = 8;
-// The number of values in a block of k. With several tokens, all rows of a group are multiplied in
-// one block of k before the next block. The activations of a block must fit the L1 cache beside the
-// stream of weights: a load that misses L1 would wait behind the cache lines that come from memory.
-// `value_bytes` is the size of a packed activation.
+// The number of values in a block of k, which is a range of the values of a row. With several
+// tokens, all rows of a group are multiplied in one block of k before the next block. The
+// activations of a block must fit the L1 cache beside the stream of weights: a load that misses L1
+// would wait behind the cache lines that come from memory. `value_bytes` is the size of a packed
+// activation.
 constexpr int64_t block_values(int tokens, int64_t value_bytes) {
   constexpr int64_t kActivationBytes = 1 << 14;
   int64_t values = 4096;
@@ -50,26 +54,27 @@ constexpr int64_t block_values(int tokens, int64_t value_bytes) {
 // The size of a packed activation in bytes.
 template <class Chunk>
 constexpr int64_t kPackedBytes = sizeof(typename Chunk::Arithmetic::Element);
-// Whether one token is multiplied by two rows at a time, which share the loads of activations. In
-// formats with groups this pays, because unpacking takes the longest there.
+// Whether one token is multiplied by two rows at a time if the rows are short. The rows then share
+// the loads of activations. This pays in formats with groups, in which arithmetic takes the
+// longest.
 template <class Chunk>
 constexpr bool kPairsRows = Chunk::kGrouped;
-// The number of independent sums of a row. Neighbouring chunks go to different sums, because an
-// addition waits for the previous addition to the same sum.
+// The number of independent sums of a row. Neighbouring chunks are added to different sums, because
+// an addition waits for the previous addition to the same sum.
 constexpr int kChains = 2;
-// The chunks that are multiplied in an iteration of a loop, a multiple of kChains. They share the
-// instructions of the loop and those that load scales.
+// The number of chunks that are multiplied in an iteration of a loop, a multiple of kChains. These
+// chunks share the instructions of the loop and those that load scales.
 template <class Chunk>
 constexpr int kTogether = kChains;
 
-// Prefetches. locality 3: into L1 and all other caches; 2: into all but L1; 0: into L1 alone.
+// Prefetches `bytes` bytes. Locality 3 is into L1 and all other caches, 2 into all caches but L1, 0
+// into L1 alone.
 template <int locality>
 MISTRAL_SIMD void fetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kCacheLineBytes) __builtin_prefetch(from + i, 0, locality);
 }
 
-// Prefetches weights, which are used once, into the cache from which this processor reads them
-// fastest.
+// Prefetches weights into the cache from which this processor reads them fastest (processor.h).
 MISTRAL_SIMD void fetch_weights(const char* from, int64_t bytes) {
   if (kFetchesIntoL2) {
     fetch<2>(from, bytes);
@@ -94,12 +99,13 @@ struct ScalesOf<Chunk, true> {
   using type = typename Chunk::Scales;
 };
 
-// Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. The
-// products of the chunk go to sum number `chain`, below kChains. values[r] points to the chunk of
-// row r. If the format has groups, scales[r] are the factors of the chunk. `end` must be K or a
-// multiple of kTogether chunks. Prefetches about as many bytes as it reads, from `next` on. With
-// one token it prefetches consecutive addresses, across whole rows; with more tokens R rows side by
-// side.
+// Calls f(chunk, chain, values, scales) for the chunks of R rows from k = `begin` to `end`. `chunk`
+// is the index of a chunk in its row. Its products go to sum number `chain`, which is below
+// kChains. values[r] points to the chunk of row r. scales[r] are its factors if the format has
+// groups, and are not set otherwise. `end` must be K or a multiple of kTogether chunks.
+//
+// Prefetches about as many bytes as it reads, from `next` on. With one token (N = 1) these bytes
+// are consecutive. With more tokens they are the same range of R rows.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {
@@ -142,7 +148,8 @@ MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end
       visit(of_chunks, chunk + i, i, [&](int r) { return w.values + r * w.row_bytes + offset; });
     }
   }
-  // The rest of a row: whole chunks may remain, and then a chunk that is padded with zeros.
+  // After the loop some whole chunks may remain, and then a part of a chunk, which is padded with
+  // zeros.
   const auto visit_one = [&](int64_t there, auto values_of) {
     const Scales of_rest(w.group_log2, there);
     load_scales(of_rest, chunk);
@@ -235,7 +242,7 @@ struct Product {
   }
 };
 
-// Prefetches scales: those of `rows` rows, after skipping those of 2 * `rows` rows.
+// Prefetches the scales of `rows` rows, which begin 2 * `rows` rows after the first row of `w`.
 template <class Chunk>
 void fetch_next_scales(const WeightRows& w, int64_t rows) {
   if (!Chunk::kGrouped) return;
@@ -243,7 +250,7 @@ void fetch_next_scales(const WeightRows& w, int64_t rows) {
   fetch<3>(w.scales + 2 * bytes, bytes);
 }
 
-// out[r] = the product of row r, for R rows, and one token.
+// out[r] = the product of row r and one token, for R rows.
 template <class Chunk, int R>
 void multiply_one(const WeightRows& w, const typename Chunk::Arithmetic::Element* x, float* out) {
   fetch_next_scales<Chunk>(w, R);
@@ -261,7 +268,7 @@ void multiply_group(const WeightRows& w, int64_t count,
                     int64_t stride_out) {
   constexpr int R = kRowsAtATime<Chunk, N>;
   if constexpr (N == 1) {
-    // Two rows are multiplied together only if they are short: the prefetch must have brought both
+    // Two rows are multiplied together only if they are so short that the prefetch has brought both
     // into the cache.
     int64_t row = 0;
     if (kPairsRows<Chunk> && 2 * w.row_bytes <= kAheadBytes) {
@@ -279,8 +286,9 @@ void multiply_group(const WeightRows& w, int64_t count,
         mistral::min(int64_t{kGroupRows}, R * ceil_div(kAheadBytes, R * Chunk::bytes(kValues)));
     for (int64_t k = 0; k < w.inputs; k += kValues) {
       const int64_t end = mistral::min(k + kValues, w.inputs);
-      // The values that are multiplied kAheadRows rows later: the same block of a later row, else
-      // the next block of the first rows, else the next group.
+      // The address of the values that are multiplied kAheadRows rows later. They are the same
+      // block of a later row. Past the last row they are the next block of the first rows, and past
+      // the last block they are in the next group.
       const auto next_of = [&](int64_t row) {
         const int64_t ahead = row + kAheadRows;
         if (ahead < count) return w.from(ahead).values + Chunk::bytes(k);
@@ -301,7 +309,7 @@ void multiply_group(const WeightRows& w, int64_t count,
   }
 }
 
-// Calls f with `tokens` as a constant. It must be 1 to kMost.
+// Calls f with `tokens`, which must be 1 to kMost, as a constant.
 template <int64_t kMost, class F>
 void with_tokens(int64_t tokens, const F& f) {
   if constexpr (kMost > 1) {

@@ -1,6 +1,6 @@
-// gemv with activations rounded to 8 bits (byte_activations.h), which are multiplied in integers by
-// weights of 4 to 6 bits. The rounding adds far less error than such weights have. The integers
-// need a fifth of the instructions of floats.
+// gemv with activations rounded to 8 bits (byte_activations.h). They are multiplied in integers by
+// weights of 4 to 6 bits. The rounding adds far less error than such weights have. Products in
+// integers need a fifth of the instructions of products in floats.
 #pragma once
 
 #include "byte_chunk.h"
@@ -8,7 +8,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A stand-in for a chunk type: products in bytes of weights of this format.
+// Takes the place of a chunk type where weights of this format are multiplied in bytes.
 template <WeightFormat format>
 struct InBytes {
   struct Arithmetic {

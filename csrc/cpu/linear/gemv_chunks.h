@@ -1,13 +1,18 @@
-// gemv in integers. A chunk of kValues values of kRows rows is unpacked once for all tokens. A
-// chunk type has these members:
+// gemv in integers. A chunk has kValues values of each of kRows rows, and is unpacked once for all
+// tokens. A chunk type has these members:
 //
-//   take(values, scales, group_log2, k, there)   unpacks the values from k on of kRows rows
-//   add(x, totals)                               adds their products with the activations of N
-//                                                times kTokens tokens
+//   take(values, scales, group_log2, k, there)   unpacks the values of kRows rows from k on, of
+//   which
+//                                                the rows have `there`
+//   add(x, totals)                               multiplies the unpacked values by the activations
+//   of
+//                                                N times kTokens tokens, and adds to the totals
 //   Sums, store_sums                             vectors with the totals of kRows rows and kTokens
 //                                                tokens
-//   kBytes                                       the bytes of a row in a chunk
-//   kHeadBytes, kLineBytes                       a packed token: a head, a line for each chunk
+//   kBytes                                       the number of bytes of a chunk in each row
+//   kHeadBytes, kLineBytes                       the sizes of a packed token: of its head, and of
+//   its
+//                                                line for each chunk
 //   unit(x)                                      a factor of all products of a packed token
 //   OneRow                                       a chunk type for one row with the same additions
 //
@@ -28,8 +33,8 @@ namespace mistral::cpu::MISTRAL_ISA {
 constexpr int64_t kChunkTokens = 16;
 static_assert(kChunkTokens >= kGemvTokens, "");
 
-// Unpacks chunk i of the first kRows rows. Values past K become zeros. If there are fewer than
-// kRows rows, the last row is repeated.
+// Unpacks chunk i of the first kRows rows of `w`. Values past K become zeros. If `rows`, the number
+// of rows that exist, is less than kRows, the last row is repeated.
 template <class Chunk>
 MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk& chunk) {
   constexpr int R = Chunk::kRows;
@@ -52,8 +57,8 @@ MISTRAL_SIMD void take_chunk(const WeightRows& w, int64_t rows, int64_t i, Chunk
   chunk.take(values, scales, w.group_log2, i * Chunk::kValues, there);
 }
 
-// Adds the products of a chunk with N times kTokens tokens. Their packed activations are `stride_x`
-// bytes apart.
+// Adds the products of a chunk with N times kTokens tokens. Each kTokens tokens are packed
+// together, and `stride_x` is the distance in bytes to the next ones.
 template <int N, class Chunk>
 MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
                             typename Chunk::Sums* totals) {
@@ -69,7 +74,7 @@ MISTRAL_SIMD void add_chunk(const Chunk& chunk, const char* x, int64_t stride_x,
   }
 }
 
-// The same, for `columns` times kTokens tokens.
+// The same as add_chunk, for `columns` times kTokens tokens.
 template <class Chunk>
 MISTRAL_SIMD void add_columns(const Chunk& chunk, const char* x, int64_t stride_x, int64_t columns,
                               typename Chunk::Sums* totals) {
@@ -83,7 +88,7 @@ MISTRAL_SIMD void add_columns(const Chunk& chunk, const char* x, int64_t stride_
 
 template <class Chunk>
 struct FewInChunks {
-  // The rows that are multiplied by all tokens before the next rows.
+  // The number of rows that are multiplied by all tokens before the next rows.
   static constexpr int64_t kGroup = int64_t{kGroupRows} * Chunk::kRows;
 
   static void multiply(const WeightRows& w, int64_t count, const char* x, int64_t stride_x,
@@ -165,9 +170,10 @@ struct FewInChunks {
     }
   }
 
-  // The address of the values that are multiplied kAheadBytes after chunks `begin` to `end` of a
-  // row, in a group of `rows` rows: the same chunks of a later row, else the next block of the
-  // first rows, else the next group.
+  // The address of the values that are multiplied about kAheadBytes after chunks `begin` to `end`
+  // of row `row`. The group has `rows` rows of `chunks` chunks. The values are the same chunks of a
+  // later row. Past the last row they are the next block of the first rows, and past the last block
+  // they are in the next group.
   static const char* next_of(const WeightRows& w, int64_t row, int64_t rows, int64_t begin,
                              int64_t end, int64_t chunks) {
     constexpr int R = Chunk::kRows;

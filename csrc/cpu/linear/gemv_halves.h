@@ -1,20 +1,20 @@
-// gemv for weights of 8 bits on aarch64 with dot products, which multiply bytes as they are. The
-// activations of a token become 16-bit integers, in a unit that is chosen for the token. Each is
-// split into two signed bytes:
+// gemv for weights of 8 bits on aarch64 with dot products. They multiply bytes without widening
+// them. The activations of a token become 16-bit integers, in a unit that is chosen for the token.
+// Each integer is split into two signed bytes:
 //
 //   activation = 256 high + low
 //
-// The products of 32 weights with high and with low bytes are summed apart, as integers. So the
-// sums are exact. The sums of four blocks of 32 become floats together. With i8mm and several
-// tokens, an instruction multiplies 8 weights of two rows by the high and by the low bytes of a
-// token.
+// The products of 32 weights with the high bytes are summed as integers, and those with the low
+// bytes likewise. So the sums are exact. The sums of four blocks of 32 become floats together. With
+// i8mm and several tokens, an instruction multiplies 8 weights of two rows by the high and by the
+// low bytes of a token.
 #pragma once
 
 #include "gemv_chunks.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Stands for these products, in place of a chunk type.
+// Takes the place of a chunk type where a format is multiplied as in this file.
 template <WeightFormat format>
 struct InHalves {
   struct Arithmetic {
@@ -22,7 +22,7 @@ struct InHalves {
   };
 };
 
-// Whether a format has these products: its values are bytes.
+// Whether these kernels multiply a format: a format whose values are bytes.
 constexpr bool has_half_products([[maybe_unused]] WeightFormat format) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return info(format).bits == 8;
@@ -35,7 +35,7 @@ struct HalvesLayout;
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
-// What the chunks of all formats share.
+// The part of the chunks that does not depend on the format.
 struct HalvesLayout {
   static constexpr int kTokens = 1;
   static constexpr int64_t kValues = 128;
@@ -52,18 +52,19 @@ struct HalvesLayout {
   }
 };
 
-// What chunks of one row and of several rows share.
+// The part that chunks of one row and of several rows share.
 template <WeightFormat format>
 struct HalvesFormat : HalvesLayout {
-  // The scales of the four blocks from value k on, of which `there` are in the row.
+  // The scales of the four blocks from value k on. The row has `there` of their values. Blocks past
+  // the end of the row get the scale 0, or that of the row.
   MISTRAL_SIMD static float32x4_t scales_at(const char* row_scales, int64_t k, int64_t there) {
-    if (info(format).least_group == 0) {  // a scale for the row
+    if (info(format).least_group == 0) {  // one scale for the whole row
       return vdupq_n_f32(to_float(*reinterpret_cast<const bf16*>(row_scales)));
     }
     const auto* from = reinterpret_cast<const f16*>(row_scales) + k / 32;
     return there == kValues ? load(from).v : load_first(from, there / 32).v;
   }
-  // The sums of blocks, in floats.
+  // The sums of blocks, 256 high + low, as floats.
   MISTRAL_SIMD static float32x4_t joined(int32x4_t high, int32x4_t low) {
     return vcvtq_f32_s32(vmlaq_n_s32(low, high, 256));
   }
@@ -122,7 +123,7 @@ struct HalvesRow : HalvesFormat<format> {
 
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 
-// The sums are those of HalvesRow, and are added in the same order.
+// The chunk for two rows. Its sums are those of HalvesRow, and are added in the same order.
 template <WeightFormat format>
 struct HalvesRows : HalvesFormat<format> {
   using Format = HalvesFormat<format>;
@@ -143,7 +144,7 @@ struct HalvesRows : HalvesFormat<format> {
     }
   }
 
-  int8x16_t values[kBlocks][4];  // 8 values of each row
+  int8x16_t values[kBlocks][4];  // a vector has 8 values of each row
   float32x4_t factors[2];
 
   MISTRAL_SIMD void take(const char* const (&bytes)[2], const char* const (&scales)[2], int,
@@ -171,7 +172,7 @@ struct HalvesRows : HalvesFormat<format> {
       const auto* x = reinterpret_cast<const int8_t*>(lines[n]);
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        int32x4_t sums[2];  // of a block: high and low of the first row, then of the second
+        int32x4_t sums[2];  // for each block: high and low of row 0, then of row 1
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
           const int block = 2 * j + i;
@@ -198,25 +199,25 @@ struct Few<InHalves<format>> : FewInChunks<HalvesRow<format>> {};
 
 #endif
 
-// The bytes of the packed K activations of a token.
+// The number of bytes of the packed K activations of a token.
 constexpr int64_t packed_halves_row(int64_t inputs) {
   using Layout = HalvesLayout;
   return Layout::kHeadBytes + ceil_div(inputs, Layout::kValues) * Layout::kLineBytes;
 }
 
-// The unit in which the largest of some numbers fits 127 high and 127 low. It is that of unit_of,
-// or its double if the largest is within a 256th of the next power of two. `magnitude` is as for
-// unit_of.
+// The unit in which the largest of some numbers can be split into a high and a low byte of at most
+// 127. It is that of unit_of. If the largest number is within a 256th of the next power of two, it
+// is twice that. `magnitude` is as for unit_of.
 inline Unit unit_of_halves(int32_t magnitude) {
   const Unit unit = unit_of(magnitude);
   float largest;
   memcpy(&largest, &magnitude, sizeof largest);
-  // 256 x 127 + 127 is 32639, and 32639.5 would be rounded to 32640.
+  // The largest integer is 256 x 127 + 127 = 32639. A number of 32639.5 would be rounded to 32640.
   if (largest * unit.inverse >= 32639.5f) return {2 * unit.value, unit.inverse / 2};
   return unit;
 }
 
-// Packs the K activations of a token, as HalvesRow takes them, or `together`: as HalvesRows does.
+// Packs the K activations of a token for HalvesRow or, if `together`, for HalvesRows.
 template <bool together, class T>
 void pack_halves(const T* x, int64_t inputs, char* out) {
   const Unit unit = unit_of_halves(largest_magnitude(x, inputs));
@@ -231,8 +232,8 @@ void pack_halves(const T* x, int64_t inputs, char* out) {
       store_rounded(rounded + i, values * broadcast(unit.inverse));
     }
     const int16x8_t both = vld1q_s16(rounded);
-    // With a sign, the low byte is 256 less where its highest bit is set. There the high byte is
-    // one more, which is what a shift with rounding makes of it.
+    // The low byte is signed, so it stands for 256 less if its highest bit is set. Then the high
+    // byte must be one more. A shift with rounding computes just that.
     int8_t* high = to + 2 * k;
     if (!together && k % 16 != 0) high -= 8;
     vst1_s8(high, vrshrn_n_s16(both, 8));

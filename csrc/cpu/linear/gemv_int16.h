@@ -1,12 +1,12 @@
 // gemv for weights of 8 and 4 bits in 16-bit integers. Widening every weight to a float would take
 // longer than reading it from memory. One instruction multiplies 16-bit integers and adds pairs of
-// products, which is exact. AVX2 also has an instruction for bytes, but there the sums would
-// saturate or the activations would lose bits.
+// products, which is exact. AVX2 also has an instruction for bytes. But its sums would saturate,
+// unless the activations lost bits.
 //
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
 // (unit_of in integers.h). A packed token has a head, which holds the unit, and a line for each
-// chunk. Some formats unpack to unsigned values, which are kBias too large. For these a line begins
-// with a correction for each lane of the sums.
+// chunk. The weights of some formats unpack to unsigned values, which are kBias too large. In these
+// formats a line begins with a correction for each lane of the sums.
 #pragma once
 
 #include "../simd/integers.h"
@@ -14,8 +14,9 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A chunk of a format in 16-bit integers. A is the arithmetic that would multiply the activations
-// otherwise. kFastest says whether 16-bit integers are faster.
+// The chunk of a format for products in 16-bit integers. kFastest<A> says whether these are faster
+// than A, the arithmetic that would multiply the activations otherwise. Formats without such a
+// chunk have this one, which has nothing else.
 template <WeightFormat format>
 struct Int16Chunk {
   template <class A>
@@ -34,8 +35,8 @@ struct Int16Arithmetic {
 
 struct Int16Layout {
   using Arithmetic = Int16Arithmetic;
-  static constexpr int64_t kStep = Shorts::width;  // values in an operand
-  static constexpr int64_t kHead = 32;             // elements in the head, which has 64 bytes
+  static constexpr int64_t kStep = Shorts::width;  // the number of values in an operand
+  static constexpr int64_t kHead = 32;             // the number of elements in the head: 64 bytes
   template <class A>
   static constexpr bool kFastest = std::is_same_v<A, Fp32>;  // bf16 pairs are as fast
 };
@@ -65,8 +66,8 @@ struct Int16Chunk<WeightFormat::int8> : Int16Bytes<64> {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-// The scales of eight chunks of q8_0 (or of one, at the end of a row). Four are loaded and
-// converted to floats together, because loads are what takes the longest in these products.
+// The scales of eight chunks of q8_0, or of one chunk at the end of a row. Four scales are loaded
+// and converted to floats together, because loads take the longest in these products.
 struct EightScales {
   struct Loaded {
     Vec fours[2];
@@ -101,7 +102,7 @@ struct Int16Chunk<WeightFormat::q8_0> : Int16Bytes<32> {
   using Scales = Q8Scales;
 };
 
-// A chunk of a vector of words. Operand i holds values 2 i and 2 i + 1 of every word, 8 too large.
+// A chunk is a vector of words. Operand i holds values 2 i and 2 i + 1 of every word, 8 too large.
 template <>
 struct Int16Chunk<WeightFormat::int4> : Int16Layout {
   static constexpr int64_t kValues = 8 * Vec::width;
@@ -124,15 +125,16 @@ struct Int16Chunk<WeightFormat::int4> : Int16Layout {
   Words words_;
 };
 
-// As measured: with several tokens one row is faster on AVX2, two rows on AVX-512.
+// Measured with several tokens: one row at a time is faster on AVX2, two rows on AVX-512.
 template <WeightFormat format, int N>
 constexpr int kRowsAtATime<Int16Chunk<format>, N> = N == 1 || Vec::width == 8 ? 1 : 2;
 
 template <WeightFormat format, int R, int N>
 struct Product<Int16Chunk<format>, R, N> {
   using Chunk = Int16Chunk<format>;
-  // The sums of groups are added rarely, so one total suffices. This leaves registers for other
-  // values. Where many chunks go together, their additions would wait for each other.
+  // The number of totals of a row and token. In formats with groups one suffices, because additions
+  // to it are rare, and this leaves registers for other values. But if many chunks go together
+  // (kTogether), these additions would wait for each other.
   static constexpr int kTotals = Chunk::kGrouped && kTogether<Chunk> == kChains ? 1 : kChains;
 
   Vec totals[kTotals][N][R];

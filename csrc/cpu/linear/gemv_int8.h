@@ -5,12 +5,13 @@
 // The activations of a token become 16-bit integers, in a unit that is chosen for the token
 // (unit_of in integers.h). An instruction multiplies unsigned bytes by signed bytes, so an
 // activation is split into a signed high byte and an unsigned low byte. Low bytes are multiplied by
-// the signed weight, high bytes by the weight plus 128, which is an unsigned byte:
+// the signed weight, high bytes by the weight plus 128, which is an unsigned byte. The product of a
+// row is then
 //
 //   256 (sum of (weight + 128) high - 128 sum of high) + sum of weight low
 //
-// The sum of `high` is packed with the activations. The two sums of products are exact in 32-bit
-// integers for rows of up to kMaxInt8Inputs values. They may wrap around on the way, but the
+// The sum of the high bytes is packed with the activations. The two sums of products are exact in
+// 32-bit integers for rows of up to kMaxInt8Inputs values. They may wrap around on the way, but the
 // results fit.
 #pragma once
 
@@ -21,8 +22,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A stand-in for a chunk type: these products. A packed token has a TokenHead, then for each chunk
-// a line with its high bytes and its low bytes.
+// Takes the place of a chunk type where a format is multiplied as in this file. A packed token has
+// a TokenHead, then a line for each chunk, with its high bytes and its low bytes.
 struct InIntegers {
   struct Arithmetic {
     using Element = uint8_t;
@@ -42,7 +43,8 @@ constexpr int64_t kPackedBytes<InIntegers> = 2;
 template <class T>
 void pack_integers(const T* x, int64_t inputs, uint8_t* out);
 
-// Whether these kernels multiply a format: its values are bytes, and a row has one scale.
+// Whether these kernels multiply a format: a format whose values are bytes, with one scale for a
+// row.
 constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
   return info(format).bits == 8 && info(format).least_group == 0;
@@ -54,7 +56,7 @@ constexpr bool has_int8_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
 
 struct TokenHead {
-  Ints offset;  // -128 * (the sum of the high bytes), in each lane
+  Ints offset;  // -128 * (the sum of the high bytes), divided among the lanes
   alignas(64) float unit;
 
   static const TokenHead& of(const uint8_t* x) { return *reinterpret_cast<const TokenHead*>(x); }
@@ -64,8 +66,8 @@ static_assert(sizeof(TokenHead) == InIntegers::kHeadBytes);
 template <int R, int N>
 struct Product<InIntegers, R, N> {
   using Chunk = InIntegers;
-  // One row and token use two sums, because an addition waits for the previous addition to the same
-  // sum.
+  // One row and token use kChains sums, because an addition waits for the previous addition to the
+  // same sum. More rows or tokens have several sums anyway.
   static constexpr int kSums = R * N == 1 ? kChains : 1;
 
   Ints high[kSums][N][R], low[kSums][N][R];

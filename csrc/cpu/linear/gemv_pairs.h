@@ -1,7 +1,8 @@
 // gemv for q8_0 on AVX-512 with VNNI. The activations of a token become 16-bit integers, in a unit
 // that is chosen for the token (unit_of in integers.h). The weights are widened to 16 bits once for
-// all tokens. An instruction multiplies 16-bit integers and adds pairs of products. 128 values of
-// four rows are multiplied at a time, in vectors that mix the rows as in byte_chunk_512.h.
+// all tokens. An instruction multiplies 16-bit integers and adds pairs of products. With several
+// tokens, 128 values of four rows are multiplied at a time, in vectors that mix the rows
+// (mixed_rows.h).
 #pragma once
 
 #include "gemv_chunks.h"
@@ -10,14 +11,15 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A stand-in for a chunk type: these products.
+// Takes the place of a chunk type where a format is multiplied as in this file.
 struct InPairs {
   struct Arithmetic {
     using Element = char;
   };
 };
 
-// Whether these kernels multiply a format: its values are bytes, and each group has a scale.
+// Whether these kernels multiply a format: a format whose values are bytes, with a scale for each
+// group.
 constexpr bool has_pair_products([[maybe_unused]] WeightFormat format) {
 #if defined(__AVX512VNNI__)
   return info(format).bits == 8 && info(format).least_group != 0;
@@ -53,8 +55,8 @@ struct PairChunk {
     for (int i = 0; i < 8 * kRows; ++i) out[i] *= unit;
   }
 
-  Shorts values[2][kRows][2];  // [64 values][mixed vector][even or odd bytes]
-  __m512 factors[2];           // for each half block a 128-bit lane with the scales of the rows
+  Shorts values[2][kRows][2];  // [first or last 64 values][mixed vector][even or odd bytes]
+  __m512 factors[2];           // a 128-bit lane for each half block, with the scales of the rows
 
   MISTRAL_SIMD void take(const char* const (&bytes)[kRows], const char* const (&scales)[kRows], int,
                          int64_t k, int64_t there) {
@@ -77,7 +79,7 @@ struct PairChunk {
     };
     const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(both(0)), both(2), 1);
     for (int i = 0; i < 2; ++i) {
-      int16_t at[16];  // the scales of neighbouring rows are 4 elements apart
+      int16_t at[16];  // scales of neighbouring rows are 4 elements apart in `all`
       for (int lane = 0; lane < 16; ++lane) {
         at[lane] = static_cast<int16_t>(lane % 4 * 4 + 2 * i + lane / 8);
       }
@@ -111,7 +113,8 @@ struct PairChunk {
   }
 };
 
-// The chunk for one row. All places of a lane of the sums belong to this row.
+// The chunk for one row. All places (mixed_rows.h) of a lane of the sums belong to this row, and
+// hold the same sum.
 struct PairRow {
   static constexpr int kRows = 1;
   static constexpr int kTokens = 1;
@@ -165,7 +168,7 @@ struct PairRow {
 template <>
 struct Few<InPairs> : FewInChunks<PairChunk> {};
 
-// The bytes of the packed K activations of a token.
+// The number of bytes of the packed K activations of a token.
 constexpr int64_t packed_pair_row(int64_t inputs) {
   return PairChunk::kHeadBytes + ceil_div(inputs, PairChunk::kValues) * PairChunk::kLineBytes;
 }

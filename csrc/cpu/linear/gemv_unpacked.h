@@ -1,5 +1,5 @@
-// gemv for formats that have no chunk. A block of a row is unpacked to floats. They stay in the L1
-// cache while all tokens are multiplied by them.
+// gemv for formats that have no chunk. A block of a row is unpacked to floats. The floats stay in
+// the L1 cache while they are multiplied by all tokens.
 #pragma once
 
 #include "gemv.h"
@@ -7,7 +7,7 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-constexpr int64_t kUnpackedBlock = 1024;  // values, a multiple of kUnpacked and of kSuperBlock
+constexpr int64_t kUnpackedBlock = 1024;  // a multiple of kUnpacked and of kSuperBlock
 
 template <>
 struct Few<UnpackedWords> {

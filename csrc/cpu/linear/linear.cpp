@@ -1,7 +1,7 @@
-// First the activations of each token are packed (activations.h): normalised if the layer has a
-// norm, converted, and put in the order of k of the weight format. Then each thread multiplies
-// blocks of rows of the weights and writes the outputs. Up to kGemvTokens tokens are multiplied in
-// the files gemv*.h, more tokens in gemm.h and gemm_bytes.h.
+// First the activations of each token are packed (activations.h). They are normalised if the layer
+// has a norm, converted, and put in the order in which the weight format unpacks its values. Then
+// each thread multiplies blocks of rows of the weights and writes the outputs. Up to kGemvTokens
+// tokens are multiplied in the files gemv*.h, more tokens in gemm.h and gemm_bytes.h.
 #include "../../linear.h"
 
 #include "../kernels.h"
@@ -13,9 +13,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// About the fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, this counts
-// for each part. The prefetch comes too late for the first bytes of a range, so ranges must be much
-// longer.
+// About the fewest bytes of weights that a thread takes at a time in gemv. With SwiGLU, a thread
+// takes as many bytes of each part. The prefetch comes too late for the first kAheadBytes of a
+// range, so ranges must be much longer than that.
 constexpr int64_t kLeastBytes = 1 << 16;
 constexpr int64_t kMostRows = 512;  // the most rows whose outputs are written together
 
@@ -33,19 +33,22 @@ int64_t output_parts(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 1 : p.num_parts;
 }
 
+// The number of blocks of up to `rows` rows. Each block belongs to one part.
 int64_t count_blocks(const LinearParams& p, int64_t rows) {
   int64_t count = 0;
   for (int64_t i = 0; i < output_parts(p); ++i) count += ceil_div(p.parts[i].rows, rows);
   return count;
 }
 
-// A block of at most `most` rows of one part. `row` is its first row, counted through all parts.
+// A block of at most `most` rows of one part, which begins at row `row`. Rows are counted through
+// all parts.
 RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
   int64_t part = 0, first = row;
   while (first >= p.parts[part].rows) first -= p.parts[part++].rows;
   return {part, first, mistral::min(most, p.parts[part].rows - first), row};
 }
 
+// Block `index` of those that count_blocks counts.
 RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
   int64_t row = 0;
   for (int64_t part = 0; index >= ceil_div(p.parts[part].rows, rows); ++part) {
@@ -55,8 +58,9 @@ RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
   return block_from(p, row + index * rows, rows);
 }
 
-// Writes `count` outputs of one token, from column `column` on. `up` holds the sums of the second
-// part with SwiGLU.
+// Writes `count` outputs of one token, from column `column` on. `product` holds the sums of their
+// rows. With SwiGLU, these are rows of the first part, and `up` holds the sums of the second part.
+// Otherwise `up` is not read.
 template <class T>
 void finish(const LinearParams& p, int64_t token, int64_t column, const float* product,
             const float* up, int64_t count) {
@@ -94,9 +98,9 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 // The scratch memory of a call.
 template <class T>
 struct Scratch {
-  T* normalised;            // [T, K]
-  char* rows;               // for gemm.h: the packed rows of one part, before pack_vector
-  char* packed[kMaxParts];  // of each part; parts with the same packing share them
+  T* normalised;            // [T, K]; empty if there is no norm
+  char* rows;               // for gemm.h: the rows of activations, before pack_vector
+  char* packed[kMaxParts];  // the activations for each part; parts with the same packing share them
   int64_t bytes;
 
   explicit Scratch(const LinearParams& p) {
@@ -108,7 +112,7 @@ struct Scratch {
     };
     const bool many = p.tokens > kGemvTokens;
     normalised = reinterpret_cast<T*>(take(p.norm ? p.tokens * p.inputs * int64_t{sizeof(T)} : 0));
-    bool vectors = false;  // whether gemm.h multiplies any part
+    bool vectors = false;  // whether gemm.h multiplies at least one part
     for (int64_t part = 0; part < p.num_parts; ++part) vectors |= many && !in_bytes<T>(p, part);
     rows = take(vectors ? many_bytes(p) : 0);
     for (int64_t part = 0; part < p.num_parts; ++part) {
@@ -127,7 +131,7 @@ struct Scratch {
   static int64_t few_bytes(const LinearParams& p, int64_t part) {
     return with_few_chunk<T>(p, part, [&](auto chunk) {
       using Chunk = decltype(chunk);
-      // Tokens may be packed in pairs.
+      // Tokens may be packed in pairs. Then the last token may need a pair of its own.
       const int64_t tokens = kPacksTogether<Chunk> ? ceil_div(p.tokens, 2) * 2 : p.tokens;
       return tokens * Packing<Chunk>::elements(p.inputs) *
              int64_t{sizeof(typename Chunk::Arithmetic::Element)};
@@ -154,8 +158,8 @@ void pack_token(const LinearParams& p, const Scratch<T>& scratch, int64_t part, 
 template <class T>
 void linear_few(const LinearParams& p, int threads) {
   const Scratch<T> scratch(p);
-  // Calls f with the chunk type of the part, its packed activations, and the number of packed
-  // elements for each token.
+  // Calls f with a value of the chunk type of the part, the packed activations for the part, and
+  // the number of packed elements of each token.
   const auto with_chunk = [&](int64_t part, const auto& f) {
     with_few_chunk<T>(p, part, [&](auto chunk) {
       using Chunk = decltype(chunk);
@@ -193,14 +197,15 @@ void linear_few(const LinearParams& p, int threads) {
   });
 }
 
-// Packs the activations of a vector of tokens for a part of this format. The vector has `count`
-// tokens, and x[i] are the activations of token i.
+// Packs the activations of a vector of tokens for a part of this format. A vector of tokens is
+// Vec::width neighbouring tokens, one for each lane. The first `count` lanes have tokens, and x[i]
+// are the activations of token i. The other lanes become zeros.
 template <WeightFormat format, class T>
 void pack_for_many(const LinearParams& p, const Scratch<T>& scratch, int64_t part, int64_t vectors,
                    int64_t vector, const T* const* x, int64_t count) {
   using Tile = typename TileOf<T>::type;
   using Element = typename Tile::Element;
-  // The order of k in which `unpack` leaves the values.
+  // The order of k in which `unpack` leaves the values, as this type defines it.
   using Order = typename ChunkOf<format, float>::type;
   const int64_t stride_x = padded(p.inputs);
   auto* rows = reinterpret_cast<Element*>(scratch.rows) + vector * Vec::width * stride_x;
@@ -232,8 +237,8 @@ void pack_tokens(const LinearParams& p, const Scratch<T>& scratch, int64_t vecto
   }
 }
 
-// Writes the products of the rows of the block to buffers.sums. With SwiGLU, these are the rows of
-// both parts.
+// Writes the products of the rows of the block with `tokens` tokens from first_token on to
+// buffers.sums. With SwiGLU, these are the rows of both parts.
 template <class T, class Tile>
 void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const RowBlock& block,
                          int64_t first_token, int64_t tokens, ManyBuffers<Tile>& buffers) {
@@ -241,7 +246,7 @@ void multiply_block_rows(const LinearParams& p, const Scratch<T>& scratch, const
   const auto rows_at = [&](int64_t part) {
     return rows_of<T>(p.parts[part], p.inputs, block.first);
   };
-  // Multiplies rows of a part. Their sums begin at row first_row of the buffer.
+  // Multiplies rows of a part. The sums begin at row first_row of the buffer.
   const auto multiply = [&](int64_t part, const TaskRows& rows, int64_t first_row) {
     multiply_many(rows, unpack_of<T, Element>(p.parts[part].format), first_row,
                   reinterpret_cast<const Element*>(scratch.packed[part]),
@@ -286,8 +291,8 @@ void linear_many(const LinearParams& p, int threads) {
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
   const int64_t parts = swiglu ? 2 : 1;  // the number of parts whose rows a task multiplies
-  // A task has kTaskRows rows, or fewer, down to kBlockRows, if there would be fewer than four
-  // tasks for each thread.
+  // A task has kTaskRows rows, counting both parts with SwiGLU. If there were fewer than four tasks
+  // for each thread, a task has fewer rows, but at least kBlockRows.
   int64_t rows_per_task = Tile::kTaskRows / parts;
   while (rows_per_task > Tile::kBlockRows / parts &&
          count_blocks(p, rows_per_task) * token_blocks < 4 * threads) {
@@ -300,7 +305,8 @@ void linear_many(const LinearParams& p, int threads) {
   if (swiglu && p.parts[0].format != p.parts[1].format) {
     rows_per_task = mistral::min(rows_per_task, Tile::kBlockRows);
   }
-  // Consecutive tasks take different tokens for the same rows, while these rows are in the cache.
+  // Consecutive tasks multiply the same rows by different tokens, while these rows are in the
+  // cache.
   parallel_for(threads, count_blocks(p, rows_per_task) * token_blocks, [&](int64_t task) {
     const RowBlock block = block_at(p, rows_per_task, task / token_blocks);
     const int64_t first_token = task % token_blocks * Tile::kBlockTokens;
@@ -308,8 +314,9 @@ void linear_many(const LinearParams& p, int threads) {
     ManyBuffers<Tile> buffers;
     multiply_block_rows(p, scratch, block, first_token, tokens, buffers);
 
-    // Each part's sums are arranged by rows of outputs, one vector of tokens at a time. Products in
-    // bytes come like this already, others by rows of weights.
+    // Puts the sums of each part into the order of `finish`, one vector of tokens at a time: for
+    // each token, all of its rows side by side. Products in bytes have this order already. The sums
+    // of gemm.h have, for each row, all tokens of the vector side by side.
     for (int64_t first = 0; first < tokens; first += Vec::width) {
       float outputs[2][Vec::width * Tile::kTaskRows];
       const float* rows_of_part[2] = {buffers.sums, buffers.sums};
@@ -333,7 +340,8 @@ void linear_many(const LinearParams& p, int threads) {
   });
 }
 
-// Writes p.token_ids.
+// Writes to p.token_ids the index of the largest of the first p.limit outputs of each token, or -1
+// if a NaN or only -inf is among them.
 template <class T>
 void find_largest(const LinearParams& p, int threads) {
   parallel_for(threads, p.tokens, [&](int64_t token) {

@@ -1,11 +1,11 @@
 // Vectors that mix four rows, for products on AVX-512 with VNNI. One conversion to floats then
 // serves all four rows.
 //
-// A vector from memory belongs to one row. Each of its 128-bit lanes has four neighbouring words,
-// at places 0 to 3. In mixed vector j, place p of each lane holds word p of row p ^ j. So no word
-// changes its place, and all mixed vectors are multiplied by the same activations in the same
-// order. The sum of row r is then at place r ^ j. Swaps bring it to place r before it is added to
-// the others.
+// A vector from memory belongs to one row. Each of its 128-bit lanes has four neighbouring words of
+// 32 bits, at places 0 to 3. In mixed vector j, place p of each lane holds word p of row p ^ j. So
+// no word changes its place, and all mixed vectors are multiplied by the same activations in the
+// same order. In the products of mixed vector j, row r is at place r ^ j. Swaps bring it to place r
+// before the products of different mixed vectors are added.
 #pragma once
 
 #include "../simd/integers.h"
@@ -14,8 +14,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Mixes pairs of rows. `a` has rows 0 and 1 alternately, and `b` has rows 1 and 0. `c` and `d` have
-// rows 2 and 3 in the same way.
+// Mixes two pairs of rows. `a` has words of rows 0 and 1 alternately, and `b` has those of rows 1
+// and 0. `c` and `d` have those of rows 2 and 3 in the same way.
 MISTRAL_SIMD void mix_pairs(__m512i a, __m512i b, __m512i c, __m512i d, __m512i (&mixed)[4]) {
   mixed[0] = _mm512_mask_blend_epi32(0xcccc, a, c);
   mixed[1] = _mm512_mask_blend_epi32(0xcccc, b, d);
@@ -35,16 +35,16 @@ MISTRAL_SIMD void mix_rows(const __m512i (&rows)[4], __m512i (&mixed)[4]) {
 MISTRAL_SIMD Ints swap_neighbours(Ints x) { return {_mm512_shuffle_epi32(x.v, _MM_PERM_CDAB)}; }
 MISTRAL_SIMD Ints swap_pairs(Ints x) { return {_mm512_shuffle_epi32(x.v, _MM_PERM_BADC)}; }
 
-// For each place, the sum over the four lanes.
+// For each place, the sum over the four lanes of x.
 MISTRAL_SIMD __m128 sums_of_places(__m512 x) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-// out[4 i + r] = the sum of place r of x[i], which is row r.
+// out[4 i + r] = the sum over place r of the lanes of x[i]. This place belongs to row r.
 MISTRAL_SIMD void store_row_sums(const __m512 (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) _mm_storeu_ps(out + 4 * i, sums_of_places(x[i]));
 }
-// out[i] = the sum of place 0 of x[i].
+// out[i] = the sum over place 0 of the lanes of x[i].
 MISTRAL_SIMD void store_sums_of_one(const __m512 (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) out[i] = _mm_cvtss_f32(sums_of_places(x[i]));
 }

@@ -8,8 +8,10 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 constexpr int64_t kUnpacked = 8 * Vec::width;  // the number of values that are unpacked at a time
 
-// Unpacks kUnpacked values of the first row of `w`. k is a multiple of kUnpacked. Values past K are
-// finite; the activations there are 0. The values of words come in the order of Int4Chunk::k_at.
+// A function that unpacks kUnpacked values of the first row of `w`, from value k on. k is a
+// multiple of kUnpacked. Values past K become finite numbers. They do not matter, because the
+// activations there are 0. If the format consists of words, the values come in the order of
+// Int4Chunk::k_at.
 template <class Element>
 using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 
@@ -18,7 +20,7 @@ using Unpack = void (*)(const WeightRows& w, int64_t k, Element* out);
 template <WeightFormat format>
 constexpr bool kUnpacksInOrder = ChunkOf<format, float>::type::kInOrder;
 
-// Stores two vectors of values, in order.
+// Stores the lanes of `first`, then the lanes of `second`.
 MISTRAL_SIMD void put(float* out, Vec first, Vec second) {
   store(out, first);
   store(out + Vec::width, second);
@@ -29,8 +31,8 @@ MISTRAL_SIMD void put(bf16* out, Vec first, Vec second) {
 }
 #endif
 
-// The address of the values from k on. If the row ends before kUnpacked values, it is the address
-// of a copy that is padded with zeros.
+// The address of the values from k on. If fewer than kUnpacked values are left in the row, it is
+// the address of a copy that is padded with zeros.
 struct ValuesAt {
   const char* values;
   char rest[kUnpacked * sizeof(float)];
@@ -61,7 +63,7 @@ void unpack_q8_0(const WeightRows& w, int64_t k, Element* out) {
   const ValuesAt from(w, k);
   const int8_t* x = reinterpret_cast<const int8_t*>(from.values);
   const f16* scales = reinterpret_cast<const f16*>(w.scales);
-  const int64_t last = w.inputs / 32 - 1;  // past it, values are zeros
+  const int64_t last = w.inputs / 32 - 1;  // values after this block are 0, so any scale will do
   for (int i = 0; i < kUnpacked; i += 2 * Vec::width) {
     const Vec scale = broadcast(scales[mistral::min((k + i) / 32, last)]);
     put(out + i, load(x + i) * scale, load(x + i + Vec::width) * scale);
@@ -112,7 +114,7 @@ void unpack(const WeightRows& w, int64_t k, Element* out) {
   }
 }
 
-// The function that unpacks a format. If the format is plain, the weights have type T.
+// Returns the function that unpacks a format. Plain weights have type T.
 template <class T, class Element>
 Unpack<Element> unpack_of(WeightFormat format) {
   return with_format(format, [](auto f) -> Unpack<Element> {

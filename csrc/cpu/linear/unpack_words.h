@@ -41,9 +41,10 @@ MISTRAL_SIMD void packed_scales(const char* bytes, int block, int* scale, int* m
 template <WeightFormat format>
 MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   constexpr int64_t kGroupBytes =
-      info(format).group_scales * info(format).scale_bytes;  // bytes of all scales of a group
+      info(format).group_scales * info(format).scale_bytes;  // all scales of a group
   const char* group = scales + (k >> group_log2) * kGroupBytes;
-  const int block = static_cast<int>(k % kSuperBlock / 32);  // in its super-block
+  const int block =
+      static_cast<int>(k % kSuperBlock / 32);  // the block of value k in its super-block
   if constexpr (format == WeightFormat::q4_0) {
     const float d = half_at(group);
     return {d, -8 * d};  // signed values are unpacked 8 too large
@@ -71,8 +72,9 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   }
 }
 
-// Loads the further bits of a vector of words, and moves them to the places that they have for word
-// 0 of a block. `words` are the words of the super-block. `first` is the index of the first word.
+// Loads the further words that belong to a vector of words. Shifts each so that the bits lie as
+// they do for word 0 of a block. Then all lanes can be unpacked alike. `words` points to the words
+// of the super-block. `first` is the index of the first word of the vector among them.
 template <WeightFormat format>
 MISTRAL_SIMD Words further_bits(const char* words, int64_t first) {
   uint32_t further[Vec::width];
@@ -108,15 +110,17 @@ MISTRAL_SIMD __m512 widen_signed(__m128i bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 
-// Unpacks the scales and minima of 6 bits of 8 blocks (six_bit_scales in formats.h) to bytes: first
-// the 8 scales, then the 8 minima. Each 128-bit lane holds the 16 bytes of another row.
+// Unpacks the scales and minima of 6 bits of 8 blocks to bytes, as six_bit_scales (formats.h) does:
+// first the 8 scales, then the 8 minima. Each 128-bit lane of `groups` has the 16 bytes of scales
+// of one row.
 MISTRAL_SIMD __m512i six_bit_bytes(__m512i groups) {
   const auto of_words = [](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint32_t words[4] = {a, b, c, d};
     return lanes_of([&](int lane) { return static_cast<int32_t>(words[lane % 4]); });
   };
-  // The scales of the first four blocks lie in one word, and so do their minima. Those of the last
-  // four blocks have their low bits in one word and their high bits in another.
+  // The scales of the first four blocks lie in one word, and so do their minima. The scales and
+  // minima of the last four blocks have their low bits in one word (DDDD) and their high bits in
+  // the words of the first four (CCBB).
   const __m512i high =
       _mm512_srlv_epi32(_mm512_shuffle_epi32(groups, _MM_PERM_CCBB), of_words(0, 2, 0, 2));
   const __m512i low =
@@ -128,14 +132,14 @@ MISTRAL_SIMD __m512i six_bit_bytes(__m512i groups) {
       0xea);  // (a & b) | c
 }
 
-// Multiplies the scales and minima of 6 bits of a row's 8 blocks by their units. Lane 2 b is the
-// scale of block b, and lane 2 b + 1 is added for its minimum.
+// Multiplies the scales and minima of 6 bits of the 8 blocks of a row by their units. Lane 2 b is
+// the scale of block b. Lane 2 b + 1 is its minimum, made negative, so that it is added.
 MISTRAL_SIMD __m512 six_bit_pairs(const char* group) {
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
   const __m128i bytes = _mm512_castsi512_si128(six_bit_bytes(_mm512_castsi128_si512(all)));
   const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(bytes, order)));
-  // The two units alternate. Minima are subtracted.
+  // The two units alternate in the lanes. The sign of the unit of the minima is changed.
   int32_t units;
   memcpy(&units, group, sizeof units);
   const __m256i halves =
@@ -151,11 +155,11 @@ struct WordScales {
       kPairs || format == WeightFormat::q4_k || format == WeightFormat::q5_k;
 
   __m512 factors[2];  // words 0 to 15, words 16 to 31
-  __m512 halves;      // a factor for each 16 values
-  __m512 minima;      // an offset for each 16 values, if kMinima
+  __m512 halves;      // the factor of each 16 values
+  __m512 minima;      // the offset of each 16 values, if kMinima
 
-  // `row_scales` points to the scales of the whole row. `k` is the index of the first value, a
-  // multiple of 256. There are `there` values.
+  // `row_scales` points to the scales of the whole row. `k` is the index of the first of the 256
+  // values, a multiple of 256. `there` is the number of these values that the row has.
   MISTRAL_SIMD WordScales(const char* row_scales, int group_log2, int64_t k, int64_t there) {
     constexpr int64_t kGroupBytes = info(format).group_scales * info(format).scale_bytes;
     const char* group = row_scales + (k >> group_log2) * kGroupBytes;
@@ -180,7 +184,7 @@ struct WordScales {
   }
 
  private:
-  // Gives each lane the scale of its block. The scale is in lane at(block) of `scales`.
+  // Gives each lane the scale of its block. Lane at(block) of `scales` is the scale of a block.
   template <class At>
   MISTRAL_SIMD void spread(__m512 scales, const At& at) {
     for (int i = 0; i < 2; ++i) {
@@ -195,7 +199,7 @@ struct WordScales {
     const auto count = static_cast<unsigned>((there >> group_log2) * kNumbers);
     const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), group);
     const __m512 numbers = _mm512_cvtph_ps(raw);
-    // The number of the group to which the block of each lane belongs.
+    // For each lane, the index of the first number of the group to which its block belongs.
     const __m128i shift = _mm_cvtsi32_si128(group_log2 - 5);
     const auto first_of = [&](__m512i blocks) {
       return _mm512_slli_epi32(_mm512_srl_epi32(blocks, shift), kNumbers - 1);
@@ -215,7 +219,7 @@ struct WordScales {
   }
 };
 
-// The scaling of each word, for a vector of words from value k on.
+// The factor and the offset of each word, for a vector of words from value k on.
 template <WeightFormat format>
 MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* offset) {
   const int64_t first = k - k % kSuperBlock;
@@ -237,10 +241,10 @@ MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* off
 
 #else
 
-// The scaling of each word, for a vector of words from value k on.
+// The factor and the offset of each word, for a vector of words from value k on.
 template <WeightFormat format>
 MISTRAL_SIMD void scalings(const WeightRows& w, int64_t k, Vec* factor, Vec* offset) {
-  // Neighbouring words of a group, or of half a group, share the scaling.
+  // Neighbouring words share the scaling: in q6_k two words (16 values), else four (32 values).
   constexpr int kAlike = mistral::min(Vec::width, format == WeightFormat::q6_k ? 2 : 4);
   float factors[Vec::width], offsets[Vec::width];
   for (int lane = 0; lane < Vec::width; lane += kAlike) {

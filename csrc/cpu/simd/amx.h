@@ -1,6 +1,6 @@
-// Each function of a tile stands for one AMX instruction. A thread has 8 tiles. A tile is a matrix
-// register of up to 16 rows of 64 bytes. The thread must configure its tiles before it uses them.
-// tests/amx emulates the instructions.
+// Functions for AMX. Each function tile_... is one instruction. A thread has 8 tiles. A tile is a
+// matrix register of up to 16 rows of 64 bytes. A thread must configure its tiles before it uses
+// them. tests/amx emulates the instructions.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr int kTileRowBytes = 64;
 
 // The operand of ldtilecfg and sttilecfg.
 struct TileConfig {
-  uint8_t palette;    // 0: the tiles are not in use, so a thread switch need not save them
+  uint8_t palette;    // 1: tiles are in use; 0: not, so a thread switch need not save them
   uint8_t start_row;  // the row at which an interrupted load or store continues
   uint8_t reserved[14];
   uint16_t row_bytes[16];
@@ -44,8 +44,9 @@ constexpr TileConfig whole_tiles() {
   asm volatile("sttilecfg %0" : "=m"(config));
 }
 
-// A thread may use tiles as long as this object lives. The destructor restores the earlier
-// configuration, because other libraries configure the tiles of a thread once and rely on it later.
+// While an object of this class lives, its thread may use tiles. The destructor restores the
+// earlier configuration, because other libraries configure the tiles of a thread once and rely on
+// it later.
 class TilesInUse {
  public:
   TilesInUse() {
@@ -76,9 +77,9 @@ template <int tile>
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(tile) : "memory");
 }
 
-// c += a * b, with c [16][16] in fp32 and a [16][32] in bf16. b holds 32 rows of 16 columns of
-// bf16. Rows 2 k and 2 k + 1 lie in pairs: [16][16 columns][2]. The 32 products of an element are
-// summed first, then added to c.
+// c += a * b, with c [16][16] in fp32 and a [16][32] in bf16. b is a matrix of 32 rows and 16
+// columns in bf16. Its rows 2 k and 2 k + 1 are interleaved: [16][16 columns][2]. For each element
+// of c, the 32 products are summed first, then added.
 template <int c, int a, int b>
 [[gnu::always_inline]] inline void tile_dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));

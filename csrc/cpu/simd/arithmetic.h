@@ -1,8 +1,8 @@
-// Products of floats are computed in one of two ways: in fp32, or in pairs of bf16 if the
-// instruction set has these.
+// Activations are multiplied in one of two ways: in fp32, or in pairs of bf16 if the instruction
+// set has products of pairs.
 //
 // Element is the type of the factors. Operand is a vector of elements. A lane of an operand holds
-// kDepth elements that are neighbours along the sum.
+// kDepth elements that are neighbours along the sum. An operand has kStep elements.
 #pragma once
 
 #include "simd.h"
@@ -19,17 +19,18 @@ struct Fp32 {
   static void store(float* p, Operand x) { MISTRAL_ISA::store(p, x); }
   static Vec multiply_add(Operand a, Operand b, Vec c) { return fma(a, b, c); }
 
-  // Loads kStep neighbours in memory and widens them.
+  // Loads kStep neighbouring elements of memory and widens them to Element.
   template <class T>
   static Operand load_row(const T* x) {
     return MISTRAL_ISA::load(x);
   }
-  // Loads kStep columns of kDepth rows. The rows are neighbours along the sum.
+  // Loads kStep columns of kDepth rows, as kDepth operands. A lane gets one column of all the rows,
+  // which are neighbours along the sum.
   template <class T>
   static void load_columns(const T* const rows[kDepth], Operand out[kDepth]) {
     out[0] = MISTRAL_ISA::load(rows[0]);
   }
-  // Rounds kStep neighbours to Element.
+  // Rounds the kStep lanes of kDepth vectors to Element.
   static Operand convert(const Vec x[kDepth]) { return x[0]; }
 };
 
@@ -67,6 +68,6 @@ struct ArithmeticOf<bf16> {
 #endif
 
 template <class Arithmetic>
-constexpr int64_t kStep = Arithmetic::kDepth * Vec::width;  // values in an operand
+constexpr int64_t kStep = Arithmetic::kDepth * Vec::width;  // the number of elements in an operand
 
 }  // namespace mistral::cpu::MISTRAL_ISA

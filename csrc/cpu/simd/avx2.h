@@ -1,4 +1,4 @@
-// The part of simd.h for AVX2: one vector of 8 floats.
+// The part of simd.h for AVX2: one vector of 8 floats. avx512.h has the comments on its functions.
 #pragma once
 
 #include <immintrin.h>
@@ -56,7 +56,7 @@ MISTRAL_SIMD Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) {
-  // 2^n is split into two factors, so that even the smallest results, subnormal numbers, are right.
+  // 2^n is split into two factors, so that subnormal results are right, too.
   const __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1);
   const __m256i bias = _mm256_set1_epi32(127);
   const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
@@ -107,7 +107,8 @@ MISTRAL_SIMD Vec to_vec(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }
 MISTRAL_SIMD Vec look_up(Words w) {
   const __m256 low = _mm256_load_ps(kFloatTable4.values);
   const __m256 high = _mm256_load_ps(kFloatTable4.values + 8);
-  // Bit 3 moves to the sign bit, by which blendv chooses.
+  // Bit 3 of an index chooses the half of the table. It is moved to the sign bit, which blendv
+  // reads.
   const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 28));
   return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, w.v), _mm256_permutevar8x32_ps(high, w.v),
                            is_high)};

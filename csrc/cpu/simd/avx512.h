@@ -49,13 +49,13 @@ MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// Returns b if a or b is NaN, as the instruction does.
+// vmin and vmax return b if a or b is NaN, as the instructions do.
 MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 MISTRAL_SIMD Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-// a * 2^n, where n is whole.
+// a * 2^n, for integers n.
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 MISTRAL_SIMD float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
@@ -79,12 +79,12 @@ struct Words {
 };
 MISTRAL_SIMD Words load_words(const void* p) {
   __m512i words = _mm512_loadu_si512(p);
-  asm("" : "+v"(words));  // in a register: GCC would load it again for each value
+  asm("" : "+v"(words));  // keeps them in a register; GCC would load them again for each value
   return {words};
 }
-// Value i of every word.
+// Value i of every word, which is signed.
 MISTRAL_SIMD Vec int4_value(Words w, int i) {
-  // A table look-up takes the low 4 bits of each word and ignores the others.
+  // The table look-up reads the low 4 bits of each word and ignores the others.
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, int4_shift(i)), values)};
 }
@@ -101,17 +101,18 @@ MISTRAL_SIMD Words flip_bit(Words w, int bit) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi32(1 << bit))};
 }
 MISTRAL_SIMD Vec to_vec(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
-// The elements of kTable4 at the words, which are 0 to 15.
+// The elements of kTable4 whose indices are the words, each 0 to 15.
 MISTRAL_SIMD Vec look_up(Words w) {
   return {_mm512_permutexvar_ps(w.v, _mm512_load_ps(kFloatTable4.values))};
 }
-// Loads the scales of one or two Words. Values share a scale in groups of 2^group_log2 values. A
-// lane has 8 values.
+// Loads the bf16 scales of one or two vectors of words, and gives each lane its scale. A lane has a
+// word of 8 values. 2^group_log2 neighbouring values share a scale.
 struct GroupScales {
-  // For each lane the index of its scale, as the index of a 16-bit element. The index is in the
-  // high half of the lane, because a bf16 is the high half of a float.
+  // For each vector of words, and each of its lanes, the index of the scale among the loaded 16-bit
+  // elements. The index is in the high half of the lane, because a bf16 is the high half of a
+  // float.
   __m512i index[2];
-  __mmask8 there;  // the scales that exist
+  __mmask8 there;  // the scales that exist; others are not read
 
   using Loaded = __m512i;
 
@@ -139,8 +140,8 @@ struct GroupScales {
 
 // 16 pairs of bf16. One instruction adds the products of pairs to the 16 lanes of a Vec.
 //
-// They are loaded as what this instruction takes. If they were loaded as integers, GCC 12 would
-// move many of them from register to register through memory.
+// They are loaded as the type that the instruction takes. If they were loaded as integers, GCC 12
+// would move many of them from register to register through memory.
 struct Pairs {
   __m512bh v;
 
@@ -158,14 +159,14 @@ MISTRAL_SIMD Pairs broadcast_pair(const bf16* p) {
   return pairs_of(_mm512_set1_epi32(pair));
 }
 MISTRAL_SIMD Vec dot(Pairs a, Pairs b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }
-// Rounds the lanes of `first`, then those of `second`.
+// Rounds the lanes of `first`, then the lanes of `second`, to bf16.
 MISTRAL_SIMD Pairs to_pairs(Vec first, Vec second) {
   return {_mm512_cvtne2ps_pbh(second.v, first.v)};
 }
-// Values 2 i and 2 i + 1 of every word.
+// Values 2 i and 2 i + 1 of every word, as bf16.
 MISTRAL_SIMD Pairs int4_pair(Words w, int i) {
-  // The look-up reads 5 bits of each half word. The highest of these bits belongs to another value,
-  // so the table holds each of the 16 values twice.
+  // The look-up reads 5 bits of each 16-bit element. The highest of these bits belongs to another
+  // value, so the table holds each of the 16 numbers twice.
   const __m512i values = _mm512_broadcast_i64x4(
       _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                         int16_t(0xc100), int16_t(0xc0e0), int16_t(0xc0c0), int16_t(0xc0a0),

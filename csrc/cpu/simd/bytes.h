@@ -1,4 +1,4 @@
-// Vectors of 256 bits for products of 8-bit integers. Every instruction set with vectors has them.
+// Vectors of 256 bits for products of 8-bit integers. All sets but the scalar set have them.
 #pragma once
 
 #include "simd.h"
@@ -8,7 +8,7 @@
 namespace mistral::cpu::MISTRAL_ISA {
 
 using Bytes32 = __m256i;
-using Lanes8 = __m256;  // floats
+using Lanes8 = __m256;  // 8 floats
 
 MISTRAL_SIMD Bytes32 load_32(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
@@ -17,7 +17,7 @@ MISTRAL_SIMD void store_32(void* p, Bytes32 x) { _mm256_storeu_si256(static_cast
 MISTRAL_SIMD Bytes32 zero_bytes() { return _mm256_setzero_si256(); }
 // Loads the first `count` bytes, at most 32. The other bytes become zeros.
 MISTRAL_SIMD Bytes32 load_first_bytes(const char* p, int64_t count) {
-  switch (count) {  // a copy through memory would delay the load
+  switch (count) {  // avoids a copy through memory, which would delay the load
     case 32: return load_32(p);
     case 16: return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     case 8: return _mm256_zextsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -37,24 +37,26 @@ MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
     parts[i] = _mm256_cvtps_epi32(scaled);
   }
-  // The pack instructions work on each half of a vector, so the words come out of order.
+  // The pack instructions work on each half of a vector, which mixes the words. The permutation
+  // puts them in order again.
   const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
                                            _mm256_packs_epi32(parts[2], parts[3]));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-// In each half of x, byte i becomes byte order[i] of the same half.
+// In each half, byte i of the result is byte order[i] of the same half of x.
 MISTRAL_SIMD Bytes32 shuffle_halves(Bytes32 x, const int8_t order[16]) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
   return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(half));
 }
-// out[i] = the sum of 4 neighbouring signed bytes.
+// out[i] = the sum of the signed bytes 4 i to 4 i + 3.
 MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);
   store_32(out, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// Adds up products of unsigned and signed bytes. With VNNI the sums are in lanes of 32 bits.
-// Elsewhere they are sums of pairs in lanes of 16 bits, which they must fit.
+// Adds products of unsigned and signed bytes to sums. With VNNI a sum is a lane of 32 bits and gets
+// 4 products. Otherwise it is a lane of 16 bits and gets 2 products. The caller sees to it that it
+// does not overflow.
 #if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {
@@ -74,12 +76,15 @@ MISTRAL_SIMD __m256i widen_sums(__m256i sums) {
 }
 #endif
 
-// Makes the compiler add sums in the order of the code. GCC would add them in a tree, which needs
-// more registers than there are if there are several sums.
+// Makes the compiler add sums in the order of the code. GCC would add them in a tree. With several
+// sums, a tree needs more registers than there are.
 MISTRAL_SIMD void keep_order(__m256i& sums) { asm("" : "+v"(sums)); }
 
-// For each block b of 8, moves word 4 b + i of the words in `in` to lane lane_of(b) of out[i].
+// In the vectors below, each of 8 blocks of 32 values has a 32-bit lane. This is the lane of a
+// block.
 constexpr int lane_of(int block) { return block % 2 * 4 + block / 2; }
+// The words in `in` are 4 words for each of 8 blocks. Moves word i of each block to its lane of
+// out[i].
 MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   const __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
   const __m256i c = _mm256_unpackhi_epi32(in[0], in[1]), d = _mm256_unpackhi_epi32(in[2], in[3]);
@@ -88,7 +93,7 @@ MISTRAL_SIMD void words_to_lanes(const __m256i in[4], __m256i out[4]) {
   out[2] = _mm256_unpacklo_epi64(c, d);
   out[3] = _mm256_unpackhi_epi64(c, d);
 }
-// Loads one word of each block, in the order of lanes.
+// Loads 8 words, one for each block, and puts them in the lanes of their blocks.
 MISTRAL_SIMD __m256i load_blocks_to_lanes(const char* words) {
   const __m128 first = _mm_loadu_ps(reinterpret_cast<const float*>(words));
   const __m128 last = _mm_loadu_ps(reinterpret_cast<const float*>(words + 16));

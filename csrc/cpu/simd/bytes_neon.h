@@ -35,18 +35,19 @@ MISTRAL_SIMD Bytes32 round_32(const float* x, float factor) {
   }
   return bytes;
 }
-// In each half of x, byte i becomes byte order[i] of the same half.
+// In each half, byte i of the result is byte order[i] of the same half of x.
 MISTRAL_SIMD Bytes32 shuffle_halves(Bytes32 x, const int8_t order[16]) {
   const uint8x16_t from = vreinterpretq_u8_s8(vld1q_s8(order));
   return {{vqtbl1q_s8(x.v[0], from), vqtbl1q_s8(x.v[1], from)}};
 }
-// out[i] = the sum of 4 neighbouring bytes.
+// out[i] = the sum of the signed bytes 4 i to 4 i + 3.
 MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
   for (int i = 0; i < 2; ++i) vst1q_s32(out + 4 * i, vpaddlq_s16(vpaddlq_s8(x.v[i])));
 }
 
-// Adds to each lane the sum of the products of 4 bytes. Processors without the instruction for this
-// add pairs of products in 16 bits. Two products of up to 127 x 127 fit 16 bits.
+// Adds to each 32-bit lane the sum of the products of 4 signed bytes. Processors without the
+// instruction for this add pairs of products in 16 bits first. Two products of up to 127 x 127 fit
+// 16 bits.
 MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t b) {
 #if defined(__ARM_FEATURE_DOTPROD)
   return vdotq_s32(sums, a, b);
@@ -56,7 +57,7 @@ MISTRAL_SIMD int32x4_t add_byte_products(int32x4_t sums, int8x16_t a, int8x16_t 
 #endif
 }
 
-// The lane of a block, 0 to 7.
+// The 32-bit lane of a block, 0 to 7, as in bytes.h.
 constexpr int lane_of(int block) { return block; }
 
 MISTRAL_SIMD void store_lanes(float* p, Lanes8 x) {

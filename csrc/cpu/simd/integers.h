@@ -1,5 +1,5 @@
-// Vectors of 16-bit integers. An instruction adds their products in pairs. With VNNI there are
-// vectors of bytes, too.
+// Vectors of 16-bit integers. An instruction multiplies them and adds pairs of products. With
+// AVX-512 VNNI there are vectors of bytes, too.
 #pragma once
 
 #include "simd.h"
@@ -21,7 +21,7 @@ MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {_mm512_set1_epi16(x)}; 
 MISTRAL_SIMD Shorts widen_bytes(const char* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Turns two's complement into unsigned values that are 8 larger.
+// Turns values of 4 bits from two's complement into unsigned values that are 8 larger.
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm512_xor_si512(w.v, _mm512_set1_epi8(static_cast<char>(0x88)))};
 }
@@ -57,7 +57,7 @@ MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
 
 #if defined(__AVX512VNNI__)
 
-struct Bytes {  // 64
+struct Bytes {  // 64 bytes
   __m512i v;
 };
 
@@ -66,16 +66,16 @@ MISTRAL_SIMD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
 // Turns signed bytes into unsigned bytes that are 128 larger.
 MISTRAL_SIMD Bytes add_128(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
 
-// Adds to each lane the sum of the products of 4 unsigned bytes and 4 signed bytes. This is asm,
-// because with the intrinsic GCC 12 copies the sums to other registers and back in every iteration
-// of a loop with many sums.
+// Adds to each 32-bit lane the sum of the products of 4 unsigned bytes and 4 signed bytes. This is
+// asm, because with the intrinsic GCC 12 copies the sums to other registers and back in every
+// iteration of a loop with many sums.
 MISTRAL_SIMD Ints add_products(Ints sums, Bytes without_sign, Bytes with_sign) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(without_sign.v), "vm"(with_sign.v));
   return sums;
 }
 
-// Rounds to integers, which must fit 16 bits. Stores the high bytes, which are signed, and the low
-// bytes, which are unsigned.
+// Rounds to integers, which must fit 16 bits. Splits each into a high byte, which is signed, and a
+// low byte, which is unsigned, and stores high and low bytes apart.
 MISTRAL_SIMD void split_rounded(Vec x, void* high, void* low) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
   _mm_storeu_si128(static_cast<__m128i*>(high),
@@ -106,7 +106,7 @@ MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {_mm256_set1_epi16(x)}; 
 MISTRAL_SIMD Shorts widen_bytes(const char* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-// Turns two's complement into unsigned values that are 8 larger.
+// Turns values of 4 bits from two's complement into unsigned values that are 8 larger.
 MISTRAL_SIMD Words flip_int4_signs(Words w) {
   return {_mm256_xor_si256(w.v, _mm256_set1_epi8(static_cast<char>(0x88)))};
 }
@@ -134,7 +134,7 @@ MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
-// The scales of four groups, in each half of the vector.
+// Loads four scales. Each half of the vector holds all four.
 MISTRAL_SIMD Vec load_four(const f16* p) {
   int64_t four;
   memcpy(&four, p, sizeof four);
@@ -142,7 +142,7 @@ MISTRAL_SIMD Vec load_four(const f16* p) {
 }
 // Scale i of four, in all lanes.
 MISTRAL_SIMD Vec of_four(Vec four, int i) {
-  switch (i) {  // the instruction takes a constant
+  switch (i) {  // the instruction takes only constants
     case 0: return {_mm256_permute_ps(four.v, 0x00)};
     case 1: return {_mm256_permute_ps(four.v, 0x55)};
     case 2: return {_mm256_permute_ps(four.v, 0xaa)};
@@ -166,18 +166,20 @@ MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// A unit for 16-bit integers: a power of two, and its inverse.
+// The unit of 16-bit integers: each integer stands for itself times this power of two.
 struct Unit {
   float value;
   float inverse;
 };
 
 // The unit in which the largest of some numbers uses all bits of a 16-bit integer. `magnitude` is
-// the largest magnitude of the numbers, as the bits of a float; the bits of NaN are above those of
-// infinity. In this unit a bf16 of at least 2^-7 times the largest is exact, and no number is off
-// by more than 2^-15 times the largest. The unit is computed from the exponent bits of the float.
-// If the magnitude is not finite, the unit makes all products NaN. If the unit would not be a
-// normal number, the integers use fewer bits.
+// the largest magnitude of the numbers, as the bits of a float. (The bits of NaN are above those of
+// infinity.)
+//
+// A bf16 of at least 2^-7 times the largest number is exact in this unit. No number is off by more
+// than 2^-15 times the largest. The unit is computed from the exponent bits of the float. If the
+// magnitude is infinite or NaN, the unit is NaN, which makes all products NaN. If the unit would
+// not be a normal number, the smallest normal number is the unit, and the integers use fewer bits.
 inline Unit unit_of(int32_t magnitude) {
   constexpr int32_t kExponent = 1 << 23, kInfinite = 255 * kExponent;
   const int32_t exponent = magnitude & kInfinite;
@@ -190,6 +192,7 @@ inline Unit unit_of(int32_t magnitude) {
   return unit;
 }
 
+// The largest magnitude of `count` numbers, as the bits of a float.
 template <class T>
 int32_t largest_magnitude(const T* x, int64_t count) {
   int32_t largest = 0;

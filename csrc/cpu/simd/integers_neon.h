@@ -18,7 +18,7 @@ MISTRAL_SIMD Shorts broadcast_short(int16_t x) { return {vdupq_n_s16(x)}; }
 MISTRAL_SIMD Shorts widen_bytes(const char* p) {
   return {vmovl_s8(vld1_s8(reinterpret_cast<const int8_t*>(p)))};
 }
-// Turns two's complement into unsigned values that are 8 larger.
+// Turns values of 4 bits from two's complement into unsigned values that are 8 larger.
 MISTRAL_SIMD Words flip_int4_signs(Words w) { return {veorq_u32(w.v, vdupq_n_u32(0x88888888))}; }
 // Values 2 i and 2 i + 1 of each word (int4_shift in formats.h).
 MISTRAL_SIMD Shorts int4_shorts(Words w, int i) {
@@ -32,7 +32,8 @@ MISTRAL_SIMD Ints broadcast_int(int32_t x) { return {vdupq_n_s32(x)}; }
 MISTRAL_SIMD Ints operator+(Ints a, Ints b) { return {vaddq_s32(a.v, b.v)}; }
 MISTRAL_SIMD Vec to_vec(Ints x) { return {vcvtq_f32_s32(x.v)}; }
 // Adds a[i] * b[i] + a[i + 4] * b[i + 4] to lane i. On x86 a lane gets another pair. This would
-// matter only if the words of a vector belonged to several groups, which never happens here.
+// matter only if the lanes had different scales. They have one scale here, because all words of a
+// vector belong to one group.
 MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
   sums.v = vmlal_s16(sums.v, vget_low_s16(a.v), vget_low_s16(b.v));
   return {vmlal_high_s16(sums.v, a.v, b.v)};

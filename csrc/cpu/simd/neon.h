@@ -1,4 +1,5 @@
-// The part of simd.h for aarch64: one vector of 4 floats. All aarch64 processors have NEON.
+// The part of simd.h for aarch64: one vector of 4 floats. avx512.h has the comments on its
+// functions. All aarch64 processors have NEON.
 #pragma once
 
 #include <arm_neon.h>
@@ -47,12 +48,12 @@ MISTRAL_SIMD Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 MISTRAL_SIMD Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 MISTRAL_SIMD Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-// Returns b if a or b is NaN, as on x86.
+// vmin and vmax return b if a or b is NaN, as on x86.
 MISTRAL_SIMD Vec vmin(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 MISTRAL_SIMD Vec vmax(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 MISTRAL_SIMD Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
 MISTRAL_SIMD Vec scale_by_power(Vec a, Vec n) {
-  // 2^n is split into two factors, so that even the smallest results, subnormal numbers, are right.
+  // 2^n is split into two factors, so that subnormal results are right, too.
   const int32x4_t whole = vcvtq_s32_f32(n.v), half = vshrq_n_s32(whole, 1);
   const int32x4_t bias = vdupq_n_s32(127);
   const int32x4_t first = vshlq_n_s32(vaddq_s32(half, bias), 23);
@@ -84,12 +85,13 @@ MISTRAL_SIMD Words join(Words a, Words b, int shift) { return {vorrq_u32(a.v, b.
 MISTRAL_SIMD Words flip_bit(Words w, int bit) { return {veorq_u32(w.v, vdupq_n_u32(1u << bit))}; }
 MISTRAL_SIMD Vec to_vec(Words w) { return {vcvtq_f32_u32(w.v)}; }
 MISTRAL_SIMD Vec look_up(Words w) {
-  // The lowest byte of each word is looked up. The shift drops the other bytes.
+  // Only the lowest byte of each word is an index. The shifts drop what is found for the other
+  // bytes.
   const int8x16_t found = vqtbl1q_s8(vld1q_s8(kTable4), vreinterpretq_u8_u32(w.v));
   const int32x4_t high = vshlq_n_s32(vreinterpretq_s32_s8(found), 24);
   return {vcvtq_f32_s32(vshrq_n_s32(high, 24))};
 }
-// All values of a vector of words belong to one group.
+// A vector of words has 32 values, which always belong to one group.
 struct GroupScales {
   int group_log2;
 

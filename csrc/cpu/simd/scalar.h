@@ -1,4 +1,5 @@
-// The part of simd.h for any processor: a vector of one float.
+// The part of simd.h for any processor: a vector of one float. avx512.h has the comments on its
+// functions.
 #pragma once
 
 namespace mistral::cpu::MISTRAL_ISA {

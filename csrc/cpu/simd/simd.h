@@ -17,17 +17,18 @@
 // The build sets MISTRAL_NEON. The compiler's own flag would not do: the scalar set of aarch64 is
 // compiled with NEON, too.
 //
-// MISTRAL_VECTORS: a vector has several lanes, and there are vectors of integers (integers.h).
-// MISTRAL_BYTE_PRODUCTS: an x86 instruction adds up the products of four bytes.
+// MISTRAL_VECTORS is defined if a vector has several lanes. Then there are vectors of integers, too
+// (integers.h). MISTRAL_BYTE_PRODUCTS is defined if an x86 instruction adds up the products of four
+// bytes.
 #if defined(__AVX2__) || defined(MISTRAL_NEON)
 #define MISTRAL_VECTORS
 #endif
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define MISTRAL_BYTE_PRODUCTS
 #endif
-// VNNI instructions exist in two encodings: of AVX-512 and of AVX-VNNI. The encoding of AVX-VNNI
-// lacks half of the registers that a compiler for AVX-512 uses, so only builds without AVX-512 take
-// it.
+// The prefix of VNNI instructions in asm. They exist in two encodings, those of AVX-512 and of
+// AVX-VNNI. With the encoding of AVX-VNNI only half of the registers of AVX-512 can be used, so
+// only builds without AVX-512 use it.
 #if defined(__AVXVNNI__) && !defined(__AVX512VL__)
 #define MISTRAL_VNNI "%{vex%} "
 #else
@@ -52,8 +53,9 @@ MISTRAL_SIMD float to_float(bf16 x) {
 }
 
 MISTRAL_SIMD float to_float(f16 x) {
-  // Moves exponent and mantissa to their places in a float, and multiplies by 2^(127 - 15). This is
-  // exact, also for subnormal numbers. Infinity and NaN keep the largest exponent.
+  // Moves exponent and mantissa to their places in a float, and multiplies by 2^112, as the
+  // exponents are offset by 15 and 127. This is exact, also for subnormal numbers. Infinity and NaN
+  // get the largest exponent.
   const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   float scaled;
@@ -87,7 +89,7 @@ MISTRAL_SIMD void from_float(float x, f16* out) {
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;  // NaN
   } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00u;  // rounds to 65520 or more: infinity
+    half = 0x7c00u;  // 65520 or more rounds to infinity
   } else if (magnitude < 0x38800000u) {
     // A subnormal result is a whole number of units of 2^-24. After adding 0.5, this number is in
     // the low bits of the sum, and the addition has rounded it to nearest even.
@@ -130,13 +132,15 @@ namespace mistral::cpu::MISTRAL_ISA {
 
 #if defined(MISTRAL_VECTORS)
 
-// exp(x), right to about 2 units in the last place. With x = n ln 2 + r, |r| <= ln 2 / 2: exp(x) =
-// 2^n exp(r), and exp(r) is its Taylor series. exp(NaN) is NaN, and exp(-inf) is 0.
+// exp(x), right to about 2 units in the last place. Let x = n ln 2 + r with an integer n and |r| <=
+// ln 2 / 2. Then exp(x) = 2^n exp(r). exp(r) is computed by its Taylor series. exp(NaN) is NaN, and
+// exp(-inf) is 0.
 MISTRAL_SIMD Vec exp(Vec x) {
   // Beyond these bounds the result is 0 or infinity in any case. Within them n is a small integer.
   const Vec clamped = vmin(broadcast(89.0f), vmax(broadcast(-104.0f), x));
   const Vec n = round(clamped * broadcast(1.44269504f));
-  // ln 2 is split into two parts. The first has so few digits that n times this part is exact.
+  // ln 2 is split into two parts. The larger part has so few digits that its product with n is
+  // exact.
   const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), clamped));
   Vec series = broadcast(1.0f / 5040);
   const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
@@ -152,8 +156,8 @@ MISTRAL_SIMD Vec exp(Vec x) { return {expf(x.v)}; }
 
 MISTRAL_SIMD Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(broadcast(0.0f) - x)); }
 
-// The last n < width elements of a row. A load sets the lanes past them to 0. A store leaves out
-// these lanes.
+// These functions are for the last n < width elements of a row. The load sets the other lanes to 0.
+// The store does not write the other lanes.
 template <class T>
 MISTRAL_SIMD Vec load_first(const T* p, int64_t n) {
   T buffer[Vec::width] = {};
@@ -179,7 +183,8 @@ MISTRAL_SIMD Vec round_to<float>(Vec x) {
   return x;
 }
 
-// Interleaves the lanes of two vectors: a0 b0 a1 b1 ..., in two vectors.
+// Interleaves the lanes of two vectors: a0 b0 a1 b1 and so on. out[0] has the first half of these
+// lanes, out[1] the second half.
 #if defined(__AVX512F__)
 MISTRAL_SIMD void interleave(Vec a, Vec b, Vec out[2]) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -207,8 +212,8 @@ MISTRAL_SIMD void interleave(Pairs a, Pairs b, Pairs out[2]) {
              halves);
   for (int i = 0; i < 2; ++i) out[i] = pairs_of(_mm512_castps_si512(halves[i].v));
 }
-// Pairs value i of `a` with value i of `b`. out[0] has the values of the lower halves, out[1] those
-// of the upper halves.
+// Pairs value i of `a` with value i of `b`. out[0] has the pairs of the lower halves of `a` and
+// `b`, out[1] those of the upper halves.
 MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   // Each lane holds the index of a value of `a` and, above it, the index of the same value of `b`.
@@ -220,9 +225,10 @@ MISTRAL_SIMD void pair_up(Pairs a, Pairs b, Pairs out[2]) {
 }
 #endif
 
-// Transposes a square of lanes. Each round moves the highest bit of an element's row number to the
-// lowest bit of its column number, and the highest bit of the column number to the lowest bit of
-// the row number. After as many rounds as a number has bits, row and column have changed places.
+// Transposes a square of lanes, with a vector for each row. A round moves the highest bit of an
+// element's row number to the lowest bit of its column number, and the highest bit of the column
+// number to the lowest bit of the row number. After as many rounds as a number has bits, row and
+// column have changed places.
 template <class Lanes>
 MISTRAL_SIMD void transpose(Lanes rows[Vec::width]) {
   for (int round = Vec::width; round > 1; round /= 2) {
@@ -249,8 +255,8 @@ MISTRAL_SIMD Vec sums(const Vec a[Vec::width]) {
   return left[0];
 }
 
-// Each lane gets the largest value of its quarter of the vector. With one lane, the vector stays as
-// it is.
+// Each lane gets the largest value of its quarter of the vector. With 4 lanes or 1, the vector
+// stays as it is.
 #if defined(__AVX512F__)
 MISTRAL_SIMD Vec largest_of_quarter(Vec a) {
   a = vmax(a, Vec{_mm512_permute_ps(a.v, 0b10110001)});

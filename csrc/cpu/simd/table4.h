@@ -16,11 +16,12 @@ constexpr int nearest_index(int x) {
   return index;
 }
 
-// A bucket is 16 neighbouring integers, from a multiple of 16 on. Its integers have at most two
-// different indices. Bucket i has the integers whose high four bits are i.
+// A bucket is 16 neighbouring integers, from a multiple of 16 on. Bucket i has the integers whose
+// high four bits, as bytes, are i. The integers of a bucket have at most two different nearest
+// indices.
 struct Buckets {
-  int8_t first[16];  // the index of the smallest integer of the bucket
-  int8_t last[16];   // the largest integer with that index; 127: all integers
+  int8_t first[16];  // the nearest index of the smallest integer of the bucket
+  int8_t last[16];   // the largest integer with that index; 127: all have it
 };
 constexpr Buckets buckets() {
   Buckets b{};
@@ -47,8 +48,8 @@ constexpr bool two_indices_at_most() {
 }
 static_assert(two_indices_at_most(), "each bucket needs its first index and one comparison");
 
-// The numbers x * factor are rounded to integers first. This makes a difference only within 0.5 of
-// the middle between two elements. If a product is NaN, its index may be any.
+// The functions below round the numbers x * factor to integers first. This makes a difference only
+// within 0.5 of the middle between two elements. If a product is NaN, its index may be any.
 
 MISTRAL_SIMD int nearest_index(float x, float factor) {
   const float scaled = x * factor;
@@ -63,7 +64,7 @@ MISTRAL_SIMD int nearest_index(float x, float factor) {
 
 #if defined(__AVX2__)
 
-// Loads 16 bytes into both halves.
+// Loads 16 bytes into both halves of a vector.
 MISTRAL_SIMD Bytes32 broadcast_16(const int8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -72,8 +73,8 @@ MISTRAL_SIMD Bytes32 nearest_indices(const float* x, float factor) {
   __m256i parts[4];
   for (int i = 0; i < 4; ++i) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
-    // The conversion turns a number that does not fit an integer into the smallest integer. This is
-    // right for numbers that are too small. The minimum keeps other numbers from being too large.
+    // The conversion turns a number that does not fit 32 bits into the smallest integer. This is
+    // right for numbers that are too small. The minimum keeps numbers from being too large.
     parts[i] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127)));
   }
   const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
@@ -91,7 +92,8 @@ MISTRAL_SIMD void nearest_values(const float* x, float factor, int8_t* out) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(out), values);
 }
 
-// Writes words in the layout of csrc/formats.h: value 2 j + k is nibble j % 2 of byte 2 k + j / 2.
+// Writes 32 indices as words in the layout of csrc/formats.h: value 2 j + k of a word is nibble j %
+// 2 of byte 2 k + j / 2.
 MISTRAL_SIMD void nearest_words(const float* x, float factor, uint32_t* out) {
   const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15,  //
                                          0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
