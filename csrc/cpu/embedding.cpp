@@ -1,4 +1,4 @@
-// A task writes the embeddings of a block of tokens: it reads their rows of the matrix.
+// A task writes the embeddings of a block of tokens, which are rows of the matrix.
 #include "../embedding.h"
 
 #include "kernels.h"
@@ -8,9 +8,9 @@
 namespace mistral::cpu::MISTRAL_ISA {
 namespace {
 
-// The most values of a task, unless a single row has more: a task has whole rows. So few values are
-// done before another thread would be awake. A decode step of 8 tokens of Mistral 7B is just one
-// task, which the caller runs.
+// The most values of a task. (A task has whole rows, so a single row may have more.) One thread
+// reads as many values in the time in which another thread wakes up. A decode step of 8 tokens of
+// Mistral 7B is just one task, which the caller runs.
 constexpr int64_t kTaskValues = 1 << 15;
 
 // Puts 8 unpacked vectors into the order of the row. Before, lane l of vector i is value i of word

@@ -6,7 +6,8 @@ namespace {
 
 constexpr int64_t kKeysPerBlock = 512;  // so few that their keys stay in the L1 cache
 
-// key_of of sample.h without branches, because compilers do not vectorise a loop with branches.
+// The same as key_of (sample.h), but without branches, because compilers do not vectorise a loop
+// with branches.
 MISTRAL_HOST_DEVICE uint32_t branchless_key(float x) {
   x += 0.0f;
   uint32_t bits;
@@ -18,9 +19,9 @@ MISTRAL_HOST_DEVICE uint32_t branchless_key(float x) {
 }  // namespace
 
 // Returns the highest rank of a row of logits. Finds the highest key of each block. If it is higher
-// than all keys of earlier blocks, also finds the first token of the block that has this key. Other
-// blocks are not searched. Both loops over a block are plain enough for compilers to vectorise. One
-// loop that also remembered the token would not be.
+// than all keys of earlier blocks, also finds the first token of the block that has this key. The
+// loops that make keys and find the highest key are plain enough for compilers to vectorise. A loop
+// that also remembered the token would not be.
 Rank highest_rank(const float* logits, int64_t vocab_size) {
   constexpr uint32_t kSign = 0x80000000;  // AVX2 and older sets compare only signed integers
   uint32_t highest = 0;

@@ -1,11 +1,11 @@
 // A table of CPU kernels for each instruction set.
 //
 // A kernel file that uses the macro MISTRAL_ISA is compiled once for each instruction set, with the
-// compiler's flags for this set. MISTRAL_ISA is then the name of the set. It also names a
-// namespace, which keeps the compiled versions of a function apart. dispatch.cpp picks a table at
-// run time. Kernel files call no functions of the standard library that are templates or inline,
-// because the linker keeps only one compiled version of such a function, and this version could
-// have instructions that the processor lacks.
+// compiler's flags for this set. MISTRAL_ISA is then the name of the set and of a namespace, which
+// keeps the compiled versions of a function apart. dispatch.cpp picks a table at run time. Kernel
+// files call no functions of the standard library that are templates or inline, because the linker
+// keeps only one compiled version of such a function, and this version could have instructions that
+// the processor lacks.
 #pragma once
 
 #include "../ops.h"

@@ -1,5 +1,5 @@
-// The instruction sets that have kernels of their own only for `linear`. All other kernels are
-// those of the set before it in isa.h. cmake/cpu.cmake lists these sets too.
+// The instruction sets that have kernels of their own only for `linear`. For all other ops, each of
+// them uses the kernels of the set before it in isa.h. cmake/cpu.cmake lists these sets too.
 #pragma once
 
 #include "../linear.h"

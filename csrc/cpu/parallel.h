@@ -1,4 +1,4 @@
-// Loops over independent tasks, which a pool of threads shares.
+// Loops over independent tasks, which the threads of a pool share.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace mistral::cpu {
 // Calls run(context, i) once for every i in [0, tasks), and returns when all calls are done. Up to
 // `threads` threads run tasks, and the caller is one of them. There are never more than four
 // threads for each processor, or 16 if that is more. A thread takes one task at a time, in order,
-// so that uneven tasks balance. A task should take a few microseconds or more. If the loop of
-// another caller is running, this caller runs all of its tasks itself.
+// so that uneven tasks balance. A task should take a few microseconds or more. If the pool runs the
+// loop of another caller, this caller runs all of its tasks alone.
 void parallel_for(int threads, int64_t tasks, void (*run)(const void* context, int64_t task),
                   const void* context);
 

@@ -9,10 +9,11 @@ namespace mistral::cpu {
 // False for the sets of another architecture.
 bool processor_has(Isa isa);
 
-// The cache into which weights are prefetched: the L2 cache if true, L1 alone if false. True on
-// Intel processors. Weights are used once. An Intel core can wait for few lines of its L1 at a
-// time, but for many lines of its L2, so it reads weights twice as fast through L2. An AMD core
-// reads as fast through L1 alone, and then weights do not push other data out of its L2.
+// Says where weights are prefetched to: into the L2 cache if true, into L1 alone if false. It is
+// true on Intel processors. An Intel core can wait for few lines of its L1 at a time, but for many
+// lines of its L2, so it reads weights twice as fast through L2. An AMD core reads them as fast
+// through L1 alone. Then weights, which are used only once in a pass, do not push other data out of
+// its L2.
 extern const bool kFetchesIntoL2;
 
 }  // namespace mistral::cpu

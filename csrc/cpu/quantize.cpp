@@ -16,10 +16,10 @@ namespace {
 
 constexpr int kGroups = kSuperBlock / kGroup4;  // the number of groups in a super-block
 
-// The scales that are tried, each given by a ratio r: an end of kTable4, divided by what the weight
-// of largest magnitude becomes when it is divided by the scale. With r above 1, the weights do not
-// reach the end of the table. With r below 1, the largest weight is cut off. Each ratio is tried
-// with both ends. Twice as many ratios would reduce the error by another 0.3 %.
+// The scales that are tried. Each is given by a ratio r = (an end of kTable4) / (the weight of
+// largest magnitude / the scale). If r is above 1, the weights do not reach the end of the table.
+// If r is below 1, the largest weight is cut off. Each ratio is tried with both ends. Twice as many
+// ratios would reduce the error by another 0.3 %.
 constexpr float kTried[] = {0.86f, 0.94f, 1.02f, 1.10f};
 
 // 32 weights x, and how much the error of each counts: v.
@@ -71,8 +71,8 @@ MISTRAL_SIMD float extreme_of(const Group& g) {
 
 float inverse(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
 
-// Returns the best of the scales for the table elements that the tried scales choose: the scale
-// with the least error. Returns 0 if all weights are 0.
+// Returns the scale of a group with the least error, found as the head of this file says. Returns 0
+// if all weights are 0.
 float best_scale(const Group& g) {
   const float extreme = extreme_of(g);
   if (extreme == 0.0f) return 0.0f;
@@ -80,7 +80,7 @@ float best_scale(const Group& g) {
   const auto consider = [&](float factor) {
     const Sums sums = sums_with(g, factor);
     const float scale = sums.vxt / sums.vtt, gained = sums.vxt * scale;
-    if (!(gained > most)) return;  // also if NaN: with weights far too large for fp16 scales
+    if (!(gained > most)) return;  // also if it is NaN: weights far too large for fp16 scales
     most = gained;
     best = scale;
   };
@@ -189,8 +189,8 @@ MISTRAL_SIMD void load_groups(const T* weight, const float* importance, int coun
   const float mean = sum(total) / static_cast<float>(count);
   for (int i = 0; i < count / kGroup4; ++i) {
     if (importance && weigh(groups[i], importance + i * kGroup4, mean) != 0.0f) continue;
-    // If there are no importances, weights count by their size alone. So they do if, with the
-    // importances, the squares of this group sum to 0.
+    // Weights count by their size alone if there are no importances, or if the squares of this
+    // group sum to 0 when they are multiplied by the importances.
     weigh(groups[i], nullptr, mean);
   }
 }

@@ -1,6 +1,6 @@
 // A task samples one row, in a few passes over the row. This file is compiled once, not for every
 // instruction set, because most of the time goes into exp and log of the C library. A greedy choice
-// needs neither: highest_rank is compiled for every set.
+// needs neither of them, so highest_rank, which makes it, is compiled for every set.
 #include "../sample.h"
 
 #include "kernels.h"
@@ -13,8 +13,8 @@ constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
 
-// Computes x (sample.h) of every token for row n of the logits. Writes the keys to `keys`, and
-// returns the highest rank.
+// Computes x (sample.h) of every token for row n of the logits. Writes the key of each x to `keys`,
+// and returns the highest rank.
 Rank adjust(const SampleParams& p, int64_t n, const SamplingOptions& options, uint32_t* keys) {
   const float* logits = p.logits + n * p.stride_logits_row;
   const float* bias = p.bias ? p.bias + p.rows[n] * p.vocab_size : nullptr;

@@ -1,7 +1,7 @@
 // A task computes query rows of one key/value head of one sequence. A query row is one query head
-// of one token: row r is head r mod G, of the G heads that share the key/value head, of token r /
-// G. So neighbouring rows share every key and value that is loaded. The task goes through all keys
-// that any of its rows sees: first the history in the ring, then the chunk.
+// of one token: row r belongs to token r / G, and is number r mod G of the G heads that share the
+// key/value head. So neighbouring rows share every key and value that is loaded. The task goes
+// through all keys that any of its rows sees: first the history in the ring, then the chunk.
 //
 // In prefill each task takes some of the rows, and all of their keys. In decode there are too few
 // rows to divide. So each task takes all rows and a segment of the keys, and the results of the
@@ -24,10 +24,9 @@ constexpr int64_t kSegment = 1024;  // the number of keys in a segment
 // How the work for one key/value head of a sequence is divided into tasks.
 struct Division {
   int64_t rows;      // the number of query rows
-  int64_t blocks;    // the number of blocks of rows: 1 if all rows are few
+  int64_t blocks;    // the number of blocks of rows, at most 1 with up to kFewRows rows
   int64_t segments;  // the number of segments of keys
-  int64_t
-      partials;  // the number of floats for the results of all segments and heads; 0 if one segment
+  int64_t partials;  // the number of floats for all results of segments; 0 if one segment
 
   Division(const AttentionParams& p, const Sequence& s) {
     rows = s.count * (p.heads / p.kv_heads);
@@ -111,6 +110,8 @@ void write_lse(const AttentionParams& p, const Sequence& s, int64_t kv_head, int
   p.lse[token * p.heads + kv_head * group + row % group] = maximum + logf(total);
 }
 
+// Computes a block of rows over a segment of their keys. Rows is DecodeRows<T> or PrefillRows<T>.
+// Writes the outputs or, if there are several segments, the partial results.
 template <class T, class Rows>
 void attend(const AttentionParams& p, const Sequence& s, const Division& division, float* partials,
             int64_t kv_head, int64_t block, int64_t segment) {

@@ -71,8 +71,8 @@ struct VectorProducts {
 // Multiplies with AMX tiles. Probabilities and the gradients of scores are rounded to bf16.
 struct TileProducts {
   using Arithmetic = Bf16;
-  // The number of query rows or keys in a tile. It is larger than a tile register of AMX, so that
-  // packing is a small part of the work. A task uses 600 KB of L2 with D = 128.
+  // The number of query rows or keys in a tile. A tile is larger than a tile register of AMX, so
+  // that packing is a small part of the work. A task uses 600 KB of L2 with D = 128.
   static constexpr int64_t kTile = 128;
   static constexpr int64_t kStep = AmxProducts::kRowStep;
 
@@ -302,7 +302,8 @@ class Head {
     }
   }
 
-  // Of the first `count` columns of a line, sets those outside [begin, end) to zero.
+  // Sets columns of a line to zero: those of the first `count` columns that are outside [begin,
+  // end).
   void hide(int64_t line, int64_t begin, int64_t end, int64_t count) {
     const auto clear_columns = [&](int64_t first, int64_t last) {
       for (int64_t j = line * kTile + first; j < line * kTile + last; ++j) {

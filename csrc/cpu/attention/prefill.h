@@ -22,7 +22,7 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <class A>
 struct VectorProducts {
   using Element = typename A::Element;
-  // The numbers of rows and of keys are padded to multiples of these numbers.
+  // The number of rows is padded to a multiple of kRowStep, the number of keys to one of kKeyStep.
   static constexpr int64_t kRowStep = kRowBlock;
   static constexpr int64_t kKeyStep = A::kDepth;
 

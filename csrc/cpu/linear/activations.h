@@ -75,8 +75,8 @@ void pack_vector(const typename Tile::Element* rows, int64_t inputs, int64_t vec
 // The chunk type of the gemv kernels for a format and activations of type T.
 template <WeightFormat format, class T>
 struct FewChunkOf {
-  static constexpr bool kFits =
-      sizeof(T) == sizeof(int16_t);  // integers of 16 bits would lose bits of fp32
+  // Integers of 16 bits would lose bits of activations in fp32.
+  static constexpr bool kFits = sizeof(T) == sizeof(int16_t);
   static constexpr bool kInInt16 =
       kFits && Int16Chunk<format>::template kFastest<typename ArithmeticOf<T>::type>;
   using InFloatsOrInt16 =
@@ -127,7 +127,7 @@ constexpr bool kPacksTogether<InHalves<format>> = true;
 // Packs the K activations of a token for a chunk type.
 template <class Chunk>
 struct Packing {
-  // The number of elements from one packed token to the next. In bytes this is an odd multiple of
+  // The number of elements from one packed token to the next. This distance is an odd multiple of
   // half a way of the L1 cache. (A way has 4096 bytes on x86.) So only every second token competes
   // for the same sets of the cache. At a multiple of a whole way, which K = 4096 would give, all
   // tokens would compete.

@@ -36,8 +36,8 @@ class LinearBackward {
   using A = typename ArithmeticOf<T>::type;
   static constexpr int64_t kColumns = BackwardTileOf<T>::kColumns;
   static constexpr int64_t kTaskTokens = Tile::kTaskRows;
-  // The most tokens that are packed at a time. They limit the scratch memory: with more tokens it
-  // does not grow any more.
+  // The most tokens that are packed at a time. So scratch memory has a limit, however many tokens a
+  // call has.
   static constexpr int64_t kPackedTokens = 2 * kTaskTokens;
   // The number of tokens of a tile. The packed d_out is padded with zeros to whole tiles.
   static constexpr int64_t kTileTokens =
@@ -128,8 +128,9 @@ class LinearBackward {
     });
   }
 
-  // Computes kColumns columns of d_x, from `column` on. The tokens are `tokens` of the packed ones,
-  // from begin_token on. first_token is the first packed token.
+  // Computes kColumns columns of d_x, from `column` on, for `tokens` tokens. begin_token is the
+  // index of the first of them among the packed tokens. first_token is the index of the first
+  // packed token.
   void multiply(int64_t first_token, int64_t begin_token, int64_t tokens, int64_t column) const {
     [[maybe_unused]] typename Tile::Setup setup;
     Buffers buffers;

@@ -144,7 +144,7 @@ void pack_super_block(const T* x, int64_t count, Packed&& packed) {
   for (int block = 0; block < 8; ++block) {
     Bytes32 rounded;
     const float scale = round_block(values + 32 * block, &rounded);
-    int sums[8];  // of each 4 neighbours
+    int sums[8];  // the sums of each 4 neighbours
     store_sums_of_fours(sums, rounded);
     packed.set_scale(block, scale, sums[0] + sums[1] + sums[2] + sums[3],
                      sums[4] + sums[5] + sums[6] + sums[7]);

@@ -56,21 +56,21 @@ struct ByteFormat {
   static constexpr bool kBf16Scales = format == WeightFormat::int4;
   // Each half of a block has its own scale.
   static constexpr bool kScalesOfHalves = format == WeightFormat::q6_k;
-  // kPairs: a group has two numbers, its scale and its minimum. kZeroPoints: a zero point takes the
-  // place of the minimum.
+  // With kPairs, a group has two numbers: its scale and its minimum. With kZeroPoints, the second
+  // number is a zero point instead.
   static constexpr bool kZeroPoints = format == WeightFormat::q4_z;
   static constexpr bool kPairs = kZeroPoints || format == WeightFormat::q4_1;
-  // Scales have 6 bits. kSixBitScales: a super-block has scales and minima, see six_bit_scales.
-  // kSplitScales: it has scales alone, see split_scales.
+  // If one of these two is true, scales have 6 bits. With kSixBitScales, a super-block has scales
+  // and minima (six_bit_scales). With kSplitScales, it has scales alone (split_scales).
   static constexpr bool kSixBitScales =
       format == WeightFormat::q4_k || format == WeightFormat::q5_k;
   static constexpr bool kSplitScales = format == WeightFormat::iq4_xs;
-  // Weights are a scale times the value, plus an offset that differs from group to group.
+  // A weight is its scale times its value, plus an offset that is stored with the scale.
   static constexpr bool kMinima = kPairs || kSixBitScales;
 
   static constexpr int kTokens = 1;  // the number of tokens that are packed together
-  // Members of a chunk type (gemv_chunks.h). Each block has its own unit, so a packed token has no
-  // head and no common unit.
+  // These are members of every chunk type (gemv_chunks.h). Each block has its own unit, so a packed
+  // token has no head and no common unit.
   static constexpr int64_t kHeadBytes = 0;
   static constexpr int64_t kLineBytes = sizeof(ByteActivations);
   static constexpr float unit(const char*) { return 1.0f; }
@@ -94,7 +94,8 @@ struct ByteChunk : ByteFormat<format> {
   // multiplied, and their signs move to the activations. With kSumsOf32Bits, they become unsigned
   // values that are 128 larger.
   static constexpr bool kMagnitudes = kTable && !kSumsOf32Bits;
-  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;  // the largest magnitude
+  // The largest value or magnitude that is multiplied without kSumsOf32Bits.
+  static constexpr int kLargest = kTable ? 127 : (1 << kBits) - 1;
   // The number of vectors of values whose products are summed before the sums are widened. It is as
   // many as the lanes of the sums can hold. In q6_k it is at most 4, because 4 vectors share
   // scales.
@@ -160,8 +161,8 @@ struct ByteChunk : ByteFormat<format> {
   }
 
  private:
-  // out[i] = bit i of each byte, moved to bit 4. (Other bits are left over.) The code doubles where
-  // it could shift, because some processors have only one unit for shifts.
+  // out[i] = bit i of each byte, moved to bit 4. The caller masks the other bits. The code doubles
+  // where it could shift, because some processors have only one unit for shifts.
   MISTRAL_SIMD static void fifth_bits(__m256i x, __m256i (&out)[8]) {
     out[4] = x;
     for (int i = 3; i >= 0; --i) out[i] = _mm256_add_epi8(out[i + 1], out[i + 1]);

@@ -1,7 +1,7 @@
 // 256 values of 32 rows as operands of products of bytes, for many tokens on AVX-512 with VNNI.
-// Each 32-bit lane of a vector belongs to another row and holds four neighbouring bytes of it. A
-// word of activations is broadcast to all lanes. So sums need no swaps, and one load of weights
-// serves several tokens. Rows must be rearranged for this, which pays with many tokens only.
+// Each 32-bit lane of a vector has a row of its own and holds four neighbouring bytes of it. A word
+// of activations is broadcast to all lanes. So sums need no swaps, and one load of weights serves
+// several tokens. Rows must be rearranged for this, which pays with many tokens only.
 #pragma once
 
 #include "byte_chunk.h"
@@ -28,7 +28,7 @@ MISTRAL_SIMD void transpose_lanes(__m512i x0, __m512i x1, __m512i x2, __m512i x3
 
 // x[r] is row r of a matrix of 16 x 16 words. Transposes it: word w of x[r] becomes word r of x[w].
 MISTRAL_SIMD void transpose_words(__m512i (&x)[16]) {
-  // First words change places within lanes of 128 bits, in four rows at a time.
+  // First, words change places within lanes of 128 bits, in four vectors at a time.
 #pragma GCC unroll 4
   for (int r = 0; r < 16; r += 4) {
     const __m512i a = _mm512_unpacklo_epi32(x[r], x[r + 1]);
@@ -57,8 +57,8 @@ class ByteRows {
   static constexpr int kTokens = 4;  // the number of tokens that are multiplied at a time
   static constexpr int kGroups = kRows / 16;
 
-  // The sums of a token with kRows rows. Each 128-bit lane b of the sums in byte_chunk_512.h is
-  // here vector [b] for every 16 rows.
+  // The sums of a token with kRows rows. Vectors [b], one for each 16 rows, have the sums that are
+  // in 128-bit lane b in byte_chunk_512.h.
   using Totals = __m512[4][kGroups];
 
   // Unpacks chunk i of the first kRows rows. If `rows` is less than that, the last row stands for
@@ -110,8 +110,8 @@ class ByteRows {
  private:
   using Vectors = ByteVectors<format>;
   static constexpr int64_t kBytes = Vectors::kBytes;
-  static constexpr int kHalves =
-      Vectors::kScalesOfHalves ? 2 : 1;  // the number of scales of a block
+  // The number of scales of a block.
+  static constexpr int kHalves = Vectors::kScalesOfHalves ? 2 : 1;
 
   // Values of block 4 i + lane: [lane][i][word][half of the bytes][group of 16 rows].
   __m512i values_[4][2][4][2][kGroups];

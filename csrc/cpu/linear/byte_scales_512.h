@@ -16,7 +16,7 @@ struct ByteScales {
   // (rows 0 and 1), and those of the last halves at places 2 and 3 (rows 2 and 3). `other_factors`
   // has the scales of the other halves.
   __m512 factors[2], other_factors[2];
-  __m512 minima[2];  // if Format::kMinima; multiply the sums of the activations of blocks
+  __m512 minima[2];  // set if Format::kMinima; multiplied by the sums of activations
 
   // `row_scales` points to the scales of the whole rows. `k` is the index of the first value, a
   // multiple of 256. `there` is the number of values from there to the end of a row, at most 256.
@@ -49,7 +49,8 @@ struct ByteScales {
     all = _mm512_inserti32x4(all, load_16(from[2]), 2);
     return _mm512_inserti32x4(all, load_16(from[3]), 3);
   }
-  // Each converts 16 bits of each 32-bit lane from fp16 to fp32: the low or the high bits.
+  // low_halves and high_halves convert the low or the high 16 bits of each 32-bit lane from fp16 to
+  // fp32.
   MISTRAL_SIMD static __m512 low_halves(__m512i x) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
   }

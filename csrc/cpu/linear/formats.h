@@ -17,9 +17,9 @@ struct WeightRows {
   const char* values;
   const char* scales;
   int64_t inputs;       // K
-  int64_t bits;         // bits of a value
-  int64_t row_bytes;    // bytes of the values of a row
-  int64_t scale_bytes;  // bytes of the scales of a row
+  int64_t bits;         // the number of bits of a value
+  int64_t row_bytes;    // the number of bytes of the values of a row
+  int64_t scale_bytes;  // the number of bytes of the scales of a row
   int group_log2;       // log2 of the number of values that share a scale; 0 without groups
 
   WeightRows from(int64_t row) const {
@@ -81,10 +81,10 @@ MISTRAL_SIMD uint64_t split_scales(const char* group) {
 }
 
 // A chunk is the part of a row that gemv.h reads at a time. It has kValues values. take(values)
-// sets the address of a chunk, and operand(i) unpacks operand i of its kVectors operands. Let the
-// elements of the operands of a row be numbered one after the other. Element i is value k_at(i) of
-// the row, and activations are packed in the same order. If kInOrder, k_at(i) is i. If kGrouped,
-// the class Scales loads the scales of neighbouring chunks and gives each lane its factor.
+// sets the address of a chunk, and operand(i) unpacks operand i of its kVectors operands. Number
+// the elements of all operands of a row from 0. Then element i is value k_at(i) of the row, and
+// activations are packed in the same order. If kInOrder, k_at(i) is i. If kGrouped, the class
+// Scales loads the scales of neighbouring chunks and gives each lane its factor.
 
 template <class A, class T>
 struct PlainChunk {

@@ -52,10 +52,10 @@ struct VectorTile {
   struct Setup {};
 
   // Computes the products over `depth` values of k, for R rows from `row` on and M vectors of
-  // tokens. `first` says whether they are the first block of k. Then the products are written to
-  // `sums` [M, R of kTaskRows, width], else added. Each block is summed on its own first, because
-  // one running sum over thousands of values would lose digits. `weights` and `sums` begin at the
-  // first row of the block.
+  // tokens. `first` says whether this is the first block of k. If so, the products are written to
+  // `sums` [M, R of kTaskRows, width], else added to them. Each block is summed on its own first,
+  // because one running sum over thousands of values would lose digits. `weights` and `sums` begin
+  // at the first row of the block.
   template <int R, int M>
   static void multiply(const Element* weights, int64_t row, const Element* x, int64_t stride_x,
                        int64_t depth, bool first, float* sums) {

@@ -34,7 +34,7 @@ struct AmxTileOf {
 
   // Does the same as VectorTile::multiply, but one sum runs over all blocks. This loses few digits,
   // because the instruction itself sums 32 products before it adds them to the sum. The function is
-  // not inlined, because GCC 12 would then run out of registers for addresses.
+  // not inlined: inside its caller, GCC 12 would run out of registers for addresses.
   template <int R, int M>
   [[gnu::noinline]] static void multiply(const bf16* all_weights, int64_t row, const bf16* x,
                                          int64_t stride_x, int64_t depth, bool first,

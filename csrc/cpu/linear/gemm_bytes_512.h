@@ -15,7 +15,8 @@ namespace mistral::cpu::MISTRAL_ISA {
 template <WeightFormat format>
 class RowsPanel {
  public:
-  // The fewest tokens with a panel. With fewer, rearranging the rows takes longer than it saves.
+  // The fewest tokens for which a panel is made. With fewer tokens, rearranging the rows takes
+  // longer than it saves.
   static constexpr int64_t kFewest = ByteFormat<format>::kBits == 4 ? 17 : 28;
 
   // Multiplies up to kPanelTokens tokens.
@@ -42,8 +43,8 @@ class RowsPanel {
       for (int64_t i = 0; i < groups; ++i) {
         const int64_t row = first + i * kRows, rows_left = rows - i * kRows;
         for (int64_t j = 0; j < count; ++j) chunks_[j].take(p.w.from(row), rows_left, begin + j);
-        // The weights that are unpacked next: the following rows, else the next block of the first
-        // rows, else the next panel.
+        // The weights that are unpacked next are those of the following rows, else the next block
+        // of the first rows, else the next panel.
         Ahead ahead = i + 1 < groups ? Ahead(p.w.from(row + kRows), rows_left - kRows, begin)
                       : begin + count < chunks ? Ahead(p.w.from(first), rows, begin + count)
                                                : Ahead(p.w.from(row + kRows), kRows, 0);
@@ -88,8 +89,8 @@ class RowsPanel {
   };
 
   // Adds the products of all tokens. Each step prefetches a share of `ahead`, because many cache
-  // lines at a time would wait for each other. The function is not inlined, because GCC 12 would
-  // then make slower code of the unpacking.
+  // lines at a time would wait for each other. The function is not inlined: inside its caller, it
+  // would make GCC 12 write slower code for the unpacking.
   [[gnu::noinline]] void add_all_tokens(const ByteProducts& p, int64_t begin, int64_t count,
                                         Ahead& ahead, typename Rows::Totals* totals) const {
     constexpr int N = Rows::kTokens;

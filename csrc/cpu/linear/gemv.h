@@ -105,7 +105,7 @@ struct ScalesOf<Chunk, true> {
 // groups, and are not set otherwise. `end` must be K or a multiple of kTogether chunks.
 //
 // Prefetches about as many bytes as it reads, from `next` on. With one token (N = 1) these bytes
-// are consecutive. With more tokens they are the same range of R rows.
+// are consecutive. With more tokens they are a range of each of R rows.
 template <class Chunk, int R, int N, class F>
 MISTRAL_SIMD void for_each_chunk(const WeightRows& w, int64_t begin, int64_t end, const char* next,
                                  const F& f) {

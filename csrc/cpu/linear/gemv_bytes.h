@@ -1,5 +1,5 @@
 // gemv with activations rounded to 8 bits (byte_activations.h). They are multiplied in integers by
-// weights of 4 to 6 bits. The rounding adds far less error than such weights have. Products in
+// weights of 4 to 6 bits. Their rounding adds far less error than that of the weights. Products in
 // integers need a fifth of the instructions of products in floats.
 #pragma once
 

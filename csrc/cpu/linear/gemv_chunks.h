@@ -1,18 +1,15 @@
 // gemv in integers. A chunk has kValues values of each of kRows rows, and is unpacked once for all
 // tokens. A chunk type has these members:
 //
-//   take(values, scales, group_log2, k, there)   unpacks the values of kRows rows from k on, of
-//   which
-//                                                the rows have `there`
-//   add(x, totals)                               multiplies the unpacked values by the activations
-//   of
-//                                                N times kTokens tokens, and adds to the totals
+//   take(values, scales, group_log2, k, there)   unpacks values of kRows rows from k on; each row
+//                                                has `there` of them
+//   add(x, totals)                               multiplies the unpacked values by activations of N
+//                                                times kTokens tokens, and adds to the totals
 //   Sums, store_sums                             vectors with the totals of kRows rows and kTokens
 //                                                tokens
 //   kBytes                                       the number of bytes of a chunk in each row
 //   kHeadBytes, kLineBytes                       the sizes of a packed token: of its head, and of
-//   its
-//                                                line for each chunk
+//                                                its line for each chunk
 //   unit(x)                                      a factor of all products of a packed token
 //   OneRow                                       a chunk type for one row with the same additions
 //

@@ -125,7 +125,7 @@ struct Int16Chunk<WeightFormat::int4> : Int16Layout {
   Words words_;
 };
 
-// Measured with several tokens: one row at a time is faster on AVX2, two rows on AVX-512.
+// Measured: with several tokens one row at a time is faster on AVX2, and two rows on AVX-512.
 template <WeightFormat format, int N>
 constexpr int kRowsAtATime<Int16Chunk<format>, N> = N == 1 || Vec::width == 8 ? 1 : 2;
 

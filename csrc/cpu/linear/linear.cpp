@@ -291,7 +291,7 @@ void linear_many(const LinearParams& p, int threads) {
   const bool swiglu = p.epilogue == Epilogue::swiglu;
   const int64_t token_blocks = ceil_div(p.tokens, Tile::kBlockTokens);
   const int64_t parts = swiglu ? 2 : 1;  // the number of parts whose rows a task multiplies
-  // A task has kTaskRows rows, counting both parts with SwiGLU. If there were fewer than four tasks
+  // A task has kTaskRows rows, counting both parts with SwiGLU. If this makes fewer than four tasks
   // for each thread, a task has fewer rows, but at least kBlockRows.
   int64_t rows_per_task = Tile::kTaskRows / parts;
   while (rows_per_task > Tile::kBlockRows / parts &&

@@ -40,11 +40,11 @@ MISTRAL_SIMD __m128 sums_of_places(__m512 x) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-// out[4 i + r] = the sum over place r of the lanes of x[i]. This place belongs to row r.
+// out[4 i + r] = the sum of place r over the four lanes of x[i]. This place belongs to row r.
 MISTRAL_SIMD void store_row_sums(const __m512 (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) _mm_storeu_ps(out + 4 * i, sums_of_places(x[i]));
 }
-// out[i] = the sum over place 0 of the lanes of x[i].
+// out[i] = the sum of place 0 over the four lanes of x[i].
 MISTRAL_SIMD void store_sums_of_one(const __m512 (&x)[8], float* out) {
   for (int i = 0; i < 8; ++i) out[i] = _mm_cvtss_f32(sums_of_places(x[i]));
 }

@@ -1,13 +1,13 @@
-// Unpacks the formats of words (csrc/formats.h) other than int4 to floats, a vector of words at a
-// time. Every value is fma(q, factor, offset), with a factor and an offset for each word. Nothing
-// is rounded before this fma.
+// Unpacks the formats that consist of words (csrc/formats.h), but for int4, to floats, a vector of
+// words at a time. Every value is fma(q, factor, offset), with a factor and an offset for each
+// word. Nothing is rounded before this fma.
 #pragma once
 
 #include "formats.h"
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Neighbouring values of a weight are q * factor + offset.
+// How neighbouring values q are scaled: a weight is q * factor + offset.
 struct Scaling {
   float factor;
   float offset;
@@ -43,8 +43,8 @@ MISTRAL_SIMD Scaling scaling_at(const char* scales, int group_log2, int64_t k) {
   constexpr int64_t kGroupBytes =
       info(format).group_scales * info(format).scale_bytes;  // all scales of a group
   const char* group = scales + (k >> group_log2) * kGroupBytes;
-  const int block =
-      static_cast<int>(k % kSuperBlock / 32);  // the block of value k in its super-block
+  // The index of the block of value k in its super-block.
+  const int block = static_cast<int>(k % kSuperBlock / 32);
   if constexpr (format == WeightFormat::q4_0) {
     const float d = half_at(group);
     return {d, -8 * d};  // signed values are unpacked 8 too large
@@ -133,13 +133,14 @@ MISTRAL_SIMD __m512i six_bit_bytes(__m512i groups) {
 }
 
 // Multiplies the scales and minima of 6 bits of the 8 blocks of a row by their units. Lane 2 b is
-// the scale of block b. Lane 2 b + 1 is its minimum, made negative, so that it is added.
+// the scale of block b. Lane 2 b + 1 is its minimum with the sign changed, because minima are
+// subtracted.
 MISTRAL_SIMD __m512 six_bit_pairs(const char* group) {
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(group));
   const __m128i bytes = _mm512_castsi512_si128(six_bit_bytes(_mm512_castsi128_si512(all)));
   const __m128i order = _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   const __m512 numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_shuffle_epi8(bytes, order)));
-  // The two units alternate in the lanes. The sign of the unit of the minima is changed.
+  // The two units alternate in the lanes. Those of the minima change their sign.
   int32_t units;
   memcpy(&units, group, sizeof units);
   const __m256i halves =

@@ -13,7 +13,7 @@ constexpr int kTileRowBytes = 64;
 
 // The operand of ldtilecfg and sttilecfg.
 struct TileConfig {
-  uint8_t palette;    // 1: tiles are in use; 0: not, so a thread switch need not save them
+  uint8_t palette;    // 1: tiles are in use; 0: they are not, so a thread switch need not save them
   uint8_t start_row;  // the row at which an interrupted load or store continues
   uint8_t reserved[14];
   uint16_t row_bytes[16];

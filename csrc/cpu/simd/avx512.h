@@ -82,7 +82,7 @@ MISTRAL_SIMD Words load_words(const void* p) {
   asm("" : "+v"(words));  // keeps them in a register; GCC would load them again for each value
   return {words};
 }
-// Value i of every word, which is signed.
+// The signed value i of every word.
 MISTRAL_SIMD Vec int4_value(Words w, int i) {
   // The table look-up reads the low 4 bits of each word and ignores the others.
   const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);

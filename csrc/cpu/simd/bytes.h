@@ -55,8 +55,8 @@ MISTRAL_SIMD void store_sums_of_fours(int32_t out[8], Bytes32 x) {
 }
 
 // Adds products of unsigned and signed bytes to sums. With VNNI a sum is a lane of 32 bits and gets
-// 4 products. Otherwise it is a lane of 16 bits and gets 2 products. The caller sees to it that it
-// does not overflow.
+// 4 products. Otherwise it is a lane of 16 bits and gets 2 products, and the caller must keep it
+// from overflowing.
 #if defined(MISTRAL_BYTE_PRODUCTS)
 constexpr bool kSumsOf32Bits = true;
 MISTRAL_SIMD __m256i add_byte_products(__m256i sums, Bytes32 without_sign, Bytes32 with_sign) {

@@ -134,7 +134,7 @@ MISTRAL_SIMD Ints add_pairs(Ints sums, Shorts a, Shorts b) {
 #endif
 }
 
-// Loads four scales. Each half of the vector holds all four.
+// Loads four scales in fp16. Each half of the vector holds all four.
 MISTRAL_SIMD Vec load_four(const f16* p) {
   int64_t four;
   memcpy(&four, p, sizeof four);
@@ -166,7 +166,8 @@ MISTRAL_SIMD void store_rounded(int16_t* p, Vec x) {
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// The unit of 16-bit integers: each integer stands for itself times this power of two.
+// A unit of 16-bit integers: an integer stands for itself times `value`, which is a power of two.
+// `inverse` is 1 / `value`.
 struct Unit {
   float value;
   float inverse;

@@ -18,8 +18,8 @@
 // compiled with NEON, too.
 //
 // MISTRAL_VECTORS is defined if a vector has several lanes. Then there are vectors of integers, too
-// (integers.h). MISTRAL_BYTE_PRODUCTS is defined if an x86 instruction adds up the products of four
-// bytes.
+// (integers.h). MISTRAL_BYTE_PRODUCTS is defined if there is an x86 instruction that adds up four
+// products of bytes.
 #if defined(__AVX2__) || defined(MISTRAL_NEON)
 #define MISTRAL_VECTORS
 #endif
@@ -39,8 +39,8 @@
 
 namespace mistral::cpu::MISTRAL_ISA {
 
-// Scalar conversions. The scalar set uses only these. The other sets use them for single numbers,
-// such as scales and the last elements of a row.
+// These functions convert single numbers. The scalar set has only these. The other sets use them
+// for numbers such as scales and the last elements of a row.
 
 MISTRAL_SIMD float to_float(float x) { return x; }
 MISTRAL_SIMD float to_float(int8_t x) { return x; }
@@ -53,9 +53,9 @@ MISTRAL_SIMD float to_float(bf16 x) {
 }
 
 MISTRAL_SIMD float to_float(f16 x) {
-  // Moves exponent and mantissa to their places in a float, and multiplies by 2^112, as the
-  // exponents are offset by 15 and 127. This is exact, also for subnormal numbers. Infinity and NaN
-  // get the largest exponent.
+  // Moves exponent and mantissa to their places in a float, and multiplies by 2^112, because
+  // exponents have an offset of 15 in fp16 and of 127 in fp32. This is exact, also for subnormal
+  // numbers. Infinity and NaN get the largest exponent.
   const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   float scaled;

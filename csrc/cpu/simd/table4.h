@@ -74,7 +74,8 @@ MISTRAL_SIMD Bytes32 nearest_indices(const float* x, float factor) {
   for (int i = 0; i < 4; ++i) {
     const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(factor));
     // The conversion turns a number that does not fit 32 bits into the smallest integer. This is
-    // right for numbers that are too small. The minimum keeps numbers from being too large.
+    // right for numbers that are too small. The minimum with 127 keeps the others from being too
+    // large.
     parts[i] = _mm256_cvtps_epi32(_mm256_min_ps(scaled, _mm256_set1_ps(127)));
   }
   const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(parts[0], parts[1]),
