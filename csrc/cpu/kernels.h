@@ -19,7 +19,7 @@ struct Kernels {
   int64_t (*op##_scratch_bytes)(const Params&);
 #include "../ops.def"
   bool (*linear_rounds)(DType dtype, WeightFormat format, int64_t tokens);
-  Rank (*highest_rank)(const float* logits, int64_t vocab_size);  // part of `sample`
+  Rank (*highest_rank)(const float* logits, int64_t vocab_size);  // sample.cpp calls it
 };
 
 // The table of the active set. Throws std::invalid_argument where active_isa does (isa.h). Code

@@ -184,7 +184,8 @@ class PrefillRows {
     }
   }
 
-  // Packs each kDepth neighbouring values of a tile side by side, and prefetches the next values.
+  // Interleaves each kDepth neighbouring values of a tile, and prefetches the values of the next
+  // tile.
   void pack_values(const Tile& tile, const Tile& next, int64_t count, int64_t dim) {
     for (int64_t key = 0; key < count; key += A::kDepth) {
       const T* values[A::kDepth];

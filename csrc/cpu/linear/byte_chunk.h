@@ -146,7 +146,7 @@ struct ByteChunk : ByteFormat<format> {
     take_scales(row_scales[0] + (k >> group_log2) * kGroupBytes, group_log2, there);
   }
 
-  // Adds the products of each block with the activations of N tokens.
+  // Adds the products of each block with the activations of N tokens to `totals`.
   template <int N>
   MISTRAL_SIMD void add(const char* const (&lines)[N], __m256 (&totals)[N]) const {
     const ByteActivations* x[N];
@@ -198,7 +198,7 @@ struct ByteChunk : ByteFormat<format> {
   }
 
   // The start of the sums: minus (the offset of the unpacked values times the sum of the
-  // activations). It is 0 where `minimum` corrects the offset instead.
+  // activations). It is 0 if there is no offset, or if `minimum` corrects it.
   MISTRAL_SIMD __m256i minus_offsets(const ByteActivations& x) const {
     const __m256i zero = _mm256_setzero_si256();
     if (Format::kScalesOfHalves) {  // the offset is 32, and each half has its scale

@@ -14,8 +14,8 @@ template <WeightFormat format>
 struct ByteVectors : ByteFormat<format> {
   using Format = ByteFormat<format>;
   using Format::kBits, Format::kSigned, Format::kTable, Format::kScalesOfHalves;
-  // Values are unpacked to unsigned bytes. If kOffsetLog2 is not 0, they are 2^kOffsetLog2 too
-  // large.
+  // Values are unpacked to unsigned bytes. If kOffsetLog2 is not 0, the bytes are 2^kOffsetLog2
+  // larger than the values.
   static constexpr int kOffsetLog2 = kTable ? 7 : kSigned ? 3 : kBits == 6 ? 5 : 0;
 
   // Unpacks the values in the low (half = 0) or the high halves of the bytes of words. `further`
@@ -105,7 +105,7 @@ struct ByteChunk : ByteVectors<format> {
     scales.take(row_scales, group_log2, k, there);
   }
 
-  // Adds the products with the activations of N tokens.
+  // Adds the products with the activations of N tokens to `totals`.
   template <int N>
   MISTRAL_SIMD void add(const char* const (&lines)[N], ByteSums (&totals)[N]) const {
     const ByteActivations* x[N];
@@ -236,8 +236,8 @@ struct ByteRow : ByteVectors<format> {
         sums[i] = broadcast_int(0);
         if (kOffsetLog2 != 0) {
           // `sums` start with minus the offset of the values times the sum of the activations of
-          // each half block. The mask keeps the number of a half block at one place only, because
-          // `added` adds up the places. (A mask register would be loaded again in each iteration.)
+          // each half block. `added` adds up the places of a half block. So the mask keeps this
+          // number at one of them only. (A mask register would be loaded again in each iteration.)
           const auto mask = [](int lane) {
             return kScalesOfHalves ? -(lane % 2 == 0) : -(lane % 4 >= 2);
           };

@@ -58,8 +58,8 @@ struct ByteChunk : ByteFormat<format> {
     }
   }
 
-  // Adds the products of each block with the activations of N pairs of tokens. A block is
-  // multiplied by all pairs before the next block, so that its values stay in registers.
+  // Adds the products of each block with the activations of N pairs of tokens to `totals`. A block
+  // is multiplied by all pairs before the next block, so that its values stay in registers.
   template <int N>
   MISTRAL_SIMD void add(const char* const (&lines)[N], Sums (&totals)[N]) const {
 #pragma GCC unroll 8

@@ -60,7 +60,7 @@ struct ByteRow : ByteFormat<format> {
     take_scales(row_scales[0], group_log2, k, there);
   }
 
-  // Adds the products of each block with the activations of N tokens.
+  // Adds the products of each block with the activations of N tokens to `totals`.
   template <int N>
   MISTRAL_SIMD void add(const char* const (&lines)[N], Lanes8 (&totals)[N]) const {
     const ByteActivations* x[N];

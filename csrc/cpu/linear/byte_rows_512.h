@@ -81,7 +81,7 @@ class ByteRows {
     }
   }
 
-  // Adds the products with the activations of N tokens.
+  // Adds the products with the activations of N tokens to `totals`.
   template <int N>
   MISTRAL_SIMD void add(const char* x, int64_t stride_x, Totals* totals) const {
     const ByteActivations* tokens[N];

@@ -52,8 +52,8 @@ WeightRows rows_of(const WeightPart& part, int64_t inputs, int64_t first) {
 }
 
 // Unpacks the scales and minima of 6 bits of a super-block of q4_k or q5_k. `group` points to its
-// 16 bytes: the units d and e, then the packed numbers (packed_scales). Writes a byte for each
-// number: the scales of 8 blocks, then their minima.
+// 16 bytes: the units d and e, then the packed numbers (packed_scales in unpack_words.h). Writes a
+// byte for each number: the scales of 8 blocks, then their minima.
 MISTRAL_SIMD void six_bit_scales(const char* group, uint32_t (&bytes)[4]) {
   uint32_t packed[4];
   memcpy(packed, group, sizeof packed);

@@ -48,7 +48,7 @@ RowBlock block_from(const LinearParams& p, int64_t row, int64_t most) {
   return {part, first, mistral::min(most, p.parts[part].rows - first), row};
 }
 
-// Block `index` of those that count_blocks counts.
+// Returns block number `index` of the blocks that count_blocks counts.
 RowBlock block_at(const LinearParams& p, int64_t rows, int64_t index) {
   int64_t row = 0;
   for (int64_t part = 0; index >= ceil_div(p.parts[part].rows, rows); ++part) {
@@ -99,7 +99,7 @@ int64_t first_like(const LinearParams& p, int64_t part) {
 template <class T>
 struct Scratch {
   T* normalised;            // [T, K]; empty if there is no norm
-  char* rows;               // for gemm.h: the rows of activations, before pack_vector
+  char* rows;               // for gemm.h: rows of activations before pack_vector rearranges them
   char* packed[kMaxParts];  // the activations for each part; parts with the same packing share them
   int64_t bytes;
 
