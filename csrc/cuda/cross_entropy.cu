@@ -1,6 +1,6 @@
 // Grid: one block per row. A thread owns every blockDim-th access of the row (16 bytes, or one
-// element where rows are not aligned). The row is read once for the largest logit and the sum, and
-// again for the gradient. The second time it usually comes from the L2 cache.
+// element if rows are not aligned). The row is read once for the largest logit and the sum. If a
+// gradient is wanted, it is read again, and then usually comes from the L2 cache.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>
@@ -19,7 +19,8 @@ struct LogSum {
   float maximum = -INFINITY;
   float total = 0.0f;
 
-  // The maximum. If all logits are -inf, any finite number does, because their exp is then 0.
+  // The number that is subtracted from logits before exp: the maximum, or 0 if all logits are -inf.
+  // Then -inf - base() is -inf, not NaN.
   __device__ __forceinline__ float base() const { return maximum == -INFINITY ? 0.0f : maximum; }
 
   template <class T, int N>
@@ -40,7 +41,7 @@ struct LogSum {
 
  private:
   __device__ __forceinline__ void rise(float highest) {
-    const float before = maximum;  // if -inf, the factor must be 0, but exp(0 - base()) may be inf
+    const float before = maximum;  // not base(): from -inf the factor must be 0
     maximum = highest;
     total *= expf(before - base());
   }
