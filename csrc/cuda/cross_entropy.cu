@@ -41,7 +41,9 @@ struct LogSum {
 
  private:
   __device__ __forceinline__ void rise(float highest) {
-    const float before = maximum;  // not base(): from -inf the factor must be 0
+    // If the maximum was -inf, the factor must be 0. exp(old base() - base()) could be inf instead,
+    // and inf * 0 is NaN.
+    const float before = maximum;
     maximum = highest;
     total *= expf(before - base());
   }
