@@ -1,8 +1,8 @@
 // Reads the scales of groups in the layouts of the formats (csrc/formats.h). An object of these
 // types is made from the scales of one group or of several neighbouring groups, in shared memory or
-// in registers. `next(i)` returns a Scaling. A caller calls it for one Scaling after the other, in
-// the order of the values. i is the index of the Scaling within 256 values. Types without an order
-// of their own need it: SixBitScales, ByteScales and SplitScales.
+// in registers. `next(i)` returns a Scaling, where i is its index within 256 values. SixBitScales,
+// ByteScales and SplitScales use i. The other types ignore i and return one Scaling after another,
+// so callers must go in the order of the values.
 #pragma once
 
 #include <cstdint>
