@@ -1,12 +1,13 @@
-// Causal sliding-window grouped-query attention of a ragged batch: each sequence has its own number
-// of new tokens, its chunk. The keys and values of earlier tokens lie in ring caches (ring.h).
+// Causal sliding-window grouped-query attention of a ragged batch, in which each sequence has its
+// own number of new tokens. The new tokens of a sequence are its chunk. The keys and values of
+// earlier tokens lie in ring caches (ring.h).
 //
 // A query attends to at most W keys. Some are in the ring of its sequence. The others belong to its
 // own chunk, up to the query itself. The kernels accumulate softmax(scale * q k^T) v online in fp32
 // (Milakov and Gimelshein 2018, arXiv:1805.02867).
 //
 // Before attention, `rope` has appended those tokens of the chunk whose slots no query of the chunk
-// still reads. At its end, attention appends the tokens of `stored_after_attention`.
+// still reads. At its end, attention appends the tokens for which `stored_after_attention` holds.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -26,10 +27,10 @@ struct AttentionParams {
   void* k_pool;               // [R, D]
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
-  float* lse;                 // [T, Hq], receives log(sum(exp(scores))) of each query head; null:
-                              // not wanted. May be set only if all sequences begin at position 0.
-                              // The kernel for sm_90a cannot write it, so a call with lse uses
-                              // the kernel for sm_80
+  float* lse;                 // [T, Hq], receives log(sum(exp(scaled scores))) of each token and
+                              // head; null: not wanted. May be set only if all sequences begin at
+                              // position 0. The kernel for sm_90a cannot write it, so a call with
+                              // lse uses the kernel for sm_80
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R
@@ -43,7 +44,8 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for partial results. Each result covers a part of the keys of some queries.
+  // Scratch for partial results. Each result covers a part of the keys of some queries. On CUDA
+  // devices it has D + 4 floats per query row (kPartialRow in cuda/attention/merge.cuh).
   //   CPU: attention_scratch_bytes(p) bytes
   //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4]
   //   CUDA, prefill for sm_90a with prefill_splits > 1: [Hkv * tiles * 2, prefill_splits, 64, D +

@@ -7,8 +7,8 @@
 namespace mistral {
 
 // A weight has N rows of K values. In the list, q is a stored value, and w is the weight that it
-// stands for; all other letters are scales. A "group" is 32, 64 or 128 neighbouring values of a
-// row. "Words" are explained below.
+// stands for. d, e, m, s and z are scales. If the list has no formula, w is q times the scale. A
+// "group" is 32, 64 or 128 neighbouring values of a row. "Words" are explained below.
 //   plain   [N, K] in the dtype of x
 //   int8    [N, K] int8; a bf16 scale for each row
 //   int4    words of signed values; a bf16 scale for each group
@@ -85,9 +85,9 @@ struct FormatInfo {
   const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
   const char* scale_dtype;  // null: there are no scales
   int64_t bits;             // bits of a value; 0: as many as the dtype of x has
-  int64_t element_bits;     // bits of an element of the array of values; 0: as bits
+  int64_t element_bits;     // bits of an element of the array of values; 0: as the dtype of x has
   int64_t scale_bytes;      // bytes of an element of the array of scales; 0: there are no scales
-  int64_t group_scales;     // elements of the array of scales for each group
+  int64_t group_scales;     // elements of the array of scales per group (int8: per row)
   // The sizes of the smallest and the largest group, both powers of two. They are 0 if the whole
   // row shares a scale, or if there are no scales.
   int64_t least_group;
@@ -114,7 +114,7 @@ constexpr FormatInfo kFormats[kNumFormats] = {
   return kFormats[static_cast<int>(format)];
 }
 
-// Calls f with the format as a constant. For example:
+// Calls f with the format as a constant, and returns what f returns. For example:
 // with_format(format, [&](auto f) { ... f.value ... }).
 template <WeightFormat value_>
 struct FormatConstant {

@@ -17,7 +17,7 @@
 
 namespace mistral {
 
-// The most parts of a call: query, key and value.
+// The most parts of a call. A call for query, key and value has this many.
 constexpr int64_t kMaxLoraParts = 3;
 
 struct LoraParams {

@@ -105,7 +105,7 @@ MISTRAL_HOST_DEVICE bool is_hidden(Int query, Int key, Int window) {
   return key > query || key <= query - window;
 }
 
-// Whether one of the keys [first_key, last_key] is hidden from one of the queries [first_query,
+// Whether any of the keys [first_key, last_key] is hidden from any of the queries [first_query,
 // last_query].
 template <class Int>
 MISTRAL_HOST_DEVICE bool any_hidden(Int first_query, Int last_query, Int first_key, Int last_key,

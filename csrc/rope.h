@@ -6,8 +6,8 @@
 // value in models with a longer context. Frequencies are doubles because positions are unbounded:
 // at position 10^6 an angle in float can already be off by 0.06 radians.
 //
-// rope appends only the tokens that ring.h calls `stored_before_attention`. attention appends the
-// rest.
+// rope appends only the tokens for which `stored_before_attention` (ring.h) holds. Attention
+// appends those for which `stored_after_attention` holds.
 #pragma once
 
 #ifdef MISTRAL_CUDA

@@ -36,8 +36,10 @@ namespace mistral {
 struct SamplingOptions {
   double temperature;         // 0: greedy
   double top_k;               // keep the k most likely tokens; 0: all
-  double top_p;               // keep the most likely tokens, until their probabilities sum to this
-  double min_p;               // keep tokens with at least this share of the highest probability
+  double top_p;               // keep the most likely tokens until their probabilities sum to this;
+                              // 1: all
+  double min_p;               // keep tokens with at least this share of the highest probability;
+                              // 0: all
   double repetition_penalty;  // divides an x > 0, multiplies any other x (Keskar et al. 2019,
                               // arXiv:1909.05858); 1: no penalty
   double presence_penalty;    // subtracted once from x of a token of the completion
@@ -159,7 +161,7 @@ MISTRAL_HOST_DEVICE double scaled(float x, float largest, double temperature) {
   return (static_cast<double>(x) - static_cast<double>(largest)) / temperature;
 }
 
-// The lowest rank that passes min_p.
+// The lowest rank that passes min_p. Tokens with x = -inf do not pass, even if min_p is 0.
 MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o) {
   uint32_t key = key_of(-INFINITY) + 1;
   if (o.min_p > 0) {

@@ -9,8 +9,9 @@
 namespace mistral::python {
 
 // Whether products must keep all bits of the activations. If not, the CPU may round activations to
-// 8 bits (LinearParams::exact). This is a setting of the process, to which a caller may assign. It
-// is true at first if the environment variable MISTRAL_EXT_EXACT is neither unset, empty nor "0".
+// 8 bits (LinearParams::exact). This is a setting of the process, to which a caller may assign. At
+// first it is true if the environment variable MISTRAL_EXT_EXACT is set to anything but "0" or an
+// empty string.
 bool& exact_products();
 
 // The names by which errors call the weights of an op, and their scales.

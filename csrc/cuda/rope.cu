@@ -24,8 +24,9 @@ struct Head {
   T* slot;     // where the head is stored in the ring; null for q and if the token is not stored
 };
 
-// `index` counts the heads of q first, then those of k, then those of v. `stores` says whether the
-// token is stored in the ring. It must be true for heads of v.
+// Finds the addresses of head `index`, which counts the heads of q first, then those of k, then
+// those of v. `stores` says whether the token is stored in the ring. It must be true for heads of
+// v.
 template <class T>
 __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence& s, int64_t token,
                                              int64_t position, bool stores, int index) {

@@ -162,8 +162,8 @@ struct Row {
   // the result is `threshold`.
   //
   // The rank is found digit by digit, from the highest digit on. For each digit, a histogram is
-  // made over the ranks that begin with the digits found so far: the sum of the measures for each
-  // value of the next digit.
+  // made over the ranks that begin with the digits found so far. Each bin belongs to a value of the
+  // next digit, and holds the sum of the measures of the ranks with this value.
   //
   // `measures` [V] holds the measures of the tokens at or above the threshold. If `measures` is
   // null, each measure is 1. `best` is the highest rank.

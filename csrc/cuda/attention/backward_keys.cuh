@@ -76,8 +76,8 @@ struct KeyGradients {
     cp_async_commit();
   }
 
-  // Sets the scores of keys that a query row does not see to -inf. `first_row` is the first query
-  // row of the tile, and `key` is the first key of the warp.
+  // If a query row does not see a key, sets their score to -inf. `first_row` is the first query row
+  // of the tile, and `key` is the first key of the warp.
   __device__ __forceinline__ void hide(float (&scores)[1][kColumns][4], int first_row, int key,
                                        int window) const {
     const int lane = threadIdx.x % kWarp, group = head.rows.group;

@@ -236,7 +236,7 @@ struct Softmax {
   }
 };
 
-// Sets the scores of keys that a row does not see to -inf. `own` has the offsets of the lane's rows
+// If a row does not see a key, sets their score to -inf. `own` has the offsets of the lane's rows
 // among the keys. `first` is the offset of the first key of the tile.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],

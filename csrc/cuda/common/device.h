@@ -19,8 +19,8 @@ struct Devices {
   std::string problem;  // the runtime's error if the list is empty or incomplete; else empty
 };
 
-// Never throws because of the runtime. On a machine without a driver, the list is empty and
-// `problem` says why.
+// Does not throw if the runtime reports an error. On a machine without a driver, for example, the
+// list is empty and `problem` says why.
 Devices devices();
 
 }  // namespace mistral::cuda

@@ -31,7 +31,7 @@ __device__ __forceinline__ float to_float(bf16 x) {
   return __uint_as_float(uint32_t{x.bits} << 16);
 }
 
-// Rounds to nearest even.
+// Converts x to T. Rounds to nearest even.
 template <class T>
 __device__ T from_float(float x);
 template <>

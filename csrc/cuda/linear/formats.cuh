@@ -2,10 +2,10 @@
 // m16n8k16.
 //
 // A chunk is 128 bytes of a row, the size of a cache line. It holds 64, 128 or 256 values. A step
-// is the product over 32 values of a row. In a step a lane has two rows of the weights, and 8
-// neighbouring values of each, from index k_at on (in q6_k, two times 4 values). It has the
-// activations of each token with the same 8 indices, in the same order. This order differs from
-// that of m16n8k16. But a dot product is the same in any order, so a lane can use 4, 8 or 16
+// is the product over 32 values of a row. In a step a lane has two rows of the weight, and 8
+// neighbouring values of each row, from index k_at on (in q6_k, two times 4 values). For each
+// token, it has the activations with the same 8 indices, in the same order. This order differs from
+// that of m16n8k16. But a dot product may be summed in any order, so a lane can use 4, 8 or 16
 // neighbouring bytes of values as they are stored.
 #pragma once
 
@@ -206,8 +206,8 @@ struct WordWeights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // In a step, a lane takes one word of each of its two rows. That is what ldmatrix gives to a
-  // lane. A call loads two steps.
+  // In a step, a lane needs one word of each of its two rows. ldmatrix gives it one word of each of
+  // four matrices, which are the upper and the lower 8 rows of two steps.
   template <class Tile>
   static __device__ __forceinline__ void take_words(uint32_t (&words)[4], Tile tile, int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;

@@ -109,8 +109,8 @@ constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// `begin` is where scales of a row begin. The number of bytes before it in its word. (All chunks of
-// a row have the same number.)
+// `begin` is the address of the first scale of a row or of a chunk. Returns how many bytes of its
+// word lie before it. (All chunks of a row have the same number.)
 template <class W>
 __device__ __forceinline__ int skipped_bytes(const void* begin) {
   if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
