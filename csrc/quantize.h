@@ -20,9 +20,9 @@ struct QuantizeParams {
 };
 
 // Quantises a block of at most 256 neighbouring columns of a weight, one column after another. The
-// error of a column is compensated in the columns after it, as far as they are in the block. This
-// is the inner loop of GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). The caller
-// corrects the columns after the block.
+// error of a column is compensated in the later columns of the block. This is the inner loop of
+// GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). The caller corrects the columns after
+// the block.
 struct QuantizeFeedbackParams {
   bool two_levels;          // as in QuantizeParams
   float* weight;            // [N, B], overwritten: each element becomes the error of the weight,

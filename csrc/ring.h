@@ -7,7 +7,8 @@
 //
 //     row(head, position) = ring_row + head * C + position mod C
 //
-// The new tokens of a sequence in one call are its chunk. The tokens before them are its history.
+// The new tokens of a sequence in one call are its chunk. The sequence's earlier tokens are its
+// history.
 // A query at position p sees the positions (p - W, p]: itself and the W - 1 before it. So the
 // queries of a chunk read at most W - 1 tokens of history, and a ring of C = W slots is enough. A
 // sequence that never grows past C tokens needs no more than C slots, whatever the window.

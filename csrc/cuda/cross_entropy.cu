@@ -1,6 +1,6 @@
-// Grid: one block per row. A thread owns every blockDim-th access of the row (16 bytes, or one
-// element if rows are not aligned). The row is read once for the largest logit and the sum. If a
-// gradient is wanted, it is read again, and then usually comes from the L2 cache.
+// Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
+// element if rows are not aligned. The row is read once for the largest logit and the sum. If a
+// gradient is wanted, the row is read again, and then usually comes from the L2 cache.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>

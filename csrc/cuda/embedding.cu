@@ -1,6 +1,6 @@
-// The kernel for plain weights. Grid: one block per token. A thread owns every blockDim-th access
-// of the token's row (16 bytes, or one element if rows are not aligned). Weights with scales are
-// read by the kernel of linear/dequantize.cu.
+// The kernel for plain weights. Grid: one block per token. A thread owns every blockDim-th vector
+// of the token's row: 16 bytes, or one element if rows are not aligned. The kernel of
+// linear/dequantize.cu is for weights with scales.
 #include "../embedding.h"
 
 #include <launch.cuh>

@@ -1,11 +1,10 @@
 // There are two launches. The first computes `hidden` (shrink), the second adds to `out` (expand).
 //
 // shrink: a block computes a tile of `hidden`, kTile tokens by kTile rows of one part of A. Its
-// threads share each sum over k: a thread owns every blockDim-th access (16 bytes, or one element
-// if rows are not aligned). So many loads of a row are under way at once.
+// threads share each sum over k: a thread owns every blockDim-th vector of a row, which is 16 bytes
+// or, if rows are not aligned, one element. So many loads of a row are under way at once.
 //
-// expand: a thread owns one access of outputs (16 bytes, or one element) for kTile tokens, and goes
-// through the rows of B.
+// expand: a thread owns one vector of outputs for kTile tokens, and goes through the rows of B.
 //
 // Tiles of one token are for decode steps, in which a kernel takes little longer than its launch.
 // Larger tiles are for prompts: A and B are then read fewer times. If the tokens of a tile use

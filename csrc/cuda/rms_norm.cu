@@ -1,7 +1,7 @@
-// Grid: one block per row. A thread owns every blockDim-th access of its row (16 bytes, or one
-// element if rows are not aligned). It keeps up to kHeld accesses in registers from the sum of
-// squares to the scaling, so that each element is read once and written once. A row with more
-// accesses is processed in parts. All its parts but the last are read again for the scaling.
+// Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
+// element if rows are not aligned. It keeps up to kHeld vectors in registers from the sum of
+// squares to the scaling, so that each element is read once and written once. A longer row is
+// processed in parts. All its parts but the last are read again for the scaling.
 #include "../rms_norm.h"
 
 #include <launch.cuh>

@@ -44,7 +44,7 @@ constexpr int kPrefillRows = 128;  // query rows of a tile
 // head. The host must size the grid without knowing the lengths of the sequences. So sequence i,
 // whose first packed row is f = first_token * group, gets the indices from floor(f / kRows) + i on.
 // If the sequence has c rows, these are floor((f + c) / kRows) - floor(f / kRows) + 1 indices. It
-// needs ceil(c / kRows), and the number is this or one more. A block whose tile has no row does
+// needs ceil(c / kRows) of them, and gets as many or one more. A block whose tile has no row does
 // nothing.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {

@@ -201,10 +201,10 @@ struct Softmax {
   // 1 / (the total of row r). The results of the row must be multiplied by it.
   __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
 
-  // Raises the maximum of each row to its largest score so far, rescales `total` and `out` to it,
-  // turns the scores into probabilities relative to it, and adds these to `total`. p receives the
-  // probabilities in the layout of an operand of the next product: p[m][n] holds those of elements
-  // 0 and 1 of scores[m][n] as one pair, and those of elements 2 and 3 as another pair.
+  // Raises the maximum of each row to its largest score so far. Rescales `total` and `out` to the
+  // new maximum. Turns the scores into probabilities relative to it, and adds them to `total`. p
+  // receives the probabilities in the layout of an operand of the next product: p[m][n] holds those
+  // of elements 0 and 1 of scores[m][n] as one pair, and those of elements 2 and 3 as another pair.
   template <class T, int kN, int kD8>
   __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&out)[kM][kD8][4]) {

@@ -1,6 +1,6 @@
 // One small function for each machine instruction that kernels use. C++ cannot express most of
 // these instructions. Section 9.7 of the manual of the PTX ISA describes them. The emulator
-// replaces this file (runtime.cuh).
+// replaces this file, as runtime.cuh explains.
 #pragma once
 
 #include <cuda_bf16.h>

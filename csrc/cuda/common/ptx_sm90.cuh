@@ -50,7 +50,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
                                               Site = Site::here()) {
   uint32_t complete;
-  do {  // the instruction gives up after a while
+  do {  // try_wait may give up before the phase is complete
     asm volatile(
         "{\n"
         ".reg .pred complete;\n"

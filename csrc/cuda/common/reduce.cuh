@@ -11,12 +11,12 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Sum {
-  static constexpr float kOfNothing = 0.0f;
+  static constexpr float kOfNothing = 0.0f;  // the sum of no values
   static __device__ __forceinline__ float of(float a, float b) { return a + b; }
 };
 
 struct Maximum {
-  static constexpr float kOfNothing = -INFINITY;
+  static constexpr float kOfNothing = -INFINITY;  // the maximum of no values
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 

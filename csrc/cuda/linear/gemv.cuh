@@ -79,7 +79,7 @@ int64_t linear_shared_bytes(const LinearParams& p) {
 }
 
 // Numbers that all phases of a product use. They are computed once. Otherwise the compiler would
-// load p again after each function of ptx.cuh, because the asm there may change any memory.
+// load p again after each asm statement of ptx.cuh that may change memory.
 struct Work {
   int warp;
   int inputs;     // K

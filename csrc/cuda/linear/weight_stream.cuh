@@ -44,9 +44,9 @@ MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
   return blocks;
 }
 
-// A block of outputs, which a thread block computes at a time. They belong to neighbouring rows of
-// one part. With SwiGLU, they belong to the same rows of both parts. With RoPE, half of the rows
-// are D/2 further than the others.
+// A block of outputs, which a thread block computes at a time. Its rows of the weight are
+// neighbours in one part. With SwiGLU, it has the same rows of both parts. With RoPE, the rows are
+// half in the first half of a head, and half D/2 further.
 template <bool kRope>
 struct OutputBlock {
   int part;
@@ -132,9 +132,9 @@ struct StageLayout {
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
-// Copies the chunks of weights (formats.cuh) that a warp multiplies to shared memory. First come
-// all of its chunks for a block of outputs, then those for the next block. A stage holds one chunk
-// of each row of kM tiles of 16 rows, and the scales of these chunks.
+// Copies to shared memory the chunks of weights (formats.cuh) that a warp multiplies. First come
+// all chunks of the warp for a block of outputs, then those for the next block. A stage holds one
+// chunk of each row of kM tiles of 16 rows, and the scales of these chunks.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
