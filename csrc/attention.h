@@ -1,11 +1,13 @@
-// Causal sliding-window grouped-query attention of a ragged batch. The keys and values of earlier
-// tokens lie in ring caches.
+// Causal sliding-window grouped-query attention of a ragged batch, in which each sequence has its
+// own number of new tokens. The new tokens of a sequence are its chunk. The keys and values of
+// earlier tokens lie in ring caches (ring.h).
 //
-// Each query attends to at most W keys: the earlier tokens in the ring of its sequence, and the
-// tokens of its own chunk up to the query itself (ring.h). The kernels accumulate softmax(scale * q
-// k^T) v online in fp32 (Milakov and Gimelshein 2018, arXiv:1805.02867). Afterwards they append to
-// the rings the tokens of the chunk that could not be appended earlier: see
-// `stored_after_attention`.
+// A query attends to at most W keys. Some are in the ring of its sequence. The others belong to its
+// own chunk, up to the query itself. The kernels accumulate softmax(scale * q k^T) v online in fp32
+// (Milakov and Gimelshein 2018, arXiv:1805.02867).
+//
+// Before attention, `rope` has appended those tokens of the chunk whose slots no query of the chunk
+// still reads. At its end, attention appends the tokens for which `stored_after_attention` holds.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -25,9 +27,10 @@ struct AttentionParams {
   void* k_pool;               // [R, D]
   void* v_pool;               // [R, D]
   void* out;                  // [T, Hq, D]
-  float* lse;                 // [T, Hq], log(sum(exp(scores))) of each row, or null. May be set
-                              // only if all sequences begin at position 0. The kernel for
-                              // sm_90a does not write it, so another kernel is chosen
+  float* lse;                 // [T, Hq], receives log(sum(exp(scaled scores))) of each token and
+                              // head; null: not wanted. May be set only if all sequences begin at
+                              // position 0. The kernel for sm_90a cannot write it, so a call with
+                              // lse uses the kernel for sm_80
   const Sequence* sequences;  // [S]
   int64_t num_sequences;      // S
   int64_t pool_rows;          // R
@@ -41,20 +44,23 @@ struct AttentionParams {
   int64_t stride_out_token, stride_out_head;
   int64_t window;  // W or kNoWindow
   float scale;     // usually 1 / sqrt(D)
-  // Scratch for partial results, each of which covers a part of the keys. On the CPU it has
-  // attention_scratch_bytes(p) bytes. On CUDA devices, decodes use it as [S, Hkv, splits, 16, D +
-  // 4]. Prefill then reuses the memory as [Hkv * tiles * 2, prefill_splits, 64, D + 4]. It is not
-  // used if neither decodes nor prefill divide their keys.
+  // Scratch for partial results. Each result covers a part of the keys of some queries. On CUDA
+  // devices it has D + 4 floats per query row (kPartialRow in cuda/attention/merge.cuh).
+  //   CPU: attention_scratch_bytes(p) bytes
+  //   CUDA, decode with splits > 1: [S, Hkv, splits, 16, D + 4]
+  //   CUDA, prefill for sm_90a with prefill_splits > 1: [Hkv * tiles * 2, prefill_splits, 64, D +
+  //     4], in the same memory, because decode is then done; tiles is prefill_tiles(p) (rows.cuh)
   float* partials;
 
   // CUDA only.
-  int64_t max_count;       // an upper bound of the new tokens of a sequence; T if unknown
+  int64_t max_count;       // no sequence has more new tokens than this; T if unknown
   int32_t splits;          // the number of blocks that share the keys of a decode
-  int32_t prefill_splits;  // the most blocks that share the keys of a tile, in prefill for sm_90a
-  // Scratch, zero before and after a call. The first [S, Hkv] count the blocks (in prefill for
-  // sm_90a the warpgroups) that are done with a sequence and a key/value head. The last of them
-  // merges the splits of a decode, and appends the late tokens (cuda/attention/finish.cuh). Prefill
-  // for sm_90a has more counters behind these (cuda/attention/prefill_sm90.h).
+  int32_t prefill_splits;  // for sm_90a: the most parts into which prefill divides a tile's keys
+  // Scratch, zero before and after a call. The first S * Hkv counters belong to the sequences and
+  // their key/value heads. Each counts the blocks that are done (in prefill for sm_90a: the
+  // warpgroups). The last of them merges the splits of a decode, and stores the late tokens
+  // (cuda/attention/finish.cuh). Then come counters that only prefill for sm_90a uses
+  // (cuda/attention/prefill_sm90.h).
   int32_t* counters;
 };
 
@@ -64,8 +70,8 @@ void attention(const AttentionParams& p, int threads);
 }  // namespace cpu
 
 namespace cuda {
-// Whether the CUDA kernels support a head dimension. They support some of those that `is_head_dim`
-// allows.
+// Whether the CUDA kernels support a head dimension. The CPU kernels support more: all that
+// `is_head_dim` (common.h) allows.
 constexpr bool attention_takes_head_dim(int64_t dim) { return dim == 64 || dim == 128; }
 }  // namespace cuda
 
@@ -77,11 +83,12 @@ struct AttentionScratch {
   int64_t counters;  // the number of ints
 };
 // The scratch that `attention` needs for p if no sequence sees more than `longest` keys. The caller
-// has set the fields of p that AttentionScratch does not have.
+// then copies `splits` and `prefill_splits` to p. All other fields of p that describe the call must
+// be set before.
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest);
 
-// Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k and v
-// must be 16-byte aligned.
+// Takes bf16 and fp16, and the head dimensions of attention_takes_head_dim. Every row of q, k, v,
+// out and the pools must be 16-byte aligned.
 cudaError_t attention(const AttentionParams& p, cudaStream_t stream);
 
 }  // namespace cuda

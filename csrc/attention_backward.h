@@ -1,13 +1,15 @@
 // The gradients of causal sliding-window grouped-query attention of a packed batch. All sequences
 // begin at position 0, so k and v hold all keys and values, and no ring is read.
 //
-// With the scores s = scale * q k^T of a row, p = exp(s - lse) and delta = sum(d_out * out):
+// A query has the scores s = scale * q k^T, the probabilities p = exp(s - lse), and the number
+// delta = sum(d_out * out), a sum over D. Then:
 //
 //   d_v = p^T d_out      d_s = p * (d_out v^T - delta)      d_q = scale * d_s k
 //                                                           d_k = scale * d_s^T q
 //
-// The kernels compute the scores again instead of storing them, so memory grows with T and not with
-// T^2 (Dao et al. 2022, arXiv:2205.14135, appendix B).
+// d_k and d_v are sums over the queries of all heads of the group. The kernels compute the scores
+// again instead of storing them, so memory grows with T and not with T^2 (Dao et al. 2022,
+// arXiv:2205.14135, appendix B).
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -31,7 +33,7 @@ struct AttentionBackwardParams {
   void* d_k;                  // [T, Hkv, D], contiguous
   void* d_v;                  // [T, Hkv, D], contiguous
   const Sequence* sequences;  // [S]; the fields for the ring and the position are ignored
-  float* delta;               // [T, Hq], scratch: attention_backward_scratch_bytes(p)
+  float* delta;               // [T, Hq], scratch of attention_backward_scratch_bytes(p) bytes
   int64_t num_sequences;      // S
   int64_t tokens;             // T
   int64_t heads;              // Hq

@@ -1,19 +1,22 @@
-// The letters for shapes, and the element types, that all kernels and params structs share.
+// The letters for shapes, and the element types, that all kernels and params structs share. Numbers
+// in parentheses are those of Mistral 7B.
 //
-//   T    new tokens of a call, all sequences packed one after another
-//   S    sequences of a call
-//   E    model dimension (4096 in Mistral 7B)
+//   T    number of new tokens of a call; the tokens of all sequences are packed one after another
+//   S    number of sequences of a call
+//   E    model dimension (4096)
 //   F    hidden dimension of the feed-forward block (14336)
-//   V    vocabulary
-//   Hq   query heads (32)         Hkv  key/value heads (8)
-//   G    query heads that share one key/value head, Hq / Hkv
+//   V    size of the vocabulary
+//   Hq   number of query heads (32)
+//   Hkv  number of key/value heads (8)
+//   G    number of query heads that share one key/value head, Hq / Hkv (4)
 //   D    head dimension (128)
-//   W    sliding window: the keys that a query sees, itself included (4096)
-//   C    slots of one sequence's ring
-//   R    rows of the key or value pool of one layer: the sum over its rings of Hkv * C
+//   W    sliding window: the number of keys that a query sees, its own included (4096)
+//   C    number of slots of one sequence's ring (ring.h)
+//   R    number of rows of the key or value pool of one layer; a ring has Hkv * C rows
 //
-// A comment beside each pointer of a params struct gives its shape. Strides count elements and are
-// named after the axis that they step over. The last axis always has stride 1.
+// A comment beside each pointer of a params struct gives its shape. A stride is named after the
+// axis that it steps over, and counts elements unless its comment says bytes. The last axis always
+// has stride 1.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +26,7 @@
 #else
 // These headers are compiled once per instruction set, so these functions must be inlined always.
 // The linker keeps a single out-of-line copy of an inline function. If it kept the copy for
-// AVX-512, the scalar code would call that copy too.
+// AVX-512, the scalar code would call that copy too, even on a processor without AVX-512.
 #define MISTRAL_HOST_DEVICE [[gnu::always_inline]] inline
 #endif
 
@@ -31,7 +34,7 @@ namespace mistral {
 
 enum class DType { f32, bf16, f16 };
 
-// The types that store 16-bit numbers. They have no arithmetic of their own.
+// Types that only store 16-bit floating-point numbers. They have no arithmetic.
 struct bf16 {
   uint16_t bits;
 };

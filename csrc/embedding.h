@@ -1,4 +1,4 @@
-// The embeddings of tokens: rows of a matrix in any format, by their numbers.
+// Looks up the embeddings of tokens, which are rows of a matrix in any format (formats.h):
 //
 //   out = round(weight[token_ids])    the weight in fp32, rounded once to dtype
 #pragma once
@@ -13,13 +13,12 @@
 namespace mistral {
 
 struct EmbeddingParams {
-  DType dtype;  // of out, and of a plain weight
-  const int64_t*
-      token_ids;  // [T]. An id of no row gives NaN on CUDA devices; the CPU requires 0 to V - 1.
-  WeightPart weight;  // [V, E]
-  void* out;          // [T, E], contiguous
-  int64_t tokens;     // T
-  int64_t dim;        // E
+  DType dtype;               // of out, and of a plain weight
+  const int64_t* token_ids;  // [T], 0 to V - 1. On CUDA devices any other id gives a row of NaN.
+  WeightPart weight;         // [V, E]
+  void* out;                 // [T, E], contiguous
+  int64_t tokens;            // T
+  int64_t dim;               // E
 };
 
 namespace cpu {
@@ -29,7 +28,7 @@ void embedding(const EmbeddingParams& p, int threads);
 #ifdef MISTRAL_CUDA
 namespace cuda {
 
-// A weight with scales has the restrictions of `dequantize` (linear.h).
+// If the weight has scales, it must meet the conditions of `dequantize` (linear.h).
 cudaError_t embedding(const EmbeddingParams& p, cudaStream_t stream);
 
 }  // namespace cuda

@@ -1,15 +1,15 @@
-// The one list of weight formats and their layouts. Code that depends on the format beyond this
-// list is mostly in cpu/linear, in cuda/linear/formats.cuh and, for Python, in
-// mistral_ext/ops/weight.py.
+// The one list of weight formats and their layouts. Other code that depends on a format is mostly
+// in cpu/linear, in cuda/linear and, for Python, in mistral_ext/ops/weight.py.
 #pragma once
 
 #include "common.h"
 
 namespace mistral {
 
-// A weight has N rows of K values. Where the list says "group", it is 32, 64 or 128 neighbouring
-// values of a row.
-//   plain   in the dtype of x
+// A weight has N rows of K values. In the list, q is a stored value, and w is the weight that it
+// stands for. d, e, m, s and z are scales. If the list has no formula, w is q times the scale. A
+// "group" is 32, 64 or 128 neighbouring values of a row. "Words" are explained below.
+//   plain   [N, K] in the dtype of x
 //   int8    [N, K] int8; a bf16 scale for each row
 //   int4    words of signed values; a bf16 scale for each group
 //   q8_0    [N, K] int8; an fp16 scale for each 32 values
@@ -17,27 +17,30 @@ namespace mistral {
 //   q4_1    words, w = d q + m; fp16 d, m for each 32 values
 //   q4_z    words, w = d (q - z); fp16 d, z for each group; z is an integer, 0 to 16
 //   q4_k    words, w = d s q - e m; for each 256 values 16 bytes of scales: d and e (fp16), then
-//           s and m of each 32 values in 6 bits (packed_scales)
+//           s and m of each 32 values in 6 bits (packed_scales in cpu/linear/unpack_words.h)
 //   q5_k    q4_k with a fifth bit for each value; 256 values take 32 words and then 8 words of
 //           fifth bits
 //   q6_k    w = d s (q - 32); for each 256 values 32 words of low bits, then 16 words of high bits;
 //           20 bytes of scales: s of each 16 values (int8), d (fp16), two bytes 0
 //   iq4_nl  words, w = d kTable4[q]; an fp16 scale d for each 32 values
 //   iq4_xs  words, w = d (s - 32) kTable4[q]; for each 256 values 8 bytes of scales: d (fp16), the
-//           high 2 bits of the 8 numbers s (u16), their low 4 bits (4 bytes), the first lowest
+//           high 2 bits of each s (u16), the low 4 bits of each s (4 bytes); there is an s for each
+//           32 values, and the first s has the lowest bits
 //
-// Words have 32 bits and hold 8 neighbouring values of 4 bits: [N, K / 8]. Value i of a word is at
-// bit int4_shift(i). So (word >> 4 j) & 0x000f000f is the pair of values (2 j, 2 j + 1). Signed
-// values are in two's complement, unsigned values are 0 to 15.
+// Words have 32 bits and hold 8 neighbouring values of 4 bits: [N, K / 8]. Value i of a word begins
+// at bit int4_shift(i). So (word >> 4 j) & 0x000f000f is the pair of values (2 j, 2 j + 1). Values
+// are unsigned, 0 to 15, unless the list says "signed". Signed values are in two's complement.
 //
-// The further bits of q5_k and q6_k are in further words. Number the 32 words of 256 values 4 b +
-// i, where b is a block of 32 values, and let value e of word 4 b + i be at bit t = int4_shift(e).
-// In q5_k its fifth bit is bit fifth_bit_shift(i, t) of further word b. In q6_k its high two bits
-// begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b.
+// q5_k and q6_k keep the low 4 bits of their values in such words, and the other bits in further
+// words. Consider 256 values. Word 4 b + i of the 32 words is word i, 0 to 3, of block b of 32
+// values. A value of this word begins at bit t = int4_shift(e), where e, 0 to 7, is its place in
+// the word.
+//   q5_k: the fifth bit of the value is bit fifth_bit_shift(i, t) of further word b
+//   q6_k: the two high bits begin at bit high_bits_shift(i, t) of further word 8 (i / 2) + b
 //
-// The formats from q8_0 on, but q4_z, hold the same numbers as GGUF's blocks of their names. q4_0
-// also holds the numbers of GPTQ and AWQ, as does q4_z. But here values and scales are in separate
-// arrays, so that kernels read rows in accesses of 16 bytes.
+// From q8_0 on, each format but q4_z holds the same numbers as GGUF's blocks of its name. q4_0 and
+// q4_z also hold the numbers of GPTQ and AWQ. Unlike in those files, values and scales here are in
+// separate arrays, so that kernels can read rows in accesses of 16 bytes.
 enum class WeightFormat {
   plain,
   int8,
@@ -55,8 +58,9 @@ enum class WeightFormat {
 
 MISTRAL_HOST_DEVICE constexpr int int4_shift(int i) { return 4 * (i / 2) + 16 * (i % 2); }
 
-// A further word serves four words in q5_k and two words in q6_k. The further bits of a byte lie in
-// the same byte of the further word.
+// Where the further bits of a value begin in their further word. `word` is i above, and `shift` is
+// t. A further word serves four words in q5_k and two words in q6_k. The further bits of a byte lie
+// in the same byte of the further word.
 MISTRAL_HOST_DEVICE constexpr int fifth_bit_shift(int word, int shift) {
   return shift / 8 * 8 + 2 * word + shift % 8 / 4;
 }
@@ -64,14 +68,15 @@ MISTRAL_HOST_DEVICE constexpr int high_bits_shift(int word, int shift) {
   return shift / 8 * 8 + 4 * (word % 2) + shift % 8 / 2;
 }
 
-// The values of iq4_nl and iq4_xs. They are denser near 0, where most weights are.
+// The numbers that the 16 values q of iq4_nl and iq4_xs stand for. They are denser near 0, where
+// most weights are.
 constexpr int8_t kTable4[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                 1,    13,   25,  38,  53,  69,  89,  113};
 
-// The number of values of q*_k and iq4_xs that share the scale d.
+// In q4_k, q5_k, q6_k and iq4_xs, this many neighbouring values share d.
 constexpr int64_t kSuperBlock = 256;
 
-// The most values of a row of int8. With more values, the 32-bit sums of integer products could
+// The largest K of an int8 weight. With more values in a row, 32-bit sums of integer products could
 // overflow.
 constexpr int64_t kMaxInt8Inputs = int64_t{1} << 20;
 
@@ -80,14 +85,14 @@ struct FormatInfo {
   const char* value_dtype;  // torch's name for an element of the values; null: the dtype of x
   const char* scale_dtype;  // null: there are no scales
   int64_t bits;             // bits of a value; 0: as many as the dtype of x has
-  int64_t element_bits;     // bits of an element of the values; 0: likewise
-  int64_t scale_bytes;      // bytes of an element of the scales
-  int64_t group_scales;     // the number of elements of the scales of a group
-  // The fewest and the most neighbouring values that share scales, both powers of two. They are 0
-  // if the whole row shares a scale, or has none.
+  int64_t element_bits;     // bits of an element of the array of values; 0: as the dtype of x has
+  int64_t scale_bytes;      // bytes of an element of the array of scales; 0: there are no scales
+  int64_t group_scales;     // elements of the array of scales per group (int8: per row)
+  // The sizes of the smallest and the largest group, both powers of two. They are 0 if the whole
+  // row shares a scale, or if there are no scales.
   int64_t least_group;
   int64_t most_group;
-  int64_t most_inputs = 0;  // the most values of a row; 0: no limit
+  int64_t most_inputs = 0;  // the largest K; 0: no limit
 };
 
 constexpr int kNumFormats = 12;
@@ -109,7 +114,7 @@ constexpr FormatInfo kFormats[kNumFormats] = {
   return kFormats[static_cast<int>(format)];
 }
 
-// Calls f with the format as a constant. For example:
+// Calls f with the format as a constant, and returns what f returns. For example:
 // with_format(format, [&](auto f) { ... f.value ... }).
 template <WeightFormat value_>
 struct FormatConstant {

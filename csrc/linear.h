@@ -1,7 +1,7 @@
-// Linear layers, x weight^T. Reading the weights limits the speed with few tokens (gemv),
-// arithmetic with many (gemm). A call can include neighbouring operations of the model: an RMSNorm
-// before the product, and after it a residual add, SwiGLU, RoPE with the append to the rings, or an
-// argmax.
+// Linear layers, x weight^T. With few tokens (gemv) the speed is limited by reading the weights,
+// with many tokens (gemm) by arithmetic. A call can include neighbouring operations of the model.
+// Before the product, this is an RMSNorm. After the product, it is a residual add, SwiGLU, RoPE
+// with the append to the rings, or an argmax.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -15,16 +15,17 @@
 
 namespace mistral {
 
-// How the product becomes the output.
+// The operation after the product.
 //   store   out = product
 //   add     out += product
-//   swiglu  out = silu(product with the first part) * (product with the second)
+//   swiglu  out = silu(product with the first part) * (product with the second part)
 //   rope    out = product; linear_rope rotates its query and key and stores its key and value
-//   argmax  out = product; token_ids = the index of the largest rounded output. On CUDA devices all
-//           parts must have the same format and group.
+//   argmax  out = product; token_ids = the index of the largest output, after rounding to dtype. On
+//           CUDA devices all parts must have the same format and group.
 enum class Epilogue { store, add, swiglu, rope, argmax };
 
-// A weight [rows, K]. The weights of a call may differ in format.
+// One weight [rows, K] of a call. A call multiplies the same x by several weights, its parts. The
+// parts may differ in format.
 struct WeightPart {
   const void* values;  // contiguous, in the layout of the format
   const void* scales;  // [rows, scales of a row], contiguous; null if plain
@@ -33,15 +34,15 @@ struct WeightPart {
   int64_t group;  // the number of values that share scales: K for int8, 0 for plain
 };
 
-// The most parts of a call: query, key and value share a pass over x.
+// The most parts of a call. A call for query, key and value has this many.
 constexpr int64_t kMaxParts = 3;
 
-// The most tokens that one pass over the weights multiplies on a CUDA device. A block keeps the
-// sums of all these tokens in registers.
+// The most tokens that one pass over the weights multiplies on a CUDA device. The limit is there
+// because a block keeps the sums of all tokens of a pass in registers.
 constexpr int64_t kMaxPassTokens = 64;
 
-// The running argmax of a pass, to which the blocks of a CUDA device contribute. The caller zeros
-// it once; every call leaves zeros.
+// The highest outputs of a pass so far, which all blocks of a CUDA kernel update. All fields are
+// zero before and after a call.
 struct RunningArgmax {
   int32_t arrived;                          // how many blocks have contributed
   unsigned long long best[kMaxPassTokens];  // the largest Rank (sample.h) of each token
@@ -51,12 +52,12 @@ struct LinearParams {
   DType dtype;  // of x, norm, out and plain weights
   Epilogue epilogue;
   const void* x;                // [T, K]
-  const void* norm;             // [K], the weights of an RMSNorm that x gets first; null: no norm
-  void* out;                    // [T, N]. N is the rows of all parts, but with swiglu of one part
-  const float* added;           // [T, rows of all parts], for store and swiglu: is added to the
-                                // product before anything else; null: add nothing
-  void* scratch;                // linear_scratch_bytes(p), aligned to 64
-  WeightPart parts[kMaxParts];  // in the order of their outputs
+  const void* norm;             // [K], weights of an RMSNorm of x before the product; null: no norm
+  void* out;                    // [T, N]. N: the rows of all parts; with swiglu, of one part
+  const float* added;           // [T, rows of all parts], only with store and swiglu: added to the
+                                // product before any other step; null: nothing is added
+  void* scratch;                // linear_scratch_bytes(p) bytes, 64-byte aligned
+  WeightPart parts[kMaxParts];  // in the order of their columns of out
   int64_t num_parts;
   int64_t tokens;    // T
   int64_t inputs;    // K
@@ -67,10 +68,10 @@ struct LinearParams {
   float eps;   // of the RMSNorm
   bool exact;  // keeps the CPU from rounding activations to 8 bits (gemv_bytes.h)
 
-  // With argmax.
+  // Only with argmax.
   int64_t* token_ids;      // [T]; -1: a candidate is NaN, or all are -inf
   int64_t limit;           // only the first `limit` outputs are candidates
-  RunningArgmax* running;  // on CUDA devices
+  RunningArgmax* running;  // CUDA only
 };
 
 // One call for a linear layer with query, key and value as parts 0, 1 and 2, and rope of its
@@ -81,12 +82,12 @@ struct LinearRopeParams {
 };
 
 // The gradient of the input of a linear layer, d_x = d_out W. W may have any format. CUDA devices
-// have no kernel for this: the caller dequantises W and multiplies it by the vendor's GEMM.
+// have no kernel for this. There the caller dequantises W and multiplies with the vendor's GEMM.
 struct LinearBackwardParams {
   DType dtype;                  // of d_out, d_x and plain weights
   const void* d_out;            // [T, N]; N: the rows of all parts
   void* d_x;                    // [T, K]
-  void* scratch;                // linear_backward_scratch_bytes(p), aligned to 64
+  void* scratch;                // linear_backward_scratch_bytes(p) bytes, 64-byte aligned
   WeightPart parts[kMaxParts];  // in the order of their columns of d_out
   int64_t num_parts;
   int64_t tokens;  // T
@@ -97,8 +98,8 @@ struct LinearBackwardParams {
 
 namespace cpu {
 
-// The most tokens of gemv. Up to this number, the result of a token has the same bits whatever the
-// other tokens are.
+// The most tokens that gemv multiplies. With up to this many tokens, the result of a token has the
+// same bits whatever the other tokens are.
 constexpr int64_t kGemvTokens = 8;
 
 int64_t linear_scratch_bytes(const LinearParams& p);
@@ -119,21 +120,21 @@ void linear_rope(const LinearRopeParams& p, int threads);
 
 #ifdef MISTRAL_CUDA
 
-// Converts a weight with scales to `dtype`. Products of other libraries need this, and so does
-// `embedding`.
+// Converts rows of a weight with scales to `dtype`. `embedding` uses this, and products by torch
+// need it too.
 struct DequantizeParams {
   DType dtype;
   WeightPart weight;
   const int64_t* indices;  // [count], indices of rows; null: all rows in order
   void* out;               // [count, K], contiguous; a row is NaN if its index is out of range
-  int64_t count;
-  int64_t inputs;  // K
+  int64_t count;           // the number of rows of out
+  int64_t inputs;          // K
 };
 
 namespace cuda {
 
-// K must be a multiple of this number. Then the rows of every part can be read in accesses of 16
-// bytes.
+// The number of which K must be a multiple, so that the rows of all parts can be read in accesses
+// of 16 bytes.
 int64_t row_unit(const LinearParams& p);
 
 // K must be a multiple of 8. Rows of `out` must be 16-byte aligned, rows of the weight 8-byte

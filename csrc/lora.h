@@ -1,12 +1,12 @@
-// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685). Each token chooses its
-// adapter.
+// Low-rank adapters of linear layers (Hu et al. 2021, arXiv:2106.09685). Each token has its own
+// adapter, or none.
 //
 //   hidden = scale * (x A^T)     in fp32
 //   out   += hidden B
 //
-// The matrices A of all adapters are stacked in one tensor, and the matrices B in another. Each is
-// padded to the largest rank. Weights that multiply the same x, such as query, key and value, are
-// the parts of one call. The outputs of the parts lie side by side.
+// The matrices A of all adapters are stacked in one tensor, and the matrices B in another. All are
+// padded to the largest rank. Layers with the same x, such as query, key and value, are the parts
+// of one call. Each part has its own A, B and scale. The outputs of the parts lie side by side.
 #pragma once
 
 #ifdef MISTRAL_CUDA
@@ -17,7 +17,7 @@
 
 namespace mistral {
 
-// The most parts of a call: query, key and value.
+// The most parts of a call. A call for query, key and value has this many.
 constexpr int64_t kMaxLoraParts = 3;
 
 struct LoraParams {
@@ -27,11 +27,12 @@ struct LoraParams {
   const void* a;            // [adapters, parts, max_rank, K], contiguous
   const void* b;            // [adapters, max_rank, N], contiguous
   const float* scales;      // [adapters, parts]
-  const int32_t* ranks;     // [adapters, parts], 0 to max_rank; rows beyond the rank are not read
+  const int32_t* ranks;     // [adapters, parts], 0 to max_rank; rows of A and B beyond the rank are
+                            // not read
   const int32_t* adapters;  // [T], the adapter of each token; negative: no adapter
   float* hidden;            // [T, parts, max_rank], scratch; the gradient of B needs it again
   void* out;                // [T, N], updated in place
-  int64_t part_outputs[kMaxLoraParts];
+  int64_t part_outputs[kMaxLoraParts];  // the number of outputs of each part
   int64_t num_parts;
   int64_t tokens;    // T
   int64_t inputs;    // K
@@ -48,7 +49,7 @@ struct LoraParams {
 //   out = sum(hidden^T x)
 struct LoraGradientParams {
   DType dtype;              // of x
-  const float* hidden;      // [T, R]; R: the rows of A or B
+  const float* hidden;      // [T, R]; R: the number of rows of A or B
   const void* x;            // [T, N]
   const int32_t* adapters;  // [T], the adapter of each token; negative: no adapter
   float* out;               // [num_adapters, R, N], contiguous

@@ -1,4 +1,4 @@
-// The params structs and entries of all ops, in the order of ops.def.
+// Includes the params structs and the functions of all ops, in the order of ops.def.
 #pragma once
 
 #include "attention.h"

@@ -22,8 +22,8 @@ MISTRAL_HOST_DEVICE PhiloxBlock philox(PhiloxKey key, PhiloxBlock counter) {
                 static_cast<uint64_t>(product1),
                 static_cast<uint64_t>(product0 >> 64) ^ counter.words[3] ^ key.words[1],
                 static_cast<uint64_t>(product0)}};
-    key.words[0] += 0x9E3779B97F4A7C15u;  // the golden ratio
-    key.words[1] += 0xBB67AE8584CAA73Bu;  // sqrt(3) - 1
+    key.words[0] += 0x9E3779B97F4A7C15u;  // 2^64 * (golden ratio - 1)
+    key.words[1] += 0xBB67AE8584CAA73Bu;  // 2^64 * (sqrt(3) - 1)
   }
   return counter;
 }

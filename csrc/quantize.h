@@ -10,7 +10,7 @@ struct QuantizeParams {
   DType dtype;              // of weight
   bool two_levels;          // true: iq4_xs; false: iq4_nl
   const void* weight;       // [N, K]
-  const float* importance;  // [K], how much an error in an input counts; null: all count alike
+  const float* importance;  // [K], how much an error in each column counts; null: all count alike
   uint32_t* values;         // [N, K / 8], contiguous
   void* scales;             // [N, K / 32] fp16 or [N, K / 256] of 8 bytes, contiguous
   float* largest;  // [N], the largest magnitude of a row; NaN if a value is NaN or infinite
@@ -19,14 +19,14 @@ struct QuantizeParams {
   int64_t stride_weight_row;
 };
 
-// Rounds up to 256 neighbouring columns of a weight, one column after another. After each column,
-// the error that rounding made is compensated in the following columns. This is the step of GPTQ
-// within a block (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). The caller corrects the
-// columns after the block.
+// Quantises a block of at most 256 neighbouring columns of a weight, one column after another. The
+// error of a column is compensated in the later columns of the block. This is the inner loop of
+// GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1). The caller corrects the columns after
+// the block.
 struct QuantizeFeedbackParams {
   bool two_levels;          // as in QuantizeParams
-  float* weight;            // [N, B], changed; on return the error of each weight, divided by the
-                            // diagonal element of `factor` of its column
+  float* weight;            // [N, B], overwritten: each element becomes the error of the weight,
+                            // divided by the diagonal element of `factor` for its column
   const float* factor;      // [B, B], upper triangle, 0 below: the block of the Cholesky factor of
                             // the inverse Hessian
   const float* importance;  // [B], as in QuantizeParams

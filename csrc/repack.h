@@ -32,7 +32,7 @@ constexpr BlockInfo kBlockTypes[kNumBlockTypes] = {
   return kBlockTypes[static_cast<int>(type)];
 }
 
-// The number of bytes of values, or of scales, that a block becomes.
+// The number of bytes of values or scales into which a block is split.
 [[gnu::always_inline]] inline constexpr int64_t value_bytes(const BlockInfo& block) {
   return block.values * info(block.format).bits / 8;
 }

@@ -1,23 +1,24 @@
 // Ring arithmetic. This file alone decides where in the pools the key and value of a token are
 // stored.
 //
-// A sequence owns a ring of C slots in the layer's key pool and, at the same rows, in its value
-// pool, both [R, D]. The ring is head-major, [Hkv, C, D], so that the keys of one head are
-// contiguous. It starts at row `ring_row`:
+// A layer has a key pool and a value pool, both [R, D]. In each, a sequence owns a ring of C slots,
+// at the same rows of both pools. The ring is head-major, [Hkv, C, D], so that the keys of one head
+// are contiguous. It starts at row `ring_row`:
 //
 //     row(head, position) = ring_row + head * C + position mod C
 //
-// A query at position p sees the positions (p - W, p]: itself and the W - 1 before it. A chunk's
-// queries therefore read at most W - 1 tokens of history, and a ring of C = W slots is enough:
-// the ring plus the chunk's own keys hold all that is seen. A sequence that never grows past C
-// tokens needs no more than C slots, whatever the window.
+// The new tokens of a sequence in one call are its chunk. The sequence's earlier tokens are its
+// history.
+// A query at position p sees the positions (p - W, p]: itself and the W - 1 before it. So the
+// queries of a chunk read at most W - 1 tokens of history, and a ring of C = W slots is enough. A
+// sequence that never grows past C tokens needs no more than C slots, whatever the window.
 //
 // A chunk must not overwrite tokens that its queries still need. Token p takes the slot of token p
 // - C. If the first query of the chunk sees p - C, then p must wait until attention is done. So a
 // new token is
 //   - never stored, if a later token of its own chunk takes the same slot;
-//   - stored before attention (by rope), if no query of the chunk sees what it replaces; this
-//     is so in every decode step, and in every chunk that replaces nothing;
+//   - stored before attention (by rope), if no query of the chunk sees the token that it replaces;
+//     this is so in every chunk of one token, and in every chunk that replaces nothing;
 //   - stored after attention (by attention itself), otherwise.
 // Each slot is written at most once per call, so the order within a call does not matter.
 #pragma once
@@ -27,12 +28,12 @@
 namespace mistral {
 
 // One row of the sequence table. The table is an int64 tensor [S, 5] in the memory of the device,
-// so that a captured CUDA graph serves every step.
+// so that a captured CUDA graph can be replayed in every step.
 struct Sequence {
-  int64_t first_token;  // index of its first new token in the packed tensors [T, ...]
-  int64_t count;        // number of its new tokens: 1 = decode, more = a chunk, 0 = idle
-  int64_t position;     // position of its first new token = number of tokens seen before
-  int64_t ring_row;     // first row of its ring in the pools
+  int64_t first_token;  // index of the sequence's first new token in the packed tensors [T, ...]
+  int64_t count;        // number of new tokens: 0 if idle, 1 in a usual decode step
+  int64_t position;     // position of the first new token = number of tokens of history
+  int64_t ring_row;     // first row of the ring in the pools
   int64_t capacity;     // C
 };
 constexpr int64_t kSequenceFields = 5;
@@ -54,7 +55,7 @@ MISTRAL_HOST_DEVICE int64_t find_sequence(const Sequence* sequences, int64_t num
   return low;
 }
 
-// The window of models without a window. No position reaches it.
+// Stands for the window in models without one. It is larger than any position.
 constexpr int64_t kNoWindow = int64_t{1} << 62;
 
 MISTRAL_HOST_DEVICE int64_t ring_slot(const Sequence& s, int64_t position) {
@@ -98,14 +99,14 @@ MISTRAL_HOST_DEVICE Int window_end(Int position, Int window) {
   return position + window;
 }
 
-// Whether the key at position `key` is hidden from the query at position `query`. Kernels may count
-// both positions from any common position, in 32 bits.
+// Whether the key at position `key` is hidden from the query at position `query`. Only their
+// distance matters, so kernels may count both from the same origin, in 32 bits.
 template <class Int>
 MISTRAL_HOST_DEVICE bool is_hidden(Int query, Int key, Int window) {
   return key > query || key <= query - window;
 }
 
-// Whether one of the keys [first_key, last_key] is hidden from one of the queries [first_query,
+// Whether any of the keys [first_key, last_key] is hidden from any of the queries [first_query,
 // last_query].
 template <class Int>
 MISTRAL_HOST_DEVICE bool any_hidden(Int first_query, Int last_query, Int first_key, Int last_key,
@@ -118,8 +119,8 @@ MISTRAL_HOST_DEVICE int short_window(int64_t window) {
   return static_cast<int>(min(window, int64_t{1} << 30));
 }
 
-// The first position of a chunk that is stored. Later tokens of the chunk would take the slots of
-// tokens before that position.
+// The first position of a chunk that is stored. Earlier positions of the chunk are not, because
+// later tokens of the chunk take their slots.
 MISTRAL_HOST_DEVICE int64_t first_stored(const Sequence& s) {
   return max(s.position, s.position + s.count - s.capacity);
 }
@@ -140,14 +141,14 @@ MISTRAL_HOST_DEVICE bool stored_after_attention(const Sequence& s, int64_t posit
 
 // Consecutive positions that lie in consecutive slots.
 struct Run {
-  int64_t slot;
-  int64_t position;
-  int64_t count;
+  int64_t slot;      // of the first position
+  int64_t position;  // the first position
+  int64_t count;     // the number of positions
 };
 
-// Returns run `index`, 0 or 1, of the positions [begin, end), of which there are at most
-// s.capacity. Run 0 begins at the slot of `begin`, and ends with the positions or at the last slot
-// of the ring. Run 1 has the rest, from slot 0 on, and is often empty.
+// Splits the positions [begin, end), at most s.capacity of them, into two runs and returns run
+// `index`, 0 or 1. Run 0 goes from `begin` to the last slot of the ring, or to `end` if that comes
+// first. Run 1 has the other positions, from slot 0 on, and is often empty.
 MISTRAL_HOST_DEVICE Run ring_run(const Sequence& s, int64_t begin, int64_t end, int index) {
   const int64_t slot = ring_slot(s, begin);
   const int64_t count = min(end - begin, s.capacity - slot);

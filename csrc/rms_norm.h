@@ -16,7 +16,7 @@ struct RmsNormParams {
   DType dtype;
   const void* x;       // [T, E]
   const void* weight;  // [E]
-  void* residual;      // [T, E], updated in place, or null
+  void* residual;      // [T, E], updated in place; null: no residual
   void* out;           // [T, E]
   int64_t tokens;      // T
   int64_t dim;         // E

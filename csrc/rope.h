@@ -3,11 +3,11 @@
 //
 // Head elements i and i + D/2 form a pair (the order of Hugging Face checkpoints). A pair is
 // rotated by the angle position * frequencies[i]. The frequency is theta^(-2i/D), or a rescaled
-// value in models with a longer context. Frequencies and angles are doubles because positions are
-// unbounded: at position 10^6 a float angle can already be off by 0.06.
+// value in models with a longer context. Frequencies are doubles because positions are unbounded:
+// at position 10^6 an angle in float can already be off by 0.06 radians.
 //
-// rope appends only the tokens that ring.h calls `stored_before_attention`. attention appends the
-// rest.
+// rope appends only the tokens for which `stored_before_attention` (ring.h) holds. Attention
+// appends those for which `stored_after_attention` holds.
 #pragma once
 
 #ifdef MISTRAL_CUDA

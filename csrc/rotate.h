@@ -23,7 +23,7 @@ struct RotateParams {
   int64_t head_dim;           // D
   int64_t stride_x_token, stride_x_head;
   int64_t stride_out_token, stride_out_head;
-  bool backward;  // rotate by the negated angles
+  bool backward;  // true: rotate by the negated angles
 };
 
 namespace cpu {

@@ -2,15 +2,17 @@
 //
 //   x      = logit + bias, then the repetition penalty (tokens of prompt and completion), then the
 //            presence and frequency penalties (tokens of the completion), rounded to fp32
-//   choice = the largest x                                                  at temperature 0, else
-//            the largest x / temperature + g   of those that min_p, top_k and top_p leave, in turn
+//   choice = at temperature 0: the token with the largest x
+//            else: the token with the largest x / temperature + g, among the tokens that pass the
+//            filters min_p, top_k and top_p, which are applied in this order
 //
-// The lower id wins a tie. g = -log(-log(u)) is Gumbel noise. The largest x / temperature + g is a
-// random token that follows the softmax of the remaining tokens (Gumbel 1954; Maddison et al. 2014,
-// arXiv:1411.0030). u is a pure function of (seed, index, step, token). It is word token % 4 of the
-// Philox block with the key (seed, index) and the counter (token / 4 + 1, step, 0, 0), and its
-// upper 53 bits are read as a fraction. numpy's Generator(Philox(key=[seed, index], counter=[0,
-// step, 0, 0])).random(V) gives the same numbers.
+// If two tokens tie, the lower id wins. g = -log(-log(u)) is Gumbel noise. The token with the
+// largest x / temperature + g is a random one: its distribution is the softmax of x / temperature
+// over the tokens that are left (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). u is a pure
+// function of (seed, index, step, token). Take word token % 4 of the Philox block with the key
+// (seed, index) and the counter (token / 4 + 1, step, 0, 0). u is the upper 53 bits of this word,
+// read as a fraction. numpy's Generator(Philox(key=[seed, index], counter=[0, step, 0,
+// 0])).random(V) gives the same numbers.
 //
 // The functions below define this for CPU and CUDA devices. Results that must agree between devices
 // are computed in doubles or integers. Sums of probabilities are in fixed point, so their order
@@ -30,13 +32,16 @@
 namespace mistral {
 
 // One row of the options table. The table is a float64 tensor [M, 7] in the memory of the device,
-// so that a captured CUDA graph serves every step.
+// so that a captured CUDA graph can be replayed in every step.
 struct SamplingOptions {
   double temperature;         // 0: greedy
   double top_k;               // keep the k most likely tokens; 0: all
-  double top_p;               // keep the likeliest tokens, until their probabilities sum to this
-  double min_p;               // keep tokens with at least this share of the highest probability
-  double repetition_penalty;  // divides x > 0, multiplies others (Keskar et al., arXiv:1909.05858)
+  double top_p;               // keep the most likely tokens until their probabilities sum to this;
+                              // 1: all
+  double min_p;               // keep tokens with at least this share of the highest probability;
+                              // 0: all
+  double repetition_penalty;  // divides an x > 0, multiplies any other x (Keskar et al. 2019,
+                              // arXiv:1909.05858); 1: no penalty
   double presence_penalty;    // subtracted once from x of a token of the completion
   double frequency_penalty;   // subtracted from x for each time that the completion has the token
 };
@@ -52,16 +57,16 @@ struct NoiseState {
 constexpr int64_t kNoiseFields = 3;
 static_assert(sizeof(NoiseState) == kNoiseFields * sizeof(int64_t));
 
-// N rows of logits. Row n uses row rows[n] of the tables, and no two rows of logits share a row of
-// the tables. An element of `history` is 2 * (times that the token was chosen) + (1 if the token is
-// in the prompt).
+// N rows of logits, and tables of M rows (options, noise, history and bias). Row n of the logits
+// uses row rows[n] of the tables. No two rows of logits share a row of the tables. An element of
+// `history` is 2 * (times that the token was chosen) + (1 if the token is in the prompt).
 struct SampleParams {
   const float* logits;             // [N, V]
   const int64_t* rows;             // [N], rows of the tables
   const SamplingOptions* options;  // [M]
   NoiseState* noise;               // [M]
   int32_t* history;                // [M, V]; the call adds the chosen token
-  const float* bias;               // [M, V], or null
+  const float* bias;               // [M, V]; null: no bias
   int64_t* token_ids;              // [N]; -1: an x is NaN, or all are -inf
   uint32_t* keys;                  // [N, V], scratch
   uint64_t* weights;               // [N, V], scratch
@@ -98,8 +103,9 @@ MISTRAL_HOST_DEVICE float penalise(float logit, int32_t history, const SamplingO
   return static_cast<float>(x);
 }
 
-// ---- Keys and ranks. A key is x as an integer of the same order. A rank has the key in its high
-// bits and the id in its low bits, so that no two tokens are equal.
+// ---- Keys and ranks. A key is x as an unsigned integer: the larger x, the larger its key. A rank
+// has the key in its high bits and kMaxVocab - 1 - id in its low bits. So no two ranks are equal,
+// and the lower id wins a tie.
 
 constexpr uint32_t kNanKey = 0xffffffff;  // larger than every other key, so the maximum finds a NaN
 
@@ -137,7 +143,7 @@ MISTRAL_HOST_DEVICE int64_t id_of_rank(Rank rank) {
 
 MISTRAL_HOST_DEVICE Rank higher(Rank a, Rank b) { return a > b ? a : b; }
 
-// ---- Filters: a filter leaves the tokens whose rank is at or above a threshold.
+// ---- Filters. A filter keeps the tokens whose rank is at or above a threshold.
 
 // False if no token can be chosen: an x is NaN, or all are -inf.
 MISTRAL_HOST_DEVICE bool can_choose(Rank best) {
@@ -149,13 +155,13 @@ MISTRAL_HOST_DEVICE int64_t greedy_choice(Rank best) {
   return can_choose(best) ? id_of_rank(best) : -1;
 }
 
-// The log of a token's probability, relative to that of the most likely token.
+// log(p / p_max), where p is the probability of a token, and p_max that of the most likely token.
 MISTRAL_HOST_DEVICE double scaled(float x, float largest, double temperature) {
-  if (x == largest) return 0;  // also if both are infinite
+  if (x == largest) return 0;  // inf - inf would be NaN
   return (static_cast<double>(x) - static_cast<double>(largest)) / temperature;
 }
 
-// The lowest rank that passes min_p.
+// The lowest rank that passes min_p. Tokens with x = -inf do not pass, even if min_p is 0.
 MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o) {
   uint32_t key = key_of(-INFINITY) + 1;
   if (o.min_p > 0) {
@@ -167,8 +173,9 @@ MISTRAL_HOST_DEVICE Rank min_p_threshold(float largest, const SamplingOptions& o
   return static_cast<Rank>(key) << kIdBits;
 }
 
-// The probabilities of a row, relative to the largest. The unit is so small that a sum over the
-// vocabulary just fits 63 bits: 2^-47 for 32768 tokens. Probabilities below half a unit become 0.
+// The probabilities of a row relative to the largest one, as integer multiples of a unit. The unit
+// is as small as it can be while a sum over the vocabulary fits 63 bits: 2^-47 for 32768 tokens.
+// Probabilities below half a unit become 0.
 struct Weights {
   float largest;
   double temperature;
@@ -186,8 +193,8 @@ MISTRAL_HOST_DEVICE double weight_scale(int64_t vocab_size) {
   return scale;
 }
 
-// TopK and TopP are filters that add up a measure of the tokens, from the most likely token down,
-// until the sum is enough. `measure` is what one token adds to the sum.
+// TopK and TopP are filters that sum a measure over the tokens, from the most likely token down,
+// until the sum is large enough (`reached`). `measure` is what one token adds to the sum.
 struct TopK {
   double k;
   MISTRAL_HOST_DEVICE uint64_t measure(uint32_t) const { return 1; }
@@ -206,7 +213,7 @@ struct TopP {
 
 // ---- Noise
 
-constexpr int64_t kTokensPerBlock = 4;  // tokens of a Philox block
+constexpr int64_t kTokensPerBlock = 4;  // a Philox block has one word for each of so many tokens
 
 MISTRAL_HOST_DEVICE PhiloxBlock noise_block(const NoiseState& noise, int64_t block) {
   return philox({{noise.seed, noise.index}},

@@ -3,7 +3,7 @@
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}" DIRECTORY)
 
 # Kernels for the CPU. Each file is compiled once per instruction set, each time in another
-# namespace (csrc/cpu/kernels.h). For the sets of csrc/cpu/linear_sets.h only the second list is
+# namespace (csrc/cpu/kernels.h). For the sets in csrc/cpu/linear_sets.h only cpu_linear_kernels are
 # compiled.
 set(cpu_kernels
   ${root}/csrc/cpu/attention/attention.cpp
@@ -31,7 +31,7 @@ set(cpu_sources
   ${root}/csrc/cpu/repack.cpp
   ${root}/csrc/cpu/sample.cpp)
 
-# Kernels for CUDA. The list with sm90 has the kernels for Hopper, which use instructions of sm_90a.
+# Kernels for CUDA. Those in cuda_kernels_sm90 use instructions of sm_90a, so only Hopper runs them.
 set(cuda_kernels
   ${root}/csrc/cuda/attention/attention.cu
   ${root}/csrc/cuda/attention/backward.cu
@@ -55,7 +55,8 @@ set(cuda_kernels
   ${root}/csrc/cuda/swiglu.cu
   ${root}/csrc/cuda/swiglu_backward.cu)
 set(cuda_kernels_sm90 ${root}/csrc/cuda/attention/prefill_sm90.cu)
-# Sources that the emulator replaces: it has its own functions and headers of the CUDA runtime.
+# Sources that the emulator of CUDA does without, because it has its own functions of the CUDA
+# runtime. cuda_headers is a folder on the include path. The emulator puts its own headers first.
 set(cuda_sources ${root}/csrc/cuda/common/device.cu)
 set(cuda_sources_sm90 ${root}/csrc/cuda/attention/tensor_map_sm90.cu)
 set(cuda_headers ${root}/csrc/cuda/common)

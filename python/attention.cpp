@@ -17,7 +17,8 @@ namespace {
 
 #ifdef MISTRAL_CUDA
 
-// Only sm_90a has the instructions of the kernel sm90.
+// Throws ValueError if a device cannot run the prefill kernel in use. The kernel sm90 has
+// instructions that only devices of capability 9.0 have.
 void expect_prefill_kernel(const char* op, int device) {
   if (cuda::active_prefill() != cuda::Prefill::sm90) return;
   int major = 0, minor = 0;
@@ -103,7 +104,7 @@ Call attention(py::object q_, py::object k, py::object v, py::object k_pool, py:
           }};
 }
 
-// The head dimensions that all ops support on devices of this type.
+// The head dimensions that all ops support on devices of this type, "cpu" or "cuda".
 std::vector<int64_t> head_dims(const std::string& device_type) {
   const auto taken = [&](int64_t dim) {
     if (device_type == "cuda") return cuda::attention_takes_head_dim(dim);

@@ -1,6 +1,7 @@
 // A call of an op that may need scratch memory. Its arguments have been checked, but its kernel has
 // not been started. Python asks how much memory the call needs, then runs it with that memory. On
-// the CPU a call can be run again, with the values that its tensors hold by then.
+// the CPU a call can be run again. The kernel then reads the values that its tensors hold at that
+// time.
 #pragma once
 
 #include <algorithm>
@@ -15,16 +16,17 @@ namespace mistral::python {
 
 class Call {
  public:
-  // Starts the kernel. `workspace` points to workspace_bytes bytes and is aligned to 64 bytes.
-  // `counters` points to as many ints as Call::counters says, which are zero before and after.
+  // Starts the kernel. `workspace` points to workspace_bytes bytes, 64-byte aligned. `counters`
+  // points to as many ints as Call::counters says, which are zero before and after the call.
   using Start = std::function<void(void* workspace, int32_t* counters, ExecutionTarget target)>;
 
-  // Checks again the values on which the kernel relies, such as those of the sequence table.
-  // Returns the bytes of workspace that the call needs with them.
+  // Checks the current values on which the kernel relies, such as those of the sequence table.
+  // Throws if they are wrong. Returns the number of bytes of workspace that the call needs with
+  // these values.
   using Recheck = std::function<int64_t()>;
 
-  // Holds the addresses of the tensors but does not own them, so they must outlive the call.
-  // `recheck` is null if the kernel takes any values.
+  // A call holds the addresses of its tensors but does not own the tensors, so they must outlive
+  // the call. `recheck` is null if the kernel takes any values.
   Call(int64_t workspace_bytes, int64_t counters, Start start, Recheck recheck = nullptr)
       : workspace_bytes(workspace_bytes),
         counters(counters),
@@ -52,7 +54,7 @@ class Recording {
  public:
   void add(const Call& call) { calls_.push_back(call); }
 
-  // Checks all calls again. Returns the bytes of the largest workspace that a call needs.
+  // Rechecks all calls. Returns the number of bytes of the largest workspace that a call needs.
   int64_t recheck() const {
     int64_t most = 0;
     for (const Call& call : calls_) most = std::max(most, call.recheck());

@@ -17,8 +17,8 @@ namespace mistral::python {
 #define MISTRAL_KERNELS(op) &cpu::op
 #endif
 
-// The place where a call runs: the number of threads on a CPU, the handle of a stream on a CUDA
-// device.
+// Says where a call runs. On a CPU this is the number of threads, on a CUDA device the handle of a
+// stream.
 using ExecutionTarget = int64_t;
 
 // Lets other threads run Python as long as this object lives. It does nothing if the thread already
@@ -65,11 +65,12 @@ class CurrentDevice {
   bool changed_ = false;
 };
 
-// The id of the CUDA graph into which a stream is being captured, or 0. No two graphs share an id.
+// The id of the CUDA graph into which a stream is being captured, or 0 if it is not being captured.
+// No two graphs share an id.
 uint64_t capture_id(ExecutionTarget target);
 
-// Throws ValueError if the device is too old for the kernels, otherwise RuntimeError with the
-// message of the CUDA runtime.
+// Reports a failed launch on CUDA device `index`. Throws ValueError if the device is too old for
+// the kernels, otherwise RuntimeError with the message of the CUDA runtime.
 [[noreturn]] void fail_launch(const char* op, int index, cudaError_t status);
 
 template <class Params>
@@ -105,7 +106,7 @@ void run(const Tensor& x, ExecutionTarget target, const Params& p,
 
 #endif
 
-// Throws for a CUDA tensor. Ops that have only CPU kernels call this.
+// Throws ValueError if x is on a CUDA device. Ops that have only CPU kernels call this.
 inline void expect_cpu(const Tensor& x) {
   if (x.is_cuda()) fail(x.op(), "tensors are on a CUDA device, expected cpu");
 }

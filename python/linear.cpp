@@ -11,8 +11,8 @@
 namespace mistral::python {
 namespace {
 
-// Prepares linear_rope: sets the head dimension to that of the pool, and checks that each weight
-// has whole heads.
+// Prepares linear_rope. Sets the head dimension to that of the pool. Checks that each weight has
+// whole heads, and that key and value have as many.
 void use_heads(const char* op, LinearParams& p, const py::object& k_pool_) {
   const Tensor k_pool(op, "k_pool", k_pool_);
   k_pool.expect_shape({-1, -1});
@@ -93,7 +93,8 @@ int64_t scratch_bytes(const Tensor& x, const LinearParams& p) {
   return x.is_cuda() ? 0 : cpu::linear_scratch_bytes(p);
 }
 
-// Only checks the arguments. The caller multiplies with torch. out and added may be None.
+// Only checks the arguments, for a caller that then multiplies with torch. `out` is None if there
+// is no tensor for the result yet, and `added` is None if nothing is added.
 void check_linear(const std::string& name, py::object x_, py::list values, py::list scales,
                   py::list formats, py::object norm, double eps, py::object out, py::object added) {
   const Op op = find_op(name);
@@ -119,7 +120,7 @@ Call linear(const std::string& name, py::object x_, py::list values, py::list sc
           }};
 }
 
-// Only checks the arguments. The caller multiplies with torch and calls rope.
+// Only checks the arguments, for a caller that then multiplies with torch and calls rope.
 void check_linear_rope(py::object x, py::list values, py::list scales, py::list formats,
                        py::object norm, double eps, py::object k_pool) {
   LinearParams p = checked_linear(kLinearRope, Tensor(kLinearRope, "x", x),
@@ -169,7 +170,7 @@ LinearParams checked_argmax(const Tensor& x, const Weights& weights, const py::o
   return p;
 }
 
-// Only checks the arguments. The caller multiplies with torch.
+// Only checks the arguments, for a caller that then multiplies with torch.
 void check_linear_argmax(py::object x, py::list values, py::list scales, py::list formats,
                          py::object norm, double eps, std::optional<int64_t> limit) {
   checked_argmax(Tensor(kLinearArgmax, "x", x), {values, scales, formats}, norm, eps, limit,
@@ -224,7 +225,7 @@ void dequantize(py::object values, py::object scales, py::str format, py::object
 
 #endif
 
-// Gives Python the rows of kFormats, by name.
+// The rows of kFormats, as dictionaries by the name of the format.
 py::dict weight_formats() {
   py::dict formats;
   for (const FormatInfo& format : kFormats) {

@@ -5,8 +5,8 @@
 namespace mistral::python {
 namespace {
 
-// Checks that a row of `inputs` values consists of whole groups, and that the format allows their
-// size.
+// Checks that a row of `inputs` values consists of whole groups, that the format allows their size,
+// and that `scales`, the number of scales of a row, is right for them.
 void expect_groups(const char* op, const char* name, int64_t inputs, int64_t scales,
                    const WeightPart& part) {
   const FormatInfo& format = info(part.format);

@@ -9,7 +9,8 @@
 namespace mistral::python {
 namespace {
 
-// Values in GPU memory are not read back, because every call would then wait.
+// Checks that the int32 values of a table are `least` to `most`. Values in GPU memory are not read
+// back, because every call would then wait.
 void check_values(const char* op, const char* name, const Table& table, int64_t least,
                   int64_t most) {
   if (table.is_cuda()) return;

@@ -42,7 +42,8 @@ WeightFormat format_of(const std::string& name) {
   fail_unknown("format", name);
 }
 
-// Takes a dtype instead of a tensor, because the tensors of torch.compile have no memory.
+// Takes a dtype and a number of tokens instead of a tensor, because torch.compile traces with
+// tensors that have no memory, and Tensor (tensor.h) needs an address.
 bool linear_rounds(const py::object& dtype, const std::string& format, int64_t tokens) {
   return cpu::linear_rounds(dtype_of(py::str(dtype)), format_of(format), tokens);
 }
@@ -56,7 +57,7 @@ std::vector<std::string> attention_kernels() {
 }
 #endif
 
-// None in a build without CUDA, else the fields of cuda::Devices.
+// None in a build without CUDA, else the pair (list, problem) of cuda::Devices.
 py::object cuda_devices() {
 #ifdef MISTRAL_CUDA
   const cuda::Devices found = cuda::devices();

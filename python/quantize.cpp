@@ -7,7 +7,8 @@
 namespace mistral::python {
 namespace {
 
-// The scales of a weight [N, K].
+// The array of scales that is to be filled for a weight [N, K]. Its dtype selects the format: fp16
+// for iq4_nl, or uint8 for iq4_xs (two_levels).
 struct Scales {
   Table table;
   bool two_levels;
@@ -22,7 +23,8 @@ Scales scales_of(const Tensor& weight, const py::object& object) {
     fail(weight.op(), std::string(weight.name()) + " has " + std::to_string(inputs) +
                           " columns, expected a positive multiple of " + std::to_string(group));
   }
-  // An fp16 for each 32 inputs, or 8 bytes for each 256.
+  // Either an fp16 number for each 32 inputs, or 8 bytes for each 256 inputs. Both make K / 32
+  // elements.
   table.expect_shape({weight.size(0), inputs / 32});
   table.expect_last_axis_contiguous();
   table.expect_device_of(weight);

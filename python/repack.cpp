@@ -18,7 +18,8 @@ BlockType type_of(const std::string& name) {
   fail(op, "type is '" + name + "', expected one of " + names);
 }
 
-// The address of a part to fill, or null if the caller does not want the part.
+// Checks the tensor of values or of scales that is to be filled, and returns its address. Returns
+// null if the caller passed None, which means that it is not wanted.
 uint8_t* address_of(const char* name, const py::object& part_, const char* dtype,
                     const Tensor& blocks, int64_t elements) {
   if (part_.is_none()) return nullptr;
@@ -54,7 +55,7 @@ void repack(py::object blocks_, const std::string& type, py::object values, py::
   run_on_cpu(target, p, &cpu::repack);
 }
 
-// Tells Python what each block type becomes.
+// The name of the format that each block type becomes, by the name of the block type.
 py::dict block_formats() {
   py::dict formats;
   for (const BlockInfo& block : kBlockTypes) formats[block.name] = info(block.format).name;

@@ -37,8 +37,8 @@ void check_options(int64_t row, const SamplingOptions& o) {
   check("frequency_penalty", o.frequency_penalty, std::isfinite(o.frequency_penalty), "a number");
 }
 
-// Checks the rows of the tables and their options. No two rows of logits may use the same row,
-// because the call changes its state.
+// Checks the row of the tables that each row of logits uses, and the options in it. No two rows of
+// logits may use the same row of the tables, because the call changes its noise and history.
 void check_rows(const SampleParams& p, int64_t table_rows) {
   std::vector<int64_t> rows(p.rows, p.rows + p.num_rows);
   for (const int64_t row : rows) {

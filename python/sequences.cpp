@@ -7,13 +7,15 @@
 namespace mistral::python {
 namespace {
 
-constexpr double kMaxFrequency = 1e6;  // far above any use, and too small to overflow in a kernel
+// In radians per position. Far above any use, and small enough not to overflow in a kernel.
+constexpr double kMaxFrequency = 1e6;
 
 std::string at(int64_t index, const char* column, int64_t value) {
   return "sequences[" + std::to_string(index) + "]." + column + " is " + std::to_string(value);
 }
 
-// Checks that row i holds the tokens that follow the first `packed` tokens, and returns their end.
+// Checks that row i holds the tokens that follow the first `packed` of all `tokens` tokens. Returns
+// the end of the row's tokens.
 int64_t check_tokens(const char* op, int64_t i, const Sequence& s, int64_t packed, int64_t tokens) {
   if (s.first_token != packed) {
     fail(op, at(i, "first_token", s.first_token) + ", expected " + std::to_string(packed) +
@@ -32,7 +34,8 @@ void check_position(const char* op, int64_t i, const Sequence& s) {
   }
 }
 
-// Whether row i is the next token of the sequence of row i - 1, in the same ring.
+// Whether rows i - 1 and i hold one new token each, the second of which follows the first in the
+// same sequence and ring.
 bool shares_ring(const Sequence* sequences, int64_t i) {
   if (i == 0) return false;
   const Sequence &s = sequences[i], &before = sequences[i - 1];
@@ -45,8 +48,8 @@ bool shares_ring(const Sequence* sequences, int64_t i) {
 // The tokens of rows that share a ring are all stored before any of them attends. So no row may
 // take a slot that the first of these rows still reads.
 void check_rows(const char* op, const AttentionParams& p) {
-  int64_t packed = 0, shared = 0;  // `shared` counts the earlier rows in the same ring
-  std::vector<std::pair<int64_t, int64_t>> rings;  // [begin, end) pool rows
+  int64_t packed = 0, shared = 0;  // `shared`: the number of earlier rows that share row i's ring
+  std::vector<std::pair<int64_t, int64_t>> rings;  // the pool rows [begin, end) of each ring
   for (int64_t i = 0; i < p.num_sequences; ++i) {
     const Sequence& s = p.sequences[i];
     packed = check_tokens(op, i, s, packed, p.tokens);
@@ -177,7 +180,7 @@ const double* checked_frequencies(const Tensor& q, py::handle frequencies_) {
   frequencies.expect_contiguous();
   frequencies.expect_device_of(q);
   const auto* values = static_cast<const double*>(frequencies.data());
-  // Frequencies in GPU memory are not read back either.
+  // Frequencies in GPU memory are not read back, because every call would then wait.
   for (int64_t i = 0; !q.is_cuda() && i < frequencies.size(0); ++i) {
     if (values[i] >= 0 && values[i] <= kMaxFrequency) continue;
     fail(q.op(), "frequencies[" + std::to_string(i) + "] is " + std::to_string(values[i]) +

@@ -1,5 +1,4 @@
-// The arguments that rope and attention share: packed q, k, v, the two pools, and the sequence
-// table. They are checked together.
+// Checks of arguments that ops on sequences share.
 #pragma once
 
 #include <optional>
@@ -10,17 +9,19 @@
 
 namespace mistral::python {
 
+// The arguments that rope and attention share: packed q, k and v, the two pools, the sequence table
+// and the window. The constructor checks them.
 struct RaggedBatch {
   RaggedBatch(const char* op, Tensor q, Tensor k, Tensor v, py::handle k_pool, py::handle v_pool,
               py::handle sequences, std::optional<int64_t> window);
 
-  Tensor q;       // [T, Hq, D]
-  Tensor k;       // [T, Hkv, D]
-  Tensor v;       // [T, Hkv, D]
-  Tensor k_pool;  // [R, D]
-  Tensor v_pool;  // [R, D]
-  Table table;    // [S, 5]
-  int64_t window;
+  Tensor q;        // [T, Hq, D]
+  Tensor k;        // [T, Hkv, D]
+  Tensor v;        // [T, Hkv, D]
+  Tensor k_pool;   // [R, D]
+  Tensor v_pool;   // [R, D]
+  Table table;     // [S, 5]
+  int64_t window;  // kNoWindow if the constructor got none
 
   // Sets the fields that RopeParams and AttentionParams have in common.
   template <class Params>
@@ -46,7 +47,7 @@ struct RaggedBatch {
     p.window = window;
   }
 
-  // The params that check_rows needs: the table, and the sizes that its rows must fit.
+  // The params that check_rows needs. They have the table, and the sizes that its rows must fit.
   AttentionParams table_params() const {
     AttentionParams p{};
     fill(p);
@@ -55,27 +56,29 @@ struct RaggedBatch {
   }
 };
 
-// Checks the rows of a table in CPU memory, because the kernels trust them. The tokens and the ring
-// of each row must exist. Nothing may overlap, but rows of successive tokens may share a ring. Only
-// the fields of `p` that RaggedBatch::table_params sets are used.
+// Checks the rows of a sequence table in CPU memory, because the kernels trust them. The tokens and
+// the ring of each row must exist. No two rows may have the same token, or rings that overlap. Only
+// rows with successive single tokens of one sequence may share its ring. Uses only the fields of
+// `p` that RaggedBatch::table_params sets.
 void check_rows(const char* op, const AttentionParams& p);
 
 // Checks the shapes, strides, dtypes and window of attention: q [T, Hq, D], k and v [T, Hkv, D].
 void check_heads(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window);
 
-// Checks the last axis of heads x [T, H, D].
+// Checks that the kernels support the head dimension of x [T, H, D].
 void check_head_dim(const Tensor& x);
 
-// Checks that attention and its gradient support q [T, Hq, D] and scale on a CUDA device. The scale
-// must be positive, because the kernels multiply scores of -inf by it.
+// Checks that attention and its gradient support q [T, Hq, D] and scale on a CUDA device. The
+// kernels multiply scores of -inf by the scale, and the result must be -inf. So the scale must be
+// positive.
 void expect_cuda_heads(const Tensor& q, float scale);
 
 // Checks that the sequences of a table [S, 5] hold the tokens of x (its first axis) one after
-// another. If with_positions, also checks their positions. Does not check rings, and does not read
-// tables in GPU memory.
+// another. If with_positions, also checks the positions of the sequences. Does not check rings. If
+// the table is in GPU memory, checks only its shape and layout.
 void check_packed(const Tensor& x, const Table& sequences, bool with_positions);
 
-// Checks the frequencies of RoPE [D/2] for the heads of q and returns their address.
+// Checks the frequencies of RoPE [D/2] for heads q [T, H, D], and returns their address.
 const double* checked_frequencies(const Tensor& q, py::handle frequencies);
 
 }  // namespace mistral::python

@@ -7,12 +7,13 @@ namespace {
 
 struct Torch {
   py::object module, tensor, float32, bfloat16, float16;
-  // These names are interned, because attributes of tensors are looked up many times in every step
+  // The names are made once, because attributes of tensors are looked up many times in every step
   // of a model.
   py::str dtype{"dtype"}, is_cpu{"is_cpu"}, data_ptr{"data_ptr"}, shape{"shape"}, stride{"stride"};
 };
 
-// The classes of torch, which are looked up once. Whoever passes a tensor has already loaded torch.
+// The classes of torch, which are looked up once. The import takes no time, because a caller that
+// has a tensor has already loaded torch.
 const Torch& torch() {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> storage;
   return storage

@@ -1,7 +1,7 @@
-// A torch tensor as the bindings see it: the address and the layout of its elements. The bindings
-// read them through the Python attributes of the tensor, so this module needs neither torch headers
-// nor libtorch. If a check fails, the message names the op, the argument, and what was expected and
-// given.
+// A torch tensor as the bindings see it: the address and the layout of its elements. These are read
+// through the Python attributes of the tensor, so this module needs neither torch headers nor
+// libtorch. If a check fails, the message names the op, the argument, its value, and what was
+// expected.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -32,7 +32,8 @@ class Tensor {
   bool is_cuda() const { return device_index_ >= 0; }
   int device_index() const { return device_index_; }  // -1: the CPU
 
-  // Views columns of a matrix [T, N] as heads [T, count, dim], from column first * dim on.
+  // Views count * dim columns of this matrix [T, N], from column first * dim on, as heads [T,
+  // count, dim]. Errors call the view `name`.
   Tensor heads(const char* name, int64_t first, int64_t count, int64_t dim) const;
 
   // These throw ValueError (shape, stride) or TypeError (dtype, device). An expected size of -1
@@ -46,8 +47,8 @@ class Tensor {
   void expect_aligned_rows() const;
 
  protected:
-  // `dtype` is torch's name of the only dtype that is accepted. If it is null, all dtypes that the
-  // kernels support are accepted.
+  // `dtype` is torch's name of the only dtype that is accepted. If it is null, the dtypes of DType
+  // are accepted.
   Tensor(const char* op, const char* name, py::handle object, const char* dtype);
 
   [[noreturn]] void fail(const std::string& problem) const;
@@ -60,7 +61,8 @@ class Tensor {
   int device_index_ = -1;
 };
 
-// A tensor of one given dtype, such as the int64 sequence table.
+// A tensor of one given dtype, such as the int64 sequence table. The dtype may be one that DType
+// does not have, so `dtype()` has no meaning here.
 class Table : public Tensor {
  public:
   Table(const char* op, const char* name, py::handle object, const char* dtype = "int64")

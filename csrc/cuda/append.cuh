@@ -1,5 +1,5 @@
 // The place in a ring where the keys and values of a new token are stored. rope stores the tokens
-// that may be stored before attention. attention stores the other tokens.
+// that may be stored before attention. attention stores the tokens that must wait (ring.h).
 #pragma once
 
 #include "../ring.h"
@@ -7,8 +7,8 @@
 
 namespace mistral::cuda {
 
-// The address in `pool` of a head of the token at `position`. `pool` is k_pool or v_pool. Params is
-// RopeParams or AttentionParams. The fields used here have the same names in both.
+// The address in `pool` of the row for key/value head `head` of the token at `position`. `pool` is
+// p.k_pool or p.v_pool. Params is RopeParams or AttentionParams.
 template <class T, class Params>
 __device__ __forceinline__ T* ring_address(void* pool, const Params& p, const Sequence& s,
                                            int64_t head, int64_t position) {

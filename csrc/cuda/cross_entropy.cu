@@ -1,6 +1,6 @@
-// Grid: one block per row. A thread owns every blockDim-th access of the row (16 bytes, or one
-// element where rows are not aligned). The row is read once for the largest logit and the sum, and
-// again for the gradient. The second time it usually comes from the L2 cache.
+// Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
+// element if rows are not aligned. The row is read once for the largest logit and the sum. If a
+// gradient is wanted, the row is read again, and then usually comes from the L2 cache.
 #include "../cross_entropy.h"
 
 #include <launch.cuh>
@@ -19,7 +19,8 @@ struct LogSum {
   float maximum = -INFINITY;
   float total = 0.0f;
 
-  // The maximum. If all logits are -inf, any finite number does, because their exp is then 0.
+  // The number that is subtracted from logits before exp: the maximum, or 0 if all logits are -inf.
+  // Then -inf - base() is -inf, not NaN.
   __device__ __forceinline__ float base() const { return maximum == -INFINITY ? 0.0f : maximum; }
 
   template <class T, int N>
@@ -40,7 +41,9 @@ struct LogSum {
 
  private:
   __device__ __forceinline__ void rise(float highest) {
-    const float before = maximum;  // if -inf, the factor must be 0, but exp(0 - base()) may be inf
+    // If the maximum was -inf, the factor must be 0. exp(old base() - base()) could be inf instead,
+    // and inf * 0 is NaN.
+    const float before = maximum;
     maximum = highest;
     total *= expf(before - base());
   }

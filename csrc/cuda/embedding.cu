@@ -1,6 +1,6 @@
-// Grid, where the weight is plain: one block per token. A thread owns every blockDim-th access of
-// its row (16 bytes, or one element where rows are not aligned). The kernel of linear/dequantize.cu
-// reads weights with scales.
+// The kernel for plain weights. Grid: one block per token. A thread owns every blockDim-th vector
+// of the token's row: 16 bytes, or one element if rows are not aligned. The kernel of
+// linear/dequantize.cu is for weights with scales.
 #include "../embedding.h"
 
 #include <launch.cuh>

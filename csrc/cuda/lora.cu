@@ -1,14 +1,15 @@
-// Two launches: the first computes `hidden`, the second adds to `out`.
+// There are two launches. The first computes `hidden` (shrink), the second adds to `out` (expand).
 //
 // shrink: a block computes a tile of `hidden`, kTile tokens by kTile rows of one part of A. Its
-// threads share the sums over k: each thread owns every blockDim-th access (16 bytes, or one
-// element where rows are not aligned). So many loads of a row are under way at once. expand: a
-// thread owns one access of outputs for kTile tokens, and goes through the rows of B.
+// threads share each sum over k: a thread owns every blockDim-th vector of a row, which is 16 bytes
+// or, if rows are not aligned, one element. So many loads of a row are under way at once.
+//
+// expand: a thread owns one vector of outputs for kTile tokens, and goes through the rows of B.
 //
 // Tiles of one token are for decode steps, in which a kernel takes little longer than its launch.
 // Larger tiles are for prompts: A and B are then read fewer times. If the tokens of a tile use
-// different adapters, the tile is computed token by token. The additions of an output have the same
-// order in all tiles.
+// different adapters, the tile is computed token by token. An output is summed in the same order
+// whatever the size of the tile.
 #include "../lora.h"
 
 #include <launch.cuh>
@@ -24,10 +25,10 @@ constexpr int kShrinkThreads = 256;
 constexpr int kShrinkWarps = kShrinkThreads / kWarp;
 constexpr int kExpandThreads = 128;
 constexpr int kLargeTile = 4;
-constexpr int64_t kMostDecodeTokens = 64;  // with more tokens the tiles are large
+constexpr int64_t kMostDecodeTokens = 64;  // with more tokens, tiles have kLargeTile tokens
 
-// The number of tokens of the tile that are computed together, from `token` on. It is kTile if
-// there are so many and all use the same adapter, else 1.
+// How many tokens of the tile that begins at `token` are computed together: kTile if the tile is
+// full and all its tokens use the same adapter, else 1.
 template <int kTile>
 __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token) {
   if (token + kTile > p.tokens) return 1;
@@ -39,7 +40,8 @@ __device__ __forceinline__ int tokens_at_once(const LoraParams& p, int64_t token
   return alike ? kTile : 1;
 }
 
-// Multiplies kTokens tokens of one adapter by rows [first, first + kRows) of one part of A.
+// Multiplies kTokens tokens of one adapter, from `token` on, by rows [first, first + kRows) of one
+// part of A. Rows beyond the adapter's rank are left out.
 template <class T, int N, int kTokens, int kRows>
 __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64_t part,
                                        int64_t first) {
@@ -70,7 +72,7 @@ __device__ __forceinline__ void shrink(const LoraParams& p, int64_t token, int64
 
   float* shared = dynamic_shared<float>();  // [kRows * kTokens, warps]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // no thread still reads the sums of the last token
+  __syncthreads();  // no thread still reads the sums of an earlier call
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
 #pragma unroll
@@ -118,7 +120,8 @@ __device__ __forceinline__ void add(Out* out, const float (&sums)[N]) {
   }
 }
 
-// Computes outputs [column, column + N) of one part, for kTokens tokens of one adapter.
+// Computes outputs [column, column + N), which belong to one part, for kTokens tokens of one
+// adapter from `token` on.
 template <class T, class Out, int N, int kTokens>
 __device__ __forceinline__ void expand(const LoraParams& p, int64_t token, int64_t part,
                                        int64_t column) {
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kExpandThreads) expand_kernel(const LoraParams
 
 template <class T, class Out, int N, int kTile>
 cudaError_t launch_tiles(const LoraParams& p, cudaStream_t stream) {
-  const auto grid = [&](int64_t blocks) {  // tokens are in x, because y allows only 65,535
+  const auto grid = [&](int64_t blocks) {  // tokens are in x, because y allows only 65,535 blocks
     return dim3(static_cast<unsigned>(ceil_div(p.tokens, kTile)), static_cast<unsigned>(blocks));
   };
   const size_t shared = kTile * kTile * kShrinkWarps * sizeof(float);

@@ -1,8 +1,8 @@
-// Grid: (tiles of columns, tiles of rows, adapters). A block owns the sums of a tile, so no two
-// blocks add to the same sum. The tokens are divided among groups of 4 neighbouring threads. The
-// columns of the tile are divided among the 4 threads of a group (16 bytes each, or one element
-// where rows are not aligned). At the end the sums of the groups are added, first within a warp and
-// then over the warps.
+// Grid: (tiles of columns, tiles of rows, adapters). A block owns a tile of the result, so no two
+// blocks add to the same sum. The tokens are divided among groups of 4 neighbouring threads. Each
+// of the 4 threads sums its own columns of the tile: 16 bytes of x, or one element if rows are not
+// aligned. At the end the sums of the groups are added, first within a warp and then over the
+// warps.
 #include "../lora.h"
 
 #include <launch.cuh>
@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRows = 8;      // rows of a tile
-constexpr int kAccesses = 4;  // accesses for the columns of a tile
+constexpr int kAccesses = 4;  // loads from a row of x for the columns of a tile, one per thread
 constexpr int kGroups = kThreads / kAccesses;
 
 template <class T, int N>
@@ -26,7 +26,7 @@ struct Tile {
 
   const LoraGradientParams& p;
   int64_t adapter, first_row, column;  // `column` is the first column of the thread
-  int rows;
+  int rows;                            // rows of the tile that exist, at most kRows
 
   __device__ __forceinline__ void sum_tokens(float (&sums)[kRows][N]) const {
     if (column >= p.columns) return;

@@ -5,8 +5,8 @@
 
 namespace mistral::cuda {
 
-// Multiplies h by the factor of the row, rounds to T, and multiplies by the weight. Mistral was
-// trained with this rounding.
+// Multiplies h by the factor of its row, 1 / sqrt(mean(h^2) + eps), rounds to T, and multiplies by
+// the weight. Mistral was trained with a rounding between the two products.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> scaled(const Vec<T, N>& h, const Vec<T, N>& weight,
                                             float factor) {

@@ -1,7 +1,7 @@
-// Grid: one block per row. A thread owns every blockDim-th access of its row (16 bytes, or one
-// element where rows are not aligned). It keeps up to kHeld accesses in registers from the sum of
+// Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
+// element if rows are not aligned. It keeps up to kHeld vectors in registers from the sum of
 // squares to the scaling, so that each element is read once and written once. A longer row is
-// processed in parts. All parts but the last are then read again.
+// processed in parts. All its parts but the last are read again for the scaling.
 #include "../rms_norm.h"
 
 #include <launch.cuh>
@@ -17,8 +17,8 @@ namespace {
 constexpr int kHeld = 4;
 constexpr int kMaxThreads = 512;
 
-// x + residual. The sum is rounded to T as a separate addition would round it, so fused and
-// separate ops give the same result.
+// x + residual, rounded to T. torch's addition rounds in the same way, so the fused op has the
+// result of the separate ops.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& residual) {
   float sum[N];
@@ -27,7 +27,7 @@ __device__ __forceinline__ Vec<T, N> add(const Vec<T, N>& x, const Vec<T, N>& re
   return round_to<T>(sum);
 }
 
-// The bounds limit a thread to 64 registers. Then a multiprocessor has room for 1024 threads, all
+// The launch bounds limit a thread to 64 registers. Then a multiprocessor has room for 1024 threads
 // with loads under way.
 template <class T, int N>
 __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormParams p) {
@@ -71,11 +71,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) rms_norm_kernel(const RmsNormP
     }
   }
 
-  load_part(other, weight, last);  // under way while the block adds up
+  load_part(other, weight, last);  // these loads are under way during block_sum
   const float sum = block_sum(squares, dynamic_shared<float>());
   const float factor = 1.0f / sqrtf(sum / static_cast<float>(p.dim) + p.eps);
 
-  // Goes backwards, because the registers hold the last part.
+  // Goes from the last part to the first, because the registers still hold the last part.
   for (int begin = last; begin >= 0; begin -= part) {
     if (begin != last) {
       load_part(h, residual ? residual : x, begin);

@@ -1,6 +1,6 @@
-// Grid: one block per row. A thread owns every blockDim-th access (16 bytes, or one element where
-// rows are not aligned). A row is read once for the sums, and again from the cache for the
-// gradient.
+// Grid: one block per row. A thread owns every blockDim-th vector of the row: 16 bytes, or one
+// element if rows are not aligned. The row is read once for the two sums, and again for the
+// gradient. The second time it usually comes from a cache.
 #include "../rms_norm.h"
 
 #include <launch.cuh>

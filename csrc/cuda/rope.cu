@@ -1,8 +1,8 @@
-// Grid: one block per token. First its threads share the D/2 angles and write their cosine and sine
-// to shared memory. Then they share the heads of q, k and v, which are divided into items. An item
-// is 16 bytes of the first half of a head (one element, where rows are not aligned) and the
-// matching bytes of the second half. q and k are read once and rotated in place. v and the rotated
-// k are stored in the ring, if ring.h allows this before attention.
+// Grid: one block per token. First the threads of a block share the D/2 angles, and write the
+// cosines and sines to shared memory. Then they share the heads of q, k and v, which are divided
+// into items. An item is 16 bytes of the first half of a head (one element if rows are not aligned)
+// and the matching bytes of the second half. q and k are read once and rotated in place. v and the
+// rotated k are stored in the ring if `stored_before_attention` (ring.h) holds for the token.
 #include "../rope.h"
 
 #include <launch.cuh>
@@ -20,11 +20,13 @@ namespace {
 template <class T>
 struct Head {
   const T* in;
-  T* rotated;  // null for v
-  T* slot;     // in the ring; null for q and for tokens that are not stored
+  T* rotated;  // where the rotated head is stored; null for v
+  T* slot;     // where the head is stored in the ring; null for q and if the token is not stored
 };
 
-// The heads of q have the lowest numbers, then come those of k, then those of v.
+// Finds the addresses of head `index`, which counts the heads of q first, then those of k, then
+// those of v. `stores` says whether the token is stored in the ring. It must be true for heads of
+// v.
 template <class T>
 __device__ __forceinline__ Head<T> find_head(const RopeParams& p, const Sequence& s, int64_t token,
                                              int64_t position, bool stores, int index) {

@@ -8,23 +8,24 @@
 
 namespace mistral::cuda {
 
-// The angle per position, as a 64-bit fraction of a turn. The product of this number and a
-// position, in unsigned arithmetic that wraps around, is the angle of the position without whole
-// turns. This product is exact for every position.
+// Converts a frequency, in radians per position, to a 64-bit fraction of a turn: the number n
+// stands for n / 2^64 turns. The product of this number and a position is the angle of the
+// position. The product is computed in 64 bits that wrap around, so it loses only whole turns, and
+// is otherwise exact for every position.
 __device__ __forceinline__ uint64_t turns_per_position(double radians) {
-  // 1 / (2 pi) is the sum of two doubles. One double would not be exact to 2^-64 of a turn.
+  // 1 / (2 pi) as the sum of two doubles. One double would not be exact to 2^-64 of a turn.
   constexpr double kInverse = 0x1.45f306dc9c883p-3, kInverseRest = -0x1.6b01ec5417056p-57;
   const double turns = radians * kInverse;
   const double rest = fma(radians, kInverse, -turns) + radians * kInverseRest;
-  // A fraction may round to 1, a whole turn. It becomes 2^63 here, and the shift turns it into 0.
+  // The fraction of a turn may round to 1. Then the product is 2^63, which the shift turns into 0.
   const auto fraction = static_cast<uint64_t>((turns - floor(turns)) * 0x1p63) << 1;
   return fraction + static_cast<uint64_t>(static_cast<int64_t>(rest * 0x1p64));
 }
 
 // The cosine and sine of an angle, which is a 64-bit fraction of a turn.
 __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
-  // Splits the angle into the nearest quarter turn and a rest of at most an eighth of a turn. A
-  // float keeps 24 bits of the rest.
+  // Splits the angle into the nearest multiple of a quarter turn and a rest of at most an eighth of
+  // a turn. As a float, the rest keeps 24 significant bits.
   const uint64_t quarter = (turns + (uint64_t{1} << 61)) >> 62;
   const auto rest = static_cast<int64_t>(turns - (quarter << 62));
   float sine, cosine;
@@ -34,13 +35,14 @@ __device__ __forceinline__ float2 cosine_and_sine(uint64_t turns) {
   return {quarter == 1 || quarter == 2 ? -c : c, quarter == 2 || quarter == 3 ? -s : s};
 }
 
-// Rotates a pair. The fused multiply-add is explicit: otherwise the compiler could fuse the other
-// product in another kernel.
+// Rotates a pair by the angle whose cosine and sine are turn.x and turn.y. The fused multiply-adds
+// are explicit. Otherwise the compiler could fuse different products in different kernels, and the
+// kernels would not give the same bits.
 __device__ __forceinline__ float2 rotate_pair(float first, float second, float2 turn) {
   return {fmaf(first, turn.x, -(second * turn.y)), fmaf(second, turn.x, first * turn.y)};
 }
 
-// Rotates N neighbouring pairs.
+// Rotates N pairs: element j of `first` and of `second` by turn[j].
 template <class T, int N>
 __device__ __forceinline__ void rotate_pairs(Vec<T, N>& first, Vec<T, N>& second,
                                              const float2* turn) {

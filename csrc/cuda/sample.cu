@@ -1,8 +1,8 @@
-// Grid: one block per row. A thread owns every kThreads-th group of four tokens, in all passes over
-// the row. So it may read in a later pass what it wrote to the scratch in an earlier pass, without
-// a barrier. The four tokens of a group share a block of Philox.
+// Grid: one block per row of logits. In all passes over the row, a thread owns the same groups of
+// four tokens: every kThreads-th group. So without a barrier, it may read in a later pass what it
+// wrote to the scratch in an earlier pass. The four tokens of a group share a block of Philox.
 //
-// Results do not depend on the order of the threads, because the threads add up only integers.
+// Results do not depend on the order of the threads, because all sums over threads are integers.
 #include "../sample.h"
 
 #include <launch.cuh>
@@ -22,12 +22,14 @@ static_assert(kIdBits % kDigitBits == 0 && kRankBits % kDigitBits == 0);
 static_assert(kBins == kWarps, "a warp adds up a bin");
 
 struct Shared {
-  uint64_t bins[kBins][kThreads];  // a histogram per thread: no conflicts, no atomics
-  uint64_t sums[kBins];            // sums of the bins; sums of warps in block_reduce
+  // A histogram for each thread. So no atomic operations are needed, and the threads of a warp
+  // access different banks.
+  uint64_t bins[kBins][kThreads];
+  uint64_t sums[kBins];  // in `select` the sums of the bins; in block_reduce the results of warps
 };
 
-// ---- Groups of four tokens. If kWide, they are loaded and stored 16 bytes at a time. Loads past
-// the end of a row give 0, which is a key below every threshold.
+// ---- Groups of four tokens. If kWide, they are loaded and stored 16 bytes at a time. A key that
+// is loaded past the end of a row is 0, which is below every threshold.
 
 template <bool kWide, class T>
 __device__ __forceinline__ void load_group(T (&values)[kGroup], const T* row, int first,
@@ -91,12 +93,13 @@ __device__ __forceinline__ uint64_t warp_reduce(uint64_t value, const Combine& c
   return value;
 }
 
-// Every thread gets the result. 0 must be neutral for `combine`.
+// Reduces the values of all threads of the block. Every thread gets the result. combine(x, 0) must
+// be x.
 template <class Combine>
 __device__ __forceinline__ uint64_t block_reduce(uint64_t value, Shared* shared,
                                                  const Combine& combine) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // the sums of an earlier call are no longer in use
+  __syncthreads();  // no thread still reads `sums`
   value = warp_reduce(value, combine);
   if (lane == 0) shared->sums[warp] = value;
   __syncthreads();
@@ -119,7 +122,8 @@ struct Row {
   int vocab_size;
   Shared* shared;
 
-  // Calls f(first, keys) for each group of the thread.
+  // Calls f(first, group) for each group of this thread. `first` is the id of the first token, and
+  // `group` has the four keys.
   template <class F>
   __device__ __forceinline__ void for_each_group(const F& f) const {
     for (int first = kGroup * threadIdx.x; first < vocab_size; first += kGroup * kThreads) {
@@ -129,7 +133,8 @@ struct Row {
     }
   }
 
-  // Writes the keys, and returns the highest rank.
+  // Computes x of every token (sample.h), writes the keys, and returns the highest rank. bias and
+  // history are null if they are not needed.
   __device__ Rank adjust(const float* logits, const float* bias, const int32_t* history,
                          const SamplingOptions& options) const {
     Rank best = 0;
@@ -152,12 +157,16 @@ struct Row {
     return block_reduce(best, shared, Larger());
   }
 
-  // Returns the lowest rank that passes the filter. Measures are summed from the highest rank down
-  // until the sum is enough. If the sum over all ranks at or above `threshold` is not enough, the
-  // result is `threshold`. The rank is found digit by digit, from the highest digit on: a histogram
-  // of the next digit, over the ranks that begin with the digits found so far, tells how far the
-  // sum gets with each digit. `measures` [V] holds the measures of the tokens at or above the
-  // threshold. If `measures` is null, each measure is 1.
+  // Returns the lowest rank that passes the filter `top`. Measures are summed from the highest rank
+  // down until the sum is enough. If the sum over all ranks at or above `threshold` is not enough,
+  // the result is `threshold`.
+  //
+  // The rank is found digit by digit, from the highest digit on. For each digit, a histogram is
+  // made over the ranks that begin with the digits found so far. Each bin belongs to a value of the
+  // next digit, and holds the sum of the measures of the ranks with this value.
+  //
+  // `measures` [V] holds the measures of the tokens at or above the threshold. If `measures` is
+  // null, each measure is 1. `best` is the highest rank.
   template <class Top>
   __device__ Rank select(const Top& top, const uint64_t* measures, Rank threshold,
                          Rank best) const {
@@ -165,7 +174,7 @@ struct Row {
     int shift = kRankBits - kDigitBits;
     while (shift > 0 && threshold >> shift == best >> shift) shift -= kDigitBits;
     Rank found = best >> (shift + kDigitBits);
-    uint64_t above = 0;  // the sum over ranks above those that begin with the digits found
+    uint64_t above = 0;  // the sum over all ranks above those that begin with the digits found
     for (; shift >= 0; shift -= kDigitBits) {
 #pragma unroll
       for (int digit = 0; digit < kBins; ++digit) shared->bins[digit][threadIdx.x] = 0;
@@ -185,8 +194,8 @@ struct Row {
       if (lane == 0) shared->sums[warp] = sum;
       __syncthreads();
 
-      // Every warp finds the digit. Lane i computes the sum of the measures from the highest digit
-      // to digit i.
+      // Every warp finds the digit, so no further barrier is needed. Lane i computes the sum of the
+      // measures of all ranks from the highest one down to those whose next digit is i.
       uint64_t down_to = above;
       for (int digit = kBins - 1; digit >= lane; --digit) down_to += shared->sums[digit];
       const unsigned enough = __ballot_sync(kAllLanes, lane < kBins && top.reached(down_to));
@@ -196,7 +205,7 @@ struct Row {
       above = __shfl_sync(kAllLanes, down_to, digit) - inside;
       found = found << kDigitBits | static_cast<Rank>(digit);
       if (shift == kIdBits && inside == top.measure(static_cast<uint32_t>(found))) {
-        found <<= kIdBits;  // only one of these tokens has this key, so its id does not matter
+        found <<= kIdBits;  // only one token has this key, so the digits of its id do not matter
         break;
       }
     }
@@ -218,6 +227,7 @@ struct Row {
     return block_reduce(total, shared, Plus());
   }
 
+  // Returns the token at or above `threshold` with the largest x / temperature + Gumbel noise.
   __device__ int64_t draw(const NoiseState& noise, float largest, double temperature,
                           Rank threshold) const {
     double highest = -INFINITY;
@@ -239,7 +249,8 @@ struct Row {
         }
       }
     });
-    // Finds the highest score, as an integer of the same order, then the lowest id with this score.
+    // Finds the highest score of the block, then the lowest id with this score. Scores are compared
+    // as unsigned integers of the same order.
     uint64_t bits;
     memcpy(&bits, &highest, sizeof bits);
     bits = bits >> 63 ? ~bits : bits | uint64_t{1} << 63;

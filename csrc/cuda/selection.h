@@ -1,4 +1,4 @@
-// Selects one of several kernels for an op, and whether kernels overlap.
+// Settings of the process: which prefill kernel `attention` uses, and whether kernels overlap.
 #pragma once
 
 #include <string>
@@ -12,17 +12,19 @@ const char* name(Prefill prefill);
 
 std::vector<Prefill> built_prefills();  // the prefill kernels that this build has
 
-// The active kernel. It is the kernel that the environment variable MISTRAL_EXT_ATTENTION names,
-// else sm80, because sm90 has not run on hardware yet. If this build does not have the named
-// kernel, this function and `attention` throw std::invalid_argument.
+// The prefill kernel in use. Initially it is the kernel that the environment variable
+// MISTRAL_EXT_ATTENTION names. If the variable is not set, it is sm80, because sm90 has not run on
+// hardware yet. If this build does not have the named kernel, this function and `attention` throw
+// std::invalid_argument.
 Prefill active_prefill();
 
-// Throws std::invalid_argument if this build does not have the kernel.
+// Changes the prefill kernel in use. Throws std::invalid_argument if this build does not have it.
 void select_prefill(const std::string& name);
 
 // Whether the kernels of a decode step may overlap. With overlap, a kernel fetches its first
 // weights while earlier kernels still run, so the earlier kernels must not write weights. The
-// environment variable MISTRAL_EXT_OVERLAP (0, the default, or 1) sets this, and so does `overlap`.
+// environment variable MISTRAL_EXT_OVERLAP (0 or 1) sets the initial value, which is 0 without it.
+// `overlap` changes it. Both throw std::invalid_argument if the variable has another value.
 bool overlapping();
 void overlap(bool wanted);
 

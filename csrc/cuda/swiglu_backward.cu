@@ -1,5 +1,5 @@
-// Grid: the blocks of row 0, then the blocks of row 1, and so on. A thread owns one access: 16
-// bytes, or one element where rows are not aligned.
+// Grid: the blocks of row 0, then the blocks of row 1, and so on. A thread owns one vector of each
+// gradient: 16 bytes, or one element if rows are not aligned.
 #include "../swiglu.h"
 
 #include <launch.cuh>

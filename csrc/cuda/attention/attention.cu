@@ -48,7 +48,7 @@ Prefill& active() {
   return instance;
 }
 
-// Whether a sequence could need prefill.
+// Whether a sequence could need a prefill kernel. The host knows only max_count, not the lengths.
 bool prefills(const AttentionParams& p) {
   const int64_t group = p.heads / p.kv_heads;
   return group > kDecodeRows || !is_decode(p.max_count, group);
@@ -68,7 +68,7 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
         attention_decode<T, D>, grid, dim3(kDecodeWarps * kWarp), kDecodeShared<T, D>, stream, p);
     if (status != cudaSuccess || !prefills(p)) return status;
   }
-  if constexpr (kHasHopper) {  // otherwise attention_hopper is not linked
+  if constexpr (kHasHopper) {  // a build without it does not link attention_hopper
     if (uses_hopper(p)) return attention_hopper(p, stream);
   }
   const auto tiles = static_cast<unsigned>(prefill_tiles(p));
@@ -95,8 +95,8 @@ Prefill active_prefill() { return active(); }
 void select_prefill(const std::string& name) { active() = find_prefill(name); }
 
 AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
-  // Wants two blocks for each multiprocessor, but a block should have a few tiles for each of its
-  // warps.
+  // There should be two blocks for each multiprocessor. But there should not be so many that a warp
+  // has fewer than about 2 tiles of keys.
   const int64_t blocks = p.num_sequences * p.kv_heads;
   const int64_t wanted = ceil_div(2 * multiprocessors(), max(blocks, 1));
   const int64_t sensible = ceil_div(longest, 2 * kDecodeWarps * kDecodeKeys);
@@ -104,7 +104,7 @@ AttentionScratch attention_scratch(const AttentionParams& p, int64_t longest) {
   scratch.splits = static_cast<int32_t>(max(min(wanted, sensible), 1));
   scratch.prefill_splits = 1;
   scratch.counters = blocks;
-  // In `partials`, D + 4 is kPartialRow (merge.cuh).
+  // p.head_dim + 4 is kPartialRow (merge.cuh).
   scratch.partials =
       scratch.splits == 1 ? 0 : blocks * scratch.splits * kDecodeRows * (p.head_dim + 4);
   if (uses_hopper(p) && prefills(p)) add_hopper_scratch(scratch, p, longest);

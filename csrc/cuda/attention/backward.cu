@@ -1,6 +1,7 @@
-// There are three launches: delta of every query row, the gradients of keys and values, and the
-// gradients of queries. The last two launches each compute the scores again, so that no sum needs
-// atomic additions. Otherwise the kernels follow FlashAttention-2 (Dao 2023, arXiv:2307.08691).
+// Three launches compute, in this order, delta of every query row, the gradients of keys and
+// values, and the gradients of queries. The last two launches each compute the scores again. So
+// each sum belongs to one block, and no atomic additions are needed. Otherwise the kernels follow
+// FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 #include "../../attention_backward.h"
 
 #include <launch.cuh>
@@ -14,7 +15,8 @@ namespace {
 
 constexpr int kDeltaThreads = 256;
 
-// Grid: one thread for each 16 bytes of d_out. The threads of a row are neighbours.
+// Computes delta (attention_backward.h). Grid: one thread for each 16 bytes of d_out. The threads
+// that share a row are neighbours.
 template <class T, int D>
 __global__ void __launch_bounds__(kDeltaThreads)
     attention_delta(const __grid_constant__ AttentionBackwardParams p) {

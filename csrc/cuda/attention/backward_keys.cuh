@@ -2,7 +2,7 @@
 //
 // Grid: (tiles of keys, Hkv). A block owns 64 keys of one sequence and key/value head. It goes
 // through all query rows of the group that see any of these keys. So no two blocks add to the same
-// sum. Scores are computed transposed: rows are keys, columns are query rows.
+// sum. Scores are computed transposed: a row is a key, a column is a query row.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -28,7 +28,7 @@ struct KeyGradients {
     copy_step(row, 0);
     for (; row < end; row += kWalkedRows, stage ^= 1) {
       cp_async_wait<0>();
-      __syncthreads();  // the rows of this stage are there; no warp uses the other stage
+      __syncthreads();  // this stage has arrived; no warp uses the other stage any more
       if (row + kWalkedRows < end) copy_step(row + kWalkedRows, stage ^ 1);
 
       float scores[1][kColumns][4], d_probabilities[1][kColumns][4];
@@ -45,8 +45,8 @@ struct KeyGradients {
     }
   }
 
-  // Stores the results. They go through the block's own tiles in shared memory, where each warp
-  // uses its own rows.
+  // Stores the results. They go through the block's own tiles in shared memory (store_rows), of
+  // which each warp uses only its own rows.
   __device__ __forceinline__ void store(const float (&d_k)[1][D / 8][4],
                                         const float (&d_v)[1][D / 8][4]) const {
     const int warp_row = 16 * (threadIdx.x / kWarp);
@@ -62,7 +62,7 @@ struct KeyGradients {
   }
 
  private:
-  // Starts the copy of query rows into a stage.
+  // Starts the copy of query rows, with their d_out, lse and delta, into a stage.
   __device__ __forceinline__ void copy_step(int first_row, int stage) const {
     head.template copy_queries<kWalkedRows>(shared.walked(stage, 0), shared.walked(stage, 1),
                                             first_row);
@@ -76,8 +76,8 @@ struct KeyGradients {
     cp_async_commit();
   }
 
-  // Hides scores of query rows that do not see the key. `first_row` is the first query row, and
-  // `key` is the first key of the warp.
+  // If a query row does not see a key, sets their score to -inf. `first_row` is the first query row
+  // of the tile, and `key` is the first key of the warp.
   __device__ __forceinline__ void hide(float (&scores)[1][kColumns][4], int first_row, int key,
                                        int window) const {
     const int lane = threadIdx.x % kWarp, group = head.rows.group;

@@ -25,8 +25,7 @@ struct QueryGradients {
     head.template copy_queries<kOwnRows>(shared.own(0), shared.own(1), first_row);
     copy_step(key, 0);
 
-    // A lane has two rows. Past the last row it repeats the last row, and does not store the
-    // repetition.
+    // A lane has two rows. A row past the last one stands for the last row, and is not stored.
     int own[2];
     float lse[2], delta[2];
 #pragma unroll
@@ -40,7 +39,7 @@ struct QueryGradients {
     const float scale = head.p.scale * kLog2e;
     for (; key <= last_query; key += kWalkedRows, stage ^= 1) {
       cp_async_wait<0>();
-      __syncthreads();  // the keys of this stage are there; no warp uses the other stage
+      __syncthreads();  // this stage has arrived; no warp uses the other stage any more
       if (key + kWalkedRows <= last_query) copy_step(key + kWalkedRows, stage ^ 1);
 
       float scores[1][kColumns][4], d_probabilities[1][kColumns][4];
@@ -65,8 +64,8 @@ struct QueryGradients {
     }
   }
 
-  // Stores the results. They go through the block's tile of queries in shared memory, where each
-  // warp uses its own rows.
+  // Stores the results. They go through the block's tile of queries in shared memory (store_rows),
+  // of which each warp uses only its own rows.
   __device__ __forceinline__ void store(const float (&d_q)[1][D / 8][4]) const {
     store_rows(
         shared.own(0), 16 * (threadIdx.x / kWarp), d_q, [&](int) { return head.p.scale; },
@@ -78,7 +77,7 @@ struct QueryGradients {
   }
 
  private:
-  // Starts the copy of keys into a stage.
+  // Starts the copy of keys and values into a stage.
   __device__ __forceinline__ void copy_step(int first_key, int stage) const {
     head.template copy_keys<kWalkedRows>(shared.walked(stage, 0), shared.walked(stage, 1),
                                          first_key);
@@ -90,7 +89,7 @@ template <class T, int D>
 __global__ __launch_bounds__(kBackwardThreads) void attention_backward_queries(
     const __grid_constant__ AttentionBackwardParams p) {
   const int64_t group = p.heads / p.kv_heads;
-  // The last tiles see the most keys, so the first blocks take these.
+  // The last tiles see the most keys, so the blocks that start first take them.
   const int64_t tile = gridDim.x - 1 - blockIdx.x;
   const int64_t index = sequence_of_tile<kOwnRows>(p, group, tile);
   const Sequence s = p.sequences[index];

@@ -1,7 +1,7 @@
-// Code that the kernels for attention's gradients share. A block of 4 warps owns 64 rows of two
-// tensors: keys and values, or queries and d_out. Each warp owns 16 of these rows. The block goes
-// through the rows of the other two tensors in tiles of 32 rows. A tile is copied while the
-// previous tile is multiplied.
+// Code that the two kernels for attention's gradients share. A block of 4 warps owns 64 rows of two
+// tensors. These are keys and values in one kernel, queries and d_out in the other. Each warp owns
+// 16 of these rows. The block goes through the rows of the other two tensors in tiles of 32 rows. A
+// tile is copied while the previous tile is multiplied.
 #pragma once
 
 #include "../../attention_backward.h"
@@ -14,9 +14,9 @@ constexpr int kBackwardThreads = kBackwardWarps * kWarp;
 constexpr int kOwnRows = 16 * kBackwardWarps;
 constexpr int kWalkedRows = 32;
 
-// The shared memory of a block: its own two tiles, then two stages. Each stage has two tiles of the
-// tensors that the block goes through. If these are queries and d_out, a stage also has the
-// log-sum-exp and delta of its rows.
+// The shared memory of a block: its own two tiles, then two stages. Each stage has a tile of each
+// of the two tensors that the block goes through. If these are queries and d_out, the log-sum-exp
+// and delta of the rows of both stages come last.
 template <class T, int D>
 struct BackwardShared {
   T* elements;
@@ -36,8 +36,8 @@ struct BackwardShared {
   __device__ __forceinline__ float* delta(int stage) const { return lse(stage) + kWalkedRows; }
 };
 
-// One key/value head of one sequence. Its query rows and its keys are both counted from the
-// beginning of the sequence.
+// One key/value head of one sequence. Query rows and keys are both counted from the beginning of
+// the sequence.
 template <class T, int D>
 struct BackwardHead {
   const AttentionBackwardParams& p;
@@ -53,8 +53,8 @@ struct BackwardHead {
         kv_head(kv_head),
         keys(static_cast<int>(s.count)) {}
 
-  // copy_queries and copy_keys start the copy of kRows rows: of queries and d_out, or of keys and
-  // values. Rows past the last become zeros, which add nothing to any sum.
+  // copy_queries starts the copy of kRows rows of queries and d_out. copy_keys does so for keys and
+  // values. Rows past the last one become zeros, which add nothing to any sum.
   template <int kRows>
   __device__ __forceinline__ void copy_queries(SharedTile<T, D> q, SharedTile<T, D> d_out,
                                                int first) const {
@@ -89,14 +89,14 @@ struct BackwardHead {
   }
 };
 
-// Two neighbouring probabilities and two score gradients, each packed as an operand of the next
-// product.
+// The probabilities of two neighbouring scores, and the gradients of the two scores. Each pair is
+// packed as an operand of the next product.
 template <class T>
 struct Differentiated {
   uint32_t probabilities, d_scores;
 
-  // `lse` is a logarithm to base 2. d_scores lack the factor p.scale. The sums of their products
-  // are multiplied by this factor at the end.
+  // `scale` is p.scale * log2(e), and `lse` is a logarithm to base 2. The gradients of queries and
+  // keys are summed without the factor p.scale, and are multiplied by it when they are stored.
   __device__ __forceinline__ Differentiated(float2 scores, float2 d_probabilities, float scale,
                                             float2 lse, float2 delta) {
     const float low = exp2_approx(scores.x * scale - lse.x);

@@ -1,12 +1,11 @@
-// Decode has few queries and many keys. Reading each key and value of the cache once limits its
-// speed.
+// Decode has few queries and many keys. Its speed is limited by reading each key and value once.
 //
-// Grid: (splits, Hkv, S). Here a sequence and key/value head has at most 16 query rows: all heads
-// of the group, for one token or a few. All these rows are one operand of the products, so each key
-// and value is loaded once. The keys are divided among `splits` blocks, and within a block among 4
-// warps, which take tiles of 16 keys in turn. Each warp has its own two stages in shared memory. It
-// fills both before it begins, and then works on one stage while the other is filled. So the warps
-// need no barrier of the block while they go through the keys. With several splits each block
+// Grid: (splits, Hkv, S). A block owns one split of the keys of one sequence and key/value head.
+// There are at most 16 query rows: all heads of the group, for one token or a few. All these rows
+// are one operand of the products, so each key and value is loaded once. The 4 warps of a block
+// take tiles of 16 keys in turn. Each warp has its own two stages in shared memory. It fills both
+// before it begins, and then works on one stage while the other is filled. So the warps need no
+// barrier of the block while they go through the keys. If there are several splits, each block
 // writes its result to `partials`, and the last block to arrive merges the results.
 #pragma once
 
@@ -20,15 +19,15 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeKeys = 16;
 constexpr int kDecodeStages = 2;
 
-// The number of elements in a warp's stages of keys and values.
+// The number of elements in the stages of a warp. A stage has a tile of keys and a tile of values.
 template <int D>
 constexpr int kDecodeWarpShared = kDecodeStages * 2 * kDecodeKeys * D;
 // The size of shared memory in bytes: the queries, then the stages of each warp.
 template <class T, int D>
 constexpr size_t kDecodeShared = (kDecodeRows + kDecodeWarps * kDecodeWarpShared<1>)*D * sizeof(T);
 
-// The work of a block: one sequence, key/value head and split. The public functions are its phases,
-// in the order of their calls.
+// The work of a block: one sequence, key/value head and split. Its phases are walk_keys,
+// merge_warps and merge_splits, in this order.
 template <class T, int D>
 struct DecodeBlock {
   static constexpr int kThreads = kDecodeWarps * kWarp;
@@ -39,7 +38,8 @@ struct DecodeBlock {
   int kv_head, split, splits;
   SharedTile<T, D> q_tile;
 
-  // Each warp takes every fourth tile of the block's keys, and writes its result over its stages.
+  // Attends to the keys of the block. Each warp takes every fourth tile, and at the end writes its
+  // result over its stages.
   __device__ __forceinline__ void walk_keys() const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     T* const stages = stages_of(warp);
@@ -75,10 +75,10 @@ struct DecodeBlock {
     copy_tile(first_tile + warp, 0);
     copy_tile(first_tile + warp + kDecodeWarps, 1);
     cp_async_wait<1>();
-    __syncthreads();  // the queries are there
+    __syncthreads();  // the queries have arrived
 
-    // The offsets of this lane's two rows. Past the end, the last row is repeated and not stored
-    // again.
+    // The offsets of this lane's two query rows among the keys. A row past the last one stands for
+    // the last row, and is not stored.
     int own[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -92,7 +92,7 @@ struct DecodeBlock {
     int stage = 0;
     for (int tile = first_tile + warp; tile < end_tile; tile += kDecodeWarps) {
       cp_async_wait<1>();
-      __syncwarp();  // the copies of all lanes are there
+      __syncwarp();  // the copies of all lanes have arrived
 
       float scores[1][kDecodeKeys / 8][4];
       multiply_keys(scores, q_tile, 0, k_tile(stage));
@@ -113,8 +113,8 @@ struct DecodeBlock {
     __syncthreads();
   }
 
-  // Merges the results of the warps. Writes them to the output, or to `partials` if there are
-  // several splits.
+  // Merges the results of the warps. Writes the merged rows to the output, or to `partials` if
+  // there are several splits.
   __device__ __forceinline__ void merge_warps() const {
     for_each_item([&](int row, int d) {
       const Merged merged = merge<D>(
@@ -184,8 +184,8 @@ struct DecodeBlock {
   __device__ __forceinline__ float* partial_of(int part) const {
     return p.partials + (head() * splits + part) * kDecodeRows * kPartialRow<D>;
   }
-  // Calls f(row, d) for each 8 neighbouring elements of a result, from element d on. The threads
-  // share these calls.
+  // Calls f(row, d) for each query row and each multiple d of 8 below D. Such a call is for
+  // elements d to d + 7 of the row. The threads of the block share the calls.
   template <class F>
   __device__ __forceinline__ void for_each_item(const F& f) const {
     for (int item = threadIdx.x; item < rows.count * D / 8; item += kThreads) {

@@ -1,6 +1,7 @@
-// A late token is a new token that takes the slot of an older token that attention still reads. It
-// may be stored in the ring only when no block reads the history any more (ring.h). The last block
-// of a sequence and key/value head stores the late tokens.
+// A late token is a new token that takes the slot of an older token that attention still reads
+// (`stored_after_attention` in ring.h). It may be stored in the ring only when no block reads the
+// older tokens any more. So the block or warpgroup that finishes a sequence and key/value head last
+// stores the late tokens.
 #pragma once
 
 #include <launch.cuh>

@@ -18,9 +18,10 @@ struct Merged {
   float total;
 };
 
-// Merges elements d to d + 7 of `parts` partial results. row_of(i) is the address of the row in
-// part i, and read(address) loads 4 floats. Of 8 neighbouring lanes, 4 begin with the upper half of
-// their 8 elements, so that the 8 lanes together read 128 bytes from all banks.
+// Merges elements d to d + 7 of a row from `parts` partial results. `scale` is p.scale * log2(e).
+// row_of(i) is the address of the row in part i, and read(address) loads 4 floats. Neighbouring
+// lanes have neighbouring d. Of 8 such lanes, 4 read the upper half of their 8 elements first. So
+// the 8 lanes together read 128 bytes that lie in different banks of shared memory.
 template <int D, class RowOf, class Read>
 __device__ __forceinline__ Merged merge(int parts, int d, float scale, const RowOf& row_of,
                                         const Read& read) {
@@ -31,9 +32,10 @@ __device__ __forceinline__ Merged merge(int parts, int d, float scale, const Row
   }
   const bool upper_first = d / 8 % 8 >= 4;
   const int first = upper_first ? 4 : 0, second = 4 - first;
-  // A row always sees itself, but perhaps none of the keys of these parts.
+  // The maximum is -inf if the row sees none of the keys of these parts. The base must be finite,
+  // because -inf - -inf would be NaN.
   const float base = merged.maximum == -INFINITY ? 0.0f : merged.maximum * scale;
-#pragma unroll 8  // the loads of so many parts are under way together
+#pragma unroll 8  // so that the loads of 8 parts are under way together
   for (int i = 0; i < parts; ++i) {
     const float* row = row_of(i);
     const Vec16<float> state = read(row + D);
@@ -61,7 +63,7 @@ __device__ __forceinline__ void store_result(const AttentionParams& p, const Que
 }
 
 // Stores the log-sum-exp of a row (attention.h). `maximum` is the maximum of the unscaled scores.
-// `total` is a sum of exponentials of scaled scores.
+// `total` is the sum of exp(p.scale * (score - maximum)).
 __device__ __forceinline__ void store_lse(const AttentionParams& p, const QueryRows& rows, int row,
                                           float maximum, float total) {
   store_global(p.lse + rows.offset(row, p.heads, 1), maximum * p.scale + logf(total));

@@ -13,18 +13,18 @@
 
 namespace mistral::cuda {
 
-// Views the registers of a product in the layout of the mma functions of tile_sm80.cuh.
+// Views the registers of a wgmma product as the functions of tile_sm80.cuh expect them.
 template <int kCount>
 __device__ __forceinline__ auto& as_fragments(float (&product)[kCount]) {
   return reinterpret_cast<float (&)[1][kCount / 4][4]>(product);
 }
 
-// The descriptor of an address `bytes` bytes after the start of a matrix.
+// The descriptor of the address that lies `bytes` bytes after the address of `descriptor`.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor + bytes / 16;
 }
 
-constexpr int kAtom = 1024;  // bytes of 8 rows of 128 bytes, the unit of the swizzle
+constexpr int kAtom = 1024;  // the bytes of an atom (wgmma_descriptor): 8 rows of 128 bytes
 
 // Issues scores = q k^T, as one group of wgmma.
 template <class T, int D>
@@ -35,7 +35,7 @@ __device__ __forceinline__ void issue_scores(float (&scores)[kHopperKeys / 2],
   const uint64_t b = wgmma_descriptor(k.elements, 0, kAtom);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < D / 16; ++step) {  // 16 dimensions, 32 bytes
+  for (int step = 0; step < D / 16; ++step) {  // 16 dimensions at a time, which are 32 bytes
     const int column = step / 4, bytes = step % 4 * 32;
     wgmma_m64<T, kHopperKeys, false>(scores, advance(a, column * q.kColumn * 2 + bytes),
                                      advance(b, column * k.kColumn * 2 + bytes), step > 0);
@@ -53,14 +53,14 @@ __device__ __forceinline__ void issue_out(float (&out)[D / 2],
   wgmma_settle(probabilities);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kHopperKeys / 16; ++step) {  // 16 keys, 2 atoms
+  for (int step = 0; step < kHopperKeys / 16; ++step) {  // 16 keys at a time, which are 2 atoms
     wgmma_m64<T, D, true>(out, probabilities[step], advance(b, step * 2 * kAtom), true);
   }
   wgmma_commit();
 }
 
-// Turns scores into probabilities relative to the new maximum. Row r of the lane then needs a
-// correction: its results so far must be multiplied by factors[r].
+// Turns scores into probabilities relative to the new maximum of the row. The caller must then
+// multiply the results so far of the lane's row r by factors[r].
 template <int kCount>
 __device__ __forceinline__ void exponentiate(Softmax<1>& softmax, float (&scores)[kCount],
                                              float (&factors)[2]) {
@@ -90,7 +90,7 @@ __device__ __forceinline__ void rescale(float (&out)[kCount], const float (&fact
   for (int i = 0; i < kCount; ++i) out[i] *= factors[i / 2 % 2];
 }
 
-// Packs the probabilities as A operands of the product with the values. An operand has 16 keys.
+// Packs probabilities as operands `a` of the product with the values. Each operand has 16 keys.
 template <class T, int kCount>
 __device__ __forceinline__ void pack_rows(const float (&scores)[kCount],
                                           uint32_t (&probabilities)[kCount / 8][4]) {
@@ -100,6 +100,7 @@ __device__ __forceinline__ void pack_rows(const float (&scores)[kCount],
   }
 }
 
+// A consumer. `number` is 0 or 1.
 template <class T, int D>
 class Consumer {
  public:
@@ -120,13 +121,15 @@ class Consumer {
       multiply(item, before, i);
       before += item.key_tiles;
     }
-    if (number_ == 0) await_turn();  // the other consumer passes on a last turn; this takes it
+    // Consumer 1 has passed one turn more than consumer 0 has awaited, the one before its loop.
+    // Takes this turn, so that no arrival is left pending at the barrier.
+    if (number_ == 0) await_turn();
   }
 
  private:
   __device__ __forceinline__ int thread() const { return threadIdx.x % kWarpgroup; }
   __device__ __forceinline__ int lane() const { return threadIdx.x % kWarp; }
-  // The index of the first of the warp's 16 rows.
+  // The first of this warp's 16 rows, counted within the consumer's rows.
   __device__ __forceinline__ int warp_row() const { return thread() / kWarp * 16; }
 
   __device__ __forceinline__ void sync() const {
@@ -162,11 +165,12 @@ class Consumer {
     cp_async_commit();
   }
 
+  // Computes item number i. `before` is the number of key tiles of the earlier items.
   __device__ __forceinline__ void multiply(const WorkItem& item, int before, int i) {
     const QueryRows rows(p_, item.sequence, item.kv_head);
     const int first_row = item.row + number_ * kConsumerRows;
-    // The offsets of the rows among the keys. Past the end, the last row is repeated and not stored
-    // again.
+    // The offsets of the rows among the keys. A row past the last one stands for the last row, and
+    // is not stored.
     const int own_first = static_cast<int>(item.keys.count) - 1 - rows.token(item.end_row - 1);
     const auto offset_of = [&](int row) {
       return own_first + rows.token(static_cast<int>(min(first_row + row, item.end_row - 1)));
@@ -253,8 +257,9 @@ class Consumer {
     });
   }
 
-  // Writes the partial results of this warpgroup to `partials`. The last warpgroup to do so for
-  // these rows merges all parts, stores the results and returns true. The others return false.
+  // Writes the partial results of this warpgroup to `partials`. The last warpgroup that does so for
+  // these rows merges all parts, stores the results and returns true. For the other warpgroups this
+  // returns false.
   __device__ __forceinline__ bool merge_parts(const WorkItem& item, const QueryRows& rows,
                                               float (&out)[D / 2], const Softmax<1>& softmax) {
     const int64_t rows_before = int64_t{item.number} * kConsumers + number_;

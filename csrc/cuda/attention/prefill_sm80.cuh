@@ -3,8 +3,8 @@
 // Grid: (tiles of query rows, Hkv). A block of 4 warps owns 128 query rows of one sequence and
 // key/value head. Each warp owns 32 of these rows. The block goes through the keys that any of its
 // rows sees, in tiles of 64. It copies the values of a tile while it multiplies the keys of the
-// tile, and the keys of the next tile while it multiplies the values. Tiles outside the window are
-// never loaded. Only the tiles at the two edges of the window are masked.
+// tile. It copies the keys of the next tile while it multiplies the values. Tiles of keys outside
+// the window are not loaded. Only the tiles at the two edges of the window are masked.
 #pragma once
 
 #include "finish.cuh"
@@ -22,8 +22,8 @@ template <class T, int D>
 constexpr size_t kPrefillShared =
     (kPrefillRows + 2 * kPrefillKeys) * D * sizeof(T) + sizeof(VisibleKeys);
 
-// The work of a block: a tile of query rows of one sequence and key/value head. The public
-// functions are its phases, in the order of their calls.
+// The work of a block: a tile of query rows of one sequence and key/value head. Its phases are
+// load, walk_keys and store, in this order.
 template <class T, int D>
 struct PrefillBlock {
   static constexpr int kThreads = kPrefillWarps * kWarp;
@@ -34,8 +34,8 @@ struct PrefillBlock {
   VisibleKeys& keys;  // in shared memory
   SharedTile<T, D> q_tile, k_tile, v_tile;
   int64_t begin;           // the position of the first key that the tile sees
-  int tile_row, last_row;  // the first and the last row of the tile
-  int warp_row, lane;      // the first of this warp's rows within the tile
+  int tile_row, last_row;  // the first and the last row of the tile, as indices into `rows`
+  int warp_row, lane;      // warp_row: the first of this warp's rows, counted within the tile
 
   // Starts the copies of the queries and of the first keys.
   __device__ __forceinline__ void load() const {
@@ -47,13 +47,14 @@ struct PrefillBlock {
     copy_keys(0);
   }
 
-  // Goes through the `count` keys. Each warp adds up the results of its rows in `out`.
+  // Attends to the `count` keys that the tile sees. Each warp sums the unnormalised results of its
+  // rows in `out`.
   __device__ __forceinline__ void walk_keys(int count, float (&out)[2][D / 8][4],
                                             Softmax<2>& softmax) const {
     const int first_own = offset_of(0), last_own = count - 1, window = short_window(p.window);
     for (int first = 0; first < count; first += kPrefillKeys) {
       cp_async_wait<0>();
-      __syncthreads();  // the keys of this tile are there; no warp uses the last values
+      __syncthreads();  // the keys have arrived; no warp uses the values of the previous tile
       copy_values(first);
 
       float scores[2][kPrefillKeys / 8][4];
@@ -68,14 +69,14 @@ struct PrefillBlock {
       softmax.fold<T>(scores, probabilities, out);
 
       cp_async_wait<0>();
-      __syncthreads();  // the values are there; no warp uses the keys
+      __syncthreads();  // the values have arrived; no warp uses the keys any more
       if (first + kPrefillKeys < count) copy_keys(first + kPrefillKeys);
       multiply_values(out, probabilities, v_tile);
     }
   }
 
-  // Stores the results of each warp's rows. Only this warp reads its rows of q_tile, so it may
-  // overwrite them without a barrier.
+  // Stores the results of each warp's rows, through the same rows of q_tile. No other warp reads
+  // these rows of q_tile, so the warp may overwrite them without a barrier.
   __device__ __forceinline__ void store(float (&out)[2][D / 8][4],
                                         const Softmax<2>& softmax) const {
     const auto factor_of = [&](int r) { return softmax.inverse_total(r); };
@@ -94,11 +95,11 @@ struct PrefillBlock {
   }
 
  private:
-  // Row r of this lane, counted within the tile.
+  // The index within the tile of row r, 0 to 3, of this lane.
   __device__ __forceinline__ int lane_row(int r) const { return warp_row + 8 * r + lane / 4; }
 
-  // The offset of a row among the keys. Past the end, the last row is repeated and not stored
-  // again.
+  // Returns the offset of a query row among the keys. `row` counts within the tile. A row past the
+  // last one stands for the last row, and is not stored.
   __device__ __forceinline__ int offset_of(int row) const {
     return static_cast<int>(s.position + rows.token(min(tile_row + row, last_row)) - begin);
   }
@@ -120,7 +121,7 @@ __global__ __launch_bounds__(kPrefillWarps* kWarp) void attention_prefill(
     const __grid_constant__ AttentionParams p) {
   const int kv_head = blockIdx.y;
   const int64_t group = p.heads / p.kv_heads;
-  // The last tiles see the most keys, so the first blocks take these.
+  // The last tiles see the most keys, so the blocks that start first take them.
   const int64_t tile = gridDim.x - 1 - blockIdx.x;
   const int64_t index = sequence_of_tile(p, group, tile);
   const Sequence s = p.sequences[index];

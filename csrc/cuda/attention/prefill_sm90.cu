@@ -48,8 +48,8 @@ cudaError_t map_chunk(CUtensorMap* map, const AttentionParams& p, const void* ch
   shape.sizes[0] = p.head_dim;
   shape.sizes[1] = p.kv_heads;
   shape.sizes[2] = p.tokens;
-  // If an axis has size 1, its stride may be any number, but a tensor map needs a multiple of 16
-  // bytes.
+  // If an axis has size 1, its stride may be any number. But a tensor map needs a multiple of 16
+  // bytes, so head_dim stands in.
   shape.stride_bytes[1] = 2 * (p.kv_heads > 1 ? stride_head : p.head_dim);
   shape.stride_bytes[2] = 2 * (p.tokens > 1 ? stride_token : p.head_dim);
   shape.box[0] = 64;

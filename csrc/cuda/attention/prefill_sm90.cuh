@@ -1,12 +1,13 @@
 // Prefill for sm_90a: FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608) over a ring.
 //
 // Grid: one block for each multiprocessor, or fewer if there is less work. A block takes one work
-// item after the other: a tile of 128 query rows of one sequence and key/value head, and the keys
-// that any of these rows sees, in tiles of 128. Blocks claim items from a counter. The last tiles
-// come first: they see the most keys, so the blocks end at about the same time.
+// item after the other. An item is a tile of 128 query rows of one sequence and key/value head, and
+// the keys that any of these rows sees (or a part of them), in tiles of 128. Blocks claim items
+// from a counter. The last tiles see the most keys, so they come first. Then the blocks end at
+// about the same time.
 //
-// A block is three warpgroups. The first is the producer (this file). It claims the items, and
-// fills two stages of keys and two stages of values. The other two are the consumers
+// A block has three warpgroups. The first is the producer (this file). It claims the items, and
+// fills two stages of keys and two stages of values. The other two warpgroups are the consumers
 // (multiply_sm90.cuh), each with 64 query rows. While one consumer multiplies, the other computes
 // its softmax.
 #pragma once
@@ -22,23 +23,24 @@ constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kHopperStages = 2;
 
-// Up to this number of tokens, the keys and values of all heads of a call are taken to fit the L2
-// cache.
+// If a call has at most this many tokens, the keys and values of all its heads are assumed to fit
+// in the L2 cache.
 constexpr int kTokensInL2 = 4096;
 
-// The registers of a thread after they are redistributed. Every thread starts with 168, the most
-// that three equal warpgroups can have. Redistribution does not change the sum over the warpgroups.
+// The number of registers of a thread after their redistribution. Every thread starts with 168, the
+// most that three equal warpgroups can have. The redistribution must not change the total.
 constexpr int kProducerRegisters = 56;
 constexpr int kConsumerRegisters = 224;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters == 3 * 168);
 
-// The barriers 1 to 15 of the block that this kernel uses. Each consumer has a barrier for its own
-// threads, and a barrier at which it waits for its turn to multiply.
+// The ids of the named barriers (ptx_sm90.cuh). The producer has one for its own threads. Consumer
+// i has kConsumerBarrier + i for its own threads, and waits at kTurnBarrier + i for its turn to
+// multiply.
 constexpr int kProducerBarrier = 1, kConsumerBarrier = 2, kTurnBarrier = 4;
 
-// A tile [kRows, D] in the layout that TMA writes and wgmma reads. The tile is cut into columns of
-// 64 elements, which lie one after the other. The rows of a column have 128 bytes. In them 16-byte
-// chunk c is at place c ^ (row % 8).
+// A tile [kRows, D] in the layout that TMA writes and wgmma reads. The tile is cut into columns
+// that are 64 elements wide, which lie one after the other. A row of a column has 128 bytes. In it,
+// 16-byte chunk c is at place c ^ (row % 8).
 template <class T, int D, int kRows>
 struct SwizzledTile {
   static constexpr int kChunk = 8;  // elements of a chunk
@@ -53,19 +55,19 @@ struct SwizzledTile {
   }
 };
 
-// A tile of query rows, and the tiles of keys to multiply it with. These are all tiles that it
-// sees, or one part of them.
+// A tile of query rows, and the tiles of keys to multiply it with. These are all tiles of keys that
+// the query rows see, or one of several parts of them.
 struct WorkItem {
   Sequence sequence;
-  VisibleKeys keys;
-  int index;  // index of the sequence
+  VisibleKeys keys;  // of all parts
+  int index;         // index of the sequence
   int kv_head;
-  int number;   // number of the tile among the tiles of all heads
-  int row;      // first row of the tile, among the rows of the sequence
-  int end_row;  // end of the rows of the tile
-  int part, parts;
-  int first_key_tile;
-  int key_tiles;  // 0: there is no more work
+  int number;          // index of the tile of query rows among those of all key/value heads
+  int row;             // first row of the tile, as an index into QueryRows
+  int end_row;         // the row after the last row of the tile
+  int part, parts;     // the index of the part, and the number of parts
+  int first_key_tile;  // first tile of keys of the part
+  int key_tiles;       // number of tiles of keys of the part; 0: there is no more work
 };
 
 // The shared memory of a block.
@@ -75,18 +77,20 @@ struct alignas(1024) HopperShared {
   T k[kHopperStages][kHopperKeys * D];
   T v[kHopperStages][kHopperKeys * D];
   T out[kConsumers][kConsumerRows * D];
-  // Full: the producer has filled the stage. Empty: no warp of the consumers uses it any more.
+  // Barriers. Full: the producer has filled the stage. Empty: no warp of a consumer uses the stage
+  // any more.
   uint64_t k_full[kHopperStages], k_empty[kHopperStages];
   uint64_t v_full[kHopperStages], v_empty[kHopperStages];
-  // There are two items, so that one consumer may begin the next item while the other ends the last
-  // item.
+  // There are two items, so that one consumer may begin an item while the other still works on the
+  // item before it.
   uint64_t item_full[2], item_empty[2];
   WorkItem items[2];
   int last[kConsumers];  // for arrives_last
 };
 
-// The uses of the two stages are counted from 0, and so are those of the two items. Use n has the
-// stage (or item) stage_of(n). parity_of(n) is the parity of the phase of its barrier.
+// The tiles of keys that a block multiplies are numbered from 0. Number n uses stage stage_of(n) of
+// keys and of values. parity_of(n) is the parity of the phase of that stage's `full` barrier. The
+// work items of a block are numbered in the same way.
 __device__ __forceinline__ int stage_of(int n) { return n % 2; }
 __device__ __forceinline__ uint32_t parity_of(int n) { return n / 2 % 2; }
 static_assert(kHopperStages == 2);
@@ -113,26 +117,27 @@ struct HopperMaps {
   CUtensorMap k, v;            // [T, Hkv, D], boxes of 128 tokens, one head and 64 columns
 };
 
-// Claims work for a block. The counter lies after the counters of late tokens. It is zero before
-// and after the launch.
+// Claims work for a block, from a counter that all blocks share. The counter is zero before and
+// after the launch.
 class WorkQueue {
  public:
   __device__ explicit WorkQueue(const AttentionParams& p) : p_(p) {}
 
+  // Sets `item` to the next item, or its key_tiles to 0 if there is no more work.
   __device__ __forceinline__ void next(WorkItem& item) {
     const int tiles = prefill_tiles(p_), group = static_cast<int>(p_.heads / p_.kv_heads);
     const int items = tiles * static_cast<int>(p_.kv_heads) * p_.prefill_splits;
     for (;;) {
       const int claimed = claim();
       if (claimed >= items) {
-        // Each block gets here once. The last block sets the counter to zero for the next launch.
+        // Each block gets here once. The last block zeros the counter for the next launch.
         if (claimed == items + static_cast<int>(gridDim.x) - 1) store_global(counter(), int32_t{0});
         item.key_tiles = 0;
         return;
       }
-      // If all heads fit the L2 cache, the longest items of all heads come first, so that the
-      // blocks end at about the same time. Otherwise one head comes after another, so that the
-      // blocks find the keys of their head in the L2 cache.
+      // If the keys of all heads fit in the L2 cache, the longest items of all heads come first, so
+      // that the blocks end at about the same time. Otherwise one head comes after another, so that
+      // the blocks find the keys of their head in the L2 cache.
       const int unit = claimed / p_.prefill_splits, heads = static_cast<int>(p_.kv_heads);
       const bool fits_l2 = p_.tokens <= kTokensInL2;
       const int tile = tiles - 1 - (fits_l2 ? unit / heads : unit % tiles);
@@ -177,12 +182,14 @@ class WorkQueue {
   bool begun_ = false;
 };
 
-// Whether the rows of a tile of keys are contiguous, and where they begin.
+// Where the rows of a tile of keys (or values) lie: contiguous in the pool, contiguous in the
+// chunk, or not contiguous (apart).
 struct TilePlace {
   enum { apart, pool, chunk } kind;
-  int row;  // the first row in the pool, or the first packed token
+  int row;  // the first row of the pool, or the first packed token; not used if apart
 };
 
+// `first` is the offset of the first key of the tile (VisibleKeys).
 __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, const Sequence& s,
                                                    const VisibleKeys& keys, int first) {
   const int slot = wrapped_slot(keys.first_slot + first, keys.capacity);
@@ -200,8 +207,8 @@ __device__ __forceinline__ TilePlace place_of_tile(const AttentionParams& p, con
 }
 
 // Waits until a stage of keys or values is empty, then fills it with the tile at `place`. All
-// threads of the producer call this. If the rows are not contiguous, row_at(row) is the address of
-// a row.
+// threads of the producer call this. `parity` is that of the `full` barrier. row_at(row) is the
+// address of a row, which is used if the rows are not contiguous.
 template <class T, int D, class RowAt>
 __device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* empty,
                                            uint32_t parity, TilePlace place,
@@ -232,7 +239,8 @@ __device__ __forceinline__ void fill_stage(T* stage, uint64_t* full, uint64_t* e
   }
 }
 
-// The producer: loads keys and values in the order in which the consumers need them.
+// Runs the producer: claims items, and loads keys and values in the order in which the consumers
+// need them.
 template <class T, int D>
 __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMaps& maps,
                                         HopperShared<T, D>& shared) {
@@ -247,10 +255,11 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const HopperMa
       mbarrier_arrive(&shared.item_full[stage_of(i)]);
     }
     __syncwarp();
-    named_barrier_sync(kProducerBarrier, kWarpgroup);  // no thread uses the last item any more
+    // After this barrier all threads see the item, and no thread uses the item before it any more.
+    named_barrier_sync(kProducerBarrier, kWarpgroup);
     const int tiles = item.key_tiles;
     if (tiles == 0) return;
-    for (int tile = 0; tile <= tiles; ++tile) {  // keys come one tile before values
+    for (int tile = 0; tile <= tiles; ++tile) {  // keys are loaded one tile ahead of values
       if (tile < tiles) {
         const int first = (item.first_key_tile + tile) * kHopperKeys;
         const int use = before + tile, stage = stage_of(use);

@@ -1,5 +1,5 @@
 // The query rows of a sequence and key/value head, the choice between decode and prefill for each
-// sequence, and the numbers of the tiles in prefill.
+// sequence, and the numbering of tiles of query rows.
 #pragma once
 
 #include <launch.cuh>
@@ -8,7 +8,8 @@
 
 namespace mistral::cuda {
 
-// The query rows of a sequence and key/value head: row r is query head r mod G of token r / G.
+// The query rows of a sequence and key/value head. The head has a group of G query heads. Row r is
+// head r mod G of this group, for token r / G of the sequence's new tokens.
 struct QueryRows {
   int64_t first_token;
   int first_head;  // first query head of the group
@@ -23,7 +24,7 @@ struct QueryRows {
         count(static_cast<int>(s.count) * group) {}
 
   __device__ __forceinline__ int token(int row) const { return row / group; }
-  // The offset of a row in q or out. The strides are those of this tensor.
+  // The offset of a row, in elements, in a tensor with these strides, such as q or out.
   __device__ __forceinline__ int64_t offset(int row, int64_t stride_token,
                                             int64_t stride_head) const {
     return (first_token + row / group) * stride_token + (first_head + row % group) * stride_head;
@@ -39,17 +40,18 @@ MISTRAL_HOST_DEVICE bool is_decode(int64_t tokens, int64_t group) {
 
 constexpr int kPrefillRows = 128;  // query rows of a tile
 
-// The number of the first tile of sequence i. The host must size the grid without knowing the
-// lengths of the sequences. So a sequence that begins at packed row f gets the numbers from floor(f
-// / kRows) + i on. With f and the number of rows c in units of kRows, these are floor(f + c) -
-// floor(f) + 1 numbers. That is at least ceil(c), as many as the sequence needs, and sometimes one
-// more. A token has `group` rows.
+// The index of the first tile of a sequence, among the tiles of all sequences for one key/value
+// head. The host must size the grid without knowing the lengths of the sequences. So sequence i,
+// whose first packed row is f = first_token * group, gets the indices from floor(f / kRows) + i on.
+// If the sequence has c rows, these are floor((f + c) / kRows) - floor(f / kRows) + 1 indices. It
+// needs ceil(c / kRows) of them, and gets as many or one more. A block whose tile has no row does
+// nothing.
 template <int kRows = kPrefillRows>
 MISTRAL_HOST_DEVICE int64_t first_tile(int64_t first_token, int64_t group, int64_t sequence) {
   return first_token * group / kRows + sequence;
 }
 
-// The number of tiles of all sequences for one key/value head.
+// The number of indices that first_tile gives to all sequences together.
 template <int kRows = kPrefillRows, class Params>
 MISTRAL_HOST_DEVICE int tiles_of_all(const Params& p, int64_t group) {
   return static_cast<int>(first_tile<kRows>(p.tokens, group, p.num_sequences));

@@ -5,17 +5,18 @@
 namespace mistral::cuda {
 namespace {
 
-// Finds the only driver function that is needed. The runtime gives its address, so nothing is
-// linked against the driver, and the extension also loads on machines without a driver.
+// Finds the function that makes tensor maps, the only driver function that is needed. The runtime
+// gives its address. So nothing is linked against the driver, and the extension also loads on
+// machines without one.
 cudaError_t find_encoder(decltype(&cuTensorMapEncodeTiled)* encoder) {
   constexpr const char* kName = "cuTensorMapEncodeTiled";
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
-  // CUDA 12.5 added the function with a version. CUDA 13 removed the function without one.
+  // CUDA 12.5 added the runtime function that takes a version. CUDA 13 removed the other one.
 #if CUDART_VERSION < 12050
   cudaError_t status = cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result);
 #else
-  constexpr unsigned kSince = 12000;  // the encoder exists since CUDA 12.0
+  constexpr unsigned kSince = 12000;  // CUDA 12.0, which added cuTensorMapEncodeTiled
   cudaError_t status =
       cudaGetDriverEntryPointByVersion(kName, &found, kSince, cudaEnableDefault, &result);
 #endif

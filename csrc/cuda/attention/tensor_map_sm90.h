@@ -1,6 +1,5 @@
-// Makes tensor maps, which describe tensors to the copy engine (tma_load_2d in ptx_sm90.cuh). Maps
-// are made on the host, and passed to kernels as a parameter of type const __grid_constant__
-// CUtensorMap.
+// Makes tensor maps, which describe tensors to the copy engine (tma_load_2d in ptx_sm90.cuh). The
+// host makes a map and passes it to a kernel in a const __grid_constant__ parameter.
 #pragma once
 
 #include <cuda.h>
@@ -14,13 +13,14 @@ namespace mistral::cuda {
 struct TensorMapShape {
   int rank;                  // 2 to 5
   uint64_t sizes[5];         // at least 1
-  uint64_t stride_bytes[5];  // multiples of 16; axis 0 is ignored
-  uint32_t box[5];           // the size of a copy: 64 along axis 0, 1 to 256 along the others
+  uint64_t stride_bytes[5];  // multiples of 16; that of axis 0 is ignored
+  uint32_t box[5];           // the size of a copy: 64 along axis 0, 1 to 256 along the other axes
 };
 
-// `base` must be a multiple of 16. A copy writes the rows of a box, 128 bytes each, to shared
-// memory one after another. In row r, 16-byte piece i goes to place (i ^ r) % 8 (the 128-byte
-// swizzle). Elements outside the tensor become zeros. Making a map does not access device memory.
+// Makes the map of a tensor that begins at `base`, a multiple of 16. A copy with this map writes
+// the rows of a box, 128 bytes each, to shared memory one after another. In row r, 16-byte piece i
+// goes to place (i ^ r) % 8 (the 128-byte swizzle). Elements outside the tensor become zeros.
+// Making a map does not access device memory.
 cudaError_t make_tensor_map(CUtensorMap* map, const void* base, const TensorMapShape& shape);
 
 }  // namespace mistral::cuda

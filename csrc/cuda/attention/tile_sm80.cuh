@@ -1,9 +1,9 @@
-// Operations on tiles that the prefill and decode kernels share. An m16n8k16 product takes 16 query
-// rows. Keys and values are in swizzled shared memory. The running softmax is in registers.
+// Operations on tiles that the kernels of attention share. An m16n8k16 product takes 16 query rows.
+// Keys and values are in swizzled shared memory. The running softmax is in registers.
 //
-// A warp's product is 16 x 8. Lane l holds elements of row l / 4 (values 0 and 1) and of row l / 4
-// + 8 (values 2 and 3), in columns 2 * (l % 4) and 2 * (l % 4) + 1. So the 4 lanes of a row are
-// neighbours.
+// The product of a warp is a 16 x 8 matrix. Lane l holds four of its elements, in columns 2 * (l %
+// 4) and 2 * (l % 4) + 1. Elements 0 and 1 are in row l / 4, elements 2 and 3 in row l / 4 + 8. So
+// the 4 lanes that share a row are neighbours.
 #pragma once
 
 #include <launch.cuh>
@@ -19,8 +19,8 @@ namespace mistral::cuda {
 constexpr float kLog2e = 1.44269504f;
 
 // A tile [rows, D] in shared memory. ldmatrix reads the same 16-byte chunk of 8 rows at once. The
-// length of a row is a multiple of 128 bytes, so these 8 chunks would lie in the same banks.
-// Therefore chunk c of row r is at place c ^ (r % 8).
+// length of a row is a multiple of 128 bytes, so without a swizzle these 8 chunks would lie in the
+// same banks. Therefore chunk c of row r is at place c ^ (r % 8).
 template <class T, int D>
 struct SharedTile {
   static constexpr int kChunk = 16 / sizeof(T);  // elements of a chunk
@@ -34,20 +34,21 @@ struct SharedTile {
   }
 };
 
-// The keys and values of one sequence and head that a tile of queries sees. They are counted from
-// the first key that the tile sees: offset o is position `begin` + o. The first `history` keys are
-// in the ring, the others in the chunk. In prefill the struct is in shared memory, because
-// registers are scarce and all threads of a block use the same keys. It holds no pointers to
-// tensors, because the params have them.
+// The keys and values of one sequence and key/value head that a tile of queries sees. Their offsets
+// count from the first key that the tile sees: offset o is position `begin` + o. The first
+// `history` keys are in the ring, the others in the chunk. In prefill the struct is in shared
+// memory, because registers are scarce and all threads of a block use the same keys. The struct
+// holds no pointers to tensors, because the params have them.
 struct VisibleKeys {
   int64_t ring;   // pool row of slot 0 of the head
-  int64_t token;  // packed token of offset 0, if it were in the chunk
+  int64_t token;  // offset o is packed token `token` + o, for keys in the chunk
   int kv_head;
   int history;
-  int count;
+  int count;       // the number of keys
   int first_slot;  // slot of offset 0
   int capacity;
 
+  // `begin` and `end` are positions: the tile sees the keys [begin, end).
   __device__ VisibleKeys(const Sequence& s, int kv_head, int64_t begin, int64_t end)
       : ring(head_row(s, kv_head)),
         token(s.first_token + begin - s.position),
@@ -57,7 +58,7 @@ struct VisibleKeys {
         first_slot(static_cast<int>(ring_slot(s, begin))),
         capacity(static_cast<int>(s.capacity)) {}
 
-  // The address of row `offset` of the keys (k) or of the values (v), or null past the last row.
+  // The address of the key (k) or the value (v) at an offset, or null if offset >= count.
   template <class T, int D>
   __device__ __forceinline__ const T* k(const AttentionParams& p, int offset) const {
     return row<T, D>(p.k_pool, p.k, p.stride_k_token, p.stride_k_head, offset);
@@ -109,10 +110,11 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[kM][kN][4], Shared
       for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
     }
   }
-  // With 32 rows, the registers of a warp hold the operands of only 2 steps at once.
+  // A step multiplies 16 dimensions. With 32 query rows per warp, the registers hold the operands
+  // of only 2 steps, so no more steps are unrolled.
   constexpr int kSteps = kM == 1 ? D / 16 : 2;
 #pragma unroll kSteps
-  for (int step = 0; step < D / 16; ++step) {  // 16 dimensions, which are 2 chunks
+  for (int step = 0; step < D / 16; ++step) {  // 2 chunks of each row
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -140,7 +142,7 @@ __device__ __forceinline__ void multiply_values(float (&out)[kM][D / 8][4],
                                                 SharedTile<T, D> v) {
   const int lane = threadIdx.x % kWarp, matrix = lane / 8, row = lane % 8;
 #pragma unroll
-  for (int n = 0; n < kN; n += 2) {  // 16 keys
+  for (int n = 0; n < kN; n += 2) {  // 16 keys at a time
 #pragma unroll
     for (int d = 0; d < D / 8; d += 2) {
       uint32_t b[4];
@@ -156,6 +158,7 @@ __device__ __forceinline__ void multiply_values(float (&out)[kM][D / 8][4],
   }
 }
 
+// The maximum and the sum of x over the 4 lanes that share a row.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
@@ -165,13 +168,14 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
-// The running softmax of the 2 * kM rows of a lane. It computes in powers of two: `scale` is the
-// scale of the scores times log2(e). Index 2 m + h stands for row 16 m + 8 h + lane / 4.
+// The running softmax of the 2 * kM rows of a lane. It computes powers of two instead of
+// exponentials, so `scale` is the scale of the scores times log2(e). Index 2 m + h stands for row
+// 16 m + 8 h + lane / 4 of the warp.
 template <int kM>
 struct Softmax {
   float scale;
-  float maximum[2 * kM];  // of the row so far, unscaled
-  float total[2 * kM];    // this lane's part of the sum of 2^(scale * (score - maximum))
+  float maximum[2 * kM];  // the largest score of the row so far, unscaled
+  float total[2 * kM];    // this lane's part of the row's sum of 2^(scale * (score - maximum))
 
   __device__ explicit Softmax(float scale) : scale(scale) {
 #pragma unroll
@@ -197,10 +201,10 @@ struct Softmax {
   // 1 / (the total of row r). The results of the row must be multiplied by it.
   __device__ __forceinline__ float inverse_total(int r) const { return 1.0f / row_sum(total[r]); }
 
-  // Turns scores into probabilities relative to the maximum of the row so far, adds them to
-  // `total`, and rescales `total` and `out` to this maximum. p has the layout of an operand of the
-  // next product: p[m][n] holds the probabilities of elements 0 and 1 of scores[m][n] as one pair,
-  // and the probabilities of elements 2 and 3 as another pair.
+  // Raises the maximum of each row to its largest score so far. Rescales `total` and `out` to the
+  // new maximum. Turns the scores into probabilities relative to it, and adds them to `total`. p
+  // receives the probabilities in the layout of an operand of the next product: p[m][n] holds those
+  // of elements 0 and 1 of scores[m][n] as one pair, and those of elements 2 and 3 as another pair.
   template <class T, int kN, int kD8>
   __device__ __forceinline__ void fold(const float (&scores)[kM][kN][4], uint32_t (&p)[kM][kN][2],
                                        float (&out)[kM][kD8][4]) {
@@ -232,8 +236,8 @@ struct Softmax {
   }
 };
 
-// Hides the scores of keys that a row does not see. `own` are the offsets of the lane's rows among
-// the keys. `first` is the offset of the first key of the tile.
+// If a row does not see a key, sets their score to -inf. `own` has the offsets of the lane's rows
+// among the keys. `first` is the offset of the first key of the tile.
 template <int kM, int kN>
 __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own)[2 * kM],
                                      int first, int window) {
@@ -251,10 +255,11 @@ __device__ __forceinline__ void mask(float (&scores)[kM][kN][4], const int (&own
   }
 }
 
-// Stores a warp's results: 16 * kM rows of `out`, which begin at row `first` of the tile. Row r of
-// the lane is multiplied by factor_of(r). The results go through the same rows of the tile in
-// shared memory, which only this warp uses, so that they are written 16 bytes at a time.
-// row_at(row) is the destination of a row. It is null from the first row on that is not stored.
+// Stores the results of a warp: 16 * kM rows of `out`, which are the rows of the tile from `first`
+// on. Row r of the lane is multiplied by factor_of(r). The results first go to the same rows of
+// `tile` in shared memory, which only this warp uses. From there they can be written 16 bytes at a
+// time. row_at(row) is the address where a row is stored. It is null for the first row that is not
+// stored, and for all rows after it.
 template <int kM, class T, int D, class FactorOf, class RowAt>
 __device__ __forceinline__ void store_rows(SharedTile<T, D> tile, int first,
                                            const float (&out)[kM][D / 8][4],

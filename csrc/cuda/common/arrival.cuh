@@ -1,4 +1,5 @@
-// Finds the last of several blocks to finish. This block may use the results of all the others.
+// Finds out which of several blocks or warpgroups finishes last. The last one may use the results
+// of all the others.
 #pragma once
 
 #include <launch.cuh>
@@ -7,10 +8,11 @@
 
 namespace mistral::cuda {
 
-// Each party, a block or a warpgroup, calls this when it has finished. Returns true to all threads
-// of the last party to arrive. What the other parties read and wrote before they arrived is then
-// complete. `sync` is a barrier of the party's threads, and `last` is a word of shared memory of
-// the party. The counter is zero before the first arrival and after the last.
+// All threads of each party (a block or a warpgroup) call this when the party has finished. Returns
+// true to the threads of the party that arrives last, and false to all others. All reads and writes
+// that the other parties made before their arrival are then complete. `sync` is a barrier of the
+// party's threads. `last` is a word in shared memory that only this party uses. The counter is zero
+// before the first arrival and after the last.
 template <class Sync>
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int thread, int* last,
                                              const Sync& sync) {
@@ -27,7 +29,7 @@ __device__ __forceinline__ bool arrives_last(int32_t* counter, int parties, int 
   return *last;
 }
 
-// arrives_last for whole blocks. It uses the first word of shared memory.
+// arrives_last for whole blocks. It overwrites the first word of the block's shared memory.
 __device__ __forceinline__ bool arrives_last(int32_t* counter, int blocks) {
   return arrives_last(counter, blocks, threadIdx.x, dynamic_shared<int>(), [] { __syncthreads(); });
 }

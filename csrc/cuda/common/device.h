@@ -19,7 +19,8 @@ struct Devices {
   std::string problem;  // the runtime's error if the list is empty or incomplete; else empty
 };
 
-// Works on a machine without a driver too: the missing driver is then the `problem`, not an error.
+// Does not throw if the runtime reports an error. On a machine without a driver, for example, the
+// list is empty and `problem` says why.
 Devices devices();
 
 }  // namespace mistral::cuda

@@ -1,4 +1,4 @@
-// The element types of kernels, float, __nv_bfloat16 and __half, and their conversions.
+// The element types of kernels (float, __nv_bfloat16 and __half), and their conversions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,8 +12,8 @@
 
 namespace mistral::cuda {
 
-// Calls f with a value of the kernels' type for `dtype`. For example: return with_element(d,
-// [&](auto t) { using T = decltype(t); ... return status; }).
+// Calls f with a value of the element type for `dtype`, and returns the status that f returns. For
+// example: return with_element(d, [&](auto t) { using T = decltype(t); ... return status; }).
 template <class F>
 cudaError_t with_element(DType dtype, const F& f) {
   switch (dtype) {
@@ -31,7 +31,7 @@ __device__ __forceinline__ float to_float(bf16 x) {
   return __uint_as_float(uint32_t{x.bits} << 16);
 }
 
-// Rounds to nearest even.
+// Converts x to T. Rounds to nearest even.
 template <class T>
 __device__ T from_float(float x);
 template <>
@@ -47,8 +47,8 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// Rounds two values to T and packs them into one register, as operands of mma have them. `low`
-// comes first in memory.
+// Rounds two values to T and packs them into one register, as operands of mma need them. `low`
+// takes the low half, which comes first in memory.
 template <class T>
 __device__ uint32_t pack(float low, float high);
 template <>

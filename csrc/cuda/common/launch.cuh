@@ -16,9 +16,9 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   return checked(cudaDeviceGetAttribute(value, attribute, device));
 }
 
-// Allows a kernel to use more than 48 KB of shared memory, for which a kernel must ask. The amount
-// that is asked for becomes the kernel's limit. This function then asks for all that a block can
-// have. If it asked for less, another thread could lower the limit between this call and the
+// Raises the limit of a kernel's shared memory if it needs more than the initial 48 KB. The new
+// limit is the most that a block can have, not `shared_bytes`. Otherwise another host thread that
+// launches the kernel with less shared memory could lower the limit between this call and the
 // launch.
 inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
@@ -28,9 +28,9 @@ inline cudaError_t allow_shared(const void* kernel, size_t shared_bytes) {
   return checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
-// Launches `kernel` on the current device. Returns an error of the launch, but no error that the
-// kernel meets while it runs. Allocates nothing and waits for nothing, so it also works on a stream
-// that captures a CUDA graph. With an empty grid it does nothing and returns success.
+// Launches `kernel` on the current device. Returns the status of the launch, which does not tell
+// whether the kernel fails later while it runs. Allocates nothing and waits for nothing, so it also
+// works on a stream that is captured into a CUDA graph. Does nothing if the grid is empty.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const cudaLaunchConfig_t& config,
                    Arguments... arguments) {
@@ -58,19 +58,20 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return launch(kernel, launch_config(grid, block, shared_bytes, stream), arguments...);
 }
 
-// Whether the kernel's code contains the wait of wait_for_earlier_kernels (ptx.cuh). Code that is
-// compiled for older devices does not, but newer devices run such code, too.
+// Whether the code that this device would run for the kernel contains the wait of
+// wait_for_earlier_kernels (ptx.cuh). Code compiled for capabilities below 9.0 does not contain it,
+// and a newer device may run such code.
 inline bool waits(const void* kernel) {
   cudaFuncAttributes attributes{};
   return checked(cudaFuncGetAttributes(&attributes, kernel)) == cudaSuccess &&
          attributes.ptxVersion >= 90;
 }
 
-// Launches a kernel. If overlap is wanted (selection.h) and the code of the kernel supports it, the
+// Launches a kernel. If overlap is wanted (selection.h) and the kernel's code supports it, the
 // kernel may begin before the earlier kernels of the stream are done (programmatic dependent
-// launch). So all its threads must call wait_for_earlier_kernels (ptx.cuh). Before that call they
-// may store nothing in global memory, and may read there only what no earlier kernel writes, such
-// as weights.
+// launch). So all its threads must call wait_for_earlier_kernels (ptx.cuh). Before that call, they
+// must not write to global memory, and must read there only what no earlier kernel writes, such as
+// weights.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
@@ -85,16 +86,17 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 bl
   return launch(kernel, config, arguments...);
 }
 
-// The number of multiprocessors of the current device. It is not cached here, because the runtime
-// itself caches it.
+// The number of multiprocessors of the current device, or 1 if the runtime reports an error. It is
+// not cached here, because the runtime itself caches it.
 inline int multiprocessors() {
   int count = 1;
   device_attribute(&count, cudaDevAttrMultiProcessorCount);
   return count;
 }
 
-// The bytes of shared memory of the current device. `of_multiprocessor` includes the bytes that the
-// runtime takes for itself in each block.
+// The sizes of shared memory on the current device, in bytes. They remain 48 KB if the runtime
+// reports an error. `of_multiprocessor` includes the bytes that the runtime takes for itself in
+// each block.
 struct SharedMemorySize {
   int of_block = 48 * 1024;  // the most that a block can have
   int of_multiprocessor = 48 * 1024;

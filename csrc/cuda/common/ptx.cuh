@@ -1,6 +1,6 @@
-// Machine instructions, most of which C++ cannot express, with one small function for each. Section
-// 9.7 of the manual of the PTX ISA describes them. The emulator replaces this file: see
-// runtime.cuh.
+// One small function for each machine instruction that kernels use. C++ cannot express most of
+// these instructions. Section 9.7 of the manual of the PTX ISA describes them. The emulator
+// replaces this file, as runtime.cuh explains.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,9 +10,9 @@
 
 namespace mistral::cuda {
 
-// The place in the source from which memory is accessed. Here it is empty. In the emulator it is a
-// file and a line. The emulator names it in error messages, and counts the accesses of a warp from
-// one place as one request.
+// The place in the source from which memory is accessed. On a device the struct is empty. In the
+// emulator it is a file and a line. The emulator names them in error messages, and counts all
+// accesses of a warp from one place as one request.
 struct Site {
   __device__ static constexpr Site here() { return {}; }
 };
@@ -20,8 +20,8 @@ struct Site {
 // ---- Memory. Addresses must be multiples of the size of the access.
 
 __device__ __forceinline__ uint4 ld_global_16(const void* global, Site = Site::here()) {
-  // This is asm because the compiler may not know that the pointer is global, if it is chosen among
-  // several pointers. It would then use a generic load.
+  // This is asm because a pointer that is chosen among several may not be known to the compiler as
+  // global. The compiler would then emit a generic load.
   uint4 value;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
@@ -66,9 +66,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 
 // ---- Asynchronous copies from global to shared memory.
 
-// Starts a copy of 16 bytes, through L2 only. If not `valid`, it reads nothing and writes zeros.
-// This thread may read the result after cp_async_wait. Other threads must also wait for a barrier
-// after that.
+// Starts a copy of 16 bytes that bypasses the L1 cache. If `valid` is false, it reads nothing and
+// writes zeros. This thread may read the result after its cp_async_wait. Other threads may read the
+// result after a barrier that follows this wait.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
                                             Site = Site::here()) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
@@ -76,8 +76,9 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
-// Starts a copy of 4 bytes. Reads the first `bytes` of them, and writes zeros for the others. The
-// copy goes through L1, because neighbouring words are copied soon.
+// Starts a copy of 4 bytes. It reads only the first `bytes` of them, and writes zeros for the
+// others. It goes through the L1 cache. That saves time, because neighbouring words are copied
+// soon.
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global, int bytes,
                                            Site = Site::here()) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
@@ -90,14 +91,16 @@ __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until all groups of this thread but the latest `kPending` are complete.
+// Waits until all groups of this thread are complete, except the `kPending` groups that were
+// committed last.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Matrices. All lanes of a warp make these calls together. Of each 8x8 matrix, a lane holds
-// two neighbouring elements (a pair): row lane / 4, columns 2 * (lane % 4) and 2 * (lane % 4) + 1.
+// ---- Matrices. All lanes of a warp make these calls together. A lane holds two neighbouring
+// elements (a pair) of each 8x8 matrix: row lane / 4, columns 2 * (lane % 4) and 2 * (lane % 4) +
+// 1.
 
 // Loads four 8x8 matrices of 16-bit elements. Lane i gives the address of a row of 16 bytes: row
 // i % 8 of matrix i / 8. r[j] becomes this lane's pair of matrix j.
@@ -118,10 +121,10 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const v
                : "memory");
 }
 
-// d += a * b, where a is [16, 16], b [16, 8] and d [16, 8]. Every register of a and b holds the
-// lane's pair of an 8x8 matrix. a[0..3] are the quarters of a (top left, bottom left, top right,
-// bottom right). b[0] and b[1] are the transposes of the upper and the lower half of b. d[0..1] is
-// the pair of the top half of d, and d[2..3] the pair of the bottom half.
+// d += a * b, where a is [16, 16], b [16, 8] and d [16, 8]. Each register of a and b holds the
+// lane's pair of one 8x8 matrix. a[0] to a[3] are the quarters of a: top left, bottom left, top
+// right, bottom right. b[0] and b[1] are the transposed upper and lower half of b. d[0] and d[1]
+// are the lane's pair of the upper half of d, d[2] and d[3] that of the lower half.
 template <class T>
 __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
@@ -164,14 +167,15 @@ __device__ __forceinline__ void let_later_kernels_begin() {
 
 // ---- Arithmetic.
 
-// (x & mask) ^ flip. This is asm because the compiler emits two instructions if both are constants.
+// (x & mask) ^ flip. This is asm because the compiler emits two instructions instead of one if mask
+// and flip are constants.
 __device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(result) : "r"(x), "r"(mask), "r"(flip));
   return result;
 }
 
-// 2^x, right to 2 units in the last place. Subnormal results are 0.
+// 2^x, with an error of at most 2 units in the last place. Subnormal results become 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -1,7 +1,8 @@
-// Instructions of sm_90 and sm_90a, with one small function for each: barriers in shared memory,
-// the copy engine (TMA), matrix products by a warpgroup (wgmma), and the registers of a warpgroup.
-// Section 9.7 of the manual of the PTX ISA describes them. A file may include this one only if it
-// is compiled for sm_90a alone. The emulator replaces it, as it does ptx.cuh.
+// One small function for each instruction of sm_90 and sm_90a that kernels use: barriers in shared
+// memory, the copy engine (TMA), matrix products by a warpgroup (wgmma), and the registers of a
+// warpgroup. Section 9.7 of the manual of the PTX ISA describes these instructions. A file may
+// include this header only if it is compiled for sm_90a alone. The emulator replaces this header,
+// like ptx.cuh.
 #pragma once
 
 #include <cuda.h>
@@ -11,9 +12,9 @@
 
 namespace mistral::cuda {
 
-// ---- Barriers in shared memory (mbarrier). A barrier has 8 bytes, is 8-byte aligned, and goes
+// ---- Barriers in shared memory (mbarrier). A barrier has 8 bytes and is 8-byte aligned. It goes
 // through phases. A phase is complete when all expected arrivals and all expected bytes have come.
-// Then the next phase begins by itself.
+// Then the next phase begins at once.
 
 // Sets the number of arrivals that complete a phase. Arrivals by cp_async_arrive count, too.
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals,
@@ -29,13 +30,13 @@ __device__ __forceinline__ void mbarrier_init_fence(Site = Site::here()) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrives. A thread that waits for the phase then sees what this thread wrote before it arrived.
+// Arrives. A thread that has waited for the phase sees what this thread wrote before its arrival.
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, Site = Site::here()) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
 
-// Arrives, and makes the phase also wait for `bytes` bytes, which tma_load brings.
+// Arrives. The phase also waits for `bytes` bytes, which tma_load_2d or tma_load_3d brings.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes,
                                                        Site = Site::here()) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
@@ -45,11 +46,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32
 }
 
 // Waits until the phase of this parity is complete. The first phase has parity 0, the second 1, the
-// third 0, and so on. Before the first phase, a phase of parity 1 counts as complete.
+// third 0, and so on. During the first phase, a wait for parity 1 returns at once.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity,
                                               Site = Site::here()) {
   uint32_t complete;
-  do {  // the instruction gives up after a while
+  do {  // try_wait may give up before the phase is complete
     asm volatile(
         "{\n"
         ".reg .pred complete;\n"
@@ -72,27 +73,26 @@ __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier, Site = Site::
 // ---- Proxies. wgmma and TMA access shared memory through the async proxy. Loads, stores and
 // cp.async use the generic proxy.
 
-// Orders the ordinary accesses that this thread has made, or has seen complete, before later
-// accesses of wgmma and TMA. It is needed before wgmma or TMA read what stores or cp.async have
-// written. There are two ways to use it. The thread that has written calls it, after its stores or
-// completed copies and before the barrier. Or the thread that starts wgmma or TMA calls it, after
-// the barrier. The second way is for cp_async_arrive, with which no thread waits for its own
-// copies.
+// Orders the generic accesses that this thread has made, or has seen complete, before later
+// accesses of wgmma and TMA. It is needed before wgmma or TMA reads what stores or cp.async have
+// written. Either the writing thread calls it, after its stores or completed copies and before the
+// barrier. Or the thread that starts wgmma or TMA calls it, after the barrier. The second way is
+// the only one with cp_async_arrive, because no thread then waits for its own copies.
 __device__ __forceinline__ void fence_proxy_async(Site = Site::here()) {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- TMA copies boxes of a tensor to shared memory. A map describes the tensor and the box
-// (tensor_map_sm90.h). The map must be a kernel parameter of type const __grid_constant__. A copy
-// is started by one thread.
+// ---- TMA copies boxes of a tensor to shared memory. A map describes the tensor and the size of
+// the box (tensor_map_sm90.h). The map must be a kernel parameter that is const __grid_constant__.
+// One thread starts a copy.
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Site = Site::here()) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Copies the box that begins at element x of row y. Elements outside the tensor become zeros.
-// `shared` must be a multiple of 1024, because the swizzle depends on the bits of the address. When
-// the box has arrived, `barrier` counts its bytes, including zeros.
+// Starts a copy of the box that begins at element x of row y. Elements outside the tensor become
+// zeros. `shared` must be a multiple of 1024, because the swizzle depends on the bits of the
+// address. The arriving bytes, zeros included, count for the current phase of `barrier`.
 __device__ __forceinline__ void tma_load_2d(void* shared, const CUtensorMap* map, uint64_t* barrier,
                                             int32_t x, int32_t y, Site = Site::here()) {
   asm volatile(
@@ -111,12 +111,12 @@ __device__ __forceinline__ void tma_load_3d(void* shared, const CUtensorMap* map
       : "memory");
 }
 
-// ---- wgmma: products by a warpgroup. A warpgroup is 4 neighbouring warps, and the number of its
+// ---- wgmma: products by a warpgroup. A warpgroup is 4 neighbouring warps, and the index of its
 // first warp is a multiple of 4. All threads of the warpgroup make these calls together. The
-// products are asynchronous. Until wgmma_wait no code may touch the registers of d and a, or
-// overwrite the operands in shared memory.
+// products are asynchronous. Until wgmma_wait returns, no code may touch the registers of d and a,
+// or overwrite the operands in shared memory.
 
-// Must be called between accesses of the registers of d or a and the products that use these
+// Must be called after any access to the registers of d or a, before the products that use these
 // registers.
 __device__ __forceinline__ void wgmma_fence(Site = Site::here()) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -127,16 +127,16 @@ __device__ __forceinline__ void wgmma_commit(Site = Site::here()) {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until all groups but the latest `kPending` are complete.
+// Waits until all groups are complete, except the `kPending` groups that were committed last.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait(Site = Site::here()) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from moving uses of d, and emits no instruction. The compiler believes that d
-// is ready as soon as wgmma_m64 is issued, so it could move a use of d before the wait. Call this
-// for each d after the wait, before d is used. If other code has set d, call it also before the
-// wgmma_fence of the products that add to d.
+// Emits no instruction, but keeps the compiler from moving uses of d across this call. The compiler
+// believes that d is ready as soon as wgmma_m64 is issued, so it could move a use of d before the
+// wait. Call this for each d after the wait and before d is used. If other code has set d, call
+// this also before the wgmma_fence of the products that add to d.
 template <int kCount>
 __device__ __forceinline__ void wgmma_settle(float (&d)[kCount], Site = Site::here()) {
 #pragma unroll
@@ -151,14 +151,15 @@ __device__ __forceinline__ void wgmma_settle(uint32_t (&a)[kCount][4]) {
   for (int i = 0; i < 4 * kCount; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// Describes a matrix of 16-bit elements in shared memory to wgmma. The matrix has the 128-byte
-// swizzle: its rows have 128 bytes, and 16-byte piece i of row r lies at place (i ^ r) % 8. An
-// atom is 8 rows, or 1024 bytes, and begins at a multiple of 1024. `shared` must lie in row 0 of an
-// atom.
-//   K-major, a row has 64 k: `stride_bytes` is the distance from 8 rows to the next 8 rows, and
-//   `leading_bytes` has no meaning. The next 16 k lie 32 bytes further.
-//   MN-major, a row has 64 m or n: `stride_bytes` is the distance from 8 k to the next 8 k, and
-//   `leading_bytes` the distance from 64 m or n to the next 64.
+// Returns the descriptor with which wgmma finds a matrix of 16-bit elements in shared memory. The
+// matrix has the 128-byte swizzle: its rows have 128 bytes, and 16-byte piece i of row r lies at
+// place (i ^ r) % 8. An atom is 8 rows, or 1024 bytes, and begins at a multiple of 1024. `shared`
+// must lie in row 0 of an atom. There are two layouts:
+//   K-major: a row has 64 elements along K. `stride_bytes` is the distance from 8 rows to the next
+//   8 rows. `leading_bytes` has no meaning. A product takes 16 elements along K, and those of the
+//   next product begin 32 bytes further.
+//   MN-major: a row has 64 elements along M or N. `stride_bytes` is the distance from 8 steps along
+//   K to the next 8. `leading_bytes` is the distance from 64 elements along M or N to the next 64.
 __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_t leading_bytes,
                                                      uint32_t stride_bytes, Site = Site::here()) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
@@ -166,7 +167,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_
          (shared_address(shared) & 0x3ffff) >> 4;
 }
 
-// Operands of asm: 8 or 32 registers of d, and the names of these first operands.
+// The first operands of the asm statements are the registers of d. MISTRAL_D8(i) and MISTRAL_D32(i)
+// list 8 or 32 of them, from d[i] on. MISTRAL_NAMES_32 and _64 are the names of 32 or 64 operands.
 #define MISTRAL_D8(i)                                                                   \
   "+f"(d[(i)]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3]), "+f"(d[(i) + 4]), \
       "+f"(d[(i) + 5]), "+f"(d[(i) + 6]), "+f"(d[(i) + 7])
@@ -179,18 +181,19 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared, uint32_
   MISTRAL_NAMES_32                                                                     \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// The text of the instruction. `accumulate` names an operand that is 0 or 1. `last` says which
-// operands are transposed.
+// The text of the instruction. `accumulate` names an operand that is 0 or 1. `last` holds the
+// instruction's last arguments, a flag for each operand in shared memory: 1 if it is MN-major.
 #define MISTRAL_WGMMA(shape, type, d, a, b, accumulate, last)                       \
   "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " accumulate                  \
   ", 0;\n"                                                                          \
   "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" d "}, " a ", " b \
   ", accumulate, 1, 1, " last ";\n}"
 
-// d = a * b or, if `accumulate`, d += a * b. Both operands are in shared memory. a is [64, 16],
-// K-major. b is [N, 16], K-major, or with kTransposeB [16, N], MN-major. Warp w has rows 16 * w to
-// 16 * w + 15 of d [64, N]. In a lane, d[4 * j .. 4 * j + 3] belong to columns 8 * j to 8 * j + 7,
-// in the layout of d in mma_m16n8k16.
+// d = a * b or, if `accumulate`, d += a * b. `a` and `b` are descriptors of operands in shared
+// memory. a is stored as [64, 16], K-major. b is stored as [N, 16], K-major, or with kTransposeB as
+// [16, N], MN-major. Warp w of the warpgroup has rows 16 * w to 16 * w + 15 of d [64, N]. In a
+// lane, d[4 * j] to d[4 * j + 3] belong to columns 8 * j to 8 * j + 7, in the layout of d in
+// mma_m16n8k16.
 template <class T, int N, bool kTransposeB>
 __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], uint64_t a, uint64_t b,
                                           bool accumulate, Site = Site::here()) {
@@ -256,10 +259,10 @@ __device__ __forceinline__ void wgmma_m64(float (&d)[N / 2], const uint32_t (&a)
 #undef MISTRAL_D32
 #undef MISTRAL_D8
 
-// ---- Moves registers between the warpgroups of a block. A warpgroup that only loads gives up
-// registers, so that a warpgroup that computes can have more. All threads of the warpgroup make the
-// call together. A kernel with __launch_bounds__(threads, 1) starts with the registers of the
-// multiprocessor divided equally among its threads. kRegisters is the number of registers per
+// ---- Redistribution of registers among the warpgroups of a block. A warpgroup that only loads
+// gives up registers, so that a warpgroup that computes can have more. All threads of the warpgroup
+// make the call together. A kernel with __launch_bounds__(threads, 1) starts with the registers of
+// the multiprocessor divided equally among its threads. kRegisters is the number of registers per
 // thread after the call, a multiple of 8.
 
 // Waits until other warpgroups have given up enough registers.
@@ -275,8 +278,9 @@ __device__ __forceinline__ void registers_decrease(Site = Site::here()) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Barriers 1 to 15 of a block. A barrier may be for some of the warps. `threads` is the number
-// of threads that take part, 32 for each warp. (__syncthreads uses barrier 0.)
+// ---- The named barriers of a block. `id` is 1 to 15, because __syncthreads uses barrier 0. Some
+// or all warps of the block take part. `threads` is the number of threads that take part, 32 for
+// each warp.
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads, Site = Site::here()) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

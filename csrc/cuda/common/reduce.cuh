@@ -11,16 +11,16 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Sum {
-  static constexpr float kOfNothing = 0.0f;
+  static constexpr float kOfNothing = 0.0f;  // the sum of no values
   static __device__ __forceinline__ float of(float a, float b) { return a + b; }
 };
 
 struct Maximum {
-  static constexpr float kOfNothing = -INFINITY;
+  static constexpr float kOfNothing = -INFINITY;  // the maximum of no values
   static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// Every lane computes the same result, by operations in the same order.
+// Reduces the values of all lanes of a warp. Every lane gets the same bits.
 template <class Operation>
 __device__ __forceinline__ float reduce_warp(float value) {
 #pragma unroll
@@ -30,8 +30,9 @@ __device__ __forceinline__ float reduce_warp(float value) {
   return value;
 }
 
-// Every thread of the block gets the result. The block has whole warps. `shared` has one float per
-// warp. A caller that uses `shared` again must put a barrier in between.
+// Reduces the values of all threads of a block, and returns the result to every thread. The block
+// must consist of whole warps. `shared` has one float per warp. A caller that uses `shared` again
+// must put a barrier in between.
 template <class Operation>
 __device__ __forceinline__ float reduce_block(float value, float* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;

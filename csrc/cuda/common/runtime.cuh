@@ -1,9 +1,9 @@
 // Launches kernels and gives them shared memory. This needs a CUDA compiler and a device.
 //
 // Kernels include this file, ptx.cuh and ptx_sm90.cuh in angle brackets, so that the emulator
-// (tests/emulator) can replace them. It compiles kernels with the host compiler, and its own
-// headers of these names come earlier on the include path. The emulator also defines the other
-// runtime functions that the host side of the kernels calls.
+// (tests/emulator) can replace these three. The emulator compiles kernels with the host compiler.
+// Its own headers of the same names come earlier on the include path. The emulator also defines the
+// other functions of the CUDA runtime that the host side of the kernels calls.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,9 +16,9 @@ cudaError_t start(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...
   return ::cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// The shared memory of the block, as large as the `shared_bytes` of its launch. Kernels use no
-// static arrays, because the emulator could neither poison them nor check their bounds. The memory
-// is aligned to the unit of the 128-byte swizzle of TMA and wgmma.
+// The shared memory of the block, as large as the `shared_bytes` of its launch. Kernels declare no
+// static shared arrays, because the emulator could neither poison them nor check their bounds. The
+// memory is aligned to 1024 bytes, as the 128-byte swizzle of TMA and wgmma needs.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char shared_memory[];

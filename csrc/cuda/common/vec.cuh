@@ -1,6 +1,6 @@
-// Loads and stores neighbouring elements. Kernels access tensors, except counters and the table of
-// sequences, through here or through a function of ptx.cuh or ptx_sm90.cuh, because the emulator
-// checks and counts accesses there.
+// Loads and stores neighbouring elements. Kernels access tensors through this file, ptx.cuh or
+// ptx_sm90.cuh, because the emulator checks and counts accesses there. Exceptions are counters and
+// the table of sequences.
 #pragma once
 
 #include <initializer_list>
@@ -11,8 +11,8 @@
 
 namespace mistral::cuda {
 
-// A vector of N elements of T. It has 16 bytes, the widest access, or one element for rows that are
-// not 16-byte aligned.
+// A vector of N elements of T. It has 16 bytes, the size of the widest access. For rows that are
+// not 16-byte aligned, it has one element.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Vec {
   static_assert(N == 1 || N * sizeof(T) == 16);
@@ -73,8 +73,8 @@ __device__ __forceinline__ void store_shared16(T* shared, const Vec16<T>& v,
   st_shared_16(shared, detail::to_bits(v), site);
 }
 
-// Loads N elements. Kernels that are written once for vectors of 1 element and of 16 bytes use
-// this.
+// Loads N elements. This is for kernels that are templates over N, with instances for 1 element and
+// for 16 bytes.
 template <int N, class T>
 __device__ __forceinline__ Vec<T, N> load(const T* global, Site site = Site::here()) {
   if constexpr (N == 1) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void store(T* global, const Vec<T, N>& v, Site site =
   }
 }
 
-// Rounds to nearest even. 16-bit types are rounded two values at a time.
+// Rounds N values to nearest even. 16-bit types are rounded two values at a time.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> round_to(const float (&values)[N]) {
   Vec<T, N> v;
@@ -108,8 +108,9 @@ __device__ __forceinline__ Vec<T, N> round_to(const float (&values)[N]) {
   return v;
 }
 
-// Whether rows may be accessed 16 bytes at a time. They start at `rows` and are `strides` elements
-// of T apart. Null pointers are ignored.
+// Whether the rows of some tensors may be accessed 16 bytes at a time. `rows` are the first rows of
+// the tensors; a null pointer counts as aligned. `strides` are the distances from row to row, in
+// elements of T.
 template <class T>
 bool fit_vec16(std::initializer_list<const void*> rows, std::initializer_list<int64_t> strides) {
   bool fit = true;

@@ -1,4 +1,5 @@
-// Grid: one thread for each 8 neighbouring values of the result, row after row.
+// Dequantises rows of a weight. Grid: one thread for each 8 neighbouring values of the result, row
+// after row.
 #include <launch.cuh>
 
 #include "../../linear.h"
@@ -12,8 +13,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kValues = 8;
 
-// The 8 values from k on of the row that begins at `row`, as pairs of bf16. bf16 holds these values
-// exactly.
+// Reads the 8 values from k on of the row that begins at `row`, as pairs of bf16. They are not yet
+// scaled, so they are small integers, which bf16 holds exactly.
 template <class W>
 __device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t (&pairs)[4]) {
   using T = typename W::Element;
@@ -27,7 +28,7 @@ __device__ __forceinline__ void read_pairs(const void* row, int64_t k, uint32_t 
   }
 }
 
-// The scaling of the 8 values from k on. `row` points to the scales of their row.
+// Reads the Scaling of the 8 values from k on. `row` is the address of the scales of their row.
 template <class W>
 __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int64_t group) {
   using Scales = typename W::Scales;
@@ -36,7 +37,8 @@ __device__ __forceinline__ Scaling read_scaling(const void* row, int64_t k, int6
   const int i = static_cast<int>(k % kSuperBlock) / (W::kHalfSteps ? 16 : 32);
   Unit units[Scales::kUnits];
   if constexpr (W::kHalfSteps) {
-    // Only one of the four words is needed. It is put first, because registers cannot be indexed.
+    // Only one of the four words of scales is needed. It is put first, where a constant index finds
+    // it: an array with a variable index would not stay in registers.
     units[0] = load_global(from + i / 4);
     units[4] = load_global(from + 4);
     return Scales(units).next(i & 3);

@@ -1,11 +1,12 @@
 // Loads weights of each format from shared memory, widens them, and arranges them as operands of
 // m16n8k16.
 //
-// A chunk is 128 bytes of a row, as many as a cache line has. It holds 64, 128 or 256 values. A dot
-// product does not depend on the order of k, so a lane multiplies 4, 8 or 16 neighbouring bytes of
-// values as they are stored. A step is 32 values of k. In a step a lane has two rows of the
-// weights. Of each row it has 8 neighbouring values, from k_at on (in q6_k two times 4). Of each
-// token it has the activations with the same 8 k, in the same order.
+// A chunk is 128 bytes of a row, the size of a cache line. It holds 64, 128 or 256 values. A step
+// is the product over 32 values of a row. In a step a lane has two rows of the weight, and 8
+// neighbouring values of each row, from index k_at on (in q6_k, two times 4 values). For each
+// token, it has the activations with the same 8 indices, in the same order. This order differs from
+// that of m16n8k16. But a dot product may be summed in any order, so a lane can use 4, 8 or 16
+// neighbouring bytes of values as they are stored.
 #pragma once
 
 #include <ptx.cuh>
@@ -22,10 +23,10 @@ constexpr int kChunkBytes = 128;
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = kTileRows * kChunkBytes;
 
-// The chunks of 16 rows in shared memory. The place of 16-byte piece i of a row depends on the row,
-// by the swizzle of the format (`turned`). So pieces that are read together lie in different banks.
-// Behind the chunks are the further bits of the 16 rows (q5_k, q6_k). From these, the same word of
-// 8 rows is read together.
+// A tile in shared memory: a chunk of each of 16 rows. The place of 16-byte piece i of a row
+// depends on the row, by the swizzle of the format (`turned`). So pieces that are read together lie
+// in different banks. Behind the chunks are the further bits of the 16 rows (q5_k, q6_k). They have
+// a swizzle of their own, for reads of the same word of 8 rows together.
 template <class W>
 struct WeightTile {
   static constexpr int kBytes = kTileBytes + kTileRows * W::kFurtherBytes;
@@ -50,17 +51,18 @@ struct Common {
   static constexpr bool kRowScaled = false, kGrouped = false;
   static constexpr bool kOffset = false;     // see Scaling
   static constexpr bool kHalfSteps = false;  // 16 values share a Scaling
-  static constexpr int kLeastGroup = 32;     // the smallest group, with kGrouped
-  static constexpr int kFurtherBytes = 0;    // bytes of further bits of a chunk of one row
+  static constexpr int kLeastGroup = 32;     // the size of the smallest group, with kGrouped
+  static constexpr int kFurtherBytes = 0;    // bytes of further bits in a chunk of one row
   // The swizzle of formats that read the same piece of 8 rows together, or 4 pieces of each of 2
   // neighbouring rows.
   static __device__ __forceinline__ int turned(int row) { return (row & 1) << 2 | (row >> 1 & 3); }
 };
 
-// The operands of a step: two products of 16 rows with 16 values each.
+// The operands of the two products of a step. Each product takes 16 values of 16 rows.
 using StepOperands = uint32_t[2][4];
 
-// Arranges the lane's 4 pairs of row lane / 4 (top) and of row lane / 4 + 8 (bottom) as operands.
+// Arranges a lane's 8 values of row lane / 4 (top) and of row lane / 4 + 8 (bottom) as operands.
+// `top` and `bottom` are 4 pairs each.
 __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
                                         const uint32_t* bottom) {
 #pragma unroll
@@ -72,22 +74,28 @@ __device__ __forceinline__ void arrange(StepOperands& a, const uint32_t* top,
   }
 }
 
-// The traits of a format. `take` loads a unit of 1 or 2 steps from shared memory. A scale belongs
-// to a whole row (kRowScaled), to a group, or to a part of a group (both kGrouped). In memory, a
-// group of 2^group_log2 values has one record of kGroupBytes<Scales> bytes, which may hold several
-// scales. An object of type Scales reads records, and turns each scale into a Scaling. A Scaling
-// serves 2^scaled_log2 values: a whole number of steps, or half a step.
+// The traits of a format:
+//   bytes(n)     the bytes of n values in global memory
+//   kValues      the number of values in a chunk
+//   take         loads a unit from shared memory. A chunk has kUnits units of kUnitSteps steps.
+//   k_at         the index in the chunk of a lane's first value in a step. `column` is lane % 4.
+//   kRowPadding  see PlainWeights
+//
+// A scale belongs to a whole row (kRowScaled), or to a group or a part of a group (both kGrouped).
+// In memory, a group of 2^group_log2 values has one record of kGroupBytes<Scales> bytes, which may
+// hold several scales. An object of type Scales reads records, and turns each scale into a Scaling.
+// A Scaling serves 2^scaled_log2 values: a whole number of steps, or half a step.
 
 template <class T>
 struct PlainWeights : Common {
   using Element = T;
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return 2 * values; }
-  static constexpr int kValues = 64;  // values of a chunk
+  static constexpr int kValues = 64;
   static constexpr int kUnits = 2;
   static constexpr int kUnitSteps = 1;
-  // A row of x in shared memory is by this many bytes longer than a multiple of 128. With this
-  // padding, the 16-byte reads at k_at of 4 lanes and of the 4 lanes of the next token are in
-  // different banks.
+  // In shared memory, rows of x are a multiple of 128 bytes and this many bytes apart. In a step, 4
+  // lanes read 16 bytes each of one token, and the next 4 lanes of the next token. With this
+  // padding, these reads are in different banks.
   static constexpr int kRowPadding = 64;
 
   static __device__ __forceinline__ int k_at(int step, int column) {
@@ -115,7 +123,7 @@ struct Int8Weights : Common {
   static constexpr int kUnitSteps = 2;
   static constexpr int kRowPadding = 16;
 
-  // The 16 neighbouring values of a lane belong to two steps.
+  // A lane takes 16 neighbouring values, 8 for each of two steps.
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 64 * (step / 2) + 16 * column + 8 * (step % 2);
   }
@@ -153,9 +161,9 @@ struct Q8Weights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // The swizzle: 2 pieces of each of 4 neighbouring rows are read together.
+  // The swizzle for reads of 2 pieces of each of 4 neighbouring rows together.
   static __device__ __forceinline__ int turned(int row) { return 2 * (row & 3); }
-  // A step is a group. A lane has half a piece of it.
+  // A step has the 32 values of a group. A lane takes half of a 16-byte piece.
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q8Weights> tile,
                                               int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
@@ -171,8 +179,8 @@ struct Q8Weights : Common {
   }
 };
 
-// The formats of words. `Words` widens words. `Scales_` is the type of the scales. kGroup is the
-// size of a group, or 0 if the weight has the size.
+// The formats of words (csrc/formats.h). `Words` widens words. `Scales_` is the type of the scales.
+// kGroup is the size of a group, or 0 if it differs from weight to weight (WeightPart::group).
 template <class T, class Words, class Scales_, int kGroup>
 struct WordWeights : Common {
   using Element = T;
@@ -198,8 +206,8 @@ struct WordWeights : Common {
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 8 * column;
   }
-  // In a step the values of a lane are one word, and ldmatrix gives each lane one word. (The 32
-  // values of a step lie in one group.)
+  // In a step, a lane needs one word of each of its two rows. ldmatrix gives it one word of each of
+  // four matrices, which are the upper and the lower 8 rows of two steps.
   template <class Tile>
   static __device__ __forceinline__ void take_words(uint32_t (&words)[4], Tile tile, int unit) {
     const int matrix = threadIdx.x % kWarp / 8, row = threadIdx.x % 8;
@@ -270,8 +278,8 @@ struct Q5KWeights : WordWeights<T, FiveBits, SixBitScales, 256> {
   }
 };
 
-// A step has two products of 16 values, each with its own scale. A lane has 4 neighbouring values
-// of each product.
+// Each of the two products of a step has its own scale. A lane has 4 neighbouring values of each
+// row in a product.
 template <class T>
 struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   static constexpr bool kHalfSteps = true;
@@ -279,11 +287,11 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   MISTRAL_HOST_DEVICE static constexpr int64_t bytes(int64_t values) { return values / 32 * 24; }
   static constexpr int kUnits = 8;
   static constexpr int kUnitSteps = 1;
-  static constexpr int kRowPadding = 32;  // for reads of 8 bytes at k_at
+  static constexpr int kRowPadding = 32;  // as in PlainWeights, but lanes read 8 bytes
 
   static __device__ __forceinline__ int scaled_log2(const LinearParams&) { return 4; }
-  // The first of the lane's values for the first product. Those for the second product are 16
-  // later.
+  // The index of the lane's first value for the first product. Its values for the second product
+  // are 16 further.
   static __device__ __forceinline__ int k_at(int step, int column) {
     return 32 * step + 4 * column;
   }
@@ -295,7 +303,7 @@ struct Q6KWeights : WordWeights<T, SixBits, ByteScales, 256> {
   static __device__ __forceinline__ void take(StepOperands (&a)[1], WeightTile<Q6KWeights> tile,
                                               int unit) {
     const int row = threadIdx.x % kWarp / 4, column = threadIdx.x % 4;
-    // The lane's 4 values are the first or the last half of a word.
+    // The lane's 4 values are the first or the second half of a word.
     const int shift = 8 * (column % 2), word = column / 2;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -1,27 +1,34 @@
-// gemv: products of up to 64 tokens. Reading the weights once limits their speed.
+// gemv: products of up to 64 tokens. Their speed is limited by reading the weights once.
 //
-// Grid: as many blocks as run at the same time, or fewer. A block takes blocks of 16 kM outputs (8
-// kM with SwiGLU) in turn, gridDim.x apart. Its 8 warps share the chunks of K. Each warp streams
-// its chunks through its own stages (weight_stream.cuh), multiplies 16 rows with 8 tokens at a time
-// on the tensor cores, and keeps the sums in registers. At the end of a block of outputs the sums
-// of the warps are added through shared memory, in the order of the warps. Meanwhile the next
-// chunks are copied, so the stream goes on from block to block without a gap.
+// Template parameters: W has the traits of the weight's format (formats.cuh), kM is the number of
+// tiles of 16 rows of the weight in a block of outputs, and kN the number of groups of 8 tokens.
 //
-// The bytes under way: to move 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5
-// MB under way, which is 40 KB for each of its 132 multiprocessors. A block has 8 warps * 3 stages
-// * 2 KB = 48 KB (kM = 2: 8 * 1 * 4 KB = 32 KB). Two blocks fit on a multiprocessor, unless
-// normalised rows of x take the room: 16 rows of K = 4096 are 129 KB.
+// Grid: as many thread blocks as run at the same time, or fewer. A thread block computes one block
+// of 16 kM outputs (8 kM with SwiGLU) after another, gridDim.x apart. Its 8 warps share the chunks
+// of each row. Each warp streams its chunks through its own stages (weight_stream.cuh), multiplies
+// 16 rows by 8 tokens at a time on the tensor cores, and keeps the sums in registers. At the end of
+// a block of outputs, the sums of the warps are added through shared memory, in the order of the
+// warps. Meanwhile the first chunks of the next block of outputs are copied, so the stream has no
+// gap.
+//
+// Bytes under way: to read 4.3 TB/s with a latency of about 1.2 us under load, an H200 needs 5 MB
+// under way. That is 40 KB for each of its 132 multiprocessors. A thread block has 8 warps * 3
+// stages * 2 KB = 48 KB under way (with kM = 2, 8 * 1 * 4 KB = 32 KB). With kM = 1 and kN <= 2, two
+// thread blocks fit on a multiprocessor, unless normalised rows of x take the room: 16 rows of K =
+// 4096 are 129 KB.
 //
 // Normalised rows in shared memory should pay (by reasoning, not by measurement). Every 16 outputs
-// need all of x. With 16 tokens, x has as many bytes as weights of 16 bits, and four times as many
-// as weights of 4 bits. Shared memory delivers 128 bytes a clock. Without rows in shared memory, x
-// would come from L2 and compete with the weights, because L1 is too small for it.
+// need all of x. With 16 tokens, x has as many bytes as 16 rows of weights of 16 bits, and four
+// times as many as 16 rows of weights of 4 bits. Shared memory delivers 128 bytes a clock. If x
+// were not there, it would come from L2 and compete with the weights, because L1 is too small.
 //
-// K is not divided among blocks. With 16 rows per block, even the smallest launch of Mistral 7B
-// (wo) has 256 blocks, nearly two for each of 132 multiprocessors. Half of the multiprocessors have
-// enough bytes under way for the full bandwidth of the memory, so an uneven last round costs
-// little. There are no partial sums in global memory. The result of a token depends only on its row
-// of x and the row of the weights, not on the other tokens, the other parts, or the GPU.
+// K is not divided among thread blocks, so there are no partial sums in global memory. Even the
+// smallest launch of Mistral 7B (wo) has 256 blocks of 16 outputs, nearly two for each of 132
+// multiprocessors. They may divide unevenly, but this costs little: half of the multiprocessors
+// have enough bytes under way for the full bandwidth of the memory.
+//
+// An output depends only on the token's row of x and the row of the weight, not on the other
+// tokens, the other parts, or the GPU.
 #pragma once
 
 #include <launch.cuh>
@@ -37,41 +44,48 @@
 
 namespace mistral::cuda {
 
-// The number of groups of 8 tokens whose sums are added up in one round.
+// The number of groups of 8 tokens whose sums are added up in one round of `reduce`.
 template <int kN>
 constexpr int kRound = kN == 1 ? 1 : 2;
 
-// The number of blocks that must fit on a multiprocessor. This limits the registers of a thread.
+// The number of thread blocks that must fit on a multiprocessor. It limits the registers of a
+// thread.
 template <int kM, int kN>
 constexpr int kBlocksAtOnce = kM == 1 && kN <= 2 ? 2 : 1;
 
-// Sizes of shared memory, in this order: the floats of the sums of a round; the bytes of the stages
-// and of two alternating rounds; the bytes of these and of the normalised rows of x; the bytes of
-// these and of the tokens of RopeFinish.
+// ---- Sizes of shared memory
+
+// The floats that hold the sums of one round of `reduce`.
 template <int kN>
 constexpr int kRoundSums = kRound<kN> * kLinearWarps * kTileRows * 8;
+
+// The bytes of the stages and of the sums of two rounds.
 template <class W, int kM, int kN>
 constexpr int kFixedShared = StageLayout<W, kM>::kBytes + 2 * kRoundSums<kN> * 4;
+
+// The bytes of all that, and with kNorm of the normalised rows of x.
 template <class W, int kM, int kN, bool kNorm>
 MISTRAL_HOST_DEVICE int64_t shared_bytes_of_product(const LinearParams& p) {
   if (!kNorm) return kFixedShared<W, kM, kN>;
   return kFixedShared<W, kM, kN> +
          p.tokens * normalised_row<W>(p.inputs) * int64_t{sizeof(typename W::Element)};
 }
+
+// The bytes of all that, and with RoPE of the tables of RopeFinish.
 template <class W, int kM, int kN, bool kNorm>
 int64_t linear_shared_bytes(const LinearParams& p) {
   const int64_t of_rope = p.epilogue == Epilogue::rope ? RopeFinish<W>::shared_bytes(p) : 0;
   return shared_bytes_of_product<W, kM, kN, kNorm>(p) + of_rope;
 }
 
-// Numbers that all phases of a product use. They are computed once, because the compiler would load
-// p again after each instruction of ptx.cuh.
+// Numbers that all phases of a product use. They are computed once. Otherwise the compiler would
+// load p again after each asm statement of ptx.cuh that may change memory.
 struct Work {
   int warp;
   int inputs;     // K
   int blocks;     // the number of blocks of outputs
-  int chunks;     // the number of chunks of K
-  int tile_step;  // 2^tile_step_log2
+  int chunks;     // the number of chunks of a row
+  int tile_step;  // 2^tile_step_log2 (weight_stream.cuh)
 };
 
 template <class W, int kM, bool kRope>
@@ -85,23 +99,24 @@ __device__ __forceinline__ Work work_of(const LinearParams& p, int warp) {
   return work;
 }
 
-// How many steps of a chunk a warp unrolls and loads together. The registers limit both.
+// How many steps of a chunk (formats.cuh) a warp unrolls, and for how many it loads x at once. The
+// registers limit both.
 template <class W, int kM, int kN, bool kRope>
 struct StepPlan {
   static constexpr int kSteps = W::kUnits * W::kUnitSteps;
   static constexpr bool kScarce =
       W::kOffset || W::kFurtherBytes > 0 || (W::kGrouped && kRope && kM == 1 && kN == 2);
   static constexpr int kLoads = W::kFurtherBytes > 0 && kN == 1 ? 2 : kScarce ? 4 : 8;
-  // The number of steps whose x is loaded together.
+  // The number of steps in a batch. The x of these steps is loaded together.
   static constexpr int kBatch = kSteps * kN <= kLoads ? kSteps : kLoads / kN;
-  // The number of units that are unrolled: all units, or only the units of a batch if the registers
-  // do not hold the operands of all units.
+  // The number of units that are unrolled. These are all units of a chunk, or fewer if the
+  // registers do not hold the operands of all units.
   static constexpr int kUnits = kScarce ? max(1, kBatch / W::kUnitSteps)
                                 : kBatch < kSteps && W::kUnitSteps % kBatch == 0 ? 1
                                                                                  : W::kUnits;
 };
 
-// Computes skipped_bytes of the scales, for the lane's two rows of each tile.
+// Computes skipped_bytes (weight_stream.cuh) of the scales of the lane's two rows in each tile.
 template <class W, int kM, bool kRope>
 __device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const LinearParams& p,
                                              const OutputBlock<kRope>& block, const Work& work,
@@ -118,7 +133,7 @@ __device__ __forceinline__ void find_skipped(int (&skipped)[kM][2], const Linear
   }
 }
 
-// Takes the scales of the stream's current chunk, for the lane's two rows of each tile.
+// Makes the Scales of the stream's current chunk, for the lane's two rows in each tile.
 template <class W, int kM, bool kRope>
 __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
                                             const WeightStream<W, kM, kRope>& stream,
@@ -133,15 +148,16 @@ __device__ __forceinline__ void take_scales(typename W::Scales (&scales)[kM][2],
   }
 }
 
-// Multiplies the operands of a step. Where a group ends, adds the sums of the group to `sums`. `a`
-// has the operands of the steps of a unit, for each tile, and this is step i of the unit. `x` has
-// an operand for each 8 tokens. 2^steps_log2 steps share a Scaling.
+// Multiplies the operands of step `step` of a chunk, which is step i of its unit. `a` has the
+// operands of all steps of the unit, for each tile. `x` has an operand for each 8 tokens. If the
+// last values that share a Scaling are done, adds their scaled sums to `sums`. 2^steps_log2 steps
+// share a Scaling, unless W::kHalfSteps.
 template <class W, int kM, int kN>
 __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSums<W, kM, kN>& group,
                                               typename W::Scales (&scales)[kM][2],
                                               const StepOperands (&a)[kM][W::kUnitSteps], int i,
                                               const uint4 (&x)[kN], int step, int steps_log2) {
-  // The number of products of a step that share scales: both, or only one.
+  // A step has two products. The number of them that share a Scaling.
   constexpr int kTogether = W::kHalfSteps ? 1 : 2;
 #pragma unroll
   for (int product = 0; product < 2; product += kTogether) {
@@ -166,7 +182,8 @@ __device__ __forceinline__ void multiply_step(float (&sums)[kM][kN][4], GroupSum
   }
 }
 
-// The main loop: adds the products of this warp's chunks, for one block of outputs, to `sums`.
+// The main loop. Multiplies this warp's chunks of one block of outputs, and adds the products to
+// `sums`.
 template <class W, int kM, int kN, bool kNorm, bool kRope>
 __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const LinearParams& p,
                                                 const OutputBlock<kRope>& block,
@@ -200,10 +217,10 @@ __device__ __forceinline__ void multiply_chunks(float (&sums)[kM][kN][4], const 
   }
 }
 
-// Adds up the sums of the warps and finishes the outputs, in rounds over the tiles and tokens. In a
-// round every warp stores its sums, and one or two warps add them up. `round` counts the rounds of
-// this block of threads. Two buffers in `partial_sums` alternate, so that a round needs only one
-// barrier.
+// Adds up the sums of the warps and finishes the outputs, in rounds over tiles and groups of
+// tokens. In a round every warp stores its sums to shared memory. Then kRound warps, one for each
+// group of tokens, add them up. `round` counts the rounds of this thread block. Two buffers in
+// `partial_sums` alternate, so that a round needs only one barrier.
 template <class W, int kM, int kN, class Finish>
 __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const LinearParams& p,
                                        const OutputBlock<Finish::kRope>& block,
@@ -241,9 +258,9 @@ __device__ __forceinline__ void reduce(const float (&sums)[kM][kN][4], const Lin
   }
 }
 
-// Multiplies x with the weights of all outputs of this block of threads. First starts the stream of
-// weights and prepares x. Then, for each block of outputs, the warps multiply their chunks, and
-// their products are added up.
+// Computes all outputs of this thread block. First starts the stream of weights and prepares x.
+// Then, for each block of outputs, the warps multiply their chunks, and the sums of the warps are
+// added up.
 template <class W, int kM, int kN, bool kNorm, class Finish>
 __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -251,8 +268,8 @@ __device__ __forceinline__ void multiply(const LinearParams& p, Finish finish) {
   char* const shared = dynamic_shared<char>();
   auto* const partial_sums = reinterpret_cast<float*>(shared + StageLayout<W, kM>::kBytes);
   WeightStream<W, kM, Finish::kRope> stream(p, shared, work.blocks, work.chunks);
-  // Weights are constant, so the copies of the first stages may start before earlier kernels have
-  // written x.
+  // No kernel writes weights. So the stream above may start its first copies before earlier kernels
+  // have written x.
   wait_for_earlier_kernels();
   let_later_kernels_begin();
   finish.begin(shared + shared_bytes_of_product<W, kM, kN, kNorm>(p));

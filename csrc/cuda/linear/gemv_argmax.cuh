@@ -1,8 +1,8 @@
 // Finds the largest output of each token within the kernel of the product, without a second pass
-// over the logits.
+// over the outputs.
 //
 // Outputs are compared by their ranks (sample.h). Ranks are integers, and no two are equal, so the
-// order of blocks and warps does not matter.
+// result does not depend on the order of blocks and warps.
 #pragma once
 
 #include "../../linear.h"
@@ -12,8 +12,9 @@
 
 namespace mistral::cuda {
 
-// All lanes of a warp call this. `best` is the highest rank among the lane's outputs, or 0 if the
-// lane has no output. Lanes that are 4 apart have outputs of the same token.
+// Updates the running argmax of `token`. All lanes of a warp call this. `best` is the highest rank
+// among the lane's outputs of the token, or 0 if there are none. Lanes that are 4 apart have the
+// same token.
 __device__ __forceinline__ void contribute(const LinearParams& p, int token, Rank best) {
 #pragma unroll
   for (int distance = 4; distance < kWarp; distance *= 2) {
@@ -24,7 +25,8 @@ __device__ __forceinline__ void contribute(const LinearParams& p, int token, Ran
   }
 }
 
-// All threads call this at the end of the kernel. The last block writes the tokens.
+// All threads call this at the end of the kernel. The block that arrives last writes the token ids
+// and zeros the running argmax.
 __device__ __forceinline__ void choose_tokens(const LinearParams& p) {
   if (!arrives_last(&p.running->arrived, gridDim.x) || threadIdx.x >= p.tokens) return;
   const Rank best = atomicExch(&p.running->best[threadIdx.x], 0ull);

@@ -1,4 +1,4 @@
-// The kernels of products with weights in 8 bits.
+// The kernels of products with weights in int8.
 #include "gemv_launch.cuh"
 
 namespace mistral::cuda {

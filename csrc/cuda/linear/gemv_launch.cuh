@@ -1,4 +1,4 @@
-// Launches the kernels of a weight format. gemv_<format>.cu instantiates these functions.
+// Launches the kernels of a weight format. The files gemv_*.cu instantiate these functions.
 #pragma once
 
 #include <launch.cuh>
@@ -9,7 +9,7 @@
 
 namespace mistral::cuda {
 
-// Calls f with the traits of the format. dtype is bf16 or f16.
+// Calls f with the traits of the format (formats.cuh). dtype is bf16 or f16.
 template <WeightFormat kFormat, class F>
 auto with_weights(DType dtype, const F& f) {
   return dtype == DType::bf16 ? f(typename WeightsOf<kFormat, __nv_bfloat16>::type{})
@@ -28,7 +28,7 @@ bool LinearKernels<kFormat>::normalises_in_block(const LinearParams& p) {
   });
 }
 
-// `rope` is empty or a RopeParams.
+// Launches one kernel. `rope` is empty or a RopeParams.
 template <class W, int kM, int kN, bool kNorm, class... Rope>
 cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope&... rope) {
   constexpr int64_t kReservedShared = 1024;  // the runtime's share of a block's shared memory
@@ -48,7 +48,8 @@ cudaError_t launch_linear(const LinearParams& p, cudaStream_t stream, const Rope
   }
 }
 
-// With more tokens a block takes more rows, which share the loads of x.
+// Launches the kernel for p.tokens tokens. With more than 16 tokens, a block of outputs has two
+// tiles, which share the loads of x.
 template <class W, class... Rope>
 cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t stream,
                           const Rope&... rope) {
@@ -63,7 +64,7 @@ cudaError_t launch_tokens(const LinearParams& p, bool in_block, cudaStream_t str
 // launch_tokens for formats without has_every_kernel.
 template <class W>
 cudaError_t launch_with_few_kernels(const LinearParams& p, bool in_block, cudaStream_t stream) {
-  constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as many as fit in shared memory
+  constexpr int kM = W::kFurtherBytes > 0 ? 1 : 2;  // as many tiles as fit in shared memory
   if (in_block) return launch_linear<W, 1, 1, true>(p, stream);
   if (p.tokens <= 8) return launch_linear<W, 1, 1, false>(p, stream);
   return launch_linear<W, kM, 4, false>(p, stream);

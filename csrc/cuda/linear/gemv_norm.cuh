@@ -1,6 +1,6 @@
-// The RMSNorm of x before a product. If the rows fit the shared memory of a block, each block
-// normalises them itself. Otherwise an earlier kernel writes normalised rows to global memory. Both
-// give the same bits.
+// The RMSNorm of x before a product. If there are few rows and they fit in the shared memory of a
+// block, each block normalises them itself. Otherwise an earlier kernel writes normalised rows to
+// global memory. Both ways give the same bits.
 #pragma once
 
 #include "../../linear.h"
@@ -14,16 +14,16 @@ namespace mistral::cuda {
 // The most tokens that a block normalises itself.
 constexpr int kNormTokens = 16;
 
-// The number of elements of a row of normalised x in shared memory. The row is padded with zeros to
-// a whole chunk.
+// The number of elements from one row of normalised x in shared memory to the next. A row is padded
+// with zeros to whole chunks, and then by W::kRowPadding bytes.
 template <class W>
 MISTRAL_HOST_DEVICE int normalised_row(int64_t inputs) {
   return static_cast<int>(ceil_div(inputs, W::kValues)) * W::kValues +
          W::kRowPadding / static_cast<int>(sizeof(typename W::Element));
 }
 
-// Rows in shared memory. A thread stores its elements there and later normalises them in place, so
-// a block reads x from global memory only once.
+// Rows in shared memory. A thread keeps its elements of x there, and later normalises them in
+// place. So a block reads x from global memory only once.
 template <class T>
 struct RowsInShared {
   T* rows;
@@ -38,7 +38,8 @@ struct RowsInShared {
   }
 };
 
-// A row in global memory, of any length. It is read twice.
+// A row in global memory. It may be too long for shared memory, so x is read again instead of being
+// kept.
 template <class T>
 struct RowInGlobal {
   const T* x;
@@ -51,10 +52,11 @@ struct RowInGlobal {
   }
 };
 
-// Normalises `count` tokens, at most kTokens, from token `first` on, with all threads of the block.
-// `rows` keeps the 8 elements of row i from k on for the second pass, and stores the result. `sums`
-// is shared memory for kTokens * kLinearWarps floats. If the results are in shared memory, the
-// caller must put a barrier after the call.
+// Normalises `count` tokens, at most kTokens, from token `first` on. All threads of the block call
+// this. The first pass over x sums the squares, the second normalises. `rows` is RowsInShared or
+// RowInGlobal: it keeps the 8 elements of row i from k on for the second pass, and stores their
+// results. `sums` is shared memory for kTokens * kLinearWarps floats. If the results are in shared
+// memory, the caller must put a barrier after the call.
 template <class T, int kTokens, class Rows>
 __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t first, int count,
                                                float* sums, const Rows& rows) {
@@ -99,8 +101,8 @@ __device__ __forceinline__ void normalise_rows(const LinearParams& p, int64_t fi
   }
 }
 
-// Normalises x into rows of shared memory, each of normalised_row elements. `sums` is shared memory
-// for 8 kN * kLinearWarps floats. The caller must put a barrier after the call.
+// Normalises x into rows of shared memory, which are normalised_row elements apart. `sums` is
+// shared memory for 8 * kN * kLinearWarps floats. The caller must put a barrier after the call.
 template <class W, int kN>
 __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::Element* rows,
                                             float* sums, int chunks) {
@@ -108,8 +110,8 @@ __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::E
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int inputs = static_cast<int>(p.inputs), count = static_cast<int>(p.tokens);
   const int stride = normalised_row<W>(p.inputs);
-  // Takes 8 tokens at a time, because registers are scarce. Each 8 tokens have their own sums, so
-  // no barrier is needed in between.
+  // Takes 8 tokens at a time, because registers are scarce. Each 8 tokens have their own part of
+  // `sums`, so no barrier is needed in between.
 #pragma unroll 1
   for (int n = 0; n < kN; ++n) {
     normalise_rows<T, 8>(p, 8 * n, min(count - 8 * n, 8), sums + n * 8 * kLinearWarps,
@@ -122,7 +124,7 @@ __device__ __forceinline__ void normalise_x(const LinearParams& p, typename W::E
   }
 }
 
-// Grid: one block per token. It writes normalised rows [T, K] to p.scratch.
+// Writes normalised rows [T, K] to p.scratch. Grid: one block per token.
 template <class T>
 __global__ void __launch_bounds__(kLinearThreads)
     linear_norm_kernel(const __grid_constant__ LinearParams p) {

@@ -1,4 +1,4 @@
-// The kernels of products with weights in 16 bits.
+// The kernels of products with plain weights, which have 16 bits.
 #include "gemv_launch.cuh"
 
 namespace mistral::cuda {

@@ -1,4 +1,4 @@
-// The kernels of products with weights in GGUF's Q8_0.
+// The kernels of products with weights in q8_0.
 #include "gemv_launch.cuh"
 
 namespace mistral::cuda {

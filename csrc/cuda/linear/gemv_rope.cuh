@@ -14,23 +14,24 @@ namespace mistral::cuda {
 // Facts about a token that a block looks up once for all of its outputs.
 struct NewToken {
   uint64_t position;
-  TokenRows rows;  // of the pools
-  bool stored;     // whether this kernel stores the token in its ring
+  TokenRows rows;  // the rows of the pools where its key and value are stored
+  bool stored;     // whether this kernel stores them
 };
 
-// The outputs that a lane finishes: one pair for each of tokens 2 (lane % 4) and 2 (lane % 4) + 1.
-// The pair is row lane / 4 and the row D/2 below it. Tokens count from the argument `token`, and
-// rows from `output`.
+// The outputs that a lane finishes for 8 tokens and one tile: a pair of outputs for each of tokens
+// 2 (lane % 4) and 2 (lane % 4) + 1. The pair is row lane / 4 of the tile, and the row of the
+// weight that lies D/2 further. The constructor's `token` is the first of the 8 tokens, `output`
+// the first row of the tile.
 template <class W>
 struct RotatedOutputs {
   using T = typename W::Element;
 
-  int half;        // D/2
-  bool rotated;    // false: these are outputs of the value
-  T* address[2];   // of the first element of the pair; null: there is no such token
-  T* slot[2];      // the same in the ring; null: it is not stored
-  float2 turn[2];  // cosine and sine
-  float scales[2];
+  int half;         // D/2
+  bool rotated;     // false: these are outputs of the value
+  T* address[2];    // where the first element of the pair is stored; null: there is no such token
+  T* slot[2];       // the same in the ring; null: it is not stored there
+  float2 turn[2];   // cosine and sine of the angle
+  float scales[2];  // with W::kRowScaled: the scales of the two rows
 
   __device__ __forceinline__ RotatedOutputs(const LinearParams& p, const RopeParams& rope,
                                             const uint64_t* angles, const NewToken* tokens,
@@ -86,13 +87,14 @@ struct RotatedOutputs {
   }
 };
 
-// Finishes outputs with RoPE. StoreFinish describes the interface.
+// Finishes outputs with RoPE. The comment at StoreFinish describes the interface.
 template <class W>
 struct RopeFinish {
   static constexpr bool kRope = true;
 
   const LinearParams& p;
   const RopeParams& rope;
+  // Tables in shared memory, which `begin` fills.
   const uint64_t* angles;  // [D/2], from turns_per_position
   const NewToken* tokens;  // [T]
 

@@ -1,5 +1,5 @@
-// The rows of x as operands of the tensor cores. They come from global memory, or from shared
-// memory if the block has put normalised rows there.
+// Loads rows of x as operands of the tensor cores. The rows are in global memory, or in shared
+// memory if the block has put normalised rows there (kNormalised).
 #pragma once
 
 #include <ptx.cuh>
@@ -10,8 +10,8 @@
 
 namespace mistral::cuda {
 
-// The lane's row in each 8 tokens. Past the last token the lane takes the row of the last token,
-// and its product is not stored.
+// The rows of x of which a lane loads elements: row lane / 4 of each 8 tokens. If there is no such
+// token, the lane takes the row of the last token, and the product is not stored.
 template <class W, int kN, bool kNormalised>
 class LaneRows {
  public:
@@ -24,7 +24,7 @@ class LaneRows {
     }
   }
 
-  // Takes the rows that normalise_x has written, instead of the rows of p.x.
+  // From now on, loads the rows that normalise_x has written, instead of the rows of p.x.
   __device__ __forceinline__ void use_normalised(const LinearParams& p, const void* rows,
                                                  int lane) {
     rows_ = static_cast<const uint4*>(rows);
@@ -35,7 +35,7 @@ class LaneRows {
     }
   }
 
-  // Loads the x of kSteps steps of a chunk, from `first_step` on.
+  // Loads the elements that the lane needs in kSteps steps of a chunk, from `first_step` on.
   template <int kSteps>
   __device__ __forceinline__ void load(uint4 (&to)[kSteps][kN], int chunk, int first_step) const {
     const int lane = threadIdx.x % kWarp;
@@ -48,9 +48,9 @@ class LaneRows {
   }
 
  private:
-  // Loads the elements of a row that a lane needs in a step. They begin at k.
+  // Loads the elements of a row that the lane needs in a step. The first of them is element k.
   __device__ __forceinline__ uint4 load_step(const uint4* row, int k) const {
-    if constexpr (W::kHalfSteps) {  // here K is a whole number of chunks
+    if constexpr (W::kHalfSteps) {  // such formats have whole chunks, so k < K
       const auto* const from = reinterpret_cast<const uint2*>(row) + static_cast<uint32_t>(k) / 4;
       const auto load8 = [](const uint2* at) {
         return kNormalised ? ld_shared_8(at) : load_global(at);
@@ -66,7 +66,7 @@ class LaneRows {
 
   const uint4* rows_;
   int inputs_;
-  uint32_t offsets_[kN];  // in 16-byte units, because registers are scarce
+  uint32_t offsets_[kN];  // in units of 16 bytes, so that 32 bits are enough
 };
 
 }  // namespace mistral::cuda

@@ -1,5 +1,5 @@
-// Finishes the outputs of a product: applies the scales of rows, the residual and SwiGLU, and finds
-// the largest output.
+// Finishes the outputs of a product: multiplies by the scales of rows, adds the residual and
+// LinearParams::added, applies SwiGLU, rounds and stores, and finds the largest output.
 #pragma once
 
 #include "../../linear.h"
@@ -9,21 +9,23 @@
 
 namespace mistral::cuda {
 
-// The outputs that a lane finishes for 8 tokens and one tile. Their order is that of the sums:
-// tokens 2 (lane % 4) and 2 (lane % 4) + 1, in rows lane / 4 and lane / 4 + 8.
+// The four outputs that a lane finishes for 8 tokens and one tile of 16 rows. They are in the order
+// of the sums of mma_m16n8k16: outputs 0 and 1 are row lane / 4, for tokens 2 (lane % 4) and 2
+// (lane % 4) + 1. Outputs 2 and 3 are row lane / 4 + 8, for the same tokens. With SwiGLU, the lower
+// 8 rows belong to `up`, and only outputs 0 and 1 exist.
 template <class W>
 struct Outputs {
   using T = typename W::Element;
 
   const LinearParams& p;
-  int first_token;   // token of sums 0 and 2
-  int first_column;  // column of sums 0 and 1
-  T* address[4];     // null: there is no such output
-  float scales[2];
-  T before[4];
+  int first_token;   // token of outputs 0 and 2
+  int first_column;  // column of outputs 0 and 1
+  T* address[4];     // where the outputs are stored; null: there is no such output
+  float scales[2];   // with W::kRowScaled: the scales of the two rows
+  T before[4];       // with Epilogue::add: the residual
 
-  // Loads scales and residual ahead of their use. `output` is the first output of the tile, and
-  // `token` the first of the 8 tokens.
+  // Loads scales and residual ahead of their use. `output` is the first output of the tile, counted
+  // within the block. `token` is the first of the 8 tokens.
   __device__ __forceinline__ Outputs(const LinearParams& p, const OutputBlock<false>& block,
                                      int output, int64_t token)
       : p(p) {
@@ -85,17 +87,18 @@ struct Outputs {
   }
 
  private:
-  // The address of the numbers that are added to a product. `output` is the address of the
-  // product's output. If a call takes several launches, p.out and p.added move by the same number
-  // of columns. So the column in p.out is also the column in p.added.
+  // The address of the number that is added to a product. `output` is the address of the output. If
+  // a call takes several launches, p.out and p.added move by the same number of columns. So an
+  // output's column in p.out is also its column in p.added.
   __device__ __forceinline__ const float* added_to(const T* output, int64_t token) const {
     const int64_t column = output - static_cast<const T*>(p.out) - token * p.stride_out_token;
     return p.added + token * p.stride_added_token + column;
   }
 };
 
-// Finishes outputs one by one. The kernel calls `begin` once; in RopeFinish it fills shared memory,
-// here it does nothing. `outputs` loads, ahead of time, the numbers that the end of a round needs.
+// Finishes outputs without RoPE. RopeFinish has the same interface. The kernel calls `begin` once,
+// with shared memory that RopeFinish fills with tables. It calls `outputs` in each round, before
+// the sums are known, to load ahead of time what Outputs::store needs.
 template <class W>
 struct StoreFinish {
   static constexpr bool kRope = false;

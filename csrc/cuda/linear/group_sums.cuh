@@ -1,5 +1,5 @@
-// The sums of the products with a group of values, before they are multiplied by the scale of the
-// group.
+// Sums of products whose weights share a Scaling (scales.cuh), before the Scaling is applied. Such
+// weights are called a group in this file.
 #pragma once
 
 #include <ptx.cuh>
@@ -14,10 +14,10 @@ namespace mistral::cuda {
 template <class W, int kM, int kN>
 struct GroupSums {
   float sums[kM][kN][4] = {};
-  float sums_of_x[kN][4] = {};  // with W::kOffset; equal in every row
+  float sums_of_x[kN][4] = {};  // only with W::kOffset: sums of x over the group, equal in all rows
 
-  // Adds the x of a step to sums_of_x, by a product with ones. x is given as the operands of two
-  // products.
+  // Adds the x of a step to sums_of_x, by a product with ones. `x` has the operands of the step's
+  // two products, for 8 tokens.
   __device__ __forceinline__ void add_x(int n, const uint32_t (&x)[2][2]) {
     using T = typename W::Element;
     constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
@@ -26,8 +26,8 @@ struct GroupSums {
     for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(sums_of_x[n], ones, x[i]);
   }
 
-  // Ends a group. Adds the sums of the group, scaled, to `out`, and begins with the next group.
-  // `scales` belong to the lane's two rows of each tile. scales.cuh explains i.
+  // Ends a group. Adds its scaled sums to `out`, and begins the next group with sums of 0. `scales`
+  // belong to the lane's two rows of each tile. i is the argument of Scales::next (scales.cuh).
   __device__ __forceinline__ void add_to(float (&out)[kM][kN][4],
                                          typename W::Scales (&scales)[kM][2], int i) {
 #pragma unroll

@@ -1,4 +1,4 @@
-// Chooses and launches the kernels of linear layers. The kernels are in gemv_<format>.cu.
+// Chooses and launches the kernels of linear layers. The kernels are in the files gemv_*.cu.
 #include "../../linear.h"
 
 #include <launch.cuh>
@@ -13,7 +13,7 @@
 namespace mistral::cuda {
 namespace {
 
-using Element16 = uint16_t;  // bf16 or fp16, the dtypes that have kernels
+using Element16 = uint16_t;  // stands for bf16 and fp16, the only dtypes that have kernels
 
 // Calls f with the kernels of the format of the first part.
 template <class F>
@@ -41,7 +41,8 @@ int64_t parts_alike(const LinearParams& p) {
 }
 bool is_mixed(const LinearParams& p) { return parts_alike(p) < p.num_parts; }
 
-// Calls f with the params of each launch, until a launch fails.
+// Calls f with the params of each launch that a call needs, until one fails. The parts of a launch
+// have the same format and group. `left` are the params of the call.
 template <class F>
 cudaError_t for_each_launch(LinearParams left, const F& f) {
   cudaError_t status = cudaSuccess;
@@ -60,8 +61,8 @@ cudaError_t for_each_launch(LinearParams left, const F& f) {
 }
 
 // Whether the kernels can compute p. They read rows 16 bytes at a time, and use 32-bit offsets in
-// rows, in x and in the outputs. Tensor cores have no product of fp32 precision. An argmax needs a
-// single launch.
+// rows, in x and in the outputs. They have no products of fp32, because the tensor cores have none
+// of that precision. An argmax needs a single launch.
 bool has_kernel(const LinearParams& p) {
   int64_t longest = max(p.inputs, p.stride_x_token);
   for (int64_t i = 0; i < p.num_parts; ++i) longest = max(longest, p.parts[i].rows);
@@ -69,8 +70,8 @@ bool has_kernel(const LinearParams& p) {
          !(p.epilogue == Epilogue::argmax && is_mixed(p));
 }
 
-// The bytes of the normalised rows of a pass in scratch memory. They are 0 if there is no norm, or
-// if each block normalises the rows itself.
+// The bytes of scratch memory for the normalised rows of a pass. They are 0 if there is no norm, or
+// if the blocks of all launches normalise the rows themselves.
 int64_t normalised_bytes(const LinearParams& p) {
   if (!p.norm) return 0;
   bool in_blocks = true;
@@ -109,12 +110,14 @@ cudaError_t launch_tokens(LinearParams p, cudaStream_t stream, const Rope&... ro
   });
 }
 
-// Whether gate and up have different formats. Then their products go to scratch memory first.
+// Whether gate and up have different formats or groups. Then they need two launches, whose products
+// go to scratch memory before SwiGLU.
 bool swiglu_is_apart(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu && is_mixed(p);
 }
 
-// Launches SwiGLU with gate and up apart, for up to tokens_of_pass tokens.
+// Computes the products of gate and up in two launches, then SwiGLU, for up to tokens_of_pass
+// tokens.
 cudaError_t launch_swiglu_apart(const LinearParams& p, cudaStream_t stream) {
   const int64_t dim = p.parts[0].rows;
   LinearParams products = p;

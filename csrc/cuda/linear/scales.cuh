@@ -1,7 +1,8 @@
-// The scales of groups in the layouts of the formats (csrc/formats.h). An object is made from the
-// scales of one group or of several neighbouring groups, in shared memory or in registers. `next`
-// returns a Scaling. A product calls it once for each Scaling, in the order of the values. i is the
-// number of the Scaling within 256 values. Only some types need it.
+// Reads the scales of groups in the layouts of the formats (csrc/formats.h). An object of these
+// types is made from the scales of one group or of several neighbouring groups, in shared memory or
+// in registers. `next(i)` returns a Scaling, where i is its index within 256 values. SixBitScales,
+// ByteScales and SplitScales use i. The other types ignore i and return one Scaling after another,
+// so callers must go in the order of the values.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +12,14 @@
 
 namespace mistral::cuda {
 
-// A weight is factor * q + offset. In formats with kOffset = false the offset is 0.
+// A weight is factor * q + offset, where q is the number to which widen.cuh widens the stored
+// value. If kOffset is false, the offset is 0.
 struct Scaling {
   float factor;
   float offset;
 };
 
+// Converts the lower (i = 0) or the upper (i = 1) fp16 number of a word to float.
 __device__ __forceinline__ float half_of(uint32_t word, int i) {
   const auto bits = static_cast<uint16_t>(word >> 16 * i);
   __half half;
@@ -24,7 +27,8 @@ __device__ __forceinline__ float half_of(uint32_t word, int i) {
   return to_float(half);
 }
 
-// Converts a number from 0 to 2^23 - 1 to float: it becomes the low mantissa bits of 2^23.
+// Converts a number from 0 to 2^23 - 1 to float. The number becomes the low mantissa bits of 2^23,
+// which is then subtracted.
 __device__ __forceinline__ float small_float(uint32_t number) {
   return __uint_as_float(number | 0x4b000000u) - 8388608.0f;
 }
@@ -38,11 +42,11 @@ struct NoScales {
   static constexpr int kUnits = 0;
 };
 
-// int4, q8_0, q4_0 and iq4_nl. Also int8, where the group is a row.
+// The scales of int4, q8_0, q4_0 and iq4_nl, and of int8, where the group is a row.
 template <class Scale>
 struct PlainScales {
-  using Unit = Scale;               // the unit of memory accesses
-  static constexpr int kUnits = 1;  // the number of units of a group
+  using Unit = Scale;               // the type in which scales are loaded from memory
+  static constexpr int kUnits = 1;  // the number of such loads for a group
   static constexpr bool kOffset = false;
   const Scale* scale;
 
@@ -52,7 +56,7 @@ struct PlainScales {
   __device__ __forceinline__ Scaling next(int) { return {to_float(*scale++), 0.0f}; }
 };
 
-// q4_1, which has a minimum, and q4_z, which has a zero point.
+// The scales of q4_1, which has a minimum, and of q4_z, which has a zero point.
 template <bool kZeroPoint>
 struct PairedScales {
   using Unit = uint32_t;
@@ -70,14 +74,14 @@ struct PairedScales {
   }
 };
 
-// q4_k and q5_k. A Scaling serves 32 values. packed_scales (cpu/linear/unpack_words.h) describes
-// the 6-bit numbers.
+// The scales of q4_k and q5_k. A Scaling serves 32 values. packed_scales
+// (cpu/linear/unpack_words.h) describes the 6-bit numbers.
 struct SixBitScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 4;
   static constexpr bool kOffset = true;
   float d, e;
-  uint32_t scales[2], minima[2];  // a byte for each of 8 blocks
+  uint32_t scales[2], minima[2];  // a byte for each 32 of the 256 values
 
   SixBitScales() = default;
   __device__ __forceinline__ explicit SixBitScales(const void* group) {
@@ -95,7 +99,7 @@ struct SixBitScales {
   }
 };
 
-// q6_k. A Scaling serves 16 values.
+// The scales of q6_k. A Scaling serves 16 values.
 struct ByteScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 5;
@@ -107,13 +111,13 @@ struct ByteScales {
   __device__ __forceinline__ explicit ByteScales(const void* group)
       : words(static_cast<const uint32_t*>(group)), d(half_of(words[4], 0)) {}
   __device__ __forceinline__ Scaling next(int i) const {
-    // The inverted sign bit makes the byte 128 too large.
+    // With the sign bit inverted, the unsigned byte is 128 more than the signed number.
     const float scale = byte_float(words[i / 4] ^ 0x80808080u, i % 4) - 128.0f;
     return {d * scale, 0.0f};
   }
 };
 
-// iq4_xs. A Scaling serves 32 values.
+// The scales of iq4_xs. A Scaling serves 32 values.
 struct SplitScales {
   using Unit = uint32_t;
   static constexpr int kUnits = 2;
@@ -134,6 +138,7 @@ struct SplitScales {
   }
 };
 
+// The number of bytes of the scales of a group.
 template <class Scales>
 constexpr int kGroupBytes = Scales::kUnits * static_cast<int>(sizeof(typename Scales::Unit));
 

@@ -1,5 +1,5 @@
 // Streams weights from global memory to a warp, through stages in shared memory. The stages belong
-// to this warp alone, so no barrier of the block is needed.
+// to this warp alone, so the warp need not wait for others.
 #pragma once
 
 #include <ptx.cuh>
@@ -8,8 +8,8 @@
 
 namespace mistral::cuda {
 
-// The 8 warps of a block share the chunks of its rows: warp w takes chunks w, w + 8, ... So the
-// order of the additions depends on K and the format alone.
+// The 8 warps of a thread block share the chunks of each row: warp w takes chunks w, w + 8, ... So
+// the order of the additions depends on K and the format alone.
 constexpr int kLinearWarps = 8;
 constexpr int kLinearThreads = kLinearWarps * kWarp;
 
@@ -19,15 +19,15 @@ MISTRAL_HOST_DEVICE int tile_outputs_log2(const LinearParams& p) {
   return p.epilogue == Epilogue::swiglu ? 3 : 4;
 }
 
-// log2 of the distance, in rows, from a tile to the next tile of its block. With RoPE a tile has 8
-// rows of the first half of a head above 8 rows of its second half. These rows form pairs, and a
-// lane gets both elements of a pair.
+// log2 of the distance, in rows of the weight, from a tile to the next tile of its block. With RoPE
+// a tile has 8 rows of the first half of a head above the matching 8 rows of its second half. So a
+// lane gets both elements of the pairs that RoPE rotates.
 template <bool kRope>
 __device__ __forceinline__ int tile_step_log2(const LinearParams& p) {
   return kRope ? 3 : tile_outputs_log2(p);
 }
 
-// The number of blocks of kM tiles in a part.
+// The number of blocks of outputs, of kM tiles each, in a part.
 template <int kM>
 MISTRAL_HOST_DEVICE int blocks_of_part(const LinearParams& p, int part) {
   static_assert(kM == 1 || kM == 2);
@@ -35,23 +35,26 @@ MISTRAL_HOST_DEVICE int blocks_of_part(const LinearParams& p, int part) {
   return static_cast<int>((p.parts[part].rows + (1 << log2) - 1) >> log2);
 }
 
+// The number of blocks of outputs in all parts.
 template <int kM>
 MISTRAL_HOST_DEVICE int blocks_of_all(const LinearParams& p) {
-  int blocks = blocks_of_part<kM>(p, 0);  // with SwiGLU: of both parts together
+  int blocks = blocks_of_part<kM>(p, 0);  // with SwiGLU a block has rows of both parts
   if (p.epilogue == Epilogue::swiglu) return blocks;
   for (int part = 1; part < p.num_parts; ++part) blocks += blocks_of_part<kM>(p, part);
   return blocks;
 }
 
-// The outputs that a block of threads computes at a time. They are neighbours in one part.
+// A block of outputs, which a thread block computes at a time. Its rows of the weight are
+// neighbours in one part. With SwiGLU, it has the same rows of both parts. With RoPE, the rows are
+// half in the first half of a head, and half D/2 further.
 template <bool kRope>
 struct OutputBlock {
   int part;
-  int count;
+  int count;   // the number of rows from `first` on that exist; with RoPE D, which is enough
   int first;   // first row in the part
   int column;  // first column in the output
   bool swiglu;
-  int half_head;  // D/2 with RoPE
+  int half_head;  // D/2 with RoPE, else 0
 
   template <int kM>
   static __device__ __forceinline__ OutputBlock at(const LinearParams& p, int index) {
@@ -68,7 +71,7 @@ struct OutputBlock {
     if constexpr (kRope) {
       const int head_dim = static_cast<int>(p.head_dim), of_head = head_dim >> log2;
       block.first = index / of_head * head_dim + index % of_head * (8 * kM);
-      block.count = head_dim;  // no row lies outside the head
+      block.count = head_dim;  // no row of the block lies outside its head
       block.half_head = head_dim / 2;
     } else {
       block.first = index << log2;
@@ -78,8 +81,10 @@ struct OutputBlock {
     return block;
   }
 
-  // A tile has an upper half (0) and a lower half (1). part_of is the part of a half. row_of is the
-  // row in a half, counted from `first`, that belongs to row `output` of the upper half.
+  // A tile has an upper half (0) and a lower half (1), of 8 rows each. part_of(half) is the part to
+  // which a half belongs. row_of(output, half) is a row of that part, counted from `first`: row
+  // `output` for the upper half, and for the lower half the row that stands 8 rows lower in the
+  // tile.
   __device__ __forceinline__ int part_of(int half) const { return swiglu ? half : part; }
   __device__ __forceinline__ int row_of(int output, int half) const {
     if constexpr (kRope) return output + half * half_head;
@@ -90,21 +95,22 @@ struct OutputBlock {
 // ---- Scales of groups. They are copied in words of 4 bytes. If the scales of a row begin in the
 // middle of a word, the last scale of the previous row is copied too.
 
-// The bytes of the scales of `values` values of a row.
+// The number of bytes that the scales of `values` values of a row take.
 template <class W>
 __device__ __forceinline__ int scale_bytes(const LinearParams& p, int values) {
   return (values >> W::group_log2(p)) * kGroupBytes<typename W::Scales>;
 }
 
-// The words of shared memory for the scales of a chunk of one row, if groups have the smallest
-// size. There is one more word: it has room for the scale of the previous row, and makes rows begin
-// in different banks.
+// The number of words of shared memory for the scales of a chunk of one row, if groups have the
+// smallest size. One more word is added. It has room for the scale of the previous row, and makes
+// rows begin in different banks.
 template <class W>
 constexpr int kScaleWords = W::kValues / W::kLeastGroup * kGroupBytes<typename W::Scales> / 4 + 1;
 template <class W>
 constexpr int kTileScaleBytes = kTileRows * kScaleWords<W> * 4;
 
-// The bytes that lie before `begin` in its word. (This is the same for all chunks of a row.)
+// `begin` is the address of the first scale of a row or of a chunk. Returns how many bytes of its
+// word lie before it. (All chunks of a row have the same number.)
 template <class W>
 __device__ __forceinline__ int skipped_bytes(const void* begin) {
   if constexpr (kGroupBytes<typename W::Scales> % 4 == 0) {
@@ -114,18 +120,21 @@ __device__ __forceinline__ int skipped_bytes(const void* begin) {
   }
 }
 
+// The shared memory of a thread block for the stages of all its warps. Sizes are in bytes.
+// kValueBytes and kScaleBytes are those of one stage.
 template <class W, int kM>
 struct StageLayout {
-  // Tiles with further bits are larger, and on some devices a block has only 99 KB.
+  // Tiles with further bits are larger, and on some devices a block has only 99 KB of shared
+  // memory.
   static constexpr int kStages = W::kFurtherBytes > 0 ? 3 : 4 / kM;
   static constexpr int kValueBytes = kM * WeightTile<W>::kBytes;
   static constexpr int kScaleBytes = W::kGrouped ? kM * kTileScaleBytes<W> : 0;
   static constexpr int kBytes = kLinearWarps * kStages * (kValueBytes + kScaleBytes);
 };
 
-// Copies to shared memory the chunks of weights (formats.cuh) that a warp multiplies: all of its
-// chunks for a block of outputs, then those for the next block. A stage holds one chunk of each row
-// of kM tiles of 16 rows, and the scales of these chunks.
+// Copies to shared memory the chunks of weights (formats.cuh) that a warp multiplies. First come
+// all chunks of the warp for a block of outputs, then those for the next block. A stage holds one
+// chunk of each row of kM tiles of 16 rows, and the scales of these chunks.
 template <class W, int kM, bool kRope>
 class WeightStream {
   using Layout = StageLayout<W, kM>;
@@ -147,11 +156,11 @@ class WeightStream {
     for (int i = 0; i < Layout::kStages - 1; ++i) copy_next();
   }
 
-  // Makes the stage of the next chunk current. Starts the copy of a further chunk into the
-  // previously current stage.
+  // Makes the stage of the next chunk current, after its copies have arrived. Starts the copy of a
+  // further chunk into the stage that was current before.
   __device__ __forceinline__ void advance() {
     cp_async_wait<Layout::kStages - 2>();
-    __syncwarp();  // the copies of all lanes are there; no lane uses the last stage
+    __syncwarp();  // the copies of all lanes have arrived; no lane uses the old stage any more
     current_ = next_of(current_);
     copy_next();
   }
@@ -159,8 +168,8 @@ class WeightStream {
   __device__ __forceinline__ WeightTile<W> tile(int m) const {
     return {values_ + current_ * Layout::kValueBytes + m * WeightTile<W>::kBytes};
   }
-  // The scales of the current chunk in row `row` of tile m. They lie after the `skipped` bytes,
-  // which belong to the previous row.
+  // The address of the scales of the current chunk in row `row` of tile m. `skipped` is
+  // skipped_bytes of this row. So many bytes before the address belong to the previous row.
   __device__ __forceinline__ const char* scales(int m, int row, int skipped) const {
     return scales_ + current_ * Layout::kScaleBytes + m * kTileScaleBytes<W> +
            row * kScaleWords<W> * 4 + skipped;
@@ -210,7 +219,7 @@ class WeightStream {
     }
   }
 
-  // Starts the copy of the next chunk, into the stage before the current stage.
+  // Starts the copy of the next chunk into stage `filled_`, if there is another chunk.
   __device__ __forceinline__ void copy_next() {
     const int stage = filled_;
     filled_ = next_of(filled_);
@@ -227,7 +236,8 @@ class WeightStream {
     cp_async_commit();
   }
 
-  // 8 lanes copy the 128 bytes of a row. So an instruction copies 128 bytes of each of 4 rows.
+  // 8 lanes copy the 128 bytes of a row, 16 bytes each. So one instruction of the warp copies 4
+  // rows.
   __device__ __forceinline__ void copy_values(char* to) {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
@@ -236,7 +246,7 @@ class WeightStream {
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, row = (m << tile_step_log2<kRope>(p_)) + 4 * (i % 2);
         const WeightTile<W> tile = {to + m * WeightTile<W>::kBytes};
-        // With RoPE both halves are in the same part, so one pointer is enough.
+        // With RoPE both halves are in the same part, so one pointer and an offset are enough.
         const char* const begin =
             kRope ? rows_[0] + half * (p_.head_dim / 2 * row_bytes_) : rows_[half];
         cp_async_16(tile.piece(4 * i + lane / 8, lane % 8), begin + int64_t{row} * row_bytes_,
@@ -248,7 +258,7 @@ class WeightStream {
     bytes_left_ -= kLinearWarps * kRowChunk;
   }
 
-  // The row of a tile whose further bits the lane copies in its copy i.
+  // The row of a tile from which the lane takes further bits in its copy i.
   static __device__ __forceinline__ int further_row(int i) {
     return (static_cast<int>(threadIdx.x) % kWarp + kWarp * i) / kFurtherPieces;
   }
@@ -267,7 +277,7 @@ class WeightStream {
     }
   }
 
-  // 2 lanes copy the scales of a row.
+  // Lanes 2 r and 2 r + 1 copy the scales of row r of each tile, in alternate words.
   __device__ __forceinline__ void copy_scales(char* to) {
     const int lane = threadIdx.x % kWarp, bytes = scale_bytes<W>(p_, W::kValues);
 #pragma unroll
@@ -297,23 +307,23 @@ class WeightStream {
   int filled_ = 0;                     // the next stage to fill
   int current_ = Layout::kStages - 1;  // the stage in use
 
-  // The chunk that is copied next, and the address of this lane's part of it, in the upper and the
-  // lower half of a tile.
+  // The block of outputs and the chunk that are copied next.
   int block_;
   int chunk_ = 0;
-  const char* rows_[2];
-  int rows_left_[2];  // rows left in the block, from this row on; with RoPE always enough
-  int bytes_left_;    // bytes left in these rows
-  // The address of the further bits that this lane copies next.
+  // This lane copies from a row of the upper half and from a row of the lower half of a tile.
+  const char* rows_[2];  // the lane's 16 bytes of the next chunk in these rows
+  int rows_left_[2];     // the number of rows of the block from these rows on
+  int bytes_left_;       // the number of bytes from rows_ to the end of a row
+  // The addresses of the further bits that this lane copies next.
   static constexpr int kFurtherPieces =
-      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // in a chunk of one row
+      W::kFurtherBytes > 0 ? W::kFurtherBytes / 16 : 1;  // 16-byte pieces in a chunk of one row
   static constexpr int kFurtherCopies = W::kFurtherBytes > 0 ? kFurtherPieces / 2 : 1;
   const char* further_rows_[kFurtherCopies];
   int further_left_[kFurtherCopies];
-  // The address of the scales that this lane copies next, in each tile.
-  const char* scale_rows_[kM];  // whole words; null: there are no scales
-  int skipped_[kM];
-  int scale_bytes_left_;
+  // The addresses of the scales that this lane copies next, in each tile.
+  const char* scale_rows_[kM];  // multiples of 4; null: the row does not exist
+  int skipped_[kM];             // skipped_bytes of the rows
+  int scale_bytes_left_;        // the number of bytes of scales left in a row
 };
 
 }  // namespace mistral::cuda

@@ -1,7 +1,7 @@
-// Widens integers of 4 to 8 bits to pairs of bf16 or fp16, without a conversion instruction. The
-// integer becomes the low mantissa bits of a power of two. The power is chosen so that one unit of
-// the mantissa is 1. Then the power is subtracted, which is exact. Scales are applied later to the
-// sums, in fp32 (scales.cuh).
+// Widens integers of 4 to 8 bits to pairs of bf16 or fp16, without a conversion instruction. An
+// integer is put into the low mantissa bits of a power of two. The power is chosen so that the
+// lowest bit of its mantissa counts 1. Then the power is subtracted, which is exact. Scales are
+// applied later to the sums, in fp32 (scales.cuh).
 #pragma once
 
 #include <ptx.cuh>
@@ -25,19 +25,19 @@ __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b) {
   return a;
 }
 
-// Widens 4 bytes to 2 pairs. The lowest byte comes first.
+// Widens 4 signed bytes to 2 pairs. The lowest byte comes first.
 template <class T>
 __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if constexpr (std::is_same_v<T, __half>) {
-      // 1024 + (v + 128) - 1152 = v
+      // Byte v becomes 1024 + (v + 128). Subtracting 1152 leaves v.
       const uint32_t offset = word ^ 0x80808080u;
       pairs[i] = subtract_pairs<T>(__byte_perm(offset, 0x64646464u, i == 0 ? 0x4140 : 0x4342),
                                    0x64806480u);
     } else {
-      // The mantissa has room for only 7 bits: 128 + (the low 7 bits), minus 128 or, if v < 0,
-      // minus 256.
+      // The mantissa has only 7 bits. So byte v becomes 128 + (its low 7 bits), minus 128 if v >= 0
+      // or 256 if v < 0.
       const uint32_t bytes = __byte_perm(word, 0u, i == 0 ? 0x4140 : 0x4342);
       pairs[i] = subtract_pairs<T>(and_xor(bytes, 0x007f007fu, 0x43004300u),
                                    and_xor(bytes, 0x00800080u, 0x43004300u));
@@ -45,9 +45,9 @@ __device__ __forceinline__ void widen_int8(uint32_t word, uint32_t* pairs) {
   }
 }
 
-// Widens the two 4-bit values in bits 0 to 3 and 16 to 19 of `pair`, and subtracts kLess from them.
-// `flipped` are the bits of `pair` that are inverted first. `further` are the values' bits above
-// the fourth, at their places in the result.
+// Widens the two 4-bit values in bits 0 to 3 and 16 to 19 of `pair`, and subtracts kLess from each.
+// `flipped` is a mask of the bits that are inverted first. `further` holds the bits of the two
+// values above the lowest four, at bits 4 and up of each half.
 template <class T, int kLess>
 __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, uint32_t flipped = 0,
                                                uint32_t further = 0) {
@@ -56,18 +56,21 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t pair, uint32_t flipped =
                            kPower + kLess * 0x00010001u);
 }
 
-// These structs widen words (csrc/formats.h) to 4 pairs, in the order of the values.
+// ---- These structs widen a word (csrc/formats.h) to 4 pairs, in the order of the values.
+
+// Words of signed values.
 struct SignedWords {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t* pairs) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // The inverted sign bit makes two's complement 8 too large.
+      // With the sign bit inverted, the unsigned number is 8 more than the signed value.
       pairs[i] = widen_pair<T, 8>(word >> 4 * i, 0x00080008u);
     }
   }
 };
 
+// Words of unsigned values.
 struct UnsignedWords {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t* pairs) {
@@ -76,7 +79,8 @@ struct UnsignedWords {
   }
 };
 
-// Four elements of kTable4. The first is in the lowest byte.
+// Elements first to first + 3 of kTable4, as the bytes of a word. Element `first` is in the lowest
+// byte.
 constexpr uint32_t table_entries(int first) {
   uint32_t word = 0;
   for (int i = 3; i >= 0; --i) word = word << 8 | static_cast<uint8_t>(kTable4[first + i]);
@@ -88,7 +92,7 @@ struct TableWords {
   static constexpr uint32_t k0 = table_entries(0), k4 = table_entries(4), k8 = table_entries(8),
                             k12 = table_entries(12);
 
-  // The elements for the 4 indices in the low half of a word, one byte each.
+  // Looks up the 4 indices in the low half of a word. Returns the elements as the bytes of a word.
   static __device__ __forceinline__ uint32_t look_up(uint32_t indices) {
     const uint32_t low_bits = indices & 0x7777u;
     const uint32_t first = __byte_perm(k0, k4, low_bits), second = __byte_perm(k8, k12, low_bits);
@@ -102,8 +106,8 @@ struct TableWords {
   }
 };
 
-// Words of q5_k, with their fifth bits. `further` is shifted so that the fifth bit of the first
-// value is the lowest bit.
+// Words of q5_k, with their fifth bits. `further` is the further word, shifted so that its lowest
+// bit is the fifth bit of the first value.
 struct FiveBits {
   template <class T>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
@@ -115,7 +119,9 @@ struct FiveBits {
   }
 };
 
-// kCount pairs of q6_k, with their two high bits. The stored values are 32 too large.
+// Words of q6_k, with the two high bits of each value. Widens kCount pairs. `further` is the
+// further word, shifted so that its lowest bits are the high bits of the first value. Stored values
+// are 32 too large, so 32 is subtracted.
 struct SixBits {
   template <class T, int kCount>
   static __device__ __forceinline__ void widen(uint32_t word, uint32_t further, uint32_t* pairs) {
