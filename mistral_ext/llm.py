@@ -163,10 +163,10 @@ class Mistral(RequestMaker):
             dtype: float32, bfloat16 or float16. None: the dtype in which the weights are stored.
                 For another dtype all weights are copied, except quantised weights.
             prefill_chunk, max_batch, cache_tokens, drafts: as in `Mistral`.
-            progress: show a progress bar if stderr is a terminal.
+            progress: whether to show a progress bar if stderr is a terminal.
             quantize: "int8" or "int4" rounds the weights to 8 or 4 bits while they are read (see
-                `mistral_ext.weights.quantize`). None: they stay as they are stored.
-                `quantize_checkpoint` writes the rounded weights to a folder.
+                `mistral_ext.weights.quantize`). None: the weights stay as they are stored. To round
+                them only once, write them to a folder with `quantize_checkpoint`.
             generation_config: the file with the defaults of sampling. "auto": the model's own
                 ``generation_config.json``. A path: another folder or file. None: the defaults of
                 `SamplingParams`.
@@ -358,8 +358,10 @@ class Mistral(RequestMaker):
                 "tool_call_id", as in OpenAI's API.
             template: "v1", "v2" or "v3" of Mistral's chat templates. None: the model's own
                 template.
-            tools: functions that the model may call, in OpenAI's format.
-            tool_choice, parallel_tool_calls: as in `mistral_ext.text.tool_calls.ToolUse.of`.
+            tools: functions that the model may call, in OpenAI's format. None: it may call no
+                functions.
+            tool_choice, parallel_tool_calls: `choice` and `parallel` of
+                `mistral_ext.text.tool_calls.ToolUse.of`.
             safe_prompt: whether to begin with the system prompt
                 `mistral_ext.text.guardrails.SAFE_PROMPT`.
             adapter: the name of a loaded adapter. None: the model is used without an adapter.

@@ -53,7 +53,7 @@ class Vocabulary(NamedTuple):
 
     def expect_drafts_from(self, draft: Vocabulary) -> None:
         """Raises ValueError unless every id that may be sampled has the same token in the draft
-        model. Without both tokenizers, only the number of ids is compared."""
+        model. If one of the models has no tokenizer, only the numbers of ids are compared."""
         given, count = f"draft_model is {draft.folder}, whose", self.sampled
         if draft.config.vocab_size < count:
             raise ValueError(

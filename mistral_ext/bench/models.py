@@ -128,8 +128,8 @@ def on_large_pages(x: Tensor) -> Tensor:
 
 
 def step_bytes(model: Transformer) -> int:
-    """Returns how many bytes of weights a decode step reads. It reads all weights except the
-    embeddings, of which it reads only one row."""
+    """Returns how many bytes of weights a decode step reads. The step reads all weights, but only
+    one row of the embeddings, which is not counted."""
     unread = 0 if model.embeddings is model.output else model.embeddings.nbytes
     return model.nbytes - model.adapters.nbytes - unread
 

@@ -107,9 +107,9 @@ def read_bandwidth(passes: int = PASSES) -> float:
     torch uses.
 
     All passes count, not only the best. The reason is that a decode step, with which the result is
-    compared, takes as long as several passes. The memory of a virtual machine is not at its best
-    for so long. Without a C++ compiler, torch's sum reads the memory, which is up to a tenth
-    slower.
+    compared, takes as long as several passes, and the memory of a virtual machine does not keep its
+    best speed for so long. Without a C++ compiler, torch's sum reads the memory, which is up to a
+    tenth slower.
     """
     library = _library()
     if library is not None:
@@ -126,7 +126,8 @@ def rates(passes: int = PASSES, names: Iterable[str] = tuple(INSTRUCTIONS)) -> d
     processor has. The result is empty if there is no C++ compiler.
 
     A multiplication and an addition are two operations. A pass takes some milliseconds. Only the
-    best pass counts: without memory, only other work on the machine can make a pass slower.
+    best pass counts, because a pass that reads no memory is slower only if the machine does other
+    work.
     """
     library = _library()
     if library is None:

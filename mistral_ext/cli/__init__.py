@@ -4,8 +4,8 @@ Text goes to stdout, timings and errors to stderr. After an error the exit statu
 usage, 130 for Ctrl-C). The error is printed in one line; --traceback shows where it came from.
 
 Each command has a file with two functions: `add_to` describes the command, `run` runs it. Help and
-errors of usage come at once, because only `run` imports torch. It does so by calling `start`, after
-checking what can be checked without torch.
+errors of usage come at once, because only `run` imports torch. Most commands do so by calling
+`start`, after they have checked their options.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ class AdapterTable:
         self._by_name[name] = LoadedAdapter(name, slot, self.free)
 
     def unload(self, name: str, in_use: Collection[LoadedAdapter]) -> None:
-        """Removes an adapter. Its memory is freed as soon as no request uses this adapter, or an
-        adapter in a later slot. This may be at once.
+        """Removes an adapter. Its memory is freed as soon as requests use neither this adapter nor
+        an adapter in a later slot. This may be at once.
 
         Args:
             name: the name of the adapter.

@@ -204,8 +204,8 @@ class DraftModel:
 
     def _enter(self, sequence: Sequence) -> _Place | None:
         """Makes a place for a sequence. Returns None if there is no room. Also returns None if the
-        draft model, which reads one chunk per step, would need more than half of the steps that the
-        sequence has left only to read it."""
+        draft model, which reads one chunk per step, would need more than half of the sequence's
+        remaining steps only to read the tokens so far."""
         match = self.prefixes.find(sequence, running=())
         unread = len(sequence.ids) - (0 if match is None else match.length)
         left = sequence.request.max_length - len(sequence.ids)

@@ -39,8 +39,9 @@ class GraphRunner(Runner):
     There is a graph for each number of tokens and each way to choose them, with and without biases,
     and with and without adapters. These make up the *kind* of a step. The second step of a kind
     captures its graph. A graph is kept as long as the runner. A graph with adapters is dropped when
-    their stacks are allocated anew. Graphs for fewer numbers of tokens would need padding, which
-    would slow steps. A capture takes about as long as one step that Python launches.
+    their stacks are allocated anew. If there were graphs only for some numbers of tokens, batches
+    would have to be padded, which would slow their steps. A capture takes about as long as one step
+    that Python launches.
 
     A graph treats a draft as a sequence of its own, which shares the ring of the sequence that it
     belongs to. So a pass with drafts is a step with as many sequences as the pass has tokens. Its
@@ -130,7 +131,7 @@ class _Results:
 class _CapturedStep:
     """A step for a fixed number of tokens, and its state on the device."""
 
-    @torch.inference_mode(False)  # inference tensors could not be changed outside of that mode
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be changed outside of it
     def __init__(
         self,
         size: int,

@@ -34,8 +34,8 @@ def default_slots(
         max_batch: the most sequences at a time.
         weight_bytes: the size of the weights in bytes. On the CPU the weights may be mapped files,
             whose memory the system counts as available although it is in use.
-        loaded: whether the weights are already on the device. On a GPU, the free memory then leaves
-            them out.
+        loaded: whether the weights are already on the device. If so, the free memory that a GPU
+            reports does not include theirs.
         token_bytes: the bytes of the cache for each token, for instance with the cache of a draft
             model. None: the bytes for this model alone.
     """

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A decode step that was launched, but whose tokens have not been read."""
+    """A decode step that was launched, but whose new tokens the host does not know yet."""
 
     key: list[tuple[int, int, int]]  # for each sequence: request id, first slot, capacity
     # For each new token its row of the step, its sequence, and the sequence's extent at the launch.
@@ -175,7 +175,7 @@ class Passes:
         self._under_way.append(_UnderWay(key, waiting, step))
         # A matcher must know the token before the next step begins.
         is_free = all(sequence.matcher is None for sequence in sequences)
-        waits = False  # stays False if this step is the first one launched ahead
+        waits = False  # stays False if no step is waited for, as for the first one launched ahead
         while len(self._under_way) > (self._runner.ahead if is_free else 0):
             self._finish(self._under_way.popleft(), outputs)
             waits = True
@@ -278,7 +278,7 @@ class Passes:
         """Brings the sequence's row of the sampler into the state that the next draw needs."""
         if not sequence.is_drawing:
             params = sequence.request.params
-            assert params is not None  # it generates
+            assert params is not None  # a sequence that generates has params
             self._sampler.start(
                 sequence.sampler_row,
                 params,

@@ -50,9 +50,9 @@ class Repeats:
         """Returns the place after an earlier occurrence of the last tokens of the text.
 
         The first of these that exists is taken:
-        1. The match before the last token goes on with the last token, to 3 or more tokens.
+        1. The match so far, if the last token continues it and it now has 3 or more tokens.
         2. The latest occurrence of the last 3 tokens.
-        3. The match before the last token goes on with the last token, to 2 tokens.
+        3. The match so far, if the last token continues it and it now has 2 tokens.
         4. The latest occurrence of the last 2 tokens.
         5. The last token alone, if it occurs shortly after the end of an earlier match. The text
            may have changed a few words there.

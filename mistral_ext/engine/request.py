@@ -75,16 +75,16 @@ class Request:
         prompt_logits: whether to give the logits that follow tokens of the prompt.
         logits_from: the index of the first prompt token whose logits or hidden state are given.
             Earlier tokens may come from the cache.
-        hidden: whether to give the hidden states of these tokens, after the last norm, and not
-            their logits.
+        hidden: whether to give the hidden states of tokens of the prompt, after the last norm, and
+            not their logits.
         chunk: the number of prompt tokens to read in each pass. The last pass may read fewer. No
             other prompt is read in these passes. None: the engine decides.
         salt: any text. Cached prefixes serve only requests with the same salt. None: the prefixes
             of requests without a salt.
-        reuse_completions: also reuse generated tokens in the cache, not only tokens of prompts.
-            Then the replies of a conversation need not be read again. But the keys and values of a
-            generated token differ in their last bits from those of a prompt token, so the text may
-            depend on what is still in the cache.
+        reuse_completions: whether to reuse also generated tokens in the cache, not only tokens of
+            prompts. If True, the replies of a conversation need not be read again. But the keys and
+            values of a generated token differ in their last bits from those of a prompt token, so
+            the text may depend on what is still in the cache.
         grammar: the constraint of the completion. None: the completion need not match anything.
         adapter: the LoRA adapter to use. None: the model's own weights alone are used.
     """

@@ -46,7 +46,7 @@ class Sampler:
         holes: Collection[int] = (),
     ) -> None:
         self.vocab_size = vocab_size
-        # Inference tensors could not be changed outside of inference mode, so these are not any.
+        # Tensors that are made in inference mode cannot be changed outside of it.
         with torch.inference_mode(False):
             self._options = torch.zeros(rows, 7, dtype=torch.float64, device=device)
             self._noise = torch.zeros(rows, 3, dtype=torch.int64, device=device)
@@ -151,7 +151,7 @@ class Sampler:
         banned = self._bias.new_full((), -torch.inf)
         torch.where(given, self._unrestricted[row], banned, out=self._bias[row])
 
-    @torch.inference_mode(False)  # inference tensors could not be changed outside of that mode
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be changed outside of it
     def _make_bias(self) -> None:
         self._bias = torch.zeros_like(self._history, dtype=torch.float32)
 

@@ -9,9 +9,9 @@ that a long prompt delays them little. Prompts that are being read take turns.
 
 Prompts and generated tokens are read in separate passes. The reason is that kernels for few and for
 many tokens round differently. In a common pass the number of tokens, and so each text, would depend
-on the rest of the batch. Pieces of prompts have at least `LEAST_PIECE` tokens. From this number on,
-a token gets the same bits in a pass of any size. The same holds for passes of up to 8 generated
-tokens. A prompt of up to 8 tokens is read alone.
+on the rest of the batch. A piece of a prompt has at least `LEAST_PIECE` tokens, or is the whole
+prompt. From this number on, a token gets the same bits in a pass of any size. The same holds for
+passes of up to 8 generated tokens. A prompt of up to 8 tokens is read alone.
 
 When a sequence has to grow and there is no room, extents of ended requests are released first. If
 that is not enough, the sequence that came last is *put back*: it loses its extent and waits. Later

@@ -99,7 +99,7 @@ class SlotPool:
         self._heads = config.n_kv_heads
         self._free = [(0, slots)]  # (first slot, number of slots) of each free range, in order
         shape = (self._heads * slots, config.head_dim)
-        # Inference tensors could not be changed outside of inference mode, so these are not any.
+        # Tensors that are made in inference mode cannot be changed outside of it.
         with torch.inference_mode(False):
             # The pools are not zeroed: on the CPU untouched pages cost no memory until a token is
             # stored in them.

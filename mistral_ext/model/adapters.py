@@ -153,7 +153,7 @@ class Adapters:
     def nbytes(self) -> int:
         return sum(stack.nbytes for layer in self.layers for stack in layer.values())
 
-    @torch.inference_mode(False)  # inference tensors could not be changed outside of that mode
+    @torch.inference_mode(False)  # tensors made in inference mode cannot be changed outside of it
     @torch.no_grad()
     def put(self, slot: int, adapter: Mapping[str, LowRank]) -> None:
         """Sets the adapter of a slot.

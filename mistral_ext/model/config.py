@@ -48,7 +48,8 @@ _PARAMS_KEYS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "hidde
 # params.json does not contain these values. They are the same in all three releases of the 7B.
 _PARAMS_DEFAULTS = {"max_positions": 32768, "bos_id": 1, "eos_ids": 2}
 
-# The names of weights of layer {} that may be joined to one matrix, to multiply them in one pass.
+# The names under which weights of a layer may be joined to one matrix, to multiply them in one
+# pass. {} stands for the index of the layer.
 JOINED_QKV = "layers.{}.attention.wqkv.weight"  # wq, wk and wv
 JOINED_GATE_UP = "layers.{}.feed_forward.w13.weight"  # w1 and w3
 
@@ -166,7 +167,8 @@ class MistralConfig:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
 
     def _check(self, name: str, valid: bool, expected: str, *others: str) -> None:
-        """Raises an error unless the value of a field is valid beside those of `others`."""
+        """Raises an error about the field `name` unless `valid`. `others` are further fields on
+        whose values this depends."""
         if not valid:
             raise _FieldError(name, getattr(self, name), expected, *others)
 

@@ -107,7 +107,7 @@ def _run_whole(
     _expect("sequences", sequences, is_table, "[S, 5]")
     kv_heads, dim = k.shape[1:]
     # The kernel needs rings, but it neither reads nor writes a ring that is longer than the
-    # sequence. So the pool may stay empty.
+    # sequence. So the pool stays as it is allocated.
     table = sequences.clone()
     number = torch.arange(len(table), device=table.device)
     table[:, 2] = 0

@@ -143,7 +143,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, d_total: Tensor, *_: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():  # torch would treat d_x as a constant
+    if torch.is_grad_enabled():  # create_graph=True, for which torch would take d_x as a constant
         raise RuntimeError(
             "linear_cross_entropy: its gradient has no gradient: call backward without create_graph"
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-VALUES_PER_WORD = 8  # 4-bit values in an int32
+VALUES_PER_WORD = 8  # the number of 4-bit values in an int32
 # Value i of a word begins at bit 4 * (i // 2) + 16 * (i % 2). A shift by 4 j and the mask
 # 0x000f000f therefore give values 2 j and 2 j + 1, one in each half of the word.
 _SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28], dtype=torch.int32, device="cpu")
@@ -48,7 +48,8 @@ def unpack_unsigned(words: Tensor) -> Tensor:
 
 
 def unpack_wide(words: Tensor, bits: int) -> Tensor:
-    """Unpacks "q5_k" (5 bits) or "q6_k" (6 bits): [N, bits K / 32] words into [N, K] int32."""
+    """Unpacks the values of "q5_k" (bits = 5) or "q6_k" (bits = 6), [N, bits * K / 32] words, into
+    [N, K] int32."""
     of_block = SUPER_BLOCK // VALUES_PER_WORD
     rows = words.unflatten(1, (-1, bits * SUPER_BLOCK // 32))
     low = unpack_unsigned(rows[..., :of_block].flatten(0, 1)).view(*rows.shape[:2], SUPER_BLOCK)
@@ -78,7 +79,8 @@ def scales_and_minima(packed: Tensor) -> tuple[Tensor, Tensor]:
 
     Bytes 0 to 3 hold the first four scales in their low 6 bits, and bytes 4 to 7 the first four
     minima. Bytes 8 to 11 hold the low 4 bits of the last four scales and, in their high halves, of
-    the last four minima. The high 2 bits of these are the high 2 bits of bytes 0 to 7."""
+    the last four minima. The high 2 bits of the last scales are the high 2 bits of bytes 0 to 3,
+    those of the last minima the high 2 bits of bytes 4 to 7."""
     first_scales, first_minima, low = torch.split(packed, 4, dim=-1)
     last_scales = low & 15 | (first_scales >> 6) << 4
     last_minima = low >> 4 | (first_minima >> 6) << 4

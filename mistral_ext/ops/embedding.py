@@ -1,4 +1,4 @@
-"""The embeddings of tokens."""
+"""Reads the embeddings of tokens."""
 
 from __future__ import annotations
 

@@ -47,15 +47,15 @@ def linear(
     values.
 
     The op has a gradient for x with weights of every format. It has no gradient for the weights or
-    norm. Products that round x to 8 bits have no gradient either: call `set_exact_products` before
-    training.
+    norm. Products that round x to 8 bits have no gradient either, so call
+    `set_exact_products(True)` before training.
 
     Args:
         x: [T, K].
         weight: [N, K], contiguous, with the dtype of x, or `Quantized`. It may also be a list of up
             to 3 weights, such as those of query, key and value. These are multiplied in one pass,
             as if they were stacked, and each may have its own format. Or it may be a
-            `JoinedWeight`, which torch multiplies as one matrix.
+            `JoinedWeight`, which torch multiplies as one matrix, and our kernels as several.
         norm: [K], the weight of an RMSNorm (see `rms_norm`) of x before the product. None: x is not
             normalised.
         eps: epsilon of the RMSNorm.

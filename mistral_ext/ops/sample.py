@@ -1,4 +1,4 @@
-"""The choice of the next token."""
+"""Chooses the next token."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def sample(
 
         options  temperature, top_k (0: all), top_p, min_p, repetition_penalty, presence_penalty,
                  frequency_penalty
-        noise    seed (its 64 bits), index (number of the completion among those with this seed),
-                 step (the number of tokens drawn before)
+        noise    seed (its 64 bits), index (the number of the completion among those with this
+                 seed, from 0 on), step (the number of tokens drawn before)
 
     Args:
         logits: [N, V] float32, V up to 2^24.

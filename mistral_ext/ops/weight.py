@@ -71,8 +71,8 @@ class Quantized(NamedTuple):
     [N, 20 K / 256].
     "iq4_nl": words; scales float16 [N, K / 32].
 
-    "Words" stands for values of 4 bits, packed into int32 [N, K / 8]. Value k of a row is in word k
-    // 8, at bit 4 * (i // 2) + 16 * (i % 2) with i = k % 8. In "int4" and "q4_0" a value is in
+    "Words" stands for values of 4 bits, packed into int32 [N, K / 8]. Value k of a row is in word
+    k // 8, at bit 4 * (i // 2) + 16 * (i % 2) with i = k % 8. In "int4" and "q4_0" a value is in
     two's complement (-8 to 7), in other formats it is unsigned. A format with the name of a GGUF
     type holds the numbers of this type, with values and scales in separate tensors. csrc/formats.h
     has the formulas and the places of bits.
