@@ -34,8 +34,9 @@ class Vocabulary(NamedTuple):
         return min(self.tokenizer.vocab_size, size) if self.tokenizer else size
 
     def expect_own_tokenizer(self) -> None:
-        """Raises ValueError if the tokenizer has more tokens than the model, or lacks a token that
-        ends a text. Then it belongs to another model, or a file is missing."""
+        """Raises ValueError if the tokenizer, without added tokens, has more tokens than the model,
+        or if it lacks a token that ends a text. Then it belongs to another model, or a file is
+        missing."""
         if self.tokenizer is None:
             return
         if self.tokenizer.base_size > self.config.vocab_size:

@@ -31,8 +31,9 @@ class Sequence:
         row: the sequence's row of the sampler. None: the sequence waits, has ended, or generates
             nothing.
         exact: the number of tokens at the beginning of the extent whose keys and values are exactly
-            those that any prompt with the same beginning has. Tokens of a prompt count. Generated
-            tokens do not, nor do prompts with `Request.chunk` or fewer than `LEAST_PIECE` tokens.
+            those that any prompt with the same beginning has. Tokens of a prompt count, but not
+            generated tokens and tokens after them. Prompts with a `Request.chunk`, or of fewer than
+            `LEAST_PIECE` tokens, do not count either.
         reported: the number of prompt tokens that need no result any more, because the result was
             given or is not requested.
         is_drawing: whether the sampler's row has the options and state of this sequence.

@@ -17,8 +17,8 @@ In this pool a ring has more slots than the window. The additional slots are its
 slack is n slots, the last n tokens can be taken back (`rewind`), and the next query still finds all
 keys that it sees.
 
-An extent begins small. When it is full, it moves to an extent of twice its size, which copies its
-tokens. It grows up to the most slots that its sequence can need. With a window this is the window
+An extent begins small. When it is full, it gets twice as many slots, and its tokens are copied to
+them. It grows up to the most slots that its sequence can need. With a window these are the window
 and the slack, or fewer if the sequence cannot become as long (`slots_needed`).
 
 A token of Mistral 7B takes 131,072 bytes in bfloat16, in all 32 layers together.

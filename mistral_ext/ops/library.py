@@ -50,8 +50,8 @@ def register(
         gradient.save(ctx, inputs, output)
 
     def backward(ctx: Any, *d_out: Any) -> tuple[Any, ...]:
-        # Torch leaves out last arguments that have their default values. So there must be as many
-        # gradients as torch passed arguments.
+        # Torch leaves out arguments at the end that have their default values. The number of
+        # gradients must be the number of arguments that are left.
         given: tuple[Any, ...] = gradient.backward(ctx, *d_out)[: len(ctx.needs_input_grad)]
         return given
 

@@ -17,8 +17,8 @@ def repack(
     """Fills the values or the scales of a `Quantized` weight, or both, from blocks of a GGUF file.
     Nothing is rounded.
 
-    The weight is [N, K] in the format `BLOCK_FORMATS[type]`. As many values share scales as the
-    format needs at least (`Format.least_group`).
+    The weight is [N, K] in the format `BLOCK_FORMATS[type]`. The number of values that share scales
+    is the least that the format allows (`Format.least_group`).
 
     Args:
         blocks: [N, bytes of a row] uint8 on the CPU, at any address, such as the rows of a mapped

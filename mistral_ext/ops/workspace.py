@@ -111,7 +111,7 @@ def memory_on_cpu(nbytes: int) -> int:
 
 
 # (device, stream, whether the stream is being captured) -> (id of the captured graph, or 0; zeroed
-# counters, with which the blocks of a kernel find out which of them ends last). A call leaves its
+# counters, by which the blocks of a kernel know what other blocks have done). A call leaves its
 # counters zeroed.
 _counters: dict[tuple[torch.device, int, bool], tuple[int, Tensor]] = {}
 
